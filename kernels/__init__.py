@@ -1,0 +1,30 @@
+"""Operations of the Llama family for SmolLM2's shapes, as plain PyTorch and as Triton kernels behind one switch.
+
+`kernels` is also the name of a distribution by Hugging Face that transformers looks for; the version number below keeps
+transformers from taking this package for that one.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from kernels.backend import TORCH, Backend, LayerWeights, select_backend, with_ops
+
+__version__ = "0.1.0"
+__all__ = ["TORCH", "Backend", "LayerWeights", "check_name_clash", "select_backend", "with_ops"]
+
+
+def check_name_clash() -> str | None:
+    """One line with the remedy if Hugging Face's distribution `kernels` is installed beside this package, else None.
+
+    transformers reads that distribution's version, then imports `kernels` and, started from this project's root, meets
+    this package instead: its import fails far away from the cause.
+    """
+    try:
+        other = version("kernels")
+    except PackageNotFoundError:
+        return None
+    return (
+        f"the package 'kernels' {other} from Hugging Face is installed and has the import name of this project's kernels/: "
+        "transformers cannot be imported from here. Remedy: pip uninstall kernels"
+    )

@@ -1,0 +1,115 @@
+"""The switch: which implementation of each operation a model calls. The only dispatch of the project.
+
+    backend = select_backend("triton,attention=torch", device="cuda")
+    y = backend.rms_norm(x, weight, 1e-5)
+
+A Backend is chosen once and handed to the model. There is no global state and no fallback behind the user's back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one block, packed for inference: three projections read as one matrix, gate and up as another."""
+
+    input_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(H + 2K) * D, hidden]
+    o: Tensor  # [hidden, H * D]
+    post_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2F, hidden]
+    down: Tensor  # [hidden, F]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The operations a SmolLM2 block needs. Every backend has identical signatures, shapes and semantics.
+
+    The docstrings in kernels/reference.py are the specification.
+    """
+
+    name: str
+    rms_norm: Callable[..., Tensor]  # (x [..., D], weight [D], eps) -> [..., D]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> (normed, sum)
+    rope: Callable[..., tuple[Tensor, Tensor]]  # (q [B,T,H,D], k [B,T,K,D], cos, sin [T,D/2] or [B,T,D/2]) -> (q, k)
+    attention: Callable[..., Tensor]  # (q [B,T,H,D], k [B,S,K,D], v, doc_start=None, *, dropout_p, scale) -> [B,T,H,D]
+    decode_attention: Callable[..., Tensor]  # (q [B,T,H,D], key cache [B,S,K,D], value cache, lengths [B]) -> [B,T,H,D]
+    swiglu: Callable[..., Tensor]  # (gate, up) -> silu(gate) * up
+    linear_cross_entropy: Callable[..., Tensor]  # (hidden [N,D], weight [V,D], targets [N], *, ...) -> loss
+    decode_layer: Callable[..., Tensor]  # (x [B,T,hidden], LayerWeights, caches, lengths, cos, sin, *, eps, ops) -> x
+    why: str = "asked for"  # how the choice came about, for the run's first lines
+
+
+OPS = tuple(field.name for field in dataclasses.fields(Backend) if field.name not in ("name", "why"))
+
+TORCH = Backend(name="torch", **{op: getattr(reference, op) for op in OPS})
+
+
+def load_triton() -> Backend:
+    """The Triton backend. Imports the kernels, and with them triton, only now."""
+    raise ValueError("backend 'triton' has no kernels in this version; use 'torch' or 'auto'")
+
+
+def with_ops(backend: Backend, **replacements: Backend) -> Backend:
+    """A copy in which single operations come from another backend: with_ops(TRITON, attention=TORCH)."""
+    name = ",".join([backend.name, *(f"{op}={other.name}" for op, other in replacements.items())])
+    changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}
+    return dataclasses.replace(backend, name=name, **changes)
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this device, or None if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"needs a CUDA, ROCm or XPU device (or TRITON_INTERPRET=1), got {device.type}"
+
+
+def _single(name: str, device: torch.device) -> Backend:
+    if name == "torch":
+        return TORCH
+    if name == "triton":
+        obstacle = _triton_obstacle(device)
+        if obstacle:
+            raise ValueError(f"backend 'triton' {obstacle}; use 'torch' or 'auto'")
+        return load_triton()
+    raise ValueError(f"unknown backend {name!r}; known are 'auto', 'torch', 'triton', and single replacements as 'triton,attention=torch'")
+
+
+def select_backend(name: str | Backend = "auto", device: str | torch.device = "cpu") -> Backend:
+    """The backend of that name for that device.
+
+    name: "torch", "triton", "auto" (triton on a GPU that has it, else torch; `.why` says which and why), or one of them
+    followed by replacements of single operations, "triton,attention=torch,swiglu=torch". A Backend is returned as it is.
+    Raises ValueError for an unknown name or operation, and when an explicit name cannot run on the device.
+    """
+    if isinstance(name, Backend):
+        return name
+    device = torch.device(device)
+    base_name, *replacements = (part.strip() for part in name.split(","))
+    if base_name == "auto":
+        # The interpreter is for tests: a thousand times slower than torch, so it is never chosen unasked.
+        obstacle = _triton_obstacle(device) if device.type in ("cuda", "xpu") else f"the device is {device.type}"
+        backend = TORCH if obstacle else load_triton()
+        backend = dataclasses.replace(backend, why=f"auto: {obstacle or f'triton runs on {device.type}'}")
+    else:
+        backend = _single(base_name, device)
+    chosen: dict[str, Backend] = {}
+    for part in replacements:
+        op, separator, other = (piece.strip() for piece in part.partition("="))
+        if not separator or op not in OPS:
+            raise ValueError(f"backend {name!r}: {part!r} is not OP=BACKEND; operations are {', '.join(OPS)}")
+        chosen[op] = _single(other, device)
+    return with_ops(backend, **chosen) if chosen else backend

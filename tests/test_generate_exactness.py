@@ -1,0 +1,200 @@
+"""Generation on random weights: the same tokens cached and uncached, alone and in a batch; sampling against its definition."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2.cli import UsageError
+from smollm2.generate import stream_text
+from smollm2.sampling import SamplingParams, sample, uniform
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", initializer_range=0.3), backend="torch").eval()
+
+
+def ids(batch, length, seed=1):
+    return torch.randint(0, 512, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_cached_is_uncached(model):
+    tokens = ids(2, 17)
+    expected = tokens
+    for _ in range(24):
+        with torch.no_grad():
+            expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(generate(model, tokens, max_new_tokens=24, eos_token_id=[]), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+def test_a_row_in_a_ragged_batch_is_the_row_alone(model, temperature, side):
+    tokens, mask = ids(4, 21), torch.ones(4, 21, dtype=torch.int64)
+    for row, padding in enumerate((0, 5, 13, 20)):
+        if side == "left":
+            mask[row, :padding] = 0
+        elif side == "right":
+            mask[row, 21 - padding :] = 0
+        else:
+            mask[row, torch.randperm(21, generator=torch.Generator().manual_seed(row))[:padding]] = 0
+    options = dict(max_new_tokens=12, temperature=temperature, eos_token_id=[], repetition_penalty=1.2, top_p=0.9)
+    batch = generate(model, tokens, mask, seed=7, **options)
+    for row in range(4):
+        prompt = tokens[row][mask[row].bool()][None]
+        assert torch.equal(generate(model, prompt, seed=7 + row, **options)[0, prompt.shape[1] :], batch[row, 21:])
+
+
+def test_seeds_may_be_a_list(model):
+    tokens = ids(1, 5).expand(2, 5)
+    drawn = generate(model, tokens, temperature=1.5, seed=[3, 3], max_new_tokens=12, eos_token_id=[])
+    assert torch.equal(drawn[0], drawn[1])
+    other = generate(model, tokens, temperature=1.5, seed=3, max_new_tokens=12, eos_token_id=[])
+    assert torch.equal(other[0], drawn[0]) and not torch.equal(other[1], drawn[1])
+
+
+def test_finished_rows_are_padded_and_all_finished_stops(model):
+    tokens = ids(3, 9)
+    free = generate(model, tokens, max_new_tokens=12, eos_token_id=[])[:, 9:]
+    end = int(free[0, 4])
+    out = generate(model, tokens, max_new_tokens=12, eos_token_id=end, pad_token_id=511)[:, 9:]
+    longest = 0
+    for row in range(3):
+        hits = (free[row] == end).nonzero()
+        stop = int(hits[0]) if len(hits) else 11
+        longest = max(longest, stop + 1)
+        assert torch.equal(out[row, : stop + 1], free[row, : stop + 1])
+        assert (out[row, stop + 1 :] == 511).all()
+    assert out.shape[1] == longest
+
+
+def test_no_new_tokens_and_an_empty_batch(model):
+    assert torch.equal(generate(model, ids(2, 3), max_new_tokens=0), ids(2, 3))
+    assert generate(model, torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3)
+
+
+def test_generation_leaves_the_model_trainable(model):
+    tokens = ids(1, 6)
+    with torch.inference_mode():
+        generate(model.float(), tokens, max_new_tokens=2)  # .float() forgets the packing: it is made anew in here
+    model(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.zero_grad()
+
+
+def probabilities(scores, params):
+    """The definition, one token at a time."""
+    order = sorted(range(len(scores)), key=lambda token: -scores[token])[: params.top_k or len(scores)]
+    weights = {token: math.exp((scores[token] - scores[order[0]]) / params.temperature) for token in order}
+    total = sum(weights.values())
+    kept, reached = {}, 0.0
+    for token in order:
+        if reached / total < params.top_p:
+            kept[token] = weights[token]
+        reached += weights[token]
+    kept = {token: weight for token, weight in kept.items() if weight >= params.min_p * weights[order[0]]}
+    return {token: weight / sum(kept.values()) for token, weight in kept.items()}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, top_k=0),
+        SamplingParams(temperature=0.7, top_k=5),
+        SamplingParams(temperature=1.3, top_k=0, top_p=0.6),
+        SamplingParams(temperature=1.0, top_k=10, min_p=0.2),
+        SamplingParams(temperature=0.8, top_k=8, top_p=0.8, min_p=0.05),
+    ],
+)
+def test_sampled_frequencies_are_the_defined_probabilities(params):
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(4))
+    draws = 20_000
+    tokens = sample(scores.expand(draws, 12), params, [11] * draws, range(draws))
+    expected = probabilities(scores.tolist(), params)
+    counts = torch.bincount(tokens, minlength=12)
+    for token in range(12):
+        probability = expected.get(token, 0.0)
+        deviation = 5 * math.sqrt(probability * (1 - probability) / draws)
+        assert abs(counts[token].item() / draws - probability) <= deviation, token
+
+
+def test_noise_is_uniform_and_depends_on_both_words():
+    values = torch.tensor([uniform(seed, position) for seed in range(200) for position in range(200)])
+    assert 0 <= values.min() and values.max() < 1
+    assert abs(values.mean().item() - 0.5) < 0.01 and abs(values.var().item() - 1 / 12) < 0.005
+    grid = values.view(200, 200)
+    assert abs(torch.corrcoef(torch.stack((grid[:-1].flatten(), grid[1:].flatten())))[0, 1].item()) < 0.03
+    assert uniform(-1, 0) == uniform((1 << 64) - 1, 0)
+
+
+def test_repetition_penalty_and_suppression():
+    logits = torch.tensor([[2.0, 1.9, -1.0, 0.5]])
+    seen = torch.tensor([[True, False, True, False]])
+    assert sample(logits, SamplingParams(repetition_penalty=1.5), [0], [0], seen).item() == 1
+    assert sample(logits, SamplingParams(suppress_tokens=(0, 1)), [0], [0]).item() == 3
+
+
+class Characters:
+    """A tokenizer with one byte a token."""
+
+    def token_bytes(self, token):
+        return bytes([token % 256])
+
+
+def fixed(monkeypatch, data):
+    module = sys.modules["smollm2.generate"]  # the attribute of the package is the function
+    monkeypatch.setattr(module, "generate_steps", lambda *args, **kwargs: (torch.tensor([byte]) for byte in data))
+
+
+def test_streamed_text_never_splits_a_character(model, monkeypatch):
+    text = "naïve 🙂 漢字"
+    fixed(monkeypatch, text.encode())
+    pieces = list(stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams()))
+    assert "".join(pieces) == text
+    assert len(pieces) == len(text.encode())
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_unfinished_character_at_the_end_is_marked(model, monkeypatch):
+    fixed(monkeypatch, "a🙂".encode()[:-1])
+    assert "".join(stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams())) == "a\ufffd"
+
+
+@pytest.mark.parametrize("stop, expected", [(["lo w"], "hel"), (["xyz"], "hello world"), (["world", "o"], "hell"), (["d!"], "hello world")])
+def test_stop_strings_end_the_text_before_them(model, monkeypatch, stop, expected):
+    fixed(monkeypatch, b"hello world")
+    pieces = list(stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams(), stop=stop))
+    assert "".join(pieces) == expected
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=-1.0), "temperature: expected a number >= 0"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(top_k=513), r"top_k: expected 0 \(off\) or 1 to 512"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(min_p=1.5), "min_p"),
+        (dict(repetition_penalty=0.0), "repetition_penalty"),
+        (dict(max_new_tokens=-1), "max_new_tokens"),
+        (dict(max_new_tokens=510), "at most 512 together, got 4 \\+ 510"),
+        (dict(seed=[1, 2, 3]), "seed: expected one number or 2"),
+        (dict(suppress_tokens=[512]), "suppress_tokens"),
+        (dict(attention_mask=torch.ones(2, 3)), "attention_mask"),
+        (dict(attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])), "at least one token in every row"),
+    ],
+)
+def test_wrong_arguments_are_named(model, options, message):
+    with pytest.raises(UsageError, match=message):
+        generate(model, ids(2, 4), **options)
+
+
+def test_wrong_ids_are_named(model):
+    with pytest.raises(UsageError, match=r"ids in \[0, 512\), got 600"):
+        generate(model, torch.tensor([[600]]))
+    with pytest.raises(UsageError, match="empty"):
+        generate(model, torch.empty(1, 0, dtype=torch.int64))
