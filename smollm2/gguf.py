@@ -1,0 +1,250 @@
+"""Reads a GGUF file of the llama architecture: configuration, weights under Hugging Face's names, and the parts of its tokenizer.
+
+    file = open_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
+    file.config, file.tensors(), file.tokenizer()
+
+GGUF is llama.cpp's format: typed metadata, then tensors, quantised in blocks along their rows. Parsing and dequantisation are
+those of the `gguf` package (llama.cpp's own Python side); this file translates names and undoes the one change of layout:
+llama.cpp rotates neighbouring pairs of a head (0, 1), (2, 3), ... where Hugging Face rotates halves (0, D/2), (1, D/2 + 1), ...,
+so its converter permutes the rows of the q and k projections. Source: ggml/docs/gguf.md and convert_hf_to_gguf.py of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smollm2.cli import LoadError, UsageError
+from smollm2.config import SmolLM2Config
+
+# GGUF's name of a tensor outside the layers, and of one inside (after "blk.N."), to Hugging Face's.
+_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class GGUFTokenizer:
+    """What a GGUF file says about its tokenizer. Token types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+
+    model: str  # "gpt2" is byte-level BPE
+    pre: str  # names the pre-tokenizer, for example "smollm"
+    tokens: list[str]
+    merges: list[str]  # "left right", most frequent first
+    token_types: list[int]
+    special_ids: dict[str, int]  # of "bos_token", "eos_token", "unk_token", "pad_token"; those that the file names
+    chat_template: str | None
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Opens a GGUF file, memory-mapped. Raises LoadError if it is missing, truncated, corrupt or of another architecture."""
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+    except FileNotFoundError:
+        raise LoadError(f"{path}: no such file") from None
+    except OSError as error:
+        raise LoadError(f"{path}: not readable ({error.strerror})") from None
+    if magic != b"GGUF":
+        raise LoadError(f"{path}: not a GGUF file: expected it to begin with b'GGUF', got {magic!r}; download it again")
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise LoadError(f"{path}: reading GGUF needs the package gguf; install it with: pip install gguf") from None
+
+    class CheckedReader(GGUFReader):
+        """GGUFReader cuts a read beyond the end of the file short in silence, and a corrupt count then runs on for ever."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
+            values = super()._get(offset, dtype, count, *args, **kwargs)
+            if len(values) < count:
+                raise ValueError(f"the file ends at byte {len(self.data)}, data is expected at byte {int(offset)}")
+            return values
+
+    try:
+        reader = CheckedReader(path)
+    except Exception as error:  # corrupt bytes surface as whatever numpy or gguf trip over first
+        raise LoadError(f"{path}: truncated or corrupt GGUF file ({error}); download it again") from error
+    return GGUFFile(path, reader)
+
+
+class GGUFFile:
+    """An open GGUF file. Everything it returns is checked against what a llama-architecture file must hold."""
+
+    def __init__(self, path: Path, reader: Any) -> None:
+        self.path = path
+        self._reader = reader
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        architecture = self._metadata("general.architecture", str)
+        if architecture != "llama":
+            raise LoadError(f"{path}: expected general.architecture 'llama' (that of SmolLM2), got {architecture!r}")
+
+    @cached_property
+    def config(self) -> SmolLM2Config:
+        """The configuration that the metadata describe. The vocabulary is as large as the embedding has rows."""
+        scaling = self._metadata("llama.rope.scaling.type", str, default="none")
+        if scaling != "none":
+            raise LoadError(f"{self.path}: rope scaling {scaling!r} is not supported; SmolLM2 uses plain rotary embeddings")
+        hidden_size = self._metadata("llama.embedding_length", int)
+        heads = self._metadata("llama.attention.head_count", int)
+        head_dim = self._metadata("llama.attention.key_length", int, default=hidden_size // max(heads, 1))
+        ids = {name: self._metadata(f"tokenizer.ggml.{name}", int, default=None) for name in ("bos_token_id", "eos_token_id")}
+        try:
+            config = SmolLM2Config(
+                vocab_size=int(self._tensor("token_embd.weight").shape[-1]),
+                hidden_size=hidden_size,
+                intermediate_size=self._metadata("llama.feed_forward_length", int),
+                num_hidden_layers=self._metadata("llama.block_count", int),
+                num_attention_heads=heads,
+                num_key_value_heads=self._metadata("llama.attention.head_count_kv", int, default=heads),
+                head_dim=head_dim,
+                max_position_embeddings=self._metadata("llama.context_length", int),
+                rms_norm_eps=_shortest_float(self._metadata("llama.attention.layer_norm_rms_epsilon", float)),
+                rope_theta=_shortest_float(self._metadata("llama.rope.freq_base", float, default=10000.0)),
+                initializer_range=max(hidden_size, 1) ** -0.5,
+                pad_token_id=self._metadata("tokenizer.ggml.padding_token_id", int, default=None),
+                **ids,
+            )
+        except UsageError as error:
+            raise LoadError(f"{self.path}: {error}") from None
+        rotated = self._metadata("llama.rope.dimension_count", int, default=head_dim)
+        if rotated != head_dim:
+            raise LoadError(f"{self.path}: expected rotary embeddings over the whole head ({head_dim}), got {rotated} dimensions")
+        return config
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every weight, dequantised, under Hugging Face's names.
+
+        fp32, which holds each quantised value exactly; bf16 where all matrices are BF16 and that loses nothing of the norms
+        (GGUF keeps vectors in F32 whatever the matrices are).
+        Raises LoadError for missing, unexpected and unsupported tensors and for an output matrix that is not the embedding.
+        """
+        names = self._names()
+        missing = [name for name in names if name not in self._tensors]
+        if missing:
+            raise LoadError(f"{self.path}: tensors missing: {abbreviate(missing)}; the file is incomplete")
+        unexpected = [name for name in self._tensors if name not in names and name != "output.weight"]
+        if unexpected:
+            raise LoadError(f"{self.path}: tensors that SmolLM2 does not have: {abbreviate(unexpected)}")
+        tensors = {hf_name: self._dequantise(name) for name, hf_name in names.items()}
+        if "output.weight" in self._tensors and not torch.equal(self._dequantise("output.weight"), tensors["model.embed_tokens.weight"]):
+            raise LoadError(f"{self.path}: output.weight differs from token_embd.weight; SmolLM2's head is tied to its embedding")
+        for layer in range(self.config.num_hidden_layers):
+            for projection, heads in (("q", self.config.num_attention_heads), ("k", self.config.num_key_value_heads)):
+                name = f"model.layers.{layer}.self_attn.{projection}_proj.weight"
+                tensors[name] = self._rotate_half_rows(name, tensors[name], heads)
+        return self._narrowed(tensors)
+
+    def tokenizer(self) -> GGUFTokenizer:
+        """The parts of the tokenizer, as stored. Raises LoadError when they are missing or do not fit together."""
+        prefix = "tokenizer.ggml."
+        tokens = self._metadata(prefix + "tokens", list)
+        ids = {
+            role: self._metadata(f"{prefix}{key}_token_id", int, default=None)
+            for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
+        }
+        for role, token_id in ids.items():
+            if token_id is not None and not 0 <= token_id < len(tokens):
+                raise LoadError(f"{self.path}: {role} must be an id below {len(tokens)}, got {token_id}")
+        types = self._metadata(prefix + "token_type", list, default=[1] * len(tokens))
+        if len(types) != len(tokens):
+            raise LoadError(f"{self.path}: expected a type for each of {len(tokens)} tokens, got {len(types)}")
+        return GGUFTokenizer(
+            model=self._metadata(prefix + "model", str),
+            pre=self._metadata(prefix + "pre", str, default="default"),
+            tokens=tokens,
+            merges=self._metadata(prefix + "merges", list, default=[]),
+            token_types=types,
+            special_ids={role: token_id for role, token_id in ids.items() if token_id is not None},
+            chat_template=self._metadata("tokenizer.chat_template", str, default=None),
+        )
+
+    _required = object()
+
+    def _metadata(self, key: str, kind: type, default: Any = _required) -> Any:
+        """The value of a metadata key, checked for its type."""
+        field = self._reader.get_field(key)
+        if field is None:
+            if default is self._required:
+                raise LoadError(f"{self.path}: metadata {key} missing")
+            return default
+        try:
+            value = field.contents()
+        except UnicodeDecodeError as error:
+            raise LoadError(f"{self.path}: metadata {key} is not UTF-8 ({error}); the file is corrupt") from None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise LoadError(f"{self.path}: metadata {key} must be of type {kind.__name__}, got {value!r:.80}")
+        return value
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._tensors:
+            raise LoadError(f"{self.path}: tensor {name} missing; the file is incomplete")
+        return self._tensors[name]
+
+    def _names(self) -> dict[str, str]:
+        """GGUF's name of every tensor that this configuration needs -> Hugging Face's."""
+        names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _OUTER_NAMES.items()}
+        for layer in range(self.config.num_hidden_layers):
+            for ours, theirs in _LAYER_NAMES.items():
+                names[f"blk.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+        return names
+
+    def _dequantise(self, name: str) -> Tensor:
+        """One tensor in fp32. GGUF states dimensions fastest first; the result has rows first, as torch has it."""
+        import numpy as np
+        from gguf.quants import dequantize
+
+        tensor = self._tensor(name)
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise LoadError(
+                f"{self.path}: {name} is of type {tensor.tensor_type.name}, which the gguf package cannot dequantise; "
+                "use a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
+            ) from None
+        # F32 comes back as a view of the read-only map: copy that, and only that.
+        return torch.from_numpy(np.require(values, dtype=np.float32, requirements=["C", "W"]))
+
+    def _rotate_half_rows(self, name: str, weight: Tensor, heads: int) -> Tensor:
+        """Rows of each head from interleaved pairs back to halves: the inverse of llama.cpp's `permute`."""
+        expected = (heads * self.config.head_dim, self.config.hidden_size)
+        if tuple(weight.shape) != expected:
+            raise LoadError(f"{self.path}: {name}: expected shape {list(expected)}, got {list(weight.shape)}")
+        pairs = weight.view(heads, self.config.head_dim // 2, 2, -1)  # [heads, pair, first or second of the pair, hidden]
+        return pairs.transpose(1, 2).reshape(expected)
+
+    def _narrowed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        matrix_types = {tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}
+        if matrix_types != {"BF16"}:
+            return tensors
+        narrow = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        exact = all(torch.equal(narrow[name].float(), tensor) for name, tensor in tensors.items())
+        return narrow if exact else tensors
+
+
+def _shortest_float(value: float) -> float:
+    """The shortest decimal that is this fp32 number: 1e-05, not 9.999999747378752e-06."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
+
+
+def abbreviate(names: list[str]) -> str:
+    """The first few of a list of names, and how many more."""
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

