@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kernels import Backend, select_backend
 from smollm2.cache import KVCache
 from smollm2.cli import UsageError, run_command
 from smollm2.model import SmolLM2ForCausalLM
@@ -260,6 +261,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def resolve_backend(name: str, device: torch.device) -> Backend:
+    """`select_backend` for a command line: what it refuses is wrong usage."""
+    try:
+        return select_backend(name, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "fp32", "bf16", "fp16", or "auto": bf16 on CUDA, else fp32."""
     if name == "auto":
@@ -282,7 +291,8 @@ def main(argv: Sequence[str]) -> int:
 
     device = resolve_device(args.device)
     began = time.perf_counter()
-    model = SmolLM2ForCausalLM.from_pretrained(args.model, args.backend, device, resolve_dtype(args.dtype, device)).eval()
+    backend = resolve_backend(args.backend, device)
+    model = SmolLM2ForCausalLM.from_pretrained(args.model, backend, device, resolve_dtype(args.dtype, device)).eval()
     tokenizer = load_tokenizer(args.model)
     if args.verbose:
         print(
@@ -307,15 +317,19 @@ def main(argv: Sequence[str]) -> int:
         prompt_ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]))
     else:
         prompt_ids = tokenizer.encode(prompt, special=False)
-        print(prompt, end="", flush=True)
-    _answer(model, tokenizer, prompt_ids, params, args)
+    _answer(model, tokenizer, prompt_ids, params, args, echo="" if args.chat else prompt)
     return 0
 
 
 def _answer(
-    model: SmolLM2ForCausalLM, tokenizer: Tokenizer, prompt_ids: list[int], params: SamplingParams, args: argparse.Namespace
+    model: SmolLM2ForCausalLM,
+    tokenizer: Tokenizer,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    args: argparse.Namespace,
+    echo: str = "",
 ) -> str:
-    """Prints one continuation and its speed; returns its text."""
+    """Prints `echo`, one continuation, and its speed; returns the continuation."""
     pieces: list[str] = []
     first = last = 0.0
     for piece in stream_text(
@@ -323,11 +337,11 @@ def _answer(
     ):
         last = time.perf_counter()
         first = first or last
-        pieces.append(piece)
         if not args.no_stream:
-            print(piece, end="", flush=True)
+            print(piece if pieces else echo + piece, end="", flush=True)
+        pieces.append(piece)
     text = "".join(pieces)
-    print(text if args.no_stream else "", flush=True)
+    print(echo + text if args.no_stream else "", flush=True)
     if len(pieces) > 1:  # the first token belongs to the prefill
         print(f"{(len(pieces) - 1) / (last - first):.1f} tok/s", file=sys.stderr)
     return text
