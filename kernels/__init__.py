@@ -18,7 +18,7 @@ def check_name_clash() -> str | None:
     """One line with the remedy if Hugging Face's distribution `kernels` is installed beside this package, else None.
 
     transformers reads that distribution's version, then imports `kernels` and, started from this project's root, meets
-    this package instead: its import fails far away from the cause.
+    this package instead: with some versions of both its import then fails, far away from the cause.
     """
     try:
         other = version("kernels")
@@ -26,5 +26,5 @@ def check_name_clash() -> str | None:
         return None
     return (
         f"the package 'kernels' {other} from Hugging Face is installed and has the import name of this project's kernels/: "
-        "transformers cannot be imported from here. Remedy: pip uninstall kernels"
+        "transformers may fail to import from here. Remedy: pip uninstall kernels"
     )

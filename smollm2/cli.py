@@ -5,10 +5,12 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted (Ctrl-C).
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UsageError(ValueError):
@@ -17,6 +19,13 @@ class UsageError(ValueError):
 
 class LoadError(RuntimeError):
     """A file or a model could not be read: the message names the file, what is wrong with it and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UsageErrors: one line like any other, without the whole usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
 
 
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:

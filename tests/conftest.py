@@ -1,0 +1,61 @@
+"""What every test shares: an offline hub, Triton's interpreter where there is no GPU, NaN-filled buffers, seeded noise.
+
+The environment is set at import, before any test module imports `kernels`: Triton decides at decoration time
+whether a kernel is compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and run subprocesses
+# The tests are many small operations: more threads wait for each other, and for ever so long when the machine is busy otherwise.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // 2))))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    """The folder that holds pyproject.toml."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator with a fixed seed; a test that draws from it does not depend on which tests ran before."""
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _seed_global_generator() -> Iterator[None]:
+    """Every test starts from the same global generator and leaves the outside one untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)
+        yield
+
+
+@pytest.fixture
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills every floating-point `torch.empty`, `empty_like`, `empty_strided`, `new_empty` with NaN: a missed store shows."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            buffer = allocate(*args, **kwargs)
+            if buffer.is_floating_point() and not buffer.is_meta:
+                with torch.no_grad():
+                    buffer.fill_(float("nan"))
+            return buffer
+
+        return allocate_poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

