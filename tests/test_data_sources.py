@@ -1,0 +1,207 @@
+"""Sources of documents: what is read, in which pieces, and what happens with input that is not text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smollm2.cli import LoadError, UsageError
+from train import corpus
+from train.config import RunConfig
+from train.corpus import EmbeddedSource, HubSource, LocalSource, open_source
+from train.data import DataState, read_shuffled, read_stored
+
+
+def write_cosmopedia(folder: Path, files: int = 3, rows: int = 250, row_group: int = 100) -> list[str]:
+    """Parquet files with cosmopedia-v2's columns; returns the texts in stored order."""
+    texts: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        part = [f"Course unit {number}.{row}: why the sky is blue, part {row}. " * (1 + row % 3) for row in range(rows)]
+        columns = {
+            "prompt": ["Write a text."] * rows, "text": part, "token_length": [len(text) // 4 for text in part],
+            "audience": ["general"] * rows, "format": ["textbook"] * rows, "seed_data": ["auto_math_text"] * rows,
+        }  # fmt: skip
+        pq.write_table(pa.table(columns), folder / f"train-{number:05d}-of-{files:05d}.parquet", row_group_size=row_group)
+        texts += part
+    return texts
+
+
+def stored(source: Any) -> list[Any]:
+    return [document for shard in range(source.num_shards) for block in source.read(shard) for document in block]
+
+
+def test_parquet_files_are_read_by_row_group(tmp_path: Path) -> None:
+    texts = write_cosmopedia(tmp_path)
+    source = LocalSource([str(tmp_path)], "text")
+    assert source.num_shards == 9
+    assert stored(source) == texts
+
+
+def test_hub_code_path_reads_the_same_documents_from_a_local_folder(tmp_path: Path) -> None:
+    texts = write_cosmopedia(tmp_path, files=2, rows=2100, row_group=500)
+    source = open_source(RunConfig(data="hub", dataset=str(tmp_path)))
+    assert isinstance(source, HubSource)
+    assert source.num_shards == 2
+    assert stored(source) == texts
+    assert [len(block) for block in source.read(1)] == [1024, 1024, 52]
+    assert next(source.read(1, first_block=2)) == texts[2100 + 2048 :]
+
+
+def test_a_stream_that_breaks_is_read_again_from_the_same_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = write_cosmopedia(tmp_path, files=1, rows=3000)
+    source = HubSource(str(tmp_path), "", "train", None, "text")
+    pauses: list[float] = []
+    monkeypatch.setattr(corpus.time, "sleep", pauses.append)
+
+    class Flaky:
+        """Fails once before every block but the first."""
+
+        def __init__(self, rows: Any, skipped: int = 0) -> None:
+            self.rows, self.skipped, self.num_shards = rows, skipped, rows.num_shards
+
+        def shard(self, **kwargs: int) -> Flaky:
+            return Flaky(self.rows.shard(**kwargs))
+
+        def skip(self, count: int) -> Flaky:
+            return Flaky(self.rows, count)
+
+        def iter(self, batch_size: int) -> Iterator[Any]:
+            yield next(self.rows.skip(self.skipped).iter(batch_size=batch_size))
+            raise ConnectionError("reset by peer")
+
+    source._rows = Flaky(source._rows)  # type: ignore[assignment]
+    blocks = source.read(0)
+    assert [next(blocks) for _ in range(3)] == [texts[:1024], texts[1024:2048], texts[2048:]]
+    assert pauses == [1, 1]
+    assert "ConnectionError" in capsys.readouterr().out
+    with pytest.raises(LoadError, match="resume=auto"):
+        next(blocks)  # beyond the last block this source never ends: it gives up after all its pauses
+    assert pauses[2:] == list(corpus.RETRY_PAUSES)
+
+
+def test_jsonl_stretches_hold_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"line {index} " + "x" * (index * 7 % 90) for index in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    for size in (64, 100, 257, 1 << 20):
+        monkeypatch.setattr(corpus, "BYTE_BLOCK", size)
+        assert stored(LocalSource([str(tmp_path / "*.jsonl")], "text")) == texts
+
+
+def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paragraphs = [f"Paragraph {index}, of some length. " * 5 for index in range(120)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    documents = stored(LocalSource([str(tmp_path)], "text"))
+    assert len(documents) > 5
+    assert all(len(document) >= corpus.TEXT_DOCUMENT for document in documents[:-1])
+    assert "\n\n".join(documents).split() == " ".join(paragraphs).split()
+    monkeypatch.setattr(corpus, "BYTE_BLOCK", 1000)
+    assert " ".join(stored(LocalSource([str(tmp_path)], "text"))).split() == " ".join(paragraphs).split()
+
+
+def test_an_end_of_text_line_separates_documents(tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n<|endoftext|>\nThree.", encoding="utf-8")
+    assert stored(LocalSource([str(tmp_path)], "text")) == ["One.", "Two.", "Three."]
+
+
+def test_documents_that_are_not_text_are_passed_over_and_counted(tmp_path: Path) -> None:
+    lines = [
+        '{"text": "good one"}',
+        '{"text": ""}',
+        '{"text": null}',
+        '{"other": "x"}',
+        "not json",
+        '{"text": 5}',
+        '{"text": "  \\n"}',
+        '{"text": "\\ud800"}',
+        '"good two"',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    source = LocalSource([str(tmp_path)], "text")
+    documents = read_shuffled(source, seed=0, fraction=0.0, cursor=DataState("").cursor)
+    two_epochs = [next(documents) for _ in range(4)]
+    assert {document.text for document in two_epochs} == {"good one", "good two"}
+    # Those behind the second epoch's last good document are still ahead.
+    assert 7 <= sum(document.invalid for document in two_epochs) <= 14
+    assert [document.text for document in read_stored(source, 0.0, held_out=False)] == ["good one", "good two"]
+
+
+def test_a_corpus_without_a_usable_document_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
+    with pytest.raises(LoadError, match="found none .1 empty or not text.*text_column"):
+        next(read_shuffled(LocalSource([str(tmp_path)], "text"), 0, 0.0, DataState("").cursor))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("missing.txt", None, UsageError, "found none"),
+        ("data.csv", b"a,b", UsageError, r"expected one of \.parquet, \.jsonl, \.txt, got \.csv"),
+        ("data.parquet", b"not parquet", LoadError, "not a readable parquet file"),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes | None, error: type[Exception], message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message) as caught:
+        LocalSource([str(tmp_path / name)], "text")
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("data", ["local", "hub"])
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, data: str) -> None:
+    write_cosmopedia(tmp_path, files=1, rows=3)
+    with pytest.raises(LoadError, match="expected a column 'content', got prompt, text, token_length.*text_column"):
+        open_source(RunConfig(data=data, paths=[str(tmp_path)] if data == "local" else [], dataset=str(tmp_path), text_column="content"))
+
+
+def test_a_dataset_that_cannot_be_reached_says_what_to_do() -> None:
+    with pytest.raises(LoadError, match="smollm-corpus cosmopedia-v2: cannot be read.*data=local"):
+        open_source(RunConfig(data="hub"))
+
+
+def test_a_stream_is_pinned_to_the_commit_that_a_resumed_run_reads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cosmopedia(tmp_path, files=1, rows=10)
+    calls: list[dict[str, Any]] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        calls.append({"args": args, **kwargs})
+        return datasets_load(str(tmp_path), split="train", streaming=True)
+
+    datasets_load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(corpus, "_commit", lambda dataset, revision: revision or "c0ffee")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    source = open_source(RunConfig(data="hub"))
+    assert source.revision == "c0ffee" and "c0ffee" in source.fingerprint
+    resumed = open_source(RunConfig(data="hub"), revision=source.revision)
+    assert resumed.fingerprint == source.fingerprint
+    assert calls[0] == calls[1]
+    assert calls[0]["args"] == ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2")
+    assert (calls[0]["streaming"], calls[0]["revision"], calls[0]["token"]) == (True, "c0ffee", "hf_test")
+
+
+def test_the_embedded_corpus_is_large_enough_and_the_same_each_time() -> None:
+    source = EmbeddedSource()
+    assert source.fingerprint == EmbeddedSource().fingerprint
+    assert len(source.documents) == len(set(source.documents)) > 1000
+    assert sum(map(len, source.documents)) > 1_000_000
+    assert any(document.startswith("class argparse.ArgumentParser") for document in source.documents)
+
+
+def test_the_fingerprint_of_local_files_changes_with_them(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text", encoding="utf-8")
+    before = LocalSource([str(tmp_path)], "text").fingerprint
+    (tmp_path / "b.txt").write_text("more text", encoding="utf-8")
+    assert LocalSource([str(tmp_path)], "text").fingerprint != before

@@ -1,0 +1,93 @@
+"""Schedules, parameter groups, clipping, and steps that are left out because a gradient is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+from train.config import SCHEDULES, RunConfig
+from train.optim import SkipCounter, build_optimizer, clip_gradients, learning_rate, parameter_groups, update
+
+
+def rates(**keys: object) -> list[float]:
+    config = RunConfig(**keys)  # type: ignore[arg-type]
+    return [learning_rate(step, config) for step in range(config.steps)]
+
+
+def test_constant_schedule_after_a_linear_warmup() -> None:
+    assert rates(schedule="constant", lr=1.0, steps=8, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_wsd_is_constant_and_then_falls_linearly_to_the_end() -> None:
+    values = rates(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4)
+    assert values[:7] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert values[7:] == pytest.approx([0.8, 0.6, 0.4])
+    assert learning_rate(10, RunConfig(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2)) == pytest.approx(0.2)
+
+
+def test_cosine_is_half_way_down_in_the_middle() -> None:
+    values = rates(schedule="cosine", lr=1.0, min_lr=0.0, steps=12, warmup_steps=2)
+    assert values[2] == 1.0
+    assert values[7] == pytest.approx(0.5)
+    assert values[-1] == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
+
+
+@given(schedule=st.sampled_from(SCHEDULES), steps=st.integers(1, 60), warmup_steps=st.integers(0, 80), decay_fraction=st.floats(0.01, 1.0))
+def test_no_step_has_a_learning_rate_of_zero_or_above_the_peak(schedule: str, steps: int, warmup_steps: int, decay_fraction: float) -> None:
+    values = rates(schedule=schedule, lr=0.1, steps=steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction)
+    assert all(0 < value <= 0.1 for value in values)
+
+
+def test_norms_are_not_decayed_and_the_tied_matrix_is_updated_once() -> None:
+    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"))
+    decayed, plain = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert all(names[id(parameter)].endswith("norm.weight") for parameter in plain["params"])
+    assert sum(parameter is model.lm_head.weight for parameter in decayed["params"]) == 1
+    assert sum(parameter.numel() for group in (decayed, plain) for parameter in group["params"]) == model.num_parameters()
+
+
+def test_clipping_returns_the_norm_before_and_bounds_it_after(generator: torch.Generator) -> None:
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    before = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    assert clip_gradients(parameters, 0.5).item() == pytest.approx(before.norm().item())
+    after = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    assert after.norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert torch.allclose(after / after.norm(), before / before.norm())
+    assert clip_gradients(parameters, 0.0).item() == pytest.approx(0.5, rel=1e-4)
+    assert torch.equal(torch.cat([parameter.grad.flatten() for parameter in parameters]), after)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float, generator: torch.Generator) -> None:
+    layer = torch.nn.Linear(4, 3)
+    optimizer = build_optimizer(layer, RunConfig(lr=0.1))
+    counter = SkipCounter(torch.device("cpu"))
+
+    def step(broken: bool) -> None:
+        optimizer.zero_grad()
+        layer(torch.randn(2, 4, generator=generator)).square().sum().backward()
+        if broken:
+            layer.weight.grad[0, 0] = bad
+        update(optimizer, clip_gradients(layer.parameters(), 1.0), counter)
+
+    step(broken=False)
+    weights = [parameter.detach().clone() for parameter in layer.parameters()]
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    step(broken=True)
+    step(broken=True)
+    assert all(torch.equal(one, other) for one, other in zip(weights, layer.parameters(), strict=True))
+    assert all(torch.equal(one, state["exp_avg"]) for one, state in zip(moments, optimizer.state.values(), strict=True))
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+    step(broken=False)
+    step(broken=True)
+    assert not torch.equal(weights[0], layer.weight)
+    assert (int(counter.skipped), counter.longest()) == (3, 2)

