@@ -1,3 +1,3 @@
-"""Training of SmolLM2: data, optimisation, checkpoints, metrics."""
+"""Training: `python -m train.run` trains, `python -m train.plot` draws what was logged."""
 
-import smollm2  # noqa: F401 - before anything here imports torch: it sets how idle threads wait
+import smollm2  # noqa: F401 - before anything here imports torch: it sets how idle CPU threads wait
