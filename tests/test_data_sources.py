@@ -198,6 +198,9 @@ def test_the_embedded_corpus_is_large_enough_and_the_same_each_time() -> None:
     assert len(source.documents) == len(set(source.documents)) > 1000
     assert sum(map(len, source.documents)) > 1_000_000
     assert any(document.startswith("class argparse.ArgumentParser") for document in source.documents)
+    texts = [{" ".join(paragraph.split()) for paragraph in document.split("\n\n")} for document in source.documents]
+    long = [paragraph for paragraphs in texts for paragraph in paragraphs if len(paragraph) >= corpus.REPEAT]
+    assert len(set(long)) == len(long)  # held-out text is in no training document
 
 
 def test_the_fingerprint_of_local_files_changes_with_them(tmp_path: Path) -> None:

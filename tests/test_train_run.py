@@ -229,7 +229,7 @@ def test_the_command_line_trains_and_its_last_line_generates(corpus: str, tmp_pa
     generate = [sys.executable, *shlex.split(last.removeprefix("generate: "))[1:], "--max-new-tokens", "3", "--device", "cpu"]
     done = subprocess.run(generate, capture_output=True, text=True, cwd=project_root, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("The ")
+    assert done.stdout.startswith("The")
 
 
 def test_errors_on_the_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

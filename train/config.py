@@ -109,7 +109,9 @@ class RunConfig:
     eval_every: int = _key(100, "steps between evaluations on held-out documents; 0: never")
     eval_batches: int = _key(8, "an evaluation reads at most this many batches of batch_size rows")
     sample_every: int = _key(500, "steps between samples; 0: never")
-    sample_prompts: list[str] = _key(["The "], "what the samples continue")
+    sample_prompts: list[str] = _key(
+        ["The"], "what the samples continue; a space at the end would be a token of its own, rare before a word"
+    )
     sample_tokens: int = _key(48, "new tokens in a sample")
     sample_temperature: float = _key(0.8, "temperature of the samples (top-k 40); 0: greedy")
     checkpoint_every: int = _key(500, "steps between checkpoints; 0: only at the end")

@@ -20,7 +20,7 @@ import os
 import sysconfig
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ class EmbeddedSource:
 
     @cached_property
     def documents(self) -> list[str]:
-        """All documents, each once, in a fixed order."""
+        """All documents, in a fixed order, without the paragraphs that earlier ones have."""
         from pydoc_data.topics import topics
 
         documents = [topics[name].strip() for name in sorted(topics)]
@@ -88,7 +88,7 @@ class EmbeddedSource:
             parts = path.relative_to(library).parts
             if not _NOT_DOCUMENTATION.intersection(parts):
                 documents.extend(_docstrings(path, ".".join(parts).removesuffix(".py").removesuffix(".__init__")))
-        return list(dict.fromkeys(documents))
+        return list(_without_repeats(dict.fromkeys(documents)))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,6 +96,24 @@ class EmbeddedSource:
         for document in self.documents:
             digest.update(document.encode(errors="replace") + b"\0")
         return f"embedded {len(self.documents)} documents {digest.hexdigest()}"
+
+
+REPEAT = 80  # characters; shorter paragraphs ("Return a string.") repeat by nature
+
+
+def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
+    """Drops paragraphs that an earlier document has, and documents of which little is left.
+
+    Topics contain one another and classes copy docstrings: without this, held-out text would also be trained on.
+    """
+    seen: set[str] = set()
+    for document in documents:
+        paragraphs = [(paragraph, " ".join(paragraph.split())) for paragraph in document.split("\n\n")]
+        kept = [paragraph for paragraph, words in paragraphs if len(words) < REPEAT or words not in seen]
+        seen.update(words for _, words in paragraphs)
+        text = "\n\n".join(kept)
+        if len(kept) == len(paragraphs) or len(text) >= REPEAT:
+            yield text
 
 
 def _docstrings(path: Path, module: str) -> Iterator[str]:

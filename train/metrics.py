@@ -195,7 +195,7 @@ class Display:
         from tqdm import tqdm
 
         self._steps, self._first, self._began = steps, done, time.perf_counter()
-        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1) if sys.stderr.isatty() else None
 
     def advance(self) -> None:
         if self._bar is not None:

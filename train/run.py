@@ -372,7 +372,7 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
         print(f"picture: {plot.draw(run.folder)}")
     except LoadError as error:
         print(f"no picture: {error}")
-    prompt = (run.config.sample_prompts or ["The "])[0]
+    prompt = (run.config.sample_prompts or ["The"])[0]
     print(f"generate: {shlex.join(['python', '-m', 'smollm2.generate', '--model', str(run.checkpoint), prompt])}", flush=True)
 
 
