@@ -43,9 +43,10 @@ class Backend:
     rms_norm: Callable[..., Tensor]  # (x [..., D], weight [D], eps) -> [..., D]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> (normed, sum)
     rope: Callable[..., tuple[Tensor, Tensor]]  # (q [B,T,H,D], k [B,T,K,D], cos, sin [T,D/2] or [B,T,D/2]) -> (q, k)
+    rope_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]  # (qkv [B,T,H+2K,D], cos, sin, key_heads) -> (q, k, v)
     attention: Callable[..., Tensor]  # (q [B,T,H,D], k [B,S,K,D], v, doc_start=None, *, dropout_p, scale) -> [B,T,H,D]
     decode_attention: Callable[..., Tensor]  # (q [B,T,H,D], key cache [B,S,K,D], value cache, lengths [B]) -> [B,T,H,D]
-    swiglu: Callable[..., Tensor]  # (gate, up) -> silu(gate) * up
+    swiglu: Callable[..., Tensor]  # (gate, up) or (packed gate and up [...,2F]) -> silu(gate) * up
     linear_cross_entropy: Callable[..., Tensor]  # (hidden [N,D], weight [V,D], targets [N], *, ...) -> loss
     decode_layer: Callable[..., Tensor]  # (x [B,T,hidden], LayerWeights, caches, lengths, cos, sin, *, eps, ops) -> x
     why: str = "asked for"  # how the choice came about, for the run's first lines
@@ -58,7 +59,20 @@ TORCH = Backend(name="torch", **{op: getattr(reference, op) for op in OPS})
 
 def load_triton() -> Backend:
     """The Triton backend. Imports the kernels, and with them triton, only now."""
-    raise ValueError("backend 'triton' has no kernels in this version; use 'torch' or 'auto'")
+    from kernels import attention, decode_attention, linear_cross_entropy, rms_norm, rope, swiglu
+
+    return Backend(
+        name="triton",
+        rms_norm=rms_norm.rms_norm,
+        add_rms_norm=rms_norm.add_rms_norm,
+        rope=rope.rope,
+        rope_qkv=rope.rope_qkv,
+        attention=attention.attention,
+        decode_attention=decode_attention.decode_attention,
+        swiglu=swiglu.swiglu,
+        linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
+        decode_layer=reference.decode_layer,  # a composition of the others
+    )
 
 
 def with_ops(backend: Backend, **replacements: Backend) -> Backend:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,12 @@ def same_kind(op: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors[1:]:
         require(tensor.dtype == first.dtype, op, f"{name} of dtype {first.dtype} as {first_name}", tensor.dtype)
         require(tensor.device == first.device, op, f"{name} on {first.device} as {first_name}", tensor.device)
+
+
+def kernel_dtype(op: str, tensor: Tensor) -> None:
+    """The dtypes that the Triton kernels are written and tested for."""
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    require(tensor.dtype in known, op, "float32, float16 or bfloat16 (the torch backend also takes float64)", tensor.dtype)
 
 
 def rms_norm(op: str, x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
@@ -61,6 +68,13 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     require(cos.shape == sin.shape, "rope", f"sin of shape {shape(cos)} as cos", shape(sin))
 
 
+def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> None:
+    """qkv [B, T, H + 2K, D], cos and sin as in rope."""
+    require(qkv.dim() == 4, "rope_qkv", "qkv of shape [B, T, H + 2K, D]", shape(qkv))
+    require(0 < 2 * key_heads < qkv.shape[2], "rope_qkv", f"key_heads so that H + 2K = {qkv.shape[2]} with H > 0", key_heads)
+    rope(qkv[:, :, : -2 * key_heads], qkv[:, :, -2 * key_heads : -key_heads], cos, sin)
+
+
 def attention(op: str, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None) -> None:
     """q [B, T, H, D], k and v [B, S, K, D] with H a multiple of K and S >= T, doc_start [B, T] integer."""
     require(q.dim() == 4, op, "q of shape [B, T, H, D]", shape(q))
@@ -84,9 +98,13 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
     require(lengths.device == q.device, "decode_attention", f"lengths on {q.device} as q", lengths.device)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> None:
-    """gate and up of one shape [..., F]."""
+def swiglu(gate: Tensor, up: Tensor | None) -> None:
+    """gate and up of one shape [..., F], or gate alone of shape [..., 2F]."""
     require(gate.dim() >= 1, "swiglu", "gate of shape [..., F]", shape(gate))
+    if up is None:
+        require(gate.shape[-1] % 2 == 0, "swiglu", "an even last dimension of the packed gate and up", gate.shape[-1])
+        same_kind("swiglu", [("gate", gate)])
+        return
     require(up.shape == gate.shape, "swiglu", f"up of shape {shape(gate)} as gate", shape(up))
     same_kind("swiglu", [("gate", gate), ("up", up)])
 

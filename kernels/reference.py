@@ -64,6 +64,17 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return rotate(q), rotate(k)
 
 
+def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits a packed projection into queries, keys and values, and rotates the first two.
+
+    qkv [B, T, H + 2K, D]; cos and sin as in `rope` -> q [B, T, H, D], k and v [B, T, K, D]. An operation of its own, because its
+    gradient can then be written into one packed buffer, where three separate ones would have to be concatenated.
+    """
+    checks.rope_qkv(qkv, cos, sin, key_heads)
+    q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
+    return *rope(q, k, cos, sin), v
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
@@ -112,9 +123,14 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
     return out.view(batch, key_heads, group, length, head_dim).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up with silu(x) = x * sigmoid(x). gate and up [..., F] -> [..., F]. Source: Shazeer 2020 (arXiv 2002.05202)."""
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up with silu(x) = x * sigmoid(x). Source: Shazeer 2020 (arXiv 2002.05202).
+
+    gate and up [..., F] -> [..., F]. Without `up`, gate is the packed buffer [..., 2F] with the gate in its first half.
+    """
     checks.swiglu(gate, up)
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -124,7 +140,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str, z_loss: float, label_smoothing: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        reduction: str,
+        z_loss: float,
+        label_smoothing: float,
+        needs_hidden: bool,
+        needs_weight: bool,
     ) -> Tensor:
         wide = _accumulator(hidden.dtype)
         head = weight.to(hidden.dtype)
@@ -132,7 +157,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         safe = torch.where(valid, targets, 0).long()
         # With no valid target the sum is 0 and so is the mean, instead of 0 / 0.
         scale = 1.0 / valid.sum().clamp(min=1).to(wide) if reduction == "mean" else torch.ones((), dtype=wide, device=hidden.device)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dhidden = torch.empty_like(hidden) if needs_hidden else None
         dweight = torch.zeros_like(weight, dtype=_accumulator(weight.dtype)) if needs_weight else None
         losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
@@ -173,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = dhidden * dloss.to(dhidden.dtype)
         if dweight is not None:
             dweight = (dweight * dloss).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -194,9 +218,11 @@ def linear_cross_entropy(
     z_loss adds z_loss * logsumexp(logits)^2 per token (PaLM, arXiv 2204.02311); label_smoothing as torch's cross_entropy.
     """
     checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing)
-    if reduction == "none":
-        hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, reduction, z_loss, label_smoothing)
+    # Decided here: inside an autograd.Function, ctx.needs_input_grad is true under no_grad as well.
+    trains = torch.is_grad_enabled() and reduction != "none"
+    needs = trains and hidden.requires_grad, trains and weight.requires_grad
+    with torch.set_grad_enabled(trains):
+        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, reduction, z_loss, label_smoothing, *needs)
 
 
 def decode_layer(
@@ -220,13 +246,11 @@ def decode_layer(
     key_heads, head_dim = key_cache.shape[2:]
     normed = ops.rms_norm(x, weights.input_norm, eps)
     qkv = F.linear(normed, weights.qkv).view(batch, length, -1, head_dim)
-    q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
-    q, k = ops.rope(q, k, cos, sin)
+    q, k, v = ops.rope_qkv(qkv, cos, sin, key_heads)
     row = torch.arange(batch, device=x.device)[:, None]
     position = lengths[:, None] - length + torch.arange(length, device=x.device)
     key_cache[row, position] = k
     value_cache[row, position] = v
     mixed = ops.decode_attention(q, key_cache, value_cache, lengths)
     normed, residual = ops.add_rms_norm(F.linear(mixed.flatten(2), weights.o), x, weights.post_norm, eps)
-    gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
-    return residual + F.linear(ops.swiglu(gate, up), weights.down)
+    return residual + F.linear(ops.swiglu(F.linear(normed, weights.gate_up)), weights.down)

@@ -88,13 +88,13 @@ class SmolLM2Attention(nn.Module):
     def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.query_heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        query_heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.dropout = config.attention_dropout
         self.backend = backend
-        self.q_proj = nn.Linear(config.hidden_size, self.query_heads * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.query_heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(query_heads * self.head_dim, config.hidden_size, bias=False)
         self.packed: Tensor | None = None  # [(H + 2K) * D, hidden]; q, k and v are views of it once `pack` ran
 
     def forward(
@@ -102,8 +102,7 @@ class SmolLM2Attention(nn.Module):
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]. With a cache (keys, values [B, S, K, D]) the T tokens are its last T positions."""
         qkv = _linear(x, *self.projections()).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.query_heads, self.key_heads, self.key_heads), dim=2)
-        q, k = self.backend.rope(q, k, cos, sin)
+        q, k, v = self.backend.rope_qkv(qkv, cos, sin, self.key_heads)
         if cache is not None:
             keys, values = cache
             keys[:, -x.shape[1] :] = k
@@ -131,8 +130,8 @@ class SmolLM2MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]"""
-        gate, up = _linear(x, *self.projections()).chunk(2, dim=-1)
-        return _linear(self.backend.swiglu(gate, up), self.down_proj.weight)
+        gate_up = _linear(x, *self.projections())
+        return _linear(self.backend.swiglu(gate_up), self.down_proj.weight)
 
     def projections(self) -> tuple[Tensor, ...]:
         if self.packed is not None and not torch.is_grad_enabled():

@@ -1,0 +1,139 @@
+"""Frozen launch configurations by (operation, dtype, architecture). Nothing is tuned at run time.
+
+An autotuner looks like a hang at first use, recompiles for every new length, and may choose differently from run to run, which
+changes the order of sums. Here every choice is a line of a table that can be read, compiled ahead of time for
+targets that are not at hand (`python -m kernels.certify` does, and gates on spills), and overruled in a diff.
+
+Provenance of the entries: chosen by registers, spills, shared memory and the instructions in the compiled code at the pinned Triton;
+not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+
+INTERPRETER = "interpreter"
+# Every target that the certificate covers. Other NVIDIA parts use the newest entry that is not newer than they are.
+NVIDIA = (80, 90, 100, 120)
+AMD = ("gfx942", "gfx1100")
+
+
+class Launch(NamedTuple):
+    """Block sizes (their meaning is the kernel's) and the compiler's options of one launch."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+
+
+class Row(NamedTuple):
+    """One line of the table: serves sizes up to `size` (width, or head dim), of these element sizes, on these architectures."""
+
+    size: int
+    launch: Launch
+    itemsizes: tuple[int, ...] = (2, 4)
+    architectures: tuple[str, ...] = ()  # empty: all
+
+
+# The first line that fits serves. block_m and block_n: see the kernels.
+TABLE: dict[str, tuple[Row, ...]] = {
+    # block_m: rows of a program (one warp works on a row up to a width of 1024)
+    "rms_norm_fwd": (Row(1024, Launch(2, 0, num_warps=1)), Row(4096, Launch(1, 0, num_warps=4)), Row(1 << 17, Launch(1, 0, num_warps=16))),
+    # The backward pass holds dw too: two rows of 960 columns spill on sm_80, two rows of any width on gfx1100.
+    "rms_norm_bwd": (
+        Row(1024, Launch(1, 0, num_warps=1), architectures=("gfx1100",)),
+        Row(640, Launch(2, 0, num_warps=1)),
+        Row(1024, Launch(1, 0, num_warps=2)),
+        Row(4096, Launch(1, 0, num_warps=4)),
+        Row(1 << 17, Launch(1, 0, num_warps=16)),
+    ),
+    # block_m: partial sums added at a time, block_n: columns
+    "rms_norm_dw": (Row(1 << 17, Launch(32, 32, num_warps=4)),),
+    # block_m: rows, block_n: columns of a tile
+    "swiglu": (Row(1 << 20, Launch(4, 512, num_warps=4)),),
+    # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions: small tiles, or they spill.
+    # sm_90: two stages, because with three the documents' mask takes 133 registers, and 128 is what two programs can have each.
+    # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries only. gfx: loads
+    # ahead (two stages) spill.
+    "attention_fwd": (
+        Row(64, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
+        Row(64, Launch(64, 64, num_warps=4, num_stages=3), (2,), ("sm_100",)),
+        Row(64, Launch(128, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
+        Row(64, Launch(128, 64, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(64, Launch(128, 64, num_warps=8, num_stages=2), (2,)),
+        Row(128, Launch(64, 64, num_warps=4, num_stages=2), (2,), ("sm_80",)),
+        Row(128, Launch(128, 32, num_warps=8, num_stages=2), (2,), ("sm_120",)),
+        Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), AMD),
+        Row(128, Launch(128, 64, num_warps=8, num_stages=2), (2,)),
+        Row(128, Launch(32, 32, num_warps=8, num_stages=1)),
+    ),
+    "attention_bwd_dq": (
+        Row(64, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(64, Launch(64, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(64, Launch(128, 64, num_warps=8, num_stages=2), (2,)),
+        Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(128, Launch(64, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(128, Launch(64, 64, num_warps=8, num_stages=1), (2,)),
+        Row(128, Launch(32, 32, num_warps=8, num_stages=1)),
+    ),
+    "attention_bwd_dkv": (
+        Row(64, Launch(32, 64, num_warps=4, num_stages=2), (2,), ("sm_80", "sm_120")),
+        Row(64, Launch(64, 64, num_warps=8, num_stages=2), (2,), ("sm_100",)),
+        Row(64, Launch(32, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
+        Row(64, Launch(32, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(64, Launch(64, 64, num_warps=4, num_stages=2), (2,)),
+        Row(128, Launch(32, 64, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(128, Launch(16, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(128, Launch(64, 64, num_warps=8, num_stages=1), (2,)),
+        Row(128, Launch(16, 32, num_warps=8, num_stages=1)),
+    ),
+    # block_n: keys of a tile (its rows are the queries of a group, padded to 16); the size is the head dim
+    "decode_attention": (Row(128, Launch(16, 64, num_warps=4, num_stages=2)),),
+    # block_n: columns of the vocabulary at a time
+    "linear_cross_entropy": (Row(1 << 20, Launch(1, 4096, num_warps=8)),),
+    # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes: as many tokens again for 16-byte accesses.
+    "rope": (
+        Row(64, Launch(16, 0, num_warps=1), architectures=("gfx942",)),
+        Row(64, Launch(8, 0, num_warps=1)),
+        Row(1 << 10, Launch(8, 0, num_warps=2)),
+    ),
+}
+
+
+@functools.cache
+def launch_config(op: str, dtype: torch.dtype, device: torch.device, size: int) -> Launch:
+    """The configuration of a kernel for a dtype, a device and a size. Raises ValueError when the table has no line for it."""
+    target = architecture(device)
+    for row in TABLE[op]:
+        if size <= row.size and dtype.itemsize in row.itemsizes and (not row.architectures or target in row.architectures):
+            return row.launch
+    raise ValueError(f"{op}: expected a size of at most {TABLE[op][-1].size}, got {size}")
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ... of a device, or "interpreter" when Triton runs in numpy."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return INTERPRETER
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return name if name in AMD else AMD[0]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{max((target for target in NVIDIA if target <= 10 * major + minor), default=NVIDIA[0])}"
+    return f"sm_{NVIDIA[0]}"  # XPU and whatever comes: the most modest entry
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """How many programs keep the device busy in a kernel whose programs loop over the rows: eight a multiprocessor."""
+    if architecture(device) == INTERPRETER:
+        return 3  # few, so that a program owns several rows in small tests too
+    if device.type == "cuda":
+        return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 1024

@@ -1,0 +1,281 @@
+"""The launches that the certificate is about: recorded from the public functions, not listed by hand.
+
+Each case calls public functions, forward and backward, on tensors of the "meta" device at the models' own shapes. Triton's own
+launch path runs up to the point where it would compile: a stand-in for the driver names the target, and the hook that Triton
+offers for caches of compiled kernels receives the signature, the constants, the specialisation (alignment, divisibility by 16, arguments
+equal to 1) and the options of every launch, and declines to compile. What is certified is therefore what would be launched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITCallable
+
+from kernels import launch_config
+from kernels.backend import Backend, LayerWeights, load_triton
+from kernels.targets import Target
+
+EPS = 1e-5
+HEAD_DIM = 64
+LAYERS = 30  # of the 135M model
+VOCABULARY = 49152
+KERNEL_MODULES = ("attention", "decode_attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
+# What a launcher may ask of the compiler; everything else follows from the target and the version of Triton.
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
+
+
+class Sizes(NamedTuple):
+    """Widths of a model."""
+
+    hidden: int
+    heads: int
+    key_heads: int
+    ffn: int
+
+
+MODELS = {"135M": Sizes(576, 9, 3, 1536), "360M": Sizes(960, 15, 5, 2560), "1.7B": Sizes(2048, 32, 32, 8192)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compilation that a launch asks for. Plain data, so that another process can do it."""
+
+    target: str
+    dtype: str
+    case: str
+    phase: str  # "forward" or "backward"
+    op: str  # name of the module in kernels/
+    kernel: str
+    source: str  # Triton's hash of the kernel's source and of everything it calls
+    signature: dict[str, str]
+    constants: dict[str, Any]  # compile-time constants, and arguments that are specialised because they are 1
+    attributes: dict[int, Any]  # argument -> [["tt.divisibility", 16], ...]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Equal keys mean equal machine code."""
+        parts = (self.source, self.signature, self.constants, self.attributes, self.options, self.target, triton.__version__)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Recorder:
+    """Stands in for the GPU driver while a case runs and keeps the launches, in order."""
+
+    target: Target
+    dtype: torch.dtype = torch.bfloat16
+    case: str = ""
+    phase: str = "forward"
+    launches: list[Launch] = field(default_factory=list)
+
+    def get_current_target(self) -> Any:
+        return self.target.gpu
+
+    def get_current_device(self) -> str:
+        return self.target.name  # Triton keeps what it knows of a kernel per device
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        """Called by Triton before it compiles. True: somebody else does it, do not compile and do not launch."""
+        function, data = fn.jit_function, json.loads(compile["specialization_data"])
+        self.launches.append(
+            Launch(
+                target=self.target.name,
+                dtype=str(self.dtype).removeprefix("torch."),
+                case=self.case,
+                phase=self.phase,
+                op=function.module.rpartition(".")[2],
+                kernel=function.__name__,
+                source=function.cache_key,
+                signature=dict(compile["signature"]),
+                constants={function.arg_names[path[0]]: value for path, value in compile["constants"].items()},
+                attributes={path[0]: value for path, value in compile["configs"][0].items() if value},
+                options={name: data["options"][name] for name in OPTIONS if data["options"].get(name) is not None},
+            )
+        )
+        return True
+
+    def backward(self, *outputs: Tensor) -> None:
+        """Runs the backward pass with a dense gradient for each output."""
+        self.phase = "backward"
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+        self.phase = "forward"
+
+
+def forget_lines() -> None:
+    """Takes the line at which a kernel stands out of its hash: text above a kernel does not change its code."""
+    for name in KERNEL_MODULES:
+        for value in vars(import_module(f"kernels.{name}")).values():
+            if isinstance(value, JITCallable) and value.hash is None:
+                value.starting_line_number = 0
+
+
+@contextmanager
+def recording(target: Target) -> Iterator[Recorder]:
+    """While this is open, Triton kernels are recorded for that target instead of launched."""
+    recorder = Recorder(target)
+    before = driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture
+    forget_lines()
+    driver.set_active(recorder)
+    knobs.runtime.jit_cache_hook = recorder.hook
+    launch_config.architecture = lambda device: target.name  # type: ignore[assignment]
+    launch_config.launch_config.cache_clear()
+    try:
+        yield recorder
+    finally:
+        driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture = before
+        launch_config.launch_config.cache_clear()
+
+
+def tensor(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
+    """A tensor without memory. Its address counts as aligned, that of a slice as its offset says."""
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def tables(*shape: int) -> tuple[Tensor, Tensor]:
+    """cos and sin."""
+    return tensor(*shape, dtype=torch.float32, grad=False), tensor(*shape, dtype=torch.float32, grad=False)
+
+
+def _layer_weights(size: Sizes, dtype: torch.dtype) -> LayerWeights:
+    return LayerWeights(
+        input_norm=tensor(size.hidden, dtype=dtype),
+        qkv=tensor((size.heads + 2 * size.key_heads) * HEAD_DIM, size.hidden, dtype=dtype),
+        o=tensor(size.hidden, size.heads * HEAD_DIM, dtype=dtype),
+        post_norm=tensor(size.hidden, dtype=dtype),
+        gate_up=tensor(2 * size.ffn, size.hidden, dtype=dtype),
+        down=tensor(size.hidden, size.ffn, dtype=dtype),
+    )
+
+
+def layer(run: Recorder, ops: Backend, model: str, docs: bool = False, batch: int = 32, length: int = 512, train: bool = True) -> None:
+    """One block as smollm2/model.py composes it; without `train` a prefill, whose keys are read from a cache."""
+    size, dtype = MODELS[model], run.dtype
+    weights = _layer_weights(size, dtype)
+    x, stream = tensor(batch, length, size.hidden, dtype=dtype), tensor(batch, length, size.hidden, dtype=dtype)
+    cos, sin = tables(*([batch] if docs else []), length, HEAD_DIM // 2)
+    doc_start = tensor(batch, length, dtype=torch.int32, grad=False) if docs else None
+    with torch.set_grad_enabled(train):
+        normed, stream = ops.add_rms_norm(x, stream, weights.input_norm, EPS)
+        q, k, v = ops.rope_qkv(F.linear(normed, weights.qkv).unflatten(-1, (-1, HEAD_DIM)), cos, sin, size.key_heads)
+        if not train:
+            k, v = (tensor(batch, 2048, size.key_heads, HEAD_DIM, dtype=dtype)[:, :length] for _ in range(2))
+        mixed = ops.attention(q, k, v, doc_start)
+        normed, stream = ops.add_rms_norm(F.linear(mixed.flatten(2), weights.o), stream, weights.post_norm, EPS)
+        x = F.linear(ops.swiglu(F.linear(normed, weights.gate_up)), weights.down)
+    if train:
+        run.backward(x, stream)
+
+
+def first_norm(run: Recorder, ops: Backend) -> None:
+    x, weight = tensor(32, 512, 576, dtype=run.dtype), tensor(576, dtype=run.dtype)
+    run.backward(ops.rms_norm(x, weight, EPS))
+
+
+def last_norm(run: Recorder, ops: Backend) -> None:
+    x, weight = tensor(32, 512, 576, dtype=run.dtype), tensor(576, dtype=run.dtype)
+    run.backward(ops.add_rms_norm(x, tensor(32, 512, 576, dtype=run.dtype), weight, EPS)[0])
+
+
+def rope_views(run: Recorder, ops: Backend) -> None:
+    q, k, _ = tensor(32, 512, 15, HEAD_DIM, dtype=run.dtype).split((9, 3, 3), dim=2)
+    run.backward(*ops.rope(q, k, *tables(512, HEAD_DIM // 2)))
+
+
+def swiglu_separate(run: Recorder, ops: Backend) -> None:
+    run.backward(ops.swiglu(tensor(32, 512, 1536, dtype=run.dtype), tensor(32, 512, 1536, dtype=run.dtype)))
+
+
+def attention_separate(run: Recorder, ops: Backend, head_dim: int, docs: bool) -> None:
+    q, k, v = (tensor(32, 512, heads, head_dim, dtype=run.dtype) for heads in (9, 3, 3))
+    run.backward(ops.attention(q, k, v, tensor(32, 512, dtype=torch.int32, grad=False) if docs else None))
+
+
+def attention_views(run: Recorder, ops: Backend) -> None:
+    run.backward(ops.attention(*tensor(32, 512, 15, HEAD_DIM, dtype=run.dtype).split((9, 3, 3), dim=2)))
+
+
+def attention_chunk(run: Recorder, ops: Backend) -> None:
+    q, k, v = tensor(1, 37, 9, HEAD_DIM, dtype=run.dtype), *(tensor(1, 301, 3, HEAD_DIM, dtype=run.dtype) for _ in range(2))
+    ops.attention(q.detach(), k.detach(), v.detach())
+
+
+def loss(run: Recorder, ops: Backend, train: bool = True, **options: Any) -> None:
+    hidden, weight = tensor(32 * 512, 576, dtype=run.dtype), tensor(VOCABULARY, 576, dtype=torch.float32)
+    value = ops.linear_cross_entropy(hidden, weight, tensor(32 * 512, dtype=torch.int64, grad=False), **options)
+    if train:
+        run.backward(value)
+
+
+def decode(run: Recorder, ops: Backend, batch: int, new: int, keys: int) -> None:
+    """One block for a few new tokens over a cache of 2048 that is filled to `keys`."""
+    size, dtype = MODELS["135M"], run.dtype
+    cache = [tensor(batch, 2048, size.key_heads, HEAD_DIM, dtype=dtype, grad=False)[:, :keys] for _ in range(2)]
+    lengths = tensor(batch, dtype=torch.int64, grad=False)
+    with torch.no_grad():
+        x = tensor(batch, new, size.hidden, dtype=dtype)
+        ops.decode_layer(x, _layer_weights(size, dtype), *cache, lengths, *tables(batch, new, HEAD_DIM // 2), eps=EPS, ops=ops)
+
+
+class Case(NamedTuple):
+    """label, what to call, and whether fp16 and fp32 are certified too (on two targets)."""
+
+    label: str
+    run: Callable[..., None]
+    arguments: dict[str, Any]
+    every_dtype: bool = False
+
+
+LAYER, FIRST_NORM, LAST_NORM, LOSS, DECODE = "layer 135M", "first norm", "last norm", "loss", "decode 1x1, 1000 keys"
+CASES = (
+    Case(LAYER, layer, {"model": "135M"}, every_dtype=True),
+    Case("layer 135M, documents", layer, {"model": "135M", "docs": True}, every_dtype=True),
+    Case("layer 360M", layer, {"model": "360M"}),
+    Case("layer 1.7B", layer, {"model": "1.7B"}),
+    Case(FIRST_NORM, first_norm, {}, every_dtype=True),
+    Case(LAST_NORM, last_norm, {}, every_dtype=True),
+    Case("rope of views", rope_views, {}, every_dtype=True),
+    Case("swiglu of two tensors", swiglu_separate, {}, every_dtype=True),
+    Case("attention of views", attention_views, {}, every_dtype=True),
+    Case("head dim 32", attention_separate, {"head_dim": 32, "docs": False}),
+    Case("head dim 32, documents", attention_separate, {"head_dim": 32, "docs": True}),
+    Case("head dim 128", attention_separate, {"head_dim": 128, "docs": False}),
+    Case("head dim 128, documents", attention_separate, {"head_dim": 128, "docs": True}),
+    Case("prefill 1x77", layer, {"model": "135M", "batch": 1, "length": 77, "train": False}),
+    Case("chunk of 37 over 301 keys", attention_chunk, {}),
+    Case(LOSS, loss, {}, every_dtype=True),
+    Case("loss, z-loss and smoothing", loss, {"z_loss": 1e-4, "label_smoothing": 0.1}),
+    Case("loss of each token", loss, {"train": False, "reduction": "none"}),
+    Case(DECODE, decode, {"batch": 1, "new": 1, "keys": 1000}, every_dtype=True),
+    Case("decode 1x1, 100 keys", decode, {"batch": 1, "new": 1, "keys": 100}),
+    Case("decode 16x1, 1024 keys", decode, {"batch": 16, "new": 1, "keys": 1024}),
+    Case("decode 2x4, 1000 keys", decode, {"batch": 2, "new": 4, "keys": 1000}),
+    Case("decode 1x16, 1000 keys", decode, {"batch": 1, "new": 16, "keys": 1000}),
+)
+
+
+def record(target: Target) -> list[Launch]:
+    """All launches of all cases on a target, repetitions included."""
+    ops = load_triton()
+    with recording(target) as recorder:
+        for case in CASES:
+            for dtype in (torch.bfloat16, *((torch.float16, torch.float32) if case.every_dtype and target.every_dtype else ())):
+                recorder.case, recorder.dtype = case.label, dtype
+                case.run(recorder, ops, **case.arguments)
+    return recorder.launches
