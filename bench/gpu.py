@@ -1,0 +1,185 @@
+"""`python -m bench.gpu --out DIR [--minutes 9]`: everything a GPU has to show, in order of value, under a time budget.
+
+    kernels.json      roofline; every operation beside its alternatives; launches and bytes
+    tests.json        the kernels' tests; every operation under compute-sanitizer
+    numerics.json     worst error over budget of each operation and dtype, for `python -m kernels.certify --numerics`
+    training.json     one step per backend; a short real training run
+    generation.json   prefill and decode
+    summary.txt       40 lines, printed last
+    logs.tgz          what the parts printed
+
+Each part is a process of its own with a limit of its own, a share of the time that is left, and saves what it has as it goes: a crash, a
+hang or a cut-off loses nothing that was finished. Needs torch, triton, numpy, safetensors and tokenizers, and pytest for the tests;
+anything more is used where it is installed and named where it is not. `--device cpu --tiny` exercises all of it in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.part import ROOT, read_json, resolve_device, write_json
+from bench.summary import summarise
+from smollm2.cli import UsageError, run_command
+
+GRACE = 15.0  # seconds for a part to save when it is stopped
+ENDING = 5.0  # seconds for the summary and the logs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part: the section it writes, its module, its file, and its share of the time left when it and all later ones still wait."""
+
+    section: str
+    module: str
+    file: str
+    share: float
+
+
+STAGES = (
+    Stage("roofline", "roofline", "kernels.json", 25),
+    Stage("tests", "correctness", "tests.json", 130),
+    Stage("kernels", "kernels", "kernels.json", 110),
+    Stage("step", "train_step", "training.json", 110),
+    Stage("run", "train_run", "training.json", 75),
+    Stage("generation", "generation", "generation.json", 50),
+    Stage("memcheck", "memcheck", "tests.json", 40),
+)
+RESULTS = sorted({stage.file for stage in STAGES} | {"numerics.json", "summary.txt", "logs.tgz"})
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Measures everything in one command.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results; it must not hold any yet")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time budget")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: exercises the code, measures nothing")
+    parser.add_argument("--only", action="append", choices=[stage.section for stage in STAGES], help="only this part; may be repeated")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def run_stage(stage: Stage, options: argparse.Namespace, folder: Path, log: Path, limit: float) -> str:
+    """Runs a part for at most `limit` seconds; returns how it ended: "complete", or why not. Nothing of it is left running."""
+    soft = max(1.0, limit - GRACE) if limit > 2 * GRACE else limit / 2  # the part stops itself then, if it can
+    command = [sys.executable, "-m", f"bench.{stage.module}", "--device", options.device, "--seconds", f"{soft:.0f}"]
+    command += ["--json", str(folder / stage.file), *(["--tiny"] if options.tiny else [])]
+    if stage.section == "tests":
+        command += ["--numerics", str(folder / "numerics.json")]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=stream,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        _stop(process)
+        return f"stopped after {limit:.0f} s"
+    except KeyboardInterrupt:
+        _stop(process)
+        raise
+    _kill_group(process)
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return "complete" if code == 0 else f"failed with exit code {code}: {' '.join(lines[-1:])[:200]}"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Asks the part to end as Ctrl-C does, waits a little, then kills it and all that it started."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass
+    _kill_group(process)
+    process.wait()
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # the part leads a group of its own
+    except ProcessLookupError:
+        pass
+
+
+def record_end(stage: Stage, folder: Path, status: str) -> None:
+    """Writes how a part ended into its section, which a part that died could not do itself."""
+    content = read_json(folder / stage.file)
+    section = content.get(stage.section, {})
+    if section.get("status") != "complete" or status != "complete":
+        head = read_json(folder / STAGES[0].file)
+        known = {key: head[key] for key in ("device", "versions", "commit", "sources", "date") if key in head}
+        write_json(folder / stage.file, {**known, **content, stage.section: {**section, "status": status}})
+
+
+def pack(logs: Path, target: Path) -> None:
+    """All logs in one archive, replaced in one move."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    with tarfile.open(temporary, "w:gz") as archive:
+        for path in sorted(logs.iterdir()):
+            archive.add(path, path.name)
+    os.replace(temporary, target)
+
+
+def trouble(folder: Path, ends: dict[str, str]) -> bool:
+    """Whether anything is wrong, other than that time was short."""
+    results = read_json(folder / "tests.json")
+    files: dict[str, Any] = results.get("tests", {}).get("files", {})
+    found = results.get("memcheck", {}).get("results", {})
+    return (
+        any(end.startswith("failed") for end in ends.values())
+        or any(outcome["failures"] or outcome["end"].startswith("exit code") for outcome in files.values())
+        or any(result["result"] == "errors" for result in found.values())
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    began = time.monotonic()
+    resolve_device(options.device, options.tiny)
+    folder: Path = options.out.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    present = [name for name in RESULTS if (folder / name).exists()]
+    if present:
+        raise UsageError(f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name another")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end a run in the same way: what is finished stays
+    stages = [stage for stage in STAGES if not options.only or stage.section in options.only]
+    ends: dict[str, str] = {}
+    interrupted = False
+    with tempfile.TemporaryDirectory(prefix="bench-logs-") as logs:
+        for index, stage in enumerate(stages):
+            left = 60 * options.minutes - ENDING - (time.monotonic() - began)
+            limit = left * stage.share / sum(later.share for later in stages[index:])
+            since = time.monotonic()
+            end = "no time was left"
+            try:
+                if limit > 1:
+                    end = run_stage(stage, options, folder, Path(logs) / f"{stage.section}.log", limit)
+            except KeyboardInterrupt:
+                end, interrupted = "interrupted", True
+            ends[stage.section] = end
+            record_end(stage, folder, end)
+            pack(Path(logs), folder / "logs.tgz")
+            print(f"{stage.section}: {end} ({time.monotonic() - since:.0f} s)", flush=True)
+            if interrupted:
+                break
+    text = summarise(folder)
+    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}")
+    if interrupted:
+        return 130
+    return 1 if trouble(folder, ends) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

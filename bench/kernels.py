@@ -1,0 +1,276 @@
+"""`python -m bench.kernels`: every operation, forward and backward, beside what one would use instead, and how far from the roof.
+
+For 32 x 512 tokens of the 135M model: median time by CUDA graph replay with a cold L2, bytes or operations per second, percent of the roof
+that this machine reaches in a plain copy or matrix product (measured in the same run), time of a plain call, and of a plain call through
+autograd forward and backward. A variant is compared with the reference before it is timed, and not timed if it is wrong.
+Then kernel launches and bytes of one layer and one step.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from bench import launches, roofline, timing, work
+from bench.ops import Case, Shapes, cases
+from bench.part import Part, one_line, parser
+from bench.roofline import DTYPES
+from kernels import select_backend
+from smollm2.cli import UsageError, run_command
+from smollm2.config import SmolLM2Config
+from smollm2.model import SmolLM2Block, rotary_tables
+
+# Largest ||ours - truth|| / ||truth|| over outputs and gradients; the truth is the reference in fp32 (in fp64 for fp32).
+ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+FULL = (32, 512)  # rows and tokens a row of a training step
+OPS = ("add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "rms_norm", "rope_qkv", "decode_attention")
+
+
+class Variant:
+    """One implementation of a case, on tensors of its own: several sets of them, so that one replay holds several calls."""
+
+    def __init__(self, case: Case, name: str, sets: int) -> None:
+        self._function = case.variants[name]
+        self._joint = case.joint
+        self._sets = [case.inputs(seed) for seed in range(sets)]
+        self._wanted = [index for index, tensor in enumerate(self._sets[0]) if tensor.requires_grad]
+        outputs = self._outputs(self._sets[0])
+        generator = torch.Generator(outputs[0].device).manual_seed(12345)
+        self._upstream = [
+            torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype) for output in outputs if self._wanted
+        ]
+
+    def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Outputs and gradients of the first set, computed from inputs converted to dtype."""
+        inputs = self._sets[0]
+        if dtype is not None:
+            inputs = [x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+        outputs = self._outputs(inputs)
+        return [*(output.detach() for output in outputs), *(self._gradients(outputs, inputs) if self._wanted else [])]
+
+    def phases(self) -> dict[str, Callable[[], Callable[[], object]]]:
+        """Phase -> a function that prepares it and returns the call to be timed."""
+        found: dict[str, Callable[[], Callable[[], object]]] = {"forward": lambda: self._forward}
+        if self._wanted:
+            found["forward+backward" if self._joint else "backward"] = self._prepare_both if self._joint else self._prepare_backward
+        return found
+
+    def call(self) -> object:
+        """A plain forward call."""
+        with torch.no_grad():
+            return self._function(*self._sets[0])
+
+    def through_autograd(self) -> object:
+        """A plain forward call and its gradients."""
+        return self._gradients(self._outputs(self._sets[0]), self._sets[0])
+
+    @property
+    def differentiable(self) -> bool:
+        return bool(self._wanted)
+
+    def _outputs(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        result = self._function(*inputs)
+        return result if isinstance(result, tuple) else (result,)
+
+    def _gradients(self, outputs: tuple[Tensor, ...], inputs: list[Tensor], keep: bool = False) -> list[Tensor]:
+        upstream = [gradient.to(output.dtype) for gradient, output in zip(self._upstream, outputs, strict=True)]
+        return list(torch.autograd.grad(outputs, [inputs[index] for index in self._wanted], upstream, retain_graph=keep))
+
+    def _forward(self) -> object:
+        with torch.no_grad():
+            return [self._function(*inputs) for inputs in self._sets]
+
+    def _prepare_backward(self) -> Callable[[], object]:
+        done = [(self._outputs(inputs), inputs) for inputs in self._sets]
+        return lambda: [self._gradients(outputs, inputs, keep=True) for outputs, inputs in done]
+
+    def _prepare_both(self) -> Callable[[], object]:
+        return lambda: [self._gradients(self._outputs(inputs), inputs) for inputs in self._sets]
+
+
+def error(found: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest relative distance ||found - truth|| / ||truth|| of any tensor; infinite for what is not finite."""
+    worst = 0.0
+    for ours, exact in zip(found, truth, strict=True):
+        wide = exact.to(torch.float64 if exact.dtype == torch.float64 else torch.float32)
+        distance = torch.linalg.vector_norm(ours.to(wide.dtype) - wide) / torch.linalg.vector_norm(wide).clamp(min=1e-30)
+        worst = max(worst, distance.item() if distance.isfinite() else math.inf)
+    return worst
+
+
+def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: bool) -> list[dict[str, Any]]:
+    """One row per phase and variant; a variant that fails or is wrong gets a row that says so."""
+    # Enough sets that a replay lasts well beyond the resolution of events; each set is cold, since none is used twice in a replay.
+    sets = 1 if tiny else max(1, min(8, round(1e-4 / case.cost.forward.floor(bandwidth, rate))))
+    truth = Variant(case, "reference", 1).results(torch.float64 if shapes.dtype == torch.float32 else torch.float32)
+    ready: dict[str, Variant] = {}
+    errors: dict[str, float | None] = {}
+    rows: list[dict[str, Any]] = []
+    for name in case.variants:
+        try:
+            variant = Variant(case, name, sets)
+            errors[name] = None if name in case.unchecked else error(variant.results(), truth)
+        except ModuleNotFoundError as missing:
+            rows.append({"op": case.op, "variant": name, "failed": f"{missing.name} is not installed"})
+            continue
+        except Exception as failure:  # noqa: BLE001 - other people's kernels fail in their own ways; the run goes on
+            rows.append({"op": case.op, "variant": name, "failed": one_line(failure)})
+            continue
+        if (errors[name] or 0.0) > ERROR_BOUND[shapes.dtype]:
+            rows.append({"op": case.op, "variant": name, "failed": f"wrong: relative error {errors[name]:.1e}"})
+            continue
+        ready[name] = variant
+    del truth
+    for phase in next(iter(ready.values())).phases() if ready else ():
+        replays = {}
+        for name, variant in ready.items():
+            try:
+                replays[name] = timing.replayable(variant.phases()[phase], shapes.device)
+            except Exception as failure:  # noqa: BLE001 - as above
+                rows.append({"op": case.op, "phase": phase, "variant": name, "failed": one_line(failure)})
+        samples = timing.alternate(replays, shapes.device, calls=sets, rounds=1 if tiny else 30)
+        del replays
+        todo = {"forward": case.cost.forward, "backward": case.cost.backward}.get(phase, case.cost.forward + case.cost.backward)
+        for name, sample in samples.items():
+            call = ready[name].call if phase == "forward" else ready[name].through_autograd
+            plain = timing.eager(call, shapes.device, *((0.001, 1) if tiny else (0.02, 5)))
+            rows.append(
+                {
+                    "op": case.op, "phase": phase, "variant": name, "us": round(sample.us, 2), "spread": round(sample.spread, 3),
+                    "gb_per_s": round(todo.bytes / sample.us / 1e3, 1), "tflops": round(todo.flops / sample.us / 1e6, 3),
+                    "percent_of_roof": round(100 * todo.floor(bandwidth, rate) * 1e6 / sample.us, 1),
+                    "plain_us" if phase == "forward" else "autograd_us": round(plain.us, 1),
+                    "error": errors[name],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The rows of one operation as a table."""
+    lines = []
+    for row in rows:
+        label = f"{row['op']:21}{row.get('phase', ''):17}{row['variant']:14}"
+        if "failed" in row:
+            lines.append(f"{label}{row['failed']}")
+            continue
+        plain = row.get("plain_us", row.get("autograd_us"))
+        accuracy = "" if row["error"] is None else f"{row['error']:.1e}"
+        lines.append(
+            f"{label}{row['us']:10.1f}{100 * row['spread']:6.1f}%{row['gb_per_s']:9,.0f}{row['tflops']:9.1f}"
+            f"{row['percent_of_roof']:8.1f}%{plain:11.1f}  {accuracy}"
+        )
+    return "\n".join(lines)
+
+
+HEADER = (
+    f"{'operation':21}{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}  error\n"
+    "eager us: a plain call; in rows of a backward pass a plain call through autograd, forward and backward"
+)
+
+
+def layer_launches(shapes: Shapes, backend_name: str) -> dict[str, Any]:
+    """Kernel launches of one block of the model in training, forward and backward: fp32 parameters, 16-bit activations."""
+    backend = select_backend(backend_name, shapes.device)
+    dtype = shapes.dtype if shapes.device.type == "cuda" else torch.float16  # the casts of the weights are launches too
+    with torch.device(shapes.device):
+        block = SmolLM2Block(shapes.config, backend)
+        block.input_layernorm.weight.data.fill_(1.0)
+        block.post_attention_layernorm.weight.data.fill_(1.0)
+        stream = [torch.randn(shapes.batch, shapes.length, shapes.config.hidden_size).to(dtype) for _ in range(4)]
+    x, residual = (tensor.requires_grad_() for tensor in stream[:2])
+    cos, sin = (table[: shapes.length] for table in rotary_tables(shapes.config, shapes.device))
+    outputs = block(x, residual, cos, sin)
+    wanted = [x, residual, *block.parameters()]
+    found = {
+        "forward": launches.count(lambda: block(x, residual, cos, sin), shapes.device),
+        "backward": launches.count(lambda: torch.autograd.grad(outputs, wanted, stream[2:], retain_graph=True), shapes.device),
+    }
+    return {
+        phase: {"launches": sum(names.values()), "triton": launches.triton_part(names), "names": dict(names.most_common())}
+        for phase, names in found.items()
+    }
+
+
+def work_table(config: SmolLM2Config) -> dict[str, dict[str, list[int]]]:
+    """Bytes and operations, forward and backward, of a layer's operations and of a step's parts, with 16-bit activations."""
+
+    def plain(costs: dict[str, work.Cost]) -> dict[str, list[int]]:
+        return {name: [cost.forward.bytes, cost.forward.flops, cost.backward.bytes, cost.backward.flops] for name, cost in costs.items()}
+
+    return {"layer": plain(work.layer(config, *FULL, 2)), "step": plain(work.step(config, *FULL, 2))}
+
+
+def show_work(table: dict[str, dict[str, list[int]]], unit: str) -> str:
+    """The work of a layer or a step, in MB and GFLOP."""
+    lines = [f"{unit + ': least work':28}{'forward MB':>12}{'GFLOP':>10}{'backward MB':>13}{'GFLOP':>10}"]
+    entries = table[unit]
+    total = [sum(column) for column in zip(*entries.values(), strict=True)]
+    for name, numbers in [*entries.items(), ("total", total)]:
+        moved, done, moved_back, done_back = (number / scale for number, scale in zip(numbers, (1e6, 1e9, 1e6, 1e9), strict=True))
+        lines.append(f"  {name:26}{moved:12,.1f}{done:10,.1f}{moved_back:13,.1f}{done_back:10,.1f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser("kernels", "Times every operation beside what one would use instead.")
+    arguments.add_argument("--op", action="append", choices=OPS, help="only this operation; may be repeated")
+    arguments.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16, and fp32 on a CPU (the interpreter has no bf16 product)")
+    arguments.add_argument("--model", default="135M", help="preset whose shapes are used")
+    options = arguments.parse_args(argv)
+    part = Part("kernels", options)
+    if part.device.type == "cpu" and options.dtype == "bf16":
+        raise UsageError("--dtype bf16: Triton's interpreter cannot multiply bfloat16; use fp32 or fp16")
+    dtype = options.dtype or ("fp32" if part.device.type == "cpu" else "bf16")
+    full = SmolLM2Config.preset(options.model)
+    shapes = Shapes(part.model(options.model), *((1, 8) if part.tiny else FULL), DTYPES[dtype], part.device)
+    torch._functorch.config.donated_buffer = False  # a compiled backward pass may otherwise run only once
+
+    bandwidth, rate = roofline.copy_bandwidth(part.device, part.tiny), roofline.matmul_rate(shapes.dtype, part.device, part.tiny)
+    part.save(
+        model=options.model, dtype=dtype, batch=shapes.batch, length=shapes.length,
+        roof={"copy_gb_per_s": roofline.digits(bandwidth / 1e9), "matmul_tflops": roofline.digits(rate / 1e12)}, rows=[],
+    )  # fmt: skip
+    print(f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.1f} TFLOP/s")
+    print(HEADER, flush=True)
+
+    part.save(work=work_table(full), launches={name: layer_launches(shapes, name) for name in ("torch", "triton")})
+    backend = select_backend("triton", part.device)
+    left_out = []
+    for case in cases(shapes, backend, "aot_eager" if part.tiny else "inductor"):
+        if options.op and case.op not in options.op:
+            continue
+        if part.left() < 0:
+            left_out.append(case.op)
+            continue
+        rows = measure(case, shapes, bandwidth, rate, part.tiny)
+        print(show(rows), flush=True)
+        part.save(rows=[*part.data["rows"], *rows])
+        gc.collect()
+        torch.compiler.reset()
+    if left_out:
+        print(f"no time was left for {', '.join(left_out)}")
+        part.save(left_out=left_out)
+
+    print()
+    for name, phases in part.data["launches"].items():
+        counted = ", ".join(f"{phase} {entry['launches']} ({entry['triton']} of ours)" for phase, entry in phases.items())
+        print(f"launches per layer, {name}: {counted}")
+    print(f"{options.model} at {FULL[0]} x {FULL[1]} tokens, 16-bit activations, from the shapes alone:")
+    print(show_work(part.data["work"], "layer"), show_work(part.data["work"], "step"), sep="\n")
+    if not part.tiny:
+        floor = work.step_floor(full, *FULL, 2, bandwidth, rate)
+        part.save(step_floor_ms=round(floor * 1e3, 3))
+        print(f"floor of a step at this roof: {floor * 1e3:.2f} ms, {shapes.tokens / floor:,.0f} tok/s")
+    return part.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,81 @@
+"""How many kernels a piece of work launches: the figure that decides at this model's size, where a launch costs as much as a kernel runs.
+
+On a GPU the profiler counts what the device ran. Elsewhere launches of Triton kernels are counted as they happen, and every other
+operation of torch that computes something (no view, no allocation) counts as one: what a GPU would launch, within a few.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+_NO_KERNEL = (
+    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided",
+    "detach", "_unsafe_view", "_local_scalar_dense", "promote_types",
+)  # fmt: skip
+
+
+def count(call: Callable[[], object], device: torch.device) -> Counter[str]:
+    """Name -> launches during one call, which should not be the first of its kind. Triton kernels carry their own names."""
+    return _count_on_gpu(call) if device.type == "cuda" else _count_here(call)
+
+
+def _count_on_gpu(call: Callable[[], object]) -> Counter[str]:
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = profiler.events() or []
+    return Counter(event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations that compute."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        if space == "aten" and not func.is_view and name not in _NO_KERNEL:
+            self._found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _triton_launches(found: Counter[str]) -> Iterator[None]:
+    """Counts Triton's launches in the interpreter, and hides from the modes above what the interpreter itself does with tensors."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    original = InterpretedFunction.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found[self.fn.__name__] += 1
+        with _disable_current_modes():
+            return original(self, *args, **kwargs)
+
+    InterpretedFunction.run = run
+    try:
+        yield
+    finally:
+        InterpretedFunction.run = original
+
+
+def _count_here(call: Callable[[], object]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    with _triton_launches(found), _Operations(found):
+        call()
+    return found
+
+
+def triton_part(found: Counter[str]) -> int:
+    """How many of the launches are kernels of this project (torch.compile's own begin with triton_)."""
+    return sum(times for name, times in found.items() if name.startswith("_") and name.endswith("_kernel"))

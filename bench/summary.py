@@ -1,0 +1,144 @@
+"""All results of a measurement in at most 40 lines, from the JSON files of its folder. Whatever is missing is named, never guessed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bench.part import read_json
+
+LINES, WIDTH = 40, 150
+
+
+def summarise(folder: Path) -> str:
+    """The text of summary.txt."""
+    files = {name: read_json(folder / f"{name}.json") for name in ("tests", "kernels", "training", "generation")}
+    head = next((content for content in files.values() if content), {})
+    versions = head.get("versions", {})
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if name in versions)
+    lines = [f"{head.get('device', 'no results')}; {libraries}; commit {head.get('commit', '')[:12]}; {head.get('date', '')}"]
+    makers = (
+        ("kernels", "roofline", roofline_lines), ("tests", "tests", tests_lines), ("kernels", "kernels", kernels_lines),
+        ("training", "step", step_lines), ("training", "run", run_lines), ("generation", "generation", generation_lines),
+        ("tests", "memcheck", memcheck_lines),
+    )  # fmt: skip
+    for name, section, make in makers:
+        content = files[name].get(section)
+        if content is None:
+            lines.append(f"{section}: not run")
+            continue
+        if content.get("note") and len(lines) == 1:
+            lines.append(f"NOTE: {content['note']}")
+        if content.get("status") != "complete":
+            lines.append(f"{section}: {content.get('status')}; what it had:")
+        lines += make(content)
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], f"... {len(lines) - LINES + 1} more lines: see the JSON files"]
+    return "\n".join(line[:WIDTH] for line in lines)
+
+
+def roofline_lines(found: dict[str, Any]) -> list[str]:
+    """Bandwidth and rates."""
+    rates = ", ".join(f"{name} {rate:,.4g}" for name, rate in found.get("matmul_tflops", {}).items())
+    return [f"roof: copy {found.get('copy_gb_per_s', 0):,.4g} GB/s; matmul {rates} TFLOP/s"]
+
+
+def tests_lines(found: dict[str, Any]) -> list[str]:
+    """Counts, what failed, and the worst error over its budget."""
+    if "skipped" in found:
+        return [f"tests: skipped, {found['skipped']}"]
+    files = found.get("files", {})
+    totals: Counter[str] = sum((Counter(outcome["counts"]) for outcome in files.values()), Counter())
+    lines = [f"tests: {', '.join(f'{count} {name}' for name, count in totals.items())} in {len(files)} files"]
+    if found.get("not_started"):
+        lines[0] += f"; not started: {', '.join(found['not_started'])}"
+    failures = [name for outcome in files.values() for name in outcome["failures"]]
+    lines += [f"  FAILED {name}" for name in failures[:4]] + ([f"  and {len(failures) - 4} more"] if len(failures) > 4 else [])
+    lines += [f"  {name}: {outcome['end']}" for name, outcome in files.items() if outcome["end"] != "complete"]
+    if found.get("numerics"):
+        worst = max(found["numerics"], key=lambda row: row["worst"])
+        lines.append(f"  worst error over budget: {worst['worst']:.2f} ({worst['op']}, {worst['dtype']})")
+    return lines
+
+
+def kernels_lines(found: dict[str, Any]) -> list[str]:
+    """Ours per operation and phase, beside the fastest of the others."""
+    rows = found.get("rows", [])
+    lines = [f"kernels, {found.get('batch')} x {found.get('length')} tokens, {found.get('dtype')}: ours / percent of roof / fastest other"]
+    for ours in [row for row in rows if row["variant"] == "triton"]:
+        label = f"  {ours['op']:21}{ours.get('phase', ''):17}"
+        if "failed" in ours:
+            lines.append(f"{label}{ours['failed']}")
+            continue
+        others = {row["variant"]: row["us"] for row in rows if "us" in row and (row["op"], row["phase"]) == (ours["op"], ours["phase"])}
+        del others["triton"]
+        bare = others.pop("products only", None)  # computes less on purpose
+        line = f"{label}{ours['us']:10.1f} us {ours['percent_of_roof']:6.1f} %"
+        if others:
+            best = min(others, key=others.__getitem__)
+            line += f"   {best} {others[best]:.1f} us, {others[best] / ours['us']:.2f}x"
+        lines.append(line + (f"; {ours['us'] / bare:.2f}x its bare products" if bare is not None else ""))
+    absent = {f"{row['variant']}: {row['failed'][:60]}" for row in rows if "failed" in row and row["variant"] != "triton"}
+    lines += [f"  not timed: {'; '.join(sorted(absent))}"] if absent else []
+    if "launches" in found:
+        counted = [
+            f"{name} {phases['forward']['launches']} + {phases['backward']['launches']}" for name, phases in found["launches"].items()
+        ]
+        lines.append(f"  launches per layer, forward + backward: {', '.join(counted)}")
+    return lines
+
+
+def step_lines(found: dict[str, Any]) -> list[str]:
+    """One line per variant."""
+    lines = [f"training step, {found.get('batch')} x {found.get('length')}, {found.get('parameters', 0):,} parameters:"]
+    distances = found.get("loss_distance", {})
+    for name, row in found.get("variants", {}).items():
+        if "failed" in row:
+            lines.append(f"  {name:16}{row['failed']}")
+            continue
+        mfu = f"{100 * row['mfu']:.1f} %" if row["mfu"] is not None else "none"
+        line = f"  {name:16}{row['step_ms']:9.2f} ms {row['tokens_per_second']:11,.0f} tok/s  MFU {mfu}"
+        line += f"  {row['peak_memory_gb']:.1f} GB" if "peak_memory_gb" in row else ""
+        line += f"  {row['launches']['all']} launches" if "launches" in row else ""
+        line += f"  losses within {distances[name]:.0e} of torch's" if name in distances and name != "torch" else ""
+        lines.append(line)
+    return lines
+
+
+def run_lines(found: dict[str, Any]) -> list[str]:
+    """The curve's ends, and what to doubt it by."""
+    points, held = found.get("points", []), found.get("held_out", [])
+    if not points or not held:
+        return ["training run: no points"]
+    return [
+        f"training run, {found['backend']}: {points[-1]['step']} steps, loss {points[0]['loss']:.2f} -> {points[-1]['mean_loss']:.2f}, "
+        f"held-out {held[0]['loss']:.2f} -> {held[-1]['loss']:.2f}, unigram entropy {found['unigram_entropy']:.2f}, "
+        f"{found.get('epochs', 0):.2f} epochs, {found.get('tokens_per_second', 0):,.0f} tok/s"
+    ]
+
+
+def generation_lines(found: dict[str, Any]) -> list[str]:
+    """One line per batch size and backend, and the agreement."""
+    lines = []
+    for row in found.get("rows", []):
+        label = f"  batch {row['batch']:4} {row['backend']:8}"
+        if "failed" in row:
+            lines.append(label + row["failed"])
+            continue
+        line = f"{label}prefill {row['prefill_tokens_per_second']:11,.0f} tok/s, decode {row['decode_tokens_per_second']:9,.0f}"
+        line += f", decode in a graph {row['graph_decode_tokens_per_second']:9,.0f}" if "graph_decode_tokens_per_second" in row else ""
+        lines.append(line)
+    same = found.get("fp32_agreement")
+    title = "generation" + (f": {100 * same['share']:.1f} % of greedy tokens the same on both backends in fp32" if same else "")
+    return [title, *lines]
+
+
+def memcheck_lines(found: dict[str, Any]) -> list[str]:
+    """How many operations are clean, and which are not."""
+    if "skipped" in found:
+        return [f"memcheck: skipped, {found['skipped']}"]
+    results = found.get("results", {})
+    clean = [op for op, result in results.items() if result["result"] == "clean"]
+    others = [f"{op}: {result['result']}" for op, result in results.items() if op not in clean]
+    return [f"memcheck: {len(clean)} of {len(results)} clean" + (f"; {'; '.join(others)}" if others else "")]

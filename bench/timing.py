@@ -1,0 +1,112 @@
+"""Clocks. On a GPU: CUDA graphs replayed with a cold L2, timed by events. On a CPU: the wall clock, which measures nothing useful here.
+
+A kernel of this model runs for 10 to 50 us, about as long as Python needs to launch one. A graph takes the launches out of the
+figure; the wall clock around plain calls puts them back in, and both are reported.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # written before every replay: larger than any L2, and it gives the host time to queue what follows
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Median of several measurements in microseconds, and the distance of their quartiles over the median."""
+
+    us: float
+    spread: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Sample:
+        median = statistics.median(values)
+        low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (median, median, median)
+        return cls(median, (high - low) / median if median else 0.0)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def replayable(prepare: Callable[[], Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """What `prepare()` returns, as one captured CUDA graph; on a CPU a plain call.
+
+    prepare runs on the stream of the capture: autograd runs a backward pass on the stream of its forward pass, and a capture must not
+    leave its stream. What the call returns is kept, so that its tensors do not share memory with each other.
+    """
+    if device.type != "cuda":
+        call = prepare()
+        call()
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call = prepare()
+        for _ in range(2):  # compiles, and fills the caches of the libraries
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            kept = call()
+    finally:
+        torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails leaves its own stream in place
+    torch.cuda.synchronize()
+
+    def replay(_kept: object = (call, kept)) -> None:
+        graph.replay()
+
+    return replay
+
+
+def alternate(replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30) -> dict[str, Sample]:
+    """Microseconds per call of each variant, in turns, so that a drift of the clocks meets all alike.
+
+    calls: how many calls of the operation one replay holds. The first two rounds do not count.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    values: dict[str, list[float]] = {name: [] for name in replays}
+    for turn in range(rounds + 2):
+        for name, replay in replays.items():
+            us = _event_time(replay, flush) if flush is not None else _wall_time(replay)
+            if turn >= 2:
+                values[name].append(us / calls)
+    return {name: Sample.of(times) for name, times in values.items()}
+
+
+def _event_time(replay: Callable[[], object], flush: torch.Tensor) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    start.record()
+    replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def _wall_time(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e6
+
+
+def eager(call: Callable[[], object], device: torch.device, budget: float, rounds: int) -> Sample:
+    """Microseconds per plain call, host included: several calls in a row, then one wait. budget: seconds per round, about."""
+
+    def several(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - began) * 1e6 / count
+
+    count = max(1, min(100, int(budget * 1e6 / several(1))))
+    return Sample.of([several(count) for _ in range(rounds)])
