@@ -107,7 +107,8 @@ def check_rotary_shift(model: SmolLM2ForCausalLM) -> Finding:
 
     def products(start: int) -> Tensor:
         """q_m . k_n for 16 positions from start on, [16, 16]"""
-        q, k = model.backend.rope(query, key, cos[start : start + 16], sin[start : start + 16])
+        packed = torch.cat((query, key, key), dim=2)  # one query head, one key head and its values, as the model packs them
+        q, k, _ = model.backend.rope_qkv(packed, cos[start : start + 16], sin[start : start + 16], 1)
         return q[0, :, 0] @ k[0, :, 0].T
 
     near = products(0)

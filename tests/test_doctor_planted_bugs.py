@@ -27,6 +27,14 @@ def failures(model: SmolLM2ForCausalLM) -> set[str]:
 
 
 def planted(**operations: Callable[..., Any]) -> Backend:
+    """The reference with some operations replaced; a rotation is planted in both forms that the switch has."""
+    if rope := operations.get("rope"):
+
+        def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
+            return *rope(q, k, cos, sin), v
+
+        operations["rope_qkv"] = rope_qkv
     return dataclasses.replace(TORCH, name="planted", **operations)
 
 
@@ -71,12 +79,13 @@ def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     return neighbours(q), neighbours(k)
 
 
-def dead_gate(gate: Tensor, up: Tensor) -> Tensor:
+def dead_gate(packed: Tensor) -> Tensor:
+    gate, up = packed.chunk(2, dim=-1)
     return reference.swiglu(gate.detach(), up)
 
 
-def infinite(gate: Tensor, up: Tensor) -> Tensor:
-    return reference.swiglu(gate, up) / 0.0
+def infinite(packed: Tensor) -> Tensor:
+    return reference.swiglu(packed) / 0.0
 
 
 def test_the_reference_passes_every_check() -> None:
@@ -141,7 +150,7 @@ def test_nan_is_a_failure_and_not_a_pass() -> None:
 
 
 def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(gate: Tensor, up: Tensor) -> Tensor:
+    def broken(packed: Tensor) -> Tensor:
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(doctor, "_fresh", lambda preset, device, backend: tiny(backend))
