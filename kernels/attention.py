@@ -41,6 +41,8 @@ from kernels.tracing import traceable
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E = 1.4426950408889634
+# Not compiled anew for lengths that happen to be 1 or a multiple of 16: a prompt of another length must not mean another compilation.
+LENGTHS = ["queries", "keys"]
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def _key_blocks(
     return acc, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr,
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
@@ -128,7 +130,7 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + (batch * HEADS + head) * queries + row, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, delta_ptr,
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
@@ -184,7 +186,7 @@ def _attention_bwd_dq_kernel(
     tl.store(dq_ptr + dense, dq.to(q.dtype), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _attention_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, doc_ptr, lse_ptr, delta_ptr, do_ptr, dk_ptr, dv_ptr,
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,

@@ -146,7 +146,7 @@ def _use_cache(folder: str) -> None:
 def _differences(rows: Sequence[Row]) -> list[str]:
     """For rows of one kernel: what of its constants, or else of its arguments, sets each row apart from the others."""
     traits = [{**row["constants"], **dict.fromkeys(row["not_divisible"], "any")} for row in rows]
-    names = list(dict.fromkeys(name for trait in traits for name in trait))
+    names = [name for name in dict.fromkeys(name for trait in traits for name in trait) if name != "SCALE"]  # it goes with HEAD_DIM
     varying = [name for name in names if len({json.dumps(trait.get(name)) for trait in traits}) > 1]
 
     def text(trait: dict[str, Any], wanted: Iterable[str]) -> str:

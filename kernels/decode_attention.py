@@ -33,7 +33,7 @@ KEYS_PER_SPLIT = 128  # part of the result's rounding, hence not a tuning parame
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "splits"])  # a growing cache must not compile again
 def _decode_attention_split_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
@@ -88,7 +88,7 @@ def _decode_attention_split_kernel(
         tl.store(part_sum_ptr + part, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _decode_attention_combine_kernel(
     part_ptr, part_max_ptr, part_sum_ptr, out_ptr, splits, HEAD_DIM: tl.constexpr
 ):  # fmt: skip

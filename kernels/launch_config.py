@@ -66,7 +66,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, Launch(128, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
         Row(64, Launch(128, 64, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
         Row(64, Launch(128, 64, num_warps=8, num_stages=2), (2,)),
-        Row(128, Launch(64, 64, num_warps=4, num_stages=2), (2,), ("sm_80",)),
+        Row(128, Launch(64, 32, num_warps=4, num_stages=2), (2,), ("sm_80",)),
         Row(128, Launch(128, 32, num_warps=8, num_stages=2), (2,), ("sm_120",)),
         Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), AMD),
         Row(128, Launch(128, 64, num_warps=8, num_stages=2), (2,)),

@@ -37,7 +37,7 @@ from kernels.tracing import traceable
 CHUNK_TOKENS = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _softmax_gradient_kernel(
     logits_ptr, target_ptr, scale_ptr, loss_ptr, tokens, vocabulary, logits_stride, ignore_index,
     Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,

@@ -35,7 +35,7 @@ from kernels.launch_config import launch_config, programs
 from kernels.tracing import traceable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
     rows, x_stride, residual_stride,
@@ -59,7 +59,7 @@ def _rms_norm_fwd_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def _rms_norm_bwd_dx_kernel(
     dy_ptr, dsum_ptr, sum_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
     rows, rows_per_program, dy_stride, dsum_stride, sum_stride,
@@ -89,7 +89,7 @@ def _rms_norm_bwd_dx_kernel(
     tl.store(partial_ptr + partial, tl.sum(dw, axis=0), mask=column < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _rms_norm_bwd_dw_kernel(partial_ptr, dw_ptr, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """A program owns BLOCK columns of dw and adds the parts from the first to the last, PARTS at a time."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

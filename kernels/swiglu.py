@@ -28,7 +28,7 @@ from kernels.launch_config import launch_config
 from kernels.tracing import traceable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, rows, gate_stride, up_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -44,7 +44,7 @@ def _swiglu_fwd_kernel(
     tl.store(y_ptr + row * WIDTH + column, (wide * tl.sigmoid(wide) * up).to(gate.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, dy_stride, gate_stride, up_stride, grad_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

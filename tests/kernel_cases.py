@@ -13,8 +13,6 @@ from typing import Any
 import numerics
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import TORCH, select_backend
@@ -25,18 +23,6 @@ TRITON = select_backend("triton", DEVICE)
 
 LENGTHS = [1, 7, 63, 64, 65, 127, 200, 257]
 EPS = 1e-5
-
-# Shapes and layouts that hypothesis draws. A failing example is printed with all it drew, seeds too, and with a blob that reproduces it.
-# Every run draws the same, unless EXAMPLES asks for another number of them. In fp16, where rounding is the error on both sides: of a
-# hundred tiny cases in fp32 there is one in which the base is right by luck, and twice its error is no budget.
-SETTINGS = settings(
-    max_examples=int(os.environ.get("EXAMPLES", 12)),
-    derandomize="EXAMPLES" not in os.environ,
-    deadline=None,
-    print_blob=True,
-    database=None,
-)
-DRAWN = torch.float16
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -128,11 +114,6 @@ HEAD_LAYOUTS = {
 def over(layouts: dict[str, Layout], name: str = "layout") -> Any:
     """Parametrises a test over layouts."""
     return pytest.mark.parametrize(name, layouts.values(), ids=layouts.keys())
-
-
-def drawn(data: Any, layouts: dict[str, Layout]) -> Layout:
-    """One of the layouts, drawn by hypothesis by its name, which is what a failure prints."""
-    return layouts[data.draw(st.sampled_from(list(layouts)))]
 
 
 NAMES = {

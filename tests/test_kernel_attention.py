@@ -1,26 +1,14 @@
 """attention against the numerics contract, and what it promises besides: causality, isolated documents, grouped heads."""
 
+import numerics
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from kernel_cases import (
-    DEVICE,
-    DRAWN,
-    DTYPES,
-    HEAD_LAYOUTS,
-    LENGTHS,
-    SETTINGS,
-    TRITON,
-    Call,
-    agree,
-    assert_same,
-    dense,
-    draw,
-    drawn,
-    over,
-    swapped,
-)
+from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TORCH, TRITON, Call, agree, assert_same, dense, draw, over, swapped
+
+pytestmark = [
+    pytest.mark.usefixtures("poison_empty"),  # what a kernel does not write is NaN, and not by luck the right value of an earlier run
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # in the interpreter: what overflows is masked right after
+]
 
 
 def qkv(batch, queries, keys, heads, key_heads, head_dim=32, dtype=torch.float32):
@@ -115,16 +103,28 @@ def test_kinds_and_layouts_of_doc_start(kind):
         assert_same([TRITON.attention(*tensors, layout(doc_start))], [expected])
 
 
-@pytest.mark.parametrize("scale", [0.02, 0.3])
+@pytest.mark.parametrize("scale", [0.02, 0.1])
 def test_scale(scale):
     agree("attention", qkv(1, 40, 40, 3, 1), scale=scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores(dtype):
-    """Scores of several hundred: the maximum is subtracted before the exponential."""
+    """Scores of several hundred: the maximum is subtracted before the exponential.
+
+    The gradients are those of flash attention, which takes the probabilities from a rounded log-sum-exp, where a reference that stores them
+    is more exact, the more so the larger the scores: they are bounded by their own size here, not by the error of that reference.
+    """
     q, k, v = qkv(1, 70, 70, 3, 1, dtype=dtype)
-    agree("attention", (q * 20, k * 8, v))
+    tensors, upstream = (q * 20, k * 8, v), [draw(1, 70, 3, 32, dtype=dtype)]
+    call = Call("attention", tensors)
+    (out,), gradients = call.run(TRITON, upstream)
+    (base,), _ = call.run(TORCH, upstream)
+    (truth,), true_gradients = call.double().run(TORCH, [dy.double() for dy in upstream])
+    numerics.check("attention", "out of large scores", out, base, truth)
+    for ours, expected in zip(gradients, true_gradients, strict=True):
+        error = (ours.double() - expected).abs().max() / expected.abs().max()
+        assert error < {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
 
 
 @over(HEAD_LAYOUTS)
@@ -188,22 +188,6 @@ def test_a_row_alone_is_the_row_in_a_batch():
     outputs, gradients = Call("attention", tensors).run(TRITON, [dout])
     alone, alone_gradients = Call("attention", [x[1:2] for x in tensors]).run(TRITON, [dout[1:2]])
     assert_same([x[1:2] for x in (*outputs, *gradients)], [*alone, *alone_gradients])
-
-
-@SETTINGS
-@given(data=st.data(), seed=st.integers(0, 2**16))
-def test_drawn_shapes_and_layouts(data, seed):
-    torch.manual_seed(seed)
-    batch, key_heads, group = (data.draw(st.integers(1, high)) for high in (2, 2, 3))
-    queries, more = data.draw(st.integers(1, 70)), data.draw(st.integers(0, 40))
-    q, k, v = qkv(batch, queries, queries + more, key_heads * group, key_heads, dtype=DRAWN)
-    doc_start = torch.randint(0, queries + more, (batch, queries), dtype=torch.int32).to(DEVICE) if data.draw(st.booleans()) else None
-    agree(
-        "attention",
-        (drawn(data, HEAD_LAYOUTS)(q), drawn(data, HEAD_LAYOUTS)(k), drawn(data, HEAD_LAYOUTS)(v)),
-        doc_start,
-        upstream=drawn(data, HEAD_LAYOUTS),
-    )
 
 
 @pytest.mark.gpu

@@ -3,9 +3,10 @@
 import numerics
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from kernel_cases import DEVICE, DRAWN, DTYPES, HEAD_LAYOUTS, LENGTHS, SETTINGS, TORCH, TRITON, agree, assert_same, draw, drawn, gap, over
+from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TORCH, TRITON, agree, assert_same, draw, gap, over
+
+# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
 def inputs(batch, queries, capacity, heads=3, key_heads=1, head_dim=32, dtype=torch.float32):
@@ -119,17 +120,6 @@ def test_is_the_end_of_attention(dtype):
 def test_empty_batch():
     (out,), _ = agree("decode_attention", inputs(0, 1, 40), filled().long())
     assert out.shape == (0, 1, 3, 32)
-
-
-@SETTINGS
-@given(data=st.data(), seed=st.integers(0, 2**16))
-def test_drawn_shapes_and_layouts(data, seed):
-    torch.manual_seed(seed)
-    batch, queries, key_heads, group = (data.draw(st.integers(1, high)) for high in (3, 5, 2, 4))
-    capacity = data.draw(st.integers(queries, 290))
-    lengths = data.draw(st.lists(st.integers(queries, capacity), min_size=batch, max_size=batch))
-    tensors = inputs(batch, queries, capacity, key_heads * group, key_heads, dtype=DRAWN)
-    agree("decode_attention", [drawn(data, LAYOUTS)(x) for x in tensors], filled(*lengths))
 
 
 @pytest.mark.gpu

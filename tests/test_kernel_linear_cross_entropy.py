@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from kernel_cases import DEVICE, DRAWN, DTYPES, LENGTHS, ROW_LAYOUTS, SETTINGS, TORCH, TRITON, agree, assert_same, draw, drawn, gap, over
+from kernel_cases import DEVICE, DTYPES, LENGTHS, ROW_LAYOUTS, TORCH, TRITON, agree, assert_same, draw, gap, over
 
 from kernels import linear_cross_entropy
+
+# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
 def inputs(tokens, width, vocabulary, dtype=torch.float32):
@@ -58,9 +59,9 @@ def test_losses(reduction, z_loss, label_smoothing, dtype):
     agree("linear_cross_entropy", tensors, some_ignored(targets), upstream=upstream, **options)
 
 
-@pytest.mark.parametrize("tokens", [32, 33, 65])
+@pytest.mark.parametrize("tokens", [32, 34, 63])
 def test_chunks(tokens, monkeypatch):
-    """dW is added up over chunks, the last of them ragged."""
+    """dW is added up over chunks, the last of them ragged and not ignored."""
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_TOKENS", 16)
     tensors, targets = inputs(tokens, 48, 101)
     agree("linear_cross_entropy", tensors, some_ignored(targets), z_loss=0.01, upstream=times(tokens))
@@ -166,22 +167,6 @@ def test_empty_batch():
     (loss,), (dhidden, dweight) = agree("linear_cross_entropy", (hidden, weight), targets)
     assert loss == 0 and dhidden.shape == (0, 32)
     assert_same([dweight], [torch.zeros_like(weight)])
-
-
-@SETTINGS
-@given(data=st.data(), tokens=st.integers(1, 20), width=st.integers(1, 40), vocabulary=st.integers(1, 300), seed=st.integers(0, 2**16))
-def test_drawn_shapes_and_options(data, tokens, width, vocabulary, seed):
-    torch.manual_seed(seed)
-    (hidden, weight), targets = inputs(tokens, width, vocabulary, DRAWN)
-    targets[torch.rand(tokens) < data.draw(st.sampled_from([0.0, 0.5]))] = -100
-    options = dict(
-        reduction=data.draw(st.sampled_from(["mean", "sum"])),
-        z_loss=data.draw(st.sampled_from([0.0, 0.01])),
-        label_smoothing=data.draw(st.sampled_from([0.0, 0.1])),
-    )
-    agree(
-        "linear_cross_entropy", (drawn(data, ROW_LAYOUTS)(hidden), drawn(data, ROW_LAYOUTS)(weight)), targets, upstream=times(3), **options
-    )
 
 
 @pytest.mark.gpu

@@ -53,9 +53,10 @@ def test_loss_and_every_gradient(documents, dtype):
     base = loss_and_gradients(build(TORCH, reference.state_dict(), dtype), *inputs)
     ours = loss_and_gradients(build(TRITON, reference.state_dict(), dtype), *inputs)
     assert ours.keys() == truth.keys() and len(ours) == 2 + 9 * 2 + 1  # loss and embedding, nine a layer, the last norm
-    numerics.check("model", "loss", ours.pop("loss"), base["loss"], truth["loss"], tested=dtype)
+    op = "model" if dtype is None else f"model, {str(dtype).removeprefix('torch.')} activations"
+    numerics.check(op, "loss", ours.pop("loss"), base["loss"], truth["loss"], tested=dtype)
     for name, gradient in ours.items():  # in fp32 whatever the compute dtype, and held to fp32's allowance
-        numerics.check("model", name, gradient, base[name], truth[name])
+        numerics.check(op, name, gradient, base[name], truth[name])
 
 
 def test_three_steps_of_training():

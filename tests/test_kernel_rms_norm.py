@@ -2,29 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from kernel_cases import (
-    DEVICE,
-    DRAWN,
-    DTYPES,
-    EPS,
-    LENGTHS,
-    ROW_LAYOUTS,
-    SETTINGS,
-    TORCH,
-    TRITON,
-    Call,
-    agree,
-    assert_same,
-    draw,
-    drawn,
-    gap,
-    over,
-    swapped,
-)
+from kernel_cases import DEVICE, DTYPES, EPS, LENGTHS, ROW_LAYOUTS, TORCH, TRITON, Call, agree, assert_same, draw, gap, over, swapped
 
 from kernels import rms_norm
+
+# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 WIDTHS = [576, 960, 2048]
 
@@ -134,14 +117,6 @@ def test_gradients_of_x_and_residual_do_not_share_memory():
     before = leaves[1].grad.clone()
     leaves[0].grad.mul_(0.5)
     assert_same([leaves[1].grad], [before])
-
-
-@SETTINGS
-@given(data=st.data(), rows=st.integers(1, 9), width=st.integers(1, 130), seed=st.integers(0, 2**16))
-def test_drawn_shapes_and_layouts(data, rows, width, seed):
-    torch.manual_seed(seed)
-    x, residual = (drawn(data, ROW_LAYOUTS)(draw(rows, width, dtype=DRAWN)) for _ in range(2))
-    agree("add_rms_norm", (x, residual, draw(width, dtype=DRAWN)), EPS, upstream=drawn(data, ROW_LAYOUTS))
 
 
 @pytest.mark.gpu

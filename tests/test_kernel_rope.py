@@ -2,26 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from kernel_cases import (
-    DEVICE,
-    DRAWN,
-    DTYPES,
-    HEAD_LAYOUTS,
-    LENGTHS,
-    SETTINGS,
-    TORCH,
-    TRITON,
-    Call,
-    agree,
-    angles,
-    assert_same,
-    draw,
-    drawn,
-    gap,
-    over,
-)
+from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TORCH, TRITON, Call, agree, angles, assert_same, draw, gap, over
+
+# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 HEADS = [(9, 3), (15, 5), (32, 32)]
 
@@ -114,18 +98,6 @@ def test_empty_batch():
     (q, k, v), (dqkv,) = agree("rope_qkv", (draw(0, 7, 5, 64),), *angles(7, 32), 1)
     assert q.shape == (0, 7, 3, 64) and k.shape == v.shape == (0, 7, 1, 64) and dqkv.shape == (0, 7, 5, 64)
     agree("rope", (draw(2, 0, 3, 64), draw(2, 0, 1, 64)), *angles(0, 32))
-
-
-@SETTINGS
-@given(data=st.data(), seed=st.integers(0, 2**16))
-def test_drawn_shapes_and_layouts(data, seed):
-    torch.manual_seed(seed)
-    batch, length, heads, key_heads = (data.draw(st.integers(1, high)) for high in (3, 19, 4, 3))
-    head_dim = data.draw(st.sampled_from([2, 8, 64]))
-    tables = angles(*([batch] * data.draw(st.booleans())), length, head_dim // 2)
-    q, k, qkv = (draw(batch, length, n, head_dim, dtype=DRAWN) for n in (heads, key_heads, heads + 2 * key_heads))
-    agree("rope", (drawn(data, HEAD_LAYOUTS)(q), drawn(data, HEAD_LAYOUTS)(k)), *tables, upstream=drawn(data, HEAD_LAYOUTS))
-    agree("rope_qkv", (drawn(data, HEAD_LAYOUTS)(qkv),), *tables, key_heads)
 
 
 @pytest.mark.gpu

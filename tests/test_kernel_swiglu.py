@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from kernel_cases import DEVICE, DRAWN, DTYPES, LENGTHS, ROW_LAYOUTS, SETTINGS, TRITON, Call, agree, assert_same, draw, drawn, over, swapped
+from kernel_cases import DEVICE, DTYPES, LENGTHS, ROW_LAYOUTS, TRITON, Call, agree, assert_same, draw, over, swapped
+
+# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+pytestmark = pytest.mark.usefixtures("poison_empty")
 
 WIDTHS = [1536, 2560, 8192]
 
@@ -62,15 +63,6 @@ def test_large_gates(dtype):
 def test_empty_batch():
     (y,), (dpacked,) = agree("swiglu", (draw(0, 7, 192),))
     assert y.shape == (0, 7, 96) and dpacked.shape == (0, 7, 192)
-
-
-@SETTINGS
-@given(data=st.data(), rows=st.integers(1, 9), width=st.integers(1, 1100), seed=st.integers(0, 2**16))
-def test_drawn_shapes_and_layouts(data, rows, width, seed):
-    torch.manual_seed(seed)
-    gate, up = (drawn(data, ROW_LAYOUTS)(draw(rows, width, dtype=DRAWN)) for _ in range(2))
-    agree("swiglu", (gate, up), upstream=drawn(data, ROW_LAYOUTS))
-    agree("swiglu", (drawn(data, ROW_LAYOUTS)(draw(rows, 2 * width, dtype=DRAWN)),), upstream=drawn(data, ROW_LAYOUTS))
 
 
 @pytest.mark.gpu

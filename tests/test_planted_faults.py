@@ -22,6 +22,7 @@ def outcomes(request, project_root, tmp_path_factory):
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # loading them takes a second a fault
     for name in ("PYTHONPATH", "PYTEST_ADDOPTS", "SMOLLM2_NUMERICS"):
         environment.pop(name, None)
     done = subprocess.run(

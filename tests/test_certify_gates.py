@@ -1,0 +1,118 @@
+"""The certificate's gates, on planted rows: a kernel that spills, does not fit, or moves data in small pieces does not pass."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kernels import certify
+from kernels.targets import TARGETS, amd_occupancy, nvidia_occupancy
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """A row that passes every gate: the attention kernel on sm_90."""
+    passing = {
+        "key": "0",
+        "target": "sm_90",
+        "dtype": "bfloat16",
+        "op": "attention",
+        "phase": "forward",
+        "kernel": "_attention_fwd_kernel",
+        "cases": ["planted"],
+        "constants": {},
+        "not_divisible": [],
+        "options": {"num_warps": 8, "num_stages": 2},
+        "registers": 128,
+        "spill_bytes": 0,
+        "scalar_spills": 0,
+        "shared": 65536,
+        "warps": 8,
+        "matrix": {"wgmma": 16},
+        "wide_loads": 8,
+        "wide_stores": 4,
+        "occupancy": 0.25,
+        "limited_by": "registers",
+    }
+    return {**passing, **changes}
+
+
+def test_clean_row_passes() -> None:
+    assert certify.faults([row()]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"spill_bytes": 8, "dtype": "float16"}, "spills 8 bytes"),
+        ({"shared": 227 * 1024 + 1}, "shared memory"),
+        ({"shared": 227 * 1024 + 1, "dtype": "float32"}, "shared memory"),
+        ({"matrix": {"mma.sync": 128}}, "no wgmma"),
+        ({"target": "sm_100"}, "no tcgen05"),
+        ({"matrix": {}, "target": "gfx1100", "shared": 1024}, "no v_wmma"),
+        ({"kernel": "_swiglu_fwd_kernel", "wide_loads": 0}, "0 loads"),
+        ({"kernel": "_swiglu_fwd_kernel", "wide_stores": 0}, "0 stores"),
+        ({"kernel": "_softmax_gradient_kernel", "wide_stores": 0, "constants": {"GRADIENT": True}}, "0 stores"),
+        ({"error": "CompilationError: no"}, "does not compile"),
+    ],
+)
+def test_planted_fault_fails(changes: dict[str, Any], message: str) -> None:
+    (fault,) = certify.faults([row(), row(**changes)])
+    assert message in fault
+    assert "planted" in fault
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"spill_bytes": 8, "dtype": "float32"},  # ieee fp32: reported only
+        {"spill_bytes": 8, "target": "gfx942", "matrix": {"v_mfma": 4}, "shared": 1024},
+        {"kernel": "_decode_attention_split_kernel", "matrix": {"mma.sync": 4}},
+        {"kernel": "_softmax_gradient_kernel", "wide_stores": 0, "constants": {"GRADIENT": False}},
+    ],
+)
+def test_what_is_reported_only(changes: dict[str, Any]) -> None:
+    assert certify.faults([row(**changes)]) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "warps", "shared", "expected"),
+    [
+        ("sm_90", 128, 8, 65536, (0.25, "registers")),
+        ("sm_90", 129, 8, 65536, (0.125, "registers")),
+        ("sm_90", 32, 8, 0, (1.0, "warps")),
+        ("sm_90", 32, 1, 0, (0.5, "warps")),  # 32 programs of one warp
+        ("sm_120", 64, 4, 60 * 1024, (0.083, "shared memory")),
+        ("sm_80", 40, 4, 0, (0.75, "registers")),
+    ],
+)
+def test_occupancy_of_nvidia_targets(target: str, registers: int, warps: int, shared: int, expected: tuple[float, str]) -> None:
+    assert nvidia_occupancy(TARGETS[target], registers, warps, shared) == expected
+
+
+def test_occupancy_by_tensor_memory_and_of_amd() -> None:
+    assert nvidia_occupancy(TARGETS["sm_100"], 64, 4, 0, tensor_columns=256) == (0.125, "tensor memory")
+    assert amd_occupancy(TARGETS["gfx942"], waves=2, warps=8, shared=16384) == (0.25, "registers")
+    assert amd_occupancy(TARGETS["gfx1100"], waves=16, warps=4, shared=65536) == (0.125, "shared memory")
+
+
+def test_numerics_are_merged_by_op_and_dtype() -> None:
+    old = [{"op": "rope", "dtype": "float16", "worst": 0.5}, {"op": "rope", "dtype": "float32", "worst": 0.1}]
+    merged = certify.merge_numerics(old, [{"op": "rope", "dtype": "float16", "worst": 0.7}])
+    assert merged == [{"op": "rope", "dtype": "float16", "worst": 0.7}, {"op": "rope", "dtype": "float32", "worst": 0.1}]
+
+
+def test_files_are_a_function_of_the_certificate() -> None:
+    certificate = {
+        "triton": "3.7.1",
+        "launches": {"layer": {"forward": {"rope": 1}, "backward": {}}},
+        "numerics": [{"op": "rope", "dtype": "float16", "worst": 0.7}],
+        "rows": [row(key="1", constants={"BLOCK_M": 64}), row(key="2", constants={"BLOCK_M": 128})],
+    }
+    assert json.loads(certify.dump(certificate)) == certificate
+    page = certify.page(certificate)
+    assert "BLOCK_M=64 |" in page and "BLOCK_M=128 |" in page
+    assert "| layer | 1 | 0 | rope 1 |" in page
+    assert "| rope | float16 | 0.700 |" in page
