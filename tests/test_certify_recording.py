@@ -53,21 +53,23 @@ def test_records_both_passes_of_a_simple_op(project_root: Path) -> None:
 
 
 def test_specialisation_follows_the_call(project_root: Path) -> None:
-    """A slice that starts at two bytes is not aligned, five rows are not a multiple of 16, one row is a constant."""
+    """A slice that starts at two bytes is not aligned, a stride of 1544 is no multiple of 16; the number of rows is never looked at."""
     script = """
 def case(run):
-    for rows, first in ((16, 0), (5, 1), (1, 0)):
-        x = launches.tensor(rows, 1536 + 8, dtype=torch.bfloat16)[:, first : first + 1536]
+    for rows, width, first in ((16, 1552, 0), (5, 1544, 1), (1, 1552, 0)):
+        x = launches.tensor(rows, width, dtype=torch.bfloat16)[:, first : first + 1536]
         ops.swiglu(x, x)
 show(record('sm_90', case))
 """
     aligned, odd, single = result(project_root, RECORD + script)
     divisible = [["tt.divisibility", 16]]
     names = list(aligned["signature"])
-    gate, rows = str(names.index("gate_ptr")), str(names.index("rows"))
-    assert aligned["attributes"][gate] == divisible and aligned["attributes"][rows] == divisible
-    assert gate not in odd["attributes"] and rows not in odd["attributes"]
-    assert single["constants"]["rows"] == 1 and single["signature"]["rows"] == "constexpr"
+    gate, stride, rows = (str(names.index(name)) for name in ("gate_ptr", "gate_stride", "rows"))
+    assert aligned["attributes"][gate] == divisible and aligned["attributes"][stride] == divisible
+    assert gate not in odd["attributes"] and stride not in odd["attributes"]
+    for launch in (aligned, odd, single):  # 16, 5 and 1 rows: one compilation serves all
+        assert launch["signature"]["rows"] == "i32" and rows not in launch["attributes"]
+    assert single["key"] == aligned["key"]
 
 
 def test_each_target_gets_its_own_configuration(project_root: Path) -> None:
