@@ -105,6 +105,8 @@ def test_kinds_and_layouts_of_doc_start(kind):
 
 @pytest.mark.parametrize("scale", [0.02, 0.1])
 def test_scale(scale):
+    """Smaller than 1 / sqrt(D). At scale 1 fp32 gradients exceed the contract (up to 1.8 of their budget was seen): the probabilities are
+    taken from a rounded log-sum-exp; see the header of kernels/attention.py."""
     agree("attention", qkv(1, 40, 40, 3, 1), scale=scale)
 
 
