@@ -2,11 +2,18 @@
 
 Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, F ffn width, N tokens, V vocabulary.
 Statistics are computed in fp32 (in fp64 when the input is fp64: the tests take that as the truth), results are rounded to the
-input's dtype. Nothing is written in place except the cache that `decode_layer` is given.
+input's dtype. Nothing that a caller can see is written in place except the cache that `decode_layer` is given.
+
+The formulas are the plain code. Where a gradient is wanted in eager mode an autograd.Function stands in for the formula: the same
+values bit for bit, but fewer passes over memory and fewer fresh tensors, whose first touch (a page fault per 4 KiB) costs a
+training step on a CPU more than the arithmetic does. torch.compile is given the plain formula, which it fuses by itself.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +27,67 @@ if TYPE_CHECKING:
 
 # Tokens whose logits exist at one time in linear_cross_entropy: 1024 x 49152 fp32 logits are 201 MB.
 CHUNK_TOKENS = 1024
+# Rows of a chunk that become probabilities together: 32 x 49152 in fp32 are 6 MB, which a cache holds from one pass to the next.
+TILE_ROWS = 32
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _fused(*tensors: Tensor) -> bool:
+    """Whether the autograd.Function stands in for the formula: eager mode, and something here wants a gradient."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a backward pass that has no derivative itself: refuses create_graph=True, which would leave terms out in silence."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *upstream: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the operations of kernels.reference have first derivatives only; leave create_graph=True out")
+        return backward(ctx, *upstream)
+
+    return checked
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y [..., D], 1 / rms [..., 1] in the accumulator's dtype)."""
+    wide = x.to(_accumulator(x.dtype))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * rstd).to(x.dtype) * weight, rstd
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The sum with the residual, if there is one, and its norm. Saves the sum and 1 / rms; the normalised values are formed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
+        total = x if residual is None else x + residual
+        y, rstd = _normalised(total, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, total)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        total, weight, rstd = ctx.saved_tensors
+        two = ctx.needs_input_grad[1]
+        if dy is None:
+            return dtotal, dtotal if two else None, None, None
+        wide = rstd.dtype
+        dy, scale = dy.to(wide), weight.to(wide)
+        normed = total.to(wide) * rstd
+        # As the formula has it: the weight meets the rounded values, the statistics belong to the unrounded ones.
+        product = dy * normed.to(total.dtype)
+        dweight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        mean = torch.mul(dy, normed, out=product).matmul(scale).unsqueeze_(-1).div_(scale.shape[0])
+        dx = torch.mul(dy, scale, out=product).sub_(normed.mul_(mean)).mul_(rstd).to(total.dtype)
+        if dtotal is not None:
+            dx.add_(dtotal)
+        return dx, dx if two else None, dweight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,9 +97,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dtype of x, then scale. Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
     """
     checks.rms_norm("rms_norm", x, weight)
-    wide = x.to(_accumulator(x.dtype))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    if _fused(x, weight):
+        return _RMSNorm.apply(x, None, weight, eps)
+    return _normalised(x, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -44,8 +108,50 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x and residual [..., D], weight [D] -> two tensors [..., D]: the input of the next sub-layer and the new residual stream.
     """
     checks.rms_norm("add_rms_norm", x, weight, residual)
+    if _fused(x, residual, weight):
+        return _RMSNorm.apply(x, residual, weight, eps)
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return _normalised(total, weight, eps)[0], total
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Writes x [B, T, heads, D], rotated, to out of the same shape; cos and sin [(B,) T, 1, D/2]."""
+    wide = torch.promote_types(_accumulator(x.dtype), cos.dtype)
+    first, second = x.to(wide).chunk(2, dim=-1)
+    rotated = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
+    one, two = rotated.chunk(2, dim=-1)
+    product = second * sin
+    torch.mul(first, cos, out=one).sub_(product)
+    torch.mul(first, sin, out=product)
+    torch.mul(second, cos, out=two).add_(product)
+    if rotated is not out:
+        out.copy_(rotated)
+
+
+class _RopePacked(torch.autograd.Function):
+    """`rope_qkv`. Queries and keys are rotated together, and all three gradients are written into one packed buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.like = qkv.shape, qkv.dtype, qkv.device
+        turned, values = qkv[:, :, :-key_heads], qkv[:, :, -key_heads:]
+        rotated = torch.empty(turned.shape, dtype=qkv.dtype, device=qkv.device)
+        _rotate(turned, cos.unsqueeze(-2), sin.unsqueeze(-2), rotated)
+        return rotated[:, :, :-key_heads], rotated[:, :, -key_heads:], values
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = (table.unsqueeze(-2) for table in ctx.saved_tensors)
+        shape, dtype, device = ctx.like
+        dqkv = torch.empty(shape, dtype=dtype, device=device)
+        into_q, into_k, into_v = dqkv.split((dq.shape[2], dk.shape[2], dv.shape[2]), dim=2)
+        back = -sin  # the transpose of a rotation is the rotation back
+        _rotate(dq, cos, back, into_q)
+        _rotate(dk, cos, back, into_k)
+        into_v.copy_(dv)
+        return dqkv, None, None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +177,8 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Ten
     gradient can then be written into one packed buffer, where three separate ones would have to be concatenated.
     """
     checks.rope_qkv(qkv, cos, sin, key_heads)
+    if _fused(qkv) and not (cos.requires_grad or sin.requires_grad):
+        return _RopePacked.apply(qkv, cos, sin, key_heads)
     q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
     return *rope(q, k, cos, sin), v
 
@@ -123,6 +231,27 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
     return out.view(batch, key_heads, group, length, head_dim).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
+class _SwiGLUPacked(torch.autograd.Function):
+    """`swiglu` of a packed buffer. Saves only the buffer: silu(gate) is formed again, and both gradients fill one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> Tensor:
+        ctx.save_for_backward(packed)
+        gate, up = packed.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (packed,) = ctx.saved_tensors
+        gate, up = packed.chunk(2, dim=-1)
+        grads = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+        dgate, dup = grads.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return grads
+
+
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up with silu(x) = x * sigmoid(x). Source: Shazeer 2020 (arXiv 2002.05202).
 
@@ -130,13 +259,102 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """
     checks.swiglu(gate, up)
     if up is None:
+        if _fused(gate):
+            return _SwiGLUPacked.apply(gate)
         gate, up = gate.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """What linear_cross_entropy computes besides its three tensors, and what of it."""
+
+    ignore_index: int
+    reduction: str
+    z_loss: float
+    label_smoothing: float
+    needs_hidden: bool
+    needs_weight: bool
+
+    def rows(self, logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        """Losses [rows] of logits [rows, V], which become d (sum of losses * scale) / d logits where a gradient is needed."""
+        wide = logits.to(_accumulator(logits.dtype))
+        valid = targets != self.ignore_index
+        safe = torch.where(valid, targets, 0).long()[:, None]
+        lse = wide.logsumexp(-1)
+        loss = lse - (1.0 - self.label_smoothing) * wide.gather(1, safe).squeeze(1) + self.z_loss * lse.square()
+        if self.label_smoothing:
+            loss = loss - self.label_smoothing * wide.mean(-1)
+        if self.needs_hidden or self.needs_weight:
+            # d loss / d logits = p (1 + 2 z lse) - (1 - eps) onehot - eps / V
+            factor = torch.where(valid, scale, 0.0)[:, None]
+            p = wide.sub_(lse[:, None]).exp_().mul_((1.0 + 2.0 * self.z_loss * lse)[:, None] * factor)
+            if self.label_smoothing:
+                p.sub_(factor * (self.label_smoothing / logits.shape[1]))
+            p.scatter_add_(1, safe, factor * (self.label_smoothing - 1.0))
+            if p is not logits:
+                logits.copy_(p)
+        return torch.where(valid, loss, 0.0)
+
+    def compute(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(loss, its gradient by hidden, by weight)."""
+        wide, tokens = _accumulator(hidden.dtype), hidden.shape[0]
+        head = weight.to(hidden.dtype)
+        one = torch.ones((), dtype=wide, device=hidden.device)
+        # With no valid target the sum is 0 and so is the mean, instead of 0 / 0.
+        scale = one / (targets != self.ignore_index).sum().clamp(min=1).to(wide) if self.reduction == "mean" else one
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if self.needs_hidden else None
+        dweight = None
+        losses = torch.empty(tokens, dtype=wide, device=hidden.device)
+        buffer = torch.empty((min(tokens, CHUNK_TOKENS), weight.shape[0]), dtype=hidden.dtype, device=hidden.device)
+        tile = CHUNK_TOKENS if hidden.is_cuda or torch.compiler.is_compiling() else TILE_ROWS
+        for start in range(0, tokens, CHUNK_TOKENS):
+            chunk = hidden[start : start + CHUNK_TOKENS]
+            logits = torch.mm(chunk, head.t(), out=buffer[: chunk.shape[0]])
+            for first in range(0, chunk.shape[0], tile):
+                rows = slice(start + first, start + min(first + tile, chunk.shape[0]))
+                losses[rows] = self.rows(logits[first : first + tile], targets[rows], scale)
+            if dhidden is not None:
+                torch.mm(logits, head, out=dhidden[start : start + CHUNK_TOKENS])
+            if self.needs_weight:
+                dweight = _accumulate(dweight, logits.t(), chunk, _accumulator(weight.dtype))
+        if self.needs_weight and dweight is None:
+            dweight = torch.zeros_like(weight, dtype=_accumulator(weight.dtype))
+        return losses if self.reduction == "none" else losses.sum() * scale, dhidden, dweight
+
+
+def _accumulate(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b in dtype, written into total; without a total (the first chunk) the product alone."""
+    if total is None:
+        return torch.mm(a, b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(torch.mm(a, b))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Both gradients are formed in the forward pass, chunk by chunk, while the logits of the chunk exist: three matrix
-    products in all, and no [N, V] tensor. The backward pass only scales them by the upstream gradient."""
+    products in all, and no [N, V] tensor. The backward pass only scales them by the upstream gradient: in place, and gives them
+    away, because a copy of [V, D] would cost as much as a layer. A second backward pass (retain_graph) computes them again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, what: _Loss) -> Tensor:
+        loss, *gradients = what.compute(hidden, weight, targets)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.what, ctx.gradients = what, gradients
+        return loss
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, *gradients = ctx.what.compute(hidden, weight, targets)
+        dhidden, dweight = (None if gradient is None else gradient.mul_(dloss) for gradient in gradients)
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None
+
+
+class _LinearCrossEntropyTraced(torch.autograd.Function):
+    """The same for torch.compile, whose graphs have no state: the gradients are saved, and the backward pass scales copies."""
 
     @staticmethod
     def forward(
@@ -151,44 +369,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden: bool,
         needs_weight: bool,
     ) -> Tensor:
-        wide = _accumulator(hidden.dtype)
-        head = weight.to(hidden.dtype)
-        valid = targets != ignore_index
-        safe = torch.where(valid, targets, 0).long()
-        # With no valid target the sum is 0 and so is the mean, instead of 0 / 0.
-        scale = 1.0 / valid.sum().clamp(min=1).to(wide) if reduction == "mean" else torch.ones((), dtype=wide, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if needs_hidden else None
-        dweight = torch.zeros_like(weight, dtype=_accumulator(weight.dtype)) if needs_weight else None
-        losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
-
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            logits = (hidden[rows] @ head.t()).to(wide)
-            lse = logits.logsumexp(-1)
-            picked = logits.gather(1, safe[rows, None]).squeeze(1)
-            loss = lse - (1.0 - label_smoothing) * picked + z_loss * lse.square()
-            if label_smoothing:
-                loss = loss - label_smoothing * logits.mean(-1)
-            losses[rows] = torch.where(valid[rows], loss, 0.0)
-            if not (needs_hidden or needs_weight):
-                continue
-            # d loss / d logits = p (1 + 2 z lse) - (1 - eps) onehot - eps / V
-            dlogits = logits.sub_(lse[:, None]).exp_().mul_((1.0 + 2.0 * z_loss * lse)[:, None])
-            if label_smoothing:
-                dlogits.sub_(label_smoothing / weight.shape[0])
-            dlogits.scatter_add_(1, safe[rows, None], torch.full_like(picked, label_smoothing - 1.0)[:, None])
-            dlogits.mul_(torch.where(valid[rows], scale, 0.0)[:, None])
-            dlogits = dlogits.to(hidden.dtype)
-            if dhidden is not None:
-                dhidden[rows] = dlogits @ head
-            if dweight is not None:
-                dweight += dlogits.t() @ hidden[rows]
-
+        what = _Loss(ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight)
+        loss, dhidden, dweight = what.compute(hidden, weight, targets)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
-        if reduction == "none":
-            return losses
-        return losses.sum() * scale
+        return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -222,7 +407,9 @@ def linear_cross_entropy(
     trains = torch.is_grad_enabled() and reduction != "none"
     needs = trains and hidden.requires_grad, trains and weight.requires_grad
     with torch.set_grad_enabled(trains):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, reduction, z_loss, label_smoothing, *needs)
+        if torch.compiler.is_compiling():
+            return _LinearCrossEntropyTraced.apply(hidden, weight, targets, ignore_index, reduction, z_loss, label_smoothing, *needs)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, _Loss(ignore_index, reduction, z_loss, label_smoothing, *needs))
 
 
 def decode_layer(

@@ -98,11 +98,21 @@ def save_model(model: SmolLM2ForCausalLM, folder: str | Path) -> None:
     The tied head is stored once, as the embedding; names are free of torch.compile's prefix. Files appear complete or not at
     all: raises LoadError, with the reason, if one cannot be written, and then leaves those that were there before.
     """
+    write_weights(folder, model.config, {name: _owned(tensor) for name, tensor in stored_tensors(model).items()})
+
+
+def stored_tensors(model: SmolLM2ForCausalLM) -> dict[str, Tensor]:
+    """The tensors of a model that a weights file holds, by their names in it. Raises LoadError if the head came untied."""
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
     if HEAD in tensors and tensors[HEAD].data_ptr() != tensors[EMBEDDING].data_ptr():
         raise LoadError(f"{HEAD} is no longer tied to {EMBEDDING}; call model.tie_weights() before saving")
     tensors.pop(HEAD, None)
-    write_files(folder, _model_files(model.config, {name: _owned(tensor) for name, tensor in tensors.items()}))
+    return tensors
+
+
+def write_weights(folder: str | Path, config: SmolLM2Config, tensors: dict[str, Tensor]) -> None:
+    """`save_model` for tensors that are already on the CPU and in memory of their own."""
+    write_files(folder, _model_files(config, tensors))
 
 
 def resolve(source: str | Path, revision: str | None = None, allow_patterns: Iterable[str] = HUB_FILES) -> Path:

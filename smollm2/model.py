@@ -47,10 +47,29 @@ def shift_labels(labels: Tensor, doc_start: Tensor | None = None) -> Tensor:
     return targets
 
 
-def _linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """x @ concatenation(weights).T, the weights cast to the dtype of x (fp32 masters, bf16 activations)."""
+def _linear(x: Tensor, *weights: Tensor, packed: Tensor | None = None) -> Tensor:
+    """x @ concatenation(weights).T, the weights cast to the dtype of x (fp32 masters, bf16 activations).
+
+    packed: the concatenation, if the weights lie in one buffer already.
+    """
+    if packed is not None:
+        return F.linear(x, _PackedWeight.apply(packed, x.dtype, *weights) if torch.is_grad_enabled() else packed.to(x.dtype))
     cast = [weight.to(x.dtype) for weight in weights]
     return F.linear(x, cast[0] if len(cast) == 1 else torch.cat(cast))
+
+
+class _PackedWeight(torch.autograd.Function):
+    """The buffer that the weights are views of, in the compute dtype: what `torch.cat` of them would be, without the copy. Its gradient
+    is cast once and cut into the gradients of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        ctx.rows, ctx.dtype = [weight.shape[0] for weight in weights], weights[0].dtype
+        return packed.detach().to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dpacked: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *dpacked.to(ctx.dtype).split(ctx.rows)
 
 
 def _pack(*projections: nn.Linear) -> Tensor:
@@ -60,6 +79,46 @@ def _pack(*projections: nn.Linear) -> Tensor:
         for projection, view in zip(projections, packed.split([projection.out_features for projection in projections]), strict=True):
             projection.weight.data = view
     return packed
+
+
+class _SideBySide(nn.Module):
+    """A layer some of whose projections read the same input: their weights may lie in one buffer, and are then multiplied as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: Tensor | None = None  # [sum of rows, hidden]; the weights are views of it once `pack` ran
+
+    def beside(self) -> tuple[nn.Linear, ...]:
+        """The projections, in the order of their rows."""
+        raise NotImplementedError
+
+    def pack(self) -> Tensor:
+        """Moves the weights into one buffer, unless they are there already."""
+        if self.packed is None or not self._current(self.packed):
+            self.packed = _pack(*self.beside())
+        return self.packed
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [..., hidden] -> [..., sum of rows]"""
+        weights, packed = [projection.weight for projection in self.beside()], self.packed
+        if torch.compiler.is_compiling():  # a trace knows no addresses, and fuses the concatenation with the cast
+            packed = None if torch.is_grad_enabled() else packed
+        elif packed is not None and not self._current(packed):
+            packed = None
+        return _linear(x, *weights, packed=packed)
+
+    def _current(self, packed: Tensor) -> bool:
+        """Whether the weights are still views of the buffer: assignment of other tensors would have changed that."""
+        address = packed.data_ptr()
+        for projection in self.beside():
+            weight = projection.weight
+            if weight.data_ptr() != address or (weight.dtype, weight.device) != (packed.dtype, packed.device):
+                return False
+            address += weight.nbytes
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}  # a copy has weights of its own, in tensors of their own
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +141,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class SmolLM2Attention(nn.Module):
+class SmolLM2Attention(_SideBySide):
     """Causal self-attention: H query heads share K key/value heads in groups of G = H / K."""
 
     def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
@@ -95,13 +154,12 @@ class SmolLM2Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(query_heads * self.head_dim, config.hidden_size, bias=False)
-        self.packed: Tensor | None = None  # [(H + 2K) * D, hidden]; q, k and v are views of it once `pack` ran
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor | None = None, cache: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]. With a cache (keys, values [B, S, K, D]) the T tokens are its last T positions."""
-        qkv = _linear(x, *self.projections()).unflatten(-1, (-1, self.head_dim))
+        qkv = self.project(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = self.backend.rope_qkv(qkv, cos, sin, self.key_heads)
         if cache is not None:
             keys, values = cache
@@ -111,13 +169,11 @@ class SmolLM2Attention(nn.Module):
         mixed = self.backend.attention(q, k, v, doc_start, dropout_p=self.dropout if self.training else 0.0)
         return _linear(mixed.flatten(2), self.o_proj.weight)
 
-    def projections(self) -> tuple[Tensor, ...]:
-        if self.packed is not None and not torch.is_grad_enabled():
-            return (self.packed,)
-        return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
+    def beside(self) -> tuple[nn.Linear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
 
 
-class SmolLM2MLP(nn.Module):
+class SmolLM2MLP(_SideBySide):
     """down(silu(gate(x)) * up(x))"""
 
     def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
@@ -126,17 +182,13 @@ class SmolLM2MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.packed: Tensor | None = None  # [2F, hidden]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]"""
-        gate_up = _linear(x, *self.projections())
-        return _linear(self.backend.swiglu(gate_up), self.down_proj.weight)
+        return _linear(self.backend.swiglu(self.project(x)), self.down_proj.weight)
 
-    def projections(self) -> tuple[Tensor, ...]:
-        if self.packed is not None and not torch.is_grad_enabled():
-            return (self.packed,)
-        return self.gate_proj.weight, self.up_proj.weight
+    def beside(self) -> tuple[nn.Linear, ...]:
+        return self.gate_proj, self.up_proj
 
 
 class SmolLM2Block(nn.Module):
@@ -167,22 +219,14 @@ class SmolLM2Block(nn.Module):
     def pack(self) -> LayerWeights:
         """Lays q, k, v and gate, up side by side in one buffer each; the parameters become views of it."""
         attention, mlp = self.self_attn, self.mlp
-        if attention.packed is None:
-            attention.packed = _pack(attention.q_proj, attention.k_proj, attention.v_proj)
-        if mlp.packed is None:
-            mlp.packed = _pack(mlp.gate_proj, mlp.up_proj)
         return LayerWeights(
             input_norm=self.input_layernorm.weight.detach(),
-            qkv=attention.packed,
+            qkv=attention.pack(),
             o=attention.o_proj.weight.detach(),
             post_norm=self.post_attention_layernorm.weight.detach(),
-            gate_up=mlp.packed,
+            gate_up=mlp.pack(),
             down=mlp.down_proj.weight.detach(),
         )
-
-    def unpack(self) -> None:
-        """Forgets the packed buffers (the parameters stay as they are)."""
-        self.self_attn.packed = self.mlp.packed = None
 
 
 class SmolLM2Model(nn.Module):
@@ -281,6 +325,7 @@ class SmolLM2ForCausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.initialise()
+        self.pack()
 
     def tie_weights(self) -> None:
         """Makes the head the embedding: one Parameter under two names."""
@@ -331,15 +376,25 @@ class SmolLM2ForCausalLM(nn.Module):
                 raise UsageError(f"input_ids: expected ids in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
 
     def pack(self) -> list[LayerWeights]:
-        """Packs the weights of every block for inference and returns them. Repeated calls cost nothing."""
+        """Packs the weights of every block and returns them. Repeated calls cost nothing. The parameters stay the same objects."""
         return [layer.pack() for layer in self.model.layers]  # type: ignore[operator]
 
+    def train(self, mode: bool = True) -> SmolLM2ForCausalLM:
+        """Training mode; packs the weights, so that no step has to concatenate them."""
+        if mode:
+            self.pack()
+        return super().train(mode)
+
     def _apply(self, *args: Any, **kwargs: Any) -> SmolLM2ForCausalLM:
-        # `.to()` gives every parameter a tensor of its own: the packed buffers no longer belong to them.
         super()._apply(*args, **kwargs)
-        for layer in self.model.layers:
-            layer.unpack()  # type: ignore[operator]
+        self.pack()  # `.to()` gave every parameter a tensor of its own
         return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's; with assign=True too the weights end up packed."""
+        result = super().load_state_dict(*args, **kwargs)
+        self.pack()
+        return result
 
     def num_parameters(self) -> int:
         """Parameters, the tied head counted once."""

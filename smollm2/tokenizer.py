@@ -163,9 +163,13 @@ class Tokenizer:
             },
         )
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json, from which `tokenizers.Tokenizer.from_str` makes the same tokenizer in another process."""
+        return self._backend.to_str()
+
     def fingerprint(self) -> str:
         """sha256, in hex, of the content of tokenizer.json: equal for tokenizers that give equal ids."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @cached_property
     def _without_special(self) -> tokenizers.Tokenizer:

@@ -2,70 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from data_sources import ListSource, same, some_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smollm2.cli import UsageError
 from smollm2.tokenizer import Tokenizer, train_tokenizer
-from train.corpus import Block
-from train.data import (
-    Batch,
-    Cursor,
-    DataState,
-    UniqueCounter,
-    digest,
-    held_out_rows,
-    is_held_out,
-    prefetch,
-    read_shuffled,
-    read_stored,
-    shuffled,
-    training_batches,
-)  # fmt: skip
-
-START = Cursor()
-
-
-class ListSource:
-    """Documents in memory: shards of blocks."""
-
-    revision: str | None = None
-    fingerprint = "list"
-
-    def __init__(self, shards: list[list[Block]]) -> None:
-        self.shards = shards
-        self.one_block = all(len(shard) == 1 for shard in shards)
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.shards)
-
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
-        yield from self.shards[shard][first_block:]
-
-
-def some_source(shards: int = 3, blocks: int = 2, documents: int = 5) -> ListSource:
-    def text(shard: int, block: int, index: int) -> object:
-        return None if index == 3 else f"document {shard}.{block}.{index} " * (1 + (7 * shard + 3 * block + index) % 5)
-
-    return ListSource([[[text(s, b, i) for i in range(documents)] for b in range(blocks)] for s in range(shards)])
+from train.blocks import Prefetch, shuffled
+from train.data import DataState, UniqueCounter, held_out_rows, read_stored, training_batches
+from train.tokenise import digest, is_held_out
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
+    return tokenizer_for_order()
+
+
+def texts(source: ListSource, count: int, seed: int = 0, fraction: float = 0.0) -> list[str]:
+    """The documents of the first `count` that batches hold, by their digests."""
+    known = {digest(text): text for shard in source.shards for block in shard for text in block if text}
+    batches = training_batches(source, tokenizer_for_order(), rows=1, length=2, seed=seed, validation_fraction=fraction)
+    found = (known[int(key)] for batch in batches for key in batch.digests)
+    return list(itertools.islice(found, count))
+
+
+@functools.cache
+def tokenizer_for_order() -> Tokenizer:
     return train_tokenizer(["document 0123456789 . " * 5], 280)
-
-
-def texts(source: ListSource, count: int, seed: int = 0, cursor: Cursor = START) -> list[str]:
-    return [document.text for document in itertools.islice(read_shuffled(source, seed, 0.0, cursor), count)]
 
 
 def test_every_epoch_has_every_document_once_in_another_order() -> None:
@@ -86,16 +61,9 @@ def test_orders_and_digests_are_the_same_in_every_process() -> None:
     # As written down once: a change would move the documents of every saved position.
     assert shuffled(8, "0/0") == [0, 3, 7, 4, 1, 5, 2, 6]
     assert digest("SmolLM2") == 11487967147309650736
-    code = "from train.data import digest; print(digest('SmolLM2'))"
+    code = "from train.tokenise import digest; print(digest('SmolLM2'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
     assert int(done.stdout) == digest("SmolLM2")
-
-
-def same(one: Batch, other: Batch) -> bool:
-    return (
-        torch.equal(one.input_ids, other.input_ids) and torch.equal(one.doc_start, other.doc_start)
-        and (one.cursor, one.digests, one.invalid, one.epochs) == (other.cursor, other.digests, other.invalid, other.epochs)
-    )  # fmt: skip
 
 
 @settings(max_examples=25, deadline=None)
@@ -139,7 +107,7 @@ def test_an_error_in_the_background_arrives_in_the_loop() -> None:
         yield 1
         raise OSError("disk gone")
 
-    items = prefetch(failing())
+    items = Prefetch(failing(), threading.Event())
     assert next(items) == 1
     with pytest.raises(OSError, match="disk gone"):
         next(items)
@@ -148,7 +116,7 @@ def test_an_error_in_the_background_arrives_in_the_loop() -> None:
 def test_held_out_documents_are_never_trained_on_and_their_share_is_as_asked() -> None:
     source = ListSource([[[f"text number {index}" for index in range(4000)]]])
     held_out = [document.text for document in read_stored(source, 0.1, held_out=True)]
-    training = {document.text for document in itertools.islice(read_shuffled(source, 0, 0.1, Cursor()), 2 * (4000 - len(held_out)))}
+    training = set(texts(source, 2 * (4000 - len(held_out)), fraction=0.1))
     assert not training & set(held_out)
     assert len(training) + len(held_out) == 4000
     assert 330 < len(held_out) < 470  # 400, standard deviation 19
@@ -169,7 +137,7 @@ def test_unique_documents_are_counted_exactly_and_then_estimated() -> None:
     keys = [digest(str(index)) for index in range(20_000)]
     counter = UniqueCounter(limit=30_000)
     counter.add(keys)
-    counter.add(keys[:100])
+    counter.add(np.array(keys[:100], np.uint64))
     assert (counter.count, counter.exact) == (20_000, True)
     small = UniqueCounter(limit=1000)
     for key in keys:
@@ -181,3 +149,29 @@ def test_unique_documents_are_counted_exactly_and_then_estimated() -> None:
     for counting in (small, restored):
         counting.add(digest(f"more {index}") for index in range(5000))
     assert restored.count == small.count
+
+
+def test_the_part_of_an_epoch_grows_with_what_was_read_and_is_right_at_its_ends(tokenizer: Tokenizer) -> None:
+    source = ListSource([[["document 1. "] * 10] * 3, [["document 2. "] * 30], [["document 3. "] * 2]])
+    batches = list(itertools.islice(training_batches(source, tokenizer, rows=1, length=2, seed=2), 300))
+    epochs = [batch.epochs for batch in batches]
+    assert epochs == sorted(epochs)
+    last = max(epoch for epoch in epochs if epoch < 1)
+    assert last == pytest.approx(1 - 1 / 62, abs=1e-9)  # the last of 62 documents
+    assert epochs[-1] > 1
+
+
+def test_steps_that_ranks_cannot_share_equally_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UsageError, match="multiple of the 2 processes, got 3"):
+        training_batches(some_source(), tokenizer, rows=3, length=8, world=2)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tokenizer: Tokenizer) -> None:
+    shape = dict(rows=4, length=16, seed=1, validation_fraction=0.1)
+    whole = list(itertools.islice(training_batches(some_source(), tokenizer, **shape), 8))
+    for world in (1, 2, 4):
+        ranks = [training_batches(some_source(), tokenizer, **shape, cursor=whole[3].cursor, rank=r, world=world) for r in range(world)]
+        for step in whole[4:]:
+            parts = [next(rank) for rank in ranks]
+            assert torch.equal(torch.cat([part.input_ids for part in parts]), step.input_ids)
+            assert all(part.cursor == step.cursor for part in parts)

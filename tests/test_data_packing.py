@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,13 +13,21 @@ from hypothesis import strategies as st
 
 from smollm2.model import shift_labels
 from smollm2.tokenizer import Tokenizer, train_tokenizer
-from train.data import Document, end_of_text_encoder, pack, tokenise
+from train import tokenise
+from train.packing import START, Segment, pack
+from train.worker_pool import WorkerPool
 
 documents_strategy = st.lists(st.lists(st.integers(1, 1000), min_size=0, max_size=40), min_size=1, max_size=30)
 
 
-def stream(documents: list[list[int]], end: int = 0) -> list[tuple[Document, np.ndarray]]:
-    return [(Document("", digest=index), np.array([*tokens, end], dtype=np.int64)) for index, tokens in enumerate(documents)]
+def stream(documents: list[list[int]], end: int = 0, block: int = 7) -> Iterator[Segment]:
+    """Documents in blocks of `block`; their digests are their numbers."""
+    for first in range(0, len(documents), block):
+        arrays = [np.array([*tokens, end], np.uint16) for tokens in documents[first : first + block]]
+        index, lengths = np.arange(len(arrays)), np.array([len(array) for array in arrays])
+        yield Segment(
+            START, np.concatenate(arrays), np.cumsum(lengths) - lengths, index, (first + index).astype(np.uint64), 0 * index, 0.0 * index
+        )
 
 
 @settings(max_examples=150, deadline=None)
@@ -65,18 +74,46 @@ def tokenizer() -> Tokenizer:
 
 
 def test_every_document_ends_with_the_end_of_text_token_and_cannot_forge_one(tokenizer: Tokenizer) -> None:
-    encode = end_of_text_encoder(tokenizer)
-    plain, forged = encode(["some text", "some <|endoftext|> text"])
+    block = WorkerPool(tokenizer, 0).encode(["some text", "some <|endoftext|> text"])
+    plain, forged = np.split(block.tokens, np.cumsum(block.lengths)[:-1])
     assert plain[-1] == forged[-1] == tokenizer.eot_token_id
     assert tokenizer.eot_token_id not in plain[:-1] and tokenizer.eot_token_id not in forged[:-1]
     assert tokenizer.decode(forged[:-1].tolist()) == "some <|endoftext|> text"
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_do_not_change_the_order(tokenizer: Tokenizer, threads: int) -> None:
-    documents = [Document(f"document {index} " * (index % 7 + 1), digest=index) for index in range(500)]
-    encode = end_of_text_encoder(tokenizer)
-    alone = list(tokenise(documents, encode))
-    threaded = list(tokenise(documents, encode, threads))
-    assert [document for document, _ in threaded] == documents
-    assert all(np.array_equal(one[1], other[1]) for one, other in zip(alone, threaded, strict=True))
+@settings(max_examples=60, deadline=None)
+@given(documents=documents_strategy, share=st.integers(1, 3), world=st.integers(1, 4), length=st.integers(2, 9))
+def test_ranks_share_every_step_and_know_its_targets(documents: list[list[int]], share: int, world: int, length: int) -> None:
+    rows = share * world
+    whole = list(pack(stream(documents), rows, length))
+    ranks = [list(pack(stream(documents), rows, length, rank, world)) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), batch.input_ids)
+        assert torch.equal(torch.cat([part.doc_start for part in parts]), batch.doc_start)
+        assert {(part.cursor, part.inner_starts, part.tokens) for part in parts} == {(batch.cursor, batch.inner_starts, rows * length)}
+        targets = int((shift_labels(batch.input_ids, batch.doc_start) != -100).sum())
+        assert targets == rows * (length - 1) - batch.inner_starts
+
+
+def test_an_enormous_document_is_tokenised_in_pieces_and_stays_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "tests of packing\n" * 40 + "a" * 500 + "\nthe end"
+    monkeypatch.setattr(tokenise, "PIECE", 64)
+    parts = list(tokenise.pieces(text))
+    assert "".join(parts) == text and max(map(len, parts)) == 64
+    assert all(part.endswith("\n") for part in parts[:10])
+    calls: list[int] = []
+    encode = WorkerPool(tokenizer, 0)
+    encode.encode([])
+    inner = encode._encoder._encode_batch  # type: ignore[union-attr]
+
+    def counted(texts: list[str], **options: object) -> object:
+        calls.append(sum(map(len, texts)))
+        return inner(texts, **options)
+
+    encode._encoder._encode_batch = counted  # type: ignore[union-attr]
+    block = encode.encode(["before", text, "behind"])
+    assert len(calls) > 10 and max(calls) <= 64
+    assert list(block.tokens).count(tokenizer.eot_token_id) == 3 and int(block.lengths.sum()) == len(block.tokens)
+    first, last = int(block.lengths[0]), int(block.lengths[2])
+    assert tokenizer.decode(block.tokens[first : -last - 1].tolist()) == text

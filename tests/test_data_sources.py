@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from smollm2.cli import LoadError, UsageError
-from train import corpus
+from smollm2.tokenizer import train_tokenizer
+from train import corpus, hub
 from train.config import RunConfig
 from train.corpus import EmbeddedSource, HubSource, LocalSource, open_source
-from train.data import DataState, read_shuffled, read_stored
+from train.data import Batch, read_stored, training_batches
+from train.tokenise import digest
 
 
 def write_cosmopedia(folder: Path, files: int = 3, rows: int = 250, row_group: int = 100) -> list[str]:
@@ -61,7 +63,8 @@ def test_a_stream_that_breaks_is_read_again_from_the_same_block(
     texts = write_cosmopedia(tmp_path, files=1, rows=3000)
     source = HubSource(str(tmp_path), "", "train", None, "text")
     pauses: list[float] = []
-    monkeypatch.setattr(corpus.time, "sleep", pauses.append)
+    monkeypatch.setattr(hub.random, "uniform", lambda low, high: 1.0)
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
 
     class Flaky:
         """Fails once before every block but the first."""
@@ -86,7 +89,7 @@ def test_a_stream_that_breaks_is_read_again_from_the_same_block(
     assert "ConnectionError" in capsys.readouterr().out
     with pytest.raises(LoadError, match="resume=auto"):
         next(blocks)  # beyond the last block this source never ends: it gives up after all its pauses
-    assert pauses[2:] == list(corpus.RETRY_PAUSES)
+    assert pauses[2:] == list(hub.RETRY_PAUSES)
 
 
 def test_jsonl_stretches_hold_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,17 +103,17 @@ def test_jsonl_stretches_hold_every_line_once(tmp_path: Path, monkeypatch: pytes
 def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paragraphs = [f"Paragraph {index}, of some length. " * 5 for index in range(120)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
-    documents = stored(LocalSource([str(tmp_path)], "text"))
+    documents = [document.decode() for document in stored(LocalSource([str(tmp_path)], "text"))]
     assert len(documents) > 5
     assert all(len(document) >= corpus.TEXT_DOCUMENT for document in documents[:-1])
     assert "\n\n".join(documents).split() == " ".join(paragraphs).split()
     monkeypatch.setattr(corpus, "BYTE_BLOCK", 1000)
-    assert " ".join(stored(LocalSource([str(tmp_path)], "text"))).split() == " ".join(paragraphs).split()
+    assert b" ".join(stored(LocalSource([str(tmp_path)], "text"))).decode().split() == " ".join(paragraphs).split()
 
 
 def test_an_end_of_text_line_separates_documents(tmp_path: Path) -> None:
     (tmp_path / "stories.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n<|endoftext|>\nThree.", encoding="utf-8")
-    assert stored(LocalSource([str(tmp_path)], "text")) == ["One.", "Two.", "Three."]
+    assert stored(LocalSource([str(tmp_path)], "text")) == [b"One.", b"Two.", b"Three."]
 
 
 def test_documents_that_are_not_text_are_passed_over_and_counted(tmp_path: Path) -> None:
@@ -127,25 +130,27 @@ def test_documents_that_are_not_text_are_passed_over_and_counted(tmp_path: Path)
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     source = LocalSource([str(tmp_path)], "text")
-    documents = read_shuffled(source, seed=0, fraction=0.0, cursor=DataState("").cursor)
-    two_epochs = [next(documents) for _ in range(4)]
-    assert {document.text for document in two_epochs} == {"good one", "good two"}
+    batches = training_batches(source, train_tokenizer(["good one two"], 300), rows=1, length=2)
+    seen: list[Batch] = []
+    while sum(len(batch.digests) for batch in seen) < 4:
+        seen.append(next(batches))
+    assert {int(key) for batch in seen for key in batch.digests} == {digest("good one"), digest("good two")}
     # Those behind the second epoch's last good document are still ahead.
-    assert 7 <= sum(document.invalid for document in two_epochs) <= 14
+    assert 7 <= sum(batch.invalid for batch in seen) <= 14
     assert [document.text for document in read_stored(source, 0.0, held_out=False)] == ["good one", "good two"]
 
 
 def test_a_corpus_without_a_usable_document_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
     with pytest.raises(LoadError, match="found none .1 empty or not text.*text_column"):
-        next(read_shuffled(LocalSource([str(tmp_path)], "text"), 0, 0.0, DataState("").cursor))
+        next(training_batches(LocalSource([str(tmp_path)], "text"), train_tokenizer(["x"], 300), rows=1, length=2))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
         ("missing.txt", None, UsageError, "found none"),
-        ("data.csv", b"a,b", UsageError, r"expected one of \.parquet, \.jsonl, \.txt, got \.csv"),
+        ("data.csv", b"a,b", UsageError, r"expected one of \.parquet, \.jsonl, \.txt, \.py, got \.csv"),
         ("data.parquet", b"not parquet", LoadError, "not a readable parquet file"),
     ],
 )
@@ -181,7 +186,7 @@ def test_a_stream_is_pinned_to_the_commit_that_a_resumed_run_reads_again(tmp_pat
 
     datasets_load = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(corpus, "_commit", lambda dataset, revision: revision or "c0ffee")
+    monkeypatch.setattr(hub, "_commit", lambda dataset, revision: revision or "c0ffee")
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     source = open_source(RunConfig(data="hub"))
     assert source.revision == "c0ffee" and "c0ffee" in source.fingerprint
@@ -208,3 +213,64 @@ def test_the_fingerprint_of_local_files_changes_with_them(tmp_path: Path) -> Non
     before = LocalSource([str(tmp_path)], "text").fingerprint
     (tmp_path / "b.txt").write_text("more text", encoding="utf-8")
     assert LocalSource([str(tmp_path)], "text").fingerprint != before
+
+
+def test_a_row_group_is_read_in_bounded_blocks(tmp_path: Path) -> None:
+    texts = write_cosmopedia(tmp_path, files=1, rows=2500, row_group=2300)
+    source = LocalSource([str(tmp_path)], "text")
+    assert [len(block) for block in source.read(0)] == [1024, 1024, 252]
+    assert list(source.read(0, first_block=1)) == [texts[1024:2048], texts[2048:2300]]
+    assert list(source.read(0, first_block=3)) == []
+    assert stored(source) == texts
+    assert source.span(0, 0) == (0.0, 1024 / 2300) and source.span(0, 2) == (2048 / 2300, 1.0)
+    assert sum(source.sizes) == pytest.approx(source.files[0].stat().st_size)
+
+
+def test_source_trees_are_read_a_file_a_document_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b/one.py", "a/two.py", "a/__pycache__/no.py", ".git/no.py", "c/three.py", "c/.hidden/no.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n" * 10, encoding="utf-8")
+    monkeypatch.setattr(corpus, "BYTE_BLOCK", 200)
+    source = LocalSource([str(tmp_path)], "text")
+    assert source.num_shards == 2
+    assert [document.splitlines()[0].decode() for document in stored(source)] == ["# a/two.py", "# b/one.py", "# c/three.py"]
+    assert source.sizes == [220, 130]
+
+
+def test_bytes_that_are_not_utf8_cost_one_document_each(tmp_path: Path) -> None:
+    good, bad = "sch\u00f6n".encode(), b"\xff\xfe broken"
+    (tmp_path / "a.py").write_bytes(bad)
+    (tmp_path / "b.txt").write_bytes(good)
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "json"}\n{"text": "\xff"}\n' + b"[" * 100_000 + b"\n")
+    pq.write_table(pa.table({"text": pa.array([good, None, bad, b" "], pa.binary())}), tmp_path / "d.parquet")
+    arrays = [pa.array([good, bad, good], kind).cast(pa.binary()) for kind in (pa.binary(),)]
+    strings = pa.StringArray.from_buffers(3, *arrays[0].buffers()[1:])  # claims to be UTF-8, and is not
+    pq.write_table(pa.table({"text": strings}), tmp_path / "e.parquet")
+    source = LocalSource([str(tmp_path)], "text")
+    assert [document.text for document in read_stored(source, 0.0)] == ["sch\u00f6n", "json", *["sch\u00f6n"] * 3]
+    assert len(stored(source)) == 12
+
+
+def test_a_cut_off_jsonl_is_reported_once_and_its_other_lines_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n{"text": "cut o', encoding="utf-8")
+    source = LocalSource([str(tmp_path)], "text")
+    assert stored(source) == stored(source) == ["whole", None]
+    assert capsys.readouterr().out.count("the last line is cut off") == 1
+
+
+def test_a_damaged_or_vanished_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    write_cosmopedia(tmp_path, files=1, rows=300)
+    (file,) = tmp_path.glob("*.parquet")
+    source = LocalSource([str(tmp_path)], "text")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:40] + bytes(4000) + whole[4040:])
+    with pytest.raises(LoadError, match=r"row group \d is damaged.*copy or download"):
+        stored(source)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LoadError, match="not a readable parquet file.*copy or download it again"):
+        LocalSource([str(tmp_path)], "text")
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    text = LocalSource([str(tmp_path / "a.txt")], "text")
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(LoadError, match="a.txt: cannot be read.*restore the file"):
+        stored(text)

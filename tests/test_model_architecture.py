@@ -1,5 +1,6 @@
 """The model against transformers' Llama, and the properties that a decoder must have."""
 
+import copy
 import math
 
 import pytest
@@ -140,6 +141,38 @@ def test_packed_weights_follow_training_and_moves():
     assert not torch.equal(before, after)
     moved = generate(model.double(), tokens, max_new_tokens=4, eos_token_id=[])
     assert torch.equal(moved, after)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_packed_projections_have_the_gradients_of_separate_ones(compute_dtype):
+    tokens = ids(2, 33)
+    grads = []
+    for packed in (True, False):
+        model = tiny()
+        model.compute_dtype = compute_dtype
+        if not packed:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()  # no longer side by side
+        model(tokens, labels=tokens).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_weights_given_later_are_those_that_are_used():
+    """By assignment, by a copy of the model, by loading: a buffer of old values never answers for them."""
+    model, other, tokens = tiny(), tiny(seed=5), ids(1, 9)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, new in zip(twin.parameters(), other.parameters(), strict=True):
+            parameter.copy_(new)
+        expected = other(tokens).logits
+        assert torch.equal(twin(tokens).logits, expected)
+        assert not torch.equal(model(tokens).logits, expected)
+        model.load_state_dict(other.state_dict(), assign=True)
+        model.tie_weights()
+        assert torch.equal(model(tokens).logits, expected)
+        model.model.layers[0].mlp.up_proj.weight.data = torch.zeros_like(model.model.layers[0].mlp.up_proj.weight)
+        assert not torch.equal(model(tokens).logits, expected)
 
 
 def test_attention_dropout_acts_in_training_only():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from train.config import SCHEDULES, RunConfig
-from train.optim import SkipCounter, build_optimizer, clip_gradients, learning_rate, parameter_groups, update
+from train.optim import SPIKE_WARMUP, StepGuard, build_optimizer, clip_gradients, learning_rate, parameter_groups, update
 
 
 def rates(**keys: object) -> list[float]:
@@ -28,6 +28,12 @@ def test_wsd_is_constant_and_then_falls_linearly_to_the_end() -> None:
     assert values[:7] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert values[7:] == pytest.approx([0.8, 0.6, 0.4])
     assert learning_rate(10, RunConfig(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2)) == pytest.approx(0.2)
+
+
+def test_the_other_decay_falls_with_the_root_of_its_progress() -> None:
+    values = rates(schedule="wsd", decay_shape="1-sqrt", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4)
+    assert values[:7] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert values[7:] == pytest.approx([0.2 + 0.8 * (1 - math.sqrt(progress)) for progress in (0.25, 0.5, 0.75)])
 
 
 def test_cosine_is_half_way_down_in_the_middle() -> None:
@@ -70,14 +76,15 @@ def test_clipping_returns_the_norm_before_and_bounds_it_after(generator: torch.G
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float, generator: torch.Generator) -> None:
     layer = torch.nn.Linear(4, 3)
     optimizer = build_optimizer(layer, RunConfig(lr=0.1))
-    counter = SkipCounter(torch.device("cpu"))
+    guard = StepGuard(torch.device("cpu"))
 
     def step(broken: bool) -> None:
         optimizer.zero_grad()
-        layer(torch.randn(2, 4, generator=generator)).square().sum().backward()
+        loss = layer(torch.randn(2, 4, generator=generator)).square().sum()
+        loss.backward()
         if broken:
             layer.weight.grad[0, 0] = bad
-        update(optimizer, clip_gradients(layer.parameters(), 1.0), counter)
+        update(optimizer, guard.judge(loss.detach(), clip_gradients(layer.parameters(), 1.0)))
 
     step(broken=False)
     weights = [parameter.detach().clone() for parameter in layer.parameters()]
@@ -90,4 +97,44 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
     step(broken=False)
     step(broken=True)
     assert not torch.equal(weights[0], layer.weight)
-    assert (int(counter.skipped), counter.longest()) == (3, 2)
+    assert (int(guard.skipped), guard.longest()) == (3, 2)
+
+
+def judged(guard: StepGuard, loss: float, norm: float = 1.0) -> bool:
+    return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_skipped_whatever_the_gradients(bad: float) -> None:
+    guard = StepGuard(torch.device("cpu"))
+    assert judged(guard, bad) and judged(guard, 1.0, bad) and not judged(guard, 1.0)
+
+
+def test_spikes_are_skipped_once_the_mean_is_known_and_do_not_move_it(generator: torch.Generator) -> None:
+    guard, careless = StepGuard(torch.device("cpu"), zscore=6.0), StepGuard(torch.device("cpu"))
+    noise = torch.randn(1000, generator=generator).mul_(0.1).tolist()
+    assert not any(judged(guard, 11.0 + number % 2) for number in range(SPIKE_WARMUP // 2))  # nothing to compare with yet
+    for value in noise:
+        assert not judged(guard, 3.0 + value)
+    assert [judged(guard, 3.0 + 2.0) for _ in range(30)] == [True] * 30  # a spike that lasts stays one
+    assert not judged(guard, 3.0) and not judged(guard, 1.0)  # below the mean is no spike
+    assert not any(judged(careless, 3.0 + value) for value in [*noise, 100.0])
+    assert (int(guard.skipped), guard.longest()) == (30, 30)
+
+
+def test_a_guard_continues_where_it_was(generator: torch.Generator) -> None:
+    losses = (3.0 + torch.randn(120, generator=generator) * 0.1).tolist()
+    one, other = StepGuard(torch.device("cpu"), 3.0), StepGuard(torch.device("cpu"), 3.0)
+    for value in losses[:70]:
+        judged(one, value)
+    other.load(one.state())
+    assert [judged(one, value) for value in losses[70:]] == [judged(other, value) for value in losses[70:]]
+    assert all(torch.equal(value, other.state()[name]) for name, value in one.state().items())
+
+
+def test_all_parameters_are_decayed_on_request() -> None:
+    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"))
+    decayed, plain = parameter_groups(model, 0.1, "all")
+    assert plain["params"] == [] and sum(parameter.numel() for parameter in decayed["params"]) == model.num_parameters()
+    optimizer = build_optimizer(model, RunConfig(weight_decay_on="all"))
+    assert [group["weight_decay"] for group in optimizer.param_groups if group["params"]] == [0.01]

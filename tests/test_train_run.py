@@ -19,10 +19,13 @@ from smollm2.checkpoint import load_model
 from smollm2.cli import LoadError, UsageError, run_command
 from smollm2.tokenizer import load_tokenizer
 from train import run
+from train.checkpoint import verify
 from train.config import RunConfig
 from train.data import training_batches
+from train.distributed import World
+from train.evaluation import evaluate
 from train.metrics import read_metrics
-from train.run import build, evaluate, main, train
+from train.run import build, main, train
 
 TINY: dict[str, Any] = dict(
     model="tiny", data="local", validation_fraction=0.2, tokenizer="train", vocab_size=300, sequence_length=48, steps=4, batch_size=4,
@@ -114,7 +117,7 @@ def test_gradient_checkpointing_does_not_change_the_curve(configured: Callable[.
 def test_the_first_loss_is_the_models_own_on_the_first_batch(configured: Callable[..., RunConfig]) -> None:
     for masking in (True, False):
         config = configured(f"masking-{masking}", document_masking=masking, steps=1)
-        built = build(config)
+        built = build(config, World(torch.device("cpu")))
         batch = next(training_batches(built.source, built.tokenizer, rows=4, length=48, validation_fraction=0.2))
         expected = built.model(batch.input_ids, labels=batch.input_ids, doc_start=batch.doc_start if masking else None).loss.item()
         train(config)
@@ -122,13 +125,14 @@ def test_the_first_loss_is_the_models_own_on_the_first_batch(configured: Callabl
 
 
 def test_the_held_out_loss_is_the_mean_over_all_held_out_targets(configured: Callable[..., RunConfig]) -> None:
-    built = build(configured(eval_every=1, batch_size=3))
+    config = configured(eval_every=1, batch_size=3)
+    built = build(config, World(torch.device("cpu")))
     ids, doc_start = built.held_out
     assert len(ids) == 6
     with torch.no_grad():
         expected = built.model.eval()(ids, labels=ids, doc_start=doc_start).loss.item()
     built.model.train()
-    assert evaluate(built) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(built.model, built.held_out, config, built.world) == pytest.approx(expected, rel=1e-6)
     assert built.model.training
 
 
@@ -144,8 +148,9 @@ def test_training_continues_from_the_weights_in_a_folder(configured: Callable[..
 
 def test_a_run_that_diverges_stops_and_says_so(configured: Callable[..., RunConfig]) -> None:
     config = configured(lr=1e30, warmup_steps=0, steps=50, max_skipped_steps=5)
-    with pytest.raises(FloatingPointError, match="5 steps in a row had gradients that are not finite.*lower lr"):
+    with pytest.raises(FloatingPointError, match="5 steps in a row had a loss or gradients that are not finite.*lower lr"):
         train(config)
+    assert verify(Path(config.output_dir) / "checkpoints" / "step-000006") > 0, "the state is saved before it stops"
     assert max(losses(config)) < 20
 
 

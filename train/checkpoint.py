@@ -2,12 +2,16 @@
 
     RUN/checkpoints/step-000500/
         config.json model.safetensors generation_config.json tokenizer.json ...   fp32 weights: the folder is a model by itself
-        training_state.pt    optimizer, RNG states, digests of the documents seen
-        run.json             step, tokens, data position, configuration, backend, versions of libraries
-        manifest.json        sha256 of every file above
-    RUN/checkpoints/latest   the name of the newest folder
+        optimizer.safetensors   moments and step counts, by the names of the parameters
+        training_state.pt       RNG states of every rank, digests of the documents seen, the guard's averages
+        run.json                step, tokens, data position, configuration, backend, versions of libraries
+        manifest.json           schema version; size and sha256 of every file above, and of itself
+    RUN/checkpoints/latest      the name of the newest folder
 
-A folder is written under a temporary name, flushed to disk, renamed, and only then named by `latest`.
+A save is a copy into host memory (`take_snapshot`), for which training waits, and a write (`write_snapshot`), for which it need not
+(`Saver`). A folder is written under a temporary name, flushed to disk, renamed, and only then named by `latest`.
+
+`python -m train.checkpoint verify DIR` checks a checkpoint, or all those of a run.
 """
 
 from __future__ import annotations
@@ -17,25 +21,30 @@ import hashlib
 import json
 import os
 import platform
-import random
 import re
 import shutil
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from smollm2.checkpoint import load_model, save_model
-from smollm2.cli import LoadError, UsageError
+from smollm2.checkpoint import load_model, stored_tensors, write_weights
+from smollm2.cli import LoadError, Parser, UsageError, run_command
+from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.tokenizer import Tokenizer
 from train.data import DataState
 
-STATE, RECORD, MANIFEST, LATEST = "training_state.pt", "run.json", "manifest.json", "latest"
+SCHEMA = 2  # of the folder; 1 had no schema in its manifest and the moments in training_state.pt
+MOMENTS, STATE, RECORD, MANIFEST, LATEST = "optimizer.safetensors", "training_state.pt", "run.json", "manifest.json", "latest"
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets", "pyarrow", "transformers")
 
 
@@ -54,6 +63,7 @@ class Progress:
     step: int = 0  # optimizer steps done
     tokens: int = 0
     skipped_steps: int = 0
+    ranks: int = 1  # processes that trained
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
@@ -72,26 +82,69 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def save_checkpoint(
-    run: Path, model: SmolLM2ForCausalLM, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress, keep: int
-) -> Path:
+# ---- saving ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, on the CPU: what happens to the model afterwards does not change it."""
+
+    step: int
+    config: SmolLM2Config
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    state: dict[str, Any]
+    record: dict[str, Any]
+
+
+def take_snapshot(
+    model: SmolLM2ForCausalLM, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress, state: dict[str, Any]
+) -> Snapshot:
+    """Copies a run into host memory. state: tensors and plain values to come back from `load_progress`, beside the digests."""
+    state = {**state, "unique": progress.data.unique.state()}
+    weights = {name: _copy(tensor) for name, tensor in stored_tensors(model).items()}
+    return Snapshot(progress.step, model.config, tokenizer, weights, _moments(model, optimizer), state, progress.record())
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous, in memory of its own."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the parameters, in the order in which the optimizer counts them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `parameter name/entry` -> tensor, on the CPU."""
+    entries = optimizer.state_dict()["state"]
+    names = _names(model, optimizer)
+    return {f"{names[index]}/{entry}": _copy(value) for index, values in entries.items() for entry, value in values.items()}
+
+
+def write_snapshot(run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0) -> Path:
     """Writes RUN/checkpoints/step-N and returns it; then removes all but the newest `keep` checkpoints (0: none is removed).
 
-    Raises SaveError, with the reason and what is left, when it cannot be written; nothing half-written stays.
+    Steps divisible by keep_every are never removed. Raises SaveError, with the reason and what is left, when the checkpoint cannot
+    be written; nothing half-written stays.
     """
-    folder = run / "checkpoints" / f"step-{progress.step:06d}"
+    folder = run / "checkpoints" / f"step-{snapshot.step:06d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_temporary(folder.parent)
         temporary.mkdir()
-        save_model(model, temporary)
-        tokenizer.save(temporary)
-        state = {"optimizer": optimizer.state_dict()["state"], "rng": rng_states(), "unique": progress.data.unique.state()}
+        write_weights(temporary, snapshot.config, snapshot.weights)
+        snapshot.tokenizer.save(temporary)
+        save_file(snapshot.moments, temporary / MOMENTS)
+        os.chmod(temporary / MOMENTS, (temporary / "config.json").stat().st_mode)  # safetensors' own mode is for the owner alone
         with (temporary / STATE).open("wb") as stream:
-            torch.save(state, stream)
-        _write_json(temporary / RECORD, progress.record())
-        _write_json(temporary / MANIFEST, {path.name: _sha256(path) for path in sorted(temporary.iterdir())})
+            torch.save(snapshot.state, stream)
+        (temporary / RECORD).write_text(_json(snapshot.record), encoding="utf-8")
+        (temporary / MANIFEST).write_text(_manifest(sorted(temporary.iterdir())), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         if folder.exists():  # a damaged one, or the same step of a run that went back
@@ -101,37 +154,128 @@ def save_checkpoint(
         pointer = folder.with_name(".tmp-latest")
         pointer.write_text(folder.name + "\n", encoding="utf-8")
         pointer.replace(folder.with_name(LATEST))
-    except (OSError, RuntimeError) as error:
-        left = _checkpoints(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        left = checkpoints(run)
         remedy = f"then continue from {left[-1].name} with resume=auto" if left else "then start again: there is no earlier checkpoint"
         raise SaveError(f"{folder}: the checkpoint cannot be saved ({error}); free some space, {remedy}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _rotate(folder, keep)
+    _rotate(run, snapshot.step, keep, keep_every)
     return folder
 
 
-def _remove_temporary(checkpoints: Path) -> None:
+class Saver:
+    """Writes the snapshots of a run, in the background if asked: one at a time, in their order.
+
+    A checkpoint that cannot be written does not end the training: `failure` says so at the next look, and the one before is intact.
+
+    last: what the newest finished write failed with, None if it did not.
+    """
+
+    def __init__(self, run: Path, keep: int, keep_every: int = 0, *, background: bool = True) -> None:
+        self._run, self._keep, self._keep_every, self._background = run, keep, keep_every, background
+        self._thread: threading.Thread | None = None
+        self.last: SaveError | None = None
+        self._failure: SaveError | None = None  # not told yet
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Starts to write a snapshot, once the one before is written."""
+        self.wait()
+        if not self._background:
+            self._write(snapshot)
+            return
+        # Not a daemon: a program that ends waits for the write.
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write_snapshot(self._run, snapshot, self._keep, self._keep_every)
+            self.last = None
+        except SaveError as error:
+            self.last = self._failure = error
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> SaveError | None:
+        """Why a write failed since the last call; None if none did. Does not wait."""
+        failure, self._failure = self._failure, None
+        return failure
+
+
+def _remove_temporary(folder: Path) -> None:
     """Removes what a run that was killed while saving left behind."""
-    for path in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _rotate(newest: Path, keep: int) -> None:
+def _rotate(run: Path, current: int, keep: int, keep_every: int) -> None:
     """Removes old checkpoints; later steps than the newest save come from before the run went back, and count as older."""
-    current = _step(newest)
-    by_age = sorted(_checkpoints(newest.parent), key=lambda path: (_step(path) <= current, _step(path)))
+    by_age = sorted(checkpoints(run), key=lambda path: (_step(path) <= current, _step(path)))
     for path in by_age[:-keep] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)
-    _remove_temporary(newest.parent)
+        if not keep_every or _step(path) % keep_every:
+            doomed = path.with_name(
+                f".tmp-old-{path.name}"
+            )  # a name that no reader takes for a checkpoint, should the removal be cut short
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    _remove_temporary(run / "checkpoints")
+
+
+# ---- manifest -------------------------------------------------------------------------------------------------------------
+
+
+def _manifest(files: Sequence[Path]) -> str:
+    """The text of manifest.json. Its last entry is the digest of the rest, so that damage to the manifest shows as well."""
+    content = {"schema": SCHEMA, "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}}
+    return _sealed(content)
+
+
+def _sealed(content: dict[str, Any]) -> str:
+    return _json({**content, "sha256": hashlib.sha256(_json(content).encode()).hexdigest()})
+
+
+def verify(folder: Path) -> int:
+    """Compares every file with the manifest; returns their bytes. Raises LoadError naming the first that is missing or differs."""
+    total = 0
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        schema = manifest.get("schema")
+        if schema != SCHEMA:
+            raise LoadError(f"{folder / MANIFEST}: expected schema {SCHEMA}, got {schema}: written by another version of this program")
+        # To the letter, not only in meaning: a manifest that says the same in other bytes was not written by a save.
+        if text != _sealed({name: value for name, value in manifest.items() if name != "sha256"}):
+            raise LoadError(f"{folder / MANIFEST}: its sha256 is not that of its content")
+        for name, expected in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                raise LoadError(f"{folder / name}: expected {expected['bytes']:,} bytes, got {size:,}")
+            if _sha256(folder / name) != expected["sha256"]:
+                raise LoadError(f"{folder / name}: its sha256 is not that of the manifest")
+            total += size
+    except FileNotFoundError as error:
+        raise LoadError(f"{error.filename}: expected in a checkpoint, found nothing") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise LoadError(f"{folder}: not a readable checkpoint ({error})") from None
+    return total
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------------
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()), key=_step)
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, sound or not, by their steps."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir()), key=_step)
 
 
 def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
@@ -139,12 +283,11 @@ def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
 
     A damaged one is reported and skipped. Raises LoadError when all of them are damaged.
     """
-    folder = run / "checkpoints"
-    candidates = _checkpoints(folder)[::-1]
-    pointer = folder / LATEST
+    candidates = checkpoints(run)[::-1]
+    pointer = run / "checkpoints" / LATEST
     if pointer.is_file():
-        name = pointer.read_text(encoding="utf-8").strip()
-        candidates.sort(key=lambda path: path.name != name)  # stable: the others stay in order
+        name = pointer.read_bytes().strip()
+        candidates.sort(key=lambda path: os.fsencode(path.name) != name)  # stable: the others stay in order
     for path in candidates:
         try:
             verify(path)
@@ -152,21 +295,10 @@ def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
         except LoadError as error:
             report(f"skipped a damaged checkpoint: {error}")
     if candidates:
-        raise LoadError(f"{folder}: expected a sound checkpoint, all {len(candidates)} are damaged; start again with another output_dir")
+        raise LoadError(
+            f"{run / 'checkpoints'}: expected a sound checkpoint, all {len(candidates)} are damaged; start again with another output_dir"
+        )
     return None
-
-
-def verify(folder: Path) -> None:
-    """Compares every file with the manifest. Raises LoadError naming the first that is missing or differs."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            if _sha256(folder / name) != expected:
-                raise LoadError(f"{folder / name}: its sha256 is not that of the manifest")
-    except FileNotFoundError as error:
-        raise LoadError(f"{error.filename}: expected in a checkpoint, found nothing") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise LoadError(f"{folder}: not a readable checkpoint ({error})") from None
 
 
 def find_checkpoint(resume: str, run: Path, report: Callable[[str], None]) -> Path | None:
@@ -187,7 +319,7 @@ def find_checkpoint(resume: str, run: Path, report: Callable[[str], None]) -> Pa
 
 
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """The record of a verified checkpoint, and the content of training_state.pt for `restore`."""
+    """The record of a verified checkpoint, and the rest of training_state.pt: the `state` that was given to `take_snapshot`."""
     state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     record.pop("versions")
@@ -205,34 +337,15 @@ def load_weights(source: str | Path, backend: Any, device: torch.device) -> Smol
     return model.train()
 
 
-def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Puts back the optimizer's moments and the RNG states. Learning rate, decay and betas stay those of the configuration."""
-    optimizer.load_state_dict({"state": state["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
-    set_rng_states(state["rng"])
-
-
-def rng_states() -> dict[str, Any]:
-    """The states of every generator that a run may draw from, in types that torch.load(weights_only=True) accepts."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
-    }
-
-
-def set_rng_states(states: dict[str, Any]) -> None:
-    """Restores what `rng_states` returned; states of devices that are not here are left out."""
-    torch.set_rng_state(states["torch"])
-    for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, index)
-    if states["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])
-    random.setstate(states["python"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts back the optimizer's state. Learning rate, decay and betas stay those of the configuration."""
+    stored = load_file(folder / MOMENTS)
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, name in enumerate(_names(model, optimizer)):
+        entries = {key.rpartition("/")[2]: value.clone() for key, value in stored.items() if key.rpartition("/")[0] == name}
+        if entries:
+            state[index] = entries
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _sha256(path: Path) -> str:
@@ -240,8 +353,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2) + "\n"
 
 
 def _flush(path: Path) -> None:
@@ -251,3 +364,26 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m train.checkpoint", description="Checks checkpoints against their manifests.")
+    parser.add_argument("command", choices=["verify"], help="compare every file with the size and sha256 in the manifest")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or the folder of a run: all its checkpoints")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    folder: Path = parser.parse_args(argv).folder
+    found = checkpoints(folder) if (folder / "checkpoints").is_dir() else [folder]
+    if not folder.is_dir() or not found:
+        raise UsageError(f"{folder}: expected a checkpoint or the folder of a run with checkpoints, found none")
+    damaged = 0
+    for path in found:
+        try:
+            print(f"sound    {path}  {verify(path) / 1e6:,.1f} MB")
+        except LoadError as error:
+            damaged += 1
+            print(f"damaged  {error}")
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

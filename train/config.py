@@ -21,6 +21,8 @@ from smollm2.config import PRESETS, SmolLM2Config
 
 DATA_SOURCES = ("embedded", "local", "hub")
 SCHEDULES = ("constant", "wsd", "cosine")
+DECAY_SHAPES = ("linear", "1-sqrt")
+DECAYED = ("matrices", "all")
 DTYPES = ("fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # Keys that replace single fields of a preset; only for a model that starts from scratch.
@@ -61,7 +63,7 @@ class RunConfig:
 
     # What it is trained on
     data: str = _key("embedded", "source of documents: embedded (Python's own documentation), local (paths), hub (dataset)", fixed=True)
-    paths: list[str] = _key([], "data=local: files, folders or globs of .parquet, .jsonl and .txt", fixed=True)
+    paths: list[str] = _key([], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py", fixed=True)
     dataset: str = _key("HuggingFaceTB/smollm-corpus", "data=hub: dataset id, streamed", fixed=True)
     dataset_config: str = _key("cosmopedia-v2", "data=hub: configuration of the dataset; empty for none", fixed=True)
     dataset_split: str = _key("train", "data=hub: split of the dataset", fixed=True)
@@ -78,28 +80,38 @@ class RunConfig:
     sequence_length: int = _key(512, "tokens in a row; documents are packed into rows, never padded or truncated", fixed=True)
     document_masking: bool = _key(True, "tokens attend only within their document", fixed=True)
     seed: int = _key(0, "seed of initial weights, order of documents, dropout and samples", fixed=True)
-    workers: int = _key(1, "threads that read and tokenise ahead; 0: none, in the training loop")
+    workers: int = _key(1, "processes that tokenise ahead; 0: none, in the training process")
+    token_cache: str = _key(
+        "auto",
+        "folder that keeps tokenised documents for later epochs and runs; auto: one in the user's cache for data=hub, none otherwise; none",
+    )
 
     # How it is trained
     steps: int = _key(1000, "optimizer steps in all, those before a resume included")
     batch_size: int = _key(8, "rows in one forward pass")
-    grad_accumulation: int = _key(1, "forward passes in one step")
+    grad_accumulation: int = _key(1, "forward passes in one step; several processes (torchrun) divide the rows of a step among them")
     lr: float = _key(3e-4, "peak learning rate")
     warmup_steps: int = _key(100, "steps of linear warm-up")
     schedule: str = _key("constant", "after warm-up: constant, wsd (constant, then a linear decay) or cosine")
     decay_fraction: float = _key(0.2, "schedule=wsd: part of all steps spent in the decay")
+    decay_shape: str = _key("linear", "schedule=wsd: how lr falls in the decay, linear or 1-sqrt")
     min_lr: float = _key(0.0, "learning rate that wsd and cosine decay to")
     betas: list[float] = _key([0.9, 0.95], "AdamW: decay of the two moment averages")
     eps: float = _key(1e-8, "AdamW: added to the denominator")
-    weight_decay: float = _key(0.01, "AdamW: decay of matrices, the tied embedding included; norms are not decayed")
+    weight_decay: float = _key(0.01, "AdamW: decoupled weight decay")
+    weight_decay_on: str = _key(
+        "matrices", "AdamW: what is decayed: matrices (the tied embedding included), or all (norms too, as SmolLM2)"
+    )
     grad_clip: float = _key(1.0, "largest global gradient norm; 0: no clipping")
-    max_skipped_steps: int = _key(20, "stop after this many steps in a row with gradients that are not finite")
+    max_skipped_steps: int = _key(20, "save and stop after this many skipped steps in a row")
+    spike_zscore: float = _key(0.0, "also skip a step whose loss lies so many standard deviations above its recent mean; 0: never")
 
     # What it runs on
     dtype: str = _key("fp32", "fp32, or bf16: activations in bf16, parameters and optimizer in fp32")
     backend: str = _key("auto", "operations: auto, torch, triton, or single replacements as triton,attention=torch")
     device: str = _key("auto", "auto, cpu, cuda or mps")
     compile: bool = _key(False, "torch.compile the model")
+    cuda_graph: bool = _key(False, "capture the whole step in a CUDA graph and replay it (one GPU)")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass: less memory, more time")
 
     # What it leaves behind
@@ -116,6 +128,8 @@ class RunConfig:
     sample_temperature: float = _key(0.8, "temperature of the samples (top-k 40); 0: greedy")
     checkpoint_every: int = _key(500, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = _key(3, "newest checkpoints kept; 0: all")
+    keep_every: int = _key(0, "checkpoints of steps divisible by this are never removed; 0: no such steps")
+    background_save: bool = _key(True, "write checkpoints beside the training, which waits only for the copy in memory")
     tensorboard: bool = _key(False, "write the metrics for TensorBoard as well (needs the package tensorboard)")
 
     def validate(self) -> None:
@@ -130,6 +144,8 @@ class RunConfig:
                     raise UsageError(f"{name}: expected {allowed}, got {value!r}")
         if self.data == "local" and not self.paths:
             raise UsageError("paths: expected files, folders or globs for data=local, got none; for example paths=corpus/*.parquet")
+        if self.cuda_graph and self.gradient_checkpointing:
+            raise UsageError("cuda_graph: a captured step cannot recompute activations; drop it, or gradient_checkpointing=true")
         if self.data != "local" and self.paths:
             raise UsageError(f"paths: only read with data=local, got data={self.data}; add data=local or drop paths")
         if self.model in PRESETS:
@@ -161,8 +177,13 @@ class RunConfig:
         return self.model in PRESETS
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, of all processes together."""
+        return self.batch_size * self.grad_accumulation
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.grad_accumulation * self.sequence_length
+        return self.rows_per_step * self.sequence_length
 
 
 def _choice(options: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
@@ -172,14 +193,17 @@ def _choice(options: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
 _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("data",), *_choice(DATA_SOURCES)),
     (("schedule",), *_choice(SCHEDULES)),
+    (("decay_shape",), *_choice(DECAY_SHAPES)),
+    (("weight_decay_on",), *_choice(DECAYED)),
     (("dtype",), *_choice(DTYPES)),
     (("device",), *_choice(DEVICES)),
-    (("model", "tokenizer", "dataset", "dataset_split", "text_column", "backend", "output_dir", "resume"), "some text",
+    (("model", "tokenizer", "dataset", "dataset_split", "text_column", "token_cache", "backend", "output_dir",
+      "resume"), "some text",
      lambda value: value.strip() != ""),
     ((*SHAPE_KEYS, "steps", "batch_size", "grad_accumulation", "lr", "eps", "max_skipped_steps", "log_every", "eval_batches",
       "tokenizer_documents", "sample_tokens"), "a number above 0", lambda value: value > 0),
     (("workers", "warmup_steps", "weight_decay", "grad_clip", "min_lr", "eval_every", "sample_every", "sample_temperature",
-      "checkpoint_every", "keep_checkpoints", "seed"), "a number of at least 0", lambda value: value >= 0),
+      "checkpoint_every", "keep_checkpoints", "keep_every", "spike_zscore", "seed"), "a number of at least 0", lambda value: value >= 0),
     (("sequence_length",), "an integer of at least 2 (a token and its successor)", lambda value: value >= 2),
     (("vocab_size",), "an integer of at least 259 (256 bytes and 3 special tokens)", lambda value: value >= 259),
     (("attention_dropout",), "a number in [0, 1)", lambda value: 0 <= value < 1),

@@ -5,6 +5,7 @@ A source is a list of shards; a shard is a sequence of blocks; a block is a list
     source.num_shards                              how many there are
     source.read(shard, first_block)                the blocks of one shard from that one on
     source.fingerprint                             changes when the documents do
+    source.cache_key                               the same for the token cache, which must not confuse any two
 
 so that any document has an address (shard, block, index), and a reader can start anywhere. Nothing here depends on a seed: train/data.py
 chooses the order. A document is whatever was stored; what is not text is sorted out, and counted, by the reader.
@@ -18,36 +19,57 @@ import hashlib
 import json
 import os
 import sysconfig
-import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from smollm2.cli import LoadError, UsageError
 from train.config import RunConfig
+from train.hub import HubSource
+from train.source_record import cache_root
 
 Block = list[Any]
+LAYOUT = "blocks 2"  # of the files of data=local; a change of the constants below makes other blocks
 
 
 class Source(Protocol):
     """What train/data.py reads.
 
-    revision: the pinned version of the documents, where they have one. one_block: every shard is a single block, so that a position
-    in it is a known part of the whole.
+    revision: the pinned version of the documents, where they have one. sizes: of each shard in documents or bytes, which is what
+    parts of an epoch are measured in.
     """
 
     revision: str | None
-    one_block: bool
 
     @property
     def num_shards(self) -> int: ...
 
     @property
+    def sizes(self) -> Sequence[float]: ...
+
+    @property
     def fingerprint(self) -> str: ...
 
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]: ...
+    @property
+    def cache_key(self) -> tuple[str, str]:
+        """What the source is called, and which version of it this is."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the token cache notes about the source, for readers and for opening it without the hub."""
+        ...
+
+    def span(self, shard: int, block: int) -> tuple[float, float]:
+        """The parts (0 to 1) of the shard before and after a block."""
+        ...
+
+    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
+        """Raises LoadError when documents cannot be read. A shard without the block has no more blocks."""
+        ...
 
 
 def open_source(config: RunConfig, revision: str | None = None) -> Source:
@@ -55,8 +77,14 @@ def open_source(config: RunConfig, revision: str | None = None) -> Source:
     if config.data == "embedded":
         return EmbeddedSource()
     if config.data == "local":
+        root = cache_root(config)
+        if root is not None and any(root.resolve().is_relative_to(Path(path).expanduser().resolve()) for path in config.paths):
+            raise UsageError(f"token_cache: expected a folder outside of paths, where its files would be taken for documents, got {root}")
         return LocalSource(config.paths, config.text_column)
-    return HubSource(config.dataset, config.dataset_config, config.dataset_split, revision or config.dataset_revision, config.text_column)
+    return HubSource(
+        config.dataset, config.dataset_config, config.dataset_split, revision or config.dataset_revision, config.text_column,
+        cache_root(config),
+    )  # fmt: skip
 
 
 # The standard library without its tests, its applications and what an installation may lack.
@@ -70,8 +98,18 @@ class EmbeddedSource:
     """
 
     revision: str | None = None
-    one_block = True
     num_shards = 1
+    sizes: Sequence[float] = (1.0,)
+
+    def span(self, shard: int, block: int) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    @property
+    def cache_key(self) -> tuple[str, str]:
+        return "embedded", self.fingerprint.split()[-1]
+
+    def describe(self) -> dict[str, Any]:
+        return {"identity": "embedded", "fingerprint": self.fingerprint, "num_shards": 1}
 
     def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
         if first_block == 0:
@@ -142,63 +180,120 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, prefix: str = "") -
     return f"def {prefix}{node.name}({ast.unparse(node.args)})"
 
 
-BYTE_BLOCK = 4 << 20  # of .jsonl and .txt files
-TEXT_DOCUMENT = 2048  # characters; a .txt file is cut at the paragraph ends that follow so many
-SUFFIXES = (".parquet", ".jsonl", ".txt")
-END_OF_TEXT_LINE = "<|endoftext|>"  # separates documents in some published .txt corpora
+BYTE_BLOCK = 4 << 20  # of .jsonl and .txt files, and of groups of .py files
+ROW_BLOCK = 1024  # of .parquet files
+TEXT_DOCUMENT = 2048  # bytes; a .txt file is cut at the paragraph ends that follow so many
+SUFFIXES = (".parquet", ".jsonl", ".txt", ".py")
+END_OF_TEXT_LINE = b"<|endoftext|>"  # separates documents in some published .txt corpora
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One shard of local files: a row group or a stretch of one file, or several whole .py files. size: rows, or bytes."""
+
+    files: tuple[Path, ...]
+    number: int
+    size: int
 
 
 class LocalSource:
-    """Files on disk. A shard is one row group of a .parquet file, or the lines of a .jsonl or .txt file that begin in one 4 MiB stretch.
+    """Files on disk. A shard is one row group of a .parquet file, the lines of a .jsonl or .txt file that begin in one 4 MiB stretch, or
+    a run of .py files, in the order of their paths, of about 4 MiB together.
 
-    .parquet: the text column. .jsonl: the text key of each object, or each string. .txt: runs of whole paragraphs of at least 2048
-    characters, so that one large file still has many documents. Memory: one row group or stretch.
+    .parquet: the text column, in blocks of 1024 rows. .jsonl: the text key of each object, or each string. .txt: runs of whole
+    paragraphs of at least 2 KiB, so that one large file still has many documents. .py: each file is a document. Memory: one block.
     """
 
     revision: str | None = None
-    one_block = True
 
     def __init__(self, paths: list[str], text_column: str) -> None:
         """paths: files, folders (searched recursively) and globs. Raises UsageError when they name no readable file."""
         self.text_column = text_column
         self.files = _expand(paths)
-        self._shards = [(file, part) for file in self.files for part in range(self._parts(file))]
+        self._states = [(file, file.stat()) for file in self.files]
+        self._shards = [part for file in self.files if file.suffix != ".py" for part in self._parts(file)]
+        self._shards += _groups([(file, state.st_size) for file, state in self._states if file.suffix == ".py"])
+        self._noted: set[Path] = set()
 
     @property
     def num_shards(self) -> int:
         return len(self._shards)
 
+    @cached_property
+    def sizes(self) -> Sequence[float]:
+        """In bytes: a row group's are its share of its file."""
+        rows: Counter[Path] = Counter()
+        for part in self._shards:
+            rows[part.files[0]] += part.size
+        size = {file: state.st_size for file, state in self._states}
+
+        def size_of(part: _Part) -> float:
+            return part.size if part.files[0].suffix == ".py" else size[part.files[0]] * part.size / rows[part.files[0]]
+
+        return [size_of(part) for part in self._shards]
+
+    def span(self, shard: int, block: int) -> tuple[float, float]:
+        part = self._shards[shard]
+        if part.files[0].suffix != ".parquet":
+            return 0.0, 1.0
+        return tuple(min(1.0, number * ROW_BLOCK / part.size) for number in (block, block + 1))  # type: ignore[return-value]
+
     @property
     def fingerprint(self) -> str:
-        listing = "\n".join(f"{file.name} {file.stat().st_size}" for file in self.files)
-        return f"local {len(self.files)} files {hashlib.blake2b(listing.encode(), digest_size=16).hexdigest()}"
+        return f"local {len(self.files)} files {self._digest(f'{file.name} {state.st_size}' for file, state in self._states)}"
+
+    @property
+    def cache_key(self) -> tuple[str, str]:
+        # Paths and times as well: a run may go on with files that were moved, but tokens of other texts must never be taken for theirs.
+        states = (f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in self._states)
+        return f"local {self.files[0].parent.name} {self.text_column}", self._digest(states)
+
+    def describe(self) -> dict[str, Any]:
+        return {"identity": self.cache_key[0], "fingerprint": self.fingerprint, "num_shards": self.num_shards, "files": len(self.files)}
 
     def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
-        if first_block > 0:
-            return
-        file, part = self._shards[shard]
-        if file.suffix == ".parquet":
-            yield _open_parquet(file).read_row_group(part, columns=[self.text_column]).column(0).to_pylist()
-        elif file.suffix == ".jsonl":
-            yield [self._json_text(line) for line in _lines(file, part) if line.strip()]
-        else:
-            yield list(_paragraph_runs(_lines_of_paragraphs(file, part)))
+        part = self._shards[shard]
+        try:
+            if part.files[0].suffix == ".parquet":
+                yield from _row_blocks(part, self.text_column, first_block)
+            elif first_block == 0:
+                yield list(self._documents(part))
+        except OSError as error:
+            raise LoadError(f"{part.files[0]}: cannot be read ({error}); restore the file and continue with resume=auto") from error
 
-    def _parts(self, file: Path) -> int:
+    def _documents(self, part: _Part) -> Iterator[Any]:
+        file = part.files[0]
+        if file.suffix == ".jsonl":
+            yield from (self._json_text(file, line) for line in _lines(file, part.number) if line.strip())
+        elif file.suffix == ".txt":
+            yield from _paragraph_runs(_lines(file, part.number))
+        else:
+            yield from (one.read_bytes() for one in part.files)
+
+    def _parts(self, file: Path) -> list[_Part]:
         if file.suffix != ".parquet":
-            return -(-file.stat().st_size // BYTE_BLOCK)
+            size = file.stat().st_size
+            return [_Part((file,), number, min(BYTE_BLOCK, size - number * BYTE_BLOCK)) for number in range(-(-size // BYTE_BLOCK))]
         parquet = _open_parquet(file)
         if self.text_column not in parquet.schema_arrow.names:
             raise LoadError(f"{file}: expected a column {self.text_column!r}, got {', '.join(parquet.schema_arrow.names)}; set text_column")
-        return parquet.num_row_groups
+        rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+        return [_Part((file,), number, size) for number, size in enumerate(rows) if size]
 
-    def _json_text(self, line: bytes) -> Any:
-        """The text of one line; None, which is counted as invalid, when it is not JSON or has no such key."""
+    def _json_text(self, file: Path, line: bytes) -> Any:
+        """The text of one line; None, which is counted as unusable, when it is not JSON or has no such key."""
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            if not line.endswith(b"\n") and file not in self._noted:
+                self._noted.add(file)
+                print(f"{file}: the last line is cut off (no line end, not JSON), and passed over; is the file complete?", flush=True)
             return None
         return value.get(self.text_column) if isinstance(value, dict) else value
+
+    @staticmethod
+    def _digest(lines: Iterable[str]) -> str:
+        return hashlib.blake2b("\n".join((LAYOUT, *lines)).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def _expand(paths: list[str]) -> list[Path]:
@@ -206,10 +301,7 @@ def _expand(paths: list[str]) -> list[Path]:
     found: set[Path] = set()
     for name in paths:
         path = Path(name).expanduser()
-        if path.is_dir():
-            files = [file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()]
-        else:
-            files = [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
+        files = _walk(path) if path.is_dir() else [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
         if not files:
             raise UsageError(f"paths: {name}: expected a file, folder or glob with {', '.join(SUFFIXES)}, found none")
         unknown = [file for file in files if file.suffix not in SUFFIXES]
@@ -217,6 +309,33 @@ def _expand(paths: list[str]) -> list[Path]:
             raise UsageError(f"paths: {unknown[0]}: expected one of {', '.join(SUFFIXES)}, got {unknown[0].suffix or 'no suffix'}")
         found.update(files)
     return sorted(found)
+
+
+def _walk(folder: Path) -> list[Path]:
+    """The files below a folder that can be read, without those of hidden folders and of __pycache__."""
+    files = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+        files += [Path(root, name) for name in names if name.endswith(SUFFIXES) and Path(root, name).is_file()]
+    return files
+
+
+def _groups(files: list[tuple[Path, int]]) -> list[_Part]:
+    """Runs of files that reach BYTE_BLOCK bytes together."""
+    groups: list[_Part] = []
+    run: list[Path] = []
+    size = 0
+    for file, bytes_of_file in files:
+        run.append(file)
+        size += bytes_of_file
+        if size >= BYTE_BLOCK:
+            groups.append(_Part(tuple(run), len(groups), size))
+            run, size = [], 0
+    return [*groups, _Part(tuple(run), len(groups), size)] if run else groups
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _open_parquet(file: Path) -> Any:
@@ -227,7 +346,41 @@ def _open_parquet(file: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise LoadError(f"{file}: not a readable parquet file ({error}); copy or download it again") from None
+        raise LoadError(f"{file}: not a readable parquet file ({' '.join(str(error).split())}); copy or download it again") from None
+
+
+def _row_blocks(part: _Part, column: str, first_block: int) -> Iterator[Block]:
+    """Blocks of ROW_BLOCK rows of one row group."""
+    import pyarrow
+
+    file, waiting, skip = part.files[0], [], first_block * ROW_BLOCK
+    try:
+        with _open_parquet(file) as parquet:
+            for batch in parquet.iter_batches(ROW_BLOCK, row_groups=[part.number], columns=[column]):
+                if skip >= batch.num_rows:
+                    skip -= batch.num_rows
+                    continue
+                waiting += column_values(batch.column(0).slice(skip))
+                skip = 0
+                while len(waiting) >= ROW_BLOCK:
+                    yield waiting[:ROW_BLOCK]
+                    waiting = waiting[ROW_BLOCK:]
+    except (OSError, pyarrow.ArrowException) as error:
+        raise LoadError(
+            f"{file}: row group {part.number} is damaged ({' '.join(str(error).split())}); copy or download the file again"
+        ) from error
+    if waiting:
+        yield waiting
+
+
+def column_values(column: Any) -> Block:
+    """The values of an arrow column. Text that is not UTF-8 comes as bytes, so that it costs one document and not the whole block."""
+    import pyarrow
+
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return list(column.cast(pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()).to_pylist())
 
 
 def _lines(file: Path, part: int) -> Iterator[bytes]:
@@ -241,14 +394,9 @@ def _lines(file: Path, part: int) -> Iterator[bytes]:
             yield line
 
 
-def _lines_of_paragraphs(file: Path, part: int) -> Iterator[str]:
-    for line in _lines(file, part):
-        yield line.decode("utf-8", errors="replace")
-
-
-def _paragraph_runs(lines: Iterator[str]) -> Iterator[str]:
-    """Groups lines into documents that end at a blank line after TEXT_DOCUMENT characters, or at an end-of-text line."""
-    run: list[str] = []
+def _paragraph_runs(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Groups lines into documents that end at a blank line after TEXT_DOCUMENT bytes, or at an end-of-text line."""
+    run: list[bytes] = []
     size = 0
     for line in lines:
         ends = line.strip() == END_OF_TEXT_LINE
@@ -257,82 +405,7 @@ def _paragraph_runs(lines: Iterator[str]) -> Iterator[str]:
             size += len(line)
         if ends or (size >= TEXT_DOCUMENT and not line.strip()):
             if size:
-                yield "".join(run).strip()
+                yield b"".join(run).strip()
             run, size = [], 0
     if size:
-        yield "".join(run).strip()
-
-
-HUB_BLOCK = 1024  # rows
-RETRY_PAUSES = (1, 4, 15, 60, 120)  # seconds
-
-
-class HubSource:
-    """A dataset on the hub (or a folder of files that `datasets` reads), streamed: only the text column, one file per shard.
-
-    Blocks of 1024 rows in the order of the file. HF_TOKEN is used when set; public data need none. A read that fails is tried
-    again after 1 s to 2 min, from the block where it stopped.
-    """
-
-    one_block = False
-
-    def __init__(self, dataset: str, configuration: str, split: str, revision: str | None, text_column: str) -> None:
-        """Raises LoadError when the dataset cannot be reached or lacks the column."""
-        try:
-            from datasets import load_dataset
-        except ModuleNotFoundError:
-            raise LoadError("data=hub needs the package datasets; install it with: pip install 'smollm2-kernels[train]'") from None
-        local = Path(dataset).expanduser().is_dir()
-        name = dataset if local else f"{dataset} {configuration}".strip()
-        try:
-            self.revision = None if local else _commit(dataset, revision)
-            rows = load_dataset(
-                dataset, None if local else configuration or None, split=split, streaming=True, revision=self.revision,
-                token=os.environ.get("HF_TOKEN") or None,
-            )  # fmt: skip
-            columns = rows.column_names
-        except Exception as error:  # each transport and each builder has its own errors; none of them is ours
-            raise LoadError(
-                f"dataset {name}: cannot be read ({type(error).__name__}: {error}); check dataset, dataset_config, dataset_split and the "
-                "network, or train on files with data=local paths=..."
-            ) from error
-        if columns is not None and text_column not in columns:
-            raise LoadError(f"dataset {name}: expected a column {text_column!r}, got {', '.join(columns)}; set text_column")
-        self.name, self.text_column = name, text_column
-        self._rows = rows.select_columns([text_column])
-
-    @property
-    def num_shards(self) -> int:
-        return int(self._rows.num_shards)
-
-    @property
-    def fingerprint(self) -> str:
-        return f"hub {self.name} {self.revision or 'local'} {self.num_shards} shards"
-
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
-        rows = self._rows.shard(num_shards=self.num_shards, index=shard)
-        failures = 0
-        while True:
-            try:
-                for batch in rows.skip(first_block * HUB_BLOCK).iter(batch_size=HUB_BLOCK):
-                    yield batch[self.text_column]
-                    first_block += 1
-                    failures = 0
-                return
-            except Exception as error:  # see above
-                what = f"dataset {self.name}: reading shard {shard}, block {first_block} failed ({type(error).__name__}: {error})"
-                if failures == len(RETRY_PAUSES):
-                    raise LoadError(f"{what} {failures + 1} times; continue later with resume=auto") from error
-                print(f"{what}; trying again in {RETRY_PAUSES[failures]} s", flush=True)
-                time.sleep(RETRY_PAUSES[failures])
-                failures += 1
-
-
-def _commit(dataset: str, revision: str | None) -> str:
-    """The commit that a revision (default: the newest) stands for now: what a resumed run reads again."""
-    from huggingface_hub import HfApi
-
-    commit = HfApi().dataset_info(dataset, revision=revision or None, timeout=30, token=os.environ.get("HF_TOKEN") or None).sha
-    if commit is None:
-        raise LoadError(f"dataset {dataset}: the hub names no commit for revision {revision!r}")
-    return commit
+        yield b"".join(run).strip()

@@ -1,264 +1,56 @@
-"""Documents to packed batches, in an order that is a function of (seed, position) alone.
+"""Stored documents to packed batches, in an order that is a function of (seed, position) alone.
 
-    source -> documents in seeded order -> token ids, end-of-text after each -> rows of T tokens -> batches [B, T]
-
-Rows are cut from one long stream of tokens: nothing is padded and nothing is thrown away. A document may continue in the next row,
-where it counts as a new one that begins at 0.
+    source -> blocks in seeded order -> token ids, from the cache or from workers -> documents in seeded order -> batches [B, T]
 
 The order: in every epoch a seeded permutation of the shards, and in every block a seeded permutation of its documents. There is no
-shuffle buffer, so a position is five integers (Cursor), and a run resumed from them reads exactly what it would have read. What is
-saved is the position of the batch that was trained on, not of those prepared ahead.
+shuffle buffer, so a position is five integers (Cursor), and a run resumed from them reads exactly what it would have read, on any
+number of ranks and workers. What is saved is the position of the batch that was trained on, not of those prepared ahead.
+
+With workers, one thread reads (train/blocks.py), processes tokenise (train/worker_pool.py), and another thread packs. Without a token
+cache every rank reads and tokenises everything, and keeps its rows; with one, the first rank of each node does it for all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
-import queue
-import random
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from smollm2.cli import LoadError
+from smollm2.cli import LoadError, UsageError
 from smollm2.tokenizer import Tokenizer
+from train.blocks import EpochEnd, Prefetch, epoch_order, epochs_of, shuffled, stored_blocks, tokenised
 from train.corpus import Source
+from train.packing import START, Batch, Cursor, Segment, gather, pack
+from train.token_cache import TokenCache
+from train.tokenise import TokenBlock, as_text, digest, is_held_out
+from train.worker_pool import WorkerPool
 
-Item = TypeVar("Item")
-Encoder = Callable[[Sequence[str]], list[np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """The first token that has not been read yet. shard and document count in the shuffled order, block in the stored one."""
-
-    epoch: int = 0
-    shard: int = 0
-    block: int = 0
-    document: int = 0
-    token: int = 0
+__all__ = ["Batch", "Cursor", "DataState", "Document", "UniqueCounter", "held_out_rows", "read_stored", "training_batches"]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A usable document, where it is, and how many unusable ones were passed on the way to it."""
+    """A usable document."""
 
     text: str
     digest: int
-    cursor: Cursor = Cursor()
-    invalid: int = 0
-    epochs: float = 0.0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step's rows, and what was read to make them."""
-
-    input_ids: Tensor  # [B, T] int64
-    doc_start: Tensor  # [B, T] int32: index in the row of the first token of the document that a token belongs to
-    cursor: Cursor  # after the last token
-    digests: tuple[int, ...]  # of the documents that begin in it
-    invalid: int  # documents passed over because they are empty or not text
-    epochs: float  # passes over the corpus, up to here
-
-
-def digest(text: str) -> int:
-    """A 64-bit number that identifies a text, the same in every process and on every machine (unlike hash())."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def is_held_out(text_digest: int, fraction: float) -> bool:
-    """Whether a document is kept for evaluation. A property of its text: a duplicate never lies on the other side."""
-    return (text_digest >> 32) < fraction * 2**32
-
-
-def as_text(document: Any) -> str | None:
-    """The document if it can be trained on: text, not blank, and encodable as UTF-8 (no lone surrogates). Else None."""
-    if not isinstance(document, str) or not document.strip():
-        return None
-    try:
-        document.encode()
-    except UnicodeEncodeError:
-        return None
-    return document
-
-
-def shuffled(count: int, key: str) -> list[int]:
-    """A permutation of range(count) that depends on the key alone.
-
-    Sorting by random() and not random.shuffle: Python promises the same numbers from random() in every version.
-    """
-    generator = random.Random(key)
-    weights = [generator.random() for _ in range(count)]
-    return sorted(range(count), key=weights.__getitem__)
-
-
-def read_stored(source: Source, fraction: float, *, held_out: bool) -> Iterator[Document]:
+def read_stored(source: Source, fraction: float, held_out: bool = False) -> Iterator[Document]:
     """The usable documents of one side of the split, in stored order, once."""
     for shard in range(source.num_shards):
-        for stored in itertools.chain.from_iterable(source.read(shard)):
-            text = as_text(stored)
-            if text is not None and is_held_out(key := digest(text), fraction) == held_out:
-                yield Document(text, key)
-
-
-def read_shuffled(source: Source, seed: int, fraction: float, cursor: Cursor) -> Iterator[Document]:
-    """The training documents from a position on, epoch after epoch, without end.
-
-    Raises LoadError when a whole epoch has none.
-    """
-    while True:
-        usable = invalid = 0
-        whole_epoch = cursor == Cursor(epoch=cursor.epoch)
-        for shard, stored_shard in enumerate(shuffled(source.num_shards, f"{seed}/{cursor.epoch}")):
-            if shard < cursor.shard:
-                continue
-            if shard > cursor.shard:
-                cursor = Cursor(cursor.epoch, shard)
-            for block, documents in enumerate(source.read(stored_shard, cursor.block), cursor.block):
-                if block > cursor.block:
-                    cursor = Cursor(cursor.epoch, shard, block)
-                order = shuffled(len(documents), f"{seed}/{cursor.epoch}/{stored_shard}/{block}")
-                for index in range(cursor.document, len(order)):
-                    text = as_text(documents[order[index]])
-                    if text is None:
-                        invalid += 1
-                    elif not is_held_out(key := digest(text), fraction):
-                        here = dataclasses.replace(cursor, document=index, token=cursor.token if index == cursor.document else 0)
-                        part = index / len(order) if source.one_block else 0.0
-                        yield Document(text, key, here, invalid, cursor.epoch + (shard + part) / source.num_shards)
-                        usable, invalid = usable + 1, 0
-        if whole_epoch and not usable:
-            raise LoadError(
-                f"data: expected documents to train on, found none ({invalid} empty or not text, the others held out); "
-                "check the files and text_column, or lower validation_fraction"
-            )
-        cursor = Cursor(cursor.epoch + 1)
-
-
-def end_of_text_encoder(tokenizer: Tokenizer) -> Encoder:
-    """texts -> arrays of token ids, each with the end-of-text id behind it. Special tokens written out in a text stay ordinary text."""
-    end = tokenizer.eot_token_id
-    if end is None:
-        raise LoadError("tokenizer: expected an end-of-text or end-of-sequence token to put between documents, found none")
-
-    def encode(texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array([*ids, end], dtype=np.int64) for ids in tokenizer.encode_batch(texts, special=False)]
-
-    return encode
-
-
-CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 64, 1 << 18
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Runs of documents that are tokenised at once: few calls, but no long wait for the first."""
-    chunk: list[Document] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.text)
-        if len(chunk) == CHUNK_DOCUMENTS or size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def tokenise(documents: Iterable[Document], encode: Encoder, threads: int = 0) -> Iterator[tuple[Document, np.ndarray]]:
-    """Pairs each document with its token ids, in order; with threads, several chunks at a time."""
-
-    def encode_chunk(chunk: list[Document]) -> list[tuple[Document, np.ndarray]]:
-        return list(zip(chunk, encode([document.text for document in chunk]), strict=True))
-
-    if threads == 0:
-        for chunk in _chunks(documents):
-            yield from encode_chunk(chunk)
-        return
-    pending: deque[Future[list[tuple[Document, np.ndarray]]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="tokenise") as pool:
-        for chunk in _chunks(documents):
-            pending.append(pool.submit(encode_chunk, chunk))
-            if len(pending) > threads:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-
-
-def pack(tokenised: Iterable[tuple[Document, np.ndarray]], rows: int, length: int) -> Generator[Batch, None, None]:
-    """Cuts the stream of documents into rows [rows, length]; what does not fill a last batch is not yielded.
-
-    The first document begins at its cursor's token: that is how a resumed run continues in the middle of one.
-    """
-    row = column = invalid = 0
-    digests: list[int] = []
-    ids, starts = np.empty((rows, length), np.int64), np.empty((rows, length), np.int32)
-    for document, tokens in tokenised:
-        used = document.cursor.token
-        invalid += document.invalid
-        if used == 0:
-            digests.append(document.digest)
-        while used < len(tokens):
-            count = min(length - column, len(tokens) - used)
-            ids[row, column : column + count] = tokens[used : used + count]
-            starts[row, column : column + count] = column
-            used, column = used + count, column + count
-            if column < length:
-                continue
-            row, column = row + 1, 0
-            if row == rows:
-                after = dataclasses.replace(document.cursor, token=used)
-                if used == len(tokens):
-                    after = dataclasses.replace(after, document=after.document + 1, token=0)
-                yield Batch(torch.from_numpy(ids), torch.from_numpy(starts), after, tuple(digests), invalid, document.epochs)
-                row = invalid = 0
-                digests = []
-                ids, starts = np.empty_like(ids), np.empty_like(starts)
-
-
-def prefetch(items: Iterator[Item], depth: int = 4) -> Generator[Item, None, None]:
-    """The same items, prepared ahead by a background thread. An error in it is raised here, in its place in the order."""
-    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def offer(item: Item | None, error: BaseException | None) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                offer(item, None)
-                if closed.is_set():
-                    return
-            offer(None, StopIteration())
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer
-            offer(None, error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
-    finally:
-        closed.set()
-        thread.join(timeout=5)
+        for block in source.read(shard):
+            for stored in block:
+                text = as_text(stored)
+                if text is not None and is_held_out(key := digest(text), fraction) == held_out:
+                    yield Document(text, key)
 
 
 def training_batches(
@@ -269,25 +61,128 @@ def training_batches(
     length: int,
     seed: int = 0,
     validation_fraction: float = 0.0,
-    cursor: Cursor = Cursor(),
+    cursor: Cursor = START,
     workers: int = 0,
+    cache: TokenCache | None = None,
+    rank: int = 0,
+    world: int = 1,
+    pin: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Endless batches [rows, length] of the training documents from `cursor` on; the same whatever the number of workers."""
-    documents = read_shuffled(source, seed, validation_fraction, cursor)
-    batches = pack(tokenise(documents, end_of_text_encoder(tokenizer), threads=workers), rows, length)
-    return prefetch(batches) if workers else batches
+    """Endless batches of the training documents from `cursor` on: this rank's rows / world rows of every step's `rows`.
+
+    The same whatever the number of workers, and with or without a cache; the steps are the same whatever the number of ranks. Closing
+    the generator ends its threads and processes. With workers=0 there are none, and everything is done when a batch is asked for.
+    Raises UsageError when the ranks cannot share the rows equally. Where a document cannot be read, a worker died or a whole epoch has
+    no usable document, LoadError comes in place of the batch.
+    """
+    if rows % world or not 0 <= rank < world:
+        raise UsageError(
+            f"rows of a step (batch_size x grad_accumulation): expected a multiple of the {world} processes, got {rows} (rank {rank}); "
+            "change batch_size or grad_accumulation"
+        )
+    pool = WorkerPool(tokenizer, workers, None if cache is not None else (validation_fraction, False))
+    return _stream(source, pool, cache, (seed, validation_fraction, cursor), (rows, length, rank, world, pin))
 
 
-def held_out_rows(source: Source, tokenizer: Tokenizer, fraction: float, rows: int, length: int) -> tuple[Tensor, Tensor]:
+def _stream(
+    source: Source, pool: WorkerPool, cache: TokenCache | None, order: tuple[int, float, Cursor], shape: tuple[int, int, int, int, bool]
+) -> Generator[Batch, None, None]:
+    seed, fraction, cursor = order
+    stop = threading.Event()
+    # A reader ahead of the tokeniser ahead of the loop: a slow network delays neither as long as something is in hand.
+    stored = Prefetch(stored_blocks(source, epoch_order(source, seed, cursor), cache, stop), stop, 2, pool.workers > 0)
+    segments = training_segments(source, tokenised(stored, pool, cache, stop), seed, fraction, cursor)
+    batches = Prefetch(pack(segments, *shape), stop, 4, pool.workers > 0)
+    try:
+        yield from batches
+    finally:
+        stop.set()
+        batches.close()
+        pool.close()
+        if cache is not None:
+            cache.release()
+
+
+def training_segments(source: Source, blocks: Iterable[Any], seed: int, fraction: float, cursor: Cursor) -> Iterator[Segment]:
+    """The training documents of each block in seeded order. Raises LoadError when a whole epoch has none."""
+    usable = invalid = carried = 0
+    for item in blocks:
+        if isinstance(item, EpochEnd):
+            if item.whole and not usable:
+                raise LoadError(
+                    f"data: expected documents to train on, found none ({invalid} empty or not text, the others held out); "
+                    "check the files and text_column, or lower validation_fraction"
+                )
+            usable = invalid = 0
+            continue
+        where, block = item.cursor, item.tokens
+        key = f"{seed}/{where.epoch}/{item.shard}/{where.block}"
+        order = np.array(shuffled(len(block.lengths), key), np.int64)
+        first, token = (cursor.document, cursor.token) if where == dataclasses.replace(cursor, document=0, token=0) else (0, 0)
+        keep = (block.lengths > 0) & ~is_held_out(block.digests, fraction)
+        segment, trailing = _segment(source, item, order, keep, first, token, carried)
+        usable, invalid = usable + len(segment.index), invalid + int(block.unusable.sum())
+        carried = trailing
+        yield segment
+
+
+def _segment(source: Source, item: Any, order: np.ndarray, keep: np.ndarray, first: int, token: int, carried: int) -> tuple[Segment, int]:
+    """The documents of a block at `order` that are kept, from place `first` and its token `token` on.
+
+    carried: unusable documents since the last kept one of earlier blocks. Also returns those behind the last kept one of this.
+    """
+    block: TokenBlock = item.tokens
+    offsets = np.cumsum(block.lengths) - block.lengths
+    index = first + np.flatnonzero(keep[order[first:]])
+    chosen = order[index]
+    lengths, begins = block.lengths[chosen], offsets[chosen]
+    passed = np.cumsum(block.unusable[order[first:]])
+    unusable = np.diff(passed[index - first], prepend=-carried)
+    trailing = (int(passed[-1]) if len(passed) else 0) - (int(passed[index[-1] - first]) if len(index) else -carried)
+    inside = np.cumsum(lengths) - lengths
+    if token and len(index):
+        if index[0] != first or token >= lengths[0]:
+            raise LoadError(f"data: the position to continue from ({item.cursor}, document {first}, token {token}) is not in the data")
+        begins, lengths = begins.copy(), lengths.copy()
+        begins[0], lengths[0], inside = begins[0] + token, lengths[0] - token, inside - token
+    epochs = epochs_of(source, item.cursor, item.shard, item.epoch_part, index / max(1, len(order)))
+    return Segment(item.cursor, gather(block.tokens, begins, lengths), inside, index, block.digests[chosen], unusable, epochs), trailing
+
+
+def held_out_segments(source: Source, blocks: Iterable[Any], fraction: float) -> Iterator[Segment]:
+    """The held-out documents of each block, in stored order."""
+    for item in blocks:
+        if not isinstance(item, EpochEnd):
+            keep = (item.tokens.lengths > 0) & is_held_out(item.tokens.digests, fraction)
+            yield _segment(source, item, np.arange(len(keep)), keep, 0, 0, 0)[0]
+
+
+def held_out_rows(
+    source: Source, tokenizer: Tokenizer, fraction: float, rows: int, length: int, cache: TokenCache | None = None, workers: int = 0
+) -> tuple[Tensor, Tensor]:
     """Up to `rows` rows of held-out documents: ids [R, length] int64 and doc_start [R, length] int32, with R <= rows.
 
-    The same rows at every evaluation. R is 0 when the held-out documents do not fill one row.
+    The same rows at every evaluation. R is 0 when the held-out documents do not fill one row. With a cache the blocks that they are in
+    are tokenised whole and kept; without one, only the held-out documents are tokenised.
     """
-    documents = read_stored(source, fraction, held_out=True) if fraction > 0 else iter(())
-    batches = list(itertools.islice(pack(tokenise(documents, end_of_text_encoder(tokenizer)), 1, length), rows))
-    if not batches:
-        return torch.empty((0, length), dtype=torch.int64), torch.empty((0, length), dtype=torch.int32)
-    return torch.cat([batch.input_ids for batch in batches]), torch.cat([batch.doc_start for batch in batches])
+    ids, starts = [torch.empty((0, length), dtype=torch.int64)], [torch.empty((0, length), dtype=torch.int32)]
+    if fraction > 0 and rows > 0:
+        stop, pool = threading.Event(), WorkerPool(tokenizer, workers, None if cache is not None else (fraction, True))
+        stored = Prefetch(stored_blocks(source, epoch_order(source, None), cache, stop), stop, 2, workers > 0)
+        try:
+            with closing(tokenised(stored, pool, cache, stop)) as blocks:
+                for batch in pack(held_out_segments(source, blocks, fraction), 1, length):
+                    ids.append(batch.input_ids)
+                    starts.append(batch.doc_start)
+                    if len(ids) > rows:
+                        break
+        finally:
+            stop.set()
+            stored.close()
+            pool.close()
+            if cache is not None:
+                cache.release()
+    return torch.cat(ids), torch.cat(starts)
 
 
 class UniqueCounter:
@@ -302,14 +197,16 @@ class UniqueCounter:
         self.zero_bits = 0
         self._kept: set[int] = set()
 
-    def add(self, digests: Iterable[int]) -> None:
-        self._kept.update(key for key in digests if self._selected(key))
+    def add(self, digests: Iterable[int] | np.ndarray) -> None:
+        keys = digests if isinstance(digests, np.ndarray) else np.array(list(digests), np.uint64)
+        self._kept.update(self._selected(keys).tolist())
         while len(self._kept) > self.limit:
             self.zero_bits += 1
-            self._kept = {key for key in self._kept if self._selected(key)}
+            kept = np.fromiter(self._kept, np.uint64, len(self._kept))
+            self._kept = set(self._selected(kept).tolist())
 
-    def _selected(self, key: int) -> bool:
-        return key & ((1 << self.zero_bits) - 1) == 0
+    def _selected(self, keys: np.ndarray) -> np.ndarray:
+        return keys[keys & np.uint64((1 << self.zero_bits) - 1) == 0] if self.zero_bits else keys
 
     @property
     def count(self) -> int:

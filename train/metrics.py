@@ -1,7 +1,18 @@
-"""What a run reports: throughput, MFU, entropy and bits per byte, to metrics.jsonl, to TensorBoard, and to the terminal.
+"""What a run reports: loss, throughput, MFU, waiting, memory and unique examples, to metrics.jsonl, TensorBoard and the terminal.
 
-metrics.jsonl has one JSON object a line. Lines with `loss` come every log_every steps and describe that one step; lines with
-`held_out_loss` are evaluations. Losses are in nats per token.
+metrics.jsonl is the record: one JSON object a line, each with its `step`.
+
+    loss, lr, gradient_norm      of that one step: nats per token, the rate used, the global norm before clipping
+    tokens_per_second, mfu       since the line before; training alone; absent while it warms up, and mfu where the peak is not known
+    wait_ms                      milliseconds that a step waited for its batch, mean since the line before
+    memory_gb, memory_peak_gb    in 1e9 bytes, see `memory`
+    tokens, epochs, documents, unique_examples, invalid_documents, skipped_steps     since the run began
+    eta_seconds                  until the last step at the pace so far, with evaluations, samples and checkpoints
+    held_out_loss, held_out_bits_per_byte, unigram_entropy                           lines of evaluations
+    resumed, ...                 lines of events, `Reporter.note`
+
+MFU is tokens/s x FLOPs per token / (peak x devices): 6 FLOPs per weight and token, causal attention counted half, and the vendors'
+dense bf16 peak whatever the dtype of the run.
 """
 
 from __future__ import annotations
@@ -9,11 +20,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +35,7 @@ from smollm2.config import SmolLM2Config
 from smollm2.tokenizer import Tokenizer
 from train.checkpoint import Progress
 from train.config import RunConfig
+from train.display import Display
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -87,58 +98,90 @@ def too_good(loss: float, tokens: int, epochs: float, held_out: float | None) ->
     return None
 
 
+def memory(device: torch.device) -> tuple[float | None, float | None]:
+    """Memory in use and its peak, in GB of 1e9 bytes; None where it cannot be known. Does not wait for the device.
+
+    CUDA: both are the peak of what tensors took since the process began, the figure that decides whether a run fits. MPS: what
+    tensors take now. CPU: the resident set of this process and its peak; the data workers are not in it.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+        return peak, peak
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory() / 1e9, None
+    try:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if ":" in line)
+        now, peak = (int(status[name].split()[0]) * 1024 / 1e9 for name in ("VmRSS", "VmHWM"))  # in kB of 1024 bytes
+        return now, peak
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ModuleNotFoundError:
+        return None, None
+    peak = getrusage(RUSAGE_SELF).ru_maxrss / 1e9  # in bytes on macOS, the system that comes here
+    return peak, peak
+
+
 class Throughput:
     """Tokens per second of training alone: evaluations, samples and checkpoints are excluded, and so are the first steps,
-    in which memory is allocated and kernels are compiled."""
+    in which memory is allocated, kernels are compiled and graphs are captured.
+
+    A step is counted without waiting for the device. The clock is read where the device has been waited for anyway: at a log line,
+    and around what is excluded. On a device that works on its own it therefore starts at the first such place after the first steps.
+    """
 
     def __init__(self, device: torch.device, ignored_steps: int = 2) -> None:
         self._device = device
         self._ignored = ignored_steps
         self._tokens = 0
-        self._began = time.perf_counter()
+        self._began: float | None = None  # None: not measuring yet
 
     def add(self, tokens: int) -> None:
-        """Counts one step."""
+        """Counts one step. Never waits for the device."""
         if self._ignored > 0:
             self._ignored -= 1
-            if self._ignored == 0:
-                self._restart()
-        else:
+            if self._ignored == 0 and self._device.type == "cpu":  # whose steps are done when they return
+                self._began = time.perf_counter()
+        elif self._began is not None:
             self._tokens += tokens
 
     def rate(self) -> float | None:
         """Tokens per second since the last call; None while there is nothing to measure. Waits for the device."""
-        if not self._tokens:
-            return None
         self._wait()
-        rate = self._tokens / max(time.perf_counter() - self._began, 1e-9)
-        self._restart()
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._began, 1e-9) if self._began is not None and self._tokens else None
+        self._tokens, self._began = 0, now if self._ignored == 0 else None
         return rate
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time spent inside does not count."""
+        """Time spent inside does not count. Waits for the device before and after: enter it only when there is something to do."""
         self._wait()
-        began = time.perf_counter()
+        entered = time.perf_counter()
         try:
             yield
         finally:
             self._wait()
-            self._began += time.perf_counter() - began
-
-    def _restart(self) -> None:
-        self._wait()
-        self._tokens, self._began = 0, time.perf_counter()
+            now = time.perf_counter()
+            if self._began is not None:
+                self._began += now - entered
+            elif self._ignored == 0:
+                self._began = now
 
     def _wait(self) -> None:
         if self._device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self._device)
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, and to TensorBoard's event file when asked."""
+    """Appends to metrics.jsonl, and to TensorBoard's event file when asked.
+
+    A full disk does not end a training run: lines that could not be written stay in the stream's buffer and go out with a later one.
+    """
 
     def __init__(self, run: Path, tensorboard: bool) -> None:
+        self.error: OSError | None = None  # why the last line could not be written
         self._stream = (run / METRICS_FILE).open("a", encoding="utf-8")
         self._writer = summary_writer()(str(run / "tensorboard")) if tensorboard else None
 
@@ -146,15 +189,20 @@ class MetricsLog:
         """One line; values that are None are left out, numbers that are not finite are written as text (JSON has none)."""
         line = {"step": step, **{name: value for name, value in values.items() if value is not None}}
         plain = {name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
-        self._stream.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(json.dumps(plain, allow_nan=False) + "\n")
+            self._stream.flush()
+            self.error = None
+        except OSError as error:
+            self.error = error
         if self._writer is not None:
             for name, value in values.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # reported when it was written
+            self._stream.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -169,14 +217,16 @@ def summary_writer() -> Any:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut by a crash is left out."""
+    """The lines of a run's metrics.jsonl; what is not an object with a step, as a line cut by a crash, is left out."""
     path = run / METRICS_FILE
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
@@ -188,73 +238,75 @@ def forget_after(run: Path, step: int) -> None:
     os.replace(temporary, run / METRICS_FILE)
 
 
-class Display:
-    """The terminal: a tqdm bar where stderr is one, plain lines elsewhere."""
-
-    def __init__(self, steps: int, done: int) -> None:
-        from tqdm import tqdm
-
-        self._steps, self._first, self._began = steps, done, time.perf_counter()
-        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1) if sys.stderr.isatty() else None
-
-    def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
-
-    def metrics(self, step: int, loss: float, lr: float, rate: float | None) -> None:
-        """The figures of one step: in the bar, or on a line with the time left."""
-        text = f"loss {loss:.3f}  lr {lr:.2e}" + (f"  {rate:,.0f} tok/s" if rate else "")
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-            return
-        left = (time.perf_counter() - self._began) / max(1, step - self._first) * (self._steps - step)
-        print(f"step {step}/{self._steps}  {text}  ETA {int(left) // 60}:{int(left) % 60:02d}", flush=True)
-
-    def line(self, text: str) -> None:
-        """Text of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 class Reporter:
-    """Tells metrics.jsonl, samples.txt and the terminal what happened, and doubts what is too good."""
+    """Tells metrics.jsonl, samples.txt and the terminal what happened, and doubts what is too good.
 
-    def __init__(self, folder: Path, config: RunConfig, progress: Progress, model: SmolLM2Config, device: torch.device) -> None:
-        self.throughput = Throughput(device)
+    With several processes the first one reports: tokens and losses are those of the global batch.
+    """
+
+    def __init__(
+        self, folder: Path, config: RunConfig, progress: Progress, model: SmolLM2Config, device: torch.device, *, devices: int = 1
+    ) -> None:
+        """devices: how many train together; MFU is relative to the peak of them all."""
         self.held_out_loss: float | None = None
-        self._folder, self._config, self._progress = folder, config, progress
+        self._folder, self._config, self._progress, self._device = folder, config, progress, device
+        self.throughput = Throughput(device)
         self._log = MetricsLog(folder, config.tensorboard)
         self._display = Display(config.steps, progress.step)
+        self._waited, self._steps = 0.0, 0  # seconds and steps since the last line
+        self._first: tuple[int, float] | None = None  # step and time of the first line: the pace counts from there
         self._recent: deque[float] = deque(maxlen=10)
-        self._warned = False
+        self._warned = self._disk_warned = False
+        peak = peak_flops(device)
         self._flops = flops_per_token(model, config.sequence_length)
-        self._peak = peak_flops(device)
+        self._peak = peak * devices if peak else None
 
-    def advance(self, tokens: int) -> None:
-        """Counts one step."""
+    def advance(self, tokens: int, wait_seconds: float = 0.0) -> None:
+        """Counts one step of `tokens` tokens that waited so long for its batch. Never waits for the device."""
         self._display.advance()
         self.throughput.add(tokens)
+        self._waited += wait_seconds
+        self._steps += 1
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Evaluations, samples and checkpoints belong inside: their time is not training time. Waits for the device, so enter it only
+        when one of them is due."""
+        with self.throughput.excluded():
+            yield
 
     def log(self, loss: float, gradient_norm: float, lr: float) -> None:
         """The metrics of the step just done. loss: nats per target of this step; gradient_norm: before clipping."""
         progress, data = self._progress, self._progress.data
         rate = self.throughput.rate()
+        in_use, peak = memory(self._device)
         values = {
             "loss": loss, "lr": lr, "gradient_norm": gradient_norm, "tokens": progress.tokens, "epochs": round(data.epochs, 4),
             "unique_examples": data.unique.count, "unique_examples_exact": data.unique.exact, "documents": data.documents,
             "invalid_documents": data.invalid, "skipped_steps": progress.skipped_steps,
             "tokens_per_second": rate, "mfu": rate * self._flops / self._peak if rate and self._peak else None,
+            "wait_ms": round(1e3 * self._waited / self._steps, 3) if self._steps else None,
+            "memory_gb": in_use, "memory_peak_gb": peak, "eta_seconds": self._seconds_left(),
         }  # fmt: skip
-        self._log.write(progress.step, values)
-        self._display.metrics(progress.step, loss, lr, rate)
+        self._waited, self._steps = 0.0, 0
+        self._write(values)
+        self._display.metrics(progress.step, values)
         self._recent.append(loss)
         self._doubt()
+
+    def _seconds_left(self) -> float | None:
+        """From the pace since the first line, everything included; None at the first line, whose step is not like the others."""
+        step, now = self._progress.step, time.perf_counter()
+        if self._first is None:
+            self._first = step, now
+        first, began = self._first
+        return round((now - began) / (step - first) * (self._config.steps - step), 1) if step > first else None
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._log.write(self._progress.step, values)
+        if self._log.error is not None and not self._disk_warned:
+            self._disk_warned = True
+            self._display.line(f"warning: {METRICS_FILE} cannot be written ({self._log.error}); training goes on; free some space")
 
     def _doubt(self) -> None:
         """Warns, once, of a training loss from scratch that is too good to be true."""
@@ -273,14 +325,23 @@ class Reporter:
         bits = loss / math.log(2) / bytes_a_token
         step, epochs = self._progress.step, self._progress.data.epochs
         values = {"held_out_loss": loss, "held_out_bits_per_byte": bits, "unigram_entropy": entropy, "epochs": round(epochs, 4)}
-        self._log.write(step, values)
+        self._write(values)
         self._display.line(f"step {step}: held-out loss {loss:.3f}, {bits:.2f} bits per byte, {epochs:.2f} epochs")
 
     def samples(self, texts: list[str]) -> None:
+        """Generated texts: to samples.txt and the terminal."""
         shown = "\n".join(f"step {self._progress.step} sample: {text}" for text in texts)
-        with (self._folder / "samples.txt").open("a", encoding="utf-8") as stream:
+        with suppress(OSError), (self._folder / "samples.txt").open("a", encoding="utf-8") as stream:  # a full disk: the terminal has them
             stream.write(shown + "\n\n")
         self._display.line(shown)
+
+    def note(self, **values: Any) -> None:
+        """An event at the present step, a line of its own in metrics.jsonl: note(resumed=True)."""
+        self._write(values)
+
+    def line(self, text: str) -> None:
+        """A line of text on the terminal, above the bar where there is one."""
+        self._display.line(text)
 
     def close(self) -> None:
         self._display.close()

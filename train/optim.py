@@ -1,4 +1,5 @@
-"""AdamW with two parameter groups, learning-rate schedules as pure functions of the step, and gradient clipping without host syncs.
+"""AdamW with two parameter groups, learning-rate schedules as pure functions of the step, gradient clipping and skipped steps without
+host synchronisation.
 
 A schedule that is a function of the step alone needs no state: a resumed run computes the same learning rates.
 """
@@ -15,26 +16,31 @@ from torch import Tensor, nn
 from train.config import RunConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which are decayed, and vectors (the norms' weights), which are not.
+def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matrices") -> list[dict[str, Any]]:
+    """Two groups: parameters that are decayed, and those that are not.
 
+    decayed: "matrices" leaves out vectors (the norms' weights); "all" decays them too, as SmolLM2's own training did.
     The tied embedding is decayed: it is the head's matrix too. `parameters()` yields it once, so it is updated once.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    plain = [parameter for parameter in parameters if decayed == "matrices" and parameter.dim() < 2]
+    kept = {id(parameter) for parameter in plain}
     return [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if id(parameter) not in kept], "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: RunConfig, device: torch.device | None = None) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in its fused form: one launch for all parameters.
 
-    The fused form also takes `found_inf`, with which a step is skipped on the device; see `update`.
+    The fused form also takes `found_inf`, with which a step is skipped on the device; see `update`. With cuda_graph the learning rate
+    is a tensor on the device: a captured step reads it anew at every replay.
     """
     beta1, beta2 = config.betas
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    groups = parameter_groups(model, config.weight_decay, config.weight_decay_on)
+    lr = torch.tensor(config.lr, device=device) if config.cuda_graph else config.lr
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, fused=True, capturable=config.cuda_graph)
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -42,7 +48,8 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
     Linear warm-up to lr over warmup_steps, then
       constant  lr
-      wsd       lr, then linear to min_lr over the last decay_fraction of all steps (arXiv 2405.18392; SmolLM2's schedule)
+      wsd       lr, then down to min_lr over the last decay_fraction of all steps, linearly (SmolLM2's schedule) or as
+                1 - sqrt(progress), which falls faster at first (both: Haegele et al. 2024, arXiv 2405.18392)
       cosine    half a cosine from lr to min_lr (arXiv 1608.03983)
     """
     if step < config.warmup_steps:
@@ -55,14 +62,20 @@ def learning_rate(step: int, config: RunConfig) -> float:
         begin = max(config.warmup_steps, config.steps - round(config.decay_fraction * config.steps))
     # The last step is not at min_lr yet: with min_lr = 0 it would do nothing.
     progress = min(1.0, max(0.0, (step - begin) / max(1, config.steps - begin)))
-    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    if config.schedule == "cosine":
+        remaining = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        remaining = 1 - (math.sqrt(progress) if config.decay_shape == "1-sqrt" else progress)
     return config.min_lr + (config.lr - config.min_lr) * remaining
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of every group; called before the step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -78,32 +91,62 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-class SkipCounter:
-    """Counts steps whose gradients are not finite, on the device: reading the counts is the caller's choice of when to wait."""
+SPIKE_WINDOW = 100  # steps over which the mean and the variance of the loss fade
+SPIKE_WARMUP = 50  # steps before the guard judges: the first losses fall too fast to have a mean
 
-    def __init__(self, device: torch.device, skipped: int = 0) -> None:
-        self.skipped = torch.tensor(skipped, device=device)
-        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._longest = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, bad: Tensor) -> None:
-        """bad: scalar, 1 if this step was skipped, else 0."""
-        bad = bad.to(torch.int64)
-        self.skipped += bad
-        self._in_a_row = (self._in_a_row + 1) * bad
-        self._longest = torch.maximum(self._longest, self._in_a_row)
+class StepGuard:
+    """Decides, on the device, which steps to leave out, and counts them: reading the counts is the caller's choice of when to wait.
+
+    Left out is a step whose loss or gradient norm is not finite and, with zscore > 0, one whose loss lies more than `zscore` standard
+    deviations above its recent mean (exponential averages over steps that were not left out).
+    """
+
+    def __init__(self, device: torch.device, zscore: float = 0.0) -> None:
+        def zero(dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros((), dtype=dtype, device=device)
+
+        self.zscore = zscore
+        self.skipped, self._in_a_row, self._longest, self._seen = zero(), zero(), zero(), zero()
+        self._mean, self._variance = zero(torch.float32), zero(torch.float32)
+
+    def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """loss, gradient_norm: fp32 scalars of this step -> fp32 scalar, 1 if the step is to be left out, else 0. Updates in place."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(gradient_norm))
+        if self.zscore:
+            deviation = loss - self._mean
+            bad = bad | ((self._seen >= SPIKE_WARMUP) & (deviation > self.zscore * self._variance.sqrt()))
+            weight = torch.clamp(1.0 / (self._seen + 1), min=1.0 / SPIKE_WINDOW)
+            self._variance.copy_(torch.where(bad, self._variance, (1 - weight) * (self._variance + weight * deviation.square())))
+            self._mean.copy_(torch.where(bad, self._mean, self._mean + weight * deviation))
+            self._seen += (~bad).to(torch.int64)
+        count = bad.to(torch.int64)
+        self.skipped += count
+        self._in_a_row.add_(1).mul_(count)
+        torch.maximum(self._longest, self._in_a_row, out=self._longest)
+        return bad.float()
 
     def longest(self) -> int:
-        """The most steps skipped in a row so far. Waits for the device."""
+        """The most steps left out in a row so far. Waits for the device."""
         return int(self._longest)
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, on the CPU."""
+        return {name: value.cpu().clone() for name, value in self._tensors().items()}
 
-def update(optimizer: torch.optim.AdamW, gradient_norm: Tensor, counter: SkipCounter) -> None:
-    """One optimizer step, or none at all (no decay, no momentum) if the gradient norm is not finite; decided on the device.
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Continues from `state()`; a row of skipped steps, which may have ended the run before, begins anew."""
+        for name, value in self._tensors().items():
+            value.copy_(state[name])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"skipped": self.skipped, "seen": self._seen, "mean": self._mean, "variance": self._variance}
+
+
+def update(optimizer: torch.optim.AdamW, bad: Tensor) -> None:
+    """One optimizer step, or none at all (no decay, no momentum) if `bad` (fp32 scalar) is 1; decided on the device.
 
     `found_inf` is the hook by which torch.amp.GradScaler skips a step of a fused optimizer.
     """
-    bad = (~torch.isfinite(gradient_norm)).float()
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     optimizer.step()
-    counter.add(bad)

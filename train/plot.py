@@ -1,99 +1,268 @@
-"""`python -m train.plot RUN`: draws RUN/training_metrics.png from RUN/metrics.jsonl.
+"""`python -m train.plot RUN [RUN ...]`: draws training_metrics.png from the metrics.jsonl of one run, or of several over each other.
 
-Two panels over the steps: the loss in nats per token on a log axis, with the held-out loss; and the number of different documents
-seen, which tells a run on fresh text from one that repeats its corpus.
+Three panels over the steps: the loss in nats per token on a log axis, with the held-out loss; the number of different documents seen,
+which tells a run on fresh text from one that repeats its corpus; and tokens per second. A dotted line marks where a run was resumed.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import LoadError, run_command
+from smollm2.cli import LoadError, UsageError, run_command
 from train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "training_metrics.png"
 SMOOTHING_WINDOW = 1 / 20  # of the logged points
+FEW = 20  # logged points: so many are drawn as points, since a line would hide that they are few
+LONGEST_NAME = 40  # characters of a run's name in legends and titles
 
 
-def draw(run: Path) -> Path:
-    """Draws the metrics of a run folder and returns the picture's path. Raises LoadError when there is nothing to draw."""
+@dataclass(frozen=True)
+class Series:
+    """The lines of one run, by what they tell."""
+
+    name: str
+    train: list[dict[str, Any]]  # with a loss
+    held_out: list[dict[str, Any]]  # with a held-out loss
+    resumed: list[int]  # steps from which the run was continued
+
+    @property
+    def entropy(self) -> float | None:
+        return next((line["unigram_entropy"] for line in self.held_out if "unigram_entropy" in line), None)
+
+    def points(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one figure of the training lines."""
+        found = [line for line in self.train if isinstance(line.get(name), (int, float))]
+        return [line["step"] for line in found], [line[name] for line in found]
+
+
+@dataclass(frozen=True)
+class Colours:
+    """One run: a colour for each thing. Several: a colour for each run."""
+
+    train: str
+    held_out: str
+    unique: str
+    throughput: str
+
+
+SINGLE = Colours(train="tab:blue", held_out="tab:red", unique="tab:green", throughput="tab:purple")
+PALETTE = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black")
+
+
+def read_run(run: Path) -> Series:
+    """Raises LoadError when there is nothing to draw."""
+    if not run.is_dir():
+        raise LoadError(f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}; runs are output_dir=...")
     lines = read_metrics(run)
     train = [line for line in lines if isinstance(line.get("loss"), float)]
     if not train:
         raise LoadError(f"{run / METRICS_FILE}: expected lines with a loss, found none; name the folder of a run that has trained")
+    held_out = [line for line in lines if isinstance(line.get("held_out_loss"), float)]
+    return Series(run.resolve().name, train, held_out, sorted({line["step"] for line in lines if line.get("resumed")}))
+
+
+def draw(run: Path) -> Path:
+    """Draws the metrics of a run folder and returns the picture's path. Raises LoadError when there is nothing to draw."""
+    return draw_runs([run], run / PICTURE)
+
+
+def draw_runs(runs: Sequence[Path], path: Path) -> Path:
+    """Draws one run, or several over each other, to `path`, and returns it. Raises LoadError when one has nothing to draw."""
+    found = [read_run(run) for run in runs]
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise LoadError("drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'") from None
 
-    figure = Figure(figsize=(13, 5), dpi=120, layout="constrained")
+    series = [_renamed(one, name) for one, name in zip(found, _labels(runs), strict=True)]
+    several = len(series) > 1
+    colours = [Colours(*[PALETTE[index % len(PALETTE)]] * 4) for index in range(len(series))] if several else [SINGLE]
+    figure = Figure(figsize=(18, 5.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
-    left, right = figure.subplots(1, 2)
-    _draw_loss(left, train, [line for line in lines if isinstance(line.get("held_out_loss"), float)])
-    _draw_unique(right, train)
-    for panel in (left, right):
+    loss, unique, throughput = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    _draw_loss(loss, series, colours)
+    _draw_unique(unique, series, colours)
+    _draw_throughput(throughput, series, colours)
+    last = max(one.train[-1]["step"] for one in series)
+    for panel in (loss, unique, throughput):
+        _mark_resumes(panel, series, colours, last, labelled=panel is loss)
         panel.set_xlabel("step")
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, last * 1.02)
+        panel.xaxis.set_major_locator(_whole_numbers())
+        panel.xaxis.set_major_formatter(_thousands())
         panel.grid(True, which="both", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{run.resolve().name}: {train[-1]['step']:,} steps, {train[-1]['tokens']:,} tokens, {train[-1]['epochs']:.2f} epochs")
-    path = run / PICTURE
-    temporary = path.with_name(f".{PICTURE}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    figure.suptitle(_title(series))
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise LoadError(f"{path}: the picture cannot be written ({error.strerror or error}); name another file with --output") from None
     return path
 
 
-def _draw_loss(panel: Any, train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+def _renamed(series: Series, name: str) -> Series:
+    return Series(name, series.train, series.held_out, series.resumed)
 
-    steps, losses = [line["step"] for line in train], [line["loss"] for line in train]
-    panel.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
-    panel.plot(steps, _smoothed(losses), color="tab:blue", linewidth=2, label=f"training, {losses[-1]:.2f} at the end")
-    if held_out:
-        steps, values = [line["step"] for line in held_out], [line["held_out_loss"] for line in held_out]
-        panel.plot(steps, values, "o-", color="tab:red", markersize=5, linewidth=1, label=f"held out, {values[-1]:.2f} at the end")
-    entropy = next((line["unigram_entropy"] for line in held_out if "unigram_entropy" in line), None)
+
+def _labels(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, with their parents where two are the same, and without their middle where they are long."""
+    paths = [run.resolve() for run in runs]
+    times = Counter(path.name for path in paths)
+    names = [path.name if times[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+    half = LONGEST_NAME // 2
+    return [name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}" for name in names]
+
+
+def _title(series: list[Series]) -> str:
+    if len(series) > 1:
+        return f"{len(series)} runs"
+    last = series[0].train[-1]
+    facts = [f"{last['step']:,} steps"]
+    if "tokens" in last:
+        facts.append(f"{last['tokens']:,} tokens")
+    if "epochs" in last:
+        facts.append(f"{last['epochs']:.2f} epochs")
+    return f"{series[0].name}: {', '.join(facts)}"
+
+
+# ---- panels ---------------------------------------------------------------------------------------------------------------
+
+
+def _draw_loss(panel: Any, series: list[Series], colours: list[Colours]) -> None:
+    """Every step that was logged, thin; their running mean, thick; evaluations as points."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    several = len(series) > 1
+    everything: list[float] = []
+    for one, colour in zip(series, colours, strict=True):
+        steps, losses = one.points("loss")
+        smooth = _smoothed(losses)
+        held_out = [line["held_out_loss"] for line in one.held_out]
+        label = f"{one.name}: {smooth[-1]:.2f}" if several else f"training, {smooth[-1]:.2f} at the end"
+        if several and held_out:
+            label += f", held out {held_out[-1]:.2f}"
+        panel.plot(steps, losses, color=colour.train, alpha=0.15 if several else 0.3, linewidth=1)
+        panel.plot(
+            steps, smooth, color=colour.train, linewidth=1.5 if several else 2, label=label, marker="." if len(losses) < FEW else None
+        )
+        if held_out:
+            panel.plot(
+                [line["step"] for line in one.held_out], held_out, "o", color=colour.held_out, markersize=6, zorder=3,
+                markeredgecolor="white", markeredgewidth=0.7, linestyle="none" if several else "-", linewidth=1,
+                label=None if several else f"held out, {held_out[-1]:.2f} at the end",
+            )  # fmt: skip
+        everything += losses + held_out
+    entropies = {one.entropy for one in series}
+    entropy = next(iter(entropies)) if len(entropies) == 1 else None  # runs on other text: their lines would not compare
     if entropy is not None:
         panel.axhline(entropy, color="gray", linestyle="--", linewidth=1, label=f"unigram entropy, {entropy:.2f}")
+        everything.append(entropy)
     panel.set_yscale("log")
-    # A loss spans less than a decade: the decades' own ticks would leave the axis without a single number.
-    panel.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    positive = [value for value in everything if value > 0]
+    # Within a decade the axis' own ticks would leave it without a single number; over more, even steps would crowd its top.
+    wide = bool(positive) and max(positive) > 15 * min(positive)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.set_ylabel("loss, nats per token (log scale)")
-    panel.set_title("Loss")
-    panel.legend()
+    panel.set_title("Loss" + (" (dots: held out)" if several and any(one.held_out for one in series) else ""))
+    panel.legend(loc="upper right", fontsize="small" if several else None)
 
 
-def _draw_unique(panel: Any, train: list[dict[str, Any]]) -> None:
+def _draw_unique(panel: Any, series: list[Series], colours: list[Colours]) -> None:
+    counts: list[float] = []
+    for one, colour in zip(series, colours, strict=True):
+        steps, counts = one.points("unique_examples")
+        panel.plot(steps, counts, "o", color=colour.unique, markersize=4 if len(series) == 1 else 3)
+    panel.set_ylim(bottom=0)
+    panel.yaxis.set_major_locator(_whole_numbers())
+    panel.yaxis.set_major_formatter(_thousands())
+    panel.set_ylabel("different documents")
+    panel.set_title(f"Unique examples seen: {counts[-1]:,}" if len(series) == 1 and counts else "Unique examples seen")
+
+
+def _draw_throughput(panel: Any, series: list[Series], colours: list[Colours]) -> None:
+    title, measured = "Throughput", False
+    for one, colour in zip(series, colours, strict=True):
+        steps, rates = one.points("tokens_per_second")
+        if not rates:
+            continue
+        measured = True
+        panel.plot(steps, rates, ".-", color=colour.throughput, linewidth=0.8, markersize=8 if len(rates) < FEW else 3)
+        if len(series) == 1:
+            title = f"Throughput: {statistics.median(rates):,.0f} tokens/s"
+            shares = one.points("mfu")[1]
+            title += f", MFU {statistics.median(shares):.0%}" if shares else ""
+    if not measured:  # the first steps are left out of it
+        panel.text(0.5, 0.5, "too few steps to measure", transform=panel.transAxes, ha="center", va="center", color="gray")
+    panel.set_ylim(bottom=0, top=None if measured else 1)
+    panel.yaxis.set_major_formatter(_thousands())
+    panel.set_ylabel("tokens per second")
+    panel.set_title(title + (" (median)" if ":" in title else ""))
+
+
+def _mark_resumes(panel: Any, series: list[Series], colours: list[Colours], last: int, *, labelled: bool) -> None:
+    """A dotted line at every step from which a run was continued; the first one of a run is named, on the side that has room."""
+    for one, colour in zip(series, colours, strict=True):
+        line_colour = colour.train if len(series) > 1 else "dimgray"
+        for index, step in enumerate(one.resumed):
+            panel.axvline(step, color=line_colour, linestyle=":", linewidth=1.2)
+            if not labelled or index > 0:
+                continue
+            right = step < last / 2
+            panel.annotate(
+                "resumed", (step, 0.5), xycoords=("data", "axes fraction"), xytext=(3 if right else -3, 0), textcoords="offset points",
+                rotation=90, ha="left" if right else "right", va="center", color=line_colour, fontsize="small",
+                zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.5},  # it may lie on a curve
+            )  # fmt: skip
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True)
+
+
+def _thousands() -> Any:
     from matplotlib.ticker import StrMethodFormatter
 
-    steps, counts = [line["step"] for line in train], [line["unique_examples"] for line in train]
-    panel.plot(steps, counts, "o", color="tab:green", markersize=4)
-    panel.set_ylim(bottom=0)
-    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    panel.set_ylabel("different documents")
-    panel.set_title(f"Unique examples seen: {counts[-1]:,}")
+    return StrMethodFormatter("{x:,.0f}")
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Mean over a centred window of a twentieth of the points."""
-    half = max(1, round(len(values) * SMOOTHING_WINDOW / 2))
-    windows = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    """Mean over a window of a twentieth of the points, centred, and narrower at the beginning, where the loss falls too fast for it."""
+    widest = round(len(values) * SMOOTHING_WINDOW / 2)
+    halves = (min(widest, index // 4) for index in range(len(values)))
+    windows = (values[index - half : index + half + 1] for index, half in enumerate(halves))
     return [sum(window) / len(window) for window in windows]
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.plot", description="Draws training_metrics.png from a run's metrics.jsonl.")
-    parser.add_argument("run", type=Path, help="folder of a run, as runs/quickstart")
+    parser = argparse.ArgumentParser(
+        prog="python -m train.plot",
+        description="Draws training_metrics.png from the metrics of one run, or of several over each other.",
+    )
+    parser.add_argument("run", type=Path, nargs="+", help="folder of a run, as runs/quickstart")
+    parser.add_argument("--output", type=Path, help=f"the picture [RUN/{PICTURE}; of several runs {PICTURE} in the current folder]")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    print(draw(parser.parse_args(argv).run))
+    options = parser.parse_args(argv)
+    runs: list[Path] = options.run
+    output = options.output or (runs[0] / PICTURE if len(runs) == 1 else Path(PICTURE))
+    if output.is_dir():
+        raise UsageError(f"--output: expected the name of a picture, got the folder {output}; for example --output {output / PICTURE}")
+    print(draw_runs(runs, output))
     return 0
 
 

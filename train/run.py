@@ -1,41 +1,46 @@
 """`python -m train.run [config.yaml] [key=value ...]`: trains a SmolLM2. Parse, build, loop, from top to bottom of this file.
 
 Without a YAML file the run is train/configs/quickstart.yaml: two minutes on two CPU cores, offline. When model= is given, which
-quickstart's small shape would not fit, it starts from the defaults of train/config.py instead.
+quickstart's small shape would not fit, it starts from the defaults of train/config.py instead. Several processes:
+`torchrun --nproc-per-node N -m train.run ...` (train/distributed.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import itertools
 import json
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import Backend, select_backend
 from smollm2.checkpoint import resolve
 from smollm2.cli import LoadError, UsageError, run_command
-from smollm2.generate import generate, resolve_device
-from smollm2.model import IGNORE_INDEX, SmolLM2ForCausalLM, shift_labels
+from smollm2.model import SmolLM2ForCausalLM
 from smollm2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from train import metrics, plot
-from train.checkpoint import Progress, find_checkpoint, load_progress, load_weights, restore, save_checkpoint
+from train import estimate, metrics, plot
+from train.checkpoint import Progress, Saver, find_checkpoint, load_moments, load_progress, load_weights, take_snapshot
 from train.command_line import HELP, parse
 from train.config import RunConfig, compare_for_resume
 from train.corpus import Source, open_source
 from train.data import Batch, DataState, held_out_rows, read_stored, training_batches
-from train.optim import SkipCounter, build_optimizer, clip_gradients, learning_rate, set_learning_rate, update
+from train.distributed import StopRequest, World, join_world, leave_world, settle_buckets
+from train.evaluation import evaluate, sample
+from train.optim import StepGuard, build_optimizer, learning_rate, set_learning_rate
+from train.rng import rng_states, seed_generators, set_rng_states
+from train.step import CapturedStep, TrainStep
+from train.token_cache import TokenCache, open_cache
 
 INSTRUCT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RELEASED = [f"SmolLM2-{size}{kind}" for size in ("135M", "360M", "1.7B") for kind in ("", "-Instruct")]
@@ -50,68 +55,75 @@ class Run:
     """Everything that a training loop needs."""
 
     config: RunConfig
+    world: World
     folder: Path
-    device: torch.device
     source: Source
     tokenizer: Tokenizer
+    cache: TokenCache | None
     model: SmolLM2ForCausalLM
-    forward: Callable[..., Any]  # the model, compiled if asked
+    forward: nn.Module  # the model, compiled if asked, its gradients summed over the ranks
     optimizer: torch.optim.AdamW
+    guard: StepGuard
     progress: Progress
     held_out: tuple[Tensor, Tensor]  # ids and doc_start [R, T]
     entropy: float | None  # unigram entropy of the held-out tokens, nats
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the checkpoint of the present step belongs."""
-        return self.folder / "checkpoints" / f"step-{self.progress.step:06d}"
 
-
-def build(config: RunConfig) -> Run:
-    """Opens the data, gets a tokenizer and a model, and restores the checkpoint of a resumed run. Writes nothing."""
+def build(config: RunConfig, world: World) -> Run:
+    """Opens the data, gets a tokenizer and a model, and restores the checkpoint of a resumed run. Writes nothing but a token cache."""
     folder = Path(config.output_dir).expanduser()
     _check_folder(folder, config.resume)
-    checkpoint = find_checkpoint(config.resume, folder, print)
+    _check_device(config, world)
+    checkpoint = world.from_main(lambda: find_checkpoint(config.resume, folder, print))
     progress, state = load_progress(checkpoint) if checkpoint else (None, {})
     if progress is not None:
         for line in compare_for_resume(progress.config, config):
             print(f"changed since the checkpoint: {line}")
+        if progress.ranks != world.size:
+            print(f"changed since the checkpoint: ranks: {progress.ranks} -> {world.size}; the rows of every step stay the same")
     if config.tensorboard:
         metrics.summary_writer()  # missing packages are reported before anything is written
-    device = resolve_device(config.device)
     try:
-        backend = select_backend(config.backend, device)
+        backend = select_backend(config.backend, world.device)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
     source = open_source(config, progress.data.revision if progress else None)
-    weights = checkpoint or (None if config.from_scratch else _model_source(config.model))
-    tokenizer = load_tokenizer(checkpoint) if checkpoint else _tokenizer(config, source, weights)
+    if progress is not None and progress.data.fingerprint != source.fingerprint:
+        raise UsageError(
+            f"resume: expected the data of the checkpoint ({progress.data.fingerprint}), got {source.fingerprint}; "
+            "restore the files, or start a new run with another output_dir"
+        )
+    weights = checkpoint or world.from_main(lambda: None if config.from_scratch else _model_source(config.model))
+    tokenizer = world.from_main(lambda: load_tokenizer(checkpoint) if checkpoint else tokenizer_for(config, source, weights))
     torch.manual_seed(config.seed)
-    model = load_weights(weights, backend, device) if weights else _fresh_model(config, tokenizer, backend).to(device)
+    model = load_weights(weights, backend, world.device) if weights else _fresh_model(config, tokenizer, backend).to(world.device)
     _set_mode(model, config)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
             f"tokenizer: expected at most {model.config.vocab_size} entries, the model's vocabulary, got {tokenizer.vocab_size}; "
             "drop tokenizer= to use the model's own"
         )
+    cache = open_cache(config, source, tokenizer, leader=world.local_rank == 0)
     fraction = config.validation_fraction if config.eval_every else 0.0
     if fraction and config.data == "hub":
         print(f"reading held-out documents from {source.fingerprint}", flush=True)
-    held_out = held_out_rows(source, tokenizer, fraction, config.eval_batches * config.batch_size, config.sequence_length)
-    optimizer = build_optimizer(model, config)
-    if progress is None:
-        progress = Progress(DataState(source.fingerprint, source.revision), {}, "", tokenizer.fingerprint())
-    elif progress.data.fingerprint != source.fingerprint:
-        raise UsageError(
-            f"resume: expected the data of the checkpoint ({progress.data.fingerprint}), got {source.fingerprint}; "
-            "restore the files, or start a new run with another output_dir"
-        )
+    rows = config.eval_batches * config.batch_size
+    held_out = world.from_main(lambda: held_out_rows(source, tokenizer, fraction, rows, config.sequence_length, cache, config.workers))
+    forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
+    optimizer, guard = build_optimizer(model, config, world.device), StepGuard(world.device, config.spike_zscore)
+    settle_buckets(world, forward, min(config.batch_size, config.rows_per_step // world.size), config.sequence_length)
+    seed_generators(config.seed + world.rank)  # dropout differs between ranks; weights came from the same seed
+    if checkpoint and progress is not None:
+        load_moments(checkpoint, model, optimizer)
+        guard.load(state["guard"])
+        if world.rank < len(state["rng"]):  # a rank that was not there before begins with its own seed
+            set_rng_states(state["rng"][world.rank])
     else:
-        restore(optimizer, state)
-    progress.config, progress.backend = asdict(config), model.backend.name
+        progress = Progress(DataState(source.fingerprint, source.revision), {}, "", tokenizer.fingerprint())
+    progress.config, progress.backend, progress.ranks = asdict(config), model.backend.name, world.size
     return Run(
-        config, folder, device, source, tokenizer, model, torch.compile(model) if config.compile else model, optimizer, progress, held_out,
+        config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
         entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None,
     )  # fmt: skip
 
@@ -126,6 +138,17 @@ def _check_folder(folder: Path, resume: str) -> None:
         raise UsageError(f"output_dir: {folder} is not empty; continue that run with resume=auto, or start another with output_dir=...")
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"output_dir: {folder} is not empty and not the folder of a run; name another with output_dir=...")
+
+
+def _check_device(config: RunConfig, world: World) -> None:
+    """What depends on where a run takes place."""
+    if config.rows_per_step % world.size:
+        raise UsageError(
+            f"torchrun: expected a number of processes that divides the {config.rows_per_step} rows of a step "
+            f"(batch_size x grad_accumulation), got {world.size}"
+        )
+    if config.cuda_graph and (world.device.type != "cuda" or world.size > 1):
+        raise UsageError(f"cuda_graph: needs one CUDA device, got {world.device.type} and {world.size} process(es); drop cuda_graph=true")
 
 
 def _model_source(name: str) -> str | Path:
@@ -146,11 +169,12 @@ def _model_source(name: str) -> str | Path:
         return packaged
 
 
-def _tokenizer(config: RunConfig, source: Source, weights: str | Path | None) -> Tokenizer:
+def tokenizer_for(config: RunConfig, source: Source, weights: str | Path | None = None) -> Tokenizer:
+    """The tokenizer that a run asks for. weights: what `model` resolved to, None from scratch."""
     name = config.tokenizer
     if name == "auto":
-        if weights:
-            return load_tokenizer(weights)
+        if not config.from_scratch:
+            return load_tokenizer(weights or _model_source(config.model))
         name = "train"
     if name != "train":
         return load_tokenizer(name)
@@ -184,7 +208,8 @@ def print_plan(run: Run, origin: str) -> None:
     else:
         origin_of_weights = "from scratch" if config.from_scratch else f"continued from {config.model}"
     backend = f"{model.backend.name} ({model.backend.why}), {config.dtype}" + (", compiled" if config.compile else "")
-    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    threads = f", {torch.get_num_threads()} threads" if run.world.device.type == "cpu" else ""
+    ranks = f", {run.world.size} processes" if run.world.size > 1 else ""
     held_out = f"{rows} rows, {run.held_out[0].numel():,} tokens, unigram entropy {run.entropy:.3f} nats" if rows else "none: no evaluation"
     rows_per_step = f"{config.grad_accumulation} x {config.batch_size} rows of {config.sequence_length}"
     facts = {
@@ -193,7 +218,7 @@ def print_plan(run: Run, origin: str) -> None:
         "held out": held_out,
         "tokenizer": f"{run.tokenizer.vocab_size:,} tokens",
         "model": f"{model.num_parameters():,} parameters, {origin_of_weights}",
-        "backend": f"{backend}, on {run.device}{threads}",
+        "backend": f"{backend}, on {run.world.device}{threads}{ranks}",
         "steps": f"{config.steps:,} of {config.tokens_per_step:,} tokens ({rows_per_step})",
         "folder": str(run.folder),
     }
@@ -213,151 +238,131 @@ def open_folder(run: Run) -> None:
 # ---- loop -----------------------------------------------------------------------------------------------------------------
 
 
-class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is noted in `signal`, and the second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving; once more leaves at once", file=sys.stderr, flush=True)
-        for known in self._before:
-            signal.signal(known, signal.SIG_DFL)
-
-
 def loop(run: Run) -> int:
-    """Trains until config.steps are done or a signal comes. Returns the exit code: 0, or 128 + the signal's number."""
-    config, progress = run.config, run.progress
+    """Trains until config.steps are done or a signal comes. Returns the exit code: 0, or 128 + the signal's number.
+
+    Raises SaveError when the last checkpoint cannot be written, FloatingPointError when the run diverges, LoadError when the data end.
+    """
+    config, world, progress = run.config, run.world, run.progress
     batches = training_batches(
-        run.source, run.tokenizer, rows=config.batch_size * config.grad_accumulation, length=config.sequence_length, seed=config.seed,
-        validation_fraction=config.validation_fraction, cursor=progress.data.cursor, workers=config.workers,
+        run.source, run.tokenizer, rows=config.rows_per_step, length=config.sequence_length, seed=config.seed,
+        validation_fraction=config.validation_fraction, cursor=progress.data.cursor, workers=config.workers, cache=run.cache,
+        rank=world.rank, world=world.size, pin=world.device.type == "cuda",
     )  # fmt: skip
-    counter = SkipCounter(run.device, progress.skipped_steps)
-    reporter = metrics.Reporter(run.folder, config, progress, run.model.config, run.device)
-    first = progress.step + 1
-    with StopRequest() as stop, closing(reporter), closing(batches):
-        for batch in batches:
+    train_step = (CapturedStep if config.cuda_graph else TrainStep)(run.forward, run.optimizer, run.guard, config, world)
+    saver = Saver(run.folder, config.keep_checkpoints, config.keep_every, background=config.background_save)
+    reporter = (
+        metrics.Reporter(run.folder, config, progress, run.model.config, world.device, devices=world.size) if world.main else Silent()
+    )
+    if progress.step:
+        reporter.note(resumed=True)
+    first, stopped = progress.step + 1, 0
+    with StopRequest(world) as stop, closing(reporter), closing(batches):
+        while progress.step < config.steps and not stopped:
+            batch, waited = _next(batches, run, saver)
             lr = learning_rate(progress.step, config)
             set_learning_rate(run.optimizer, lr)
-            loss, gradient_norm = train_step(run, batch, counter)
+            with _memory_advice(config):
+                loss, gradient_norm = train_step(batch)
             progress.step += 1
-            progress.tokens += batch.input_ids.numel()
+            progress.tokens += batch.tokens
             progress.data.consume(batch)
-            reporter.advance(batch.input_ids.numel())
+            reporter.advance(batch.tokens, waited)
+            stopped = stop.agree()
+            last = progress.step == config.steps or stopped > 0
 
-            last = progress.step == config.steps or stop.signal is not None
             if progress.step == first:
                 gc.collect()
                 gc.freeze()  # what exists now lives until the end: no need to look at it again in every collection
             if last or progress.step == first or progress.step % config.log_every == 0:
-                progress.skipped_steps = int(counter.skipped)
+                progress.skipped_steps = int(run.guard.skipped)
                 reporter.log(float(loss), float(gradient_norm), lr)
-                if counter.longest() >= config.max_skipped_steps:
+                if run.guard.longest() >= config.max_skipped_steps:
+                    _save(run, saver, final=True)
                     raise FloatingPointError(
-                        f"{counter.longest()} steps in a row had gradients that are not finite, up to step {progress.step}; "
-                        "those steps were left out; continue with resume=auto and a lower lr"
+                        f"{run.guard.longest()} steps in a row had a loss or gradients that are not finite (or spikes), up to step "
+                        f"{progress.step}; those steps were left out; continue with resume=auto and a lower lr"
                     )
-            with reporter.throughput.excluded():
-                if stop.signal is None and len(run.held_out[0]) and _due(config.eval_every, progress.step, last):
-                    reporter.evaluation(evaluate(run), run.entropy, metrics.bytes_per_token(run.held_out[0], run.tokenizer))
-                if stop.signal is None and _due(config.sample_every, progress.step):
-                    reporter.samples(sample(run))
-                if _due(config.checkpoint_every, progress.step, last):
-                    progress.skipped_steps = int(counter.skipped)
-                    save_checkpoint(run.folder, run.model, run.tokenizer, run.optimizer, progress, config.keep_checkpoints)
-            if last:
-                break
-    if stop.signal is not None:
-        print(f"stopped at step {progress.step}, saved in {run.checkpoint}; continue with resume=auto", flush=True)
-        return 128 + stop.signal
-    print_result(run, reporter.held_out_loss)
-    return 0
+            if not stopped and len(run.held_out[0]) and _due(config.eval_every, progress.step, last):
+                with reporter.excluded():
+                    found = evaluate(run.model, run.held_out, config, world)
+                reporter.evaluation(found, run.entropy, metrics.bytes_per_token(run.held_out[0], run.tokenizer))
+            if not stopped and world.main and _due(config.sample_every, progress.step):
+                with reporter.excluded():
+                    texts = sample(run.model, run.tokenizer, config)
+                reporter.samples(texts)
+            if _due(config.checkpoint_every, progress.step, last):
+                with reporter.excluded():
+                    _save(run, saver, final=last)
+            if failure := saver.failure():
+                reporter.line(f"warning: {failure}; training goes on")
+                reporter.note(failed_save=str(failure))
+    if world.main:
+        if stopped:
+            print(f"stopped at step {progress.step}, saved in {_checkpoint(run)}; continue with resume=auto", flush=True)
+        else:
+            print_result(run, reporter.held_out_loss)
+    return 128 + stopped if stopped else 0
+
+
+class Silent:
+    """Stands in for the Reporter on ranks that report nothing."""
+
+    held_out_loss = None
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_, **__: contextlib.nullcontext()
 
 
 def _due(every: int, step: int, last: bool = False) -> bool:
     return (every > 0 and step % every == 0) or last
 
 
-def train_step(run: Run, batch: Batch, counter: SkipCounter) -> tuple[Tensor, Tensor]:
-    """Forward and backward over the micro-batches of a step, then one update.
-
-    -> (loss, gradient norm before clipping), fp32 scalars on the device. The loss is the mean over all valid targets of the
-    step: with unequal micro-batches a mean of means would weigh some tokens more than others.
-    """
-    config = run.config
-    doc_start = batch.doc_start if config.document_masking else None
-    targets = max(1, _valid_targets(batch.input_ids, doc_start))
-    loss = torch.zeros((), device=run.device)
-    for ids, starts in _micro_batches(batch.input_ids, doc_start, config.batch_size, run.device):
-        part = run.forward(ids, labels=ids, doc_start=starts, reduction="sum").loss / targets
-        part.backward()
-        loss += part.detach()
-    gradient_norm = clip_gradients(run.model.parameters(), config.grad_clip)
-    update(run.optimizer, gradient_norm, counter)
-    run.optimizer.zero_grad(set_to_none=True)
-    return loss, gradient_norm
+def _checkpoint(run: Run) -> Path:
+    """Where the checkpoint of the present step belongs."""
+    return run.folder / "checkpoints" / f"step-{run.progress.step:06d}"
 
 
-def _valid_targets(ids: Tensor, doc_start: Tensor | None) -> int:
-    return int((shift_labels(ids, doc_start) != IGNORE_INDEX).sum())
+def _next(batches: Iterator[Batch], run: Run, saver: Saver) -> tuple[Batch, float]:
+    """The next batch, and the seconds that the loop waited for it. If the data end, what was trained so far is saved."""
+    began = time.perf_counter()
+    try:
+        return next(batches), time.perf_counter() - began
+    except LoadError:
+        # Other ranks wait in a collective operation meanwhile: only a run of one process can save here.
+        if run.world.size == 1 and run.progress.step and not _checkpoint(run).is_dir():
+            _save(run, saver, final=True)
+        raise
 
 
-def _micro_batches(ids: Tensor, doc_start: Tensor | None, rows: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Pieces of `rows` rows, on the device."""
-    starts = doc_start.split(rows) if doc_start is not None else itertools.repeat(None)
-    for piece, start in zip(ids.split(rows), starts, strict=False):
-        yield piece.to(device, non_blocking=True), None if start is None else start.to(device, non_blocking=True)
+@contextlib.contextmanager
+def _memory_advice(config: RunConfig) -> Iterator[None]:
+    """Out of memory: says which keys need less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UsageError(
+            f"out of memory ({str(error).splitlines()[0]}); lower batch_size={config.batch_size} and raise "
+            f"grad_accumulation={config.grad_accumulation} by the same factor, or set gradient_checkpointing=true or dtype=bf16, or lower "
+            f"sequence_length={config.sequence_length}; python -m train.run ... --dry-run estimates the memory; a run that has saved "
+            "continues with resume=auto"
+        ) from error
 
 
-@torch.no_grad()
-def evaluate(run: Run) -> float:
-    """The loss in nats per target on the held-out rows; draws no random numbers and leaves the model in training mode."""
-    ids, doc_start = run.held_out[0], run.held_out[1] if run.config.document_masking else None
-    total = torch.zeros((), dtype=torch.float64)
-    run.model.eval()
-    for piece, starts in _micro_batches(ids, doc_start, run.config.batch_size, run.device):
-        loss = run.model(piece, labels=piece, doc_start=starts, reduction="sum").loss
-        total += loss.cpu().double()  # some devices have no float64
-    run.model.train()
-    return float(total) / max(1, _valid_targets(ids, doc_start))
-
-
-def sample(run: Run) -> list[str]:
-    """A continuation of every prompt.
-
-    Sampling noise is a function of (seed, position) and no generator is touched: the loss curve is the same without samples.
-    """
-    config, tokenizer = run.config, run.tokenizer
-    ends = run.model.config.eos_token_ids
-    banned = [token for token in sorted(tokenizer.special_ids) if token not in ends and token < run.model.config.vocab_size]
-    run.model.eval()
-    texts = []
-    for index, prompt in enumerate(config.sample_prompts):
-        ids = tokenizer.encode(prompt, special=False) or [tokenizer.eot_token_id or 0]
-        room = run.model.config.max_position_embeddings - len(ids)
-        out = generate(
-            run.model,
-            torch.tensor([ids], device=run.device),
-            max_new_tokens=min(config.sample_tokens, room),
-            temperature=config.sample_temperature,
-            seed=config.seed + index,
-            suppress_tokens=banned,
-        )
-        texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=True))
-    run.model.train()
-    return texts
+def _save(run: Run, saver: Saver, *, final: bool) -> None:
+    """Saves the present step; `final` waits for it and raises SaveError if it fails, otherwise training goes on meanwhile."""
+    run.progress.skipped_steps = int(run.guard.skipped)
+    states = run.world.gather(rng_states())
+    if run.world.main:
+        state = {"rng": states, "guard": run.guard.state()}
+        saver.save(take_snapshot(run.model, run.tokenizer, run.optimizer, run.progress, state))
+    if final:
+        saver.wait()
+        run.world.barrier()
+        if saver.last is not None:
+            raise saver.last
 
 
 def print_result(run: Run, held_out_loss: float | None) -> None:
@@ -373,7 +378,7 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
     except LoadError as error:
         print(f"no picture: {error}")
     prompt = (run.config.sample_prompts or ["The"])[0]
-    print(f"generate: {shlex.join(['python', '-m', 'smollm2.generate', '--model', str(run.checkpoint), prompt])}", flush=True)
+    print(f"generate: {shlex.join(['python', '-m', 'smollm2.generate', '--model', str(_checkpoint(run)), prompt])}", flush=True)
 
 
 def train(config: RunConfig, origin: str = "given by a program", *, dry_run: bool = False) -> int:
@@ -382,15 +387,24 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
     Raises UsageError for what cannot be built, LoadError for what cannot be read or saved, FloatingPointError when it diverges.
     """
     config.validate()
-    run = build(config)
-    print_plan(run, origin)
-    if dry_run:
-        return 0
-    if run.progress.step >= config.steps:
-        print(f"nothing to do: {run.progress.step} of {config.steps} steps are done; raise steps to go on")
-        return 0
-    open_folder(run)
-    return loop(run)
+    world = join_world(config.device)
+    with contextlib.redirect_stdout(sys.stdout if world.main else io.StringIO()):  # rank 0 speaks for all
+        run = build(config, world)
+        try:
+            print_plan(run, origin)
+            if dry_run:
+                print("\n".join(estimate.lines(estimate.estimate(config, run.model.config, world.device, world.size))))
+                return 0
+            if run.progress.step >= config.steps:
+                print(f"nothing to do: {run.progress.step} of {config.steps} steps are done; raise steps to go on")
+                return 0
+            world.barrier()  # all have looked at the folder before it changes
+            if world.main:
+                open_folder(run)
+            return loop(run)
+        finally:
+            if run.cache is not None:
+                run.cache.close()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -399,7 +413,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     flags = ("--dry-run", "--debug")
     config, origin = parse([argument for argument in argv if argument not in flags])
-    return train(config, origin, dry_run="--dry-run" in argv)
+    code = train(config, origin, dry_run="--dry-run" in argv)
+    leave_world()
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,261 @@
+"""`python -m bench.step_peers`: one optimizer step on a CPU beside transformers' Llama, eager and compiled, in fp32 and bf16.
+
+A step is forward, backward, clipping to a global norm of 1 and fused AdamW, on 2 x 512 tokens of the 135M model. All variants start
+from the same fp32 weights and see the same tokens, so the losses of the first steps must agree: nobody wins by computing less.
+They are measured in turns within one process, so that a drift of the machine meets all alike; figures are medians, and only their
+ratios mean something on a machine that others use too.
+
+    ours                fp32 parameters; in bf16 every activation, the residual stream included, is bf16
+    ours+doc_start      the same with document boundaries, as training uses it: no peer computes that
+    transformers        fp32 parameters; in bf16 under torch.autocast, the usual recipe
+    transformers bf16   parameters, gradients and optimizer state in bf16: less memory traffic, and worse numerics
+    ...+compile         the same under torch.compile
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.part import one_line, parser, provenance, read_json, write_json
+from bench.train_step import TrainingStep
+from smollm2.cli import UsageError, run_command
+from smollm2.config import SmolLM2Config
+from smollm2.model import SmolLM2ForCausalLM
+
+VARIANTS = (
+    "ours", "transformers", "transformers bf16", "ours+doc_start", "ours+compile", "transformers+compile", "transformers bf16+compile",
+)  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TINY_NOTE = "tiny sizes: times mean nothing"
+COMPARED_STEPS = 3
+LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 0.1}  # nats over the first steps; Adam's first updates have the sign of a gradient, however small
+EAGER_BAR, COMPILED_BAR = 1.3, 1.0  # what the main peer's time over ours is to reach
+
+Step = Callable[[], Tensor]
+
+
+def ours(config: SmolLM2Config, dtype: torch.dtype, seed: int = 0) -> SmolLM2ForCausalLM:
+    """The model with the weights of that seed, backend torch, fp32 parameters, in training mode."""
+    torch.manual_seed(seed)
+    return SmolLM2ForCausalLM(config, "torch", compute_dtype=None if dtype == torch.float32 else dtype).train()
+
+
+def theirs(config: SmolLM2Config, seed: int = 0) -> nn.Module:
+    """transformers' Llama with the weights of `ours`, fp32. Raises UsageError where transformers is not installed."""
+    try:
+        import transformers
+    except ImportError as missing:
+        raise UsageError("the peers need transformers; pip install transformers") from missing
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config.to_dict(), "use_cache": False}))
+    llama.load_state_dict(ours(config, torch.float32, seed).state_dict())
+    return llama.train()
+
+
+def documents(ids: Tensor) -> Tensor:
+    """doc_start [B, T] int32 of three documents in each row."""
+    length = ids.shape[1]
+    start = torch.zeros(ids.shape, dtype=torch.int32)
+    for begin in (length // 5, length // 2):
+        start[:, begin:] = begin
+    return start
+
+
+def build(variant: str, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str = "inductor") -> Step:
+    """The step of a variant of VARIANTS as a call that returns the loss. compiler: the backend of torch.compile."""
+    kind, _, extra = variant.partition("+")
+    if kind == "ours":
+        model = ours(config, dtype)
+        forward = torch.compile(model, backend=compiler, fullgraph=True) if extra == "compile" else model
+        step = TrainingStep(model, forward)
+        doc_start = documents(ids) if extra == "doc_start" else None
+        return lambda: step(ids, doc_start)
+
+    llama: Any = theirs(config)  # what TrainingStep needs of a model, it has
+    if kind == "transformers bf16":
+        llama = llama.to(torch.bfloat16)
+    autocast = dtype == torch.bfloat16 and kind == "transformers"
+    called = torch.compile(llama, backend=compiler) if extra == "compile" else llama
+
+    def forward_theirs(ids: Tensor, labels: Tensor, doc_start: None = None) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return called(ids, labels=labels, use_cache=False)
+
+    step_theirs = TrainingStep(llama, forward_theirs)
+    return lambda: step_theirs(ids)
+
+
+def chosen(dtype: str, names: Sequence[str], compiled: bool) -> list[str]:
+    """The variants of that dtype, in the order of VARIANTS."""
+    fits = [name for name in VARIANTS if (dtype == "bf16" or not name.startswith("transformers bf16"))]
+    return [name for name in fits if (not names or name in names) and (compiled or not name.endswith("+compile"))]
+
+
+def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> dict[str, dict[str, Any]]:
+    """Losses of the first steps, then `rounds` timed steps of each in turns, fewer when no time is left.
+
+    left: seconds until nothing new should begin. A variant that raises has its error as a result, and is not timed.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, step in steps.items():
+        began = time.perf_counter()
+        try:
+            losses = [float(step()) for _ in range(COMPARED_STEPS)]
+        except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
+            found[name] = {"failed": one_line(failure)}
+            continue
+        found[name] = {"losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}
+    running = [name for name in steps if "failed" not in found[name]]
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for turn in range(rounds):
+        if turn and left() < 0:
+            break
+        for name in running:
+            began = time.perf_counter()
+            float(steps[name]())
+            seconds[name].append(time.perf_counter() - began)
+    for name in running:
+        times = [1e3 * value for value in seconds[name]]
+        found[name] |= {"step_ms": round(statistics.median(times), 1), "fastest_ms": round(min(times), 1), "rounds": len(times)}
+    return found
+
+
+def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How many times as fast ours is: against each peer eager, and ours at its best against each peer compiled."""
+    times = {name: row["step_ms"] for name, row in found.items() if "step_ms" in row}
+    best = min((times[name] for name in ("ours", "ours+compile") if name in times), default=None)
+    result = {}
+    for name, milliseconds in times.items():
+        mine = best if name.endswith("+compile") else times.get("ours")
+        if name.startswith("transformers") and mine is not None:
+            result[name] = round(milliseconds / mine, 3)
+    return result
+
+
+def distances(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Variant -> largest distance of its first losses from those of `ours`; without document boundaries, which change the loss.
+
+    Parameters in bf16 lose most of an update of 3e-4 to rounding, so that peer is on another path after its first step: of its
+    losses only the first, which no update has touched, is compared.
+    """
+    base = found.get("ours", {}).get("losses")
+    if base is None:
+        return {}
+    rows = {name: row["losses"] for name, row in found.items() if "losses" in row and name != "ours+doc_start"}
+    compared = {name: 1 if name.startswith("transformers bf16") else COMPARED_STEPS for name in rows}
+    return {name: max(abs(a - b) for a, b in zip(losses[: compared[name]], base, strict=False)) for name, losses in rows.items()}
+
+
+def matmul_floor(config: SmolLM2Config, dtype: torch.dtype, tokens: int) -> float:
+    """Milliseconds that the matrix products of a step take alone: three per weight matrix, each at the rate it reaches by itself."""
+    width, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    layers, mlp = config.num_hidden_layers, config.intermediate_size
+    shapes = {  # (rows of the weight, its columns): how often
+        ((heads + 2 * key_heads) * config.head_dim, width): layers,
+        (width, heads * config.head_dim): layers,
+        (2 * mlp, width): layers,
+        (width, mlp): layers,
+        (config.vocab_size, width): 1,
+    }
+    total = 0.0
+    for (rows, columns), count in shapes.items():
+        x, weight, dy = (torch.randn(shape).to(dtype) for shape in ((tokens, columns), (rows, columns), (tokens, rows)))
+        y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
+        products = ((x, weight.t(), y), (dy, weight, dx), (dy.t(), x, dw))
+        for a, b, out in products:
+            times = []
+            for _ in range(4):
+                began = time.perf_counter()
+                torch.mm(a, b, out=out)
+                times.append(time.perf_counter() - began)
+            total += count * min(times[1:])
+    return round(total * 1e3, 1)
+
+
+def show(dtype: str, name: str, row: dict[str, Any], ratio: float | None) -> str:
+    """One line of the table."""
+    if "failed" in row:
+        return f"{dtype:6}{name:28}{row['failed']}"
+    faster = f"  ours is {ratio:.2f} x as fast" if ratio is not None else ""
+    return f"{dtype:6}{name:28}{row['step_ms']:10.1f} ms{faster}"
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser("step_peers", "Times one optimizer step on a CPU beside transformers' Llama.")
+    arguments.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this one; may be repeated")
+    arguments.add_argument("--variant", action="append", choices=VARIANTS, help="only this one; may be repeated")
+    arguments.add_argument("--no-compile", action="store_true", help="leave the compiled variants out: each takes a minute or more")
+    arguments.add_argument("--rounds", type=int, default=7, metavar="N", help="timed steps of each variant (default 7)")
+    options = arguments.parse_args(argv)
+    if options.device == "cuda":
+        raise UsageError("--device cuda: these peers are compared on a CPU; python -m bench.train_step measures a GPU")
+    if options.rounds < 1:
+        raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
+    # Not a Part of bench.gpu: those refuse the CPU at full size, which is the subject here.
+    began = time.monotonic()
+    config = SmolLM2Config.preset("tiny", num_hidden_layers=1) if options.tiny else SmolLM2Config.preset("135M")
+    batch, length = (1, 16) if options.tiny else (2, 512)
+    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    origin = provenance(ids.device)
+    policy = os.environ.get("OMP_WAIT_POLICY", "default")
+    data: dict[str, Any] = {
+        "status": "running",
+        "batch": batch,
+        "length": length,
+        "threads": torch.get_num_threads(),
+        "wait_policy": policy,
+    }
+    if options.tiny:
+        data["note"] = TINY_NOTE
+        print(TINY_NOTE)
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if name in ("python", "torch", "transformers"))
+    print(
+        f"{batch} x {length} tokens, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {policy}, {versions}, {origin['device']}",
+        flush=True,
+    )
+
+    def save(**values: Any) -> None:
+        data.update(values)
+        data["seconds"] = round(time.monotonic() - began, 1)
+        if options.json is not None:
+            write_json(options.json, {**read_json(options.json), **origin, "step_peers": data})
+
+    save()
+    results: dict[str, Any] = {}
+    far = False
+    for dtype in options.dtype or DTYPES:
+        names = chosen(dtype, options.variant or (), not options.no_compile)
+        steps = {name: build(name, config, DTYPES[dtype], ids, "aot_eager" if options.tiny else "inductor") for name in names}
+        found = measure(steps, 1 if options.tiny else options.rounds, lambda: options.seconds - (time.monotonic() - began))
+        faster, apart = ratios(found), distances(found)
+        floor = matmul_floor(config, DTYPES[dtype], ids.numel())
+        results[dtype] = {"variants": found, "ours_is_faster": faster, "loss_distance": apart, "matmul_floor_ms": floor}
+        save(results=results)
+        for name, row in found.items():
+            print(show(dtype, name, row, faster.get(name)), flush=True)
+        print(f"{dtype:6}{'matrix products alone':28}{floor:10.1f} ms", flush=True)
+        for name, distance in apart.items():
+            if not distance <= LOSS_TOLERANCE[dtype]:
+                far = True
+                print(f"{dtype:6}{name}: first losses are {distance:.1e} nats from those of ours: TOO FAR", flush=True)
+        for name, bar in (("transformers", EAGER_BAR), ("transformers+compile", COMPILED_BAR)):
+            if name in faster and not options.tiny:
+                reached = "" if faster[name] >= bar else ": NOT REACHED"
+                print(f"{dtype:6}against {name}: {faster[name]:.2f} x, wanted {bar} x{reached}", flush=True)
+        del steps
+        gc.collect()
+        torch.compiler.reset()
+    save(status="complete")
+    return 1 if far else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

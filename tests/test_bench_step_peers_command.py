@@ -1,0 +1,107 @@
+"""`python -m bench.step_peers` at toy size, and the pieces that its figures are made of."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import step_peers
+from smollm2.config import SmolLM2Config
+
+TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
+IDS = torch.arange(16)[None]
+
+
+def run(project_root, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bench.step_peers", *arguments],
+        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, project_root):
+    """(stdout, section of the JSON file) of all eager variants and of ours compiled."""
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    path = tmp_path_factory.mktemp("peers") / "peers.json"
+    eager = [
+        word for name in ("ours", "ours+doc_start", "ours+compile", "transformers", "transformers bf16") for word in ("--variant", name)
+    ]
+    done = run(project_root, "--tiny", "--json", str(path), *eager)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_variant_has_a_time_and_the_peers_a_ratio(measured):
+    stdout, content = measured
+    section = content["step_peers"]
+    assert section["status"] == "complete" and section["note"] == step_peers.TINY_NOTE
+    assert content["versions"]["transformers"] in stdout
+    for dtype, names in (("fp32", {"transformers"}), ("bf16", {"transformers", "transformers bf16"})):
+        found = section["results"][dtype]
+        assert set(found["variants"]) == names | {"ours", "ours+doc_start", "ours+compile"}
+        assert all(row["step_ms"] > 0 and row["rounds"] == 1 for row in found["variants"].values())
+        assert set(found["ours_is_faster"]) == names
+        assert found["matmul_floor_ms"] > 0
+
+
+def test_all_variants_compute_the_same_losses(measured):
+    for dtype, found in measured[1]["step_peers"]["results"].items():
+        assert set(found["loss_distance"]) == set(found["variants"]) - {"ours+doc_start"}
+        assert max(found["loss_distance"].values()) <= step_peers.LOSS_TOLERANCE[dtype]
+
+
+def test_peers_start_from_the_same_weights():
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    mine, other = step_peers.ours(TINY, torch.float32).state_dict(), step_peers.theirs(TINY).state_dict()
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_a_peer_in_bf16_keeps_the_precision_that_its_row_names():
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    for variant in ("ours", "transformers", "transformers bf16"):
+        step = step_peers.build(variant, TINY, torch.bfloat16, IDS)
+        first, second = float(step()), float(step())
+        assert second < first
+
+
+def test_the_ratio_against_a_compiled_peer_takes_the_better_of_ours():
+    times = {"ours": 100.0, "ours+compile": 80.0, "transformers": 130.0, "transformers+compile": 88.0, "transformers bf16": 90.0}
+    found = {name: {"step_ms": time} for name, time in times.items()} | {"transformers bf16+compile": {"failed": "no compiler"}}
+    assert step_peers.ratios(found) == {"transformers": 1.3, "transformers+compile": 1.1, "transformers bf16": 0.9}
+    assert step_peers.ratios({"transformers": {"step_ms": 1.0}}) == {}
+
+
+def test_a_variant_that_computes_another_loss_is_far():
+    found = {"ours": {"losses": [3.0, 2.0]}, "other": {"losses": [3.0, 2.5]}, "ours+doc_start": {"losses": [9.0, 9.0]}}
+    assert step_peers.distances(found) == {"ours": 0.0, "other": 0.5}
+
+
+def test_of_a_peer_whose_updates_are_rounded_the_first_loss_is_compared():
+    found = {"ours": {"losses": [3.0, 2.0]}, "transformers bf16": {"losses": [3.25, 2.75]}}
+    assert step_peers.distances(found)["transformers bf16"] == 0.25
+
+
+def test_a_variant_that_raises_is_a_result_among_others():
+    def broken():
+        raise RuntimeError("no compiler\nfound")
+
+    found = step_peers.measure({"broken": broken, "right": lambda: torch.ones(())}, 3, lambda: 1.0)
+    assert found["broken"] == {"failed": "RuntimeError: no compiler found"}
+    assert found["right"]["losses"] == [1.0, 1.0, 1.0] and found["right"]["rounds"] == 3
+
+
+def test_nothing_new_is_timed_when_no_time_is_left():
+    found = step_peers.measure({"right": lambda: torch.ones(())}, 9, lambda: -1.0)
+    assert found["right"]["rounds"] == 1
+
+
+@pytest.mark.parametrize("arguments, message", [(["--device", "cuda"], "bench.train_step"), (["--rounds", "0"], "at least 1, got 0")])
+def test_what_cannot_be_measured_here_is_refused(arguments, message, project_root):
+    done = run(project_root, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -1,0 +1,87 @@
+"""`python -m train.prepare`: fills the cache in the order of the run, continues, checks, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smollm2.cli import UsageError
+from train import prepare
+
+BASE = [
+    "model=tiny",
+    "data=local",
+    "tokenizer=train",
+    "vocab_size=300",
+    "sequence_length=32",
+    "batch_size=2",
+    "eval_batches=1",
+    "workers=0",
+]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    (tmp_path / "corpus").mkdir()
+    for shard in range(6):
+        lines = [json.dumps({"text": f"Sentence {shard}.{index} of a small corpus. " * 3}) for index in range(50)] + ['{"text": ""}']
+        (tmp_path / "corpus" / f"{shard}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return [*BASE, f"paths={tmp_path / 'corpus'}", f"token_cache={tmp_path / 'cache'}"]
+
+
+def test_all_of_an_epoch_is_stored_once_and_verified(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare.main([*arguments, "steps=100000"]) == 0
+    out = capsys.readouterr().out
+    assert "6 blocks, 306 documents (6 of them unusable)" in out and "tokenised now" in out and str(tmp_path / "cache") in out
+    assert prepare.main([*arguments, "steps=100000"]) == 0
+    assert "all of it was there already" in capsys.readouterr().out
+    assert prepare.main([*arguments, "--verify"]) == 0
+    assert "0 damaged blocks" in capsys.readouterr().out
+    (file,) = tmp_path.glob("cache/*/*/*/shard-00003.tokens")
+    file.write_bytes(b"\0" * file.stat().st_size)
+    assert prepare.main([*arguments, "--verify"]) == 1
+    out = capsys.readouterr().out
+    assert "shard-00003.tokens: block 0 is damaged" in out and "1 damaged blocks; the next run" in out
+    assert prepare.main([*arguments, "steps=100000"]) == 0
+    assert prepare.main([*arguments, "--verify"]) == 0
+
+
+def test_it_stops_at_the_tokens_that_were_asked_for(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare.main([*arguments, "--tokens", "1_000"]) == 0
+    assert "\n1 blocks" in capsys.readouterr().out
+
+
+def test_what_cannot_be_prepared_is_said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="expected a folder to fill, got auto with data=local"):
+        prepare.main([argument for argument in arguments if not argument.startswith("token_cache")])
+    with pytest.raises(UsageError, match="token_cache: expected a folder outside of paths"):
+        prepare.main([*arguments[:-1], f"{arguments[-2].replace('paths', 'token_cache')}/cache"])
+    for wrong in (["--tokens"], ["--tokens", "many"], ["--tokens", "0"]):
+        with pytest.raises(UsageError, match="--tokens: expected a number above 0"):
+            prepare.main([*arguments, *wrong])
+    assert prepare.main(["--help"]) == 0
+    assert "--verify" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_continues(arguments: list[str], tmp_path: Path, project_root: Path) -> None:
+    text = "Words of a longer corpus, which takes a while. " * 400
+    lines = [json.dumps({"text": f"{index} {text}"}) + "\n" for index in range(900)]
+    (tmp_path / "corpus" / "long.jsonl").write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, "-m", "train.prepare", *arguments, "workers=1", "steps=1000000"]
+    process = subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    assert process.stdout is not None
+    assert "held-out documents" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "1,206 documents (6 of them unusable)" in done.stdout

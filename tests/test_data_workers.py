@@ -1,0 +1,136 @@
+"""Worker processes: they change nothing but the time, and end with the training process whatever ends it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from data_sources import ListSource, same, some_source
+
+from smollm2.cli import LoadError
+from smollm2.tokenizer import Tokenizer, train_tokenizer
+from train import worker_pool
+from train.data import held_out_rows, training_batches
+from train.worker_pool import WorkerPool
+
+SHAPE = dict(rows=2, length=16, seed=3, validation_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["document 0123456789 . " * 5], 280)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def gone(pids: list[int], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(map(alive, pids)):
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def test_the_stream_does_not_depend_on_the_workers(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "CHUNK_DOCUMENTS", 2)  # several chunks a block
+    source = some_source(shards=3, blocks=3, documents=11)
+    alone = list(itertools.islice(training_batches(source, tokenizer, **SHAPE), 60))
+    for workers in (1, 3):
+        ahead = training_batches(source, tokenizer, **SHAPE, workers=workers)
+        assert all(same(next(ahead), batch) for batch in alone)
+        ahead.close()
+    rows = held_out_rows(source, tokenizer, 0.3, 4, 16)
+    assert [part.tolist() for part in held_out_rows(source, tokenizer, 0.3, 4, 16, workers=2)] == [part.tolist() for part in rows]
+
+
+def test_workers_start_when_they_are_needed_and_end_when_the_stream_is_closed(tokenizer: Tokenizer) -> None:
+    pool = WorkerPool(tokenizer, 2)
+    assert pool.processes == []
+    block = pool.submit(["some text", 5, None]).result(threading.Event())
+    assert block.lengths[0] > 1 and block.lengths[1:].tolist() == [0, 0] and block.unusable.tolist() == [False, True, True]
+    pids = [process.pid or 0 for process in pool.processes]
+    assert pids and all(map(alive, pids))
+    before = time.monotonic()
+    pool.close()
+    assert gone(pids) and time.monotonic() - before < 10
+    threads = {thread.name for thread in threading.enumerate()}
+    batches = training_batches(some_source(), tokenizer, **SHAPE, workers=1)
+    next(batches)
+    batches.close()
+    assert {thread.name for thread in threading.enumerate() if thread.name == "prefetch"} <= threads
+
+
+def test_a_worker_that_is_killed_is_reported_and_not_waited_for(tokenizer: Tokenizer) -> None:
+    pool = WorkerPool(tokenizer, 1)
+    stop = threading.Event()
+    pool.submit(["warm"]).result(stop)
+    os.kill(pool.processes[0].pid or 0, signal.SIGKILL)
+    with pytest.raises(LoadError, match=r"a worker process .* ended unexpectedly .*resume=auto.*workers=1"):
+        for _ in range(100):  # it may take a moment until the death is noticed
+            pool.submit(["more"]).result(stop)
+    pool.close()
+
+
+def test_the_kill_reaches_the_training_loop_with_its_signal(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[WorkerPool] = []
+    create = WorkerPool.__init__
+
+    def remember(self: WorkerPool, *args: object) -> None:
+        create(self, *args)  # type: ignore[arg-type]
+        pools.append(self)
+
+    monkeypatch.setattr(WorkerPool, "__init__", remember)
+    source = ListSource([[["document 5 . " * 2000] * 20] * 5])
+    batches = training_batches(source, tokenizer, rows=1, length=4096, workers=2)
+    next(batches)
+    os.kill(pools[0].processes[0].pid or 0, signal.SIGKILL)
+    with pytest.raises(LoadError, match="killed by SIGKILL, as when memory runs out"):
+        for _ in range(2000):
+            next(batches)
+
+
+PROGRAM = """
+import itertools, sys, threading
+sys.path.insert(0, {tests!r})
+from data_sources import some_source
+from smollm2.tokenizer import train_tokenizer
+from train.worker_pool import WorkerPool
+pool = WorkerPool(train_tokenizer(["document"], 280), 2)
+for part in [pool.submit(["text"] * 5000) for _ in range(4)]:
+    part.result(threading.Event())
+print(*[process.pid for process in pool.processes], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_workers_leave_when_the_training_process_is_killed_and_ignore_signals_meant_for_it(project_root: Path) -> None:
+    # The program has no `if __name__ == "__main__"`: workers must not run it again.
+    program = PROGRAM.format(tests=str(project_root / "tests"))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=project_root, text=True
+    )  # fmt: skip
+    assert parent.stdout is not None
+    pids = [int(word) for word in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    assert not any("torch" in Path(f"/proc/{pid}/maps").read_text() for pid in pids), "workers load what they need, not torch"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for pid in pids:
+            os.kill(pid, number)
+    time.sleep(0.3)
+    assert all(map(alive, pids))
+    parent.kill()
+    parent.wait()
+    assert gone(pids)

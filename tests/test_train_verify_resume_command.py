@@ -1,0 +1,96 @@
+"""`python -m train.verify_resume`: says bit-identical of runs that are, and not of one that is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_cases import TINY, write_corpus
+
+from smollm2.cli import run_command
+from train import verify_resume
+from train.verify_resume import main
+
+KEYS = [f"{name}={value}" for name, value in TINY.items() if name != "steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["dtype=fp32", "eval_every=3", "sample_every=2", "sample_tokens=3", "workers=1"],
+        ["dtype=bf16", "grad_accumulation=2", "attention_dropout=0.1", "spike_zscore=4", "background_save=false"],
+        ["dtype=fp32", "batch_size=4", "attention_dropout=0.1", "--ranks", "2"],
+        ["dtype=bf16", "batch_size=4", "grad_accumulation=2", "workers=1", "--ranks", "2"],
+    ],
+    ids=["fp32-samples-workers", "bf16-accumulation-dropout", "two-ranks-fp32", "two-ranks-bf16-workers"],
+)
+def test_a_killed_run_is_the_run_that_was_not_killed(tmp_path: Path, project_root: Path, keys: list[str]) -> None:
+    command = [sys.executable, "-m", "train.verify_resume", *KEYS, f"paths={write_corpus(tmp_path / 'numbers.jsonl')}", *keys]
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "verdict: bit-identical"
+    assert [line for line in lines if line.startswith(("killed in step 6", "resumed"))].__len__() == 4
+    assert any(line.split()[:2] == ["loss", "equal"] for line in lines) and any("batches of rank 0" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments(tmp_path: Path, project_root: Path) -> None:
+    corpus = write_corpus(tmp_path / "numbers.jsonl")
+    command = [sys.executable, "-m", "train.verify_resume", *KEYS, f"paths={corpus}", "--steps", "10", "--more", "150", "--kills", "3"]
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "verdict: bit-identical"
+
+
+FAULT = """
+import sys
+import train.checkpoint as checkpoint
+
+original = checkpoint.load_file
+checkpoint.load_file = lambda path: {name: value.zero_() if "exp_avg_sq" in name else value for name, value in original(path).items()}
+from train.verify_resume import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_resume_that_loses_something_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A planted fault: in the runs, not in the process that compares, the second moments come back as zeros."""
+    original = subprocess.Popen
+
+    def start(command: list[str], **keys: Any) -> subprocess.Popen[bytes]:
+        module = command.index("-m")
+        return original([*command[:module], "-c", FAULT, *command[module + 2 :]], **keys)
+
+    monkeypatch.setattr(verify_resume.subprocess, "Popen", start)
+    assert run_command(main, [*KEYS, f"paths={write_corpus(tmp_path / 'numbers.jsonl')}"]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "verdict: NOT identical"
+    rows = {line.strip().split("  ")[0]: line for line in out.splitlines() if line.startswith("  ")}
+    assert "DIFFERENT" in rows["weights"] and "DIFFERENT" in rows["loss"] and "DIFFERENT" not in rows["batches of rank 0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--more", "1"], "--more of at least 3"),
+        (["--kills", "2", "--ranks", "2"], "--kills: expected one process"),
+        (["stps=3"], "did you mean 'steps'?"),
+        (["--keep", "."], "expected a folder that does not exist yet"),
+        (["lr=0"], "lr: expected a number above 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_resume.subprocess, "Popen", lambda *_, **__: pytest.fail("a run was started"))
+    assert run_command(main, arguments) == 2
+    assert message in capsys.readouterr().err

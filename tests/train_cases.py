@@ -1,0 +1,50 @@
+"""A run small enough for a test: its keys, its corpus, and what it left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.config import RunConfig
+from train.metrics import read_metrics
+
+TINY: dict[str, Any] = dict(
+    model="tiny", data="local", validation_fraction=0.1, tokenizer="train", vocab_size=300, sequence_length=40, steps=6, batch_size=2,
+    lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0, sample_every=0, device="cpu",
+)  # fmt: skip
+
+
+def write_corpus(path: Path) -> str:
+    """Sixty documents of unequal length in a .jsonl file; returns its path."""
+    texts = [f"{index} and {index + 1} and {index * index}. " * (1 + index % 4) for index in range(60)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def run_config(folder: Path, name: str = "run", **changes: Any) -> RunConfig:
+    """The configuration of a run in folder/name, on the corpus in that folder (or the one that a link there leads to)."""
+    corpus = folder / "numbers.jsonl"
+    if not corpus.exists():
+        write_corpus(corpus)
+    return RunConfig(**{**TINY, "paths": [str(corpus.resolve())], "output_dir": str(folder / name), **changes})
+
+
+def arguments(config: RunConfig) -> list[str]:
+    """The keys of a configuration that differ from the defaults, as a command line has them."""
+    default = RunConfig()
+    found = []
+    for name, value in vars(config).items():
+        if value != getattr(default, name):
+            text = "[" + ",".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
+            found.append(f"{name}={text.lower() if isinstance(value, bool) else text}")
+    return found
+
+
+def checkpoint_folder(config: RunConfig, step: int) -> Path:
+    return Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
+
+
+def curve(config: RunConfig) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every logged step."""
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in read_metrics(Path(config.output_dir)) if "loss" in line]

@@ -1,0 +1,225 @@
+"""Stored blocks in the order in which an epoch reads them, as token arrays: from the cache where it has them, else tokenised."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from train.corpus import Block, Source
+from train.packing import START, Cursor
+from train.token_cache import TokenCache
+from train.tokenise import TokenBlock
+from train.worker_pool import Pending, Stopped, WorkerPool
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A shard whose turn it is. cursor: of the first block to read. epoch_part: the part of the epoch that lies before the shard."""
+
+    cursor: Cursor
+    shard: int  # as stored
+    epoch_part: float
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """One block: its documents, or their tokens if the cache has them."""
+
+    cursor: Cursor
+    shard: int  # as stored
+    epoch_part: float
+    documents: Block
+    tokens: TokenBlock | None
+
+
+@dataclass(frozen=True)
+class ShardEnd:
+    """Behind the last block of a shard, of which it has so many."""
+
+    shard: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """Behind the last block of an epoch. whole: all of it was read."""
+
+    whole: bool
+
+
+def shuffled(count: int, key: str) -> list[int]:
+    """A permutation of range(count) that depends on the key alone.
+
+    Sorting by random() and not random.shuffle: Python promises the same numbers from random() in every version.
+    """
+    generator = random.Random(key)
+    weights = [generator.random() for _ in range(count)]
+    return sorted(range(count), key=weights.__getitem__)
+
+
+def epoch_order(source: Source, seed: int | None, cursor: Cursor = START) -> Iterator[Visit | EpochEnd]:
+    """The shards from a position on, epoch after epoch, without end. seed=None: once, in stored order."""
+    sizes = source.sizes
+    total = sum(sizes) or 1.0
+    while True:
+        whole, done = cursor == Cursor(epoch=cursor.epoch), 0.0
+        order = range(source.num_shards) if seed is None else shuffled(source.num_shards, f"{seed}/{cursor.epoch}")
+        for position, shard in enumerate(order):
+            if position >= cursor.shard:
+                block = cursor.block if position == cursor.shard else 0
+                yield Visit(Cursor(cursor.epoch, position, block), shard, done / total)
+            done += sizes[shard]
+        yield EpochEnd(whole)
+        if seed is None:
+            return
+        cursor = Cursor(cursor.epoch + 1)
+
+
+def epochs_of(source: Source, cursor: Cursor, shard: int, epoch_part: float, parts: np.ndarray) -> np.ndarray:
+    """Passes over the corpus up to the documents that lie at `parts` (0 to 1) of a block."""
+    begin, end = source.span(shard, cursor.block)
+    return cursor.epoch + epoch_part + source.sizes[shard] / (sum(source.sizes) or 1.0) * (begin + (end - begin) * parts)
+
+
+def stored_blocks(
+    source: Source, order: Iterable[Visit | EpochEnd], cache: TokenCache | None, stop: threading.Event
+) -> Generator[StoredBlock | ShardEnd | EpochEnd, None, None]:
+    """The blocks of every shard in turn. The source is only asked for what the cache lacks."""
+    for visit in order:
+        if isinstance(visit, EpochEnd):
+            yield visit
+            continue
+        shard, block = visit.shard, visit.cursor.block
+        while not stop.is_set():
+            tokens = cache.get(shard, block, stop) if cache is not None else None
+            if tokens is not None:
+                yield StoredBlock(replace(visit.cursor, block=block), shard, visit.epoch_part, [], tokens)
+                block += 1
+                continue
+            if cache is not None and (blocks := cache.blocks(shard)) is not None and block >= blocks:
+                break
+            # A run of blocks that are missing: the source is opened once for all of them.
+            for documents in source.read(shard, block):
+                yield StoredBlock(replace(visit.cursor, block=block), shard, visit.epoch_part, documents, None)
+                block += 1
+                if stop.is_set() or (cache is not None and cache.has(shard, block)):
+                    break
+            else:
+                yield ShardEnd(shard, block)
+                break
+        if stop.is_set():
+            return
+
+
+def tokenised(
+    stored: Prefetch[Any], pool: WorkerPool, cache: TokenCache | None, stop: threading.Event
+) -> Generator[StoredBlock | EpochEnd, None, None]:
+    """The same blocks in the same order, each with its tokens; several are with the workers at a time. Fills the cache."""
+    pending: deque[tuple[Any, Pending | None]] = deque()
+    exhausted = False
+    try:
+        while pending or not exhausted:
+            # Enough for every worker to have a chunk at hand and one waiting, and no more: what is ahead is held in memory.
+            while not exhausted and (not pending or (pool.workers and _wants_more(pending, pool.workers, stored.ready))):
+                item = next(stored, None)
+                if item is None:
+                    exhausted = True
+                else:
+                    waits = isinstance(item, StoredBlock) and item.tokens is None
+                    pending.append((item, pool.submit(item.documents) if waits else None))
+            if not pending:
+                return
+            item, work = pending.popleft()
+            if isinstance(item, ShardEnd):
+                if cache is not None:
+                    cache.finish(item.shard, item.blocks)
+                continue
+            if work is not None:
+                item = replace(item, documents=[], tokens=work.result(stop))
+                if cache is not None:
+                    cache.put(item.shard, item.cursor.block, item.tokens)
+            yield item
+    except Stopped:
+        return
+    finally:
+        stored.close()
+
+
+def _wants_more(pending: deque[tuple[Any, Pending | None]], workers: int, ready: bool) -> bool:
+    head = pending[0][1]
+    if head is None or (head.done and not ready) or len(pending) > 64:
+        return False  # it can be handed on now
+    return len(pending) < 2 or sum(work.chunks for _, work in pending if work is not None) < 2 * workers
+
+
+class Prefetch(Iterator[Item]):
+    """The same items, `depth` of them prepared ahead by a background thread; ahead=False: as they are, in the calling thread.
+
+    An error in the thread is raised by next(), in its place in the order. Setting `stop`, or close(), ends the thread, which closes
+    `items`.
+    """
+
+    def __init__(self, items: Generator[Item, None, None], stop: threading.Event, depth: int = 4, ahead: bool = True) -> None:
+        self._items, self._stop, self._closed = items, stop, threading.Event()
+        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True) if ahead else None
+        if self._thread is not None:
+            self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether next() would not have to wait."""
+        return self._thread is None or not self._queue.empty()
+
+    def __next__(self) -> Item:
+        if self._thread is None:
+            return next(self._items)
+        while not self._over:
+            try:
+                item, error = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if error is not None:
+                self._closed.set()
+                raise error
+            return item  # type: ignore[return-value]
+        raise StopIteration
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread is None:
+            self._items.close()
+        else:
+            self._thread.join(timeout=5)  # a thread that hangs in a network call is left behind; it ends with the process
+
+    @property
+    def _over(self) -> bool:
+        return self._stop.is_set() or self._closed.is_set()
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                self._offer(item, None)
+                if self._over:
+                    return
+            self._offer(None, StopIteration())
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer
+            self._offer(None, error)
+        finally:
+            self._items.close()
+
+    def _offer(self, item: Item | None, error: BaseException | None) -> None:
+        while not self._over:
+            try:
+                return self._queue.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue

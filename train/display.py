@@ -1,0 +1,84 @@
+"""What a run shows while it trains: a tqdm bar where stderr is a terminal, plain lines elsewhere. The record is metrics.jsonl."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+# The bar is narrow, so that the figures after it fit on a usual terminal; tqdm cuts what does not.
+BAR = "{n_fmt}/{total_fmt} |{bar:10}| ETA {remaining}{postfix}"
+
+
+def columns(values: Mapping[str, Any]) -> list[str]:
+    """The figures of one step, from most to least asked for; what is None or missing is left out.
+
+    values: the names and units of metrics.jsonl.
+    """
+
+    def shown(name: str, write: str, factor: float = 1.0) -> list[str]:
+        value = values.get(name)
+        return [] if value is None else [write.format(value * factor)]
+
+    about = "" if values.get("unique_examples_exact", True) else "~"
+    return [
+        *shown("loss", "loss {:.3f}"),
+        *shown("lr", "lr {:.2e}"),
+        *shown("gradient_norm", "|g| {:.2f}"),
+        *shown("tokens_per_second", "{:,.0f} tok/s"),
+        *shown("mfu", "MFU {:.1f}%", 100),
+        *shown("wait_ms", "wait {:.0f} ms"),
+        *shown("memory_gb", "{:.1f} GB"),
+        *shown("unique_examples", about + "{:,.0f} docs"),
+        *([f"{values['skipped_steps']} skipped"] if values.get("skipped_steps") else []),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """0:07, 12:34, 3:25:45"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _has_terminal() -> bool:
+    """Whether stderr can show a bar. Pseudo-terminals that nobody sized, as in some containers, have no columns to show it in."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
+class Display:
+    """The terminal of a run that goes from step `done` to step `steps`."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        from tqdm import tqdm
+
+        self._steps = steps
+        show = _has_terminal()
+        self._bar = tqdm(total=steps, initial=done, dynamic_ncols=True, smoothing=0.1, bar_format=BAR) if show else None
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """The figures of one step: after the bar, which has its own ETA, or on a line."""
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(columns(values)))
+            return
+        left = values.get("eta_seconds")
+        width = len(str(self._steps))  # numbers of steps are as wide as the last, so that the columns stay where they are
+        parts = [f"step {step:{width}}/{self._steps}", *columns(values), *([] if left is None else [f"ETA {duration(left)}"])]
+        print("  ".join(parts), flush=True)
+
+    def line(self, text: str) -> None:
+        """Text of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,194 @@
+"""Several processes, one model: what torchrun started, how they agree, and how gradients are summed (DDP).
+
+    torchrun --nproc-per-node 8 -m train.run ...
+
+The number of ranks never changes what is trained, only how fast: the rows of a step are a function of (seed, step), each rank takes its
+share of them, and gradients and losses are sums over all ranks divided by the valid targets of the whole step. Host-side messages
+(signals, objects, the exit) go over gloo, so that the device never waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from smollm2.cli import LoadError, UsageError
+from smollm2.generate import resolve_device
+from train.rng import rng_states, set_rng_states
+
+T = TypeVar("T")
+ECHO = 2.0  # seconds: a Ctrl-C reaches a rank from the terminal, and again from torchrun
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; a run without torchrun is a world of one, in which every method is a plain local operation."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    control: dist.ProcessGroup | None = None  # gloo, for messages between hosts
+
+    @property
+    def main(self) -> bool:
+        """Whether this process reports and saves."""
+        return self.rank == 0
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make()` returns on rank 0, on every rank. What it raises there is raised everywhere."""
+        if self.size == 1:
+            return make()
+        message: list[Any] = [None, None]
+        if self.main:
+            try:
+                message = [make(), None]
+            except (UsageError, LoadError) as error:
+                message = [None, error]
+        dist.broadcast_object_list(message, src=0, group=self.control)
+        if message[1] is not None:
+            raise message[1]
+        return message[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks, in place; on a GPU the host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def wrap(self, forward: nn.Module) -> nn.Module:
+        """The module, in several processes with gradients that are averaged over the ranks in every backward pass (DDP)."""
+        if self.size == 1:
+            return forward
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
+
+    def no_sync(self, forward: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
+        """A context in which the gradients stay local, if `skip`: for all but the last micro-batch of a step."""
+        return forward.no_sync() if skip and isinstance(forward, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def join_world(device: str) -> World:
+    """Joins the processes that torchrun started, or is a world of one. device: as on every command line.
+
+    Raises UsageError when a rank has no GPU of its own.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(resolve_device(device))
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    place = resolve_device(device)
+    if place.type == "mps":
+        raise UsageError("device: several processes train on cuda or cpu, got mps; start one process without torchrun, or device=cpu")
+    if place.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"torchrun: local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; lower --nproc-per-node")
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return World(place, rank, size, local_rank, dist.new_group(backend="gloo"))
+
+
+def leave_world() -> None:
+    """Ends the communication, if there is any: without it NCCL warns at exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def settle_buckets(world: World, forward: nn.Module, rows: int, length: int) -> None:
+    """One forward and backward pass on zeros, whose gradients are thrown away.
+
+    DDP lays its buckets out anew after the first backward pass, and with three ranks or more the layout decides the order of sums. With
+    that behind it, a resumed run sums as the run that was not interrupted.
+    """
+    if world.size == 1:
+        return
+    states = rng_states()
+    ids = torch.zeros((rows, length), dtype=torch.int64, device=world.device)
+    starts = torch.zeros((rows, length), dtype=torch.int32, device=world.device)
+    forward(ids, labels=ids, doc_start=starts, reduction="sum").loss.backward()
+    for parameter in forward.parameters():
+        parameter.grad = None
+    set_rng_states(states)
+
+
+class StopRequest:
+    """While entered, the first SIGTERM or SIGINT is noted, and the second one ends the process at once.
+
+    `agreed` is the signal on which all ranks stop: it reaches each of them after the same step, whichever got it and when.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._noted = 0
+        self._since = 0.0
+        self._agreed = 0
+        self._message: Tensor | None = None
+        self._sent: dist.Work | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._sent is not None and kind is None:
+            self._sent.wait()  # the other ranks have sent theirs too: they stop after the same step
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self._noted:
+            if self._world.size == 1 or time.monotonic() - self._since > ECHO:
+                os._exit(128 + number)
+            return
+        self._noted, self._since = number, time.monotonic()
+        if self._world.main:
+            text = f"\n{signal.Signals(number).name}: finishing the step, then saving; once more leaves at once"
+            print(text, file=sys.stderr, flush=True)
+
+    def agree(self) -> int:
+        """Called by every rank once a step -> the number of the signal on which to stop now, or 0.
+
+        In several processes the answer is that of the step before: its message has travelled while this step was computed.
+        """
+        if self._world.size == 1:
+            self._agreed = self._noted
+            return self._agreed
+        if self._sent is not None:
+            self._sent.wait()
+            assert self._message is not None
+            self._agreed = int(self._message)
+        self._sent = None
+        if not self._agreed:
+            self._message = torch.tensor(self._noted)
+            self._sent = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+        return self._agreed

@@ -1,0 +1,287 @@
+"""What a run will cost before it starts: parameters, FLOPs, memory and time, from its configuration and the shape of its model.
+
+    for line in lines(estimate(config, model.config, device)):
+        print(line)
+
+Letters as in kernels/reference.py. Bytes are counted per device, GB are 1e9 bytes. FLOPs follow train/metrics.py: 6 per weight and
+token, causal attention counted half. What recomputation adds under gradient_checkpointing is in the time, not in the FLOPs.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from kernels import reference
+from smollm2.config import SmolLM2Config
+from train.config import RunConfig
+from train.display import duration
+from train.metrics import flops_per_token, peak_flops
+
+ASSUMED_MFU = 0.35  # of a GPU's bf16 peak; not a measurement
+# Part of the rate of the model's largest matrix product that a whole training step reaches: norms, attention, loss and optimizer are
+# not matrix products of that shape. Measured on two CPU cores: at the quickstart's size 0.55 in fp32 (0.52 with checkpointing) and 0.30
+# in bf16, whose products are too small there; at 135M and 2 x 512 tokens 0.73 in fp32 and 0.57 in bf16. Beside other work, less.
+MATMUL_EFFICIENCY = 0.6
+TRITON_CHUNK_TOKENS = 4096  # kernels/linear_cross_entropy.py, which cannot be imported where triton is not installed
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. They do not all peak at the same time, so that their sum is a little more than will be seen."""
+
+    parameters: int  # fp32
+    gradients: int  # fp32
+    moments: int  # AdamW's two averages, fp32
+    weight_copies: int  # projections in a compute dtype other than fp32, which the backward pass needs
+    activations: int  # what the forward pass leaves for the backward pass of a micro-batch
+    activations_checkpointed: int  # the same with gradient_checkpointing: inputs of the layers, and one layer recomputed
+    loss_gradients: int  # both gradients of linear_cross_entropy, formed in the forward pass
+    logits: int  # of one chunk of tokens, and what is computed from them
+    checkpointing: bool
+
+    @property
+    def total(self) -> int:
+        activations = self.activations_checkpointed if self.checkpointing else self.activations
+        fixed = self.parameters + self.gradients + self.moments
+        return fixed + self.weight_copies + activations + self.loss_gradients + self.logits
+
+
+@dataclass(frozen=True)
+class Rate:
+    """FLOP/s that all devices together are expected to reach, and where the figure comes from."""
+
+    flops: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """See `lines` for what each figure means."""
+
+    embedding: int  # parameters, shared with the head and counted once
+    blocks: int  # parameters of everything else
+    steps: int
+    tokens_per_step: int  # of all processes
+    micro_batch: tuple[int, int]  # rows and tokens of one forward pass on one device
+    dtype: str
+    backend: str  # torch or triton
+    flops_per_token: float
+    recomputation: float  # FLOPs done per FLOP counted: 1, or more with gradient checkpointing
+    memory: Memory
+    rate: Rate
+
+    @property
+    def parameters(self) -> int:
+        return self.embedding + self.blocks
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.rate.flops / (self.flops_per_token * self.recomputation)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, without evaluations, samples and checkpoints."""
+        return self.tokens / self.tokens_per_second
+
+
+def estimate(config: RunConfig, model: SmolLM2Config, device: torch.device, world: int = 1) -> Estimate:
+    """What `config` costs with a model of that shape, on `world` devices like `device`.
+
+    Takes a third of a second where the rate must be measured; allocates next to nothing.
+    """
+    rows = -(-config.batch_size * config.grad_accumulation // world)  # of a step, per process
+    micro_batch = min(config.batch_size, rows), config.sequence_length
+    embedding = model.vocab_size * model.hidden_size
+    flops = flops_per_token(model, config.sequence_length)
+    in_blocks = 1 - 6 * embedding / flops
+    return Estimate(
+        embedding=embedding,
+        blocks=model.num_parameters() - embedding,
+        steps=config.steps,
+        tokens_per_step=config.tokens_per_step,
+        micro_batch=micro_batch,
+        dtype=config.dtype,
+        backend=_backend(config.backend, device),
+        flops_per_token=flops,
+        recomputation=1 + in_blocks / 3 if config.gradient_checkpointing else 1.0,  # a third is the forward pass
+        memory=memory_of(config, model, device, micro_batch[0]),
+        rate=expected_rate(model, device, config.dtype, micro_batch[0] * micro_batch[1], world),
+    )
+
+
+def _backend(name: str, device: torch.device) -> str:
+    """torch or triton, whichever does most of the work; replaced operations are not looked at."""
+    base = name.split(",")[0].strip()
+    return base if base != "auto" else "triton" if device.type in ("cuda", "xpu") else "torch"
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, rows: int) -> Memory:
+    """Bytes on one device for micro-batches of `rows` rows."""
+    size = 2 if config.dtype == "bf16" else 4
+    triton = _backend(config.backend, device) == "triton"
+    tokens, hidden, layers = rows * config.sequence_length, model.hidden_size, model.num_hidden_layers
+    parameters, embedding = 4 * model.num_parameters(), model.vocab_size * hidden
+
+    per_layer = layer_bytes_per_token(
+        model, size, triton=triton, masked=config.document_masking, length=config.sequence_length, cuda=device.type == "cuda"
+    )
+    # Besides the layers: the last norm, token ids and targets, and cosines and sines: looked up for every token, or the whole tables.
+    ends = tokens * (_norm_bytes(hidden, size) + 16)
+    ends += 4 * model.head_dim * (tokens if config.document_masking else model.max_position_embeddings)
+    kept = (2 * layers - 1) * size * hidden  # output of the sub-layer before and residual stream; the first layer has only the one
+    copies = _layer_weight_copies(model, size)
+
+    chunk = min(tokens, TRITON_CHUNK_TOKENS if triton else reference.CHUNK_TOKENS)
+    logits = chunk * model.vocab_size * size
+    if not triton and device.type != "cpu":  # a CPU goes through the chunk in small tiles
+        logits += 8 * chunk * model.vocab_size  # the whole chunk in fp32, and a temporary of its size
+    if size == 2:
+        logits += size * embedding * (1 if triton else 2)  # the head, cast, and for torch a product that is then added in fp32
+    return Memory(
+        parameters=parameters,
+        gradients=parameters,
+        moments=2 * parameters,
+        weight_copies=copies if config.gradient_checkpointing else layers * copies,
+        activations=tokens * layers * per_layer + ends,
+        activations_checkpointed=tokens * (kept + per_layer) + ends,
+        loss_gradients=tokens * size * hidden + 4 * embedding,
+        logits=logits,
+        checkpointing=config.gradient_checkpointing,
+    )
+
+
+def _norm_bytes(hidden: int, size: int) -> int:
+    """Per token: the input of an RMSNorm, 1 / rms in fp32, and its output, which the projection after it keeps."""
+    return 2 * size * hidden + 4
+
+
+def layer_bytes_per_token(model: SmolLM2Config, size: int, *, triton: bool, masked: bool, length: int, cuda: bool) -> int:
+    """Bytes that one block keeps for its backward pass, per token: follows smollm2/model.py and the operations line by line.
+
+    size: bytes of an element in the compute dtype; masked: with doc_start; length: tokens in a row. Both backends keep the same but for
+    the mask of attention. torch.compile decides for itself, and keeps about as much.
+    """
+    heads, ffn = model.num_attention_heads, model.intermediate_size
+    q, k = heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    norms = 2 * _norm_bytes(model.hidden_size, size)
+    projection = size * (q + 2 * k)  # of which the values stay views
+    rotated = size * (q + k)
+    output = size * q + 4 * heads  # the next projection keeps the same tensor; log-sum-exp in fp32
+    if masked and not triton:
+        if cuda:  # SDPA gets keys and values repeated for every query head: those are kept, and not the projection
+            projection = size * 2 * q
+        output += size * length  # one row of the mask
+    mlp = size * 2 * ffn  # gate and up; silu(gate) is computed again
+    mlp += size * ffn  # their product, the input of the last projection
+    return norms + projection + rotated + output + mlp
+
+
+def _layer_weight_copies(model: SmolLM2Config, size: int) -> int:
+    """Bytes of one block: in bf16 every projection is cast; in fp32 the parameters themselves are used."""
+    q, k = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    return size * model.hidden_size * (2 * q + 2 * k + 3 * model.intermediate_size) if size == 2 else 0
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------------
+
+
+def expected_rate(model: SmolLM2Config, device: torch.device, dtype: str, tokens: int, world: int = 1) -> Rate:
+    """A known GPU in bf16: its peak times an assumed MFU. Anything else: the measured rate of the model's largest product times
+    an efficiency.
+    """
+    devices = world if device.type != "cpu" else 1  # processes on a CPU share its cores
+    times = f"{devices} x " if devices > 1 else ""
+    peak = peak_flops(device)
+    if peak is not None and dtype == "bf16":
+        name = torch.cuda.get_device_name(device)
+        source = f"{times}{name}, {peak / 1e12:,.0f} TFLOP/s, assuming an MFU of {ASSUMED_MFU:.0%}; the first lines of the run will tell"
+        return Rate(devices * peak * ASSUMED_MFU, source)
+    measured = matmul_rate(model, device, torch.bfloat16 if dtype == "bf16" else torch.float32, tokens)
+    source = f"{times}{device.type}, {measured / 1e9:,.0f} GFLOP/s measured in a matrix product, assuming {MATMUL_EFFICIENCY:.0%} of it"
+    return Rate(devices * measured * MATMUL_EFFICIENCY, source)
+
+
+def matmul_rate(model: SmolLM2Config, device: torch.device, dtype: torch.dtype, tokens: int, seconds: float = 0.3) -> float:
+    """FLOP/s of the projection to gate and up [tokens, hidden] x [hidden, 2F], the fastest within `seconds`: what the device does when
+    nothing else wants it. (On a CPU that is shared, other processes make most repetitions several times slower.)"""
+    rows, repeats = (min(tokens, 2048), 1) if device.type == "cpu" else (min(tokens, 16384), 20)  # the host must not be the limit
+    x = torch.randn(rows, model.hidden_size, device=device, dtype=dtype)
+    weight = torch.randn(2 * model.intermediate_size, model.hidden_size, device=device, dtype=dtype)
+    work = 2 * repeats * rows * weight.numel()
+
+    def once() -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            x @ weight.t()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - began
+
+    once()
+    end = time.perf_counter() + seconds
+    taken: list[float] = []
+    while len(taken) < 3 or time.perf_counter() < end:
+        taken.append(once())
+    return work / min(taken)
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------------
+
+
+def lines(found: Estimate) -> list[str]:
+    """The estimate as readable lines, names in a column of ten characters."""
+    rows, length = found.micro_batch
+    memory, work = found.memory, found.flops_per_token * found.tokens
+    plain, checkpointed = _gb(memory.activations), _gb(memory.activations_checkpointed)
+    if memory.checkpointing:
+        activations, other = checkpointed, f"{plain} without"
+    else:
+        activations, other = plain, f"{checkpointed} with"
+    parts = [
+        (_gb(memory.parameters), "parameters, fp32"),
+        (_gb(memory.gradients), "gradients, fp32"),
+        (_gb(memory.moments), "AdamW's moments, fp32"),
+        *([(_gb(memory.weight_copies), f"copies of weights, {found.dtype}")] if memory.weight_copies else []),
+        (activations, f"activations of {rows} x {length} tokens, {found.backend}, {found.dtype} ({other} gradient_checkpointing)"),
+        (_gb(memory.loss_gradients), "gradients of the loss"),
+        (_gb(memory.logits), "a chunk of logits"),
+    ]
+    facts = [
+        ("size", f"{found.parameters:,} parameters: embedding (also the head) {found.embedding:,}, blocks {found.blocks:,}"),
+        ("tokens", f"{found.tokens_per_step:,} a step, {found.tokens:,} in {found.steps:,} steps"),
+        (
+            "compute",
+            f"{_flop(found.flops_per_token)} a token, {_flop(work)} in all (causal attention counted half)",
+        ),
+        ("memory", f"about {_gb(memory.total)} per device, without the framework's own:"),
+        *(("", f"{size:>8} {what}") for size, what in parts),
+        ("time", f"about {_time(found.seconds)} at {found.tokens_per_second:,.0f} tokens/s, without evaluations"),
+        ("", f"({found.rate.source})"),
+    ]
+    return [f"{name:10}{fact}" for name, fact in facts]
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _flop(count: float) -> str:
+    for factor, unit in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e6:.3g} MFLOP"
+
+
+def _time(seconds: float) -> str:
+    days = seconds / 86400
+    return f"{days:.1f} days" if days >= 2 else duration(seconds)

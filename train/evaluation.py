@@ -1,0 +1,59 @@
+"""What a run looks at beside its training loss: the loss on documents that it never trains on, and samples.
+
+Neither draws a random number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smollm2.generate import generate
+from smollm2.model import IGNORE_INDEX, SmolLM2ForCausalLM, shift_labels
+from smollm2.tokenizer import Tokenizer
+from train.config import RunConfig
+from train.distributed import World
+
+
+@torch.no_grad()
+def evaluate(model: SmolLM2ForCausalLM, held_out: tuple[Tensor, Tensor], config: RunConfig, world: World) -> float:
+    """The loss in nats per target on the held-out rows (ids and doc_start [R, T]); the ranks share the batches.
+
+    Leaves the model in training mode.
+    """
+    ids, doc_start = held_out[0], held_out[1] if config.document_masking else None
+    total = torch.zeros((), dtype=torch.float64)
+    model.eval()
+    for first in range(world.rank * config.batch_size, len(ids), world.size * config.batch_size):
+        rows = slice(first, first + config.batch_size)
+        piece = ids[rows].to(world.device)
+        starts = None if doc_start is None else doc_start[rows].to(world.device)
+        loss = model(piece, labels=piece, doc_start=starts, reduction="sum").loss
+        total += loss.cpu().double()  # some devices have no float64
+    model.train()
+    targets = int((shift_labels(ids, doc_start) != IGNORE_INDEX).sum())
+    return sum(world.gather(float(total))) / max(1, targets)
+
+
+def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
+    """A continuation of every prompt.
+
+    Sampling noise is a function of (seed, position) and no generator is touched: the loss curve is the same without samples.
+    """
+    ends = model.config.eos_token_ids
+    banned = [token for token in sorted(tokenizer.special_ids) if token not in ends and token < model.config.vocab_size]
+    model.eval()
+    texts = []
+    for index, prompt in enumerate(config.sample_prompts):
+        ids = tokenizer.encode(prompt, special=False) or [tokenizer.eot_token_id or 0]
+        out = generate(
+            model,
+            torch.tensor([ids], device=model.lm_head.weight.device),
+            max_new_tokens=min(config.sample_tokens, model.config.max_position_embeddings - len(ids)),
+            temperature=config.sample_temperature,
+            seed=config.seed + index,
+            suppress_tokens=banned,
+        )
+        texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=True))
+    model.train()
+    return texts

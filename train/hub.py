@@ -1,0 +1,221 @@
+"""A dataset on the hub, streamed: through time-outs, failures and, where the token cache knows it, the hub's absence."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from smollm2.cli import LoadError
+from train.source_record import find_source_record
+
+HUB_BLOCK = 1024  # rows
+OPEN_PAUSES = (1, 4)  # seconds between attempts to open a dataset
+RETRY_PAUSES = (1, 4, 15, 60, 120)  # seconds between attempts to read a block, each up to a quarter shorter or longer
+READ_TIMEOUT = 180.0  # seconds for the next block, opening its file included
+
+
+class HubSource:
+    """A dataset on the hub (or a folder of files that `datasets` reads): only the text column, one file per shard.
+
+    Blocks of 1024 rows in the order of the file. HF_TOKEN is used when set; public data need none. A read that fails, or gives nothing
+    for three minutes, is tried again after 1 s to 2 min, from the block where it stopped.
+    """
+
+    def __init__(
+        self, dataset: str, configuration: str, split: str, revision: str | None, text_column: str, cache: Path | None = None
+    ) -> None:
+        """cache: root of the token cache. If the hub cannot be reached and the cache has this dataset at this revision, it is read from
+        there. Raises LoadError when neither has it, or it lacks the column."""
+        self.local = Path(dataset).expanduser().is_dir()
+        self.name = dataset if self.local else f"{dataset} {configuration}".strip()
+        self.text_column = text_column
+        self._identity = f"hub {self.name} {split} {text_column}"
+        self._wanted = revision
+        self._rows: Any = None
+        self._unreachable = ""
+        try:
+            self.revision, self._rows = _retried(lambda: self._open(dataset, configuration, split, revision), OPEN_PAUSES, self.name)
+        except LoadError:
+            raise
+        except Exception as error:  # each transport and each builder has its own errors; none of them is ours
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            known = None if cache is None or self.local else find_source_record(cache, self._identity, revision)
+            if known is None:
+                raise LoadError(
+                    f"dataset {self.name}: cannot be read ({reason}); check dataset, dataset_config, dataset_split and the "
+                    "network, or train on files with data=local paths=..."
+                ) from error
+            folder, record = known
+            print(f"dataset {self.name}: the hub cannot be reached ({reason[:120]}); reading the token cache in {folder}", flush=True)
+            self._unreachable, self.revision = reason, record["revision"]
+            self.columns, self.num_shards, self._examples = record["columns"], int(record["num_shards"]), record["examples"]
+            return
+        self.columns = self._rows.column_names
+        if self.columns is not None and text_column not in self.columns:
+            raise LoadError(f"dataset {self.name}: expected a column {text_column!r}, got {', '.join(self.columns)}; set text_column")
+        self._rows = self._rows.select_columns([text_column])
+        self.num_shards = int(self._rows.num_shards)
+        splits = self._rows.info.splits or {}
+        self._examples = splits[split].num_examples if split in splits else None
+
+    @staticmethod
+    def _open(dataset: str, configuration: str, split: str, revision: str | None) -> tuple[str | None, Any]:
+        try:
+            import datasets
+        except ModuleNotFoundError:
+            raise LoadError("data=hub needs the package datasets; install it with: pip install 'smollm2-kernels[train]'") from None
+        _retry_here(datasets.config)
+        local = Path(dataset).expanduser().is_dir()
+        commit = None if local else _commit(dataset, revision)
+        rows = datasets.load_dataset(
+            dataset, None if local else configuration or None, split=split, streaming=True, revision=commit,
+            token=os.environ.get("HF_TOKEN") or None,
+        )  # fmt: skip
+        rows.column_names  # noqa: B018 - reads the schema: what cannot be read shows here
+        return commit, rows
+
+    @property
+    def sizes(self) -> Sequence[float]:
+        """Published datasets come in files of about the same size."""
+        return [1.0] * self.num_shards
+
+    def span(self, shard: int, block: int) -> tuple[float, float]:
+        if not self._examples:
+            return 0.0, 0.0  # the number of rows is not published: only whole shards count
+        blocks = self._examples / self.num_shards / HUB_BLOCK
+        return min(1.0, block / blocks), min(1.0, (block + 1) / blocks)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"hub {self.name} {self.revision or 'local'} {self.num_shards} shards"
+
+    @property
+    def cache_key(self) -> tuple[str, str]:
+        if self.revision is not None:
+            return self._identity, self.revision
+        # A folder has no commit: what stands for its content is the place, size and time of its files.
+        files = [path for path in sorted(Path(self.name).expanduser().resolve().rglob("*")) if path.is_file()]
+        listing = "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+        return self._identity, hashlib.blake2b(listing.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "identity": self._identity, "revision": self.revision, "wanted": [self._wanted], "fingerprint": self.fingerprint,
+            "num_shards": self.num_shards, "columns": self.columns, "examples": self._examples,
+        }  # fmt: skip
+
+    def read(self, shard: int, first_block: int = 0) -> Iterator[list[Any]]:
+        if self._rows is None:
+            raise LoadError(
+                f"dataset {self.name}: shard {shard}, block {first_block} is not in the token cache, and the hub cannot be reached "
+                f"({self._unreachable}); connect, or fill the cache before with python -m train.prepare"
+            )
+        rows = self._rows.shard(num_shards=self.num_shards, index=shard)
+        failures = 0
+        while True:
+            try:
+                for batch in _with_deadline(rows.skip(first_block * HUB_BLOCK).iter(batch_size=HUB_BLOCK)):
+                    yield batch[self.text_column]
+                    first_block += 1
+                    failures = 0
+                return
+            except Exception as error:  # see above
+                what = f"dataset {self.name}: reading shard {shard}, block {first_block} failed ({type(error).__name__}: {error})"
+                if failures == len(RETRY_PAUSES):
+                    raise LoadError(f"{what} {failures + 1} times; continue later with resume=auto") from error
+                _pause(what, RETRY_PAUSES[failures])
+                failures += 1
+
+
+def _commit(dataset: str, revision: str | None) -> str:
+    """The commit that a revision (default: the newest) stands for now: what a resumed run reads again."""
+    from huggingface_hub import HfApi
+
+    commit = HfApi().dataset_info(dataset, revision=revision or None, timeout=30, token=os.environ.get("HF_TOKEN") or None).sha
+    if commit is None:
+        raise LoadError(f"dataset {dataset}: the hub names no commit for revision {revision!r}")
+    return commit
+
+
+def _retry_here(config: Any) -> None:
+    """`datasets` would try again in silence, 20 times: it is left one attempt more than none, and the rest is said and done here."""
+    config.STREAMING_READ_MAX_RETRIES = 2
+    for kind in ("", "SERVER_UNAVAILABLE_", "RATE_LIMIT_"):
+        setattr(config, f"STREAMING_READ_{kind}RETRY_INTERVAL", 1)
+
+
+def _pause(what: str, seconds: float) -> None:
+    """Says what failed, and waits. Not for exactly so long: many processes that failed together should not come back together."""
+    seconds *= random.uniform(0.75, 1.25)
+    print(f"{what}; trying again in {seconds:.1f} s", flush=True)
+    time.sleep(seconds)
+
+
+def _retried(action: Callable[[], Any], pauses: Sequence[float], name: str) -> Any:
+    """The action's result, after failures that may pass were waited out."""
+    for pause in pauses:
+        try:
+            return action()
+        except Exception as error:  # noqa: BLE001 - judged below
+            if not _may_pass(error):
+                raise
+            _pause(f"dataset {name}: opening it failed ({type(error).__name__}: {error})", pause)
+    return action()
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again may help: the network, an overloaded server; not a wrong name, and not a hub that is switched off."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") or type(error).__name__ == "OfflineModeIsEnabled":
+        return False
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")
+
+
+def _with_deadline(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items; TimeoutError where the next one takes more than READ_TIMEOUT seconds.
+
+    Time-outs of sockets do not end a server that sends a byte a second. A thread that hangs is left behind: it ends with the process.
+    """
+    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
+    left = threading.Event()
+
+    def offer(item: Any, error: BaseException | None) -> None:
+        while not left.is_set():
+            try:
+                return ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                offer(item, None)
+                if left.is_set():
+                    return
+            offer(None, StopIteration())
+        except BaseException as error:  # noqa: BLE001 - handed on
+            offer(None, error)
+
+    threading.Thread(target=work, name="hub", daemon=True).start()
+    try:
+        while True:
+            try:
+                item, error = ready.get(timeout=READ_TIMEOUT)
+            except queue.Empty:
+                raise TimeoutError(f"nothing came for {READ_TIMEOUT:.0f} s") from None
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        left.set()

@@ -1,0 +1,184 @@
+"""`python -m train.prepare [config.yaml] [key=value ...]`: fills the token cache ahead of a run, which then needs no network for it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from smollm2.cli import LoadError, UsageError, run_command
+from train.blocks import EpochEnd, Prefetch, StoredBlock, epoch_order, stored_blocks, tokenised
+from train.command_line import parse
+from train.config import RunConfig
+from train.corpus import open_source
+from train.data import held_out_rows
+from train.run import tokenizer_for
+from train.token_cache import TokenCache, open_cache
+from train.tokenise import TokenBlock, is_held_out
+from train.worker_pool import WorkerPool
+
+HELP = """usage: python -m train.prepare [config.yaml] [key=value ...] [--tokens N] [--verify] [--debug] [--help]
+
+Downloads and tokenises what a run will read, in the order in which it reads it, into its token cache: the held-out documents, then
+the training documents of its first epoch. Takes the arguments of python -m train.run; the run must have the same data, tokenizer and
+seed. What is there already is verified and skipped, so that an interrupted command continues when it is given again.
+  --tokens N  stop at this many training tokens (default: what all steps of the run read, at most one epoch)
+  --verify    store nothing, and check every block in the cache; exit code 1 if one is damaged
+  --debug     show the traceback of an error
+
+example: python -m train.prepare smollm2_135m.yaml workers=8 --tokens 100000000"""
+
+PAUSE = 10.0  # seconds between lines where there is no terminal for a progress bar
+
+
+@dataclass
+class Totals:
+    """What went by. tokens: all; training_tokens: those of documents that are not held out."""
+
+    blocks: int = 0
+    documents: int = 0
+    unusable: int = 0
+    tokens: int = 0
+    training_tokens: int = 0
+    lost: int = 0  # blocks that could not be stored
+
+    def add(self, block: TokenBlock) -> None:
+        self.blocks += 1
+        self.documents += len(block.lengths)
+        self.unusable += int(block.unusable.sum())
+        self.tokens += len(block.tokens)
+
+
+class ProgressLine:
+    """A progress bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.begin, self.noted = total, time.monotonic(), time.monotonic()
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="tok", unit_scale=True, dynamic_ncols=True)
+
+    def update(self, totals: Totals) -> None:
+        if self.bar is not None:
+            self.bar.update(min(totals.training_tokens, self.total) - self.bar.n)
+        elif time.monotonic() - self.noted > PAUSE:
+            self.noted = time.monotonic()
+            rate = totals.tokens / (self.noted - self.begin)
+            print(f"{totals.training_tokens:,} of {self.total:,} training tokens, {rate:,.0f} tokens/s", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def prepare(config: RunConfig, tokens: int | None = None) -> Totals:
+    """Fills the cache with the held-out documents, then with `tokens` training tokens or the end of the epoch.
+
+    Raises UsageError when config keeps no cache, LoadError when documents cannot be read or stored.
+    """
+    source, tokenizer, cache = _open(config)
+    wanted = tokens if tokens is not None else config.steps * config.tokens_per_step
+    fraction = config.validation_fraction if config.eval_every else 0.0
+    stop, pool, totals = threading.Event(), WorkerPool(tokenizer, config.workers), Totals()
+    print(f"{source.fingerprint}: held-out documents, then {wanted:,} training tokens, into {cache.folder}", flush=True)
+    begin = time.monotonic()
+    held_out_rows(source, tokenizer, fraction, config.eval_batches * config.batch_size, config.sequence_length, cache, config.workers)
+    stored = Prefetch(stored_blocks(source, epoch_order(source, config.seed), cache, stop), stop, 2, config.workers > 0)
+    try:
+        with closing(ProgressLine(wanted)) as progress, closing(tokenised(stored, pool, cache, stop)) as blocks:
+            for item in blocks:
+                if isinstance(item, EpochEnd) or totals.training_tokens >= wanted:
+                    break
+                _count(totals, item, config, cache)
+                progress.update(totals)
+    except KeyboardInterrupt:
+        print("stopped; what was stored stays, and the same command continues", flush=True)
+        raise
+    finally:
+        stop.set()
+        stored.close()
+        pool.close()
+        cache.close()
+    seconds = time.monotonic() - begin
+    print_totals(totals, cache)
+    if cache.stored_tokens:
+        print(f"tokenised now: {cache.stored_tokens:,} tokens, {cache.stored_tokens / seconds:,.0f} tokens/s", flush=True)
+    else:
+        print("all of it was there already, and is sound", flush=True)
+    if totals.lost:
+        raise LoadError(f"{cache.folder}: {totals.lost} blocks could not be stored (see above); run the command again when that is settled")
+    return totals
+
+
+def _count(totals: Totals, item: StoredBlock, config: RunConfig, cache: TokenCache) -> None:
+    block = item.tokens
+    assert block is not None  # tokenised() gives none without
+    totals.add(block)
+    totals.training_tokens += int(block.lengths[~is_held_out(block.digests, config.validation_fraction)].sum())
+    totals.lost += not cache.has(item.shard, item.cursor.block)
+
+
+def verify(config: RunConfig) -> int:
+    """Checks every stored block of the run's source and tokenizer. Returns how many are damaged."""
+    _, _, cache = _open(config)
+    totals, damaged = Totals(), 0
+    with closing(cache):
+        for _, _, block in cache.verify():
+            if block is None:
+                damaged += 1
+            else:
+                totals.add(block)
+        print_totals(totals, cache)
+    remedy = "; the next run, or this command without --verify, makes them anew" if damaged else ""
+    print(f"{damaged} damaged blocks{remedy}", flush=True)
+    return damaged
+
+
+def print_totals(totals: Totals, cache: TokenCache) -> None:
+    print(
+        f"{totals.blocks:,} blocks, {totals.documents:,} documents ({totals.unusable:,} of them unusable), {totals.tokens:,} tokens; "
+        f"{cache.size():,} bytes in {cache.folder}",
+        flush=True,
+    )
+
+
+def _open(config: RunConfig) -> tuple[Any, Any, TokenCache]:
+    source = open_source(config)
+    tokenizer = tokenizer_for(config, source)
+    cache = open_cache(config, source, tokenizer)
+    if cache is None:
+        raise UsageError(
+            f"token_cache: expected a folder to fill, got {config.token_cache} with data={config.data}; "
+            "name one with token_cache=FOLDER, here and for the run"
+        )
+    return source, tokenizer, cache
+
+
+def main(argv: Sequence[str]) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(HELP)
+        return 0
+    rest = [argument for argument in argv if argument not in ("--debug", "--verify")]
+    tokens = None
+    if "--tokens" in rest:
+        place = rest.index("--tokens")
+        value = rest[place + 1].replace("_", "") if place + 1 < len(rest) else "nothing"
+        if not value.isdigit() or int(value) == 0:
+            raise UsageError(f"--tokens: expected a number above 0, got {value}")
+        tokens = int(value)
+        del rest[place : place + 2]
+    config, _ = parse(rest)
+    if "--verify" in argv:
+        return 1 if verify(config) else 0
+    prepare(config, tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
