@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import itertools
 import resource
 import subprocess
@@ -175,13 +177,14 @@ def test_a_full_disk_is_reported_once_and_training_goes_on(
 ) -> None:
     cache = opened(tmp_path, tokenizer)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with capsys.disabled():  # its files would be limited too
+    said = io.StringIO()
+    with capsys.disabled(), contextlib.redirect_stdout(said):  # where output goes to a file, that would be limited too
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
         try:
             result = matches(some_source(), tokenizer, cache, expected)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert result
+    assert result and said.getvalue().count("training goes on") == 1
     sound = [block for _, _, block in opened(tmp_path, tokenizer).verify()]
     assert len(sound) < 6 and None not in sound
     assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer, leader=False), expected)  # does not wait: it was told
