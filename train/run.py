@@ -344,7 +344,7 @@ def _memory_advice(config: RunConfig) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise UsageError(
-            f"out of memory ({str(error).splitlines()[0]}); lower batch_size={config.batch_size} and raise "
+            f"out of memory ({str(error).partition(chr(10))[0] or 'in Python'}); lower batch_size={config.batch_size} and raise "
             f"grad_accumulation={config.grad_accumulation} by the same factor, or set gradient_checkpointing=true or dtype=bf16, or lower "
             f"sequence_length={config.sequence_length}; python -m train.run ... --dry-run estimates the memory; a run that has saved "
             "continues with resume=auto"
