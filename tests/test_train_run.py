@@ -189,7 +189,9 @@ def test_dry_run_builds_everything_and_writes_nothing(configured: Callable[..., 
     config = configured()
     assert train(config, dry_run=True) == 0
     assert not Path(config.output_dir).exists()
-    assert "parameters, from scratch" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "parameters, from scratch" in out and "tokens/s" in out and "AdamW's moments" in out
+    assert "sequence_length: 48\n" in out and "keep_every: 0\n" in out, "every key, the defaults included"
 
 
 def test_a_folder_that_is_not_empty_is_refused(configured: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -226,11 +226,14 @@ def print_plan(run: Run, origin: str) -> None:
         print(f"{name:10}{fact}", flush=True)
 
 
+def _as_yaml(config: RunConfig) -> str:
+    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in asdict(config).items())
+
+
 def open_folder(run: Run) -> None:
     """Creates the run's folder with what does not change, and drops metrics of steps that will be done again."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in asdict(run.config).items())
-    (run.folder / "config.yaml").write_text(text, encoding="utf-8")
+    (run.folder / "config.yaml").write_text(_as_yaml(run.config), encoding="utf-8")
     run.tokenizer.save(run.folder / "tokenizer")
     metrics.forget_after(run.folder, run.progress.step)
 
@@ -394,6 +397,7 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
             print_plan(run, origin)
             if dry_run:
                 print("\n".join(estimate.lines(estimate.estimate(config, run.model.config, world.device, world.size))))
+                print("\nresolved configuration:\n" + _as_yaml(config), end="")
                 return 0
             if run.progress.step >= config.steps:
                 print(f"nothing to do: {run.progress.step} of {config.steps} steps are done; raise steps to go on")
