@@ -34,7 +34,9 @@ def test_a_killed_run_is_the_run_that_was_not_killed(tmp_path: Path, project_roo
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "verdict: bit-identical"
-    assert [line for line in lines if line.startswith(("killed in step 6", "resumed"))].__len__() == 4
+    assert lines[1] == "killed in step 6; newest checkpoint step-000004"
+    assert lines[2] == "resumed, killed while writing the next checkpoint; newest checkpoint step-000004"
+    assert lines[3].startswith("resumed, killed in the last step; newest checkpoint step-00000") and lines[4].startswith("resumed")
     assert any(line.split()[:2] == ["loss", "equal"] for line in lines) and any("batches of rank 0" in line for line in lines)
 
 

@@ -27,11 +27,12 @@ from safetensors.torch import load_file
 
 from smollm2.cli import LoadError, Parser, UsageError, run_command
 from train import checkpoint, run, step
-from train.checkpoint import MOMENTS, RECORD, STATE, checkpoints, newest_checkpoint
+from train.checkpoint import LATEST, MOMENTS, RECORD, STATE, checkpoints, newest_checkpoint
 from train.command_line import CONFIGS, parse
 from train.data import Batch
 from train.metrics import read_metrics
 
+PATIENCE = 60.0  # seconds for a checkpoint to be written
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("tokens_per_second", "mfu", "wait_ms", "memory_gb", "memory_peak_gb", "eta_seconds")  # of metrics.jsonl: they tell the time
 
@@ -57,9 +58,12 @@ def _record_batches(folder: Path) -> None:
     step.TrainStep._count_targets = recorded  # type: ignore[method-assign]
 
 
-def _set_trap(where: str, number: int) -> None:
+def _set_trap(where: str, number: int, folder: Path) -> None:
     """Kills this process in optimizer step `number`, when its gradients are there and the weights not yet changed, or ("save") in the
-    write of the first checkpoint, when its files are there and its manifest not yet."""
+    write of the first checkpoint, when its files are there and its manifest not yet.
+
+    A step's death waits for the first checkpoint to be there: it is written in the background, and without it nothing would be resumed.
+    """
     if where == "save":
         setattr(checkpoint, "_manifest", lambda _: _die())  # noqa: B010 - a plain assignment would not pass the type checker
         return
@@ -68,6 +72,9 @@ def _set_trap(where: str, number: int) -> None:
 
     def trapped(optimizer: torch.optim.AdamW, bad: torch.Tensor) -> None:
         if next(done) == number and int(os.environ.get("RANK", "0")) == last_rank:
+            deadline = time.monotonic() + PATIENCE
+            while not (folder / "run" / "checkpoints" / LATEST).is_file() and time.monotonic() < deadline:
+                time.sleep(0.01)
             _die()
         original(optimizer, bad)
 
@@ -80,7 +87,7 @@ def _child(arguments: Sequence[str]) -> int:
     where, _, number = trap.partition(":")
     _record_batches(Path(folder))
     if where != "none":
-        _set_trap(where, int(number))
+        _set_trap(where, int(number), Path(folder))
     return run.main(keys)
 
 
@@ -110,11 +117,15 @@ class Trial:
         if code != 0:
             raise LoadError(f"a run ended with exit code {code}: {self._tail()}")
 
-    def die(self, trap: str) -> None:
-        """Runs into a trap. Raises LoadError if it comes to its end instead."""
+    def die(self, trap: str) -> str:
+        """Runs into a trap and returns the name of the newest checkpoint. Raises LoadError if it comes to its end, or leaves none."""
         code = self.start(trap).wait()
         if code == 0 or (self.ranks == 1 and code != -signal.SIGKILL):
             raise LoadError(f"a run that was to be killed at {trap} ended with exit code {code}: {self._tail()}")
+        newest = newest_checkpoint(self.run, print)
+        if newest is None:
+            raise LoadError(f"a run that was killed at {trap} had no checkpoint to resume from: {self._tail()}")
+        return newest.name
 
     def _tail(self) -> str:
         return " | ".join((self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
@@ -250,12 +261,12 @@ def main(argv: Sequence[str]) -> int:
             delays = _kill_at_random(killed, options.kills, options.seed, time.monotonic() - began)
             print(f"killed {len(delays)} times, {min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})", flush=True)
         else:
-            killed.die(f"step:{options.steps + 2}")
-            print(f"killed in step {options.steps + 2}", flush=True)
-            killed.die("save:0")
-            print(f"resumed at step {options.steps}, killed while writing the next checkpoint", flush=True)
-            killed.die(f"step:{options.more}")
-            print(f"resumed at step {options.steps}, killed in the last step", flush=True)
+            newest = killed.die(f"step:{options.steps + 2}")
+            print(f"killed in step {options.steps + 2}; newest checkpoint {newest}", flush=True)
+            newest = killed.die("save:0")
+            print(f"resumed, killed while writing the next checkpoint; newest checkpoint {newest}", flush=True)
+            newest = killed.die(f"step:{options.more}")
+            print(f"resumed, killed in the last step; newest checkpoint {newest}", flush=True)
             killed.finish()
             print("resumed, and came to the end", flush=True)
         rows = compare(straight, killed)
