@@ -9,6 +9,7 @@ A Backend is chosen once and handed to the model. There is no global state and n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,17 +50,45 @@ class Backend:
     swiglu: Callable[..., Tensor]  # (gate, up) or (packed gate and up [...,2F]) -> silu(gate) * up
     linear_cross_entropy: Callable[..., Tensor]  # (hidden [N,D], weight [V,D], targets [N], *, ...) -> loss
     decode_layer: Callable[..., Tensor]  # (x [B,T,hidden], LayerWeights, caches, lengths, cos, sin, *, eps, ops) -> x
+    decode_head: Callable[..., Tensor]  # (x [..., E], norm weight [E], head weight [V, E], eps) -> fp32 logits [..., V]
     why: str = "asked for"  # how the choice came about, for the run's first lines
+    replaced: frozenset[str] = frozenset()  # the operations that with_ops took from another backend
 
 
-OPS = tuple(field.name for field in dataclasses.fields(Backend) if field.name not in ("name", "why"))
+OPS = tuple(field.name for field in dataclasses.fields(Backend) if field.name not in ("name", "why", "replaced"))
+# What reference.decode_layer composes, and the fused decode layer does in kernels of its own. Where one of these was replaced, the
+# composition serves: the one that was asked for would otherwise never be called.
+LAYER_OPS = frozenset({"rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu"})
 
 TORCH = Backend(name="torch", **{op: getattr(reference, op) for op in OPS})
 
 
+@functools.cache
 def load_triton() -> Backend:
-    """The Triton backend. Imports the kernels, and with them triton, only now."""
-    from kernels import attention, decode_attention, linear_cross_entropy, rms_norm, rope, swiglu
+    """The Triton backend, the same record every time. Imports the kernels, and with them triton, only now."""
+    from kernels import attention, decode_attention, decode_head, decode_layer, linear_cross_entropy, rms_norm, rope, swiglu
+
+    def layer(
+        x: Tensor,
+        weights: LayerWeights,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        lengths: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        eps: float,
+        ops: Backend,
+    ) -> Tensor:
+        """Five kernels where they serve (at most 16 rows) and contain nothing that `ops` has from elsewhere, else the composition."""
+        if decode_layer.serves(x, weights) and not ops.replaced & LAYER_OPS:
+            return decode_layer.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps)
+        return reference.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps, ops=ops)
+
+    def head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
+        if decode_head.serves(x):
+            return decode_head.decode_head(x, norm_weight, head_weight, eps)
+        return reference.decode_head(x, norm_weight, head_weight, eps)
 
     return Backend(
         name="triton",
@@ -71,15 +100,19 @@ def load_triton() -> Backend:
         decode_attention=decode_attention.decode_attention,
         swiglu=swiglu.swiglu,
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
-        decode_layer=reference.decode_layer,  # a composition of the others
+        decode_layer=layer,
+        decode_head=head,
     )
 
 
 def with_ops(backend: Backend, **replacements: Backend) -> Backend:
-    """A copy in which single operations come from another backend: with_ops(TRITON, attention=TORCH)."""
+    """A copy in which single operations come from another backend: with_ops(TRITON, attention=TORCH).
+
+    Every replacement has its effect in decode_layer too: the fused layer gives way to the composition if it contains one (LAYER_OPS).
+    """
     name = ",".join([backend.name, *(f"{op}={other.name}" for op, other in replacements.items())])
     changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}
-    return dataclasses.replace(backend, name=name, **changes)
+    return dataclasses.replace(backend, name=name, replaced=backend.replaced | replacements.keys(), **changes)
 
 
 def _triton_obstacle(device: torch.device) -> str | None:

@@ -6,9 +6,13 @@ A check looks at shapes, dtypes and devices only. It never reads a value of a te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.backend import LayerWeights
 
 
 def require(condition: bool, op: str, expected: str, got: object) -> None:
@@ -58,14 +62,19 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         "rope", f"k of shape [{batch}, {length}, K, {head_dim}]", shape(k),
     )  # fmt: skip
     same_kind("rope", [("q", q), ("k", k)])
+    _tables("rope", cos, sin, batch, length, head_dim, q, "q")
+
+
+def _tables(op: str, cos: Tensor, sin: Tensor, batch: int, length: int, head_dim: int, like: Tensor, name_of_like: str) -> None:
+    """cos and sin of one shape, [T, D/2] or [B, T, D/2], of one floating-point dtype, on the device of `like`."""
     for name, table in (("cos", cos), ("sin", sin)):
         require(
             shape(table) in ([length, head_dim // 2], [batch, length, head_dim // 2]),
-            "rope", f"{name} of shape [{length}, {head_dim // 2}] or [{batch}, {length}, {head_dim // 2}]", shape(table),
+            op, f"{name} of shape [{length}, {head_dim // 2}] or [{batch}, {length}, {head_dim // 2}]", shape(table),
         )  # fmt: skip
-        require(table.device == q.device, "rope", f"{name} on {q.device} as q", table.device)
-        require(table.dtype == cos.dtype and table.is_floating_point(), "rope", "cos and sin of one floating-point dtype", table.dtype)
-    require(cos.shape == sin.shape, "rope", f"sin of shape {shape(cos)} as cos", shape(sin))
+        require(table.device == like.device, op, f"{name} on {like.device} as {name_of_like}", table.device)
+        require(table.dtype == cos.dtype and table.is_floating_point(), op, "cos and sin of one floating-point dtype", table.dtype)
+    require(cos.shape == sin.shape, op, f"sin of shape {shape(cos)} as cos", shape(sin))
 
 
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> None:
@@ -96,6 +105,50 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
     require(shape(lengths) == [q.shape[0]], "decode_attention", f"lengths of shape [{q.shape[0]}]", shape(lengths))
     require(not lengths.is_floating_point(), "decode_attention", "lengths of an integer dtype", lengths.dtype)
     require(lengths.device == q.device, "decode_attention", f"lengths on {q.device} as q", lengths.device)
+
+
+def decode_layer(
+    x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    """x [B, T, E], packed weights, caches [B, S, K, D], lengths [B] integer, cos and sin [B, T, D/2] or [T, D/2] in fp32 (or fp64)."""
+    op = "decode_layer"
+    require(x.dim() == 3, op, "x of shape [B, T, hidden]", shape(x))
+    batch, length, width = x.shape
+    require(
+        key_cache.dim() == 4 and key_cache.shape[0] == batch and key_cache.shape[1] >= length and key_cache.shape[2] > 0,
+        op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache),
+    )  # fmt: skip
+    require(value_cache.shape == key_cache.shape, op, f"value cache of shape {shape(key_cache)} as the key cache", shape(value_cache))
+    key_heads, head_dim = key_cache.shape[2:]
+    # How many query heads and how wide an MLP, the weights say themselves; from there on all of them must agree.
+    heads, ffn = weights.o.shape[-1] // max(1, head_dim), weights.down.shape[-1]
+    require(heads > 0 and heads % key_heads == 0, op, f"query heads (columns of o / {head_dim}) that are a multiple of {key_heads}", heads)
+    wanted = {
+        "input_norm": [width],
+        "qkv": [(heads + 2 * key_heads) * head_dim, width],
+        "o": [width, heads * head_dim],
+        "post_norm": [width],
+        "gate_up": [2 * ffn, width],
+        "down": [width, ffn],
+    }
+    for name, expected in wanted.items():
+        require(shape(getattr(weights, name)) == expected, op, f"weights.{name} of shape {expected}", shape(getattr(weights, name)))
+    require(shape(lengths) == [batch], op, f"lengths of shape [{batch}]", shape(lengths))
+    require(not lengths.is_floating_point(), op, "lengths of an integer dtype", lengths.dtype)
+    require(lengths.device == x.device, op, f"lengths on {x.device} as x", lengths.device)
+    named = [(f"weights.{name}", tensor) for name, tensor in weights._asdict().items()]
+    same_kind(op, [("x", x), *named, ("key cache", key_cache), ("value cache", value_cache)])
+    _tables(op, cos, sin, batch, length, head_dim, x, "x")
+
+
+def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor) -> None:
+    """x [..., E], norm_weight [E], head_weight [V, E]."""
+    op = "decode_head"
+    require(x.dim() >= 1, op, "x of shape [..., E]", shape(x))
+    width = x.shape[-1]
+    require(shape(norm_weight) == [width], op, f"norm_weight of shape [{width}]", shape(norm_weight))
+    require(head_weight.dim() == 2 and head_weight.shape[1] == width, op, f"head_weight of shape [V, {width}]", shape(head_weight))
+    same_kind(op, [("x", x), ("norm_weight", norm_weight), ("head_weight", head_weight)])
 
 
 def swiglu(gate: Tensor, up: Tensor | None) -> None:

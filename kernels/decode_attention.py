@@ -111,30 +111,45 @@ def _decode_attention_combine_kernel(
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + lane, out.to(out_ptr.dtype.element_ty))
 
 
-@traceable(lambda q, key_cache, value_cache, lengths: q.new_empty(q.shape))
-def _decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> Tensor:
-    """q [B, T, H, D], caches [B, S, K, D], lengths [B] -> [B, T, H, D], contiguous."""
+def split_attention(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first launch: q [B, T, H, D], caches [B, S, K, D], lengths [B], not empty -> the parts of every split, in fp32.
+
+    Parts are sums [B * T * H, splits, D] weighted by exp2(score - maximum), the maxima and the sums of weights [B * T * H, splits]; a split
+    without a visible key has zeros and -inf. With `out` [B, T, H, D], a single split is the result: it goes there, and parts are empty.
+    decode_layer.py starts the same kernel, so that the layer and the operation alone agree bit for bit.
+    """
     batch, queries, heads, head_dim = q.shape
     keys, key_heads = key_cache.shape[1:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
     splits = triton.cdiv(keys, KEYS_PER_SPLIT)
-    parts = (batch * queries * heads, splits) if splits > 1 else (0, 0)
+    one_split = splits == 1 and out is not None
+    parts = (0, 0) if one_split else (batch * queries * heads, splits)
     part = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
     part_max = torch.empty(parts, dtype=torch.float32, device=q.device)
     part_sum = torch.empty(parts, dtype=torch.float32, device=q.device)
     config = launch_config("decode_attention", q.dtype, q.device, head_dim)
     _decode_attention_split_kernel[(splits, batch * key_heads)](
-        q, key_cache, value_cache, lengths, out, part, part_max, part_sum,
+        q, key_cache, value_cache, lengths, q if out is None else out, part, part_max, part_sum,
         *q.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3], queries, keys, splits,
         SCALE=LOG2_E / math.sqrt(head_dim), KEY_HEADS=key_heads, GROUP=heads // key_heads, HEAD_DIM=head_dim,
         BLOCK_M=max(16, triton.next_power_of_2(queries * heads // key_heads)), BLOCK_N=config.block_n, SPLIT=KEYS_PER_SPLIT,
-        ONE_SPLIT=splits == 1,
+        ONE_SPLIT=one_split,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        _decode_attention_combine_kernel[(parts[0],)](part, part_max, part_sum, out, splits, HEAD_DIM=head_dim, num_warps=1)
+    return part, part_max, part_sum
+
+
+@traceable(lambda q, key_cache, value_cache, lengths: q.new_empty(q.shape))
+def _decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> Tensor:
+    """q [B, T, H, D], caches [B, S, K, D], lengths [B] -> [B, T, H, D], contiguous."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    parts = split_attention(q, key_cache, value_cache, lengths, out)
+    heads, splits = parts[1].shape
+    if heads:
+        _decode_attention_combine_kernel[(heads,)](*parts, out, splits, HEAD_DIM=q.shape[3], num_warps=1)
     return out
 
 

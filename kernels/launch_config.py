@@ -40,6 +40,10 @@ class Row(NamedTuple):
     architectures: tuple[str, ...] = ()  # empty: all
 
 
+# The interpreter takes milliseconds a program, whatever its size: in the decode layer, where the programs are many and small, it gets
+# larger ones. (tests/test_kernel_decode_layer.py runs those of the GPUs as well.)
+INTERPRETED_COLUMNS = Row(1 << 14, Launch(1, 16, num_warps=1), architectures=(INTERPRETER,))
+
 # The first line that fits serves. block_m and block_n: see the kernels.
 TABLE: dict[str, tuple[Row, ...]] = {
     # block_m: rows of a program (one warp works on a row up to a width of 1024)
@@ -94,6 +98,38 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # block_n: keys of a tile (its rows are the queries of a group, padded to 16); the size is the head dim
     "decode_attention": (Row(128, Launch(16, 64, num_warps=4, num_stages=2)),),
+    # The fused decode layer. block_n: columns of a program, whose whole weight rows lie in its registers; the size is their length.
+    # Two such tiles (a head's halves, gate and up), with the norm:
+    "decode_norm_matmul": (
+        INTERPRETED_COLUMNS,
+        Row(1024, Launch(1, 2, num_warps=1)),
+        Row(2048, Launch(1, 2, num_warps=4)),
+        Row(4096, Launch(1, 2, num_warps=8)),
+        Row(1 << 14, Launch(1, 1, num_warps=16)),
+    ),
+    # one tile, and the splits of all heads, which each program adds up itself; block_m: splits that it asks for at a time. With four
+    # warps it spills on sm_100 and sm_120, and with four columns of 2048 on all but sm_100.
+    "decode_o": (
+        Row(1 << 14, Launch(4, 16, num_warps=1), architectures=(INTERPRETER,)),
+        Row(1024, Launch(4, 4, num_warps=8)),
+        Row(2048, Launch(4, 2, num_warps=8)),
+        Row(4096, Launch(4, 2, num_warps=16)),
+        Row(1 << 14, Launch(1, 1, num_warps=16)),
+    ),
+    # few columns and long rows: two columns, so that 576 of them are 288 programs
+    "decode_down": (
+        INTERPRETED_COLUMNS,
+        Row(2048, Launch(1, 2, num_warps=4)),
+        Row(8192, Launch(1, 2, num_warps=8)),
+        Row(1 << 14, Launch(1, 2, num_warps=16)),
+    ),
+    "decode_head": (
+        INTERPRETED_COLUMNS,
+        Row(1024, Launch(1, 4, num_warps=1)),
+        Row(2048, Launch(1, 4, num_warps=4)),
+        Row(4096, Launch(1, 4, num_warps=8)),
+        Row(1 << 14, Launch(1, 2, num_warps=16)),
+    ),
     # block_n: columns of the vocabulary at a time
     "linear_cross_entropy": (Row(1 << 20, Launch(1, 4096, num_warps=8)),),
     # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes: as many tokens again for 16-byte accesses.

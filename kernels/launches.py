@@ -26,13 +26,16 @@ from triton.runtime.jit import JITCallable
 
 from kernels import launch_config
 from kernels.backend import Backend, LayerWeights, load_triton
+from kernels.decode_head import decode_head
 from kernels.targets import Target
 
 EPS = 1e-5
 HEAD_DIM = 64
 LAYERS = 30  # of the 135M model
 VOCABULARY = 49152
-KERNEL_MODULES = ("attention", "decode_attention", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
+KERNEL_MODULES = (
+    "attention", "decode_attention", "decode_head", "decode_layer", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
+)  # fmt: skip
 # What a launcher may ask of the compiler; everything else follows from the target and the version of Triton.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
 
@@ -153,11 +156,11 @@ def tables(*shape: int) -> tuple[Tensor, Tensor]:
     return tensor(*shape, dtype=torch.float32, grad=False), tensor(*shape, dtype=torch.float32, grad=False)
 
 
-def _layer_weights(size: Sizes, dtype: torch.dtype) -> LayerWeights:
+def _layer_weights(size: Sizes, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> LayerWeights:
     return LayerWeights(
         input_norm=tensor(size.hidden, dtype=dtype),
-        qkv=tensor((size.heads + 2 * size.key_heads) * HEAD_DIM, size.hidden, dtype=dtype),
-        o=tensor(size.hidden, size.heads * HEAD_DIM, dtype=dtype),
+        qkv=tensor((size.heads + 2 * size.key_heads) * head_dim, size.hidden, dtype=dtype),
+        o=tensor(size.hidden, size.heads * head_dim, dtype=dtype),
         post_norm=tensor(size.hidden, dtype=dtype),
         gate_up=tensor(2 * size.ffn, size.hidden, dtype=dtype),
         down=tensor(size.hidden, size.ffn, dtype=dtype),
@@ -223,14 +226,23 @@ def loss(run: Recorder, ops: Backend, train: bool = True, **options: Any) -> Non
         run.backward(value)
 
 
-def decode(run: Recorder, ops: Backend, batch: int, new: int, keys: int) -> None:
+def decode(
+    run: Recorder, ops: Backend, batch: int = 1, new: int = 1, keys: int = 1000, model: str = "135M", head_dim: int = HEAD_DIM
+) -> None:
     """One block for a few new tokens over a cache of 2048 that is filled to `keys`."""
-    size, dtype = MODELS["135M"], run.dtype
-    cache = [tensor(batch, 2048, size.key_heads, HEAD_DIM, dtype=dtype, grad=False)[:, :keys] for _ in range(2)]
+    size, dtype = MODELS[model], run.dtype
+    cache = [tensor(batch, 2048, size.key_heads, head_dim, dtype=dtype, grad=False)[:, :keys] for _ in range(2)]
     lengths = tensor(batch, dtype=torch.int64, grad=False)
     with torch.no_grad():
-        x = tensor(batch, new, size.hidden, dtype=dtype)
-        ops.decode_layer(x, _layer_weights(size, dtype), *cache, lengths, *tables(batch, new, HEAD_DIM // 2), eps=EPS, ops=ops)
+        x, weights = tensor(batch, new, size.hidden, dtype=dtype), _layer_weights(size, dtype, head_dim)
+        ops.decode_layer(x, weights, *cache, lengths, *tables(batch, new, head_dim // 2), eps=EPS, ops=ops)
+
+
+def head(run: Recorder, ops: Backend, model: str) -> None:
+    """The final norm and the head of a decode step."""
+    width = MODELS[model].hidden
+    x, scale, weight = (tensor(*shape, dtype=run.dtype, grad=False) for shape in ((1, 1, width), (width,), (VOCABULARY, width)))
+    decode_head(x, scale, weight, EPS)
 
 
 class Case(NamedTuple):
@@ -262,11 +274,20 @@ CASES = (
     Case(LOSS, loss, {}, every_dtype=True),
     Case("loss, z-loss and smoothing", loss, {"z_loss": 1e-4, "label_smoothing": 0.1}),
     Case("loss of each token", loss, {"train": False, "reduction": "none"}),
-    Case(DECODE, decode, {"batch": 1, "new": 1, "keys": 1000}, every_dtype=True),
-    Case("decode 1x1, 100 keys", decode, {"batch": 1, "new": 1, "keys": 100}),
-    Case("decode 16x1, 1024 keys", decode, {"batch": 16, "new": 1, "keys": 1024}),
-    Case("decode 2x4, 1000 keys", decode, {"batch": 2, "new": 4, "keys": 1000}),
-    Case("decode 1x16, 1000 keys", decode, {"batch": 1, "new": 16, "keys": 1000}),
+    Case(DECODE, decode, {}, every_dtype=True),
+    Case("decode 1x1, 100 keys", decode, {"keys": 100}),
+    Case("decode 16x1, 1024 keys", decode, {"batch": 16, "keys": 1024}),
+    Case("decode 2x4, 1000 keys", decode, {"batch": 2, "new": 4}),
+    Case("decode 1x16, 1000 keys", decode, {"new": 16}),
+    Case("decode 1x1, 360M", decode, {"model": "360M"}),
+    Case("decode 1x1, 1.7B", decode, {"model": "1.7B"}),
+    Case("decode 1x1, head dim 32", decode, {"head_dim": 32}),
+    Case("decode 1x1, head dim 128", decode, {"head_dim": 128}),
+    Case("decode 32x1, 1000 keys", decode, {"batch": 32}, every_dtype=True),  # more rows than the fused layer takes: the composition
+    Case("decode 32x1, 100 keys", decode, {"batch": 32, "keys": 100}),
+    Case("head 135M", head, {"model": "135M"}, every_dtype=True),
+    Case("head 360M", head, {"model": "360M"}),
+    Case("head 1.7B", head, {"model": "1.7B"}),
 )
 
 

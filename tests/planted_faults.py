@@ -42,6 +42,7 @@ class Fault:
 
 norm, rope, attention = partial(Fault, "rms_norm.py"), partial(Fault, "rope.py"), partial(Fault, "attention.py")
 decode, swiglu, loss = partial(Fault, "decode_attention.py"), partial(Fault, "swiglu.py"), partial(Fault, "linear_cross_entropy.py")
+layer, head = partial(Fault, "decode_layer.py"), partial(Fault, "decode_head.py")
 
 FAULTS = [
     norm("dw of the last program lost", "test_models_widths[576-fp32]", "part < parts)", "part < parts - 1)"),
@@ -130,6 +131,90 @@ FAULTS = [
         "last_key = length - 1 + 0 * time",
     ),
     decode("keys beyond the length read", "test_what_lies_beyond_the_length_is_not_read", "filled = key < length", "filled = key < keys"),
+    layer(
+        "residual of the attention missing", "test_any_width[33-17]", "(y.to(tl.float32) + x.to(tl.float32))", "y.to(tl.float32)", count=2
+    ),
+    layer("sum before the MLP taken for its input", "test_any_width[33-17]", "act, down, total, out,", "act, down, x, out,"),
+    layer(
+        "new keys and values not written",
+        "test_only_the_new_positions_are_written",
+        "there = (position >= 0) &",
+        "there = (position < 0) &",
+    ),
+    layer("written one position late", "test_only_the_new_positions_are_written", "- queries + time", "- queries + time + 1"),
+    layer("written past the cache", "test_positions_outside_of_the_cache_are_not_written", " & (position < keys)", ""),
+    layer("written before the cache", "test_positions_outside_of_the_cache_are_not_written", "(position >= 0) & ", ""),
+    layer("keys into the cache of values", "test_lengths[7-fp32]", "target = k_ptr +", "target = v_ptr +"),
+    layer("rotated the wrong way", "test_lengths[7-fp32]", "(wide_a * cos - wide_b * sin)", "(wide_a * cos + wide_b * sin)"),
+    layer("values rotated", "test_lengths[7-fp32]", "if head < HEADS + KEY_HEADS:  #", "if head >= 0:  #"),
+    layer("keys not rotated", "test_lengths[7-fp16]", "if head < HEADS + KEY_HEADS:  #", "if head < HEADS:  #"),
+    layer(
+        "angles of the first row for all",
+        "test_several_rows_and_tokens[2-5-fp32]",
+        "batch * table_batch_stride",
+        "0 * table_batch_stride",
+    ),
+    layer("epsilon dropped", "test_size_of_the_stream[0.001]", "/ WIDTH + EPS", "/ WIDTH"),
+    layer("norm over the padded width", "test_any_width[33-17]", "tl.sum(x * x, axis=0) / WIDTH", "tl.sum(x * x, axis=0) / x.shape[0]"),
+    layer(
+        "scale of the first norm omitted",
+        "test_lengths[7-fp32]",
+        "first.to(tl.float32) * scale.to(tl.float32)[None, :]",
+        "first.to(tl.float32)",
+    ),
+    layer(
+        "scale of the second norm omitted",
+        "test_lengths[7-fp32]",
+        "up_rows.to(tl.float32) * scale.to(tl.float32)[None, :]",
+        "up_rows.to(tl.float32)",
+    ),
+    layer("last split of a row lost", "test_lengths[257-fp32]", "(start + step < filled)", "(start + step < filled - 1)"),
+    layer(
+        "splits past the first loads lost",
+        "test_more_splits_than_are_loaded_at_a_time",
+        "range(0, filled, AT_ONCE)",
+        "range(0, AT_ONCE, AT_ONCE)",
+    ),
+    layer("splits of a layer not rescaled", "test_lengths[257-fp32]", "acc = acc * shrink[:, None] +", "acc = acc +"),
+    layer("length of the first row for all", "test_lengths[7-fp32]", "lengths_ptr + row // queries", "lengths_ptr + 0 * row"),
+    layer("gate and up exchanged", "test_lengths[7-fp32]", "gate * tl.sigmoid(gate) * up", "up * tl.sigmoid(up) * gate"),
+    layer(
+        "next row taken for this one",
+        "test_several_rows_and_tokens[5-3-fp32]",
+        "_row(act_ptr, 0, k, FFN)",
+        "_row(act_ptr, rows - 1, k, FFN)",
+    ),
+    layer(
+        "last row left out", "test_several_rows_and_tokens[2-5-fp32]", "for row in range(0, rows)", "for row in range(0, rows - 1)", count=4
+    ),
+    layer(
+        "offsets into the keys in 32 bits",
+        "test_caches_far_apart[key_cache-0]",
+        "tl.cast(row // queries, tl.int64)",
+        "tl.cast(row // queries, tl.int32)",
+    ),
+    Fault(
+        "backend.py",
+        "replacement without effect in the fused layer",
+        "decode_layer.py::test_a_replaced_operation_has_its_effect[swiglu]",
+        " and not ops.replaced & LAYER_OPS",
+        "",
+    ),
+    head("epsilon dropped in the last norm", "test_size_of_the_stream[0.001]", "/ WIDTH + EPS", "/ WIDTH"),
+    head("scale of the last norm omitted", "test_rows[rows2-fp32]", " * scale.to(tl.float32)[None, :]", ""),
+    head(
+        "last logits lost",
+        "test_any_width_and_vocabulary[64-17]",
+        "triton.cdiv(vocabulary, config.block_n)",
+        "max(1, vocabulary // config.block_n)",
+    ),
+    head(
+        "logits rounded to the model",
+        "test_logits_are_not_rounded_to_the_model",
+        "tl.store(logits_ptr",
+        "logits = logits.to(x.dtype)\n        tl.store(logits_ptr",
+    ),
+    head("logits of the first row for all", "test_rows[rows2-fp32]", "tl.minimum(row + 1, rows - 1)", "0 * row"),
     swiglu("derivative of the sigmoid omitted", "test_models_widths[1536-fp32]", "(sigmoid + silu * (1.0 - sigmoid))", "sigmoid"),
     swiglu("gradients in the wrong halves", "test_models_widths[1536-fp16]", "grads, grads[:, width:]", "grads[:, width:], grads"),
     swiglu(

@@ -106,6 +106,24 @@ print(json.dumps([{phase: {op: n for (p, op), n in found.items() if p == phase} 
     assert model == composed
 
 
+def test_a_decode_layer_is_five_launches_whatever_its_rows(project_root: Path) -> None:
+    """And the same five: one machine code for 1 to 16 rows and any capacity is what makes a row's bits its own."""
+    script = """
+shapes = ((1, 1, 100), (1, 1, 1000), (2, 1, 1000), (15, 1, 1000), (16, 1, 2000), (1, 16, 1000), (5, 3, 1000))
+found = [record('sm_90', lambda run: launches.decode(run, ops, *shape)) for shape in shapes]
+print(json.dumps([[(launch.op, launch.kernel, launch.key) for launch in one] for one in found]))
+"""
+    first, *others = result(project_root, RECORD + script)
+    assert [kernel for _, kernel, _ in first] == [
+        "_norm_qkv_rope_kernel", "_decode_attention_split_kernel", "_combine_o_kernel", "_norm_gate_up_kernel", "_down_kernel",
+    ]  # fmt: skip
+    for other in others[:-2]:
+        assert other == first
+    for other in others[-2:]:  # several tokens of a row: their queries are one tile of the attention
+        assert [launch for launch in other if launch[0] == "decode_layer"] == [launch for launch in first if launch[0] == "decode_layer"]
+        assert len(other) == 5
+
+
 def test_interpreter_is_refused(project_root: Path) -> None:
     done = run(project_root, "-m", "kernels.certify", "--check", TRITON_INTERPRET="1")
     assert done.returncode == 2

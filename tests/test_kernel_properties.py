@@ -19,7 +19,7 @@ def memory(tensor):
 
 
 def test_every_operation_is_here():
-    assert {name.split()[0] for name in CALLS} == set(OPS) - {"decode_layer"}  # a composition of the others
+    assert {name.split()[0] for name in CALLS} == set(OPS) - {"decode_layer", "decode_head"}  # in test files of their own
 
 
 def test_the_calls_are_within_the_contract(call):

@@ -1,0 +1,148 @@
+"""Final norm and head in one launch: the numerics contract, fp32 logits, and that a row's logits are the row's own."""
+
+import re
+
+import numerics
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import DEVICE, DTYPES, EPS, TORCH, assert_same, draw
+
+from kernels import launch_config
+from kernels.decode_head import decode_head
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+
+def inputs(*rows, width=96, vocabulary=101, dtype=torch.float32):
+    """x [*rows, width], norm weight, head weight."""
+    return (
+        draw(*rows, width, dtype=dtype),
+        1 + draw(width, dtype=dtype, scale=0.2),
+        draw(vocabulary, width, dtype=dtype, scale=width**-0.5),
+    )
+
+
+def composed(x, scale, weight):
+    return F.linear(TORCH.rms_norm(x, scale, EPS), weight)
+
+
+def agree(*tensors):
+    ours = decode_head(*tensors, EPS)
+    base, truth = composed(*tensors).float(), composed(*(tensor.double() for tensor in tensors))
+    numerics.check("decode_head", "logits", ours, base, truth, tested=tensors[0].dtype)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [576, 960, 2048])
+def test_models_widths(width, dtype):
+    agree(*inputs(2, 1, width=width, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [(), (1,), (3,), (16,), (2, 7)])
+def test_rows(rows, dtype):
+    logits = agree(*inputs(*rows, dtype=dtype))
+    assert logits.shape == (*rows, 101) and logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("width, vocabulary", [(1, 1), (33, 16), (64, 17), (97, 511)])
+def test_any_width_and_vocabulary(width, vocabulary):
+    agree(*inputs(3, width=width, vocabulary=vocabulary))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0])
+def test_size_of_the_stream(scale):
+    x, *weights = inputs(3)
+    agree(x * scale, *weights)
+
+
+def test_logits_are_not_rounded_to_the_model():
+    """In 16 bits the logits are closer to the truth than any 16-bit logits could be."""
+    tensors = inputs(4, width=576, vocabulary=200, dtype=torch.float16)
+    truth = composed(*(tensor.double() for tensor in tensors))
+    ours = decode_head(*tensors, EPS)
+    assert (ours - truth).abs().max() < 0.1 * (truth.half() - truth).abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_alone_is_the_row_in_a_batch(dtype):
+    x, *weights = inputs(16, dtype=dtype)
+    batch = decode_head(x, *weights, EPS)
+    for rows in ([0], [15], [3, 9], [8, 2, 0, 1, 5]):
+        assert_same([decode_head(x[rows], *weights, EPS)], [batch[rows]])
+
+
+def test_views():
+    """A stream with gaps, and a head that is part of a wider matrix."""
+    x, scale, weight = inputs(3)
+    wide = torch.full((101, 200), float("nan"), device=DEVICE)
+    wide[:, 50:146] = weight
+    gaps = torch.full((3, 192), float("nan"), device=DEVICE)
+    gaps[:, ::2] = x
+    assert_same([decode_head(gaps[:, ::2], scale, wide[:, 50:146], EPS)], [decode_head(x, scale, weight, EPS)])
+
+
+def test_a_head_far_apart():
+    """Offsets past 2^31 elements; see test_kernel_offsets.py."""
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    x, scale, weight = inputs(2, vocabulary=3, dtype=torch.float16)
+    stride, middle = 2**30 + 64, 2**31 + 2**12
+    try:
+        buffer = torch.zeros(0, dtype=torch.float16, device=DEVICE).resize_(2 * middle + stride)
+    except RuntimeError as error:
+        pytest.skip(f"no 10 GiB of address space: {error}")
+    far = buffer.as_strided((3, 96), (stride, 1), middle).copy_(weight)
+    assert_same([decode_head(x, scale, far, EPS)], [decode_head(x, scale, weight, EPS)])
+
+
+def test_the_gpus_configuration_agrees(monkeypatch):
+    tensors = inputs(3, width=97, vocabulary=51)
+    ours = agree(*tensors)
+    monkeypatch.setattr(launch_config, "architecture", lambda device: "sm_90")
+    launch_config.launch_config.cache_clear()
+    try:
+        torch.testing.assert_close(agree(*tensors), ours, rtol=1e-5, atol=1e-5)
+    finally:
+        launch_config.launch_config.cache_clear()
+
+
+def test_no_rows_and_no_vocabulary():
+    assert decode_head(*inputs(0), EPS).shape == (0, 101)
+    assert decode_head(*inputs(3, vocabulary=0), EPS).shape == (3, 0)
+
+
+def test_inputs_are_not_written():
+    tensors = inputs(3)
+    before = [tensor.clone() for tensor in tensors]
+    decode_head(*tensors, EPS)
+    assert_same(tensors, before)
+
+
+BAD = [
+    (lambda x, n, w: (x, n[1:], w), "norm_weight of shape [96], got [95]"),
+    (lambda x, n, w: (x, n, w[:, 1:]), "head_weight of shape [V, 96], got [101, 95]"),
+    (lambda x, n, w: (x, n, w[0]), "head_weight of shape [V, 96], got [96]"),
+    (lambda x, n, w: (x, n, w.half()), "head_weight of dtype torch.float32 as x, got torch.float16"),
+    (lambda x, n, w: (x, n, w.to("meta")), f"head_weight on {DEVICE} as x, got meta"),
+    (lambda x, n, w: (x, n, w.t().contiguous().t()), "head_weight with a last stride of 1, got 101"),
+    (lambda x, n, w: (x.repeat(6, 1), n, w), "at most 16 rows, got 18"),
+    (
+        lambda x, n, w: (x.double(), n.double(), w.double()),
+        "float32, float16 or bfloat16 (the torch backend also takes float64), got torch.float64",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_refused(change, message):
+    with pytest.raises(ValueError, match=re.escape(f"decode_head: expected {message}")):
+        decode_head(*change(*inputs(3)), EPS)
+
+
+def test_torch_compile_sees_one_operation():
+    from kernels import decode_head as module
+
+    torch.library.opcheck(module._decode_head.op, (*inputs(3), EPS))
