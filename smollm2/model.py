@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from kernels import Backend, LayerWeights, select_backend
 from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+
+if TYPE_CHECKING:
+    from smollm2.engine import Engine
 
 IGNORE_INDEX = -100
 
@@ -326,6 +329,10 @@ class SmolLM2ForCausalLM(nn.Module):
         self.tie_weights()
         self.initialise()
         self.pack()
+        self.engine: Engine | None = None  # what smollm2.engine.default_engine keeps here between generations
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "engine": None}  # graphs of this model's addresses are of no use to a copy
 
     def tie_weights(self) -> None:
         """Makes the head the embedding: one Parameter under two names."""

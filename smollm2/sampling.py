@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from torch import Tensor
 from smollm2.cli import UsageError
 
 _MASK = (1 << 64) - 1
+# The constants of SplitMix64: the increment, then (shift, factor) of its two multiplications.
+_INCREMENT = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+# One in the fixed-point weights that `Sampler` adds up: 2^30 of them fit int64, and 2^-32 is finer than the noise.
+_ONE = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class SamplingParams:
         for token in self.suppress_tokens:
             if not 0 <= token < vocab_size:
                 raise UsageError(f"suppress_tokens: expected ids in [0, {vocab_size}), got {token}")
+        if len(set(self.suppress_tokens)) == vocab_size:
+            raise UsageError(f"suppress_tokens: expected at least one of the {vocab_size} ids to be left, got all of them")
 
 
 def uniform(seed: int, position: int) -> float:
@@ -56,39 +64,122 @@ def uniform(seed: int, position: int) -> float:
     """
     state = seed & _MASK
     for word in (position, 0):
-        state = (state + (word + 1) * 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state = (state + (word + 1) * _INCREMENT) & _MASK
+        for shift, factor in _ROUNDS:
+            state = ((state ^ (state >> shift)) * factor) & _MASK
         state ^= state >> 31
     return (state >> 40) / (1 << 24)  # 24 bits: exact in fp32
 
 
-def sample(logits: Tensor, params: SamplingParams, seeds: Sequence[int], positions: Sequence[int], seen: Tensor | None = None) -> Tensor:
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """`uniform` of tensors, bit for bit, on the device where they are.
+
+    seeds and positions: int64, shapes that broadcast -> fp32 in [0, 1) of the common shape. A seed is its lowest 64 bits: see `as_words`.
+    """
+    increment = _signed(_INCREMENT)
+    state = _finalise(seeds + (positions + 1) * increment)  # int64 wraps around, as the definition's uint64 does
+    return _shift_right(_finalise(state + increment), 40).float() / (1 << 24)
+
+
+def _finalise(state: Tensor) -> Tensor:
+    for shift, factor in _ROUNDS:
+        state = (state ^ _shift_right(state, shift)) * _signed(factor)
+    return state ^ _shift_right(state, 31)
+
+
+def _shift_right(state: Tensor, bits: int) -> Tensor:
+    """The logical shift; int64 has the arithmetic one, which copies the sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 that has the lowest 64 bits of an integer of any size or sign."""
+    word &= _MASK
+    return word - (1 << 64) if word >> 63 else word
+
+
+def as_words(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Integers of any size or sign -> int64 [len(values)] on the device, each reduced to its lowest 64 bits."""
+    if isinstance(values, Tensor):
+        return values.to(device, torch.int64)
+    return torch.tensor([_signed(value) for value in values], dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _on_device(tokens: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [len(tokens)], copied once, so that no step copies a list to the device."""
+    with torch.inference_mode(False):  # made while generating, it serves where gradients are recorded too
+        return torch.tensor(tokens, dtype=torch.int64, device=device)
+
+
+class Sampler:
+    """`sample` prepared for one set of parameters on one device.
+
+    A call reads nothing from the host and makes no tensor there, and its shapes do not depend on data: it can be captured in a CUDA graph.
+    A row's token does not depend on the other rows. Weights are added up in fixed point, where the order of a sum, which
+    differs between devices and batch sizes, cannot matter.
+    """
+
+    def __init__(self, params: SamplingParams, device: torch.device) -> None:
+        self.params = params
+        self._suppressed = _on_device(params.suppress_tokens, device) if params.suppress_tokens else None
+
+    @property
+    def needs_noise(self) -> bool:
+        """False for greedy decoding."""
+        return self.params.temperature > 0.0
+
+    @property
+    def needs_seen(self) -> bool:
+        """True with a repetition penalty."""
+        return self.params.repetition_penalty != 1.0
+
+    def __call__(self, logits: Tensor, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """logits [B, V] -> next tokens [B] int64. noise [B]: fp32 in [0, 1), needed unless greedy; seen [B, V] bool as in `sample`."""
+        params, logits = self.params, logits.float()
+        if self._suppressed is not None:
+            logits = logits.index_fill(1, self._suppressed, -math.inf)
+        if self.needs_seen and seen is not None:
+            penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        if not self.needs_noise:
+            return logits.argmax(-1)
+        assert noise is not None, "a temperature above 0 needs noise"
+
+        # Sorted from the most likely down, whose weight is 1; every filter then keeps a prefix.
+        scores, tokens = logits.topk(params.top_k or logits.shape[1], dim=-1)
+        weights = ((scores - scores[:, :1]) / params.temperature).exp()
+        fixed = (weights * _ONE).long()
+        if params.top_p < 1.0:
+            reached = fixed.cumsum(-1)
+            fixed = fixed.masked_fill((reached - fixed).float() >= params.top_p * reached[:, -1:].float(), 0)
+        if params.min_p > 0.0:
+            fixed = fixed.masked_fill(weights < params.min_p, 0)
+        cumulative = fixed.cumsum(-1).float()
+        # Inverse transform: the first token whose cumulative weight exceeds the noise's share of the total. There is one: noise is at
+        # most 1 - 2^-24, and that much of an fp32 number is below it after rounding too. It has a weight: others repeat the sum before.
+        rank = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+        return tokens.gather(1, rank).squeeze(1)
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    seeds: Sequence[int] | Tensor,
+    positions: Sequence[int] | Tensor,
+    seen: Tensor | None = None,
+) -> Tensor:
     """logits [B, V] -> next tokens [B] int64.
 
-    seeds and positions [B]: the seed of each row, and the index in its own text of the token that is drawn. seen [B, V] bool: tokens
-    that already occur in the row (needed for the repetition penalty only).
+    seeds and positions [B]: the seed of each row, and the index in its own text of the token that is drawn; lists, or int64
+    tensors, with which nothing comes from the host. seen [B, V] bool: tokens that already occur in the row (needed for the
+    repetition penalty only). Tokens of exactly equal score at the edge of top_k are taken as torch.topk orders them.
     """
-    logits = logits.float()
-    if params.suppress_tokens:
-        logits = logits.index_fill(1, torch.tensor(params.suppress_tokens, device=logits.device), -math.inf)
-    if params.repetition_penalty != 1.0 and seen is not None:
-        penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
-    if params.temperature == 0.0:
-        return logits.argmax(-1)
-
-    # Sorted from the most likely down; every filter then keeps a prefix.
-    scores, tokens = logits.topk(params.top_k or logits.shape[1], dim=-1)
-    probabilities = torch.softmax(scores / params.temperature, dim=-1)
-    if params.top_p < 1.0:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
-    if params.min_p > 0.0:
-        probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities[:, :1], 0.0)
-    cumulative = probabilities.cumsum(-1)
-    noise = torch.tensor([uniform(seed, position) for seed, position in zip(seeds, positions, strict=True)], device=logits.device)
-    # Inverse transform: the first token whose cumulative probability exceeds the noise. Excluded tokens add nothing to the sum.
-    rank = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1  # rounding may leave the noise on the total itself
-    return tokens.gather(1, torch.minimum(rank, last)).squeeze(1)
+    sampler = Sampler(params, logits.device)
+    noise = None
+    if sampler.needs_noise:
+        if isinstance(seeds, Tensor) or isinstance(positions, Tensor):
+            noise = uniforms(as_words(seeds, logits.device), as_words(positions, logits.device))
+        else:  # a few integers of Python's are hashed sooner than thirty small operations are started
+            noise = torch.tensor([uniform(seed, position) for seed, position in zip(seeds, positions, strict=True)], device=logits.device)
+    return sampler(logits, noise, seen)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.cli import LoadError, UsageError, run_command
-from smollm2.generate import main as generate_main
+from smollm2.generate_command import main as generate_main
 from smollm2.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

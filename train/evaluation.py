@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smollm2.engine import Engine
 from smollm2.generate import generate
 from smollm2.model import IGNORE_INDEX, SmolLM2ForCausalLM, shift_labels
 from smollm2.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -
             temperature=config.sample_temperature,
             seed=config.seed + index,
             suppress_tokens=banned,
+            engine=Engine(model),  # not captured: a graph would keep memory that training needs
         )
         texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=True))
     model.train()

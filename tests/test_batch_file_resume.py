@@ -1,0 +1,206 @@
+"""A command that is killed or interrupted and given again leaves what an undisturbed one leaves; one with other options is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, load_tokenizer
+from smollm2.batch_file import run_file
+from smollm2.cli import LoadError, UsageError
+from smollm2.sampling import SamplingParams
+from smollm2.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS = SamplingParams(temperature=1.0, top_k=50, suppress_tokens=(1, 2))
+COMMAND = """
+import sys
+from smollm2 import SmolLM2ForCausalLM, load_tokenizer
+from smollm2.batch_file import run_file
+from smollm2.cli import run_command
+from smollm2.sampling import SamplingParams
+
+def main(argv):
+    model = SmolLM2ForCausalLM.from_pretrained(argv[0], "torch", "cpu")
+    params = SamplingParams(temperature=1.0, top_k=50, suppress_tokens=(1, 2))
+    run_file(model, load_tokenizer(argv[0]), argv[1], argv[2], params=params, max_new_tokens=150, slots=2)
+    return 0
+
+sys.exit(run_command(main))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
+    torch.manual_seed(0)
+    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=300, initializer_range=0.3)).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = [{"prompt": "the quick brown fox " * (1 + index % 5) + str(index)} for index in range(16)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path):
+    return SmolLM2ForCausalLM.from_pretrained(checkpoint, "torch", "cpu").eval(), load_tokenizer(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(loaded, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The lines of an undisturbed run, in the order of the prompts."""
+    output = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=150, slots=8)
+    return in_order(output)
+
+
+def in_order(path: Path) -> list[str]:
+    return sorted(path.read_text(encoding="utf-8").splitlines(), key=lambda line: json.loads(line)["index"])
+
+
+def start(checkpoint: Path, prompts: Path, output: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(checkpoint), str(prompts), str(output)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_lines(process: subprocess.Popen[str], output: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not output.exists() or output.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_and_given_again_the_lines_are_those_of_an_undisturbed_run(checkpoint, prompts, undisturbed, tmp_path) -> None:
+    output, done = tmp_path / "out.jsonl", 0
+    for lines in (2, 5):
+        process = start(checkpoint, prompts, output)
+        wait_for_lines(process, output, lines)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        done = output.read_bytes().count(b"\n")
+        assert lines <= done < 16, "it was to be killed in the middle"
+    with output.open("ab") as file:
+        file.write(undisturbed[0].encode()[:-20])  # as if the kill had come within a write
+    process = start(checkpoint, prompts, output)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert f"{done} of 16 prompts are answered; going on with {16 - done}" in error
+    assert in_order(output) == undisturbed
+
+
+def test_interrupted_it_says_how_to_go_on_and_exits_with_130(checkpoint, prompts, undisturbed, loaded, tmp_path) -> None:
+    output = tmp_path / "out.jsonl"
+    process = start(checkpoint, prompts, output)
+    wait_for_lines(process, output, 2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    done = output.read_bytes().count(b"\n")
+    assert process.returncode == 130 and "Traceback" not in error
+    assert f"{done} of 16 prompts are answered in {output}; the same command goes on from there" in error
+    summary = run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=150, slots=3)
+    assert (summary.resumed, summary.rows) == (done, 16 - done)
+    assert in_order(output) == undisturbed
+
+
+def test_a_finished_output_is_left_as_it_is(loaded, prompts, undisturbed, tmp_path, capsys) -> None:
+    output = tmp_path / "out.jsonl"
+    for number in range(2):
+        summary = run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=150)
+        assert (summary.rows, summary.resumed) == ((16, 0) if number == 0 else (0, 16))
+    assert "16 of 16 prompts are answered; going on with 0" in capsys.readouterr().err
+    assert in_order(output) == undisturbed
+
+
+@pytest.fixture
+def begun(loaded, undisturbed, prompts, tmp_path) -> Path:
+    """An output with three of the sixteen lines."""
+    output = tmp_path / "out.jsonl"
+    run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=150)
+    output.write_text("".join(line + "\n" for line in undisturbed[3:6]), encoding="utf-8")
+    return output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(max_new_tokens=151), r"with max_new_tokens \(150, now 151\)"),
+        (dict(seed=1), r"with seed \(0, now 1\)"),
+        (dict(stop=["x"]), r'with stop \(\[\], now \["x"\]\)'),
+        (dict(params=SamplingParams(temperature=0.5, top_k=50, suppress_tokens=(1, 2))), r"with temperature \(1.0, now 0.5\)"),
+        (dict(made_with={"quantize": "int8"}), r'with quantize \(null, now "int8"\)'),
+        (dict(resume=False), "is not empty; choose another --output, or delete it"),
+    ],
+)
+def test_other_options_are_refused_by_name(loaded, prompts, begun, change, message) -> None:
+    before = begun.read_bytes()
+    with pytest.raises(UsageError, match=message):
+        run_file(*loaded, prompts, begun, **{"params": PARAMS, "max_new_tokens": 150, **change})
+    assert begun.read_bytes() == before
+
+
+def test_other_prompts_and_another_model_are_refused(loaded, prompts, begun, tmp_path) -> None:
+    model, tokenizer = loaded
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(prompts.read_bytes() + b'{"prompt": "one more"}\n')
+    with pytest.raises(UsageError, match=r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output, or"):
+        run_file(model, tokenizer, other, begun, params=PARAMS, max_new_tokens=150)
+    torch.manual_seed(1)
+    another = SmolLM2ForCausalLM(model.config, "torch").eval()
+    with pytest.raises(UsageError, match="with another model"):
+        run_file(another, tokenizer, prompts, begun, params=PARAMS, max_new_tokens=150)
+
+
+def test_an_output_that_is_not_ours_or_is_damaged_is_refused(loaded, prompts, begun, undisturbed, tmp_path) -> None:
+    options = dict(params=PARAMS, max_new_tokens=150)
+    foreign = tmp_path / "notes.jsonl"
+    foreign.write_text("mine\n")
+    with pytest.raises(UsageError, match=r"is not empty, and without notes\.jsonl\.run\.json it cannot be continued"):
+        run_file(*loaded, prompts, foreign, **options)
+    assert foreign.read_text() == "mine\n"
+    for line in ("\0\0\0", '{"index": 99}', '{"index": "3"}', "[]", undisturbed[3]):
+        begun.write_text(f"{undisturbed[3]}\n{line}\n{undisturbed[4]}\n", encoding="utf-8")
+        with pytest.raises(LoadError, match=r"out\.jsonl, line 2: not a line of this command"):
+            run_file(*loaded, prompts, begun, **options)
+
+
+def test_a_deleted_output_begins_anew_with_other_options(loaded, prompts, begun) -> None:
+    begun.unlink()
+    summary = run_file(*loaded, prompts, begun, params=SamplingParams(), max_new_tokens=2)
+    assert (summary.rows, summary.resumed) == (16, 0)
+
+
+def test_two_commands_cannot_write_one_output(loaded, prompts, begun) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="this system has no file locks of this kind")
+    with begun.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another command is writing to it"):
+            run_file(*loaded, prompts, begun, params=PARAMS, max_new_tokens=150)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_said(loaded, prompts, tmp_path, monkeypatch) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(full, data))
+    with pytest.raises(LoadError, match="cannot be written: No space left on device; make room"):
+        run_file(*loaded, prompts, tmp_path / "out.jsonl", params=PARAMS, max_new_tokens=2)
+    monkeypatch.undo()
+    os.close(full)

@@ -1,0 +1,180 @@
+"""A decode loop gives the tokens of the eager loop: every way to choose, every chunk, ends anywhere, one loop for many prompts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
+
+from smollm2 import SmolLM2ForCausalLM
+from smollm2.captured import DecodeLoop, DecodeLoops, captured_steps
+from smollm2.engine import Engine
+from smollm2.sampling import SamplingParams
+
+LENGTHS = (9, 1, 30, 17)
+SEEDS = [7, -3, 7, 1 << 70]
+
+
+@pytest.fixture(scope="module")
+def model() -> SmolLM2ForCausalLM:
+    return tiny_model()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize(
+    "params",
+    [GREEDY, SAMPLED, EVERYTHING, SamplingParams(repetition_penalty=1.5), SamplingParams(suppress_tokens=tuple(range(0, 512, 2)))],
+    ids=["greedy", "sampled", "everything", "penalty", "suppressed"],
+)
+def test_tokens_are_those_of_the_eager_loop(model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int) -> None:
+    ids, mask = prompts(LENGTHS)
+    expected = eager(model, ids, mask, SEEDS, params=params, max_new_tokens=23)  # no multiple of a chunk
+    found = looped(DecodeLoops(Engine(model), chunk), ids, mask, SEEDS, params=params, max_new_tokens=23)
+    assert len(expected) == 23 and len({token for step in expected for token in step}) > 10
+    assert found == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
+def test_rows_end_where_the_eager_loop_ends_them(model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int) -> None:
+    """Several end tokens, so that rows end at different steps, in the middle of chunks; the pad is no token of the text."""
+    ids, mask = prompts(LENGTHS)
+    free = eager(model, ids, mask, SEEDS, params=params, max_new_tokens=40)
+    ends = [free[2][0], free[6][1], free[13][2], free[21][3]]
+    options = dict(params=params, max_new_tokens=40, eos_token_ids=ends, pad_token_id=511)
+    expected = eager(model, ids, mask, SEEDS, **options)
+    assert 2 < len(expected) < 40 and sum(511 in step for step in expected) > 1, "the case must have rows that end apart"
+    assert looped(DecodeLoops(Engine(model), chunk), ids, mask, SEEDS, **options) == expected
+
+
+@pytest.fixture
+def as_if_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's part of a captured loop without a GPU: what is replayed is the step itself, and a chunk is read when the next has run."""
+    plain = DecodeLoop.__init__
+
+    def initialise(self: DecodeLoop, *args: Any) -> None:
+        plain(self, *args)
+        self.captures, self._pinned = True, [torch.zeros_like(self.output) for _ in range(2)]
+
+    def capture(self: DecodeLoop, step: Any) -> None:
+        self._warm_up(step)
+        step.graph = SimpleNamespace(replay=lambda: self._advance(step))
+
+    monkeypatch.setattr(DecodeLoop, "__init__", initialise)
+    monkeypatch.setattr(DecodeLoop, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
+def test_reading_a_chunk_behind_gives_the_same_tokens(
+    model: SmolLM2ForCausalLM, as_if_captured: None, params: SamplingParams, chunk: int
+) -> None:
+    loops = DecodeLoops(Engine(model), chunk)
+    for seed in (1, 2):
+        ids, mask = prompts(LENGTHS, seed)
+        free = eager(model, ids, mask, SEEDS, params=params, max_new_tokens=39)
+        assert looped(loops, ids, mask, SEEDS, params=params, max_new_tokens=39) == free
+        ends = [free[2][0], free[6][1], free[13][2], free[21][3]]
+        options = dict(params=params, max_new_tokens=39, eos_token_ids=ends, pad_token_id=511)
+        expected = eager(model, ids, mask, SEEDS, **options)
+        assert len(expected) < 39
+        assert looped(loops, ids, mask, SEEDS, **options) == expected
+    assert len(loops.idle) == 1
+
+
+def test_the_pad_may_be_the_end_token_and_the_first_token_may_end_a_row(model: SmolLM2ForCausalLM) -> None:
+    ids, mask = prompts((5, 8))
+    first = eager(model, ids, mask, [0, 1], params=GREEDY, max_new_tokens=1)[0]
+    options = dict(params=GREEDY, max_new_tokens=20, eos_token_ids=[first[0]], pad_token_id=first[0])
+    expected = eager(model, ids, mask, [0, 1], **options)
+    assert [step[0] for step in expected] == [first[0]] * len(expected)
+    assert looped(DecodeLoops(Engine(model), 4), ids, mask, [0, 1], **options) == expected
+    options["eos_token_ids"] = first
+    assert looped(DecodeLoops(Engine(model), 4), ids, mask, [0, 1], **options) == [first]
+
+
+@pytest.mark.parametrize("new_tokens", [0, 1, 2, 4, 5, 16, 17])
+def test_any_number_of_new_tokens(model: SmolLM2ForCausalLM, new_tokens: int) -> None:
+    ids, mask = prompts((5, 8))
+    options = dict(params=SAMPLED, max_new_tokens=new_tokens)
+    assert looped(DecodeLoops(Engine(model), 4), ids, mask, [0, 1], **options) == eager(model, ids, mask, [0, 1], **options)
+
+
+def test_an_empty_batch_yields_nothing(model: SmolLM2ForCausalLM) -> None:
+    none = torch.empty(0, 3, dtype=torch.int64)
+    assert list(captured_steps(DecodeLoops(Engine(model)), none, none[:, 0], params=GREEDY, seeds=[], max_new_tokens=4)) == []
+
+
+def test_seeds_may_be_a_tensor(model: SmolLM2ForCausalLM) -> None:
+    ids, mask = prompts((5, 8))
+    steps = captured_steps(DecodeLoops(Engine(model)), ids, mask.sum(1), params=SAMPLED, seeds=torch.tensor([4, -5]), max_new_tokens=12)
+    assert [tokens.tolist() for tokens in steps] == eager(model, ids, mask, [4, -5], params=SAMPLED, max_new_tokens=12)
+
+
+def test_a_row_alone_is_the_row_in_the_batch(model: SmolLM2ForCausalLM) -> None:
+    ids, mask = prompts(LENGTHS)
+    loops = DecodeLoops(Engine(model), 4)
+    batch = looped(loops, ids, mask, SEEDS, params=EVERYTHING, max_new_tokens=20)
+    for row, length in enumerate(LENGTHS):
+        alone = looped(loops, ids[row : row + 1, :length], mask[row : row + 1, :length], [SEEDS[row]], params=EVERYTHING, max_new_tokens=20)
+        assert [step[0] for step in alone] == [step[row] for step in batch]
+
+
+@pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
+def test_nothing_leaks_from_the_prompt_before(model: SmolLM2ForCausalLM, params: SamplingParams) -> None:
+    """One loop: a long text of which all rows ended, NaN and other tokens left everywhere, then a short one."""
+    loops = DecodeLoops(Engine(model), 4)
+    long_ids, long_mask = prompts((40, 33), seed=5)
+    ends = list(range(0, 512, 3))
+    looped(loops, long_ids, long_mask, [1, 2], params=EVERYTHING, max_new_tokens=20, eos_token_ids=ends)
+    (loop,) = loops.idle
+    assert loop.finished.all() and loop.seen.any()
+    loop.cache.keys.fill_(float("nan"))
+    loop.cache.values.fill_(float("nan"))
+    ids, mask = prompts((3, 6), seed=6)
+    found = looped(loops, ids, mask, [3, 4], params=params, max_new_tokens=50)
+    assert loops.idle == [loop], "the test is about one loop"
+    assert found == eager(model, ids, mask, [3, 4], params=params, max_new_tokens=50)
+
+
+def test_a_generation_that_is_given_up_leaves_nothing_behind(model: SmolLM2ForCausalLM) -> None:
+    loops = DecodeLoops(Engine(model), 4)
+    ids, mask = prompts((5, 8))
+    steps = captured_steps(loops, ids, mask.sum(1), params=SAMPLED, seeds=[0, 1], max_new_tokens=40)
+    for _ in range(7):
+        next(steps)
+    steps.close()
+    assert len(loops.idle) == 1
+    assert looped(loops, ids, mask, [0, 1], params=GREEDY, max_new_tokens=40) == eager(
+        model, ids, mask, [0, 1], params=GREEDY, max_new_tokens=40
+    )
+    assert len(loops.idle) == 1
+
+
+def test_two_generations_may_take_turns(model: SmolLM2ForCausalLM) -> None:
+    loops = DecodeLoops(Engine(model), 4)
+    cases = [prompts((5, 8), seed=seed) for seed in (1, 2)]
+    turns = zip(
+        *(captured_steps(loops, ids, mask.sum(1), params=SAMPLED, seeds=[0, 1], max_new_tokens=20) for ids, mask in cases), strict=True
+    )
+    found = [[tokens.tolist() for tokens in pair] for pair in turns]
+    expected = [eager(model, ids, mask, [0, 1], params=SAMPLED, max_new_tokens=20) for ids, mask in cases]
+    assert found == [list(pair) for pair in zip(*expected, strict=True)]
+    assert len(loops.idle) == 2
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_triton_backend_gives_the_same_tokens(params: SamplingParams) -> None:
+    """In the interpreter where there is no GPU, hence few tokens."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model("triton", device)
+    ids, mask = prompts((5, 2))
+    options = dict(params=params, max_new_tokens=4)
+    found = looped(DecodeLoops(Engine(model), 2), ids, mask, [0, 1], **options)
+    assert found == eager(model, ids, mask, [0, 1], **options)
+    assert found == eager(tiny_model("torch", device), ids, mask, [0, 1], **options)

@@ -1,0 +1,85 @@
+"""Captured decoding on a GPU: the eager tokens, no wait inside of a replay, one launch per token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
+
+from smollm2 import SmolLM2ForCausalLM
+from smollm2.captured import Choice, DecodeLoop, DecodeLoops
+from smollm2.engine import Engine
+from smollm2.sampling import SamplingParams
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")]
+
+
+@pytest.fixture(scope="module", params=["torch", "triton"])
+def model(request: pytest.FixtureRequest) -> SmolLM2ForCausalLM:
+    return tiny_model(request.param, "cuda")
+
+
+def started(model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int = 16) -> DecodeLoop:
+    """A captured loop with a prompt in it."""
+    ids, mask = prompts((9, 1, 30))
+    loop = DecodeLoop(Engine(model), 3, 256, chunk)
+    loop.start(ids, mask.sum(1), [1, 2, 3], Choice(params))
+    return loop
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, EVERYTHING], ids=["greedy", "sampled", "everything"])
+def test_captured_tokens_are_the_uncaptured_ones(model: SmolLM2ForCausalLM, params: SamplingParams) -> None:
+    """Several prompts through one loop, with ends in the middle of chunks, and against the eager loop."""
+    loops = DecodeLoops(Engine(model))
+    for seed in (1, 2):
+        ids, mask = prompts((9, 1, 30, 17), seed=seed)
+        free = eager(model, ids, mask, [0, 1, 2, 3], params=params, max_new_tokens=40)
+        ends = [free[2][0], free[6][1], free[13][2], free[37][3]]
+        options = dict(params=params, max_new_tokens=40, eos_token_ids=ends, pad_token_id=511)
+        assert looped(loops, ids, mask, [0, 1, 2, 3], **options) == eager(model, ids, mask, [0, 1, 2, 3], **options)
+    (loop,) = loops.idle
+    assert len(loop._steps) == 2 and all(step.graph is not None for step in loop._steps.values()), "the end tokens differ"
+
+
+def test_a_replay_computes_the_step(model: SmolLM2ForCausalLM) -> None:
+    captured, plain = started(model, SAMPLED), started(model, SAMPLED)
+    assert plain._step is not None
+    plain._step = replace(plain._step, graph=None)
+    for loop in (captured, plain):
+        loop.run(16)
+    assert torch.equal(captured.read_back(16).wait(), plain.read_back(16).wait())
+    assert torch.equal(captured.cache.lengths, plain.cache.lengths)
+
+
+@pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
+def test_nothing_waits_for_the_device_in_a_chunk(model: SmolLM2ForCausalLM, params: SamplingParams) -> None:
+    loop = started(model, params)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop.run(16)
+        first = loop.read_back(16)
+        loop.run(16)
+        second = loop.read_back(16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.equal(first.wait(), second.wait())
+
+
+def test_a_token_is_one_launch(model: SmolLM2ForCausalLM) -> None:
+    loop = started(model, GREEDY)
+    loop.run(16)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        loop.run(16)
+        torch.cuda.synchronize()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["cudaGraphLaunch"] == 16
+    assert calls.get("cudaLaunchKernel", 0) + calls.get("cuLaunchKernelEx", 0) <= 1, "only the output's position is set outside"
+
+
+def test_the_capture_states_its_cost(model: SmolLM2ForCausalLM) -> None:
+    assert "2 steps to warm up took" in started(model, GREEDY).describe()

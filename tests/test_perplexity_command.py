@@ -1,0 +1,125 @@
+"""`python -m smollm2.perplexity`: its figures, its JSON, and mistakes as one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, load_tokenizer
+from smollm2.cli import run_command
+from smollm2.perplexity import main, perplexity
+from smollm2.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "the quick brown fox jumps over the lazy dog, naïve 漢字 <|im_end|>\n" * 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
+    torch.manual_seed(0)
+    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=304)).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], checkpoint: Path, *argv: str) -> tuple[int, str, str]:
+    try:
+        code = run_command(main, ["--model", str(checkpoint), "--device", "cpu", *argv])
+    except SystemExit as leaving:  # argparse
+        code = int(leaving.code or 0)
+    return code, *capsys.readouterr()
+
+
+def test_the_figures_are_those_of_the_function(checkpoint, tmp_path, capsys) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    code, out, _ = run(capsys, checkpoint, "--dtype", "fp32", "--window", "128", "--stride", "32", str(path))
+    model = SmolLM2ForCausalLM.from_pretrained(checkpoint, "torch", "cpu").eval()
+    ids = load_tokenizer(checkpoint).encode(TEXT, special=False)
+    score, size = perplexity(model, ids, 128, 32), len(TEXT.encode())
+    assert code == 0
+    assert out.splitlines() == [
+        f"nats/token  {score.nats / (len(ids) - 1):.4f}",
+        f"perplexity  {math.exp(score.nats / (len(ids) - 1)):.3f}",
+        f"bits/byte   {score.nats / math.log(2) / size:.4f}",
+        f"tokens      {len(ids):,}, {len(ids) - 1:,} scored; {size:,} bytes",
+        f"windows     {score.windows} of 128 tokens, stride 32",
+    ]
+
+
+def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    code, out, _ = run(capsys, checkpoint, "--dtype", "fp32", "--json", str(tmp_path / "a.txt"), "--text", "the lazy dog")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["window"], found["stride"], found["dtype"], found["quantize"]) == (512, 256, "float32", "none")
+    assert [part["text"] for part in found["texts"]] == [str(tmp_path / "a.txt"), "--text 1"]
+    for key in ("tokens", "scored", "bytes", "windows"):
+        assert found[key] == sum(part[key] for part in found["texts"])
+    nats = sum(part["nats_per_token"] * part["scored"] for part in found["texts"])
+    assert found["nats_per_token"] == pytest.approx(nats / found["scored"], rel=1e-9)
+    assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]), rel=1e-9)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"], rel=1e-9)
+    code, out, _ = run(capsys, checkpoint, str(tmp_path / "a.txt"), "--text", "the lazy dog")
+    assert code == 0 and out.splitlines()[0].startswith(f"{tmp_path / 'a.txt'}: ") and out.splitlines()[1].startswith("--text 1: ")
+
+
+def test_standard_input_is_a_text(checkpoint, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert run(capsys, checkpoint, "-") == run(capsys, checkpoint, "--text", TEXT)
+
+
+def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(checkpoint, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))  # where quantised weights are kept
+    options = "--json", "--dtype", "bf16", "--text", TEXT
+    plain, quantised = (json.loads(run(capsys, checkpoint, *options, "--quantize", kind)[1]) for kind in ("none", "int8"))
+    assert (plain["quantize"], quantised["quantize"]) == ("none", "int8")
+    assert plain["scored"] == quantised["scored"]
+    assert 0 < abs(quantised["nats_per_token"] / plain["nats_per_token"] - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], 2, ["text: expected files", "got none"]),
+        (["--text", ""], 2, ["--text 1", "expected some text"]),
+        (["--text", "t"], 2, ["--text 1", "at least 2 tokens", "got [1]"]),
+        (["--text", "the fox", "--stride", "600"], 2, ["stride", "512", "got 600"]),
+        (["--text", "the fox", "--window", "1024"], 2, ["window", "2 to 512", "got 1024"]),
+        (["no-such-file.txt"], 1, ["no-such-file.txt", "cannot be read", "--text"]),
+        (["."], 1, ["cannot be read"]),
+        (["--text", "the fox", "--backend", "trition"], 2, ["unknown backend 'trition'"]),
+        (["--text", "the fox", "--quantize", "int3"], 2, ["--quantize", "see --help"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+)
+def test_a_mistake_is_one_line_and_its_code(checkpoint, capsys, argv, code, words) -> None:
+    found, out, error = run(capsys, checkpoint, *argv)
+    assert (found, out) == (code, "")
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_a_file_that_is_no_utf8_is_named(checkpoint, tmp_path, capsys) -> None:
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    code, _, error = run(capsys, checkpoint, str(tmp_path / "latin.txt"))
+    assert code == 1 and "latin.txt: expected text in UTF-8" in error and error.count("\n") == 1
+
+
+def test_it_runs_as_a_module(checkpoint) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "smollm2.perplexity", "--model", str(checkpoint), "--text", "the quick brown fox"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("nats/token") and done.stderr == ""

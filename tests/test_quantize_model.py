@@ -1,0 +1,130 @@
+"""A whole model quantised: the same forward pass, cached per source, made anew when the weights change; and the command."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, quantize
+from smollm2.checkpoint import load_model, save_model
+from smollm2.cli import UsageError, run_command
+from smollm2.quantize import Int4Weight, Int8Weight, dequantize, logits_of, main, quantized_layers
+from smollm2.tokenizer import train_tokenizer
+
+CONFIG = SmolLM2Config.preset("tiny")
+MATRICES = ("qkv", "o", "gate_up", "down")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
+    save_model(SmolLM2ForCausalLM(CONFIG, backend="torch"), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def no_more_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantises both kinds, and then forbids that it is done again."""
+    for kind in quantize.KINDS:
+        quantized_layers(load_model(folder, "torch", dtype="bf16"), kind)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("quantised again")
+
+    monkeypatch.setattr(quantize, "quantize_all", refuse)
+
+
+def test_the_forward_pass_is_the_models_own() -> None:
+    model = SmolLM2ForCausalLM(CONFIG, backend="torch").eval()
+    ids = torch.randint(512, (2, 9))
+    assert torch.allclose(logits_of(model, model.pack(), model.lm_head.weight.detach(), ids), model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("int8", Int8Weight), ("int4", Int4Weight)])
+def test_each_matrix_is_quantised_and_the_norms_are_not(kind: str, cls: type, folder: Path) -> None:
+    model = load_model(folder, "torch", dtype="bf16")
+    layers, head = quantized_layers(model, kind)
+    assert len(layers) == CONFIG.num_hidden_layers and isinstance(head, Int8Weight)
+    step = 1 / 127 if kind == "int8" else 2 / 15  # of the largest weight
+    for plain, layer in zip(model.pack(), layers, strict=True):
+        assert torch.equal(layer.input_norm, plain.input_norm) and torch.equal(layer.post_norm, plain.post_norm)
+        for matrix in MATRICES:
+            weight, quantised = getattr(plain, matrix), getattr(layer, matrix)
+            assert isinstance(quantised, cls)
+            error = (dequantize(quantised).float() - weight.float()).abs().max()
+            assert 0 < error <= (step / 2 + 3 * 2**-9) * weight.float().abs().max()  # scale, zero and the result are bfloat16
+
+
+@pytest.mark.usefixtures("no_more_work")
+def test_a_second_start_maps_what_the_first_one_made(folder: Path, tmp_path: Path) -> None:
+    for kind in quantize.KINDS:
+        model = load_model(folder, "torch", dtype="bf16")
+        layers, head = quantized_layers(model, kind)
+        (entry,) = (tmp_path / "cache").glob(f"{kind}-*")
+        tensors = [*head, *layers[0].qkv, *layers[1].down]
+        assert {tensor.untyped_storage().nbytes() for tensor in tensors} == {(entry / "model.safetensors").stat().st_size}
+        assert torch.equal(head[0], quantize.quantize_rows(model.lm_head.weight.detach())[0])
+
+
+@pytest.mark.usefixtures("no_more_work")
+def test_another_dtype_a_changed_model_and_a_changed_file_are_quantised_again(folder: Path) -> None:
+    with pytest.raises(AssertionError, match="quantised again"):
+        quantized_layers(load_model(folder, "torch", dtype="fp32"))
+    trained = load_model(folder, "torch", dtype="bf16")
+    with torch.no_grad():
+        trained.model.layers[0].mlp.down_proj.weight.mul_(2)
+    with pytest.raises(AssertionError, match="quantised again"):
+        quantized_layers(trained)
+    path = folder / "model.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with pytest.raises(AssertionError, match="quantised again"):
+        quantized_layers(load_model(folder, "torch", dtype="bf16"))
+
+
+def test_a_changed_source_replaces_its_entry(folder: Path, tmp_path: Path) -> None:
+    quantized_layers(load_model(folder, "torch"))
+    (before,) = (tmp_path / "cache").iterdir()
+    save_model(SmolLM2ForCausalLM(CONFIG, backend="torch"), folder)
+    model = load_model(folder, "torch")
+    _, head = quantized_layers(model)
+    (after,) = (tmp_path / "cache").iterdir()
+    assert after != before
+    assert torch.equal(head[0], quantize.quantize_rows(model.lm_head.weight.detach())[0])
+
+
+def test_a_model_from_nowhere_is_quantised_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
+    quantized_layers(SmolLM2ForCausalLM(CONFIG, backend="torch"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_other_devices_and_unknown_kinds_are_refused() -> None:
+    model = SmolLM2ForCausalLM(CONFIG, backend="torch")
+    with pytest.raises(UsageError, match="quantize: expected one of none, int8, int4, got 'int2'"):
+        quantized_layers(model, "int2")
+    with pytest.raises(
+        UsageError, match="quantize=int8 runs on the CPU only, the model is on meta; use quantize=none there, or device=cpu"
+    ):
+        quantized_layers(model.to("meta"))
+
+
+def test_the_command_prints_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer(["the class statement", "a def is executed"] * 50, 300).save(folder)
+    assert run_command(main, ["--model", str(folder), "--windows", "2", "--length", "16"]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert "2 windows of 16 tokens" in head
+    table = {row.split()[0]: [float(cell) for cell in row.replace("%", "").split()[1:]] for row in rows}
+    assert list(table) == ["fp32", "bf16", "int8", "int4"]
+    assert table["fp32"][2] == 100.0
+    for nats, perplexity, agreement, _ in table.values():
+        assert math.exp(nats) == pytest.approx(perplexity, rel=1e-3)
+        assert 0 <= agreement <= 100
+    for name in ("bf16", "int8"):
+        assert table[name][0] == pytest.approx(table["fp32"][0], abs=0.1)
+    megabytes = [row[3] for row in table.values()]
+    assert megabytes == sorted(megabytes, reverse=True)
+    assert run_command(main, ["--model", str(folder), "--windows", "0"]) == 2
