@@ -33,7 +33,6 @@ def done(phase):
     seconds[phase], last = now - last, now
 
 done("interpreter")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as smollm2 sets it
 import torch
 done("import torch")
 import smollm2

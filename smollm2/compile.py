@@ -16,8 +16,8 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,16 +88,17 @@ def build_package(engine: Engine) -> Path:
     keys, values = ([torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)] for _ in range(2))
     tokens = torch.export.Dim("tokens", min=2, max=config.max_position_embeddings)
     flat = weights.flat()
-    program = torch.export.export(
-        # Training's settings do not belong into a graph.
-        DecodeStep(replace(config), dtype, weights.head.scales is not None),
-        (torch.tensor([0]), torch.tensor([_EXAMPLE_TOKENS]), flat, keys, values),
-        dynamic_shapes=(None, None, [None] * len(flat), [{0: tokens}] * len(keys), [{0: tokens}] * len(values)),
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder, "step.pt2")))
-        Path(made).replace(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about its own code
+        program = torch.export.export(
+            DecodeStep(config, dtype, weights.head.scales is not None),
+            (torch.tensor([0]), torch.tensor([_EXAMPLE_TOKENS]), flat, keys, values),
+            dynamic_shapes=(None, None, [None] * len(flat), [{0: tokens}] * len(keys), [{0: tokens}] * len(values)),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder, "step.pt2")))
+            Path(made).replace(path)
     print(f"compiled in {time.perf_counter() - began:.0f} s, {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr, flush=True)
     return path
 

@@ -84,7 +84,7 @@ def outside(found: Iterator[Import], allowed: set[str]) -> list[str]:
 def imported_name(requirement: str) -> str:
     """The module that a requirement of pyproject.toml installs."""
     name = re.split(r"[ ;<>=!~\[]", requirement)[0].lower().replace("-", "_")
-    return {"pyyaml": "yaml"}.get(name, name)
+    return {"pyyaml": "yaml", "llama_cpp_python": "llama_cpp"}.get(name, name)
 
 
 def run_python(code: str, *, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,223 @@
+"""`python -m bench.generate` at toy size, and the pieces that its figures are made of."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import gguf_files
+import pytest
+import torch
+
+from bench import generate, generate_peers
+from bench.bench_generate import Playback
+from bench.generate import Row
+from bench.generate_peers import Variant
+from smollm2.cli import UsageError
+from smollm2.config import SmolLM2Config
+from smollm2.model import SmolLM2ForCausalLM
+
+MODES = ("eager fp32", "eager bf16", "eager int8", "captured fp32")
+PEERS = ("transformers fp32", "transformers bf16")
+
+
+def run(project_root, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bench.generate", *arguments],
+        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, project_root):
+    """(stdout, pytest-benchmark's JSON) of a run at toy size."""
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    path = tmp_path_factory.mktemp("generate") / "generate.json"
+    done = run(project_root, "--tiny", "--device", "cpu", "--json", str(path), "--modes", *MODES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_case_has_a_prefill_and_a_decode_figure_of_every_variant(measured):
+    stdout, content = measured
+    found = {(entry["group"], entry["extra_info"]["variant"]) for entry in content["benchmarks"]}
+    groups = {f"{phase}, batch {batch}, prompt {prompt}" for phase in ("prefill", "decode") for batch in (1, 2) for prompt in (4, 9)}
+    assert found == {(group, name) for group in groups for name in (*MODES, *PEERS)}
+    assert generate.TINY_NOTE in stdout
+    assert all(f"batch {batch}, prompt {prompt}" in stdout for batch in (1, 2) for prompt in (4, 9))
+
+
+def test_a_figure_carries_what_makes_it_worth_something(measured):
+    for entry in measured[1]["benchmarks"]:
+        facts = entry["extra_info"]
+        assert {"device", "versions", "commit", "threads", "wait_policy", "dtype", "output_hash"} <= facts.keys()
+        tokens = facts["batch"] * (facts["prompt_tokens"] if facts["phase"] == "prefill" else 1)
+        assert facts["tokens_per_second"] == pytest.approx(tokens / entry["stats"]["median"], rel=1e-3)
+        if facts["phase"] == "decode":
+            assert facts["bytes_per_token"] > 0 and facts["percent_of_roof"] > 0
+
+
+def test_in_fp32_all_put_out_the_same_tokens(measured):
+    """Transformers included: the hash beside a speed says that it is the speed of the same work."""
+    for batch in (1, 2):
+        for prompt in (4, 9):
+            facts = [
+                entry["extra_info"] for entry in measured[1]["benchmarks"] if entry["group"] == f"decode, batch {batch}, prompt {prompt}"
+            ]
+            exact = {one["variant"]: one["output_hash"] for one in facts if one["variant"].endswith("fp32")}
+            assert len(exact) == 3 and len(set(exact.values())) == 1
+            assert all(one["agreement_with_fp32_eager"] == 1.0 for one in facts if one["variant"] in exact)
+
+
+def test_what_is_not_available_is_a_row_with_its_reason(monkeypatch):
+    def absent(*arguments, **options):
+        raise UsageError("transformers is not installed; pip install transformers")
+
+    monkeypatch.setattr(generate_peers, "transformers_variant", absent)
+    said: list[str] = []
+    plan = generate.Plan(device=torch.device("cpu"), modes=("eager fp32",), tiny=True, say=said.append)
+    rows = plan.rows((1, 4))
+    assert list(rows) == ["eager fp32", *PEERS] and not rows["eager fp32"].failed
+    assert all(rows[name].failed == "not available: transformers is not installed; pip install transformers" for name in PEERS)
+    assert "pip install transformers" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["--new-tokens", "1"], "--new-tokens: expected at least 2, got 1"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--modes", "fast"], "invalid choice: 'fast'"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        generate.main(arguments)
+
+
+class Counted:
+    """Turns of a fake variant, which note when they ran."""
+
+    def __init__(self, name, log, tokens, fails=False):
+        self.name, self.log, self.tokens, self.fails = name, log, tokens, fails
+
+    def prefill(self):
+        if self.fails:
+            raise RuntimeError("no kernel\nimage")
+        self.log.append(self.name)
+        return self.tokens[:, :1]
+
+    def decode(self, tokens, steps):
+        return self.tokens[:, 1 : 1 + steps]
+
+
+def fake(name, log, tokens, fails=False):
+    return Variant("float32", 1, 1, lambda prompts, new_tokens: Counted(name, log, tokens, fails))
+
+
+def test_variants_take_turns_after_a_first_call_that_does_not_count():
+    log: list[str] = []
+    tokens = torch.arange(6).view(1, 6)
+    variants = {"eager fp32": fake("a", log, tokens), "other": fake("b", log, tokens.clone().index_fill_(1, torch.tensor([3]), 9))}
+    rows = generate.measure(variants, torch.zeros(1, 2, dtype=torch.int64), 6, 3, lambda: 60.0)
+    assert "".join(log) == "aabb" + "abab"  # each once to warm up, then in turns
+    assert all(len(row.prefill) == len(row.decode) == 3 for row in rows.values())
+    assert (rows["eager fp32"].agreement, rows["other"].agreement) == (1.0, 0.5)  # the tokens after a difference do not count
+
+
+def test_no_round_begins_when_no_time_is_left():
+    rows = generate.measure({"eager fp32": fake("a", [], torch.zeros(1, 4))}, torch.zeros(1, 2, dtype=torch.int64), 4, 9, lambda: -1.0)
+    assert len(rows["eager fp32"].decode) == 1
+
+
+def test_a_variant_that_raises_is_a_result_among_others():
+    log: list[str] = []
+    variants = {"broken": fake("x", log, torch.zeros(1, 4), fails=True), "right": fake("a", log, torch.zeros(1, 4))}
+    rows = generate.measure(variants, torch.zeros(1, 2, dtype=torch.int64), 4, 2, lambda: 60.0)
+    assert rows["broken"].failed == "RuntimeError: no kernel image" and not rows["right"].failed
+    assert rows["right"].agreement is None  # nothing to compare with
+    table = generate.show((1, 2), rows, lambda name, seconds: 12.5)
+    assert "RuntimeError: no kernel image" in table and "12.5%" in table
+
+
+def test_comparisons_take_the_best_of_ours_and_say_what_was_not_reached():
+    def row(prefill, decode):
+        return Row([prefill], [decode])
+
+    rows = {
+        "eager bf16": row(1.0, 4.0), "compiled bf16": row(2.0, 1.0), "compiled int8": row(2.0, 1.0), "llama.cpp F16": row(1.5, 1.5),
+        "llama.cpp Q8_0": row(1.0, 1.1), "transformers bf16": Row(failed="not available"),
+    }  # fmt: skip
+    found = generate.comparisons((1, 512), rows)
+    assert found == [
+        "  decode, our best in bf16 over llama.cpp F16: 1.50 x, wanted 1.0 x",
+        "  decode, our best in int8 over llama.cpp Q8_0: 1.10 x, wanted 1.2 x: NOT REACHED",
+        "  prefill, our best in bf16 over llama.cpp F16: 1.50 x, wanted 1.5 x",
+    ]
+    assert not any("wanted" in line for line in generate.comparisons((8, 512), rows))
+
+
+def test_the_hash_is_that_of_the_ids():
+    ids = torch.tensor([[1, 2], [3, 258]])
+    raw = b"".join(value.to_bytes(8, "little") for value in (1, 2, 3, 258))
+    assert (
+        generate.digest(ids) == generate.digest(ids.int()) == generate.digest(ids.T.contiguous().T) == hashlib.sha256(raw).hexdigest()[:12]
+    )
+
+
+def test_a_clock_plays_durations_back():
+    clock = Playback()
+    clock.durations = [0.5, 0.25]
+    readings = [clock() for _ in range(4)]
+    assert [readings[1] - readings[0], readings[3] - readings[2]] == [0.5, 0.25]
+
+
+def test_bytes_of_a_step_are_those_of_the_quantised_weights():
+    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), "torch").bfloat16().eval()
+    plain = generate.engine_variant(generate.select_engine(model, compiled=False))
+    int8 = generate.engine_variant(generate.select_engine(model, quantize="int8", compiled=False))
+    assert plain.weight_bytes == 2 * model.num_parameters()
+    assert plain.weight_bytes / 2 < int8.weight_bytes < 0.6 * plain.weight_bytes
+    config = model.config
+    assert plain.cache_bytes == 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def test_names_and_rows_of_a_gguf_file_are_those_of_an_independent_writer():
+    weights = gguf_files.random_weights()
+    for name in weights:
+        assert generate_peers.gguf_name(name) == gguf_files.gguf_name(name)
+    query = weights["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(generate_peers.interleave_rows(query, 4), gguf_files.interleave_rows(query, 4))
+
+
+@pytest.mark.parametrize("kind", ("F32", "F16", "Q8_0"))
+def test_a_written_gguf_file_is_read_back(kind, tmp_path):
+    from smollm2.gguf import open_gguf
+
+    config, weights = gguf_files.CONFIG, gguf_files.random_weights()
+    generate_peers.write_gguf(tmp_path / "model.gguf", config, weights, kind)
+    file = open_gguf(tmp_path / "model.gguf")
+    assert file.config.replace(bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=1.0) == config.replace(
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=1.0
+    )
+    worst = {"F32": 0.0, "F16": 2**-11, "Q8_0": 1 / 254 + 2**-11}[kind]  # of the largest value of a block
+    for name, tensor in file.tensors().items():
+        assert (tensor - weights[name]).abs().max() <= worst * weights[name].abs().max()
+
+
+def test_llama_cpp_puts_out_the_tokens_of_this_model(tmp_path):
+    pytest.importorskip("llama_cpp", reason="the comparison needs llama-cpp-python")
+    torch.manual_seed(0)
+    model = SmolLM2ForCausalLM(gguf_files.CONFIG, "torch").eval()
+    generate_peers.write_gguf(tmp_path / "model.gguf", model.config, generate_peers.stored_tensors(model), "F32")
+    prompts = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
+    variant = generate_peers.llama_cpp_variant(tmp_path / "model.gguf", model.config, "F32", 1)
+    ours = generate.EngineTurns(generate.Engine(model), prompts, 8)
+    theirs = variant.begin(prompts, 8)
+    for _ in range(2):  # the second time from a cache that is not empty
+        mine, other = ours.prefill(), theirs.prefill()
+        assert torch.equal(mine, other)
+        assert torch.equal(ours.decode(mine, 7), theirs.decode(other, 7))
+    assert variant.weight_bytes == 4 * model.num_parameters()

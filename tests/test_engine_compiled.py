@@ -1,0 +1,139 @@
+"""The compiled decode step: the eager step in other words, in fp32 the same tokens, and found again by what it depends on."""
+
+import shutil
+
+import pytest
+import torch
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2.batch import generate_many
+from smollm2.compile import build_package, find_package, main, package_path
+from smollm2.decode_step import DecodeStep, Matrix, StepWeights
+from smollm2.engine import CompiledEngine, Engine, QuantizedEngine, select_engine, step_weights
+from smollm2.quantize import MATRICES, dequantize
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = SmolLM2Config.preset("tiny", initializer_range=0.3)
+    return SmolLM2ForCausalLM(config, backend="torch").eval()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache folder of its own for the whole module: one compilation serves all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("SMOLLM2_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def compiled(model, cache):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    return select_engine(model, compiled=True)
+
+
+def ids(batch, length, seed=1):
+    return torch.randint(0, 512, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def eager_step(engine, prompt, token):
+    """(logits [V], keys and values that the step added [layers, 2, K, D], what DecodeStep takes) of one more token."""
+    length = prompt.shape[1]
+    cache = engine.allocate(1, length + 1)
+    engine.prefill(prompt, torch.tensor([length]), cache)
+    old = [[layer[0, :length].clone() for layer in tensor] for tensor in (cache.keys, cache.values)]
+    logits = engine.decode(torch.tensor([[token]]), cache)[0, 0]
+    new = torch.stack((cache.keys[:, 0, length], cache.values[:, 0, length]), 1)
+    return logits, new, (torch.tensor([token]), torch.tensor([length]), step_weights(engine).flat(), *old)
+
+
+@pytest.mark.parametrize("length", [2, 17, 300])
+@torch.inference_mode()
+def test_the_step_is_the_eager_step(model, length):
+    logits, new, arguments = eager_step(Engine(model), ids(1, length), 7)
+    ours, ours_new = DecodeStep(model.config, torch.float32, quantized=False)(*arguments)
+    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours_new, new, rtol=1e-5, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_int8_step_is_the_step_with_the_dequantised_weights(model):
+    engine = QuantizedEngine(model, "int8")
+    *_, arguments = eager_step(engine, ids(1, 9), 7)
+    weights = StepWeights.from_flat(arguments[2], model.config.num_hidden_layers, quantized=True)
+    blocks = []
+    for layer, quantised in zip(weights.layers, engine.layers, strict=True):
+        matrices = {name: Matrix(dequantize(getattr(quantised, name))) for name in MATRICES}
+        blocks.append(layer._replace(**matrices))
+    plain = weights._replace(head=Matrix(dequantize(engine.head)), layers=blocks)
+    ours, _ = DecodeStep(model.config, torch.float32, quantized=True)(*arguments)
+    expected, _ = DecodeStep(model.config, torch.float32, quantized=False)(*arguments[:2], plain.flat(), *arguments[3:])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_weights_come_back_from_the_flat_list(model):
+    for engine in (Engine(model), QuantizedEngine(model, "int8")):
+        weights = step_weights(engine)
+        again = StepWeights.from_flat(weights.flat(), model.config.num_hidden_layers, isinstance(engine, QuantizedEngine))
+        assert all(ours is theirs for ours, theirs in zip(again.flat(), weights.flat(), strict=True))
+        assert [layer.down.values.data_ptr() for layer in again.layers] == [layer.down.values.data_ptr() for layer in weights.layers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2)])
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_compiled_is_eager(model, compiled, options, length):
+    prompt = ids(1, length)
+    ours, expected = (
+        generate(model, prompt, max_new_tokens=30, seed=3, eos_token_id=[], engine=engine, **options)
+        for engine in (compiled, Engine(model))
+    )
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.slow
+def test_a_batch_on_the_compiled_engine_is_its_rows(model, compiled):
+    """Batches run eagerly; when one row is left, the compiled step takes over in the middle of its text."""
+    prompts = [row.tolist() for row in ids(3, 12)]
+    together = dict(generate_many(model, prompts, max_new_tokens=[5, 30, 9], slots=3, engine=compiled))
+    for index, (prompt, budget) in enumerate(zip(prompts, (5, 30, 9), strict=True)):
+        alone = generate(model, torch.tensor([prompt]), max_new_tokens=budget, eos_token_id=[], engine=Engine(model))
+        assert together[index] == alone[0, 12:].tolist()
+
+
+@pytest.mark.slow
+def test_a_package_is_used_by_itself_from_then_on(model, compiled, cache):
+    assert isinstance(compiled, CompiledEngine) and "loaded in" in str(compiled)
+    assert find_package(Engine(model)) == package_path(Engine(model)) and str(cache) in str(package_path(Engine(model)))
+    assert isinstance(select_engine(model), CompiledEngine)
+    assert type(select_engine(model, compiled=False)) is Engine
+
+
+def test_the_name_of_a_package_holds_what_it_depends_on(model, cache, monkeypatch):
+    here = package_path(Engine(model))
+    assert package_path(QuantizedEngine(model, "int8")) != here
+    other = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", rms_norm_eps=1e-6), backend="torch")
+    assert package_path(Engine(other)) != here
+    same_sizes = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", pad_token_id=3), backend="torch")
+    assert package_path(Engine(same_sizes)) == here
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert package_path(Engine(model)) != here
+
+
+def test_no_compiler_is_said_before_any_work(model, cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, 'no-such-compiler' was not found"):
+        build_package(
+            Engine(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", hidden_size=32, num_attention_heads=1, num_key_value_heads=1)))
+        )
+
+
+@pytest.mark.slow
+def test_the_command_compiles_once(model, compiled, cache, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    assert main(["--model", str(tmp_path), "--dtype", "fp32"]) == 0
+    assert "is there already; --fresh makes it anew" in capsys.readouterr().err
