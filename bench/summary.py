@@ -127,7 +127,7 @@ def generation_lines(found: dict[str, Any]) -> list[str]:
             lines.append(label + row["failed"])
             continue
         line = f"{label}prefill {row['prefill_tokens_per_second']:11,.0f} tok/s, decode {row['decode_tokens_per_second']:9,.0f}"
-        line += f", decode in a graph {row['graph_decode_tokens_per_second']:9,.0f}" if "graph_decode_tokens_per_second" in row else ""
+        line += f", decode in a graph {row['loop_decode_tokens_per_second']:9,.0f}" if "loop_decode_tokens_per_second" in row else ""
         lines.append(line)
     same = found.get("fp32_agreement")
     title = "generation" + (f": {100 * same['share']:.1f} % of greedy tokens the same on both backends in fp32" if same else "")

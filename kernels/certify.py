@@ -41,7 +41,13 @@ MEMORY_BOUND = {
     "_swiglu_fwd_kernel",
     "_swiglu_bwd_kernel",
     "_softmax_gradient_kernel",
+    "_norm_qkv_rope_kernel",
+    "_norm_gate_up_kernel",
+    "_down_kernel",
+    "_norm_head_kernel",
 }
+# Of a decode step, what is read are weights and what is written are single rows.
+READS_ONLY = {"decode_layer", "decode_head"}
 # Kernels that must use the matrix instruction that their target is built for. Decoding is not among them: its tiles have 16 rows.
 MATRIX_BOUND = {"_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel"}
 
@@ -101,8 +107,8 @@ def faults(rows: Iterable[Row]) -> list[str]:
 
 
 def _stores_rows(row: Row) -> bool:
-    """Whether the kernel writes tensors as large as those it reads; the loss without its gradient does not."""
-    return bool(row["constants"].get("GRADIENT", True))
+    """Whether the kernel writes tensors as large as those it reads; the loss without its gradient does not, nor does a decode step."""
+    return row["op"] not in READS_ONLY and bool(row["constants"].get("GRADIENT", True))
 
 
 def launch_counts(launches: Sequence[Launch]) -> dict[str, dict[str, dict[str, int]]]:

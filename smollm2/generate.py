@@ -10,6 +10,7 @@ What runs the steps is an engine (smollm2/engine.py); the loop is the same for a
 from __future__ import annotations
 
 import codecs
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from smollm2.cli import UsageError, run_command
 from smollm2.engine import Engine, decode, default_engine, prefill
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample
+from smollm2.speculative import Draft, Stats, speculative_steps
 
 if TYPE_CHECKING:
     from smollm2.tokenizer import Tokenizer
@@ -214,21 +216,32 @@ def stream_text(
     seed: int = 0,
     stop: Sequence[str] = (),
     engine: Engine | None = None,
+    draft: Draft | None = None,
+    stats: Stats | None = None,
 ) -> Iterator[str]:
     """Yields the continuation of one prompt as text, piece by piece, up to a stop token or a stop string (neither is included).
 
     A character whose bytes are spread over several tokens is yielded when it is complete; text that may be the beginning of
     a stop string is held back until that is decided. One item comes per generated token, an empty one if nothing is ready.
+    draft guesses ahead (smollm2/speculative.py): the same text in fewer steps, which stats count.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ends = set(model.config.eos_token_ids)
     held = ""
     input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
-    steps = generate_steps(
-        model, input_ids, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=tuple(ends), engine=engine
-    )
-    for step in steps:
-        token = int(step[0])
+    tokens: Iterator[int]
+    if draft is None:
+        steps = generate_steps(
+            model, input_ids, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=tuple(ends), engine=engine
+        )
+        tokens = (int(step[0]) for step in steps)
+    else:
+        runs = speculative_steps(
+            model, input_ids, draft=draft, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=ends, engine=engine,
+            stats=stats,
+        )  # fmt: skip
+        tokens = itertools.chain.from_iterable(runs)
+    for token in tokens:
         if token in ends:
             yield held + decoder.decode(b"", final=True)
             return

@@ -14,6 +14,7 @@ from smollm2.engine import QUANTIZE, Engine, select_engine
 from smollm2.generate import stream_text
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams
+from smollm2.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats
 
 if TYPE_CHECKING:
     from smollm2.tokenizer import Tokenizer
@@ -45,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--backend", default="auto", help="auto, torch, triton, or with single operations replaced: triton,attention=torch")
     add("--quantize", choices=QUANTIZE, default="none", help="weights of the decode steps, on the CPU: int8 halves what is read per token")
     add("--compile", action="store_true", help="compile the decode step for this machine, once: a minute; later runs use it")
+    add("--speculate", type=int, default=0, metavar="N", help="guess N tokens ahead (1 to 15) from the text so far: the same text sooner")
+    add("--draft", metavar="MODEL", help="let a smaller model of the same vocabulary guess ahead instead; 4 tokens unless --speculate says")
     add_arguments(parser)
     add("--verbose", action="store_true", help="say on stderr what was loaded and chosen")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -68,6 +71,10 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--chat without a prompt needs a terminal to converse on; give the question as an argument")
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens: expected a number >= 1, got {args.max_new_tokens}")
+    if not 0 <= args.speculate < MAX_ROWS:
+        raise UsageError(f"--speculate: expected 0 (off) or 1 to {MAX_ROWS - 1} tokens, got {args.speculate}")
+    if args.prompts is not None and (args.speculate or args.draft):
+        raise UsageError("--speculate and --draft serve one prompt at a time, got --prompts; leave them out, or give one prompt")
 
     device = resolve_device(args.device)
     began = time.perf_counter()
@@ -75,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     model = SmolLM2ForCausalLM.from_pretrained(args.model, backend, device, resolve_dtype(args.dtype, device)).eval()
     tokenizer = load_tokenizer(args.model)
     engine = select_engine(model, quantize=args.quantize, compiled=True if args.compile else "auto")
+    draft = _draft(engine, args)
     if args.verbose:
         print(
             f"{args.model}: {model.num_parameters():,} parameters, {model.lm_head.weight.dtype}, {device}, "
@@ -99,15 +107,24 @@ def main(argv: Sequence[str]) -> int:
         )  # fmt: skip
         return 0
     if interactive:
-        return _converse(engine, tokenizer, params, args)
+        return _converse(engine, tokenizer, params, args, draft)
     if args.chat:
         prompt_ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]))
     else:
         prompt_ids = tokenizer.encode(prompt, special=False)
-    _answer(engine, tokenizer, prompt_ids, params, args, echo="" if args.chat else prompt)
+    _answer(engine, tokenizer, prompt_ids, params, args, draft, echo="" if args.chat else prompt)
     if args.verbose and engine.loops is not None:
         print(engine.loops.describe(), file=sys.stderr)
     return 0
+
+
+def _draft(engine: Engine, args: argparse.Namespace) -> Draft | None:
+    """What guesses ahead, as --speculate and --draft say; None where nothing does."""
+    if args.draft is None:
+        return PromptLookup.suited_to(engine, args.speculate) if args.speculate else None
+    weight, backend = engine.model.lm_head.weight, engine.model.backend
+    small = SmolLM2ForCausalLM.from_pretrained(args.draft, backend, weight.device, weight.dtype).eval()
+    return DraftModel(select_engine(small), args.speculate or 4)
 
 
 def _answer(
@@ -116,13 +133,15 @@ def _answer(
     prompt_ids: list[int],
     params: SamplingParams,
     args: argparse.Namespace,
+    draft: Draft | None = None,
     echo: str = "",
 ) -> str:
     """Prints `echo`, one continuation, and its speed; returns the continuation."""
     pieces: list[str] = []
     first = last = 0.0
+    stats = Stats()
     options = dict(max_new_tokens=args.max_new_tokens, params=params, seed=args.seed, stop=args.stop, engine=engine)
-    for piece in stream_text(engine.model, tokenizer, prompt_ids, **options):
+    for piece in stream_text(engine.model, tokenizer, prompt_ids, draft=draft, stats=stats, **options):
         last = time.perf_counter()
         first = first or last
         if not args.no_stream:
@@ -132,10 +151,12 @@ def _answer(
     print(echo + text if args.no_stream else "", flush=True)
     if len(pieces) > 1:  # the first token belongs to the prefill
         print(f"{(len(pieces) - 1) / (last - first):.1f} tok/s", file=sys.stderr)
+        if draft is not None:
+            print(stats, file=sys.stderr)
     return text
 
 
-def _converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, args: argparse.Namespace) -> int:
+def _converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, args: argparse.Namespace, draft: Draft | None) -> int:
     """Reads questions from the terminal until end of input."""
     messages: list[dict[str, str]] = []
     print("Ask something; an empty line or Ctrl-D ends the conversation.", file=sys.stderr)
@@ -147,5 +168,5 @@ def _converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, args
         if not question:
             return 0
         messages.append({"role": "user", "content": question})
-        answer = _answer(engine, tokenizer, tokenizer.encode(tokenizer.apply_chat_template(messages)), params, args)
+        answer = _answer(engine, tokenizer, tokenizer.encode(tokenizer.apply_chat_template(messages)), params, args, draft)
         messages.append({"role": "assistant", "content": answer})

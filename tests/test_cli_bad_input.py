@@ -64,11 +64,30 @@ def test_a_good_command_writes_text_to_stdout_and_speed_to_stderr(checkpoint: Pa
 
 
 @pytest.mark.parametrize(
+    "flags", [["--speculate", "4"], ["--draft", "SELF"], ["--quantize", "int8"], ["--quantize", "int8", "--speculate", "3"]]
+)
+def test_faster_ways_write_text_too(checkpoint: Path, capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    """In fp32 a draft changes nothing of the text; int8 weights may."""
+    flags = [str(checkpoint) if flag == "SELF" else flag for flag in flags]
+    options = "--model", str(checkpoint), "--max-new-tokens", "12", "--device", "cpu", "--dtype", "fp32"
+    code, out, error = run(capsys, *options, *flags, "the the the the")
+    assert code == 0 and out.startswith("the the the the")
+    assert ("accepted" in error) == ("--quantize" not in flags or "--speculate" in flags)
+    if "--quantize" not in flags:
+        assert out == run(capsys, *options, "the the the the")[1]
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
         ([], ["prompt", "expected some text", "got none"]),
         ([""], ["prompt", "expected some text"]),
         (["--chat"], ["--chat", "terminal"]),
+        (["--speculate", "16", "hi"], ["--speculate", "1 to 15", "got 16"]),
+        (["--speculate", "2", "--prompts", "a.txt", "--output", "b.jsonl"], ["--speculate", "one prompt at a time"]),
+        (["--prompts", "a.txt"], ["--prompts", "--output", "together"]),
+        (["--prompts", "a.txt", "--output", "b.jsonl", "hi"], ["got both", "hi"]),
+        (["--quantize", "int4", "--compile", "--device", "cpu", "hi"], ["plain or int8", "int4"]),
         (["--temperature", "-1", "hi"], ["temperature", ">= 0", "-1"]),
         (["--temperature", "nan", "hi"], ["temperature", "nan"]),
         (["--top-k", "301", "hi"], ["top_k", "301", "vocabulary"]),

@@ -274,3 +274,17 @@ def test_the_file_tree_of_the_readme_is_the_repository() -> None:
     kept |= {str(path.relative_to(ROOT)) for path in (ROOT / "train" / "configs").glob("*.yaml")}
     assert sorted(kept - set(tree)) == [], "files that the README does not name"
     assert [name for name, comment in tree.items() if not comment] == [], "every file has its comment"
+
+
+@pytest.mark.parametrize("statement, load, expected", [
+    ("import smollm2", 0.1, "None"), ("import smollm2", 0.9, "PASSIVE"), ("import train", 0.1, "PASSIVE"),
+])  # fmt: skip
+def test_how_idle_threads_wait_follows_the_load(statement: str, load: float, expected: str) -> None:
+    done = run_python(f"""
+        import os
+        os.environ.pop("OMP_WAIT_POLICY", None)
+        os.getloadavg = lambda: ({load} * os.cpu_count(),) * 3
+        {statement}
+        print(os.environ.get("OMP_WAIT_POLICY"))
+    """)
+    assert done.stdout.strip() == expected, done.stderr

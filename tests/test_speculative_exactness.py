@@ -1,0 +1,243 @@
+"""Speculative decoding on random weights in fp32: the tokens of `generate`, whatever the draft guesses, for fewer steps of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2.engine import Engine
+from smollm2.sampling import SamplingParams
+from smollm2.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats, speculative_steps
+
+NEW, SEED = 60, 17
+GREEDY = SamplingParams()
+SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9)
+PENALISED = SamplingParams(temperature=0.7, top_k=0, min_p=0.01, repetition_penalty=1.3, suppress_tokens=(5, 6))
+GREEDY_PENALISED = SamplingParams(repetition_penalty=1.2)
+PARAMS = pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED, GREEDY_PENALISED], ids=["greedy", "sampled", "penalised", "both"])
+RANDOM = torch.randint(512, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+PROMPTS = {"random": RANDOM, "repetitive": RANDOM[:7] * 6, "one token": RANDOM[:1]}
+
+
+class Recorder(Engine):
+    """The eager engine, with the number of tokens of each step."""
+
+    def __init__(self, model: SmolLM2ForCausalLM) -> None:
+        super().__init__(model)
+        self.rows: list[int] = []
+
+    def decode(self, tokens, cache):
+        self.rows.append(tokens.shape[1])
+        logits = super().decode(tokens, cache)
+        assert int(cache.lengths[0]) == cache.longest <= cache.capacity
+        return logits
+
+
+class Scripted:
+    """A draft that guesses by a function of the text and the limit: any guess at all must leave the text as it is."""
+
+    tokens = 6
+
+    def __init__(self, guess) -> None:
+        self.guess = guess
+
+    def check(self, config, capacity) -> None:
+        pass
+
+    def start(self, capacity, params, seed):
+        self.text: list[int] = []
+        return self
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self.text += tokens
+
+    def propose(self, limit: int) -> list[int]:
+        return self.guess(self.text, limit)
+
+
+def random_model(seed: int, backend: str = "torch", **overrides) -> SmolLM2ForCausalLM:
+    torch.manual_seed(seed)
+    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", **{"initializer_range": 0.3, **overrides}), backend=backend).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> SmolLM2ForCausalLM:
+    return random_model(0)
+
+
+@pytest.fixture(scope="module")
+def looping() -> SmolLM2ForCausalLM:
+    """A model that greedily falls into a short circle."""
+    return random_model(0, initializer_range=0.05)
+
+
+def plain(model, prompt, params=GREEDY, new=NEW, ends=()) -> list[int]:
+    """The new tokens by `generate`."""
+    out = generate(
+        model, torch.tensor([prompt]), max_new_tokens=new, eos_token_id=list(ends), seed=SEED, temperature=params.temperature,
+        top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, repetition_penalty=params.repetition_penalty,
+        suppress_tokens=params.suppress_tokens,
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+def runs(model, prompt, draft: Draft, params=GREEDY, new=NEW, ends=(), **options) -> list[list[int]]:
+    """The new tokens by `speculative_steps`, step by step."""
+    return list(
+        speculative_steps(
+            model, torch.tensor([prompt]), draft=draft, max_new_tokens=new, params=params, seed=SEED, eos_token_ids=ends, **options
+        )
+    )
+
+
+def flat(lists: list[list[int]]) -> list[int]:
+    return [token for tokens in lists for token in tokens]
+
+
+@PARAMS
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+@pytest.mark.parametrize("lookup", [PromptLookup(), PromptLookup(15, 1), PromptLookup(3, 4, 4)], ids=str)
+def test_prompt_lookup_gives_the_tokens_of_generate(model, prompt, lookup, params):
+    assert flat(runs(model, prompt, lookup, params)) == plain(model, prompt, params)
+
+
+@PARAMS
+def test_a_text_that_goes_in_circles_is_guessed(looping, params):
+    stats, engine = Stats(), Recorder(looping)
+    expected = plain(looping, PROMPTS["repetitive"], params)
+    assert flat(runs(looping, PROMPTS["repetitive"], PromptLookup(), params, engine=engine, stats=stats)) == expected
+    assert stats.tokens == NEW - 1 and stats.steps == len(engine.rows)
+    if params is GREEDY:
+        assert len(set(expected[-20:])) < 10, "the model was to fall into a circle"
+        assert stats.tokens_per_step > 3 and max(engine.rows) == PromptLookup().tokens + 1
+
+
+@PARAMS
+@pytest.mark.parametrize("tokens", [1, 4, 15])
+def test_the_model_as_its_own_draft_is_always_right(model, params, tokens):
+    stats, engine = Stats(), Recorder(model)
+    draft = DraftModel(Engine(model), tokens)
+    assert flat(runs(model, RANDOM, draft, params, engine=engine, stats=stats)) == plain(model, RANDOM, params)
+    assert stats.acceptance == 1.0 and stats.accepted == stats.proposed == stats.tokens - stats.steps
+    assert stats.steps == len(engine.rows) == -(-(NEW - 1) // (tokens + 1))
+    assert max(engine.rows) <= MAX_ROWS
+
+
+@PARAMS
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_another_model_as_the_draft(model, prompt, params):
+    other = random_model(1, hidden_size=32, num_attention_heads=1, num_hidden_layers=1)
+    stats = Stats()
+    assert flat(runs(model, prompt, DraftModel(Engine(other), 5), params, stats=stats)) == plain(model, prompt, params)
+    assert stats.acceptance < 0.5 and stats.proposed > NEW
+
+
+@PARAMS
+def test_a_draft_that_is_sometimes_right(model, params):
+    """Weights a little off: every length of accepted run occurs, and the draft's cache is cut back to each."""
+    other = random_model(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    stats = Stats()
+    found = runs(model, RANDOM, DraftModel(Engine(other), 3), params, new=120, stats=stats)
+    assert flat(found) == plain(model, RANDOM, params, new=120)
+    assert {len(tokens) for tokens in found} == {1, 2, 3, 4}
+    assert 0 < stats.accepted < stats.proposed
+
+
+def test_the_draft_model_guesses_what_it_would_generate(model):
+    """After right and wrong guesses alike, its cache is that of the text."""
+    other = random_model(5)
+    drafting = DraftModel(Engine(other), 4).start(200, GREEDY, SEED)
+    drafting.extend(RANDOM)
+    text = list(RANDOM)
+    for right, own in ((0, 400), (4, 401), (2, 402), (3, 403), (4, 404)):
+        guesses = drafting.propose(4)
+        assert guesses == plain(other, text, new=4)
+        text += [*guesses[:right], own]
+        drafting.extend([*guesses[:right], own])
+
+
+def test_guesses_of_every_kind_leave_the_text_as_it_is(model):
+    expected = plain(model, RANDOM, SAMPLED)
+
+    def nothing(text, limit):
+        return []
+
+    def wrong(text, limit):
+        return [(token + 1) % 512 for token in future(text, limit)]
+
+    def future(text, limit):
+        return expected[len(text) - len(RANDOM) :][:limit]
+
+    def short(text, limit):
+        return future(text, len(text) % 3)[:limit]
+
+    def mixed(text, limit):
+        right = len(text) % (limit + 1)
+        return [*future(text, limit)[:right], *wrong(text, limit)[right:]]
+
+    for guess, per_step in ((nothing, 1.0), (wrong, 1.0), (future, 59 / 9), (short, None), (mixed, None)):
+        stats, engine = Stats(), Recorder(model)
+        assert flat(runs(model, RANDOM, Scripted(guess), SAMPLED, engine=engine, stats=stats)) == expected
+        assert stats.steps == len(engine.rows) and sum(engine.rows) == stats.steps + stats.proposed
+        if per_step is None:
+            assert 1 < stats.tokens_per_step < 7
+        else:
+            assert stats.tokens_per_step == per_step
+    assert str(stats).startswith(f"{stats.accepted} of {stats.proposed} proposed tokens accepted (")
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_an_end_token_inside_an_accepted_run_ends_the_text(model, place):
+    free = plain(model, RANDOM, SAMPLED)
+    end = free[place]
+    expected = free[: free.index(end) + 1]
+    stats = Stats()
+    found = runs(model, RANDOM, DraftModel(Engine(model), 7), SAMPLED, ends=(end,), stats=stats)
+    assert flat(found) == expected == plain(model, RANDOM, SAMPLED, ends=(end,))
+    assert stats.tokens == len(expected) - 1
+    assert stats.accepted <= stats.tokens <= stats.accepted + stats.steps
+
+
+@pytest.mark.parametrize("new", range(1, 14))
+def test_max_new_tokens_inside_an_accepted_run(model, new):
+    stats, engine = Stats(), Recorder(model)
+    found = runs(model, RANDOM, DraftModel(Engine(model), 5), new=new, engine=engine, stats=stats)
+    assert flat(found) == plain(model, RANDOM)[:new]
+    assert stats.acceptance == (1.0 if new > 2 else 0.0), "no guess is made that could not become text"
+    assert all(tokens for tokens in found)
+
+
+def test_the_text_may_fill_every_position(model):
+    limit = model.config.max_position_embeddings
+    prompt = (RANDOM * 13)[: limit - 20]
+    for draft in (PromptLookup(15, 2), DraftModel(Engine(model), 15)):
+        assert flat(runs(model, prompt, draft, new=20)) == plain(model, prompt, new=20)
+
+
+def test_a_draft_serves_text_after_text(model):
+    stats, draft = Stats(), DraftModel(Engine(model), 4)
+    for prompt in (RANDOM, RANDOM[:5], PROMPTS["repetitive"]):
+        before = stats.tokens
+        assert flat(runs(model, prompt, draft, SAMPLED, new=11, stats=stats)) == plain(model, prompt, SAMPLED, new=11)
+        assert stats.tokens == before + 10
+
+
+def test_an_abandoned_text_has_counted_what_it_gave(model):
+    stats = Stats()
+    steps = speculative_steps(model, torch.tensor([RANDOM]), draft=DraftModel(Engine(model), 3), eos_token_ids=(), stats=stats)
+    assert [len(next(steps)) for _ in range(3)] == [1, 4, 4]
+    assert (stats.steps, stats.tokens, stats.proposed, stats.accepted) == (2, 8, 6, 6)
+
+
+def test_on_the_triton_decode_path():
+    device, new = ("cuda", NEW) if torch.cuda.is_available() else ("cpu", 6)  # in the interpreter
+    model = random_model(0, backend="triton", vocab_size=128, num_hidden_layers=1).to(device)
+    prompt = [token % 128 for token in RANDOM[:3]] * 2
+    for draft in (PromptLookup(), DraftModel(Engine(model), 4)):
+        assert flat(runs(model, prompt, draft, new=new)) == plain(model, prompt, new=new)
