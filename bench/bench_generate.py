@@ -34,7 +34,7 @@ class Playback:
 def pytest_generate_tests(metafunc: Any) -> None:
     config = metafunc.config
     if not hasattr(config, "generate_plan"):  # that of the command line
-        config.generate_plan = Plan()
+        config.generate_plan = Plan(tiny=bool(config.getoption("--tiny", False)))
     plan: Plan = config.generate_plan
     chosen = [(phase, *case, name) for case in plan.cases for phase in ("prefill", "decode") for name in plan.names]
     metafunc.parametrize(

@@ -147,7 +147,9 @@ class Plan:
         for library in ("llama-cpp-python", "gguf"):
             with contextlib.suppress(UsageError):
                 self._provenance["versions"][library] = peers.installed(library)
-        self._bandwidth = roofline.copy_bandwidth(self.device, self.tiny)
+        # A token reads its weights and writes next to nothing: the faster of the two is the limit.
+        copy, others = roofline.copy_bandwidth(self.device, self.tiny), roofline.other_bandwidths(self.device, self.tiny)
+        self._bandwidth = max(copy, *others.values())
         weights = self._load("auto", torch.float32)
         self._prompt_ids = prompt_ids(self.model, weights.config, max(self.batches), max(self.prompts), self.tiny)
         with tempfile.TemporaryDirectory() as folder:

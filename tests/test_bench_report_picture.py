@@ -1,0 +1,219 @@
+"""`python -m bench.report`: what is read, what is drawn, and that nothing in a picture lies over anything else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from bench import figures, report
+from bench.figures import Figure
+from bench.part import INTERPRETER_NOTE
+from smollm2.cli import LoadError, UsageError, run_command
+
+ORIGIN = {"device": "A GPU", "versions": {"torch": "2.13.0"}, "commit": "a" * 40, "date": "2026-11-25T10:00:00"}
+
+
+def entry(seconds: float, **facts: Any) -> dict[str, Any]:
+    return {"stats": {"median": seconds}, "extra_info": {**ORIGIN, "dtype": "bf16", **facts}}
+
+
+def generated(variant: str, rate: float, batch: int = 1, prompt: int = 32, copy: float = 20.0) -> list[dict[str, Any]]:
+    facts = {"variant": variant, "batch": batch, "prompt_tokens": prompt}
+    return [
+        entry(0.5, phase="prefill", tokens_per_second=10 * rate, **facts),
+        entry(1 / rate, phase="decode", tokens_per_second=rate, bytes_per_token=10**8, copy_gb_per_s=copy, **facts),
+    ]
+
+
+ROOF = {"copy_gb_per_s": 100.0, "matmul_tflops": 1.0}
+SUITES = {
+    "machine_info": {},
+    "benchmarks": [
+        *generated("eager bf16", 20.0), *generated("transformers bf16", 19.0), *generated("llama.cpp F16", 90.0),
+        *generated("eager bf16", 15.0, prompt=512), *generated("eager bf16", 60.0, batch=8),
+        # 1e6 bytes at 1e11 bytes/s are 10 us, 1e6 operations 1 us: the floor is 10 us
+        entry(2e-5, op="swiglu", phase="forward", variant="reference", bytes=10**6, flops=10**6, us=20.0, roof=ROOF, batch=1, length=64),
+        entry(3e-5, op="swiglu", phase="backward", variant="compile", bytes=10**6, flops=0, us=30.0, roof=ROOF, batch=1, length=64),
+        entry(9.0, op="swiglu", phase="forward", variant="triton", note=INTERPRETER_NOTE, batch=1, length=64),
+        *[
+            entry(1.0, op="loss memory", variant=name, tokens=n, peak_memory_bytes=n * share, logits_bytes=n * 98304)
+            for n in (1024, 2048) for name, share in (("reference", 100_000), ("all logits", 500_000))
+        ],
+        entry(1.0, phase="data", variant="text, workers=0"),
+    ],
+}  # fmt: skip
+STEP = {
+    **ORIGIN,
+    "step_peers": {
+        "batch": 2,
+        "length": 512,
+        "results": {
+            "bf16": {
+                "variants": {"ours": {"step_ms": 1024.0}, "transformers": {"step_ms": 2048.0}, "ours+compile": {"failed": "no compiler"}},
+                "matmul_floor_ms": 512.0,
+            }
+        },
+    },
+}
+LADDER = {
+    **ORIGIN,
+    "ladder": {
+        "model": "135M", "dtype": "bfloat16", "batch": 2, "length": 512, "backend": "triton",
+        "rungs": {
+            "plain eager": {"tokens_per_second": 100.0, "peak_mb": 900.0, "launches": {"forward": 10, "backward": 20, "update": 5}},
+            "graph capture": {"tokens_per_second": 300.0, "launches": {"step": 1}}, "compile": {"failed": "no time was left"},
+        },
+    },
+}  # fmt: skip
+ROOFLINE = {
+    **ORIGIN,
+    "roofline": {
+        "dtype": "bf16", "batch": 2, "length": 512, "context": 512,
+        "step": {
+            "operations_ms": {"swiglu": {"torch": {"forward": 2.0, "backward": 4.0}}, "loss": {"torch": {"forward+backward": 9.0}}},
+            "floors_ms": {"swiglu": {"forward": 1.0, "backward": 2.0}, "loss": {"forward": 1.0, "backward": 2.0}},
+            "whole_ms": {"torch": 20.0}, "floor_ms": 6.0,
+        },
+    },
+}  # fmt: skip
+ALL = {"suites.json": SUITES, "step.json": STEP, "ladder.json": LADDER, "roofline.json": ROOFLINE}
+
+
+def write(folder: Path, files: dict[str, Any]) -> Path:
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def by_key(found: list[Figure]) -> dict[tuple[str, str, str], Figure]:
+    return {figure.key: figure for figure in found}
+
+
+def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "pictures"
+    assert run_command(report.main, [str(write(tmp_path, ALL)), "--out", str(out)]) == 0
+    wanted = {f"{name}.{kind}" for name in report.PICTURES for kind in ("png", "svg")}
+    assert {path.name for path in out.iterdir()} == wanted
+    assert {Path(line).name for line in capsys.readouterr().out.splitlines()} == wanted
+    for name in report.PICTURES:
+        image = imread(out / f"{name}.png")
+        assert image.shape[1] == report.WIDTH * report.DPI
+        assert image[0, :, :3].min() == 1.0 and image[:, :, :3].mean() > 0.7, "a light background"
+
+
+@pytest.mark.parametrize("name", report.PICTURES)
+def test_no_text_lies_over_another_and_none_is_cut_off(name: str, tmp_path: Path) -> None:
+    found, _ = figures.gather(write(tmp_path, ALL))
+    picture = report.PICTURES[name][1](found)
+    picture.savefig(tmp_path / "drawn.png")
+    renderer = picture.canvas.get_renderer()
+    legends = [*picture.legends, *(axes.get_legend() for axes in picture.axes if axes.get_legend())]
+    words = [text for text in picture.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text().strip() and text.get_visible()]
+    in_legends = {text for legend in legends for text in legend.findobj(lambda artist: hasattr(artist, "get_text"))}
+    ticks = {text for axes in picture.axes for text in [*axes.get_xticklabels(which="both"), *axes.get_yticklabels(which="both")]}
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in words if text not in in_legends and text not in ticks]
+    boxes += [("a legend", legend.get_window_extent(renderer)) for legend in legends]
+    width, height = picture.canvas.get_width_height()
+    for index, (text, box) in enumerate(boxes):
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, f"{text!r} is cut off"
+        for other, second in boxes[index + 1 :]:
+            assert not box.padded(-1).overlaps(second.padded(-1)), f"{text!r} lies over {other!r}"
+
+
+def test_every_caption_has_device_dtype_date_and_commit(tmp_path: Path) -> None:
+    found, _ = figures.gather(write(tmp_path, ALL))
+    for name, (kinds, make) in report.PICTURES.items():
+        shown = make(found)._supxlabel.get_text()
+        assert "A GPU" in shown and "2026-11-25" in shown and f"commit {'a' * 7}" in shown and "torch 2.13.0" in shown, name
+        assert ("bf16" in shown or "bfloat16" in shown) and kinds
+
+
+def test_a_caption_of_many_commits_has_several_lines() -> None:
+    many = [Figure("step", str(n), "ours", 1.0, None, {**ORIGIN, "commit": f"{n}" * 40 + " with changes"}) for n in range(9)]
+    lines = report.caption(many).splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= report.CAPTION
+    assert "8888888 with changes" in " ".join(lines)
+
+
+def test_toy_sizes_say_so_in_the_picture() -> None:
+    assert report.caption([Figure("step", "a", "ours", 1.0, None, {**ORIGIN, "note": "tiny sizes: times mean nothing"})]).startswith(
+        "NOTE: tiny sizes: times mean nothing\n"
+    )
+
+
+def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
+    found = by_key(figures.gather(write(tmp_path, ALL))[0])
+    decode = found["decode", "batch 1, prompt 32", "llama.cpp F16"]
+    assert (decode.value, decode.limit) == (90.0, pytest.approx(200.0))  # 20 GB/s over 0.1 GB
+    assert found["prefill", "batch 1, prompt 32", "llama.cpp F16"].limit is None
+    step = found["step", "bf16, 135M, 2 x 512", "transformers"]
+    assert (step.value, step.limit) == (500.0, 2000.0)
+    assert ("step", "bf16, 135M, 2 x 512", "ours+compile") not in found
+    alone = found["operation", "operations alone, 1 x 64 tokens, bf16: swiglu forward", "reference"]
+    assert (alone.value, alone.limit) == (2e-5, pytest.approx(1e-5))
+    joint = found["operation", "a training step, 2 x 512 tokens: loss forward+backward", "torch"]
+    assert (joint.value, joint.limit) == (pytest.approx(9e-3), pytest.approx(3e-3))
+    rung = found["rung", "135M model, 2 x 512 tokens, bfloat16, backend triton", "plain eager"]
+    assert (rung.value, rung.facts["launches"], rung.facts["peak_memory_bytes"]) == (100.0, 35, 9e8)
+
+
+def test_the_limit_of_the_memory_is_the_fastest_copy_or_read_of_any_file(tmp_path: Path) -> None:
+    slow, fast = ({"benchmarks": generated("eager bf16", 20.0, batch, copy=speed)} for batch, speed in ((1, 20.0), (8, 30.0)))
+    write(tmp_path, {"slow.json": slow, "fast.json": fast})
+    limits = [figure.limit for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
+    assert limits == pytest.approx([300.0, 300.0])
+    section = {**ROOFLINE["roofline"], "copy_gb_per_s": 25.0, "read_gb_per_s": 40.0}  # type: ignore[dict-item]
+    write(tmp_path, {"roofline.json": {**ROOFLINE, "roofline": section}})
+    limits = [figure.limit for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
+    assert limits == pytest.approx([400.0, 400.0])
+
+
+def test_what_the_interpreter_or_a_failure_left_is_no_figure(tmp_path: Path) -> None:
+    found = figures.gather(write(tmp_path, ALL))[0]
+    assert not [figure for figure in found if figure.variant in ("triton", "compile") and figure.facts.get("note")]
+    assert not [figure for figure in found if figure.kind == "rung" and figure.variant == "compile"]
+
+
+def test_of_two_files_with_the_same_figure_the_later_counts(tmp_path: Path) -> None:
+    older, newer = copy.deepcopy(STEP), copy.deepcopy(STEP)
+    older["date"], older["step_peers"]["results"]["bf16"]["variants"]["ours"]["step_ms"] = "2025-01-01T00:00:00", 4096.0
+    found = by_key(figures.gather(write(tmp_path, {"a.json": newer, "b.json": older}))[0])
+    assert found["step", "bf16, 135M, 2 x 512", "ours"].value == 1000.0
+
+
+def test_a_file_that_is_not_known_or_damaged_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = {"step_peers": {"batch": 2, "results": []}}
+    folder = write(tmp_path, {"step.json": STEP, "other.json": {"a": 1}, "damaged.json": damaged, "list.json": [1]})
+    assert run_command(report.main, [str(folder)]) == 0
+    errors = capsys.readouterr().err
+    for name in ("other.json", "damaged.json", "list.json"):
+        assert f"{name}: left out" in errors
+    assert "step.json" not in errors and "ladder: not drawn" in errors
+    assert (folder / "step.png").exists() and not (folder / "ladder.png").exists()
+
+
+def test_decode_is_drawn_only_against_what_was_varied(tmp_path: Path) -> None:
+    one = [figure for figure in figures.gather(write(tmp_path, ALL))[0] if figure.kind == "decode"]
+    assert len(report.draw_decode(one).axes) == 2
+    assert len(report.draw_decode([figure for figure in one if figure.facts["batch"] == 1]).axes) == 1
+    assert report.draw_decode([figure for figure in one if figure.case == "batch 1, prompt 32"]) is None
+
+
+def test_markdown_has_a_row_per_variant_and_the_share_of_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(report.main, [str(write(tmp_path, ALL)), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| ours | 1,000 (50 %) |" in lines and "| transformers | 500.0 (25 %) |" in lines
+    assert "| llama.cpp F16 | 90.0 (45 %) |  |  |" in lines
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_folder_without_figures_or_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="no figures to draw"):
+        figures.gather(write(tmp_path, {"other.json": {"a": 1}}))
+    with pytest.raises(UsageError, match="expected a folder of results, found nothing"):
+        figures.gather(tmp_path / "absent")
