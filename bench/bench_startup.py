@@ -27,19 +27,10 @@ VARIANTS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "bf16, int8": ("
 DTYPES = ("fp32", "bf16")
 ROUNDS = 3
 
-# Run by a fresh interpreter: [preset, dtype, batch, length, time of the start] -> JSON of seconds by phase and the loss.
-FIRST_STEP = """
-import json, sys, time
-last = float(sys.argv[5])
-seconds = {}
-
-def done(phase):
-    global last
-    now = time.time()
-    seconds[phase], last = now - last, now
-
-done("interpreter")
-import smollm2, torch
+# [preset, dtype, batch, length, time of the start] -> JSON of seconds by phase and the loss.
+FIRST_STEP = (
+    startup.CLOCK
+    + """import smollm2, torch
 from bench.train_step import TrainingStep
 done("import")
 torch.manual_seed(0)
@@ -52,6 +43,7 @@ loss = float(step(ids))
 done("first step")
 print(json.dumps({"seconds": seconds, "loss": loss}))
 """
+)
 
 
 def first_step(preset: str, dtype: str, batch: int, length: int) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from smollm2.cli import Parser, UsageError, parse_dtype, run_command
 
 PROMPT = "The capital of France is"
 
-# Run by a fresh interpreter: [model, dtype, quantize, prompt, time of the start] -> JSON of seconds by phase.
-PHASES = """
-import json, os, sys, time
+# How a script for a fresh interpreter begins. Its fifth argument is the time of its start; done(phase) takes the time since the one before.
+CLOCK = """
+import json, sys, time
 last = float(sys.argv[5])
 seconds = {}
 
@@ -33,7 +33,12 @@ def done(phase):
     seconds[phase], last = now - last, now
 
 done("interpreter")
-import torch
+"""
+
+# [model, dtype, quantize, prompt, time of the start] -> JSON of seconds by phase.
+PHASES = (
+    CLOCK
+    + """import torch
 done("import torch")
 import smollm2
 from smollm2.cache import KVCache
@@ -59,6 +64,7 @@ done("first token")
 unwanted = [name for name in ("transformers", "gguf", "triton", "torch._dynamo") if name in sys.modules]
 print(json.dumps({"seconds": seconds, "text": text, "unwanted": unwanted}))
 """
+)
 
 
 def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[str, Any]:
