@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that share the tests. Two, because a GPU is one, and a test is one thread: conftest.py sees to that.
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 # The stamp's name carries a checksum of what is to be installed: set-up runs again exactly when that changes.
@@ -16,7 +18,7 @@ train: $(STAMP)
 	$(PY) -m train.run $(ARGS)
 
 test: $(STAMP) lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

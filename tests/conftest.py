@@ -16,6 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and run s
 # The tests are many small operations: more threads wait for each other, and for ever so long when the machine is busy otherwise.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // 2))))
 
+# A test that runs pytest in a process of its own does not run a worker of pytest-xdist, whatever process it is in itself: pytest-benchmark
+# would time nothing there.
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+    del os.environ[name]
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
