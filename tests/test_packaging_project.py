@@ -105,7 +105,7 @@ def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_
         """The exit code, and the commands that `make` gave to Python."""
         log.write_text("", encoding="utf-8")
         environment = {**os.environ, "STUB_FAILS": fails}
-        for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON", "VENV"):
+        for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON", "VENV", "WORKERS"):
             environment.pop(name, None)  # this test may itself run under make
         done = subprocess.run(
             ["make", f"PYTHON={python}", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
@@ -124,7 +124,7 @@ def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_
         "-m train.run steps=60",
     ]
     assert make("train") == (0, ["-m train.run"])
-    assert make("test", "ARGS=-x") == (0, ["-m ruff check .", "-m ruff format --check .", "-m mypy", "-m pytest -x"])
+    assert make("test", "ARGS=-x") == (0, ["-m ruff check .", "-m ruff format --check .", "-m mypy", "-m pytest -n 2 --dist loadfile -x"])
     with (tmp_path / "constraints.txt").open("a", encoding="utf-8") as constraints:
         constraints.write("something-new==1\n")
     code, commands = make("train")
