@@ -122,7 +122,7 @@ def test_everything_else_takes_a_measured_rate(device: torch.device, dtype: str,
 
 def test_checkpointing_takes_less_memory_and_more_time(rate_of_a_cpu: float) -> None:
     plain, checkpointed = (estimate(full_recipe(gradient_checkpointing=on), FULL, CPU) for on in (False, True))
-    assert checkpointed.memory.total < plain.memory.total / 3
+    assert checkpointed.memory.total < plain.memory.total / 2.5
     assert 1.2 < checkpointed.seconds / plain.seconds < 4 / 3
     assert checkpointed.flops_per_token == plain.flops_per_token
     assert checkpointed.memory.activations == plain.memory.activations

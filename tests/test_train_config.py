@@ -75,7 +75,7 @@ def test_values_are_read_as_the_type_of_their_key(argument: str, key: str, value
         (["lr=-1"], "lr: expected a number above 0, got -1"),
         (["schedule=linear"], "schedule: expected one of constant, wsd, cosine, got 'linear'"),
         (["dtype=fp8"], "dtype: expected one of fp32, bf16, got 'fp8'"),
-        (["data=web"], "data: expected one of embedded, local, hub, got 'web'"),
+        (["data=web"], "data: expected one of embedded, local, hub, mixture, got 'web'"),
         (["betas=[0.9]"], "betas: expected two numbers"),
         (["data=local"], "paths: expected files, folders or globs"),
         (["paths=a.txt"], "paths: only read with data=local"),

@@ -320,7 +320,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_metrics_are_json_lines_and_can_be_taken_back(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write(step, {"loss": math.nan if step == 2 else 1.0 / step, "mfu": None})
     log.close()

@@ -66,7 +66,7 @@ def shuffled(count: int, key: str) -> list[int]:
     return sorted(range(count), key=weights.__getitem__)
 
 
-def epoch_order(source: Source, seed: int | None, cursor: Cursor = START) -> Iterator[Visit | EpochEnd]:
+def epoch_order(source: Source, seed: int | str | None, cursor: Cursor = START) -> Iterator[Visit | EpochEnd]:
     """The shards from a position on, epoch after epoch, without end. seed=None: once, in stored order."""
     sizes = source.sizes
     total = sum(sizes) or 1.0

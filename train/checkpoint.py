@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step-000500/
         config.json model.safetensors generation_config.json tokenizer.json ...   fp32 weights: the folder is a model by itself
-        optimizer.safetensors   moments and step counts, by the names of the parameters
+        optimizer.safetensors   moments and step counts, by the names of the parameters; of a sharded run instead
+        shards/                 the same by torch.distributed.checkpoint: a file from each rank, read by any number of ranks
         training_state.pt       RNG states of every rank, digests of the documents seen, the guard's averages
         run.json                step, tokens, data position, configuration, backend, versions of libraries
         manifest.json           schema version; size and sha256 of every file above, and of itself
@@ -25,7 +26,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,10 +42,14 @@ from smollm2.cli import LoadError, Parser, UsageError, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.tokenizer import Tokenizer
+from train import sharding
 from train.data import DataState
+from train.distributed import World
 
 SCHEMA = 2  # of the folder; 1 had no schema in its manifest and the moments in training_state.pt
 MOMENTS, STATE, RECORD, MANIFEST, LATEST = "optimizer.safetensors", "training_state.pt", "run.json", "manifest.json", "latest"
+SHARDS = "shards"  # a folder, in place of MOMENTS
+ALONE = World(torch.device("cpu"))
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets", "pyarrow", "transformers")
 
 
@@ -92,19 +97,28 @@ class Snapshot:
     step: int
     config: SmolLM2Config
     tokenizer: Tokenizer
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    weights: dict[str, Tensor]  # of a sharded run: on rank 0 only
+    moments: dict[str, Tensor]  # of a sharded run: this rank's parts
     state: dict[str, Any]
     record: dict[str, Any]
+    sharded: bool = False
 
 
 def take_snapshot(
-    model: SmolLM2ForCausalLM, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress, state: dict[str, Any]
-) -> Snapshot:
-    """Copies a run into host memory. state: tensors and plain values to come back from `load_progress`, beside the digests."""
+    model: SmolLM2ForCausalLM, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress, state: dict[str, Any],
+    *, sharded: bool = False, main: bool = True,
+) -> Snapshot:  # fmt: skip
+    """Copies a run into host memory. state: tensors and plain values to come back from `load_progress`, beside the digests.
+
+    sharded: every rank must call it; the weights are gathered on the `main` one, the moments stay in parts.
+    """
     state = {**state, "unique": progress.data.unique.state()}
-    weights = {name: _copy(tensor) for name, tensor in stored_tensors(model).items()}
-    return Snapshot(progress.step, model.config, tokenizer, weights, _moments(model, optimizer), state, progress.record())
+    if sharded:
+        weights = sharding.whole_weights(model, keep=main)
+    else:
+        weights = {name: _copy(tensor) for name, tensor in stored_tensors(model).items()}
+    moments = _moments(model, optimizer, sharding.host_copy if sharded else _copy)
+    return Snapshot(progress.step, model.config, tokenizer, weights, moments, state, progress.record(), sharded)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -118,33 +132,37 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The optimizer's state as `parameter name/entry` -> tensor, on the CPU."""
     entries = optimizer.state_dict()["state"]
     names = _names(model, optimizer)
-    return {f"{names[index]}/{entry}": _copy(value) for index, values in entries.items() for entry, value in values.items()}
+    return {f"{names[index]}/{entry}": copy(value) for index, values in entries.items() for entry, value in values.items()}
 
 
-def write_snapshot(run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0) -> Path:
+def write_snapshot(run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0, writers: World = ALONE) -> Path:
     """Writes RUN/checkpoints/step-N and returns it; then removes all but the newest `keep` checkpoints (0: none is removed).
 
     Steps divisible by keep_every are never removed. Raises SaveError, with the reason and what is left, when the checkpoint cannot
-    be written; nothing half-written stays.
+    be written; nothing half-written stays. writers: the ranks of a sharded run, all of which must call it: rank 0 writes all but the
+    others' shards.
     """
     folder = run / "checkpoints" / f"step-{snapshot.step:06d}"
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary = folder.with_name(f".tmp-{folder.name}-{writers.from_main(os.getpid)}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_temporary(folder.parent)
-        temporary.mkdir()
+        writers.from_main(lambda: _begin(temporary))
+        files = _write_shards(temporary, snapshot, writers) if snapshot.sharded else {}
+        if not writers.main:
+            return folder
         write_weights(temporary, snapshot.config, snapshot.weights)
         snapshot.tokenizer.save(temporary)
-        save_file(snapshot.moments, temporary / MOMENTS)
-        os.chmod(temporary / MOMENTS, (temporary / "config.json").stat().st_mode)  # safetensors' own mode is for the owner alone
+        if not snapshot.sharded:
+            save_file(snapshot.moments, temporary / MOMENTS)
+            os.chmod(temporary / MOMENTS, (temporary / "config.json").stat().st_mode)  # safetensors' own mode is for the owner alone
         with (temporary / STATE).open("wb") as stream:
             torch.save(snapshot.state, stream)
         (temporary / RECORD).write_text(_json(snapshot.record), encoding="utf-8")
-        (temporary / MANIFEST).write_text(_manifest(sorted(temporary.iterdir())), encoding="utf-8")
+        files |= _entries(temporary, sorted(path for path in temporary.iterdir() if path.is_file()))
+        (temporary / MANIFEST).write_text(_manifest(files), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         if folder.exists():  # a damaged one, or the same step of a run that went back
@@ -159,9 +177,36 @@ def write_snapshot(run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0
         remedy = f"then continue from {left[-1].name} with resume=auto" if left else "then start again: there is no earlier checkpoint"
         raise SaveError(f"{folder}: the checkpoint cannot be saved ({error}); free some space, {remedy}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if writers.main:
+            shutil.rmtree(temporary, ignore_errors=True)
     _rotate(run, snapshot.step, keep, keep_every)
     return folder
+
+
+def _begin(temporary: Path) -> None:
+    """Makes an empty folder to write into. Raises LoadError, which reaches all ranks, where OSError would not."""
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        _remove_temporary(temporary.parent)
+        temporary.mkdir()
+    except OSError as error:
+        raise LoadError(str(error)) from error
+
+
+def _write_shards(temporary: Path, snapshot: Snapshot, writers: World) -> dict[str, Any]:
+    """Writes the moments of all ranks -> the manifest's entries for their files; every rank reads back and digests its own."""
+    sharding.write_shards(temporary / SHARDS, snapshot.moments, writers.control)
+    own = sorted((temporary / SHARDS).glob(f"__{writers.rank}_*"))
+    try:
+        found: dict[str, Any] | str = _entries(temporary, own + ([temporary / SHARDS / ".metadata"] if writers.main else []))
+    except OSError as error:
+        found = str(error)
+    files: dict[str, Any] = {}
+    for entries in writers.gather(found):
+        if isinstance(entries, str):
+            raise OSError(entries)
+        files |= entries
+    return files
 
 
 class Saver:
@@ -172,8 +217,9 @@ class Saver:
     last: what the newest finished write failed with, None if it did not.
     """
 
-    def __init__(self, run: Path, keep: int, keep_every: int = 0, *, background: bool = True) -> None:
-        self._run, self._keep, self._keep_every, self._background = run, keep, keep_every, background
+    def __init__(self, run: Path, keep: int, keep_every: int = 0, *, background: bool = True, writers: World = ALONE) -> None:
+        """writers: the ranks that write together, with a group of their own (`sharding.writers`), or this process alone."""
+        self._run, self._keep, self._keep_every, self._background, self._writers = run, keep, keep_every, background, writers
         self._thread: threading.Thread | None = None
         self.last: SaveError | None = None
         self._failure: SaveError | None = None  # not told yet
@@ -190,7 +236,7 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            write_snapshot(self._run, snapshot, self._keep, self._keep_every)
+            write_snapshot(self._run, snapshot, self._keep, self._keep_every, self._writers)
             self.last = None
         except SaveError as error:
             self.last = self._failure = error
@@ -229,10 +275,14 @@ def _rotate(run: Path, current: int, keep: int, keep_every: int) -> None:
 # ---- manifest -------------------------------------------------------------------------------------------------------------
 
 
-def _manifest(files: Sequence[Path]) -> str:
+def _entries(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Size and sha256 of files, by their paths in the folder."""
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def _manifest(files: dict[str, Any]) -> str:
     """The text of manifest.json. Its last entry is the digest of the rest, so that damage to the manifest shows as well."""
-    content = {"schema": SCHEMA, "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}}
-    return _sealed(content)
+    return _sealed({"schema": SCHEMA, "files": files})
 
 
 def _sealed(content: dict[str, Any]) -> str:
@@ -339,13 +389,22 @@ def load_weights(source: str | Path, backend: Any, device: torch.device) -> Smol
 
 def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts back the optimizer's state. Learning rate, decay and betas stay those of the configuration."""
-    stored = load_file(folder / MOMENTS)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    stored = read_moments(folder, dict(zip(_names(model, optimizer), parameters, strict=True)))
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(_names(model, optimizer)):
-        entries = {key.rpartition("/")[2]: value.clone() for key, value in stored.items() if key.rpartition("/")[0] == name}
+        entries = {key.rpartition("/")[2]: value for key, value in stored.items() if key.rpartition("/")[0] == name}
         if entries:
             state[index] = entries
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read_moments(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The optimizer's state as `parameter name/entry` -> tensor: whole, or cut as the parameter of that name is."""
+    like = parameters or {}
+    if (folder / SHARDS).is_dir():
+        return sharding.read_shards(folder / SHARDS, like)
+    return {key: sharding.cut_like(value, like.get(key.rpartition("/")[0])) for key, value in load_file(folder / MOMENTS).items()}
 
 
 def _sha256(path: Path) -> str:

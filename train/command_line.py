@@ -83,6 +83,8 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
 
 def _from_text(text: str, hint: Any) -> Any:
     """The value of key=text, as far as the text alone decides it: lists are [a,b] or a,b, and null is the absence of a number."""
+    if hint == list[dict[str, Any]]:
+        return _from_yaml(text)
     if typing.get_origin(hint) is list:
         inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
         return [part.strip().strip("'\"") for part in inner.split(",")] if inner else []
@@ -91,7 +93,19 @@ def _from_text(text: str, hint: Any) -> Any:
     return text
 
 
+def _from_yaml(text: str) -> Any:
+    """The value of key=[{name: a, weight: 0.5}, ...]; text that is not YAML as it is, to be refused by its type."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def _type_name(hint: Any) -> str:
+    if hint == list[dict[str, Any]]:
+        return "a list of {key: value, ...}"
     if typing.get_origin(hint) is list:
         return "a list, as [a,b]"
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}

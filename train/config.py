@@ -14,17 +14,24 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from smollm2.cli import UsageError
 from smollm2.config import PRESETS, SmolLM2Config
 
-DATA_SOURCES = ("embedded", "local", "hub")
+DATA_SOURCES = ("embedded", "local", "hub", "mixture")
+OPTIMIZERS = ("adamw", "muon")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 SCHEDULES = ("constant", "wsd", "cosine")
 DECAY_SHAPES = ("linear", "1-sqrt")
 DECAYED = ("matrices", "all")
 DTYPES = ("fp32", "bf16")
+SHARDING = ("none", "full", "hybrid")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+# Keys that a source of a mixture may have of its own, besides name and weight.
+SOURCE_KEYS = ("data", "paths", "dataset", "dataset_config", "dataset_split", "dataset_revision", "text_column")
 # Keys that replace single fields of a preset; only for a model that starts from scratch.
 SHAPE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -62,13 +69,23 @@ class RunConfig:
     attention_dropout: float = _key(0.0, "dropout of attention weights while training (needs the torch attention)")
 
     # What it is trained on
-    data: str = _key("embedded", "source of documents: embedded (Python's own documentation), local (paths), hub (dataset)", fixed=True)
+    data: str = _key(
+        "embedded",
+        "source of documents: embedded (Python's own documentation), local (paths), hub (dataset), mixture (mixture)",
+        fixed=True,
+    )
     paths: list[str] = _key([], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py", fixed=True)
     dataset: str = _key("HuggingFaceTB/smollm-corpus", "data=hub: dataset id, streamed", fixed=True)
     dataset_config: str = _key("cosmopedia-v2", "data=hub: configuration of the dataset; empty for none", fixed=True)
     dataset_split: str = _key("train", "data=hub: split of the dataset", fixed=True)
     dataset_revision: str = _key("", "data=hub: commit, tag or branch; empty: the newest commit, pinned in the checkpoints", fixed=True)
     text_column: str = _key("text", "the column or JSON key that holds a document's text", fixed=True)
+    mixture: list[dict[str, Any]] = _key(
+        [],
+        "data=mixture: a list of sources, each {weight: its share of the tokens, in any unit, name: ..., data: hub unless said otherwise, "
+        "and its own paths, dataset, dataset_config, dataset_split, dataset_revision or text_column where they differ from the run's}",
+        fixed=True,
+    )
     validation_fraction: float = _key(0.01, "documents held out for evaluation, chosen by a hash of their text", fixed=True)
     tokenizer: str = _key(
         "auto",
@@ -96,12 +113,17 @@ class RunConfig:
     decay_fraction: float = _key(0.2, "schedule=wsd: part of all steps spent in the decay")
     decay_shape: str = _key("linear", "schedule=wsd: how lr falls in the decay, linear or 1-sqrt")
     min_lr: float = _key(0.0, "learning rate that wsd and cosine decay to")
+    optimizer: str = _key("adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for embedding and norms", fixed=True)
     betas: list[float] = _key([0.9, 0.95], "AdamW: decay of the two moment averages")
     eps: float = _key(1e-8, "AdamW: added to the denominator")
     weight_decay: float = _key(0.01, "AdamW: decoupled weight decay")
     weight_decay_on: str = _key(
         "matrices", "AdamW: what is decayed: matrices (the tied embedding included), or all (norms too, as SmolLM2)"
     )
+    muon_lr: float | None = _key(None, "Muon: peak learning rate, with the same schedule; null: lr, to which its updates are matched")
+    muon_momentum: float = _key(0.95, "Muon: decay of the average of the gradients")
+    muon_nesterov: bool = _key(True, "Muon: look one step ahead (Nesterov)")
+    muon_weight_decay: float | None = _key(None, "Muon: decoupled weight decay of its matrices; null: weight_decay")
     grad_clip: float = _key(1.0, "largest global gradient norm; 0: no clipping")
     max_skipped_steps: int = _key(20, "save and stop after this many skipped steps in a row")
     spike_zscore: float = _key(0.0, "also skip a step whose loss lies so many standard deviations above its recent mean; 0: never")
@@ -112,6 +134,11 @@ class RunConfig:
     device: str = _key("auto", "auto, cpu, cuda or mps")
     compile: bool = _key(False, "torch.compile the model")
     cuda_graph: bool = _key(False, "capture the whole step in a CUDA graph and replay it (one GPU)")
+    sharding: str = _key(
+        "none",
+        "torchrun: none (each process has a whole copy, DDP), full (one copy, cut over all processes) or hybrid (one per shard_size)",
+    )
+    shard_size: int = _key(0, "sharding=hybrid: processes that hold one copy together; 0: those of one node")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass: less memory, more time")
 
     # What it leaves behind
@@ -131,6 +158,11 @@ class RunConfig:
     keep_every: int = _key(0, "checkpoints of steps divisible by this are never removed; 0: no such steps")
     background_save: bool = _key(True, "write checkpoints beside the training, which waits only for the copy in memory")
     tensorboard: bool = _key(False, "write the metrics for TensorBoard as well (needs the package tensorboard)")
+    tracker: str = _key("none", "send the metrics to tensorboard, trackio or wandb as well (needs the package of that name); none")
+    tracker_project: str = _key("smollm2", "tracker=trackio and wandb: the project that the run belongs to")
+    tracker_online: bool = _key(
+        False, "let the tracker use the network: wandb's servers, or trackio's TRACKIO_SPACE_ID; false: it writes to this machine alone"
+    )
 
     def validate(self) -> None:
         """Raises UsageError naming the first key whose value cannot be used, what came and what is allowed."""
@@ -144,8 +176,25 @@ class RunConfig:
                     raise UsageError(f"{name}: expected {allowed}, got {value!r}")
         if self.data == "local" and not self.paths:
             raise UsageError("paths: expected files, folders or globs for data=local, got none; for example paths=corpus/*.parquet")
+        if self.cuda_graph and self.optimizer == "muon":
+            raise UsageError("cuda_graph: torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon")
+        if self.optimizer != "muon":
+            given = [name for name in ("muon_lr", "muon_weight_decay") if getattr(self, name) is not None]
+            if given:
+                raise UsageError(f"{', '.join(given)}: only read with optimizer=muon, got optimizer={self.optimizer}; add it or drop them")
+        if self.sharding != "none":
+            self._check_sharding()
+        elif self.shard_size:
+            raise UsageError("shard_size: only read with sharding=hybrid, got sharding=none; add sharding=hybrid or drop it")
         if self.cuda_graph and self.gradient_checkpointing:
             raise UsageError("cuda_graph: a captured step cannot recompute activations; drop it, or gradient_checkpointing=true")
+        if self.data == "mixture" and not self.mixture:
+            raise UsageError(
+                "mixture: expected a list of sources for data=mixture, got an empty one; see configs/smollm2_135m_mixture.yaml"
+            )
+        if self.data != "mixture" and self.mixture:
+            raise UsageError(f"mixture: only read with data=mixture, got data={self.data}; add data=mixture or mixture=[]")
+        self.mixture_parts()
         if self.data != "local" and self.paths:
             raise UsageError(f"paths: only read with data=local, got data={self.data}; add data=local or drop paths")
         if self.model in PRESETS:
@@ -154,6 +203,57 @@ class RunConfig:
             given = [name for name in SHAPE_KEYS if getattr(self, name) is not None]
             if given:
                 raise UsageError(f"{', '.join(given)}: only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape")
+
+    def mixture_parts(self) -> list[MixturePart]:
+        """The sources of data=mixture, each with the configuration of a run on it alone.
+
+        Raises UsageError naming the first entry that cannot be used, what came and what is allowed.
+        """
+        parts: list[MixturePart] = []
+        for index, entry in enumerate(self.mixture):
+            where = f"mixture[{index}]"
+            allowed = ("weight", "name", *SOURCE_KEYS)
+            if unknown := [key for key in entry if key not in allowed]:
+                raise UsageError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(allowed)}")
+            weight: Any = entry.get("weight")
+            data = entry.get("data", "hub")
+            check_type(f"{where}: weight", weight, float)
+            if weight <= 0:
+                raise UsageError(f"{where}: weight: expected a number above 0, got {weight!r}")
+            if data not in DATA_SOURCES or data == "mixture":
+                raise UsageError(f"{where}: data: expected one of {', '.join(DATA_SOURCES[:-1])}, got {data!r}")
+            own = {"paths": [], "data": data, **{key: entry[key] for key in SOURCE_KEYS if key in entry}}
+            config = dataclasses.replace(self, mixture=[], **own)
+            try:
+                config.validate()
+            except UsageError as error:
+                raise UsageError(f"{where}: {error}") from None
+            part = MixturePart(entry.get("name", config.source_name), Fraction(str(weight)), config)
+            check_type(f"{where}: name", part.name, str)
+            for other, before in enumerate(parts):
+                if before.name == part.name:
+                    raise UsageError(f"{where}: name: expected one that no other source has, got {part.name!r}, as mixture[{other}]")
+                if before.documents == part.documents:
+                    raise UsageError(f"{where}: the same documents as mixture[{other}]; give one of them the weight of both")
+            parts.append(part)
+        return parts
+
+    @property
+    def source_name(self) -> str:
+        """A short name for the documents of this run."""
+        if self.data == "local":
+            return Path(self.paths[0]).stem
+        return self.dataset_config or Path(self.dataset).name if self.data == "hub" else self.data
+
+    def _check_sharding(self) -> None:
+        """Raises UsageError for keys that a sharded model cannot have. Muon needs whole matrices; gathering is not compiled or captured."""
+        if self.shard_size < 0 or (self.shard_size and self.sharding != "hybrid"):
+            raise UsageError(f"shard_size: expected 0, or with sharding=hybrid a number of processes, got {self.shard_size}; drop it")
+        for name in ("compile", "cuda_graph"):
+            if getattr(self, name):
+                raise UsageError(f"{name}: expected false with sharding={self.sharding}, got true; drop one of them")
+        if self.optimizer != "adamw":
+            raise UsageError(f"optimizer: expected adamw with sharding={self.sharding}, got {self.optimizer}; it updates whole matrices")
 
     def model_config(self, vocab_size: int, **special_ids: Any) -> SmolLM2Config:
         """The shape of a model from scratch: the preset, the keys that replace its fields, the tokenizer's vocabulary.
@@ -186,27 +286,48 @@ class RunConfig:
         return self.rows_per_step * self.sequence_length
 
 
+@dataclass(frozen=True)
+class MixturePart:
+    """One entry of the key mixture. config: the run's, with data and its keys replaced by those of the entry."""
+
+    name: str
+    weight: Fraction  # as it was given
+    config: RunConfig
+
+    @property
+    def documents(self) -> tuple[Any, ...]:
+        """What decides the documents: two entries must not have the same."""
+        config = self.config
+        if config.data == "hub":
+            return (config.dataset, config.dataset_config, config.dataset_split, config.dataset_revision, config.text_column)
+        return (config.data, tuple(sorted(config.paths)))
+
+
 def _choice(options: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(options)}", lambda value: value in options
 
 
 _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("data",), *_choice(DATA_SOURCES)),
+    (("optimizer",), *_choice(OPTIMIZERS)),
+    (("tracker",), *_choice(TRACKERS)),
     (("schedule",), *_choice(SCHEDULES)),
     (("decay_shape",), *_choice(DECAY_SHAPES)),
     (("weight_decay_on",), *_choice(DECAYED)),
     (("dtype",), *_choice(DTYPES)),
     (("device",), *_choice(DEVICES)),
+    (("sharding",), *_choice(SHARDING)),
     (("model", "tokenizer", "dataset", "dataset_split", "text_column", "token_cache", "backend", "output_dir",
-      "resume"), "some text",
+      "resume", "tracker_project"), "some text",
      lambda value: value.strip() != ""),
-    ((*SHAPE_KEYS, "steps", "batch_size", "grad_accumulation", "lr", "eps", "max_skipped_steps", "log_every", "eval_batches",
+    ((*SHAPE_KEYS, "steps", "batch_size", "grad_accumulation", "lr", "muon_lr", "eps", "max_skipped_steps", "log_every", "eval_batches",
       "tokenizer_documents", "sample_tokens"), "a number above 0", lambda value: value > 0),
-    (("workers", "warmup_steps", "weight_decay", "grad_clip", "min_lr", "eval_every", "sample_every", "sample_temperature",
-      "checkpoint_every", "keep_checkpoints", "keep_every", "spike_zscore", "seed"), "a number of at least 0", lambda value: value >= 0),
+    (("workers", "warmup_steps", "weight_decay", "muon_weight_decay", "grad_clip", "min_lr", "eval_every", "sample_every",
+      "sample_temperature", "checkpoint_every", "keep_checkpoints", "keep_every", "spike_zscore", "seed"),
+     "a number of at least 0", lambda value: value >= 0),
     (("sequence_length",), "an integer of at least 2 (a token and its successor)", lambda value: value >= 2),
     (("vocab_size",), "an integer of at least 259 (256 bytes and 3 special tokens)", lambda value: value >= 259),
-    (("attention_dropout",), "a number in [0, 1)", lambda value: 0 <= value < 1),
+    (("attention_dropout", "muon_momentum"), "a number in [0, 1)", lambda value: 0 <= value < 1),
     (("decay_fraction",), "a number in (0, 1]", lambda value: 0 < value <= 1),
     (("validation_fraction",), "a number in [0, 0.5]", lambda value: 0 <= value <= 0.5),
     (("betas",), "two numbers in [0, 1), as [0.9,0.95]", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
@@ -221,6 +342,10 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         if value is None:
             return
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{name}: expected entries {{key: value, ...}}, got {value!r}")
+        return
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
         if not isinstance(value, list):
@@ -256,8 +381,8 @@ def describe_keys() -> str:
 def format_value(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
-        return "[" + ",".join(map(str, value)) + "]"
-    if value is None or isinstance(value, bool):
+        return "[" + ",".join(map(format_value, value)) + "]"
+    if value is None or isinstance(value, (bool, dict)):
         return json.dumps(value)
     return str(value)
 
@@ -268,11 +393,12 @@ def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
     before: the saved configuration. Raises UsageError when a key that must not change did: the saved optimizer state and
     data position belong to the old model, data and tokenizer.
     """
-    lines, refused = [], []
+    lines, refused, default = [], [], RunConfig()
     for entry in dataclasses.fields(RunConfig):
-        if entry.name in ("resume", "output_dir") or entry.name not in before:
+        if entry.name in ("resume", "output_dir"):
             continue
-        old, new = before[entry.name], getattr(after, entry.name)
+        # A key that the program of the checkpoint did not have yet stood at its default.
+        old, new = before.get(entry.name, getattr(default, entry.name)), getattr(after, entry.name)
         if old != new:
             lines.append(f"{entry.name}: {format_value(old)} -> {format_value(new)}")
             if entry.metadata["fixed"]:

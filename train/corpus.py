@@ -1,4 +1,4 @@
-"""Where documents come from: Python's own documentation, local files, or a dataset on the hub.
+"""Where documents come from: Python's own documentation, local files, a dataset on the hub, or several of these (train/mixture.py).
 
 A source is a list of shards; a shard is a sequence of blocks; a block is a list of documents that is read at once:
 
@@ -21,7 +21,7 @@ import os
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any, Protocol
 from smollm2.cli import LoadError, UsageError
 from train.config import RunConfig
 from train.hub import HubSource
+from train.mixture import MixtureSource, Revision
 from train.source_record import cache_root
 
 Block = list[Any]
@@ -43,7 +44,8 @@ class Source(Protocol):
     parts of an epoch are measured in.
     """
 
-    revision: str | None
+    @property
+    def revision(self) -> Revision: ...
 
     @property
     def num_shards(self) -> int: ...
@@ -72,8 +74,12 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: RunConfig, revision: str | None = None) -> Source:
-    """The source that config.data names. revision: the commit pinned by the checkpoint of a resumed run."""
+def open_source(config: RunConfig, revision: Revision = None) -> Source:
+    """The source that config.data names. revision: what the checkpoint of a resumed run pinned, as `Source.revision` was."""
+    if config.data == "mixture":
+        pinned = revision if isinstance(revision, Mapping) else {}
+        parts = config.mixture_parts()
+        return MixtureSource(parts, [open_source(part.config, pinned.get(part.name)) for part in parts])
     if config.data == "embedded":
         return EmbeddedSource()
     if config.data == "local":
@@ -81,10 +87,8 @@ def open_source(config: RunConfig, revision: str | None = None) -> Source:
         if root is not None and any(root.resolve().is_relative_to(Path(path).expanduser().resolve()) for path in config.paths):
             raise UsageError(f"token_cache: expected a folder outside of paths, where its files would be taken for documents, got {root}")
         return LocalSource(config.paths, config.text_column)
-    return HubSource(
-        config.dataset, config.dataset_config, config.dataset_split, revision or config.dataset_revision, config.text_column,
-        cache_root(config),
-    )  # fmt: skip
+    commit = revision if isinstance(revision, str) else config.dataset_revision
+    return HubSource(config.dataset, config.dataset_config, config.dataset_split, commit, config.text_column, cache_root(config))
 
 
 # The standard library without its tests, its applications and what an installation may lack.

@@ -4,7 +4,7 @@
 
 The number of ranks never changes what is trained, only how fast: the rows of a step are a function of (seed, step), each rank takes its
 share of them, and gradients and losses are sums over all ranks divided by the valid targets of the whole step. Host-side messages
-(signals, objects, the exit) go over gloo, so that the device never waits for them.
+(signals, objects, the exit) go over gloo, so that the device never waits for them. Ranks that share one copy of the model: sharding.py.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from smollm2.config import SmolLM2Config
 from train.config import RunConfig
 from train.display import duration
 from train.metrics import flops_per_token, peak_flops
+from train.sharding import group_size
 
 ASSUMED_MFU = 0.35  # of a GPU's bf16 peak; not a measurement
 # Part of the rate of the model's largest matrix product that a whole training step reaches: norms, attention, loss and optimizer are
@@ -34,19 +35,22 @@ class Memory:
 
     parameters: int  # fp32
     gradients: int  # fp32
-    moments: int  # AdamW's two averages, fp32
+    moments: int  # AdamW's two averages, fp32; of Muon one, for the matrices of the blocks
     weight_copies: int  # projections in a compute dtype other than fp32, which the backward pass needs
     activations: int  # what the forward pass leaves for the backward pass of a micro-batch
     activations_checkpointed: int  # the same with gradient_checkpointing: inputs of the layers, and one layer recomputed
     loss_gradients: int  # both gradients of linear_cross_entropy, formed in the forward pass
     logits: int  # of one chunk of tokens, and what is computed from them
     checkpointing: bool
+    gathered: int = 0  # sharding: embedding whole with a second gradient, two layers whole, the gradient of one on its way
+    shards: int = 1  # parts into which parameters, gradients and moments are cut
+    optimizer: str = "adamw"
 
     @property
     def total(self) -> int:
         activations = self.activations_checkpointed if self.checkpointing else self.activations
         fixed = self.parameters + self.gradients + self.moments
-        return fixed + self.weight_copies + activations + self.loss_gradients + self.logits
+        return fixed + self.weight_copies + activations + self.loss_gradients + self.logits + self.gathered
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def estimate(config: RunConfig, model: SmolLM2Config, device: torch.device, worl
         backend=_backend(config.backend, device),
         flops_per_token=flops,
         recomputation=1 + in_blocks / 3 if config.gradient_checkpointing else 1.0,  # a third is the forward pass
-        memory=memory_of(config, model, device, micro_batch[0]),
+        memory=memory_of(config, model, device, micro_batch[0], group_size(config, world)),
         rate=expected_rate(model, device, config.dtype, micro_batch[0] * micro_batch[1], world),
     )
 
@@ -125,8 +129,8 @@ def _backend(name: str, device: torch.device) -> str:
 # ---- memory ---------------------------------------------------------------------------------------------------------------
 
 
-def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, rows: int) -> Memory:
-    """Bytes on one device for micro-batches of `rows` rows."""
+def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, rows: int, shards: int = 1) -> Memory:
+    """Bytes on one device for micro-batches of `rows` rows, with parameters cut into `shards` parts."""
     size = 2 if config.dtype == "bf16" else 4
     triton = _backend(config.backend, device) == "triton"
     tokens, hidden, layers = rows * config.sequence_length, model.hidden_size, model.num_hidden_layers
@@ -139,7 +143,12 @@ def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, row
     ends = tokens * (_norm_bytes(hidden, size) + 16)
     ends += 4 * model.head_dim * (tokens if config.document_masking else model.max_position_embeddings)
     kept = (2 * layers - 1) * size * hidden  # output of the sub-layer before and residual stream; the first layer has only the one
-    copies = _layer_weight_copies(model, size)
+    copies, gathered = _layer_weight_copies(model, size), 0
+    if shards > 1:
+        layer = (model.num_parameters() - embedding) // layers
+        gathered = 8 * embedding + 2 * size * layer + (size + 4) * layer
+        copies = _joined_copies(model, size)
+    part = -(-parameters // shards)
 
     chunk = min(tokens, TRITON_CHUNK_TOKENS if triton else reference.CHUNK_TOKENS)
     logits = chunk * model.vocab_size * size
@@ -148,15 +157,18 @@ def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, row
     if size == 2:
         logits += size * embedding * (1 if triton else 2)  # the head, cast, and for torch a product that is then added in fp32
     return Memory(
-        parameters=parameters,
-        gradients=parameters,
-        moments=2 * parameters,
+        parameters=part,
+        gradients=part,
+        moments=2 * part - (4 * _block_matrices(model) if config.optimizer == "muon" else 0),
+        optimizer=config.optimizer,
         weight_copies=copies if config.gradient_checkpointing else layers * copies,
         activations=tokens * layers * per_layer + ends,
         activations_checkpointed=tokens * (kept + per_layer) + ends,
         loss_gradients=tokens * size * hidden + 4 * embedding,
         logits=logits,
         checkpointing=config.gradient_checkpointing,
+        gathered=gathered,
+        shards=shards,
     )
 
 
@@ -180,7 +192,8 @@ def layer_bytes_per_token(model: SmolLM2Config, size: int, *, triton: bool, mask
     if masked and not triton:
         if cuda:  # SDPA gets keys and values repeated for every query head: those are kept, and not the projection
             projection = size * 2 * q
-        output += size * length  # one row of the mask
+        if cuda or size == 4:  # in bf16 on a CPU, kernels/cpu_attention.py keeps none
+            output += size * length  # one row of the mask
     mlp = size * 2 * ffn  # gate and up; silu(gate) is computed again
     mlp += size * ffn  # their product, the input of the last projection
     return norms + projection + rotated + output + mlp
@@ -188,8 +201,19 @@ def layer_bytes_per_token(model: SmolLM2Config, size: int, *, triton: bool, mask
 
 def _layer_weight_copies(model: SmolLM2Config, size: int) -> int:
     """Bytes of one block: in bf16 every projection is cast; in fp32 the parameters themselves are used."""
+    return size * _block_matrices(model) // model.num_hidden_layers if size == 2 else 0
+
+
+def _block_matrices(model: SmolLM2Config) -> int:
+    """Parameters of the projections of all blocks."""
     q, k = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    return size * model.hidden_size * (2 * q + 2 * k + 3 * model.intermediate_size) if size == 2 else 0
+    return model.num_hidden_layers * model.hidden_size * (2 * q + 2 * k + 3 * model.intermediate_size)
+
+
+def _joined_copies(model: SmolLM2Config, size: int) -> int:
+    """Bytes of one sharded block: gathered parameters are joined (q, k, v and gate, up) into copies that the backward pass keeps."""
+    q, k = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    return size * model.hidden_size * (q + 2 * k + 2 * model.intermediate_size)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------------
@@ -242,15 +266,17 @@ def lines(found: Estimate) -> list[str]:
     """The estimate as readable lines, names in a column of ten characters."""
     rows, length = found.micro_batch
     memory, work = found.memory, found.flops_per_token * found.tokens
+    share = f", one of {memory.shards} shards" if memory.shards > 1 else ""
     plain, checkpointed = _gb(memory.activations), _gb(memory.activations_checkpointed)
     if memory.checkpointing:
         activations, other = checkpointed, f"{plain} without"
     else:
         activations, other = plain, f"{checkpointed} with"
     parts = [
-        (_gb(memory.parameters), "parameters, fp32"),
-        (_gb(memory.gradients), "gradients, fp32"),
-        (_gb(memory.moments), "AdamW's moments, fp32"),
+        (_gb(memory.parameters), f"parameters, fp32{share}"),
+        (_gb(memory.gradients), f"gradients, fp32{share}"),
+        (_gb(memory.moments), f"{'AdamW' if memory.optimizer == 'adamw' else 'Muon and AdamW'}'s moments, fp32{share}"),
+        *([(_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way")] if memory.gathered else []),
         *([(_gb(memory.weight_copies), f"copies of weights, {found.dtype}")] if memory.weight_copies else []),
         (activations, f"activations of {rows} x {length} tokens, {found.backend}, {found.dtype} ({other} gradient_checkpointing)"),
         (_gb(memory.loss_gradients), "gradients of the loss"),

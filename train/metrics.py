@@ -1,4 +1,4 @@
-"""What a run reports: loss, throughput, MFU, waiting, memory and unique examples, to metrics.jsonl, TensorBoard and the terminal.
+"""What a run reports: loss, throughput, MFU, waiting, memory and unique examples, to metrics.jsonl, trackers and the terminal.
 
 metrics.jsonl is the record: one JSON object a line, each with its `step`.
 
@@ -7,6 +7,7 @@ metrics.jsonl is the record: one JSON object a line, each with its `step`.
     wait_ms                      milliseconds that a step waited for its batch, mean since the line before
     memory_gb, memory_peak_gb    in 1e9 bytes, see `memory`
     tokens, epochs, documents, unique_examples, invalid_documents, skipped_steps     since the run began
+    share/NAME, epochs/NAME, unique_examples/NAME     the same for each source of a mixture; its share of all tokens
     eta_seconds                  until the last step at the pace so far, with evaluations, samples and checkpoints
     held_out_loss, held_out_bits_per_byte, unigram_entropy                           lines of evaluations
     resumed, ...                 lines of events, `Reporter.note`
@@ -22,7 +23,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
 from smollm2.tokenizer import Tokenizer
 from train.checkpoint import Progress
 from train.config import RunConfig
 from train.display import Display
+from train.tracking import Guarded, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -175,15 +176,15 @@ class Throughput:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, and to TensorBoard's event file when asked.
+    """Appends to metrics.jsonl, and to what `trackers` keep.
 
     A full disk does not end a training run: lines that could not be written stay in the stream's buffer and go out with a later one.
     """
 
-    def __init__(self, run: Path, tensorboard: bool) -> None:
+    def __init__(self, run: Path, trackers: Sequence[Guarded] = ()) -> None:
         self.error: OSError | None = None  # why the last line could not be written
         self._stream = (run / METRICS_FILE).open("a", encoding="utf-8")
-        self._writer = summary_writer()(str(run / "tensorboard")) if tensorboard else None
+        self._trackers = trackers
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line; values that are None are left out, numbers that are not finite are written as text (JSON has none)."""
@@ -195,25 +196,14 @@ class MetricsLog:
             self.error = None
         except OSError as error:
             self.error = error
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def close(self) -> None:
         with suppress(OSError):  # reported when it was written
             self._stream.close()
-        if self._writer is not None:
-            self._writer.close()
-
-
-def summary_writer() -> Any:
-    """TensorBoard's SummaryWriter class. Raises UsageError when its package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
-        raise UsageError("tensorboard=true needs the package tensorboard; install it with: pip install tensorboard") from None
-    return SummaryWriter
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -251,8 +241,8 @@ class Reporter:
         self.held_out_loss: float | None = None
         self._folder, self._config, self._progress, self._device = folder, config, progress, device
         self.throughput = Throughput(device)
-        self._log = MetricsLog(folder, config.tensorboard)
         self._display = Display(config.steps, progress.step)
+        self._log = MetricsLog(folder, open_trackers(folder, config, self._display.line))
         self._waited, self._steps = 0.0, 0  # seconds and steps since the last line
         self._first: tuple[int, float] | None = None  # step and time of the first line: the pace counts from there
         self._recent: deque[float] = deque(maxlen=10)
@@ -286,7 +276,7 @@ class Reporter:
             "invalid_documents": data.invalid, "skipped_steps": progress.skipped_steps,
             "tokens_per_second": rate, "mfu": rate * self._flops / self._peak if rate and self._peak else None,
             "wait_ms": round(1e3 * self._waited / self._steps, 3) if self._steps else None,
-            "memory_gb": in_use, "memory_peak_gb": peak, "eta_seconds": self._seconds_left(),
+            "memory_gb": in_use, "memory_peak_gb": peak, "eta_seconds": self._seconds_left(), **data.by_source(),
         }  # fmt: skip
         self._waited, self._steps = 0.0, 0
         self._write(values)

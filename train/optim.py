@@ -1,5 +1,5 @@
-"""AdamW with two parameter groups, learning-rate schedules as pure functions of the step, gradient clipping and skipped steps without
-host synchronisation.
+"""AdamW, and Muon beside it; learning-rate schedules as pure functions of the step; gradient clipping and skipped steps without host
+synchronisation.
 
 A schedule that is a function of the step alone needs no state: a resumed run computes the same learning rates.
 """
@@ -31,16 +31,85 @@ def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matr
     ]
 
 
-def build_optimizer(model: nn.Module, config: RunConfig, device: torch.device | None = None) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in its fused form: one launch for all parameters.
+def build_optimizer(model: nn.Module, config: RunConfig, device: torch.device | None = None) -> torch.optim.Optimizer:
+    """MuonWithAdamW with optimizer=muon, else AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in its fused form: one launch for all
+    parameters.
 
     The fused form also takes `found_inf`, with which a step is skipped on the device; see `update`. With cuda_graph the learning rate
     is a tensor on the device: a captured step reads it anew at every replay.
     """
+    if config.optimizer == "muon":
+        return MuonWithAdamW(model, config)
     beta1, beta2 = config.betas
     groups = parameter_groups(model, config.weight_decay, config.weight_decay_on)
     lr = torch.tensor(config.lr, device=device) if config.cuda_graph else config.lr
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, fused=True, capturable=config.cuda_graph)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of the blocks, AdamW for the embedding (which is the head) and the norms, behind the face of one optimizer.
+
+    Muon orthogonalises the averaged gradient of a matrix by five Newton-Schulz iterations in bf16 (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). Its updates are scaled to the size of AdamW's, 0.2 sqrt(max(rows, columns)) (Liu et al. 2025,
+    arXiv 2502.16982), so that lr and weight_decay hold for both. It keeps one average where AdamW keeps two.
+
+    Every projection is a matrix of its own, although they lie side by side in memory: q, k and v, gate and up are orthogonalised apart.
+    The parameter groups are those of Muon, then AdamW's; the state is one dictionary, so that state_dict() has all of it.
+    """
+
+    def __init__(self, model: nn.Module, config: RunConfig) -> None:
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2 and id(parameter) not in tables]
+        ours = {id(parameter) for parameter in matrices}
+        groups = parameter_groups(model, config.weight_decay, config.weight_decay_on)
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+        decay = config.weight_decay if config.muon_weight_decay is None else config.muon_weight_decay
+        scale = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
+        self._muon = torch.optim.Muon(
+            [{"params": matrices, "lr_scale": scale}], lr=config.lr * scale, weight_decay=decay, momentum=config.muon_momentum,
+            nesterov=config.muon_nesterov, adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+        beta1, beta2 = config.betas
+        self._adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+        self.found_inf: Tensor | None = None  # see `update`
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Both work on the groups and the state of this one."""
+        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self._muon.state = self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # which makes new groups and a new state
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both, or of none if found_inf says so. Takes no closure: the gradients are there."""
+        bad = self.found_inf
+        if bad is None or (bad.device.type == "cpu" and not bad):
+            self._muon.step()
+        elif bad.device.type != "cpu":  # there is nothing to ask on a CPU, and here nothing may be asked
+            self._step_unless(bad)
+        self._adamw.found_inf = bad  # type: ignore[attr-defined]
+        self._adamw.step()
+
+    def _step_unless(self, bad: Tensor) -> None:
+        """Muon's step, undone on the device if `bad` is 1: torch's takes no found_inf. Needs a copy of one matrix at a time."""
+        (group,) = self._muon.param_groups
+        skip = bad > 0
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
+            parameter.grad.copy_(torch.where(skip, average, parameter.grad))  # averaged with itself it stays what it is, to the bit
+            before = parameter.clone()
+            self._muon.param_groups = [{**group, "params": [parameter]}]
+            self._muon.step()
+            parameter.copy_(torch.where(skip, before, parameter))
+        self._muon.param_groups = [group]
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -70,12 +139,12 @@ def learning_rate(step: int, config: RunConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group; called before the step."""
+    """Sets the learning rate of every group, times its lr_scale if it has one; called before the step."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -143,7 +212,7 @@ class StepGuard:
         return {"skipped": self.skipped, "seen": self._seen, "mean": self._mean, "variance": self._variance}
 
 
-def update(optimizer: torch.optim.AdamW, bad: Tensor) -> None:
+def update(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """One optimizer step, or none at all (no decay, no momentum) if `bad` (fp32 scalar) is 1; decided on the device.
 
     `found_inf` is the hook by which torch.amp.GradScaler skips a step of a fused optimizer.

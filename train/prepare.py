@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.tokenizer import Tokenizer
 from train.blocks import EpochEnd, Prefetch, StoredBlock, epoch_order, stored_blocks, tokenised
 from train.command_line import parse
 from train.config import RunConfig
-from train.corpus import open_source
+from train.corpus import Source, open_source
 from train.data import held_out_rows
+from train.mixture import MixtureCache, MixtureSource, order_key
 from train.run import tokenizer_for
-from train.token_cache import TokenCache, open_cache
+from train.token_cache import TokenCache, open_caches
 from train.tokenise import TokenBlock, is_held_out
 from train.worker_pool import WorkerPool
 
@@ -25,7 +30,8 @@ HELP = """usage: python -m train.prepare [config.yaml] [key=value ...] [--tokens
 
 Downloads and tokenises what a run will read, in the order in which it reads it, into its token cache: the held-out documents, then
 the training documents of its first epoch. Takes the arguments of python -m train.run; the run must have the same data, tokenizer and
-seed. What is there already is verified and skipped, so that an interrupted command continues when it is given again.
+seed. What is there already is verified and skipped, so that an interrupted command continues when it is given again. Of a mixture,
+every source is filled in turn, with its share of the tokens.
   --tokens N  stop at this many training tokens (default: what all steps of the run read, at most one epoch)
   --verify    store nothing, and check every block in the cache; exit code 1 if one is damaged
   --debug     show the traceback of an error
@@ -53,6 +59,16 @@ class Totals:
         self.tokens += len(block.tokens)
 
 
+@dataclass(frozen=True)
+class Filling:
+    """A cache to fill. seed: of the order of its documents; share: of all tokens that the run reads."""
+
+    source: Source
+    cache: TokenCache
+    seed: int | str
+    share: Fraction
+
+
 class ProgressLine:
     """A progress bar on a terminal, else a line now and then."""
 
@@ -78,18 +94,27 @@ class ProgressLine:
 
 
 def prepare(config: RunConfig, tokens: int | None = None) -> Totals:
-    """Fills the cache with the held-out documents, then with `tokens` training tokens or the end of the epoch.
+    """Fills the cache with the held-out documents, then with `tokens` training tokens or the end of the epoch; of a mixture, those of all
+    its sources that have one.
 
     Raises UsageError when config keeps no cache, LoadError when documents cannot be read or stored.
     """
-    source, tokenizer, cache = _open(config)
+    fillings, tokenizer = _open(config)
     wanted = tokens if tokens is not None else config.steps * config.tokens_per_step
+    found = [_fill(filling, tokenizer, config, math.ceil(wanted * filling.share)) for filling in fillings]
+    return Totals(*(sum(values) for values in zip(*(dataclasses.astuple(totals) for totals in found), strict=True)))
+
+
+def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int) -> Totals:
+    """Fills one cache, until it has `wanted` training tokens or an epoch."""
+    source, cache = filling.source, filling.cache
     fraction = config.validation_fraction if config.eval_every else 0.0
+    rows = math.ceil(config.eval_batches * config.batch_size * filling.share)
     stop, pool, totals = threading.Event(), WorkerPool(tokenizer, config.workers), Totals()
     print(f"{source.fingerprint}: held-out documents, then {wanted:,} training tokens, into {cache.folder}", flush=True)
     begin = time.monotonic()
-    held_out_rows(source, tokenizer, fraction, config.eval_batches * config.batch_size, config.sequence_length, cache, config.workers)
-    stored = Prefetch(stored_blocks(source, epoch_order(source, config.seed), cache, stop), stop, 2, config.workers > 0)
+    held_out_rows(source, tokenizer, fraction, rows, config.sequence_length, cache, config.workers)
+    stored = Prefetch(stored_blocks(source, epoch_order(source, filling.seed), cache, stop), stop, 2, config.workers > 0)
     try:
         with closing(ProgressLine(wanted)) as progress, closing(tokenised(stored, pool, cache, stop)) as blocks:
             for item in blocks:
@@ -125,16 +150,17 @@ def _count(totals: Totals, item: StoredBlock, config: RunConfig, cache: TokenCac
 
 
 def verify(config: RunConfig) -> int:
-    """Checks every stored block of the run's source and tokenizer. Returns how many are damaged."""
-    _, _, cache = _open(config)
-    totals, damaged = Totals(), 0
-    with closing(cache):
-        for _, _, block in cache.verify():
-            if block is None:
-                damaged += 1
-            else:
-                totals.add(block)
-        print_totals(totals, cache)
+    """Checks every stored block of the run's sources and tokenizer. Returns how many are damaged."""
+    damaged = 0
+    for filling in _open(config)[0]:
+        totals = Totals()
+        with closing(filling.cache) as cache:
+            for _, _, block in cache.verify():
+                if block is None:
+                    damaged += 1
+                else:
+                    totals.add(block)
+            print_totals(totals, cache)
     remedy = "; the next run, or this command without --verify, makes them anew" if damaged else ""
     print(f"{damaged} damaged blocks{remedy}", flush=True)
     return damaged
@@ -148,16 +174,21 @@ def print_totals(totals: Totals, cache: TokenCache) -> None:
     )
 
 
-def _open(config: RunConfig) -> tuple[Any, Any, TokenCache]:
+def _open(config: RunConfig) -> tuple[list[Filling], Tokenizer]:
     source = open_source(config)
     tokenizer = tokenizer_for(config, source)
-    cache = open_cache(config, source, tokenizer)
-    if cache is None:
+    cache = open_caches(config, source, tokenizer)
+    if isinstance(source, MixtureSource) and isinstance(cache, MixtureCache):
+        opened = zip(source.parts, cache.parts, strict=True)
+        found = [Filling(part.source, own, order_key(config.seed, part.name), part.weight) for part, own in opened if own is not None]
+    else:
+        found = [Filling(source, cache, config.seed, Fraction(1))] if isinstance(cache, TokenCache) else []
+    if not found:
         raise UsageError(
             f"token_cache: expected a folder to fill, got {config.token_cache} with data={config.data}; "
             "name one with token_cache=FOLDER, here and for the run"
         )
-    return source, tokenizer, cache
+    return found, tokenizer
 
 
 def main(argv: Sequence[str]) -> int:

@@ -29,7 +29,7 @@ from smollm2.checkpoint import resolve
 from smollm2.cli import LoadError, UsageError, run_command
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from train import estimate, metrics, plot
+from train import estimate, keep_freed_memory, metrics, plot, sharding, tracking
 from train.checkpoint import Progress, Saver, find_checkpoint, load_moments, load_progress, load_weights, take_snapshot
 from train.command_line import HELP, parse
 from train.config import RunConfig, compare_for_resume
@@ -37,10 +37,11 @@ from train.corpus import Source, open_source
 from train.data import Batch, DataState, held_out_rows, read_stored, training_batches
 from train.distributed import StopRequest, World, join_world, leave_world, settle_buckets
 from train.evaluation import evaluate, sample
+from train.mixture import MixtureCache, MixtureSource, mixture_lines
 from train.optim import StepGuard, build_optimizer, learning_rate, set_learning_rate
 from train.rng import rng_states, seed_generators, set_rng_states
 from train.step import CapturedStep, TrainStep
-from train.token_cache import TokenCache, open_cache
+from train.token_cache import TokenCache, open_caches
 
 INSTRUCT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RELEASED = [f"SmolLM2-{size}{kind}" for size in ("135M", "360M", "1.7B") for kind in ("", "-Instruct")]
@@ -59,10 +60,10 @@ class Run:
     folder: Path
     source: Source
     tokenizer: Tokenizer
-    cache: TokenCache | None
+    cache: TokenCache | MixtureCache | None
     model: SmolLM2ForCausalLM
     forward: nn.Module  # the model, compiled if asked, its gradients summed over the ranks
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     guard: StepGuard
     progress: Progress
     held_out: tuple[Tensor, Tensor]  # ids and doc_start [R, T]
@@ -81,8 +82,7 @@ def build(config: RunConfig, world: World) -> Run:
             print(f"changed since the checkpoint: {line}")
         if progress.ranks != world.size:
             print(f"changed since the checkpoint: ranks: {progress.ranks} -> {world.size}; the rows of every step stay the same")
-    if config.tensorboard:
-        metrics.summary_writer()  # missing packages are reported before anything is written
+    tracking.check(config)  # missing packages are reported before anything is written
     try:
         backend = select_backend(config.backend, world.device)
     except ValueError as error:
@@ -97,22 +97,27 @@ def build(config: RunConfig, world: World) -> Run:
     weights = checkpoint or world.from_main(lambda: None if config.from_scratch else _model_source(config.model))
     tokenizer = world.from_main(lambda: load_tokenizer(checkpoint) if checkpoint else tokenizer_for(config, source, weights))
     torch.manual_seed(config.seed)
-    model = load_weights(weights, backend, world.device) if weights else _fresh_model(config, tokenizer, backend).to(world.device)
+    sharded = config.sharding != "none"
+    place = torch.device("cpu") if sharded else world.device  # a sharded model moves to the device in parts
+    model = load_weights(weights, backend, place) if weights else _fresh_model(config, tokenizer, backend).to(place)
     _set_mode(model, config)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
             f"tokenizer: expected at most {model.config.vocab_size} entries, the model's vocabulary, got {tokenizer.vocab_size}; "
             "drop tokenizer= to use the model's own"
         )
-    cache = open_cache(config, source, tokenizer, leader=world.local_rank == 0)
+    cache = open_caches(config, source, tokenizer, leader=world.local_rank == 0)
     fraction = config.validation_fraction if config.eval_every else 0.0
-    if fraction and config.data == "hub":
+    if fraction and config.data in ("hub", "mixture"):
         print(f"reading held-out documents from {source.fingerprint}", flush=True)
     rows = config.eval_batches * config.batch_size
     held_out = world.from_main(lambda: held_out_rows(source, tokenizer, fraction, rows, config.sequence_length, cache, config.workers))
-    forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
+    if sharded:
+        forward: nn.Module = sharding.shard(model, config, world)
+    else:
+        forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
+        settle_buckets(world, forward, min(config.batch_size, config.rows_per_step // world.size), config.sequence_length)
     optimizer, guard = build_optimizer(model, config, world.device), StepGuard(world.device, config.spike_zscore)
-    settle_buckets(world, forward, min(config.batch_size, config.rows_per_step // world.size), config.sequence_length)
     seed_generators(config.seed + world.rank)  # dropout differs between ranks; weights came from the same seed
     if checkpoint and progress is not None:
         load_moments(checkpoint, model, optimizer)
@@ -120,7 +125,7 @@ def build(config: RunConfig, world: World) -> Run:
         if world.rank < len(state["rng"]):  # a rank that was not there before begins with its own seed
             set_rng_states(state["rng"][world.rank])
     else:
-        progress = Progress(DataState(source.fingerprint, source.revision), {}, "", tokenizer.fingerprint())
+        progress = Progress(DataState.of(source), {}, "", tokenizer.fingerprint())
     progress.config, progress.backend, progress.ranks = asdict(config), model.backend.name, world.size
     return Run(
         config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
@@ -147,6 +152,7 @@ def _check_device(config: RunConfig, world: World) -> None:
             f"torchrun: expected a number of processes that divides the {config.rows_per_step} rows of a step "
             f"(batch_size x grad_accumulation), got {world.size}"
         )
+    sharding.check(config, world)
     if config.cuda_graph and (world.device.type != "cuda" or world.size > 1):
         raise UsageError(f"cuda_graph: needs one CUDA device, got {world.device.type} and {world.size} process(es); drop cuda_graph=true")
 
@@ -209,7 +215,7 @@ def print_plan(run: Run, origin: str) -> None:
         origin_of_weights = "from scratch" if config.from_scratch else f"continued from {config.model}"
     backend = f"{model.backend.name} ({model.backend.why}), {config.dtype}" + (", compiled" if config.compile else "")
     threads = f", {torch.get_num_threads()} threads" if run.world.device.type == "cpu" else ""
-    ranks = f", {run.world.size} processes" if run.world.size > 1 else ""
+    ranks = f", {run.world.size} processes{sharding.describe(config, run.world)}" if run.world.size > 1 else ""
     held_out = f"{rows} rows, {run.held_out[0].numel():,} tokens, unigram entropy {run.entropy:.3f} nats" if rows else "none: no evaluation"
     rows_per_step = f"{config.grad_accumulation} x {config.batch_size} rows of {config.sequence_length}"
     facts = {
@@ -253,7 +259,9 @@ def loop(run: Run) -> int:
         rank=world.rank, world=world.size, pin=world.device.type == "cuda",
     )  # fmt: skip
     train_step = (CapturedStep if config.cuda_graph else TrainStep)(run.forward, run.optimizer, run.guard, config, world)
-    saver = Saver(run.folder, config.keep_checkpoints, config.keep_every, background=config.background_save)
+    sharded = config.sharding != "none"
+    writers = sharding.writers(world) if sharded else World(world.device)
+    saver = Saver(run.folder, config.keep_checkpoints, config.keep_every, background=config.background_save, writers=writers)
     reporter = (
         metrics.Reporter(run.folder, config, progress, run.model.config, world.device, devices=world.size) if world.main else Silent()
     )
@@ -288,11 +296,13 @@ def loop(run: Run) -> int:
                     )
             if not stopped and len(run.held_out[0]) and _due(config.eval_every, progress.step, last):
                 with reporter.excluded():
-                    found = evaluate(run.model, run.held_out, config, world)
+                    # A sharded forward pass needs all ranks: each evaluates every row, instead of passes that differ in number.
+                    found = evaluate(run.model, run.held_out, config, World(world.device) if sharded else world)
                 reporter.evaluation(found, run.entropy, metrics.bytes_per_token(run.held_out[0], run.tokenizer))
-            if not stopped and world.main and _due(config.sample_every, progress.step):
+            if not stopped and (world.main or sharded) and _due(config.sample_every, progress.step):
                 with reporter.excluded():
-                    texts = sample(run.model, run.tokenizer, config)
+                    model = sharding.whole_model(run.model, world) if sharded else run.model
+                    texts = sample(model, run.tokenizer, config) if model is not None else []
                 reporter.samples(texts)
             if _due(config.checkpoint_every, progress.step, last):
                 with reporter.excluded():
@@ -358,9 +368,10 @@ def _save(run: Run, saver: Saver, *, final: bool) -> None:
     """Saves the present step; `final` waits for it and raises SaveError if it fails, otherwise training goes on meanwhile."""
     run.progress.skipped_steps = int(run.guard.skipped)
     states = run.world.gather(rng_states())
-    if run.world.main:
+    sharded = run.config.sharding != "none"  # then every rank saves its part
+    if run.world.main or sharded:
         state = {"rng": states, "guard": run.guard.state()}
-        saver.save(take_snapshot(run.model, run.tokenizer, run.optimizer, run.progress, state))
+        saver.save(take_snapshot(run.model, run.tokenizer, run.optimizer, run.progress, state, sharded=sharded, main=run.world.main))
     if final:
         saver.wait()
         run.world.barrier()
@@ -396,6 +407,8 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
         try:
             print_plan(run, origin)
             if dry_run:
+                if isinstance(run.source, MixtureSource):
+                    print("\n".join(mixture_lines(run.source, config, run.tokenizer, run.cache)))
                 print("\n".join(estimate.lines(estimate.estimate(config, run.model.config, world.device, world.size))))
                 print("\nresolved configuration:\n" + _as_yaml(config), end="")
                 return 0
@@ -417,6 +430,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     flags = ("--dry-run", "--debug")
     config, origin = parse([argument for argument in argv if argument not in flags])
+    keep_freed_memory()
     code = train(config, origin, dry_run="--dry-run" in argv)
     leave_world()
     return code

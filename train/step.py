@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from train import sharding
 from train.config import RunConfig
 from train.data import Batch
 from train.distributed import World
@@ -27,10 +28,11 @@ class TrainStep:
     tokens more than others.
     """
 
-    def __init__(self, forward: nn.Module, optimizer: torch.optim.AdamW, guard: StepGuard, config: RunConfig, world: World) -> None:
+    def __init__(self, forward: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, config: RunConfig, world: World) -> None:
         """forward: the model, compiled and wrapped as the run wants it."""
         self._forward, self._optimizer, self._guard, self._config, self._world = forward, optimizer, guard, config, world
         self._parameters = [parameter for parameter in forward.parameters() if parameter.requires_grad]
+        self._sharded = config.sharding != "none"
         self._targets = torch.ones((), device=world.device)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -50,13 +52,17 @@ class TrainStep:
         loss = torch.zeros((), device=self._world.device)
         pieces = list(_micro_batches(ids, doc_start, self._config.batch_size))
         for index, (piece, starts) in enumerate(pieces):
-            with self._world.no_sync(self._forward, index < len(pieces) - 1):
+            last = index == len(pieces) - 1
+            if self._sharded:
+                sharding.sum_over_copies(self._forward, last)
+            with self._world.no_sync(self._forward, not last):
                 part = self._forward(piece, labels=piece, doc_start=starts, reduction="sum").loss / self._targets
                 # DDP takes the mean over ranks where the sum is wanted.
-                (part * self._world.size if self._world.size > 1 else part).backward()
+                (part if self._sharded or self._world.size == 1 else part * self._world.size).backward()
             loss += part.detach()
         loss = self._world.sum(loss)
-        gradient_norm = clip_gradients(self._parameters, self._config.grad_clip)
+        clip = sharding.clip_gradients if self._sharded else clip_gradients
+        gradient_norm = clip(self._parameters, self._config.grad_clip)
         update(self._optimizer, self._guard.judge(loss, gradient_norm))
         self._optimizer.zero_grad(set_to_none=True)
         return loss, gradient_norm
@@ -68,7 +74,7 @@ class CapturedStep(TrainStep):
     Holds for one shape of batch. The first steps run on the stream of the capture, as torch asks of what is captured later.
     """
 
-    def __init__(self, forward: nn.Module, optimizer: torch.optim.AdamW, guard: StepGuard, config: RunConfig, world: World) -> None:
+    def __init__(self, forward: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, config: RunConfig, world: World) -> None:
         super().__init__(forward, optimizer, guard, config, world)
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None

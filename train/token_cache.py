@@ -29,6 +29,7 @@ from smollm2.cli import UsageError
 from smollm2.tokenizer import Tokenizer
 from train.config import RunConfig
 from train.corpus import Source
+from train.mixture import MixtureCache, MixtureSource
 from train.source_record import cache_root, source_folder, write_source_record
 from train.tokenise import TokenBlock
 from train.worker_pool import token_dtype
@@ -70,6 +71,13 @@ def open_cache(config: RunConfig, source: Source, tokenizer: Tokenizer, *, leade
         print(f"{reason}; continuing without", flush=True)
         return None
     return TokenCache(folder, token_dtype(tokenizer), leader=leader)
+
+
+def open_caches(config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True) -> TokenCache | MixtureCache | None:
+    """As open_cache; of a mixture, the caches of its sources."""
+    if not isinstance(source, MixtureSource):
+        return open_cache(config, source, tokenizer, leader=leader)
+    return MixtureCache([open_cache(part.key.config, part.source, tokenizer, leader=leader) for part in source.parts])
 
 
 class TokenCache:
@@ -159,6 +167,18 @@ class TokenCache:
                 yield shard, block, self._read(shard, block)
             with self._lock:
                 self._shards.pop(shard, None)
+
+    def tokens_of(self, shards: int) -> int | None:
+        """The tokens of the source, if every block of all its `shards` is stored."""
+        total = 0
+        for shard in range(shards):
+            with self._lock:
+                one = self._shard(shard)
+                entries = [one.entry(block) for block in range(one.blocks or 0)]
+            if one.blocks is None or None in entries:
+                return None
+            total += sum(entry.token_count for entry in entries if entry is not None)
+        return total
 
     def size(self) -> int:
         """Bytes on disk."""

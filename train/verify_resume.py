@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from smollm2.cli import LoadError, Parser, UsageError, run_command
 from train import checkpoint, run, step
-from train.checkpoint import LATEST, MOMENTS, RECORD, STATE, checkpoints, newest_checkpoint
+from train.checkpoint import LATEST, RECORD, STATE, checkpoints, newest_checkpoint, read_moments
 from train.command_line import CONFIGS, parse
 from train.data import Batch
 from train.metrics import read_metrics
@@ -70,7 +70,7 @@ def _set_trap(where: str, number: int, folder: Path) -> None:
     original, done = step.update, itertools.count(1)
     last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1
 
-    def trapped(optimizer: torch.optim.AdamW, bad: torch.Tensor) -> None:
+    def trapped(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
         if next(done) == number and int(os.environ.get("RANK", "0")) == last_rank:
             deadline = time.monotonic() + PATIENCE
             while not (folder / "run" / "checkpoints" / LATEST).is_file() and time.monotonic() < deadline:
@@ -193,7 +193,7 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
         raise LoadError("a run left no checkpoint")
     loaders: dict[str, Callable[[Path], Any]] = {
         "weights": lambda end: load_file(end / "model.safetensors"),
-        "optimizer state": lambda end: load_file(end / MOMENTS),
+        "optimizer state": read_moments,
         "generators, counters": lambda end: torch.load(end / STATE, weights_only=True),
     }
     for name, load in loaders.items():

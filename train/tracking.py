@@ -1,0 +1,165 @@
+"""The figures of metrics.jsonl, sent to TensorBoard, trackio or Weights & Biases through their own libraries.
+
+metrics.jsonl stays the record. A tracker is a copy for looking at: when it fails, one line says so, and training goes on without it.
+A resumed run continues the same run there: its name lies in RUN/tracker.txt. Nothing uses the network unless tracker_online says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from smollm2.cli import UsageError
+from train.config import RunConfig
+
+NAME_FILE = "tracker.txt"
+REMOTES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # where trackio would send everything to
+
+
+class Tracker(Protocol):
+    """Anything may be raised: `Guarded` takes care of it."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run: Path) -> None:
+        self._writer = summary_writer()(str(run / "tensorboard"))
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Trackio:
+    """A run of that name in trackio's database on this machine, or online in the Space or server that its variables name."""
+
+    def __init__(self, run: Path, config: RunConfig) -> None:
+        self._library = _library("trackio")
+        hidden = {} if config.tracker_online else {name: os.environ.pop(name) for name in REMOTES if name in os.environ}
+        try:
+            self._library.init(project=config.tracker_project, name=run_name(run), config=asdict(config), resume="allow", embed=False)
+        finally:
+            os.environ.update(hidden)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._library.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._library.finish()
+
+
+class WandB:
+    """A run of that id, in RUN/wandb; `wandb sync` sends it later what was not sent online.
+
+    The step is a figure like the others, by which all are drawn: W&B's own counter never goes back, as a run does that is resumed from
+    an earlier checkpoint.
+    """
+
+    def __init__(self, run: Path, config: RunConfig) -> None:
+        wandb = _library("wandb")
+        disabled = os.environ.get("WANDB_MODE") == "disabled"
+        name = run_name(run)
+        self._run = wandb.init(
+            project=config.tracker_project, id=name, name=run.resolve().name, config=asdict(config), dir=str(run), resume="allow",
+            mode=None if config.tracker_online else "disabled" if disabled else "offline", settings=wandb.Settings(console="off"),
+        )  # fmt: skip
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Guarded:
+    """A tracker that cannot stop a training run: its first failure is told, and ends it."""
+
+    def __init__(self, name: str, begin: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
+        self._name, self._warn = name, warn
+        self._tracker: Tracker | None = None
+        self._tracker = self._attempt(begin)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Sends what is a number; texts, flags and None are left out."""
+        tracker = self._tracker
+        if tracker is not None:
+            numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+            if numbers:
+                self._attempt(lambda: tracker.log(step, numbers))
+
+    def close(self) -> None:
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            self._attempt(tracker.close)
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # whatever its library raises: the training is worth more than its picture
+            self._tracker = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._warn(f"warning: {self._name} failed ({reason[:200]}); training goes on without it, metrics.jsonl has everything")
+            return None
+
+
+def wanted(config: RunConfig) -> list[str]:
+    """The names of the trackers that a run asks for."""
+    names = ["tensorboard"] if config.tensorboard or config.tracker == "tensorboard" else []
+    return names + ([config.tracker] if config.tracker in ("trackio", "wandb") else [])
+
+
+def check(config: RunConfig) -> None:
+    """Raises UsageError when the package of a tracker is missing, so that it is known before anything is written."""
+    for name in wanted(config):
+        if name == "tensorboard":
+            summary_writer()
+        else:
+            _library(name)
+
+
+def open_trackers(run: Path, config: RunConfig, warn: Callable[[str], None]) -> list[Guarded]:
+    """The trackers of the run in that folder. warn: gets a line of text where one fails."""
+    begin: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(run),
+        "trackio": lambda: Trackio(run, config),
+        "wandb": lambda: WandB(run, config),
+    }
+    return [Guarded(name, begin[name], warn) for name in wanted(config)]
+
+
+def run_name(run: Path) -> str:
+    """What the run is called in trackio and W&B: the same whenever it is resumed, another for every other folder."""
+    file = run / NAME_FILE
+    if not file.is_file():
+        file.write_text(f"{run.resolve().name}-{secrets.token_hex(4)}\n", encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
+
+
+def summary_writer() -> Any:
+    """TensorBoard's SummaryWriter class. Raises UsageError when its package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise UsageError("tensorboard=true needs the package tensorboard; install it with: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise UsageError(f"tracker={name} needs the package {name}; install it with: pip install {name}") from None
