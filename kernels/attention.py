@@ -12,13 +12,16 @@ one key head and adds up the G = H / K query heads that share it, in order. No a
 run.
 
 Skipped: key blocks above the diagonal, and key blocks (query blocks in dk/dv) that lie outside every document of the block at hand, for
-any doc_start, sorted or not. Masked element by element: the blocks that the diagonal crosses, and with doc_start all others. A sliding
-window is doc_start = max(doc_start, t - window + 1): it needs no parameter of its own.
+any doc_start, sorted or not. Masked element by element: blocks that the diagonal or the beginning of a document crosses. A block that
+needs no mask jumps over it (BRANCH), which saves it a fifth to a third of the loop's instructions; where the compiler answers a branch
+with spills or detours through shared memory (launch_config.py says where), all are masked, except by the forward pass without documents,
+which has a loop of its own for them. A sliding window is doc_start = max(doc_start, t - window + 1): it needs no parameter of its own.
 
 Saved: q, k, v, out (all of which exist anyway) and lse, 4 bytes per query and head.
-FLOPs (causal, halves counted as they are executed): forward 2 B H T S D, backward 5 B H T S D. At 32 x 512 of the 135M model: 9.7 and
-24.2 GFLOP a layer, 12 and 30 us at 800 TFLOP/s; bytes 50 MB and 126 MB in 16 bits, 17 and 42 us at 3.0 TB/s: at this length memory
-is the floor.
+FLOPs (causal, half of the square): forward 2 B H T S D, backward 5 B H T S D, and 7 as written, since S and dP are formed in both of its
+kernels. At 32 x 512 of the 135M model: 9.7 and 24.2 GFLOP a layer, 12 and 30 us at 800 TFLOP/s; bytes 50 MB and 126 MB in 16 bits,
+17 and 42 us at 3.0 TB/s: at this length memory is the floor. What the matrix units do not do is counted too: in the innermost loop,
+sm_90, instructions a score of a block without mask: forward 10, dq 8.5, dk/dv 12.5 (15, 13 and 19 with documents in every block's mask).
 
 P is computed again from lse, which is rounded: at logits of size L its relative error is about L * 6e-8, so that fp32 gradients
 at logits of a hundred are good to about 1e-5, not 1e-7. Outputs are not affected.
@@ -49,28 +52,41 @@ LENGTHS = ["queries", "keys"]
 
 
 @triton.jit
+def _visible(key, first_key, last_key, HAS_DOCS: tl.constexpr):
+    """Which keys lie between the first and the last one of a query; shapes broadcast."""
+    visible = key <= last_key
+    if HAS_DOCS:
+        visible &= key >= first_key
+    return visible
+
+
+@triton.jit
 def _key_blocks(
-    acc, m, total, q, k_ptr, v_ptr, first, last, query, doc, keys, k_stride, v_stride,
-    SCALE: tl.constexpr, MASKED: tl.constexpr, HAS_DOCS: tl.constexpr,
+    acc, m, total, q, k_ptr, v_ptr, first, last, clear, diagonal, query, doc, keys, k_stride, v_stride,
+    SCALE: tl.constexpr, MASK: tl.constexpr, HAS_DOCS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key blocks [first, last). query: index of the last key that each row sees, [BLOCK_M]."""
+    """Online softmax over the key blocks [first, last). doc, query: the first and the last key that each row sees, [BLOCK_M].
+
+    m is the maximum of q k^T, not scaled yet: the scale is part of the exponent's multiply-add. MASK: "all" blocks, "none", or
+    "branch", those that do not lie within [clear, diagonal).
+    """
     lane = tl.arange(0, HEAD_DIM)
     for start in range(first, last, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         row = key.to(tl.int64)
         inside = key < keys
         k = tl.load(k_ptr + row[None, :] * k_stride + lane[:, None], mask=inside[None, :], other=0.0)  # [HEAD_DIM, BLOCK_N]
-        scores = tl.dot(q, k, input_precision="ieee") * SCALE  # [BLOCK_M, BLOCK_N]
-        if MASKED or HAS_DOCS:
-            visible = key[None, :] <= query[:, None]
-            if HAS_DOCS:
-                visible &= key[None, :] >= doc[:, None]
-            scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.dot(q, k, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASK == "branch":
+            if start < clear or start + BLOCK_N > diagonal:
+                scores = tl.where(_visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf"))
+        elif MASK == "all":
+            scores = tl.where(_visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1))
-        pivot = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen no key yet: (-inf) - (-inf) is NaN
-        p = tl.exp2(scores - pivot[:, None])
-        shrink = tl.exp2(m - pivot)
+        pivot = tl.where(new_m == float("-inf"), 0.0, new_m) * SCALE  # a row that has seen no key yet: (-inf) - (-inf) is NaN
+        p = tl.exp2(scores * SCALE - pivot[:, None])
+        shrink = tl.exp2(m * SCALE - pivot)
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(v_ptr + row[:, None] * v_stride + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
@@ -84,7 +100,7 @@ def _attention_fwd_kernel(
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
     v_batch_stride, v_time_stride, v_head_stride, doc_batch_stride, queries, keys,
     SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries of one head of one row. Grid: (ceil(T / BLOCK_M), B * H). out [B, T, H, D] is contiguous."""
     # The last block has the most keys: it starts first, so that the short ones fill the end.
@@ -103,31 +119,38 @@ def _attention_fwd_kernel(
     offset = keys - queries
     last_key = time + offset  # [BLOCK_M]
     end = tl.minimum((block + 1) * BLOCK_M + offset, keys)
-    # Keys below `diagonal` are visible to all rows of the block as far as causality goes.
+    # Keys below `diagonal` are visible to all rows of the block as far as causality goes, those from `clear` on as far as documents go.
     diagonal = (block * BLOCK_M + offset + 1) // BLOCK_N * BLOCK_N
-    begin = 0
+    begin, clear = 0, 0
     doc = tl.zeros([BLOCK_M], tl.int32)
     if HAS_DOCS:
         doc = tl.load(doc_ptr + batch * doc_batch_stride + row, mask=inside, other=2147483647).to(tl.int32)
         begin = tl.maximum(tl.min(doc, 0), 0) // BLOCK_N * BLOCK_N
-        diagonal = tl.maximum(diagonal, begin)
+        clear = tl.max(tl.where(inside, doc, 0), 0)
 
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc, m, total = _key_blocks(
-        acc, m, total, q, k_head, v_head, begin, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
-        SCALE, False, HAS_DOCS, HEAD_DIM, BLOCK_N,
-    )  # fmt: skip
-    acc, m, total = _key_blocks(
-        acc, m, total, q, k_head, v_head, diagonal, end, last_key, doc, keys, k_time_stride, v_time_stride,
-        SCALE, True, HAS_DOCS, HEAD_DIM, BLOCK_N,
-    )  # fmt: skip
+    if BRANCH:
+        acc, m, total = _key_blocks(
+            acc, m, total, q, k_head, v_head, begin, end, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
+            SCALE, "branch", HAS_DOCS, HEAD_DIM, BLOCK_N,
+        )  # fmt: skip
+    else:
+        middle = tl.maximum(begin, diagonal)
+        acc, m, total = _key_blocks(
+            acc, m, total, q, k_head, v_head, begin, middle, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
+            SCALE, "all" if HAS_DOCS else "none", HAS_DOCS, HEAD_DIM, BLOCK_N,
+        )  # fmt: skip
+        acc, m, total = _key_blocks(
+            acc, m, total, q, k_head, v_head, middle, end, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
+            SCALE, "all", HAS_DOCS, HEAD_DIM, BLOCK_N,
+        )  # fmt: skip
 
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
     # +inf makes exp2(S - lse) zero in the backward pass of a row that sees no key.
-    lse = tl.where(empty, float("inf"), m + tl.log2(tl.where(empty, 1.0, total)))
+    lse = tl.where(empty, float("inf"), m * SCALE + tl.log2(tl.where(empty, 1.0, total)))
     out_rows = out_ptr + ((batch * queries + row) * HEADS + head)[:, None] * HEAD_DIM
     tl.store(out_rows + lane[None, :], out.to(q.dtype), mask=inside[:, None])
     tl.store(lse_ptr + (batch * HEADS + head) * queries + row, lse, mask=inside)
@@ -140,7 +163,7 @@ def _attention_bwd_dq_kernel(
     v_batch_stride, v_time_stride, v_head_stride, do_batch_stride, do_time_stride, do_head_stride, doc_batch_stride,
     queries, keys,
     SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """A program owns dq and delta of BLOCK_M queries of one head. Grid as in the forward pass; out, dq [B, T, H, D] contiguous."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -163,13 +186,16 @@ def _attention_bwd_dq_kernel(
     k_head = k_ptr + batch * k_batch_stride + (head // GROUP) * k_head_stride
     v_head = v_ptr + batch * v_batch_stride + (head // GROUP) * v_head_stride
 
-    last_key = time + keys - queries
-    end = tl.minimum((block + 1) * BLOCK_M + keys - queries, keys)
-    begin = 0
+    offset = keys - queries
+    last_key = time + offset
+    end = tl.minimum((block + 1) * BLOCK_M + offset, keys)
+    diagonal = block * BLOCK_M + offset + 1  # as in the forward pass
+    begin, clear = 0, 0
     doc = tl.zeros([BLOCK_M], tl.int32)
     if HAS_DOCS:
         doc = tl.load(doc_ptr + batch * doc_batch_stride + row, mask=inside, other=2147483647).to(tl.int32)
         begin = tl.maximum(tl.min(doc, 0), 0) // BLOCK_N * BLOCK_N
+        clear = tl.max(tl.where(inside, doc, 0), 0)
 
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -178,10 +204,12 @@ def _attention_bwd_dq_kernel(
         k = tl.load(k_head + key_row[:, None] * k_time_stride + lane[None, :], mask=(key < keys)[:, None], other=0.0)
         v = tl.load(v_head + key_row[:, None] * v_time_stride + lane[None, :], mask=(key < keys)[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [BLOCK_M, BLOCK_N]
-        visible = key[None, :] <= last_key[:, None]
-        if HAS_DOCS:
-            visible &= key[None, :] >= doc[:, None]
-        p = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
+        if BRANCH:
+            p = tl.exp2(scores - lse[:, None])
+            if start < clear or start + BLOCK_N > diagonal:
+                p = tl.where(_visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS), p, 0.0)
+        else:
+            p = tl.where(_visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS), tl.exp2(scores - lse[:, None]), 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
@@ -196,7 +224,7 @@ def _attention_bwd_dkv_kernel(
     v_batch_stride, v_time_stride, v_head_stride, do_batch_stride, do_time_stride, do_head_stride, doc_batch_stride,
     queries, keys,
     SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """A program owns dk and dv of BLOCK_N keys of one key head, summed over its GROUP query heads.
 
@@ -217,15 +245,18 @@ def _attention_bwd_dkv_kernel(
     # The first query whose last key reaches this block, rounded down to a block of queries.
     begin = tl.maximum(block * BLOCK_N - (keys - queries), 0) // BLOCK_M * BLOCK_M
     end = queries
+    # Queries from `diagonal` on see all keys of the block as far as causality goes, those before `clear` as far as documents go.
+    diagonal, clear = (block + 1) * BLOCK_N - 1 - (keys - queries), queries + BLOCK_M
     doc_row = doc_ptr + batch * doc_batch_stride
     if HAS_DOCS:
-        # One past the last query that may see any key of this block.
-        end = 0
+        # One past the last query that may see any key of this block, and the first that may not see its first key.
+        reach, short = tl.zeros([256], tl.int32), tl.zeros([256], tl.int32) + queries
         for start in range(begin, queries, 256):
             time = start + tl.arange(0, 256)
             doc = tl.load(doc_row + time, mask=time < queries, other=2147483647).to(tl.int32)
-            end = tl.maximum(end, tl.max(tl.where(doc < (block + 1) * BLOCK_N, time + 1, 0), 0))
-        end = tl.minimum(end, queries)
+            reach = tl.maximum(reach, tl.where(doc < (block + 1) * BLOCK_N, time + 1, 0))
+            short = tl.minimum(short, tl.where(doc > block * BLOCK_N, time, queries))
+        end, clear = tl.minimum(tl.max(reach, 0), queries), tl.min(short, 0)
 
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
@@ -243,11 +274,15 @@ def _attention_bwd_dkv_kernel(
             lse = tl.load(lse_ptr + statistic + row, mask=present, other=float("inf"))
             delta = tl.load(delta_ptr + statistic + row, mask=present, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [BLOCK_N, BLOCK_M]
-            visible = key[:, None] <= (time + keys - queries)[None, :]
-            if HAS_DOCS:
-                doc = tl.load(doc_row + time, mask=present, other=2147483647).to(tl.int32)
-                visible &= key[:, None] >= doc[None, :]
-            p = tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
+            last_key = time + keys - queries
+            if BRANCH:
+                p = tl.exp2(scores - lse[None, :])
+                if start < diagonal or start + BLOCK_M > clear:
+                    doc = tl.load(doc_row + time, mask=present, other=2147483647).to(tl.int32) if HAS_DOCS else time
+                    p = tl.where(_visible(key[:, None], doc[None, :], last_key[None, :], HAS_DOCS), p, 0.0)
+            else:
+                doc = tl.load(doc_row + time, mask=present, other=2147483647).to(tl.int32) if HAS_DOCS else time
+                p = tl.where(_visible(key[:, None], doc[None, :], last_key[None, :], HAS_DOCS), tl.exp2(scores - lse[None, :]), 0.0)
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, HEAD_DIM]
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta[None, :])
@@ -270,6 +305,8 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, sca
 @traceable(_fake_forward)
 def _attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """q [B, T, H, D], k, v [B, S, K, D] -> out [B, T, H, D], lse [B, H, T]."""
+    if scale <= 0:  # the kernel takes the maximum before it scales
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     batch, queries, heads, head_dim = q.shape
     keys, key_heads = k.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -281,7 +318,7 @@ def _attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if doc_start is None else doc_start.stride(0),
             queries, keys,
             SCALE=scale * LOG2_E, HEADS=heads, GROUP=heads // key_heads, HAS_DOCS=doc_start is not None, HEAD_DIM=head_dim,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse
@@ -318,12 +355,12 @@ def _attention_backward(
     config = launch_config("attention_bwd_dq", q.dtype, q.device, head_dim)
     _attention_bwd_dq_kernel[(triton.cdiv(queries, config.block_m), batch * heads)](
         q, k, v, docs, out, lse, do, dq, delta, *strides, *sizes, HEADS=heads, **shared,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     config = launch_config("attention_bwd_dkv", q.dtype, q.device, head_dim)
     _attention_bwd_dkv_kernel[(triton.cdiv(keys, config.block_n), batch * key_heads)](
         q, k, v, docs, lse, delta, do, dk, dv, *strides, *sizes, KEY_HEADS=key_heads, **shared,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return dq, dk, dv
 

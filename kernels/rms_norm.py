@@ -16,7 +16,8 @@ One warp works on a row, so a row's sum needs no shared memory and no barrier. T
 width is a compile-time constant and the compiler drops the loads that are masked as a whole: 576 columns of 16 bits are three
 16-byte loads a lane, 192 instructions a row (176 with two rows a program), against 264 for a 512 + 64 split and 336 for a
 four-warp program (sm_90, counted in the SASS). The backward pass is persistent: a program owns a range of rows, keeps its share of dw
-in registers, and writes it once; a second kernel adds the shares in a fixed order. Gradients are bit-identical from run to run.
+in registers, and writes it once; a second kernel adds the shares in a fixed order, hundreds at a time: what it reads lies in L2, and
+it takes as long as the loads that wait for one another. Gradients are bit-identical from run to run.
 
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
 """

@@ -110,6 +110,22 @@ def test_scale(scale):
     agree("attention", qkv(1, 40, 40, 3, 1), scale=scale)
 
 
+def test_scale_that_is_not_positive():
+    """The kernel takes the maximum before it scales, and need not do as the CPU's SDPA does, which gives NaN here."""
+    (q, k, v), upstream = qkv(1, 40, 40, 3, 1), [draw(1, 40, 3, 32)]
+
+    def run(q, scale):
+        (out,), gradients = Call("attention", (q, k, v), (), {"scale": scale}).run(TRITON, upstream)
+        return out, *gradients
+
+    out, dq, dk, dv = run(-q, 0.1)
+    assert_same(run(q, -0.1), [out, -dq, dk, dv])
+    out, dq, dk, _ = run(q, 0.0)
+    mean = v.cumsum(1) / torch.arange(1, 41, device=DEVICE)[:, None, None]
+    torch.testing.assert_close(out, mean.expand_as(out), rtol=1e-5, atol=1e-5)
+    assert (dq == 0).all() and (dk == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores(dtype):
     """Scores of several hundred: the maximum is subtracted before the exponential.

@@ -95,7 +95,7 @@ def test_a_chunk_of_logits_far_apart(buffer):
     def launch(logits):
         losses = torch.empty(3, device=DEVICE)
         _softmax_gradient_kernel[(3,)](
-            logits, targets, scale, losses, 3, 100, logits.stride(0), -100, Z_LOSS=0.0, SMOOTHING=0.0, GRADIENT=True, BLOCK=64
+            logits, targets, scale, losses, 3, 100, logits.stride(0), -100, Z_LOSS=0.0, SMOOTHING=0.0, GRADIENT=True, BLOCK=64, VECTOR=8
         )
         return losses, logits
 
