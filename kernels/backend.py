@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import cpu_attention, reference
 
 
 class LayerWeights(NamedTuple):
@@ -60,7 +60,17 @@ OPS = tuple(field.name for field in dataclasses.fields(Backend) if field.name no
 # composition serves: the one that was asked for would otherwise never be called.
 LAYER_OPS = frozenset({"rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu"})
 
-TORCH = Backend(name="torch", **{op: getattr(reference, op) for op in OPS})
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """kernels/cpu_attention.py where it serves (training in bf16 on a CPU) and nothing is dropped, else the reference."""
+    if dropout_p == 0.0 and cpu_attention.serves(q, k, v):
+        return cpu_attention.attention(q, k, v, doc_start, scale=scale)
+    return reference.attention(q, k, v, doc_start, dropout_p=dropout_p, scale=scale)
+
+
+TORCH = Backend(name="torch", **{op: getattr(reference, op) for op in OPS} | {"attention": _attention})
 
 
 @functools.cache

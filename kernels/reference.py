@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import checks
+from kernels import checks, cpu_linear
 
 if TYPE_CHECKING:
     from kernels.backend import Backend, LayerWeights
 
 # Tokens whose logits exist at one time in linear_cross_entropy: 1024 x 49152 fp32 logits are 201 MB.
 CHUNK_TOKENS = 1024
-# Rows of a chunk that become probabilities together: 32 x 49152 in fp32 are 6 MB, which a cache holds from one pass to the next.
-TILE_ROWS = 32
+# Of the rows of a chunk that become probabilities together, in fp32: a cache holds them from one pass to the next.
+TILE_BYTES = 6 << 20
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -308,18 +308,21 @@ class _Loss:
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if self.needs_hidden else None
         dweight = None
         losses = torch.empty(tokens, dtype=wide, device=hidden.device)
-        buffer = torch.empty((min(tokens, CHUNK_TOKENS), weight.shape[0]), dtype=hidden.dtype, device=hidden.device)
-        tile = CHUNK_TOKENS if hidden.is_cuda or torch.compiler.is_compiling() else TILE_ROWS
+        # One buffer for the logits of all chunks; oneDNN brings a tensor of its own.
+        buffer = None if cpu_linear.serves(hidden, head) else hidden.new_empty(min(tokens, CHUNK_TOKENS), weight.shape[0])
+        whole = hidden.is_cuda or torch.compiler.is_compiling()
+        tile = CHUNK_TOKENS if whole else max(1, TILE_BYTES // (wide.itemsize * weight.shape[0]))
         for start in range(0, tokens, CHUNK_TOKENS):
             chunk = hidden[start : start + CHUNK_TOKENS]
-            logits = torch.mm(chunk, head.t(), out=buffer[: chunk.shape[0]])
+            logits = cpu_linear.mm(chunk, head.t(), out=buffer if buffer is None else buffer[: chunk.shape[0]])
             for first in range(0, chunk.shape[0], tile):
                 rows = slice(start + first, start + min(first + tile, chunk.shape[0]))
                 losses[rows] = self.rows(logits[first : first + tile], targets[rows], scale)
             if dhidden is not None:
-                torch.mm(logits, head, out=dhidden[start : start + CHUNK_TOKENS])
+                cpu_linear.mm(logits, head, out=dhidden[start : start + CHUNK_TOKENS])
             if self.needs_weight:
                 dweight = _accumulate(dweight, logits.t(), chunk, _accumulator(weight.dtype))
+            del logits  # before those of the next chunk are allocated
         if self.needs_weight and dweight is None:
             dweight = torch.zeros_like(weight, dtype=_accumulator(weight.dtype))
         return losses if self.reduction == "none" else losses.sum() * scale, dhidden, dweight

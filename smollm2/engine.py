@@ -24,8 +24,19 @@ from kernels import LayerWeights, reference
 from smollm2.cache import KVCache
 from smollm2.captured import DecodeLoops
 from smollm2.cli import UsageError
+from smollm2.cpu_step import Weights, decode_step, packed_weights, plain_weights, serves
 from smollm2.decode_step import Layer, Matrix, StepWeights
-from smollm2.quantize import KINDS, Int4Weight, Int8Weight, QuantizedLayer, QuantizedWeight, linear, quantized_layers
+from smollm2.quantize import (
+    INT8_PACKED_ROWS,
+    KINDS,
+    Int4Weight,
+    Int8Weight,
+    QuantizedLayer,
+    QuantizedWeight,
+    batch_weights,
+    linear,
+    quantized_layers,
+)
 
 if TYPE_CHECKING:
     from smollm2.model import SmolLM2ForCausalLM
@@ -50,7 +61,9 @@ def prefill(model: SmolLM2ForCausalLM, input_ids: Tensor, lengths: Tensor, cache
 
 @torch.inference_mode()
 def decode(model: SmolLM2ForCausalLM, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Appends a few tokens to every row. tokens [B, T] -> logits [B, T, V]; the cache grows by T."""
+    """Appends a few tokens to every row. tokens [B, T] -> logits [B, T, V] in fp32; the cache grows by T."""
+    if serves(model, cache):
+        return decode_step(model, plain_weights(model), tokens, cache).float()
     backend, eps = model.backend, model.config.rms_norm_eps
     x, cos, sin = _begin(model, tokens, cache)
     for index, weights in enumerate(model.pack()):
@@ -75,6 +88,7 @@ class Engine:
 
     def __init__(self, model: SmolLM2ForCausalLM, why: str = "") -> None:
         self.model, self.why = model, why
+        self.decoding: Weights | None = None  # of the steps on the CPU; looked at anew for every prompt: training may have changed them
 
     def allocate(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of at most `capacity` tokens. Raises UsageError when it does not fit into memory."""
@@ -83,11 +97,15 @@ class Engine:
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """`prefill`: [B, T], [B] -> logits [B, V]"""
+        self.decoding = None
         return prefill(self.model, input_ids, lengths, cache)
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """`decode`: [B, T] -> logits [B, T, V]"""
-        return decode(self.model, tokens, cache)
+        if not serves(self.model, cache):
+            return decode(self.model, tokens, cache)
+        self.decoding = self.decoding or packed_weights(self.model)
+        return decode_step(self.model, self.decoding, tokens, cache).float()
 
     def __str__(self) -> str:
         return f"{self.name} ({self.why})" if self.why else self.name
@@ -111,9 +129,16 @@ class QuantizedEngine(Engine):
         super().__init__(model, why)
         self.name = kind
         self.layers, self.head = quantized_layers(model, kind)
+        self.few = Weights(list(self.layers), self.head, linear)
+        self.many: Weights | None = None  # for batches; made at the first one
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        if serves(self.model, cache):
+            step = self.few
+            if tokens.numel() >= INT8_PACKED_ROWS:
+                step = self.many = self.many or batch_weights(self.layers, self.head)
+            return decode_step(self.model, step, tokens, cache)
         backend, eps = self.model.backend, self.model.config.rms_norm_eps
         layer = partial(reference.decode_layer, eps=eps, ops=backend, linear=linear)
         x, cos, sin = _begin(self.model, tokens, cache)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Backend, LayerWeights, select_backend
+from kernels.cpu_linear import linear
 from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
 
@@ -56,9 +57,9 @@ def _linear(x: Tensor, *weights: Tensor, packed: Tensor | None = None) -> Tensor
     packed: the concatenation, if the weights lie in one buffer already.
     """
     if packed is not None:
-        return F.linear(x, _PackedWeight.apply(packed, x.dtype, *weights) if torch.is_grad_enabled() else packed.to(x.dtype))
+        return linear(x, _PackedWeight.apply(packed, x.dtype, *weights) if torch.is_grad_enabled() else packed.to(x.dtype))
     cast = [weight.to(x.dtype) for weight in weights]
-    return F.linear(x, cast[0] if len(cast) == 1 else torch.cat(cast))
+    return linear(x, cast[0] if len(cast) == 1 else torch.cat(cast))
 
 
 class _PackedWeight(torch.autograd.Function):

@@ -106,7 +106,7 @@ def test_rows_are_tiled_and_chunked_without_a_trace(monkeypatch):
     results = []
     for chunk, tile in ((1024, 1024), (32, 7), (9, 64)):
         monkeypatch.setattr(reference, "CHUNK_TOKENS", chunk)
-        monkeypatch.setattr(reference, "TILE_ROWS", tile)
+        monkeypatch.setattr(reference, "TILE_BYTES", tile * 8 * 37)  # rows of 37 logits in fp64
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         loss = reference.linear_cross_entropy(*leaves, targets, label_smoothing=0.1)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))

@@ -1,0 +1,232 @@
+"""Causal grouped-query attention for training on a CPU in bf16: forward and backward as batched matrix products over blocks of queries.
+
+    S = scale Q K^T, masked    P = exp(S - lse)    O = P V                                     lse [B K, T G]: log-sum-exp of a row of S
+    dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q    delta = sum of dO O over D
+
+Letters as in kernels/reference.py, whose `attention` is the specification. torch's own CPU kernel reaches a fifth of the rate of a
+matrix product, so here the products are the library's, and large: the G query heads of a key head are G rows of one matrix per query,
+a block of n queries is [B K, n G, D] against [B K, W, D], and dK and dV of a key head are one product. Keys that no query of the block
+may see, those after it and those of earlier documents, are left out of all five products.
+
+Saved: q, k, v, O, lse and doc_start; never a mask or a score. The scores of one block live in buffers that a thread keeps from call to
+call, because the first touch of fresh memory (a page fault per 4 KiB) costs as much as a pass over the scores. The backward pass works on
+S^T [B K, W, n G]: two of its three narrow products then read their matrices row by row.
+
+Rounding: S, dP, P, lse and delta in fp32, powers of two (exp2 takes a third of the time of exp). P and dS are rounded before they are
+multiplied, as in torch's kernel, and the shares of the blocks in dK and dV before they are added up in fp32. No atomics: the same numbers
+every time. Only bf16: in fp32 the products are twice as slow, and powers of two miss the numerics contract where scores are large.
+Source: Dao 2023 (arXiv 2307.08691), the loop over queries outermost.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import checks
+
+# Queries of a block. More leave less to skip above the diagonal; fewer make small products, and more of them, each of which two threads
+# must begin and end together.
+BLOCK_QUERIES = 128
+# Scores of a block: above this, rows of the batch are taken apart, and then the block gets fewer queries, down to MIN_QUERIES.
+MAX_SCORES = 1 << 21
+MIN_QUERIES = 32
+LOG2_E = math.log2(math.e)
+# Maximum and sum of a row that sees no key: its scores, all -inf, stay -inf when the log-sum-exp of these two is subtracted.
+LOWEST, TINY = -1e30, torch.finfo(torch.float32).tiny
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether this is what the file is for: eager training in bf16 on a CPU whose library multiplies that."""
+    if q.device.type != "cpu" or q.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return False
+    return q.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+    """`kernels.reference.attention` without dropout, for bf16 tensors on a CPU; first derivatives only.
+
+    q [B, T, H, D], k and v [B, S, K, D] with S >= T, doc_start [B, T] -> [B, T, H, D], contiguous. scale: default 1 / sqrt(D).
+    """
+    checks.attention("attention", q, k, v, doc_start)
+    known = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    checks.require(known and q.numel() > 0, "attention", "bf16 on a CPU, not empty", f"{q.dtype}, {q.device}, {checks.shape(q)}")
+    return _BlockedAttention.apply(q, k, v, doc_start, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class _Buffers(threading.local):
+    """Memory that a thread keeps for its next call: one flat tensor per purpose and dtype, as large as the largest call wanted it."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Contiguous, with whatever was in it."""
+        size = math.prod(shape)
+        flat = self.kept.get((purpose, dtype))
+        if flat is None or flat.numel() < size:
+            flat = self.kept[purpose, dtype] = torch.empty(size, dtype=dtype)
+        return flat[:size].view(shape)
+
+
+_buffers = _Buffers()
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some queries of some rows of the batch, and the keys that any of those may see."""
+
+    rows: slice  # of T G, the queries with the group folded
+    keys: slice
+    bias: Tensor  # [1 or b, n G, last columns]: 0 where a query may see the key, else -inf; the columns before these are seen by all
+
+    def mask(self, scores: Tensor, *, transposed: bool = False) -> None:
+        """Adds the bias to scores [b K, n G, W], or [b K, W, n G]."""
+        seen = self.keys.stop - self.keys.start
+        first = seen - self.bias.shape[-1]
+        scores = scores.view(self.bias.shape[0], -1, *scores.shape[1:])
+        if transposed:
+            scores[:, :, first:].add_(self.bias.transpose(1, 2)[:, None])
+        else:
+            scores[..., first:].add_(self.bias[:, None])
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes of one call."""
+
+    batch: int
+    length: int
+    keys: int
+    key_heads: int
+    group: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor) -> _Sizes:
+        batch, length, heads, head_dim = q.shape
+        return cls(batch, length, k.shape[1], k.shape[2], heads // k.shape[2], head_dim)
+
+    @property
+    def queries(self) -> int:
+        """Of a block."""
+        fit = MAX_SCORES // (self.key_heads * self.group * self.keys) // MIN_QUERIES * MIN_QUERIES
+        return min(self.length, BLOCK_QUERIES, max(MIN_QUERIES, fit))
+
+    def batches(self) -> Iterator[slice]:
+        """Rows of the batch that are computed together."""
+        rows = max(1, MAX_SCORES // (self.key_heads * self.group * self.queries * self.keys))
+        for first in range(0, self.batch, rows):
+            yield slice(first, min(first + rows, self.batch))
+
+    def blocks(self, doc_start: Tensor | None, *, transposed: bool) -> Iterator[_Block]:
+        """The blocks of queries of the rows whose doc_start [b, T] it is, in order."""
+        size, before = self.queries, self.keys - self.length  # keys that the first query sees besides its own
+        layout = torch.empty(1, size * self.group, size)
+        diagonal = layout.copy_(torch.full((size, size), -math.inf).triu_(1).repeat_interleave(self.group, 0))
+        if transposed:
+            diagonal = diagonal.transpose(1, 2).contiguous().transpose(1, 2)
+        for start in range(0, self.length, size):
+            stop = min(start + size, self.length)
+            n, last = stop - start, stop + before
+            bias, first = diagonal[:, : n * self.group, :n], 0
+            if doc_start is not None:
+                begins = doc_start[:, start:stop]
+                low, high = (int(bound) for bound in begins.aminmax())
+                first = min(max(low, 0), last - 1)
+                if low != high or last - first < n:
+                    begins = begins.repeat_interleave(self.group, 1)[..., None]
+                    own = torch.arange(last - n, last).repeat_interleave(self.group)[:, None]
+                    key = torch.arange(first, last)
+                    hidden = (key < begins) | (key > own)  # [b, n G, W]
+                    bias = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+            yield _Block(slice(start * self.group, stop * self.group), slice(first, last), bias)
+
+    def fold(self, x: Tensor, purpose: str, dtype: torch.dtype) -> Tensor:
+        """[b, n, H, ...] -> [b K, n G, ...], or [b, n, K, ...] -> [b K, n, ...], in a buffer of that dtype."""
+        b, n, heads, *rest = x.shape
+        group = heads // self.key_heads
+        out = _buffers.get(purpose, (b, self.key_heads, n, group, *rest), dtype)
+        out.copy_(x.unflatten(2, (self.key_heads, group)).transpose(1, 2))
+        return out.view(b * self.key_heads, n * group, *rest)
+
+    def unfold(self, x: Tensor, into: Tensor) -> None:
+        """Writes x [b K, n G, ...] to into [b, n, H, ...], rounded to its dtype."""
+        b, n, heads, *rest = into.shape
+        group = heads // self.key_heads
+        into.unflatten(2, (self.key_heads, group)).copy_(x.view(b, self.key_heads, n, group, *rest).transpose(1, 2))
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float) -> Tensor:
+        sizes, narrow, wide, get = _Sizes.of(q, k), q.dtype, torch.float32, _buffers.get
+        out = torch.empty(q.shape, dtype=narrow)
+        lse = torch.empty((q.shape[0], k.shape[2], q.shape[1] * sizes.group, 1), dtype=wide)
+        for batch in sizes.batches():
+            starts = None if doc_start is None else doc_start[batch]
+            queries, keys = sizes.fold(q[batch], "queries", wide), sizes.fold(k[batch], "keys", wide)
+            values = sizes.fold(v[batch], "values", narrow)
+            mixed, sums = get("mixed", tuple(queries.shape), narrow), lse[batch].flatten(0, 1)
+            for block in sizes.blocks(starts, transposed=False):
+                rows, seen = block.rows, block.keys
+                shape = queries.shape[0], rows.stop - rows.start, seen.stop - seen.start
+                s = get("scores", shape)
+                torch.baddbmm(s, queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=s)
+                block.mask(s)
+                highest = s.amax(-1, keepdim=True).clamp_(min=LOWEST)
+                total = s.sub_(highest).exp2_().sum(-1, keepdim=True).clamp_(min=TINY)
+                s.mul_(total.reciprocal())  # before the product, whose result is then rounded once
+                p = get("weights", shape, narrow).copy_(s)
+                torch.bmm(p, values[:, seen], out=mixed[:, rows])
+                torch.add(highest, total.log2_(), out=sums[:, rows])
+            sizes.unfold(mixed, out[batch])
+        ctx.save_for_backward(q, k, v, out, lse, doc_start)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("attention on a CPU has first derivatives only; leave create_graph=True out")
+        q, k, v, out, lse, doc_start = ctx.saved_tensors
+        sizes, narrow, wide, get = _Sizes.of(q, k), q.dtype, torch.float32, _buffers.get
+        scale = ctx.scale
+        dq, dk, dv = (torch.empty(x.shape, dtype=narrow) for x in (q, k, v))
+        for batch in sizes.batches():
+            starts = None if doc_start is None else doc_start[batch]
+            queries, keys, upstream = (sizes.fold(x[batch], name, narrow) for x, name in ((q, "queries"), (k, "keys"), (dout, "upstream")))
+            values = sizes.fold(v[batch], "values", wide)
+            wide_queries, wide_keys, wide_upstream = (
+                get(name, tuple(x.shape)).copy_(x) for x, name in ((queries, "queries"), (keys, "keys"), (upstream, "upstream"))
+            )
+            product = get("mixed", tuple(out[batch].shape)).copy_(dout[batch]).mul_(out[batch])
+            delta = sizes.fold(product.sum(-1), "delta", wide).mul_(-scale).unsqueeze(1)
+            bias = lse[batch].flatten(0, 1).neg().transpose(1, 2)
+            dqueries = get("mixed", tuple(queries.shape), narrow)
+            dkeys, dvalues = (get(name, tuple(keys.shape)).zero_() for name in ("dkeys", "dvalues"))
+            for block in sizes.blocks(starts, transposed=True):
+                rows, seen = block.rows, block.keys
+                shape = queries.shape[0], seen.stop - seen.start, rows.stop - rows.start
+                p, ds = get("scores", shape), get("dscores", shape)
+                torch.baddbmm(bias[..., rows], wide_keys[:, seen], wide_queries[:, rows].transpose(1, 2), alpha=scale * LOG2_E, out=p)
+                block.mask(p, transposed=True)
+                p.exp2_()
+                torch.baddbmm(delta[..., rows], values[:, seen], wide_upstream[:, rows].transpose(1, 2), alpha=scale, out=ds)
+                ds.mul_(p)
+                p, ds = get("weights", shape, narrow).copy_(p), get("dweights", shape, narrow).copy_(ds)
+                dvalues[:, seen].add_(torch.bmm(p, upstream[:, rows]))
+                dkeys[:, seen].add_(torch.bmm(ds, queries[:, rows]))
+                torch.bmm(ds.transpose(1, 2), keys[:, seen], out=dqueries[:, rows])
+            sizes.unfold(dqueries, dq[batch])
+            sizes.unfold(dkeys, dk[batch])
+            sizes.unfold(dvalues, dv[batch])
+        return dq, dk, dv, None, None
