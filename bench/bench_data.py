@@ -21,16 +21,16 @@ from bench.part import ROOT, provenance
 
 VARIANTS = ("text, workers=0", "text, workers=1", "text, workers=2", "cache, workers=0", "cache, workers=1")
 TOKENS = 32 * 512  # of a batch
-ROUNDS = 3
+ROUNDS, FULL_ROUNDS = 2, 5
 MEBIBYTES = 2  # of text
 
 
 @pytest.fixture(scope="module")
-def rounds(tiny: bool, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def rounds(tiny: bool, full: bool, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every round wrote."""
     path = tmp_path_factory.mktemp("data") / "speed.json"
     found = []
-    for _ in range(1 if tiny else ROUNDS):
+    for _ in range(1 if tiny else FULL_ROUNDS if full else ROUNDS):
         command = [sys.executable, "-m", "train.data_speed", "--repeats", "1", "--mebibytes", "1" if tiny else str(MEBIBYTES)]
         done = subprocess.run([*command, "--json", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr

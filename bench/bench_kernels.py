@@ -1,9 +1,9 @@
 """pytest-benchmark suite of the operations: `pytest bench/bench_kernels.py`, compared between runs with `pytest-benchmark compare`.
 
 Every operation, forward and backward, by every implementation that bench/ops.py knows, in turns. On a GPU: 32 x 512 tokens of the 135M
-model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU: 64 tokens in fp32, where torch and torch.compile are measured and
-Triton's interpreter only runs; so small a tensor stays in the cache, and so the roof there is a copy of as many bytes as the operation
-moves, on the same caches. `test_loss_memory` has the memory of the loss by number of tokens, which is exact and needs no clock.
+model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and torch.compile are measured in fp32, on 64 tokens (--full:
+2 x 512), and Triton's interpreter is not; a small tensor stays in the cache, and so the roof there is a copy of as many bytes as the
+operation moves, over and over. `test_loss_memory` has the memory of the loss by number of tokens, which is exact and needs no clock.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,21 +23,27 @@ import torch._functorch.config
 from torch import Tensor
 
 from bench import launches, roofline, timing, work
-from bench.kernels import ERROR_BOUND, FULL, Variant, error
+from bench.kernels import ERROR_BOUND, FULL, Variant, error, kernel_standing
 from bench.ops import Case, Shapes, cases
-from bench.part import INTERPRETER_NOTE, one_line, provenance
+from bench.part import one_line, provenance
 from bench.peak_memory import peak_memory
+from bench.step_peers import TINY_NOTE
 from kernels import TORCH, select_backend
+from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-ROWS, DTYPE = (FULL, torch.bfloat16) if ON_GPU else ((1, 64), torch.float32)
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+CPU_ROWS, CPU_FULL_ROWS = (1, 64), (2, 512)
 SETS = 4 if ON_GPU else 1  # calls in one replay, each on tensors of its own
-SECONDS = 0.5  # of a variant and phase on a CPU; at least 3 rounds, at most 30
+SECONDS = 0.2  # of a variant and phase on a CPU; at least 3 rounds, at most 30
 LOSS_TOKENS = (4096, 16384, 65536) if ON_GPU else (1024, 2048, 4096)
+LARGE_LOSS = 4096  # tokens from which on a CPU measures only with --full
+NOT_HERE = "Triton's interpreter has no speed; python -m bench.kernels --device cpu --tiny runs it, python -m bench.gpu measures a GPU"
+COMPILED = ("compile", "flex", "flex decode")  # by torch.compile
 LOSS_VARIANTS = ("triton", "reference", "all logits", "liger")
 NAMES = {"bfloat16": "bf16", "float32": "fp32"}
 torch._functorch.config.donated_buffer = False  # a compiled backward pass may otherwise run only once
@@ -65,11 +72,11 @@ CASES = [
 class Measurements:
     """The times of all variants of an operation, measured in turns when first asked for."""
 
-    def __init__(self, tiny: bool) -> None:
-        self.shapes = shapes(tiny, *((1, 8) if tiny else ROWS), DTYPE)
+    def __init__(self, tiny: bool, full: bool = False) -> None:
+        self.shapes = shapes(tiny, *((1, 8) if tiny else FULL if ON_GPU else CPU_FULL_ROWS if full else CPU_ROWS), DTYPE)
         self._tiny = tiny
         compiler = "aot_eager" if tiny else "inductor"
-        self.cases = {case.op: case for case in cases(self.shapes, select_backend("triton", DEVICE), compiler)}
+        self.cases = {case.op: case for case in cases(self.shapes, select_backend("triton" if ON_GPU else "torch", DEVICE), compiler)}
         self.facts = {
             **provenance(DEVICE), "model": "tiny" if tiny else "135M", "dtype": NAMES[str(DTYPE).removeprefix("torch.")],
             "batch": self.shapes.batch, "length": self.shapes.length, "threads": torch.get_num_threads(),
@@ -86,14 +93,24 @@ class Measurements:
             torch.compiler.reset()
         return self._found[op][phase, variant]
 
+    def standing(self) -> dict[str, dict[str, Any]]:
+        """What became of each library, over the operations measured so far: see bench/peers.py."""
+        return kernel_standing([{"variant": variant, **row} for found in self._found.values() for (_, variant), row in found.items()])
+
     def _measure(self, case: Case) -> dict[tuple[str, str], dict[str, Any]]:
         truth = Variant(case, "reference", 1).results(torch.float64 if DTYPE == torch.float32 else torch.float32)
         found: dict[tuple[str, str], dict[str, Any]] = {}
         ready: dict[str, tuple[Variant, dict[str, Any]]] = {}
         for name in case.variants:
+            if name == "triton" and not ON_GPU:
+                found |= {(phase, name): {"failed": NOT_HERE} for phase in phases_of(case)}
+                continue
             try:
                 variant = Variant(case, name, SETS)
                 results = variant.results()
+            except (ModuleNotFoundError, UsageError) as reason:
+                found |= {(phase, name): {"failed": " ".join(str(reason).split())} for phase in phases_of(case)}
+                continue
             except Exception as failure:  # noqa: BLE001 - other people's kernels fail in their own ways; the rest is measured
                 found |= {(phase, name): {"failed": one_line(failure)} for phase in phases_of(case)}
                 continue
@@ -114,11 +131,13 @@ class Measurements:
                 variant, facts = ready[name]
                 call = variant.call if phase == "forward" else variant.through_autograd
                 entry = {"seconds": seconds, **facts, **rates(todo, statistics.median(seconds), bandwidth, self._rate)}
+                tokens = self.shapes.tokens if case.tokens is None else case.tokens
+                entry["tokens_per_second"] = round(tokens / statistics.median(seconds))
                 entry["peak_memory_bytes"] = peak_memory(call, DEVICE)
-                if ON_GPU:
+                if ON_GPU or (name not in COMPILED and find_spec("triton")):  # on a CPU a counting mode would switch the compiler off
                     entry["launches"] = sum(launches.count(call, DEVICE).values())
-                if self._tiny or (name == "triton" and not ON_GPU):
-                    entry["note"] = INTERPRETER_NOTE
+                if self._tiny:
+                    entry["note"] = TINY_NOTE
                 found[phase, name] = entry
         return found
 
@@ -134,23 +153,20 @@ def rates(todo: work.Work, seconds: float, bandwidth: float, rate: float) -> dic
 
 
 def in_turns(replays: dict[str, Callable[[], object]], tiny: bool) -> dict[str, list[float]]:
-    """Seconds per call of each variant, in turns. In Triton's interpreter twice only: it takes seconds that say nothing."""
+    """Seconds per call of each variant, in turns."""
     flush = torch.empty(timing.FLUSH_BYTES, dtype=torch.int8, device=DEVICE) if ON_GPU else None
 
     def once(replay: Callable[[], object]) -> float:
         return (timing._event_time(replay, flush) if flush is not None else timing._wall_time(replay)) * 1e-6 / SETS
 
-    measured = {name: replay for name, replay in replays.items() if ON_GPU or name != "triton"}
-    for replay in measured.values():
+    for replay in replays.values():
         once(replay)  # warms up, and the next call says how many rounds there is time for
-    slowest = max(once(replay) for replay in measured.values())
+    slowest = max((once(replay) for replay in replays.values()), default=1.0)
     rounds = 2 if tiny else 30 if ON_GPU else max(3, min(30, int(SECONDS / slowest)))
     seconds: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(rounds):
-        for name, replay in measured.items():
+        for name, replay in replays.items():
             seconds[name].append(once(replay))
-    for name in replays.keys() - measured.keys():
-        seconds[name] = [once(replays[name]) for _ in range(2)]
     return seconds
 
 
@@ -176,8 +192,10 @@ def digest(results: list[Tensor]) -> str:
 
 
 @pytest.fixture(scope="module")
-def measurements(tiny: bool) -> Measurements:
-    return Measurements(tiny)
+def measurements(tiny: bool, full: bool, standings: list[Callable[[], dict[str, Any]]]) -> Measurements:
+    found = Measurements(tiny, full)
+    standings.append(found.standing)
+    return found
 
 
 @pytest.mark.parametrize("op, phase, variant", CASES)
@@ -185,24 +203,27 @@ def test_operation(replay: Any, measurements: Measurements, op: str, phase: str,
     found = measurements.of(op, phase, variant)
     if "failed" in found:
         pytest.skip(found["failed"])
-    replay(group=f"{op} {phase}", op=op, phase=phase, variant=variant, **measurements.facts, **found)
+    facts = measurements.facts
+    replay(group=f"{op} {phase}, {facts['batch']} x {facts['length']}", op=op, phase=phase, variant=variant, **facts, **found)
 
 
 @pytest.mark.parametrize("variant", LOSS_VARIANTS)
 @pytest.mark.parametrize("tokens", LOSS_TOKENS)
-def test_loss_memory(replay: Any, measurements: Measurements, tiny: bool, tokens: int, variant: str) -> None:
+def test_loss_memory(replay: Any, measurements: Measurements, tiny: bool, full: bool, tokens: int, variant: str) -> None:
     """One call forward and backward in bf16. The memory is the figure: the time has a profiler in it."""
     if variant == "triton" and not ON_GPU:
         pytest.skip("Triton's interpreter has no bf16 product")
+    if tokens >= LARGE_LOSS and not (ON_GPU or full or tiny):
+        pytest.skip("a large case; add --full")
     sized = shapes(tiny, 1, tokens // 64 if tiny else tokens, torch.bfloat16)
     backend = select_backend("triton" if ON_GPU else "torch", DEVICE)
     case = next(case for case in cases(sized, backend, "eager") if case.op == "linear_cross_entropy")
     try:
         call = Variant(case, variant, 1).through_autograd
-    except ModuleNotFoundError as missing:
-        pytest.skip(f"{missing.name} is not installed")
+    except (ModuleNotFoundError, UsageError) as reason:
+        pytest.skip(str(reason))
     began = time.perf_counter()
-    peak = peak_memory(call, DEVICE)
+    peak = peak_memory(call, DEVICE)  # which waits for the device
     seconds = time.perf_counter() - began
     logits = 2 * sized.tokens * sized.config.vocab_size  # bytes of all logits in bf16, which a chunked loss does not hold
     facts = {**measurements.facts, "dtype": "bf16", "length": sized.length}

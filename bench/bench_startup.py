@@ -2,10 +2,12 @@
 
 From the start of a process to its first token, phase by phase as bench/startup.py has them, and to the end of its first training step
 (import, the 135M model, one step on 1 x 128 tokens). Every round is a fresh process, variants in turns, files in the page cache. CPU only.
+Peak memory is that of the process, its libraries included.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -25,7 +27,7 @@ GENERATION = ("interpreter", "import torch", "import smollm2", "tokenizer", "wei
 TRAINING = ("interpreter", "import", "model", "first step", "sum")
 VARIANTS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "bf16, int8": ("bf16", "int8")}  # dtype, quantised weights
 DTYPES = ("fp32", "bf16")
-ROUNDS = 3
+ROUNDS, FULL_ROUNDS = 2, 5
 
 # [preset, dtype, batch, length, time of the start] -> JSON of seconds by phase and the loss.
 FIRST_STEP = (
@@ -41,18 +43,23 @@ done("model")
 ids = torch.randint(model.config.vocab_size, (int(sys.argv[3]), int(sys.argv[4])), generator=torch.Generator().manual_seed(0))
 loss = float(step(ids))
 done("first step")
-print(json.dumps({"seconds": seconds, "loss": loss}))
+print(json.dumps({"seconds": seconds, "loss": loss, "peak_memory_bytes": peak_memory_bytes()}))
 """
 )
 
 
 def first_step(preset: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
-    """One fresh process: {"seconds": {phase: seconds}, "loss": nats}."""
+    """One fresh process: {"seconds": {phase: seconds}, "loss": nats, "peak_memory_bytes": as startup.phases}."""
     command = [sys.executable, "-c", FIRST_STEP, preset, dtype, str(batch), str(length), repr(time.time())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def digest(text: str) -> str:
+    """The first 12 hex digits of its sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def tiny_model(folder: Path) -> str:
@@ -64,6 +71,12 @@ def tiny_model(folder: Path) -> str:
     SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=len(tokenizer)), "torch").save_pretrained(folder)
     tokenizer.save(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def rounds(tiny: bool, full: bool) -> int:
+    """Fresh processes of each variant."""
+    return 1 if tiny else FULL_ROUNDS if full else ROUNDS
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +94,10 @@ def source(tiny: bool, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def generation(tiny: bool, source: str) -> dict[str, list[dict[str, Any]]]:
+def generation(rounds: int, source: str) -> dict[str, list[dict[str, Any]]]:
     """Variant -> rounds, of processes that load a model and put out a token."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    for _ in range(1 if tiny else ROUNDS):
+    for _ in range(rounds):
         for name, (dtype, quantize) in VARIANTS.items():
             run = startup.phases(source, dtype, quantize)
             run["seconds"]["sum"] = sum(run["seconds"].values())
@@ -93,20 +106,20 @@ def generation(tiny: bool, source: str) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def commands(tiny: bool, source: str) -> dict[str, list[float]]:
+def commands(rounds: int, source: str) -> dict[str, list[float]]:
     """dtype -> seconds of `python -m smollm2.generate`, from its start to its first byte of text."""
     found: dict[str, list[float]] = {name: [] for name in DTYPES}
-    for _ in range(1 if tiny else ROUNDS):
+    for _ in range(rounds):
         for name in DTYPES:
             found[name].append(startup.command(source, name))
     return found
 
 
 @pytest.fixture(scope="module")
-def training(tiny: bool) -> dict[str, list[dict[str, Any]]]:
+def training(tiny: bool, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """dtype -> rounds, of processes that make a model and train it for one step."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in DTYPES}
-    for _ in range(1 if tiny else ROUNDS):
+    for _ in range(rounds):
         for name in DTYPES:
             run = first_step("tiny" if tiny else "135M", name, 1, 16 if tiny else 128)
             run["seconds"]["sum"] = sum(run["seconds"].values())
@@ -124,8 +137,11 @@ def facts(tiny: bool) -> dict[str, Any]:
 def test_first_token(replay: Any, generation: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str) -> None:
     runs = generation[variant]
     assert len({run["text"] for run in runs}) == 1, "every process puts out the same token"
-    more = {"first_token": runs[0]["text"], "unwanted_imports": runs[0]["unwanted"]}
-    replay([run["seconds"][phase] for run in runs], f"first token, {phase}", phase=phase, variant=variant, **more, **facts)
+    replay(
+        [run["seconds"][phase] for run in runs], f"first token, {phase}", phase=phase, variant=variant, first_token=runs[0]["text"],
+        unwanted_imports=runs[0]["unwanted"], output_hash=digest(runs[0]["text"]), peak_memory_bytes=runs[0].get("peak_memory_bytes"),
+        **facts,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", DTYPES)
@@ -139,4 +155,7 @@ def test_first_step(replay: Any, training: dict[str, list[dict[str, Any]]], fact
     runs = training[variant]
     assert len({run["loss"] for run in runs}) == 1, "every process has the same first loss"
     mine = {**facts, "model": "tiny" if facts["model"] == "tiny" else "135M from scratch, 1 x 128 tokens"}
-    replay([run["seconds"][phase] for run in runs], f"first step, {phase}", phase=phase, variant=variant, loss=runs[0]["loss"], **mine)
+    replay(
+        [run["seconds"][phase] for run in runs], f"first step, {phase}", phase=phase, variant=variant, loss=runs[0]["loss"],
+        output_hash=digest(repr(runs[0]["loss"])), peak_memory_bytes=runs[0]["peak_memory_bytes"], **mine,
+    )  # fmt: skip

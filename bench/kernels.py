@@ -2,7 +2,8 @@
 
 For 32 x 512 tokens of the 135M model: median time by CUDA graph replay with a cold L2, bytes or operations per second, percent of the roof
 that this machine reaches in a plain copy or matrix product (measured in the same run), time of a plain call, and of a plain call through
-autograd forward and backward. A variant is compared with the reference before it is timed, and not timed if it is wrong.
+autograd forward and backward. A variant is compared with the reference before it is timed, and not timed if it is wrong. A library that
+cannot be measured here is named with its version and the reason.
 Then kernel launches and bytes of one layer and one step.
 """
 
@@ -18,8 +19,8 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from bench import launches, roofline, timing, work
-from bench.ops import Case, Shapes, cases
+from bench import launches, peers, roofline, timing, work
+from bench.ops import PEER_OF, Case, Shapes, cases
 from bench.part import Part, one_line, parser
 from bench.roofline import DTYPES
 from kernels import select_backend
@@ -30,7 +31,10 @@ from smollm2.model import SmolLM2Block, rotary_tables
 # Largest ||ours - truth|| / ||truth|| over outputs and gradients; the truth is the reference in fp32 (in fp64 for fp32).
 ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 FULL = (32, 512)  # rows and tokens a row of a training step
-OPS = ("add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "rms_norm", "rope_qkv", "decode_attention")
+OPS = (
+    "add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "rms_norm", "rope_qkv", "decode_attention", "decode_layer",
+    "decode_head", "rope",
+)  # fmt: skip
 
 
 class Variant:
@@ -117,6 +121,9 @@ def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: boo
         try:
             variant = Variant(case, name, sets)
             errors[name] = None if name in case.unchecked else error(variant.results(), truth)
+        except peers.Unavailable as reason:
+            rows.append({"op": case.op, "variant": name, "failed": str(reason)})
+            continue
         except ModuleNotFoundError as missing:
             rows.append({"op": case.op, "variant": name, "failed": f"{missing.name} is not installed"})
             continue
@@ -151,6 +158,15 @@ def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: boo
                 }
             )  # fmt: skip
     return rows
+
+
+def kernel_standing(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`bench.peers.standing` of the rows: which library was timed in at least one of them, and why each other was not."""
+    outcomes: dict[str, list[str]] = {peer: [] for peer in PEER_OF.values()}
+    for row in rows:
+        if row["variant"] in PEER_OF:
+            outcomes[PEER_OF[row["variant"]]].append(row.get("failed", ""))
+    return peers.standing(outcomes)
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -258,6 +274,8 @@ def main(argv: Sequence[str]) -> int:
     if left_out:
         print(f"no time was left for {', '.join(left_out)}")
         part.save(left_out=left_out)
+    part.save(peers=kernel_standing(part.data["rows"]))
+    print(*peers.not_measured(part.data["peers"]), sep="\n")
 
     print()
     for name, phases in part.data["launches"].items():

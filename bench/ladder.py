@@ -10,17 +10,20 @@
 One change a row: each has all that the rows above it have. A step is forward, backward, clipping to a global norm of 1 and AdamW. All
 rows start from the same weights and see the same tokens, and their first losses must agree: nobody wins by computing less. They are timed
 in turns within one process. Launches are kernels on a GPU, a captured graph being one; on a CPU, operations of torch that compute
-something. Memory is the peak of a step above what exists between steps (parameters and optimizer state).
+something. Memory is the peak of a step above what exists between steps (parameters and optimizer state). `--size 135M` on a CPU takes
+about five minutes on two cores and 7 GB; the compiled rung, minutes by itself, only with --compile.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gc
 import os
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -45,7 +48,8 @@ COMPARED_STEPS = 3
 # Nats over the first steps, from those of the first row. Adam's first updates have the sign of a gradient, however small.
 LOSS_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1}
 BLOCK_SECONDS = 0.2  # a timed block holds as many steps as fit
-ROWS = {("tiny", "cpu"): (8, 128), ("135M", "cpu"): (2, 512), ("tiny", "cuda"): (32, 512), ("135M", "cuda"): (32, 512)}  # batch, length
+ROWS = {("tiny", "cpu"): (8, 128), ("135M", "cpu"): (2, 256), ("tiny", "cuda"): (32, 512), ("135M", "cuda"): (32, 512)}  # batch, length
+ROUNDS, SLOW_ROUNDS = 7, 3  # timed blocks of each rung; the second where a step takes seconds
 
 
 @dataclass(frozen=True)
@@ -210,27 +214,56 @@ class PhasedStep(TrainingStep):
         self.optimizer.step()
 
 
-def build(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device, compiler: str) -> PhasedStep:
-    """The step of a rung, from the weights that seed 0 gives on this device. compiler: the backend of torch.compile."""
+class Shared:
+    """One set of weights and optimizer states that all rungs work on, for a CPU: ten sets of the 135M model are 16 GB."""
+
+    def __init__(self, config: SmolLM2Config) -> None:
+        torch.manual_seed(0)
+        self._model = SmolLM2ForCausalLM(config, TORCH)
+        self._first = [parameter.detach().clone() for parameter in self._model.parameters()]
+        self._state: defaultdict[Tensor, Any] = defaultdict(dict)
+
+    def lend(self, model: SmolLM2ForCausalLM) -> None:
+        """Makes these the parameters of a model without any (device "meta")."""
+        model.load_state_dict(self._model.state_dict(keep_vars=True), assign=True)
+
+    @torch.no_grad()
+    def begin(self, step: PhasedStep) -> None:
+        """The first weights again, and an optimizer that has seen no step."""
+        for parameter, first in zip(self._model.parameters(), self._first, strict=True):
+            parameter.copy_(first)
+        self._state.clear()
+        step.optimizer.state = self._state
+
+
+def build(
+    setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device, compiler: str, shared: Shared | None = None
+) -> PhasedStep:
+    """The step of a rung, from the weights that seed 0 gives on this device, or from shared ones. compiler: that of torch.compile."""
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device if shared is None else "meta"):
         model = SmolLM2ForCausalLM(config, setup.backend, compute_dtype=None if dtype == torch.float32 else dtype)
         for block in model.model.layers if not setup.packed else ():
             for name, kind in (("self_attn", SeparateAttention), ("mlp", SeparateMLP)):
                 separate = kind(config, setup.backend)
                 separate.load_state_dict(getattr(block, name).state_dict())
                 setattr(block, name, separate)
+    if shared is not None:
+        shared.lend(model)
     model.train()
     forward = torch.compile(model, backend=compiler, dynamic=False) if setup.compiled else model
-    return PhasedStep(model, forward, setup.fused_optimizer)
+    step = PhasedStep(model, forward, setup.fused_optimizer)
+    if shared is not None:
+        shared.begin(step)
+    return step
 
 
-def count_launches(step: PhasedStep, ids: Tensor) -> dict[str, int]:
-    """Phase -> launches of an uncaptured step."""
+def count_launches(step: PhasedStep, ids: Tensor) -> tuple[dict[str, int], Tensor]:
+    """(phase -> launches of an uncaptured step, its loss)."""
     kept: list[Tensor] = []
     step.clear()
     phases = {"forward": lambda: kept.append(step.forward(ids)), "backward": lambda: kept[0].backward(), "update": step.update}
-    return {name: sum(launches.count(phase, ids.device).values()) for name, phase in phases.items()}
+    return {name: sum(launches.count(phase, ids.device).values()) for name, phase in phases.items()}, kept[0].detach()
 
 
 def time_phases(step: PhasedStep, ids: Tensor) -> dict[str, float]:
@@ -255,27 +288,32 @@ class Running:
     step: PhasedStep
     call: Callable[[Tensor], Tensor]
     found: dict[str, Any]
+    slow: bool  # a step takes longer than a block, and is timed phase by phase only: the waits between them are nothing to it
     blocks: list[float] = dataclasses.field(default_factory=list)
     phases: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
-def start(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str) -> Running:
-    """Builds a rung, takes its first steps, and counts launches and memory."""
+def start(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str, shared: Shared | None = None) -> Running:
+    """Builds a rung and takes its first steps, in which launches are counted (the second) and memory (the third)."""
     began = time.perf_counter()
-    step = build(setup, config, dtype, ids.device, compiler)
-    captured = CapturedStep(step, ids) if setup.captured else None
-    first = captured.first_losses if captured is not None else []
-    call: Callable[[Tensor], Tensor] = captured or step
-    losses = [float(loss) for loss in [*first, *(call(ids) for _ in range(COMPARED_STEPS - len(first)))]]
-    found: dict[str, Any] = {"backend": setup.backend.name, "losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}
-    if captured is not None:
+    step = build(setup, config, dtype, ids.device, compiler, shared)
+    found: dict[str, Any] = {"backend": setup.backend.name}
+    call: Callable[[Tensor], Tensor] = step
+    if setup.captured:
+        call = captured = CapturedStep(step, ids)
+        losses = [*captured.first_losses, call(ids)]  # a graph keeps its memory between steps: it has no peak
         found["launches"] = {"step": 1}
-    elif find_spec("triton") and not (setup.compiled and ids.device.type == "cpu"):  # a counting mode would switch the compiler off
-        found["launches"] = count_launches(step, ids)
-    if captured is None:  # a graph keeps its memory between steps
+    else:
+        losses = [step(ids)]
+        if find_spec("triton") and not (setup.compiled and ids.device.type == "cpu"):  # a counting mode would switch the compiler off
+            found["launches"], loss = count_launches(step, ids)
+            losses.append(loss)
+        losses += [step(ids) for _ in range(COMPARED_STEPS - 1 - len(losses))]
         step.clear()
-        found["peak_mb"] = round(peak_memory(lambda: step(ids), ids.device) / 1e6, 2)
-    return Running(step, call, found)
+        found["peak_mb"] = round(peak_memory(lambda: losses.append(step(ids)), ids.device) / 1e6, 2)
+    found |= {"losses": [float(loss) for loss in losses], "first_steps_seconds": round(time.perf_counter() - began, 2)}
+    slow = not setup.captured and (time.perf_counter() - began) / COMPARED_STEPS > 10 * BLOCK_SECONDS and not setup.compiled
+    return Running(step, call, found, slow)
 
 
 def measure(running: dict[str, Running], ids: Tensor, rounds: int, left: Callable[[], float]) -> None:
@@ -284,6 +322,10 @@ def measure(running: dict[str, Running], ids: Tensor, rounds: int, left: Callabl
         if turn and left() < 0:
             break
         for rung in running.values():
+            if rung.slow:
+                rung.phases.append(time_phases(rung.step, ids))
+                rung.blocks.append(sum(rung.phases[-1].values()))
+                continue
             count = 1 if not rung.blocks else max(1, int(BLOCK_SECONDS / rung.blocks[0]))
             synchronize(ids.device)
             began = time.perf_counter()
@@ -329,10 +371,14 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument("--dtype", choices=("fp32", "bf16"), help="of the activations (default: bf16 on a GPU, fp32 on a CPU)")
     arguments.add_argument("--backend", default="auto", help="where the fused operations come from, as for every command (default auto)")
     arguments.add_argument("--rung", action="append", choices=[rung.name for rung in RUNGS], help="only this one; may be repeated")
-    arguments.add_argument("--no-compile", action="store_true", help="leave out the rung that compiles for a minute")
-    arguments.add_argument("--rounds", type=int, default=7, metavar="N", help="timed blocks of each rung (default 7)")
+    arguments.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="the compiled rung too (default: yes, but for 135M on a CPU)"
+    )
+    arguments.add_argument(
+        "--rounds", type=int, metavar="N", help=f"timed blocks of each rung (default {ROUNDS}; for 135M on a CPU {SLOW_ROUNDS})"
+    )
     options = arguments.parse_args(argv)
-    if options.rounds < 1:
+    if options.rounds is not None and options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself otherwise
     part = MachinePart("ladder", options)
@@ -344,27 +390,33 @@ def main(argv: Sequence[str]) -> int:
     best = select_backend("torch" if part.tiny and options.backend == "auto" else options.backend, part.device)
     ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(part.device)
     short = str(dtype).removeprefix("torch.")
+    large = size == "135M" and not cuda
+    rounds = 1 if part.tiny else options.rounds or (SLOW_ROUNDS if large else ROUNDS)
+    compiled = not large if options.compile is None else options.compile
+    shared = None if cuda else Shared(config)
     part.save(model=size, batch=batch, length=length, dtype=short, backend=best.name, threads=torch.get_num_threads())
     print(f"{size} model, {batch} x {length} tokens, {short}, fused operations from {best.name}, {part.device}", flush=True)
 
     rows: dict[str, dict[str, Any]] = {}
     running: dict[str, Running] = {}
     for name, setup in setups(best, cuda).items():
-        if options.rung and name not in options.rung or setup.compiled and options.no_compile:
+        if options.rung and name not in options.rung:
             continue
         if name == "graph capture" and not cuda:
             rows[name] = {"failed": "needs a GPU"}
+        elif setup.compiled and not compiled:
+            rows[name] = {"failed": "left out: compiles for minutes; add --compile"}
         elif part.left() < 0:
             rows[name] = {"failed": "no time was left"}
         else:
             try:
-                running[name] = start(setup, config, dtype, ids, "aot_eager" if part.tiny else "inductor")
+                running[name] = start(setup, config, dtype, ids, "aot_eager" if part.tiny else "inductor", shared)
                 rows[name] = running[name].found
             except Exception as failure:  # noqa: BLE001 - one rung's failure is a result, and the others still run
                 rows[name] = {"failed": one_line(failure)}
             gc.collect()
         part.save(rungs=rows)
-    measure(running, ids, 1 if part.tiny else options.rounds, part.left)
+    measure(running, ids, rounds, part.left)
     apart = distances(rows)
     part.save(rungs=rows, loss_distance=apart)
     print(HEADER)

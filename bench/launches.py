@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _NO_KERNEL = (
@@ -39,11 +40,16 @@ def _count_on_gpu(call: Callable[[], object]) -> Counter[str]:
 class _Operations(TorchDispatchMode):
     """Counts operations that compute."""
 
+    supports_higher_order_operators = True  # FlexAttention is one: a kernel, where it is compiled
+
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
         self._found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            self._found[func.name()] += 1
+            return func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
         if space == "aten" and not func.is_view and name not in _NO_KERNEL:
             self._found[name] += 1

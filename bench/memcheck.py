@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.part import ROOT, Part, parser
-from kernels import Backend, select_backend
+from kernels import Backend, LayerWeights, select_backend
 from smollm2.cli import run_command
 
 TOKENS, HEADS, KEY_HEADS, HEAD_DIM, WIDTH = 65, 9, 3, 64, 577
@@ -38,6 +38,16 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], [torch.randn_like(output) for output in outputs])
 
+    def decode_layer() -> Tensor:
+        """Two new tokens for each of three rows: the first of its row, some in between, and those that fill the cache to its end."""
+        width, ffn, attended = 97, 131, HEADS * HEAD_DIM
+        sizes = (width,), (attended + 2 * KEY_HEADS * HEAD_DIM, width), (width, attended), (width,), (2 * ffn, width), (width, ffn)
+        lengths = torch.tensor([2, 33, TOKENS], device=device)
+        x, key_cache, value_cache = (draw(3, *size).detach() for size in ((2, width), *[(TOKENS, KEY_HEADS, HEAD_DIM)] * 2))
+        tables = (table[lengths[:, None] - 2 + torch.arange(2, device=device)] for _ in range(2))
+        weights = LayerWeights(*(draw(*size).detach() for size in sizes))
+        return backend.decode_layer(x, weights, key_cache, value_cache, lengths, *tables, eps=1e-5, ops=backend)
+
     table = torch.randn(TOKENS, HEAD_DIM // 2, device=device)
     starts = torch.arange(TOKENS, device=device, dtype=torch.int32)[None] // 20 * 20
     full = torch.full((2,), TOKENS, device=device)
@@ -49,11 +59,16 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
             lambda x, r, w: backend.add_rms_norm(x, r, w, 1e-5), draw(TOKENS, WIDTH), draw(TOKENS, WIDTH), draw(WIDTH)
         ),
         "rope_qkv": lambda: both(lambda x: backend.rope_qkv(x, table, table, KEY_HEADS), draw(1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
+        "rope": lambda: both(
+            lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table), draw(1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)
+        ),
         "attention": lambda: both(backend.attention, *(draw(1, *size) for size in heads)),
         "attention with documents": lambda: both(lambda q, k, v: backend.attention(q, k, v, starts), *(draw(1, *size) for size in heads)),
         "decode_attention": lambda: backend.decode_attention(
             draw(2, 3, HEADS, HEAD_DIM).detach(), *(draw(2, 2 * TOKENS, KEY_HEADS, HEAD_DIM).detach() for _ in range(2)), full
         ),
+        "decode_layer": decode_layer,
+        "decode_head": lambda: backend.decode_head(*(draw(*size).detach() for size in ((3, WIDTH), (WIDTH,), (101, WIDTH))), 1e-5),
         "swiglu": lambda: both(backend.swiglu, draw(TOKENS, 2 * WIDTH)),
         "linear_cross_entropy": lambda: both(
             lambda x, w: backend.linear_cross_entropy(x, w, targets), draw(TOKENS, 96), draw(TOKENS + 36, 96)

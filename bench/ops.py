@@ -2,6 +2,8 @@
 
 A Case makes its own inputs from a seed, so that every variant gets the same numbers in tensors of its own: some libraries write their
 gradients over their inputs.
+
+A variant of a library that is not installed, or has kernels for a GPU only, raises the reason when it is called (bench/peers.py).
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from bench import work
-from kernels import TORCH, Backend
+from bench import peers, work
+from kernels import TORCH, Backend, LayerWeights
 from smollm2.config import SmolLM2Config
 from smollm2.model import rotary_tables
 
 EPS = 1e-5
 CHUNK_TOKENS = 4096  # of the three bare products that the loss is compared with
+DECODE_ROWS = 16  # at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused kernels
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,15 @@ class Case:
     variants: dict[str, Callable[..., Any]]
     joint: bool = False
     unchecked: frozenset[str] = field(default_factory=frozenset)
+    tokens: int | None = None  # of one call; None: those of the shapes
 
 
 def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:
     """All operations. compiler: backend of torch.compile, "inductor" where times count."""
-    makers = (_add_rms_norm, _swiglu, _attention, _linear_cross_entropy, _rms_norm, _rope_qkv, _decode_attention)
+    makers = (
+        _add_rms_norm, _swiglu, _attention, _linear_cross_entropy, _rms_norm, _rope_qkv, _decode_attention, _decode_layer, _decode_head,
+        _rope,
+    )  # fmt: skip
     return [make(shapes, backend, lambda function: torch.compile(function, backend=compiler, dynamic=False)) for make in makers]
 
 
@@ -78,13 +86,29 @@ def _normal(shapes: Shapes, seed: int, *sizes: tuple[int, ...]) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in drawn]
 
 
-def _liger(function: str) -> Callable[..., Any]:
-    """A function of Liger-Kernel, looked up when it is called: where it is not installed, the call says so."""
+# The peer behind a variant; "torch.compile" is that of the reference.
+PEER_OF = {
+    "compile": "torch.compile", "liger": "liger-kernel", "quack": "quack-kernels", "flash-attn": "flash-attn",
+    "flash": "torch flash attention", "cudnn": "torch cuDNN attention", "flex": "torch FlexAttention",
+}  # fmt: skip
+
+
+def _library(peer: str, module: str, function: str, device: torch.device) -> Callable[..., Any]:
+    """A function of a library with kernels for GPUs, looked up when it is called; the call raises Unavailable where it cannot run."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module("liger_kernel.transformers.functional"), function)(*args, **kwargs)
+        peers.require(peer, device)
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
     return call
+
+
+def _liger(shapes: Shapes, function: str) -> Callable[..., Any]:
+    return _library("liger-kernel", "liger_kernel.transformers.functional", function, shapes.device)
+
+
+def _quack(shapes: Shapes, module: str, function: str) -> Callable[..., Any]:
+    return _library("quack-kernels", module, function, shapes.device)
 
 
 def _rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
@@ -99,7 +123,8 @@ def _rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
             "reference": reference,
             "compile": compiled(reference),
             "F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
-            "liger": lambda x, weight: _liger("liger_rms_norm")(x, weight, EPS, in_place=False),
+            "liger": lambda x, weight: _liger(shapes, "liger_rms_norm")(x, weight, EPS, in_place=False),
+            "quack": lambda x, weight: _quack(shapes, "quack", "rmsnorm")(x, weight, eps=EPS),
         },
     )
 
@@ -122,7 +147,8 @@ def _add_rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
             "reference": reference,
             "compile": compiled(reference),
             "F.rms_norm": aten,
-            "liger": lambda x, residual, weight: _liger("liger_fused_add_rms_norm")(x, residual, weight, EPS, in_place=False),
+            "liger": lambda x, residual, weight: _liger(shapes, "liger_fused_add_rms_norm")(x, residual, weight, EPS, in_place=False),
+            "quack": lambda x, residual, weight: _quack(shapes, "quack", "rmsnorm")(x, weight, residual=residual, eps=EPS, prenorm=True),
         },
     )
 
@@ -141,7 +167,7 @@ def _rope_qkv(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     def liger(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.split((heads, key_heads, key_heads), dim=2)
         full = [torch.cat((table, table), -1)[None].to(qkv.dtype) for table in (cos, sin)]
-        q, k = _liger("liger_rope")(q.transpose(1, 2), k.transpose(1, 2), *full)
+        q, k = _liger(shapes, "liger_rope")(q.transpose(1, 2), k.transpose(1, 2), *full)
         return q.transpose(1, 2), k.transpose(1, 2), v
 
     return Case(
@@ -157,11 +183,31 @@ def _rope_qkv(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     )
 
 
+def _rope(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """Queries and keys in tensors of their own. Liger's kernel, which would turn these in place, stands beside rope_qkv."""
+    heads, key_heads, head_dim = shapes.heads
+    cos, sin = (table[: shapes.length] for table in rotary_tables(shapes.config, shapes.device))
+
+    def with_tables(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda q, k: function(q, k, cos, sin)
+
+    sizes = [(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads)]
+    reference = with_tables(TORCH.rope)
+    return Case(
+        "rope",
+        work.rope(shapes.tokens, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
+        lambda seed: _normal(shapes, seed, *sizes),
+        {"triton": with_tables(backend.rope), "reference": reference, "compile": compiled(reference)},
+    )
+
+
 def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     heads, key_heads, head_dim = shapes.heads
 
     def sdpa(kind: SDPBackend) -> Callable[..., Tensor]:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if kind == SDPBackend.CUDNN_ATTENTION and shapes.device.type == "cpu":
+                raise RuntimeError(f"torch cuDNN attention {torch.__version__}: needs a GPU")
             with sdpa_kernel(kind):
                 out = F.scaled_dot_product_attention(
                     q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=heads != key_heads
@@ -170,6 +216,13 @@ def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
         return call
 
+    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if shapes.device.type == "cpu":
+            raise peers.Unavailable(f"torch FlexAttention {torch.__version__}: needs a GPU: on a CPU it has no backward pass")
+        return flex_call(q, k, v, causal=True)
+
+    flex_call = FlexAttention(compiled)
+    flash_attn = _library("flash-attn", "flash_attn", "flash_attn_func", shapes.device)
     sizes = [(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)]
     return Case(
         "attention",
@@ -178,10 +231,37 @@ def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         {
             "triton": backend.attention,
             "reference": TORCH.attention,
+            "compile": compiled(TORCH.attention),
+            "math": sdpa(SDPBackend.MATH),
             "flash": sdpa(SDPBackend.FLASH_ATTENTION),
             "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+            "flex": flex,
+            "flash-attn": lambda q, k, v: flash_attn(q, k, v, causal=True),
         },
     )
+
+
+class FlexAttention:
+    """torch's FlexAttention under torch.compile, which makes its kernel; the block mask is made once for a length."""
+
+    def __init__(self, compiled: Compile, **kernel_options: Any) -> None:
+        self._function = compiled(flex_attention)
+        self._options = kernel_options or None
+        self._masks: dict[tuple[int, torch.device], BlockMask] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        """q [B, T, H, D], k, v [B, S, K, D] -> [B, T, H, D]; without causal every query sees every key."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        key = (q.shape[2], q.device)
+        if causal and key not in self._masks:
+            self._masks[key] = create_block_mask(_sees, None, None, q.shape[2], k.shape[2], device=q.device)
+        mask = self._masks[key] if causal else None
+        out: Tensor = self._function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=self._options)
+        return out.transpose(1, 2)
+
+
+def _sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
 
 
 def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
@@ -193,11 +273,80 @@ def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Ca
         tensors = _normal(shapes, seed, (batch, 1, heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2)
         return [*(tensor.requires_grad_(False) for tensor in tensors), torch.full((batch,), keys, device=shapes.device)]
 
+    def flex_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        """The kernel that FlexAttention has for one query. It wants groups of a power of two: at 9 heads over 3 its error is the row."""
+        if shapes.device.type == "cpu":
+            raise peers.Unavailable(f"torch FlexAttention {torch.__version__}: needs a GPU: its decode kernel is one of Triton's")
+        return forced(q, k, v, causal=False)
+
+    flex, forced = FlexAttention(compiled), FlexAttention(compiled, BACKEND="TRITON_DECODE")
+    flash_attn = _library("flash-attn", "flash_attn", "flash_attn_with_kvcache", shapes.device)
     return Case(
         "decode_attention",
         work.decode_attention(batch, keys, heads, key_heads, head_dim, shapes.dtype.itemsize),
         inputs,
-        {"triton": backend.decode_attention, "reference": TORCH.decode_attention, "compile": compiled(TORCH.decode_attention)},
+        {
+            "triton": backend.decode_attention,
+            "reference": TORCH.decode_attention,
+            "compile": compiled(TORCH.decode_attention),
+            "flex": lambda q, k, v, lengths: flex(q, k, v, causal=False),  # all caches are full; which kernel, it decides by itself
+            "flex decode": flex_decode,
+            "flash-attn": lambda q, k, v, lengths: flash_attn(q, k, v, cache_seqlens=lengths.int(), causal=True),
+        },
+        tokens=batch,
+    )
+
+
+def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """A whole block for one new token of min(B, 16) rows: the last of 2 T keys, which it writes into caches of its own.
+
+    Every call writes the same, so one call may follow the other. What was written is an output like any other, and compared.
+    """
+    config, (heads, key_heads, head_dim) = shapes.config, shapes.heads
+    rows, keys = min(shapes.batch, DECODE_ROWS), 2 * shapes.length
+    hidden, width = config.hidden_size, config.intermediate_size
+    last = min(keys, config.max_position_embeddings) - 1  # the loss is measured for rows that no table has the angles of
+    position = torch.full((rows, 1), last, device=shapes.device)
+    cos, sin = (table[position] for table in rotary_tables(config, shapes.device))
+    matrices = [((heads + 2 * key_heads) * head_dim, hidden), (hidden, heads * head_dim), (2 * width, hidden), (hidden, width)]
+
+    def inputs(seed: int) -> list[Tensor]:
+        sizes = [(rows, 1, hidden), (hidden,), (hidden,), *matrices, *[(rows, keys, key_heads, head_dim)] * 2]
+        x, norm, post_norm, *weights, key_cache, value_cache = (tensor.detach() for tensor in _normal(shapes, seed, *sizes))
+        qkv, o, gate_up, down = (weight * weight.shape[1] ** -0.5 for weight in weights)
+        lengths = torch.full((rows,), keys, device=shapes.device)
+        return [x, *LayerWeights(norm, qkv, o, post_norm, gate_up, down), key_cache, value_cache, lengths]
+
+    def of(ops: Backend) -> Callable[..., Tensor]:
+        return lambda x, *rest: ops.decode_layer(x, LayerWeights(*rest[:6]), *rest[6:], cos, sin, eps=EPS, ops=ops)
+
+    def with_written(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *inputs: (function(*inputs), *(cache[:, -1] for cache in inputs[7:9]))
+
+    return Case(
+        "decode_layer",
+        work.decode_layer(config, rows, keys, shapes.dtype.itemsize),
+        inputs,
+        {"triton": with_written(of(backend)), "reference": with_written(of(TORCH)), "compile": with_written(compiled(of(TORCH)))},
+        tokens=rows,
+    )
+
+
+def _decode_head(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """The final norm and the logits of one new token of min(B, 16) rows."""
+    hidden, vocabulary, rows = shapes.config.hidden_size, shapes.config.vocab_size, min(shapes.batch, DECODE_ROWS)
+
+    def inputs(seed: int) -> list[Tensor]:
+        x, norm, head = (tensor.detach() for tensor in _normal(shapes, seed, (rows, 1, hidden), (hidden,), (vocabulary, hidden)))
+        return [x, norm, head * hidden**-0.5]
+
+    reference = _with_eps(TORCH.decode_head)
+    return Case(
+        "decode_head",
+        work.decode_head(rows, hidden, vocabulary, shapes.dtype.itemsize),
+        inputs,
+        {"triton": _with_eps(backend.decode_head), "reference": reference, "compile": compiled(reference)},
+        tokens=rows,
     )
 
 
@@ -211,7 +360,7 @@ def _swiglu(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
             "triton": backend.swiglu,
             "reference": TORCH.swiglu,
             "compile": compiled(TORCH.swiglu),
-            "liger": lambda packed: _liger("liger_swiglu")(*packed.chunk(2, dim=-1)),
+            "liger": lambda packed: _liger(shapes, "liger_swiglu")(*packed.chunk(2, dim=-1)),
         },
     )
 
@@ -228,6 +377,15 @@ def _linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) -
     def plain(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(states, weight.to(states.dtype)).float(), targets)
 
+    def liger(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = _liger(shapes, "liger_fused_linear_cross_entropy")(states, weight.to(states.dtype), targets)
+        return loss
+
+    def quack(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        function = _quack(shapes, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+        loss: Tensor = function(states, weight.to(states.dtype), targets, chunk_size=CHUNK_TOKENS)
+        return loss
+
     return Case(
         "linear_cross_entropy",
         work.linear_cross_entropy(tokens, vocabulary, hidden, shapes.dtype.itemsize),
@@ -237,7 +395,8 @@ def _linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) -
             "reference": TORCH.linear_cross_entropy,
             "all logits": plain,
             "compile": compiled(plain),
-            "liger": lambda states, weight, targets: _liger("liger_fused_linear_cross_entropy")(states, weight.to(states.dtype), targets),
+            "liger": liger,
+            "quack": quack,
             "products only": lambda states, weight, _: _Products.apply(states, weight, torch.is_grad_enabled()),
         },
         joint=True,

@@ -23,8 +23,15 @@ from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "liger-kernel", "transformers")
+LIBRARIES = (
+    "torch", "triton", "numpy", "safetensors", "tokenizers", "liger-kernel", "transformers", "litgpt", "flash-attn", "quack-kernels",
+)  # fmt: skip
 INTERPRETER_NOTE = "interpreter: times mean nothing"
+# What every figure of the pytest-benchmark suites carries in extra_info; None where it has no such thing: a start-up has no FLOPs.
+FACTS = (
+    "device", "versions", "commit", "date", "phase", "variant", "bytes", "flops", "percent_of_roof", "launches", "tokens_per_second",
+    "peak_memory_bytes", "output_hash",
+)  # fmt: skip
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:

@@ -1,7 +1,8 @@
 """The most memory that a call holds at one time beyond what was there before it: exact, on a CPU as on a GPU.
 
 On a GPU the allocator knows. On a CPU torch's profiler reports every allocation and release in order, and the running sum has a
-highest point; what a library takes without torch's allocator is not in it.
+highest point; what a library takes without torch's allocator is not in it. The profiler knows the size of what is released only if it saw
+it allocated: of a call that releases what an earlier one left (a training step the old gradients), the second one measured counts.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from smollm2.cli import LoadError, Parser, run_command
 
 WIDTH, DPI = 8.0, 150  # inches; shown at 100 pixels an inch
 CAPTION = 130  # characters of a line of the caption
-FAMILIES = {"transformers": "tab:orange", "llama.cpp": "tab:green", "liger": "tab:purple"}
+FAMILIES = {"transformers": "tab:orange", "llama.cpp": "tab:green", "liger": "tab:purple", "litgpt": "tab:red"}
 OURS, PLAIN = "tab:blue", "tab:gray"
 OWN = ("eager", "compiled", "captured", "ours", "triton")  # how the variants of this project begin
 MARKERS = "osD^vP*X<>"
@@ -252,7 +252,7 @@ def draw_decode(figures: list[Figure]) -> Any:
     chosen = [figure for figure in figures if figure.kind == "decode"]
     shortest = min(figure.facts["context"] for figure in chosen)
     smallest = min(figure.facts["batch"] for figure in chosen)
-    panels = {"batch": ("context", shortest, f"prompt of {shortest}"), "context": ("batch", smallest, f"batch of {smallest}")}
+    panels = {"batch": ("context", shortest, f"prompt of {shortest} tokens"), "context": ("batch", smallest, f"batch of {smallest}")}
     for along, (fixed, value, _) in [*panels.items()]:
         if len({figure.facts[along] for figure in chosen if figure.facts[fixed] == value}) < 2:
             del panels[along]
@@ -272,6 +272,8 @@ def draw_decode(figures: list[Figure]) -> Any:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.set_ylim(bottom=0)
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("tokens/s")
         axes.set_xlabel("rows" if along == "batch" else "tokens of the prompt")
         axes.set_title(title, loc="left")
         plain_axes(axes)

@@ -2,7 +2,7 @@
 
 Each figure is the median over fresh processes, and the range. Files are in the page cache: a run before the measured ones reads (and, the
 first time, converts) them. "command" is `python -m smollm2.generate` itself, from its start to its first byte of text; the phases
-are those of a process that does the same step by step.
+are those of a process that does the same step by step. Its peak memory has torch and the other libraries in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from smollm2.cli import Parser, UsageError, parse_dtype, run_command
 
 PROMPT = "The capital of France is"
 
-# How a script for a fresh interpreter begins. Its fifth argument is the time of its start; done(phase) takes the time since the one before.
+# How a script for a fresh interpreter begins. Its fifth argument is the time of its start; done(phase) takes the time since the one before;
+# peak_memory_bytes() is the most that the process had in memory at one time, None where the system does not say.
 CLOCK = """
 import json, sys, time
 last = float(sys.argv[5])
@@ -33,9 +34,21 @@ def done(phase):
     seconds[phase], last = now - last, now
 
 done("interpreter")
+
+def peak_memory_bytes():
+    try:
+        with open("/proc/self/status") as status:  # Linux, whose ru_maxrss would be at least that of the process that started this one
+            return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS, else KiB
 """
 
-# [model, dtype, quantize, prompt, time of the start] -> JSON of seconds by phase.
+# [model, dtype, quantize, prompt, time of the start] -> JSON of seconds by phase, and what else `phases` says.
 PHASES = (
     CLOCK
     + """import torch
@@ -62,13 +75,14 @@ done("prefill")
 text = tokenizer.decode([int(logits.argmax(-1))])
 done("first token")
 unwanted = [name for name in ("transformers", "gguf", "triton", "torch._dynamo") if name in sys.modules]
-print(json.dumps({"seconds": seconds, "text": text, "unwanted": unwanted}))
+print(json.dumps({"seconds": seconds, "text": text, "unwanted": unwanted, "peak_memory_bytes": peak_memory_bytes()}))
 """
 )
 
 
 def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[str, Any]:
-    """One fresh process: {"seconds": {phase: seconds}, "text": the first token, "unwanted": slow modules that were imported}."""
+    """One fresh process: {"seconds": {phase: seconds}, "text": the first token, "unwanted": slow modules that were imported,
+    "peak_memory_bytes": of the whole process, or None where the system does not say}."""
     command = [sys.executable, "-c", PHASES, model, dtype, quantize, prompt, repr(time.time())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     if done.returncode:
@@ -117,10 +131,14 @@ def main(argv: Sequence[str]) -> int:
     print(f"{setting}; medians of {options.runs} processes; first token {runs[0]['text']!r}")
     for phase, values in table.items():
         print(f"{phase:18}{1e3 * statistics.median(values):8.0f} ms   {1e3 * min(values):.0f} to {1e3 * max(values):.0f}")
+    peaks = [run["peak_memory_bytes"] for run in runs]
+    if None not in peaks:
+        print(f"{'peak memory':18}{statistics.median(peaks) / 1e6:8.0f} MB   {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f}")
     if runs[0]["unwanted"]:
         print(f"imported, though nothing needs it: {', '.join(runs[0]['unwanted'])}")
     if options.json:
-        record = {"model": options.model, "dtype": options.dtype, "quantize": options.quantize, "cpus": os.cpu_count(), "seconds": table}
+        record = {"model": options.model, "dtype": options.dtype, "quantize": options.quantize, "cpus": os.cpu_count()}
+        record |= {"seconds": table, "peak_memory_bytes": peaks}
         options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0
 

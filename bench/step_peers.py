@@ -1,14 +1,16 @@
-"""`python -m bench.step_peers`: one optimizer step on a CPU beside transformers' Llama, eager and compiled, in fp32 and bf16.
+"""`python -m bench.step_peers`: one optimizer step on a CPU beside transformers' Llama and litgpt, eager and compiled, in fp32 and bf16.
 
 A step is forward, backward, clipping to a global norm of 1 and fused AdamW, on 2 x 512 tokens of the 135M model. All variants start
 from the same fp32 weights and see the same tokens, so the losses of the first steps must agree: nobody wins by computing less.
-They are measured in turns within one process, so that a drift of the machine meets all alike; figures are medians, and only their
-ratios mean something on a machine that others use too.
+They are measured in turns, so that a drift of the machine meets all alike; figures are medians, and only their ratios mean something on a
+machine that others use too.
 
     ours                fp32 parameters; in bf16 every activation, the residual stream included, is bf16
     ours+doc_start      the same with document boundaries, as training uses it: no peer computes that
     transformers        fp32 parameters; in bf16 under torch.autocast, the usual recipe
     transformers bf16   parameters, gradients and optimizer state in bf16: less memory traffic, and worse numerics
+    litgpt              its model, in a process that sleeps until it is asked for a step (bench/litgpt_peer.py); bf16 by autocast
+    liger               Liger-Kernel on transformers needs a GPU: named, with its version, and measured by bench.train_step
     ...+compile         the same under torch.compile
 """
 
@@ -20,11 +22,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench import peer_models, peers
 from bench.part import one_line, parser, provenance, read_json, write_json
 from bench.train_step import TrainingStep
 from smollm2.cli import UsageError, run_command
@@ -34,6 +38,7 @@ from smollm2.model import SmolLM2ForCausalLM
 VARIANTS = (
     "ours", "transformers", "transformers bf16", "ours+doc_start", "ours+compile", "transformers+compile", "transformers bf16+compile",
 )  # fmt: skip
+ELSEWHERE = ("litgpt", "liger", "litgpt+compile")  # peers that do not run in this process, or not on a CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TINY_NOTE = "tiny sizes: times mean nothing"
 COMPARED_STEPS = 3
@@ -50,14 +55,9 @@ def ours(config: SmolLM2Config, dtype: torch.dtype, seed: int = 0) -> SmolLM2For
 
 
 def theirs(config: SmolLM2Config, seed: int = 0) -> nn.Module:
-    """transformers' Llama with the weights of `ours`, fp32. Raises UsageError where transformers is not installed."""
-    try:
-        import transformers
-    except ImportError as missing:
-        raise UsageError("the peers need transformers; pip install transformers") from missing
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config.to_dict(), "use_cache": False}))
-    llama.load_state_dict(ours(config, torch.float32, seed).state_dict())
-    return llama.train()
+    """transformers' Llama with the weights of `ours`, fp32. Raises NotInstalled, a UsageError, where transformers is not installed."""
+    llama: nn.Module = peer_models.transformers_llama(config, ours(config, torch.float32, seed).state_dict())
+    return llama
 
 
 def documents(ids: Tensor) -> Tensor:
@@ -70,7 +70,10 @@ def documents(ids: Tensor) -> Tensor:
 
 
 def build(variant: str, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str = "inductor") -> Step:
-    """The step of a variant of VARIANTS as a call that returns the loss. compiler: the backend of torch.compile."""
+    """The step of a variant of VARIANTS or ELSEWHERE as a call that returns the loss. compiler: the backend of torch.compile.
+
+    Raises UsageError, with the version and the reason, for a peer that cannot be measured here.
+    """
     kind, _, extra = variant.partition("+")
     if kind == "ours":
         model = ours(config, dtype)
@@ -79,24 +82,36 @@ def build(variant: str, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, 
         doc_start = documents(ids) if extra == "doc_start" else None
         return lambda: step(ids, doc_start)
 
-    llama: Any = theirs(config)  # what TrainingStep needs of a model, it has
-    if kind == "transformers bf16":
-        llama = llama.to(torch.bfloat16)
-    autocast = dtype == torch.bfloat16 and kind == "transformers"
+    autocast = dtype == torch.bfloat16
+    if kind != "transformers bf16":
+        weights = ours(config, torch.float32).state_dict()
+        peer = peer_models.peer_step(variant, config, weights, ids, autocast, compiler)
+        return peer if isinstance(peer, peer_models.LitgptStep) else lambda: peer(ids)
+    llama: Any = theirs(config).to(torch.bfloat16)  # what TrainingStep needs of a model, it has
     called = torch.compile(llama, backend=compiler) if extra == "compile" else llama
-
-    def forward_theirs(ids: Tensor, labels: Tensor, doc_start: None = None) -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return called(ids, labels=labels, use_cache=False)
-
-    step_theirs = TrainingStep(llama, forward_theirs)
+    step_theirs = TrainingStep(llama, peer_models.autocast_forward(called, ids.device, autocast=False))
     return lambda: step_theirs(ids)
 
 
-def chosen(dtype: str, names: Sequence[str], compiled: bool) -> list[str]:
-    """The variants of that dtype, in the order of VARIANTS."""
-    fits = [name for name in VARIANTS if (dtype == "bf16" or not name.startswith("transformers bf16"))]
+def chosen(dtype: str, names: Sequence[str], compiled: bool, among: Sequence[str] = VARIANTS) -> list[str]:
+    """The variants of that dtype, in the order of `among`. names: only these; none means all."""
+    fits = [name for name in among if (dtype == "bf16" or not name.startswith("transformers bf16"))]
     return [name for name in fits if (not names or name in names) and (compiled or not name.endswith("+compile"))]
+
+
+def build_all(names: Sequence[str], config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str) -> dict[str, Step]:
+    """`build` for each; one that cannot be had is a step that raises the reason, so that it becomes a result like any other failure."""
+    steps: dict[str, Step] = {}
+    for name in names:
+        try:
+            steps[name] = build(name, config, dtype, ids, compiler)
+        except Exception as failure:  # noqa: BLE001 - other people's libraries fail in their own ways; the others still run
+            steps[name] = partial(_refuse, failure)
+    return steps
+
+
+def _refuse(failure: Exception) -> Tensor:
+    raise failure
 
 
 def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> dict[str, dict[str, Any]]:
@@ -109,6 +124,9 @@ def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> d
         began = time.perf_counter()
         try:
             losses = [float(step()) for _ in range(COMPARED_STEPS)]
+        except peers.Unavailable as reason:
+            found[name] = {"failed": str(reason)}
+            continue
         except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
             found[name] = {"failed": one_line(failure)}
             continue
@@ -118,9 +136,14 @@ def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> d
     for turn in range(rounds):
         if turn and left() < 0:
             break
-        for name in running:
+        for name in list(running):
             began = time.perf_counter()
-            float(steps[name]())
+            try:
+                float(steps[name]())
+            except Exception as failure:  # noqa: BLE001 - as above: a process of its own can end at any time
+                found[name] = {"failed": one_line(failure)}
+                running.remove(name)
+                continue
             seconds[name].append(time.perf_counter() - began)
     for name in running:
         times = [1e3 * value for value in seconds[name]]
@@ -135,7 +158,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     result = {}
     for name, milliseconds in times.items():
         mine = best if name.endswith("+compile") else times.get("ours")
-        if name.startswith("transformers") and mine is not None:
+        if not name.startswith("ours") and mine is not None:
             result[name] = round(milliseconds / mine, 3)
     return result
 
@@ -189,9 +212,9 @@ def show(dtype: str, name: str, row: dict[str, Any], ratio: float | None) -> str
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser("step_peers", "Times one optimizer step on a CPU beside transformers' Llama.")
+    arguments = parser("step_peers", "Times one optimizer step on a CPU beside transformers' Llama and litgpt.")
     arguments.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this one; may be repeated")
-    arguments.add_argument("--variant", action="append", choices=VARIANTS, help="only this one; may be repeated")
+    arguments.add_argument("--variant", action="append", choices=(*VARIANTS, *ELSEWHERE), help="only this one; may be repeated")
     arguments.add_argument("--no-compile", action="store_true", help="leave the compiled variants out: each takes a minute or more")
     arguments.add_argument("--rounds", type=int, default=7, metavar="N", help="timed steps of each variant (default 7)")
     options = arguments.parse_args(argv)
@@ -232,8 +255,8 @@ def main(argv: Sequence[str]) -> int:
     results: dict[str, Any] = {}
     far = False
     for dtype in options.dtype or DTYPES:
-        names = chosen(dtype, options.variant or (), not options.no_compile)
-        steps = {name: build(name, config, DTYPES[dtype], ids, "aot_eager" if options.tiny else "inductor") for name in names}
+        names = chosen(dtype, options.variant or (), not options.no_compile, (*VARIANTS, *ELSEWHERE))
+        steps = build_all(names, config, DTYPES[dtype], ids, "aot_eager" if options.tiny else "inductor")
         found = measure(steps, 1 if options.tiny else options.rounds, lambda: options.seconds - (time.monotonic() - began))
         faster, apart = ratios(found), distances(found)
         floor = matmul_floor(config, DTYPES[dtype], ids.numel())
@@ -253,7 +276,10 @@ def main(argv: Sequence[str]) -> int:
         del steps
         gc.collect()
         torch.compiler.reset()
-    save(status="complete")
+    rows = {f"{name} {dtype}": row for dtype, found in results.items() for name, row in found["variants"].items()}
+    save(status="complete", peers=peer_models.step_standing(rows))
+    for line in peers.not_measured(data["peers"]):
+        print(line, flush=True)
     return 1 if far else 0
 
 

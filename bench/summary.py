@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ LINES, WIDTH = 40, 150
 
 def summarise(folder: Path) -> str:
     """The text of summary.txt."""
-    files = {name: read_json(folder / f"{name}.json") for name in ("tests", "kernels", "training", "generation")}
+    files = {name: read_json(folder / f"{name}.json") for name in ("kernels", "tests", "training", "generation", "peers")}
     head = next((content for content in files.values() if content), {})
     versions = head.get("versions", {})
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if name in versions)
     lines = [f"{head.get('device', 'no results')}; {libraries}; commit {head.get('commit', '')[:12]}; {head.get('date', '')}"]
     makers = (
-        ("kernels", "roofline", roofline_lines), ("tests", "tests", tests_lines), ("kernels", "kernels", kernels_lines),
+        ("kernels", "roofline", roofline_lines), ("tests", "tests", tests_lines),
+        ("tests", "memcheck", memcheck_lines), ("kernels", "kernels", kernels_lines),
         ("training", "step", step_lines), ("training", "ladder", ladder_lines), ("training", "run", run_lines),
-        ("generation", "generation", generation_lines), ("tests", "memcheck", memcheck_lines),
+        ("generation", "generation", generation_lines), ("peers", "generation_peers", partial(peers_lines, files["peers"])),
     )  # fmt: skip
     for name, section, make in makers:
         content = files[name].get(section)
@@ -30,7 +32,7 @@ def summarise(folder: Path) -> str:
             continue
         if content.get("note") and len(lines) == 1:
             lines.append(f"NOTE: {content['note']}")
-        if content.get("status") != "complete":
+        if content.get("status") != "complete" and "skipped" not in content:
             lines.append(f"{section}: {content.get('status')}; what it had:")
         lines += make(content)
     if len(lines) > LINES:
@@ -71,22 +73,24 @@ def tests_lines(found: dict[str, Any]) -> list[str]:
 
 
 def kernels_lines(found: dict[str, Any]) -> list[str]:
-    """Ours per operation and phase, beside the fastest of the others."""
+    """Ours per operation, a line with all phases, beside the fastest of the others."""
     rows = found.get("rows", [])
-    lines = [f"kernels, {found.get('batch')} x {found.get('length')} tokens, {found.get('dtype')}: ours / percent of roof / fastest other"]
+    lines = [f"kernels, {found.get('batch')} x {found.get('length')} tokens, {found.get('dtype')}: ours, percent of roof, fastest other"]
+    ops: dict[str, list[str]] = {}
     for ours in [row for row in rows if row["variant"] == "triton"]:
-        label = f"  {ours['op']:21}{ours.get('phase', ''):17}"
+        cells = ops.setdefault(ours["op"], [])
         if "failed" in ours:
-            lines.append(f"{label}{ours['failed']}")
+            cells.append(f"{ours.get('phase', '')} {ours['failed']}".strip())
             continue
         others = {row["variant"]: row["us"] for row in rows if "us" in row and (row["op"], row["phase"]) == (ours["op"], ours["phase"])}
         del others["triton"]
         bare = others.pop("products only", None)  # computes less on purpose
-        line = f"{label}{ours['us']:10.1f} us {ours['percent_of_roof']:6.1f} %"
+        cell = f"{ours['phase']} {ours['us']:.1f} us {ours['percent_of_roof']:.1f} %"
         if others:
             best = min(others, key=others.__getitem__)
-            line += f"   {best} {others[best]:.1f} us, {others[best] / ours['us']:.2f}x"
-        lines.append(line + (f"; {ours['us'] / bare:.2f}x its bare products" if bare is not None else ""))
+            cell += f" ({others[best] / ours['us']:.2f}x {best})"
+        cells.append(cell + (f", {ours['us'] / bare:.2f}x its bare products" if bare is not None else ""))
+    lines += [f"  {op:21}{'; '.join(cells)}" for op, cells in ops.items()]
     absent = {f"{row['variant']}: {row['failed'][:60]}" for row in rows if "failed" in row and row["variant"] != "triton"}
     lines += [f"  not timed: {'; '.join(sorted(absent))}"] if absent else []
     if "launches" in found:
@@ -103,7 +107,6 @@ def step_lines(found: dict[str, Any]) -> list[str]:
     distances = found.get("loss_distance", {})
     for name, row in found.get("variants", {}).items():
         if "failed" in row:
-            lines.append(f"  {name:16}{row['failed']}")
             continue
         mfu = f"{100 * row['mfu']:.1f} %" if row["mfu"] is not None else "none"
         line = f"  {name:16}{row['step_ms']:9.2f} ms {row['tokens_per_second']:11,.0f} tok/s  MFU {mfu}"
@@ -111,7 +114,8 @@ def step_lines(found: dict[str, Any]) -> list[str]:
         line += f"  {row['launches']['all']} launches" if "launches" in row else ""
         line += f"  losses within {distances[name]:.0e} of torch's" if name in distances and name != "torch" else ""
         lines.append(line)
-    return lines
+    absent = [f"{name}: {row['failed'][:40]}" for name, row in found.get("variants", {}).items() if "failed" in row]
+    return lines + ([f"  not timed: {'; '.join(absent)}"] if absent else [])
 
 
 def ladder_lines(found: dict[str, Any]) -> list[str]:
@@ -139,19 +143,36 @@ def run_lines(found: dict[str, Any]) -> list[str]:
 
 
 def generation_lines(found: dict[str, Any]) -> list[str]:
-    """One line per batch size and backend, and the agreement."""
-    lines = []
+    """One line per batch size, and the agreement."""
+    batches: dict[int, list[str]] = {}
     for row in found.get("rows", []):
-        label = f"  batch {row['batch']:4} {row['backend']:8}"
+        cells = batches.setdefault(row["batch"], [])
         if "failed" in row:
-            lines.append(label + row["failed"])
+            cells.append(f"{row['backend']} {row['failed'][:50]}")
             continue
-        line = f"{label}prefill {row['prefill_tokens_per_second']:11,.0f} tok/s, decode {row['decode_tokens_per_second']:9,.0f}"
-        line += f", decode in a graph {row['loop_decode_tokens_per_second']:9,.0f}" if "loop_decode_tokens_per_second" in row else ""
-        lines.append(line)
+        cell = f"{row['backend']} {row['prefill_tokens_per_second']:,.0f} / {row['decode_tokens_per_second']:,.0f}"
+        cell += f" / {row['loop_decode_tokens_per_second']:,.0f}" if "loop_decode_tokens_per_second" in row else ""
+        cells.append(cell)
+    lines = [f"  batch {batch:4}: {'; '.join(cells)}" for batch, cells in batches.items()]
     same = found.get("fp32_agreement")
-    title = "generation" + (f": {100 * same['share']:.1f} % of greedy tokens the same on both backends in fp32" if same else "")
+    title = "generation, tok/s of prefill / decode / decode in a graph" + (
+        f"; {100 * same['share']:.1f} % of greedy tokens the same on both backends in fp32" if same else ""
+    )
     return [title, *lines]
+
+
+def peers_lines(file: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Decoded tokens/s of every way to generate, a line per case. file: pytest-benchmark's."""
+    if "skipped" in found:
+        return [f"peers: skipped, {found['skipped']}"]
+    cases: dict[str, list[str]] = {}
+    for entry in file.get("benchmarks", []):
+        facts = entry["extra_info"]
+        if facts.get("phase") == "decode":
+            case = f"  batch {facts['batch']}, prompt {facts['prompt_tokens']}"
+            cases.setdefault(case, []).append(f"{facts['variant']} {facts['tokens_per_second']:,.0f}")
+    lines = [f"{case}: {', '.join(rates)}" for case, rates in cases.items()]
+    return [f"generation beside the peers, decoded tok/s{'' if lines else ': nothing'}", *lines]
 
 
 def memcheck_lines(found: dict[str, Any]) -> list[str]:

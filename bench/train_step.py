@@ -1,7 +1,8 @@
-"""`python -m bench.train_step`: one optimizer step of the 135M model at 32 x 512, per backend, and whether the backends agree.
+"""`python -m bench.train_step`: one optimizer step of the 135M model at 32 x 512, per backend and beside other libraries, which must agree.
 
 A step is forward, backward, clipping to a global norm of 1 and AdamW, with fp32 parameters and bf16 activations. Every variant starts from
-the same weights and sees the same tokens, so the losses of the first steps must agree: nobody wins by computing less.
+the same weights and sees the same tokens, so the losses of the first steps must agree: nobody wins by computing less. The peers are those
+of bench/peer_models.py, under autocast; one that cannot be measured here is named with its version and the reason.
 Rates are medians over blocks of steps with one wait per block, as in training. MFU counts 6 operations per weight and token and causal
 attention half, against the vendor's dense bf16 peak; no MFU for a device that the table does not have.
 """
@@ -13,12 +14,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import launches, work
+from bench import launches, peers, work
 from bench.part import Part, one_line, parser
 from bench.timing import synchronize
 from smollm2.cli import run_command
@@ -29,6 +31,7 @@ from smollm2.model import SmolLM2ForCausalLM
 VARIANTS = ("triton", "torch", "triton+graph", "torch+compile", "triton+compile")
 COMPARED_STEPS = 3
 LOSS_TOLERANCE = 0.02  # nats, between backends, in bf16
+PEER_TOLERANCE = 0.1  # the same for peers, which keep the residual stream in fp32; see bench.step_peers
 
 
 class TrainingStep:
@@ -84,19 +87,33 @@ def build(config: SmolLM2Config, backend: str, device: torch.device) -> SmolLM2F
 
 
 def measure(variant: str, config: SmolLM2Config, ids: Tensor, tiny: bool) -> dict[str, Any]:
-    """One variant from its first step to its rate."""
+    """One variant, of VARIANTS or a peer, from its first step to its rate."""
+    from bench import peer_models  # which imports this module
+
     device = ids.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    backend, _, extra = variant.partition("+")
-    model = build(config, backend, device)
-    forward = torch.compile(model, backend="aot_eager" if tiny else "inductor") if extra == "compile" else None
+    name, _, extra = variant.partition("+")
+    compiler = "aot_eager" if tiny else "inductor"
     began = time.perf_counter()
-    plain = TrainingStep(model, forward)
-    captured = CapturedStep(plain, ids) if extra == "graph" else None
-    step: Callable[[Tensor], Tensor] = captured or plain
-    first = captured.first_losses if captured else []
+    first: list[Tensor] = []
+    elsewhere: peer_models.LitgptStep | None = None  # a step in another process
+    if variant in peer_models.VARIANTS:
+        weights = build(config, "torch", device).state_dict()
+        peer = peer_models.peer_step(variant, config, weights, ids, device.type == "cuda", compiler)
+        del weights
+        step: Callable[[Tensor], Tensor]
+        if isinstance(peer, peer_models.LitgptStep):
+            elsewhere, step = peer, partial(_ask, peer)
+        else:
+            step = peer
+    else:
+        model = build(config, name, device)
+        step = plain = TrainingStep(model, torch.compile(model, backend=compiler) if extra == "compile" else None)
+        if extra == "graph":
+            step = captured = CapturedStep(plain, ids)
+            first = captured.first_losses
     losses = [float(loss) for loss in [*first, *(step(ids) for _ in range(COMPARED_STEPS - len(first)))]]
     found: dict[str, Any] = {"losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}
 
@@ -105,8 +122,11 @@ def measure(variant: str, config: SmolLM2Config, ids: Tensor, tiny: bool) -> dic
     for _ in range(blocks):
         synchronize(device)
         began = time.perf_counter()
-        for _ in range(length):
-            step(ids)
+        if elsewhere is not None:
+            peak_elsewhere = elsewhere.steps(length)["peak_memory_bytes"]
+        else:
+            for _ in range(length):
+                step(ids)
         synchronize(device)
         seconds.append((time.perf_counter() - began) / length)
     typical = statistics.median(seconds)
@@ -116,11 +136,16 @@ def measure(variant: str, config: SmolLM2Config, ids: Tensor, tiny: bool) -> dic
     found["tokens_per_second"] = round(rate, 1)
     found["mfu"] = round(rate * work.flops_per_token(config, ids.shape[1]) / peak, 4) if peak else None
     if device.type == "cuda":
-        found["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    if not extra or (extra == "compile" and device.type == "cuda"):
+        found["peak_memory_gb"] = round((peak_elsewhere if elsewhere is not None else torch.cuda.max_memory_allocated()) / 1e9, 2)
+    if elsewhere is None and (not extra or (extra == "compile" and device.type == "cuda")):
         names = launches.count(lambda: step(ids), device)
         found["launches"] = {"all": sum(names.values()), "ours": launches.triton_part(names), "names": dict(names.most_common(40))}
     return found
+
+
+def _ask(peer: Callable[[], Tensor], ids: Tensor) -> Tensor:
+    """A step in another process, which has the tokens already."""
+    return peer()
 
 
 def agreement(results: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -136,9 +161,9 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 def show(name: str, found: dict[str, Any]) -> str:
     """One line of the table."""
     if "failed" in found:
-        return f"{name:16} {found['failed']}"
+        return f"{name:21} {found['failed']}"
     mfu = f"{100 * found['mfu']:.1f} %" if found["mfu"] is not None else "none"
-    line = f"{name:16}{found['step_ms']:10.2f} ms{found['tokens_per_second']:12,.0f} tok/s  MFU {mfu}"
+    line = f"{name:21}{found['step_ms']:10.2f} ms{found['tokens_per_second']:12,.0f} tok/s  MFU {mfu}"
     if "peak_memory_gb" in found:
         line += f"  {found['peak_memory_gb']:.1f} GB"
     if "launches" in found:
@@ -147,9 +172,11 @@ def show(name: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser("train_step", "Times one optimizer step per backend.")
+    from bench import peer_models  # which imports this module
+
+    arguments = parser("train_step", "Times one optimizer step per backend, beside other libraries.")
     arguments.add_argument("--model", default="135M", help="preset")
-    arguments.add_argument("--variant", action="append", choices=VARIANTS, help="only this one; may be repeated")
+    arguments.add_argument("--variant", action="append", choices=(*VARIANTS, *peer_models.VARIANTS), help="only this one; may be repeated")
     options = arguments.parse_args(argv)
     part = Part("step", options)
     config = part.model(options.model)
@@ -160,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
         mfu_convention="6 per weight and token, causal attention counted half, dense bf16 peak of the vendor",
     )  # fmt: skip
     results: dict[str, dict[str, Any]] = {}
-    for variant in options.variant or VARIANTS:
+    for variant in options.variant or (*VARIANTS, *peer_models.VARIANTS):
         if part.left() < 0:
             results[variant] = {"failed": "no time was left"}
         elif variant.endswith("+graph") and part.device.type != "cuda":
@@ -168,15 +195,19 @@ def main(argv: Sequence[str]) -> int:
         else:
             try:
                 results[variant] = measure(variant, config, ids, part.tiny)
+            except peers.Unavailable as reason:
+                results[variant] = {"failed": str(reason)}
             except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
                 results[variant] = {"failed": one_line(failure)}
             gc.collect()
             torch.compiler.reset()
         print(show(variant, results[variant]), flush=True)
-        part.save(variants=results, loss_distance=agreement(results))
+        part.save(variants=results, loss_distance=agreement(results), peers=peer_models.step_standing(results))
     for name, distance in agreement(results).items():
         losses = ", ".join(f"{loss:.4f}" for loss in results[name]["losses"])
-        print(f"{name}: first losses {losses}, within {distance:.1e} of torch's" + ("" if distance <= LOSS_TOLERANCE else ": TOO FAR"))
+        bound = PEER_TOLERANCE if name in peer_models.VARIANTS else LOSS_TOLERANCE
+        print(f"{name}: first losses {losses}, within {distance:.1e} of torch's" + ("" if distance <= bound else ": TOO FAR"))
+    print(*peers.not_measured(part.data["peers"]), sep="\n")
     return part.finish()
 
 

@@ -70,6 +70,11 @@ def rope_qkv(tokens: int, length: int, heads: int, key_heads: int, head_dim: int
     return Cost(Work(head * (heads + key_heads) + tables), Work(head * (heads + 2 * key_heads) + tables))
 
 
+def rope(tokens: int, length: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
+    """2 N (H + K) D e (q and k, or their gradients, read and written) and 4 T D of tables, each way."""
+    return Cost(*[Work(2 * tokens * (heads + key_heads) * head_dim * size + 4 * length * head_dim)] * 2)
+
+
 def attention(batch: int, length: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
     """Causal, half of the square: 2 B H T^2 D operations forward, 5 B H T^2 D backward.
 
@@ -111,6 +116,24 @@ def projections(config: SmolLM2Config) -> dict[str, tuple[int, int]]:
         "gate and up projection": (hidden, 2 * width),
         "down projection": (width, hidden),
     }
+
+
+def decode_layer(config: SmolLM2Config, rows: int, keys: int, size: int) -> Cost:
+    """A whole block for one new token a row, the last of S keys, with matrices of M elements in all: 2 R M + 4 R H S D operations.
+
+    (M + 2 h) e of weights, read once for all R rows; 2 R h e of x and out; 2 R S K D e of caches, of which S - 1 keys and values are
+    read and the new ones written; 4 R D of tables. What lies between the operations of a block need not reach memory. No backward pass.
+    """
+    heads, key_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    matrices = sum(inputs * outputs for inputs, outputs in projections(config).values())
+    elements = matrices + 2 * config.hidden_size * (1 + rows) + 2 * rows * keys * key_heads * head_dim
+    return Cost(Work(elements * size + 4 * rows * head_dim, 2 * rows * matrices + 4 * rows * heads * keys * head_dim))
+
+
+def decode_head(rows: int, hidden: int, vocabulary: int, size: int) -> Cost:
+    """(V h + h) e of weights, read once for all R rows, R h e of x, 4 R V of logits in fp32; 2 R V h operations. No backward pass."""
+    moved = size * hidden * (vocabulary + 1 + rows) + 4 * rows * vocabulary
+    return Cost(Work(moved, 2 * rows * vocabulary * hidden))
 
 
 def layer(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str, Cost]:

@@ -10,10 +10,11 @@ import gguf_files
 import pytest
 import torch
 
-from bench import generate, generate_peers
+from bench import generate, generate_modes, generate_peers
 from bench.bench_generate import Playback
 from bench.generate import Row
 from bench.generate_peers import Variant
+from bench.peers import NotInstalled
 from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
@@ -70,17 +71,38 @@ def test_in_fp32_all_put_out_the_same_tokens(measured):
             assert all(one["agreement_with_fp32_eager"] == 1.0 for one in facts if one["variant"] in exact)
 
 
+def test_libraries_that_were_not_measured_are_named_beside_the_figures(measured):
+    stdout, content = measured
+    found = content["peers"]
+    assert found["transformers"]["used"] and set(found) == {"transformers", "litgpt", "llama-cpp-python", "torch.compile"}
+    for name in ("litgpt", "llama-cpp-python"):
+        assert not found[name]["used"] and f"not measured: {name}" in stdout
+    assert found["llama-cpp-python"]["why"] == "left out at toy sizes"
+
+
+def test_our_model_under_torch_compile_and_a_static_cache_put_out_the_same_tokens():
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    plan = generate.Plan(device=torch.device("cpu"), modes=("eager fp32", "torch.compile fp32"), peers="none", tiny=True)
+    plan.names = (*plan.names, "transformers+static fp32")
+    for case in plan.cases[1:3]:  # one row and two
+        rows = plan.rows(case)
+        assert [row.failed for row in rows.values()] == ["", "", ""]
+        assert all(row.agreement == 1.0 for row in rows.values())
+    assert plan.standing()["torch.compile"]["used"]
+
+
 def test_what_is_not_available_is_a_row_with_its_reason(monkeypatch):
     def absent(*arguments, **options):
-        raise UsageError("transformers is not installed; pip install transformers")
+        raise NotInstalled("transformers")
 
     monkeypatch.setattr(generate_peers, "transformers_variant", absent)
     said: list[str] = []
     plan = generate.Plan(device=torch.device("cpu"), modes=("eager fp32",), tiny=True, say=said.append)
     rows = plan.rows((1, 4))
     assert list(rows) == ["eager fp32", *PEERS] and not rows["eager fp32"].failed
-    assert all(rows[name].failed == "not available: transformers is not installed; pip install transformers" for name in PEERS)
-    assert "pip install transformers" in said[-1]
+    assert all(rows[name].failed == "not available: transformers is not installed; pip install -e '.[peers]'" for name in PEERS)
+    assert "pip install -e '.[peers]'" in said[-1]
+    assert plan.standing()["transformers"]["why"] == "not installed; pip install -e '.[peers]'"
 
 
 @pytest.mark.parametrize(
@@ -176,8 +198,8 @@ def test_a_clock_plays_durations_back():
 
 def test_bytes_of_a_step_are_those_of_the_quantised_weights():
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), "torch").bfloat16().eval()
-    plain = generate.engine_variant(generate.select_engine(model, compiled=False))
-    int8 = generate.engine_variant(generate.select_engine(model, quantize="int8", compiled=False))
+    plain = generate_modes.engine_variant(generate.select_engine(model, compiled=False))
+    int8 = generate_modes.engine_variant(generate.select_engine(model, quantize="int8", compiled=False))
     assert plain.weight_bytes == 2 * model.num_parameters()
     assert plain.weight_bytes / 2 < int8.weight_bytes < 0.6 * plain.weight_bytes
     config = model.config
@@ -214,7 +236,7 @@ def test_llama_cpp_puts_out_the_tokens_of_this_model(tmp_path):
     generate_peers.write_gguf(tmp_path / "model.gguf", model.config, generate_peers.stored_tensors(model), "F32")
     prompts = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
     variant = generate_peers.llama_cpp_variant(tmp_path / "model.gguf", model.config, "F32", 1)
-    ours = generate.EngineTurns(generate.Engine(model), prompts, 8)
+    ours = generate_modes.EngineTurns(generate.Engine(model), prompts, 8)
     theirs = variant.begin(prompts, 8)
     for _ in range(2):  # the second time from a cache that is not empty
         mine, other = ours.prefill(), theirs.prefill()

@@ -64,12 +64,14 @@ def test_every_part_completes(finished):
 def test_files_and_where_their_figures_come_from(finished):
     folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == gpu.RESULTS
+    peers = json.loads((folder / "peers.json").read_text(encoding="utf-8"))["generation_peers"]  # no transformers here
+    assert peers == {"skipped": "needs transformers", "status": "skipped: needs transformers"}
     for name in SECTIONS:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         assert {"device", "versions", "commit", "sources", "date"} <= content.keys()
         assert {"python", "torch", "triton"} <= content["versions"].keys()
     with tarfile.open(folder / "logs.tgz") as archive:
-        assert sorted(archive.getnames()) == sorted(f"{stage.section}.log" for stage in gpu.STAGES)
+        assert sorted(archive.getnames()) == sorted(f"{stage.section}.log" for stage in gpu.STAGES if stage.section != "generation_peers")
 
 
 @pytest.mark.slow
@@ -107,7 +109,7 @@ def test_summary_is_short_and_comes_last(finished):
     assert done.stdout.endswith(text)
     assert len(text.splitlines()) <= 40
     assert INTERPRETER_NOTE in text
-    for word in ("tests: ", "swiglu", "training step", "ladder", "training run", "generation", "memcheck"):
+    for word in ("tests: ", "swiglu", "training step", "ladder", "training run", "generation", "peers: skipped, needs", "memcheck"):
         assert word in text
 
 
@@ -144,6 +146,44 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path, project_root):
     assert (tmp_path / "summary.txt").is_file() and (tmp_path / "logs.tgz").is_file()
     assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"] == "complete"
     assert json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))["step"]["status"] == "interrupted"
+
+
+def test_what_is_finished_survives_a_kill(tmp_path, project_root):
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--only",
+        "roofline",
+        "--only",
+        "step",
+    ]
+    process = subprocess.Popen(
+        command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("roofline: complete")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"] == "complete"
+    with tarfile.open(tmp_path / "logs.tgz") as archive:
+        assert archive.getnames() == ["roofline.log"]
+
+
+def test_a_part_without_its_packages_is_skipped_and_named(tmp_path):
+    stage = gpu.Stage("generation_peers", "generate", "peers.json", 1, ("torch", "no_such_package"), ("no_such_weights",))
+    assert stage.missing(tiny=True) == ["no_such_package"]
+    assert stage.missing(tiny=False) == ["no_such_package", "no_such_weights"]
+    gpu.record_end(stage, tmp_path, "skipped: needs no_such_package")
+    section = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))["generation_peers"]
+    assert section["skipped"] == "needs no_such_package"
+    assert "peers: skipped, needs no_such_package" in gpu.summarise(tmp_path)
+    assert not gpu.trouble(tmp_path, {"generation_peers": "skipped: needs no_such_package"})
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_recorded(tmp_path):

@@ -9,22 +9,25 @@ import sys
 import pytest
 import torch
 
-from bench import kernels, launches, timing
+from bench import kernels, launches, memcheck, ops, timing
 from bench.kernels import Variant, error
 from bench.ops import Case
 from bench.part import INTERPRETER_NOTE
 from bench.work import Cost, Work
+from kernels import TORCH
+from kernels import backend as switch
+from smollm2.config import SmolLM2Config
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, project_root):
-    """(stdout, section of the JSON file) of two operations."""
+    """(stdout, section of the JSON file) of three operations."""
     path = tmp_path_factory.mktemp("kernels") / "kernels.json"
     command = [sys.executable, "-m", "bench.kernels", "--device", "cpu", "--tiny", "--dtype", "fp16", "--json", str(path)]
     done = subprocess.run(
-        [*command, "--op", "add_rms_norm", "--op", "decode_attention"],
+        [*command, "--op", "add_rms_norm", "--op", "decode_attention", "--op", "decode_head"],
         cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,6 +46,19 @@ def test_rows_say_all_that_is_needed(measured):
             assert row["plain_us" if phase == "forward" else "autograd_us"] > 0
     assert ("decode_attention", "forward", "triton") in found
     assert ("decode_attention", "backward", "triton") not in found  # a cache has no gradient
+    assert {("decode_head", "forward", variant) for variant in ("triton", "reference", "compile")} <= found.keys()
+
+
+def test_libraries_that_were_not_measured_are_named(measured):
+    stdout, section = measured
+    found = section["peers"]
+    assert (
+        found["torch.compile"]["used"] and found["torch FlexAttention"]["used"]
+    )  # its kernel for a decode step has no backward pass to miss
+    for name in ("liger-kernel", "quack-kernels", "flash-attn"):
+        assert not found[name]["used"] and found[name]["why"]
+        assert f"not measured: {name}" in stdout and found[name]["why"] in stdout
+    assert found["torch flash attention"]["why"] == "not asked for"
 
 
 def test_launches_and_bytes_are_printed(measured):
@@ -99,6 +115,74 @@ def test_a_wrong_variant_is_named_and_not_timed():
     assert failed["nan"].startswith("wrong")
     assert failed["broken"] == "RuntimeError: no kernel image"
     assert failed["absent"] == "nothing is not installed"
+
+
+# every operation
+
+
+def small(batch=2, length=8):
+    return kernels.Shapes(SmolLM2Config.preset("tiny", num_hidden_layers=1), batch, length, torch.float32, CPU)
+
+
+def test_every_operation_of_the_switch_is_timed_compiled_and_checked_for_its_memory():
+    assert set(kernels.OPS) == set(switch.OPS)
+    cases = ops.cases(small(), TORCH, "eager")
+    assert [case.op for case in cases] == list(kernels.OPS)
+    assert all({"triton", "reference", "compile"} <= case.variants.keys() for case in cases)
+    assert {name.split()[0] for name in memcheck.operations(TORCH, CPU)} == set(switch.OPS)
+
+
+def test_the_calls_of_the_memory_check_run_on_the_reference():
+    for call in memcheck.operations(TORCH, CPU).values():
+        call()  # raises for shapes that do not fit each other
+
+
+@pytest.mark.parametrize("op", ["rope", "decode_layer", "decode_head"])
+def test_what_torch_compile_makes_is_compared_with_the_truth(op):
+    case = {case.op: case for case in ops.cases(small(), TORCH, "aot_eager")}[op]
+    truth = Variant(case, "reference", 1).results(torch.float64)
+    assert error(Variant(case, "compile", 1).results(), truth) < 1e-6
+    assert len(truth) == {"rope": 4, "decode_layer": 3, "decode_head": 1}[op]  # rope has gradients, the layer what it wrote
+
+
+def test_a_layer_writes_the_last_position_of_its_own_caches_and_nothing_else():
+    case = {case.op: case for case in ops.cases(small(), TORCH, "eager")}["decode_layer"]
+    inputs, untouched = case.inputs(0), case.inputs(0)
+    first = case.variants["reference"](*inputs)
+    for cache, before, written in zip(inputs[7:9], untouched[7:9], first[1:], strict=True):
+        assert torch.equal(cache[:, :-1], before[:, :-1]) and torch.equal(cache[:, -1], written)
+        assert not torch.equal(cache[:, -1], before[:, -1])
+    assert all(torch.equal(a, b) for a, b in zip(inputs[:7], untouched[:7], strict=True))
+    again = case.variants["reference"](*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_rows_longer_than_the_rotary_tables_have_a_layer_too():
+    shapes = small(batch=1, length=300)  # of 512 positions, for a cache of 600
+    case = {case.op: case for case in ops.cases(shapes, TORCH, "eager")}["decode_layer"]
+    inputs = case.inputs(0)
+    assert inputs[7].shape[1] == 600 > shapes.config.max_position_embeddings
+    assert all(output.isfinite().all() for output in case.variants["reference"](*inputs))
+
+
+def test_a_layer_that_writes_a_wrong_key_is_wrong():
+    case = {case.op: case for case in ops.cases(small(), TORCH, "eager")}["decode_layer"]
+
+    def broken(*inputs):
+        output, key, value = case.variants["reference"](*inputs)
+        return output, key.roll(1, dims=-1), value
+
+    case.variants["triton"] = broken
+    rows = kernels.measure(case, small(), 1e10, 1e10, tiny=True)
+    assert [row["failed"].partition(":")[0] for row in rows if row["variant"] == "triton"] == ["wrong"]
+
+
+def test_a_decode_step_has_at_most_the_rows_of_the_fused_kernels():
+    for batch, rows in ((2, 2), (32, 16)):
+        cases = {case.op: case for case in ops.cases(small(batch), TORCH, "eager")}
+        for op in ("decode_layer", "decode_head"):
+            assert cases[op].tokens == rows == cases[op].inputs(0)[0].shape[0]
+        assert cases["decode_attention"].tokens == 2 * batch
 
 
 def test_a_gradient_is_compared_too():

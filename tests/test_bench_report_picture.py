@@ -94,6 +94,11 @@ def by_key(found: list[Figure]) -> dict[tuple[str, str, str], Figure]:
     return {figure.key: figure for figure in found}
 
 
+def test_every_library_has_a_colour_of_its_own() -> None:
+    names = ("transformers bf16", "llama.cpp F16", "liger", "litgpt+compile", "ours", "reference")
+    assert len({report.colour(name) for name in names}) == len(names)
+
+
 def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pictures"
     assert run_command(report.main, [str(write(tmp_path, ALL)), "--out", str(out)]) == 0

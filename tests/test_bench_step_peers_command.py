@@ -54,6 +54,25 @@ def test_all_variants_compute_the_same_losses(measured):
         assert max(found["loss_distance"].values()) <= step_peers.LOSS_TOLERANCE[dtype]
 
 
+def test_a_library_that_was_not_measured_has_a_line_and_a_reason(measured):
+    stdout, content = measured
+    found = content["step_peers"]["peers"]
+    assert set(found) == {"transformers", "liger-kernel", "litgpt", "torch.compile"}
+    assert found["transformers"] == {"version": content["versions"]["transformers"], "used": True, "why": None}
+    assert found["torch.compile"]["used"]
+    for name in ("liger-kernel", "litgpt"):
+        assert not found[name]["used"] and found[name]["why"]
+        assert f"not measured: {name}" in stdout and found[name]["why"] in stdout
+
+
+def test_what_runs_elsewhere_is_measured_unless_other_variants_are_named():
+    among = (*step_peers.VARIANTS, *step_peers.ELSEWHERE)
+    assert {"litgpt", "litgpt+compile", "liger"} <= set(step_peers.chosen("fp32", (), True, among))
+    assert step_peers.chosen("fp32", ("ours", "litgpt"), True, among) == ["ours", "litgpt"]
+    assert step_peers.chosen("fp32", (), False, among)[-2:] == ["litgpt", "liger"]
+    assert "litgpt" not in step_peers.chosen("fp32", (), True)  # what the suites measure runs in this process
+
+
 def test_peers_start_from_the_same_weights():
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     mine, other = step_peers.ours(TINY, torch.float32).state_dict(), step_peers.theirs(TINY).state_dict()

@@ -39,6 +39,31 @@ def test_bytes_of_the_memory_bound_operations():
     assert work.attention(32, 512, 9, 3, 64, 2).forward.flops == pytest.approx(9.7e9, rel=0.01)
 
 
+def test_bytes_of_a_decode_step_are_its_weights_and_its_cache():
+    weights = work.decode_layer(CONFIG, 0, 512, 2).forward
+    assert weights.bytes == 2 * (576 * 960 + 576 * 576 + 3 * 576 * 1536 + 2 * 576) and weights.flops == 0
+    one, two = (work.decode_layer(CONFIG, rows, 512, 2).forward for rows in (1, 2))
+    # of each row: 512 keys and values of 3 heads of 64, x in and out, two tables of 32 in fp32
+    assert two.bytes - one.bytes == one.bytes - weights.bytes == 2 * 2 * 512 * 3 * 64 + 2 * 2 * 576 + 2 * 4 * 32
+    assert one.flops == 2 * (576 * 960 + 576 * 576 + 3 * 576 * 1536) + 4 * 9 * 512 * 64
+    assert work.decode_head(2, 576, 49152, 2).forward == work.Work(2 * 576 * (49152 + 3) + 4 * 2 * 49152, 2 * 2 * 576 * 49152)
+
+
+def test_a_layer_is_no_more_than_its_operations_one_by_one():
+    """In one piece it needs neither queries nor activations in memory; the arithmetic is the same."""
+    for rows, keys in ((1, 512), (16, 1024)):
+        items = [item for name, item in work.token_items(CONFIG, rows, keys, 2).items() if name != "logits"]
+        apart = sum((item.cost.forward for item in items), work.Work())
+        whole = work.decode_layer(CONFIG, rows, keys, 2).forward
+        assert whole.bytes < apart.bytes and whole.flops == apart.flops
+
+
+def test_rope_alone_moves_what_it_moves_in_a_packed_projection():
+    alone, packed = work.rope(16384, 512, 9, 3, 64, 2), work.rope_qkv(16384, 512, 9, 3, 64, 2)
+    assert alone.forward == packed.forward == alone.backward
+    assert packed.backward.bytes > alone.backward.bytes  # the gradient of the values is copied into the packed one
+
+
 def test_a_floor_is_the_slower_of_moving_and_computing():
     assert work.Work(10, 10).floor(1.0, 100.0) == 10.0
     assert work.Work(10, 10).floor(100.0, 1.0) == 10.0
@@ -92,7 +117,7 @@ def test_summary_compares_with_the_fastest_other_and_names_what_is_missing(tmp_p
     lines = summary.summarise(tmp_path).splitlines()
     assert lines[0] == "NVIDIA H100; torch 2.11.0, triton 3.6.0; commit 0123456789ab; 2026-01-01"
     assert "kernels: stopped after 9 s; what it had:" in lines
-    assert any("50.0 us   81.0 %   compile 60.0 us, 1.20x" in line for line in lines)
+    assert any("swiglu" in line and "forward 50.0 us 81.0 % (1.20x compile)" in line for line in lines)
     assert "  not timed: liger: absent" in lines
     assert {"roofline: not run", "tests: not run", "step: not run", "run: not run"} <= set(lines)
 
@@ -103,7 +128,7 @@ def test_summary_names_failures_and_stays_short(tmp_path):
     numerics = [{"op": "swiglu", "dtype": "bfloat16", "worst": 0.7}, {"op": "attention", "dtype": "float32", "worst": 1.2}]
     tests = {"status": "complete", "files": {"test_x.py": outcome, "test_y.py": crashed}, "numerics": numerics}
     write(tmp_path, "tests.json", tests=tests)
-    write(tmp_path, "kernels.json", kernels={"status": "complete", "rows": [row("triton", 1.0, f"phase {i}") for i in range(60)]})
+    write(tmp_path, "kernels.json", kernels={"status": "complete", "rows": [{**row("triton", 1.0), "op": f"op {i}"} for i in range(60)]})
     found = summary.summarise(tmp_path)
     assert len(found.splitlines()) == 40 and "more lines" in found.splitlines()[-1]
     assert "tests: 3 passed, 60 failed in 2 files" in found

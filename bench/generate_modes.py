@@ -1,0 +1,108 @@
+"""The ways of this project to generate, as `python -m bench.generate` measures them: an engine step by step, or a loop on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.generate_peers import Turns, Variant, cache_bytes
+from smollm2.cache import KVCache
+from smollm2.cli import UsageError
+from smollm2.engine import CompiledEngine, Engine, QuantizedEngine
+from smollm2.model import SmolLM2ForCausalLM
+
+
+def engine_variant(engine: Engine, captured: bool = False) -> Variant:
+    """An engine as a variant: step by step from the host, or in a loop on the device."""
+    below = getattr(engine, "below", engine)
+    tensors: list[Tensor] = list(engine.model.parameters())
+    if isinstance(below, QuantizedEngine):
+        tensors = [tensor for weight in (below.head, *(part for layer in below.layers for part in layer)) for tensor in _tensors(weight)]
+    dtype = engine.model.lm_head.weight.dtype
+    name = below.name if isinstance(below, QuantizedEngine) else str(dtype).removeprefix("torch.")
+    begin: Callable[[Tensor, int], Turns] = (
+        (lambda prompts, new_tokens: CapturedTurns(engine, prompts, new_tokens))
+        if captured
+        else (lambda prompts, new_tokens: EngineTurns(engine, prompts, new_tokens))
+    )
+    return Variant(name, sum(tensor.nbytes for tensor in tensors), cache_bytes(engine.model.config, dtype.itemsize), begin)
+
+
+def _tensors(weight: Any) -> Iterator[Tensor]:
+    """A weight is a tensor, or a tuple of them when it is quantised."""
+    yield from (weight,) if isinstance(weight, Tensor) else (part for part in weight if isinstance(part, Tensor))
+
+
+class EngineTurns:
+    """An engine and its cache. Raises UsageError for a batch that it would hand to another one."""
+
+    def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
+        batch, length = prompts.shape
+        if isinstance(engine, CompiledEngine) and batch > 1:
+            raise UsageError("the compiled step takes one row; a batch runs as eager does")
+        self._engine, self._prompts = engine, prompts
+        self._lengths = torch.full((batch,), length, device=prompts.device)
+        self._cache = engine.allocate(batch, length + new_tokens)
+
+    @torch.inference_mode()
+    def prefill(self) -> Tensor:
+        self._cache.lengths.zero_()
+        self._cache.longest = 0
+        return self._engine.prefill(self._prompts, self._lengths, self._cache).argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, steps: int) -> Tensor:
+        found = [tokens]
+        for _ in range(steps):
+            found.append(self._engine.decode(found[-1], self._cache)[:, -1].argmax(-1, keepdim=True))
+        return torch.cat(found[1:], 1)
+
+
+class CapturedTurns:
+    """The decode loop of smollm2/captured.py: all steps in a row, then one read-back."""
+
+    def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
+        from smollm2.captured import Choice, DecodeLoop, capacity_for
+        from smollm2.sampling import SamplingParams
+
+        batch, length = prompts.shape
+        capacity = capacity_for(length + new_tokens, engine.model.config.max_position_embeddings)
+        self._loop = DecodeLoop(engine, batch, capacity, chunk=new_tokens)
+        self._start = (prompts, torch.full((batch,), length, device=prompts.device), [0] * batch, Choice(SamplingParams(temperature=0.0)))
+
+    def prefill(self) -> Tensor:
+        self._loop.start(*self._start)
+        return self._loop.output[:1].T.clone()
+
+    def decode(self, tokens: Tensor, steps: int) -> Tensor:
+        self._loop.run(steps)
+        return self._loop.output[:steps].T.clone()
+
+
+class TorchCompiledEngine(Engine):
+    """Decode steps under torch.compile: what its compiler makes of our model on backend torch. For caches of a fixed size."""
+
+    name = "torch.compile"
+
+    def __init__(self, model: SmolLM2ForCausalLM, compiler: str) -> None:
+        """compiler: the backend of torch.compile."""
+        super().__init__(model)
+        self._layers, self._tables = model.pack(), model.model.rotary(model.lm_head.weight.device)
+        self._compiled = torch.compile(self._step, backend=compiler, dynamic=False, fullgraph=True)
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """[B, 1] -> logits [B, 1, V]"""
+        cache.advance(tokens.shape[1])
+        logits: Tensor = self._compiled(tokens, cache.lengths, cache.keys, cache.values)
+        return logits
+
+    def _step(self, tokens: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        model, eps = self.model, self.model.config.rms_norm_eps
+        x = model.model.embed_tokens(tokens)
+        cos, sin = (table[lengths[:, None] - 1] for table in self._tables)
+        for index, weights in enumerate(self._layers):
+            x = model.backend.decode_layer(x, weights, keys[index], values[index], lengths, cos, sin, eps=eps, ops=model.backend)
+        return model.backend.decode_head(x, model.model.norm.weight, model.lm_head.weight, eps)
