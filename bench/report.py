@@ -116,7 +116,10 @@ def legend_of_families(picture: Any, figures: Sequence[Figure], limit: str) -> N
     handles: list[Any] = [Patch(color=one, label=names[one]) for one in used]
     if any(figure.limit for figure in figures):
         handles.append(Line2D([], [], color="black", linewidth=1.6, label=limit))
-    picture.legend(handles=handles, loc="outside upper right", ncols=len(handles), fontsize=8, frameon=False)
+    picture.legend(
+        handles=handles, loc="outside upper right", ncols=len(handles), fontsize=7.5, frameon=False,
+        handlelength=1.0, handletextpad=0.4, columnspacing=0.9,
+    )  # fmt: skip
 
 
 def draw_generation(figures: list[Figure]) -> Any:
