@@ -194,6 +194,20 @@ def test_dry_run_builds_everything_and_writes_nothing(configured: Callable[..., 
     assert "sequence_length: 48\n" in out and "keep_every: 0\n" in out, "every key, the defaults included"
 
 
+def test_dry_run_estimates_from_the_configuration_alone_when_the_data_cannot_be_read(
+    configured: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(tokenizer=str(tmp_path / "nothing here"))
+    with pytest.raises(LoadError, match="nothing here"):
+        train(config, dry_run=True)
+    assert not Path(config.output_dir).exists()
+    out = capsys.readouterr().out
+    assert "for a vocabulary of 512:" in out and "AdamW's moments" in out and "tokens/s" in out and "keep_every: 0\n" in out
+    with pytest.raises(LoadError):
+        train(config)
+    assert capsys.readouterr().out == "", "an estimate is only printed when it is asked for"
+
+
 def test_a_folder_that_is_not_empty_is_refused(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = configured()
     Path(config.output_dir).mkdir()

@@ -14,7 +14,8 @@ CONFIGS = Path(__file__).parent / "configs"
 HELP = f"""usage: python -m train.run [config.yaml] [key=value ...] [--dry-run] [--debug] [--help]
 
 Trains a SmolLM2. Without a file: train/configs/quickstart.yaml (or, when model= is given, the defaults below).
-  --dry-run  build everything and say what would run, without training or writing
+  --dry-run  build everything and say what would run, without training or writing; where the data cannot be
+             read, the estimate of memory and time alone
   --debug    show the traceback of an error
 
 Keys, with their defaults:

@@ -302,7 +302,7 @@ def _gb(count: int) -> str:
 
 
 def _flop(count: float) -> str:
-    for factor, unit in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+    for factor, unit in ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count / 1e6:.3g} MFLOP"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from kernels import Backend, select_backend
 from smollm2.checkpoint import resolve
 from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train import estimate, keep_freed_memory, metrics, plot, sharding, tracking
@@ -395,6 +396,11 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
     print(f"generate: {shlex.join(['python', '-m', 'smollm2.generate', '--model', str(_checkpoint(run)), prompt])}", flush=True)
 
 
+def _print_estimate(config: RunConfig, shape: SmolLM2Config, world: World) -> None:
+    lines = estimate.lines(estimate.estimate(config, shape, world.device, world.size))
+    print("\n".join([*lines, "", "resolved configuration:", _as_yaml(config)]), end="", flush=True)
+
+
 def train(config: RunConfig, origin: str = "given by a program", *, dry_run: bool = False) -> int:
     """Builds a run and trains it. Returns the exit code: 0, or 128 + number of the signal that stopped it.
 
@@ -403,14 +409,20 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
     config.validate()
     world = join_world(config.device)
     with contextlib.redirect_stdout(sys.stdout if world.main else io.StringIO()):  # rank 0 speaks for all
-        run = build(config, world)
+        try:
+            run = build(config, world)
+        except LoadError:
+            if dry_run and config.from_scratch:  # as without a network: what the configuration alone says
+                vocabulary = config.vocab_size if config.tokenizer == "train" else SmolLM2Config.preset(config.model).vocab_size
+                print(f"the run cannot be built; from the configuration alone, for a vocabulary of {vocabulary:,}:")
+                _print_estimate(config, config.model_config(vocabulary), world)
+            raise
         try:
             print_plan(run, origin)
             if dry_run:
                 if isinstance(run.source, MixtureSource):
                     print("\n".join(mixture_lines(run.source, config, run.tokenizer, run.cache)))
-                print("\n".join(estimate.lines(estimate.estimate(config, run.model.config, world.device, world.size))))
-                print("\nresolved configuration:\n" + _as_yaml(config), end="")
+                _print_estimate(config, run.model.config, world)
                 return 0
             if run.progress.step >= config.steps:
                 print(f"nothing to do: {run.progress.step} of {config.steps} steps are done; raise steps to go on")

@@ -259,7 +259,10 @@ def main(argv: Sequence[str]) -> int:
         straight.finish()
         if options.kills:
             delays = _kill_at_random(killed, options.kills, options.seed, time.monotonic() - began)
-            print(f"killed {len(delays)} times, {min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})", flush=True)
+            span = f"{min(delays):.1f} to {max(delays):.1f} s after the start" if delays else "the run was too fast"
+            print(f"killed {len(delays)} times, {span} (seed {options.seed})", flush=True)
+            if len(delays) < options.kills:
+                print(f"it came to its end before all {options.kills} kills; a larger --more leaves time for them", flush=True)
         else:
             newest = killed.die(f"step:{options.steps + 2}")
             print(f"killed in step {options.steps + 2}; newest checkpoint {newest}", flush=True)
