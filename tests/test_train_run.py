@@ -206,6 +206,11 @@ def test_dry_run_estimates_from_the_configuration_alone_when_the_data_cannot_be_
     with pytest.raises(LoadError):
         train(config)
     assert capsys.readouterr().out == "", "an estimate is only printed when it is asked for"
+    config = configured(paths=[str(tmp_path / "broken.parquet")], tokenizer="auto", vocab_size=300)
+    (tmp_path / "broken.parquet").write_bytes(b"not a parquet file")
+    with pytest.raises(LoadError, match="broken.parquet"):
+        train(config, dry_run=True)
+    assert "for a vocabulary of 300:" in capsys.readouterr().out, "auto, from scratch: the tokenizer would have been learned"
 
 
 def test_a_folder_that_is_not_empty_is_refused(configured: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -277,6 +277,11 @@ class RunConfig:
         return self.model in PRESETS
 
     @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the run learns a tokenizer of vocab_size entries from its own documents."""
+        return self.tokenizer == "train" or (self.tokenizer == "auto" and self.from_scratch)
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step, of all processes together."""
         return self.batch_size * self.grad_accumulation

@@ -178,13 +178,8 @@ def _model_source(name: str) -> str | Path:
 
 def tokenizer_for(config: RunConfig, source: Source, weights: str | Path | None = None) -> Tokenizer:
     """The tokenizer that a run asks for. weights: what `model` resolved to, None from scratch."""
-    name = config.tokenizer
-    if name == "auto":
-        if not config.from_scratch:
-            return load_tokenizer(weights or _model_source(config.model))
-        name = "train"
-    if name != "train":
-        return load_tokenizer(name)
+    if not config.trains_tokenizer:
+        return load_tokenizer(config.tokenizer if config.tokenizer != "auto" else weights or _model_source(config.model))
     documents = itertools.islice(read_stored(source, config.validation_fraction, held_out=False), config.tokenizer_documents)
     return train_tokenizer((document.text for document in documents), config.vocab_size)
 
@@ -413,7 +408,7 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
             run = build(config, world)
         except LoadError:
             if dry_run and config.from_scratch:  # as without a network: what the configuration alone says
-                vocabulary = config.vocab_size if config.tokenizer == "train" else SmolLM2Config.preset(config.model).vocab_size
+                vocabulary = config.vocab_size if config.trains_tokenizer else SmolLM2Config.preset(config.model).vocab_size
                 print(f"the run cannot be built; from the configuration alone, for a vocabulary of {vocabulary:,}:")
                 _print_estimate(config, config.model_config(vocabulary), world)
             raise

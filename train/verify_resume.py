@@ -259,8 +259,9 @@ def main(argv: Sequence[str]) -> int:
         straight.finish()
         if options.kills:
             delays = _kill_at_random(killed, options.kills, options.seed, time.monotonic() - began)
-            span = f"{min(delays):.1f} to {max(delays):.1f} s after the start" if delays else "the run was too fast"
-            print(f"killed {len(delays)} times, {span} (seed {options.seed})", flush=True)
+            if not delays:
+                raise LoadError("--kills: the run came to its end before it was killed once; raise --more")
+            print(f"killed {len(delays)} times, {min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})", flush=True)
             if len(delays) < options.kills:
                 print(f"it came to its end before all {options.kills} kills; a larger --more leaves time for them", flush=True)
         else:
