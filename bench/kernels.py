@@ -9,6 +9,7 @@ Then kernel launches and bytes of one layer and one step.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import sys
@@ -20,10 +21,11 @@ import torch._functorch.config
 from torch import Tensor
 
 from bench import launches, peers, roofline, timing, work
-from bench.ops import PEER_OF, Case, Shapes, cases
+from bench.ops import PEER_OF, Case, Shapes, cases, document_attention, long_attention
 from bench.part import Part, one_line, parser
+from bench.peak_memory import peak_memory
 from bench.roofline import DTYPES
-from kernels import select_backend
+from kernels import Backend, select_backend
 from smollm2.cli import UsageError, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2Block, rotary_tables
@@ -31,6 +33,8 @@ from smollm2.model import SmolLM2Block, rotary_tables
 # Largest ||ours - truth|| / ||truth|| over outputs and gradients; the truth is the reference in fp32 (in fp64 for fp32).
 ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 FULL = (32, 512)  # rows and tokens a row of a training step
+LENGTHS = (512, 2048, 8192)  # tokens a row, for attention
+SET_BYTES = 20e9  # of all inputs, outputs and gradients that are held for one operation
 OPS = (
     "add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "rms_norm", "rope_qkv", "decode_attention", "decode_layer",
     "decode_head", "rope",
@@ -111,16 +115,20 @@ def error(found: list[Tensor], truth: list[Tensor]) -> float:
 
 def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: bool) -> list[dict[str, Any]]:
     """One row per phase and variant; a variant that fails or is wrong gets a row that says so."""
-    # Enough sets that a replay lasts well beyond the resolution of events; each set is cold, since none is used twice in a replay.
-    sets = 1 if tiny else max(1, min(8, round(1e-4 / case.cost.forward.floor(bandwidth, rate))))
-    truth = Variant(case, "reference", 1).results(torch.float64 if shapes.dtype == torch.float32 else torch.float32)
+    # Many sets, so that what lies between two replays costs little, and that a set is cold when its turn comes again.
+    whole = case.cost.forward + case.cost.backward
+    most = SET_BYTES / len(case.variants) / max(1, whole.bytes)
+    sets = 1 if tiny else max(1, min(24, round(4e-4 / case.cost.forward.floor(bandwidth, rate)), int(most)))
+    truth: list[Tensor] | None = None
+    with contextlib.suppress(torch.OutOfMemoryError):  # long attention without a fused fp32 kernel; then the errors stay unknown
+        truth = Variant(case, "reference", 1).results(torch.float64 if shapes.dtype == torch.float32 else torch.float32)
     ready: dict[str, Variant] = {}
     errors: dict[str, float | None] = {}
     rows: list[dict[str, Any]] = []
     for name in case.variants:
         try:
             variant = Variant(case, name, sets)
-            errors[name] = None if name in case.unchecked else error(variant.results(), truth)
+            errors[name] = None if name in case.unchecked or truth is None else error(variant.results(), truth)
         except peers.Unavailable as reason:
             rows.append({"op": case.op, "variant": name, "failed": str(reason)})
             continue
@@ -144,7 +152,7 @@ def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: boo
                 rows.append({"op": case.op, "phase": phase, "variant": name, "failed": one_line(failure)})
         samples = timing.alternate(replays, shapes.device, calls=sets, rounds=1 if tiny else 30)
         del replays
-        todo = {"forward": case.cost.forward, "backward": case.cost.backward}.get(phase, case.cost.forward + case.cost.backward)
+        todo = {"forward": case.cost.forward, "backward": case.cost.backward}.get(phase, whole)
         for name, sample in samples.items():
             call = ready[name].call if phase == "forward" else ready[name].through_autograd
             plain = timing.eager(call, shapes.device, *((0.001, 1) if tiny else (0.02, 5)))
@@ -157,7 +165,19 @@ def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: boo
                     "error": errors[name],
                 }
             )  # fmt: skip
+            if phase != "forward" and shapes.device.type == "cuda":
+                rows[-1]["peak_mb"] = round(peak_memory(call, shapes.device) / 1e6, 1)
     return rows
+
+
+def every_case(shapes: Shapes, backend: Backend, compiler: str, tiny: bool) -> list[Case]:
+    """All operations, attention also over longer rows and within documents; what a training step spends most on comes first."""
+    found = {case.op: case for case in cases(shapes, backend, compiler)}
+    lengths = [length // 64 for length in LENGTHS[:2]] if tiny else LENGTHS
+    longer = [long_attention(shapes, backend, compiler, length) for length in lengths[1:]]
+    documents = [document_attention(shapes, backend, compiler, length) for length in lengths]
+    first = [found.pop(op) for op in ("attention", "linear_cross_entropy", "swiglu", "add_rms_norm", "rope_qkv")]
+    return [*first, *documents, *longer, *found.values()]
 
 
 def kernel_standing(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -173,7 +193,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     """The rows of one operation as a table."""
     lines = []
     for row in rows:
-        label = f"{row['op']:21}{row.get('phase', ''):17}{row['variant']:14}"
+        label = f"{row['op']:26}{row.get('phase', ''):17}{row['variant']:14}"
         if "failed" in row:
             lines.append(f"{label}{row['failed']}")
             continue
@@ -187,7 +207,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 HEADER = (
-    f"{'operation':21}{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}  error\n"
+    f"{'operation':26}{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}  error\n"
     "eager us: a plain call; in rows of a backward pass a plain call through autograd, forward and backward"
 )
 
@@ -257,16 +277,19 @@ def main(argv: Sequence[str]) -> int:
     print(f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.1f} TFLOP/s")
     print(HEADER, flush=True)
 
-    part.save(work=work_table(full), launches={name: layer_launches(shapes, name) for name in ("torch", "triton")})
+    part.save(work=work_table(full))
     backend = select_backend("triton", part.device)
     left_out = []
-    for case in cases(shapes, backend, "aot_eager" if part.tiny else "inductor"):
-        if options.op and case.op not in options.op:
+    for case in every_case(shapes, backend, "aot_eager" if part.tiny else "inductor", part.tiny):
+        if options.op and case.op.partition(" ")[0] not in options.op:
             continue
         if part.left() < 0:
             left_out.append(case.op)
             continue
-        rows = measure(case, shapes, bandwidth, rate, part.tiny)
+        try:
+            rows = measure(case, shapes, bandwidth, rate, part.tiny)
+        except Exception as failure:  # noqa: BLE001 - the specification itself may run out of memory; the others still have their turn
+            rows = [{"op": case.op, "variant": "reference", "failed": one_line(failure)}]
         print(show(rows), flush=True)
         part.save(rows=[*part.data["rows"], *rows])
         gc.collect()
@@ -278,7 +301,14 @@ def main(argv: Sequence[str]) -> int:
     print(*peers.not_measured(part.data["peers"]), sep="\n")
 
     print()
-    for name, phases in part.data["launches"].items():
+    counted_launches = {}
+    for name in ("torch", "triton"):
+        try:
+            counted_launches[name] = layer_launches(shapes, name)
+        except Exception as failure:  # noqa: BLE001 - what was timed stays
+            print(f"launches of {name} not counted: {one_line(failure)}")
+    part.save(launches=counted_launches)
+    for name, phases in counted_launches.items():
         counted = ", ".join(f"{phase} {entry['launches']} ({entry['triton']} of ours)" for phase, entry in phases.items())
         print(f"launches per layer, {name}: {counted}")
     print(f"{options.model} at {FULL[0]} x {FULL[1]} tokens, 16-bit activations, from the shapes alone:")

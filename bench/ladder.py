@@ -8,10 +8,11 @@
     compile of the rest   torch.compile around it all
 
 One change a row: each has all that the rows above it have. A step is forward, backward, clipping to a global norm of 1 and AdamW. All
-rows start from the same weights and see the same tokens, and their first losses must agree: nobody wins by computing less. They are timed
-in turns within one process. Launches are kernels on a GPU, a captured graph being one; on a CPU, operations of torch that compute
+rows start from the same weights and see the same tokens, and their first losses must agree: nobody wins by computing less. On a CPU they
+are timed in turns within one process, on one set of weights; on a GPU, which is quiet and whose memory some of them fill, one after the
+other, each freed before the next. Launches are kernels on a GPU, a captured graph being one; on a CPU, operations of torch that compute
 something. Memory is the peak of a step above what exists between steps (parameters and optimizer state). `--size 135M` on a CPU takes
-about five minutes on two cores and 7 GB; the compiled rung, minutes by itself, only with --compile.
+about five minutes on two cores and 7 GB; the compiled rung, minutes by itself, only with --compile there.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,6 +53,7 @@ LOSS_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1}
 BLOCK_SECONDS = 0.2  # a timed block holds as many steps as fit
 ROWS = {("tiny", "cpu"): (8, 128), ("135M", "cpu"): (2, 256), ("tiny", "cuda"): (32, 512), ("135M", "cuda"): (32, 512)}  # batch, length
 ROUNDS, SLOW_ROUNDS = 7, 3  # timed blocks of each rung; the second where a step takes seconds
+COMPILE_SECONDS = 60.0  # the compiled rung of a real model needs about that: with less left it does not begin
 
 
 @dataclass(frozen=True)
@@ -258,12 +262,12 @@ def build(
     return step
 
 
-def count_launches(step: PhasedStep, ids: Tensor) -> tuple[dict[str, int], Tensor]:
-    """(phase -> launches of an uncaptured step, its loss)."""
+def count_launches(step: PhasedStep, ids: Tensor) -> dict[str, int]:
+    """Phase -> launches of an uncaptured step."""
     kept: list[Tensor] = []
     step.clear()
     phases = {"forward": lambda: kept.append(step.forward(ids)), "backward": lambda: kept[0].backward(), "update": step.update}
-    return {name: sum(launches.count(phase, ids.device).values()) for name, phase in phases.items()}, kept[0].detach()
+    return {name: sum(launches.count(phase, ids.device).values()) for name, phase in phases.items()}
 
 
 def time_phases(step: PhasedStep, ids: Tensor) -> dict[str, float]:
@@ -294,26 +298,22 @@ class Running:
 
 
 def start(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str, shared: Shared | None = None) -> Running:
-    """Builds a rung and takes its first steps, in which launches are counted (the second) and memory (the third)."""
+    """Builds a rung and takes its first steps."""
     began = time.perf_counter()
     step = build(setup, config, dtype, ids.device, compiler, shared)
-    found: dict[str, Any] = {"backend": setup.backend.name}
     call: Callable[[Tensor], Tensor] = step
+    losses: list[Tensor] = []
     if setup.captured:
         call = captured = CapturedStep(step, ids)
-        losses = [*captured.first_losses, call(ids)]  # a graph keeps its memory between steps: it has no peak
-        found["launches"] = {"step": 1}
-    else:
-        losses = [step(ids)]
-        if find_spec("triton") and not (setup.compiled and ids.device.type == "cpu"):  # a counting mode would switch the compiler off
-            found["launches"], loss = count_launches(step, ids)
-            losses.append(loss)
-        losses += [step(ids) for _ in range(COMPARED_STEPS - 1 - len(losses))]
-        step.clear()
-        found["peak_mb"] = round(peak_memory(lambda: losses.append(step(ids)), ids.device) / 1e6, 2)
-    found |= {"losses": [float(loss) for loss in losses], "first_steps_seconds": round(time.perf_counter() - began, 2)}
-    slow = not setup.captured and (time.perf_counter() - began) / COMPARED_STEPS > 10 * BLOCK_SECONDS and not setup.compiled
-    return Running(step, call, found, slow)
+        losses += captured.first_losses
+    for _ in range(COMPARED_STEPS - len(losses)):
+        synchronize(ids.device)
+        last = time.perf_counter()
+        losses.append(call(ids))
+    found: dict[str, Any] = {"backend": setup.backend.name, "losses": [float(loss) for loss in losses]}
+    ended = time.perf_counter()
+    found["first_steps_seconds"] = round(ended - began, 2)
+    return Running(step, call, found, slow=not setup.captured and not setup.compiled and ended - last > 10 * BLOCK_SECONDS)
 
 
 def measure(running: dict[str, Running], ids: Tensor, rounds: int, left: Callable[[], float]) -> None:
@@ -322,24 +322,68 @@ def measure(running: dict[str, Running], ids: Tensor, rounds: int, left: Callabl
         if turn and left() < 0:
             break
         for rung in running.values():
-            if rung.slow:
-                rung.phases.append(time_phases(rung.step, ids))
-                rung.blocks.append(sum(rung.phases[-1].values()))
-                continue
-            count = 1 if not rung.blocks else max(1, int(BLOCK_SECONDS / rung.blocks[0]))
-            synchronize(ids.device)
-            began = time.perf_counter()
-            for _ in range(count):
-                rung.call(ids)
-            synchronize(ids.device)
-            rung.blocks.append((time.perf_counter() - began) / count)
-            if rung.call is rung.step:
-                rung.phases.append(time_phases(rung.step, ids))
+            if "failed" not in rung.found:
+                with failure_noted(rung.found, "failed"):
+                    time_block(rung, ids)
     for rung in running.values():
+        if "failed" in rung.found:
+            continue
         seconds = statistics.median(rung.blocks)
         rung.found |= {"step_ms": round(1e3 * seconds, 3), "tokens_per_second": round(ids.numel() / seconds, 1), "rounds": len(rung.blocks)}
+        rung.found["spread"] = round((max(rung.blocks) - min(rung.blocks)) / seconds, 3)
         if rung.phases:
             rung.found["phases_ms"] = {name: round(1e3 * statistics.median(one[name] for one in rung.phases), 3) for name in rung.phases[0]}
+
+
+def time_block(rung: Running, ids: Tensor) -> None:
+    """As many steps as fit into a block, and the phases of one."""
+    if rung.slow:
+        rung.phases.append(time_phases(rung.step, ids))
+        rung.blocks.append(sum(rung.phases[-1].values()))
+        return
+    count = 1 if not rung.blocks else max(1, int(BLOCK_SECONDS / rung.blocks[0]))
+    synchronize(ids.device)
+    began = time.perf_counter()
+    for _ in range(count):
+        rung.call(ids)
+    synchronize(ids.device)
+    rung.blocks.append((time.perf_counter() - began) / count)
+    if rung.call is rung.step:
+        rung.phases.append(time_phases(rung.step, ids))
+
+
+def examine(running: dict[str, Running], compiled: Sequence[str], ids: Tensor) -> None:
+    """Peak memory and launches of a step, last and each on its own: what the profiler cannot do must not cost the times."""
+    for name, rung in running.items():
+        if rung.call is not rung.step:  # a graph keeps its memory between steps: it has no peak
+            rung.found["launches"] = {"step": 1}
+        elif "failed" not in rung.found:
+            with failure_noted(rung.found, "peak_failed"):
+                rung.step.clear()
+                rung.found["peak_mb"] = round(peak_memory(partial(rung.step, ids), ids.device) / 1e6, 2)
+            # On a CPU a counting mode would switch the compiler off.
+            if find_spec("triton") and not (name in compiled and ids.device.type == "cpu"):
+                with failure_noted(rung.found, "launches_failed"):
+                    rung.found["launches"] = count_launches(rung.step, ids)
+
+
+@contextmanager
+def failure_noted(found: dict[str, Any], name: str) -> Iterator[None]:
+    """One rung's failure is a result, and the others still run."""
+    try:
+        yield
+    except Exception as failure:  # noqa: BLE001
+        found[name] = one_line(failure)
+
+
+def free(device: torch.device) -> None:
+    """Gives back the memory of rungs that nobody holds any more, and leaves the stream of a capture that failed."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # the GPU may be lost, as the rows will say
+            torch.cuda.set_stream(torch.cuda.default_stream())
+            torch.cuda.empty_cache()
 
 
 def distances(found: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -377,6 +421,7 @@ def main(argv: Sequence[str]) -> int:
     arguments.add_argument(
         "--rounds", type=int, metavar="N", help=f"timed blocks of each rung (default {ROUNDS}; for 135M on a CPU {SLOW_ROUNDS})"
     )
+    arguments.add_argument("--alone", action="store_true", help="on a CPU too, each rung by itself, freed before the next")
     options = arguments.parse_args(argv)
     if options.rounds is not None and options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
@@ -393,36 +438,40 @@ def main(argv: Sequence[str]) -> int:
     large = size == "135M" and not cuda
     rounds = 1 if part.tiny else options.rounds or (SLOW_ROUNDS if large else ROUNDS)
     compiled = not large if options.compile is None else options.compile
-    shared = None if cuda else Shared(config)
+    alone, shared = cuda or options.alone, None if cuda else Shared(config)
     part.save(model=size, batch=batch, length=length, dtype=short, backend=best.name, threads=torch.get_num_threads())
     print(f"{size} model, {batch} x {length} tokens, {short}, fused operations from {best.name}, {part.device}", flush=True)
 
+    print(HEADER, flush=True)
     rows: dict[str, dict[str, Any]] = {}
-    running: dict[str, Running] = {}
-    for name, setup in setups(best, cuda).items():
-        if options.rung and name not in options.rung:
-            continue
-        if name == "graph capture" and not cuda:
-            rows[name] = {"failed": "needs a GPU"}
-        elif setup.compiled and not compiled:
-            rows[name] = {"failed": "left out: compiles for minutes; add --compile"}
-        elif part.left() < 0:
-            rows[name] = {"failed": "no time was left"}
-        else:
-            try:
-                running[name] = start(setup, config, dtype, ids, "aot_eager" if part.tiny else "inductor", shared)
-                rows[name] = running[name].found
-            except Exception as failure:  # noqa: BLE001 - one rung's failure is a result, and the others still run
-                rows[name] = {"failed": one_line(failure)}
+    chosen = {name: setup for name, setup in setups(best, cuda).items() if not options.rung or name in options.rung}
+    for names in [[name] for name in chosen] if alone else [list(chosen)]:  # what is in memory at one time
+        running: dict[str, Running] = {}
+        for name in names:
+            setup, row = chosen[name], rows.setdefault(name, {})
+            if name == "graph capture" and not cuda:
+                row["failed"] = "needs a GPU"
+            elif setup.compiled and not compiled:
+                row["failed"] = "left out: compiles for minutes; add --compile"
+            elif part.left() < (COMPILE_SECONDS if setup.compiled and not part.tiny else 0):
+                row["failed"] = "no time was left"
+            else:
+                with failure_noted(row, "failed"):
+                    running[name] = start(setup, config, dtype, ids, "aot_eager" if part.tiny else "inductor", shared)
+                    rows[name] = running[name].found
             gc.collect()
+            part.save(rungs=rows)
+        measure(running, ids, rounds, part.left)
         part.save(rungs=rows)
-    measure(running, ids, rounds, part.left)
-    apart = distances(rows)
-    part.save(rungs=rows, loss_distance=apart)
-    print(HEADER)
-    base = next((row["step_ms"] for row in rows.values() if "step_ms" in row), 0.0)
-    for name, row in rows.items():
-        print(show(name, row, base), flush=True)
+        examine(running, [name for name, setup in chosen.items() if setup.compiled], ids)
+        running.clear()
+        apart = distances(rows)
+        part.save(rungs=rows, loss_distance=apart)
+        base = next((row["step_ms"] for row in rows.values() if "step_ms" in row), 0.0)
+        for name in names:
+            print(show(name, rows[name], base), flush=True)
+        if alone:
+            free(part.device)
     far = {name: distance for name, distance in apart.items() if not distance <= LOSS_TOLERANCE[dtype]}
     print(f"first losses are within {max(apart.values(), default=0.0):.1e} nats of the first row's")
     for name, distance in far.items():

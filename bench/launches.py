@@ -23,18 +23,21 @@ _NO_KERNEL = (
 
 def count(call: Callable[[], object], device: torch.device) -> Counter[str]:
     """Name -> launches during one call, which should not be the first of its kind. Triton kernels carry their own names."""
-    return _count_on_gpu(call) if device.type == "cuda" else _count_here(call)
+    return Counter(name for name, _, _ in trace(call)) if device.type == "cuda" else _count_here(call)
 
 
-def _count_on_gpu(call: Callable[[], object]) -> Counter[str]:
+def trace(call: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """(name, begin, duration) of every kernel that a call runs on the GPU, in order, in microseconds after the first."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    events = profiler.events() or []
-    return Counter(event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
+    on_gpu = [event for event in profiler.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    events = [event for event in on_gpu if not event.is_user_annotation]  # the optimizer marks its step as a span on the GPU too
+    spans = sorted((event.time_range.start, event.time_range.elapsed_us(), event.name) for event in events)
+    return [(name, begin - spans[0][0], duration) for begin, duration, name in spans]
 
 
 class _Operations(TorchDispatchMode):

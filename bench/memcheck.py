@@ -1,29 +1,40 @@
-"""`python -m bench.memcheck`: every operation, forward and backward, under compute-sanitizer's memory checker.
+"""`python -m bench.memcheck`: every operation, forward and backward, under compute-sanitizer's memory checker (or `--tool racecheck`).
 
 Shapes are odd on purpose: rows that do not fill a tile, documents, strided slices of packed buffers. Each tensor has an allocation of its
 own (no caching allocator), so that an access one element beyond it is seen. Skipped, and said so, where the tool is not installed.
-`--op NAME` is the process that is checked: it runs one operation and prints nothing.
+Three operations share a process, and four processes run at a time: most of the time goes into starting torch under the tool. After an
+error CUDA is over for a process, and what has not run yet gets another one. `--op NAME` is the process that is checked.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.part import ROOT, Part, parser
-from kernels import Backend, LayerWeights, select_backend
+from kernels import TORCH, Backend, LayerWeights, select_backend
 from smollm2.cli import run_command
 
 TOKENS, HEADS, KEY_HEADS, HEAD_DIM, WIDTH = 65, 9, 3, 64, 577
 ERRORS_FOUND = 99
+GROUP, PROCESSES = 3, 4  # operations of a process, processes at a time
+RACES = ("attention", "rms_norm", "linear_cross_entropy")  # what racecheck, which is slow, looks at: all that a program's threads share
+ONE_OF = "in one of:"
+OUT_OF_TIME = {"result": "no result: out of time"}
 
 
 def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -31,27 +42,29 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, device=device).to(dtype).requires_grad_()
+        """Drawn on the CPU: the tool slows the kernels of torch too."""
+        return torch.randn(size).to(dtype).to(device).requires_grad_()
 
     def both(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], [torch.randn_like(output) for output in outputs])
+        upstream = [torch.randn(output.shape).to(output.dtype).to(device) for output in outputs]
+        torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], upstream)
 
     def decode_layer() -> Tensor:
         """Two new tokens for each of three rows: the first of its row, some in between, and those that fill the cache to its end."""
         width, ffn, attended = 97, 131, HEADS * HEAD_DIM
         sizes = (width,), (attended + 2 * KEY_HEADS * HEAD_DIM, width), (width, attended), (width,), (2 * ffn, width), (width, ffn)
-        lengths = torch.tensor([2, 33, TOKENS], device=device)
+        lengths = torch.tensor([2, 33, TOKENS])
         x, key_cache, value_cache = (draw(3, *size).detach() for size in ((2, width), *[(TOKENS, KEY_HEADS, HEAD_DIM)] * 2))
-        tables = (table[lengths[:, None] - 2 + torch.arange(2, device=device)] for _ in range(2))
+        tables = [table.cpu()[lengths[:, None] - 2 + torch.arange(2)].to(device)] * 2
         weights = LayerWeights(*(draw(*size).detach() for size in sizes))
-        return backend.decode_layer(x, weights, key_cache, value_cache, lengths, *tables, eps=1e-5, ops=backend)
+        return backend.decode_layer(x, weights, key_cache, value_cache, lengths.to(device), *tables, eps=1e-5, ops=backend)
 
-    table = torch.randn(TOKENS, HEAD_DIM // 2, device=device)
-    starts = torch.arange(TOKENS, device=device, dtype=torch.int32)[None] // 20 * 20
-    full = torch.full((2,), TOKENS, device=device)
-    targets = torch.arange(TOKENS, device=device)
+    table = torch.randn(TOKENS, HEAD_DIM // 2).to(device)
+    starts = (torch.arange(TOKENS, dtype=torch.int32)[None] // 20 * 20).to(device)
+    full = torch.full((2,), TOKENS).to(device)
+    targets = torch.arange(TOKENS).to(device)
     heads = (TOKENS, HEADS, HEAD_DIM), (TOKENS, KEY_HEADS, HEAD_DIM), (TOKENS, KEY_HEADS, HEAD_DIM)
     return {
         "rms_norm": lambda: both(lambda x, w: backend.rms_norm(x, w, 1e-5), draw(TOKENS, WIDTH), draw(WIDTH)),
@@ -77,53 +90,138 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
 
 
 def find_tool() -> str | None:
-    """compute-sanitizer on the path, or in the CUDA toolkit where toolkits are."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.path.join(home, "bin"))
+    """compute-sanitizer on the path, or in a CUDA toolkit where toolkits are."""
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), *sorted(str(path) for path in Path("/usr/local").glob("cuda-*"))]
+    paths = (shutil.which("compute-sanitizer", path=os.path.join(home, "bin")) for home in homes)
+    return shutil.which("compute-sanitizer") or next((path for path in paths if path), None)
 
 
-def check(tool: str, op: str, part: Part) -> dict[str, Any]:
-    """Runs one operation under the tool."""
-    command = [tool, "--tool", "memcheck", "--error-exitcode", str(ERRORS_FOUND), sys.executable, "-m", "bench.memcheck", "--op", op]
+def run_operations(names: Sequence[str]) -> None:
+    """What a checked process does: a line before and after each operation, so that the one that fails is known."""
+    device = torch.device("cuda")
+    calls = operations(select_backend("triton", device), device)
+    for name in names:
+        print(f"running {name}", flush=True)
+        calls[name]()
+        torch.cuda.synchronize()
+        print(f"finished {name}", flush=True)
+
+
+@dataclass
+class Checked:
+    """Some operations in one process under the tool."""
+
+    ops: list[str]
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # the tool and what it runs
+        self.process.wait()
+
+
+def start(tool: str, kind: str, ops: list[str], log: Path) -> Checked:
+    """Runs the operations without the tool first: that compiles the kernels into Triton's cache, where the slow run finds them."""
+    plain = [sys.executable, "-m", "bench.memcheck", *(f"--op={op}" for op in ops)]
+    checked = [tool, "--tool", kind, "--error-exitcode", str(ERRORS_FOUND), "--target-processes", "application-only"]
+    checked += ["--report-api-errors", "no"] if kind == "memcheck" else []  # a driver is asked for functions that it does not have
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    limit = max(1.0, part.left())
+    command = f"{shlex.join(plain)} >/dev/null 2>&1; echo compiled; exec {shlex.join([*checked, *plain])}"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            ["sh", "-c", command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    return Checked(ops, log, process)
+
+
+def judge(kind: str, ops: Sequence[str], lines: list[str], code: int | None) -> dict[str, dict[str, Any]]:
+    """What is known of the operations of a process. code: its exit code; None while it runs, or if it was stopped.
+
+    memcheck ends a process's use of CUDA at the first error, so what has finished before is clean; of races one knows at the end only.
+    """
+    finished = [op for op in ops if f"finished {op}" in lines]
+    running = [op for op in ops if f"running {op}" in lines and op not in finished]
+    known = kind == "memcheck" and (bool(running) or code != ERRORS_FOUND)
+    found: dict[str, dict[str, Any]] = {op: {"result": "clean"} for op in finished if known or code == 0}
+    unknown = [op for op in ops if op not in found]
+    if code is None or not unknown:
+        return found
+    result = "errors" if code == ERRORS_FOUND else f"no result: exit code {code}"
+    blamed, report = running, lines[-40:]
+    if kind == "memcheck" and running:
+        begin = lines.index(f"running {running[0]}")
+        report = lines[begin : begin + 40]
+    elif code == ERRORS_FOUND or not running:
+        blamed = [op for op in unknown if op in finished or op in running] or unknown
+        report = [line for line in lines if line.startswith("=====")][:40] or report
+        report = [*([f"{ONE_OF} {', '.join(blamed)}"] if len(blamed) > 1 else []), *report]
+    return found | {op: {"result": result, "report": report} for op in blamed}
+
+
+def check(tool: str, kind: str, names: Sequence[str], part: Part, folder: Path) -> dict[str, dict[str, Any]]:
+    """Runs the operations in groups; prints and saves what becomes known of each."""
+    groups = len(names) if kind == "racecheck" else -(-len(names) // GROUP)
+    waiting = [list(names[index::groups]) for index in range(groups)]
+    running: list[Checked] = []
+    results: dict[str, dict[str, Any]] = {}
+    count = 0
+
+    def learn(found: dict[str, dict[str, Any]]) -> None:
+        for op, result in found.items():
+            if results.get(op) != result:
+                results[op] = result
+                print(f"{op}: {result['result']}", *result.get("report", []), sep="\n  ", flush=True)
+        part.save(results=results)
+
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"result": "no result: out of time"}
-    report = (done.stdout + done.stderr).strip().splitlines()
-    if done.returncode == 0:
-        return {"result": "clean"}
-    return {"result": "errors" if done.returncode == ERRORS_FOUND else f"no result: exit code {done.returncode}", "report": report[-40:]}
+        while part.left() > 0 and (running or waiting):
+            while waiting and len(running) < PROCESSES:
+                running.append(start(tool, kind, waiting.pop(0), folder / f"{count}.log"))
+                count += 1
+            for process in list(running):
+                code = process.process.poll()
+                lines = process.log.read_text(encoding="utf-8", errors="replace").splitlines()
+                found = judge(kind, process.ops, lines, code)
+                if any(results.get(op) != result for op, result in found.items()):
+                    learn(found)
+                if code is not None:
+                    running.remove(process)
+                    rest = [op for op in process.ops if op not in found]
+                    waiting += [rest] if rest else []
+                    if found and all("".join(result.get("report", [])[:1]).startswith(ONE_OF) for result in found.values()):
+                        waiting += [[op] for op in found]
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.kill()
+        learn({op: OUT_OF_TIME for op in names if op not in results})
+    return results
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("memcheck", "Runs every operation under compute-sanitizer.")
-    arguments.add_argument("--op", help="run this operation once and leave")
+    arguments.add_argument("--tool", choices=("memcheck", "racecheck"), default="memcheck", help="of compute-sanitizer (default memcheck)")
+    arguments.add_argument("--op", action="append", help="run this operation once and leave; may be repeated")
     options = arguments.parse_args(argv)
     if options.op is not None:
-        device = torch.device("cuda")
-        operations(select_backend("triton", device), device)[options.op]()
-        torch.cuda.synchronize()
+        run_operations(options.op)
         return 0
-    part = Part("memcheck", options)
-    calls = operations(select_backend("triton", part.device), part.device)
+    part = Part(options.tool, options)
     tool = find_tool() if part.device.type == "cuda" else None
-    for call in calls.values():  # compiles the kernels into Triton's cache, where the slow processes below find them
-        call()
     if tool is None:
+        for call in operations(select_backend("triton", part.device), part.device).values():
+            call()
         part.save(skipped="compute-sanitizer is not installed" if part.device.type == "cuda" else "no GPU")
         print(f"skipped: {part.data['skipped']}")
         return part.finish()
-    results: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        futures = {op: pool.submit(check, tool, op, part) for op in calls}
-        for op, future in futures.items():
-            results[op] = future.result()
-            print(f"{op}: {results[op]['result']}", *results[op].get("report", []), sep="\n  ", flush=True)
-            part.save(results=results)
+    names = list(operations(TORCH, torch.device("cpu"))) if options.tool == "memcheck" else RACES
+    with tempfile.TemporaryDirectory(prefix="memcheck-") as folder:
+        check(tool, options.tool, names, part, Path(folder))
     return part.finish()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is stopped, and what is finished stays
     sys.exit(run_command(main))

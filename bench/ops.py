@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from smollm2.model import rotary_tables
 
 EPS = 1e-5
 CHUNK_TOKENS = 4096  # of the three bare products that the loss is compared with
+DOCUMENT = 700  # tokens of a document on average, as in cosmopedia-v2
 DECODE_ROWS = 16  # at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused kernels
 
 
@@ -73,10 +74,14 @@ def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:
         _add_rms_norm, _swiglu, _attention, _linear_cross_entropy, _rms_norm, _rope_qkv, _decode_attention, _decode_layer, _decode_head,
         _rope,
     )  # fmt: skip
-    return [make(shapes, backend, lambda function: torch.compile(function, backend=compiler, dynamic=False)) for make in makers]
+    return [make(shapes, backend, _compile_with(compiler)) for make in makers]
 
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _compile_with(compiler: str) -> Compile:
+    return lambda function: torch.compile(function, backend=compiler, dynamic=False)
 
 
 def _normal(shapes: Shapes, seed: int, *sizes: tuple[int, ...]) -> list[Tensor]:
@@ -203,49 +208,122 @@ def _rope(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
 def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     heads, key_heads, head_dim = shapes.heads
-
-    def sdpa(kind: SDPBackend) -> Callable[..., Tensor]:
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if kind == SDPBackend.CUDNN_ATTENTION and shapes.device.type == "cpu":
-                raise RuntimeError(f"torch cuDNN attention {torch.__version__}: needs a GPU")
-            with sdpa_kernel(kind):
-                out = F.scaled_dot_product_attention(
-                    q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=heads != key_heads
-                )
-            return out.transpose(1, 2)
-
-        return call
-
-    def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if shapes.device.type == "cpu":
-            raise peers.Unavailable(f"torch FlexAttention {torch.__version__}: needs a GPU: on a CPU it has no backward pass")
-        return flex_call(q, k, v, causal=True)
-
-    flex_call = FlexAttention(compiled)
-    flash_attn = _library("flash-attn", "flash_attn", "flash_attn_func", shapes.device)
-    sizes = [(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)]
     return Case(
         "attention",
         work.attention(shapes.batch, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
-        lambda seed: _normal(shapes, seed, *sizes),
+        lambda seed: _qkv(shapes, seed),
         {
             "triton": backend.attention,
             "reference": TORCH.attention,
             "compile": compiled(TORCH.attention),
-            "math": sdpa(SDPBackend.MATH),
-            "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-            "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-            "flex": flex,
-            "flash-attn": lambda q, k, v: flash_attn(q, k, v, causal=True),
+            "math": _sdpa(shapes, SDPBackend.MATH),
+            **_attention_peers(shapes, compiled),
         },
     )
 
 
-class FlexAttention:
-    """torch's FlexAttention under torch.compile, which makes its kernel; the block mask is made once for a length."""
+def long_attention(shapes: Shapes, backend: Backend, compiler: str, length: int) -> Case:
+    """Attention over longer rows, as many tokens in all."""
+    shapes = replace(shapes, batch=max(1, shapes.tokens // length), length=length)
+    heads, key_heads, head_dim = shapes.heads
+    return Case(
+        f"attention {length}",
+        work.attention(shapes.batch, length, heads, key_heads, head_dim, shapes.dtype.itemsize),
+        lambda seed: _qkv(shapes, seed),
+        {"triton": backend.attention, "reference": TORCH.attention, **_attention_peers(shapes, _compile_with(compiler))},
+    )
 
-    def __init__(self, compiled: Compile, **kernel_options: Any) -> None:
-        self._function = compiled(flex_attention)
+
+def document_attention(shapes: Shapes, backend: Backend, compiler: str, length: int) -> Case:
+    """Attention within packed documents of DOCUMENT tokens on average; as many tokens in all, whatever the length of a row.
+
+    Peers are told of the documents before the clock runs: FlexAttention gets its block mask, flash attention the documents' borders.
+    """
+    shapes = replace(shapes, batch=max(1, shapes.tokens // length), length=length)
+    heads, key_heads, head_dim = shapes.heads
+    generator = torch.Generator().manual_seed(0)
+    begins = torch.rand(shapes.batch, length, generator=generator) < 1 / DOCUMENT
+    begins[:, 0] = True
+    position = torch.arange(length)
+    doc_start = torch.where(begins, position, 0).cummax(1).values.int()
+    pairs = int((position - doc_start + 1).sum())  # of a query and a key that it sees
+    borders = torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([shapes.tokens]))).int().to(shapes.device)
+    longest = int(borders.diff().max())
+    doc_start = doc_start.to(shapes.device)
+    flex_call = FlexAttention(_compile_with(compiler), doc_start=doc_start)
+
+    def ours(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v: attention(q, k, v, doc_start)
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if shapes.device.type == "cpu":
+            raise peers.Unavailable(f"torch flash attention {torch.__version__}: needs a GPU for documents")
+        from torch.nn.attention.varlen import varlen_attn
+
+        # It has no enable_gqa: every query head gets a key head of its own.
+        flat, keys, values = q.flatten(0, 1), *(x.repeat_interleave(heads // key_heads, dim=2).flatten(0, 1) for x in (k, v))
+        out = varlen_attn(flat, keys, values, borders, borders, longest, longest, window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        return out.view(q.shape)
+
+    cost = work.attention(shapes.batch, length, heads, key_heads, head_dim, shapes.dtype.itemsize)
+    flops = 4 * pairs * heads * head_dim
+    return Case(
+        f"attention documents {length}",
+        work.Cost(replace(cost.forward, flops=flops), replace(cost.backward, flops=flops * 5 // 2)),
+        lambda seed: _qkv(shapes, seed),
+        {"triton": ours(backend.attention), "reference": ours(TORCH.attention), "flex": _on_gpu(shapes, flex_call), "flash": flash},
+    )
+
+
+def _qkv(shapes: Shapes, seed: int) -> list[Tensor]:
+    heads, key_heads, head_dim = shapes.heads
+    return _normal(shapes, seed, *[(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)])
+
+
+def _sdpa(shapes: Shapes, kind: SDPBackend) -> Callable[..., Tensor]:
+    heads, key_heads, _ = shapes.heads
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if kind == SDPBackend.CUDNN_ATTENTION and shapes.device.type == "cpu":
+            raise RuntimeError(f"torch cuDNN attention {torch.__version__}: needs a GPU")
+        with sdpa_kernel(kind):
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=heads != key_heads
+            )
+        return out.transpose(1, 2)
+
+    return call
+
+
+def _on_gpu(shapes: Shapes, flex: FlexAttention) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if shapes.device.type == "cpu":
+            raise peers.Unavailable(f"torch FlexAttention {torch.__version__}: needs a GPU: on a CPU it has no backward pass")
+        return flex(q, k, v, causal=True)
+
+    return call
+
+
+def _attention_peers(shapes: Shapes, compiled: Compile) -> dict[str, Callable[..., Tensor]]:
+    """Causal attention of others, each with query and key heads as the model has them."""
+    flash_attn = _library("flash-attn", "flash_attn", "flash_attn_func", shapes.device)
+    return {
+        "flash": _sdpa(shapes, SDPBackend.FLASH_ATTENTION),
+        "cudnn": _sdpa(shapes, SDPBackend.CUDNN_ATTENTION),
+        "flex": _on_gpu(shapes, FlexAttention(compiled)),
+        "flash-attn": lambda q, k, v: flash_attn(q, k, v, causal=True),
+    }
+
+
+class FlexAttention:
+    """torch's FlexAttention under torch.compile, which makes its kernel; the block mask is made once for a length.
+
+    doc_start [B, T]: as of `attention`; for calls of one shape.
+    """
+
+    def __init__(self, compiled: Compile, doc_start: Tensor | None = None, **kernel_options: Any) -> None:
+        self._function, self._doc_start = compiled(flex_attention), doc_start
         self._options = kernel_options or None
         self._masks: dict[tuple[int, torch.device], BlockMask] = {}
 
@@ -254,14 +332,20 @@ class FlexAttention:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         key = (q.shape[2], q.device)
         if causal and key not in self._masks:
-            self._masks[key] = create_block_mask(_sees, None, None, q.shape[2], k.shape[2], device=q.device)
+            self._masks[key] = self._mask(*key, k.shape[2])
         mask = self._masks[key] if causal else None
         out: Tensor = self._function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=self._options)
         return out.transpose(1, 2)
 
+    def _mask(self, queries: int, device: torch.device, keys: int) -> BlockMask:
+        starts = self._doc_start
+        if starts is None:
+            return create_block_mask(lambda batch, head, query, key: query >= key, None, None, queries, keys, device=device)
 
-def _sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return query >= key
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (key >= starts[batch, query])
+
+        return create_block_mask(sees, starts.shape[0], None, queries, keys, device=device)
 
 
 def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:

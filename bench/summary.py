@@ -143,22 +143,27 @@ def run_lines(found: dict[str, Any]) -> list[str]:
 
 
 def generation_lines(found: dict[str, Any]) -> list[str]:
-    """One line per batch size, and the agreement."""
-    batches: dict[int, list[str]] = {}
-    for row in found.get("rows", []):
-        cells = batches.setdefault(row["batch"], [])
-        if "failed" in row:
-            cells.append(f"{row['backend']} {row['failed'][:50]}")
-            continue
-        cell = f"{row['backend']} {row['prefill_tokens_per_second']:,.0f} / {row['decode_tokens_per_second']:,.0f}"
-        cell += f" / {row['loop_decode_tokens_per_second']:,.0f}" if "loop_decode_tokens_per_second" in row else ""
-        cells.append(cell)
-    lines = [f"  batch {batch:4}: {'; '.join(cells)}" for batch, cells in batches.items()]
-    same = found.get("fp32_agreement")
-    title = "generation, tok/s of prefill / decode / decode in a graph" + (
-        f"; {100 * same['share']:.1f} % of greedy tokens the same on both backends in fp32" if same else ""
-    )
-    return [title, *lines]
+    """A line for each context, with the captured Triton step at every batch size beside two others; then prefill and many prompts."""
+    timed = {(row["keys"], row["batch"], row["variant"]): row for row in found.get("rows", []) if "step_us" in row}
+    same = found.get("fp32_agreement", {})
+    title = "generation: decoded tok/s of triton captured, % of bandwidth (times torch captured, transformers)"
+    lines = [title + (f"; {100 * same['share']:.1f} % of greedy tokens the same in fp32" if "share" in same else "")]
+    for keys in dict.fromkeys(key[0] for key in timed):
+        cells = []
+        for batch in sorted({batch for at, batch, _ in timed if at == keys}):
+            ours, *others = (timed.get((keys, batch, name)) for name in ("triton captured", "torch captured", "transformers"))
+            ratios = " ".join(f"{row['step_us'] / ours['step_us']:.2g}x" if ours and row else "-" for row in others)
+            rate = f"{ours['tokens_per_second']:,.0f} {ours['percent_of_bandwidth'] or 0:.0f}%" if ours else "-"
+            cells.append(f"{batch}: {rate} ({ratios})")
+        lines.append(f"  {keys} keys, batch {'; '.join(cells)}")
+    rates = {(row["batch"], row["tokens"], row["backend"]): row["tokens_per_second"] for row in found.get("prefill", []) if "us" in row}
+    shown = [f"{batch} x {tokens} {name} {rate:,.0f}" for (batch, tokens, name), rate in rates.items()]
+    lines += [f"  prefill tok/s: {'; '.join(shown)}"] if shown else []
+    for row in found.get("many", []):
+        rate = row.get("failed") or f"{row['tokens_per_second']:,.0f} tok/s, engine {row['engine']}"
+        lines.append(f"  {row['prompts']} prompts through {row['slots']} slots, {row['backend']}: {rate}")
+    absent = Counter(f"{row['variant']}: {row['failed'][:60]}" for row in found.get("rows", []) if "failed" in row)
+    return lines + ([f"  not timed: {'; '.join(f'{times} {why}' for why, times in absent.items())}"] if absent else [])
 
 
 def peers_lines(file: dict[str, Any], found: dict[str, Any]) -> list[str]:

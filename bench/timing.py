@@ -6,14 +6,21 @@ figure; the wall clock around plain calls puts them back in, and both are report
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-FLUSH_BYTES = 256 << 20  # written before every replay: larger than any L2, and it gives the host time to queue what follows
+# Read before every measurement: larger than any L2, and it gives the host time to queue what follows. Read, not written: the lines that a
+# write leaves in the L2 have to be written back in the time of the next kernel.
+FLUSH_BYTES = 256 << 20
+LEAST_US = 1000.0  # of one measurement on a GPU, by repeated replays
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,17 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Holds the lock of a file, if there is one, so that processes which share a GPU do not time at once."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def replayable(prepare: Callable[[], Callable[[], object]], device: torch.device) -> Callable[[], object]:
@@ -70,26 +88,37 @@ def replayable(prepare: Callable[[], Callable[[], object]], device: torch.device
 def alternate(replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30) -> dict[str, Sample]:
     """Microseconds per call of each variant, in turns, so that a drift of the clocks meets all alike.
 
-    calls: how many calls of the operation one replay holds. The first two rounds do not count.
+    calls: how many calls of the operation one replay holds. The first two rounds do not count. On a GPU a replay is repeated until it
+    lasts a millisecond: calls must then be so many that none finds its inputs in the L2, where the one before the last left them.
     """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    flush = flush_buffer(device)
     values: dict[str, list[float]] = {name: [] for name in replays}
+    times = dict.fromkeys(replays, 1)
     for turn in range(rounds + 2):
         for name, replay in replays.items():
-            us = _event_time(replay, flush) if flush is not None else _wall_time(replay)
+            us = event_time(replay, flush, times[name]) if flush is not None else _wall_time(replay)
             if turn >= 2:
                 values[name].append(us / calls)
-    return {name: Sample.of(times) for name, times in values.items()}
+            elif flush is not None:
+                times[name] = max(1, math.ceil(LEAST_US / us))
+    return {name: Sample.of(found) for name, found in values.items()}
 
 
-def _event_time(replay: Callable[[], object], flush: torch.Tensor) -> float:
+def flush_buffer(device: torch.device) -> torch.Tensor | None:
+    """What `event_time` reads to empty the L2; None on a CPU."""
+    return torch.ones(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
+
+
+def event_time(replay: Callable[[], object], flush: torch.Tensor, times: int = 1) -> float:
+    """Microseconds of a replay that begins with a cold L2: the mean of `times` in a row."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
+    flush.sum()
     start.record()
-    replay()
+    for _ in range(times):
+        replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3
+    return start.elapsed_time(end) * 1e3 / times
 
 
 def _wall_time(call: Callable[[], object]) -> float:

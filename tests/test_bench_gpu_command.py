@@ -98,8 +98,8 @@ def test_content_of_the_parts(finished):
 
     generation = read["generation.json"]["generation"]
     assert generation["fp32_agreement"]["share"] == 1.0
-    for batch in (1, 2):
-        assert len({row["output_hash"] for row in generation["rows"] if row["batch"] == batch}) == 1
+    assert [row["variant"] for row in generation["rows"] if "failed" in row] == ["transformers"]
+    assert {row["logits_distance"] < 1e-5 for row in generation["rows"] if row["variant"] == "torch captured"} == {True}
 
 
 @pytest.mark.slow

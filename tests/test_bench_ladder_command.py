@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -143,6 +144,74 @@ def test_fused_operations_launch_less(measured):
     both = [counts[name]["forward"] + counts[name]["backward"] for name in order]
     assert both == sorted(both, reverse=True) and both[-1] < both[0]
     assert counts["fused optimizer"]["update"] < counts["fused loss"]["update"]
+
+
+@pytest.fixture
+def ladder_here(monkeypatch, tmp_path):
+    """Runs the command in this process: the section of its JSON file for some arguments."""
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))  # what the command sets goes again
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    path = tmp_path / "ladder.json"
+
+    def run(*argv):
+        assert ladder.main(["--tiny", "--device", "cpu", "--json", str(path), *argv]) == 0
+        return json.loads(path.read_text(encoding="utf-8"))["ladder"]
+
+    return run
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+
+
+@pytest.mark.parametrize("alone", [[], ["--alone"]], ids=["in turns", "alone"])
+@pytest.mark.parametrize("when", ["when it is built", "when it is timed"])
+def test_a_rung_that_fails_costs_itself_only(ladder_here, monkeypatch, alone, when):
+    original = ladder.build
+
+    def build(setup, *rest):
+        if not setup.packed and when == "when it is built":
+            out_of_memory()
+        step = original(setup, *rest)
+        if not setup.packed:
+            step.update = out_of_memory  # as time_phases calls it
+        return step
+
+    monkeypatch.setattr(ladder, "build", build)
+    rows = ladder_here("--no-compile", *alone)["rungs"]
+    assert rows["plain eager"]["failed"].startswith("OutOfMemoryError: CUDA out of memory") and "step_ms" not in rows["plain eager"]
+    assert "left out" in rows["compile of the rest"]["failed"] and list(rows) == [rung.name for rung in RUNGS]
+    assert all(row["step_ms"] > 0 and row["peak_mb"] > 0 for row in rows.values() if "failed" not in row)
+    assert sum("failed" in row for row in rows.values()) == 3
+
+
+def test_a_profiler_that_fails_costs_no_times(ladder_here, monkeypatch):
+    monkeypatch.setattr(ladder, "peak_memory", out_of_memory)
+    monkeypatch.setattr(ladder, "count_launches", out_of_memory)
+    row = ladder_here("--rung", "fused optimizer")["rungs"]["fused optimizer"]
+    assert row["step_ms"] > 0 and row["phases_ms"] and len(row["losses"]) == ladder.COMPARED_STEPS
+    assert "out of memory" in row["peak_failed"] and "launches" not in row
+
+
+def test_alone_a_rung_is_freed_before_the_next_is_built(ladder_here, monkeypatch):
+    original, built, alive = ladder.build, [], []
+
+    def build(*arguments):
+        alive.append(sum(step() is not None for step in built))
+        step = original(*arguments)
+        built.append(weakref.ref(step.model))
+        return step
+
+    monkeypatch.setattr(ladder, "build", build)
+    section = ladder_here("--alone")
+    assert alive == [0] * 9 and section["status"] == "complete"
+    assert set(section["loss_distance"]) == {rung.name for rung in RUNGS} - {"graph capture"}
+    assert max(section["loss_distance"].values()) < 1e-4
+
+
+def test_the_compiled_rung_begins_only_with_time_left(ladder_here, monkeypatch):
+    monkeypatch.setattr(ladder.MachinePart, "left", lambda self: -1.0)
+    assert ladder_here("--rung", "compile of the rest")["rungs"]["compile of the rest"] == {"failed": "no time was left"}
 
 
 def test_wrong_usage_is_refused():

@@ -87,6 +87,9 @@ class RunConfig:
         fixed=True,
     )
     validation_fraction: float = _key(0.01, "documents held out for evaluation, chosen by a hash of their text", fixed=True)
+    validation_paths: list[str] = _key(
+        [], "files, folders or globs held out whole, instead of validation_fraction: what paths names too is not trained on", fixed=True
+    )
     tokenizer: str = _key(
         "auto",
         "train (a byte-level BPE, on the training documents), a source as for model, or auto: that of the weights, else train",
@@ -163,6 +166,11 @@ class RunConfig:
     tracker_online: bool = _key(
         False, "let the tracker use the network: wandb's servers, or trackio's TRACKIO_SPACE_ID; false: it writes to this machine alone"
     )
+
+    @property
+    def held_out_fraction(self) -> float:
+        """The part of the source's documents that is not trained on."""
+        return 0.0 if self.validation_paths else self.validation_fraction
 
     def validate(self) -> None:
         """Raises UsageError naming the first key whose value cannot be used, what came and what is allowed."""

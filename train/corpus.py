@@ -86,7 +86,7 @@ def open_source(config: RunConfig, revision: Revision = None) -> Source:
         root = cache_root(config)
         if root is not None and any(root.resolve().is_relative_to(Path(path).expanduser().resolve()) for path in config.paths):
             raise UsageError(f"token_cache: expected a folder outside of paths, where its files would be taken for documents, got {root}")
-        return LocalSource(config.paths, config.text_column)
+        return LocalSource(config.paths, config.text_column, config.validation_paths)
     commit = revision if isinstance(revision, str) else config.dataset_revision
     return HubSource(config.dataset, config.dataset_config, config.dataset_split, commit, config.text_column, cache_root(config))
 
@@ -210,10 +210,18 @@ class LocalSource:
 
     revision: str | None = None
 
-    def __init__(self, paths: list[str], text_column: str) -> None:
-        """paths: files, folders (searched recursively) and globs. Raises UsageError when they name no readable file."""
+    def __init__(self, paths: list[str], text_column: str, without: Sequence[str] = ()) -> None:
+        """paths: files, folders (searched recursively) and globs; without: the same, of what is left out.
+
+        Raises UsageError when they name no readable file, or nothing is left.
+        """
         self.text_column = text_column
         self.files = _expand(paths)
+        if without:
+            left_out = {file.resolve() for file in _expand(without, "validation_paths")}
+            self.files = [file for file in self.files if file.resolve() not in left_out]
+            if not self.files:
+                raise UsageError("validation_paths: expected to leave some of paths for training, left none")
         self._states = [(file, file.stat()) for file in self.files]
         self._shards = [part for file in self.files if file.suffix != ".py" for part in self._parts(file)]
         self._shards += _groups([(file, state.st_size) for file, state in self._states if file.suffix == ".py"])
@@ -300,17 +308,17 @@ class LocalSource:
         return hashlib.blake2b("\n".join((LAYOUT, *lines)).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _expand(paths: list[str]) -> list[Path]:
-    """The files behind paths, sorted, each once."""
+def _expand(paths: Sequence[str], key: str = "paths") -> list[Path]:
+    """The files behind paths, sorted, each once. key: where they were given."""
     found: set[Path] = set()
     for name in paths:
         path = Path(name).expanduser()
         files = _walk(path) if path.is_dir() else [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
         if not files:
-            raise UsageError(f"paths: {name}: expected a file, folder or glob with {', '.join(SUFFIXES)}, found none")
+            raise UsageError(f"{key}: {name}: expected a file, folder or glob with {', '.join(SUFFIXES)}, found none")
         unknown = [file for file in files if file.suffix not in SUFFIXES]
         if unknown:
-            raise UsageError(f"paths: {unknown[0]}: expected one of {', '.join(SUFFIXES)}, got {unknown[0].suffix or 'no suffix'}")
+            raise UsageError(f"{key}: {unknown[0]}: expected one of {', '.join(SUFFIXES)}, got {unknown[0].suffix or 'no suffix'}")
         found.update(files)
     return sorted(found)
 

@@ -108,7 +108,7 @@ def prepare(config: RunConfig, tokens: int | None = None) -> Totals:
 def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int) -> Totals:
     """Fills one cache, until it has `wanted` training tokens or an epoch."""
     source, cache = filling.source, filling.cache
-    fraction = config.validation_fraction if config.eval_every else 0.0
+    fraction = config.held_out_fraction if config.eval_every else 0.0
     rows = math.ceil(config.eval_batches * config.batch_size * filling.share)
     stop, pool, totals = threading.Event(), WorkerPool(tokenizer, config.workers), Totals()
     print(f"{source.fingerprint}: held-out documents, then {wanted:,} training tokens, into {cache.folder}", flush=True)
@@ -145,7 +145,7 @@ def _count(totals: Totals, item: StoredBlock, config: RunConfig, cache: TokenCac
     block = item.tokens
     assert block is not None  # tokenised() gives none without
     totals.add(block)
-    totals.training_tokens += int(block.lengths[~is_held_out(block.digests, config.validation_fraction)].sum())
+    totals.training_tokens += int(block.lengths[~is_held_out(block.digests, config.held_out_fraction)].sum())
     totals.lost += not cache.has(item.shard, item.cursor.block)
 
 

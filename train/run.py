@@ -34,7 +34,7 @@ from train import estimate, keep_freed_memory, metrics, plot, sharding, tracking
 from train.checkpoint import Progress, Saver, find_checkpoint, load_moments, load_progress, load_weights, take_snapshot
 from train.command_line import HELP, parse
 from train.config import RunConfig, compare_for_resume
-from train.corpus import Source, open_source
+from train.corpus import LocalSource, Source, open_source
 from train.data import Batch, DataState, held_out_rows, read_stored, training_batches
 from train.distributed import StopRequest, World, join_world, leave_world, settle_buckets
 from train.evaluation import evaluate, sample
@@ -108,11 +108,14 @@ def build(config: RunConfig, world: World) -> Run:
             "drop tokenizer= to use the model's own"
         )
     cache = open_caches(config, source, tokenizer, leader=world.local_rank == 0)
-    fraction = config.validation_fraction if config.eval_every else 0.0
-    if fraction and config.data in ("hub", "mixture"):
+    fraction, kept = (config.validation_fraction if config.eval_every else 0.0), source
+    if config.validation_paths and config.eval_every:
+        fraction, kept = 1.0, LocalSource(config.validation_paths, config.text_column)
+    elif fraction and config.data in ("hub", "mixture"):
         print(f"reading held-out documents from {source.fingerprint}", flush=True)
     rows = config.eval_batches * config.batch_size
-    held_out = world.from_main(lambda: held_out_rows(source, tokenizer, fraction, rows, config.sequence_length, cache, config.workers))
+    own = cache if kept is source else None
+    held_out = world.from_main(lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers))
     if sharded:
         forward: nn.Module = sharding.shard(model, config, world)
     else:
@@ -180,7 +183,7 @@ def tokenizer_for(config: RunConfig, source: Source, weights: str | Path | None 
     """The tokenizer that a run asks for. weights: what `model` resolved to, None from scratch."""
     if not config.trains_tokenizer:
         return load_tokenizer(config.tokenizer if config.tokenizer != "auto" else weights or _model_source(config.model))
-    documents = itertools.islice(read_stored(source, config.validation_fraction, held_out=False), config.tokenizer_documents)
+    documents = itertools.islice(read_stored(source, config.held_out_fraction, held_out=False), config.tokenizer_documents)
     return train_tokenizer((document.text for document in documents), config.vocab_size)
 
 
@@ -251,7 +254,7 @@ def loop(run: Run) -> int:
     config, world, progress = run.config, run.world, run.progress
     batches = training_batches(
         run.source, run.tokenizer, rows=config.rows_per_step, length=config.sequence_length, seed=config.seed,
-        validation_fraction=config.validation_fraction, cursor=progress.data.cursor, workers=config.workers, cache=run.cache,
+        validation_fraction=config.held_out_fraction, cursor=progress.data.cursor, workers=config.workers, cache=run.cache,
         rank=world.rank, world=world.size, pin=world.device.type == "cuda",
     )  # fmt: skip
     train_step = (CapturedStep if config.cuda_graph else TrainStep)(run.forward, run.optimizer, run.guard, config, world)

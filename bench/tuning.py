@@ -1,0 +1,154 @@
+"""`python -m bench.tuning`: candidates for the lines of kernels/launch_config.py, timed at the shapes of the 135M model.
+
+For every operation of the table: the launch that the table has for this device, then others, each in the operation's place within the
+whole forward or backward pass that it is part of, with the outputs and gradients held to those of the table's launch. What is measured here
+is written into the table by hand, with its reason: nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from bench import timing
+from bench.kernels import ERROR_BOUND, FULL, Variant, error
+from bench.ops import Case, Shapes, cases
+from bench.part import Part, one_line, parser
+from kernels import select_backend
+from kernels.launch_config import Launch, launch_config
+from smollm2.cli import run_command
+
+MODULES = (
+    "attention", "decode_attention", "decode_head", "decode_layer", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
+)  # fmt: skip
+SWIGLU = (Launch(1, 512, 1), Launch(2, 512, 2), Launch(1, 512, 2), Launch(2, 512, 4), Launch(8, 512, 8))
+SETS = 24  # of inputs, so that each is cold when its turn comes again
+# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates).
+CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
+    "attention_bwd_dkv": (
+        "attention", "backward",
+        (
+            Launch(64, 64, 4, 1, True), Launch(32, 64, 4, 2, True), Launch(32, 128, 8, 2, True), Launch(64, 128, 8, 2, True),
+            Launch(64, 64, 8, 2, True), Launch(128, 64, 8, 2, True), Launch(64, 64, 4, 2, False),
+        ),
+    ),
+    "attention_bwd_dq": (
+        "attention", "backward",
+        (
+            Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(128, 64, 8, 3, True), Launch(128, 32, 8, 2, True),
+            Launch(128, 128, 8, 2, True), Launch(64, 128, 4, 2, True),
+        ),
+    ),
+    "attention_fwd": (
+        "attention", "forward",
+        (
+            Launch(128, 64, 8, 3, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 2, False),
+            Launch(128, 64, 4, 2, True), Launch(128, 128, 8, 2, True), Launch(64, 128, 4, 2, True),
+        ),
+    ),
+    "linear_cross_entropy": (
+        "linear_cross_entropy", "forward+backward",
+        (Launch(1, 4096, 8), Launch(1, 8192, 8), Launch(1, 16384, 16), Launch(1, 16384, 32), Launch(1, 4096, 16)),
+    ),
+    "swiglu": ("swiglu", "forward", SWIGLU),
+    "swiglu backward": ("swiglu", "backward", SWIGLU),
+    "rms_norm_fwd": ("add_rms_norm", "forward", (Launch(1, 0, 1), Launch(4, 0, 1), Launch(4, 0, 2), Launch(4, 0, 4), Launch(8, 0, 4))),
+    "rms_norm_bwd": ("add_rms_norm", "backward", (Launch(1, 0, 1), Launch(4, 0, 2), Launch(4, 0, 4), Launch(8, 0, 4))),
+    "rms_norm_dw": ("add_rms_norm", "backward", (Launch(256, 8, 4), Launch(1024, 8, 8), Launch(512, 16, 8), Launch(256, 4, 4))),
+    "rope": ("rope_qkv", "forward", (Launch(4, 0, 1), Launch(16, 0, 1), Launch(16, 0, 2), Launch(32, 0, 4), Launch(8, 0, 2))),
+    "decode_attention": (
+        "decode_attention", "forward",
+        (Launch(16, 32, 4, 2), Launch(16, 128, 4, 2), Launch(16, 64, 4, 3), Launch(16, 64, 2, 2), Launch(16, 128, 8, 2)),
+    ),
+    "decode_norm_matmul": ("decode_layer", "forward", (Launch(1, 1, 1), Launch(1, 4, 1), Launch(1, 4, 2), Launch(1, 8, 4))),
+    "decode_o": ("decode_layer", "forward", (Launch(4, 2, 4), Launch(4, 4, 4), Launch(8, 4, 8), Launch(4, 8, 8))),
+    "decode_down": ("decode_layer", "forward", (Launch(1, 1, 2), Launch(1, 1, 4), Launch(1, 4, 4), Launch(1, 2, 2))),
+    "decode_head": ("decode_head", "forward", (Launch(1, 2, 1), Launch(1, 8, 1), Launch(1, 8, 2), Launch(1, 16, 4))),
+}  # fmt: skip
+
+
+@contextmanager
+def forced(op: str, launch: Launch | None) -> Iterator[list[Launch]]:
+    """The kernels launch `op` with `launch`; None: as the table says. Yields a list that receives what the table says."""
+    found: list[Launch] = []
+
+    def chosen(name: str, dtype: torch.dtype, device: torch.device, size: int) -> Launch:
+        line = launch_config(name, dtype, device, size)
+        if name != op:
+            return line
+        found[:] = [line]
+        return launch or line
+
+    modules = [import_module(f"kernels.{name}") for name in MODULES]
+    for module in modules:
+        module.launch_config = chosen  # type: ignore[attr-defined]
+    try:
+        yield found
+    finally:
+        for module in modules:
+            module.launch_config = launch_config  # type: ignore[attr-defined]
+
+
+def measure(case: Case, op: str, phase: str, candidates: Sequence[Launch], shapes: Shapes, tiny: bool) -> list[dict[str, Any]]:
+    """One row per launch, the table's first. All are timed in turns."""
+    rows: list[dict[str, Any]] = []
+    replays, truth = {}, None
+    sets = 1 if tiny or case.joint else SETS
+    for launch in (None, *candidates):
+        with forced(op, launch) as table:
+            row: dict[str, Any] = {"op": op, "phase": phase}
+            rows.append(row)
+            try:
+                variant = Variant(case, "triton", sets)
+                results = variant.results()
+                row |= {"launch": list(launch or table[0]), "of_table": launch is None}
+                truth = results if truth is None else truth
+                row["distance"] = error(results, truth)
+                if not row["distance"] <= ERROR_BOUND[shapes.dtype]:
+                    row["failed"] = f"wrong: {row['distance']:.1e} from the table's launch"
+                    continue
+                replays[len(rows) - 1] = timing.replayable(variant.phases()[phase], shapes.device)
+            except Exception as failure:  # noqa: BLE001 - a launch that does not compile is a result
+                row |= {"launch": list(launch) if launch else None, "failed": one_line(failure)}
+    samples = timing.alternate({str(index): replay for index, replay in replays.items()}, shapes.device, sets, 1 if tiny else 20)
+    for index, sample in samples.items():
+        rows[int(index)] |= {"us": round(sample.us, 2), "spread": round(sample.spread, 3)}
+    return rows
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    result = row.get("failed") or f"{row['us']:10.1f} us  {100 * row['spread']:.1f} %"
+    return f"{row['op']:22}{row['phase']:18}{row['launch']!s:28}{'table ' if row.get('of_table') else '      '}{result}"
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser("tuning", "Times candidates for the launch table.")
+    arguments.add_argument("--op", action="append", choices=tuple(CANDIDATES), help="only this one; may be repeated")
+    options = arguments.parse_args(argv)
+    part = Part("tuning", options)
+    dtype = torch.float32 if part.device.type == "cpu" else torch.bfloat16
+    shapes = Shapes(part.model("135M"), *((1, 8) if part.tiny else FULL), dtype, part.device)
+    backend = select_backend("triton", part.device)
+    found = {case.op: case for case in cases(shapes, backend, "eager")}
+    part.save(rows=[], batch=shapes.batch, length=shapes.length, dtype=str(dtype).removeprefix("torch."))
+    for op in options.op or CANDIDATES:
+        case, phase, candidates = CANDIDATES[op]
+        if part.left() < 0:
+            part.save(left_out=[*part.data.get("left_out", []), op])
+            continue
+        rows = measure(found[case], op.partition(" ")[0], phase, candidates, shapes, part.tiny)
+        print(*map(show, rows), sep="\n", flush=True)
+        part.save(rows=[*part.data["rows"], *rows])
+        gc.collect()
+    return part.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,116 @@
+"""`python -m bench.generation` at toy size, and the steps that it times: same cache, same logits; a row that fails is a row."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from bench import decode_steps, generation
+from bench.part import Part
+from bench.summary import generation_lines
+from smollm2.config import SmolLM2Config
+
+TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return generation.build(None, TINY, "torch", CPU, torch.float32)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A Bench of toy sizes that saves to generation.json."""
+
+    def make(seconds=100.0):
+        part = Part("generation", argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "generation.json", seconds=seconds))
+        return generation.Bench(part, TINY, torch.float32, None, generation.TINY)
+
+    return make
+
+
+def saved(tmp_path):
+    return json.loads((tmp_path / "generation.json").read_text(encoding="utf-8"))["generation"]
+
+
+@pytest.mark.slow
+def test_the_whole_command(tmp_path, project_root):
+    path = tmp_path / "generation.json"
+    command = [sys.executable, "-m", "bench.generation", "--device", "cpu", "--tiny", "--json", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=project_root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = saved(tmp_path)
+    assert found["status"] == "complete" and found["fp32_agreement"]["share"] == 1.0 and found["bandwidth"]["read_gb_per_s"] > 0
+    rows = {(row["variant"], row["keys"]): row for row in found["rows"] if row["batch"] is not None}
+    ours = {("triton captured", 16), ("torch captured", 16), ("triton eager", 16), ("triton captured", 8), ("torch captured", 8)}
+    assert set(rows) >= ours
+    for at in ours:
+        assert rows[at]["step_us"] > 0 and rows[at]["finite"], rows[at]
+        assert rows[at].get("logits_distance", 0.0) < 1e-5 and rows[at].get("same_tokens", 1.0) == 1.0
+    assert rows["triton captured", 16]["launches"] < rows["torch captured", 16]["launches"]
+    assert {row["backend"] for row in found["prefill"]} == {"triton", "torch"}
+    assert found["many"][0]["engine"] == "eager" and found["many"][0]["tokens_per_second"] > 0
+    if ("transformers", 16) in rows:
+        assert max(row.get("logits_distance", 0.0) for row in found["rows"]) < 1e-5
+    else:
+        assert [row["variant"] for row in found["rows"] if "failed" in row] == ["transformers"]
+
+
+@torch.inference_mode()
+def test_all_ways_to_step_see_the_same_cache(model):
+    steps = [decode_steps.EagerSteps(model, 2, 24, 3), decode_steps.LoopSteps(model, 2, 24, 4)]
+    expected = steps[0].first()
+    assert steps[1].same_tokens(steps[1].first()) == 1.0
+    if find_spec("transformers") is not None:
+        llama = decode_steps.build_llama(model)
+        steps += [decode_steps.LlamaSteps(llama, 2, 24, 3), decode_steps.LlamaSteps(llama, 2, 24, 3, "eager")]
+    for one in steps:
+        for _ in range(2):
+            torch.testing.assert_close(one.first(), expected, rtol=1e-4, atol=1e-5)
+        sample, timed = decode_steps.clock(one, CPU, repeats=3, seconds=0.001)
+        assert sample.us > 0 and timed % one.chunk == 0
+    wrong = decode_steps.EagerSteps(model, 2, 24, 3)
+    wrong.cache.keys[:, :, 12].zero_()
+    assert ((wrong.first() - expected).abs().max() / expected.abs().max()).item() > 1e-3
+
+
+@torch.inference_mode()
+def test_timed_steps_end_where_the_cache_is_full(model):
+    for steps in (decode_steps.EagerSteps(model, 2, 24, 3), decode_steps.LoopSteps(model, 2, 24, 3)):
+        steps.rewind(steps.chunk)
+        steps.go(steps.chunk)
+        assert steps.cache.lengths.tolist() == [24, 24] and steps.cache.capacity == 24
+
+
+def test_a_row_that_fails_does_not_end_the_others(bench, tmp_path):
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 48 GiB")
+
+    made = bench()
+    made.add("rows", {"variant": "triton captured", "batch": 1, "keys": 8}, fails)
+    made.add("rows", {"variant": "torch captured", "batch": 1, "keys": 8}, lambda: made.decode("torch captured", 1, 8))
+    first, second = saved(tmp_path)["rows"]
+    assert first["failed"].startswith("OutOfMemoryError: CUDA out of memory") and second["step_us"] > 0
+    lines = generation_lines(saved(tmp_path))
+    assert lines[1].startswith("  8 keys, batch 1: - (") and "1 triton captured: OutOfMemoryError" in lines[-1]
+
+
+def test_nothing_new_begins_without_time(bench, tmp_path):
+    bench(seconds=-1.0).add("rows", {"variant": "torch captured", "batch": 1, "keys": 8}, lambda: pytest.fail("it began"))
+    assert saved(tmp_path)["rows"][0]["failed"] == "no time was left"
+
+
+def test_without_transformers_a_row_names_it(bench, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    part = bench(seconds=-1.0).part
+    generation.measure(part, TINY, torch.float32, None, generation.TINY)
+    named = [row for row in saved(tmp_path)["rows"] if row["variant"].startswith("transformers")]
+    assert len(named) == 1 and "transformers" in named[0]["failed"]
+    assert "transformers" in generation_lines(saved(tmp_path))[-1]

@@ -1,0 +1,60 @@
+"""`validation_paths`: files held out whole, never trained on, whatever `paths` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from train_cases import run_config
+
+from smollm2.cli import UsageError
+from train import run as train_run
+from train.config import RunConfig
+from train.corpus import LocalSource
+from train.data import read_stored
+from train.distributed import World
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Three packages of Python files, each of which names its package in every line."""
+    for package in ("alpha", "beta", "gamma"):
+        (tmp_path / "tree" / package).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "tree" / package / f"m{number}.py").write_text(f"{package} = {number}\n" * 40, encoding="utf-8")
+    return tmp_path / "tree"
+
+
+def built(tmp_path: Path, tree: Path, **changes: object) -> train_run.Run:
+    config: RunConfig = run_config(tmp_path, paths=[str(tree)], eval_every=2, **changes)
+    config.validate()
+    return train_run.build(config, World(torch.device("cpu")))
+
+
+def test_training_reads_what_is_left_and_evaluation_what_is_named(tmp_path: Path, tree: Path) -> None:
+    run = built(tmp_path, tree, validation_paths=[str(tree / "beta"), str(tree / "gamma" / "m0.py")])
+    trained = [document.text for document in read_stored(run.source, run.config.held_out_fraction)]
+    assert len(trained) == 4 + 3
+    assert not any("beta" in text or text.startswith("gamma = 0\n") for text in trained)
+    held_out = run.tokenizer.decode(run.held_out[0].flatten().tolist())
+    assert "beta" in held_out and "alpha" not in held_out
+
+
+def test_the_fraction_takes_nothing_besides(tmp_path: Path, tree: Path) -> None:
+    run = built(tmp_path, tree, validation_paths=[str(tree / "beta")], validation_fraction=0.5)
+    assert len(list(read_stored(run.source, run.config.held_out_fraction))) == 8
+
+
+def test_without_evaluation_the_files_stay_out_of_training(tmp_path: Path, tree: Path) -> None:
+    config = run_config(tmp_path, paths=[str(tree)], validation_paths=[str(tree / "beta")], eval_every=0)
+    run = train_run.build(config, World(torch.device("cpu")))
+    assert len(run.held_out[0]) == 0 and run.source.num_shards == 1
+    assert not any("beta" in document.text for document in read_stored(run.source, 0.0))
+
+
+def test_what_cannot_be_is_refused(tree: Path) -> None:
+    with pytest.raises(UsageError, match=r"validation_paths: .*nowhere: expected a file, folder or glob"):
+        LocalSource([str(tree)], "text", [str(tree / "nowhere")])
+    with pytest.raises(UsageError, match="validation_paths: expected to leave some of paths for training, left none"):
+        LocalSource([str(tree)], "text", [str(tree)])
