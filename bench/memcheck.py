@@ -140,7 +140,10 @@ def judge(kind: str, ops: Sequence[str], lines: list[str], code: int | None) -> 
     """What is known of the operations of a process. code: its exit code; None while it runs, or if it was stopped.
 
     memcheck ends a process's use of CUDA at the first error, so what has finished before is clean; of races one knows at the end only.
+    A process that ends well without the tool's summary was not watched by it.
     """
+    if code == 0 and not any("SUMMARY" in line for line in lines if line.startswith("=====")):
+        return {op: {"result": "no result: the tool printed no summary", "report": lines[-40:]} for op in ops}
     finished = [op for op in ops if f"finished {op}" in lines]
     running = [op for op in ops if f"running {op}" in lines and op not in finished]
     known = kind == "memcheck" and (bool(running) or code != ERRORS_FOUND)

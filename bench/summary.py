@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ LINES, WIDTH = 40, 150
 
 def summarise(folder: Path) -> str:
     """The text of summary.txt."""
-    files = {name: read_json(folder / f"{name}.json") for name in ("kernels", "tests", "training", "generation", "peers")}
+    files = {name: read_json(folder / f"{name}.json") for name in ("training", "kernels", "tests", "generation")}
     head = next((content for content in files.values() if content), {})
     versions = head.get("versions", {})
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if name in versions)
     lines = [f"{head.get('device', 'no results')}; {libraries}; commit {head.get('commit', '')[:12]}; {head.get('date', '')}"]
     makers = (
-        ("kernels", "roofline", roofline_lines), ("tests", "tests", tests_lines),
-        ("tests", "memcheck", memcheck_lines), ("kernels", "kernels", kernels_lines),
-        ("training", "step", step_lines), ("training", "ladder", ladder_lines), ("training", "run", run_lines),
-        ("generation", "generation", generation_lines), ("peers", "generation_peers", partial(peers_lines, files["peers"])),
+        ("training", "step", step_lines), ("kernels", "kernels", kernels_lines), ("tests", "tests", tests_lines),
+        ("tests", "memcheck", memcheck_lines), ("generation", "generation", generation_lines), ("training", "run", run_lines),
+        ("training", "ladder", ladder_lines), ("kernels", "tuning", tuning_lines), ("kernels", "roofline", roofline_lines),
     )  # fmt: skip
     for name, section, make in makers:
         content = files[name].get(section)
@@ -166,18 +164,16 @@ def generation_lines(found: dict[str, Any]) -> list[str]:
     return lines + ([f"  not timed: {'; '.join(f'{times} {why}' for why, times in absent.items())}"] if absent else [])
 
 
-def peers_lines(file: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Decoded tokens/s of every way to generate, a line per case. file: pytest-benchmark's."""
-    if "skipped" in found:
-        return [f"peers: skipped, {found['skipped']}"]
-    cases: dict[str, list[str]] = {}
-    for entry in file.get("benchmarks", []):
-        facts = entry["extra_info"]
-        if facts.get("phase") == "decode":
-            case = f"  batch {facts['batch']}, prompt {facts['prompt_tokens']}"
-            cases.setdefault(case, []).append(f"{facts['variant']} {facts['tokens_per_second']:,.0f}")
-    lines = [f"{case}: {', '.join(rates)}" for case, rates in cases.items()]
-    return [f"generation beside the peers, decoded tok/s{'' if lines else ': nothing'}", *lines]
+def tuning_lines(found: dict[str, Any]) -> list[str]:
+    """Lines of the launch table of which another candidate is faster by more than a fiftieth."""
+    rows = [row for row in found.get("rows", []) if "us" in row]
+    table = {(row["op"], row["phase"]): row["us"] for row in rows if row.get("of_table")}
+    faster: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -row["us"]):
+        if row["us"] < 0.98 * table.get((row["op"], row["phase"]), 0.0):
+            faster[row["op"], row["phase"]] = row
+    best = [f"{op} {phase} {row['launch'][:4]} {row['us']:.1f} us of {table[op, phase]:.1f}" for (op, phase), row in faster.items()]
+    return [f"launch table: {len(rows)} launches timed; faster than its lines: {'; '.join(best) or 'none'}"]
 
 
 def memcheck_lines(found: dict[str, Any]) -> list[str]:

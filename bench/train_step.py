@@ -205,7 +205,9 @@ def _launches(step: TrainingStep, ids: Tensor, path: Path | None) -> dict[str, A
             spent = {name: sum(duration for other, _, duration in kernels if other == name) for name in names}
             found = {"device_ms": {name: round(us / 1e3, 4) for name, us in sorted(spent.items(), key=lambda item: -item[1])[:40]}}
             if path is not None:
-                write_json(path, [[name, round(begin, 1), round(duration, 2)] for name, begin, duration in kernels])
+                places = {name: place for place, name in enumerate(names)}
+                rows = [[places[name], round(begin, 1), round(duration, 2)] for name, begin, duration in kernels]
+                write_json(path, {"names": list(names), "kernels": rows})
         else:
             names = launches.count(lambda: step(ids), ids.device)
     except Exception as failure:  # noqa: BLE001 - what was timed stays

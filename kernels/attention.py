@@ -61,6 +61,16 @@ def _visible(key, first_key, last_key, HAS_DOCS: tl.constexpr):
 
 
 @triton.jit
+def _add_product(a, b, total):
+    """total + a b. In fp32 the product is summed by itself first: one chain of additions over all queries of all heads rounds too often."""
+    if a.dtype == tl.float32:
+        total = tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)  # not +, which the compiler would fold into the product
+    else:
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _key_blocks(
     acc, m, total, q, k_ptr, v_ptr, first, last, clear, diagonal, query, doc, keys, k_stride, v_stride,
     SCALE: tl.constexpr, MASK: tl.constexpr, HAS_DOCS: tl.constexpr,
@@ -68,8 +78,9 @@ def _key_blocks(
 ):  # fmt: skip
     """Online softmax over the key blocks [first, last). doc, query: the first and the last key that each row sees, [BLOCK_M].
 
-    m is the maximum of q k^T, not scaled yet: the scale is part of the exponent's multiply-add. MASK: "all" blocks, "none", or
-    "branch", those that do not lie within [clear, diagonal).
+    m is the maximum of q k^T, scaled and rounded once: what was added up relative to it must be shrunk relative to it. With m * SCALE in a
+    GPU's multiply-add instead, every block would be off by that rounding. MASK: "all" blocks, "none", or "branch", those that do not lie
+    within [clear, diagonal).
     """
     lane = tl.arange(0, HEAD_DIM)
     for start in range(first, last, BLOCK_N):
@@ -83,10 +94,10 @@ def _key_blocks(
                 scores = tl.where(_visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf"))
         elif MASK == "all":
             scores = tl.where(_visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf"))
-        new_m = tl.maximum(m, tl.max(scores, 1))
-        pivot = tl.where(new_m == float("-inf"), 0.0, new_m) * SCALE  # a row that has seen no key yet: (-inf) - (-inf) is NaN
+        new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
+        pivot = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen no key yet: (-inf) - (-inf) is NaN
         p = tl.exp2(scores * SCALE - pivot[:, None])
-        shrink = tl.exp2(m * SCALE - pivot)
+        shrink = tl.exp2(m - pivot)
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(v_ptr + row[:, None] * v_stride + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
@@ -150,7 +161,7 @@ def _attention_fwd_kernel(
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
     # +inf makes exp2(S - lse) zero in the backward pass of a row that sees no key.
-    lse = tl.where(empty, float("inf"), m * SCALE + tl.log2(tl.where(empty, 1.0, total)))
+    lse = tl.where(empty, float("inf"), m + tl.log2(tl.where(empty, 1.0, total)))
     out_rows = out_ptr + ((batch * queries + row) * HEADS + head)[:, None] * HEAD_DIM
     tl.store(out_rows + lane[None, :], out.to(q.dtype), mask=inside[:, None])
     tl.store(lse_ptr + (batch * HEADS + head) * queries + row, lse, mask=inside)
@@ -283,10 +294,10 @@ def _attention_bwd_dkv_kernel(
             else:
                 doc = tl.load(doc_row + time, mask=present, other=2147483647).to(tl.int32) if HAS_DOCS else time
                 p = tl.where(_visible(key[:, None], doc[None, :], last_key[None, :], HAS_DOCS), tl.exp2(scores - lse[None, :]), 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, HEAD_DIM]
+            dv = _add_product(p.to(do.dtype), do, dv)  # [BLOCK_N, HEAD_DIM]
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            dk = _add_product(ds.to(q.dtype), q, dk)
     dk *= SCALE * 0.6931471805599453
     dense = ((batch * keys + key_row) * KEY_HEADS + key_head)[:, None] * HEAD_DIM + lane[None, :]
     tl.store(dk_ptr + dense, dk.to(k.dtype), mask=inside[:, None])

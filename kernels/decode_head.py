@@ -7,7 +7,7 @@ N rows (1 to 16), E hidden width, V vocabulary. Nothing is saved: no backward pa
 Reads the head once, whatever the rows: V E elements, 56.6 MB of the 135M model in 16 bits, 19 us at 3.0 TB/s, the largest single read of a
 decode step (12 us of its floor of 98 would be saved by a head in 8 bits). A program owns four columns and keeps their weights in registers
 while it loops over the rows: 12,288 programs of one warp, 4.6 kB each, sixteen or so of them on a multiprocessor at a time, which is
-70 kB in flight where 20 suffice. The norm, two reads of a row that L1 holds, is done again by each of them. Not yet measured.
+70 kB in flight where 20 suffice. The norm, two reads of a row that L1 holds, is done again by each of them. At 16 rows an H100 took 78 us.
 
 Rounding: none but that of the result to fp32. The composition rounds the normalised row, and the logits to the model's dtype: in bfloat16
 those near 20 are then 1/8 apart, and the largest may be several. Batch invariance as in decode_layer.py: one compiled kernel for every N.

@@ -24,11 +24,11 @@ The 135M model in 16 bits (E 576, F 1536, 9 + 3 + 3 heads of 64), batch 1, by la
     5 down             1.77 MB   2                      288 x 4            6.1 kB
 
 7.08 MB a layer, 2.36 us at 3.0 TB/s; 30 layers 212 MB, 71 us; keys and values add 768 bytes a key and layer (7.9 us a token at 1,024
-keys), the head 56.6 MB (19 us): a floor of 98 us a token. With 151 launch boundaries of 1.3 us in a CUDA graph, 294 us and 3,400
-tokens/s are to be expected. At R rows the weights are read once all the same and the arithmetic is 3.5 R million multiply-adds a
-layer: about 2 us at R = 16 if nothing else were done, as long as the memory takes. Every program of launch 3 adds up all splits
-itself; that is what saves a sixth launch, and what makes it read R * splits * 2.3 kB from L2 (those beyond a row's length are left out):
-18 kB at 1,024 keys and one row, 295 kB at sixteen, where a sixth launch may be the better choice. Not yet measured.
+keys), the head 56.6 MB (19 us): a floor of 98 us a token. An H100 took 580 us a token at one row (151 launch boundaries of 1.3 us would be
+196), and 2,584 us at sixteen, 82 us a layer: the weights are read once all the same, but the rows are multiplied one after the other, 452
+instructions a row and warp in launch 1. Every program of launch 3 adds up all splits itself; that is what saves a sixth launch, and what
+makes it read R * splits * 2.3 kB from L2 (those beyond a row's length are left out): 18 kB at 1,024 keys and one row, 295 kB at sixteen,
+where a sixth launch may be the better choice.
 
 Batch invariance: one compiled kernel serves every R (the row count is an ordinary argument and never specialised), and each row
 passes through the same instructions. So a row's bits do not depend on the other rows, on their number, or on the cache's capacity.

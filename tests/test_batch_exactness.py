@@ -167,7 +167,8 @@ def test_rows_alone_and_in_slots_agree_on_the_triton_decode_path() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = SmolLM2Config.preset("tiny", num_hidden_layers=1, initializer_range=0.3)  # one layer: the interpreter is slow
-    model = SmolLM2ForCausalLM(config, backend="triton").eval().to(device)
+    with torch.device(device):
+        model = SmolLM2ForCausalLM(config, backend="triton").eval()
     found = [dict(generate_many(model, prompts_of((7, 2, 19)), max_new_tokens=[2, 3, 2], params=SAMPLED, slots=slots)) for slots in (1, 3)]
     assert found[0] == found[1]
     assert [len(found[0][index]) for index in range(3)] == [2, 3, 2]

@@ -17,7 +17,7 @@ from bench import gpu
 from bench.part import INTERPRETER_NOTE
 
 SECTIONS = {
-    "kernels.json": ("roofline", "kernels"),
+    "kernels.json": ("kernels", "tuning", "roofline"),
     "tests.json": ("tests", "memcheck"),
     "training.json": ("step", "ladder", "run"),
     "generation.json": ("generation",),
@@ -64,14 +64,12 @@ def test_every_part_completes(finished):
 def test_files_and_where_their_figures_come_from(finished):
     folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == gpu.RESULTS
-    peers = json.loads((folder / "peers.json").read_text(encoding="utf-8"))["generation_peers"]  # no transformers here
-    assert peers == {"skipped": "needs transformers", "status": "skipped: needs transformers"}
     for name in SECTIONS:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         assert {"device", "versions", "commit", "sources", "date"} <= content.keys()
         assert {"python", "torch", "triton"} <= content["versions"].keys()
     with tarfile.open(folder / "logs.tgz") as archive:
-        assert sorted(archive.getnames()) == sorted(f"{stage.section}.log" for stage in gpu.STAGES if stage.section != "generation_peers")
+        assert sorted(archive.getnames()) == sorted(f"{stage.section}.log" for stage in gpu.STAGES)
 
 
 @pytest.mark.slow
@@ -109,7 +107,7 @@ def test_summary_is_short_and_comes_last(finished):
     assert done.stdout.endswith(text)
     assert len(text.splitlines()) <= 40
     assert INTERPRETER_NOTE in text
-    for word in ("tests: ", "swiglu", "training step", "ladder", "training run", "generation", "peers: skipped, needs", "memcheck"):
+    for word in ("tests: ", "swiglu", "training step", "ladder", "training run", "generation", "memcheck", "launch table"):
         assert word in text
 
 
@@ -131,21 +129,21 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path, project_root):
         "cpu",
         "--tiny",
         "--only",
-        "roofline",
+        "memcheck",
         "--only",
-        "step",
+        "roofline",
     ]
     process = subprocess.Popen(command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("roofline: complete")
+    assert process.stdout.readline().startswith("memcheck: complete")
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "step: interrupted" in rest
+    assert "roofline: interrupted" in rest
     assert (tmp_path / "summary.txt").is_file() and (tmp_path / "logs.tgz").is_file()
-    assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"] == "complete"
-    assert json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))["step"]["status"] == "interrupted"
+    assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["memcheck"]["status"] == "complete"
+    assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"] == "interrupted"
 
 
 def test_what_is_finished_survives_a_kill(tmp_path, project_root):
@@ -159,31 +157,20 @@ def test_what_is_finished_survives_a_kill(tmp_path, project_root):
         "cpu",
         "--tiny",
         "--only",
-        "roofline",
+        "memcheck",
         "--only",
-        "step",
+        "roofline",
     ]
     process = subprocess.Popen(
         command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("roofline: complete")
+    assert process.stdout.readline().startswith("memcheck: complete")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"] == "complete"
+    assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["memcheck"]["status"] == "complete"
     with tarfile.open(tmp_path / "logs.tgz") as archive:
-        assert archive.getnames() == ["roofline.log"]
-
-
-def test_a_part_without_its_packages_is_skipped_and_named(tmp_path):
-    stage = gpu.Stage("generation_peers", "generate", "peers.json", 1, ("torch", "no_such_package"), ("no_such_weights",))
-    assert stage.missing(tiny=True) == ["no_such_package"]
-    assert stage.missing(tiny=False) == ["no_such_package", "no_such_weights"]
-    gpu.record_end(stage, tmp_path, "skipped: needs no_such_package")
-    section = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))["generation_peers"]
-    assert section["skipped"] == "needs no_such_package"
-    assert "peers: skipped, needs no_such_package" in gpu.summarise(tmp_path)
-    assert not gpu.trouble(tmp_path, {"generation_peers": "skipped: needs no_such_package"})
+        assert archive.getnames() == ["memcheck.log"]
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_recorded(tmp_path):

@@ -81,7 +81,65 @@ ROOFLINE = {
         },
     },
 }  # fmt: skip
-ALL = {"suites.json": SUITES, "step.json": STEP, "ladder.json": LADDER, "roofline.json": ROOFLINE}
+
+
+def timed(op: str, phase: str, variant: str, us: float, gb_per_s: float, tflops: float) -> dict[str, Any]:
+    facts = {"op": op, "phase": phase, "variant": variant, "us": us, "gb_per_s": gb_per_s, "tflops": tflops}
+    return {**facts, "percent_of_roof": 50.0, "spread": 0.01}
+
+
+OTHER = {**ORIGIN, "device": "A GPU of another kind"}
+ATTENTION = [("attention", 10.0), ("attention 2048", 30.0), ("attention documents 512", 8.0), ("attention documents 2048", 9.0)]
+KERNELS = {
+    **OTHER,
+    "kernels": {
+        "dtype": "bf16", "batch": 32, "length": 512, "roof": {"copy_gb_per_s": 2000.0, "matmul_tflops": 800.0},
+        "rows": [
+            timed("swiglu", "forward", "triton", 50.0, 2900.0, 0.0), timed("swiglu", "forward", "reference", 900.0, 161.0, 0.0),
+            timed("swiglu", "backward", "triton", 90.0, 2800.0, 0.0), timed("swiglu", "backward", "math", 95.0, 2700.0, 0.0),
+            *[
+                timed(op, phase, variant, 60.0, 900.0, share * tflops) for op, tflops in ATTENTION for phase in ("forward", "backward")
+                for variant, share in (("triton", 8.0), ("cudnn", 9.0), ("flex", 7.0))
+            ],
+            timed("attention", "forward", "math", 2000.0, 27.0, 5.0),
+            {"op": "attention", "variant": "flash-attn", "failed": "not installed"},
+        ],
+    },
+}  # fmt: skip
+
+
+def decoded(variant: str, batch: int, keys: int, rate: float) -> dict[str, Any]:
+    return {"variant": variant, "backend": variant.split()[0], "batch": batch, "keys": keys, "tokens_per_second": rate, "bytes": 10**9}
+
+
+RATES = (("triton captured", 1500.0), ("transformers", 50.0), ("triton eager", 90.0))
+GENERATION = {
+    **OTHER,
+    "generation": {
+        "dtype": "bfloat16", "bandwidth": {"read_gb_per_s": 3000.0},
+        "rows": [
+            *[decoded(name, batch, keys, rate * batch) for keys in (1024, 64) for batch in (1, 64) for name, rate in RATES],
+            {"variant": "triton captured", "backend": "triton", "batch": 256, "keys": 64, "failed": "no time was left"},
+        ],
+        "prefill": [
+            {"backend": name, "batch": 32, "tokens": 512, "us": us, "tokens_per_second": 32 * 512e6 / us, "tflops": 4e6 / us}
+            for name, us in (("triton", 22000.0), ("torch", 32000.0))
+        ],
+    },
+}  # fmt: skip
+TRAIN = {
+    **OTHER,
+    "step": {
+        "model": "135M", "batch": 32, "length": 512,
+        "variants": {
+            "torch": {"tokens_per_second": 1e5, "step_ms": 163.84, "peak_memory_gb": 11.85, "mfu": None},
+            "triton+graph": {"tokens_per_second": 4e5, "step_ms": 40.96, "peak_memory_gb": 12.06, "mfu": 0.348},
+            "torch+compile": {"failed": "stopped"},
+        },
+    },
+}  # fmt: skip
+ALL = {"suites.json": SUITES, "step.json": STEP, "ladder.json": LADDER, "roofline.json": ROOFLINE, "kernels.json": KERNELS}
+GPU = {"kernels.json": KERNELS, "generation.json": GENERATION, "train.json": TRAIN}
 
 
 def write(folder: Path, files: dict[str, Any]) -> Path:
@@ -95,8 +153,9 @@ def by_key(found: list[Figure]) -> dict[tuple[str, str, str], Figure]:
 
 
 def test_every_library_has_a_colour_of_its_own() -> None:
-    names = ("transformers bf16", "llama.cpp F16", "liger", "litgpt+compile", "ours", "reference")
+    names = ("transformers bf16", "llama.cpp F16", "liger", "litgpt+compile", "ours", "reference", "cudnn", "flash", "flex", "compile")
     assert len({report.colour(name) for name in names}) == len(names)
+    assert report.colour("compiled bf16") == report.colour("triton captured") == report.OURS
 
 
 def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,8 +173,16 @@ def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(tmp_path
 @pytest.mark.parametrize("name", report.PICTURES)
 def test_no_text_lies_over_another_and_none_is_cut_off(name: str, tmp_path: Path) -> None:
     found, _ = figures.gather(write(tmp_path, ALL))
-    picture = report.PICTURES[name][1](found)
-    picture.savefig(tmp_path / "drawn.png")
+    assert_legible(report.PICTURES[name][1](found))
+
+
+@pytest.mark.parametrize("name", ["generation", "step", "roofline", "attention", "decode"])
+def test_pictures_of_a_gpu_are_legible(name: str, tmp_path: Path) -> None:
+    assert_legible(report.PICTURES[name][1](figures.gather(write(tmp_path, GPU))[0]))
+
+
+def assert_legible(picture: Any) -> None:
+    picture.canvas.draw()
     renderer = picture.canvas.get_renderer()
     legends = [*picture.legends, *(axes.get_legend() for axes in picture.axes if axes.get_legend())]
     words = [text for text in picture.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text().strip() and text.get_visible()]
@@ -176,6 +243,39 @@ def test_the_limit_of_the_memory_is_the_fastest_copy_or_read_of_any_file(tmp_pat
     write(tmp_path, {"roofline.json": {**ROOFLINE, "roofline": section}})
     limits = [figure.limit for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
     assert limits == pytest.approx([400.0, 400.0])
+
+
+def test_figures_of_a_gpu_are_those_of_the_files(tmp_path: Path) -> None:
+    found = by_key(figures.gather(write(tmp_path, GPU))[0])
+    assert not [key for key in found if key[2] in ("flash-attn", "torch+compile") or "256" in key[1]], "what failed"
+    decode = found["decode", "batch 64, 1024 keys", "triton captured"]
+    assert (decode.value, decode.limit) == (96_000.0, pytest.approx(64 * 3000.0))  # 1 GB at 3,000 GB/s for 64 tokens
+    prefill = found["prefill", "batch 32, prompt 512", "triton"]
+    assert prefill.facts["columns"] == {"ms": "22.0", "TFLOP/s": "182"}
+    steps = [figure for figure in found.values() if figure.kind == "step"]
+    assert [figure.variant for figure in steps] == ["triton+graph", "torch"] and all(figure.limit is None for figure in steps)
+    assert steps[0].facts["columns"] == {"ms": "41.0", "peak GB": "12.06", "MFU": "34.8%"} and "MFU" not in steps[1].facts["columns"]
+    swiglu = found["operation", "operations alone, 32 x 512 tokens, bf16: swiglu forward", "triton"]
+    assert swiglu.limit == pytest.approx(50e-6 * 2900 / 3000), "of the read in another file, not of the slower copy in its own"
+    attention = found["operation", "operations alone, 32 x 512 tokens, bf16: attention forward", "triton"]
+    assert attention.limit == pytest.approx(60e-6 * 900 / 3000)
+    assert not [figure for figure in found.values() if figure.kind == "operation" and "2048" in figure.case]
+    rate = found["attention", "2048 tokens, packed documents, backward", "flex"]
+    assert (rate.value, rate.facts["tokens"]) == (63.0, 2048)
+
+
+def test_a_long_bar_is_broken_and_has_its_number(tmp_path: Path) -> None:
+    axes = report.draw_roofline(figures.gather(write(tmp_path, GPU))[0]).axes[0]
+    words = [text.get_text() for text in axes.texts]
+    assert axes.get_title(loc="left") == "swiglu forward" and {"50.0", "900", "97%"} <= {*words} and words.count("//") == 1
+    assert max(bar.get_width() for bar in axes.patches) == pytest.approx(50 * report.CUT)
+
+
+def test_decode_on_a_gpu_has_its_limit_and_the_numbers_of_the_fastest(tmp_path: Path) -> None:
+    panels = report.draw_decode(figures.gather(write(tmp_path, GPU))[0]).axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["64 keys", "1,024 keys", "batch of 1", ""]
+    assert [text.get_text() for text in panels[1].texts] == ["1,500", "96,000"] and len(panels[1].lines) == len(RATES) + 1
+    assert panels[3].get_legend().get_texts()[-1].get_text() == "limit of the memory, 3,000 GB/s"
 
 
 def test_what_the_interpreter_or_a_failure_left_is_no_figure(tmp_path: Path) -> None:

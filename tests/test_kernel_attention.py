@@ -133,8 +133,9 @@ def test_large_scores(dtype):
     The gradients are those of flash attention, which takes the probabilities from a rounded log-sum-exp, where a reference that stores them
     is more exact, the more so the larger the scores: they are bounded by their own size here, not by the error of that reference.
     """
-    q, k, v = qkv(1, 70, 70, 3, 1, dtype=dtype)
-    tensors, upstream = (q * 20, k * 8, v), [draw(1, 70, 3, 32, dtype=dtype)]
+    # Eight rows: of one, a single element decides, and whether the errors of its scores cancel in one implementation or the other.
+    q, k, v = qkv(8, 70, 70, 3, 1, dtype=dtype)
+    tensors, upstream = (q * 20, k * 8, v), [draw(8, 70, 3, 32, dtype=dtype)]
     call = Call("attention", tensors)
     (out,), gradients = call.run(TRITON, upstream)
     (base,), _ = call.run(TORCH, upstream)
@@ -143,6 +144,17 @@ def test_large_scores(dtype):
     for ours, expected in zip(gradients, true_gradients, strict=True):
         error = (ours.double() - expected).abs().max() / expected.abs().max()
         assert error < {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+
+
+def test_the_first_of_many_keys_has_the_maximum():
+    """What was added up under a maximum stays what it is in all blocks that have no larger one, whatever the size of the scores."""
+    direction = torch.nn.functional.normalize(draw(32, dtype=torch.float32), dim=0)
+    size = (20 * 32**0.5) ** 0.5  # scores near 20
+    q, k = (draw(1, length, heads, 32, dtype=torch.float32) + size * direction for length, heads in ((16, 3), (2048, 1)))
+    k[:, 0] = 1.5 * size * direction
+    inputs = q, k, draw(1, 2048, 1, 32, dtype=torch.float32)
+    truth = TORCH.attention(*(x.double() for x in inputs))
+    numerics.check("attention", "out below an early maximum", TRITON.attention(*inputs), TORCH.attention(*inputs), truth)
 
 
 @over(HEAD_LAYOUTS)

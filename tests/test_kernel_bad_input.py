@@ -7,6 +7,7 @@ import torch
 from kernel_cases import DEVICE, EPS, TORCH, TRITON, angles, draw
 
 BACKENDS = {"torch": TORCH, "triton": TRITON}
+PLACE = torch.empty(0, device=DEVICE).device  # as a tensor names it: "cuda:0" where DEVICE is "cuda"
 OTHER_DEVICE = torch.device("meta")
 
 
@@ -61,7 +62,7 @@ SHARED = [
     (lambda ops: norm(ops, x=(), weight=(1,)), "rms_norm: expected x of shape [..., D], got []"),
     (lambda ops: norm(ops, change=lambda x, w: (x, w.half())), "rms_norm: expected weight of dtype torch.float32 as x, got torch.float16"),
     (lambda ops: norm(ops, change=lambda x, w: (x.long(), w)), "rms_norm: expected x of a floating-point dtype, got torch.int64"),
-    (lambda ops: norm(ops, change=lambda x, w: (x, far(w))), f"rms_norm: expected weight on {DEVICE} as x, got meta"),
+    (lambda ops: norm(ops, change=lambda x, w: (x, far(w))), f"rms_norm: expected weight on {PLACE} as x, got meta"),
     # add_rms_norm
     (lambda ops: add(ops, weight=(95,)), "add_rms_norm: expected weight of shape [96], got [95]"),
     (lambda ops: add(ops, residual=(3, 96)), "add_rms_norm: expected residual of shape [2, 96], got [3, 96]"),
@@ -70,7 +71,7 @@ SHARED = [
         lambda ops: add(ops, change=lambda x, r, w: (x, r.half(), w)),
         "add_rms_norm: expected residual of dtype torch.float32 as x, got torch.float16",
     ),
-    (lambda ops: add(ops, change=lambda x, r, w: (x, far(r), w)), f"add_rms_norm: expected residual on {DEVICE} as x, got meta"),
+    (lambda ops: add(ops, change=lambda x, r, w: (x, far(r), w)), f"add_rms_norm: expected residual on {PLACE} as x, got meta"),
     # rope
     (lambda ops: rotate(ops, q=(7, 3, 32)), "rope: expected q of shape [B, T, H, D], got [7, 3, 32]"),
     (lambda ops: rotate(ops, q=(2, 7, 3, 31)), "rope: expected an even head dim, got 31"),
@@ -100,7 +101,7 @@ SHARED = [
         lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k, c, s.half())),
         "rope: expected cos and sin of one floating-point dtype, got torch.float16",
     ),
-    (lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k, c, far(s))), f"rope: expected sin on {DEVICE} as q, got meta"),
+    (lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k, c, far(s))), f"rope: expected sin on {PLACE} as q, got meta"),
     # rope_qkv
     (lambda ops: rotate_packed(ops, qkv=(2, 7, 160)), "rope_qkv: expected qkv of shape [B, T, H + 2K, D], got [2, 7, 160]"),
     (lambda ops: rotate_packed(ops, key_heads=0), "rope_qkv: expected key_heads so that H + 2K = 5 with H > 0, got 0"),
@@ -118,7 +119,7 @@ SHARED = [
         lambda ops: attend(ops, change=lambda q, k, v: (q, k, v.half())),
         "attention: expected v of dtype torch.float32 as q, got torch.float16",
     ),
-    (lambda ops: attend(ops, change=lambda q, k, v: (q, far(k), v)), f"attention: expected k on {DEVICE} as q, got meta"),
+    (lambda ops: attend(ops, change=lambda q, k, v: (q, far(k), v)), f"attention: expected k on {PLACE} as q, got meta"),
     (
         lambda ops: attend(ops, doc_start=torch.zeros(7, dtype=torch.int32, device=DEVICE)),
         "attention: expected doc_start of shape [2, 7], got [7]",
@@ -129,7 +130,7 @@ SHARED = [
     ),
     (
         lambda ops: attend(ops, doc_start=torch.zeros(2, 7, dtype=torch.int32, device=OTHER_DEVICE)),
-        f"attention: expected doc_start on {DEVICE} as q, got meta",
+        f"attention: expected doc_start on {PLACE} as q, got meta",
     ),
     # decode_attention
     (lambda ops: decode(ops, q=(2, 3, 32)), "decode_attention: expected q of shape [B, T, H, D], got [2, 3, 32]"),
@@ -141,7 +142,7 @@ SHARED = [
         lambda ops: decode(ops, lengths=ints(7.0, 7.0, dtype=torch.float32)),
         "decode_attention: expected lengths of an integer dtype, got torch.float32",
     ),
-    (lambda ops: decode(ops, lengths=ints(7, 7, device=OTHER_DEVICE)), f"decode_attention: expected lengths on {DEVICE} as q, got meta"),
+    (lambda ops: decode(ops, lengths=ints(7, 7, device=OTHER_DEVICE)), f"decode_attention: expected lengths on {PLACE} as q, got meta"),
     (
         lambda ops: decode(ops, change=lambda q, k, v: (q, k.half(), v)),
         "decode_attention: expected k of dtype torch.float32 as q, got torch.float16",
@@ -156,7 +157,7 @@ SHARED = [
         "swiglu: expected up of dtype torch.float32 as gate, got torch.float16",
     ),
     (lambda ops: gated(ops, (2, 8), change=lambda g: (g.long(),)), "swiglu: expected gate of a floating-point dtype, got torch.int64"),
-    (lambda ops: gated(ops, (2, 8), (2, 8), change=lambda g, u: (g, far(u))), f"swiglu: expected up on {DEVICE} as gate, got meta"),
+    (lambda ops: gated(ops, (2, 8), (2, 8), change=lambda g, u: (g, far(u))), f"swiglu: expected up on {PLACE} as gate, got meta"),
     # linear_cross_entropy
     (lambda ops: loss(ops, hidden=(2, 2, 32)), "linear_cross_entropy: expected hidden of shape [N, D], got [2, 2, 32]"),
     (lambda ops: loss(ops, weight=(97, 31)), "linear_cross_entropy: expected weight of shape [V, 32], got [97, 31]"),
@@ -171,11 +172,11 @@ SHARED = [
     ),
     (
         lambda ops: loss(ops, change=lambda h, w: (h, far(w))),
-        f"linear_cross_entropy: expected weight and targets on {DEVICE} as hidden, got (device",
+        f"linear_cross_entropy: expected weight and targets on {PLACE} as hidden, got (device",
     ),
     (
         lambda ops: loss(ops, targets=ints(0, 1, 2, 3, device=OTHER_DEVICE)),
-        f"linear_cross_entropy: expected weight and targets on {DEVICE} as hidden",
+        f"linear_cross_entropy: expected weight and targets on {PLACE} as hidden",
     ),
     (lambda ops: loss(ops, reduction="max"), "linear_cross_entropy: expected reduction 'mean', 'sum' or 'none', got 'max'"),
     (lambda ops: loss(ops, z_loss=-0.1), "linear_cross_entropy: expected z_loss >= 0, got -0.1"),

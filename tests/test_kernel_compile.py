@@ -25,7 +25,8 @@ doc_start[0, 4:] = 4
 
 def build():
     torch.manual_seed(0)
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=64, num_hidden_layers=1), backend="triton").to(device)
+    with torch.device(device):
+        return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=64, num_hidden_layers=1), backend="triton")
 
 for inputs in ((ids, ids), (ids, ids, doc_start)):
     eager, model = build(), build()

@@ -334,6 +334,8 @@ def test_more_rows_are_composed(batch, new, monkeypatch):
 
 # Bad input
 
+PLACE = torch.empty(0, device=DEVICE).device  # as a tensor names it: "cuda:0" where DEVICE is "cuda"
+
 
 def changed(**changes):
     """Arguments of which some are other; a callable makes one of what was there."""
@@ -352,7 +354,7 @@ BAD = [
     (lambda: changed(value_cache=lambda x: x[:, :39]), "value cache of shape [2, 40, 1, 32] as the key cache, got [2, 39, 1, 32]"),
     (lambda: changed(lengths=lambda x: x[:1]), "lengths of shape [2], got [1]"),
     (lambda: changed(lengths=lambda x: x.float()), "lengths of an integer dtype, got torch.float32"),
-    (lambda: changed(lengths=lambda x: x.to("meta")), f"lengths on {DEVICE} as x, got meta"),
+    (lambda: changed(lengths=lambda x: x.to("meta")), f"lengths on {PLACE} as x, got meta"),
     (lambda: changed(cos=lambda x: x[:, :1]), "cos of shape [2, 16] or [2, 2, 16], got [2, 1, 16]"),
     (lambda: changed(sin=lambda x: x[0]), "sin of shape [2, 2, 16] as cos, got [2, 16]"),
     (lambda: changed(sin=lambda x: x.half()), "cos and sin of one floating-point dtype, got torch.float16"),

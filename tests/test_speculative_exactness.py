@@ -237,7 +237,8 @@ def test_an_abandoned_text_has_counted_what_it_gave(model):
 
 def test_on_the_triton_decode_path():
     device, new = ("cuda", NEW) if torch.cuda.is_available() else ("cpu", 6)  # in the interpreter
-    model = random_model(0, backend="triton", vocab_size=128, num_hidden_layers=1).to(device)
+    with torch.device(device):
+        model = random_model(0, backend="triton", vocab_size=128, num_hidden_layers=1)
     prompt = [token % 128 for token in RANDOM[:3]] * 2
     for draft in (PromptLookup(), DraftModel(Engine(model), 4)):
         assert flat(runs(model, prompt, draft, new=new)) == plain(model, prompt, new=new)

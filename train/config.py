@@ -29,6 +29,7 @@ DECAY_SHAPES = ("linear", "1-sqrt")
 DECAYED = ("matrices", "all")
 DTYPES = ("fp32", "bf16")
 SHARDING = ("none", "full", "hybrid")
+CUDA_GRAPH = ("auto", "true", "false")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # Keys that a source of a mixture may have of its own, besides name and weight.
 SOURCE_KEYS = ("data", "paths", "dataset", "dataset_config", "dataset_split", "dataset_revision", "text_column")
@@ -136,7 +137,9 @@ class RunConfig:
     backend: str = _key("auto", "operations: auto, torch, triton, or single replacements as triton,attention=torch")
     device: str = _key("auto", "auto, cpu, cuda or mps")
     compile: bool = _key(False, "torch.compile the model")
-    cuda_graph: bool = _key(False, "capture the whole step in a CUDA graph and replay it (one GPU)")
+    cuda_graph: str = _key(
+        "auto", "capture the whole step in a CUDA graph and replay it: auto (on one GPU, where the other keys allow it), true or false"
+    )
     sharding: str = _key(
         "none",
         "torchrun: none (each process has a whole copy, DDP), full (one copy, cut over all processes) or hybrid (one per shard_size)",
@@ -167,6 +170,9 @@ class RunConfig:
         False, "let the tracker use the network: wandb's servers, or trackio's TRACKIO_SPACE_ID; false: it writes to this machine alone"
     )
 
+    def __post_init__(self) -> None:
+        self.cuda_graph = str(self.cuda_graph).lower()  # true and false are what YAML, and programs, have for them
+
     @property
     def held_out_fraction(self) -> float:
         """The part of the source's documents that is not trained on."""
@@ -184,7 +190,7 @@ class RunConfig:
                     raise UsageError(f"{name}: expected {allowed}, got {value!r}")
         if self.data == "local" and not self.paths:
             raise UsageError("paths: expected files, folders or globs for data=local, got none; for example paths=corpus/*.parquet")
-        if self.cuda_graph and self.optimizer == "muon":
+        if self.cuda_graph == "true" and self.optimizer == "muon":
             raise UsageError("cuda_graph: torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon")
         if self.optimizer != "muon":
             given = [name for name in ("muon_lr", "muon_weight_decay") if getattr(self, name) is not None]
@@ -194,7 +200,7 @@ class RunConfig:
             self._check_sharding()
         elif self.shard_size:
             raise UsageError("shard_size: only read with sharding=hybrid, got sharding=none; add sharding=hybrid or drop it")
-        if self.cuda_graph and self.gradient_checkpointing:
+        if self.cuda_graph == "true" and self.gradient_checkpointing:
             raise UsageError("cuda_graph: a captured step cannot recompute activations; drop it, or gradient_checkpointing=true")
         if self.data == "mixture" and not self.mixture:
             raise UsageError(
@@ -258,7 +264,7 @@ class RunConfig:
         if self.shard_size < 0 or (self.shard_size and self.sharding != "hybrid"):
             raise UsageError(f"shard_size: expected 0, or with sharding=hybrid a number of processes, got {self.shard_size}; drop it")
         for name in ("compile", "cuda_graph"):
-            if getattr(self, name):
+            if getattr(self, name) in (True, "true"):
                 raise UsageError(f"{name}: expected false with sharding={self.sharding}, got true; drop one of them")
         if self.optimizer != "adamw":
             raise UsageError(f"optimizer: expected adamw with sharding={self.sharding}, got {self.optimizer}; it updates whole matrices")
@@ -330,6 +336,7 @@ _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("dtype",), *_choice(DTYPES)),
     (("device",), *_choice(DEVICES)),
     (("sharding",), *_choice(SHARDING)),
+    (("cuda_graph",), *_choice(CUDA_GRAPH)),
     (("model", "tokenizer", "dataset", "dataset_split", "text_column", "token_cache", "backend", "output_dir",
       "resume", "tracker_project"), "some text",
      lambda value: value.strip() != ""),

@@ -31,19 +31,21 @@ def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matr
     ]
 
 
-def build_optimizer(model: nn.Module, config: RunConfig, device: torch.device | None = None) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: RunConfig, device: torch.device | None = None, captured: bool = False
+) -> torch.optim.Optimizer:
     """MuonWithAdamW with optimizer=muon, else AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in its fused form: one launch for all
     parameters.
 
-    The fused form also takes `found_inf`, with which a step is skipped on the device; see `update`. With cuda_graph the learning rate
-    is a tensor on the device: a captured step reads it anew at every replay.
+    The fused form also takes `found_inf`, with which a step is skipped on the device; see `update`. captured: the learning rate
+    is then a tensor on the device, which a captured step reads anew at every replay.
     """
     if config.optimizer == "muon":
         return MuonWithAdamW(model, config)
     beta1, beta2 = config.betas
     groups = parameter_groups(model, config.weight_decay, config.weight_decay_on)
-    lr = torch.tensor(config.lr, device=device) if config.cuda_graph else config.lr
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, fused=True, capturable=config.cuda_graph)
+    lr = torch.tensor(config.lr, device=device) if captured else config.lr
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, fused=True, capturable=captured)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -41,7 +41,7 @@ from train.evaluation import evaluate, sample
 from train.mixture import MixtureCache, MixtureSource, mixture_lines
 from train.optim import StepGuard, build_optimizer, learning_rate, set_learning_rate
 from train.rng import rng_states, seed_generators, set_rng_states
-from train.step import CapturedStep, TrainStep
+from train.step import CapturedStep, TrainStep, capture_choice
 from train.token_cache import TokenCache, open_caches
 
 INSTRUCT = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -69,6 +69,8 @@ class Run:
     progress: Progress
     held_out: tuple[Tensor, Tensor]  # ids and doc_start [R, T]
     entropy: float | None  # unigram entropy of the held-out tokens, nats
+    captured: bool  # a step is one CUDA graph
+    why: str  # it is, or is not
 
 
 def build(config: RunConfig, world: World) -> Run:
@@ -76,6 +78,7 @@ def build(config: RunConfig, world: World) -> Run:
     folder = Path(config.output_dir).expanduser()
     _check_folder(folder, config.resume)
     _check_device(config, world)
+    captured, why = capture_choice(config, world)
     checkpoint = world.from_main(lambda: find_checkpoint(config.resume, folder, print))
     progress, state = load_progress(checkpoint) if checkpoint else (None, {})
     if progress is not None:
@@ -121,7 +124,8 @@ def build(config: RunConfig, world: World) -> Run:
     else:
         forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
         settle_buckets(world, forward, min(config.batch_size, config.rows_per_step // world.size), config.sequence_length)
-    optimizer, guard = build_optimizer(model, config, world.device), StepGuard(world.device, config.spike_zscore)
+    optimizer = build_optimizer(model, config, world.device, captured)
+    guard = StepGuard(world.device, config.spike_zscore)
     seed_generators(config.seed + world.rank)  # dropout differs between ranks; weights came from the same seed
     if checkpoint and progress is not None:
         load_moments(checkpoint, model, optimizer)
@@ -133,7 +137,7 @@ def build(config: RunConfig, world: World) -> Run:
     progress.config, progress.backend, progress.ranks = asdict(config), model.backend.name, world.size
     return Run(
         config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
-        entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None,
+        entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None, captured=captured, why=why,
     )  # fmt: skip
 
 
@@ -157,8 +161,6 @@ def _check_device(config: RunConfig, world: World) -> None:
             f"(batch_size x grad_accumulation), got {world.size}"
         )
     sharding.check(config, world)
-    if config.cuda_graph and (world.device.type != "cuda" or world.size > 1):
-        raise UsageError(f"cuda_graph: needs one CUDA device, got {world.device.type} and {world.size} process(es); drop cuda_graph=true")
 
 
 def _model_source(name: str) -> str | Path:
@@ -225,6 +227,7 @@ def print_plan(run: Run, origin: str) -> None:
         "model": f"{model.num_parameters():,} parameters, {origin_of_weights}",
         "backend": f"{backend}, on {run.world.device}{threads}{ranks}",
         "steps": f"{config.steps:,} of {config.tokens_per_step:,} tokens ({rows_per_step})",
+        "launches": f"{'one CUDA graph a step' if run.captured else 'one by one'} ({run.why})",
         "folder": str(run.folder),
     }
     for name, fact in facts.items():
@@ -257,7 +260,7 @@ def loop(run: Run) -> int:
         validation_fraction=config.held_out_fraction, cursor=progress.data.cursor, workers=config.workers, cache=run.cache,
         rank=world.rank, world=world.size, pin=world.device.type == "cuda",
     )  # fmt: skip
-    train_step = (CapturedStep if config.cuda_graph else TrainStep)(run.forward, run.optimizer, run.guard, config, world)
+    train_step = (CapturedStep if run.captured else TrainStep)(run.forward, run.optimizer, run.guard, config, world)
     sharded = config.sharding != "none"
     writers = sharding.writers(world) if sharded else World(world.device)
     saver = Saver(run.folder, config.keep_checkpoints, config.keep_every, background=config.background_save, writers=writers)
@@ -285,12 +288,12 @@ def loop(run: Run) -> int:
                 gc.collect()
                 gc.freeze()  # what exists now lives until the end: no need to look at it again in every collection
             if last or progress.step == first or progress.step % config.log_every == 0:
-                progress.skipped_steps = int(run.guard.skipped)
+                progress.skipped_steps, longest = int(run.guard.skipped), run.guard.longest()  # the device is waited for in one place
                 reporter.log(float(loss), float(gradient_norm), lr)
-                if run.guard.longest() >= config.max_skipped_steps:
+                if longest >= config.max_skipped_steps:
                     _save(run, saver, final=True)
                     raise FloatingPointError(
-                        f"{run.guard.longest()} steps in a row had a loss or gradients that are not finite (or spikes), up to step "
+                        f"{longest} steps in a row had a loss or gradients that are not finite (or spikes), up to step "
                         f"{progress.step}; those steps were left out; continue with resume=auto and a lower lr"
                     )
             if not stopped and len(run.held_out[0]) and _due(config.eval_every, progress.step, last):

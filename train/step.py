@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from smollm2.cli import UsageError
 from train import sharding
 from train.config import RunConfig
 from train.data import Batch
@@ -19,6 +20,25 @@ from train.distributed import World
 from train.optim import StepGuard, clip_gradients, update
 
 EAGER_STEPS = 2  # before a capture: memory is allocated and kernels are compiled in them; they train like any other
+
+
+def capture_choice(config: RunConfig, world: World) -> tuple[bool, str]:
+    """(Whether the step is captured in a CUDA graph, why). Raises UsageError where cuda_graph=true cannot be."""
+    alone = world.device.type == "cuda" and world.size == 1
+    if config.cuda_graph == "true" and not alone:
+        raise UsageError(f"cuda_graph: needs one CUDA device, got {world.device.type} and {world.size} process(es); drop cuda_graph=true")
+    if config.cuda_graph != "auto":
+        return config.cuda_graph == "true", "asked for"
+    obstacles = {
+        f"the device is {world.device.type}": world.device.type != "cuda",
+        f"there are {world.size} processes": world.size > 1,
+        "Muon cannot be captured": config.optimizer == "muon",
+        "a captured step cannot recompute activations": config.gradient_checkpointing,
+        "compile=true has graphs of its own": config.compile,
+        "dropout draws anew in every step": config.attention_dropout > 0,
+    }
+    obstacle = next((text for text, there in obstacles.items() if there), None)
+    return obstacle is None, f"auto: {obstacle or 'one GPU'}"
 
 
 class TrainStep:

@@ -1,0 +1,92 @@
+"""`python -m bench.train_step`: rows come as they are measured, in order of value, and no error takes one away that was there."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import launches, train_step
+from bench.part import Part, read_json
+from bench.timing import alone
+from smollm2.config import SmolLM2Config
+
+CONFIG = SmolLM2Config.preset("tiny", num_hidden_layers=1)
+IDS = torch.randint(CONFIG.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Part:
+    return Part("step", argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "step.json", seconds=600.0))
+
+
+def rows(part: Part, variant: str) -> dict[str, dict[str, Any]]:
+    return dict(train_step.attempt(variant, CONFIG, IDS, part, None, None))
+
+
+def test_a_profiler_error_costs_the_launches_only(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUPTI is busy")
+
+    monkeypatch.setattr(launches, "count", broken)
+    row = rows(part, "torch")["torch"]
+    assert row["launches_failed"] == "RuntimeError: CUPTI is busy"
+    assert row["step_ms"] > 0 and len(row["losses"]) == train_step.COMPARED_STEPS
+
+
+def test_a_variant_that_fails_is_a_row_with_its_message(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise torch.OutOfMemoryError("78 of 79 GB are in use")
+
+    monkeypatch.setattr(train_step, "build", broken)
+    assert rows(part, "torch") == {"torch": {"failed": "OutOfMemoryError: 78 of 79 GB are in use"}}
+
+
+def test_a_graph_needs_a_gpu_and_time_may_run_out(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows(part, "triton+graph") == {"triton+graph": {"failed": "needs a GPU"}}
+    monkeypatch.setattr(part, "left", lambda: -1.0)
+    assert rows(part, "torch") == {"torch": {"failed": "no time was left"}}
+
+
+def test_what_compiles_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def attempt(variant: str, *_: object) -> list[tuple[str, dict[str, Any]]]:
+        asked.append(variant)
+        return [(variant, {"failed": "not tried"})]
+
+    monkeypatch.setattr(train_step, "attempt", attempt)
+    assert train_step.main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "step.json")]) == 0
+    compiled = [index for index, name in enumerate(asked) if "+compile" in name]
+    assert compiled == list(range(len(asked) - len(compiled), len(asked)))
+    assert asked[:2] == ["triton", "triton+graph"]
+    assert set(read_json(tmp_path / "step.json")["step"]["variants"]) == set(asked)
+
+
+def test_all_logits_are_the_same_loss() -> None:
+    ours, whole = (train_step.build(CONFIG, name, torch.device("cpu"))(IDS, IDS).loss for name in ("torch", "torch,all-logits"))
+    assert whole.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_a_lock_is_waited_for_and_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    done = threading.Event()
+
+    def measure() -> None:
+        with alone(path):
+            done.set()
+
+    with path.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=measure)
+        waiting.start()
+        assert not done.wait(0.2)
+    waiting.join()
+    assert done.is_set()
+    with alone(None), alone(path):
+        pass

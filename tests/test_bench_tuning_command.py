@@ -1,0 +1,56 @@
+"""`python -m bench.tuning`: a launch is forced for its operation alone, and one that computes something else is named, not timed."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from bench import tuning
+from bench.ops import Case, Shapes, cases
+from bench.work import Cost, Work
+from kernels import TORCH
+from kernels.launch_config import TABLE, Launch, launch_config
+from smollm2.config import SmolLM2Config
+
+CPU = torch.device("cpu")
+
+
+def test_every_line_of_the_table_has_candidates_and_a_case() -> None:
+    assert {op.partition(" ")[0] for op in tuning.CANDIDATES} == set(TABLE)
+    shapes = Shapes(SmolLM2Config.preset("tiny", num_hidden_layers=1), 1, 8, torch.float32, CPU)
+    found = {case.op: case for case in cases(shapes, TORCH, "eager")}
+    assert {case for case, _, _ in tuning.CANDIDATES.values()} <= found.keys()
+
+
+def test_every_module_that_asks_the_table_is_told() -> None:
+    launch = Launch(7, 7, 7)
+    with tuning.forced("swiglu", launch) as table:
+        for name in tuning.MODULES:
+            module = import_module(f"kernels.{name}")
+            assert module.launch_config("swiglu", torch.float32, CPU, 8) == launch
+            assert module.launch_config("rope", torch.float32, CPU, 8) == launch_config("rope", torch.float32, CPU, 8)
+    assert table == [launch_config("swiglu", torch.float32, CPU, 8)]
+    assert import_module("kernels.swiglu").launch_config is launch_config
+
+
+class Plus(torch.autograd.Function):
+    """2 x + what the forced launch says: a stand-in for a kernel whose launch changes its result."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x + import_module("kernels.swiglu").launch_config("swiglu", x.dtype, x.device, 8).num_stages - 1
+
+    @staticmethod
+    def backward(ctx: object, dy: torch.Tensor) -> torch.Tensor:
+        return 2 * dy
+
+
+@pytest.mark.parametrize("stages, wrong", [(1, False), (100, True)])
+def test_a_launch_with_another_result_is_not_timed(stages: int, wrong: bool) -> None:
+    shapes = Shapes(SmolLM2Config.preset("tiny"), 1, 4, torch.float32, CPU)
+    case = Case("double", Cost(Work(1, 1), Work(1, 1)), lambda seed: [torch.ones(4, requires_grad=True)], {"triton": Plus.apply})
+    first, second = tuning.measure(case, "swiglu", "forward", [Launch(4, 512, 4, stages)], shapes, tiny=True)
+    assert first["of_table"] and "us" in first
+    assert ("failed" in second) == wrong and ("us" in second) != wrong

@@ -1,0 +1,62 @@
+"""Whether a step is captured in a CUDA graph: on one GPU unless something in the way is named, and never against the user's word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from smollm2.cli import UsageError
+from train.config import RunConfig
+from train.distributed import World
+from train.step import capture_choice
+
+GPU = World(torch.device("cuda"))
+CPU = World(torch.device("cpu"))
+
+
+def test_auto_captures_on_one_gpu() -> None:
+    assert capture_choice(RunConfig(), GPU) == (True, "auto: one GPU")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(optimizer="muon"), "auto: Muon cannot be captured"),
+        (dict(gradient_checkpointing=True), "auto: a captured step cannot recompute activations"),
+        (dict(compile=True), "auto: compile=true has graphs of its own"),
+        (dict(attention_dropout=0.1), "auto: dropout draws anew in every step"),
+    ],
+)
+def test_auto_names_what_is_in_the_way(changes: dict[str, Any], reason: str) -> None:
+    config = RunConfig(**changes)
+    config.validate()
+    assert capture_choice(config, GPU) == (False, reason)
+
+
+def test_auto_on_other_devices_and_with_several_processes() -> None:
+    assert capture_choice(RunConfig(), CPU) == (False, "auto: the device is cpu")
+    several = World(torch.device("cuda"), rank=0, size=2)
+    assert capture_choice(RunConfig(), several) == (False, "auto: there are 2 processes")
+
+
+@pytest.mark.parametrize("given", [True, "true", "True"])
+def test_true_is_taken_at_its_word(given: Any) -> None:
+    config = RunConfig(cuda_graph=given, attention_dropout=0.1)
+    config.validate()
+    assert capture_choice(config, GPU) == (True, "asked for")
+    with pytest.raises(UsageError, match="cuda_graph: needs one CUDA device, got cpu"):
+        capture_choice(config, CPU)
+
+
+@pytest.mark.parametrize("given", [False, "false"])
+def test_false_is_taken_at_its_word(given: Any) -> None:
+    config = RunConfig(cuda_graph=given)
+    config.validate()
+    assert capture_choice(config, GPU) == (False, "asked for")
+
+
+def test_another_word_is_refused() -> None:
+    with pytest.raises(UsageError, match="cuda_graph: expected one of auto, true, false, got 'perhaps'"):
+        RunConfig(cuda_graph="perhaps").validate()
