@@ -67,9 +67,15 @@ def gather(folder: Path) -> tuple[list[Figure], list[str]]:
 def bandwidths(content: dict[str, Any], figures: list[Figure]) -> list[tuple[str, float]]:
     """(device, bytes per second) of every copy and read of main memory that the file has measured."""
     seen = [(figure.facts["device"], 1e9 * figure.facts["copy_gb_per_s"]) for figure in figures if "copy_gb_per_s" in figure.facts]
-    for section in (content.get("roofline", {}), content.get("generation", {}).get("bandwidth", {})):
-        seen += [(content["device"], 1e9 * section[name]) for name in ("copy_gb_per_s", "read_gb_per_s") if name in section]
+    measured = {"copy_gb_per_s", "read_gb_per_s", "in_place_gb_per_s"}
+    for section in (content.get("roofline", {}), content.get("generation", {}).get("bandwidth", {}), _roof(content.get("kernels"))):
+        seen += [(content["device"], 1e9 * section[name]) for name in measured & section.keys()]
     return seen
+
+
+def _roof(section: Any) -> dict[str, float]:
+    """Of bench.kernels; nothing of a section of another form."""
+    return section.get("roof", {}) if isinstance(section, dict) else {}
 
 
 def _with_limit(figure: Figure, fastest: dict[str, float]) -> Figure:

@@ -1,9 +1,14 @@
 """`python -m bench.kernels`: every operation, forward and backward, beside what one would use instead, and how far from the roof.
 
-For 32 x 512 tokens of the 135M model: median time by CUDA graph replay with a cold L2, bytes or operations per second, percent of the roof
-that this machine reaches in a plain copy or matrix product (measured in the same run), time of a plain call, and of a plain call through
-autograd forward and backward. A variant is compared with the reference before it is timed, and not timed if it is wrong. A library that
+For 32 x 512 tokens of the 135M model: median time by CUDA graph replay with a cold L2, bytes or operations per second, percent of the roof,
+time of a plain call, and of a plain call through autograd forward and backward. The roof is measured in the same run: the best bandwidth of
+a copy, of reading and of an update in place, or the rate of a large matrix product. A variant is compared with the reference before it is
+timed, and not timed if it is wrong. One that no graph can hold is timed by plain calls, its row says "captured": false. A library that
 cannot be measured here is named with its version and the reason.
+
+What torch.compile makes takes longer to compile than all else to measure, and comes in a second pass over all operations ("pass": 2), so
+that the first one is whole when time runs out. Variants of one pass are timed in turns. Ours is timed in both: rows of the second pass say
+as "triton_us" what it took in turns with them, and "us" over "triton_us" is the ratio to trust.
 Then kernel launches and bytes of one layer and one step.
 """
 
@@ -13,7 +18,7 @@ import contextlib
 import gc
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +44,8 @@ OPS = (
     "add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "rms_norm", "rope_qkv", "decode_attention", "decode_layer",
     "decode_head", "rope",
 )  # fmt: skip
+OURS = "triton"
+COMPILED = ("compile", "flex", "flex decode")  # by torch.compile: the second pass
 
 
 class Variant:
@@ -113,8 +120,10 @@ def error(found: list[Tensor], truth: list[Tensor]) -> float:
     return worst
 
 
-def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: bool) -> list[dict[str, Any]]:
-    """One row per phase and variant; a variant that fails or is wrong gets a row that says so."""
+def measure(
+    case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: bool, names: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """One row per phase and variant; a variant that fails or is wrong gets a row that says so. names: these variants only."""
     # Many sets, so that what lies between two replays costs little, and that a set is cold when its turn comes again.
     whole = case.cost.forward + case.cost.backward
     most = SET_BYTES / len(case.variants) / max(1, whole.bytes)
@@ -125,7 +134,7 @@ def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: boo
     ready: dict[str, Variant] = {}
     errors: dict[str, float | None] = {}
     rows: list[dict[str, Any]] = []
-    for name in case.variants:
+    for name in case.variants if names is None else [name for name in case.variants if name in names]:
         try:
             variant = Variant(case, name, sets)
             errors[name] = None if name in case.unchecked or truth is None else error(variant.results(), truth)
@@ -144,10 +153,10 @@ def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: boo
         ready[name] = variant
     del truth
     for phase in next(iter(ready.values())).phases() if ready else ():
-        replays = {}
+        replays, captured = {}, {}
         for name, variant in ready.items():
             try:
-                replays[name] = timing.replayable(variant.phases()[phase], shapes.device)
+                replays[name], captured[name] = timing.replayable_or_plain(variant.phases()[phase], shapes.device)
             except Exception as failure:  # noqa: BLE001 - as above
                 rows.append({"op": case.op, "phase": phase, "variant": name, "failed": one_line(failure)})
         samples = timing.alternate(replays, shapes.device, calls=sets, rounds=1 if tiny else 30)
@@ -162,12 +171,19 @@ def measure(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: boo
                     "gb_per_s": round(todo.bytes / sample.us / 1e3, 1), "tflops": round(todo.flops / sample.us / 1e6, 3),
                     "percent_of_roof": round(100 * todo.floor(bandwidth, rate) * 1e6 / sample.us, 1),
                     "plain_us" if phase == "forward" else "autograd_us": round(plain.us, 1),
-                    "error": errors[name],
+                    "captured": captured[name], "error": errors[name],
                 }
             )  # fmt: skip
             if phase != "forward" and shapes.device.type == "cuda":
                 rows[-1]["peak_mb"] = round(peak_memory(call, shapes.device) / 1e6, 1)
     return rows
+
+
+def measure_compiled(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: bool) -> list[dict[str, Any]]:
+    """The rows of what torch.compile makes, each with what ours took in turns with it."""
+    rows = measure(case, shapes, bandwidth, rate, tiny, {OURS, *COMPILED})
+    ours = {row["phase"]: {"triton_us": row["us"]} for row in rows if row["variant"] == OURS and "us" in row}
+    return [row if "failed" in row else {**row, **ours.get(row["phase"], {})} for row in rows if row["variant"] != OURS]
 
 
 def every_case(shapes: Shapes, backend: Backend, compiler: str, tiny: bool) -> list[Case]:
@@ -191,7 +207,7 @@ def kernel_standing(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The rows of one operation as a table."""
-    lines = []
+    lines, graphs = [], any(row.get("captured") for row in rows)
     for row in rows:
         label = f"{row['op']:26}{row.get('phase', ''):17}{row['variant']:14}"
         if "failed" in row:
@@ -199,16 +215,19 @@ def show(rows: list[dict[str, Any]]) -> str:
             continue
         plain = row.get("plain_us", row.get("autograd_us"))
         accuracy = "" if row["error"] is None else f"{row['error']:.1e}"
+        beside = f"{row['triton_us']:10.1f}" if "triton_us" in row else ""
         lines.append(
             f"{label}{row['us']:10.1f}{100 * row['spread']:6.1f}%{row['gb_per_s']:9,.0f}{row['tflops']:9.1f}"
-            f"{row['percent_of_roof']:8.1f}%{plain:11.1f}  {accuracy}"
+            f"{row['percent_of_roof']:8.1f}%{plain:11.1f}  {accuracy:7}{beside}{'  not captured' if graphs and not row['captured'] else ''}"
         )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 HEADER = (
-    f"{'operation':26}{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}  error\n"
-    "eager us: a plain call; in rows of a backward pass a plain call through autograd, forward and backward"
+    f"{'operation':26}{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}"
+    f"  {'error':7}{'ours us':>10}\n"
+    "eager us: a plain call; in rows of a backward pass a plain call through autograd, forward and backward\n"
+    "ours us: in turns with what torch.compile makes, in the second pass"
 )
 
 
@@ -269,33 +288,41 @@ def main(argv: Sequence[str]) -> int:
     shapes = Shapes(part.model(options.model), *((1, 8) if part.tiny else FULL), DTYPES[dtype], part.device)
     torch._functorch.config.donated_buffer = False  # a compiled backward pass may otherwise run only once
 
-    bandwidth, rate = roofline.copy_bandwidth(part.device, part.tiny), roofline.matmul_rate(shapes.dtype, part.device, part.tiny)
+    bandwidths, rate = roofline.bandwidths(part.device, part.tiny), roofline.matmul_rate(shapes.dtype, part.device, part.tiny)
+    bandwidth = max(bandwidths.values())
+    speeds = {f"{name}_gb_per_s": roofline.digits(speed / 1e9) for name, speed in (*bandwidths.items(), ("memory", bandwidth))}
     part.save(
         model=options.model, dtype=dtype, batch=shapes.batch, length=shapes.length,
-        roof={"copy_gb_per_s": roofline.digits(bandwidth / 1e9), "matmul_tflops": roofline.digits(rate / 1e12)}, rows=[],
+        roof={**speeds, "matmul_tflops": roofline.digits(rate / 1e12)}, rows=[],
     )  # fmt: skip
     print(f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.1f} TFLOP/s")
     print(HEADER, flush=True)
 
     part.save(work=work_table(full))
     backend = select_backend("triton", part.device)
+    chosen = [
+        case
+        for case in every_case(shapes, backend, "aot_eager" if part.tiny else "inductor", part.tiny)
+        if not options.op or case.op.partition(" ")[0] in options.op
+    ]
     left_out = []
-    for case in every_case(shapes, backend, "aot_eager" if part.tiny else "inductor", part.tiny):
-        if options.op and case.op.partition(" ")[0] not in options.op:
-            continue
+    for number, case in [(1, case) for case in chosen] + [(2, case) for case in chosen if case.variants.keys() & {*COMPILED}]:
         if part.left() < 0:
-            left_out.append(case.op)
+            left_out.append(case.op if number == 1 else f"{case.op}, compiled")
             continue
         try:
-            rows = measure(case, shapes, bandwidth, rate, part.tiny)
+            if number == 1:
+                rows = measure(case, shapes, bandwidth, rate, part.tiny, case.variants.keys() - {*COMPILED})
+            else:
+                rows = measure_compiled(case, shapes, bandwidth, rate, part.tiny)
         except Exception as failure:  # noqa: BLE001 - the specification itself may run out of memory; the others still have their turn
             rows = [{"op": case.op, "variant": "reference", "failed": one_line(failure)}]
         print(show(rows), flush=True)
-        part.save(rows=[*part.data["rows"], *rows])
+        part.save(rows=[*part.data["rows"], *({**row, "pass": number} for row in rows)])
         gc.collect()
         torch.compiler.reset()
     if left_out:
-        print(f"no time was left for {', '.join(left_out)}")
+        print(f"no time was left for {'; '.join(left_out)}")
         part.save(left_out=left_out)
     part.save(peers=kernel_standing(part.data["rows"]))
     print(*peers.not_measured(part.data["peers"]), sep="\n")

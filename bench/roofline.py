@@ -64,6 +64,11 @@ def other_bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
     return {name: passes * source.nbytes / samples[name].us * 1e6 for name, passes in (("read", 1), ("in_place", 2))}
 
 
+def bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
+    """Bytes per second of copy, read and in_place. The best of them is the roof of whatever both reads and writes."""
+    return {"copy": copy_bandwidth(device, tiny), **other_bandwidths(device, tiny)}
+
+
 def matmul_rate(dtype: torch.dtype, device: torch.device, tiny: bool) -> float:
     """Floating-point operations per second of a large square product."""
     # A product reaches its rate at 2048 on a CPU, where torch imitates fp16 a hundred times slower than it has fp32.
@@ -242,14 +247,14 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--context: expected at least 2 keys, got {options.context}")
     part = MachinePart("roofline", options)
     part.save(environment=environment(part.device))
-    bandwidths = {"copy": copy_bandwidth(part.device, part.tiny), **other_bandwidths(part.device, part.tiny)}
-    part.save(**{f"{name}_gb_per_s": digits(bandwidth / 1e9) for name, bandwidth in bandwidths.items()})
+    measured = bandwidths(part.device, part.tiny)
+    part.save(**{f"{name}_gb_per_s": digits(bandwidth / 1e9) for name, bandwidth in measured.items()})
     rates = {}
     for name, dtype in DTYPES.items():
         rates[name] = digits(matmul_rate(dtype, part.device, part.tiny) / 1e12)
         part.save(matmul_tflops=rates)
     shown = ", ".join(f"{name} {rate:,.4g}" for name, rate in rates.items())
-    moved = ", ".join(f"{name} {bandwidth / 1e9:,.4g}" for name, bandwidth in bandwidths.items())
+    moved = ", ".join(f"{name} {bandwidth / 1e9:,.4g}" for name, bandwidth in measured.items())
     print(f"{moved} GB/s; matmul {shown} TFLOP/s", flush=True)
     if options.roof_only:
         return part.finish()
@@ -260,8 +265,8 @@ def main(argv: Sequence[str]) -> int:
     batch, length = (1, 8) if part.tiny else SIZES[part.device.type]
     keys = min(options.context, 8 if part.tiny else config.max_position_embeddings)
     backends = [select_backend("torch"), *([select_backend("triton", part.device)] if part.device.type == "cuda" else [])]
-    roof = max(bandwidths.values()), rates[short] * 1e12
-    reading = bandwidths["read"], rates[short] * 1e12
+    roof = max(measured.values()), rates[short] * 1e12
+    reading = measured["read"], rates[short] * 1e12
     rounds = 1 if part.tiny else 3
     shapes_of = "a tiny model" if part.tiny else options.model
     part.save(model=options.model, dtype=short, batch=batch, length=length, context=keys)

@@ -19,8 +19,8 @@ def summarise(folder: Path) -> str:
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if name in versions)
     lines = [f"{head.get('device', 'no results')}; {libraries}; commit {head.get('commit', '')[:12]}; {head.get('date', '')}"]
     makers = (
-        ("training", "step", step_lines), ("kernels", "kernels", kernels_lines), ("tests", "tests", tests_lines),
-        ("tests", "memcheck", memcheck_lines), ("generation", "generation", generation_lines), ("training", "run", run_lines),
+        ("training", "step", step_lines), ("tests", "tests", tests_lines), ("tests", "memcheck", memcheck_lines),
+        ("kernels", "kernels", kernels_lines), ("generation", "generation", generation_lines), ("training", "run", run_lines),
         ("training", "ladder", ladder_lines), ("kernels", "tuning", tuning_lines), ("kernels", "roofline", roofline_lines),
     )  # fmt: skip
     for name, section, make in makers:

@@ -1,7 +1,8 @@
 """Clocks. On a GPU: CUDA graphs replayed with a cold L2, timed by events. On a CPU: the wall clock, which measures nothing useful here.
 
 A kernel of this model runs for 10 to 50 us, about as long as Python needs to launch one. A graph takes the launches out of the
-figure; the wall clock around plain calls puts them back in, and both are reported.
+figure; the wall clock around plain calls puts them back in, and both are reported. What reads a value on the host has no graph: its plain
+calls are timed by the same events.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +56,16 @@ def alone(lock: Path | None) -> Iterator[None]:
         yield
 
 
+class NotCapturable(RuntimeError):
+    """A call that runs, but not while a CUDA graph is captured."""
+
+
 def replayable(prepare: Callable[[], Callable[[], object]], device: torch.device) -> Callable[[], object]:
     """What `prepare()` returns, as one captured CUDA graph; on a CPU a plain call.
 
     prepare runs on the stream of the capture: autograd runs a backward pass on the stream of its forward pass, and a capture must not
     leave its stream. What the call returns is kept, so that its tensors do not share memory with each other.
+    Raises NotCapturable, and whatever the call itself raises.
     """
     if device.type != "cuda":
         call = prepare()
@@ -71,18 +78,48 @@ def replayable(prepare: Callable[[], Callable[[], object]], device: torch.device
         for _ in range(2):  # compiles, and fills the caches of the libraries
             call()
     torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        _check_never_waits(call)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
             kept = call()
-    finally:
-        torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails leaves its own stream in place
+    except Exception as failure:  # that of the end of the capture; what ended it is its context
+        torch.cuda.set_stream(torch.cuda.default_stream(device))  # the capture leaves its own in place
+        with contextlib.suppress(RuntimeError):  # reports the error of the capture once more
+            torch.cuda.synchronize()
+        raise NotCapturable(str(failure.__context__ or failure)) from failure
     torch.cuda.synchronize()
 
     def replay(_kept: object = (call, kept)) -> None:
         graph.replay()
 
     return replay
+
+
+def replayable_or_plain(prepare: Callable[[], Callable[[], object]], device: torch.device) -> tuple[Callable[[], object], bool]:
+    """(`replayable`, whether it is a graph): a plain call where it cannot be captured, and on a CPU."""
+    with contextlib.suppress(NotCapturable):
+        return replayable(prepare, device), device.type == "cuda"
+    call = prepare()  # anew, on the stream that the clock looks at
+    call()
+    torch.cuda.synchronize()
+    return call, False
+
+
+def _check_never_waits(call: Callable[[], object]) -> None:
+    """Raises NotCapturable for a call that makes the host wait for the device: found out before a capture that it would spoil."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError as failure:
+            raise NotCapturable(str(failure)) from failure
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def alternate(replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30) -> dict[str, Sample]:

@@ -384,7 +384,14 @@ class SmolLM2ForCausalLM(nn.Module):
                 raise UsageError(f"input_ids: expected ids in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
 
     def pack(self) -> list[LayerWeights]:
-        """Packs the weights of every block and returns them. Repeated calls cost nothing. The parameters stay the same objects."""
+        """Packs the weights of every block and returns them. Repeated calls cost nothing. The parameters stay the same objects.
+
+        Makes the rotary tables too: torch.compile would take a forward that makes them for another one than all that follow, which find
+        them, and compile the model twice.
+        """
+        device = self.model.embed_tokens.weight.device
+        if device.type != "meta":
+            self.model.rotary(device)
         return [layer.pack() for layer in self.model.layers]  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> SmolLM2ForCausalLM:

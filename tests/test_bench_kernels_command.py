@@ -1,10 +1,12 @@
 """`python -m bench.kernels` on a CPU at toy size, and the pieces that its figures are made of."""
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -47,6 +49,33 @@ def test_rows_say_all_that_is_needed(measured):
     assert ("decode_attention", "forward", "triton") in found
     assert ("decode_attention", "backward", "triton") not in found  # a cache has no gradient
     assert {("decode_head", "forward", variant) for variant in ("triton", "reference", "compile")} <= found.keys()
+
+
+def test_the_roof_is_the_best_of_three_bandwidths(measured):
+    roof = measured[1]["roof"]
+    assert set(roof) == {"copy_gb_per_s", "read_gb_per_s", "in_place_gb_per_s", "memory_gb_per_s", "matmul_tflops"}
+    assert roof["memory_gb_per_s"] == max(roof[f"{name}_gb_per_s"] for name in ("copy", "read", "in_place"))
+
+
+def test_what_torch_compile_makes_comes_last_and_beside_ours(measured):
+    rows = measured[1]["rows"]
+    passes = [row["pass"] for row in rows]
+    assert passes == sorted(passes) and set(passes) == {1, 2}
+    assert all((row["variant"] in kernels.COMPILED) == (row["pass"] == 2) for row in rows)
+    timed = [row for row in rows if "us" in row]
+    assert all(("triton_us" in row) == (row["pass"] == 2) and not row["captured"] for row in timed)
+    assert {row["op"] for row in timed if row["pass"] == 2} == {"add_rms_norm", "decode_attention", "decode_head"}
+    figures = [(row["op"], row["phase"], row["variant"]) for row in timed]
+    assert len(figures) == len(set(figures))
+
+
+def test_without_time_nothing_of_either_pass_is_forgotten(project_root, tmp_path):
+    path = tmp_path / "kernels.json"
+    command = [sys.executable, "-m", "bench.kernels", "--device", "cpu", "--tiny", "--seconds", "0", "--op", "rope", "--json", str(path)]
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text(encoding="utf-8"))["kernels"]["left_out"] == ["rope", "rope, compiled"]
+    assert "no time was left for rope; rope, compiled" in done.stdout
 
 
 def test_libraries_that_were_not_measured_are_named(measured):
@@ -203,3 +232,73 @@ def test_a_sample_is_a_median_with_its_spread():
     sample = timing.Sample.of([10.0, 11.0, 12.0, 13.0, 100.0])
     assert sample.us == 12.0 and 0 < sample.spread < 5
     assert timing.Sample.of([7.0]) == timing.Sample(7.0, 0.0)
+
+
+class FakeGraphs:
+    """What `bench.timing` asks torch.cuda for, without a GPU. ends: what ends every capture."""
+
+    def __init__(self, monkeypatch, ends=None):
+        self.log, self.mode, self._ends = [], "default", ends
+        nothing = dict.fromkeys(("Stream", "CUDAGraph", "current_stream", "default_stream", "synchronize"), lambda *args: mock.MagicMock())
+        for name, fake in nothing.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: self.log.append("stream"))
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.log.append("capture")
+        yield
+        if self._ends:
+            raise self._ends
+
+
+CUDA = torch.device("cuda")
+
+
+def test_a_call_that_waits_for_the_device_is_not_captured_but_timed(monkeypatch):
+    fake = FakeGraphs(monkeypatch)
+
+    def call():
+        if fake.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return "ran"
+
+    timed, captured = timing.replayable_or_plain(lambda: call, CUDA)
+    assert timed() == "ran" and not captured
+    assert fake.log == [] and fake.mode == "default"  # nothing was begun that would have to be taken back
+    with pytest.raises(timing.NotCapturable, match="synchronizing"):
+        timing.replayable(lambda: call, CUDA)
+
+
+def test_after_a_failed_capture_the_call_is_timed_on_the_stream_of_all_others(monkeypatch):
+    fake = FakeGraphs(monkeypatch, ends=RuntimeError("invalidated"))
+    timed, captured = timing.replayable_or_plain(lambda: lambda: "ran", CUDA)
+    assert timed() == "ran" and not captured
+    assert fake.log == ["capture", "stream"]
+
+
+def test_a_call_that_can_be_captured_is_and_one_that_fails_fails(monkeypatch):
+    fake = FakeGraphs(monkeypatch)
+    assert timing.replayable_or_plain(lambda: lambda: None, CUDA)[1] and fake.log == ["capture"]
+
+    def broken():
+        raise RuntimeError("no kernel image")
+
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        timing.replayable_or_plain(lambda: broken, CUDA)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_after_a_call_that_reads_a_value_the_process_goes_on():
+    x = torch.ones(4, device="cuda")
+    timed, captured = timing.replayable_or_plain(lambda: lambda: x * x.sum().item(), CUDA)
+    assert not captured and torch.equal(timed(), 4 * x)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    good, captured = timing.replayable_or_plain(lambda: lambda: x.mul_(2.0), CUDA)
+    assert captured
+    assert timing.alternate({"good": good, "plain": timed}, CUDA, rounds=2)["plain"].us > 0

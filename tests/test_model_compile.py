@@ -1,0 +1,43 @@
+"""The model under torch.compile: one compilation serves every training step."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.train_step import TrainingStep, build
+from smollm2 import SmolLM2ForCausalLM
+from smollm2.config import SmolLM2Config
+
+CONFIG = SmolLM2Config.preset("tiny", num_hidden_layers=2)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("loss", ["torch", "torch,all-logits"])
+def test_a_second_step_and_new_weights_compile_nothing(loss: str, ids: Tensor) -> None:
+    """The first step once made the rotary tables, the second found them: the whole model was compiled twice."""
+    torch.compiler.reset()
+    model = build(CONFIG, loss, torch.device("cpu"))
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    step = TrainingStep(model, torch.compile(model, backend="eager"))
+    losses = [step(ids)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses += [step(ids) for _ in range(2)]
+        model.load_state_dict(first)
+        again = TrainingStep(model, step._forward)
+        assert [again(ids) for _ in range(3)] == losses
+    torch.compiler.reset()
+
+
+def test_the_rotary_tables_are_there_before_the_first_step() -> None:
+    model = SmolLM2ForCausalLM(CONFIG, "torch")
+    tables = model.model._rotary[torch.device("cpu")]
+    assert model.pack() and model.model.rotary(torch.device("cpu")) is tables
+    with torch.device("meta"):
+        empty = SmolLM2ForCausalLM(CONFIG, "torch")
+    assert not empty.model._rotary
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty.model._rotary[torch.device("cpu")][0], tables[0])
