@@ -67,7 +67,7 @@ def gather(folder: Path) -> tuple[list[Figure], list[str]]:
 def bandwidths(content: dict[str, Any], figures: list[Figure]) -> list[tuple[str, float]]:
     """(device, bytes per second) of every copy and read of main memory that the file has measured."""
     seen = [(figure.facts["device"], 1e9 * figure.facts["copy_gb_per_s"]) for figure in figures if "copy_gb_per_s" in figure.facts]
-    measured = {"copy_gb_per_s", "read_gb_per_s", "in_place_gb_per_s"}
+    measured = {"copy_gb_per_s", "read_gb_per_s"}
     for section in (content.get("roofline", {}), content.get("generation", {}).get("bandwidth", {}), _roof(content.get("kernels"))):
         seen += [(content["device"], 1e9 * section[name]) for name in measured & section.keys()]
     return seen
@@ -162,9 +162,9 @@ def operation(panel: str, op: str, phase: str, variant: str, seconds: float, flo
 
 
 def from_kernels(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
+    """Operations at the size of a step, and attention at every length, of which the size of the step is one."""
     if section.get("note") == INTERPRETER_NOTE:
         return []
-    """Operations at the size of a step, and attention at every length, of which the size of the step is one."""
     facts = {**origin, **{name: section[name] for name in ("dtype", "batch", "length", "note") if name in section}, **section["roof"]}
     panel = f"operations alone, {section['batch']} x {section['length']} tokens, {section['dtype']}"
     figures = []

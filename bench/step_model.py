@@ -1,7 +1,7 @@
 """`python -m bench.step_model TRACE`: one optimizer step, launch by launch: what the model of it predicted, and what a GPU took.
 
-The prediction is for the 135M model at 32 x 512 in bf16 on an H100, from bytes at 3.0 TB/s and products at 450 to 610 TFLOP/s, made before
-anything ran on a GPU. It stays as it was made; a trace (`bench.train_step --variant triton --traces DIR`) is held against it. Every kernel
+The prediction is for the 135M model at 32 x 512 in bf16 on an H100: bytes at 3.0 TB/s, products at 450 to 610 TFLOP/s, and nothing that was
+measured. A trace (`bench.train_step --variant triton --traces DIR`) is held against it. Every kernel
 of the trace belongs to one line, found from its own name or, for the products of torch's library, from the kernel of ours before it.
 """
 
@@ -119,7 +119,10 @@ def read(path: Path) -> list[tuple[str, float]]:
     """(name, microseconds) of the kernels in a trace file, in order. Raises LoadError."""
     try:
         trace = json.loads(path.read_text(encoding="utf-8"))
-        return [(trace["names"][number], float(us)) for number, _, us in trace["kernels"]]
+        kernels = [(str(trace["names"][number]), float(us)) for number, _, us in trace["kernels"]]
+        if not kernels or not all(us >= 0 for _, us in kernels):
+            raise ValueError("expected kernels and what they took")
+        return kernels
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise LoadError(f"{path}: not a trace of bench.train_step --traces ({type(error).__name__}: {error})") from None
 

@@ -6,7 +6,8 @@ targets that are not at hand (`python -m kernels.certify` does, and gates on spi
 
 Provenance of the entries: chosen by registers, spills, shared memory and the instructions in the compiled code at the pinned Triton. Those
 of sm_90 were timed at the shapes of the 135M model, 32 x 512 tokens in bf16, on an H100 with Triton 3.6 (`python -m bench.tuning`, figures
-in bench/results/h100/tuning.json): attention took the fastest of its candidates, the others kept their lines. No other target was measured.
+in bench/results/h100/tuning.json): attention took the fastest of its candidates. The others kept their lines, which were within 3 % of the
+best but for decode_o and decode_head; these were timed at 16 rows only. No other target was measured.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # block_m: rows, block_n: columns of a tile
     "swiglu": (Row(1 << 20, Launch(4, 512, num_warps=4)),),
     # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions: small tiles, or they spill.
-    # sm_90: measured, 512 tokens: forward 44.8 us (128 queries and eight warps: 53.4), dq 58 us (69), dk/dv 93 us (two stages: 118,
-    # because at Triton 3.6 they spill). At 2,048 tokens and more these lines were not measured.
+    # sm_90, measured at 512 tokens: forward 44.8 us (128 queries and eight warps: 53.4); the whole backward pass 174 us with this dq and
+    # 161 with this dk/dv (two stages, which spill at Triton 3.6) instead of 186. Not measured: both together, and longer rows.
     # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries only. gfx: loads
     # ahead (two stages) spill. A branch around the mask costs sm_90 nothing, and sm_100 only in dk/dv; elsewhere the matrix operands
     # then pass through shared memory, or registers spill. (In the interpreter fp32 has it and 16 bits have not: the tests run both.)

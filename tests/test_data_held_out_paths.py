@@ -27,7 +27,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def built(tmp_path: Path, tree: Path, **changes: object) -> train_run.Run:
-    config: RunConfig = run_config(tmp_path, paths=[str(tree)], eval_every=2, **changes)
+    config: RunConfig = run_config(tmp_path, **{"paths": [str(tree)], "eval_every": 2, **changes})
     config.validate()
     return train_run.build(config, World(torch.device("cpu")))
 
@@ -53,8 +53,37 @@ def test_without_evaluation_the_files_stay_out_of_training(tmp_path: Path, tree:
     assert not any("beta" in document.text for document in read_stored(run.source, 0.0))
 
 
-def test_what_cannot_be_is_refused(tree: Path) -> None:
+def test_all_that_lies_in_a_held_out_folder_is_left_out(tmp_path: Path, tree: Path) -> None:
+    """A glob follows links and enters hidden folders where the walk through a folder does not."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "linked.py").write_text("beta = 9\n" * 40, encoding="utf-8")
+    (tree / "beta" / "link").symlink_to(tmp_path / "elsewhere")
+    (tree / "beta" / ".hidden").mkdir()
+    (tree / "beta" / ".hidden" / "m.py").write_text("beta = 8\n" * 40, encoding="utf-8")
+    source = LocalSource([f"{tree}/**/*.py", f"{tree}/beta/.hidden/m.py"], "text", [str(tree / "beta")])
+    assert source.files and not any("beta" in file.parts for file in source.files)
+
+
+def test_a_resumed_run_wants_the_same_held_out_files(tree: Path) -> None:
+    def fingerprint() -> str:
+        return LocalSource([str(tree)], "text", [str(tree / "beta")]).fingerprint
+
+    before = fingerprint()
+    assert fingerprint() == before
+    (tree / "beta" / "m0.py").write_text("beta = 100\n", encoding="utf-8")
+    assert fingerprint() != before
+
+
+def test_held_out_files_that_fill_no_row_are_an_error(tmp_path: Path, tree: Path) -> None:
+    (tree / "beta" / "short.py").write_text("b", encoding="utf-8")
+    with pytest.raises(UsageError, match="validation_paths: expected documents that fill a row of 40 tokens, got none"):
+        built(tmp_path, tree, validation_paths=[str(tree / "beta" / "short.py")])
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path, tree: Path) -> None:
+    with pytest.raises(UsageError, match=r"validation_paths: .*nowhere: expected a file, folder or glob"):
+        built(tmp_path, tree, data="embedded", paths=[], validation_paths=[str(tree / "nowhere")])
     with pytest.raises(UsageError, match=r"validation_paths: .*nowhere: expected a file, folder or glob"):
         LocalSource([str(tree)], "text", [str(tree / "nowhere")])
-    with pytest.raises(UsageError, match="validation_paths: expected to leave some of paths for training, left none"):
+    with pytest.raises(UsageError, match=r"validation_paths: expected to leave some of .*tree for training, left none"):
         LocalSource([str(tree)], "text", [str(tree)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
 from smollm2.cli import UsageError
-from train.config import RunConfig
+from train.config import RunConfig, compare_for_resume
 from train.distributed import World
 from train.step import capture_choice
 
@@ -41,7 +42,7 @@ def test_auto_on_other_devices_and_with_several_processes() -> None:
     assert capture_choice(RunConfig(), several) == (False, "auto: there are 2 processes")
 
 
-@pytest.mark.parametrize("given", [True, "true", "True"])
+@pytest.mark.parametrize("given", [True, "true", "True", "yes", "on", "1"])
 def test_true_is_taken_at_its_word(given: Any) -> None:
     config = RunConfig(cuda_graph=given, attention_dropout=0.1)
     config.validate()
@@ -50,11 +51,23 @@ def test_true_is_taken_at_its_word(given: Any) -> None:
         capture_choice(config, CPU)
 
 
-@pytest.mark.parametrize("given", [False, "false"])
+@pytest.mark.parametrize("given", [False, "false", "no", "off", "0"])
 def test_false_is_taken_at_its_word(given: Any) -> None:
     config = RunConfig(cuda_graph=given)
     config.validate()
     assert capture_choice(config, GPU) == (False, "asked for")
+
+
+def test_what_is_assigned_later_counts_once_it_is_checked() -> None:
+    config = RunConfig()
+    config.cuda_graph = True  # type: ignore[assignment]
+    config.validate()
+    assert capture_choice(config, GPU) == (True, "asked for")
+
+
+def test_a_checkpoint_from_when_it_was_a_boolean_is_not_a_change() -> None:
+    assert compare_for_resume({**asdict(RunConfig()), "cuda_graph": False}, RunConfig(cuda_graph="false")) == []
+    assert compare_for_resume({**asdict(RunConfig()), "cuda_graph": False}, RunConfig()) == ["cuda_graph: false -> auto"]
 
 
 def test_another_word_is_refused() -> None:

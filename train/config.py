@@ -89,7 +89,10 @@ class RunConfig:
     )
     validation_fraction: float = _key(0.01, "documents held out for evaluation, chosen by a hash of their text", fixed=True)
     validation_paths: list[str] = _key(
-        [], "files, folders or globs held out whole, instead of validation_fraction: what paths names too is not trained on", fixed=True
+        [],
+        "files, folders or globs held out whole, instead of validation_fraction: what paths names too is not trained on (a copy of its "
+        "text elsewhere is)",
+        fixed=True,
     )
     tokenizer: str = _key(
         "auto",
@@ -171,7 +174,9 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        self.cuda_graph = str(self.cuda_graph).lower()  # true and false are what YAML, and programs, have for them
+        # YAML and programs have booleans for true and false.
+        given = str(self.cuda_graph).lower()
+        self.cuda_graph = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}.get(given, given)
 
     @property
     def held_out_fraction(self) -> float:
@@ -180,6 +185,7 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises UsageError naming the first key whose value cannot be used, what came and what is allowed."""
+        self.__post_init__()  # for what was assigned since
         hints = typing.get_type_hints(RunConfig)
         for entry in dataclasses.fields(self):
             check_type(entry.name, getattr(self, entry.name), hints[entry.name])
@@ -419,7 +425,7 @@ def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
             continue
         # A key that the program of the checkpoint did not have yet stood at its default.
         old, new = before.get(entry.name, getattr(default, entry.name)), getattr(after, entry.name)
-        if old != new:
+        if old != new and format_value(old) != new:  # cuda_graph was a boolean once
             lines.append(f"{entry.name}: {format_value(old)} -> {format_value(new)}")
             if entry.metadata["fixed"]:
                 refused.append(f"{entry.name}={format_value(old)} (got {format_value(new)})")

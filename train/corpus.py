@@ -210,18 +210,19 @@ class LocalSource:
 
     revision: str | None = None
 
-    def __init__(self, paths: list[str], text_column: str, without: Sequence[str] = ()) -> None:
-        """paths: files, folders (searched recursively) and globs; without: the same, of what is left out.
-
-        Raises UsageError when they name no readable file, or nothing is left.
+    def __init__(self, paths: list[str], text_column: str, without: Sequence[str] = (), key: str = "paths") -> None:
+        """paths: files, folders (searched recursively) and globs; without: the same, of what is left out, with all that lies in the
+        folders. key: where paths were given. Raises UsageError when they name no readable file, or nothing is left.
         """
         self.text_column = text_column
-        self.files = _expand(paths)
+        self.files = _expand(paths, key)
+        self._left_out = [(file, file.stat()) for file in (_expand(without, "validation_paths") if without else ())]
         if without:
-            left_out = {file.resolve() for file in _expand(without, "validation_paths")}
-            self.files = [file for file in self.files if file.resolve() not in left_out]
+            files = {file.resolve() for file, _ in self._left_out}
+            folders = {folder for name in without if (folder := Path(name).expanduser().absolute()).is_dir()}
+            self.files = [file for file in self.files if file.resolve() not in files and folders.isdisjoint(file.absolute().parents)]
             if not self.files:
-                raise UsageError("validation_paths: expected to leave some of paths for training, left none")
+                raise UsageError(f"validation_paths: expected to leave some of {', '.join(paths)} for training, left none")
         self._states = [(file, file.stat()) for file in self.files]
         self._shards = [part for file in self.files if file.suffix != ".py" for part in self._parts(file)]
         self._shards += _groups([(file, state.st_size) for file, state in self._states if file.suffix == ".py"])
@@ -252,7 +253,8 @@ class LocalSource:
 
     @property
     def fingerprint(self) -> str:
-        return f"local {len(self.files)} files {self._digest(f'{file.name} {state.st_size}' for file, state in self._states)}"
+        states = (f"{file.name} {state.st_size}" for file, state in self._states + self._left_out)
+        return f"local {len(self.files)} files {self._digest(states)}"
 
     @property
     def cache_key(self) -> tuple[str, str]:

@@ -111,7 +111,8 @@ def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int
     fraction = config.held_out_fraction if config.eval_every else 0.0
     rows = math.ceil(config.eval_batches * config.batch_size * filling.share)
     stop, pool, totals = threading.Event(), WorkerPool(tokenizer, config.workers), Totals()
-    print(f"{source.fingerprint}: held-out documents, then {wanted:,} training tokens, into {cache.folder}", flush=True)
+    first = "held-out documents, then " if fraction else ""
+    print(f"{source.fingerprint}: {first}{wanted:,} training tokens, into {cache.folder}", flush=True)
     begin = time.monotonic()
     held_out_rows(source, tokenizer, fraction, rows, config.sequence_length, cache, config.workers)
     stored = Prefetch(stored_blocks(source, epoch_order(source, filling.seed), cache, stop), stop, 2, config.workers > 0)

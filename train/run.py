@@ -113,12 +113,14 @@ def build(config: RunConfig, world: World) -> Run:
     cache = open_caches(config, source, tokenizer, leader=world.local_rank == 0)
     fraction, kept = (config.validation_fraction if config.eval_every else 0.0), source
     if config.validation_paths and config.eval_every:
-        fraction, kept = 1.0, LocalSource(config.validation_paths, config.text_column)
+        fraction, kept = 1.0, LocalSource(config.validation_paths, config.text_column, key="validation_paths")
     elif fraction and config.data in ("hub", "mixture"):
         print(f"reading held-out documents from {source.fingerprint}", flush=True)
     rows = config.eval_batches * config.batch_size
     own = cache if kept is source else None
     held_out = world.from_main(lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers))
+    if config.validation_paths and config.eval_every and not len(held_out[0]):
+        raise UsageError(f"validation_paths: expected documents that fill a row of {config.sequence_length} tokens, got none")
     if sharded:
         forward: nn.Module = sharding.shard(model, config, world)
     else:
