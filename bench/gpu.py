@@ -10,8 +10,8 @@
 
 Each part is a process of its own with a limit of its own, a share of the time that is left, and saves what it has as it goes: a crash, a
 hang or a cut-off loses nothing that was finished. Needs torch, triton, numpy, safetensors and tokenizers; the tests need pytest, the peers
-what `pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises all of it in Triton's interpreter, in a
-minute.
+what `pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises all of it in Triton's interpreter, in
+two minutes.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ MODULES = (
     "attention", "decode_attention", "decode_head", "decode_layer", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 SWIGLU = (Launch(1, 512, 1), Launch(2, 512, 2), Launch(1, 512, 2), Launch(2, 512, 4), Launch(8, 512, 8))
+TINY = ("attention_fwd", "swiglu", "rms_norm_bwd")  # the interpreter takes a quarter of a minute for some of the others
 SETS = 24  # of inputs, so that each is cold when its turn comes again
 # Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates).
 CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
@@ -138,8 +139,7 @@ def main(argv: Sequence[str]) -> int:
     backend = select_backend("triton", part.device)
     found = {case.op: case for case in cases(shapes, backend, "eager")}
     part.save(rows=[], batch=shapes.batch, length=shapes.length, dtype=str(dtype).removeprefix("torch."))
-    # The interpreter takes a quarter of a minute for each of a decode step's operations.
-    for op in options.op or [op for op in CANDIDATES if not (part.tiny and op.startswith("decode"))]:
+    for op in options.op or (TINY if part.tiny else CANDIDATES):
         case, phase, candidates = CANDIDATES[op]
         if part.left() < 0:
             part.save(left_out=[*part.data.get("left_out", []), op])

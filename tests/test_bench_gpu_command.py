@@ -129,20 +129,20 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path, project_root):
         "cpu",
         "--tiny",
         "--only",
-        "memcheck",
+        "tests",
         "--only",
         "roofline",
     ]
     process = subprocess.Popen(command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("memcheck: complete")
+    assert process.stdout.readline().startswith("tests: complete")
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "roofline: interrupted" in rest
     assert (tmp_path / "summary.txt").is_file() and (tmp_path / "logs.tgz").is_file()
-    assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["memcheck"]["status"] == "complete"
+    assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["tests"]["status"] == "complete"
     assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"] == "interrupted"
 
 
@@ -157,7 +157,7 @@ def test_what_is_finished_survives_a_kill(tmp_path, project_root):
         "cpu",
         "--tiny",
         "--only",
-        "memcheck",
+        "tests",
         "--only",
         "roofline",
     ]
@@ -165,12 +165,12 @@ def test_what_is_finished_survives_a_kill(tmp_path, project_root):
         command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("memcheck: complete")
+    assert process.stdout.readline().startswith("tests: complete")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["memcheck"]["status"] == "complete"
+    assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["tests"]["status"] == "complete"
     with tarfile.open(tmp_path / "logs.tgz") as archive:
-        assert archive.getnames() == ["memcheck.log"]
+        assert archive.getnames() == ["tests.log"]
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_recorded(tmp_path):
