@@ -26,7 +26,8 @@ import torch._functorch.config
 from torch import Tensor
 
 from bench import launches, peers, roofline, timing, work
-from bench.ops import PEER_OF, Case, Shapes, cases, document_attention, long_attention
+from bench.long_attention import document_attention, long_attention
+from bench.ops import PEER_OF, Case, Shapes, cases
 from bench.part import Part, one_line, parser
 from bench.peak_memory import peak_memory
 from bench.roofline import DTYPES

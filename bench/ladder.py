@@ -41,7 +41,7 @@ from bench.part import one_line, parser
 from bench.peak_memory import peak_memory
 from bench.roofline import DTYPES, MachinePart
 from bench.timing import synchronize
-from bench.train_step import CapturedStep, TrainingStep
+from bench.train_step import CapturedStep, TrainingStep, all_logits
 from kernels import TORCH, Backend, select_backend, with_ops
 from smollm2.cli import UsageError, run_command
 from smollm2.config import SmolLM2Config
@@ -131,19 +131,9 @@ def plain_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return F.silu(gate) * up
 
 
-def plain_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
-    """All logits [N, V] at once, in fp32, and their gradient too."""
-    logits = F.linear(hidden, weight.to(hidden.dtype))
-    return F.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=ignore_index, reduction=reduction
-    )
-
-
 PLAIN = dataclasses.replace(
     TORCH, name="plain", rms_norm=plain_rms_norm, add_rms_norm=plain_add_rms_norm, rope=plain_rope, rope_qkv=plain_rope_qkv,
-    attention=plain_attention, swiglu=plain_swiglu, linear_cross_entropy=plain_linear_cross_entropy,
+    attention=plain_attention, swiglu=plain_swiglu, linear_cross_entropy=all_logits,
 )  # fmt: skip
 
 

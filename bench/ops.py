@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from smollm2.model import rotary_tables
 
 EPS = 1e-5
 CHUNK_TOKENS = 4096  # of the three bare products that the loss is compared with
-DOCUMENT = 700  # tokens of a document on average, as in cosmopedia-v2
 DECODE_ROWS = 16  # at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused kernels
 
 
@@ -74,13 +73,13 @@ def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:
         _add_rms_norm, _swiglu, _attention, _linear_cross_entropy, _rms_norm, _rope_qkv, _decode_attention, _decode_layer, _decode_head,
         _rope,
     )  # fmt: skip
-    return [make(shapes, backend, _compile_with(compiler)) for make in makers]
+    return [make(shapes, backend, compile_with(compiler)) for make in makers]
 
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _compile_with(compiler: str) -> Compile:
+def compile_with(compiler: str) -> Compile:
     return lambda function: torch.compile(function, backend=compiler, dynamic=False)
 
 
@@ -211,72 +210,18 @@ def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     return Case(
         "attention",
         work.attention(shapes.batch, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
-        lambda seed: _qkv(shapes, seed),
+        lambda seed: random_qkv(shapes, seed),
         {
             "triton": backend.attention,
             "reference": TORCH.attention,
             "compile": compiled(TORCH.attention),
             "math": _sdpa(shapes, SDPBackend.MATH),
-            **_attention_peers(shapes, compiled),
+            **attention_peers(shapes, compiled),
         },
     )
 
 
-def long_attention(shapes: Shapes, backend: Backend, compiler: str, length: int) -> Case:
-    """Attention over longer rows, as many tokens in all."""
-    shapes = replace(shapes, batch=max(1, shapes.tokens // length), length=length)
-    heads, key_heads, head_dim = shapes.heads
-    return Case(
-        f"attention {length}",
-        work.attention(shapes.batch, length, heads, key_heads, head_dim, shapes.dtype.itemsize),
-        lambda seed: _qkv(shapes, seed),
-        {"triton": backend.attention, "reference": TORCH.attention, **_attention_peers(shapes, _compile_with(compiler))},
-    )
-
-
-def document_attention(shapes: Shapes, backend: Backend, compiler: str, length: int) -> Case:
-    """Attention within packed documents of DOCUMENT tokens on average; as many tokens in all, whatever the length of a row.
-
-    Peers are told of the documents before the clock runs: FlexAttention gets its block mask, flash attention the documents' borders.
-    """
-    shapes = replace(shapes, batch=max(1, shapes.tokens // length), length=length)
-    heads, key_heads, head_dim = shapes.heads
-    generator = torch.Generator().manual_seed(0)
-    begins = torch.rand(shapes.batch, length, generator=generator) < 1 / DOCUMENT
-    begins[:, 0] = True
-    position = torch.arange(length)
-    doc_start = torch.where(begins, position, 0).cummax(1).values.int()
-    pairs = int((position - doc_start + 1).sum())  # of a query and a key that it sees
-    borders = torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([shapes.tokens]))).int().to(shapes.device)
-    longest = int(borders.diff().max())
-    doc_start = doc_start.to(shapes.device)
-    flex_call = FlexAttention(_compile_with(compiler), doc_start=doc_start)
-
-    def ours(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda q, k, v: attention(q, k, v, doc_start)
-
-    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if shapes.device.type == "cpu":
-            raise peers.Unavailable(f"torch flash attention {torch.__version__}: needs a GPU for documents")
-        from torch.nn.attention.varlen import varlen_attn
-
-        # It has no enable_gqa: every query head gets a key head of its own.
-        flat, keys, values = q.flatten(0, 1), *(x.repeat_interleave(heads // key_heads, dim=2).flatten(0, 1) for x in (k, v))
-        out = varlen_attn(flat, keys, values, borders, borders, longest, longest, window_size=(-1, 0))
-        assert isinstance(out, Tensor)
-        return out.view(q.shape)
-
-    cost = work.attention(shapes.batch, length, heads, key_heads, head_dim, shapes.dtype.itemsize)
-    flops = 4 * pairs * heads * head_dim
-    return Case(
-        f"attention documents {length}",
-        work.Cost(replace(cost.forward, flops=flops), replace(cost.backward, flops=flops * 5 // 2)),
-        lambda seed: _qkv(shapes, seed),
-        {"triton": ours(backend.attention), "reference": ours(TORCH.attention), "flex": _on_gpu(shapes, flex_call), "flash": flash},
-    )
-
-
-def _qkv(shapes: Shapes, seed: int) -> list[Tensor]:
+def random_qkv(shapes: Shapes, seed: int) -> list[Tensor]:
     heads, key_heads, head_dim = shapes.heads
     return _normal(shapes, seed, *[(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)])
 
@@ -296,7 +241,7 @@ def _sdpa(shapes: Shapes, kind: SDPBackend) -> Callable[..., Tensor]:
     return call
 
 
-def _on_gpu(shapes: Shapes, flex: FlexAttention) -> Callable[..., Tensor]:
+def on_gpu(shapes: Shapes, flex: FlexAttention) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if shapes.device.type == "cpu":
             raise peers.Unavailable(f"torch FlexAttention {torch.__version__}: needs a GPU: on a CPU it has no backward pass")
@@ -305,13 +250,13 @@ def _on_gpu(shapes: Shapes, flex: FlexAttention) -> Callable[..., Tensor]:
     return call
 
 
-def _attention_peers(shapes: Shapes, compiled: Compile) -> dict[str, Callable[..., Tensor]]:
+def attention_peers(shapes: Shapes, compiled: Compile) -> dict[str, Callable[..., Tensor]]:
     """Causal attention of others, each with query and key heads as the model has them."""
     flash_attn = _library("flash-attn", "flash_attn", "flash_attn_func", shapes.device)
     return {
         "flash": _sdpa(shapes, SDPBackend.FLASH_ATTENTION),
         "cudnn": _sdpa(shapes, SDPBackend.CUDNN_ATTENTION),
-        "flex": _on_gpu(shapes, FlexAttention(compiled)),
+        "flex": on_gpu(shapes, FlexAttention(compiled)),
         "flash-attn": lambda q, k, v: flash_attn(q, k, v, causal=True),
     }
 

@@ -86,9 +86,11 @@ class CapturedStep:
         return self._loss.clone()
 
 
-def all_logits(hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", **_: float) -> Tensor:
-    """linear_cross_entropy as torch has it: [N, V] logits, in fp32 for the loss."""
-    return F.cross_entropy(F.linear(hidden, weight.to(hidden.dtype)).float(), targets, ignore_index=ignore_index, reduction=reduction)
+def all_logits(hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more."""
+    logits = F.linear(hidden, weight.to(hidden.dtype))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def build(config: SmolLM2Config, name: str, device: torch.device) -> SmolLM2ForCausalLM:

@@ -35,21 +35,21 @@ CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
     "attention_bwd_dkv": (
         "attention", "backward",
         (
-            Launch(64, 64, 4, 1, True), Launch(32, 64, 4, 2, True), Launch(32, 128, 8, 2, True), Launch(64, 128, 8, 2, True),
+            Launch(64, 64, 4, 2, True), Launch(32, 64, 4, 2, True), Launch(32, 128, 8, 2, True), Launch(64, 128, 8, 2, True),
             Launch(64, 64, 8, 2, True), Launch(128, 64, 8, 2, True), Launch(64, 64, 4, 2, False),
         ),
     ),
     "attention_bwd_dq": (
         "attention", "backward",
         (
-            Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(128, 64, 8, 3, True), Launch(128, 32, 8, 2, True),
+            Launch(128, 64, 8, 2, True), Launch(64, 64, 4, 3, True), Launch(128, 64, 8, 3, True), Launch(128, 32, 8, 2, True),
             Launch(128, 128, 8, 2, True), Launch(64, 128, 4, 2, True),
         ),
     ),
     "attention_fwd": (
         "attention", "forward",
         (
-            Launch(128, 64, 8, 3, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 2, False),
+            Launch(128, 64, 8, 2, True), Launch(128, 64, 8, 3, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 2, False),
             Launch(128, 64, 4, 2, True), Launch(128, 128, 8, 2, True), Launch(64, 128, 4, 2, True),
         ),
     ),
