@@ -9,9 +9,16 @@
     logs.tgz          what the parts printed
 
 Each part is a process of its own with a limit of its own, a share of the time that is left, and saves what it has as it goes: a crash, a
-hang or a cut-off loses nothing that was finished. Needs torch, triton, numpy, safetensors and tokenizers; the tests need pytest, the peers
-what `pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises all of it in Triton's interpreter, in
-two minutes.
+hang or a cut-off loses nothing that was finished. The text of the training run is tokenised beside the parts that come before it, at the
+lowest priority and on a quarter of the processors. `--tokenizer` spares the run the time to learn a tokenizer.
+
+Needs torch, triton, numpy, safetensors and tokenizers; the tests need pytest, the training run omegaconf, the peers what
+`pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises all of it in Triton's interpreter, in two
+minutes, and tests/test_gpu_rehearsal.py takes the parts and a captured training run through the branches that only a GPU has.
+
+What neither can see, the shortest first: any number; clocks and power; how much memory is held at a time; whether a capture meets a call
+that waits; what the profiler and compute-sanitizer report; what Inductor makes for a GPU, and in how long a time; which of torch's kernels
+for attention take these shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -24,17 +31,21 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import text, train_run
 from bench.part import ROOT, read_json, resolve_device, write_json
 from bench.summary import summarise
 from smollm2.cli import UsageError, run_command
+from smollm2.tokenizer import load_tokenizer
 
 GRACE = 15.0  # seconds for a part to save when it is stopped
 ENDING = 5.0  # seconds for the summary and the logs
+PATIENCE = 0.25  # of its time the training run waits for its tokens, before it makes them itself
 
 
 @dataclass(frozen=True)
@@ -69,18 +80,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="time budget")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: exercises the code, measures nothing")
+    learned = "of the training run: tokenizer.json, its folder, or what train.run takes (default: the run learns one in its own time)"
+    parser.add_argument("--tokenizer", default="train", metavar="PATH", help=learned)
     parser.add_argument("--only", action="append", choices=[stage.section for stage in STAGES], help="only this part; may be repeated")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
-def run_stage(stage: Stage, options: argparse.Namespace, folder: Path, log: Path, limit: float) -> str:
-    """Runs a part for at most `limit` seconds; returns how it ended: "complete", or why not. Nothing of it is left running."""
+def run_stage(stage: Stage, options: argparse.Namespace, folder: Path, log: Path, limit: float, more: Sequence[str] = ()) -> str:
+    """Runs a part for at most `limit` seconds; returns how it ended: "complete", or why not. Nothing of it is left running.
+
+    more: arguments that only this part has.
+    """
     soft = max(1.0, limit - GRACE) if limit > 2 * GRACE else limit / 2  # the part stops itself then, if it can
     command = [sys.executable, "-m", f"bench.{stage.module}", "--device", options.device, "--seconds", f"{soft:.0f}"]
-    command += ["--json", str(folder / stage.file), *(["--tiny"] if options.tiny else [])]
-    if stage.section == "tests":
-        command += ["--numerics", str(folder / "numerics.json")]
+    command += ["--json", str(folder / stage.file), *(["--tiny"] if options.tiny else []), *more]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=stream,
@@ -115,6 +129,44 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # the part leads a group of its own
     except ProcessLookupError:
         pass
+
+
+@contextmanager
+def preparation(options: argparse.Namespace, stages: Sequence[Stage], log: Path, scratch: Path) -> Iterator[subprocess.Popen[bytes] | None]:
+    """Tokenises the text of the training run meanwhile, where another part comes before it; nothing of that is left running.
+
+    It is in the process group of this program, so that whatever ends the group ends it too. Its workers leave when it is gone.
+    """
+    run = next((stage for stage in stages[1:] if stage.section == "run"), None)
+    if run is None or train_run.missing():
+        yield None
+        return
+    processors = max(1, (os.cpu_count() or 1) // 4)
+    seconds = 60 * options.minutes * run.share / sum(stage.share for stage in stages)
+    workers = max(1, processors - 1)  # the last one packs what they tokenise
+    command = text.preparation(options.tiny, options.tokenizer, scratch / "tokens", workers=workers, seconds=seconds)
+    threads = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(processors)}  # rayon's threads learn a tokenizer
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **threads}, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT
+        )
+    try:
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # before it starts threads and workers, which inherit it
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def await_preparation(process: subprocess.Popen[bytes], limit: float) -> str:
+    """Waits for the tokens at most `limit` seconds; returns how that ended. What is not done by then is left to the run, undisturbed."""
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return "stopped; the run makes the tokens that are missing"
+    return "complete" if code == 0 else f"failed with exit code {code}; the run makes its tokens itself"
 
 
 def record_end(stage: Stage, folder: Path, status: str) -> None:
@@ -159,28 +211,41 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name another")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end a run in the same way: what is finished stays
     stages = [stage for stage in STAGES if not options.only or stage.section in options.only]
+    options.tokenizer = text.tokenizer_source(options.tokenizer)
+    if options.tokenizer != "train":
+        load_tokenizer(options.tokenizer)  # better now than when the run begins
     ends: dict[str, str] = {}
     interrupted = False
-    with tempfile.TemporaryDirectory(prefix="bench-logs-") as logs:
-        for index, stage in enumerate(stages):
-            left = 60 * options.minutes - ENDING - (time.monotonic() - began)
-            limit = left * stage.share / sum(later.share for later in stages[index:])
-            since = time.monotonic()
-            end = "no time was left"
-            try:
-                if limit > 1:
-                    end = run_stage(stage, options, folder, Path(logs) / f"{stage.section}.log", limit)
-            except KeyboardInterrupt:
-                end, interrupted = "interrupted", True
-            ends[stage.section] = end
-            record_end(stage, folder, end)
-            pack(Path(logs), folder / "logs.tgz")
-            print(f"{stage.section}: {end} ({time.monotonic() - since:.0f} s)", flush=True)
-            if interrupted:
-                break
-    text = summarise(folder)
-    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}")
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-", ignore_cleanup_errors=True) as temporary:
+        logs, scratch = Path(temporary, "logs"), Path(temporary, "scratch")
+        logs.mkdir()
+        more = {
+            "tests": ["--numerics", str(folder / "numerics.json")],
+            "run": ["--tokenizer", options.tokenizer, "--scratch", str(scratch)],
+        }
+        with preparation(options, stages, logs / "prepare.log", scratch) as preparing:
+            for index, stage in enumerate(stages):
+                left = 60 * options.minutes - ENDING - (time.monotonic() - began)
+                limit = left * stage.share / sum(later.share for later in stages[index:])
+                since = time.monotonic()
+                end = "no time was left"
+                try:
+                    if stage.section == "run" and preparing is not None and limit > 1:
+                        print(f"preparation: {await_preparation(preparing, PATIENCE * limit)}", flush=True)
+                        limit -= time.monotonic() - since
+                    if limit > 1:
+                        end = run_stage(stage, options, folder, logs / f"{stage.section}.log", limit, more.get(stage.section, ()))
+                except KeyboardInterrupt:
+                    end, interrupted = "interrupted", True
+                ends[stage.section] = end
+                record_end(stage, folder, end)
+                pack(logs, folder / "logs.tgz")
+                print(f"{stage.section}: {end} ({time.monotonic() - since:.0f} s)", flush=True)
+                if interrupted:
+                    break
+    summary = summarise(folder)
+    (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    print(f"\n{summary}")
     if interrupted:
         return 130
     return 1 if trouble(folder, ends) else 0

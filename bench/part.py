@@ -89,7 +89,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     sources = hashlib.sha256()
-    for path in sorted(path for package in ("kernels", "smollm2", "bench") for path in (ROOT / package).rglob("*.py")):
+    for path in sorted(path for package in ("kernels", "smollm2", "train", "bench") for path in (ROOT / package).rglob("*.py")):
         sources.update(path.read_bytes())
     return {
         "device": device_name(device),

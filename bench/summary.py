@@ -129,15 +129,20 @@ def ladder_lines(found: dict[str, Any]) -> list[str]:
 
 
 def run_lines(found: dict[str, Any]) -> list[str]:
-    """The curve's ends, and what to doubt it by."""
+    """The curve's ends, and what to doubt it by. Losses are those of single steps: the last one is a mean of ten."""
+    if "skipped" in found:
+        return [f"training run: skipped, {found['skipped']}"]
     points, held = found.get("points", []), found.get("held_out", [])
-    if not points or not held:
-        return ["training run: no points"]
-    return [
-        f"training run, {found['backend']}: {points[-1]['step']} steps, loss {points[0]['loss']:.2f} -> {points[-1]['mean_loss']:.2f}, "
-        f"held-out {held[0]['loss']:.2f} -> {held[-1]['loss']:.2f}, unigram entropy {found['unigram_entropy']:.2f}, "
-        f"{found.get('epochs', 0):.2f} epochs, {found.get('tokens_per_second', 0):,.0f} tok/s"
-    ]
+    if not points:
+        return [f"training run: no points{': ' * ('end' in found)}{found.get('end', '')}"]
+    last = [float(point["loss"]) for point in points[-10:]]  # of text, where it is not a number
+    line = f"training run: {points[-1]['step']} steps, loss {float(points[0]['loss']):.2f} -> {sum(last) / len(last):.2f}"
+    if held:
+        line += f", held-out {float(held[0]['held_out_loss']):.2f} -> {float(held[-1]['held_out_loss']):.2f}"
+        line += f", unigram entropy {held[-1]['unigram_entropy']:.2f}"
+    line += f", {found['epochs']:.2f} epochs"
+    line += f", {found['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in found else ""
+    return [line + (f", MFU {100 * found['mfu']:.1f} %" if "mfu" in found else "")]
 
 
 def generation_lines(found: dict[str, Any]) -> list[str]:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu
-from bench.part import INTERPRETER_NOTE
+from bench import gpu, text, train_run
+from bench.part import INTERPRETER_NOTE, write_json
+from smollm2.cli import LoadError
+from smollm2.tokenizer import train_tokenizer
 
 SECTIONS = {
     "kernels.json": ("kernels", "tuning", "roofline"),
@@ -22,13 +24,13 @@ SECTIONS = {
     "training.json": ("step", "ladder", "run"),
     "generation.json": ("generation",),
 }
-# The machine that has the GPU has none of these.
+# A machine that has a GPU need not have any of these.
 BLOCKER = """
     import sys
 
     class Blocker:
         def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in ("omegaconf", "datasets", "gguf", "transformers", "matplotlib"):
+            if name.partition(".")[0] in ("datasets", "gguf", "transformers", "matplotlib"):
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     sys.meta_path.insert(0, Blocker())
@@ -47,6 +49,14 @@ def finished(tmp_path_factory, project_root):
     command = [sys.executable, "-m", "bench.gpu", "--out", "results", "--device", "cpu", "--tiny", "--minutes", "9"]
     done = subprocess.run(command, cwd=work, env=environment(project_root, work), capture_output=True, text=True, timeout=550)
     return work / "results", done
+
+
+@pytest.fixture(scope="module")
+def learned_tokenizer(tmp_path_factory) -> Path:
+    """The folder of a small tokenizer, as one carries it to a machine without a network."""
+    folder = tmp_path_factory.mktemp("carried") / "tok"
+    train_tokenizer(["def f(x):\n    return x\n"], 300).save(folder)
+    return folder.resolve()
 
 
 @pytest.mark.slow
@@ -69,7 +79,9 @@ def test_files_and_where_their_figures_come_from(finished):
         assert {"device", "versions", "commit", "sources", "date"} <= content.keys()
         assert {"python", "torch", "triton"} <= content["versions"].keys()
     with tarfile.open(folder / "logs.tgz") as archive:
-        assert sorted(archive.getnames()) == sorted(f"{stage.section}.log" for stage in gpu.STAGES)
+        assert sorted(archive.getnames()) == sorted(["prepare.log", *(f"{stage.section}.log" for stage in gpu.STAGES)])
+        prepared = archive.extractfile("prepare.log")
+        assert prepared is not None and b"tokenised now" in prepared.read()
 
 
 @pytest.mark.slow
@@ -92,7 +104,8 @@ def test_content_of_the_parts(finished):
     assert read["kernels.json"]["roofline"]["step"]["next"] and read["kernels.json"]["roofline"]["token"]["next"]
     run = read["training.json"]["run"]
     assert [point["step"] for point in run["points"]] == [1, 2, 3, 4]
-    assert run["held_out"][0]["step"] == 0 and run["held_out"][-1]["step"] == 4
+    assert [line["step"] for line in run["held_out"]] == [2, 4] and run["sample"]["step"] == 4
+    assert run["documents"] >= run["unique_examples"] > 0 and run["tokens_per_second"] > 0
 
     generation = read["generation.json"]["generation"]
     assert generation["fp32_agreement"]["share"] == 1.0
@@ -188,3 +201,117 @@ def test_a_part_that_fails_is_recorded_with_its_reason(tmp_path):
     end = gpu.run_stage(stage, options, tmp_path, tmp_path / "log", limit=60)
     assert end.startswith("failed with exit code 2") and "need a GPU" in end
     assert gpu.trouble(tmp_path, {"kernels": end})
+
+
+FOR_EVER = [sys.executable, "-c", "import signal; signal.pause()"]
+FAILS = [sys.executable, "-c", "raise SystemExit(3)"]
+
+
+def stages(*sections: str) -> list[gpu.Stage]:
+    return [stage for stage in gpu.STAGES if stage.section in sections]
+
+
+def prepared(tmp_path, *sections: str):
+    options = argparse.Namespace(tiny=True, tokenizer="train", minutes=9.0)
+    return gpu.preparation(options, stages(*sections), tmp_path / "prepare.log", tmp_path)
+
+
+def test_nothing_is_prepared_without_a_run_or_before_it_at_once_or_in_vain(tmp_path, monkeypatch):
+    for sections in (("step", "kernels"), ("run",), ("run", "ladder")):
+        with prepared(tmp_path, *sections) as process:
+            assert process is None
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    with prepared(tmp_path, "step", "run") as process:
+        assert process is None
+
+
+def test_the_preparation_has_the_lowest_priority_and_ends_with_everything_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "preparation", lambda *_, **__: FOR_EVER)
+    with pytest.raises(KeyboardInterrupt), prepared(tmp_path, "step", "run") as process:
+        assert process is not None and os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+        assert os.getpgid(process.pid) == os.getpgrp()  # a signal to the group reaches both
+        raise KeyboardInterrupt
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("processors, workers", [(1, 1), (2, 1), (8, 1), (16, 3), (64, 15)])
+def test_the_preparation_takes_a_quarter_of_the_processors(tmp_path, monkeypatch, processors, workers):
+    asked = {}
+    monkeypatch.setattr(text, "preparation", lambda *_, **given: asked.update(given) or FAILS)
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    with prepared(tmp_path, "step", "run"):
+        pass
+    assert asked["workers"] == workers
+    assert asked["seconds"] == pytest.approx(540 * 60 / 160)  # the share of the run
+
+
+def test_the_run_waits_for_the_preparation_no_longer_than_it_takes():
+    assert gpu.await_preparation(subprocess.Popen([sys.executable, "-c", ""]), 60) == "complete"
+    assert gpu.await_preparation(subprocess.Popen(FAILS), 60).startswith("failed with exit code 3")
+    process = subprocess.Popen(FOR_EVER)
+    assert gpu.await_preparation(process, 0.0).startswith("stopped")
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Calls main(arguments) with parts that do nothing; returns (exit code, {section: (limit, its own arguments)})."""
+    seen = {}
+
+    def run_stage(stage, options, folder, log, limit, more=()):
+        seen[stage.section] = limit, list(more)
+        log.write_text(stage.section, encoding="utf-8")
+        write_json(folder / stage.file, {stage.section: {"status": "complete"}})
+        return "complete"
+
+    def main(*arguments: str):
+        seen.clear()
+        return gpu.main(["--device", "cpu", "--tiny", *arguments]), dict(seen)
+
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    before = signal.getsignal(signal.SIGTERM)
+    yield main
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("command, end", [(FAILS, "failed with exit code 3"), (FOR_EVER, "stopped")])
+def test_a_failed_preparation_costs_no_part(tmp_path, monkeypatch, capsys, started, command, end):
+    monkeypatch.setattr(text, "preparation", lambda *_, **__: command)
+    monkeypatch.setattr(gpu, "PATIENCE", 0.0 if command is FOR_EVER else 1.0)
+    code, seen = started("--out", str(tmp_path), "--only", "tests", "--only", "run")
+    assert code == 0 and list(seen) == ["tests", "run"]
+    assert f"preparation: {end}" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "logs.tgz") as archive:
+        assert sorted(archive.getnames()) == ["prepare.log", "run.log", "tests.log"]
+
+
+def test_a_carried_tokenizer_reaches_the_preparation_and_the_run(tmp_path, monkeypatch, started, learned_tokenizer):
+    asked = []
+    monkeypatch.setattr(text, "preparation", lambda tiny, tokenizer, folder, **_: asked.append((tokenizer, folder)) or FAILS)
+    monkeypatch.chdir(learned_tokenizer.parent)
+    only = ("--only", "tests", "--only", "run")
+    for index, name in enumerate((learned_tokenizer.name, f"{learned_tokenizer.name}/tokenizer.json")):
+        _, seen = started("--out", str(tmp_path / str(index)), "--tokenizer", name, *only)
+        more = seen["run"][1]
+        assert more[:3] == ["--tokenizer", str(learned_tokenizer), "--scratch"]
+        assert asked.pop() == (str(learned_tokenizer), Path(more[3]) / "tokens")
+    started("--out", str(tmp_path / "learned"), *only)
+    assert asked.pop()[0] == "train"
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_at_once(tmp_path, started):
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(LoadError, match="not a readable tokenizer"):
+        started("--out", str(tmp_path / "results"), "--tokenizer", str(tmp_path / "tokenizer.json"))
+    with pytest.raises(LoadError, match="no such file"):
+        started("--out", str(tmp_path / "results"), "--tokenizer", str(tmp_path / "absent" / "tokenizer.json"))
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+def test_without_omegaconf_the_run_is_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert train_run.main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "training.json")]) == 0
+    section = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))["run"]
+    assert section["status"] == "complete" and section["skipped"] == "omegaconf is not installed"
+    assert "skipped: omegaconf is not installed" in capsys.readouterr().out

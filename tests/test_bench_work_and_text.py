@@ -1,14 +1,16 @@
 """The arithmetic behind the figures of bench/ (bytes, operations, MFU), its summary, and its training text."""
 
+import glob
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from bench import summary, text, work
 from smollm2.config import SmolLM2Config
+from train.command_line import parse
+from train.corpus import LocalSource
 
 CONFIG = SmolLM2Config.preset("135M")
 
@@ -78,28 +80,53 @@ def test_an_unknown_device_has_no_peak():
     assert work.peak_flops(torch.device("cpu")) is None
 
 
-def test_document_starts():
-    rows = np.array([[5, 6, 0, 7, 8, 0, 0, 9], [0, 1, 2, 3, 4, 5, 6, 7]])
-    assert text.document_starts(rows).tolist() == [[0, 0, 0, 3, 3, 3, 6, 7], [0, 1, 1, 1, 1, 1, 1, 1]]
+def test_training_text_leaves_out_what_is_held_out(tmp_path, monkeypatch):
+    """An installation like conda's, whose site-packages lie within the standard library, and which has two of the held-out packages."""
+    library, site = tmp_path / "lib", tmp_path / "lib" / "site-packages"
+    for name in ("json/decoder", "site-packages/torch/__init__", "site-packages/jinja2/loaders", "site-packages/patsy/nested/build"):
+        (library / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (library / f"{name}.py").write_text(f"# {name}\n", encoding="utf-8")
+    (site / "optax").mkdir()  # has no Python file
+    (tmp_path / "link").symlink_to(site)
+    places = {"stdlib": library, "purelib": site, "platlib": tmp_path / "link"}
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(places[name]))
+    monkeypatch.setattr(text.torch, "__file__", str(site / "torch" / "__init__.py"))
+    paths, held_out = text.globs(tiny=False)
+    assert paths == [f"{library}/**/*.py"]
+    assert held_out == [f"{site}/jinja2/**/*.py", f"{site}/patsy/**/*.py"]
+    source = LocalSource(paths, "text", held_out)
+    assert [file.stem for file in source.files] == ["decoder", "__init__"]
 
 
-def test_held_out_texts_are_not_trained_on():
-    documents = text.read_documents(2_000_000)
-    assert documents == text.read_documents(2_000_000)
-    assert documents.training and documents.held_out
-    assert not set(documents.training) & set(documents.held_out)
-    assert documents.bytes >= 2_000_000
+def test_training_text_of_this_installation(tmp_path):
+    paths, held_out = text.globs(tiny=False)
+    assert all(next(glob.iglob(pattern, recursive=True), None) for pattern in [*paths, *held_out])
+    assert any(Path(torch.__file__).is_relative_to(pattern.removesuffix("/**/*.py")) for pattern in paths)
+    assert held_out, "torch depends on jinja2"
+    few, apart = text.globs(tiny=True)
+    assert len(LocalSource(few, "text", apart).files) < 20
 
 
-def test_batches_are_consecutive_rows_and_begin_again():
-    batches = text.Batches(np.arange(1, 36, dtype=np.int32), batch=2, length=5, device=torch.device("cpu"))
-    ids, starts = batches(1)
-    assert ids.tolist() == [[11, 12, 13, 14, 15], [16, 17, 18, 19, 20]] and ids.dtype == torch.int64
-    assert starts.tolist() == [[0] * 5] * 2 and starts.dtype == torch.int32
-    assert batches.per_epoch == 3
-    assert torch.equal(batches(4)[0], ids)
-    with pytest.raises(ValueError, match="at least 10 tokens, got 9"):
-        text.Batches(np.arange(9), 2, 5, torch.device("cpu"))
+def test_a_tokenizers_path_holds_in_every_folder(tmp_path, monkeypatch):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").touch()
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    folder = str((tmp_path / "tok").resolve())
+    assert text.tokenizer_source("tok") == text.tokenizer_source("tok/tokenizer.json") == text.tokenizer_source(folder) == folder
+    assert text.tokenizer_source("train") == "train"  # learn one, whatever the folder is called
+    assert text.tokenizer_source("HuggingFaceTB/cosmo2-tokenizer") == "HuggingFaceTB/cosmo2-tokenizer"
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_the_preparation_means_the_tokens_of_the_run(tmp_path, tiny):
+    shared = text.configuration(tiny, "train", tmp_path)
+    command = text.preparation(tiny, "train", tmp_path, workers=3, seconds=2.0)
+    assert command[1:3] == ["-m", "train.prepare"] and command[3 : 3 + len(shared)] == shared
+    assert command[3 + len(shared) :] == ["workers=3", "--tokens", "1000000"]
+    config, _ = parse(shared)
+    assert config.token_cache == str(tmp_path) and config.validation_paths and config.trains_tokenizer
+    assert tiny or config.model_config(config.vocab_size) == CONFIG
 
 
 def write(folder: Path, name: str, **sections) -> None:
@@ -135,6 +162,27 @@ def test_summary_names_failures_and_stays_short(tmp_path):
     assert "FAILED tests/test_x.py::test_3" in found and "and 56 more" in found
     assert "test_y.py: exit code -11: Segmentation fault" in found
     assert "worst error over budget: 1.20 (attention, float32)" in found
+
+
+def test_summary_of_a_training_run(tmp_path):
+    points = [{"step": step, "loss": 11.0 - step / 100} for step in range(10, 510, 10)]
+    held = [{"step": step, "held_out_loss": loss, "unigram_entropy": 6.36} for step, loss in ((100, 7.5), (500, 6.25))]
+    found = {"status": "complete", "points": points, "held_out": held, "epochs": 0.07, "tokens_per_second": 371000.4, "mfu": 0.331}
+    write(tmp_path, "training.json", run=found)
+    line = (
+        "training run: 500 steps, loss 10.90 -> 6.45, held-out 7.50 -> 6.25, unigram entropy 6.36, 0.07 epochs, 371,000 tok/s, MFU 33.1 %"
+    )
+    assert line in summary.summarise(tmp_path).splitlines()
+    write(
+        tmp_path,
+        "training.json",
+        run={"status": "stopped after 9 s", "points": [{"step": 1, "loss": "nan"}], "held_out": [], "epochs": 0.0},
+    )
+    assert "training run: 1 steps, loss nan -> nan, 0.00 epochs" in summary.summarise(tmp_path)
+    write(tmp_path, "training.json", run={"status": "complete", "points": [], "end": "the time was up before the first step"})
+    assert "training run: no points: the time was up before the first step" in summary.summarise(tmp_path)
+    write(tmp_path, "training.json", run={"status": "complete", "skipped": "omegaconf is not installed"})
+    assert "training run: skipped, omegaconf is not installed" in summary.summarise(tmp_path).splitlines()
 
 
 def test_summary_of_nothing(tmp_path):
