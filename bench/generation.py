@@ -56,7 +56,7 @@ class Sizes:
     first: tuple[tuple[int, int], ...] = tuple((batch, 1024) for batch in (1, 8, 64, 256, 16))
     others: tuple[tuple[int, int], ...] = tuple((batch, keys) for keys in (8192, 64) for batch in (1, 8, 64, 256))
     called: tuple[tuple[int, int], ...] = others  # those of `others` that are measured from Python too
-    compiled: tuple[tuple[int, int], ...] = ((1, 1024), (64, 1024))
+    compiled: tuple[tuple[int, int], ...] = tuple((batch, 1024) for batch in (1, 64, 256, 8))
     modes: tuple[str, ...] = ("+compile+graph", "+compile")
     counted: tuple[tuple[int, int], ...] = ((1, 1024), (64, 1024), (256, 1024))
     prefills: tuple[tuple[int, int], ...] = ((1, 512), (32, 512), (8, 2048))

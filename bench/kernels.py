@@ -175,8 +175,8 @@ def measure(
                     "captured": captured[name], "error": errors[name],
                 }
             )  # fmt: skip
-            if phase != "forward" and shapes.device.type == "cuda":
-                rows[-1]["peak_mb"] = round(peak_memory(call, shapes.device) / 1e6, 1)
+            if phase != "forward":
+                rows[-1]["peak_mb"] = round(peak_memory(call, shapes.device) / 1e6, 3)
     return rows
 
 
@@ -217,17 +217,20 @@ def show(rows: list[dict[str, Any]]) -> str:
         plain = row.get("plain_us", row.get("autograd_us"))
         accuracy = "" if row["error"] is None else f"{row['error']:.1e}"
         beside = f"{row['triton_us']:10.1f}" if "triton_us" in row else ""
+        peak = f"{row['peak_mb']:10,.1f}" if "peak_mb" in row else ""
+        plainly = "  not captured" if graphs and not row["captured"] else ""
         lines.append(
             f"{label}{row['us']:10.1f}{100 * row['spread']:6.1f}%{row['gb_per_s']:9,.0f}{row['tflops']:9.1f}"
-            f"{row['percent_of_roof']:8.1f}%{plain:11.1f}  {accuracy:7}{beside}{'  not captured' if graphs and not row['captured'] else ''}"
+            f"{row['percent_of_roof']:8.1f}%{plain:11.1f}{peak:10}  {accuracy:7}{beside:10}{plainly}"
         )
     return "\n".join(line.rstrip() for line in lines)
 
 
 HEADER = (
     f"{'operation':26}{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}"
-    f"  {'error':7}{'ours us':>10}\n"
+    f"{'peak MB':>10}  {'error':7}{'ours us':>10}\n"
     "eager us: a plain call; in rows of a backward pass a plain call through autograd, forward and backward\n"
+    "peak MB: the most that this call through autograd holds at one time, beyond its inputs\n"
     "ours us: in turns with what torch.compile makes, in the second pass"
 )
 

@@ -215,7 +215,7 @@ def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
             "triton": backend.attention,
             "reference": TORCH.attention,
             "compile": compiled(TORCH.attention),
-            "math": _sdpa(shapes, SDPBackend.MATH),
+            "math": sdpa(shapes, SDPBackend.MATH),
             **attention_peers(shapes, compiled),
         },
     )
@@ -226,7 +226,8 @@ def random_qkv(shapes: Shapes, seed: int) -> list[Tensor]:
     return _normal(shapes, seed, *[(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)])
 
 
-def _sdpa(shapes: Shapes, kind: SDPBackend) -> Callable[..., Tensor]:
+def sdpa(shapes: Shapes, kind: SDPBackend, mask: Callable[[], Tensor] | None = None) -> Callable[..., Tensor]:
+    """torch's attention by one of its kernels. mask: makes what is added to the scores, [B, 1, T, S]; None: causal, which costs less."""
     heads, key_heads, _ = shapes.heads
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -234,8 +235,9 @@ def _sdpa(shapes: Shapes, kind: SDPBackend) -> Callable[..., Tensor]:
             raise RuntimeError(f"torch cuDNN attention {torch.__version__}: needs a GPU")
         with sdpa_kernel(kind):
             out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=heads != key_heads
-            )
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                attn_mask=None if mask is None else mask(), is_causal=mask is None, enable_gqa=heads != key_heads,
+            )  # fmt: skip
         return out.transpose(1, 2)
 
     return call
@@ -254,8 +256,8 @@ def attention_peers(shapes: Shapes, compiled: Compile) -> dict[str, Callable[...
     """Causal attention of others, each with query and key heads as the model has them."""
     flash_attn = _library("flash-attn", "flash_attn", "flash_attn_func", shapes.device)
     return {
-        "flash": _sdpa(shapes, SDPBackend.FLASH_ATTENTION),
-        "cudnn": _sdpa(shapes, SDPBackend.CUDNN_ATTENTION),
+        "flash": sdpa(shapes, SDPBackend.FLASH_ATTENTION),
+        "cudnn": sdpa(shapes, SDPBackend.CUDNN_ATTENTION),
         "flex": on_gpu(shapes, FlexAttention(compiled)),
         "flash-attn": lambda q, k, v: flash_attn(q, k, v, causal=True),
     }

@@ -1,9 +1,10 @@
 """A training step of each library that trains the same model: what bench/step_peers.py and bench/train_step.py measure beside ours.
 
-    transformers    LlamaForCausalLM with fp32 parameters; bf16 under torch.autocast, the usual recipe
-    liger           the same with Liger-Kernel's rotary embedding, norm, SwiGLU and fused loss. Triton kernels: needs a GPU
-    litgpt          its GPT in a process of its own (bench/litgpt_peer.py), under the same autocast
-    ...+compile     under torch.compile
+    transformers        LlamaForCausalLM with fp32 parameters; bf16 under torch.autocast, the usual recipe. Its attention is torch's SDPA
+    transformers eager  the same with attn_implementation="eager": attention as two products and a softmax, all scores in memory
+    liger               transformers with Liger-Kernel's rotary embedding, norm, SwiGLU and fused loss. Triton kernels: needs a GPU
+    litgpt              its GPT in a process of its own (bench/litgpt_peer.py), under the same autocast
+    ...+compile         under torch.compile
 
 All start from the weights they are given and take the step of bench.train_step.TrainingStep.
 """
@@ -22,7 +23,7 @@ from bench.peers import NotInstalled, require, standing
 from bench.train_step import TrainingStep
 from smollm2.config import SmolLM2Config
 
-VARIANTS = ("transformers", "liger", "litgpt", "transformers+compile", "litgpt+compile")
+VARIANTS = ("transformers", "liger", "litgpt", "transformers eager", "transformers+compile", "litgpt+compile")
 # The library behind a variant, by its name up to the first blank or "+".
 LIBRARY = {"transformers": "transformers", "liger": "liger-kernel", "litgpt": "litgpt"}
 # What Liger-Kernel replaces in transformers' module for good; the rest it replaces in the model.
@@ -30,13 +31,16 @@ LIGER_GLOBALS = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
 Forward = Callable[..., Any]  # (ids, labels, doc_start) -> what has a loss
 
 
-def transformers_llama(config: SmolLM2Config, weights: Mapping[str, Tensor], device: torch.device | None = None) -> Any:
-    """LlamaForCausalLM with those weights, fp32, in training mode. Raises NotInstalled."""
+def transformers_llama(
+    config: SmolLM2Config, weights: Mapping[str, Tensor], device: torch.device | None = None, attention: str = "sdpa"
+) -> Any:
+    """LlamaForCausalLM with those weights, fp32, in training mode. attention: "sdpa" or "eager". Raises NotInstalled."""
     try:
         import transformers
     except ImportError as missing:
         raise NotInstalled("transformers") from missing
-    llama: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config.to_dict(), "use_cache": False}))
+    options = {**config.to_dict(), "use_cache": False, "attn_implementation": attention}
+    llama: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
     llama.load_state_dict(weights)
     return llama.to(device).train()
 
@@ -98,7 +102,7 @@ def peer_step(
         return LitgptStep(weights, config, ids, autocast, compiler if extra else None)
     if kind == "liger":
         require("liger-kernel", ids.device)
-    llama = transformers_llama(config, weights, ids.device)
+    llama = transformers_llama(config, weights, ids.device, "eager" if kind == "transformers eager" else "sdpa")
     called = with_liger(llama) if kind == "liger" else torch.compile(llama, backend=compiler) if extra else llama
     return TrainingStep(llama, autocast_forward(called, ids.device, autocast))
 

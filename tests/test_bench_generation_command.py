@@ -102,6 +102,13 @@ def test_a_row_that_fails_does_not_end_the_others(bench, tmp_path):
     assert lines[1].startswith("  8 keys, batch 1: - (") and "1 triton captured: OutOfMemoryError" in lines[-1]
 
 
+def test_peers_decode_at_the_same_batches_as_we_do():
+    sizes = generation.Sizes()
+    for points in (sizes.first, sizes.others, sizes.compiled):
+        assert {1, 8, 64, 256} <= {batch for batch, _ in points}
+    assert "transformers" in generation.MAIN and sizes.modes == ("+compile+graph", "+compile")
+
+
 def test_nothing_new_begins_without_time(bench, tmp_path):
     bench(seconds=-1.0).add("rows", {"variant": "torch captured", "batch": 1, "keys": 8}, lambda: pytest.fail("it began"))
     assert saved(tmp_path)["rows"][0]["failed"] == "no time was left"

@@ -10,8 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from bench import kernels, launches, memcheck, ops, timing
+from bench import kernels, launches, long_attention, memcheck, ops, timing
 from bench.kernels import Variant, error
 from bench.ops import Case
 from bench.part import INTERPRETER_NOTE
@@ -212,6 +213,40 @@ def test_a_decode_step_has_at_most_the_rows_of_the_fused_kernels():
         for op in ("decode_layer", "decode_head"):
             assert cases[op].tokens == rows == cases[op].inputs(0)[0].shape[0]
         assert cases["decode_attention"].tokens == 2 * batch
+
+
+def test_a_mask_of_all_pairs_is_the_same_attention_within_documents():
+    shapes = small(batch=2, length=24)
+    doc_start = torch.tensor([[0] * 5 + [5] * 19, [0] * 16 + [16] * 7 + [23]], dtype=torch.int32)
+    dense = ops.sdpa(shapes, SDPBackend.MATH, lambda: long_attention.document_mask(doc_start, torch.float32))
+    inputs = ops.random_qkv(shapes, 0)
+    torch.testing.assert_close(dense(*inputs), TORCH.attention(*inputs, doc_start))
+
+
+@pytest.mark.parametrize("length", [512, 2048, 8192])
+def test_flash_and_cudnn_take_documents_with_the_heads_as_they_are(length):
+    config = SmolLM2Config.preset("135M")
+    shapes = kernels.Shapes(config, 16384 // 512, 512, torch.bfloat16, torch.device("meta"))
+    case = long_attention.document_attention(shapes, TORCH, "eager", length)
+    q, k, v = (
+        torch.empty(16384 // length, length, heads, 64, dtype=shapes.dtype, device="meta", requires_grad=True) for heads in (9, 3, 3)
+    )
+    for name in ("flash", "cudnn"):
+        out = case.variants[name](q, k, v)
+        gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+        assert out.shape == q.shape and [one.shape for one in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_every_loss_says_how_much_memory_it_takes():
+    shapes = small(batch=4, length=64)
+    loss = {case.op: case for case in ops.cases(shapes, TORCH, "aot_eager")}["linear_cross_entropy"]
+    rows = kernels.measure(loss, shapes, 1e10, 1e10, tiny=True)
+    peaks = {row["variant"]: row["peak_mb"] for row in rows if "peak_mb" in row}
+    absent = {row["variant"] for row in rows if "failed" in row}
+    assert peaks.keys() | absent == loss.variants.keys() and absent == {"liger", "quack"}
+    logits = shapes.tokens * shapes.config.vocab_size * 4 / 1e6
+    assert peaks["all logits"] >= 2 * logits  # and their gradient
+    assert "peak MB" in kernels.HEADER and f"{peaks['all logits']:.1f}" in kernels.show(rows)
 
 
 def test_a_gradient_is_compared_too():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import launches, train_step
+from bench import launches, peer_models, train_step
 from bench.part import Part, read_json
 from bench.timing import alone
 from smollm2.config import SmolLM2Config
@@ -65,7 +65,21 @@ def test_what_compiles_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     compiled = [index for index, name in enumerate(asked) if "+compile" in name]
     assert compiled == list(range(len(asked) - len(compiled), len(asked)))
     assert asked[:2] == ["triton", "triton+graph"]
+    assert asked.index("transformers eager") == compiled[0] - 1  # what is not compiled, in order of value
     assert set(read_json(tmp_path / "step.json")["step"]["variants"]) == set(asked)
+
+
+def test_both_attentions_of_transformers_compute_our_losses(part: Part) -> None:
+    pytest.importorskip("transformers", reason="the comparison needs transformers")
+    results = {name: rows(part, name)[name] for name in ("torch", "transformers", "transformers eager")}
+    assert max(train_step.agreement(results).values()) < 1e-4 and len(train_step.agreement(results)) == 3
+    assert peer_models.step_standing(results)["transformers"]["used"]
+    weights = train_step.build(CONFIG, "torch", IDS.device).state_dict()
+    for name, attention in (("transformers", "sdpa"), ("transformers eager", "eager")):
+        step = peer_models.peer_step(name, CONFIG, weights, IDS, False, "eager")
+        assert isinstance(step, train_step.TrainingStep) and step.model.config._attn_implementation == attention
+        assert all(torch.equal(value, weights[key]) for key, value in step.model.state_dict().items())
+        assert type(step.optimizer) is torch.optim.AdamW and step.optimizer.defaults["fused"]
 
 
 def test_all_logits_are_the_same_loss() -> None:
