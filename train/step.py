@@ -122,7 +122,8 @@ class CapturedStep(TrainStep):
         """Records a step; recording computes nothing, so the weights stay as they are."""
         self._ids, self._starts = (values.to(self._world.device) for values in (batch.input_ids, batch.doc_start))
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._stream):
+        # thread_local: the thread that pins the next batches may ask the driver for memory meanwhile, which would end a global capture.
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._loss, self._norm = self._compute(self._ids, self._starts if self._config.document_masking else None)
 
 
