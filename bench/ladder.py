@@ -230,21 +230,26 @@ class Shared:
         step.optimizer.state = self._state
 
 
-def build(
-    setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device, compiler: str, shared: Shared | None = None
-) -> PhasedStep:
-    """The step of a rung, from the weights that seed 0 gives on this device, or from shared ones. compiler: that of torch.compile."""
+def build_model(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device) -> SmolLM2ForCausalLM:
+    """The model of a rung, with the weights that seed 0 gives on this device."""
     torch.manual_seed(0)
-    with torch.device(device if shared is None else "meta"):
+    with torch.device(device):
         model = SmolLM2ForCausalLM(config, setup.backend, compute_dtype=None if dtype == torch.float32 else dtype)
         for block in model.model.layers if not setup.packed else ():
             for name, kind in (("self_attn", SeparateAttention), ("mlp", SeparateMLP)):
                 separate = kind(config, setup.backend)
                 separate.load_state_dict(getattr(block, name).state_dict())
                 setattr(block, name, separate)
+    return model.train()
+
+
+def build(
+    setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device, compiler: str, shared: Shared | None = None
+) -> PhasedStep:
+    """The step of a rung, from weights of its own, or from shared ones. compiler: that of torch.compile."""
+    model = build_model(setup, config, dtype, device if shared is None else torch.device("meta"))
     if shared is not None:
         shared.lend(model)
-    model.train()
     forward = torch.compile(model, backend=compiler, dynamic=False) if setup.compiled else model
     step = PhasedStep(model, forward, setup.fused_optimizer)
     if shared is not None:

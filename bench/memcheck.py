@@ -57,11 +57,12 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         sizes = (width,), (attended + 2 * KEY_HEADS * HEAD_DIM, width), (width, attended), (width,), (2 * ffn, width), (width, ffn)
         lengths = torch.tensor([2, 33, TOKENS])
         x, key_cache, value_cache = (draw(3, *size).detach() for size in ((2, width), *[(TOKENS, KEY_HEADS, HEAD_DIM)] * 2))
-        tables = [table.cpu()[lengths[:, None] - 2 + torch.arange(2)].to(device)] * 2
+        tables = [angles[lengths[:, None] - 2 + torch.arange(2)].to(device)] * 2
         weights = LayerWeights(*(draw(*size).detach() for size in sizes))
         return backend.decode_layer(x, weights, key_cache, value_cache, lengths.to(device), *tables, eps=1e-5, ops=backend)
 
-    table = torch.randn(TOKENS, HEAD_DIM // 2).to(device)
+    angles = torch.randn(TOKENS, HEAD_DIM // 2)
+    table = angles.to(device)
     starts = (torch.arange(TOKENS, dtype=torch.int32)[None] // 20 * 20).to(device)
     full = torch.full((2,), TOKENS).to(device)
     targets = torch.arange(TOKENS).to(device)

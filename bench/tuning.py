@@ -69,7 +69,7 @@ CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
     ),
     "decode_norm_matmul": ("decode_layer", "forward", (Launch(1, 1, 1), Launch(1, 4, 1), Launch(1, 4, 2), Launch(1, 8, 4))),
     "decode_o": ("decode_layer", "forward", (Launch(4, 2, 4), Launch(4, 4, 4), Launch(8, 4, 8), Launch(4, 8, 8))),
-    "decode_down": ("decode_layer", "forward", (Launch(1, 1, 2), Launch(1, 1, 4), Launch(1, 4, 4), Launch(1, 2, 2))),
+    "decode_down": ("decode_layer", "forward", (Launch(1, 2, 4), Launch(1, 1, 2), Launch(1, 1, 4), Launch(1, 4, 4))),
     "decode_head": ("decode_head", "forward", (Launch(1, 2, 1), Launch(1, 8, 1), Launch(1, 8, 2), Launch(1, 16, 4))),
 }  # fmt: skip
 

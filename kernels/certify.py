@@ -3,10 +3,17 @@
     python -m kernels.certify                       compiles what changed, writes certificate.json and CERTIFICATE.md, applies the gates
     python -m kernels.certify --check               compiles nothing; fails when the committed table is not that of this source
     python -m kernels.certify --target sm_90 --op attention      compiles these again and prints them; writes nothing
+    python -m kernels.certify --fill DIR --arch sm_90            fills a Triton cache for that GPU (kernels/cache_fill.py)
+    python -m kernels.certify --verify DIR --arch sm_90          how much of it would be found
 
 What is compiled is what would be launched (kernels/launches.py); what the figures mean, and the limits they are held against, stands in
-kernels/targets.py. The table belongs to one version of Triton. With another one all rows are compiled and printed,
-and only a row that does not compile fails.
+kernels/targets.py. The table holds the figures of two versions of Triton, the newest that is tested and the oldest that is allowed.
+A run adds those of the version that it finds, so that a change of a kernel or of a launch takes two:
+
+    python -m kernels.certify
+    pip install --no-deps --target /tmp/triton-3.6.0 triton==3.6.0 && PYTHONPATH=/tmp/triton-3.6.0 python -m kernels.certify
+
+With any other version all rows are compiled and printed, and only a row that does not compile fails.
 """
 
 from __future__ import annotations
@@ -27,10 +34,11 @@ from typing import Any
 import triton
 from triton import knobs
 
+from kernels.cache_fill import SOURCES, present_gpu, report
 from kernels.launches import DECODE, LAST_NORM, LAYER, LAYERS, LOSS, Launch, record
 from kernels.targets import TARGETS, measure
 
-PINNED = "3.7.1"
+VERSIONS = ("3.7.1", "3.6.0")  # of Triton: that of constraints.txt, and the oldest that pyproject.toml allows
 JSON_FILE = Path(__file__).with_name("certificate.json")
 TABLE_FILE = Path(__file__).with_name("CERTIFICATE.md")
 # Kernels that only move data: each must read and write 16 bytes at a time.
@@ -51,7 +59,7 @@ READS_ONLY = {"decode_layer", "decode_head"}
 # Kernels that must use the matrix instruction that their target is built for. Decoding is not among them: its tiles have 16 rows.
 MATRIX_BOUND = {"_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel"}
 
-Row = dict[str, Any]  # a Launch without its repetitions, and its Figures: one line of certificate.json
+Row = dict[str, Any]  # a Launch without its repetitions, and its Figures by version of Triton: one line of certificate.json
 
 
 def rows_of(launches: Iterable[Launch]) -> dict[str, tuple[Launch, Row]]:
@@ -79,6 +87,7 @@ def rows_of(launches: Iterable[Launch]) -> dict[str, tuple[Launch, Row]]:
                     name for index, name in enumerate(names) if name not in launch.constants and index not in launch.attributes
                 ],
                 "options": launch.options,
+                "figures": {},
             },
         )
     return rows
@@ -89,20 +98,22 @@ def faults(rows: Iterable[Row]) -> list[str]:
     found = []
     for row in rows:
         target, kernel, dtype = TARGETS[row["target"]], row["kernel"], row["dtype"]
-        name = f"{target.name} {kernel} {dtype} ({row['cases'][0]})"
-        if "error" in row:
-            found.append(f"{name}: does not compile: {row['error']}")
-            continue
-        if row["shared"] > target.shared_limit:
-            found.append(f"{name}: {row['shared']} bytes of shared memory, the target has {target.shared_limit}")
-        if dtype == "float32":
-            continue  # ieee products run on the ordinary units, for tests: reported only
-        if row["spill_bytes"] and target.nvidia:
-            found.append(f"{name}: spills {row['spill_bytes']} bytes")
-        if kernel in MATRIX_BOUND and not row["matrix"].get(target.matrix):
-            found.append(f"{name}: no {target.matrix} instruction, only {row['matrix'] or 'none'}")
-        if kernel in MEMORY_BOUND and dtype == "bfloat16" and not (row["wide_loads"] and (row["wide_stores"] or not _stores_rows(row))):
-            found.append(f"{name}: {row['wide_loads']} loads and {row['wide_stores']} stores of 16 bytes")
+        for version, figures in row["figures"].items():
+            name = f"{target.name} {kernel} {dtype} ({row['cases'][0]}), Triton {version}"
+            if "error" in figures:
+                found.append(f"{name}: does not compile: {figures['error']}")
+                continue
+            if figures["shared"] > target.shared_limit:
+                found.append(f"{name}: {figures['shared']} bytes of shared memory, the target has {target.shared_limit}")
+            if dtype == "float32":
+                continue  # ieee products run on the ordinary units, for tests: reported only
+            if figures["spill_bytes"] and target.nvidia:
+                found.append(f"{name}: spills {figures['spill_bytes']} bytes")
+            if kernel in MATRIX_BOUND and not figures["matrix"].get(target.matrix):
+                found.append(f"{name}: no {target.matrix} instruction, only {figures['matrix'] or 'none'}")
+            loads, stores = figures["wide_loads"], figures["wide_stores"]
+            if kernel in MEMORY_BOUND and dtype == "bfloat16" and not (loads and (stores or not _stores_rows(row))):
+                found.append(f"{name}: {loads} loads and {stores} stores of 16 bytes")
     return found
 
 
@@ -172,26 +183,24 @@ def _line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
+COLUMNS = (
+    "kernel", "case", "what differs", "dtype", "warps x stages", "registers", "spill B", "shared B", "matrix", "16 B ld/st", "occupancy",
+)  # fmt: skip
+
+
+def _cells(row: Row, figures: dict[str, Any]) -> list[str]:
+    """The columns of one version's figures."""
+    if "error" in figures:
+        return ["", figures["error"].replace("|", "/").replace("\n", " "), *[""] * 4]
+    spill = str(figures["spill_bytes"]) + (f" + {figures['scalar_spills']} scalars" if figures["scalar_spills"] else "")
+    matrix = " ".join(f"{kind} {count}" for kind, count in figures["matrix"].items())
+    wide, occupancy = f"{figures['wide_loads']}/{figures['wide_stores']}", f"{figures['occupancy']:.0%} ({figures['limited_by']})"
+    return [str(figures["registers"]), spill, str(figures["shared"]), matrix, wide, occupancy]
+
+
 def target_table(rows: Sequence[Row]) -> list[str]:
-    """A Markdown table of the rows of one target."""
-    lines = [
-        _line(
-            (
-                "kernel",
-                "case",
-                "what differs",
-                "dtype",
-                "warps x stages",
-                "registers",
-                "spill B",
-                "shared B",
-                "matrix",
-                "16 B ld/st",
-                "occupancy",
-            )
-        ),
-        _line(["---"] * 11),
-    ]
+    """A Markdown table of the rows of one target: the figures of the first version, and in brackets those that another one changes."""
+    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["dtype"]), []).append(row)
@@ -199,15 +208,10 @@ def target_table(rows: Sequence[Row]) -> list[str]:
         for row, difference in zip(group, _differences(group), strict=True):
             case = row["cases"][0] + (f" (+{len(row['cases']) - 1})" if len(row["cases"]) > 1 else "")
             first = (row["kernel"].strip("_").removesuffix("_kernel"), case, difference, row["dtype"])
-            if "error" in row:
-                lines.append(_line((*first, "", row["error"].replace("|", "/").replace("\n", " "), *[""] * 5)))
-                continue
-            spill = row["spill_bytes"] if not row["scalar_spills"] else f"{row['spill_bytes']} + {row['scalar_spills']} scalars"
-            matrix = " ".join(f"{kind} {count}" for kind, count in row["matrix"].items())
-            occupancy = f"{row['occupancy']:.0%} ({row['limited_by']})"
-            stages = row["options"].get("num_stages", "")
-            figures = (row["registers"], spill, row["shared"], matrix, f"{row['wide_loads']}/{row['wide_stores']}", occupancy)
-            lines.append(_line((*first, f"{row['warps']} x {stages}", *figures)))
+            versions = [_cells(row, figures) for figures in row["figures"].values()]
+            cells = ["; ".join(dict.fromkeys(values)) for values in zip(*versions, strict=True)]
+            warps = next((figures["warps"] for figures in row["figures"].values() if "warps" in figures), "")
+            lines.append(_line((*first, f"{warps} x {row['options'].get('num_stages', '')}", *cells)))
     return lines
 
 
@@ -221,15 +225,17 @@ def summary(certificate: dict[str, Any]) -> list[str]:
         which = "; ".join(", ".join(f"{op} {count}" for op, count in ops.items()) for ops in (forward, backward) if ops)
         lines.append(_line((part, sum(forward.values()), sum(backward.values()), which)))
     lines += ["", "## Targets", "", "Worst over the rows in bf16 and fp16.", ""]
-    lines += [_line(("target", "rows", "registers", "rows that spill", "spill B", "shared B", "limit", "faults")), _line(["---"] * 8)]
+    head = ("target", "Triton", "rows", "registers", "rows that spill", "spill B", "shared B", "limit", "faults")
+    lines += [_line(head), _line(["---"] * len(head))]
     for name, target in TARGETS.items():
         mine = [row for row in rows if row["target"] == name]
-        sixteen = [row for row in mine if row["dtype"] != "float32" and "error" not in row]
-        if sixteen:
-            worst = (max(row[figure] for row in sixteen) for figure in ("registers", "spill_bytes", "shared"))
-            registers, spill, shared = worst
-            spilling = sum(row["spill_bytes"] > 0 for row in sixteen)
-            lines.append(_line((name, len(mine), registers, spilling, spill, shared, target.shared_limit, len(faults(mine)))))
+        for version in certificate["triton"]:
+            own = [{**row, "figures": {version: row["figures"][version]}} for row in mine if version in row["figures"]]
+            sixteen = [row["figures"][version] for row in own if row["dtype"] != "float32" and "error" not in row["figures"][version]]
+            if sixteen:
+                registers, spill, shared = (max(figures[name] for figures in sixteen) for name in ("registers", "spill_bytes", "shared"))
+                spilling = sum(figures["spill_bytes"] > 0 for figures in sixteen)
+                lines.append(_line((name, version, len(own), registers, spilling, spill, shared, target.shared_limit, len(faults(own)))))
     if certificate["numerics"]:
         lines += ["", "## Numerics", "", "Worst error as a part of its budget (tests/numerics.py); 1 would fail.", ""]
         lines += [_line(("op", "dtype", "worst")), _line(["---"] * 3)]
@@ -242,11 +248,12 @@ def page(certificate: dict[str, Any]) -> str:
     lines = [
         "# Certificate",
         "",
-        f"Made by `python -m kernels.certify` with Triton {certificate['triton']}; do not edit. "
+        f"Made by `python -m kernels.certify` with Triton {' and '.join(certificate['triton'])}; do not edit. "
         "Each row is a launch that the public functions make at the models' shapes, compiled for a GPU that need not be there. "
         "Registers and spills are a thread's, shared memory is a program's. 16 B ld/st: global loads and stores of 16 bytes in the code. "
         "Occupancy: part of a multiprocessor's warps that can be resident, and what limits it. "
-        "What differs: compile-time constants; of arguments, `1` and `any` (not known to be a multiple of 16).",
+        "What differs: compile-time constants; of arguments, `1` and `any` (not known to be a multiple of 16). "
+        "Where the versions of Triton differ in a figure, theirs stand one after the other.",
         "",
         *summary(certificate),
     ]
@@ -266,7 +273,7 @@ def load() -> dict[str, Any]:
     """The committed certificate, or an empty one."""
     if JSON_FILE.exists():
         return json.loads(JSON_FILE.read_text())
-    return {"triton": PINNED, "launches": {}, "numerics": [], "rows": []}
+    return {"triton": list(VERSIONS), "launches": {}, "numerics": [], "rows": []}
 
 
 def merge_numerics(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -278,14 +285,14 @@ def merge_numerics(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list
 def check(rows: dict[str, tuple[Launch, Row]], counts: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     """Why the committed files are not those of this source and this table, one line each."""
     known = {row["key"]: row for row in committed["rows"]}
-    found = [
-        f"missing: {row['target']} {row['kernel']} {row['dtype']} ({row['cases'][0]})" for key, (_, row) in rows.items() if key not in known
-    ]
-    found += [
-        f"no longer launched: {row['target']} {row['kernel']} {row['dtype']} ({row['cases'][0]})"
-        for key, row in known.items()
-        if key not in rows
-    ]
+
+    def name(row: Row) -> str:
+        return f"{row['target']} {row['kernel']} {row['dtype']} ({row['cases'][0]})"
+
+    found = [f"missing: {name(row)}" for key, (_, row) in rows.items() if key not in known]
+    found += [f"no longer launched: {name(row)}" for key, row in known.items() if key not in rows]
+    for version in VERSIONS:
+        found += [f"no figures of Triton {version}: {name(row)}" for row in known.values() if version not in row["figures"]]
     if committed["launches"] != counts:
         found.append("launch counts differ")
     if not TABLE_FILE.exists() or TABLE_FILE.read_text() != page(committed):
@@ -303,20 +310,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops (attention, rms_norm, ...); print, write nothing")
     parser.add_argument("--fresh", action="store_true", help="compile unchanged rows too")
     parser.add_argument("--numerics", type=Path, metavar="FILE", help="JSON list of {op, dtype, worst} to enter into the certificate")
+    ahead = parser.add_mutually_exclusive_group()
+    ahead.add_argument("--fill", type=Path, metavar="DIR", help="fill a Triton cache, for a machine with a GPU to find (TRITON_CACHE_DIR)")
+    ahead.add_argument("--verify", type=Path, metavar="DIR", help="how much of what would be launched such a cache holds")
+    parser.add_argument("--arch", default=present_gpu(), help="of the GPU to fill for, as sm_90 or sm_86 (default: the one here, or sm_90)")
+    parser.add_argument(
+        "--from", nargs="+", dest="sources", choices=SOURCES, default=["model"],
+        help="whose launches: model (training and generation of every preset; default), tests, bench",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {options.jobs}")
     if knobs.runtime.interpret:
         print("kernels.certify needs the compiler, but TRITON_INTERPRET=1 replaces it: unset that variable", file=sys.stderr)
         return 2
+    if options.fill or options.verify:
+        try:
+            return report(options.fill is not None, options.fill or options.verify, options.arch, options.sources, options.jobs)
+        except (OSError, RuntimeError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
     started = time.time()
-    pinned = triton.__version__.partition("+")[0] == PINNED
+    version = triton.__version__.partition("+")[0]
     recorded = {name: record(TARGETS[name]) for name in TARGETS}
     rows = rows_of(launch for launches in recorded.values() for launch in launches)
     counts, committed = launch_counts(recorded["sm_90"]), load()
     if options.check:
-        if not pinned:
-            print(f"the table is made with Triton {PINNED}, this is {triton.__version__}: {len(rows)} rows recorded, not compared")
+        if version not in VERSIONS:
+            print(f"the table is made with Triton {' and '.join(VERSIONS)}, this is {version}: {len(rows)} rows recorded, not compared")
             return 0
         problems = check(rows, counts, committed)
         print("\n".join(problems) if problems else f"certificate: {len(rows)} rows, up to date ({time.time() - started:.1f} s)")
@@ -327,36 +350,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return bool(problems)
 
     partial = bool(options.target or options.op)
+    kept = version in VERSIONS and not partial
     chosen = {
         key: pair
         for key, pair in rows.items()
         if (not options.target or pair[1]["target"] in options.target) and (not options.op or pair[1]["op"] in options.op)
     }
-    reusable = {} if options.fresh or partial or not pinned else {row["key"]: row for row in committed["rows"]}
-    pending = [key for key in chosen if key not in reusable]
-    print(f"{len(chosen)} rows, {len(pending)} to compile with Triton {triton.__version__}", file=sys.stderr, flush=True)
-    figures = dict(zip(pending, compile_rows([chosen[key][0] for key in pending], options.jobs), strict=True))
+    known = {row["key"]: row["figures"] for row in committed["rows"]} if kept else {}
+    pending = [key for key in chosen if options.fresh or version not in known.get(key, {})]
+    print(f"{len(chosen)} rows, {len(pending)} to compile with Triton {version}", file=sys.stderr, flush=True)
+    fresh = dict(zip(pending, compile_rows([chosen[key][0] for key in pending], options.jobs), strict=True))
     for key, (_, row) in chosen.items():
-        row |= figures[key] if key in figures else {name: value for name, value in reusable[key].items() if name not in row}
+        found = {**known.get(key, {}), **({version: fresh[key]} if key in fresh else {})}
+        row["figures"] = {name: found[name] for name in sorted(found, reverse=True)}
     fresh_numerics = json.loads(options.numerics.read_text()) if options.numerics else []
     certificate = {
-        "triton": triton.__version__,
+        "triton": list(VERSIONS if kept else [version]),
         "launches": counts,
         "numerics": merge_numerics(committed["numerics"], fresh_numerics),
         "rows": [row for _, row in chosen.values()],
     }
-    found = faults(certificate["rows"])
+    problems = faults(certificate["rows"])
     if partial:
         for name in options.target or TARGETS:
             print("\n".join(["", f"## {name}", "", *target_table([row for row in certificate["rows"] if row["target"] == name])]))
     else:
-        print("\n".join(summary(certificate)) if pinned else page(certificate))
-    if pinned and not partial:
+        print("\n".join(summary(certificate)) if kept else page(certificate))
+    if kept:
         JSON_FILE.write_text(dump(certificate))
         TABLE_FILE.write_text(page(certificate))
         print(f"\nwrote {JSON_FILE} and {TABLE_FILE.name}")
-    print("\n".join(["", f"{len(found)} faults in {len(chosen)} rows, {time.time() - started:.0f} s", *found]))
-    return bool(found if pinned else [row for row in certificate["rows"] if "error" in row])
+    print("\n".join(["", f"{len(problems)} faults in {len(chosen)} rows, {time.time() - started:.0f} s", *problems]))
+    return bool(problems if version in VERSIONS else [row for row in certificate["rows"] if "error" in row["figures"][version]])
 
 
 if __name__ == "__main__":

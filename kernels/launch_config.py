@@ -4,10 +4,11 @@ An autotuner looks like a hang at first use, recompiles for every new length, an
 changes the order of sums. Here every choice is a line of a table that can be read, compiled ahead of time for
 targets that are not at hand (`python -m kernels.certify` does, and gates on spills), and overruled in a diff.
 
-Provenance of the entries: chosen by registers, spills, shared memory and the instructions in the compiled code at the pinned Triton. Those
-of sm_90 were timed at the shapes of the 135M model, 32 x 512 tokens in bf16, on an H100 with Triton 3.6 (`python -m bench.tuning`, figures
-in bench/results/h100/tuning.json): attention took the fastest of its candidates. The others kept their lines, which were within 3 % of the
-best but for decode_o and decode_head; these were timed at 16 rows only. No other target was measured.
+Provenance of the entries: chosen by registers, spills, shared memory and the instructions in the compiled code, at both versions of Triton
+that the certificate has: on NVIDIA no line spills at either in 16 bits. Those of sm_90 were timed at the shapes of the 135M model, 32 x 512
+tokens in bf16, on an H100 with Triton 3.6 (`python -m bench.tuning`, figures in bench/results/h100/tuning.json): attention took the fastest
+of its candidates. The others kept their lines, which were within 3 % of the best but for decode_o and decode_head, or have one that was as
+fast (decode_down); these were timed at 16 rows only. No other target was measured.
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions: small tiles, or they spill.
     # sm_90, measured at 512 tokens: forward 44.8 us (128 queries and eight warps: 53.4); the whole backward pass 174 us with this dq and
     # 161 with this dk/dv (two stages, which spill at Triton 3.6) instead of 186. Not measured: both together, and longer rows.
-    # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries only. gfx: loads
-    # ahead (two stages) spill. A branch around the mask costs sm_90 nothing, and sm_100 only in dk/dv; elsewhere the matrix operands
-    # then pass through shared memory, or registers spill. (In the interpreter fp32 has it and 16 bits have not: the tests run both.)
+    # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries only. Loads ahead (two stages)
+    # spill in dk/dv at Triton 3.6, on NVIDIA by 80 to 704 bytes; on gfx they spill everywhere. A branch around the mask costs sm_90
+    # nothing; on sm_100 dk/dv of 64 columns is better without it, and dq of 128 spills 8 bytes with it at Triton 3.6; elsewhere the matrix
+    # operands then pass through shared memory, or registers spill. (In the interpreter fp32 has it, 16 bits have not: the tests run both.)
     "attention_fwd": (
         Row(64, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
         Row(64, Launch(64, 64, num_warps=4, num_stages=3, branch=True), (2,), WARPGROUP),
@@ -95,20 +97,19 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, Launch(128, 64, num_warps=8, num_stages=2), (2,)),
         Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
         Row(128, Launch(64, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(128, Launch(64, 64, num_warps=8, num_stages=1, branch=True), (2,), WARPGROUP),
+        Row(128, Launch(64, 64, num_warps=8, num_stages=1, branch=True), (2,), ("sm_90",)),
         Row(128, Launch(64, 64, num_warps=8, num_stages=1), (2,)),
         Row(128, Launch(32, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
         Row(128, Launch(32, 32, num_warps=8, num_stages=1)),
     ),
     "attention_bwd_dkv": (
-        Row(64, Launch(32, 64, num_warps=4, num_stages=2), (2,), ("sm_80", "sm_120")),
-        Row(64, Launch(64, 64, num_warps=8, num_stages=2), (2,), ("sm_100",)),
-        Row(64, Launch(32, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
+        Row(64, Launch(32, 64, num_warps=4, num_stages=1), (2,), ("sm_80", "sm_120", "gfx942")),
+        Row(64, Launch(64, 64, num_warps=8, num_stages=1), (2,), ("sm_100",)),
         Row(64, Launch(32, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
         Row(64, Launch(64, 64, num_warps=4, num_stages=1, branch=True), (2,), ("sm_90",)),
         Row(128, Launch(32, 64, num_warps=8, num_stages=1), (2,), ("gfx942",)),
         Row(128, Launch(16, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(128, Launch(64, 64, num_warps=8, num_stages=1, branch=True), (2,), ("sm_90",)),
+        Row(128, Launch(64, 64, num_warps=8, num_stages=1, branch=True), (2,), WARPGROUP),
         Row(128, Launch(64, 64, num_warps=8, num_stages=1), (2,)),
         Row(128, Launch(16, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
         Row(128, Launch(16, 32, num_warps=8, num_stages=1)),
@@ -125,18 +126,22 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(1 << 14, Launch(1, 1, num_warps=16)),
     ),
     # one tile, and the splits of all heads, which each program adds up itself; block_m: splits that it asks for at a time. With four
-    # warps it spills on sm_100 and sm_120, and with four columns of 2048 on all but sm_100.
+    # warps it spills on sm_100 and sm_120, with eight and rows of 2048 on sm_120 at Triton 3.6, and with four columns of 2048 on all but
+    # sm_100.
     "decode_o": (
         Row(1 << 14, Launch(4, 16, num_warps=1), architectures=(INTERPRETER,)),
         Row(1024, Launch(4, 4, num_warps=8)),
+        Row(2048, Launch(4, 2, num_warps=16), architectures=("sm_120",)),
         Row(2048, Launch(4, 2, num_warps=8)),
         Row(4096, Launch(4, 2, num_warps=16)),
         Row(1 << 14, Launch(1, 1, num_warps=16)),
     ),
-    # few columns and long rows: two columns, so that 576 of them are 288 programs
+    # few columns and long rows: two columns, so that 576 of them are 288 programs. A warp has 1,024 elements of each: with half as many it
+    # spills 8 bytes on sm_90 and sm_100 at Triton 3.6, and is no faster on an H100.
     "decode_down": (
         INTERPRETED_COLUMNS,
-        Row(2048, Launch(1, 2, num_warps=4)),
+        Row(2048, Launch(1, 2, num_warps=2)),
+        Row(4096, Launch(1, 2, num_warps=4)),
         Row(8192, Launch(1, 2, num_warps=8)),
         Row(1 << 14, Launch(1, 2, num_warps=16)),
     ),

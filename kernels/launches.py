@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver
@@ -70,20 +69,16 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """Equal keys mean equal machine code."""
-        parts = (self.source, self.signature, self.constants, self.attributes, self.options, self.target, triton.__version__)
+        """Equal keys mean equal machine code, with the same Triton."""
+        parts = (self.source, self.signature, self.constants, self.attributes, self.options, self.target)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
-class Recorder:
-    """Stands in for the GPU driver while a case runs and keeps the launches, in order."""
+class StandIn:
+    """Stands in for the driver of a GPU that need not be there."""
 
     target: Target
-    dtype: torch.dtype = torch.bfloat16
-    case: str = ""
-    phase: str = "forward"
-    launches: list[Launch] = field(default_factory=list)
 
     def get_current_target(self) -> Any:
         return self.target.gpu
@@ -96,6 +91,34 @@ class Recorder:
 
     def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         """Called by Triton before it compiles. True: somebody else does it, do not compile and do not launch."""
+        return True
+
+
+@contextmanager
+def standing_in(device: StandIn) -> Iterator[None]:
+    """While this is open, Triton kernels are handed to the stand-in instead of launched, with the table's launches for its target."""
+    before = driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture
+    driver.set_active(device)
+    knobs.runtime.jit_cache_hook = device.hook
+    launch_config.architecture = lambda _: device.target.name  # type: ignore[assignment]
+    launch_config.launch_config.cache_clear()
+    try:
+        yield
+    finally:
+        driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture = before
+        launch_config.launch_config.cache_clear()
+
+
+@dataclass
+class Recorder(StandIn):
+    """Keeps the launches of the case that runs, in order."""
+
+    dtype: torch.dtype = torch.bfloat16
+    case: str = ""
+    phase: str = "forward"
+    launches: list[Launch] = field(default_factory=list)
+
+    def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         function, data = fn.jit_function, json.loads(compile["specialization_data"])
         self.launches.append(
             Launch(
@@ -132,18 +155,10 @@ def forget_lines() -> None:
 @contextmanager
 def recording(target: Target) -> Iterator[Recorder]:
     """While this is open, Triton kernels are recorded for that target instead of launched."""
-    recorder = Recorder(target)
-    before = driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture
     forget_lines()
-    driver.set_active(recorder)
-    knobs.runtime.jit_cache_hook = recorder.hook
-    launch_config.architecture = lambda device: target.name  # type: ignore[assignment]
-    launch_config.launch_config.cache_clear()
-    try:
+    recorder = Recorder(target)
+    with standing_in(recorder):
         yield recorder
-    finally:
-        driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture = before
-        launch_config.launch_config.cache_clear()
 
 
 def tensor(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:

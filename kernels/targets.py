@@ -11,7 +11,7 @@ import io
 import re
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,19 @@ TARGETS = {
         Target("gfx1100", GPUTarget("hip", "gfx1100", 32), "v_wmma", 64 * KB, 128 * KB, 64),
     )
 }
+
+
+def target_for(name: str) -> Target:
+    """The target of that name. One of another capability, as "sm_86" or "sm_103", has the launches and limits of the newest target that is
+    not newer, as in kernels/launch_config.py. Raises ValueError for what is no GPU's name."""
+    if name in TARGETS:
+        return TARGETS[name]
+    capability = int(name[3:]) if re.fullmatch(r"sm_\d+", name) else 0
+    older = [target for target in TARGETS.values() if target.nvidia and target.gpu.arch <= capability]
+    if not older:
+        raise ValueError(f"expected one of {', '.join(TARGETS)} or sm_ and a capability from 80 on, got {name!r}")
+    return replace(older[-1], gpu=GPUTarget("cuda", capability, 32))
+
 
 MATRIX = {
     "wgmma": r"\bwgmma\.mma_async\b",

@@ -10,32 +10,21 @@ import pytest
 from kernels import certify
 from kernels.targets import TARGETS, amd_occupancy, nvidia_occupancy
 
+FIGURES = {
+    "registers": 128, "spill_bytes": 0, "scalar_spills": 0, "shared": 65536, "warps": 8, "matrix": {"wgmma": 16}, "wide_loads": 8,
+    "wide_stores": 4, "occupancy": 0.25, "limited_by": "registers",
+}  # fmt: skip
 
-def row(**changes: Any) -> dict[str, Any]:
-    """A row that passes every gate: the attention kernel on sm_90."""
+
+def row(version: str = "3.7.1", **changes: Any) -> dict[str, Any]:
+    """A row that passes every gate, the attention kernel on sm_90, with figures of one version; then what is changed of it and of them."""
     passing = {
-        "key": "0",
-        "target": "sm_90",
-        "dtype": "bfloat16",
-        "op": "attention",
-        "phase": "forward",
-        "kernel": "_attention_fwd_kernel",
-        "cases": ["planted"],
-        "constants": {},
-        "not_divisible": [],
-        "options": {"num_warps": 8, "num_stages": 2},
-        "registers": 128,
-        "spill_bytes": 0,
-        "scalar_spills": 0,
-        "shared": 65536,
-        "warps": 8,
-        "matrix": {"wgmma": 16},
-        "wide_loads": 8,
-        "wide_stores": 4,
-        "occupancy": 0.25,
-        "limited_by": "registers",
-    }
-    return {**passing, **changes}
+        "key": "0", "target": "sm_90", "dtype": "bfloat16", "op": "attention", "phase": "forward", "kernel": "_attention_fwd_kernel",
+        "cases": ["planted"], "constants": {}, "not_divisible": [], "options": {"num_warps": 8, "num_stages": 2},
+    }  # fmt: skip
+    changed = {name: value for name, value in changes.items() if name in FIGURES or name == "error"}
+    others = {name: value for name, value in changes.items() if name not in changed}
+    return {**passing, "figures": {version: {**FIGURES, **changed}}, **others}
 
 
 def test_clean_row_passes() -> None:
@@ -62,6 +51,11 @@ def test_planted_fault_fails(changes: dict[str, Any], message: str) -> None:
     (fault,) = certify.faults([row(), row(**changes)])
     assert message in fault
     assert "planted" in fault
+
+
+def test_a_fault_in_one_version_is_a_fault() -> None:
+    (fault,) = certify.faults([row(figures={"3.7.1": FIGURES, "3.6.0": {**FIGURES, "spill_bytes": 104}})])
+    assert fault.endswith("Triton 3.6.0: spills 104 bytes")
 
 
 @pytest.mark.parametrize(
@@ -105,14 +99,17 @@ def test_numerics_are_merged_by_op_and_dtype() -> None:
 
 
 def test_files_are_a_function_of_the_certificate() -> None:
+    both = {"3.7.1": FIGURES, "3.6.0": {**FIGURES, "registers": 255}}
     certificate = {
-        "triton": "3.7.1",
+        "triton": ["3.7.1", "3.6.0"],
         "launches": {"layer": {"forward": {"rope": 1}, "backward": {}}},
         "numerics": [{"op": "rope", "dtype": "float16", "worst": 0.7}],
-        "rows": [row(key="1", constants={"BLOCK_M": 64}), row(key="2", constants={"BLOCK_M": 128})],
+        "rows": [row(key="1", constants={"BLOCK_M": 64}), row(key="2", constants={"BLOCK_M": 128}, figures=both)],
     }
     assert json.loads(certify.dump(certificate)) == certificate
     page = certify.page(certificate)
-    assert "BLOCK_M=64 |" in page and "BLOCK_M=128 |" in page
+    assert "| BLOCK_M=64 | bfloat16 | 8 x 2 | 128 | 0 |" in page
+    assert "| BLOCK_M=128 | bfloat16 | 8 x 2 | 128; 255 | 0 |" in page
+    assert "| sm_90 | 3.6.0 | 1 | 255 | 0 |" in page and "| sm_90 | 3.7.1 | 2 | 128 | 0 |" in page
     assert "| layer | 1 | 0 | rope 1 |" in page
     assert "| rope | float16 | 0.700 |" in page

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-from kernels.certify import PINNED  # noqa: E402
+from kernels.certify import VERSIONS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    triton.__version__.partition("+")[0] != PINNED, reason=f"the certificate is made with triton {PINNED}, this is {triton.__version__}"
+    triton.__version__.partition("+")[0] not in VERSIONS, reason=f"the certificate is of {VERSIONS}, this is triton {triton.__version__}"
 )
 
 
@@ -71,28 +71,43 @@ def test_planted_spill_in_the_committed_table_fails(copy: Path) -> None:
 from kernels import certify
 certificate = certify.load()
 row = next(row for row in certificate["rows"] if row["target"] == "sm_90" and row["dtype"] == "bfloat16")
-row["spill_bytes"] = 4
+row["figures"]["3.6.0"]["spill_bytes"] = 4
 certify.JSON_FILE.write_text(certify.dump(certificate))
 certify.TABLE_FILE.write_text(certify.page(certificate))
 """
     assert run(copy, "-c", script).returncode == 0
     done = run(copy, "-m", "kernels.certify", "--check")
     assert done.returncode == 1
-    assert "spills 4 bytes" in done.stdout
+    assert "Triton 3.6.0: spills 4 bytes" in done.stdout
+
+
+def test_every_row_has_the_figures_of_every_version(copy: Path) -> None:
+    script = """
+from kernels import certify
+certificate = certify.load()
+del certificate["rows"][7]["figures"]["3.6.0"]
+certify.JSON_FILE.write_text(certify.dump(certificate))
+certify.TABLE_FILE.write_text(certify.page(certificate))
+"""
+    assert run(copy, "-c", script).returncode == 0
+    done = run(copy, "-m", "kernels.certify", "--check")
+    assert done.returncode == 1
+    assert "no figures of Triton 3.6.0: " in done.stdout
 
 
 def test_rows_compiled_again_give_the_committed_figures(project_root: Path) -> None:
     """One row of an NVIDIA target, one of an AMD target."""
     script = """
-import json
+import json, triton
 from kernels import certify
 from kernels.launches import record
 from kernels.targets import TARGETS, measure
-committed = {row["key"]: row for row in certify.load()["rows"]}
+version = triton.__version__.partition("+")[0]
+committed = {row["key"]: row["figures"][version] for row in certify.load()["rows"]}
 for target in ("sm_90", "gfx942"):
     launch = next(launch for launch in record(TARGETS[target]) if launch.kernel == "_swiglu_bwd_kernel")
     figures = measure(launch)
-    print(json.dumps([figures, {name: committed[launch.key][name] for name in figures}]))
+    print(json.dumps([figures, committed[launch.key]]))
 """
     done = run(project_root, "-c", script)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,170 @@
+"""`python -m bench.gpu_launches model|tests|bench`: every specialisation that training and generation, the tests or the benchmarks launch.
+
+Recorded without a GPU (bench/stand_in.py) from the programs themselves: the model's own training step, prefill and decode step at the
+presets' sizes; the tests, whose comparisons are switched off; what the parts of bench.gpu measure. `python -m kernels.certify --fill`
+compiles what this lists, so that a GPU need not wait for the compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from bench import generation, kernels, ladder, memcheck, tuning
+from bench.correctness import PATTERNS
+from bench.ops import Shapes
+from bench.part import ROOT
+from bench.stand_in import standing_in_for_cuda
+from kernels import select_backend
+from kernels.cache_fill import SOURCES, Specialisations
+from kernels.targets import target_for
+from smollm2.batch import PREFILL_TOKENS
+from smollm2.captured import SMALLEST_CAPACITY
+from smollm2.cli import UsageError, run_command
+from smollm2.config import SmolLM2Config
+from smollm2.engine import Engine
+from smollm2.model import SmolLM2ForCausalLM
+
+CUDA = torch.device("cuda")
+LAYERS = 2  # the first, whose norm has no residual, and one that stands for all others
+MODELS = ("135M", "360M", "1.7B", "tiny")
+BATCHES = (1, 2, 16, 17, 32)  # one row, the fused layer's few, its most, and the composition with and without a multiple of 16
+KEYS = (100, 1000)  # of a cache that grows step by step; those of captured loops are powers of two
+NEW = (2, 4, 8, 16)  # tokens that speculative decoding looks at together
+
+
+def built(preset: str, dtype: torch.dtype | None = None, compute: torch.dtype | None = None) -> SmolLM2ForCausalLM:
+    """A preset with LAYERS layers. dtype: of the parameters; compute: of the activations, where they differ."""
+    config = SmolLM2Config.preset(preset, num_hidden_layers=LAYERS)
+    with CUDA:
+        return SmolLM2ForCausalLM(config, select_backend("triton", CUDA), compute_dtype=compute).to(dtype)
+
+
+def ids(batch: int, length: int) -> torch.Tensor:
+    return torch.zeros(batch, length, dtype=torch.int64, device=CUDA)
+
+
+def training(preset: str, compute: torch.dtype | None, length: int) -> None:
+    """A step and an evaluation, of plain rows and of packed documents."""
+    model, tokens = built(preset, compute=compute), ids(32, length)
+    for starts in (None, tokens.int()):
+        loss = model.train()(tokens, tokens, starts).loss
+        assert loss is not None
+        loss.backward()
+        with torch.no_grad():
+            model.eval()(tokens, labels=tokens, doc_start=starts, reduction="sum")
+
+
+@torch.inference_mode()
+def decoding(model: SmolLM2ForCausalLM, batch: int, keys: int, new: int = 1, prompt: int = 77) -> None:
+    """A prompt, then a step that sees `keys` keys, the cache being as long."""
+    engine = Engine(model)
+    cache = engine.allocate(batch, keys)
+    engine.prefill(ids(batch, min(prompt, keys - new)), ids(batch, 1)[:, 0], cache)
+    cache.longest = keys - new
+    engine.decode(ids(batch, new), cache)
+
+
+def record_model() -> None:
+    """Training and generation at the presets' sizes, whatever the batch, in the dtypes that a command line offers."""
+    for preset, compute, length in product(MODELS, (torch.bfloat16, None), (512, 500)):
+        training(preset, compute, length)
+    for preset, dtype in product(MODELS, (torch.bfloat16, torch.float16, torch.float32)):
+        model = built(preset, dtype).eval()
+        longest = model.config.max_position_embeddings
+        capacities = [SMALLEST_CAPACITY << doublings for doublings in range(8) if SMALLEST_CAPACITY << doublings <= longest]
+        for batch, keys in product(BATCHES, (*KEYS, *capacities)):
+            if keys <= longest:
+                decoding(model, batch, keys)
+        for new in NEW:
+            decoding(model, 1, 256, new)
+        decoding(model, 1, 128, prompt=16)
+
+
+def record_bench() -> None:
+    """What the parts of bench.gpu measure at full size. Its training step, generation and run are those of `record_model`, and more."""
+    backend, config = select_backend("triton", CUDA), SmolLM2Config.preset("135M")
+    shapes = Shapes(config, *kernels.FULL, torch.bfloat16, CUDA)
+    found = {case.op: case for case in kernels.every_case(shapes, backend, "eager", False)}
+
+    def call(op: str) -> None:
+        variant = kernels.Variant(found[op], "triton", 1)
+        variant.call()
+        if variant.differentiable:
+            variant.through_autograd()
+
+    for op in found:
+        call(op)
+    for name, (op, _, candidates) in tuning.CANDIDATES.items():
+        for launch in candidates:
+            with tuning.forced(name.partition(" ")[0], launch):
+                call(op)
+    for check in memcheck.operations(backend, CUDA).values():
+        check()
+    small = SmolLM2Config.preset("135M", num_hidden_layers=LAYERS)
+    for setup in ladder.setups(backend, True).values():
+        if not setup.compiled and setup.backend.name != "plain":
+            tokens = ids(*kernels.FULL)
+            ladder.build_model(setup, small, torch.bfloat16, CUDA)(tokens, tokens).loss.backward()
+    training("135M", torch.bfloat16, kernels.FULL[1])
+    sizes = generation.Sizes()
+    for dtype in (torch.bfloat16, torch.float32):
+        model = built("135M", dtype).eval()
+        for batch, keys in {*sizes.first, *sizes.others, (sizes.agreement[0], sum(sizes.agreement[1:]))}:
+            decoding(model, batch, keys)
+            decoding(model, batch, keys + 1)  # the bytes of the last key of a cache that is not yet full
+        for batch, length in (*sizes.prefills, sizes.agreement[:2], (PREFILL_TOKENS // sizes.many[1], sizes.many[1])):
+            decoding(model, batch, length + 1, prompt=length)
+
+
+class NoComparisons:
+    """A plugin of pytest: nothing was computed that could be compared, and a test should not end at its first comparison."""
+
+    def pytest_collection_finish(self) -> None:
+        torch.testing.assert_close = torch.equal = lambda *_, **__: True  # type: ignore[assignment]
+        sys.modules["numerics"].check = lambda *_, **__: None  # type: ignore[attr-defined]
+
+
+def record_tests() -> None:
+    """The tests that bench.correctness runs. Python's -O has taken out their asserts."""
+    import pytest
+
+    files = [str(path) for pattern in PATTERNS for path in sorted((ROOT / "tests").glob(pattern))]
+    if not files:
+        raise UsageError("tests: there are none beside this package; they are part of the repository, not of an installation")
+    options = ["--assert=plain", "--tb=line", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+    with mock.patch.object(torch.profiler, "profile", mock.MagicMock()):  # which takes minutes to count what a CPU does
+        pytest.main([*options, *files], plugins=[NoComparisons()])
+
+
+# What is recorded, and where its tensors lie: the tests compute with theirs.
+RECORDED: dict[str, tuple[Callable[[], None], str]] = {
+    "model": (record_model, "meta"), "tests": (record_tests, "cpu"), "bench": (record_bench, "meta"),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_launches", description="Lists the kernels that a GPU would be asked for.")
+    parser.add_argument("source", choices=SOURCES, help="training and generation, the kernels' tests, or the benchmarks")
+    parser.add_argument("--arch", default="sm_90", help="of the GPU (default sm_90)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON: a module, a kernel and its specialisation a row")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    recorder = Specialisations(target_for(options.arch))
+    record, device = RECORDED[options.source]
+    with standing_in_for_cuda(recorder, device):
+        record()
+    options.out.write_text(json.dumps(list(recorder.found)) + "\n", encoding="utf-8")
+    print(f"{options.source}: {len(recorder.found)} specialisations", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
