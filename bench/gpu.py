@@ -204,6 +204,9 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     began = time.monotonic()
     resolve_device(options.device, options.tiny)
+    options.tokenizer = text.tokenizer_source(options.tokenizer)
+    if options.tokenizer != "train":
+        load_tokenizer(options.tokenizer)  # better now than when the run begins
     folder: Path = options.out.expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     present = [name for name in RESULTS if (folder / name).exists()]
@@ -211,9 +214,6 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name another")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end a run in the same way: what is finished stays
     stages = [stage for stage in STAGES if not options.only or stage.section in options.only]
-    options.tokenizer = text.tokenizer_source(options.tokenizer)
-    if options.tokenizer != "train":
-        load_tokenizer(options.tokenizer)  # better now than when the run begins
     ends: dict[str, str] = {}
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="bench-gpu-", ignore_cleanup_errors=True) as temporary:

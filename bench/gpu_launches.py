@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,15 +35,22 @@ from smollm2.model import SmolLM2ForCausalLM
 
 CUDA = torch.device("cuda")
 LAYERS = 2  # the first, whose norm has no residual, and one that stands for all others
-MODELS = ("135M", "360M", "1.7B", "tiny")
+# Every preset, and the model of train/configs/quickstart.yaml, which `python -m train.run` takes by itself.
+MODELS: dict[str, dict[str, Any]] = {
+    "135M": {}, "360M": {}, "1.7B": {}, "tiny": {},
+    "quickstart": dict(
+        hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=1024, vocab_size=4096
+    ),
+}  # fmt: skip
 BATCHES = (1, 2, 16, 17, 32)  # one row, the fused layer's few, its most, and the composition with and without a multiple of 16
 KEYS = (100, 1000)  # of a cache that grows step by step; those of captured loops are powers of two
 NEW = (2, 4, 8, 16)  # tokens that speculative decoding looks at together
 
 
-def built(preset: str, dtype: torch.dtype | None = None, compute: torch.dtype | None = None) -> SmolLM2ForCausalLM:
-    """A preset with LAYERS layers. dtype: of the parameters; compute: of the activations, where they differ."""
-    config = SmolLM2Config.preset(preset, num_hidden_layers=LAYERS)
+def built(name: str, dtype: torch.dtype | None = None, compute: torch.dtype | None = None, **changes: Any) -> SmolLM2ForCausalLM:
+    """One of MODELS with LAYERS layers. dtype: of the parameters; compute: of the activations, where they differ."""
+    preset = "135M" if name == "quickstart" else name
+    config = SmolLM2Config.preset(preset, num_hidden_layers=LAYERS, **{**MODELS[name], **changes})
     with CUDA:
         return SmolLM2ForCausalLM(config, select_backend("triton", CUDA), compute_dtype=compute).to(dtype)
 
@@ -51,9 +59,9 @@ def ids(batch: int, length: int) -> torch.Tensor:
     return torch.zeros(batch, length, dtype=torch.int64, device=CUDA)
 
 
-def training(preset: str, compute: torch.dtype | None, length: int) -> None:
+def training(model: SmolLM2ForCausalLM, length: int) -> None:
     """A step and an evaluation, of plain rows and of packed documents."""
-    model, tokens = built(preset, compute=compute), ids(32, length)
+    tokens = ids(32, length)
     for starts in (None, tokens.int()):
         loss = model.train()(tokens, tokens, starts).loss
         assert loss is not None
@@ -74,10 +82,12 @@ def decoding(model: SmolLM2ForCausalLM, batch: int, keys: int, new: int = 1, pro
 
 def record_model() -> None:
     """Training and generation at the presets' sizes, whatever the batch, in the dtypes that a command line offers."""
-    for preset, compute, length in product(MODELS, (torch.bfloat16, None), (512, 500)):
-        training(preset, compute, length)
-    for preset, dtype in product(MODELS, (torch.bfloat16, torch.float16, torch.float32)):
-        model = built(preset, dtype).eval()
+    for name, compute, length in product(MODELS, (torch.bfloat16, None), (512, 500)):
+        training(built(name, compute=compute), length)
+    for compute in (torch.bfloat16, None):
+        training(built("quickstart", compute=compute, vocab_size=301), 512)  # a tokenizer may learn any number of tokens
+    for name, dtype in product(MODELS, (torch.bfloat16, torch.float16, torch.float32)):
+        model = built(name, dtype).eval()
         longest = model.config.max_position_embeddings
         capacities = [SMALLEST_CAPACITY << doublings for doublings in range(8) if SMALLEST_CAPACITY << doublings <= longest]
         for batch, keys in product(BATCHES, (*KEYS, *capacities)):
@@ -86,10 +96,13 @@ def record_model() -> None:
         for new in NEW:
             decoding(model, 1, 256, new)
         decoding(model, 1, 128, prompt=16)
+        with torch.inference_mode():  # as smollm2.perplexity asks
+            hidden = model.lm_head.weight.new_empty(77, model.config.hidden_size)
+            model.backend.linear_cross_entropy(hidden, model.lm_head.weight, ids(77, 1)[:, 0], reduction="none")
 
 
 def record_bench() -> None:
-    """What the parts of bench.gpu measure at full size. Its training step, generation and run are those of `record_model`, and more."""
+    """What the parts of bench.gpu measure at full size."""
     backend, config = select_backend("triton", CUDA), SmolLM2Config.preset("135M")
     shapes = Shapes(config, *kernels.FULL, torch.bfloat16, CUDA)
     found = {case.op: case for case in kernels.every_case(shapes, backend, "eager", False)}
@@ -113,7 +126,7 @@ def record_bench() -> None:
         if not setup.compiled and setup.backend.name != "plain":
             tokens = ids(*kernels.FULL)
             ladder.build_model(setup, small, torch.bfloat16, CUDA)(tokens, tokens).loss.backward()
-    training("135M", torch.bfloat16, kernels.FULL[1])
+    training(built("135M", compute=torch.bfloat16), kernels.FULL[1])
     sizes = generation.Sizes()
     for dtype in (torch.bfloat16, torch.float32):
         model = built("135M", dtype).eval()
@@ -141,7 +154,9 @@ def record_tests() -> None:
         raise UsageError("tests: there are none beside this package; they are part of the repository, not of an installation")
     options = ["--assert=plain", "--tb=line", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
     with mock.patch.object(torch.profiler, "profile", mock.MagicMock()):  # which takes minutes to count what a CPU does
-        pytest.main([*options, *files], plugins=[NoComparisons()])
+        code = pytest.main([*options, *files], plugins=[NoComparisons()])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # some fail: they want numbers
+        raise UsageError(f"tests: pytest ended with {code!r}")
 
 
 # What is recorded, and where its tensors lie: the tests compute with theirs.

@@ -5,12 +5,12 @@
     fill(recorder.found, target, folder, jobs)    # compiles all of it in several processes
     verify(recorder.found, target, folder, jobs)  # how much of it Triton would find there; compiles nothing
 
-A kernel is found by a key of all that its machine code depends on: the installed Triton (compiler and libtriton, whole, and the version of
-ptxas), the text of the kernel and of what it calls with the line at which it begins, types and compile-time constants, which arguments are
-1 or multiples of 16, warps and stages, the compute capability, and the few environment variables that Triton lets into it. PyTorch, the
-machine, and where this project lies are no part of it. Triton 3.6 also compiles a launcher in C for each kind of signature, and every
-Triton one library for all kernels: they are found by their text and belong to one CPython version. A cache stays where it was filled: its
-index holds absolute paths. What is not found is compiled when it is needed; a stale cache costs time and cannot give a wrong kernel.
+A kernel is found by a key of all that its machine code depends on: the installed Triton (the wheel, which is one for each CPython and
+processor, and the version of ptxas), the text of the kernel and of what it calls with the line at which it begins, types and compile-time
+constants, which arguments are 1 or multiples of 16, warps and stages, the compute capability, and a few environment variables, as
+TRITON_DEBUG. PyTorch and the place of this project are no part of it. Beside the kernels there are libraries in C, found by their text and
+by what Python says of the platform: one for all kernels, and with Triton 3.6 a launcher for each kind of signature. A cache stays where it
+was filled: its index holds absolute paths. What is not found is compiled when it is needed, so a stale cache costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from ctypes import CDLL, RTLD_GLOBAL
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +42,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
+from triton.runtime import build
 from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 
@@ -46,7 +51,10 @@ from kernels.targets import Target, target_for
 
 SOURCES = ("model", "tests", "bench")
 ROOT = Path(__file__).resolve().parent.parent
-NEW, THERE, MISSING = "compiled", "there already", "missing"
+BINARIES = (".cubin", ".hsaco")
+# What becomes of a kernel.
+NEW, THERE, MISSING, LAUNCHER = "compiled", "there already", "missing", "without their launcher"
+KNOWN = (THERE, MISSING, LAUNCHER)  # what can be said of one that is looked up
 
 
 class Specialisation(NamedTuple):
@@ -100,16 +108,49 @@ class Found(Exception):
     """Triton asked the cache for a library that it holds."""
 
 
-class ReadOnlyCache(FileCacheManager):
-    """A cache that is looked into: no folder is made, nothing is compiled into it, and no library of it is loaded."""
+def is_whole(path: Path) -> bool:
+    """Whether a file of the cache can be used: JSON that can be read, machine code to the end of its ELF section table."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            return isinstance(json.loads(content), dict)
+        if path.suffix not in (*BINARIES, ".so"):
+            return True
+        (table,), (size, count) = struct.unpack_from("<Q", content, 0x28), struct.unpack_from("<HH", content, 0x3A)
+    except (OSError, ValueError, struct.error):
+        return False
+    return content.startswith(b"\x7fELF") and table + size * count <= len(content)
+
+
+class CheckedCache(FileCacheManager):
+    """Triton's cache, but that a kernel or library of which a file is lost or cut off counts as missing, and is made again."""
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        try:
+            group = super().get_group(filename)
+        except ValueError:  # Triton 3.6, of an index that is no JSON
+            return None
+        files = [Path(path) for path in (group or {}).values()]
+        return group if any(file.suffix in BINARIES for file in files) and all(map(is_whole, files)) else None
+
+    def get_file(self, filename: str) -> str | None:
+        """The path of a library; half of one, once loaded, would end the process."""
+        path = super().get_file(filename)
+        return path if path is not None and is_whole(Path(path)) else None
+
+
+class ReadOnlyCache(CheckedCache):
+    """A cache that is looked into: no folder is made, and a library of it is neither built nor loaded."""
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
         self.key, self.lock_path, self.cache_dir = key, None, os.path.join(knobs.cache.dir, key)
 
     def get_file(self, filename: str) -> str | None:
-        raise Found if self.has_file(filename) else Missing
+        """Raises Found or Missing, so that nobody goes on to load a library, or to build one."""
+        raise Found if super().get_file(filename) is not None else Missing
 
     def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        """Raises Missing: what is put there has just been compiled."""
         raise Missing
 
 
@@ -119,47 +160,73 @@ class _Driver(StandIn):
     utils: Any = None
 
 
+_built: list[str] = []  # the libraries that this process has built
+
+
 def _prepare(folder: Path, target: Target, libcuda: Path | None) -> None:
     """Makes this process one that compiles for the target into the folder; without libcuda, one that only looks into it."""
-    from triton.backends.nvidia import driver as nvidia
-
+    if sys.platform == "linux":
+        CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: should the parent be killed, this process goes too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
     stand_in = _Driver(target)
     driver.set_active(stand_in)
-    knobs.cache.dir = str(folder)
+    knobs.cache.dir, knobs.cache.manager_class = str(folder), CheckedCache
     knobs.nvidia.libcuda_path = str(folder if libcuda is None else libcuda.parent)
     if libcuda is None:
         knobs.cache.manager_class = ReadOnlyCache
         return
-    knobs.compilation.store_binary_only = True  # a tenth of the size; what is launched is the binary
+    knobs.compilation.store_binary_only = True  # what is launched is the binary
     if target.nvidia:
         CDLL(str(libcuda), RTLD_GLOBAL)  # what is linked against libcuda finds one that is loaded
-        stand_in.utils = nvidia.CudaUtils()
+        original = build._build
+
+        def counted(name: str, *arguments: Any) -> str:
+            _built.append(name)
+            return original(name, *arguments)
+
+        build._build = counted
+
+
+@contextmanager
+def _linkage(name: str) -> Iterator[None]:
+    """Libraries are found as where Python says `name` of its own linkage: "ELF", or "" for want of the command `file`, which it asks."""
+    before = build.platform_key
+    build.platform_key = lambda: ",".join([platform.machine(), platform.system(), platform.architecture()[0], name])
+    try:
+        yield
+    finally:
+        build.platform_key = before
 
 
 def _visit(item: Specialisation) -> str:
-    """Compiles one specialisation with its launcher, or looks both up: one of NEW, THERE, MISSING, or what the compiler says."""
+    """Compiles one specialisation with its launcher, or looks both up: NEW, THERE, MISSING, or what the compiler says."""
     from triton.backends.nvidia import driver as nvidia
 
+    reads, nvidia_gpu = knobs.cache.manager_class is ReadOnlyCache, driver.active.get_current_target().backend == "cuda"
     hits: list[bool] = []
     knobs.compilation.listener = lambda **known: hits.append(known["cache_hit"])
+    _built.clear()
     try:
-        if item == LIBRARY:
-            nvidia.CudaUtils()
-        compiled = getattr(import_module(item.module), item.kernel).preload(item.data)
-        if hasattr(nvidia, "make_launcher") and driver.active.get_current_target().backend == "cuda":
-            nvidia.CudaLauncher(compiled.src, compiled.metadata)
+        if item != LIBRARY:
+            compiled = getattr(import_module(item.module), item.kernel).preload(item.data)
+        for linkage in () if not nvidia_gpu else (platform.architecture()[1],) if reads else ("", "ELF"):
+            with _linkage(linkage):
+                if item == LIBRARY:
+                    driver.active.utils = nvidia.CudaUtils()
+                elif hasattr(nvidia, "make_launcher"):  # Triton 3.6
+                    nvidia.CudaLauncher(compiled.src, compiled.metadata)
     except Found:
         return THERE
     except Missing:
-        return MISSING
+        return LAUNCHER if hits and item != LIBRARY else MISSING
     except Exception as error:  # whatever the compiler raises
         return f"{item.kernel}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return THERE if all(hits) else NEW
+    return THERE if all(hits) and not _built else NEW
 
 
-def _run(found: Iterable[Specialisation], jobs: int, prepare: Callable[[], None]) -> Counter[str]:
-    """Visits all in several processes; counts what became of them."""
-    items = sorted(found)
+def _run(found: Iterable[Specialisation], target: Target, jobs: int, prepare: Callable[[], None]) -> Counter[str]:
+    """Visits all in several processes, the library of all kernels too; counts what became of them."""
+    items = [*([LIBRARY] if target.nvidia else []), *sorted(found)]
     ends: Counter[str] = Counter()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=prepare) as pool:
         for number, end in enumerate(pool.map(_visit, items, chunksize=4), 1):
@@ -170,7 +237,10 @@ def _run(found: Iterable[Specialisation], jobs: int, prepare: Callable[[], None]
 
 
 def _stub_libcuda(folder: Path) -> Path:
-    """A library with the names of libcuda that Triton's own C code asks for, so that this can be linked without a driver."""
+    """A library with the names of libcuda that Triton's own C code asks for, so that this can be linked without a driver.
+
+    Raises RuntimeError when there is no C compiler, or it fails.
+    """
     from triton.backends.nvidia import driver as nvidia
 
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -180,34 +250,43 @@ def _stub_libcuda(folder: Path) -> Path:
     names = set(re.findall(r"\bcu[A-Z]\w*", here.read_text() + here.with_name("driver.c").read_text()))
     source, library = folder / "stub.c", folder / "libcuda.so.1"
     source.write_text(f"int {', '.join(sorted(names))};\n")
-    subprocess.run([compiler, "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)], check=True)
+    command = [compiler, "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the C compiler {compiler} fails: {' '.join(done.stderr.split())[:200] or f'exit code {done.returncode}'}")
     return library
 
 
 def fill(found: Iterable[Specialisation], target: Target, folder: Path, jobs: int) -> Counter[str]:
     """Compiles what the folder does not hold yet -> how many were NEW, THERE, or failed, by their message. Raises RuntimeError."""
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as stub:
-        return _run(found, jobs, partial(_prepare, folder.resolve(), target, _stub_libcuda(Path(stub))))
+        libcuda = _stub_libcuda(Path(stub))
+        folder.mkdir(parents=True, exist_ok=True)
+        return _run(found, target, jobs, partial(_prepare, folder.resolve(), target, libcuda))
 
 
 def verify(found: Iterable[Specialisation], target: Target, folder: Path, jobs: int) -> Counter[str]:
-    """Compiles nothing -> how many of these Triton would find in the folder (THERE), and how many not (MISSING)."""
-    library = [LIBRARY] if target.nvidia else []
-    return _run([*found, *library], jobs, partial(_prepare, folder.resolve(), target, None))
+    """Compiles nothing -> how many of these Triton would find in the folder on this machine, and how many not, as KNOWN has it."""
+    return _run(found, target, jobs, partial(_prepare, folder.resolve(), target, None))
 
 
 def moved_from(folder: Path) -> Path | None:
     """Where the cache was filled, if that is not where it lies now: Triton looks for its files there."""
     for index in folder.glob("*/__grp__*.json"):
-        for path in json.loads(index.read_text()).get("child_paths", {}).values():
-            filled = Path(path).parent.parent
-            return None if filled == folder.resolve() else filled
+        with suppress(ValueError):
+            for path in json.loads(index.read_text()).get("child_paths", {}).values():
+                filled = Path(path).parent.parent
+                return None if filled.resolve() == folder.resolve() else filled
     return None
 
 
 def report(fill_it: bool, folder: Path, arch: str, sources: Iterable[str], jobs: int) -> int:
-    """`--fill` and `--verify`: prints what was done or found. Returns 0, or 1 if something failed or is missing."""
+    """`--fill` and `--verify`: prints what was done or found. Returns 0, or 1 if something failed or is missing.
+
+    Raises RuntimeError, OSError and ValueError for what cannot be begun.
+    """
+    if not folder.is_dir() and (folder.exists() or not fill_it):
+        raise ValueError(f"expected a folder, got {folder}")
     began, target = time.monotonic(), target_for(arch)
     found: dict[Specialisation, None] = {}
     for source in sources:
@@ -215,16 +294,19 @@ def report(fill_it: bool, folder: Path, arch: str, sources: Iterable[str], jobs:
         print(f"{source}: {len(found)} specialisations for {arch} so far", file=sys.stderr, flush=True)
     ends = (fill if fill_it else verify)(found, target, folder, jobs)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    failures = {end: count for end, count in ends.items() if end not in (NEW, THERE, MISSING)}
-    known = ", ".join(f"{ends[end]} {end}" for end in ((NEW, THERE) if fill_it else (THERE, MISSING)))
-    print(f"{arch}, Triton {triton.__version__}, CPython {platform.python_version()}: {known}, {sum(failures.values())} failed")
+    failures = {end: count for end, count in ends.items() if end not in (NEW, *KNOWN)}
+    known = ", ".join(f"{ends[end]} {end}" for end in ((NEW, THERE) if fill_it else KNOWN) if ends[end] or end != LAUNCHER)
+    what = "kernels" + " and the C library of all" * target.nvidia
+    print(f"{arch}, Triton {triton.__version__}, CPython {platform.python_version()}, {what}: {known}, {sum(failures.values())} failed")
     print(f"{folder.resolve()}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
     for failure, count in failures.items():
         print(f"  {count} x {failure}")
-    if fill_it:
-        if not target.nvidia:
-            print("the launchers in C are left to the machine that has the GPU: they are built against its ROCm")
-        print(f"to use it: TRITON_CACHE_DIR={folder.resolve()} python -m train.run ...")
-    elif moved := moved_from(folder):
-        print(f"it was filled as {moved}, and Triton looks for its files there: put it there, or fill it where it lies")
-    return int(bool(failures or ends[MISSING] or (not fill_it and moved)))
+    if not fill_it:
+        if moved := moved_from(folder):
+            print(f"it was filled as {moved}, and Triton looks for its files there: put it there, or fill it where it lies")
+        return int(bool(failures or ends[MISSING] or ends[LAUNCHER] or moved))
+    if not target.nvidia:
+        print("the C libraries are left to the machine that has the GPU: they are built against its ROCm")
+    if not failures:
+        print(f"to use it: TRITON_CACHE_DIR={shlex.quote(str(folder.resolve()))} python -m train.run smollm2_135m.yaml backend=triton")
+    return int(bool(failures))

@@ -300,34 +300,47 @@ def check(rows: dict[str, tuple[Launch, Row]], counts: dict[str, Any], committed
     return found + faults(committed["rows"])
 
 
+def folder(text: str) -> Path:
+    """A path of the command line; an empty one is a variable of the shell that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got nothing")
+    return Path(text).expanduser()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when all is well, 1 when a gate or the check fails, 2 when it cannot run."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.certify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="compare the committed table with the source; compile nothing")
+    ahead = parser.add_mutually_exclusive_group()
+    ahead.add_argument("--check", action="store_true", help="compare the committed table with the source; compile nothing")
+    ahead.add_argument("--fill", type=folder, metavar="DIR", help="fill a Triton cache, for TRITON_CACHE_DIR on a machine with a GPU")
+    ahead.add_argument("--verify", type=folder, metavar="DIR", help="how much of what would be launched such a cache holds")
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), help="only these targets; print, write nothing")
     parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops (attention, rms_norm, ...); print, write nothing")
     parser.add_argument("--fresh", action="store_true", help="compile unchanged rows too")
     parser.add_argument("--numerics", type=Path, metavar="FILE", help="JSON list of {op, dtype, worst} to enter into the certificate")
-    ahead = parser.add_mutually_exclusive_group()
-    ahead.add_argument("--fill", type=Path, metavar="DIR", help="fill a Triton cache, for a machine with a GPU to find (TRITON_CACHE_DIR)")
-    ahead.add_argument("--verify", type=Path, metavar="DIR", help="how much of what would be launched such a cache holds")
-    parser.add_argument("--arch", default=present_gpu(), help="of the GPU to fill for, as sm_90 or sm_86 (default: the one here, or sm_90)")
+    parser.add_argument("--arch", help="--fill, --verify: the GPU, as sm_90 or sm_86 (default: the one here, or sm_90)")
     parser.add_argument(
-        "--from", nargs="+", dest="sources", choices=SOURCES, default=["model"],
-        help="whose launches: model (training and generation of every preset; default), tests, bench",
+        "--from", nargs="+", dest="sources", choices=SOURCES,
+        help="--fill, --verify: whose launches; model (training and generation of every preset; default), tests, bench",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
+    of_the_table = ("target", "op", "fresh", "numerics")
+    of_a_cache = ("arch", "sources")
+    for name in of_the_table if options.fill or options.verify else of_a_cache:
+        if getattr(options, name):
+            parser.error(f"--{'from' if name == 'sources' else name}: not with the other arguments given; see --help")
     if knobs.runtime.interpret:
         print("kernels.certify needs the compiler, but TRITON_INTERPRET=1 replaces it: unset that variable", file=sys.stderr)
         return 2
     if options.fill or options.verify:
         try:
-            return report(options.fill is not None, options.fill or options.verify, options.arch, options.sources, options.jobs)
+            cache, sources = options.fill or options.verify, options.sources or ["model"]
+            return report(options.fill is not None, cache, options.arch or present_gpu(), sources, options.jobs)
         except (OSError, RuntimeError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -385,4 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -56,17 +56,20 @@ TARGETS = {
         Target("gfx1100", GPUTarget("hip", "gfx1100", 32), "v_wmma", 64 * KB, 128 * KB, 64),
     )
 }
+OTHERS = ("sm_86", "sm_87", "sm_89", "sm_103", "sm_121")  # which both versions of Triton can compile for
 
 
 def target_for(name: str) -> Target:
-    """The target of that name. One of another capability, as "sm_86" or "sm_103", has the launches and limits of the newest target that is
-    not newer, as in kernels/launch_config.py. Raises ValueError for what is no GPU's name."""
+    """The target of that name. One of OTHERS has the launches and limits of the newest target that is not newer, as in launch_config.py.
+
+    Raises ValueError for any other name.
+    """
     if name in TARGETS:
         return TARGETS[name]
-    capability = int(name[3:]) if re.fullmatch(r"sm_\d+", name) else 0
-    older = [target for target in TARGETS.values() if target.nvidia and target.gpu.arch <= capability]
-    if not older:
-        raise ValueError(f"expected one of {', '.join(TARGETS)} or sm_ and a capability from 80 on, got {name!r}")
+    if name not in OTHERS:
+        raise ValueError(f"expected one of {', '.join([*TARGETS, *OTHERS])}, got {name!r}")
+    capability = int(name.removeprefix("sm_"))
+    older = [target for target in TARGETS.values() if target.nvidia and target.gpu.arch < capability]
     return replace(older[-1], gpu=GPUTarget("cuda", capability, 32))
 
 

@@ -263,6 +263,31 @@ def test_launches_are_counted():
     assert launches.triton_part(found) == 0
 
 
+def test_a_replay_on_a_gpu_lasts_a_millisecond_and_finds_a_cache_that_was_read_over(monkeypatch):
+    """The first turn, by itself, says how often the others repeat the replay. What was written would have to be written back."""
+    replays, flush = [], torch.ones(8)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(replays)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 0.01 * (end.at - self.at)  # ten microseconds a replay
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "flush_buffer", lambda device: flush)
+    found = timing.alternate({"one": lambda: replays.append(1)}, torch.device("cuda"), calls=2, rounds=3)
+    assert len(replays) == 1 + 4 * 100
+    assert found["one"].us == pytest.approx(5)
+    assert flush._version == 0
+
+
 def test_a_sample_is_a_median_with_its_spread():
     sample = timing.Sample.of([10.0, 11.0, 12.0, 13.0, 100.0])
     assert sample.us == 12.0 and 0 < sample.spread < 5

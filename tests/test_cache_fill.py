@@ -76,13 +76,34 @@ def test_what_is_filled_is_found_until_the_source_changes(copy: Path, tmp_path: 
     cache = tmp_path / "cache"
     before, filled, again, after = counts(copy, "sm_90", str(cache), "verify", "fill", "fill", "verify")
     assert before == {"missing": 3}  # two kernels, and the C library
-    assert filled == {"compiled": 2} and again == {"there already": 2}
-    assert after == {"there already": 3}
+    assert filled == {"compiled": 3} and again == after == {"there already": 3}
     assert counts(copy, "sm_80", str(cache), "verify") == [{"there already": 1, "missing": 2}], "another architecture"
 
     path = copy / "kernels" / "swiglu.py"
     path.write_text(path.read_text(encoding="utf-8").replace("@triton.jit", "# one line more\n@triton.jit", 1), encoding="utf-8")
     assert counts(copy, "sm_90", str(cache), "verify") == [{"there already": 2, "missing": 1}], "a kernel's line is part of its key"
+
+
+@needs_compiler
+def test_what_is_damaged_is_not_believed_and_made_again(copy: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    counts(copy, "sm_90", str(cache), "fill")
+    first, second = sorted(cache.glob("*/*.cubin"))
+    second.unlink()
+    for path in (first, *cache.glob("*/cuda_utils*.so")):
+        path.write_bytes(path.read_bytes()[:2000])
+    found, made, again = counts(copy, "sm_90", str(cache), "verify", "fill", "verify")
+    assert found == {"missing": 3} and made == {"compiled": 3} and again == {"there already": 3}
+
+
+@needs_compiler
+def test_a_machine_without_the_command_file_finds_the_libraries_too(copy: Path, tmp_path: Path) -> None:
+    """Python asks that command of what kind its own executable is, and Triton's names of libraries depend on the answer."""
+    cache = tmp_path / "cache"
+    counts(copy, "sm_90", str(cache), "fill")
+    (copy / "steps.py").write_text("import platform\nplatform.architecture = lambda *_, **__: ('64bit', '')\n" + STEPS, encoding="utf-8")
+    done = run(copy, "steps.py", "sm_90", str(cache), "verify")
+    assert done.stdout == '{"there already": 3}\n', done.stderr
 
 
 @needs_compiler
@@ -120,6 +141,8 @@ def test_a_cache_elsewhere_says_where_it_was_filled(copy: Path, tmp_path: Path) 
     assert counts(copy, "sm_90", str(tmp_path / "moved"), "verify") == [{"missing": 2, "there already": 1}]
     script = "import sys; from pathlib import Path; from kernels.cache_fill import moved_from; print(moved_from(Path(sys.argv[1])))"
     assert run(copy, "-c", script, str(tmp_path / "moved")).stdout.strip() == str(tmp_path / "cache")
+    (tmp_path / "cache").symlink_to(tmp_path / "moved")
+    assert run(copy, "-c", script, str(tmp_path / "moved")).stdout.strip() == "None"
 
 
 def test_amd_kernels_are_filled_without_their_launchers(copy: Path, tmp_path: Path) -> None:
@@ -128,10 +151,19 @@ def test_amd_kernels_are_filled_without_their_launchers(copy: Path, tmp_path: Pa
 
 def test_looking_leaves_no_trace(project_root: Path, tmp_path: Path) -> None:
     """The command, from the record of training and generation to its exit code."""
-    done = run(project_root, "-m", "kernels.certify", "--verify", str(tmp_path / "none"), "--arch", "sm_86")
+    done = run(project_root, "-m", "kernels.certify", "--verify", str(tmp_path), "--arch", "sm_86")
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("sm_86, Triton ") and " 0 there already, " in done.stdout
-    assert not (tmp_path / "none").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(project_root: Path) -> None:
+    from bench.gpu_launches import MODELS
+
+    text = (project_root / "train" / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
+    for name, value in MODELS["quickstart"].items():
+        assert f"\n{name}: {value}\n" in text
+    assert "\nmodel: 135M\n" in text
 
 
 @pytest.mark.parametrize(
@@ -142,6 +174,11 @@ def test_looking_leaves_no_trace(project_root: Path, tmp_path: Path) -> None:
         (["--fill", "{}", "--jobs", "0"], "--jobs: expected at least 1"),
         (["--fill", "{}", "--from", "train"], "invalid choice: 'train'"),
         (["--fill", "{}", "--verify", "{}"], "not allowed with argument"),
+        (["--fill", "{}", "--check"], "not allowed with argument"),
+        (["--fill", "{}", "--op", "rope"], "--op: not with the other arguments given"),
+        (["--check", "--from", "tests"], "--from: not with the other arguments given"),
+        (["--fill", ""], "expected a folder, got nothing"),
+        (["--verify", "{}"], "expected a folder, got "),
     ],
 )
 def test_wrong_arguments_are_refused(project_root: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
