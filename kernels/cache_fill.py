@@ -189,7 +189,7 @@ def _prepare(folder: Path, target: Target, libcuda: Path | None) -> None:
 
 @contextmanager
 def _linkage(name: str) -> Iterator[None]:
-    """Libraries are found as where Python says `name` of its own linkage: "ELF", or "" for want of the command `file`, which it asks."""
+    """Triton names libraries as where Python calls its own linkage `name`: "ELF", or "" for want of the command `file`, which it asks."""
     before = build.platform_key
     build.platform_key = lambda: ",".join([platform.machine(), platform.system(), platform.architecture()[0], name])
     try:
