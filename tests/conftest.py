@@ -1,4 +1,4 @@
-"""What every test shares: an offline hub, Triton's interpreter where there is no GPU, NaN-filled buffers, seeded noise.
+"""What every test shares: an offline hub, Triton's interpreter (right in bf16) where there is no GPU, NaN-filled buffers, seeded noise.
 
 The environment is set at import, before any test module imports `kernels`: Triton decides at decoration time
 whether a kernel is compiled or interpreted.
@@ -6,6 +6,7 @@ whether a kernel is compiled or interpreted.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.install()
 
 
 @pytest.fixture(scope="session")

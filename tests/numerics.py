@@ -4,15 +4,15 @@ truth = the reference in float64; base = the reference in the tested dtype. A ke
 that of the base, plus an absolute allowance for results that the base happens to get exactly.
 
 With SMOLLM2_NUMERICS=FILE in the environment, the worst error over budget of every operation and dtype that the session checked is
-written to FILE when the process ends; `python -m kernels.certify --numerics FILE` puts it into the certificate.
+added to FILE when a process ends (several may share the tests); `python -m kernels.certify --numerics FILE` puts it into the certificate.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,10 +45,19 @@ def check(op: str, name: str, ours: Tensor, base: Tensor, truth: Tensor, tested:
 
 
 def write_report(path: str) -> None:
-    """Writes WORST as [{"op", "dtype", "worst"}], sorted; nothing if no kernel was checked."""
-    rows = [{"op": op, "dtype": dtype, "worst": worst} for (op, dtype), worst in sorted(WORST.items())]
-    if rows:
-        Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    """Writes WORST as [{"op", "dtype", "worst"}], sorted, or the worse of it and what stands there; nothing if no kernel was checked."""
+    if not WORST:
+        return
+    with open(path, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        worst = dict(WORST)
+        for row in json.loads(file.read() or "[]"):
+            key = row["op"], row["dtype"]
+            worst[key] = max(worst.get(key, 0.0), row["worst"])
+        file.truncate(0)
+        rows = [{"op": op, "dtype": dtype, "worst": value} for (op, dtype), value in sorted(worst.items())]
+        file.write(json.dumps(rows, indent=1) + "\n")
 
 
 if os.environ.get("SMOLLM2_NUMERICS"):

@@ -6,7 +6,7 @@ import re
 import numerics
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, EPS, LENGTHS, TORCH, TRITON, angles, assert_same, draw
+from kernel_cases import DEVICE, DTYPES, EPS, LENGTHS, TORCH, TRITON, WITHOUT_FP16, angles, assert_same, draw
 
 from kernels import LayerWeights, decode_layer, launch_config, with_ops
 from kernels.backend import LAYER_OPS
@@ -63,8 +63,11 @@ def agree(arguments):
     return ours
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", ["135M", "360M", pytest.param("1.7B", marks=pytest.mark.slow)])
+WIDTHS = [pytest.param(model, *dtype.values, id=f"{model}-{dtype.id}") for model in ("135M", "360M") for dtype in WITHOUT_FP16]
+WIDTHS += [pytest.param("1.7B", torch.float32, id="1.7B-fp32", marks=pytest.mark.slow)]  # half a minute, in 16 bits a whole one
+
+
+@pytest.mark.parametrize(("model", "dtype"), WIDTHS)
 def test_models_widths(model, dtype):
     hidden, ffn, heads, key_heads, head_dim = MODELS[model]
     agree(layer((140,), 1, 150, hidden, ffn, heads, key_heads, head_dim, dtype))
@@ -226,7 +229,7 @@ def rows_of(arguments, rows, capacity):
     return {**arguments, **chosen, **{name: arguments[name][rows, :capacity] for name in ("key_cache", "value_cache")}}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WITHOUT_FP16)
 def test_a_row_alone_is_the_row_in_a_batch(dtype):
     """Bitwise, whatever its neighbours, its place and the capacity of the cache; generation relies on it."""
     lengths = (129, 300, 64, 420, 1, 2, 3, 128, 127, 256, 257, 33, 65, 5, 31, 96)

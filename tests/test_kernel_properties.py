@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import CALLS, DTYPES, TORCH, TRITON, assert_same, small_calls
+from kernel_cases import CALLS, DEVICE, DTYPES, TORCH, TRITON, Call, agree, assert_same, draw, small_calls
 
 from kernels.backend import OPS
 
@@ -77,3 +77,45 @@ def test_nothing_is_kept_without_gradients(call):
     with torch.inference_mode():
         _, inside = call.forward(TRITON)
     assert_same([y.clone() for y in inside], [y.detach() for y in call.forward(TRITON)[1]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "rope", "rope_qkv"])
+def test_rounds_where_the_reference_does(name, dtype):
+    """Nearly all bits are the reference's: a value rounded once more or once less on its way changes a fifth of them."""
+    call = small_calls(dtype)[name]
+    for ours, expected in zip(call.forward(TRITON)[1], call.forward(TORCH)[1], strict=True):
+        assert (ours == expected).float().mean() > 0.99
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter; exp(-x) = inf is right
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "linear_cross_entropy"])  # its products would cancel the sizes
+def test_bf16_range(name):
+    """Values that overflow in fp16: none goes through it. The scores of the attention keep their size."""
+    call = small_calls(torch.bfloat16)[name]
+    scores = 2 if "attention" in name else 0  # q and k
+    tensors = [x if index < scores or not x.is_floating_point() else x * 1e6 for index, x in enumerate(call.tensors)]
+    agree(call.op, tensors, *call.rest, **call.options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("name", ["attention", "decode_attention"])
+def test_small_values_after_a_large_one(name, dtype):
+    """The mean of 256 and some values of 0.25, by equal scores, is right to half a unit. A sum held in bf16 would stay at 256."""
+    queries, lengths = (300, []) if name == "attention" else (1, [torch.tensor([300], device=DEVICE)])
+    q, k, v = (torch.zeros(1, n, heads, 32, dtype=dtype, device=DEVICE) for n, heads in ((queries, 3), (300, 1), (300, 1)))
+    v[:, 0], v[:, 64::16] = 256, 0.25
+    _, (out,) = Call(name, (q, k, v), lengths).forward(TRITON)
+    truth = v.double().cumsum(1)[:, -queries:] / torch.arange(301 - queries, 301, device=DEVICE)[:, None, None]
+    torch.testing.assert_close(out.detach().double(), truth.expand(out.shape), rtol=0.51 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_bf16_positions():
+    """bf16 holds every whole number up to 256 only: as bf16, key 257 would be key 256, which query 256 sees."""
+    q, k, v, dy = (draw(1, 300, heads, 32, dtype=torch.bfloat16) for heads in (3, 1, 1, 3))
+    dy[:, 257:] = 0
+    (out,), (dq, dk, dv) = Call("attention", (q, k, v)).run(TRITON, [dy])
+    assert (dk[:, 257:] == 0).all() and (dv[:, 257:] == 0).all()
+    k[:, 257:], v[:, 257:] = -k[:, 257:], -v[:, 257:]
+    (changed,), (changed_dq, *_) = Call("attention", (q, k, v)).run(TRITON, [dy])
+    assert_same([changed[:, :257], changed_dq[:, :257]], [out[:, :257], dq[:, :257]])

@@ -43,6 +43,8 @@ def test_the_fault_is_caught(name, outcomes):
     code, output = outcomes[name]
     assert code == pytest.ExitCode.TESTS_FAILED, f"not caught: {name}\n{output}"
     assert "AssertionError" in output, f"failed for another reason than a wrong result: {name}\n{output}"
+    passing = len(FAULTS[NAMES.index(name)].passing)
+    assert output.startswith("F" + passing * "." + " "), output  # the first fails, the others pass
 
 
 def test_names_are_different():
