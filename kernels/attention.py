@@ -7,9 +7,9 @@
                dv = P^T do,  dP = do v^T,  dS = P * (dP - delta),  dq = dS k * scale,  dk = dS^T q * scale
 
 Three kernels. The first owns a block of queries of one query head. In the backward pass the dq kernel owns the same block and computes
-delta on the way in, so that no pre-pass reads `out` and `do` on its own; it must run before the dk/dv kernel, which owns a block of keys of
-one key head and adds up the G = H / K query heads that share it, in order. No atomics: gradients are bit-identical from run to
-run.
+delta on the way in, so that no pre-pass reads `out` and `do` on its own, and leaves it beside lse for the dk/dv kernel, which comes after.
+That owns a block of keys of one key head and goes through the blocks of queries of the G = H / K query heads that share it, one head after
+the other, in one loop. No atomics: gradients are bit-identical from run to run.
 
 Skipped: key blocks above the diagonal, and key blocks (query blocks in dk/dv) that lie outside every document of the block at hand, for
 any doc_start, sorted or not. Masked element by element: blocks that the diagonal or the beginning of a document crosses. A block that
@@ -20,11 +20,14 @@ which has a loop of its own for them. A sliding window is doc_start = max(doc_st
 Saved: q, k, v, out (all of which exist anyway) and lse, 4 bytes per query and head.
 FLOPs (causal, half of the square): forward 2 B H T S D, backward 5 B H T S D, and 7 as written, since S and dP are formed in both of its
 kernels. At 32 x 512 of the 135M model: 9.7 and 24.2 GFLOP a layer, 12 and 30 us at 800 TFLOP/s; bytes 50 MB and 126 MB in 16 bits,
-17 and 42 us at 3.0 TB/s: at this length memory is the floor. What the matrix units do not do is counted too: in the innermost loop,
-sm_90, instructions a score of a block without mask: forward 10, dq 8.5, dk/dv 12.5 (15, 13 and 19 with documents in every block's mask).
+17 and 42 us at 3.0 TB/s: at this length memory is the floor. What the matrix units do not do is counted too: all instructions of the
+innermost loop, sm_90, for a score of a block without mask: forward 9.7, dq 7.8, dk/dv 10 (14.2, 12.6 and 15.3 with a mask for documents).
+Triton 3.6 has up to 0.2 fewer, but 0.4 fewer for dq's mask.
 
-P is computed again from lse, which is rounded: at logits of size L its relative error is about L * 6e-8, so that fp32 gradients
-at logits of a hundred are good to about 1e-5, not 1e-7. Outputs are not affected.
+P is computed again from S and lse, each of which is rounded by about L * 6e-8 at logits of size L. The rounding of S cancels, because all
+three kernels sum q k^T in the same order: a probability that is nearly one stays so. (A forward pass that read k as [D, S] had numpy, hence
+the interpreter, sum it in another: at logits of 35 the fp32 errors of dk and dv were up to 3.6 and 4.2 times those of torch.) That of lse
+remains: the errors of dq and dk are at most 1.2 times, that of dv at most 1.7 times what an exact lse gives, at logits of 35 and of 100.
 
 Dots are in "ieee" precision: left to itself, tl.dot rounds fp32 operands to tf32. For 16-bit operands the word changes nothing.
 
@@ -61,6 +64,16 @@ def _visible(key, first_key, last_key, HAS_DOCS: tl.constexpr):
 
 
 @triton.jit
+def _rows(key, keys, WIDE: tl.constexpr):
+    """Which rows to read for a block of keys. Past the end the last one is read again: that takes no mask, and no query sees those keys.
+
+    WIDE: the offsets within a head need int64. In int32 they are recomputed for every block; int64 ones would take 16 registers a thread.
+    """
+    row = tl.minimum(key, keys - 1)
+    return row.to(tl.int64) if WIDE else row
+
+
+@triton.jit
 def _add_product(a, b, total):
     """total + a b. In fp32 the product is summed by itself first: one chain of additions over all queries of all heads rounds too often."""
     if a.dtype == tl.float32:
@@ -73,7 +86,7 @@ def _add_product(a, b, total):
 @triton.jit
 def _key_blocks(
     acc, m, total, q, k_ptr, v_ptr, first, last, clear, diagonal, query, doc, keys, k_stride, v_stride,
-    SCALE: tl.constexpr, MASK: tl.constexpr, HAS_DOCS: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key blocks [first, last). doc, query: the first and the last key that each row sees, [BLOCK_M].
@@ -85,10 +98,9 @@ def _key_blocks(
     lane = tl.arange(0, HEAD_DIM)
     for start in range(first, last, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        row = key.to(tl.int64)
-        inside = key < keys
-        k = tl.load(k_ptr + row[None, :] * k_stride + lane[:, None], mask=inside[None, :], other=0.0)  # [HEAD_DIM, BLOCK_N]
-        scores = tl.dot(q, k, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        row = _rows(key, keys, WIDE)[:, None]
+        k = tl.load(k_ptr + (row * k_stride + lane[None, :]))  # [BLOCK_N, HEAD_DIM]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASK == "branch":
             if start < clear or start + BLOCK_N > diagonal:
                 scores = tl.where(_visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf"))
@@ -99,7 +111,7 @@ def _key_blocks(
         p = tl.exp2(scores * SCALE - pivot[:, None])
         shrink = tl.exp2(m - pivot)
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(v_ptr + row[:, None] * v_stride + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_ptr + (row * v_stride + lane[None, :]))  # [BLOCK_N, HEAD_DIM]
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
         m = new_m
     return acc, m, total
@@ -110,7 +122,7 @@ def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr,
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
     v_batch_stride, v_time_stride, v_head_stride, doc_batch_stride, queries, keys,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries of one head of one row. Grid: (ceil(T / BLOCK_M), B * H). out [B, T, H, D] is contiguous."""
@@ -145,17 +157,17 @@ def _attention_fwd_kernel(
     if BRANCH:
         acc, m, total = _key_blocks(
             acc, m, total, q, k_head, v_head, begin, end, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
-            SCALE, "branch", HAS_DOCS, HEAD_DIM, BLOCK_N,
+            SCALE, "branch", HAS_DOCS, WIDE, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
     else:
         middle = tl.maximum(begin, diagonal)
         acc, m, total = _key_blocks(
             acc, m, total, q, k_head, v_head, begin, middle, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
-            SCALE, "all" if HAS_DOCS else "none", HAS_DOCS, HEAD_DIM, BLOCK_N,
+            SCALE, "all" if HAS_DOCS else "none", HAS_DOCS, WIDE, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
         acc, m, total = _key_blocks(
             acc, m, total, q, k_head, v_head, middle, end, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
-            SCALE, "all", HAS_DOCS, HEAD_DIM, BLOCK_N,
+            SCALE, "all", HAS_DOCS, WIDE, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
 
     empty = total == 0.0
@@ -169,14 +181,16 @@ def _attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, rows_ptr,
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
-    v_batch_stride, v_time_stride, v_head_stride, do_batch_stride, do_time_stride, do_head_stride, doc_batch_stride,
-    queries, keys,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    v_batch_stride, v_time_stride, v_head_stride, doc_batch_stride, queries, keys,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """A program owns dq and delta of BLOCK_M queries of one head. Grid as in the forward pass; out, dq [B, T, H, D] contiguous."""
+    """A program owns dq and delta of BLOCK_M queries of one head. Grid as in the forward pass.
+
+    out, do, dq [B, T, H, D] contiguous. rows [B, H, T, 2] receives lse and delta side by side.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
@@ -187,13 +201,13 @@ def _attention_bwd_dq_kernel(
     dense = ((batch * queries + row) * HEADS + head)[:, None] * HEAD_DIM + lane[None, :]
     statistic = (batch * HEADS + head) * queries + row
     q_rows = q_ptr + batch * q_batch_stride + head * q_head_stride + row[:, None] * q_time_stride
-    do_rows = do_ptr + batch * do_batch_stride + head * do_head_stride + row[:, None] * do_time_stride
     q = tl.load(q_rows + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
-    do = tl.load(do_rows + lane[None, :], mask=inside[:, None], other=0.0)
+    do = tl.load(do_ptr + dense, mask=inside[:, None], other=0.0)
     out = tl.load(out_ptr + dense, mask=inside[:, None], other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)  # [BLOCK_M]
-    tl.store(delta_ptr + statistic, delta, mask=inside)
     lse = tl.load(lse_ptr + statistic, mask=inside, other=float("inf"))
+    pair = rows_ptr + statistic[:, None] * 2 + tl.arange(0, 2)[None, :]  # [BLOCK_M, 2]
+    tl.store(pair, tl.join(lse, delta), mask=inside[:, None])
     k_head = k_ptr + batch * k_batch_stride + (head // GROUP) * k_head_stride
     v_head = v_ptr + batch * v_batch_stride + (head // GROUP) * v_head_stride
 
@@ -211,9 +225,9 @@ def _attention_bwd_dq_kernel(
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        key_row = key.to(tl.int64)
-        k = tl.load(k_head + key_row[:, None] * k_time_stride + lane[None, :], mask=(key < keys)[:, None], other=0.0)
-        v = tl.load(v_head + key_row[:, None] * v_time_stride + lane[None, :], mask=(key < keys)[:, None], other=0.0)
+        key_row = _rows(key, keys, WIDE)[:, None]
+        k = tl.load(k_head + (key_row * k_time_stride + lane[None, :]))  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_head + (key_row * v_time_stride + lane[None, :]))
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [BLOCK_M, BLOCK_N]
         if BRANCH:
             p = tl.exp2(scores - lse[:, None])
@@ -230,16 +244,16 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, doc_ptr, lse_ptr, delta_ptr, do_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, doc_ptr, rows_ptr, do_ptr, dk_ptr, dv_ptr,
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
-    v_batch_stride, v_time_stride, v_head_stride, do_batch_stride, do_time_stride, do_head_stride, doc_batch_stride,
-    queries, keys,
-    SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    v_batch_stride, v_time_stride, v_head_stride, doc_batch_stride, queries, keys,
+    SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """A program owns dk and dv of BLOCK_N keys of one key head, summed over its GROUP query heads.
 
-    Grid: (ceil(S / BLOCK_N), B * K); the first blocks see the most queries and start first. dk, dv [B, S, K, D] contiguous.
+    Grid: (ceil(S / BLOCK_N), B * K); the first blocks see the most queries and start first. rows [B, H, T, 2] as the dq kernel leaves
+    it, do [B, T, H, D], dk and dv [B, S, K, D] contiguous.
     """
     block = tl.program_id(0)
     batch = (tl.program_id(1) // KEY_HEADS).to(tl.int64)
@@ -271,33 +285,43 @@ def _attention_bwd_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-    for member in range(GROUP):
-        head = key_head * GROUP + member
-        q_head = q_ptr + batch * q_batch_stride + head * q_head_stride
-        do_head = do_ptr + batch * do_batch_stride + head * do_head_stride
-        statistic = (batch * KEY_HEADS * GROUP + head) * queries
-        for start in range(begin, end, BLOCK_M):
-            time = start + tl.arange(0, BLOCK_M)
-            row = time.to(tl.int64)
-            present = time < queries
-            q = tl.load(q_head + row[:, None] * q_time_stride + lane[None, :], mask=present[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
-            do = tl.load(do_head + row[:, None] * do_time_stride + lane[None, :], mask=present[:, None], other=0.0)
-            lse = tl.load(lse_ptr + statistic + row, mask=present, other=float("inf"))
-            delta = tl.load(delta_ptr + statistic + row, mask=present, other=0.0)
-            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [BLOCK_N, BLOCK_M]
-            last_key = time + keys - queries
-            if BRANCH:
-                p = tl.exp2(scores - lse[None, :])
-                if start < diagonal or start + BLOCK_M > clear:
-                    doc = tl.load(doc_row + time, mask=present, other=2147483647).to(tl.int32) if HAS_DOCS else time
-                    p = tl.where(_visible(key[:, None], doc[None, :], last_key[None, :], HAS_DOCS), p, 0.0)
-            else:
-                doc = tl.load(doc_row + time, mask=present, other=2147483647).to(tl.int32) if HAS_DOCS else time
-                p = tl.where(_visible(key[:, None], doc[None, :], last_key[None, :], HAS_DOCS), tl.exp2(scores - lse[None, :]), 0.0)
-            dv = _add_product(p.to(do.dtype), do, dv)  # [BLOCK_N, HEAD_DIM]
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-            ds = p * (dp - delta[None, :])
-            dk = _add_product(ds.to(q.dtype), q, dk)
+    q_ptr += batch * q_batch_stride + key_head * GROUP * q_head_stride
+    do_ptr += (batch * queries * KEY_HEADS + key_head) * GROUP * HEAD_DIM
+    rows_ptr += (batch * KEY_HEADS + key_head) * GROUP * queries * 2
+    # One loop over all blocks of all heads of the group, so that loads ahead are not interrupted where a head ends.
+    start, member = begin, 0
+    for _ in range(0, GROUP * tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)):
+        time = start + tl.arange(0, BLOCK_M)
+        row, head = time, member
+        if WIDE:
+            row, head = time.to(tl.int64), tl.cast(member, tl.int64)
+        present = (time < queries)[:, None]  # the others are zero and add nothing, whatever their probabilities
+        q_tile = row[:, None] * q_time_stride + (head * q_head_stride + lane[None, :])
+        q = tl.load(q_ptr + q_tile, mask=present, other=0.0)  # [BLOCK_M, HEAD_DIM]
+        do_tile = row[:, None] * (KEY_HEADS * GROUP * HEAD_DIM) + (head * HEAD_DIM + lane[None, :])
+        do = tl.load(do_ptr + do_tile, mask=present, other=0.0)
+        # Two numbers a query: of one, Triton 3.6 would load a copy for every thread that needs it, 16 a thread.
+        pair = tl.load(rows_ptr + (head * queries + row)[:, None] * 2 + tl.arange(0, 2)[None, :], mask=present, other=0.0)
+        lse, delta = tl.split(pair)
+        doc = time
+        if HAS_DOCS:
+            twice = tl.load(doc_row + time[:, None] + tl.zeros([1, 2], tl.int32), mask=present, other=0)  # as above
+            doc, _ = tl.split(twice.to(tl.int32))
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2(scores - lse[None, :])
+        last_key = time + keys - queries
+        if BRANCH:
+            if start < diagonal or start + BLOCK_M > clear:
+                p = tl.where(_visible(key[:, None], doc[None, :], last_key[None, :], HAS_DOCS), p, 0.0)
+        else:
+            p = tl.where(_visible(key[:, None], doc[None, :], last_key[None, :], HAS_DOCS), p, 0.0)
+        dv = _add_product(p.to(do.dtype), do, dv)  # [BLOCK_N, HEAD_DIM]
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        ds = p * (dp - delta[None, :])
+        dk = _add_product(ds.to(q.dtype), q, dk)
+        start += BLOCK_M
+        member += (start >= end).to(tl.int32)
+        start = tl.where(start >= end, begin, start)
     dk *= SCALE * 0.6931471805599453
     dense = ((batch * keys + key_row) * KEY_HEADS + key_head)[:, None] * HEAD_DIM + lane[None, :]
     tl.store(dk_ptr + dense, dk.to(k.dtype), mask=inside[:, None])
@@ -307,6 +331,11 @@ def _attention_bwd_dkv_kernel(
 def _lanes(x: Tensor) -> Tensor:
     """The tensor with a last stride of 1; a copy only if it has another."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _wide(rows: int, heads: int, *strides: tuple[int, ...]) -> bool:
+    """Whether offsets within a row of the batch may not fit into int32, of tensors with at most so many rows and heads."""
+    return max([rows * time + heads * head for _, time, head, _ in strides]) >= 2**31
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -328,7 +357,8 @@ def _attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None
             q, k, v, q if doc_start is None else doc_start, out, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if doc_start is None else doc_start.stride(0),
             queries, keys,
-            SCALE=scale * LOG2_E, HEADS=heads, GROUP=heads // key_heads, HAS_DOCS=doc_start is not None, HEAD_DIM=head_dim,
+            SCALE=scale * LOG2_E, HEADS=heads, GROUP=heads // key_heads, HAS_DOCS=doc_start is not None,
+            WIDE=_wide(keys, key_heads, k.stride(), v.stride()), HEAD_DIM=head_dim,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -351,26 +381,27 @@ def _attention_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel() == 0:
         return dq, torch.zeros_like(k), torch.zeros_like(v)
+    do = do.contiguous()
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    delta = torch.empty_like(lse)
+    rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     docs = q if doc_start is None else doc_start
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], 0 if doc_start is None else doc_start.stride(0))
-    sizes = (queries, keys)
+    sizes = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if doc_start is None else doc_start.stride(0), queries, keys)
     shared: dict[str, Any] = {
         "SCALE": scale * LOG2_E,
         "GROUP": heads // key_heads,
         "HAS_DOCS": doc_start is not None,
+        "WIDE": _wide(keys, heads, q.stride(), k.stride(), v.stride(), do.stride()),
         "HEAD_DIM": head_dim,
     }
     config = launch_config("attention_bwd_dq", q.dtype, q.device, head_dim)
     _attention_bwd_dq_kernel[(triton.cdiv(queries, config.block_m), batch * heads)](
-        q, k, v, docs, out, lse, do, dq, delta, *strides, *sizes, HEADS=heads, **shared,
+        q, k, v, docs, out, lse, do, dq, rows, *sizes, HEADS=heads, **shared,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     config = launch_config("attention_bwd_dkv", q.dtype, q.device, head_dim)
     _attention_bwd_dkv_kernel[(triton.cdiv(keys, config.block_n), batch * key_heads)](
-        q, k, v, docs, lse, delta, do, dk, dv, *strides, *sizes, KEY_HEADS=key_heads, **shared,
+        q, k, v, docs, rows, do, dk, dv, *sizes, KEY_HEADS=key_heads, **shared,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return dq, dk, dv
@@ -387,7 +418,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, doc_start = ctx.saved_tensors
-        return (*_attention_backward(_lanes(do), q, k, v, out, lse, doc_start, ctx.scale), None, None)
+        return (*_attention_backward(do, q, k, v, out, lse, doc_start, ctx.scale), None, None)
 
 
 def attention(
