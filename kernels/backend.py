@@ -48,6 +48,8 @@ class Backend:
     attention: Callable[..., Tensor]  # (q [B,T,H,D], k [B,S,K,D], v, doc_start=None, *, dropout_p, scale) -> [B,T,H,D]
     decode_attention: Callable[..., Tensor]  # (q [B,T,H,D], key cache [B,S,K,D], value cache, lengths [B]) -> [B,T,H,D]
     swiglu: Callable[..., Tensor]  # (gate, up) or (packed gate and up [...,2F]) -> silu(gate) * up
+    tied_embedding: Callable[..., tuple[Tensor, Tensor]]  # (ids [...], weight [V,D], dtype, weight_copy) -> (x [...,D], head [V,D])
+    mlp: Callable[..., Tensor]  # (x [...,D], gate_up [2F,D], down [D,F], *, copies=None) -> down @ swiglu(gate_up @ x) [...,D]
     linear_cross_entropy: Callable[..., Tensor]  # (hidden [N,D], weight [V,D], targets [N], *, ...) -> loss
     decode_layer: Callable[..., Tensor]  # (x [B,T,hidden], LayerWeights, caches, lengths, cos, sin, *, eps, ops) -> x
     decode_head: Callable[..., Tensor]  # (x [..., E], norm weight [E], head weight [V, E], eps) -> fp32 logits [..., V]
@@ -76,7 +78,7 @@ TORCH = Backend(name="torch", **{op: getattr(reference, op) for op in OPS} | {"a
 @functools.cache
 def load_triton() -> Backend:
     """The Triton backend, the same record every time. Imports the kernels, and with them triton, only now."""
-    from kernels import attention, decode_attention, decode_head, decode_layer, linear_cross_entropy, rms_norm, rope, swiglu
+    from kernels import attention, decode_attention, decode_head, decode_layer, embedding, linear_cross_entropy, mlp, rms_norm, rope, swiglu
 
     def layer(
         x: Tensor,
@@ -100,6 +102,12 @@ def load_triton() -> Backend:
             return decode_head.decode_head(x, norm_weight, head_weight, eps)
         return reference.decode_head(x, norm_weight, head_weight, eps)
 
+    def gated(x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
+        """SwiGLU inside its products where the launch table says so, else the kernel of swiglu between the library's."""
+        if mlp.serves(x):
+            return mlp.mlp(x, gate_up, down, copies=copies)
+        return reference.mlp(x, gate_up, down, copies=copies, swiglu=swiglu.swiglu)
+
     return Backend(
         name="triton",
         rms_norm=rms_norm.rms_norm,
@@ -109,6 +117,8 @@ def load_triton() -> Backend:
         attention=attention.attention,
         decode_attention=decode_attention.decode_attention,
         swiglu=swiglu.swiglu,
+        mlp=gated,
+        tied_embedding=embedding.tied_embedding,
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
         decode_layer=layer,
         decode_head=head,
@@ -119,10 +129,14 @@ def with_ops(backend: Backend, **replacements: Backend) -> Backend:
     """A copy in which single operations come from another backend: with_ops(TRITON, attention=TORCH).
 
     Every replacement has its effect in decode_layer too: the fused layer gives way to the composition if it contains one (LAYER_OPS).
+    One of swiglu has its effect in mlp, which then composes it, unless mlp is replaced itself.
     """
     name = ",".join([backend.name, *(f"{op}={other.name}" for op, other in replacements.items())])
     changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}
-    return dataclasses.replace(backend, name=name, replaced=backend.replaced | replacements.keys(), **changes)
+    replaced = backend.replaced | replacements.keys()
+    if "swiglu" in replacements and "mlp" not in replaced:
+        changes["mlp"] = functools.partial(reference.mlp, swiglu=changes["swiglu"])
+    return dataclasses.replace(backend, name=name, replaced=replaced, **changes)
 
 
 def _triton_obstacle(device: torch.device) -> str | None:

@@ -5,13 +5,17 @@
     dz = g (p (1 + 2 c lse) - (1 - e) onehot_t - e / V)  p = exp(z - lse);  g = 1 / valid tokens (mean) or 1 (sum)
     dh = dz W,  dW += dz^T h                             two matrix products; dW is accumulated in fp32
 
-Both gradients are formed in the forward pass, while the chunk is there; the backward pass scales them by the upstream gradient.
-dz overwrites the chunk of logits (a buffer of our own), so one chunk is all that is ever held.
+    g is multiplied by `scale` where one is given
+
+Both gradients are formed in the forward pass, while the chunk is there, and multiplied by all that is known then: a training step that
+passes 1 / targets as `scale` has an upstream gradient of 1. The backward pass gives them away, multiplied in place unless that is 1, which
+the kernel sees on the device: 264 MB that are neither read nor written (118 us on an H100). dz overwrites the chunk of logits, in the one
+buffer that all chunks share.
 
 One fused kernel, or library products around a softmax-gradient kernel? The products are 6 N V D FLOP = 2.78 TFLOP at 16,384 tokens
 of the 135M model, 3.5 ms at 800 TFLOP/s. A fused kernel that never writes z must compute z twice (once for lse, once for dz), 4.6 ms of
 products at the same rate, and adds up dh or dW across programs with atomics, which gives up reproducible gradients. The unfused
-chunk writes and reads 2 V bytes a token four times in all: 6.4 GB, 2.1 ms at 3.0 TB/s, most of it inside products that are bound by
+chunk writes and reads 2 V bytes a token five times in all: 8.1 GB, 2.7 ms at 3.0 TB/s, most of it inside products that are bound by
 arithmetic. What the softmax-gradient kernel adds of its own is one read and one write, 3.2 GB, 1.1 ms. So: library products,
 3.5 + 1.1 ms, with a reproducible sum.
 
@@ -20,7 +24,19 @@ programs of 16 warps a multiprocessor keep 39 MB between their two readings on a
 second reading goes backwards, so that it begins with what was read last. And the arithmetic must stay below: 17 instructions a logit on
 sm_90 (counted in the SASS), 2 1/8 of them exponentials; with a running maximum of each column they would be 37 and 3.
 
-Peak extra memory at 16,384 tokens: 4096 x 49,152 logits in 16 bits, 403 MB, and dW in fp32, 113 MB; all logits in fp32 would be 3.2 GB.
+How many tokens a chunk has: `products.tokens_per_chunk`, 5,632 on an H100 at 576 columns. Each chunk but the first reads dW as well as
+writing it, 22 us of 336 there. At 4,096 tokens cuBLAS fills the 132 multiprocessors by splitting the sums of dh in two (22 x 3 tiles of
+192 x 192, twice), at 778 TFLOP/s, and adds the halves up in 8 us.
+
+Measured on an H100 at 16,384 tokens in four chunks, with the gradients scaled afterwards: 5.58 ms, 1.37 times the products alone (4.06 ms).
+The products of a chunk take 352 (z), 298 (dh) and 336 us (dW), the kernel 346 us (2.3 TB/s), the cast of the weight 59 us. Half or twice
+the warps or columns of the kernel change the whole by 3 % at most, so it is not the L2 that bounds it.
+Predicted for three chunks and no scaling: 5.58 - 0.118 - 0.030 = 5.43 ms, 1.34 times; with `weight_copy` 5.37 ms. For 1.28 times (5.19 ms)
+the kernel must reach 2.8 TB/s. More loads under way may do it: with more than one of `num_stages` in the launch table, blocks are loaded
+ahead (cp.async; on sm_90 49 registers with two of 8,192 logits, 32 with three of 4,096). Not measured, so it is one.
+
+Peak extra memory at 16,384 tokens: 5,632 x 49,152 logits in 16 bits, 554 MB, dW in fp32, 113 MB, dh, 19 MB, and without `weight_copy` the
+weight in 16 bits, 57 MB; all logits in fp32 would be 3.2 GB.
 No value is read back to the host: the number of valid tokens stays on the device.
 
 Source: Wijmans et al. 2024 (arXiv 2411.09009) for the problem; z-loss: Chowdhery et al. 2022 (arXiv 2204.02311).
@@ -36,10 +52,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.launch_config import launch_config
+from kernels.launch_config import launch_config, multiprocessors, programs
+from kernels.products import add_weight_gradient, tokens_per_chunk
 from kernels.tracing import traceable
 
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 4096  # where multiprocessors are not counted: in the interpreter
+RESCALED = 1024  # elements that a program multiplies at a time
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -47,8 +65,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _softmax_gradient_kernel(
     logits_ptr, target_ptr, scale_ptr, loss_ptr, tokens, vocabulary, logits_stride, ignore_index,
     Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     """A program owns one token: its loss and, with GRADIENT, d loss / d logits in place of its logits. Grid: tokens.
+
+    STAGES: of blocks that are loaded ahead. No block is read after it was written.
 
     scale_ptr points to the one factor of all gradients. Two passes over the row: maximum and sum, then the gradient. VECTOR
     neighbouring logits are what a thread loads at once: their maximum needs no other thread, and their sum is rescaled once.
@@ -66,7 +87,7 @@ def _softmax_gradient_kernel(
     m = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK // VECTOR], tl.float32)
     plain = tl.zeros([BLOCK // VECTOR], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
         inside = start + column < vocabulary
         logit = tl.load(row + start + column, mask=inside, other=float("-inf")).to(tl.float32)
         new_m = tl.maximum(m, tl.max(logit, 1))
@@ -86,7 +107,7 @@ def _softmax_gradient_kernel(
         factor = tl.where(valid, tl.load(scale_ptr), 0.0)
         weight = factor * (1.0 + 2.0 * Z_LOSS * lse)
         blocks = tl.cdiv(vocabulary, BLOCK)
-        for block in range(0, blocks):
+        for block in tl.range(0, blocks, num_stages=STAGES):
             start = (blocks - 1 - block) * BLOCK  # backwards: what was read last is still near
             index = start + column
             logit = tl.load(row + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
@@ -98,27 +119,38 @@ def _softmax_gradient_kernel(
             tl.store(row + index, grad.to(logits_ptr.dtype.element_ty), mask=index < vocabulary)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total [V, D] in fp32 += a^T b for a [n, V], b [n, D]: 16-bit operands, fp32 accumulation. The first product is written, not added:
-    what stood there is neither zeroed nor read.
+@triton.jit
+def _rescale_kernel(dhidden_ptr, dweight_ptr, upstream_ptr, hidden_size, weight_size, BLOCK: tl.constexpr):
+    """Multiplies both gradients, of that many elements, by the upstream gradient; nothing is read if that is 1.
+
+    A program owns every grid-th block of BLOCK elements. Any grid.
     """
-    beta = 0 if first else 1
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a.t(), b, beta=beta, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.t().float(), b.float(), beta=beta)
+    upstream = tl.load(upstream_ptr)
+    if upstream != 1.0:
+        first, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0) * BLOCK
+        for start in range(first, hidden_size, step):
+            index = start + tl.arange(0, BLOCK)
+            value = tl.load(dhidden_ptr + index, mask=index < hidden_size, other=0.0).to(tl.float32)
+            tl.store(dhidden_ptr + index, (value * upstream).to(dhidden_ptr.dtype.element_ty), mask=index < hidden_size)
+        for start in range(first, weight_size, step):
+            index = start + tl.arange(0, BLOCK)
+            value = tl.load(dweight_ptr + index, mask=index < weight_size, other=0.0)
+            tl.store(dweight_ptr + index, value * upstream, mask=index < weight_size)
 
 
 def _fake(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    scale: Tensor | None,
+    weight_copy: Tensor | None,
     ignore_index: int,
     reduction: str,
     z_loss: float,
     label_smoothing: float,
     needs_hidden: bool,
     needs_weight: bool,
+    chunk_tokens: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty(hidden.shape[0] if reduction == "none" else (), dtype=torch.float32)
     dweight = weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32)
@@ -130,60 +162,99 @@ def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    scale: Tensor | None,
+    weight_copy: Tensor | None,
     ignore_index: int,
     reduction: str,
     z_loss: float,
     label_smoothing: float,
     needs_hidden: bool,
     needs_weight: bool,
+    chunk_tokens: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss, d loss / d hidden (empty if not needed), d loss / d weight in fp32 (likewise)."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
-    head = weight.to(hidden.dtype)
+    head = weight.to(hidden.dtype) if weight_copy is None else weight_copy
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     dhidden = torch.empty(hidden.shape if needs_hidden else 0, dtype=hidden.dtype, device=hidden.device)
     dweight = torch.empty(weight.shape if needs_weight else 0, dtype=torch.float32, device=weight.device)
     if tokens == 0:
         dweight.zero_()
+    factor = torch.ones((), dtype=torch.float32, device=hidden.device) if scale is None else scale
     if reduction == "mean":
         # No valid target: the sum is 0, and so is the mean.
-        scale = (targets != ignore_index).sum().clamp(min=1).to(torch.float32).reciprocal()
-    else:
-        scale = torch.ones((), dtype=torch.float32, device=hidden.device)
+        factor = factor / (targets != ignore_index).sum().clamp(min=1).to(torch.float32)
     config = launch_config("linear_cross_entropy", hidden.dtype, hidden.device, vocabulary)
-    for start in range(0, tokens, CHUNK_TOKENS):
-        rows = hidden[start : start + CHUNK_TOKENS]
-        logits = rows @ head.t()  # [n, V]
+    chunk = chunk_tokens or CHUNK_TOKENS
+    if chunk_tokens is None and hidden.is_cuda:
+        chunk = tokens_per_chunk(hidden.shape[1], vocabulary, multiprocessors(hidden.device))
+    buffer = torch.empty((min(tokens, chunk), vocabulary), dtype=hidden.dtype, device=hidden.device)
+    for start in range(0, tokens, chunk):
+        rows = hidden[start : start + chunk]
+        logits = torch.mm(rows, head.t(), out=buffer[: rows.shape[0]])  # [n, V]
         _softmax_gradient_kernel[(rows.shape[0],)](
-            logits, targets[start:], scale, losses[start:], rows.shape[0], vocabulary, logits.stride(0), ignore_index,
+            logits, targets[start:], factor, losses[start:], rows.shape[0], vocabulary, logits.stride(0), ignore_index,
             Z_LOSS=z_loss, SMOOTHING=label_smoothing, GRADIENT=needs_hidden or needs_weight, BLOCK=config.block_n,
-            VECTOR=16 // logits.element_size(), num_warps=config.num_warps,
+            VECTOR=16 // logits.element_size(), STAGES=config.num_stages, num_warps=config.num_warps,
         )  # fmt: skip
         if needs_hidden:
-            torch.mm(logits, head, out=dhidden[start : start + CHUNK_TOKENS])
+            torch.mm(logits, head, out=dhidden[start : start + chunk])
         if needs_weight:
-            _add_product(dweight, logits, rows, start == 0)
-    return losses if reduction == "none" else losses.sum() * scale, dhidden, dweight
+            add_weight_gradient(dweight, logits, rows, start == 0)
+    return (losses if reduction == "none" else losses.sum()) * factor, dhidden, dweight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The first backward pass gives both gradients away, scaled in place. A second one (retain_graph) computes them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None, what: tuple[Any, ...]
+    ) -> Tensor:
+        loss, *gradients = _linear_cross_entropy(hidden, weight, targets, scale, weight_copy, *what)
+        ctx.save_for_backward(hidden, weight, targets, scale, weight_copy)
+        ctx.what, ctx.gradients, ctx.weight_dtype = what, gradients, weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("linear_cross_entropy")
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, *gradients = _linear_cross_entropy(*ctx.saved_tensors, *ctx.what)
+        dhidden, dweight = gradients
+        _rescale_kernel[(programs(dhidden.device),)](dhidden, dweight, dloss, dhidden.numel(), dweight.numel(), BLOCK=RESCALED, num_warps=4)
+        return (
+            dhidden if ctx.needs_input_grad[0] else None,
+            dweight.to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class _LinearCrossEntropyTraced(torch.autograd.Function):
+    """The same for torch.compile, whose graphs have no state: the gradients are saved, and the backward pass scales copies."""
+
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        scale: Tensor | None,
+        weight_copy: Tensor | None,
         ignore_index: int,
         reduction: str,
         z_loss: float,
         label_smoothing: float,
         needs_hidden: bool,
         needs_weight: bool,
+        chunk_tokens: int | None,
     ) -> Tensor:
         ctx.needs = needs_hidden, needs_weight
         loss, dhidden, dweight = _linear_cross_entropy(
-            hidden, weight, targets, ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight
-        )
+            hidden, weight, targets, scale, weight_copy, ignore_index, reduction, z_loss, label_smoothing,
+            needs_hidden, needs_weight, chunk_tokens,
+        )  # fmt: skip
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -193,9 +264,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden, dweight = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs
         return (
-            dhidden * dloss.to(dhidden.dtype) if needs_hidden else None,
+            (dhidden * dloss).to(dhidden.dtype) if needs_hidden else None,
             (dweight * dloss).to(ctx.weight_dtype) if needs_weight else None,
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -208,18 +279,27 @@ def linear_cross_entropy(
     reduction: str = "mean",
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    scale: Tensor | None = None,
+    weight_copy: Tensor | None = None,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Cross entropy of the logits hidden @ weight.T, without the logits.
 
     hidden [N, D] (float32, float16 or bfloat16), weight [V, D] (any floating dtype; it is cast to hidden's, its gradient keeps its own),
     targets [N] integer in [0, V) or ignore_index -> fp32 scalar in nats ("mean" over valid targets, 0 if there is none, or "sum"), or
     [N] losses ("none", no gradient). A target out of range gives a loss of NaN; nothing is read out of bounds.
-    Raises ValueError naming what was expected. Same semantics as `kernels.reference.linear_cross_entropy`.
+    scale: fp32 scalar on the device that multiplies the loss and all gradients. weight_copy: the weight in hidden's dtype, which saves
+    the cast. Neither has a gradient. chunk_tokens: how many tokens' logits exist at one time, `products.tokens_per_chunk` unless given.
+    Raises ValueError naming what was expected, and RuntimeError for create_graph=True. Same semantics as
+    `kernels.reference.linear_cross_entropy`.
     """
-    checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing)
+    checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens)
     checks.kernel_dtype("linear_cross_entropy", hidden)
     # Decided here: inside an autograd.Function, ctx.needs_input_grad is true under no_grad as well.
     trains = torch.is_grad_enabled() and reduction != "none"
     needs = trains and hidden.requires_grad, trains and weight.requires_grad
+    what = (ignore_index, reduction, z_loss, label_smoothing, *needs, chunk_tokens)
     with torch.set_grad_enabled(trains):
-        return _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), ignore_index, reduction, z_loss, label_smoothing, *needs)
+        if torch.compiler.is_compiling():
+            return _LinearCrossEntropyTraced.apply(hidden, weight, targets.contiguous(), scale, weight_copy, *what)
+        return _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), scale, weight_copy, what)

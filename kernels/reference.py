@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import checks, cpu_linear
+from kernels.products import linear as product
 
 if TYPE_CHECKING:
     from kernels.backend import Backend, LayerWeights
@@ -93,10 +94,11 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = round(x / sqrt(mean(x^2) + eps)) * weight, over the last dimension.
 
-    x [..., D], weight [D] of the same dtype -> [..., D]. Rounds as Hugging Face Llama does: normalise in fp32, round to the
-    dtype of x, then scale. Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
+    x [..., D], weight [D] of the same dtype, or in fp32: it is rounded to that of x -> [..., D]. Rounds as Hugging Face Llama does:
+    normalise in fp32, round to the dtype of x, then scale. Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
     """
     checks.rms_norm("rms_norm", x, weight)
+    weight = weight.to(x.dtype)
     if _fused(x, weight):
         return _RMSNorm.apply(x, None, weight, eps)
     return _normalised(x, weight, eps)[0]
@@ -105,9 +107,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(s, weight), s) with s = x + residual, rounded to the dtype before it is normalised.
 
-    x and residual [..., D], weight [D] -> two tensors [..., D]: the input of the next sub-layer and the new residual stream.
+    x and residual [..., D], weight [D] as in `rms_norm` -> two tensors [..., D]: the input of the next sub-layer and the new residual
+    stream.
     """
     checks.rms_norm("add_rms_norm", x, weight, residual)
+    weight = weight.to(x.dtype)
     if _fused(x, residual, weight):
         return _RMSNorm.apply(x, residual, weight, eps)
     total = x + residual
@@ -267,6 +271,24 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return F.silu(gate) * up
 
 
+def mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    copies: tuple[Tensor | None, Tensor | None] | None = None,
+    swiglu: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
+    """down @ (silu(gate @ x) * (up @ x)), with gate and up the two halves of gate_up.
+
+    x [..., D], gate_up [2F, D], down [D, F] -> [..., D] in x's dtype, in which the products run. A weight of another floating dtype (fp32
+    masters) is cast, and its gradient has its own; copies: the weights in x's dtype where they exist already. `swiglu` is composed.
+    """
+    checks.mlp(x, gate_up, down, copies)
+    gate_up_copy, down_copy = copies or (None, None)
+    return product(swiglu(product(x, gate_up, gate_up_copy)), down, down_copy)
+
+
 @dataclass(frozen=True)
 class _Loss:
     """What linear_cross_entropy computes besides its three tensors, and what of it."""
@@ -277,6 +299,7 @@ class _Loss:
     label_smoothing: float
     needs_hidden: bool
     needs_weight: bool
+    chunk_tokens: int | None
 
     def rows(self, logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
         """Losses [rows] of logits [rows, V], which become d (sum of losses * scale) / d logits where a gradient is needed."""
@@ -298,28 +321,31 @@ class _Loss:
                 logits.copy_(p)
         return torch.where(valid, loss, 0.0)
 
-    def compute(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def compute(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, weight_copy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(loss, its gradient by hidden, by weight)."""
         wide, tokens = _accumulator(hidden.dtype), hidden.shape[0]
-        head = weight.to(hidden.dtype)
+        head = weight.to(hidden.dtype) if weight_copy is None else weight_copy
         one = torch.ones((), dtype=wide, device=hidden.device)
         # With no valid target the sum is 0 and so is the mean, instead of 0 / 0.
         scale = one / (targets != self.ignore_index).sum().clamp(min=1).to(wide) if self.reduction == "mean" else one
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if self.needs_hidden else None
         dweight = None
         losses = torch.empty(tokens, dtype=wide, device=hidden.device)
+        size = self.chunk_tokens or CHUNK_TOKENS
         # One buffer for the logits of all chunks; oneDNN brings a tensor of its own.
-        buffer = None if cpu_linear.serves(hidden, head) else hidden.new_empty(min(tokens, CHUNK_TOKENS), weight.shape[0])
+        buffer = None if cpu_linear.serves(hidden, head) else hidden.new_empty(min(tokens, size), weight.shape[0])
         whole = hidden.is_cuda or torch.compiler.is_compiling()
-        tile = CHUNK_TOKENS if whole else max(1, TILE_BYTES // (wide.itemsize * weight.shape[0]))
-        for start in range(0, tokens, CHUNK_TOKENS):
-            chunk = hidden[start : start + CHUNK_TOKENS]
+        tile = size if whole else max(1, TILE_BYTES // (wide.itemsize * weight.shape[0]))
+        for start in range(0, tokens, size):
+            chunk = hidden[start : start + size]
             logits = cpu_linear.mm(chunk, head.t(), out=buffer if buffer is None else buffer[: chunk.shape[0]])
             for first in range(0, chunk.shape[0], tile):
                 rows = slice(start + first, start + min(first + tile, chunk.shape[0]))
                 losses[rows] = self.rows(logits[first : first + tile], targets[rows], scale)
             if dhidden is not None:
-                cpu_linear.mm(logits, head, out=dhidden[start : start + CHUNK_TOKENS])
+                cpu_linear.mm(logits, head, out=dhidden[start : start + size])
             if self.needs_weight:
                 dweight = _accumulate(dweight, logits.t(), chunk, _accumulator(weight.dtype))
             del logits  # before those of the next chunk are allocated
@@ -341,21 +367,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     away, because a copy of [V, D] would cost as much as a layer. A second backward pass (retain_graph) computes them again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, what: _Loss) -> Tensor:
-        loss, *gradients = what.compute(hidden, weight, targets)
-        ctx.save_for_backward(hidden, weight, targets)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None, what: _Loss
+    ) -> Tensor:
+        loss, *gradients = what.compute(hidden, weight, targets, weight_copy)
+        ctx.save_for_backward(hidden, weight, targets, scale, weight_copy)
         ctx.what, ctx.gradients = what, gradients
-        return loss
+        return loss if scale is None else loss * scale
 
     @staticmethod
     @_once
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, scale, weight_copy = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, *gradients = ctx.what.compute(hidden, weight, targets)
-        dhidden, dweight = (None if gradient is None else gradient.mul_(dloss) for gradient in gradients)
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None
+            _, *gradients = ctx.what.compute(hidden, weight, targets, weight_copy)
+        factor = dloss if scale is None else dloss * scale
+        dhidden, dweight = (None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
 class _LinearCrossEntropyTraced(torch.autograd.Function):
@@ -367,27 +396,31 @@ class _LinearCrossEntropyTraced(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        scale: Tensor | None,
+        weight_copy: Tensor | None,
         ignore_index: int,
         reduction: str,
         z_loss: float,
         label_smoothing: float,
         needs_hidden: bool,
         needs_weight: bool,
+        chunk_tokens: int | None,
     ) -> Tensor:
-        what = _Loss(ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight)
-        loss, dhidden, dweight = what.compute(hidden, weight, targets)
-        ctx.save_for_backward(dhidden, dweight)
+        what = _Loss(ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight, chunk_tokens)
+        loss, dhidden, dweight = what.compute(hidden, weight, targets, weight_copy)
+        ctx.save_for_backward(dhidden, dweight, scale)
         ctx.weight_dtype = weight.dtype
-        return loss
+        return loss if scale is None else loss * scale
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
+        dhidden, dweight, scale = ctx.saved_tensors
+        dloss = dloss if scale is None else dloss * scale
         if dhidden is not None:
             dhidden = dhidden * dloss.to(dhidden.dtype)
         if dweight is not None:
             dweight = (dweight * dloss).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -399,6 +432,9 @@ def linear_cross_entropy(
     reduction: str = "mean",
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    scale: Tensor | None = None,
+    weight_copy: Tensor | None = None,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Cross entropy of the logits hidden @ weight.T, in chunks of 1024 tokens, so that the logits never exist as a whole.
 
@@ -406,15 +442,28 @@ def linear_cross_entropy(
     or "sum"), or [N] losses ("none", which has no gradient). The products run in hidden's dtype; a weight of
     another dtype (fp32 masters) is cast, and its gradient comes back in its own dtype, accumulated in fp32. No valid target: 0.
     z_loss adds z_loss * logsumexp(logits)^2 per token (PaLM, arXiv 2204.02311); label_smoothing as torch's cross_entropy.
+    scale: fp32 scalar on the device that multiplies the loss and all gradients. weight_copy: the weight in hidden's dtype, which saves the
+    cast. Neither has a gradient. chunk_tokens: 1024 unless given.
     """
-    checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing)
+    checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens)
     # Decided here: inside an autograd.Function, ctx.needs_input_grad is true under no_grad as well.
     trains = torch.is_grad_enabled() and reduction != "none"
     needs = trains and hidden.requires_grad, trains and weight.requires_grad
+    what = (ignore_index, reduction, z_loss, label_smoothing, *needs, chunk_tokens)
     with torch.set_grad_enabled(trains):
         if torch.compiler.is_compiling():
-            return _LinearCrossEntropyTraced.apply(hidden, weight, targets, ignore_index, reduction, z_loss, label_smoothing, *needs)
-        return _LinearCrossEntropy.apply(hidden, weight, targets, _Loss(ignore_index, reduction, z_loss, label_smoothing, *needs))
+            return _LinearCrossEntropyTraced.apply(hidden, weight, targets, scale, weight_copy, *what)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, scale, weight_copy, _Loss(*what))
+
+
+def tied_embedding(input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The rows of the embedding, and the embedding as the head: one operation, so that both their gradients can become one tensor.
+
+    input_ids [...] int64 or int32, weight [V, D] -> (x [..., D] in `dtype`, head [V, D]: the weight itself).
+    weight_copy: the weight in `dtype`, from which a kernel may read the same bits; there is no need of it here. An id out of range raises.
+    """
+    checks.tied_embedding(input_ids, weight, dtype, weight_copy)
+    return F.embedding(input_ids, weight).to(dtype), weight
 
 
 def decode_layer(

@@ -1,11 +1,14 @@
 """linear_cross_entropy against the numerics contract: loss, gradient of the hidden states, gradient of the head."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import DEVICE, DTYPES, LENGTHS, ROW_LAYOUTS, TORCH, TRITON, agree, assert_same, draw, gap, over
 
 from kernels import linear_cross_entropy
+from kernels.products import tokens_per_chunk
 
 # What a kernel does not write is NaN, and not by luck the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -59,12 +62,132 @@ def test_losses(reduction, z_loss, label_smoothing, dtype):
     agree("linear_cross_entropy", tensors, some_ignored(targets), upstream=upstream, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [32, 34, 63])
-def test_chunks(tokens, monkeypatch):
+def test_chunks(tokens, dtype):
     """dW is added up over chunks, the last of them ragged and not ignored."""
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_TOKENS", 16)
-    tensors, targets = inputs(tokens, 48, 101)
-    agree("linear_cross_entropy", tensors, some_ignored(targets), z_loss=0.01, upstream=times(tokens))
+    tensors, targets = inputs(tokens, 48, 101, dtype)
+    agree("linear_cross_entropy", tensors, some_ignored(targets), z_loss=0.01, chunk_tokens=16, upstream=times(tokens))
+
+
+def test_chunks_do_not_change_the_losses():
+    tensors, targets = inputs(33, 48, 101)
+    losses = [TRITON.linear_cross_entropy(*tensors, targets, reduction="none", chunk_tokens=chunk) for chunk in (None, 1, 16, 33, 100)]
+    torch.testing.assert_close(losses[1:], losses[:1] * 4, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [97, 49152, 151936, 2**31 - 1])
+@pytest.mark.parametrize("width, across", [(1, 1), (64, 1), (192, 1), (576, 3), (640, 5), (768, 3), (960, 5), (1024, 4), (2048, 8)])
+def test_the_rule_of_the_chunk(width, across, vocabulary):
+    """The first of all numbers of tokens that fills its waves as far as whole rows of tiles can, or the most that is allowed."""
+    most = max(128, min(8192, 2**29 // vocabulary) // 128 * 128)
+    for processors in (1, 16, 46, 78, 84, 96, 108, 114, 132, 144, 148, 170, 188, 304):
+
+        def fills(tokens, processors=processors):
+            tiles = tokens // 128 * across
+            places = -(-tiles // processors) * processors
+            return tiles >= 0.95 * places and tiles + across > places
+
+        full = [tokens for tokens in range(min(4096, most), most + 1, 128) if fills(tokens)]
+        assert tokens_per_chunk(width, vocabulary, processors) == (full[0] if full else most), processors
+
+
+def test_the_chunks_of_the_models():
+    """On 132, 108 and 148 multiprocessors (H100, A100, B200): at most half of the logits of 16,384 tokens exist."""
+    chunks = {width: [tokens_per_chunk(width, 49152, processors) for processors in (132, 108, 148)] for width in (576, 960, 2048)}
+    assert chunks == {576: [5632, 4608, 6272], 960: [6656, 5504, 7552], 2048: [4224, 5120, 4736]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_scale(reduction, dtype):
+    """It multiplies the loss and both gradients."""
+    tensors, targets = inputs(9, 48, 101, dtype)
+    scale, upstream = torch.tensor(0.3, device=DEVICE), times(9 if reduction == "mean" else 1)
+    scaled = agree("linear_cross_entropy", tensors, some_ignored(targets), reduction=reduction, scale=scale, upstream=upstream)
+    torch.manual_seed(1234)
+    plain = agree("linear_cross_entropy", *inputs(9, 48, 101, dtype)[:1], targets, reduction=reduction, upstream=upstream)
+    for ours, expected in zip((*scaled[0], *scaled[1]), (*plain[0], *plain[1]), strict=True):
+        atol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[ours.dtype]
+        torch.testing.assert_close(ours, expected * 0.3, rtol=0, atol=atol * max(1.0, expected.abs().max().item()))
+
+
+def test_scale_of_the_mean_and_of_each_token():
+    tensors, targets = inputs(12, 48, 101)
+    scale = 1 / (some_ignored(targets) != -100).sum().float()
+    for ops in (TRITON, TORCH):
+        of_sum = ops.linear_cross_entropy(*tensors, targets, reduction="sum", scale=scale)
+        assert_same([of_sum], [ops.linear_cross_entropy(*tensors, targets)])
+        losses = ops.linear_cross_entropy(*tensors, targets, reduction="none")
+        assert_same([ops.linear_cross_entropy(*tensors, targets, reduction="none", scale=scale)], [losses * scale])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_copy_of_the_weight_gives_the_same_bits(dtype):
+    """And the weight has the gradient, in its own dtype."""
+    (hidden, weight), targets = inputs(40, 32, 97)
+    hidden = hidden.to(dtype).requires_grad_()
+    weight.requires_grad_()
+    for ops in (TRITON, TORCH):
+        found = []
+        for copy in (None, weight.detach().to(dtype)):
+            loss = ops.linear_cross_entropy(hidden, weight, targets, weight_copy=copy, chunk_tokens=16)
+            found.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
+        assert_same(found[1], found[0])
+        zeros = ops.linear_cross_entropy(hidden, weight, targets, weight_copy=torch.zeros_like(weight, dtype=dtype))
+        torch.testing.assert_close(zeros.item(), math.log(97), rtol=1e-5, atol=0)
+
+
+def test_the_gradients_are_given_away():
+    """An upstream gradient of 1 copies and reads nothing: what no multiplication would leave as it is stays, where it was made."""
+    (hidden, weight), targets = inputs(9, 32, 97)
+    tensors = hidden.requires_grad_(), weight.requires_grad_()
+    loss = TRITON.linear_cross_entropy(*tensors, targets)
+    made = loss.grad_fn.gradients
+    made[1].view(torch.int32)[3, 5] = 0x7F800001  # a signalling NaN: arithmetic makes it a quiet one
+    addresses = [x.data_ptr() for x in made]
+    gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
+    assert [x.data_ptr() for x in gradients] == addresses and gradients[1].view(torch.int32)[3, 5] == 0x7F800001
+    again = torch.autograd.grad(loss, tensors)  # computed again
+    assert again[1].isfinite().all() and not {x.data_ptr() for x in again} & set(addresses)
+    assert_same([again[0]], [gradients[0]])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rescaling(dtype):
+    """More elements than the programs have at a time, with a tail, in fp32 and rounded once."""
+    sizes = (7 * linear_cross_entropy.RESCALED + 3, 4 * linear_cross_entropy.RESCALED + 5)
+    dhidden, dweight = draw(sizes[0] + 1, dtype=dtype), draw(sizes[1] + 1)
+    expected = [(dhidden.float() * 0.7).to(dtype), dweight * 0.7]
+    for whole, ours in zip(expected, (dhidden, dweight), strict=True):
+        whole[-1] = ours[-1]
+    upstream = torch.tensor(0.7, device=DEVICE)
+    linear_cross_entropy._rescale_kernel[(3,)](dhidden, dweight, upstream, *sizes, BLOCK=linear_cross_entropy.RESCALED)
+    assert_same([dhidden, dweight], expected)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(scale=torch.ones(1)), r"expected scale of shape \[\] in float32, got \(\[1\], torch.float32\)"),
+    (dict(scale=torch.ones((), dtype=torch.float64)), r"expected scale of shape \[\] in float32, got \(\[\], torch.float64\)"),
+    (dict(scale=torch.ones((), device="meta")), "expected scale on cpu as hidden, got meta"),
+    (dict(weight_copy=torch.ones(97, 31)), r"expected weight_copy of shape \[97, 32\] as the weight, got \[97, 31\]"),
+    (dict(weight_copy=torch.ones(97, 32).half()), "expected weight_copy of dtype torch.float32, got torch.float16"),
+    (dict(chunk_tokens=0), "expected chunk_tokens >= 1, got 0"),
+])  # fmt: skip
+def test_bad_options(options, message):
+    hidden, weight, targets = torch.zeros(4, 32), torch.zeros(97, 32), torch.zeros(4, dtype=torch.int64)
+    for ops in (TRITON, TORCH):
+        with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
+            ops.linear_cross_entropy(hidden, weight, targets, **options)
+
+
+def test_a_second_derivative_is_refused():
+    tensors, targets = inputs(9, 32, 97)
+    tensors[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has first derivatives only"):
+        torch.autograd.grad(TRITON.linear_cross_entropy(*tensors, targets), tensors[0], create_graph=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,7 +265,7 @@ def test_a_target_out_of_range_gives_nan_and_reads_nothing(target):
     assert TRITON.linear_cross_entropy(*tensors, targets).isnan()
 
 
-def test_logits_are_never_held_as_a_whole(monkeypatch):
+def test_logits_are_never_held_as_a_whole():
     """The largest tensor of the forward and backward pass is one chunk of logits."""
     largest = 0
 
@@ -154,11 +277,10 @@ def test_logits_are_never_held_as_a_whole(monkeypatch):
                 largest = max(largest, out.numel())
             return out
 
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_TOKENS", 16)
     (hidden, weight), targets = inputs(80, 8, 500)
     hidden.requires_grad_(), weight.requires_grad_()
     with Watch():
-        TRITON.linear_cross_entropy(hidden, weight, targets).backward()
+        TRITON.linear_cross_entropy(hidden, weight, targets, chunk_tokens=16).backward()
     assert largest == 16 * 500
 
 

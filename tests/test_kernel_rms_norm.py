@@ -59,6 +59,18 @@ def test_layouts_of_inputs_and_upstream_gradients(layout, dtype):
     agree("add_rms_norm", (x, layout(residual), gap(weight_like(x))), EPS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_fp32_weights_of_16_bit_activations(dtype):
+    """They count as rounded, to the bit, and their gradient is not rounded at all."""
+    x, residual, weight = draw(7, 96, dtype=dtype), draw(7, 96, dtype=dtype), 1 + 0.2 * draw(96)
+    wide, _ = agree("add_rms_norm", (x, residual, weight), EPS)
+    narrow, _ = agree("add_rms_norm", (x, residual, weight.to(dtype)), EPS)
+    assert_same(wide, narrow)
+    upstream = [draw(7, 96, dtype=dtype)]
+    _, (_, dw) = Call("rms_norm", (x, weight), (EPS,)).run(TRITON, upstream)
+    assert dw.dtype == torch.float32 and not torch.equal(dw, dw.to(dtype).float())
+
+
 def test_leading_dimensions():
     agree("rms_norm", (draw(576), draw(576)), EPS)
     agree("rms_norm", (swapped(draw(3, 2, 96)), draw(96)), EPS, upstream=swapped)
