@@ -178,7 +178,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (dict(optimizer="sgd"), "optimizer: expected one of adamw, muon, got 'sgd'"),
+        (dict(optimizer="sgd"), "optimizer: expected one of adamw, adamw,torch, muon, got 'sgd'"),
         (dict(optimizer="muon", muon_lr=0.0), "muon_lr: expected a number above 0, got 0.0"),
         (dict(optimizer="muon", muon_momentum=1.0), r"muon_momentum: expected a number in \[0, 1\), got 1.0"),
         (dict(optimizer="muon", muon_weight_decay=-1.0), "muon_weight_decay: expected a number of at least 0, got -1.0"),

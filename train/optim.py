@@ -7,13 +7,19 @@ A schedule that is a function of the step alone needs no state: a resumed run co
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from kernels.fused_adamw import FusedAdamW
 from train.config import RunConfig
+
+if TYPE_CHECKING:
+    from smollm2.model import SmolLM2ForCausalLM
+    from smollm2.working_copies import WorkingCopies
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matrices") -> list[dict[str, Any]]:
@@ -31,19 +37,63 @@ def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matr
     ]
 
 
-def build_optimizer(
-    model: nn.Module, config: RunConfig, device: torch.device | None = None, captured: bool = False
-) -> torch.optim.Optimizer:
-    """MuonWithAdamW with optimizer=muon, else AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in its fused form: one launch for all
-    parameters.
+def _obstacle(model: nn.Module, config: RunConfig, device: torch.device | None) -> str | None:
+    """Why AdamW's launch of this project does not serve a run, or None if it does."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind = (device or parameters[0].device).type
+    backend = getattr(getattr(model, "backend", None), "name", "torch").partition(",")[0]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels read the memory of the host, and only that
+    obstacles = {
+        "asked for": config.optimizer == "adamw,torch",
+        f"sharding={config.sharding} cuts the parameters": config.sharding != "none",
+        f"the backend is {backend}": backend != "triton",
+        f"the device is {kind}": kind != "cpu" if interpreted else kind not in ("cuda", "xpu"),
+        "a parameter is not contiguous fp32": not all(one.dtype == torch.float32 and one.is_contiguous() for one in parameters),
+    }
+    return next((text for text, there in obstacles.items() if there), None)
 
-    The fused form also takes `found_inf`, with which a step is skipped on the device; see `update`. captured: the learning rate
-    is then a tensor on the device, which a captured step reads anew at every replay.
+
+def describe_optimizer(model: nn.Module, config: RunConfig, device: torch.device | None = None) -> str:
+    """What `build_optimizer` gives, and why, for the first lines of a run."""
+    if config.optimizer == "muon":
+        return "Muon for the matrices of the blocks, torch's fused AdamW for embedding and norms"
+    obstacle = _obstacle(model, config, device)
+    return (
+        f"AdamW: torch's fused form ({obstacle})"
+        if obstacle
+        else "AdamW of the Triton backend, which clips and writes the working copies too"
+    )
+
+
+def working_copies(model: SmolLM2ForCausalLM, config: RunConfig, device: torch.device) -> WorkingCopies | None:
+    """Copies of the weights in the dtype of the activations, or None where they are one dtype, or where a forward pass cannot use them: a
+    trace casts as it likes, shards have no whole weights, and on a CPU nothing is launched that could be saved.
+    """
+    from smollm2.working_copies import WorkingCopies
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and model.backend.name.startswith("triton")
+    if config.dtype != "bf16" or config.sharding != "none" or config.compile or not (device.type == "cuda" or interpreted):
+        return None
+    return WorkingCopies(model, torch.bfloat16)
+
+
+def build_optimizer(
+    model: nn.Module, config: RunConfig, device: torch.device | None = None, captured: bool = False, copies: WorkingCopies | None = None
+) -> torch.optim.Optimizer:
+    """MuonWithAdamW with optimizer=muon, else AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101): FusedAdamW where the model's backend
+    is Triton's, torch's fused form elsewhere and with optimizer=adamw,torch. The state of either AdamW loads into the other, and
+    their numbers differ in the last place.
+
+    Each takes `found_inf`, with which a step is skipped on the device; see `update`. captured: the learning rate
+    is then a tensor on the device, which a captured step reads anew at every replay. copies: what FusedAdamW writes too; with the others
+    the caller refreshes them.
     """
     if config.optimizer == "muon":
         return MuonWithAdamW(model, config)
     beta1, beta2 = config.betas
     groups = parameter_groups(model, config.weight_decay, config.weight_decay_on)
+    if _obstacle(model, config, device) is None:
+        return FusedAdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, copies=copies)
     lr = torch.tensor(config.lr, device=device) if captured else config.lr
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, fused=True, capturable=captured)
 
