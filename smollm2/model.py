@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Backend, LayerWeights, select_backend
-from kernels.cpu_linear import linear
+from kernels.products import linear
 from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
 
 if TYPE_CHECKING:
     from smollm2.engine import Engine
+    from smollm2.working_copies import WorkingCopies
 
 IGNORE_INDEX = -100
 
@@ -51,29 +52,17 @@ def shift_labels(labels: Tensor, doc_start: Tensor | None = None) -> Tensor:
     return targets
 
 
-def _linear(x: Tensor, *weights: Tensor, packed: Tensor | None = None) -> Tensor:
-    """x @ concatenation(weights).T, the weights cast to the dtype of x (fp32 masters, bf16 activations).
-
-    packed: the concatenation, if the weights lie in one buffer already.
-    """
-    if packed is not None:
-        return linear(x, _PackedWeight.apply(packed, x.dtype, *weights) if torch.is_grad_enabled() else packed.to(x.dtype))
-    cast = [weight.to(x.dtype) for weight in weights]
-    return linear(x, cast[0] if len(cast) == 1 else torch.cat(cast))
-
-
-class _PackedWeight(torch.autograd.Function):
-    """The buffer that the weights are views of, in the compute dtype: what `torch.cat` of them would be, without the copy. Its gradient
-    is cast once and cut into the gradients of the weights."""
+class _Packed(torch.autograd.Function):
+    """The buffer that the weights are views of: what `torch.cat` of them would be, without the copy. Its gradient is cut into theirs."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-        ctx.rows, ctx.dtype = [weight.shape[0] for weight in weights], weights[0].dtype
-        return packed.detach().to(dtype)
+    def forward(ctx: Any, packed: Tensor, *weights: Tensor) -> Tensor:
+        ctx.rows = [weight.shape[0] for weight in weights]
+        return packed.detach()
 
     @staticmethod
     def backward(ctx: Any, dpacked: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *dpacked.to(ctx.dtype).split(ctx.rows)
+        return None, *dpacked.split(ctx.rows)
 
 
 def _pack(*projections: nn.Linear) -> Tensor:
@@ -91,6 +80,7 @@ class _SideBySide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.packed: Tensor | None = None  # [sum of rows, hidden]; the weights are views of it once `pack` ran
+        self.copies: WorkingCopies | None = None
 
     def beside(self) -> tuple[nn.Linear, ...]:
         """The projections, in the order of their rows."""
@@ -102,14 +92,20 @@ class _SideBySide(nn.Module):
             self.packed = _pack(*self.beside())
         return self.packed
 
-    def project(self, x: Tensor) -> Tensor:
-        """x [..., hidden] -> [..., sum of rows]"""
+    def side_by_side(self) -> Tensor:
+        """The weights of the projections as one matrix [sum of rows, hidden], through which their gradients reach them."""
         weights, packed = [projection.weight for projection in self.beside()], self.packed
-        if torch.compiler.is_compiling():  # a trace knows no addresses, and fuses the concatenation with the cast
-            packed = None if torch.is_grad_enabled() else packed
-        elif packed is not None and not self._current(packed):
-            packed = None
-        return _linear(x, *weights, packed=packed)
+        # A trace knows no addresses, and fuses the concatenation with the cast.
+        if packed is None or (torch.is_grad_enabled() if torch.compiler.is_compiling() else not self._current(packed)):
+            return torch.cat(weights)
+        return _Packed.apply(packed, *weights) if torch.is_grad_enabled() else packed
+
+    def copy_of(self, dtype: torch.dtype, *projections: nn.Linear) -> Tensor | None:
+        """The working copy of those weights in that dtype, side by side, where there is one and it is current."""
+        if self.copies is None or self.copies.dtype != dtype or torch.compiler.is_compiling():
+            return None
+        weights = [projection.weight for projection in projections]
+        return self.copies.of(weights[0]) if len(weights) == 1 else self.copies.of_group(weights)
 
     def _current(self, packed: Tensor) -> bool:
         """Whether the weights are still views of the buffer: assignment of other tensors would have changed that."""
@@ -122,7 +118,7 @@ class _SideBySide(nn.Module):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None}  # a copy has weights of its own, in tensors of their own
+        return {**self.__dict__, "packed": None, "copies": None}  # a copy has weights of its own, in tensors of their own
 
 
 class RMSNorm(nn.Module):
@@ -136,7 +132,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, residual [..., hidden] -> (normed, new residual stream); without a residual x itself begins the stream."""
-        weight = self.weight.to(x.dtype)
+        weight: Tensor = self.weight
+        if weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):  # fp32 masters are rounded by the operation
+            weight = weight.to(x.dtype)
         if residual is None:
             return self.backend.rms_norm(x, weight, self.eps), x
         return self.backend.add_rms_norm(x, residual, weight, self.eps)
@@ -163,7 +161,7 @@ class SmolLM2Attention(_SideBySide):
         self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor | None = None, cache: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]. With a cache (keys, values [B, S, K, D]) the T tokens are its last T positions."""
-        qkv = self.project(x).unflatten(-1, (-1, self.head_dim))
+        qkv = linear(x, self.side_by_side(), self.copy_of(x.dtype, *self.beside())).unflatten(-1, (-1, self.head_dim))
         q, k, v = self.backend.rope_qkv(qkv, cos, sin, self.key_heads)
         if cache is not None:
             keys, values = cache
@@ -171,7 +169,7 @@ class SmolLM2Attention(_SideBySide):
             values[:, -x.shape[1] :] = v
             k, v = keys, values
         mixed = self.backend.attention(q, k, v, doc_start, dropout_p=self.dropout if self.training else 0.0)
-        return _linear(mixed.flatten(2), self.o_proj.weight)
+        return linear(mixed.flatten(2), self.o_proj.weight, self.copy_of(x.dtype, self.o_proj))
 
     def beside(self) -> tuple[nn.Linear, ...]:
         return self.q_proj, self.k_proj, self.v_proj
@@ -189,7 +187,8 @@ class SmolLM2MLP(_SideBySide):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]"""
-        return _linear(self.backend.swiglu(self.project(x)), self.down_proj.weight)
+        copies = self.copy_of(x.dtype, *self.beside()), self.copy_of(x.dtype, self.down_proj)
+        return self.backend.mlp(x, self.side_by_side(), self.down_proj.weight, copies=copies)
 
     def beside(self) -> tuple[nn.Linear, ...]:
         return self.gate_proj, self.up_proj
@@ -261,9 +260,11 @@ class SmolLM2Model(nn.Module):
         dtype: torch.dtype | None = None,
         start: int = 0,
         cache: list[tuple[Tensor, Tensor]] | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """input_ids [B, T] -> final normed hidden states [B, T, hidden] in dtype (default: that of the parameters).
 
+        embedded [B, T, hidden] in dtype: the rows of the table, if they were looked up already.
         doc_start [B, T]: where in the row the document of each token begins; positions count from there.
         start: position of the first token; cache: keys and values per layer, [B, start + T, K, D], filled from `start` on.
         """
@@ -277,7 +278,7 @@ class SmolLM2Model(nn.Module):
             position = torch.arange(length, device=input_ids.device) - doc_start
             cos, sin = cos[position], sin[position]
         # Looked up in fp32 and then rounded: the gradient of the table is then summed in fp32.
-        x = self.embed_tokens(input_ids).to(dtype or self.embed_tokens.weight.dtype)
+        x = self.embed_tokens(input_ids).to(dtype or self.embed_tokens.weight.dtype) if embedded is None else embedded
         residual = None
         for index, layer in enumerate(self.layers):
             layer_cache = cache[index] if cache is not None else None
@@ -331,9 +332,11 @@ class SmolLM2ForCausalLM(nn.Module):
         self.initialise()
         self.pack()
         self.engine: Engine | None = None  # what smollm2.engine.default_engine keeps here between generations
+        self.working_copies: WorkingCopies | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "engine": None}  # graphs of this model's addresses are of no use to a copy
+        # Graphs and copies of this model's weights are of no use to a copy of the model.
+        return {**self.__dict__, "engine": None, "working_copies": None}
 
     def tie_weights(self) -> None:
         """Makes the head the embedding: one Parameter under two names."""
@@ -352,24 +355,52 @@ class SmolLM2ForCausalLM(nn.Module):
                 parameter.normal_(0.0, std)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, doc_start: Tensor | None = None, *, reduction: str = "mean"
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        doc_start: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        scale: Tensor | None = None,
     ) -> CausalLMOutput:
         """input_ids [B, T] int64 -> logits [B, T, V], or with labels the loss in nats and no logits.
 
         labels [B, T]: the input ids themselves (the targets are shifted here), -100 is ignored. doc_start [B, T] int32: where in
         the row the document of each token begins; attention and targets do not cross documents, positions restart.
-        reduction: "mean" over valid targets or "sum".
+        reduction: "mean" over valid targets or "sum". scale: fp32 scalar on the device, a factor of the loss.
         """
         self._check_input(input_ids, labels, doc_start)
-        hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype)
+        weight, copy, embedded = self.lm_head.weight, None, None
+        dtype = self.compute_dtype or weight.dtype
+        if self.working_copies is not None and self.working_copies.dtype == dtype and not torch.compiler.is_compiling():
+            copy = self.working_copies.of(weight)
         if labels is None:
-            return CausalLMOutput(loss=None, logits=_linear(hidden, self.lm_head.weight))
+            hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype)
+            return CausalLMOutput(loss=None, logits=linear(hidden, weight, copy))
+        head = weight
+        # Both ends of the tied table in one operation: what the loss and what the rows add to its gradient meet in one buffer. The head
+        # goes in as it is, in fp32: its gradient then stays in fp32 from the first partial sum on.
+        if self._tied():
+            embedded, head = self.backend.tied_embedding(input_ids, weight, dtype, copy)
+        hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype, embedded=embedded)
         targets = shift_labels(labels, doc_start)
-        # The head goes in as it is, in fp32: its gradient then stays in fp32 from the first partial sum on.
         loss = self.backend.linear_cross_entropy(
-            hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+            hidden.flatten(0, 1), head, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction, scale=scale, weight_copy=copy
         )
         return CausalLMOutput(loss=loss, logits=None)
+
+    def _tied(self) -> bool:
+        """Whether the embedding does nothing but look up rows of the head: it was not replaced, untied or hooked."""
+        embedding = self.model.embed_tokens
+        hooks = embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks or embedding._backward_pre_hooks
+        return type(embedding) is nn.Embedding and embedding.weight is self.lm_head.weight and not hooks
+
+    def use_working_copies(self, copies: WorkingCopies | None) -> None:
+        """Lets products read 16-bit copies of the weights where they are current, instead of casting the weights (None: no longer)."""
+        self.working_copies = copies
+        for module in self.modules():
+            if isinstance(module, _SideBySide):
+                module.copies = copies
 
     def _check_input(self, input_ids: Tensor, labels: Tensor | None, doc_start: Tensor | None) -> None:
         if input_ids.dim() != 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ def failures(model: SmolLM2ForCausalLM) -> set[str]:
 
 
 def planted(**operations: Callable[..., Any]) -> Backend:
-    """The reference with some operations replaced; a rotation is planted in both forms that the switch has."""
+    """The reference with some operations replaced; a rotation and a SwiGLU are planted in both forms that the switch has."""
+    if swiglu := operations.get("swiglu"):
+        operations["mlp"] = partial(reference.mlp, swiglu=swiglu)
     if rope := operations.get("rope"):
 
         def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -137,13 +137,6 @@ def test_triton_keeps_no_mask_and_no_repeated_keys(h100: None) -> None:
     assert kernels.total < plain.total
 
 
-def test_the_chunk_of_logits_is_that_of_the_kernel() -> None:
-    pytest.importorskip("triton")
-    from kernels.linear_cross_entropy import CHUNK_TOKENS
-
-    assert estimates.TRITON_CHUNK_TOKENS == CHUNK_TOKENS
-
-
 def test_a_matrix_product_is_timed() -> None:
     rates = [matmul_rate(TINY, CPU, torch.float32, 64, seconds=0.01) for _ in range(3)]
     assert 1e6 < statistics.median(rates) < 1e15

@@ -223,3 +223,14 @@ def test_impossible_configurations_are_refused(change, message):
 def test_configuration_round_trip():
     config = SmolLM2Config.preset("360M", eos_token_id=(0, 2), pad_token_id=2)
     assert SmolLM2Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"), [(torch.float64, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+)
+def test_parameters_of_any_dtype_are_cast_to_that_of_the_activations(stored: torch.dtype, computed: torch.dtype) -> None:
+    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), "torch", compute_dtype=computed).to(stored)
+    ids = torch.arange(9)[None]
+    loss = model(ids, ids).loss
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad.dtype == stored for parameter in model.parameters())

@@ -39,7 +39,8 @@ def test_auto_names_what_is_in_the_way(changes: dict[str, Any], reason: str) -> 
 def test_auto_on_other_devices_and_with_several_processes() -> None:
     assert capture_choice(RunConfig(), CPU) == (False, "auto: the device is cpu")
     several = World(torch.device("cuda"), rank=0, size=2)
-    assert capture_choice(RunConfig(), several) == (False, "auto: there are 2 processes")
+    assert capture_choice(RunConfig(), several) == (False, "auto: there are 2 processes, which only cuda_graph=true captures")
+    assert capture_choice(RunConfig(cuda_graph="true"), several) == (True, "asked for")
 
 
 @pytest.mark.parametrize("given", [True, "true", "True", "yes", "on", "1"])
@@ -47,7 +48,7 @@ def test_true_is_taken_at_its_word(given: Any) -> None:
     config = RunConfig(cuda_graph=given, attention_dropout=0.1)
     config.validate()
     assert capture_choice(config, GPU) == (True, "asked for")
-    with pytest.raises(UsageError, match="cuda_graph: needs one CUDA device, got cpu"):
+    with pytest.raises(UsageError, match="cuda_graph: needs a CUDA device, got cpu"):
         capture_choice(config, CPU)
 
 

@@ -67,7 +67,7 @@ def test_nothing_waits_for_the_device_between_log_lines(tmp_path: Path, cuda_gra
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(cuda_graph=True), "cuda_graph: needs one CUDA device, got cpu"),
+        (dict(cuda_graph=True), "cuda_graph: needs a CUDA device, got cpu"),
         (dict(cuda_graph=True, gradient_checkpointing=True), "cuda_graph: a captured step cannot recompute activations"),
     ],
 )

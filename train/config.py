@@ -22,7 +22,7 @@ from smollm2.cli import UsageError
 from smollm2.config import PRESETS, SmolLM2Config
 
 DATA_SOURCES = ("embedded", "local", "hub", "mixture")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw,torch", "muon")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 SCHEDULES = ("constant", "wsd", "cosine")
 DECAY_SHAPES = ("linear", "1-sqrt")
@@ -120,7 +120,12 @@ class RunConfig:
     decay_fraction: float = _key(0.2, "schedule=wsd: part of all steps spent in the decay")
     decay_shape: str = _key("linear", "schedule=wsd: how lr falls in the decay, linear or 1-sqrt")
     min_lr: float = _key(0.0, "learning rate that wsd and cosine decay to")
-    optimizer: str = _key("adamw", "adamw, or muon: Muon for the matrices of the blocks, AdamW for embedding and norms", fixed=True)
+    optimizer: str = _key(
+        "adamw",
+        "adamw (the kernels' own with backend=triton, else torch's fused one), adamw,torch (torch's), "
+        "or muon: Muon for the matrices of the blocks, AdamW for embedding and norms",
+        fixed=True,
+    )
     betas: list[float] = _key([0.9, 0.95], "AdamW: decay of the two moment averages")
     eps: float = _key(1e-8, "AdamW: added to the denominator")
     weight_decay: float = _key(0.01, "AdamW: decoupled weight decay")
@@ -272,7 +277,7 @@ class RunConfig:
         for name in ("compile", "cuda_graph"):
             if getattr(self, name) in (True, "true"):
                 raise UsageError(f"{name}: expected false with sharding={self.sharding}, got true; drop one of them")
-        if self.optimizer != "adamw":
+        if self.optimizer == "muon":
             raise UsageError(f"optimizer: expected adamw with sharding={self.sharding}, got {self.optimizer}; it updates whole matrices")
 
     def model_config(self, vocab_size: int, **special_ids: Any) -> SmolLM2Config:
@@ -427,7 +432,8 @@ def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
         old, new = before.get(entry.name, getattr(default, entry.name)), getattr(after, entry.name)
         if old != new and format_value(old) != new:  # cuda_graph was a boolean once
             lines.append(f"{entry.name}: {format_value(old)} -> {format_value(new)}")
-            if entry.metadata["fixed"]:
+            same = entry.name == "optimizer" and {old, new} <= {"adamw", "adamw,torch"}  # their states are interchangeable
+            if entry.metadata["fixed"] and not same:
                 refused.append(f"{entry.name}={format_value(old)} (got {format_value(new)})")
     if refused:
         raise UsageError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import reference
+from kernels.products import tokens_per_chunk
 from smollm2.config import SmolLM2Config
 from train.config import RunConfig
 from train.display import duration
@@ -22,11 +23,11 @@ from train.metrics import flops_per_token, peak_flops
 from train.sharding import group_size
 
 ASSUMED_MFU = 0.35  # of a GPU's bf16 peak; one H100 measured 0.33 for the 135M model at 32 x 512
+PROCESSORS = 132  # multiprocessors, an H100's, for the chunk of logits: others differ by a quarter
 # Part of the rate of the model's largest matrix product that a whole training step reaches: norms, attention, loss and optimizer are
 # not matrix products of that shape. Measured on two CPU cores: at the quickstart's size 0.55 in fp32 (0.52 with checkpointing) and 0.30
 # in bf16, whose products are too small there; at 135M and 2 x 512 tokens 0.73 in fp32 and 0.57 in bf16. Beside other work, less.
 MATMUL_EFFICIENCY = 0.6
-TRITON_CHUNK_TOKENS = 4096  # kernels/linear_cross_entropy.py, which cannot be imported where triton is not installed
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,9 @@ def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, row
         gathered = 8 * embedding + 2 * size * layer + (size + 4) * layer
         copies = _joined_copies(model, size)
     part = -(-parameters // shards)
+    lasting = device.type == "cuda" and size == 2 and shards == 1 and not config.compile  # smollm2/working_copies.py
 
-    chunk = min(tokens, TRITON_CHUNK_TOKENS if triton else reference.CHUNK_TOKENS)
+    chunk = min(tokens, tokens_per_chunk(hidden, model.vocab_size, PROCESSORS) if triton else reference.CHUNK_TOKENS)
     logits = chunk * model.vocab_size * size
     if not triton and device.type != "cpu":  # a CPU goes through the chunk in small tiles
         logits += 8 * chunk * model.vocab_size  # the whole chunk in fp32, and a temporary of its size
@@ -161,7 +163,7 @@ def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, row
         gradients=part,
         moments=2 * part - (4 * _block_matrices(model) if config.optimizer == "muon" else 0),
         optimizer=config.optimizer,
-        weight_copies=copies if config.gradient_checkpointing else layers * copies,
+        weight_copies=copies if config.gradient_checkpointing and not lasting else layers * copies,
         activations=tokens * layers * per_layer + ends,
         activations_checkpointed=tokens * (kept + per_layer) + ends,
         loss_gradients=tokens * size * hidden + 4 * embedding,
@@ -275,7 +277,7 @@ def lines(found: Estimate) -> list[str]:
     parts = [
         (_gb(memory.parameters), f"parameters, fp32{share}"),
         (_gb(memory.gradients), f"gradients, fp32{share}"),
-        (_gb(memory.moments), f"{'AdamW' if memory.optimizer == 'adamw' else 'Muon and AdamW'}'s moments, fp32{share}"),
+        (_gb(memory.moments), f"{'Muon and AdamW' if memory.optimizer == 'muon' else 'AdamW'}'s moments, fp32{share}"),
         *([(_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way")] if memory.gathered else []),
         *([(_gb(memory.weight_copies), f"copies of weights, {found.dtype}")] if memory.weight_copies else []),
         (activations, f"activations of {rows} x {length} tokens, {found.backend}, {found.dtype} ({other} gradient_checkpointing)"),

@@ -39,9 +39,9 @@ from train.data import Batch, DataState, held_out_rows, read_stored, training_ba
 from train.distributed import StopRequest, World, join_world, leave_world, settle_buckets
 from train.evaluation import evaluate, sample
 from train.mixture import MixtureCache, MixtureSource, mixture_lines
-from train.optim import StepGuard, build_optimizer, learning_rate, set_learning_rate
+from train.optim import StepGuard, build_optimizer, describe_optimizer, learning_rate, set_learning_rate, working_copies
 from train.rng import rng_states, seed_generators, set_rng_states
-from train.step import CapturedStep, TrainStep, capture_choice
+from train.step import CapturedStep, TrainStep, capture_choice, on_stream
 from train.token_cache import TokenCache, open_caches
 
 INSTRUCT = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -69,7 +69,7 @@ class Run:
     progress: Progress
     held_out: tuple[Tensor, Tensor]  # ids and doc_start [R, T]
     entropy: float | None  # unigram entropy of the held-out tokens, nats
-    captured: bool  # a step is one CUDA graph
+    stream: torch.cuda.Stream | None  # on which a step is captured as one CUDA graph; None: it is not
     why: str  # it is, or is not
 
 
@@ -79,6 +79,7 @@ def build(config: RunConfig, world: World) -> Run:
     _check_folder(folder, config.resume)
     _check_device(config, world)
     captured, why = capture_choice(config, world)
+    stream = torch.cuda.Stream() if captured else None
     checkpoint = world.from_main(lambda: find_checkpoint(config.resume, folder, print))
     progress, state = load_progress(checkpoint) if checkpoint else (None, {})
     if progress is not None:
@@ -124,9 +125,12 @@ def build(config: RunConfig, world: World) -> Run:
     if sharded:
         forward: nn.Module = sharding.shard(model, config, world)
     else:
-        forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
-        settle_buckets(world, forward, min(config.batch_size, config.rows_per_step // world.size), config.sequence_length)
-    optimizer = build_optimizer(model, config, world.device, captured)
+        with on_stream(stream):  # DDP sums on the stream on which it was made
+            forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
+            settle_buckets(world, forward, min(config.batch_size, config.rows_per_step // world.size), config.sequence_length)
+    copies = working_copies(model, config, world.device)
+    model.use_working_copies(copies)
+    optimizer = build_optimizer(model, config, world.device, captured, copies)
     guard = StepGuard(world.device, config.spike_zscore)
     seed_generators(config.seed + world.rank)  # dropout differs between ranks; weights came from the same seed
     if checkpoint and progress is not None:
@@ -139,7 +143,7 @@ def build(config: RunConfig, world: World) -> Run:
     progress.config, progress.backend, progress.ranks = asdict(config), model.backend.name, world.size
     return Run(
         config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
-        entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None, captured=captured, why=why,
+        entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None, stream=stream, why=why,
     )  # fmt: skip
 
 
@@ -229,7 +233,8 @@ def print_plan(run: Run, origin: str) -> None:
         "model": f"{model.num_parameters():,} parameters, {origin_of_weights}",
         "backend": f"{backend}, on {run.world.device}{threads}{ranks}",
         "steps": f"{config.steps:,} of {config.tokens_per_step:,} tokens ({rows_per_step})",
-        "launches": f"{'one CUDA graph a step' if run.captured else 'one by one'} ({run.why})",
+        "optimizer": describe_optimizer(model, config, run.world.device),
+        "launches": f"{'one CUDA graph a step' if run.stream else 'one by one'} ({run.why})",
         "folder": str(run.folder),
     }
     for name, fact in facts.items():
@@ -262,7 +267,8 @@ def loop(run: Run) -> int:
         validation_fraction=config.held_out_fraction, cursor=progress.data.cursor, workers=config.workers, cache=run.cache,
         rank=world.rank, world=world.size, pin=world.device.type == "cuda",
     )  # fmt: skip
-    train_step = (CapturedStep if run.captured else TrainStep)(run.forward, run.optimizer, run.guard, config, world)
+    what = run.forward, run.optimizer, run.guard, config, world, run.model.working_copies
+    train_step = TrainStep(*what) if run.stream is None else CapturedStep(run.stream, *what)
     sharded = config.sharding != "none"
     writers = sharding.writers(world) if sharded else World(world.device)
     saver = Saver(run.folder, config.keep_checkpoints, config.keep_every, background=config.background_save, writers=writers)

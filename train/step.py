@@ -6,32 +6,40 @@ out is decided there.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smollm2.cli import UsageError
+from smollm2.working_copies import WorkingCopies
 from train import sharding
 from train.config import RunConfig
 from train.data import Batch
 from train.distributed import World
-from train.optim import StepGuard, clip_gradients, update
+from train.optim import FusedAdamW, StepGuard, clip_gradients, update
 
-EAGER_STEPS = 2  # before a capture: memory is allocated and kernels are compiled in them; they train like any other
+# Before a capture memory is allocated and kernels are compiled; these steps train like any other. DDP lays its buckets out anew and keeps
+# statistics in its first ten, and torch asks for eleven.
+EAGER_STEPS, EAGER_STEPS_OF_DDP = 2, 11
 
 
 def capture_choice(config: RunConfig, world: World) -> tuple[bool, str]:
-    """(Whether the step is captured in a CUDA graph, why). Raises UsageError where cuda_graph=true cannot be."""
-    alone = world.device.type == "cuda" and world.size == 1
-    if config.cuda_graph == "true" and not alone:
-        raise UsageError(f"cuda_graph: needs one CUDA device, got {world.device.type} and {world.size} process(es); drop cuda_graph=true")
+    """(Whether the step is captured in a CUDA graph, why). Raises UsageError where cuda_graph=true cannot be.
+
+    With several processes the sums over the ranks are captured too, which torch allows; auto leaves that to those who ask for it, because
+    it was never run on more than one GPU.
+    """
+    if config.cuda_graph == "true" and world.device.type != "cuda":
+        raise UsageError(f"cuda_graph: needs a CUDA device, got {world.device.type}; drop cuda_graph=true")
     if config.cuda_graph != "auto":
         return config.cuda_graph == "true", "asked for"
     obstacles = {
         f"the device is {world.device.type}": world.device.type != "cuda",
-        f"there are {world.size} processes": world.size > 1,
+        f"there are {world.size} processes, which only cuda_graph=true captures": world.size > 1,
         "Muon cannot be captured": config.optimizer == "muon",
         "a captured step cannot recompute activations": config.gradient_checkpointing,
         "compile=true has graphs of its own": config.compile,
@@ -41,6 +49,18 @@ def capture_choice(config: RunConfig, world: World) -> tuple[bool, str]:
     return obstacle is None, f"auto: {obstacle or 'one GPU'}"
 
 
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on that stream, after what was asked for before and before what is asked for afterwards; None: on the one that there is."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 class TrainStep:
     """batch -> (loss, gradient norm before clipping), fp32 scalars on the device.
 
@@ -48,11 +68,22 @@ class TrainStep:
     tokens more than others.
     """
 
-    def __init__(self, forward: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, config: RunConfig, world: World) -> None:
-        """forward: the model, compiled and wrapped as the run wants it."""
+    def __init__(
+        self,
+        forward: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        guard: StepGuard,
+        config: RunConfig,
+        world: World,
+        copies: WorkingCopies | None = None,
+    ) -> None:
+        """forward: the model, compiled and wrapped as the run wants it. copies: 16-bit copies of its weights, which it reads."""
+        self._copies = copies
         self._forward, self._optimizer, self._guard, self._config, self._world = forward, optimizer, guard, config, world
         self._parameters = [parameter for parameter in forward.parameters() if parameter.requires_grad]
         self._sharded = config.sharding != "none"
+        # DDP takes the mean over ranks where the sum is wanted.
+        self._factor = 1 if self._sharded else world.size
         self._targets = torch.ones((), device=world.device)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -70,52 +101,60 @@ class TrainStep:
 
     def _compute(self, ids: Tensor, doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self._world.device)
+        scale = self._factor / self._targets
+        if self._copies is not None:
+            if not isinstance(self._optimizer, FusedAdamW):
+                self._copies.invalidate()  # what is captured here has to copy the weights at every replay
+            self._copies.refresh()
         pieces = list(_micro_batches(ids, doc_start, self._config.batch_size))
         for index, (piece, starts) in enumerate(pieces):
             last = index == len(pieces) - 1
             if self._sharded:
                 sharding.sum_over_copies(self._forward, last)
             with self._world.no_sync(self._forward, not last):
-                part = self._forward(piece, labels=piece, doc_start=starts, reduction="sum").loss / self._targets
-                # DDP takes the mean over ranks where the sum is wanted.
-                (part if self._sharded or self._world.size == 1 else part * self._world.size).backward()
+                part = self._forward(piece, labels=piece, doc_start=starts, reduction="sum", scale=scale).loss
+                part.backward()
             loss += part.detach()
-        loss = self._world.sum(loss)
-        clip = sharding.clip_gradients if self._sharded else clip_gradients
-        gradient_norm = clip(self._parameters, self._config.grad_clip)
+        loss = self._world.sum(loss) / self._factor
+        if isinstance(self._optimizer, FusedAdamW):
+            gradient_norm = self._optimizer.clip(self._config.grad_clip)
+        else:
+            gradient_norm = (sharding.clip_gradients if self._sharded else clip_gradients)(self._parameters, self._config.grad_clip)
         update(self._optimizer, self._guard.judge(loss, gradient_norm))
         self._optimizer.zero_grad(set_to_none=True)
         return loss, gradient_norm
 
 
 class CapturedStep(TrainStep):
-    """The same, as one CUDA graph: after two eager steps the third is captured, and from then on replayed without Python between kernels.
+    """The same, as one CUDA graph: after a few eager steps the next is captured, and from then on replayed without Python between kernels.
 
     Holds for one shape of batch. The first steps run on the stream of the capture, as torch asks of what is captured later.
     """
 
-    def __init__(self, forward: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, config: RunConfig, world: World) -> None:
-        super().__init__(forward, optimizer, guard, config, world)
-        self._stream = torch.cuda.Stream()
+    def __init__(self, stream: torch.cuda.Stream, *args: Any, **kwargs: Any) -> None:
+        """stream: of the capture, on which DDP was made too; what follows is TrainStep's."""
+        super().__init__(*args, **kwargs)
+        self._stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._done = 0
+        self._eager = EAGER_STEPS if self._world.size == 1 else EAGER_STEPS_OF_DDP
         self._ids = self._starts = self._loss = self._norm = torch.empty(0)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self._done < EAGER_STEPS:
-            self._done += 1
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                found = super().__call__(batch)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return found
+        if self._eager:
+            self._eager -= 1
+            with on_stream(self._stream):
+                return super().__call__(batch)
         if self._graph is None:
             self._capture(batch)
         assert self._graph is not None
         self._targets.fill_(self._count_targets(batch))
         self._ids.copy_(batch.input_ids, non_blocking=True)
         self._starts.copy_(batch.doc_start, non_blocking=True)
+        if self._copies is not None and isinstance(self._optimizer, FusedAdamW):
+            self._copies.refresh()  # after a write from outside
         self._graph.replay()
+        if self._copies is not None and not isinstance(self._optimizer, FusedAdamW):
+            self._copies.invalidate()  # they were made at the beginning of the replay, and its end changed the weights
         return self._loss.clone(), self._norm.clone()
 
     def _capture(self, batch: Batch) -> None:
