@@ -35,7 +35,7 @@ import triton
 from triton import knobs
 
 from kernels.cache_fill import SOURCES, present_gpu, report
-from kernels.launches import DECODE, LAST_NORM, LAYER, LAYERS, LOSS, Launch, record
+from kernels.launches import DECODE, EMBEDDING, LAST_NORM, LAYER, LAYERS, LOSS, OPTIMIZER, Launch, record
 from kernels.targets import TARGETS, measure
 
 VERSIONS = ("3.7.1", "3.6.0")  # of Triton: that of constraints.txt, and the oldest that pyproject.toml allows
@@ -49,15 +49,19 @@ MEMORY_BOUND = {
     "_swiglu_fwd_kernel",
     "_swiglu_bwd_kernel",
     "_softmax_gradient_kernel",
+    "_adamw_kernel",
     "_norm_qkv_rope_kernel",
     "_norm_gate_up_kernel",
     "_down_kernel",
     "_norm_head_kernel",
 }
+PARTS = {
+    "embedding": EMBEDDING, "layer": LAYER, "last norm": LAST_NORM, "loss": LOSS, "optimizer": OPTIMIZER, "decode layer": DECODE,
+}  # fmt: skip
 # Of a decode step, what is read are weights and what is written are single rows.
 READS_ONLY = {"decode_layer", "decode_head"}
 # Kernels that must use the matrix instruction that their target is built for. Decoding is not among them: its tiles have 16 rows.
-MATRIX_BOUND = {"_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel"}
+MATRIX_BOUND = {"_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel", "_mlp_fwd_kernel", "_mlp_bwd_kernel"}
 
 Row = dict[str, Any]  # a Launch without its repetitions, and its Figures by version of Triton: one line of certificate.json
 
@@ -71,7 +75,6 @@ def rows_of(launches: Iterable[Launch]) -> dict[str, tuple[Launch, Row]]:
             if launch.case not in cases:
                 cases.append(launch.case)
             continue
-        names = list(launch.signature)
         rows[launch.key] = (
             launch,
             {
@@ -83,8 +86,10 @@ def rows_of(launches: Iterable[Launch]) -> dict[str, tuple[Launch, Row]]:
                 "kernel": launch.kernel,
                 "cases": [launch.case],
                 "constants": launch.constants,
-                "not_divisible": [
-                    name for index, name in enumerate(names) if name not in launch.constants and index not in launch.attributes
+                "not_divisible": [  # of what could be: a descriptor is aligned, or could not have been made
+                    name
+                    for index, (name, kind) in enumerate(launch.signature.items())
+                    if name not in launch.constants and index not in launch.attributes and not kind.startswith("tensordesc")
                 ],
                 "options": launch.options,
                 "figures": {},
@@ -109,6 +114,8 @@ def faults(rows: Iterable[Row]) -> list[str]:
                 continue  # ieee products run on the ordinary units, for tests: reported only
             if figures["spill_bytes"] and target.nvidia:
                 found.append(f"{name}: spills {figures['spill_bytes']} bytes")
+            if figures.get("serialized"):
+                found.append(f"{name}: ptxas serialized its matrix instructions")
             if kernel in MATRIX_BOUND and not figures["matrix"].get(target.matrix):
                 found.append(f"{name}: no {target.matrix} instruction, only {figures['matrix'] or 'none'}")
             loads, stores = figures["wide_loads"], figures["wide_stores"]
@@ -125,12 +132,13 @@ def _stores_rows(row: Row) -> bool:
 def launch_counts(launches: Sequence[Launch]) -> dict[str, dict[str, dict[str, int]]]:
     """Triton launches by part of the work, phase and op: {"layer": {"forward": {"rms_norm": 2, ...}, ...}, "step": ..., ...}.
 
-    A step is LAYERS layers, the last norm and the loss. (The first norm of the first layer has no residual and as many launches.)
+    A step is the embedding, LAYERS layers, the last norm and the loss; the optimizer comes on top. (The first norm of the first layer has
+    no residual and as many launches.)
     """
     parts: dict[str, Counter[tuple[str, str]]] = {}
-    for part, case in (("layer", LAYER), ("last norm", LAST_NORM), ("loss", LOSS), ("decode layer", DECODE)):
+    for part, case in PARTS.items():
         parts[part] = Counter((launch.phase, launch.op) for launch in launches if launch.case == case and launch.dtype == "bfloat16")
-    parts["step"] = parts["last norm"] + parts["loss"]
+    parts["step"] = parts["embedding"] + parts["last norm"] + parts["loss"]
     for key, count in parts["layer"].items():
         parts["step"][key] += LAYERS * count
     counts: dict[str, dict[str, dict[str, int]]] = {}

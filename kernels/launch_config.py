@@ -7,8 +7,9 @@ targets that are not at hand (`python -m kernels.certify` does, and gates on spi
 Provenance of the entries: chosen by registers, spills, shared memory and the instructions in the compiled code, at both versions of Triton
 that the certificate has: on NVIDIA no line spills at either in 16 bits. Those of sm_90 were timed at the shapes of the 135M model, 32 x 512
 tokens in bf16, on an H100 with Triton 3.6 (`python -m bench.tuning`, figures in bench/results/h100/tuning.json): attention took the fastest
-of its candidates. The others kept their lines, which were within 3 % of the best but for decode_o and decode_head, or have one that was as
-fast (decode_down); these were timed at 16 rows only. No other target was measured.
+of its candidates then; its kernels have changed since, and dk/dv its line. The others kept their lines, which were within 3 % of the best
+but for decode_o and decode_head; decode_down has a new one that was as fast. Those of decoding were timed at 16 rows only. The lines of
+mlp, embedding and adamw are newer, and no other target was measured.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ INTERPRETER = "interpreter"
 NVIDIA = (80, 90, 100, 120)
 AMD = ("gfx942", "gfx1100")
 WARPGROUP = ("sm_90", "sm_100")  # wgmma and tcgen05: four warps multiply together, out of shared memory
+DESCRIPTORS = ("sm_90", "sm_100", "sm_120")  # TMA: tiles of a matrix that a tensor descriptor describes are copied as wholes
+# Where backend "triton" has SwiGLU inside its products (kernels/mlp.py) instead of between the library's. Measured on none.
+FUSED_MLP: tuple[str, ...] = ()
 
 
 class Launch(NamedTuple):
@@ -53,11 +57,13 @@ INTERPRETED_COLUMNS = Row(1 << 14, Launch(1, 16, num_warps=1), architectures=(IN
 TABLE: dict[str, tuple[Row, ...]] = {
     # block_m: rows of a program (one warp works on a row up to a width of 1024)
     "rms_norm_fwd": (Row(1024, Launch(2, 0, num_warps=1)), Row(4096, Launch(1, 0, num_warps=4)), Row(1 << 17, Launch(1, 0, num_warps=16))),
-    # The backward pass holds dw too: two rows of 960 columns spill on sm_80, two rows of any width on gfx1100.
+    # The backward pass holds dw too: two rows of 960 columns spill on sm_80, two rows of any width on gfx1100, and with four warps, fp32
+    # weights and Triton 3.7 rows of 2,048 on sm_100 and sm_120.
     "rms_norm_bwd": (
         Row(1024, Launch(1, 0, num_warps=1), architectures=("gfx1100",)),
         Row(640, Launch(2, 0, num_warps=1)),
         Row(1024, Launch(1, 0, num_warps=2)),
+        Row(4096, Launch(1, 0, num_warps=8), architectures=("sm_100", "sm_120")),
         Row(4096, Launch(1, 0, num_warps=4)),
         Row(1 << 17, Launch(1, 0, num_warps=16)),
     ),
@@ -69,13 +75,38 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # block_m: rows, block_n: columns of a tile
     "swiglu": (Row(1 << 20, Launch(4, 512, num_warps=4)),),
+    # The same of the fused MLP, whose sums take 64 elements at a time, twice as many columns of them in the forward pass; the size is the
+    # ffn width. sm_80's lines fit the 99 KB of shared memory of sm_86 and sm_89. One program a multiprocessor: it may use all registers,
+    # and does on sm_90 (backward) and sm_100 (forward), without a spill. On sm_120 128 x 64 spills 16 bytes backward at Triton 3.6.
+    "mlp_fwd": (
+        Row(1 << 20, Launch(64, 128, num_warps=4), architectures=(INTERPRETER,)),
+        Row(1 << 20, Launch(128, 128, num_warps=8, num_stages=3), (2,), WARPGROUP),
+        Row(1 << 20, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
+        Row(1 << 20, Launch(128, 64, num_warps=8, num_stages=2), (2,), ("gfx942",)),
+        Row(1 << 20, Launch(64, 64, num_warps=8), (2,), ("gfx1100",)),
+        Row(1 << 20, Launch(32, 32, num_warps=8), (4,)),
+    ),
+    "mlp_bwd": (
+        Row(1 << 20, Launch(64, 128, num_warps=4), architectures=(INTERPRETER,)),
+        Row(1 << 20, Launch(128, 128, num_warps=8, num_stages=4), (2,), WARPGROUP),
+        Row(1 << 20, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80",)),
+        Row(1 << 20, Launch(64, 128, num_warps=8, num_stages=2), (2,), ("sm_120",)),
+        Row(1 << 20, Launch(128, 64, num_warps=8, num_stages=2), (2,), ("gfx942",)),
+        Row(1 << 20, Launch(64, 64, num_warps=8), (2,), ("gfx1100",)),
+        Row(1 << 20, Launch(32, 32, num_warps=8), (4,)),
+    ),
     # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions: small tiles, or they spill.
-    # sm_90, measured at 512 tokens: forward 44.8 us (128 queries and eight warps: 53.4); the whole backward pass 174 us with this dq and
-    # 161 with this dk/dv (two stages, which spill at Triton 3.6) instead of 186. Not measured: both together, and longer rows.
-    # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries only. Loads ahead (two stages)
-    # spill in dk/dv at Triton 3.6, on NVIDIA by 80 to 704 bytes; on gfx they spill everywhere. A branch around the mask costs sm_90
-    # nothing; on sm_100 dk/dv of 64 columns is better without it, and dq of 128 spills 8 bytes with it at Triton 3.6; elsewhere the matrix
-    # operands then pass through shared memory, or registers spill. (In the interpreter fp32 has it, 16 bits have not: the tests run both.)
+    # sm_90, measured at 512 tokens on kernels before these: forward 44.8 us (two stages 46.9; 128 queries and eight warps 53.4); the whole
+    # backward pass 174 us with this dq (174.6 with three stages, for which only three programs fit instead of four) and, with one stage of
+    # this dk/dv, 161 instead of 186 with two, which spilled at Triton 3.6, drained at the end of each head and copied lse and delta number
+    # by number. Now two stages take 222 to 234 registers without a spill, as many programs fit (two), and loads go on from head to head;
+    # a third stage takes 254 with documents. Not measured. dq of sm_100 and the forward pass of 128 columns have three stages, dk/dv of
+    # sm_80 and sm_120 two: by compilation, no spill, no program less. dk/dv of sm_100 keeps one: two take a third more instructions at
+    # Triton 3.6. So does dq of 128 columns on sm_90: with two, ptxas serializes its products.
+    # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries only. On gfx loads ahead spill. A
+    # branch around the mask costs sm_90 nothing; on sm_100 dk/dv of 64 columns is better without it, and dq of 128 spills 8 bytes with it
+    # at Triton 3.6; elsewhere the matrix operands then pass through shared memory, or registers spill. (In the interpreter fp32 has it, 16
+    # bits have not: the tests run both.)
     "attention_fwd": (
         Row(64, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
         Row(64, Launch(64, 64, num_warps=4, num_stages=3, branch=True), (2,), WARPGROUP),
@@ -83,8 +114,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, Launch(128, 64, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
         Row(128, Launch(64, 32, num_warps=4, num_stages=2), (2,), ("sm_80",)),
         Row(128, Launch(128, 32, num_warps=8, num_stages=2), (2,), ("sm_120",)),
-        Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), AMD),
-        Row(128, Launch(128, 64, num_warps=8, num_stages=2, branch=True), (2,), WARPGROUP),
+        Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(128, Launch(128, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(128, Launch(128, 64, num_warps=8, num_stages=3, branch=True), (2,), WARPGROUP),
         Row(128, Launch(128, 64, num_warps=8, num_stages=2), (2,), (INTERPRETER,)),
         Row(128, Launch(32, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
         Row(128, Launch(32, 32, num_warps=8, num_stages=1)),
@@ -93,7 +125,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(64, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
         Row(64, Launch(64, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
         Row(64, Launch(64, 64, num_warps=4, num_stages=2, branch=True), (2,), ("sm_90",)),
-        Row(64, Launch(128, 64, num_warps=8, num_stages=2, branch=True), (2,), ("sm_100",)),
+        Row(64, Launch(128, 64, num_warps=8, num_stages=3, branch=True), (2,), ("sm_100",)),
         Row(64, Launch(128, 64, num_warps=8, num_stages=2), (2,)),
         Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
         Row(128, Launch(64, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
@@ -103,12 +135,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(128, Launch(32, 32, num_warps=8, num_stages=1)),
     ),
     "attention_bwd_dkv": (
-        Row(64, Launch(32, 64, num_warps=4, num_stages=1), (2,), ("sm_80", "sm_120", "gfx942")),
+        Row(64, Launch(32, 64, num_warps=4, num_stages=2), (2,), ("sm_80", "sm_120")),
+        Row(64, Launch(32, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
         Row(64, Launch(64, 64, num_warps=8, num_stages=1), (2,), ("sm_100",)),
-        Row(64, Launch(32, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(64, Launch(64, 64, num_warps=4, num_stages=1, branch=True), (2,), ("sm_90",)),
-        Row(128, Launch(32, 64, num_warps=8, num_stages=1), (2,), ("gfx942",)),
-        Row(128, Launch(16, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(64, Launch(16, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(64, Launch(64, 64, num_warps=4, num_stages=2, branch=True), (2,), ("sm_90",)),
+        Row(128, Launch(16, 64, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(128, Launch(16, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
         Row(128, Launch(64, 64, num_warps=8, num_stages=1, branch=True), (2,), WARPGROUP),
         Row(128, Launch(64, 64, num_warps=8, num_stages=1), (2,)),
         Row(128, Launch(16, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
@@ -152,8 +185,21 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, Launch(1, 4, num_warps=8)),
         Row(1 << 14, Launch(1, 2, num_warps=16)),
     ),
-    # block_n: columns of the vocabulary at a time. 16 warps, because the rows that are between their two readings must fit in L2.
+    # block_n: columns of the vocabulary at a time. 16 warps, because the rows that are between their two readings must fit in L2. More than
+    # one stage loads the next columns ahead; not measured.
     "linear_cross_entropy": (Row(1 << 20, Launch(1, 8192, num_warps=16)),),
+    # block_n: columns of a program; block_m: tokens of equal id, or sums of them, that it asks for at a time
+    "embedding_fwd": (Row(1 << 20, Launch(1, 1024, num_warps=1)),),
+    "embedding_bwd": (Row(1 << 20, Launch(8, 1024, num_warps=4)),),
+    # A chunk is block_m blocks of block_n elements, for both kernels that own one; adamw_norm: partial sums at a time.
+    # A thread has one 16-byte load of each tensor under way and 56 registers on sm_90; two (1,024 elements) take 72 and spill on sm_120.
+    "adamw": (
+        Row(1, Launch(16, 1024, num_warps=4), architectures=(INTERPRETER,)),
+        Row(1, Launch(8, 1024, num_warps=4), architectures=("gfx942",)),
+        Row(1, Launch(16, 512, num_warps=4)),
+    ),
+    "adamw_squares": (Row(1, Launch(0, 2048, num_warps=4)),),
+    "adamw_norm": (Row(1, Launch(0, 4096, num_warps=8)),),
     # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes: as many tokens again for 16-byte accesses.
     "rope": (
         Row(64, Launch(16, 0, num_warps=1), architectures=("gfx942",)),
@@ -187,11 +233,25 @@ def architecture(device: torch.device) -> str:
     return f"sm_{NVIDIA[0]}"  # XPU and whatever comes: the most modest entry
 
 
+def has_descriptors(device: torch.device) -> bool:
+    """Whether kernels take matrices as tensor descriptors there."""
+    return architecture(device) in DESCRIPTORS
+
+
+def fuses_mlp(device: torch.device) -> bool:
+    """Whether the table has the fused form of the MLP for that device."""
+    return architecture(device) in FUSED_MLP
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs at a time if each fills a multiprocessor."""
+    if architecture(device) == INTERPRETER:
+        return 3  # few, so that a program owns several rows in small tests too
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
 @functools.cache
 def programs(device: torch.device) -> int:
     """How many programs keep the device busy in a kernel whose programs loop over the rows: eight a multiprocessor."""
-    if architecture(device) == INTERPRETER:
-        return 3  # few, so that a program owns several rows in small tests too
-    if device.type == "cuda":
-        return 8 * torch.cuda.get_device_properties(device).multi_processor_count
-    return 1024
+    return multiprocessors(device) * (1 if architecture(device) == INTERPRETER else 8)

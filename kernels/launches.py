@@ -23,9 +23,10 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITCallable
 
-from kernels import launch_config
+from kernels import adamw, launch_config
 from kernels.backend import Backend, LayerWeights, load_triton
 from kernels.decode_head import decode_head
+from kernels.mlp import mlp
 from kernels.targets import Target
 
 EPS = 1e-5
@@ -33,7 +34,8 @@ HEAD_DIM = 64
 LAYERS = 30  # of the 135M model
 VOCABULARY = 49152
 KERNEL_MODULES = (
-    "attention", "decode_attention", "decode_head", "decode_layer", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
+    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding", "linear_cross_entropy", "mlp", "rms_norm",
+    "rope", "swiglu",
 )  # fmt: skip
 # What a launcher may ask of the compiler; everything else follows from the target and the version of Triton.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
@@ -186,6 +188,9 @@ def layer(run: Recorder, ops: Backend, model: str, docs: bool = False, batch: in
     """One block as smollm2/model.py composes it; without `train` a prefill, whose keys are read from a cache."""
     size, dtype = MODELS[model], run.dtype
     weights = _layer_weights(size, dtype)
+    if train:  # masters, which the kernel rounds itself
+        norm = tensor(size.hidden, dtype=torch.float32)
+        weights = weights._replace(input_norm=norm, post_norm=norm)
     x, stream = tensor(batch, length, size.hidden, dtype=dtype), tensor(batch, length, size.hidden, dtype=dtype)
     cos, sin = tables(*([batch] if docs else []), length, HEAD_DIM // 2)
     doc_start = tensor(batch, length, dtype=torch.int32, grad=False) if docs else None
@@ -196,18 +201,18 @@ def layer(run: Recorder, ops: Backend, model: str, docs: bool = False, batch: in
             k, v = (tensor(batch, 2048, size.key_heads, HEAD_DIM, dtype=dtype)[:, :length] for _ in range(2))
         mixed = ops.attention(q, k, v, doc_start)
         normed, stream = ops.add_rms_norm(F.linear(mixed.flatten(2), weights.o), stream, weights.post_norm, EPS)
-        x = F.linear(ops.swiglu(F.linear(normed, weights.gate_up)), weights.down)
+        x = ops.mlp(normed, weights.gate_up, weights.down)
     if train:
         run.backward(x, stream)
 
 
 def first_norm(run: Recorder, ops: Backend) -> None:
-    x, weight = tensor(32, 512, 576, dtype=run.dtype), tensor(576, dtype=run.dtype)
+    x, weight = tensor(32, 512, 576, dtype=run.dtype), tensor(576, dtype=torch.float32)
     run.backward(ops.rms_norm(x, weight, EPS))
 
 
 def last_norm(run: Recorder, ops: Backend) -> None:
-    x, weight = tensor(32, 512, 576, dtype=run.dtype), tensor(576, dtype=run.dtype)
+    x, weight = tensor(32, 512, 576, dtype=run.dtype), tensor(576, dtype=torch.float32)
     run.backward(ops.add_rms_norm(x, tensor(32, 512, 576, dtype=run.dtype), weight, EPS)[0])
 
 
@@ -218,6 +223,13 @@ def rope_views(run: Recorder, ops: Backend) -> None:
 
 def swiglu_separate(run: Recorder, ops: Backend) -> None:
     run.backward(ops.swiglu(tensor(32, 512, 1536, dtype=run.dtype), tensor(32, 512, 1536, dtype=run.dtype)))
+
+
+def fused_mlp(run: Recorder, ops: Backend, model: str) -> None:
+    """SwiGLU inside its products, whether or not the table has it for this target."""
+    size, dtype = MODELS[model], run.dtype
+    shapes = (32, 512, size.hidden), (2 * size.ffn, size.hidden), (size.hidden, size.ffn)
+    run.backward(mlp(*(tensor(*shape, dtype=dtype) for shape in shapes)))
 
 
 def attention_separate(run: Recorder, ops: Backend, head_dim: int, docs: bool) -> None:
@@ -232,6 +244,13 @@ def attention_views(run: Recorder, ops: Backend) -> None:
 def attention_chunk(run: Recorder, ops: Backend) -> None:
     q, k, v = tensor(1, 37, 9, HEAD_DIM, dtype=run.dtype), *(tensor(1, 301, 3, HEAD_DIM, dtype=run.dtype) for _ in range(2))
     ops.attention(q.detach(), k.detach(), v.detach())
+
+
+def embedding(run: Recorder, ops: Backend, model: str, copy: bool = False) -> None:
+    """fp32 masters, read as they are or from their copy in the run's dtype."""
+    ids, width = tensor(32, 512, dtype=torch.int64, grad=False), MODELS[model].hidden
+    weight, shadow = tensor(VOCABULARY, width, dtype=torch.float32), tensor(VOCABULARY, width, dtype=run.dtype, grad=False)
+    run.backward(*ops.tied_embedding(ids, weight, run.dtype, shadow if copy else None))
 
 
 def loss(run: Recorder, ops: Backend, train: bool = True, **options: Any) -> None:
@@ -260,6 +279,16 @@ def head(run: Recorder, ops: Backend, model: str) -> None:
     decode_head(x, scale, weight, EPS)
 
 
+def optimizer(run: Recorder, ops: Backend) -> None:
+    """The clip norm and AdamW with copies in the run's dtype (fp32: none), over a layer of the 135M model and its embedding."""
+    size, device = MODELS["135M"], torch.device("meta")
+    elements = [weight.numel() for weight in (*_layer_weights(size, run.dtype), tensor(VOCABULARY, size.hidden, dtype=run.dtype))]
+    work = adamw.plan(elements, [0] * len(elements), device)
+    table = tensor(5 * work.tensors + adamw.GROUP_WORDS, dtype=torch.int64, grad=False)
+    found, steps = adamw.gradient_norm(table, work, 1.0), tensor(work.tensors, dtype=torch.float32, grad=False)
+    adamw.adamw(table, work, steps, found[0], found[1], None if run.dtype == torch.float32 else run.dtype)
+
+
 class Case(NamedTuple):
     """label, what to call, and whether fp16 and fp32 are certified too (on two targets)."""
 
@@ -270,6 +299,7 @@ class Case(NamedTuple):
 
 
 LAYER, FIRST_NORM, LAST_NORM, LOSS, DECODE = "layer 135M", "first norm", "last norm", "loss", "decode 1x1, 1000 keys"
+EMBEDDING, OPTIMIZER = "embedding", "optimizer"
 CASES = (
     Case(LAYER, layer, {"model": "135M"}, every_dtype=True),
     Case("layer 135M, documents", layer, {"model": "135M", "docs": True}, every_dtype=True),
@@ -279,6 +309,9 @@ CASES = (
     Case(LAST_NORM, last_norm, {}, every_dtype=True),
     Case("rope of views", rope_views, {}, every_dtype=True),
     Case("swiglu of two tensors", swiglu_separate, {}, every_dtype=True),
+    Case("fused mlp 135M", fused_mlp, {"model": "135M"}, every_dtype=True),
+    Case("fused mlp 360M", fused_mlp, {"model": "360M"}),
+    Case("fused mlp 1.7B", fused_mlp, {"model": "1.7B"}),
     Case("attention of views", attention_views, {}, every_dtype=True),
     Case("head dim 32", attention_separate, {"head_dim": 32, "docs": False}),
     Case("head dim 32, documents", attention_separate, {"head_dim": 32, "docs": True}),
@@ -286,6 +319,9 @@ CASES = (
     Case("head dim 128, documents", attention_separate, {"head_dim": 128, "docs": True}),
     Case("prefill 1x77", layer, {"model": "135M", "batch": 1, "length": 77, "train": False}),
     Case("chunk of 37 over 301 keys", attention_chunk, {}),
+    Case(EMBEDDING, embedding, {"model": "135M"}, every_dtype=True),
+    Case("embedding from a copy", embedding, {"model": "135M", "copy": True}),
+    Case("embedding 1.7B", embedding, {"model": "1.7B"}),
     Case(LOSS, loss, {}, every_dtype=True),
     Case("loss, z-loss and smoothing", loss, {"z_loss": 1e-4, "label_smoothing": 0.1}),
     Case("loss of each token", loss, {"train": False, "reduction": "none"}),
@@ -303,6 +339,7 @@ CASES = (
     Case("head 135M", head, {"model": "135M"}, every_dtype=True),
     Case("head 360M", head, {"model": "360M"}),
     Case("head 1.7B", head, {"model": "1.7B"}),
+    Case(OPTIMIZER, optimizer, {}, every_dtype=True),
 )
 
 

@@ -102,6 +102,7 @@ class Figures:
     wide_stores: int
     occupancy: float  # part of the warps of a multiprocessor that can be resident
     limited_by: str
+    serialized: int = 0  # notes of ptxas that it made asynchronous matrix instructions wait for one another
 
 
 def _occupancy(target: Target, warps: int, shared: int, limits: dict[str, int]) -> tuple[float, str]:
@@ -178,5 +179,6 @@ def measure(launch: Launch) -> dict[str, Any]:
             wide_stores=_count(WIDE_STORE if target.nvidia else AMD_WIDE_STORE, text),
             occupancy=occupancy,
             limited_by=limited_by,
+            serialized=_count("instructions are serialized", log.getvalue()),
         )
     )

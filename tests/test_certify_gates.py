@@ -12,7 +12,7 @@ from kernels.targets import TARGETS, amd_occupancy, nvidia_occupancy
 
 FIGURES = {
     "registers": 128, "spill_bytes": 0, "scalar_spills": 0, "shared": 65536, "warps": 8, "matrix": {"wgmma": 16}, "wide_loads": 8,
-    "wide_stores": 4, "occupancy": 0.25, "limited_by": "registers",
+    "wide_stores": 4, "occupancy": 0.25, "limited_by": "registers", "serialized": 0,
 }  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def test_clean_row_passes() -> None:
         ({"spill_bytes": 8, "dtype": "float16"}, "spills 8 bytes"),
         ({"shared": 227 * 1024 + 1}, "shared memory"),
         ({"shared": 227 * 1024 + 1, "dtype": "float32"}, "shared memory"),
+        ({"serialized": 1}, "serialized"),
         ({"matrix": {"mma.sync": 128}}, "no wgmma"),
         ({"target": "sm_100"}, "no tcgen05"),
         ({"matrix": {}, "target": "gfx1100", "shared": 1024}, "no v_wmma"),
