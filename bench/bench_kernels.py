@@ -23,11 +23,13 @@ import torch._functorch.config
 from torch import Tensor
 
 from bench import launches, roofline, timing, work
-from bench.kernels import ERROR_BOUND, FULL, Variant, error, kernel_standing
-from bench.ops import Case, Shapes, cases
+from bench.case import Case, Shapes
+from bench.kernels import ERROR_BOUND, FULL, OURS, Variant, error, kernel_standing
+from bench.ops import cases
 from bench.part import one_line, provenance
 from bench.peak_memory import peak_memory
 from bench.step_peers import TINY_NOTE
+from bench.weight_ops import CHUNKS
 from kernels import TORCH, select_backend
 from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
@@ -44,7 +46,7 @@ LOSS_TOKENS = (4096, 16384, 65536) if ON_GPU else (1024, 2048, 4096)
 LARGE_LOSS = 4096  # tokens from which on a CPU measures only with --full
 NOT_HERE = "Triton's interpreter has no speed; python -m bench.kernels --device cpu --tiny runs it, python -m bench.gpu measures a GPU"
 COMPILED = ("compile", "flex", "flex decode")  # by torch.compile
-LOSS_VARIANTS = ("triton", "reference", "all logits", "liger")
+LOSS_VARIANTS = (OURS, *(f"{OURS} {chunk}" for chunk in CHUNKS), "reference", "all logits", "liger")
 NAMES = {"bfloat16": "bf16", "float32": "fp32"}
 torch._functorch.config.donated_buffer = False  # a compiled backward pass may otherwise run only once
 
@@ -102,7 +104,7 @@ class Measurements:
         found: dict[tuple[str, str], dict[str, Any]] = {}
         ready: dict[str, tuple[Variant, dict[str, Any]]] = {}
         for name in case.variants:
-            if name == "triton" and not ON_GPU:
+            if name.startswith(OURS) and not ON_GPU:
                 found |= {(phase, name): {"failed": NOT_HERE} for phase in phases_of(case)}
                 continue
             try:
@@ -211,7 +213,7 @@ def test_operation(replay: Any, measurements: Measurements, op: str, phase: str,
 @pytest.mark.parametrize("tokens", LOSS_TOKENS)
 def test_loss_memory(replay: Any, measurements: Measurements, tiny: bool, full: bool, tokens: int, variant: str) -> None:
     """One call forward and backward in bf16. The memory is the figure: the time has a profiler in it."""
-    if variant == "triton" and not ON_GPU:
+    if variant.startswith(OURS) and not ON_GPU:
         pytest.skip("Triton's interpreter has no bf16 product")
     if tokens >= LARGE_LOSS and not (ON_GPU or full or tiny):
         pytest.skip("a large case; add --full")

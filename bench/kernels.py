@@ -1,4 +1,4 @@
-"""`python -m bench.kernels`: every operation, forward and backward, beside what one would use instead, and how far from the roof.
+"""`python -m bench.kernels`: every operation and the optimizer beside what one would use instead, and how far from the roof.
 
 For 32 x 512 tokens of the 135M model: median time by CUDA graph replay with a cold L2, bytes or operations per second, percent of the roof,
 time of a plain call, and of a plain call through autograd forward and backward. The roof is measured in the same run: the best bandwidth of
@@ -26,11 +26,13 @@ import torch._functorch.config
 from torch import Tensor
 
 from bench import launches, peers, roofline, timing, work
+from bench.case import Case, Shapes
 from bench.long_attention import document_attention, long_attention
-from bench.ops import PEER_OF, Case, Shapes, cases
+from bench.ops import PEER_OF, cases
 from bench.part import Part, one_line, parser
 from bench.peak_memory import peak_memory
 from bench.roofline import DTYPES
+from bench.weight_ops import CHUNKS, optimizer_step
 from kernels import Backend, select_backend
 from smollm2.cli import UsageError, run_command
 from smollm2.config import SmolLM2Config
@@ -42,11 +44,14 @@ FULL = (32, 512)  # rows and tokens a row of a training step
 LENGTHS = (512, 2048, 8192)  # tokens a row, for attention
 SET_BYTES = 20e9  # of all inputs, outputs and gradients that are held for one operation
 OPS = (
-    "add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "rms_norm", "rope_qkv", "decode_attention", "decode_layer",
-    "decode_head", "rope",
+    "add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "mlp", "tied_embedding", "rms_norm", "rope_qkv", "decode_attention",
+    "decode_layer", "decode_head", "rope",
 )  # fmt: skip
 OURS = "triton"
 COMPILED = ("compile", "flex", "flex decode")  # by torch.compile: the second pass
+ALIKE = {f"{OURS} {chunk}" for chunk in CHUNKS[1:]}  # at toy size, where the first chunk holds all tokens: measured at full size only
+# What is measured first, because a training step spends most on it or there is a choice to make.
+STEP = ("attention", "linear_cross_entropy", "mlp", "swiglu", "add_rms_norm", "adamw", "tied_embedding", "rope_qkv")
 
 
 class Variant:
@@ -57,11 +62,11 @@ class Variant:
         self._joint = case.joint
         self._sets = [case.inputs(seed) for seed in range(sets)]
         self._wanted = [index for index, tensor in enumerate(self._sets[0]) if tensor.requires_grad]
-        outputs = self._outputs(self._sets[0])
-        generator = torch.Generator(outputs[0].device).manual_seed(12345)
-        self._upstream = [
-            torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype) for output in outputs if self._wanted
-        ]
+        self._upstream: list[Tensor] = []
+        if self._wanted:
+            outputs = self._outputs(self._sets[0])
+            generator = torch.Generator(outputs[0].device).manual_seed(12345)
+            self._upstream = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
 
     def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Outputs and gradients of the first set, computed from inputs converted to dtype."""
@@ -188,12 +193,12 @@ def measure_compiled(case: Case, shapes: Shapes, bandwidth: float, rate: float, 
 
 
 def every_case(shapes: Shapes, backend: Backend, compiler: str, tiny: bool) -> list[Case]:
-    """All operations, attention also over longer rows and within documents; what a training step spends most on comes first."""
-    found = {case.op: case for case in cases(shapes, backend, compiler)}
+    """All operations and the optimizer, attention also over longer rows and within documents; what a training step spends most on first."""
+    found = {case.op: case for case in (*cases(shapes, backend, compiler), optimizer_step(shapes))}
     lengths = [length // 64 for length in LENGTHS[:2]] if tiny else LENGTHS
     longer = [long_attention(shapes, backend, compiler, length) for length in lengths[1:]]
     documents = [document_attention(shapes, backend, compiler, length) for length in lengths]
-    first = [found.pop(op) for op in ("attention", "linear_cross_entropy", "swiglu", "add_rms_norm", "rope_qkv")]
+    first = [found.pop(op) for op in STEP]
     return [*first, *documents, *longer, *found.values()]
 
 
@@ -280,7 +285,7 @@ def show_work(table: dict[str, dict[str, list[int]]], unit: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("kernels", "Times every operation beside what one would use instead.")
-    arguments.add_argument("--op", action="append", choices=OPS, help="only this operation; may be repeated")
+    arguments.add_argument("--op", action="append", choices=(*OPS, "adamw"), help="only this operation; may be repeated")
     arguments.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16, and fp32 on a CPU (the interpreter has no bf16 product)")
     arguments.add_argument("--model", default="135M", help="preset whose shapes are used")
     options = arguments.parse_args(argv)
@@ -316,7 +321,8 @@ def main(argv: Sequence[str]) -> int:
             continue
         try:
             if number == 1:
-                rows = measure(case, shapes, bandwidth, rate, part.tiny, case.variants.keys() - {*COMPILED})
+                left_to_others = {*COMPILED, *(ALIKE if part.tiny else ())}
+                rows = measure(case, shapes, bandwidth, rate, part.tiny, case.variants.keys() - left_to_others)
             else:
                 rows = measure_compiled(case, shapes, bandwidth, rate, part.tiny)
         except Exception as failure:  # noqa: BLE001 - the specification itself may run out of memory; the others still have their turn

@@ -3,7 +3,8 @@
     plain eager           separate projections, formulas as written down, full score matrix, all logits, AdamW parameter by parameter
     packed projections    q, k, v as one product, gate and up as another
     fused add+norm ...    single operations of the best backend here (`--backend`), by the per-op switch: the rows' backend strings
-    fused optimizer       AdamW in one launch
+    fused optimizer       torch's AdamW in one launch
+    optimizer + copies    AdamW of ours: it clips, and writes the 16-bit weights that the next forward pass reads
     graph capture         the whole step as one CUDA graph
     compile of the rest   torch.compile around it all
 
@@ -42,7 +43,7 @@ from bench.peak_memory import peak_memory
 from bench.roofline import DTYPES, MachinePart
 from bench.timing import synchronize
 from bench.train_step import CapturedStep, TrainingStep, all_logits
-from kernels import TORCH, Backend, select_backend, with_ops
+from kernels import TORCH, Backend, reference, select_backend, with_ops
 from smollm2.cli import UsageError, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
@@ -70,9 +71,10 @@ RUNGS = (
     Rung("fused add+norm", ("rms_norm", "add_rms_norm")),
     Rung("fused rope", ("rope", "rope_qkv")),
     Rung("fused attention", ("attention",)),
-    Rung("fused SwiGLU", ("swiglu",)),
-    Rung("fused loss", ("linear_cross_entropy",)),
+    Rung("fused SwiGLU", ("swiglu", "mlp")),
+    Rung("fused loss", ("tied_embedding", "linear_cross_entropy")),
     Rung("fused optimizer"),
+    Rung("optimizer + copies"),
     Rung("graph capture"),
     Rung("compile of the rest"),
 )
@@ -133,7 +135,7 @@ def plain_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 PLAIN = dataclasses.replace(
     TORCH, name="plain", rms_norm=plain_rms_norm, add_rms_norm=plain_add_rms_norm, rope=plain_rope, rope_qkv=plain_rope_qkv,
-    attention=plain_attention, swiglu=plain_swiglu, linear_cross_entropy=all_logits,
+    attention=plain_attention, swiglu=plain_swiglu, mlp=partial(reference.mlp, swiglu=plain_swiglu), linear_cross_entropy=all_logits,
 )  # fmt: skip
 
 
@@ -168,6 +170,7 @@ class Setup:
     backend: Backend
     packed: bool
     fused_optimizer: bool
+    own_optimizer: bool
     captured: bool
     compiled: bool
 
@@ -181,6 +184,7 @@ def setups(best: Backend, cuda: bool) -> dict[str, Setup]:
         on = set(names[: index + 1])
         found[rung.name] = Setup(
             with_ops(PLAIN, **ops) if ops else PLAIN, "packed projections" in on, "fused optimizer" in on,
+            best.name.startswith("triton") and "optimizer + copies" in on and "compile of the rest" not in on,
             cuda and "graph capture" in on, "compile of the rest" in on,
         )  # fmt: skip
     return found
@@ -189,23 +193,16 @@ def setups(best: Backend, cuda: bool) -> dict[str, Setup]:
 class PhasedStep(TrainingStep):
     """A TrainingStep whose phases can be called one by one."""
 
-    def __init__(self, model: SmolLM2ForCausalLM, forward: Callable[..., Any], fused: bool) -> None:
-        super().__init__(model, forward)
+    def __init__(self, model: SmolLM2ForCausalLM, forward: Callable[..., Any], fused: bool, own: bool) -> None:
+        super().__init__(model, forward, own=own)
         if not fused:
             # One parameter after the other; the learning rate as a number, which that form would otherwise read back from the device.
             groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in self.optimizer.param_groups]
             self.optimizer = torch.optim.AdamW(groups, lr=float(self.lr), betas=(0.9, 0.95), foreach=False, fused=False)
 
-    def clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def forward(self, ids: Tensor) -> Tensor:
         loss: Tensor = self._forward(ids, ids, None).loss
         return loss
-
-    def update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
 
 
 class Shared:
@@ -251,7 +248,7 @@ def build(
     if shared is not None:
         shared.lend(model)
     forward = torch.compile(model, backend=compiler, dynamic=False) if setup.compiled else model
-    step = PhasedStep(model, forward, setup.fused_optimizer)
+    step = PhasedStep(model, forward, setup.fused_optimizer, setup.own_optimizer)
     if shared is not None:
         shared.begin(step)
     return step
@@ -260,7 +257,7 @@ def build(
 def count_launches(step: PhasedStep, ids: Tensor) -> dict[str, int]:
     """Phase -> launches of an uncaptured step."""
     kept: list[Tensor] = []
-    step.clear()
+    step.begin()
     phases = {"forward": lambda: kept.append(step.forward(ids)), "backward": lambda: kept[0].backward(), "update": step.update}
     return {name: sum(launches.count(phase, ids.device).values()) for name, phase in phases.items()}
 
@@ -268,7 +265,7 @@ def count_launches(step: PhasedStep, ids: Tensor) -> dict[str, int]:
 def time_phases(step: PhasedStep, ids: Tensor) -> dict[str, float]:
     """Phase -> seconds of an uncaptured step, each with a wait at its end."""
     kept: list[Tensor] = []
-    step.clear()
+    step.begin()
     found = {}
     phases = {"forward": lambda: kept.append(step.forward(ids)), "backward": lambda: kept[0].backward(), "update": step.update}
     for name, phase in phases.items():
@@ -354,7 +351,7 @@ def examine(running: dict[str, Running], compiled: Sequence[str], ids: Tensor) -
             rung.found["launches"] = {"step": 1}
         elif "failed" not in rung.found:
             with failure_noted(rung.found, "peak_failed"):
-                rung.step.clear()
+                rung.step.begin()
                 rung.found["peak_mb"] = round(peak_memory(partial(rung.step, ids), ids.device) / 1e6, 2)
             # On a CPU a counting mode would switch the compiler off.
             if find_spec("triton") and not (name in compiled and ids.device.type == "cpu"):
@@ -446,6 +443,8 @@ def main(argv: Sequence[str]) -> int:
             setup, row = chosen[name], rows.setdefault(name, {})
             if name == "graph capture" and not cuda:
                 row["failed"] = "needs a GPU"
+            elif name == "optimizer + copies" and not setup.own_optimizer:
+                row["failed"] = "needs Triton kernels"
             elif setup.compiled and not compiled:
                 row["failed"] = "left out: compiles for minutes; add --compile"
             elif part.left() < (COMPILE_SECONDS if setup.compiled and not part.tiny else 0):

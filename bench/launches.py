@@ -15,7 +15,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-_NO_KERNEL = (
+NO_KERNEL = (
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided",
     "detach", "_unsafe_view", "_local_scalar_dense", "promote_types",
 )  # fmt: skip
@@ -54,7 +54,7 @@ class _Operations(TorchDispatchMode):
             self._found[func.name()] += 1
             return func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
-        if space == "aten" and not func.is_view and name not in _NO_KERNEL:
+        if space == "aten" and not func.is_view and name not in NO_KERNEL:
             self._found[name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -28,11 +28,13 @@ from torch import Tensor
 from bench.part import ROOT, Part, parser
 from kernels import TORCH, Backend, LayerWeights, select_backend
 from smollm2.cli import run_command
+from smollm2.working_copies import WorkingCopies
 
 TOKENS, HEADS, KEY_HEADS, HEAD_DIM, WIDTH = 65, 9, 3, 64, 577
 ERRORS_FOUND = 99
 GROUP, PROCESSES = 3, 4  # operations of a process, processes at a time
-RACES = ("attention", "rms_norm", "linear_cross_entropy")  # what racecheck, which is slow, looks at: all that a program's threads share
+# What racecheck, which is slow, looks at: all that a program's threads share.
+RACES = ("attention", "rms_norm", "linear_cross_entropy", "mlp")
 ONE_OF = "in one of:"
 OUT_OF_TIME = {"result": "no result: out of time"}
 
@@ -61,11 +63,33 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         weights = LayerWeights(*(draw(*size).detach() for size in sizes))
         return backend.decode_layer(x, weights, key_cache, value_cache, lengths.to(device), *tables, eps=1e-5, ops=backend)
 
+    def mlp(width: int, ffn: int) -> None:
+        """The form with SwiGLU in its products, wherever the other is the default, which is products and swiglu."""
+        op = backend.mlp
+        if backend.name == "triton":
+            from kernels.mlp import mlp as op
+        both(op, draw(TOKENS, width), draw(2 * ffn, width), draw(width, ffn))
+
+    def adamw() -> None:
+        """Parameters of several chunks, of a part of one, and at an odd address; two of them have no copy."""
+        from kernels.fused_adamw import FusedAdamW
+
+        matrices = [torch.nn.Parameter(draw(*size).detach().float()) for size in ((TOKENS, WIDTH), (3, 5))]
+        vectors = [torch.nn.Parameter(draw(size).detach().float()[1:]) for size in (WIDTH, 2)]
+        for parameter in (*matrices, *vectors):
+            parameter.grad = torch.ones_like(parameter)
+        copies = WorkingCopies(torch.nn.ParameterList(matrices), torch.bfloat16)
+        optimizer = FusedAdamW([*matrices, *vectors], copies=copies)
+        optimizer.clip(1.0)
+        optimizer.step()
+
     angles = torch.randn(TOKENS, HEAD_DIM // 2)
     table = angles.to(device)
     starts = (torch.arange(TOKENS, dtype=torch.int32)[None] // 20 * 20).to(device)
     full = torch.full((2,), TOKENS).to(device)
     targets = torch.arange(TOKENS).to(device)
+    count = torch.arange(5 * TOKENS)
+    ids = (count // 7 * (count % 2)).to(device)  # half of them one, for which several programs add up
     heads = (TOKENS, HEADS, HEAD_DIM), (TOKENS, KEY_HEADS, HEAD_DIM), (TOKENS, KEY_HEADS, HEAD_DIM)
     return {
         "rms_norm": lambda: both(lambda x, w: backend.rms_norm(x, w, 1e-5), draw(TOKENS, WIDTH), draw(WIDTH)),
@@ -84,6 +108,10 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         "decode_layer": decode_layer,
         "decode_head": lambda: backend.decode_head(*(draw(*size).detach() for size in ((3, WIDTH), (WIDTH,), (101, WIDTH))), 1e-5),
         "swiglu": lambda: both(backend.swiglu, draw(TOKENS, 2 * WIDTH)),
+        "mlp": lambda: mlp(97, 131),
+        "mlp with descriptors": lambda: mlp(104, 136),  # which want rows of whole 16 bytes
+        "tied_embedding": lambda: both(lambda weight: backend.tied_embedding(ids, weight, dtype), draw(101, WIDTH)),
+        "adamw": adamw,
         "linear_cross_entropy": lambda: both(
             lambda x, w: backend.linear_cross_entropy(x, w, targets), draw(TOKENS, 96), draw(TOKENS + 36, 96)
         ),

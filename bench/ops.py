@@ -1,16 +1,8 @@
-"""What is timed: every operation at the model's shapes, each with what one would use instead.
-
-A Case makes its own inputs from a seed, so that every variant gets the same numbers in tensors of its own: some libraries write their
-gradients over their inputs.
-
-A variant of a library that is not installed, or has kernels for a GPU only, raises the reason when it is called (bench/peers.py).
-"""
+"""What is timed: every operation at the model's shapes, each with what one would use instead (bench/case.py says how)."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,75 +11,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from bench import peers, work
+from bench import peers, weight_ops, work
+from bench.case import Case, Compile, Shapes, compile_with, from_liger, from_quack, library, normal
 from kernels import TORCH, Backend, LayerWeights
-from smollm2.config import SmolLM2Config
 from smollm2.model import rotary_tables
 
 EPS = 1e-5
-CHUNK_TOKENS = 4096  # of the three bare products that the loss is compared with
 DECODE_ROWS = 16  # at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused kernels
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """A model's shapes at one batch size, and where to make tensors of them."""
-
-    config: SmolLM2Config
-    batch: int
-    length: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
-
-    @property
-    def heads(self) -> tuple[int, int, int]:
-        """Query heads, key heads, head dim."""
-        return self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation.
-
-    inputs: seed -> tensors, those with requires_grad get gradients. variants: name -> function of the inputs; "reference" is the
-    specification. joint: both gradients are formed in the forward pass, so that only the sum of the two can be timed.
-    unchecked: variants that compute something else on purpose.
-    """
-
-    op: str
-    cost: work.Cost
-    inputs: Callable[[int], list[Tensor]]
-    variants: dict[str, Callable[..., Any]]
-    joint: bool = False
-    unchecked: frozenset[str] = field(default_factory=frozenset)
-    tokens: int | None = None  # of one call; None: those of the shapes
 
 
 def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:
     """All operations. compiler: backend of torch.compile, "inductor" where times count."""
     makers = (
-        _add_rms_norm, _swiglu, _attention, _linear_cross_entropy, _rms_norm, _rope_qkv, _decode_attention, _decode_layer, _decode_head,
-        _rope,
+        _add_rms_norm, _swiglu, _attention, weight_ops.linear_cross_entropy, weight_ops.mlp, weight_ops.tied_embedding, _rms_norm,
+        _rope_qkv, _decode_attention, _decode_layer, _decode_head, _rope,
     )  # fmt: skip
     return [make(shapes, backend, compile_with(compiler)) for make in makers]
-
-
-Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def compile_with(compiler: str) -> Compile:
-    return lambda function: torch.compile(function, backend=compiler, dynamic=False)
-
-
-def _normal(shapes: Shapes, seed: int, *sizes: tuple[int, ...]) -> list[Tensor]:
-    """Random tensors that want gradients."""
-    generator = torch.Generator(shapes.device).manual_seed(seed)
-    drawn = (torch.randn(size, generator=generator, device=shapes.device).to(shapes.dtype) for size in sizes)
-    return [tensor.requires_grad_() for tensor in drawn]
 
 
 # The peer behind a variant; "torch.compile" is that of the reference.
@@ -97,38 +36,20 @@ PEER_OF = {
 }  # fmt: skip
 
 
-def _library(peer: str, module: str, function: str, device: torch.device) -> Callable[..., Any]:
-    """A function of a library with kernels for GPUs, looked up when it is called; the call raises Unavailable where it cannot run."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        peers.require(peer, device)
-        return getattr(importlib.import_module(module), function)(*args, **kwargs)
-
-    return call
-
-
-def _liger(shapes: Shapes, function: str) -> Callable[..., Any]:
-    return _library("liger-kernel", "liger_kernel.transformers.functional", function, shapes.device)
-
-
-def _quack(shapes: Shapes, module: str, function: str) -> Callable[..., Any]:
-    return _library("quack-kernels", module, function, shapes.device)
-
-
 def _rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     hidden = shapes.config.hidden_size
     reference = _with_eps(TORCH.rms_norm)
     return Case(
         "rms_norm",
         work.rms_norm(shapes.tokens, hidden, shapes.dtype.itemsize),
-        lambda seed: _normal(shapes, seed, (shapes.batch, shapes.length, hidden), (hidden,)),
+        lambda seed: normal(shapes, seed, (shapes.batch, shapes.length, hidden), (hidden,)),
         {
             "triton": _with_eps(backend.rms_norm),
             "reference": reference,
             "compile": compiled(reference),
             "F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
-            "liger": lambda x, weight: _liger(shapes, "liger_rms_norm")(x, weight, EPS, in_place=False),
-            "quack": lambda x, weight: _quack(shapes, "quack", "rmsnorm")(x, weight, eps=EPS),
+            "liger": lambda x, weight: from_liger(shapes, "liger_rms_norm")(x, weight, EPS, in_place=False),
+            "quack": lambda x, weight: from_quack(shapes, "quack", "rmsnorm")(x, weight, eps=EPS),
         },
     )
 
@@ -145,14 +66,14 @@ def _add_rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     return Case(
         "add_rms_norm",
         work.add_rms_norm(shapes.tokens, hidden, shapes.dtype.itemsize),
-        lambda seed: _normal(shapes, seed, stream, stream, (hidden,)),
+        lambda seed: normal(shapes, seed, stream, stream, (hidden,)),
         {
             "triton": _with_eps(backend.add_rms_norm),
             "reference": reference,
             "compile": compiled(reference),
             "F.rms_norm": aten,
-            "liger": lambda x, residual, weight: _liger(shapes, "liger_fused_add_rms_norm")(x, residual, weight, EPS, in_place=False),
-            "quack": lambda x, residual, weight: _quack(shapes, "quack", "rmsnorm")(x, weight, residual=residual, eps=EPS, prenorm=True),
+            "liger": lambda *given: from_liger(shapes, "liger_fused_add_rms_norm")(*given, EPS, in_place=False),
+            "quack": lambda x, other, weight: from_quack(shapes, "quack", "rmsnorm")(x, weight, residual=other, eps=EPS, prenorm=True),
         },
     )
 
@@ -171,13 +92,13 @@ def _rope_qkv(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     def liger(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.split((heads, key_heads, key_heads), dim=2)
         full = [torch.cat((table, table), -1)[None].to(qkv.dtype) for table in (cos, sin)]
-        q, k = _liger(shapes, "liger_rope")(q.transpose(1, 2), k.transpose(1, 2), *full)
+        q, k = from_liger(shapes, "liger_rope")(q.transpose(1, 2), k.transpose(1, 2), *full)
         return q.transpose(1, 2), k.transpose(1, 2), v
 
     return Case(
         "rope_qkv",
         work.rope_qkv(shapes.tokens, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
-        lambda seed: _normal(shapes, seed, (shapes.batch, shapes.length, heads + 2 * key_heads, head_dim)),
+        lambda seed: normal(shapes, seed, (shapes.batch, shapes.length, heads + 2 * key_heads, head_dim)),
         {
             "triton": with_tables(backend.rope_qkv),
             "reference": with_tables(TORCH.rope_qkv),
@@ -200,7 +121,7 @@ def _rope(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     return Case(
         "rope",
         work.rope(shapes.tokens, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
-        lambda seed: _normal(shapes, seed, *sizes),
+        lambda seed: normal(shapes, seed, *sizes),
         {"triton": with_tables(backend.rope), "reference": reference, "compile": compiled(reference)},
     )
 
@@ -223,7 +144,7 @@ def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
 def random_qkv(shapes: Shapes, seed: int) -> list[Tensor]:
     heads, key_heads, head_dim = shapes.heads
-    return _normal(shapes, seed, *[(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)])
+    return normal(shapes, seed, *[(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)])
 
 
 def sdpa(shapes: Shapes, kind: SDPBackend, mask: Callable[[], Tensor] | None = None) -> Callable[..., Tensor]:
@@ -254,7 +175,7 @@ def on_gpu(shapes: Shapes, flex: FlexAttention) -> Callable[..., Tensor]:
 
 def attention_peers(shapes: Shapes, compiled: Compile) -> dict[str, Callable[..., Tensor]]:
     """Causal attention of others, each with query and key heads as the model has them."""
-    flash_attn = _library("flash-attn", "flash_attn", "flash_attn_func", shapes.device)
+    flash_attn = library("flash-attn", "flash_attn", "flash_attn_func", shapes.device)
     return {
         "flash": sdpa(shapes, SDPBackend.FLASH_ATTENTION),
         "cudnn": sdpa(shapes, SDPBackend.CUDNN_ATTENTION),
@@ -301,7 +222,7 @@ def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Ca
     batch, keys = 2 * shapes.batch, 2 * shapes.length
 
     def inputs(seed: int) -> list[Tensor]:
-        tensors = _normal(shapes, seed, (batch, 1, heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2)
+        tensors = normal(shapes, seed, (batch, 1, heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2)
         return [*(tensor.requires_grad_(False) for tensor in tensors), torch.full((batch,), keys, device=shapes.device)]
 
     def flex_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
@@ -311,7 +232,7 @@ def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Ca
         return forced(q, k, v, causal=False)
 
     flex, forced = FlexAttention(compiled), FlexAttention(compiled, BACKEND="TRITON_DECODE")
-    flash_attn = _library("flash-attn", "flash_attn", "flash_attn_with_kvcache", shapes.device)
+    flash_attn = library("flash-attn", "flash_attn", "flash_attn_with_kvcache", shapes.device)
     return Case(
         "decode_attention",
         work.decode_attention(batch, keys, heads, key_heads, head_dim, shapes.dtype.itemsize),
@@ -343,7 +264,7 @@ def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
     def inputs(seed: int) -> list[Tensor]:
         sizes = [(rows, 1, hidden), (hidden,), (hidden,), *matrices, *[(rows, keys, key_heads, head_dim)] * 2]
-        x, norm, post_norm, *weights, key_cache, value_cache = (tensor.detach() for tensor in _normal(shapes, seed, *sizes))
+        x, norm, post_norm, *weights, key_cache, value_cache = (tensor.detach() for tensor in normal(shapes, seed, *sizes))
         qkv, o, gate_up, down = (weight * weight.shape[1] ** -0.5 for weight in weights)
         lengths = torch.full((rows,), keys, device=shapes.device)
         return [x, *LayerWeights(norm, qkv, o, post_norm, gate_up, down), key_cache, value_cache, lengths]
@@ -368,7 +289,7 @@ def _decode_head(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     hidden, vocabulary, rows = shapes.config.hidden_size, shapes.config.vocab_size, min(shapes.batch, DECODE_ROWS)
 
     def inputs(seed: int) -> list[Tensor]:
-        x, norm, head = (tensor.detach() for tensor in _normal(shapes, seed, (rows, 1, hidden), (hidden,), (vocabulary, hidden)))
+        x, norm, head = (tensor.detach() for tensor in normal(shapes, seed, (rows, 1, hidden), (hidden,), (vocabulary, hidden)))
         return [x, norm, head * hidden**-0.5]
 
     reference = _with_eps(TORCH.decode_head)
@@ -386,72 +307,11 @@ def _swiglu(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     return Case(
         "swiglu",
         work.swiglu(shapes.tokens, width, shapes.dtype.itemsize),
-        lambda seed: _normal(shapes, seed, (shapes.batch, shapes.length, 2 * width)),
+        lambda seed: normal(shapes, seed, (shapes.batch, shapes.length, 2 * width)),
         {
             "triton": backend.swiglu,
             "reference": TORCH.swiglu,
             "compile": compiled(TORCH.swiglu),
-            "liger": lambda packed: _liger(shapes, "liger_swiglu")(*packed.chunk(2, dim=-1)),
+            "liger": lambda packed: from_liger(shapes, "liger_swiglu")(*packed.chunk(2, dim=-1)),
         },
     )
-
-
-def _linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    hidden, vocabulary, tokens = shapes.config.hidden_size, shapes.config.vocab_size, shapes.tokens
-
-    def inputs(seed: int) -> list[Tensor]:
-        states, weight = _normal(shapes, seed, (tokens, hidden), (vocabulary, hidden))
-        weight = (weight.detach().float() * hidden**-0.5).requires_grad_()  # fp32, as the model passes it
-        generator = torch.Generator(shapes.device).manual_seed(seed)
-        return [states, weight, torch.randint(vocabulary, (tokens,), generator=generator, device=shapes.device)]
-
-    def plain(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(states, weight.to(states.dtype)).float(), targets)
-
-    def liger(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = _liger(shapes, "liger_fused_linear_cross_entropy")(states, weight.to(states.dtype), targets)
-        return loss
-
-    def quack(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        function = _quack(shapes, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
-        loss: Tensor = function(states, weight.to(states.dtype), targets, chunk_size=CHUNK_TOKENS)
-        return loss
-
-    return Case(
-        "linear_cross_entropy",
-        work.linear_cross_entropy(tokens, vocabulary, hidden, shapes.dtype.itemsize),
-        inputs,
-        {
-            "triton": backend.linear_cross_entropy,
-            "reference": TORCH.linear_cross_entropy,
-            "all logits": plain,
-            "compile": compiled(plain),
-            "liger": liger,
-            "quack": quack,
-            "products only": lambda states, weight, _: _Products.apply(states, weight, torch.is_grad_enabled()),
-        },
-        joint=True,
-        unchecked=frozenset({"products only"}),
-    )
-
-
-class _Products(torch.autograd.Function):
-    """The matrix products of the loss and nothing else, chunk by chunk: three with gradients, one without. The loss takes no less."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, gradients: bool) -> Tensor:
-        head = weight.to(states.dtype)
-        dstates, dweight = torch.empty_like(states), torch.zeros_like(head)
-        for start in range(0, states.shape[0], CHUNK_TOKENS):
-            rows = states[start : start + CHUNK_TOKENS]
-            logits = rows @ head.t()
-            if gradients:
-                torch.mm(logits, head, out=dstates[start : start + CHUNK_TOKENS])
-                dweight.addmm_(logits.t(), rows)
-        ctx.save_for_backward(dstates, dweight)
-        return states.new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dstates, dweight = ctx.saved_tensors
-        return dstates, dweight.float(), None

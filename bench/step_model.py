@@ -1,8 +1,10 @@
-"""`python -m bench.step_model TRACE`: one optimizer step, launch by launch: what the model of it predicted, and what a GPU took.
+"""`python -m bench.step_model [TRACE]`: one optimizer step of this code, launch by launch: what a GPU should take for it, and what it took.
 
-The prediction is for the 135M model at 32 x 512 in bf16 on an H100: bytes at 3.0 TB/s, products at 450 to 610 TFLOP/s, and nothing that was
-measured. A trace (`bench.train_step --variant triton --traces DIR`) is held against it. Every kernel
-of the trace belongs to one line, found from its own name or, for the products of torch's library, from the kernel of ours before it.
+The step is that of the 135M model at 32 x 512 in bf16 on an H100, which has been measured once, at an earlier commit. What this code would
+launch is recorded without a GPU (bench/step_record.py). A line of the step that was measured then is predicted to take the time that it
+took, scaled by its FLOPs if it is a product, else by its bytes; a line that is new, what its bytes take at three quarters of the memory's
+rate. A trace (`bench.train_step --variant triton --traces DIR`) of this code is held against that. Every kernel of a trace belongs to one
+line, found from its own name or, for the products of torch's library, from the kernel of ours before it.
 """
 
 from __future__ import annotations
@@ -10,35 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.step_record import host_times, recording
 from smollm2.cli import LoadError, Parser, run_command
 
 LAYERS = 30
+RESULTS = Path(__file__).with_name("results") / "h100"
+MEASURED, RECORDED = RESULTS / "trace-triton.json", RESULTS / "launches-triton.json"  # the step that was measured, and its work
+MEMORY_RATE = 3.056e12 * 0.75  # bytes/s: three quarters of the fastest read on that card, which is what rope and norm reached
+PRODUCT_RATE = 560e12  # FLOP/s of a product that has no line then: the mean of those that have
 
 
-@dataclass(frozen=True)
-class Line:
-    """A part of the step: how often it happens, and the microseconds that were predicted for each time."""
+@dataclass
+class Work:
+    """What the launches of a line move and compute in a step."""
 
-    times: int
-    us: float
+    launches: int = 0
+    bytes: float = 0.0
+    flops: float = 0.0
 
 
-MODEL = {
-    "add_rms_norm forward": Line(2 * LAYERS + 1, 29.0), "qkv": Line(LAYERS, 34.0), "rope forward": Line(LAYERS, 20.0),
-    "attention forward": Line(LAYERS, 41.0), "o": Line(LAYERS, 22.0), "gate_up": Line(LAYERS, 98.0), "swiglu forward": Line(LAYERS, 55.0),
-    "down": Line(LAYERS, 52.0), "casts of weights": Line(LAYERS, 19.0),
-    "head: products": Line(1, 5100.0), "head: softmax gradient, scaling": Line(1, 1400.0),
-    "down dW": Line(LAYERS, 58.0), "down dX": Line(LAYERS, 53.0), "gate_up dW": Line(LAYERS, 103.0), "gate_up dX": Line(LAYERS, 97.0),
-    "o dW": Line(LAYERS, 27.0), "o dX": Line(LAYERS, 22.0), "qkv dW": Line(LAYERS, 40.0), "qkv dX": Line(LAYERS, 34.0),
-    "swiglu backward": Line(LAYERS, 91.0), "rms_norm dx": Line(2 * LAYERS + 1, 31.0), "rms_norm dw": Line(2 * LAYERS + 1, 4.4),
-    "attention dq": Line(LAYERS, 51.0), "attention dk, dv": Line(LAYERS, 76.0), "rope backward": Line(LAYERS, 25.0),
-    "casts of gradients": Line(LAYERS, 19.0), "embedding": Line(1, 350.0), "clip, AdamW": Line(1, 2000.0),
-}  # fmt: skip
 GROUPS = {
     "products of the body": ("qkv", "o", "gate_up", "down", *(f"{name} d{of}" for name in ("down", "gate_up", "o", "qkv") for of in "WX")),
     "norm, rope, swiglu": (
@@ -55,15 +51,18 @@ OWN = {
     "_attention_bwd_dq_kernel": "attention dq", "_attention_bwd_dkv_kernel": "attention dk, dv",
     "_softmax_gradient_kernel": "head: softmax gradient, scaling",
 }  # fmt: skip
-PRODUCTS = ("nvjet", "gemm", "cutlass", "xmma")
-EMBEDDING = ("gather", "cub", "segment", "compute_grad_weight", "sum_and_scatter", "arange")
+# Parts of the names of kernels, of torch's operations where a step was recorded.
+PRODUCTS = ("nvjet", "gemm", "cutlass", "xmma", "mm")
+EMBEDDING = ("gather", "cub", "segment", "compute_grad_weight", "sum_and_scatter", "arange", "embedding", "sort")
+UPDATE = ("multi_tensor_apply", "lpnorm", "fused_adamw", "foreach", "vector_norm", "adamw", "_sum_of_squares", "_norm_kernel", "_scalars")
+CASTS = ("copy_kernel", "_to_copy")
 
 
-def lines(kernels: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
-    """(name, microseconds) of the kernels of a step with backend triton, in order -> (line of MODEL or "other", microseconds)."""
+def lines(names: Iterable[str]) -> Iterator[str]:
+    """The kernels of a step with backend triton, in order -> the line of each, or "other"."""
     backward = False
     norms, products, after, last = 0, 0, "", "other"
-    for name, us in kernels:
+    for name in names:
         if name in OWN or name == "_rope_kernel":
             last = OWN.get(name, f"rope {'backward' if backward else 'forward'}")
             backward = backward or name == "_softmax_gradient_kernel"
@@ -71,17 +70,17 @@ def lines(kernels: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
             after, products = last, 0
         elif "splitKreduce" in name:
             pass  # the end of the product before it
-        elif any(part in name for part in PRODUCTS):
-            last, products = _product(after, norms, products), products + 1
+        elif any(part in name for part in UPDATE):
+            last = "clip, AdamW"
         elif any(part in name for part in EMBEDDING):
             last = "embedding"
-        elif "multi_tensor_apply" in name or "lpnorm" in name:
-            last = "clip, AdamW"
-        elif "copy_kernel" in name:
+        elif any(part in name for part in PRODUCTS):
+            last, products = _product(after, norms, products), products + 1
+        elif any(part in name for part in CASTS):
             last = "casts of gradients" if backward else "casts of weights"
         else:
             last = "head: softmax gradient, scaling" if after == "head: softmax gradient, scaling" else "other"
-        yield last, us
+        yield last
 
 
 def _product(after: str, norms: int, products: int) -> str:
@@ -96,23 +95,78 @@ def _product(after: str, norms: int, products: int) -> str:
     return {**forward, **backward}.get(after, "head: products")
 
 
-def table(kernels: Sequence[tuple[str, float]]) -> str:
-    """Markdown: predicted and measured milliseconds of a step, by group and by line."""
-    spent: dict[str, list[float]] = defaultdict(list)
-    for line, us in lines(kernels):
-        spent[line].append(us)
-    rows = ["| | times | predicted us | measured us | predicted ms | measured ms |", "|---|---|---|---|---|---|"]
-    expected = {name: line.times * line.us / 1e3 for name, line in MODEL.items()}
+def work(launches: Iterable[tuple[str, float, float]]) -> dict[str, Work]:
+    """Launches (name, bytes, FLOPs) in order -> what each line of the step does."""
+    found: dict[str, Work] = {}
+    listed = list(launches)
+    for line, (_, moved, flops) in zip(lines(name for name, _, _ in listed), listed, strict=True):
+        entry = found.setdefault(line, Work())
+        entry.launches, entry.bytes, entry.flops = entry.launches + 1, entry.bytes + moved, entry.flops + flops
+    return found
+
+
+def spent(kernels: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Kernels (name, microseconds) of a trace -> milliseconds of each line."""
+    found: dict[str, float] = {}
+    for line, (_, us) in zip(lines(name for name, _ in kernels), kernels, strict=True):
+        found[line] = found.get(line, 0.0) + us / 1e3
+    return found
+
+
+def predicted(now: dict[str, Work], then: dict[str, Work], took: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of each line of a step that does `now`, from one that did `then` and took `took`."""
+    found = {}
+    for line, work in now.items():
+        before = then.get(line)
+        if before and before.flops and work.flops:
+            found[line] = took.get(line, 0.0) * work.flops / before.flops
+        elif before and before.bytes:
+            found[line] = took.get(line, 0.0) * work.bytes / before.bytes
+        else:
+            found[line] = 1e3 * max(work.bytes / MEMORY_RATE, work.flops / PRODUCT_RATE)
+    return found
+
+
+def table(now: dict[str, Work], then: dict[str, Work], took: dict[str, float], takes: dict[str, float] | None = None) -> str:
+    """Markdown: launches, bytes and FLOPs of a step then and now, by group and by line; milliseconds measured then, predicted now and,
+    with `takes`, measured now."""
+    expected = predicted(now, then, took)
+    head = ["", "launches", "MB", "GFLOP", "ms then", "ms predicted", *(["ms now"] if takes is not None else [])]
+    rows = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+
+    def row(title: str, names: Iterable[str], mark: str = "") -> str:
+        names = list(names)
+
+        def of(works: dict[str, Work], unit: str, scale: float) -> str:
+            return f"{sum(getattr(works[name], unit) for name in names if name in works) / scale:,.0f}"
+
+        pairs = [(of(then, *unit), of(now, *unit)) for unit in (("launches", 1), ("bytes", 1e6), ("flops", 1e9))]
+        cells = [old if old == new else f"{old} > {new}" for old, new in pairs]
+        times = [f"{sum(found.get(name, 0.0) for name in names):.2f}" for found in (took, expected, takes) if found is not None]
+        return "| " + " | ".join(f"{mark}{cell}{mark}" for cell in (title, *cells, *times)) + " |"
+
     for group, names in GROUPS.items():
-        ours, theirs = (sum(column) for column in zip(*((expected.get(name, 0.0), sum(spent[name]) / 1e3) for name in names), strict=True))
-        rows.append(f"| **{group}** | | | | **{ours:.2f}** | **{theirs:.2f}** |")
-        for name in names:
-            times, us = (MODEL[name].times, MODEL[name].us) if name in MODEL else (1, 0.0)
-            each = sum(spent[name]) / times
-            rows.append(f"| {name} | {times} | {us:.4g} | {each:.4g} | {expected.get(name, 0.0):.2f} | {sum(spent[name]) / 1e3:.2f} |")
-    total = sum(us for _, us in kernels) / 1e3
-    rows.append(f"| **a step** | {len(kernels)} launches | | | **{sum(expected.values()):.2f}** | **{total:.2f}** |")
-    return "\n".join(rows)
+        rows.append(row(group, names, "**"))
+        rows += [row(name, [name]) for name in names if any(name in found for found in (now, then, took))]
+    every = [name for names in GROUPS.values() for name in names]
+    return "\n".join([*rows, row("a step", every, "**")])
+
+
+def record() -> dict[str, Work]:
+    """What a step of this code does, on an H100 that need not be there."""
+    import torch
+
+    from bench.train_step import TrainingStep, build
+    from smollm2.config import SmolLM2Config
+
+    with recording() as launches:
+        device = torch.device("cuda")
+        step = TrainingStep(build(SmolLM2Config.preset("135M"), "triton", device))
+        ids = torch.zeros(32, 512, dtype=torch.int64, device=device)
+        step(ids)  # the first one makes the optimizer's state
+        launches.clear()
+        step(ids)
+        return work(launches)
 
 
 def read(path: Path) -> list[tuple[str, float]]:
@@ -129,11 +183,22 @@ def read(path: Path) -> list[tuple[str, float]]:
 
 def main(argv: Sequence[str]) -> int:
     parser: argparse.ArgumentParser = Parser(
-        prog="python -m bench.step_model", description="Holds a trace of a step against the model of it."
+        prog="python -m bench.step_model", description="Predicts a step of this code, and holds a trace of it against the prediction."
     )
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="trace-triton.json of bench.train_step --traces DIR")
+    parser.add_argument("trace", type=Path, nargs="?", metavar="TRACE", help="trace-triton.json of bench.train_step --traces DIR")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the launches, bytes and FLOPs of each line there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    print(table(read(parser.parse_args(argv).trace)))
+    options = parser.parse_args(argv)
+    takes = spent(read(options.trace)) if options.trace else None
+    now = record()
+    then = {line: Work(*entry) for line, entry in json.loads(RECORDED.read_text(encoding="utf-8")).items()}
+    if options.json:
+        rows = (f"{json.dumps(line)}: {json.dumps([entry.launches, entry.bytes, entry.flops])}" for line, entry in now.items())
+        options.json.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    print(table(now, then, spent(read(MEASURED)), takes))
+    host = host_times()
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in host.items())
+    print(f"\nhost, without a graph and Triton's launches left out: {sum(host.values()):.1f} ms of CPU time here ({parts})")
     return 0
 
 

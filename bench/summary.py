@@ -71,10 +71,11 @@ def tests_lines(found: dict[str, Any]) -> list[str]:
 
 
 def kernels_lines(found: dict[str, Any]) -> list[str]:
-    """Ours per operation, a line with all phases, beside the fastest of the others."""
+    """Ours per operation, a line with all phases, beside the fastest of the others, then other forms of ours."""
     rows = found.get("rows", [])
     lines = [f"kernels, {found.get('batch')} x {found.get('length')} tokens, {found.get('dtype')}: ours, percent of roof, fastest other"]
     ops: dict[str, list[str]] = {}
+    forms: dict[str, list[str]] = {}
     for ours in [row for row in rows if row["variant"] == "triton"]:
         cells = ops.setdefault(ours["op"], [])
         if "failed" in ours:
@@ -83,12 +84,16 @@ def kernels_lines(found: dict[str, Any]) -> list[str]:
         others = {row["variant"]: row["us"] for row in rows if "us" in row and (row["op"], row["phase"]) == (ours["op"], ours["phase"])}
         del others["triton"]
         bare = others.pop("products only", None)  # computes less on purpose
+        of_ours = {name.removeprefix("triton "): others.pop(name) for name in [*others] if name.startswith("triton ")}
+        if of_ours:
+            times = ", ".join(f"{name} {us:.1f}" for name, us in of_ours.items())
+            forms.setdefault(ours["op"], []).append(f"{ours['phase']} as {times} us")
         cell = f"{ours['phase']} {ours['us']:.1f} us {ours['percent_of_roof']:.1f} %"
         if others:
             best = min(others, key=others.__getitem__)
             cell += f" ({others[best] / ours['us']:.2f}x {best})"
         cells.append(cell + (f", {ours['us'] / bare:.2f}x its bare products" if bare is not None else ""))
-    lines += [f"  {op:21}{'; '.join(cells)}" for op, cells in ops.items()]
+    lines += [f"  {op:21}{'; '.join(cells)}{''.join(f'; {form}' for form in forms.get(op, []))}" for op, cells in ops.items()]
     absent = {f"{row['variant']}: {row['failed'][:60]}" for row in rows if "failed" in row and row["variant"] != "triton"}
     lines += [f"  not timed: {'; '.join(sorted(absent))}"] if absent else []
     if "launches" in found:

@@ -26,7 +26,7 @@ from torch import Tensor
 from bench import launches, peers, work
 from bench.part import Part, one_line, parser, write_json
 from bench.timing import alone, synchronize
-from kernels import TORCH, Backend, with_ops
+from kernels import TORCH, Backend, select_backend, with_ops
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
@@ -34,8 +34,12 @@ from smollm2.model import SmolLM2ForCausalLM
 if TYPE_CHECKING:
     from bench.litgpt_peer import LitgptStep
 
-# Our own ways. "torch,all-logits" is backend torch with a loss that holds all logits, as torch.compile likes it best.
-VARIANTS = ("triton", "triton+graph", "torch", "torch+graph", "torch,all-logits+compile", "torch+compile", "triton+compile")
+# Our own ways. "torch,all-logits" is backend torch with a loss that holds all logits, as torch.compile likes it best; "torch-adamw" has
+# torch's AdamW and casts the weights on use, "fused-mlp" the SwiGLU inside its products, whatever the launch table says.
+VARIANTS = (
+    "triton", "triton+graph", "triton+torch-adamw+graph", "triton+fused-mlp+graph", "torch", "torch+graph", "torch,all-logits+compile",
+    "torch+compile", "triton+compile",
+)  # fmt: skip
 COMPARED_STEPS = 3
 LOSS_TOLERANCE = 0.02  # nats, between backends, in bf16
 PEER_TOLERANCE = 0.1  # the same for peers, which keep the residual stream in fp32; see bench.step_peers
@@ -44,8 +48,11 @@ PEER_TOLERANCE = 0.1  # the same for peers, which keep the residual stream in fp
 class TrainingStep:
     """One optimizer step as a call: tokens -> loss, which stays on the device."""
 
-    def __init__(self, model: SmolLM2ForCausalLM, forward: Callable[..., Any] | None = None, lr: float = 3e-4) -> None:
-        """forward: the model, or torch.compile of it."""
+    def __init__(
+        self, model: SmolLM2ForCausalLM, forward: Callable[..., Any] | None = None, lr: float = 3e-4, own: bool | None = None
+    ) -> None:
+        """forward: the model, or torch.compile of it. own: AdamW is ours and writes the working copies of the weights (default: as a
+        training run has it, where the backend is Triton's and nothing is compiled)."""
         self.model = model
         self._forward = model if forward is None else forward
         matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
@@ -53,16 +60,39 @@ class TrainingStep:
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
         device = model.lm_head.weight.device
         self.lr = torch.tensor(lr, device=device)  # a tensor, so that a schedule needs no other step and a captured graph sees it
-        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda")
+        if own is None:
+            own = forward is None and getattr(model, "backend", TORCH).name.startswith("triton")
+        if own:
+            from kernels.fused_adamw import FusedAdamW
+            from smollm2.working_copies import WorkingCopies
+
+            copies = None if model.compute_dtype is None else WorkingCopies(model, model.compute_dtype)
+            model.use_working_copies(copies)
+            self.optimizer: torch.optim.Optimizer = FusedAdamW(groups, lr=self.lr, betas=(0.9, 0.95), copies=copies)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda")
 
     def __call__(self, ids: Tensor, doc_start: Tensor | None = None) -> Tensor:
         """ids, doc_start [B, T] -> loss in nats."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.begin()
         loss = self._forward(ids, ids, doc_start).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.update()
         return loss.detach()
+
+    def begin(self) -> None:
+        """Without gradients, and with working copies of the weights as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if (copies := getattr(self.model, "working_copies", None)) is not None:
+            copies.refresh()
+
+    def update(self) -> None:
+        """Clipping to a global norm of 1, and AdamW."""
+        if (clip := getattr(self.optimizer, "clip", None)) is not None:
+            clip(1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
 
 
 class CapturedStep:
@@ -86,8 +116,11 @@ class CapturedStep:
         return self._loss.clone()
 
 
-def all_logits(hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
-    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more."""
+def all_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", scale: None = None,
+    weight_copy: None = None,
+) -> Tensor:  # fmt: skip
+    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more. It has no scale and reads no copy."""
     logits = F.linear(hidden, weight.to(hidden.dtype))
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction=reduction)
@@ -101,6 +134,11 @@ def build(config: SmolLM2Config, name: str, device: torch.device) -> SmolLM2ForC
     backend: Backend | str = name
     if name == "torch,all-logits":
         backend = with_ops(TORCH, linear_cross_entropy=dataclasses.replace(TORCH, name="all-logits", linear_cross_entropy=all_logits))
+    elif name == "triton+fused-mlp":
+        from kernels.mlp import mlp
+
+        ours = select_backend("triton", device)
+        backend = with_ops(ours, mlp=dataclasses.replace(ours, name="fused", mlp=mlp))
     torch.manual_seed(0)
     with torch.device(device):
         return SmolLM2ForCausalLM(config, backend, compute_dtype=torch.bfloat16 if device.type == "cuda" else None).train()
@@ -132,8 +170,9 @@ def measure(
             return
         step = peer
     else:
-        model = build(config, name, device)
-        step = TrainingStep(model, torch.compile(model, backend=compiler) if "compile" in extras else None)
+        model = build(config, f"{name}+fused-mlp" if "fused-mlp" in extras else name, device)
+        forward = torch.compile(model, backend=compiler) if "compile" in extras else None
+        step = TrainingStep(model, forward, own=False if "torch-adamw" in extras else None)
     if "graph" in extras:
         yield variant, _graphed(step, config, ids, tiny, lock)
         return
@@ -254,7 +293,7 @@ def show(name: str, found: dict[str, Any]) -> str:
     mfu = f"{100 * found['mfu']:.1f} %" if found["mfu"] is not None else "none"
     line = f"{name:21}{found['step_ms']:10.2f} ms{found['tokens_per_second']:12,.0f} tok/s  MFU {mfu}"
     if "peak_memory_gb" in found:
-        line += f"  {found['peak_memory_gb']:.1f} GB"
+        line += f"  {found['peak_memory_gb']:.1f} GB  host {found['host_ms']:.1f} ms"
     if "launches" in found:
         line += f"  {found['launches']['all']} launches ({found['launches']['ours']} ours)"
     return line

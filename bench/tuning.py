@@ -17,46 +17,57 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.kernels import ERROR_BOUND, FULL, Variant, error
-from bench.ops import Case, Shapes, cases
+from bench.case import Case, Shapes
+from bench.kernels import ERROR_BOUND, FULL, OURS, SET_BYTES, Variant, error
+from bench.ops import cases
 from bench.part import Part, one_line, parser
+from bench.weight_ops import optimizer_step
 from kernels import select_backend
 from kernels.launch_config import Launch, launch_config
 from smollm2.cli import run_command
 
 MODULES = (
-    "attention", "decode_attention", "decode_head", "decode_layer", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
+    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding", "launch_config", "linear_cross_entropy",
+    "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 SWIGLU = (Launch(1, 512, 1), Launch(2, 512, 2), Launch(1, 512, 2), Launch(2, 512, 4), Launch(8, 512, 8))
-TINY = ("attention_fwd", "swiglu", "rms_norm_bwd")  # the interpreter takes a quarter of a minute for some of the others
-SETS = 24  # of inputs, so that each is cold when its turn comes again
-# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates).
+TINY = ("attention_fwd", "swiglu", "rms_norm_bwd", "mlp_fwd")  # the interpreter takes a quarter of a minute for some of the others
+SETS = 24  # of inputs at most, so that each is cold when its turn comes again
+# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Those of attention have among them the
+# lines that the table had before it was measured; one that the table has now is timed once.
 CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
     "attention_bwd_dkv": (
         "attention", "backward",
         (
-            Launch(64, 64, 4, 2, True), Launch(32, 64, 4, 2, True), Launch(32, 128, 8, 2, True), Launch(64, 128, 8, 2, True),
-            Launch(64, 64, 8, 2, True), Launch(128, 64, 8, 2, True), Launch(64, 64, 4, 2, False),
+            Launch(64, 64, 4, 1, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 1, False),
+            Launch(64, 64, 4, 2, False), Launch(32, 64, 4, 2, True),
         ),
     ),
     "attention_bwd_dq": (
         "attention", "backward",
         (
-            Launch(128, 64, 8, 2, True), Launch(64, 64, 4, 3, True), Launch(128, 64, 8, 3, True), Launch(128, 32, 8, 2, True),
-            Launch(128, 128, 8, 2, True), Launch(64, 128, 4, 2, True),
+            Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 1, True), Launch(128, 64, 8, 2, True),
+            Launch(128, 64, 8, 3, True),
         ),
     ),
     "attention_fwd": (
         "attention", "forward",
         (
-            Launch(128, 64, 8, 2, True), Launch(128, 64, 8, 3, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 2, False),
-            Launch(128, 64, 4, 2, True), Launch(128, 128, 8, 2, True), Launch(64, 128, 4, 2, True),
+            Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 4, True), Launch(128, 64, 8, 2, True),
+            Launch(128, 64, 8, 3, True),
         ),
     ),
     "linear_cross_entropy": (
         "linear_cross_entropy", "forward+backward",
         (Launch(1, 4096, 8), Launch(1, 8192, 8), Launch(1, 16384, 16), Launch(1, 16384, 32), Launch(1, 4096, 16)),
     ),
+    "mlp_fwd": ("mlp", "forward", (Launch(128, 128, 8, 4), Launch(128, 128, 8, 2), Launch(128, 64, 8, 4), Launch(128, 64, 4, 4))),
+    "mlp_bwd": ("mlp", "backward", (Launch(128, 128, 8, 3), Launch(128, 64, 4, 4), Launch(64, 256, 8, 3))),
+    "embedding_fwd": ("tied_embedding", "forward", (Launch(1, 1024, 4), Launch(1, 256, 1), Launch(1, 512, 2))),
+    "embedding_bwd": ("tied_embedding", "backward", (Launch(4, 1024, 4), Launch(16, 1024, 8), Launch(8, 256, 1), Launch(8, 1024, 8))),
+    "adamw": ("adamw", "forward", (Launch(8, 512, 4), Launch(32, 512, 4), Launch(8, 1024, 8))),
+    "adamw_squares": ("adamw", "forward", (Launch(0, 1024, 4), Launch(0, 4096, 4), Launch(0, 2048, 8))),
+    "adamw_norm": ("adamw", "forward", (Launch(0, 8192, 16),)),
     "swiglu": ("swiglu", "forward", SWIGLU),
     "swiglu backward": ("swiglu", "backward", SWIGLU),
     "rms_norm_fwd": ("add_rms_norm", "forward", (Launch(1, 0, 1), Launch(4, 0, 1), Launch(4, 0, 2), Launch(4, 0, 4), Launch(8, 0, 4))),
@@ -100,13 +111,17 @@ def measure(case: Case, op: str, phase: str, candidates: Sequence[Launch], shape
     """One row per launch, the table's first. All are timed in turns."""
     rows: list[dict[str, Any]] = []
     replays, truth = {}, None
-    sets = 1 if tiny or case.joint else SETS
+    most = SET_BYTES / (1 + len(candidates)) / (case.cost.forward + case.cost.backward).bytes
+    sets = 1 if tiny or case.joint else max(1, min(SETS, int(most)))
+    form = f"{OURS} fused" if op.startswith("mlp") else OURS  # whichever form the table has for this device
     for launch in (None, *candidates):
+        if launch is not None and list(launch) == rows[0].get("launch"):
+            continue
         with forced(op, launch) as table:
             row: dict[str, Any] = {"op": op, "phase": phase}
             rows.append(row)
             try:
-                variant = Variant(case, "triton", sets)
+                variant = Variant(case, form, sets)
                 results = variant.results()
                 row |= {"launch": list(launch or table[0]), "of_table": launch is None}
                 truth = results if truth is None else truth
@@ -137,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     dtype = torch.float32 if part.device.type == "cpu" else torch.bfloat16
     shapes = Shapes(part.model("135M"), *((1, 8) if part.tiny else FULL), dtype, part.device)
     backend = select_backend("triton", part.device)
-    found = {case.op: case for case in cases(shapes, backend, "eager")}
+    found = {case.op: case for case in (*cases(shapes, backend, "eager"), optimizer_step(shapes))}
     part.save(rows=[], batch=shapes.batch, length=shapes.length, dtype=str(dtype).removeprefix("torch."))
     for op in options.op or (TINY if part.tiny else CANDIDATES):
         case, phase, candidates = CANDIDATES[op]

@@ -107,6 +107,29 @@ def linear(tokens: int, inputs: int, outputs: int, size: int) -> Cost:
     return Cost(Work(moved, product), Work(2 * moved, 2 * product))
 
 
+def mlp(tokens: int, hidden: int, width: int, size: int) -> Cost:
+    """Both products as of `linear`, with SwiGLU in them: the activations N F e are written by the first and read by the second.
+
+    Backward their gradient is not: read are gate and up, 2 N F e, written their gradients, 2 N F e, and N F e less of the product.
+    """
+    products, activations = linear(tokens, hidden, 2 * width, size) + linear(tokens, width, hidden, size), tokens * width * size
+    return products + Cost(Work(activations), Work(3 * activations))
+
+
+def tied_embedding(tokens: int, distinct: int, vocabulary: int, hidden: int, size: int) -> Cost:
+    """Forward 8 N ids, 4 h of each distinct one's row in fp32, N h e written.
+
+    Backward N h e and 8 N read; 4 V h of the head's gradient written, and 8 h a distinct id for its row, read and written again.
+    """
+    looked_up = tokens * (hidden * size + 8)
+    return Cost(Work(looked_up + 4 * distinct * hidden), Work(looked_up + 4 * hidden * (vocabulary + 2 * distinct)))
+
+
+def adamw(parameters: int) -> Work:
+    """A step with P parameters in fp32: 4 P for the norm of the gradients, 28 P for p, g, m, v read and p, m, v written."""
+    return Work(32 * parameters)
+
+
 def projections(config: SmolLM2Config) -> dict[str, tuple[int, int]]:
     """The matrix products of one block: (inputs, outputs) of each."""
     hidden, width, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
@@ -158,7 +181,7 @@ def step(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str,
 
     embedding: 4 N h read and N h e written, backward N h e read and 4 V h written. weights: cast to e bytes and back, (4 + e) (P - V h)
     each way, or nothing in fp32; the tied matrix is read in fp32, by the embedding and the loss, and counted there.
-    optimizer (under backward): 12 P for the gradient norm and the clipping, 28 P for AdamW (p, g, m, v read; p, m, v written).
+    optimizer (under backward): as of `adamw`; gradients are clipped in passing.
     """
     tokens, hidden, parameters = batch * length, config.hidden_size, config.num_parameters()
     layers = sum(layer(config, batch, length, size).values(), Cost(Work())) * config.num_hidden_layers
@@ -169,7 +192,7 @@ def step(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str,
         "final norm": rms_norm(tokens, hidden, size),
         "loss": linear_cross_entropy(tokens, config.vocab_size, hidden, size),
         "weights": Cost(*[Work(cast)] * 2),
-        "optimizer": Cost(Work(), Work(40 * parameters)),
+        "optimizer": Cost(Work(), adamw(parameters)),
     }
 
 

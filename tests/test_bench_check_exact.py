@@ -78,7 +78,7 @@ def test_a_kernel_is_compiled_as_often_as_ever_whatever_the_lengths(project_root
     assert found["documents"] == ONCE | attention | {"_rope_kernel": 2}
     forward = {name: 1 for name in ONCE if "_fwd_" in name}
     assert found["prefill"] == forward | {"_rope_kernel": 1}
-    assert found["loss"] == {"_softmax_gradient_kernel": 1}
+    assert found["loss"] == {"_softmax_gradient_kernel": 1, "_rescale_kernel": 1}
     assert set(found["decode"].values()) == {1} and len(found["decode"]) == 5
 
 
@@ -110,5 +110,5 @@ def test_the_memory_of_the_triton_loss_is_that_of_a_chunk(monkeypatch: pytest.Mo
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_TOKENS", 32)
     triton = select_backend("triton", CPU)
     small, large = (loss_memory(triton, "triton", tokens, 512, torch.float32) for tokens in (64, 128))
-    assert large - small == 64 * 2 * 96 * 4  # and that times the upstream gradient
+    assert large - small == 64 * (96 * 4 + 4)  # the gradient of the hidden states, scaled where it lies, and the losses
     assert small < 64 * 512 * 4 + 2 * 512 * 96 * 4, "less than all logits and the gradient of the weights with its sum"

@@ -1,6 +1,8 @@
 """`python -m bench.kernels` on a CPU at toy size, and the pieces that its figures are made of."""
 
 import contextlib
+import dataclasses
+import gc
 import json
 import math
 import os
@@ -12,13 +14,15 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench import kernels, launches, long_attention, memcheck, ops, timing
+from bench import kernels, launches, long_attention, memcheck, ops, timing, weight_ops
+from bench.case import Case
 from bench.kernels import Variant, error
-from bench.ops import Case
 from bench.part import INTERPRETER_NOTE
+from bench.summary import kernels_lines
 from bench.work import Cost, Work
 from kernels import TORCH
 from kernels import backend as switch
+from kernels.embedding import _is_ours as is_ours
 from smollm2.config import SmolLM2Config
 
 CPU = torch.device("cpu")
@@ -159,7 +163,9 @@ def test_every_operation_of_the_switch_is_timed_compiled_and_checked_for_its_mem
     cases = ops.cases(small(), TORCH, "eager")
     assert [case.op for case in cases] == list(kernels.OPS)
     assert all({"triton", "reference", "compile"} <= case.variants.keys() for case in cases)
-    assert {name.split()[0] for name in memcheck.operations(TORCH, CPU)} == set(switch.OPS)
+    assert {name.split()[0] for name in memcheck.operations(TORCH, CPU)} == {*switch.OPS, "adamw"}
+    every = [case.op for case in kernels.every_case(small(), TORCH, "eager", True)]
+    assert {op.split()[0] for op in every} == {*switch.OPS, "adamw"} and tuple(op for op in every if " " not in op)[:8] == kernels.STEP
 
 
 def test_the_calls_of_the_memory_check_run_on_the_reference():
@@ -247,6 +253,97 @@ def test_every_loss_says_how_much_memory_it_takes():
     logits = shapes.tokens * shapes.config.vocab_size * 4 / 1e6
     assert peaks["all logits"] >= 2 * logits  # and their gradient
     assert "peak MB" in kernels.HEADER and f"{peaks['all logits']:.1f}" in kernels.show(rows)
+
+
+def test_the_loss_is_measured_at_several_sizes_of_its_chunk():
+    asked = []
+
+    def loss(*tensors, chunk_tokens=None):
+        asked.append(chunk_tokens)
+        return TORCH.linear_cross_entropy(*tensors, chunk_tokens=chunk_tokens)
+
+    shapes = small()
+    case = weight_ops.linear_cross_entropy(shapes, dataclasses.replace(TORCH, linear_cross_entropy=loss), lambda function: function)
+    for name in [name for name in case.variants if name.startswith(kernels.OURS)]:
+        Variant(case, name, 1).call()
+    assert [*dict.fromkeys(asked)] == [None, 4096, 5632, 8192, 16384]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_bare_products_are_three_of_all_tokens_and_nothing_else(dtype):
+    shapes = dataclasses.replace(small(), dtype=dtype)
+    case = weight_ops.linear_cross_entropy(shapes, TORCH, lambda function: function)
+    variant = Variant(case, "products only", 1)
+    (states, weight, _), products = case.inputs(0), []
+
+    def record(call):
+        with mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: products.append((a.shape, b.shape)) or torch.mm(a, b)):
+            return launches.count(call, CPU)
+
+    hidden, vocabulary = shapes.config.hidden_size, shapes.config.vocab_size
+    forward, both = record(variant.call), record(variant.through_autograd)
+    assert forward["mm"] == 1 and both["mm"] == 3
+    assert set(products) == {((shapes.tokens, hidden), (hidden, vocabulary)), ((shapes.tokens, vocabulary), (vocabulary, hidden))}
+    assert both.keys() <= {"mm", "new_zeros", "zeros", "fill_", "_to_copy"}  # the last, where torch has no product in fp32
+    _, dstates, dweight = variant.results()
+    assert (dstates.shape, dstates.dtype, dweight.shape, dweight.dtype) == (states.shape, dtype, weight.shape, torch.float32)
+
+
+def test_both_forms_of_the_mlp_are_held_to_the_truth():
+    case = weight_ops.mlp(small(), TORCH, lambda function: function)
+    truth = Variant(case, "reference", 1).results(torch.float64)
+    assert len(truth) == 4
+    for name in ("triton", "triton fused", "triton composed"):
+        assert error(Variant(case, name, 1).results(), truth) < 1e-5
+    case.variants["triton fused"] = lambda x, gate_up, down: case.variants["reference"](x, gate_up.roll(1, 0), down)
+    rows = kernels.measure(case, small(), 1e10, 1e10, tiny=True, names={"triton fused"})
+    assert rows[0]["failed"].startswith("wrong")
+
+
+def test_the_embedding_adds_its_rows_where_the_gradient_of_the_head_lies():
+    case = weight_ops.tied_embedding(small(), switch.load_triton(), lambda function: function)
+    given = []
+    with mock.patch("kernels.embedding._is_ours", side_effect=lambda *gradients: given.append(found := is_ours(*gradients)) or found):
+        found = Variant(case, "triton", 1).results()
+    assert given == [True], "what is measured is the way of a training step"
+    x, head, dweight = found
+    ids = torch.unique(torch.stack([(row == case.inputs(0)[0]).all(1).nonzero().squeeze() for row in x.flatten(0, 1)]))
+    assert case.cost.backward.bytes == 4 * 96 * (512 + 2 * len(ids)) + 16 * (4 * 96 + 8) and head == 0
+    looked_up = torch.zeros(512, dtype=torch.bool).index_fill(0, ids, True)
+    assert (dweight[~looked_up] == dweight[~looked_up][0, 0]).all() and (dweight[looked_up] != dweight[~looked_up][0, 0]).any(1).all()
+    whole = case.variants["reference"]
+    for broken in (lambda x, head, nothing: (x, head.detach() + nothing), lambda x, head, nothing: (x.detach() + nothing, head)):
+        case.variants["triton"] = lambda weight, broken=broken: broken(*whole(weight), 0 * weight.sum())
+        rows = kernels.measure(case, small(), 1e10, 1e10, tiny=True, names={"triton"})
+        assert rows[0]["failed"].startswith("wrong")
+
+
+@pytest.mark.parametrize("dtype, copies", [(torch.float32, 0), (torch.float16, 8)])
+def test_a_step_of_the_optimizer_is_clipped_compared_and_forgotten(dtype, copies, monkeypatch):
+    shapes = dataclasses.replace(small(), dtype=dtype)
+    case = weight_ops.optimizer_step(shapes)
+    parameters = len(case.inputs(0)) // 2
+    rows = kernels.measure(case, shapes, 1e10, 1e10, tiny=True)
+    assert {row["variant"] for row in rows if "us" in row} == {"triton", "reference"} and {row["phase"] for row in rows} == {"forward"}
+    matrices = 96 * (96 * 2 + 32 * 2 + 256 * 3 + 512)
+    assert case.cost.forward.bytes == 32 * shapes.config.num_parameters() + 2 * matrices * bool(copies)
+    gc.collect()
+    assert not case.variants["triton"]._made and not case.variants["reference"]._made
+    one = Variant(case, "reference", 1)
+    first = [tensor.clone() for tensor in one.results()]
+    assert len(first) == 3 * parameters + copies
+    assert error(one.results(), first) > 0.1, "it is the next step"
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    rows = kernels.measure(case, shapes, 1e10, 1e10, tiny=True, names={"triton"})
+    assert rows[0]["failed"].startswith("wrong")
+
+
+def test_the_summary_compares_with_others_and_lists_the_forms_of_ours_apart():
+    times = {"triton": 128.0, "triton 4096": 130.0, "triton 8192": 120.0, "all logits": 256.0, "compile": 192.0, "products only": 100.0}
+    rows = [{"op": "loss", "phase": "forward", "variant": name, "us": us, "percent_of_roof": 70.0} for name, us in times.items()]
+    title, ours = kernels_lines({"rows": rows, "batch": 32, "length": 512, "dtype": "bf16"})
+    forms = "; forward as 4096 130.0, 8192 120.0 us"
+    assert ours.split(maxsplit=1) == ["loss", f"forward 128.0 us 70.0 % (1.50x compile), 1.28x its bare products{forms}"]
 
 
 def test_a_gradient_is_compared_too():

@@ -1,44 +1,64 @@
-"""`python -m bench.step_model`: every kernel of the measured step belongs to the line that its place in the step says."""
+"""`python -m bench.step_model`: every kernel of the measured step has its line, and a step of this code is predicted from it."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from bench import step_model
+from bench.step_model import GROUPS, LAYERS, Work
 from smollm2.cli import LoadError
-
-LAYERS = 30
 
 
 @pytest.fixture(scope="module")
-def trace(project_root: Path) -> list[tuple[str, float]]:
-    return step_model.read(project_root / "bench" / "results" / "h100" / "trace-triton.json")
+def trace() -> list[tuple[str, float]]:
+    return step_model.read(step_model.MEASURED)
 
 
-def is_product(name: str) -> bool:
-    return any(part in name for part in step_model.PRODUCTS)
+@pytest.fixture(scope="module")
+def now() -> dict[str, Work]:
+    return step_model.record()
 
 
 def test_every_layer_has_every_product_once(trace: list[tuple[str, float]]) -> None:
-    lines = [line for _, (line, _) in (pairs for pairs in zip(trace, step_model.lines(trace), strict=True) if is_product(pairs[0][0]))]
-    assert Counter(lines) == {**dict.fromkeys(step_model.GROUPS["products of the body"], LAYERS), "head: products": 12}
+    names = [name for name, _ in trace]
+    products = [line for name, line in zip(names, step_model.lines(names), strict=True) if any(p in name for p in step_model.PRODUCTS[:4])]
+    assert Counter(products) == {**dict.fromkeys(GROUPS["products of the body"], LAYERS), "head: products": 12}
 
 
 def test_the_lines_add_up_to_the_step(trace: list[tuple[str, float]]) -> None:
-    lines = list(step_model.lines(trace))
-    assert len(lines) == len(trace) == 1381
-    assert sum(us for _, us in lines) == pytest.approx(sum(us for _, us in trace))
-    assert sum(us for line, us in lines if line == "other") < 0.01 * sum(us for _, us in trace)
-    grouped = [name for names in step_model.GROUPS.values() for name in names]
-    assert sorted(grouped) == sorted([*step_model.MODEL, "other"])
+    spent = step_model.spent(trace)
+    assert len(trace) == 1381
+    assert sum(spent.values()) == pytest.approx(sum(us for _, us in trace) / 1e3)
+    assert spent["other"] < 0.01 * sum(spent.values())
+    assert spent.keys() <= {name for names in GROUPS.values() for name in names}
 
 
-def test_the_table_is_the_one_of_the_results(trace: list[tuple[str, float]], project_root: Path) -> None:
+def test_the_recorded_step_has_the_work_that_its_shapes_say(now: dict[str, Work]) -> None:
+    tokens, hidden, ffn, heads = 32 * 512, 576, 1536, 15 * 64
+    assert now.keys() <= {name for names in GROUPS.values() for name in names}
+    for line, rows, columns in (("qkv", heads, hidden), ("down dW", hidden, ffn), ("gate_up dX", 2 * ffn, hidden)):
+        assert (now[line].launches, now[line].flops) == (LAYERS, LAYERS * 2 * tokens * rows * columns), line
+    assert now["head: products"].flops == 6 * tokens * 49152 * hidden
+    assert now["attention forward"].flops == LAYERS * 2 * 32 * 9 * 512**2 * 64
+    assert now["swiglu forward"].bytes == LAYERS * 3 * tokens * ffn * 2
+    assert now["swiglu backward"].bytes == LAYERS * 5 * tokens * ffn * 2
+
+
+def test_a_line_is_scaled_by_its_work_and_a_new_one_has_the_rate_of_the_memory() -> None:
+    then = {"gate_up": Work(1, 10.0, 100.0), "rope forward": Work(1, 10.0)}
+    now = {"gate_up": Work(2, 5.0, 200.0), "rope forward": Work(1, 5.0), "embedding": Work(1, step_model.MEMORY_RATE / 1e3)}
+    found = step_model.predicted(now, then, {"gate_up": 3.0, "rope forward": 2.0})
+    assert found == pytest.approx({"gate_up": 6.0, "rope forward": 1.0, "embedding": 1.0})
+
+
+def test_the_table_is_the_one_of_the_results(trace: list[tuple[str, float]], now: dict[str, Work], project_root: Path) -> None:
+    then = {line: Work(*entry) for line, entry in json.loads(step_model.RECORDED.read_text(encoding="utf-8")).items()}
     page = (project_root / "bench" / "results" / "h100" / "README.md").read_text(encoding="utf-8")
-    assert step_model.table(trace) in page
+    assert step_model.table(now, then, step_model.spent(trace)) in page
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bench import tuning
-from bench.ops import Case, Shapes, cases
+from bench.case import Case, Shapes
+from bench.ops import cases
+from bench.weight_ops import mlp, optimizer_step
 from bench.work import Cost, Work
 from kernels import TORCH
 from kernels.launch_config import TABLE, Launch, launch_config
@@ -20,7 +22,7 @@ CPU = torch.device("cpu")
 def test_every_line_of_the_table_has_candidates_and_a_case() -> None:
     assert {op.partition(" ")[0] for op in tuning.CANDIDATES} == set(TABLE)
     shapes = Shapes(SmolLM2Config.preset("tiny", num_hidden_layers=1), 1, 8, torch.float32, CPU)
-    found = {case.op: case for case in cases(shapes, TORCH, "eager")}
+    found = {case.op: case for case in (*cases(shapes, TORCH, "eager"), optimizer_step(shapes))}
     assert {case for case, _, _ in tuning.CANDIDATES.values()} <= found.keys()
 
 
@@ -33,6 +35,26 @@ def test_every_module_that_asks_the_table_is_told() -> None:
             assert module.launch_config("rope", torch.float32, CPU, 8) == launch_config("rope", torch.float32, CPU, 8)
     assert table == [launch_config("swiglu", torch.float32, CPU, 8)]
     assert import_module("kernels.swiglu").launch_config is launch_config
+
+
+def test_the_candidates_of_the_fused_form_are_timed_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for its line as `launch_config.launch_config`, and the default form would not ask."""
+    shapes, asked = Shapes(SmolLM2Config.preset("tiny"), 1, 8, torch.float32, CPU), []
+    case = mlp(shapes, TORCH, lambda function: function)
+    kernel = import_module("kernels.mlp")
+    plan = kernel._plan
+    monkeypatch.setattr(kernel, "_plan", lambda *given: asked.append(found := plan(*given)) or found)
+    first, second = tuning.measure(case, "mlp_fwd", "forward", [Launch(32, 64, 4)], shapes, tiny=True)
+    assert first["of_table"] and {(64, 128, 64), (32, 64, 64)} == {found.block for found in asked}
+    assert "us" in second and second["distance"] < 1e-5
+
+
+def test_the_line_of_the_table_is_timed_once() -> None:
+    shapes = Shapes(SmolLM2Config.preset("tiny"), 1, 4, torch.float32, CPU)
+    case = Case("double", Cost(Work(1, 1), Work(1, 1)), lambda seed: [torch.ones(4, requires_grad=True)], {"triton": Plus.apply})
+    known = launch_config("swiglu", torch.float32, CPU, 8)
+    rows = tuning.measure(case, "swiglu", "forward", [known, Launch(4, 512, 4, 1), Launch(2, 512, 2)], shapes, tiny=True)
+    assert [row["of_table"] for row in rows] == [True, False]
 
 
 class Plus(torch.autograd.Function):
@@ -51,6 +73,6 @@ class Plus(torch.autograd.Function):
 def test_a_launch_with_another_result_is_not_timed(stages: int, wrong: bool) -> None:
     shapes = Shapes(SmolLM2Config.preset("tiny"), 1, 4, torch.float32, CPU)
     case = Case("double", Cost(Work(1, 1), Work(1, 1)), lambda seed: [torch.ones(4, requires_grad=True)], {"triton": Plus.apply})
-    first, second = tuning.measure(case, "swiglu", "forward", [Launch(4, 512, 4, stages)], shapes, tiny=True)
+    first, second = tuning.measure(case, "swiglu", "forward", [Launch(2, 512, 4, stages)], shapes, tiny=True)
     assert first["of_table"] and "us" in first
     assert ("failed" in second) == wrong and ("us" in second) != wrong

@@ -41,6 +41,24 @@ def test_bytes_of_the_memory_bound_operations():
     assert work.attention(32, 512, 9, 3, 64, 2).forward.flops == pytest.approx(9.7e9, rel=0.01)
 
 
+def test_bytes_of_what_holds_weights():
+    rows, hidden, width = 16384, 16384 * 576, 16384 * 1536
+    matrix = 576 * 1536
+    forward = hidden + 2 * matrix + 2 * width, width, width + matrix + hidden  # gate and up, what comes of them, down
+    of_down, of_gate_up = (hidden + matrix + 4 * width, hidden + width + matrix), (2 * width + 2 * matrix + hidden,) * 2
+    found = work.mlp(rows, 576, 1536, 2)
+    assert (found.forward.bytes, found.backward.bytes) == (2 * sum(forward), 2 * sum((*of_down, *of_gate_up)))
+    assert (found.forward.flops, found.backward.flops) == (6 * rows * matrix, 12 * rows * matrix)
+    apart = work.layer(CONFIG, 32, 512, 2)
+    assert found.forward.bytes == 4 * width * -1 + sum(
+        apart[name].forward.bytes for name in ("gate and up projection", "swiglu", "down projection")
+    )
+    found = work.tied_embedding(rows, 5000, 49152, 576, 2)
+    assert found.forward.bytes == 2 * hidden + 8 * rows + 5000 * 576 * 4
+    assert found.backward.bytes == 2 * hidden + 8 * rows + 4 * 49152 * 576 + 5000 * 576 * 8
+    assert work.step(CONFIG, 32, 512, 2)["optimizer"].backward == work.adamw(CONFIG.num_parameters()) == work.Work(32 * 134_515_008)
+
+
 def test_bytes_of_a_decode_step_are_its_weights_and_its_cache():
     weights = work.decode_layer(CONFIG, 0, 512, 2).forward
     assert weights.bytes == 2 * (576 * 960 + 576 * 576 + 3 * 576 * 1536 + 2 * 576) and weights.flops == 0

@@ -22,17 +22,20 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 PARTS = ("train_step", "kernels", "generation", "ladder", "tuning", "roofline", "memcheck")
 OF_TRAINING = {
-    "_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel", "_attention_fwd_kernel", "_rms_norm_bwd_dw_kernel", "_rms_norm_bwd_dx_kernel",
-    "_rms_norm_fwd_kernel", "_rope_kernel", "_softmax_gradient_kernel", "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
+    "_adamw_kernel", "_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel", "_attention_fwd_kernel", "_embedding_bwd_kernel",
+    "_embedding_bwd_piece_kernel", "_embedding_fwd_kernel", "_norm_kernel", "_rescale_kernel", "_rms_norm_bwd_dw_kernel",
+    "_rms_norm_bwd_dx_kernel", "_rms_norm_fwd_kernel", "_rope_kernel", "_scalars_kernel", "_softmax_gradient_kernel",
+    "_sum_of_squares_kernel", "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
 }  # fmt: skip
 OF_DECODING = {
     "_combine_o_kernel", "_decode_attention_combine_kernel", "_decode_attention_split_kernel", "_down_kernel", "_norm_gate_up_kernel",
     "_norm_head_kernel", "_norm_qkv_rope_kernel",
 }  # fmt: skip
-KERNELS = OF_TRAINING | OF_DECODING
+KERNELS = OF_TRAINING | OF_DECODING | {"_mlp_fwd_kernel", "_mlp_bwd_kernel"}
 # What a stand-in cannot have: numbers, a torch that was built with CUDA, libraries that are not installed.
 EXCUSED = re.compile(
-    r"wrong: |Torch not compiled with CUDA|is not installed|needs a GPU|No viable backend for scaled_dot_product_attention"
+    r"wrong: |Torch not compiled with CUDA|is not installed|needs a GPU|needs Triton kernels"
+    r"|No viable backend for scaled_dot_product_attention"
     r"|Could not run 'aten::_flash_attention_forward'|FlexAttention does not support backward on CPU"
 )
 STAND_IN = """
@@ -94,7 +97,7 @@ def test_a_captured_training_run(project_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     keys = "device=cuda backend=triton cuda_graph=true dtype=bf16 steps=6 eval_every=3 sample_every=0 checkpoint_every=3 workers=1"
     launched = on_stand_in(project_root, tmp_path, "train.run", "train/configs/tiny.yaml", f"output_dir={out}", *keys.split())
-    assert launched == OF_TRAINING
+    assert launched == OF_TRAINING - {"_embedding_bwd_piece_kernel"}  # for more tokens than a window has
     assert (out / "checkpoints" / "step-000006").is_dir()
     assert len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 6
 
@@ -105,7 +108,7 @@ def test_what_is_launched_is_compiled_and_found(project_root: Path, tmp_path: Pa
     run(project_root, "-m", "bench.gpu_launches", "bench", "--out", str(tmp_path / "launches.json"))
     for item in json.loads((tmp_path / "launches.json").read_text(encoding="utf-8")):
         assert item[0].startswith("kernels.")
-        if "*bf16" in item[2]:
+        if "*bf16" in item[2] or item[0] == "kernels.adamw":  # which reaches its tensors by their addresses
             found.setdefault(item[1], item)
     assert found.keys() == KERNELS
     (tmp_path / "few.json").write_text(json.dumps(list(found.values())), encoding="utf-8")
