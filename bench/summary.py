@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.part import read_json
 
-LINES, WIDTH = 40, 150
+LINES, WIDTH = 44, 150
 
 
 def summarise(folder: Path) -> str:
