@@ -5,7 +5,7 @@
     tests.json        the kernels' tests; every operation under compute-sanitizer
     numerics.json     worst error over budget of each operation and dtype, for `python -m kernels.certify --numerics`
     generation.json   prefill and decode, beside transformers
-    summary.txt       40 lines, printed last
+    summary.txt       44 lines, printed last
     logs.tgz          what the parts printed
 
 Each part is a process of its own with a limit of its own, a share of the time that is left, and saves what it has as it goes: a crash, a

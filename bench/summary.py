@@ -1,4 +1,4 @@
-"""All results of a measurement in at most 40 lines, from the JSON files of its folder. Whatever is missing is named, never guessed."""
+"""All results of a measurement in at most 44 lines, from the JSON files of its folder. Whatever is missing is named, never guessed."""
 
 from __future__ import annotations
 

@@ -212,9 +212,9 @@ def attention(
         if q.is_cuda:
             # With a mask only the memory-efficient CUDA kernel avoids a [T, S] score tensor, and it wants equal head counts.
             k, v = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = F.scaled_dot_product_attention(
-        queries, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout_p, scale=scale, enable_gqa=queries.shape[1] != k.shape[1]
-    )
+    # A branch, because under torch.compile a comparison of dynamic sizes is not a bool until something depends on it.
+    grouped = {"enable_gqa": True} if queries.shape[1] != k.shape[1] else {}
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout_p, scale=scale, **grouped)
     return out.transpose(1, 2)
 
 

@@ -175,7 +175,7 @@ def test_summary_names_failures_and_stays_short(tmp_path):
     write(tmp_path, "tests.json", tests=tests)
     write(tmp_path, "kernels.json", kernels={"status": "complete", "rows": [{**row("triton", 1.0), "op": f"op {i}"} for i in range(60)]})
     found = summary.summarise(tmp_path)
-    assert len(found.splitlines()) == 40 and "more lines" in found.splitlines()[-1]
+    assert len(found.splitlines()) == summary.LINES and "more lines" in found.splitlines()[-1]
     assert "tests: 3 passed, 60 failed in 2 files" in found
     assert "FAILED tests/test_x.py::test_3" in found and "and 56 more" in found
     assert "test_y.py: exit code -11: Segmentation fault" in found

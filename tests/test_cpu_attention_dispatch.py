@@ -42,9 +42,11 @@ def test_everything_else_is_the_reference() -> None:
     assert not blocked(reference.attention(q, k, v)), "the oracle stays the plain formula"
 
 
-def test_a_compiled_graph_has_the_plain_formula() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_has_the_plain_formula(dynamic: bool) -> None:
     q, k, v = draw(20), draw(20, 1), draw(20, 1)
-    compiled = torch.compile(TORCH.attention, backend="aot_eager", fullgraph=True)
+    torch.compiler.reset()  # so that no other test's sizes decide which of ours are dynamic
+    compiled = torch.compile(TORCH.attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     assert torch.equal(compiled(q, k, v), reference.attention(q, k, v))
 
 
