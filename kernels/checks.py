@@ -78,7 +78,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 def _tables(op: str, cos: Tensor, sin: Tensor, batch: int, length: int, head_dim: int, like: Tensor, name_of_like: str) -> None:
     """cos and sin of one shape, [T, D/2] or [B, T, D/2], of one floating-point dtype, on the device of `like`."""
     for name, table in (("cos", cos), ("sin", sin)):
-        shape(table) in ([length, head_dim // 2], [batch, length, head_dim // 2]) or refuse(
+        # Compared one by one: Dynamo is wrong about `in` where two dynamic sizes happen to be equal.
+        (table.shape == (length, head_dim // 2) or table.shape == (batch, length, head_dim // 2)) or refuse(
             op, f"{name} of shape [{length}, {head_dim // 2}] or [{batch}, {length}, {head_dim // 2}]", shape(table)
         )
         table.device == like.device or refuse(op, f"{name} on {like.device} as {name_of_like}", table.device)

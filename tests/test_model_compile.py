@@ -41,3 +41,15 @@ def test_the_rotary_tables_are_there_before_the_first_step() -> None:
     assert not empty.model._rotary
     empty.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(empty.model._rotary[torch.device("cpu")][0], tables[0])
+
+
+@pytest.mark.parametrize("length", [CONFIG.head_dim // 2, CONFIG.head_dim // 2 + 1])
+def test_any_first_length_is_one_graph_of_dynamic_sizes(length: int) -> None:
+    """A length that is also the width of the rotary tables was refused: to the compiler both were one size."""
+    torch.compiler.reset()
+    model = SmolLM2ForCausalLM(CONFIG, "torch")
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    for tokens in (length, length + 3):
+        ids = torch.randint(CONFIG.vocab_size, (2, tokens))
+        torch.testing.assert_close(compiled(ids, labels=ids).loss, model(ids, labels=ids).loss)
+    torch.compiler.reset()
