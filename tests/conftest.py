@@ -68,5 +68,7 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return allocate_poisoned
 
+    with torch.device("cpu"):
+        torch.empty(0)  # torch remembers, from the first time on, which functions a `with torch.device(...)` concerns: not ours
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
