@@ -43,7 +43,8 @@ from bench.peak_memory import peak_memory
 from bench.roofline import DTYPES, MachinePart
 from bench.timing import synchronize
 from bench.train_step import CapturedStep, TrainingStep, all_logits
-from kernels import TORCH, Backend, reference, select_backend, with_ops
+from kernels import TORCH, Backend, select_backend, with_ops
+from kernels.eager.linear import mlp
 from smollm2.cli import UsageError, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
@@ -135,7 +136,7 @@ def plain_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 PLAIN = dataclasses.replace(
     TORCH, name="plain", rms_norm=plain_rms_norm, add_rms_norm=plain_add_rms_norm, rope=plain_rope, rope_qkv=plain_rope_qkv,
-    attention=plain_attention, swiglu=plain_swiglu, mlp=partial(reference.mlp, swiglu=plain_swiglu), linear_cross_entropy=all_logits,
+    attention=plain_attention, swiglu=plain_swiglu, mlp=partial(mlp, swiglu=plain_swiglu), linear_cross_entropy=all_logits,
 )  # fmt: skip
 
 

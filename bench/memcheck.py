@@ -91,6 +91,7 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
     count = torch.arange(5 * TOKENS)
     ids = (count // 7 * (count % 2)).to(device)  # half of them one, for which several programs add up
     heads = (TOKENS, HEADS, HEAD_DIM), (TOKENS, KEY_HEADS, HEAD_DIM), (TOKENS, KEY_HEADS, HEAD_DIM)
+    cache = 2, 2 * TOKENS, KEY_HEADS, HEAD_DIM
     return {
         "rms_norm": lambda: both(lambda x, w: backend.rms_norm(x, w, 1e-5), draw(TOKENS, WIDTH), draw(WIDTH)),
         "add_rms_norm": lambda: both(
@@ -103,10 +104,10 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         "attention": lambda: both(backend.attention, *(draw(1, *size) for size in heads)),
         "attention with documents": lambda: both(lambda q, k, v: backend.attention(q, k, v, starts), *(draw(1, *size) for size in heads)),
         "decode_attention": lambda: backend.decode_attention(
-            draw(2, 3, HEADS, HEAD_DIM).detach(), *(draw(2, 2 * TOKENS, KEY_HEADS, HEAD_DIM).detach() for _ in range(2)), full
+            draw(2, 3, HEADS, HEAD_DIM).detach(), draw(*cache).detach(), draw(*cache).detach(), full
         ),
         "decode_layer": decode_layer,
-        "decode_head": lambda: backend.decode_head(*(draw(*size).detach() for size in ((3, WIDTH), (WIDTH,), (101, WIDTH))), 1e-5),
+        "decode_head": lambda: backend.decode_head(draw(3, WIDTH).detach(), draw(WIDTH).detach(), draw(101, WIDTH).detach(), 1e-5),
         "swiglu": lambda: both(backend.swiglu, draw(TOKENS, 2 * WIDTH)),
         "mlp": lambda: mlp(97, 131),
         "mlp with descriptors": lambda: mlp(104, 136),  # which want rows of whole 16 bytes

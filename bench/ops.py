@@ -270,7 +270,11 @@ def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         return [x, *LayerWeights(norm, qkv, o, post_norm, gate_up, down), key_cache, value_cache, lengths]
 
     def of(ops: Backend) -> Callable[..., Tensor]:
-        return lambda x, *rest: ops.decode_layer(x, LayerWeights(*rest[:6]), *rest[6:], cos, sin, eps=EPS, ops=ops)
+        def layer(x: Tensor, *rest: Tensor) -> Tensor:
+            key_cache, value_cache, lengths = rest[6:]
+            return ops.decode_layer(x, LayerWeights(*rest[:6]), key_cache, value_cache, lengths, cos, sin, eps=EPS, ops=ops)
+
+        return layer
 
     def with_written(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         return lambda *inputs: (function(*inputs), *(cache[:, -1] for cache in inputs[7:9]))

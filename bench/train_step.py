@@ -117,10 +117,12 @@ class CapturedStep:
 
 
 def all_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", scale: None = None,
-    weight_copy: None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", **others: Any,
 ) -> Tensor:  # fmt: skip
-    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more. It has no scale and reads no copy."""
+    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more. No scale, no penalty, and it reads no copy."""
+    wanted = [name for name in ("scale", "z_loss", "label_smoothing") if others.get(name)]
+    if wanted:
+        raise ValueError(f"the plain loss has no {', '.join(wanted)}")
     logits = F.linear(hidden, weight.to(hidden.dtype))
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction=reduction)

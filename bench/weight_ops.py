@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from bench import work
 from bench.case import Case, Compile, Shapes, from_liger, from_quack, normal
 from kernels import TORCH, Backend
+from kernels.eager.linear import mlp as composed_mlp
 from kernels.products import weight_gradient
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.working_copies import WorkingCopies
@@ -115,7 +116,7 @@ def mlp(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         {
             "triton": backend.mlp,
             "triton fused": fused,
-            "triton composed": functools.partial(TORCH.mlp, swiglu=backend.swiglu),
+            "triton composed": functools.partial(composed_mlp, swiglu=backend.swiglu),
             "reference": TORCH.mlp,
             "compile": compiled(TORCH.mlp),
             "liger": liger,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kernels.backend import TORCH, Backend, LayerWeights, select_backend, with_ops
+from kernels.backend import TORCH, select_backend, with_ops
+from kernels.types import Backend, LayerWeights
 
 __version__ = "0.1.0"
 __all__ = ["TORCH", "Backend", "LayerWeights", "check_name_clash", "select_backend", "with_ops"]

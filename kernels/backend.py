@@ -11,68 +11,37 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import cpu_attention, reference
+from kernels import reference
+from kernels.eager import attention as eager_attention
+from kernels.eager import linear, loss, pointwise
+from kernels.types import OPS, Backend, LayerWeights
 
-
-class LayerWeights(NamedTuple):
-    """The weights of one block, packed for inference: three projections read as one matrix, gate and up as another."""
-
-    input_norm: Tensor  # [hidden]
-    qkv: Tensor  # [(H + 2K) * D, hidden]
-    o: Tensor  # [hidden, H * D]
-    post_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2F, hidden]
-    down: Tensor  # [hidden, F]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The operations a SmolLM2 block needs. Every backend has identical signatures, shapes and semantics.
-
-    The docstrings in kernels/reference.py are the specification.
-    """
-
-    name: str
-    rms_norm: Callable[..., Tensor]  # (x [..., D], weight [D], eps) -> [..., D]
-    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> (normed, sum)
-    rope: Callable[..., tuple[Tensor, Tensor]]  # (q [B,T,H,D], k [B,T,K,D], cos, sin [T,D/2] or [B,T,D/2]) -> (q, k)
-    rope_qkv: Callable[..., tuple[Tensor, Tensor, Tensor]]  # (qkv [B,T,H+2K,D], cos, sin, key_heads) -> (q, k, v)
-    attention: Callable[..., Tensor]  # (q [B,T,H,D], k [B,S,K,D], v, doc_start=None, *, dropout_p, scale) -> [B,T,H,D]
-    decode_attention: Callable[..., Tensor]  # (q [B,T,H,D], key cache [B,S,K,D], value cache, lengths [B]) -> [B,T,H,D]
-    swiglu: Callable[..., Tensor]  # (gate, up) or (packed gate and up [...,2F]) -> silu(gate) * up
-    tied_embedding: Callable[..., tuple[Tensor, Tensor]]  # (ids [...], weight [V,D], dtype, weight_copy) -> (x [...,D], head [V,D])
-    mlp: Callable[..., Tensor]  # (x [...,D], gate_up [2F,D], down [D,F], *, copies=None) -> down @ swiglu(gate_up @ x) [...,D]
-    linear_cross_entropy: Callable[..., Tensor]  # (hidden [N,D], weight [V,D], targets [N], *, ...) -> loss
-    decode_layer: Callable[..., Tensor]  # (x [B,T,hidden], LayerWeights, caches, lengths, cos, sin, *, eps, ops) -> x
-    decode_head: Callable[..., Tensor]  # (x [..., E], norm weight [E], head weight [V, E], eps) -> fp32 logits [..., V]
-    why: str = "asked for"  # how the choice came about, for the run's first lines
-    replaced: frozenset[str] = frozenset()  # the operations that with_ops took from another backend
-
-
-OPS = tuple(field.name for field in dataclasses.fields(Backend) if field.name not in ("name", "why", "replaced"))
 # What reference.decode_layer composes, and the fused decode layer does in kernels of its own. Where one of these was replaced, the
 # composition serves: the one that was asked for would otherwise never be called.
 LAYER_OPS = frozenset({"rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu"})
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
-) -> Tensor:
-    """kernels/cpu_attention.py where it serves (training in bf16 on a CPU) and nothing is dropped, else the reference."""
-    if dropout_p == 0.0 and cpu_attention.serves(q, k, v):
-        return cpu_attention.attention(q, k, v, doc_start, scale=scale)
-    return reference.attention(q, k, v, doc_start, dropout_p=dropout_p, scale=scale)
-
-
-TORCH = Backend(name="torch", **{op: getattr(reference, op) for op in OPS} | {"attention": _attention})
+TORCH = Backend(
+    name="torch",
+    rms_norm=pointwise.rms_norm,
+    add_rms_norm=pointwise.add_rms_norm,
+    rope=reference.rope,
+    rope_qkv=pointwise.rope_qkv,
+    attention=eager_attention.attention,
+    decode_attention=eager_attention.decode_attention,
+    swiglu=pointwise.swiglu,
+    tied_embedding=reference.tied_embedding,
+    mlp=linear.mlp,
+    linear_cross_entropy=loss.linear_cross_entropy,
+    decode_layer=reference.decode_layer,
+    decode_head=reference.decode_head,
+)
 
 
 @functools.cache
@@ -93,20 +62,20 @@ def load_triton() -> Backend:
         ops: Backend,
     ) -> Tensor:
         """Five kernels where they serve (at most 16 rows) and contain nothing that `ops` has from elsewhere, else the composition."""
-        if decode_layer.serves(x, weights) and not ops.replaced & LAYER_OPS:
+        if decode_layer.supports(x, weights) and not ops.replaced & LAYER_OPS:
             return decode_layer.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps)
         return reference.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps, ops=ops)
 
     def head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
-        if decode_head.serves(x):
+        if decode_head.supports(x):
             return decode_head.decode_head(x, norm_weight, head_weight, eps)
         return reference.decode_head(x, norm_weight, head_weight, eps)
 
     def gated(x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
         """SwiGLU inside its products where the launch table says so, else the kernel of swiglu between the library's."""
-        if mlp.serves(x):
+        if mlp.supports(x):
             return mlp.mlp(x, gate_up, down, copies=copies)
-        return reference.mlp(x, gate_up, down, copies=copies, swiglu=swiglu.swiglu)
+        return linear.mlp(x, gate_up, down, copies=copies, swiglu=swiglu.swiglu)
 
     return Backend(
         name="triton",
@@ -135,7 +104,7 @@ def with_ops(backend: Backend, **replacements: Backend) -> Backend:
     changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}
     replaced = backend.replaced | replacements.keys()
     if "swiglu" in replacements and "mlp" not in replaced:
-        changes["mlp"] = functools.partial(reference.mlp, swiglu=changes["swiglu"])
+        changes["mlp"] = functools.partial(linear.mlp, swiglu=changes["swiglu"])
     return dataclasses.replace(backend, name=name, replaced=replaced, **changes)
 
 

@@ -6,13 +6,12 @@ A check looks at shapes, dtypes and devices only. It never reads a value of a te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kernels.backend import LayerWeights
+from kernels.types import LayerWeights
 
 
 def require(condition: bool, op: str, expected: str, got: object) -> None:

@@ -65,7 +65,7 @@ def _decode_head(x: Tensor, scale: Tensor, weight: Tensor, eps: float) -> Tensor
     return logits
 
 
-def serves(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether the kernel takes so many rows: x [..., E]."""
     return x.numel() <= MAX_ROWS * x.shape[-1]
 
@@ -80,7 +80,7 @@ def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float)
     checks.decode_head(x, norm_weight, head_weight)
     checks.kernel_dtype("decode_head", x)
     rows = x.numel() // max(1, x.shape[-1])
-    checks.require(serves(x), "decode_head", f"at most {MAX_ROWS} rows", rows)
+    checks.require(supports(x), "decode_head", f"at most {MAX_ROWS} rows", rows)
     checks.require(head_weight.stride(1) == 1, "decode_head", "head_weight with a last stride of 1", head_weight.stride(1))
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()

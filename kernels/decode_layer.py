@@ -43,8 +43,6 @@ Source: the fused decoding step of Hazy Research 2025, "Look Ma, No Bubbles", cu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -53,9 +51,7 @@ from torch import Tensor
 from kernels import checks
 from kernels.decode_attention import HEAD_DIMS, KEYS_PER_SPLIT, split_attention
 from kernels.launch_config import TABLE, launch_config
-
-if TYPE_CHECKING:
-    from kernels.backend import LayerWeights
+from kernels.types import LayerWeights
 
 MAX_ROWS = 16
 MAX_WIDTH = TABLE["decode_norm_matmul"][-1].size  # a whole weight row must fit a program's registers
@@ -293,7 +289,7 @@ _OPERATION = torch.library.custom_op("smollm2::decode_layer", _decode_layer, mut
 _OPERATION.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
-def serves(x: Tensor, weights: LayerWeights) -> bool:
+def supports(x: Tensor, weights: LayerWeights) -> bool:
     """Whether this layer is one for the five kernels: 1 to 16 rows (a batch of none included), and weight rows that fit registers."""
     widths = (weights.qkv.shape[-1], triton.next_power_of_2(weights.o.shape[-1]), weights.down.shape[-1])
     return x.dim() == 3 and x.shape[0] * x.shape[1] <= MAX_ROWS and max(widths) <= MAX_WIDTH
@@ -316,7 +312,7 @@ def decode_layer(
     checks.kernel_dtype(op, x)
     head_dim = key_cache.shape[3]
     checks.require(head_dim in HEAD_DIMS, op, f"a head dim in {list(HEAD_DIMS)}", head_dim)
-    checks.require(serves(x, weights), op, f"B * T <= {MAX_ROWS} rows and widths of at most {MAX_WIDTH}", checks.shape(x))
+    checks.require(supports(x, weights), op, f"B * T <= {MAX_ROWS} rows and widths of at most {MAX_WIDTH}", checks.shape(x))
     for name, tensor in (("key cache", key_cache), ("value cache", value_cache)):
         checks.require(tensor.stride(3) == 1, op, f"{name} with a last stride of 1", tensor.stride(3))
     for name, tensor in weights._asdict().items():

@@ -24,10 +24,11 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITCallable
 
 from kernels import adamw, launch_config
-from kernels.backend import Backend, LayerWeights, load_triton
+from kernels.backend import load_triton
 from kernels.decode_head import decode_head
 from kernels.mlp import mlp
 from kernels.targets import Target
+from kernels.types import Backend, LayerWeights
 
 EPS = 1e-5
 HEAD_DIM = 64
@@ -265,11 +266,12 @@ def decode(
 ) -> None:
     """One block for a few new tokens over a cache of 2048 that is filled to `keys`."""
     size, dtype = MODELS[model], run.dtype
-    cache = [tensor(batch, 2048, size.key_heads, head_dim, dtype=dtype, grad=False)[:, :keys] for _ in range(2)]
+    key_cache, value_cache = (tensor(batch, 2048, size.key_heads, head_dim, dtype=dtype, grad=False)[:, :keys] for _ in range(2))
     lengths = tensor(batch, dtype=torch.int64, grad=False)
     with torch.no_grad():
         x, weights = tensor(batch, new, size.hidden, dtype=dtype), _layer_weights(size, dtype, head_dim)
-        ops.decode_layer(x, weights, *cache, lengths, *tables(batch, new, head_dim // 2), eps=EPS, ops=ops)
+        cos, sin = tables(batch, new, head_dim // 2)
+        ops.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=EPS, ops=ops)
 
 
 def head(run: Recorder, ops: Backend, model: str) -> None:

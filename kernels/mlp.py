@@ -243,7 +243,7 @@ class _MLP(torch.autograd.Function):
         return dx, dgate_up, ddown, None, None
 
 
-def serves(x: Tensor) -> bool:
+def supports(x: Tensor) -> bool:
     """Whether the launch table wants this form for x: in 16 bits, where it was measured to be the faster one."""
     return x.element_size() == 2 and launch_config.fuses_mlp(x.device)
 

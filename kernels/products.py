@@ -1,13 +1,9 @@
-"""Matrix products of 16-bit activations with fp32 master weights, whose gradients keep the precision of their fp32 accumulators."""
+"""What the library's matrix products leave to decide: the dtype in which a weight's gradient is written, and the size of a chunk."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-from kernels import checks, cpu_linear
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,38 +29,6 @@ def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor, first: bool) -> No
         torch.addmm(total, dy.t(), x, beta=beta, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(dy.t().float(), x.float(), beta=beta)
-
-
-class _Linear(torch.autograd.Function):
-    """x @ copy.T, where copy is the weight in the dtype of x. The gradient of the weight has the weight's dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
-        ctx.save_for_backward(x, copy)
-        ctx.dtype = weight.dtype
-        return torch.nn.functional.linear(x, copy)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        checks.first_derivative("linear")
-        x, copy = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        dweight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), ctx.dtype) if ctx.needs_input_grad[1] else None
-        dx = torch.mm(rows, copy).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, dweight, None
-
-
-def linear(x: Tensor, weight: Tensor, copy: Tensor | None = None) -> Tensor:
-    """x [..., D] @ weight [R, D].T -> [..., R], in the dtype of x, to which a weight of another one is cast.
-
-    copy: the weight in the dtype of x, if it exists already; what it holds is multiplied, and the gradient goes to the weight. A trace
-    of a training step casts the weight instead. Raises what F.linear raises, and RuntimeError for create_graph=True where a copy is used.
-    """
-    if not torch.is_grad_enabled():
-        return cpu_linear.linear(x, weight.to(x.dtype) if copy is None else copy)
-    if not torch.compiler.is_compiling() and (copy is not None or (x.is_cuda and weight.dtype != x.dtype)):
-        return _Linear.apply(x, weight, weight.detach().to(x.dtype) if copy is None else copy)
-    return cpu_linear.linear(x, weight.to(x.dtype))
 
 
 FULL = 0.95  # of the multiprocessors that the last wave keeps busy

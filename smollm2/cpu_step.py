@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import LayerWeights, reference
-from kernels.cpu_linear import onednn_is_faster
+from kernels import TORCH, LayerWeights
+from kernels.eager.linear import onednn_is_faster
 from smollm2.cache import KVCache, free_memory
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def serves(model: SmolLM2ForCausalLM, cache: KVCache) -> bool:
         cache.keys.device.type == "cpu"
         and not cache.fixed
         and not torch.compiler.is_compiling()
-        and all(getattr(backend, op) is getattr(reference, op) for op in STANDS_IN_FOR)
+        and all(getattr(backend, op) is getattr(TORCH, op) for op in STANDS_IN_FOR)
     )
 
 
@@ -109,7 +109,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's product is there and the better one: in fp32 as kernels/cpu_linear.py decides, in bf16 on AVX-512."""
+    """Whether oneDNN's product is there and the better one: in fp32 as kernels/eager/linear.py decides, in bf16 on AVX-512."""
     if dtype == torch.float32:
         return onednn_is_faster()
     if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Backend, LayerWeights, select_backend
-from kernels.products import linear
+from kernels.eager.linear import linear
 from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from kernels import TORCH, select_backend, with_ops
-from kernels.backend import OPS
+from kernels.types import OPS
 
 
 def test_auto_on_cpu_is_torch_and_says_why():

@@ -12,7 +12,7 @@ import torch
 from bench import ladder
 from bench.ladder import PLAIN, RUNGS
 from kernels import TORCH
-from kernels.backend import OPS
+from kernels.types import OPS
 from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
 from smollm2.model import rotary_tables

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import TORCH, Backend, reference
+from kernels.eager.linear import mlp
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, doctor
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def failures(model: SmolLM2ForCausalLM) -> set[str]:
 def planted(**operations: Callable[..., Any]) -> Backend:
     """The reference with some operations replaced; a rotation and a SwiGLU are planted in both forms that the switch has."""
     if swiglu := operations.get("swiglu"):
-        operations["mlp"] = partial(reference.mlp, swiglu=swiglu)
+        operations["mlp"] = partial(mlp, swiglu=swiglu)
     if rope := operations.get("rope"):
 
         def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:

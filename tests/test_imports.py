@@ -45,7 +45,7 @@ def is_module(name: str) -> bool:
 def imports_of(path: Path) -> Iterator[Import]:
     """Every import of a file, relative ones resolved, `from package import submodule` named as the submodule.
 
-    Imports under `if TYPE_CHECKING:` are left out: they name types and never run.
+    Those inside functions and under `if TYPE_CHECKING:` count too: a circle that never runs is still read as one.
     """
     package = list(path.relative_to(ROOT).parts[:-1])
 
@@ -59,14 +59,33 @@ def imports_of(path: Path) -> Iterator[Import]:
                 for alias in child.names:
                     submodule = f"{module}.{alias.name}"
                     yield Import(submodule if is_module(submodule) else module, function)
-            elif isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-                yield from (one for branch in child.orelse for one in visit(branch, function))
             elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield from visit(child, function or child.name)
             else:
                 yield from visit(child, function)
 
     yield from visit(ast.parse(path.read_text(encoding="utf-8")), "")
+
+
+def circles() -> list[list[str]]:
+    """The modules of this project that import each other, directly or by way of others: strongly connected components, sorted."""
+    names = {}
+    for path in source_files(*PACKAGES):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    arrows = {name: {one.module for one in imports_of(path)} & names.keys() - {name} for name, path in names.items()}
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            new = arrows[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    ahead = {name: reached(name) for name in names}
+    found = {tuple(sorted(other for other in ahead[name] if name in ahead[other])) for name in names}
+    return sorted(list(circle) for circle in found if circle)
 
 
 def outside(found: Iterator[Import], allowed: set[str]) -> list[str]:

@@ -3,7 +3,10 @@
 import numerics
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TORCH, TRITON, agree, assert_same, draw, gap, over
+from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TRITON, agree, assert_same, draw, gap, over
+
+from kernels import reference
+from kernels.eager.attention import library_attention
 
 # What a kernel does not write is NaN, and not by luck the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -109,8 +112,8 @@ def test_a_later_key_is_not_seen_by_an_earlier_query():
 def test_is_the_end_of_attention(dtype):
     """The last queries of a prefill, asked again one by one: within the contract of attention."""
     q, k, v = inputs(1, 70, 70, 6, 2, dtype=dtype)
-    base = TORCH.attention(q, k, v)
-    truth = TORCH.attention(q.double(), k.double(), v.double())
+    base = library_attention(q, k, v)
+    truth = reference.attention(q.double(), k.double(), v.double())
     for queries, length in ((1, 70), (5, 70), (16, 33)):
         new = slice(length - queries, length)
         ours = TRITON.decode_attention(q[:, new], k, v, filled(length))

@@ -6,7 +6,7 @@ import re
 import numerics
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, EPS, LENGTHS, TORCH, TRITON, WITHOUT_FP16, angles, assert_same, draw
+from kernel_cases import DEVICE, DTYPES, EPS, LENGTHS, ORACLE, TORCH, TRITON, WITHOUT_FP16, angles, assert_same, draw
 
 from kernels import LayerWeights, decode_layer, launch_config, with_ops
 from kernels.backend import LAYER_OPS
@@ -57,7 +57,7 @@ def doubled(arguments):
 
 def agree(arguments):
     """Holds output and caches to the contract; returns the kernels' results."""
-    ours, base, truth = run(arguments), run(arguments, TORCH), run(doubled(arguments), TORCH)
+    ours, base, truth = run(arguments), run(arguments, ORACLE), run(doubled(arguments), ORACLE)
     for name, *three in zip(("out", "keys", "values"), ours, base, truth, strict=True):
         numerics.check("decode_layer", name, *three)
     return ours

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from kernel_cases import DEVICE, DTYPES, INTERPRETED, LENGTHS, ROW_LAYOUTS, TORCH, TRITON, agree, assert_same, draw, over, swapped
 from test_kernel_offsets import buffer, far  # noqa: F401
 
-from kernels import cpu_linear, launch_config, mlp, reference, swiglu, with_ops
+from kernels import launch_config, mlp, swiglu, with_ops
+from kernels.eager import linear as eager_linear
 
 # What a kernel does not write is NaN, and not by luck the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -167,9 +168,9 @@ def test_the_composed_form_is_the_composition(leading, dtype, monkeypatch):
     monkeypatch.setattr(launch_config, "FUSED_MLP", ())
     x, *weights = drawn(10, 576, 1536, dtype)
     x, dy = x.view(*leading, -1, 576), draw(10, 576, dtype=dtype).view(*leading, -1, 576)
-    for backend, linear in ((TORCH, cpu_linear.linear), (TRITON, cpu_linear.linear), (TRITON, F.linear)):
+    for backend, linear in ((TORCH, eager_linear.linear), (TRITON, eager_linear.linear), (TRITON, F.linear)):
         if linear is F.linear:  # as on a GPU
-            monkeypatch.setattr(cpu_linear, "serves", lambda *_: False)
+            monkeypatch.setattr(eager_linear, "supports", lambda *_: False)
 
         def composition(x, gate_up, down, linear=linear, swiglu=backend.swiglu):
             return linear(swiglu(linear(x, gate_up.to(x.dtype))), down.to(x.dtype))
@@ -186,7 +187,7 @@ def test_the_composed_form_is_the_composition(leading, dtype, monkeypatch):
 ])  # fmt: skip
 def test_a_line_of_the_table_chooses_the_form(table, dtype, expected, monkeypatch):
     called = []
-    for owner, name, label in ((mlp, "mlp", "fused"), (reference, "mlp", "composed")):
+    for owner, name, label in ((mlp, "mlp", "fused"), (eager_linear, "mlp", "composed")):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, label=label, original=original, **kw: called.append(label) or original(*args, **kw))
     monkeypatch.setattr(launch_config, "FUSED_MLP", table)

@@ -6,7 +6,7 @@ import torch
 from kernel_cases import DEVICE, TORCH, TRITON
 
 from kernels import select_backend
-from kernels.backend import OPS
+from kernels.types import OPS
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
 
 SMALL = dict(vocab_size=64, num_hidden_layers=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import CALLS, DEVICE, DTYPES, TORCH, TRITON, Call, agree, assert_same, draw, small_calls
 
-from kernels.backend import OPS
+from kernels.types import OPS
 
 
 @pytest.fixture(params=CALLS)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import reference
+from kernels.eager.loss import CHUNK_TOKENS
 from kernels.products import tokens_per_chunk
 from smollm2.config import SmolLM2Config
 from train.config import RunConfig
@@ -152,7 +152,7 @@ def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, row
     part = -(-parameters // shards)
     lasting = device.type == "cuda" and size == 2 and shards == 1 and not config.compile  # smollm2/working_copies.py
 
-    chunk = min(tokens, tokens_per_chunk(hidden, model.vocab_size, PROCESSORS) if triton else reference.CHUNK_TOKENS)
+    chunk = min(tokens, tokens_per_chunk(hidden, model.vocab_size, PROCESSORS) if triton else CHUNK_TOKENS)
     logits = chunk * model.vocab_size * size
     if not triton and device.type != "cpu":  # a CPU goes through the chunk in small tiles
         logits += 8 * chunk * model.vocab_size  # the whole chunk in fp32, and a temporary of its size
@@ -194,7 +194,7 @@ def layer_bytes_per_token(model: SmolLM2Config, size: int, *, triton: bool, mask
     if masked and not triton:
         if cuda:  # SDPA gets keys and values repeated for every query head: those are kept, and not the projection
             projection = size * 2 * q
-        if cuda or size == 4:  # in bf16 on a CPU, kernels/cpu_attention.py keeps none
+        if cuda or size == 4:  # in bf16 on a CPU, kernels/eager/attention.py keeps none
             output += size * length  # one row of the mask
     mlp = size * 2 * ffn  # gate and up; silu(gate) is computed again
     mlp += size * ffn  # their product, the input of the last projection

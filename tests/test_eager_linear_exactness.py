@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu_linear, reference
+from kernels import TORCH
+from kernels.eager import linear as eager_linear
 
 WIDTHS = [(7, 5), (576, 960), (1536, 576), (576, 3072)]  # columns and rows of the weight
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
@@ -19,14 +20,14 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """oneDNN on any processor; -> the shapes of the left factors that went to it."""
     seen: list[tuple[int, ...]] = []
-    product = cpu_linear._onednn
+    product = eager_linear._onednn
 
     def recorded(a: Tensor, b: Tensor) -> Tensor:
         seen.append(tuple(a.shape))
         return product(a, b)
 
-    monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(cpu_linear, "_onednn", recorded)
+    monkeypatch.setattr(eager_linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(eager_linear, "_onednn", recorded)
     return seen
 
 
@@ -47,47 +48,47 @@ def test_the_product_and_its_gradients_are_those_of_a_linear_layer(onednn, leadi
     x, weight, dy = draw(*leading, columns), draw(rows, columns), draw(*leading, rows)
     truth = with_gradients(F.linear, x.double(), weight.double(), dy.double())
     sizes = with_gradients(F.linear, x.abs(), weight.abs(), dy.abs())  # sums of absolute values, to which rounding is proportional
-    ours = with_gradients(cpu_linear.linear, x, weight, dy)
+    ours = with_gradients(eager_linear.linear, x, weight, dy)
     for mine, true, size, terms in zip(ours, truth, sizes, (columns, rows, x.numel() // columns), strict=True):
         assert mine.shape == true.shape and mine.is_contiguous()
         assert ((mine - true).abs() <= 2**-23 * terms**0.5 * size).all()
     assert len(onednn) == 2  # the product and the gradient of x; that of the weight is torch's
-    assert torch.equal(cpu_linear.linear(x, weight), ours[0])  # without a gradient
+    assert torch.equal(eager_linear.linear(x, weight), ours[0])  # without a gradient
 
 
 @needs_onednn
 def test_factors_and_gradients_may_have_any_strides(onednn) -> None:
     x, weight = draw(576, 2, 20).transpose(0, 2), draw(576, 64).t()
     dy = draw(1, 2, 64).expand(20, 2, 64)
-    for mine, theirs in zip(with_gradients(cpu_linear.linear, x, weight, dy), with_gradients(F.linear, x, weight, dy), strict=True):
+    for mine, theirs in zip(with_gradients(eager_linear.linear, x, weight, dy), with_gradients(F.linear, x, weight, dy), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(cpu_linear.mm(draw(576, 9).t(), weight.t()), draw(576, 9).t() @ weight.t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(eager_linear.mm(draw(576, 9).t(), weight.t()), draw(576, 9).t() @ weight.t(), rtol=1e-5, atol=1e-4)
     assert len(onednn) == 3
 
 
 @needs_onednn
 def test_a_row_does_not_depend_on_how_many_others_there_are(onednn) -> None:
     x, weight = draw(300, 576), draw(960, 576)
-    whole = cpu_linear.linear(x, weight)
-    for rows in (cpu_linear.ROWS, 3, 16, 65, 300):
-        assert torch.equal(cpu_linear.linear(x[:rows], weight), whole[:rows]), rows
-        assert torch.equal(cpu_linear.linear(x[-rows:].unsqueeze(0), weight)[0], whole[-rows:]), rows
+    whole = eager_linear.linear(x, weight)
+    for rows in (eager_linear.ROWS, 3, 16, 65, 300):
+        assert torch.equal(eager_linear.linear(x[:rows], weight), whole[:rows]), rows
+        assert torch.equal(eager_linear.linear(x[-rows:].unsqueeze(0), weight)[0], whole[-rows:]), rows
 
 
 @needs_onednn
 def test_only_the_gradients_that_are_wanted_are_formed(onednn) -> None:
     x, weight = draw(4, 16), draw(8, 16)
-    cpu_linear.linear(x, weight.clone().requires_grad_()).sum().backward()
+    eager_linear.linear(x, weight.clone().requires_grad_()).sum().backward()
     assert onednn == [(4, 16)]
     leaf = x.clone().requires_grad_()
-    cpu_linear.linear(leaf, weight).sum().backward()
+    eager_linear.linear(leaf, weight).sum().backward()
     assert onednn[1:] == [(4, 16), (4, 8)] and leaf.grad is not None
 
 
 @needs_onednn
 def test_second_derivatives_are_right(onednn) -> None:
     found = []
-    for function in (cpu_linear.linear, F.linear):
+    for function in (eager_linear.linear, F.linear):
         x, weight = draw(3, 5).requires_grad_(), draw(4, 5).requires_grad_()
         first = torch.autograd.grad(function(x, weight).square().sum(), (x, weight), create_graph=True)
         found.append(torch.autograd.grad(sum(part.square().sum() for part in first), (x, weight)))
@@ -101,20 +102,20 @@ def test_everything_else_is_torchs(onednn, case: str, monkeypatch) -> None:
     if case in ("fp64", "bf16"):
         x, weight = (tensor.to({"fp64": torch.float64, "bf16": torch.bfloat16}[case]) for tensor in (x, weight))
     if case == "other processor":
-        monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: False)
-    monkeypatch.setattr(cpu_linear.torch.backends.mkldnn, "enabled", case != "switched off")
+        monkeypatch.setattr(eager_linear, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(eager_linear.torch.backends.mkldnn, "enabled", case != "switched off")
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        assert torch.equal(cpu_linear.linear(x, weight), F.linear(x, weight))
-        assert torch.equal(cpu_linear.mm(x, weight.t()), torch.mm(x, weight.t()))
+        assert torch.equal(eager_linear.linear(x, weight), F.linear(x, weight))
+        assert torch.equal(eager_linear.mm(x, weight.t()), torch.mm(x, weight.t()))
     assert onednn == []
 
 
 @needs_onednn
 def test_wrong_shapes_raise_what_a_linear_layer_raises(onednn) -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        cpu_linear.linear(draw(4, 15), draw(8, 16))
+        eager_linear.linear(draw(4, 15), draw(8, 16))
     with pytest.raises(RuntimeError):
-        cpu_linear.mm(draw(4, 15), draw(16, 8))
+        eager_linear.mm(draw(4, 15), draw(16, 8))
 
 
 @pytest.mark.parametrize("vendor, capability, expected", [
@@ -122,30 +123,30 @@ def test_wrong_shapes_raise_what_a_linear_layer_raises(onednn) -> None:
 ])  # fmt: skip
 @needs_onednn
 def test_the_processor_decides_and_no_clock(monkeypatch, vendor: str, capability: str, expected: bool) -> None:
-    monkeypatch.setattr(cpu_linear, "onednn_is_faster", functools.cache(cpu_linear.onednn_is_faster.__wrapped__))
-    monkeypatch.setattr(cpu_linear, "_vendor", lambda: vendor)
+    monkeypatch.setattr(eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__))
+    monkeypatch.setattr(eager_linear, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert cpu_linear.onednn_is_faster() is expected
+    assert eager_linear.onednn_is_faster() is expected
 
 
 def test_another_torch_without_the_operator_is_served_by_torch(monkeypatch) -> None:
     def gone(*_: Tensor) -> Tensor:
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(cpu_linear, "_onednn", gone)
-    monkeypatch.setattr(cpu_linear, "onednn_is_faster", functools.cache(cpu_linear.onednn_is_faster.__wrapped__))
-    monkeypatch.setattr(cpu_linear, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(eager_linear, "_onednn", gone)
+    monkeypatch.setattr(eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__))
+    monkeypatch.setattr(eager_linear, "_vendor", lambda: "AuthenticAMD")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x, weight = draw(4, 16), draw(8, 16)
-    assert torch.equal(cpu_linear.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(eager_linear.linear(x, weight), F.linear(x, weight))
 
 
 @needs_onednn
 def test_the_loss_takes_its_products_from_here(onednn) -> None:
     hidden, weight, targets = draw(40, 16), draw(37, 16), torch.arange(40) % 37
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    loss = reference.linear_cross_entropy(*leaves, targets)
+    loss = TORCH.linear_cross_entropy(*leaves, targets)
     expected = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     plain = F.cross_entropy(F.linear(*expected), targets)
     torch.testing.assert_close(loss, plain)

@@ -1,4 +1,4 @@
-"""The attention of training on a CPU against the numerics contract: `kernels.reference` is the base, and in fp64 the truth."""
+"""The attention of training on a CPU against the numerics contract: torch's own is the base, the reference in fp64 the truth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu_attention, reference
+from kernels import reference
+from kernels.eager import attention as eager_attention
 
 LENGTHS = [1, 7, 63, 64, 65, 127, 200, 257]
 DTYPE = torch.bfloat16
@@ -29,7 +30,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers of each test are allocated in it, and so full of NaN: nothing is right because an earlier call left it there."""
-    monkeypatch.setattr(cpu_attention, "_buffers", cpu_attention._Buffers())
+    monkeypatch.setattr(eager_attention, "_buffers", eager_attention._Buffers())
 
 
 def draw(*shape: int) -> Tensor:
@@ -54,10 +55,11 @@ def run(
 
 
 def check(values: list[Tensor], doc_start: Tensor | None = None, scale: float | None = None) -> None:
-    ours = run(cpu_attention.attention, values, DTYPE, doc_start, scale)
-    base, truth = (run(reference.attention, values, kind, doc_start, scale) for kind in (DTYPE, torch.float64))
+    ours = run(eager_attention.attention, values, DTYPE, doc_start, scale)
+    base = run(eager_attention.library_attention, values, DTYPE, doc_start, scale)
+    truth = run(reference.attention, values, torch.float64, doc_start, scale)
     for name, *three in zip(NAMES, ours, base, truth, strict=True):
-        numerics.check("attention on a CPU", name, *three)
+        numerics.check("attention, torch", name, *three)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -108,12 +110,12 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradients() -> None:
     doc_start = torch.zeros(2, 300, dtype=torch.int64)
     doc_start[0, 5], doc_start[0, 128:256], doc_start[1] = 6, 256, 500  # one query, a whole block, a whole row of the batch
     blind = doc_start > torch.arange(300)
-    out, dq, dk, dv = run(cpu_attention.attention, values, DTYPE, doc_start)
+    out, dq, dk, dv = run(eager_attention.attention, values, DTYPE, doc_start)
     assert not out[blind].any() and not dq[blind].any()
     assert not dk[1].any() and not dv[1].any()
     # The others are as if nothing came back to those queries.
     values[3][blind] = 0
-    other = run(cpu_attention.attention, values, DTYPE, torch.where(blind, 0, doc_start))
+    other = run(eager_attention.attention, values, DTYPE, torch.where(blind, 0, doc_start))
     for mine, theirs in zip((out[~blind], dq[~blind], dk, dv), (other[0][~blind], other[1][~blind], *other[2:]), strict=True):
         torch.testing.assert_close(mine, theirs, atol=numerics.ATOL[DTYPE], rtol=numerics.ATOL[DTYPE])
 
@@ -126,9 +128,9 @@ def test_scores_far_apart_neither_overflow_nor_lose_the_row() -> None:
 
 def test_a_batch_in_parts_and_smaller_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = tensors(5, 200, 200, 3, 1, 32)
-    monkeypatch.setattr(cpu_attention, "MAX_SCORES", 2 * 3 * 128 * 200)  # two rows at a time, and a rest
+    monkeypatch.setattr(eager_attention, "MAX_SCORES", 2 * 3 * 128 * 200)  # two rows at a time, and a rest
     check(values)
-    monkeypatch.setattr(cpu_attention, "MAX_SCORES", 3 * 64 * 200)  # one row, half a block
+    monkeypatch.setattr(eager_attention, "MAX_SCORES", 3 * 64 * 200)  # one row, half a block
     check(values)
 
 
@@ -137,7 +139,7 @@ def test_slices_of_a_packed_projection_and_an_expanded_gradient() -> None:
     values = [q, k, v, draw(1, 1, 1, 32).expand(2, 150, 3, 32)]
     check(values)
     dense = [x.clone(memory_format=torch.contiguous_format) for x in values]
-    strided, copied = (run(cpu_attention.attention, some, DTYPE) for some in (values, dense))
+    strided, copied = (run(eager_attention.attention, some, DTYPE) for some in (values, dense))
     assert all(torch.equal(mine, other) for mine, other in zip(strided, copied, strict=True))
 
 
@@ -151,15 +153,15 @@ def test_a_planted_fault_fails_the_contract(fault: str, monkeypatch: pytest.Monk
     elif fault == "lse":
         monkeypatch.setattr(Tensor, "log2_", Tensor.log_)
     else:
-        fold = cpu_attention._Sizes.fold
+        fold = eager_attention._Sizes.fold
 
-        def without(sizes: cpu_attention._Sizes, x: Tensor, purpose: str, dtype: torch.dtype) -> Tensor:
+        def without(sizes: eager_attention._Sizes, x: Tensor, purpose: str, dtype: torch.dtype) -> Tensor:
             return fold(sizes, torch.zeros_like(x) if purpose == "delta" else x, purpose, dtype)
 
-        monkeypatch.setattr(cpu_attention._Sizes, "fold", without)
-    ours = run(cpu_attention.attention, values, DTYPE)
+        monkeypatch.setattr(eager_attention._Sizes, "fold", without)
+    ours = run(eager_attention.attention, values, DTYPE)
     monkeypatch.undo()
-    base, truth = (run(reference.attention, values, kind) for kind in (DTYPE, torch.float64))
+    base, truth = run(eager_attention.library_attention, values, DTYPE), run(reference.attention, values, torch.float64)
     with pytest.raises(AssertionError, match="over the budget"):
         for name, *three in zip(NAMES, ours, base, truth, strict=True):
             numerics.check("planted fault", name, *three)
@@ -169,11 +171,11 @@ def test_a_planted_fault_fails_the_contract(fault: str, monkeypatch: pytest.Monk
 def test_the_same_bits_in_every_process(threads: str, project_root: Path) -> None:
     program = """
         import hashlib, torch
-        from kernels import cpu_attention
+        from kernels.eager import attention as eager_attention
         torch.manual_seed(0)
         q, k, v = (torch.randn(3, 150, heads, 32).bfloat16().requires_grad_() for heads in (6, 2, 2))
         for _ in range(3):
-            out = cpu_attention.attention(q, k, v)
+            out = eager_attention.attention(q, k, v)
             found = (out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out)))
             print(hashlib.sha256(b"".join(x.detach().view(torch.uint8).numpy().tobytes() for x in found)).hexdigest())
     """

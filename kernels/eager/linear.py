@@ -1,6 +1,7 @@
-"""Matrix products in fp32 on the CPU: by oneDNN where that is faster than MKL, which torch's own products in fp32 go to.
+"""Matrix products: in fp32 on a CPU by oneDNN where that is faster than MKL, and of 16-bit activations with fp32 master weights.
 
-On AMD processors MKL leaves its AVX-512 kernels out. GFLOP/s on two cores of an EPYC 9004 (Zen 4), torch 2.13, where 237 are the limit:
+Torch's own products in fp32 go to MKL. On AMD processors MKL leaves its AVX-512 kernels out.
+GFLOP/s on two cores of an EPYC 9004 (Zen 4), torch 2.13, where 237 are the limit:
 
     [rows, 576] @ [576, N]      rows 1024: N = 3072    N = 49152       rows 16: N = 3072    N = 49152
     MKL                                         183          145                      97           47
@@ -26,6 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import checks
+from kernels.eager import pointwise
+from kernels.products import weight_gradient
+from kernels.types import SwiGLU
 
 ROWS = 2  # of the left factor, from which oneDNN is the faster one
 
@@ -58,7 +64,7 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
+def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether x [..., K] times a matrix is for oneDNN. Not in a trace, where Inductor chooses, nor where autocast changes dtypes."""
     return (
         x.dtype == weight.dtype == torch.float32
@@ -74,12 +80,12 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`torch.mm`: a [M, K] @ b [K, N] -> [M, N], without a gradient. Any device and dtype. Into `out` oneDNN's product is copied."""
-    if not serves(a, b):
+    if not supports(a, b):
         return torch.mm(a, b, out=out)
     return _onednn(a, b) if out is None else out.copy_(_onednn(a, b))
 
 
-class _Linear(torch.autograd.Function):
+class _OneDNNLinear(torch.autograd.Function):
     """x @ weight.T by oneDNN, and the gradient of x likewise; that of the weight by torch, where MKL is as fast."""
 
     @staticmethod
@@ -100,14 +106,58 @@ class _Linear(torch.autograd.Function):
         return dx, dweight
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` without a bias: x [..., K] @ weight [N, K].T -> [..., N], and its gradients. Any device and dtype.
-
-    Raises what F.linear raises.
-    """
-    if not serves(x, weight) or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` without a bias for two tensors of one dtype, and its gradients. Any device; raises what F.linear raises."""
+    if not supports(x, weight) or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        result: Tensor = _Linear.apply(x, weight)
+        result: Tensor = _OneDNNLinear.apply(x, weight)
         return result
     return _onednn(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+
+
+class _MasterLinear(torch.autograd.Function):
+    """x @ copy.T, where copy is the weight in the dtype of x. The gradient of the weight has the weight's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.save_for_backward(x, copy)
+        ctx.dtype = weight.dtype
+        return F.linear(x, copy)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("linear")
+        x, copy = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dweight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), ctx.dtype) if ctx.needs_input_grad[1] else None
+        dx = torch.mm(rows, copy).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, dweight, None
+
+
+def linear(x: Tensor, weight: Tensor, copy: Tensor | None = None) -> Tensor:
+    """x [..., K] @ weight [N, K].T -> [..., N], in the dtype of x, to which a weight of another one is cast. Any device.
+
+    copy: the weight in the dtype of x, if it exists already; what it holds is multiplied, and the gradient goes to the weight. A trace
+    of a training step casts the weight instead. Raises what F.linear raises, and RuntimeError for create_graph=True where a copy is used.
+    """
+    if not torch.is_grad_enabled():
+        return _linear(x, weight.to(x.dtype) if copy is None else copy)
+    if not torch.compiler.is_compiling() and (copy is not None or (x.is_cuda and weight.dtype != x.dtype)):
+        result: Tensor = _MasterLinear.apply(x, weight, weight.detach().to(x.dtype) if copy is None else copy)
+        return result
+    return _linear(x, weight.to(x.dtype))
+
+
+def mlp(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    copies: tuple[Tensor | None, Tensor | None] | None = None,
+    swiglu: SwiGLU = pointwise.swiglu,
+) -> Tensor:
+    """`kernels.reference.mlp`: x [..., E], gate_up [2F, E], down [E, F] -> [..., E]. `swiglu` is composed."""
+    checks.mlp(x, gate_up, down, copies)
+    gate_up_copy, down_copy = copies or (None, None)
+    return linear(swiglu(linear(x, gate_up, gate_up_copy)), down, down_copy)

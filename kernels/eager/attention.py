@@ -1,9 +1,9 @@
-"""Causal grouped-query attention for training on a CPU in bf16: forward and backward as batched matrix products over blocks of queries.
+"""Causal grouped-query attention: torch's own kernel, and for training on a CPU in bf16 batched matrix products over blocks of queries.
 
     S = scale Q K^T, masked    P = exp(S - lse)    O = P V                                     lse [B K, T G]: log-sum-exp of a row of S
     dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q    delta = sum of dO O over D
 
-Letters as in kernels/reference.py, whose `attention` is the specification. torch's own CPU kernel reaches a fifth of the rate of a
+Letters as in kernels/reference.py, whose `attention` is the specification. In bf16 torch's own CPU kernel reaches a fifth of the rate of a
 matrix product, so here the products are the library's, and large: the G query heads of a key head are G rows of one matrix per query,
 a block of n queries is [B K, n G, D] against [B K, W, D], and dK and dV of a key head are one product. Keys that no query of the block
 may see, those after it and those of earlier documents, are left out of all five products.
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import checks
@@ -42,8 +43,8 @@ LOG2_E = math.log2(math.e)
 LOWEST, TINY = -1e30, torch.finfo(torch.float32).tiny
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether this is what the file is for: eager training in bf16 on a CPU whose library multiplies that."""
+def _trains_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the blocks serve: eager training in bf16 on a CPU whose library multiplies that."""
     if q.device.type != "cpu" or q.numel() == 0 or torch.compiler.is_compiling():
         return False
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
@@ -51,15 +52,59 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, scale: float | None = None) -> Tensor:
-    """`kernels.reference.attention` without dropout, for bf16 tensors on a CPU; first derivatives only.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """`kernels.reference.attention`: q [B, T, H, D], k and v [B, S, K, D] with S >= T, doc_start [B, T] -> [B, T, H, D].
 
-    q [B, T, H, D], k and v [B, S, K, D] with S >= T, doc_start [B, T] -> [B, T, H, D], contiguous. scale: default 1 / sqrt(D).
+    In blocks there are first derivatives only.
     """
+    if dropout_p > 0.0 or not _trains_in_bf16(q, k, v):
+        return library_attention(q, k, v, doc_start, dropout_p=dropout_p, scale=scale)
     checks.attention("attention", q, k, v, doc_start)
-    known = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    checks.require(known and q.numel() > 0, "attention", "bf16 on a CPU, not empty", f"{q.dtype}, {q.device}, {checks.shape(q)}")
-    return _BlockedAttention.apply(q, k, v, doc_start, q.shape[-1] ** -0.5 if scale is None else scale)
+    out: Tensor = _BlockedAttention.apply(q, k, v, doc_start, q.shape[-1] ** -0.5 if scale is None else scale)
+    return out
+
+
+def library_attention(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """`attention` by torch's own kernels, whatever the device and the dtype."""
+    checks.attention("attention", q, k, v, doc_start)
+    length, keys = q.shape[1], k.shape[1]
+    queries, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if not (q.is_cuda or torch.is_grad_enabled()):
+        queries, k, v = queries.contiguous(), k.contiguous(), v.contiguous()  # a fifth faster on the CPU; training gains nothing by it
+    mask = None
+    if doc_start is not None or length != keys:
+        # SDPA's own is_causal aligns to the top left, which is another thing when S > T.
+        key = torch.arange(keys, device=q.device)
+        last = torch.arange(keys - length, keys, device=q.device)
+        mask = (key <= last[:, None])[None, None]
+        if doc_start is not None:
+            mask = mask & (key >= doc_start[:, None, :, None])
+        if q.is_cuda:
+            # With a mask only the memory-efficient CUDA kernel avoids a [T, S] score tensor, and it wants equal head counts.
+            k, v = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    # A branch, because under torch.compile a comparison of dynamic sizes is not a bool until something depends on it.
+    grouped = {"enable_gqa": True} if queries.shape[1] != k.shape[1] else {}
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout_p, scale=scale, **grouped)
+    return out.transpose(1, 2)
+
+
+def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> Tensor:
+    """`kernels.reference.decode_attention`: q [B, T, H, D], caches [B, S, K, D], lengths [B] -> [B, T, H, D]."""
+    checks.decode_attention(q, key_cache, value_cache, lengths)
+    batch, length, heads, head_dim = q.shape
+    keys, key_heads = key_cache.shape[1:3]
+    group = heads // key_heads
+    # The G query heads of one key head become G * T queries of one head: each key is read once, not G times.
+    folded = q.view(batch, length, key_heads, group, head_dim).permute(0, 2, 3, 1, 4).reshape(batch, key_heads, group * length, head_dim)
+    last = lengths[:, None] - length + torch.arange(length, device=q.device)  # [B, T]
+    mask = torch.arange(keys, device=q.device) <= last[..., None]  # [B, T, S]
+    mask = mask.repeat(1, group, 1)[:, None]  # [B, 1, G * T, S]
+    out = F.scaled_dot_product_attention(folded, key_cache.transpose(1, 2), value_cache.transpose(1, 2), attn_mask=mask)
+    return out.view(batch, key_heads, group, length, head_dim).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 class _Buffers(threading.local):
@@ -195,8 +240,7 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("attention on a CPU has first derivatives only; leave create_graph=True out")
+        checks.first_derivative("attention")
         q, k, v, out, lse, doc_start = ctx.saved_tensors
         sizes, narrow, wide, get = _Sizes.of(q, k), q.dtype, torch.float32, _buffers.get
         scale = ctx.scale

@@ -1,0 +1,180 @@
+"""The loss over a large vocabulary in PyTorch: chunks of tokens, whose logits never exist as a whole, and both gradients on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import checks
+from kernels.eager import linear
+
+# Tokens whose logits exist at one time: 1024 x 49152 fp32 logits are 201 MB.
+CHUNK_TOKENS = 1024
+# Of the rows of a chunk that become probabilities together, in fp32: a cache holds them from one pass to the next.
+TILE_BYTES = 6 << 20
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """What linear_cross_entropy computes besides its three tensors, and what of it."""
+
+    ignore_index: int
+    reduction: str
+    z_loss: float
+    label_smoothing: float
+    needs_hidden: bool
+    needs_weight: bool
+    chunk_tokens: int | None
+
+    def rows(self, logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        """Losses [rows] of logits [rows, V], which become d (sum of losses * scale) / d logits where a gradient is needed."""
+        wide = logits.to(_wider(logits.dtype))
+        valid = targets != self.ignore_index
+        safe = torch.where(valid, targets, 0).long()[:, None]
+        lse = wide.logsumexp(-1)
+        loss = lse - (1.0 - self.label_smoothing) * wide.gather(1, safe).squeeze(1) + self.z_loss * lse.square()
+        if self.label_smoothing:
+            loss = loss - self.label_smoothing * wide.mean(-1)
+        if self.needs_hidden or self.needs_weight:
+            # d loss / d logits = p (1 + 2 z lse) - (1 - eps) onehot - eps / V
+            factor = torch.where(valid, scale, 0.0)[:, None]
+            p = wide.sub_(lse[:, None]).exp_().mul_((1.0 + 2.0 * self.z_loss * lse)[:, None] * factor)
+            if self.label_smoothing:
+                p.sub_(factor * (self.label_smoothing / logits.shape[1]))
+            p.scatter_add_(1, safe, factor * (self.label_smoothing - 1.0))
+            if p is not logits:
+                logits.copy_(p)
+        return torch.where(valid, loss, 0.0)
+
+    def compute(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, weight_copy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(loss, its gradient by hidden, by weight)."""
+        wide, tokens = _wider(hidden.dtype), hidden.shape[0]
+        head = weight.to(hidden.dtype) if weight_copy is None else weight_copy
+        one = torch.ones((), dtype=wide, device=hidden.device)
+        # With no valid target the sum is 0 and so is the mean, instead of 0 / 0.
+        scale = one / (targets != self.ignore_index).sum().clamp(min=1).to(wide) if self.reduction == "mean" else one
+        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if self.needs_hidden else None
+        dweight = None
+        losses = torch.empty(tokens, dtype=wide, device=hidden.device)
+        size = self.chunk_tokens or CHUNK_TOKENS
+        # One buffer for the logits of all chunks; oneDNN brings a tensor of its own.
+        buffer = None if linear.supports(hidden, head) else hidden.new_empty(min(tokens, size), weight.shape[0])
+        whole = hidden.is_cuda or torch.compiler.is_compiling()
+        tile = size if whole else max(1, TILE_BYTES // (wide.itemsize * weight.shape[0]))
+        for start in range(0, tokens, size):
+            chunk = hidden[start : start + size]
+            logits = linear.mm(chunk, head.t(), out=buffer if buffer is None else buffer[: chunk.shape[0]])
+            for first in range(0, chunk.shape[0], tile):
+                rows = slice(start + first, start + min(first + tile, chunk.shape[0]))
+                losses[rows] = self.rows(logits[first : first + tile], targets[rows], scale)
+            if dhidden is not None:
+                linear.mm(logits, head, out=dhidden[start : start + size])
+            if self.needs_weight:
+                dweight = _accumulate(dweight, logits.t(), chunk, _wider(weight.dtype))
+            del logits  # before those of the next chunk are allocated
+        if self.needs_weight and dweight is None:
+            dweight = torch.zeros_like(weight, dtype=_wider(weight.dtype))
+        return losses if self.reduction == "none" else losses.sum() * scale, dhidden, dweight
+
+
+def _accumulate(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b in dtype, written into total; without a total (the first chunk) the product alone."""
+    if total is None:
+        return torch.mm(a, b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(torch.mm(a, b))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Both gradients are formed in the forward pass, chunk by chunk, while the logits of the chunk exist: three matrix
+    products in all, and no [N, V] tensor. The backward pass only scales them by the upstream gradient: in place, and gives them
+    away, because a copy of [V, D] would cost as much as a layer. A second backward pass (retain_graph) computes them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None, what: _Loss
+    ) -> Tensor:
+        loss, *gradients = what.compute(hidden, weight, targets, weight_copy)
+        ctx.save_for_backward(hidden, weight, targets, scale, weight_copy)
+        ctx.what, ctx.gradients = what, gradients
+        return loss if scale is None else loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("linear_cross_entropy")
+        hidden, weight, targets, scale, weight_copy = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, *gradients = ctx.what.compute(hidden, weight, targets, weight_copy)
+        factor = dloss if scale is None else dloss * scale
+        dhidden, dweight = (None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
+
+
+class _LinearCrossEntropyTraced(torch.autograd.Function):
+    """The same for torch.compile, whose graphs have no state: the gradients are saved, and the backward pass scales copies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        weight_copy: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        z_loss: float,
+        label_smoothing: float,
+        needs_hidden: bool,
+        needs_weight: bool,
+        chunk_tokens: int | None,
+    ) -> Tensor:
+        what = _Loss(ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight, chunk_tokens)
+        loss, dhidden, dweight = what.compute(hidden, weight, targets, weight_copy)
+        ctx.save_for_backward(dhidden, dweight, scale)
+        ctx.weight_dtype = weight.dtype
+        return loss if scale is None else loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight, scale = ctx.saved_tensors
+        dloss = dloss if scale is None else dloss * scale
+        if dhidden is not None:
+            dhidden = dhidden * dloss.to(dhidden.dtype)
+        if dweight is not None:
+            dweight = (dweight * dloss).to(ctx.weight_dtype)
+        return dhidden, dweight, None, None, None, None, None, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    scale: Tensor | None = None,
+    weight_copy: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """`kernels.reference.linear_cross_entropy`, for 1024 tokens at a time unless chunk_tokens says otherwise."""
+    checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens)
+    # Decided here: inside an autograd.Function, ctx.needs_input_grad is true under no_grad as well.
+    trains = torch.is_grad_enabled() and reduction != "none"
+    needs = trains and hidden.requires_grad, trains and weight.requires_grad
+    what = (ignore_index, reduction, z_loss, label_smoothing, *needs, chunk_tokens)
+    with torch.set_grad_enabled(trains):
+        if torch.compiler.is_compiling():
+            return _LinearCrossEntropyTraced.apply(hidden, weight, targets, scale, weight_copy, *what)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, scale, weight_copy, _Loss(*what))

@@ -1,0 +1,152 @@
+"""Norm, rotary embedding and SwiGLU in PyTorch, each with a backward pass of its own.
+
+Where a gradient is wanted in eager mode, an autograd.Function stands in for the formula: the same values bit for bit, but fewer passes
+over memory and fewer fresh tensors. torch.compile is given the formula, which it fuses by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import checks, reference
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether a backward pass of this file will run: eager mode, and something here wants a gradient."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The sum with the residual, if there is one, and its norm. Saves the sum and 1 / rms; the normalised values are formed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
+        total = x if residual is None else x + residual
+        wide = total.to(_wider(total.dtype))
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y = (wide * rstd).to(total.dtype) * weight
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, total)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("rms_norm")
+        total, weight, rstd = ctx.saved_tensors
+        two = ctx.needs_input_grad[1]
+        if dy is None:
+            return dtotal, dtotal if two else None, None, None
+        wide = rstd.dtype
+        dy, scale = dy.to(wide), weight.to(wide)
+        normed = total.to(wide) * rstd
+        # As the formula has it: the weight meets the rounded values, the statistics belong to the unrounded ones.
+        product = dy * normed.to(total.dtype)
+        dweight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        mean = torch.mul(dy, normed, out=product).matmul(scale).unsqueeze_(-1).div_(scale.shape[0])
+        dx = torch.mul(dy, scale, out=product).sub_(normed.mul_(mean)).mul_(rstd).to(total.dtype)
+        if dtotal is not None:
+            dx.add_(dtotal)
+        return dx, dx if two else None, dweight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`kernels.reference.rms_norm`: x [..., E], weight [E] -> [..., E]."""
+    if not _differentiated(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    checks.rms_norm("rms_norm", x, weight)
+    y: Tensor = _RMSNorm.apply(x, None, weight.to(x.dtype), eps)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`kernels.reference.add_rms_norm`: x and residual [..., E], weight [E] -> (normed, sum)."""
+    if not _differentiated(x, residual, weight):
+        return reference.add_rms_norm(x, residual, weight, eps)
+    checks.rms_norm("add_rms_norm", x, weight, residual)
+    return _RMSNorm.apply(x, residual, weight.to(x.dtype), eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Writes x [B, T, heads, D], rotated, to out of the same shape; cos and sin [(B,) T, 1, D/2]."""
+    wide = torch.promote_types(_wider(x.dtype), cos.dtype)
+    first, second = x.to(wide).chunk(2, dim=-1)
+    rotated = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
+    one, two = rotated.chunk(2, dim=-1)
+    product = second * sin
+    torch.mul(first, cos, out=one).sub_(product)
+    torch.mul(first, sin, out=product)
+    torch.mul(second, cos, out=two).add_(product)
+    if rotated is not out:
+        out.copy_(rotated)
+
+
+class _RopePacked(torch.autograd.Function):
+    """`rope_qkv`. Queries and keys are rotated together, and all three gradients are written into one packed buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.like = qkv.shape, qkv.dtype, qkv.device
+        turned, values = qkv[:, :, :-key_heads], qkv[:, :, -key_heads:]
+        rotated = torch.empty(turned.shape, dtype=qkv.dtype, device=qkv.device)
+        _rotate(turned, cos.unsqueeze(-2), sin.unsqueeze(-2), rotated)
+        return rotated[:, :, :-key_heads], rotated[:, :, -key_heads:], values
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("rope_qkv")
+        cos, sin = (table.unsqueeze(-2) for table in ctx.saved_tensors)
+        shape, dtype, device = ctx.like
+        dqkv = torch.empty(shape, dtype=dtype, device=device)
+        into_q, into_k, into_v = dqkv.split((dq.shape[2], dk.shape[2], dv.shape[2]), dim=2)
+        back = -sin  # the transpose of a rotation is the rotation back
+        _rotate(dq, cos, back, into_q)
+        _rotate(dk, cos, back, into_k)
+        into_v.copy_(dv)
+        return dqkv, None, None, None
+
+
+def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.reference.rope_qkv`: qkv [B, T, H + 2K, D], cos and sin [(B,) T, D/2] -> (q, k, v)."""
+    if not _differentiated(qkv) or cos.requires_grad or sin.requires_grad:
+        return reference.rope_qkv(qkv, cos, sin, key_heads)
+    checks.rope_qkv(qkv, cos, sin, key_heads)
+    return _RopePacked.apply(qkv, cos, sin, key_heads)
+
+
+class _SwiGLUPacked(torch.autograd.Function):
+    """`swiglu` of a packed buffer. Saves only the buffer: silu(gate) is formed again, and both gradients fill one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor) -> Tensor:
+        ctx.save_for_backward(packed)
+        gate, up = packed.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        checks.first_derivative("swiglu")
+        (packed,) = ctx.saved_tensors
+        gate, up = packed.chunk(2, dim=-1)
+        grads = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+        dgate, dup = grads.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return grads
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """`kernels.reference.swiglu`: gate and up [..., F], or both in one buffer [..., 2F] -> [..., F]."""
+    if up is not None or not _differentiated(gate):
+        return reference.swiglu(gate, up)
+    checks.swiglu(gate, up)
+    y: Tensor = _SwiGLUPacked.apply(gate)
+    return y

@@ -1,0 +1,152 @@
+"""What every backend provides: the operations of a SmolLM2 block, their signatures, and the weights of a packed block.
+
+Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width, F ffn width, N tokens,
+V vocabulary. kernels/reference.py says what each operation computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one block, packed for inference: three projections as one matrix, gate and up as another."""
+
+    input_norm: Tensor  # [E]
+    qkv: Tensor  # [(H + 2K) * D, E]
+    o: Tensor  # [E, H * D]
+    post_norm: Tensor  # [E]
+    gate_up: Tensor  # [2F, E]
+    down: Tensor  # [E, F]
+
+
+class RMSNorm(Protocol):
+    """(x [..., E], weight [E]) -> [..., E]."""
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+
+class AddRMSNorm(Protocol):
+    """(x, residual [..., E], weight [E]) -> (normed, sum) [..., E]."""
+
+    def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+
+
+class Rope(Protocol):
+    """(q [B, T, H, D], k [B, T, K, D], cos and sin [T, D/2] or [B, T, D/2]) -> (q, k)."""
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class RopeQKV(Protocol):
+    """(qkv [B, T, H + 2K, D], cos and sin as in Rope) -> (q [B, T, H, D], k and v [B, T, K, D])."""
+
+    def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class Attention(Protocol):
+    """(q [B, T, H, D], k and v [B, S, K, D], doc_start [B, T]) -> [B, T, H, D]."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+    ) -> Tensor: ...
+
+
+class DecodeAttention(Protocol):
+    """(q [B, T, H, D], caches [B, S, K, D], lengths [B]) -> [B, T, H, D]."""
+
+    def __call__(self, q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> Tensor: ...
+
+
+class SwiGLU(Protocol):
+    """(gate and up [..., F]), or (gate and up in one buffer [..., 2F]) -> [..., F]."""
+
+    def __call__(self, gate: Tensor, up: Tensor | None = None) -> Tensor: ...
+
+
+class MLP(Protocol):
+    """(x [..., E], gate_up [2F, E], down [E, F]) -> [..., E]."""
+
+    def __call__(
+        self, x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None
+    ) -> Tensor: ...
+
+
+class TiedEmbedding(Protocol):
+    """(input_ids [...], weight [V, E]) -> (x [..., E] in dtype, head [V, E])."""
+
+    def __call__(
+        self, input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class LinearCrossEntropy(Protocol):
+    """(hidden [N, E], weight [V, E], targets [N]) -> fp32 loss, a scalar or [N]."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        scale: Tensor | None = None,
+        weight_copy: Tensor | None = None,
+        chunk_tokens: int | None = None,
+    ) -> Tensor: ...
+
+
+class DecodeLayer(Protocol):
+    """(x [B, T, E], caches [B, S, K, D], lengths [B], cos and sin [B, T, D/2]) -> [B, T, E]. Writes the caches."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: LayerWeights,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        lengths: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        eps: float,
+        ops: Backend,
+    ) -> Tensor: ...
+
+
+class DecodeHead(Protocol):
+    """(x [..., E], norm_weight [E], head_weight [V, E]) -> fp32 logits [..., V]."""
+
+    def __call__(self, x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The operations a SmolLM2 block needs. Every backend has identical signatures, shapes and semantics."""
+
+    name: str
+    rms_norm: RMSNorm
+    add_rms_norm: AddRMSNorm
+    rope: Rope
+    rope_qkv: RopeQKV
+    attention: Attention
+    decode_attention: DecodeAttention
+    swiglu: SwiGLU
+    tied_embedding: TiedEmbedding
+    mlp: MLP
+    linear_cross_entropy: LinearCrossEntropy
+    decode_layer: DecodeLayer
+    decode_head: DecodeHead
+    why: str = "asked for"  # how the choice came about, for the run's first lines
+    replaced: frozenset[str] = frozenset()  # the operations that with_ops took from another backend
+
+
+OPS = tuple(field.name for field in dataclasses.fields(Backend) if field.name not in ("name", "why", "replaced"))
