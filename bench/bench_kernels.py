@@ -31,8 +31,8 @@ from bench.peak_memory import peak_memory
 from bench.step_peers import TINY_NOTE
 from bench.weight_ops import CHUNKS
 from kernels import TORCH, select_backend
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

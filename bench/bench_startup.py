@@ -65,7 +65,7 @@ def digest(text: str) -> str:
 def tiny_model(folder: Path) -> str:
     """A model of toy size with a tokenizer of its own, saved."""
     from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-    from smollm2.tokenizer import train_tokenizer
+    from smollm2.pretrained.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer([startup.PROMPT] * 4, 300)
     SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=len(tokenizer)), "torch").save_pretrained(folder)

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from bench import step_peers
 from bench.part import ROOT, one_line, parser, provenance, read_json, write_json
-from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.cli import run_command
 from smollm2.compile import find_package
 from smollm2.config import SmolLM2Config
-from smollm2.engine import Engine, prefill, select_engine
+from smollm2.engine.select import Engine, prefill, select_engine
+from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 EXPECTED = Path(__file__).with_name("expected.json")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bench.timing import Sample, synchronize
-from smollm2.cache import KVCache
-from smollm2.captured import Choice, DecodeLoop
-from smollm2.engine import Engine
+from smollm2.engine.cache import KVCache
+from smollm2.engine.captured import Choice, DecodeLoop
+from smollm2.engine.select import Engine
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams
 

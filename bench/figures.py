@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.part import INTERPRETER_NOTE, read_json
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
 
 
 @dataclass(frozen=True)

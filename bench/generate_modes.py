@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.generate_peers import Turns, Variant, cache_bytes
-from smollm2.cache import KVCache
-from smollm2.cli import UsageError
-from smollm2.engine import CompiledEngine, Engine, QuantizedEngine
+from smollm2.engine.cache import KVCache
+from smollm2.engine.select import CompiledEngine, Engine, QuantizedEngine
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 
@@ -62,10 +62,10 @@ class EngineTurns:
 
 
 class CapturedTurns:
-    """The decode loop of smollm2/captured.py: all steps in a row, then one read-back."""
+    """The decode loop of smollm2/engine/captured.py: all steps in a row, then one read-back."""
 
     def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
-        from smollm2.captured import Choice, DecodeLoop, capacity_for
+        from smollm2.engine.captured import Choice, DecodeLoop, capacity_for
         from smollm2.sampling import SamplingParams
 
         batch, length = prompts.shape

@@ -28,16 +28,17 @@ import torch
 from torch import Tensor
 
 from bench.peers import require, standing
-from smollm2.checkpoint import cache_folder, stored_tensors
-from smollm2.cli import UsageError, parse_dtype
+from smollm2.cli import parse_dtype
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.checkpoint import cache_folder, stored_tensors
 
 # The library behind a variant, by the first word of its name up to a "+".
 LIBRARY = {"transformers": "transformers", "litgpt": "litgpt", "llama.cpp": "llama-cpp-python", "torch.compile": "torch.compile"}
 GGUF_KINDS = ("F16", "Q8_0")
 N_BATCH = 512  # tokens that llama.cpp takes in one call
-# Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of smollm2/gguf.py.
+# Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of smollm2/pretrained/gguf.py.
 _OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

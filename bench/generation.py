@@ -36,12 +36,12 @@ from bench.decode_steps import EagerSteps, LlamaSteps, LoopSteps, build_llama, c
 from bench.part import Part, one_line, parser
 from bench.peers import require
 from bench.timing import eager, synchronize
-from smollm2.batch import generate_many
-from smollm2.cache import cache_bytes
-from smollm2.captured import CHUNK
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
-from smollm2.engine import Engine, default_engine
+from smollm2.engine.cache import cache_bytes
+from smollm2.engine.captured import CHUNK
+from smollm2.engine.select import Engine, default_engine
+from smollm2.generation.batch import generate_many
 from smollm2.model import SmolLM2ForCausalLM
 
 BACKENDS = ("triton", "torch")

@@ -25,13 +25,14 @@ from bench.part import ROOT
 from bench.stand_in import standing_in_for_cuda
 from bench.train_step import TrainingStep
 from kernels import select_backend
-from kernels.cache_fill import SOURCES, Specialisations
-from kernels.targets import target_for
-from smollm2.batch import PREFILL_TOKENS
-from smollm2.captured import SMALLEST_CAPACITY
-from smollm2.cli import UsageError, run_command
+from kernels.certify.cache_fill import SOURCES, Specialisations
+from kernels.certify.targets import target_for
+from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
-from smollm2.engine import Engine
+from smollm2.engine.captured import SMALLEST_CAPACITY
+from smollm2.engine.select import Engine
+from smollm2.errors import UsageError
+from smollm2.generation.batch import PREFILL_TOKENS
 from smollm2.model import SmolLM2ForCausalLM
 
 CUDA = torch.device("cuda")

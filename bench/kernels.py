@@ -34,8 +34,9 @@ from bench.peak_memory import peak_memory
 from bench.roofline import DTYPES
 from bench.weight_ops import CHUNKS, optimizer_step
 from kernels import Backend, select_backend
-from smollm2.cli import UsageError, run_command
+from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2Block, rotary_tables
 
 # Largest ||ours - truth|| / ||truth|| over outputs and gradients; the truth is the reference in fp32 (in fp64 for fp32).

@@ -45,8 +45,9 @@ from bench.timing import synchronize
 from bench.train_step import CapturedStep, TrainingStep, all_logits
 from kernels import TORCH, Backend, select_backend, with_ops
 from kernels.eager.linear import mlp
-from smollm2.cli import UsageError, run_command
+from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
 
 COMPARED_STEPS = 3

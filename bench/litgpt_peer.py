@@ -32,10 +32,11 @@ from torch import Tensor
 from bench.generate_peers import Variant, cache_bytes
 from bench.part import ROOT
 from bench.peers import NotInstalled
-from smollm2.checkpoint import cache_folder, stored_tensors
-from smollm2.cli import Parser, UsageError, run_command
+from smollm2.cli import Parser, run_command
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.checkpoint import cache_folder, stored_tensors
 
 LITGPT = "litgpt==0.5.13"
 VENV_VARIABLE = "SMOLLM2_LITGPT_VENV"
@@ -236,7 +237,7 @@ def check() -> int:
     """Litgpt and this project with the same small weights, in fp32: three losses, and twelve tokens after two prompts."""
     from bench.generate_modes import EngineTurns
     from bench.train_step import TrainingStep
-    from smollm2.engine import Engine
+    from smollm2.engine.select import Engine
 
     torch.manual_seed(0)
     config = SmolLM2Config.preset("tiny")

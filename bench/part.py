@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 
 EXTRA = "pip install -e '.[peers]'"
 # Distribution -> how to get it. Those of torch itself are there with torch.

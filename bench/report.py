@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.figures import Figure, gather, markdown
-from smollm2.cli import LoadError, Parser, run_command
+from smollm2.cli import Parser, run_command
+from smollm2.errors import LoadError
 
 WIDTH, DPI = 8.0, 150  # inches; shown at 100 pixels an inch
 CAPTION = 130  # characters of a line of the caption

@@ -31,9 +31,10 @@ from bench.part import Part, one_line, parser, provenance
 from bench.probes import Probe, measure_all, step_probes, token_probes
 from bench.train_step import CapturedStep, TrainingStep
 from kernels import Backend, select_backend
-from smollm2.cli import UsageError, resolve_dtype, run_command
+from smollm2.cli import resolve_dtype, run_command
 from smollm2.compile import find_package
-from smollm2.engine import Engine, select_engine
+from smollm2.engine.select import Engine, select_engine
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -1,7 +1,7 @@
 """A GPU that is not there, as far as a program can be fooled: its tensors are a CPU's (or have no memory), and its kernels never run.
 
 Whoever asks torch for "cuda" gets the other device, streams, events and graphs do nothing, and Triton hands its launches to a recorder
-(kernels/launches.py). Results are what memory happened to hold: this shows what would be launched, and that the way there has no error.
+(kernels/certify/launches.py). Results are what memory happened to hold: this shows what would be launched, and that the way there has no error.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch._dynamo  # before anything is replaced: it makes a table of torch's
 from torch.overrides import TorchFunctionMode
 
 from kernels import backend
-from kernels.launches import StandIn, standing_in
-from kernels.targets import Target
+from kernels.certify.launches import StandIn, standing_in
+from kernels.certify.targets import Target
 
 GB = 1 << 30
 

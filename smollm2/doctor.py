@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from kernels import Backend, check_name_clash, select_backend
-from smollm2.cache import KVCache
-from smollm2.cli import Parser, UsageError, resolve_device, run_command
+from smollm2.cli import Parser, resolve_device, run_command
 from smollm2.config import SmolLM2Config
-from smollm2.engine import decode, prefill
+from smollm2.engine.cache import KVCache
+from smollm2.engine.select import decode, prefill
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM, rotary_tables
-from smollm2.tokenizer import load_tokenizer
+from smollm2.pretrained.tokenizer import load_tokenizer
 
 # transformers' own counts of the released models, the tied head counted once.
 RELEASED_PARAMETERS = {"135M": 134_515_008, "360M": 361_821_120, "1.7B": 1_711_376_384}

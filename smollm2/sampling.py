@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 
 _MASK = (1 << 64) - 1
 # The constants of SplitMix64: the increment, then (shift, factor) of its two multiplications.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.corpus import Block
-from train.data import Batch
+from train.data.batches import Batch
+from train.data.corpus import Block
 
 
 class ListSource:

@@ -1,7 +1,7 @@
 """Small GGUF files for tests, written with gguf's own writer; and what a reader must find in them, computed independently.
 
 The permutation and the dequantisation here are loops over single rows and elements, from llama.cpp's definitions; they share no code with
-smollm2/gguf.py or with the `gguf` package.
+smollm2/pretrained/gguf.py or with the `gguf` package.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, batch
-from smollm2.batch import fit_slots, generate_many
-from smollm2.cache import KVCache
-from smollm2.cli import UsageError
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+from smollm2.engine.cache import KVCache
+from smollm2.errors import UsageError
+from smollm2.generation import batch
+from smollm2.generation.batch import fit_slots, generate_many
 from smollm2.sampling import SamplingParams
 
 TINY = SmolLM2Config.preset("tiny")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.batch import PREFILL_TOKENS, generate_many
-from smollm2.engine import Engine, select_engine
+from smollm2.engine.select import Engine, select_engine
+from smollm2.generation.batch import PREFILL_TOKENS, generate_many
 from smollm2.sampling import SamplingParams
 
 LENGTHS = (1, 200, 17, 3, 64, 65, 1, 120, 33, 8, 199)  # of the prompts, out of order

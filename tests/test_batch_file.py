@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.batch_file import add_arguments, parse_prompts, run_file
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
+from smollm2.generation.batch_file import add_arguments, parse_prompts, run_file
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from smollm2.sampling import SamplingParams
-from smollm2.tokenizer import Tokenizer, train_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

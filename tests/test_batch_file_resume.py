@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, load_tokenizer
-from smollm2.batch_file import run_file
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
+from smollm2.generation.batch_file import run_file
+from smollm2.pretrained.tokenizer import train_tokenizer
 from smollm2.sampling import SamplingParams
-from smollm2.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = SamplingParams(temperature=1.0, top_k=50, suppress_tokens=(1, 2))
 COMMAND = """
 import sys
 from smollm2 import SmolLM2ForCausalLM, load_tokenizer
-from smollm2.batch_file import run_file
+from smollm2.generation.batch_file import run_file
 from smollm2.cli import run_command
 from smollm2.sampling import SamplingParams
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bench import check
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
 
 BOUND = {"at_least": 1.5, "at_most": 4.0, "measured": [2.0, 1.8, 2.5], "reason": "it does less"}
 BEFORE = "before it was 1.8 to 2.5"

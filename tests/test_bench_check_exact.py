@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 # Lengths and batches as a run meets them: divisible and not, one and many.
 VARIANTS = """
 import json, torch
-from kernels import launches, targets
+from kernels.certify import launches, targets
 from kernels.backend import load_triton
 
 ops = load_triton()

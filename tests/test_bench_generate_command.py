@@ -15,8 +15,8 @@ from bench.bench_generate import Playback
 from bench.generate import Row
 from bench.generate_peers import Variant
 from bench.peers import NotInstalled
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 MODES = ("eager fp32", "eager bf16", "eager int8", "captured fp32")
@@ -216,7 +216,7 @@ def test_names_and_rows_of_a_gguf_file_are_those_of_an_independent_writer():
 
 @pytest.mark.parametrize("kind", ("F32", "F16", "Q8_0"))
 def test_a_written_gguf_file_is_read_back(kind, tmp_path):
-    from smollm2.gguf import open_gguf
+    from smollm2.pretrained.gguf import open_gguf
 
     config, weights = gguf_files.CONFIG, gguf_files.random_weights()
     generate_peers.write_gguf(tmp_path / "model.gguf", config, weights, kind)

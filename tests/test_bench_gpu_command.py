@@ -15,8 +15,8 @@ import pytest
 
 from bench import gpu, text, train_run
 from bench.part import INTERPRETER_NOTE, write_json
-from smollm2.cli import LoadError
-from smollm2.tokenizer import train_tokenizer
+from smollm2.errors import LoadError
+from smollm2.pretrained.tokenizer import train_tokenizer
 
 SECTIONS = {
     "kernels.json": ("kernels", "tuning", "roofline"),

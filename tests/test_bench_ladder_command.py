@@ -13,8 +13,8 @@ from bench import ladder
 from bench.ladder import PLAIN, RUNGS
 from kernels import TORCH
 from kernels.types import OPS
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from smollm2.model import rotary_tables
 
 TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)

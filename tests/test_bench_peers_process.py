@@ -12,8 +12,8 @@ import torch
 from bench import litgpt_peer, litgpt_worker, peer_models, step_peers
 from bench.litgpt_peer import LitgptStep, LitgptTurns, PeerFailed, PeerProcess
 from bench.peers import NotInstalled
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 
 TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
 IDS = torch.arange(16)[None]

@@ -13,7 +13,8 @@ from matplotlib.image import imread
 from bench import figures, report
 from bench.figures import Figure
 from bench.part import INTERPRETER_NOTE
-from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.cli import run_command
+from smollm2.errors import LoadError, UsageError
 
 ORIGIN = {"device": "A GPU", "versions": {"torch": "2.13.0"}, "commit": "a" * 40, "date": "2026-11-25T10:00:00"}
 

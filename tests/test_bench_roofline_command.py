@@ -14,8 +14,8 @@ from bench import probes, roofline, work
 from bench.ops import Shapes
 from bench.part import INTERPRETER_NOTE
 from kernels import TORCH
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 CONFIG, TINY = SmolLM2Config.preset("135M"), SmolLM2Config.preset("tiny", num_hidden_layers=1)

@@ -12,7 +12,7 @@ import pytest
 
 from bench import step_model
 from bench.step_model import GROUPS, LAYERS, Work
-from smollm2.cli import LoadError
+from smollm2.errors import LoadError
 
 
 @pytest.fixture(scope="module")

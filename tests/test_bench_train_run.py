@@ -8,7 +8,7 @@ import pytest
 
 from bench import text, train_run
 from bench.part import Part, read_json
-from smollm2.tokenizer import train_tokenizer
+from smollm2.pretrained.tokenizer import train_tokenizer
 from train.command_line import parse
 from train.prepare import prepare
 from train.run import train

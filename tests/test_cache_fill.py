@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from kernels.targets import target_for  # noqa: E402
+from kernels.certify.targets import target_for  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("gcc", "clang")), reason="Triton's own C library has to be compiled, and there is no C compiler"
@@ -26,10 +26,10 @@ STEPS = """
 import json, sys
 from pathlib import Path
 import torch
-from kernels import cache_fill
+from kernels.certify import cache_fill
 from kernels.backend import load_triton
-from kernels.launches import standing_in, tensor
-from kernels.targets import target_for
+from kernels.certify.launches import standing_in, tensor
+from kernels.certify.targets import target_for
 
 def record(arch):
     recorder = cache_fill.Specialisations(target_for(arch))
@@ -115,7 +115,7 @@ def test_a_launch_finds_what_was_filled(copy: Path, tmp_path: Path) -> None:
 import steps, triton
 from triton import knobs
 from triton.compiler import ASTSource
-from kernels import cache_fill
+from kernels.certify import cache_fill
 
 def refuse(*_, **__):
     raise AssertionError("the compiler ran")
@@ -139,7 +139,7 @@ def test_a_cache_elsewhere_says_where_it_was_filled(copy: Path, tmp_path: Path) 
     counts(copy, "sm_90", str(tmp_path / "cache"), "fill")
     shutil.move(tmp_path / "cache", tmp_path / "moved")
     assert counts(copy, "sm_90", str(tmp_path / "moved"), "verify") == [{"missing": 2, "there already": 1}]
-    script = "import sys; from pathlib import Path; from kernels.cache_fill import moved_from; print(moved_from(Path(sys.argv[1])))"
+    script = "import sys; from pathlib import Path; from kernels.certify.cache_fill import moved_from; print(moved_from(Path(sys.argv[1])))"
     assert run(copy, "-c", script, str(tmp_path / "moved")).stdout.strip() == str(tmp_path / "cache")
     (tmp_path / "cache").symlink_to(tmp_path / "moved")
     assert run(copy, "-c", script, str(tmp_path / "moved")).stdout.strip() == "None"

@@ -10,8 +10,8 @@ import torch
 from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
 
 from smollm2 import SmolLM2ForCausalLM
-from smollm2.captured import DecodeLoop, DecodeLoops, captured_steps
-from smollm2.engine import Engine
+from smollm2.engine.captured import DecodeLoop, DecodeLoops, captured_steps
+from smollm2.engine.select import Engine
 from smollm2.sampling import SamplingParams
 
 LENGTHS = (9, 1, 30, 17)

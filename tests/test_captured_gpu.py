@@ -9,8 +9,8 @@ import torch
 from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
 
 from smollm2 import SmolLM2ForCausalLM
-from smollm2.captured import Choice, DecodeLoop, DecodeLoops
-from smollm2.engine import Engine
+from smollm2.engine.captured import Choice, DecodeLoop, DecodeLoops
+from smollm2.engine.select import Engine
 from smollm2.sampling import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")]

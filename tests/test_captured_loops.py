@@ -11,9 +11,9 @@ from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.captured import KEPT_GRAPHS, KEPT_LOOPS, Choice, DecodeLoop, DecodeLoops, capacity_for, captured_steps
-from smollm2.cli import UsageError
-from smollm2.engine import Engine
+from smollm2.engine.captured import KEPT_GRAPHS, KEPT_LOOPS, Choice, DecodeLoop, DecodeLoops, capacity_for, captured_steps
+from smollm2.engine.select import Engine
+from smollm2.errors import UsageError
 from smollm2.sampling import SamplingParams
 
 

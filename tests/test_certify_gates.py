@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kernels import certify
-from kernels.targets import TARGETS, amd_occupancy, nvidia_occupancy
+from kernels.certify import __main__ as certify
+from kernels.certify.targets import TARGETS, amd_occupancy, nvidia_occupancy
 
 FIGURES = {
     "registers": 128, "spill_bytes": 0, "scalar_spills": 0, "shared": 65536, "warps": 8, "matrix": {"wgmma": 16}, "wide_loads": 8,

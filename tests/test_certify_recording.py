@@ -29,7 +29,7 @@ def result(root: Path, script: str) -> Any:
 
 RECORD = """
 import dataclasses, json, torch
-from kernels import launches, targets
+from kernels.certify import launches, targets
 from kernels.backend import load_triton
 ops = load_triton()
 def record(target, case):
@@ -88,8 +88,8 @@ show([record(target, lambda run: launches.swiglu_separate(run, ops))[0] for targ
 def test_launch_counts_are_those_of_the_model(project_root: Path) -> None:
     """The step that the certificate composes from a layer, a norm and a loss is the step that the model makes."""
     script = """
-from kernels.certify import launch_counts
-from kernels.launches import record as record_cases
+from kernels.certify.__main__ import launch_counts
+from kernels.certify.launches import record as record_cases
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
 with torch.device("meta"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-from kernels.certify import VERSIONS  # noqa: E402
+from kernels.certify.__main__ import VERSIONS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     triton.__version__.partition("+")[0] not in VERSIONS, reason=f"the certificate is of {VERSIONS}, this is triton {triton.__version__}"
@@ -76,7 +76,7 @@ def test_change_makes_the_table_stale(copy: Path, file: str, old: str, new: str,
 )
 def test_a_fault_planted_in_the_committed_table_fails(copy: Path, change: str, message: str) -> None:
     script = f"""
-from kernels import certify
+from kernels.certify import __main__ as certify
 certificate = certify.load()
 figures = next(row["figures"] for row in certificate["rows"] if row["target"] == "sm_90" and row["dtype"] == "bfloat16")
 {change}
@@ -93,9 +93,9 @@ def test_rows_compiled_again_give_the_committed_figures(project_root: Path) -> N
     """One row of an NVIDIA target, one of an AMD target."""
     script = """
 import json, triton
-from kernels import certify
-from kernels.launches import record
-from kernels.targets import TARGETS, measure
+from kernels.certify import __main__ as certify
+from kernels.certify.launches import record
+from kernels.certify.targets import TARGETS, measure
 version = triton.__version__.partition("+")[0]
 committed = {row["key"]: row["figures"][version] for row in certify.load()["rows"]}
 for target in ("sm_90", "gfx942"):

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.checkpoint import load_model, parse_dtype, save_model
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
+from smollm2.pretrained.checkpoint import load_model, parse_dtype, save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.checkpoint import cache_folder, load_model, resolve, save_model
-from smollm2.cli import LoadError
+from smollm2.errors import LoadError
+from smollm2.pretrained.checkpoint import cache_folder, load_model, resolve, save_model
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf: pip install gguf")
 
@@ -136,7 +136,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @needs_gguf
 def test_a_gguf_file_is_converted_once(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smollm2.gguf import open_gguf
+    from smollm2.pretrained.gguf import open_gguf
 
     expected = open_gguf(gguf_file).tensors()
     first = load_model(gguf_file, "torch")

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.cli import LoadError, UsageError, run_command
-from smollm2.generate_command import main as generate_main
-from smollm2.tokenizer import train_tokenizer
+from smollm2.cli import run_command
+from smollm2.errors import LoadError, UsageError
+from smollm2.generate import main as generate_main
+from smollm2.pretrained.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

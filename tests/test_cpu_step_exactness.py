@@ -13,11 +13,12 @@ from numerics import check
 from torch import Tensor
 
 from kernels import TORCH, reference
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, cpu_step, generate
-from smollm2.cache import KVCache
-from smollm2.cpu_step import linear, onednn, pack, packed_weights, serves
-from smollm2.engine import Engine, QuantizedEngine, decode
-from smollm2.quantize import INT8_PACKED_ROWS, WideInt8Weight, batch_weights
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2.engine import eager_step
+from smollm2.engine.cache import KVCache
+from smollm2.engine.eager_step import linear, onednn, pack, packed_weights, serves
+from smollm2.engine.quantized import INT8_PACKED_ROWS, WideInt8Weight, batch_weights
+from smollm2.engine.select import Engine, QuantizedEngine, decode
 
 BFLOAT16 = pytest.mark.skipif(not onednn(torch.bfloat16), reason="oneDNN has no bfloat16 product for this processor")
 LENGTHS = [[9], [9, 9, 9], [9, 2, 17], [1, 1]]  # of the prompts
@@ -79,7 +80,7 @@ def test_heads_in_groups_of_one_and_of_five() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_norm_is_the_references_bit_for_bit(dtype: torch.dtype) -> None:
     x, weight = (3 * torch.randn(64, 576)).to(dtype), torch.randn(576).to(dtype)
-    assert torch.equal(cpu_step._normed(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    assert torch.equal(eager_step._normed(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BFLOAT16)])
@@ -126,11 +127,11 @@ def test_a_packed_copy_is_shared_and_goes_with_its_model() -> None:
     model = model_of(torch.bfloat16)
     first, again = packed_weights(model), packed_weights(model)
     assert first.head is again.head and first.head.is_mkldnn and first.layers[0].qkv.is_mkldnn
-    assert copy.deepcopy(model) not in cpu_step._packed
-    before = len(cpu_step._packed)
+    assert copy.deepcopy(model) not in eager_step._packed
+    before = len(eager_step._packed)
     del model
     gc.collect()
-    assert len(cpu_step._packed) == before - 1
+    assert len(eager_step._packed) == before - 1
 
 
 @BFLOAT16
@@ -154,17 +155,17 @@ def test_a_changed_weight_is_packed_anew(change: str) -> None:
 
 @BFLOAT16
 def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_step, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(eager_step, "free_memory", lambda device: 1000)
     model = model_of(torch.bfloat16)
     weights = packed_weights(model)
-    assert weights.head.data_ptr() == model.lm_head.weight.data_ptr() and model not in cpu_step._packed
+    assert weights.head.data_ptr() == model.lm_head.weight.data_ptr() and model not in eager_step._packed
     engine = QuantizedEngine(model, "int8")
     assert batch_weights(engine.layers, engine.head).head is engine.head
 
 
 def test_fp32_needs_no_copy() -> None:
     model = model_of()
-    assert packed_weights(model).head.data_ptr() == model.lm_head.weight.data_ptr() and model not in cpu_step._packed
+    assert packed_weights(model).head.data_ptr() == model.lm_head.weight.data_ptr() and model not in eager_step._packed
 
 
 @BFLOAT16
@@ -190,7 +191,7 @@ def test_a_quantised_batch_is_its_rows_to_rounding(kind: str) -> None:
     before = dataclasses.replace(cache, lengths=cache.lengths - 1, longest=cache.longest - 1)
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(512, (len(lengths), count), generator=generator) for count in (6, 1)][-1]
-    narrow = cpu_step.decode_step(model, engine.few, tokens, before)
+    narrow = eager_step.decode_step(model, engine.few, tokens, before)
     assert 0 < (together - narrow).norm() < 0.02 * narrow.norm()
 
 

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from data_sources import ListSource, same, some_source
 
-from smollm2.cli import UsageError
-from smollm2.tokenizer import Tokenizer, train_tokenizer
-from train import token_cache
+from smollm2.errors import UsageError
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train.config import RunConfig
-from train.corpus import Block
-from train.data import Batch, held_out_rows, training_batches
-from train.token_cache import TokenCache, open_cache
-from train.tokenise import TokenBlock
+from train.data import token_cache
+from train.data.batches import Batch, held_out_rows, training_batches
+from train.data.corpus import Block
+from train.data.token_cache import TokenCache, open_cache
+from train.data.tokenise import TokenBlock
 
 SHAPE = dict(rows=2, length=16, seed=3, validation_fraction=0.2)
 STEPS = 40  # more than an epoch of some_source()
@@ -136,8 +136,8 @@ def test_what_a_killed_process_left_half_written_is_cut_off(tmp_path: Path, cut:
 def test_a_process_killed_while_it_writes_leaves_only_whole_blocks(tmp_path: Path, project_root: Path) -> None:
     program = f"""
 import itertools, numpy as np
-from train.token_cache import TokenCache
-from train.tokenise import TokenBlock
+from train.data.token_cache import TokenCache
+from train.data.tokenise import TokenBlock
 cache = TokenCache(__import__("pathlib").Path({str(tmp_path)!r}), "uint16")
 for block in itertools.count():
     cache.put(0, block, TokenBlock(np.full(50_000, block, np.uint16), np.array([50_000]), np.array([1], np.uint64)))

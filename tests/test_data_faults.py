@@ -16,12 +16,12 @@ import pytest
 from fake_hub import COMMIT, CONFIGURATION, FAULTS, REPOSITORY, FakeHub, fake_hub
 from test_data_sources import write_cosmopedia
 
-from smollm2.cli import LoadError
-from smollm2.tokenizer import train_tokenizer
+from smollm2.errors import LoadError
+from smollm2.pretrained.tokenizer import train_tokenizer
 from train import hub
 from train.config import RunConfig
-from train.corpus import open_source
-from train.data import training_batches
+from train.data.batches import training_batches
+from train.data.corpus import open_source
 
 STEPS = 400  # of 4 x 512 tokens: more than two epochs
 
@@ -38,11 +38,11 @@ class Hurried:
 
 real, http.time = http.time, Hurried()
 from train import hub
-from train.corpus import open_source
+from train.data.corpus import open_source
 from train.config import RunConfig
-from train.data import training_batches
-from train.token_cache import open_cache
-from smollm2.tokenizer import train_tokenizer
+from train.data.batches import training_batches
+from train.data.token_cache import open_cache
+from smollm2.pretrained.tokenizer import train_tokenizer
 
 hub.RETRY_PAUSES, hub.OPEN_PAUSES = (0.05,) * 5, (0.05,) * 3
 config = RunConfig(data="hub", dataset={repository!r}, dataset_config={configuration!r}, token_cache={cache!r})

@@ -8,11 +8,11 @@ import pytest
 import torch
 from train_cases import run_config
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from train import run as train_run
 from train.config import RunConfig
-from train.corpus import LocalSource
-from train.data import read_stored
+from train.data.batches import read_stored
+from train.data.corpus import LocalSource
 from train.distributed import World
 
 

@@ -15,14 +15,14 @@ from data_sources import ListSource, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm2.cli import LoadError
-from smollm2.tokenizer import Tokenizer, train_tokenizer
+from smollm2.errors import LoadError
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train.config import MixturePart, RunConfig
-from train.corpus import Block
-from train.data import DataState, held_out_rows, read_stored, training_batches
-from train.mixture import MixedBatch, MixtureCache, MixtureCursor, MixtureSource, Schedule, order_key
-from train.token_cache import open_caches
-from train.tokenise import digest, is_held_out
+from train.data.batches import DataState, held_out_rows, read_stored, training_batches
+from train.data.corpus import Block
+from train.data.mixture import MixedBatch, MixtureCache, MixtureCursor, MixtureSource, Schedule, order_key
+from train.data.token_cache import open_caches
+from train.data.tokenise import digest, is_held_out
 
 WEIGHTS = {"web": 0.6, "code": 0.3, "math": 0.1}
 DOCUMENTS = {"web": 12, "code": 8, "math": 3}

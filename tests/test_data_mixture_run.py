@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from train_cases import TINY, checkpoint_folder, curve
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from train import checkpoint, prepare
 from train.command_line import parse
 from train.config import RunConfig

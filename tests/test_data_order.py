@@ -18,11 +18,11 @@ from data_sources import ListSource, same, some_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm2.cli import UsageError
-from smollm2.tokenizer import Tokenizer, train_tokenizer
-from train.blocks import Prefetch, shuffled
-from train.data import DataState, UniqueCounter, held_out_rows, read_stored, training_batches
-from train.tokenise import digest, is_held_out
+from smollm2.errors import UsageError
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
+from train.data.batches import DataState, UniqueCounter, held_out_rows, read_stored, training_batches
+from train.data.blocks import Prefetch, shuffled
+from train.data.tokenise import digest, is_held_out
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_orders_and_digests_are_the_same_in_every_process() -> None:
     # As written down once: a change would move the documents of every saved position.
     assert shuffled(8, "0/0") == [0, 3, 7, 4, 1, 5, 2, 6]
     assert digest("SmolLM2") == 11487967147309650736
-    code = "from train.tokenise import digest; print(digest('SmolLM2'))"
+    code = "from train.data.tokenise import digest; print(digest('SmolLM2'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
     assert int(done.stdout) == digest("SmolLM2")
 

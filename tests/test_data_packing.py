@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm2.model import shift_labels
-from smollm2.tokenizer import Tokenizer, train_tokenizer
-from train import tokenise
-from train.packing import START, Segment, pack
-from train.worker_pool import WorkerPool
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
+from train.data import tokenise
+from train.data.packing import START, Segment, pack
+from train.data.worker_pool import WorkerPool
 
 documents_strategy = st.lists(st.lists(st.integers(1, 1000), min_size=0, max_size=40), min_size=1, max_size=30)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from train import prepare
 
 BASE = [

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smollm2.cli import LoadError, UsageError
-from smollm2.tokenizer import train_tokenizer
-from train import corpus, hub
+from smollm2.errors import LoadError, UsageError
+from smollm2.pretrained.tokenizer import train_tokenizer
 from train.config import RunConfig
-from train.corpus import EmbeddedSource, HubSource, LocalSource, open_source
-from train.data import Batch, read_stored, training_batches
-from train.tokenise import digest
+from train.data import corpus, hub
+from train.data.batches import Batch, read_stored, training_batches
+from train.data.corpus import EmbeddedSource, HubSource, LocalSource, open_source
+from train.data.tokenise import digest
 
 
 def write_cosmopedia(folder: Path, files: int = 3, rows: int = 250, row_group: int = 100) -> list[str]:

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from data_sources import ListSource, same, some_source
 
-from smollm2.cli import LoadError
-from smollm2.tokenizer import Tokenizer, train_tokenizer
-from train import worker_pool
-from train.data import held_out_rows, training_batches
-from train.worker_pool import WorkerPool
+from smollm2.errors import LoadError
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
+from train.data import worker_pool
+from train.data.batches import held_out_rows, training_batches
+from train.data.worker_pool import WorkerPool
 
 SHAPE = dict(rows=2, length=16, seed=3, validation_fraction=0.1)
 
@@ -105,8 +105,8 @@ PROGRAM = """
 import itertools, sys, threading
 sys.path.insert(0, {tests!r})
 from data_sources import some_source
-from smollm2.tokenizer import train_tokenizer
-from train.worker_pool import WorkerPool
+from smollm2.pretrained.tokenizer import train_tokenizer
+from train.data.worker_pool import WorkerPool
 pool = WorkerPool(train_tokenizer(["document"], 280), 2)
 for part in [pool.submit(["text"] * 5000) for _ in range(4)]:
     part.result(threading.Event())

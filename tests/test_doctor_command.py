@@ -11,7 +11,7 @@ import torch
 from kernels import TORCH
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, doctor
 from smollm2.cli import run_command
-from smollm2.tokenizer import train_tokenizer
+from smollm2.pretrained.tokenizer import train_tokenizer
 
 
 def test_every_device_present_is_checked_with_torch() -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.batch import generate_many
 from smollm2.compile import build_package, find_package, main, package_path
-from smollm2.decode_step import DecodeStep, Matrix, StepWeights
-from smollm2.engine import CompiledEngine, Engine, QuantizedEngine, select_engine, step_weights
-from smollm2.quantize import MATRICES, dequantize
+from smollm2.engine.exported_step import DecodeStep, Matrix, StepWeights
+from smollm2.engine.quantized import MATRICES, dequantize
+from smollm2.engine.select import CompiledEngine, Engine, QuantizedEngine, select_engine, step_weights
+from smollm2.generation.batch import generate_many
 
 
 @pytest.fixture(scope="module")

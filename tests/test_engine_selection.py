@@ -8,8 +8,8 @@ import torch
 
 from kernels import TORCH, select_backend
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.cli import UsageError
-from smollm2.engine import CapturedEngine, Engine, QuantizedEngine, default_engine, select_engine
+from smollm2.engine.select import CapturedEngine, Engine, QuantizedEngine, default_engine, select_engine
+from smollm2.errors import UsageError
 
 
 @pytest.fixture

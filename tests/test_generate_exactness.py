@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.cli import UsageError
-from smollm2.generate import stream_text
+from smollm2.errors import UsageError
+from smollm2.generation.loop import stream_text
 from smollm2.sampling import SamplingParams, sample, uniform
 
 

@@ -16,8 +16,8 @@ pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 
 import gguf_files  # noqa: E402
 
-from smollm2.cli import LoadError  # noqa: E402
-from smollm2.gguf import open_gguf  # noqa: E402
+from smollm2.errors import LoadError  # noqa: E402
+from smollm2.pretrained.gguf import open_gguf  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What smollm2/gguf.py reads equals what an independent decoder finds in the same bytes, in every supported type."""
+"""What smollm2/pretrained/gguf.py reads equals what an independent decoder finds in the same bytes, in every supported type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 
 import gguf_files  # noqa: E402
 
-from smollm2.gguf import open_gguf  # noqa: E402
+from smollm2.pretrained.gguf import open_gguf  # noqa: E402
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 DOWN, QUERY, KEY = (f"model.layers.1.{name}.weight" for name in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj"))

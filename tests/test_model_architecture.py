@@ -8,7 +8,7 @@ import torch
 
 from kernels import TORCH, with_ops
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from smollm2.model import shift_labels
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import adamw
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from smollm2.working_copies import WorkingCopies
 from train import checkpoint
 from train.config import RunConfig, compare_for_resume

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from train_cases import checkpoint_folder, curve, run_config
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from train import checkpoint
 from train.config import RunConfig
 from train.optim import MuonWithAdamW, build_optimizer, learning_rate, set_learning_rate, update

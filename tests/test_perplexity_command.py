@@ -15,7 +15,7 @@ import torch
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, load_tokenizer
 from smollm2.cli import run_command
 from smollm2.perplexity import main, perplexity
-from smollm2.tokenizer import train_tokenizer
+from smollm2.pretrained.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog, naïve 漢字 <|im_end|>\n" * 20

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, quantize
-from smollm2.checkpoint import load_model, save_model
-from smollm2.cli import UsageError, run_command
-from smollm2.quantize import Int4Weight, Int8Weight, dequantize, logits_of, main, quantized_layers
-from smollm2.tokenizer import train_tokenizer
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+from smollm2.cli import run_command
+from smollm2.engine import quantized
+from smollm2.engine.quantized import Int4Weight, Int8Weight, dequantize, logits_of, main, quantized_layers
+from smollm2.errors import UsageError
+from smollm2.pretrained.checkpoint import load_model, save_model
+from smollm2.pretrained.tokenizer import train_tokenizer
 
 CONFIG = SmolLM2Config.preset("tiny")
 MATRICES = ("qkv", "o", "gate_up", "down")
@@ -29,13 +31,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_more_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantises both kinds, and then forbids that it is done again."""
-    for kind in quantize.KINDS:
+    for kind in quantized.KINDS:
         quantized_layers(load_model(folder, "torch", dtype="bf16"), kind)
 
     def refuse(*args: object) -> None:
         raise AssertionError("quantised again")
 
-    monkeypatch.setattr(quantize, "quantize_all", refuse)
+    monkeypatch.setattr(quantized, "quantize_all", refuse)
 
 
 def test_the_forward_pass_is_the_models_own() -> None:
@@ -61,13 +63,13 @@ def test_each_matrix_is_quantised_and_the_norms_are_not(kind: str, cls: type, fo
 
 @pytest.mark.usefixtures("no_more_work")
 def test_a_second_start_maps_what_the_first_one_made(folder: Path, tmp_path: Path) -> None:
-    for kind in quantize.KINDS:
+    for kind in quantized.KINDS:
         model = load_model(folder, "torch", dtype="bf16")
         layers, head = quantized_layers(model, kind)
         (entry,) = (tmp_path / "cache").glob(f"{kind}-*")
         tensors = [*head, *layers[0].qkv, *layers[1].down]
         assert {tensor.untyped_storage().nbytes() for tensor in tensors} == {(entry / "model.safetensors").stat().st_size}
-        assert torch.equal(head[0], quantize.quantize_rows(model.lm_head.weight.detach())[0])
+        assert torch.equal(head[0], quantized.quantize_rows(model.lm_head.weight.detach())[0])
 
 
 @pytest.mark.usefixtures("no_more_work")
@@ -93,7 +95,7 @@ def test_a_changed_source_replaces_its_entry(folder: Path, tmp_path: Path) -> No
     _, head = quantized_layers(model)
     (after,) = (tmp_path / "cache").iterdir()
     assert after != before
-    assert torch.equal(head[0], quantize.quantize_rows(model.lm_head.weight.detach())[0])
+    assert torch.equal(head[0], quantized.quantize_rows(model.lm_head.weight.detach())[0])
 
 
 def test_a_model_from_nowhere_is_quantised_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

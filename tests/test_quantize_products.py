@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smollm2 import quantize
-from smollm2.quantize import Int8Weight, dequantize, linear, linear_int4, linear_int8, quantize_groups, quantize_rows
+from smollm2.engine import quantized
+from smollm2.engine.quantized import Int8Weight, dequantize, linear, linear_int4, linear_int8, quantize_groups, quantize_rows
 
 # One unit in the last place of the result, and what a sum of K products rounded in fp32 may lose.
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -46,7 +46,7 @@ def test_the_kernel_serves_few_rows_in_bf16_and_nothing_else(monkeypatch: pytest
     for rows, dtype in ((1, torch.bfloat16), (16, torch.bfloat16), (17, torch.bfloat16), (1, torch.float32)):
         linear_int8(torch.randn(rows, 64).to(dtype), weight)
     assert calls == [[1, 64], [16, 64]]
-    assert quantize.INT8_KERNEL_ROWS == 16
+    assert quantized.INT8_KERNEL_ROWS == 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

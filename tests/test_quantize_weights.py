@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smollm2.cli import UsageError
-from smollm2.quantize import Int4Weight, dequantize, quantize_groups, quantize_rows
+from smollm2.engine.quantized import Int4Weight, dequantize, quantize_groups, quantize_rows
+from smollm2.errors import UsageError
 
 DTYPES = [torch.float32, torch.bfloat16]
 

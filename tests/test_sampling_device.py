@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from smollm2.sampling import Sampler, SamplingParams, as_words, sample, uniform, uniforms
 
 EXTREMES = [0, 1, -1, 2, (1 << 31) - 1, -(1 << 31), 1 << 40, (1 << 63) - 1, -(1 << 63), 123456789]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.engine import Engine
+from smollm2.engine.select import Engine
+from smollm2.generation.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats, speculative_steps
 from smollm2.sampling import SamplingParams
-from smollm2.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats, speculative_steps
 
 NEW, SEED = 60, 17
 GREEDY = SamplingParams()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.cli import UsageError
-from smollm2.engine import CompiledEngine, Engine
+from smollm2.engine.select import CompiledEngine, Engine
+from smollm2.errors import UsageError
+from smollm2.generation.speculative import MAX_ROWS, SURE_NGRAM, DraftModel, PromptLookup, Stats, speculative_steps
 from smollm2.sampling import SamplingParams
-from smollm2.speculative import MAX_ROWS, SURE_NGRAM, DraftModel, PromptLookup, Stats, speculative_steps
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smollm2.cli import UsageError
-from smollm2.tokenizer import Tokenizer, train_tokenizer
+from smollm2.errors import UsageError
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from train.config import RunConfig, compare_for_resume
 from train.distributed import World
 from train.step import capture_choice

@@ -16,8 +16,9 @@ import torch
 from train_cases import arguments, checkpoint_folder, curve, run_config
 from transformers import AutoModelForCausalLM
 
-from smollm2.checkpoint import load_model
-from smollm2.cli import LoadError, run_command
+from smollm2.cli import run_command
+from smollm2.errors import LoadError
+from smollm2.pretrained.checkpoint import load_model
 from train import checkpoint
 from train.checkpoint import MANIFEST, SaveError, Saver, main, newest_checkpoint, verify
 from train.metrics import read_metrics

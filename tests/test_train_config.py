@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from train.command_line import CONFIGS, parse
 from train.config import RunConfig, compare_for_resume, describe_keys
 

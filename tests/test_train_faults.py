@@ -12,7 +12,7 @@ import pytest
 import torch
 from train_cases import checkpoint_folder, curve, run_config
 
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
 from train import run, worker_pool
 from train.checkpoint import verify
 from train.run import train

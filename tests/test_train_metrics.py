@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config
-from smollm2.tokenizer import train_tokenizer
+from smollm2.pretrained.tokenizer import train_tokenizer
 from train import metrics
 from train.checkpoint import Progress
 from train.config import RunConfig
-from train.data import DataState
+from train.data.batches import DataState
 from train.display import columns, duration
 from train.metrics import (
     MetricsLog,

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from smollm2.checkpoint import load_model
-from smollm2.cli import LoadError, UsageError, run_command
-from smollm2.tokenizer import load_tokenizer
+from smollm2.cli import run_command
+from smollm2.errors import LoadError, UsageError
+from smollm2.pretrained.checkpoint import load_model
+from smollm2.pretrained.tokenizer import load_tokenizer
 from train import run
 from train.checkpoint import verify
 from train.config import RunConfig
-from train.data import training_batches
+from train.data.batches import training_batches
 from train.distributed import World
 from train.evaluation import evaluate
 from train.metrics import read_metrics

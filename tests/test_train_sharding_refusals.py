@@ -10,8 +10,8 @@ import pytest
 import torch
 from train_cases import run_config
 
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 from train import estimate, sharding
 from train.distributed import World
 from train.run import train

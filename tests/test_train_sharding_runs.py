@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from train_cases import arguments, checkpoint_folder, curve, run_config
 
 from smollm2 import SmolLM2ForCausalLM
-from smollm2.cli import LoadError
+from smollm2.errors import LoadError
 from train.checkpoint import read_moments, verify
 from train.config import RunConfig
 from train.run import train

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from train_cases import run_config
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from train import tracking
 from train.metrics import read_metrics
 from train.run import train

@@ -37,13 +37,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from smollm2.checkpoint import load_model, stored_tensors, write_weights
-from smollm2.cli import LoadError, Parser, UsageError, run_command
+from smollm2.cli import Parser, run_command
 from smollm2.config import SmolLM2Config
+from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.tokenizer import Tokenizer
+from smollm2.pretrained.checkpoint import load_model, stored_tensors, write_weights
+from smollm2.pretrained.tokenizer import Tokenizer
 from train import sharding
-from train.data import DataState
+from train.data.batches import DataState
 from train.distributed import World
 
 SCHEMA = 2  # of the folder; 1 had no schema in its manifest and the moments in training_state.pt

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
 from train.config import RunConfig, check_keys, describe_keys, format_value
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -18,8 +18,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import UsageError
 from smollm2.config import PRESETS, SmolLM2Config
+from smollm2.errors import UsageError
 
 DATA_SOURCES = ("embedded", "local", "hub", "mixture")
 OPTIMIZERS = ("adamw", "adamw,torch", "muon")

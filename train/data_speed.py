@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from smollm2.cli import LoadError, Parser, run_command
-from smollm2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from smollm2.cli import Parser, run_command
+from smollm2.errors import LoadError
+from smollm2.pretrained.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train.config import RunConfig
-from train.corpus import EmbeddedSource, LocalSource, Source
-from train.data import training_batches
-from train.token_cache import TokenCache, open_cache
+from train.data.batches import training_batches
+from train.data.corpus import EmbeddedSource, LocalSource, Source
+from train.data.token_cache import TokenCache, open_cache
 
 ROWS, LENGTH = 32, 512
 

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smollm2.cli import LoadError, UsageError, resolve_device
+from smollm2.cli import resolve_device
+from smollm2.errors import LoadError, UsageError
 from train.rng import rng_states, set_rng_states
 
 T = TypeVar("T")

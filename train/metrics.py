@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from smollm2.config import SmolLM2Config
-from smollm2.tokenizer import Tokenizer
+from smollm2.pretrained.tokenizer import Tokenizer
 from train.checkpoint import Progress
 from train.config import RunConfig
 from train.display import Display

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.cli import run_command
+from smollm2.errors import LoadError, UsageError
 from train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "training_metrics.png"

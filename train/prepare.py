@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from smollm2.cli import LoadError, UsageError, run_command
-from smollm2.tokenizer import Tokenizer
-from train.blocks import EpochEnd, Prefetch, StoredBlock, epoch_order, stored_blocks, tokenised
+from smollm2.cli import run_command
+from smollm2.errors import LoadError, UsageError
+from smollm2.pretrained.tokenizer import Tokenizer
 from train.command_line import parse
 from train.config import RunConfig
-from train.corpus import Source, open_source
-from train.data import held_out_rows
-from train.mixture import MixtureCache, MixtureSource, order_key
+from train.data.batches import held_out_rows
+from train.data.blocks import EpochEnd, Prefetch, StoredBlock, epoch_order, stored_blocks, tokenised
+from train.data.corpus import Source, open_source
+from train.data.mixture import MixtureCache, MixtureSource, order_key
+from train.data.token_cache import TokenCache, open_caches
+from train.data.tokenise import TokenBlock, is_held_out
+from train.data.worker_pool import WorkerPool
 from train.run import tokenizer_for
-from train.token_cache import TokenCache, open_caches
-from train.tokenise import TokenBlock, is_held_out
-from train.worker_pool import WorkerPool
 
 HELP = """usage: python -m train.prepare [config.yaml] [key=value ...] [--tokens N] [--verify] [--debug] [--help]
 

@@ -25,24 +25,25 @@ import torch
 from torch import Tensor, nn
 
 from kernels import Backend, select_backend
-from smollm2.checkpoint import resolve
-from smollm2.cli import LoadError, UsageError, run_command
+from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
+from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from smollm2.pretrained.checkpoint import resolve
+from smollm2.pretrained.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train import estimate, keep_freed_memory, metrics, plot, sharding, tracking
 from train.checkpoint import Progress, Saver, find_checkpoint, load_moments, load_progress, load_weights, take_snapshot
 from train.command_line import HELP, parse
 from train.config import RunConfig, compare_for_resume
-from train.corpus import LocalSource, Source, open_source
-from train.data import Batch, DataState, held_out_rows, read_stored, training_batches
+from train.data.batches import Batch, DataState, held_out_rows, read_stored, training_batches
+from train.data.corpus import LocalSource, Source, open_source
+from train.data.mixture import MixtureCache, MixtureSource, mixture_lines
+from train.data.token_cache import TokenCache, open_caches
 from train.distributed import StopRequest, World, join_world, leave_world, settle_buckets
 from train.evaluation import evaluate, sample
-from train.mixture import MixtureCache, MixtureSource, mixture_lines
 from train.optim import StepGuard, build_optimizer, describe_optimizer, learning_rate, set_learning_rate, working_copies
 from train.rng import rng_states, seed_generators, set_rng_states
 from train.step import CapturedStep, TrainStep, capture_choice, on_stream
-from train.token_cache import TokenCache, open_caches
 
 INSTRUCT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RELEASED = [f"SmolLM2-{size}{kind}" for size in ("135M", "360M", "1.7B") for kind in ("", "-Instruct")]

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from train.config import RunConfig
 from train.distributed import World

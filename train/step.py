@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from smollm2.working_copies import WorkingCopies
 from train import sharding
 from train.config import RunConfig
-from train.data import Batch
+from train.data.batches import Batch
 from train.distributed import World
 from train.optim import FusedAdamW, StepGuard, clip_gradients, update
 

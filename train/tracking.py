@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from smollm2.cli import UsageError
+from smollm2.errors import UsageError
 from train.config import RunConfig
 
 NAME_FILE = "tracker.txt"

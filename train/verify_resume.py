@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from smollm2.cli import LoadError, Parser, UsageError, run_command
+from smollm2.cli import Parser, run_command
+from smollm2.errors import LoadError, UsageError
 from train import checkpoint, run, step
 from train.checkpoint import LATEST, RECORD, STATE, checkpoints, newest_checkpoint, read_moments
 from train.command_line import CONFIGS, parse
-from train.data import Batch
+from train.data.batches import Batch
 from train.metrics import read_metrics
 
 PATIENCE = 60.0  # seconds for a checkpoint to be written

@@ -22,9 +22,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from smollm2.checkpoint import json_writer, read_json, resolve, write_files
-from smollm2.cli import LoadError, UsageError
-from smollm2.gguf import GGUFFile, open_gguf
+from smollm2.errors import LoadError, UsageError
+from smollm2.pretrained.checkpoint import json_writer, read_json, resolve, write_files
+from smollm2.pretrained.gguf import GGUFFile, open_gguf
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

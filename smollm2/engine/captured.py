@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smollm2.cache import KVCache
-from smollm2.cli import UsageError
+from smollm2.engine.cache import KVCache
+from smollm2.errors import UsageError
 from smollm2.sampling import Sampler, SamplingParams, as_words, uniforms
 
 if TYPE_CHECKING:
-    from smollm2.engine import Engine
+    from smollm2.engine.select import Engine
 
 SMALLEST_CAPACITY = 64
 CHUNK = 16  # tokens between two read-backs of a captured loop

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from train.corpus import Block, Source
-from train.packing import START, Cursor
-from train.token_cache import TokenCache
-from train.tokenise import TokenBlock
-from train.worker_pool import Pending, Stopped, WorkerPool
+from train.data.corpus import Block, Source
+from train.data.packing import START, Cursor
+from train.data.token_cache import TokenCache
+from train.data.tokenise import TokenBlock
+from train.data.worker_pool import Pending, Stopped, WorkerPool
 
 Item = TypeVar("Item")
 

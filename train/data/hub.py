@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import LoadError
-from train.source_record import find_source_record
+from smollm2.errors import LoadError
+from train.data.source_record import find_source_record
 
 HUB_BLOCK = 1024  # rows
 OPEN_PAUSES = (1, 4)  # seconds between attempts to open a dataset

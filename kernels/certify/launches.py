@@ -25,9 +25,9 @@ from triton.runtime.jit import JITCallable
 
 from kernels import adamw, launch_config
 from kernels.backend import load_triton
+from kernels.certify.targets import Target
 from kernels.decode_head import decode_head
 from kernels.mlp import mlp
-from kernels.targets import Target
 from kernels.types import Backend, LayerWeights
 
 EPS = 1e-5

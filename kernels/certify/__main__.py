@@ -3,11 +3,11 @@
     python -m kernels.certify                       compiles what changed, writes certificate.json and CERTIFICATE.md, applies the gates
     python -m kernels.certify --check               compiles nothing; fails when the committed table is not that of this source
     python -m kernels.certify --target sm_90 --op attention      compiles these again and prints them; writes nothing
-    python -m kernels.certify --fill DIR --arch sm_90            fills a Triton cache for that GPU (kernels/cache_fill.py)
+    python -m kernels.certify --fill DIR --arch sm_90            fills a Triton cache for that GPU (kernels/certify/cache_fill.py)
     python -m kernels.certify --verify DIR --arch sm_90          how much of it would be found
 
-What is compiled is what would be launched (kernels/launches.py); what the figures mean, and the limits they are held against, stands in
-kernels/targets.py. The table holds the figures of two versions of Triton, the newest that is tested and the oldest that is allowed.
+What is compiled is what would be launched (kernels/certify/launches.py); what the figures mean, and the limits they are held against, stands in
+kernels/certify/targets.py. The table holds the figures of two versions of Triton, the newest that is tested and the oldest that is allowed.
 A run adds those of the version that it finds, so that a change of a kernel or of a launch takes two:
 
     python -m kernels.certify
@@ -34,13 +34,13 @@ from typing import Any
 import triton
 from triton import knobs
 
-from kernels.cache_fill import SOURCES, present_gpu, report
-from kernels.launches import DECODE, EMBEDDING, LAST_NORM, LAYER, LAYERS, LOSS, OPTIMIZER, Launch, record
-from kernels.targets import TARGETS, measure
+from kernels.certify.cache_fill import SOURCES, present_gpu, report
+from kernels.certify.launches import DECODE, EMBEDDING, LAST_NORM, LAYER, LAYERS, LOSS, OPTIMIZER, Launch, record
+from kernels.certify.targets import TARGETS, measure
 
 VERSIONS = ("3.7.1", "3.6.0")  # of Triton: that of constraints.txt, and the oldest that pyproject.toml allows
-JSON_FILE = Path(__file__).with_name("certificate.json")
-TABLE_FILE = Path(__file__).with_name("CERTIFICATE.md")
+JSON_FILE = Path(__file__).parent.with_name("certificate.json")
+TABLE_FILE = Path(__file__).parent.with_name("CERTIFICATE.md")
 # Kernels that only move data: each must read and write 16 bytes at a time.
 MEMORY_BOUND = {
     "_rms_norm_fwd_kernel",

@@ -1,6 +1,6 @@
 """Documents to arrays of token ids, one block of them at a time, and what identifies a document.
 
-This is what a worker process loads (train/worker_pool.py): numpy and tokenizers, not torch. The training process calls the same
+This is what a worker process loads (train/data/worker_pool.py): numpy and tokenizers, not torch. The training process calls the same
 functions when it has no workers, so that where a block is tokenised does not change a single id.
 """
 

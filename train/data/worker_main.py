@@ -1,4 +1,4 @@
-"""What a worker process runs first, in the place of the program's main module (train/worker_pool.py).
+"""What a worker process runs first, in the place of the program's main module (train/data/worker_pool.py).
 
 `import train` imports smollm2, and that torch: seconds of start and hundreds of megabytes for each worker, which needs numpy and
 tokenizers. So the package is entered here without its __init__.py; what the worker imports of it afterwards is found as usual.
@@ -10,5 +10,5 @@ from pathlib import Path
 
 if __name__ == "__mp_main__":
     package = types.ModuleType("train")
-    package.__path__ = [str(Path(__file__).parent)]
+    package.__path__ = [str(Path(__file__).parent.parent)]
     sys.modules.setdefault("train", package)

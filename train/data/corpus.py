@@ -1,4 +1,4 @@
-"""Where documents come from: Python's own documentation, local files, a dataset on the hub, or several of these (train/mixture.py).
+"""Where documents come from: Python's own documentation, local files, a dataset on the hub, or several of these (train/data/mixture.py).
 
 A source is a list of shards; a shard is a sequence of blocks; a block is a list of documents that is read at once:
 
@@ -7,7 +7,7 @@ A source is a list of shards; a shard is a sequence of blocks; a block is a list
     source.fingerprint                             changes when the documents do
     source.cache_key                               the same for the token cache, which must not confuse any two
 
-so that any document has an address (shard, block, index), and a reader can start anywhere. Nothing here depends on a seed: train/data.py
+so that any document has an address (shard, block, index), and a reader can start anywhere. Nothing here depends on a seed: train/data/batches.py
 chooses the order. A document is whatever was stored; what is not text is sorted out, and counted, by the reader.
 """
 
@@ -27,18 +27,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from smollm2.cli import LoadError, UsageError
+from smollm2.errors import LoadError, UsageError
 from train.config import RunConfig
-from train.hub import HubSource
-from train.mixture import MixtureSource, Revision
-from train.source_record import cache_root
+from train.data.hub import HubSource
+from train.data.mixture import MixtureSource, Revision
+from train.data.source_record import cache_root
 
 Block = list[Any]
 LAYOUT = "blocks 2"  # of the files of data=local; a change of the constants below makes other blocks
 
 
 class Source(Protocol):
-    """What train/data.py reads.
+    """What train/data/batches.py reads.
 
     revision: the pinned version of the documents, where they have one. sizes: of each shard in documents or bytes, which is what
     parts of an epoch are measured in.

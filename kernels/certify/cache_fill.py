@@ -46,11 +46,11 @@ from triton.runtime import build
 from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 
-from kernels.launches import StandIn
-from kernels.targets import Target, target_for
+from kernels.certify.launches import StandIn
+from kernels.certify.targets import Target, target_for
 
 SOURCES = ("model", "tests", "bench")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 BINARIES = (".cubin", ".hsaco")
 # What becomes of a kernel.
 NEW, THERE, MISSING, LAUNCHER = "compiled", "there already", "missing", "without their launcher"

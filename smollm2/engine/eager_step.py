@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kernels import TORCH, LayerWeights
 from kernels.eager.linear import onednn_is_faster
-from smollm2.cache import KVCache, free_memory
+from smollm2.engine.cache import KVCache, free_memory
 
 if TYPE_CHECKING:
     from smollm2.model import SmolLM2ForCausalLM

@@ -4,10 +4,10 @@
 
 The order: in every epoch a seeded permutation of the shards, and in every block a seeded permutation of its documents. There is no
 shuffle buffer, so a position is five integers (Cursor), and a run resumed from them reads exactly what it would have read, on any
-number of ranks and workers. A mixture has such a position for each of its sources, and takes their rows in turns (train/mixture.py).
+number of ranks and workers. A mixture has such a position for each of its sources, and takes their rows in turns (train/data/mixture.py).
 What is saved is the position of the batch that was trained on, not of those prepared ahead.
 
-With workers, one thread reads (train/blocks.py), processes tokenise (train/worker_pool.py), and another thread packs. Without a token
+With workers, one thread reads (train/data/blocks.py), processes tokenise (train/data/worker_pool.py), and another thread packs. Without a token
 cache every rank reads and tokenises everything, and keeps its rows; with one, the first rank of each node does it for all of them.
 """
 
@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smollm2.cli import LoadError, UsageError
-from smollm2.tokenizer import Tokenizer
-from train.blocks import EpochEnd, Prefetch, epoch_order, epochs_of, shuffled, stored_blocks, tokenised
-from train.corpus import Source
-from train.mixture import MixedBatch, MixtureCache, MixtureCursor, MixtureSource, Revision, Schedule, Share, mix, order_key
-from train.packing import START, Batch, Cursor, Segment, gather, pack
-from train.token_cache import TokenCache
-from train.tokenise import TokenBlock, as_text, digest, is_held_out
-from train.worker_pool import WorkerPool
+from smollm2.errors import LoadError, UsageError
+from smollm2.pretrained.tokenizer import Tokenizer
+from train.data.blocks import EpochEnd, Prefetch, epoch_order, epochs_of, shuffled, stored_blocks, tokenised
+from train.data.corpus import Source
+from train.data.mixture import MixedBatch, MixtureCache, MixtureCursor, MixtureSource, Revision, Schedule, Share, mix, order_key
+from train.data.packing import START, Batch, Cursor, Segment, gather, pack
+from train.data.token_cache import TokenCache
+from train.data.tokenise import TokenBlock, as_text, digest, is_held_out
+from train.data.worker_pool import WorkerPool
 
 __all__ = ["Batch", "Cursor", "DataState", "Document", "UniqueCounter", "held_out_rows", "read_stored", "training_batches"]
 

@@ -28,13 +28,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from smollm2.batch import check_prompts, generate_many
-from smollm2.checkpoint import json_writer, read_json, write_files
-from smollm2.cli import LoadError, UsageError
-from smollm2.engine import Engine
+from smollm2.engine.select import Engine
+from smollm2.errors import LoadError, UsageError
+from smollm2.generation.batch import check_prompts, generate_many
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.checkpoint import json_writer, read_json, write_files
+from smollm2.pretrained.tokenizer import Tokenizer
 from smollm2.sampling import SamplingParams
-from smollm2.tokenizer import Tokenizer
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PLAIN_TEXT = (".txt", ".text")

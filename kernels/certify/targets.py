@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 if TYPE_CHECKING:
-    from kernels.launches import Launch
+    from kernels.certify.launches import Launch
 
 KB = 1024
 

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kernels import Backend, select_backend
-from smollm2.cli import LoadError, parse_dtype
+from smollm2.cli import parse_dtype
 from smollm2.config import SmolLM2Config
-from smollm2.gguf import INSTALL_PACKAGE, PACKAGE, abbreviate, convert_gguf, open_gguf, packaged_gguf
+from smollm2.errors import LoadError
+from smollm2.pretrained.gguf import INSTALL_PACKAGE, PACKAGE, abbreviate, convert_gguf, open_gguf, packaged_gguf
 
 if TYPE_CHECKING:
     from smollm2.model import SmolLM2ForCausalLM

@@ -36,11 +36,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from smollm2.batch import check_prompts
-from smollm2.cache import KVCache
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
-from smollm2.engine import CompiledEngine, Engine
+from smollm2.engine.cache import KVCache
+from smollm2.engine.select import CompiledEngine, Engine
+from smollm2.errors import UsageError
+from smollm2.generation.batch import check_prompts
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smollm2.cli import LoadError, UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import LoadError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def packaged_gguf() -> Path:
 
 def convert_gguf(path: Path) -> Path:
     """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache cannot be written."""
-    from smollm2.checkpoint import cache_folder, cached, model_files, write_files  # which itself imports this module
+    from smollm2.pretrained.checkpoint import cache_folder, cached, model_files, write_files  # which itself imports this module
 
     def prepare() -> Callable[[Path], None]:
         file = open_gguf(path)
@@ -88,7 +88,7 @@ def convert_gguf(path: Path) -> Path:
 
 
 def _save_tokenizer(file: GGUFFile, folder: Path) -> None:
-    from smollm2.tokenizer import tokenizer_from_gguf  # which itself imports this module
+    from smollm2.pretrained.tokenizer import tokenizer_from_gguf  # which itself imports this module
 
     try:
         tokenizer = tokenizer_from_gguf(file)

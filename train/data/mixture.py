@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from smollm2.cli import LoadError
-from train.packing import START, Batch, Cursor
-from train.worker_pool import WorkerPool
+from smollm2.errors import LoadError
+from train.data.packing import START, Batch, Cursor
+from train.data.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
-    from smollm2.tokenizer import Tokenizer
+    from smollm2.pretrained.tokenizer import Tokenizer
     from train.config import MixturePart, RunConfig
-    from train.corpus import Block, Source
-    from train.token_cache import TokenCache
+    from train.data.corpus import Block, Source
+    from train.data.token_cache import TokenCache
 
 Revision = str | Mapping[str, str | None] | None  # the pinned commit of a source, or those of a mixture's sources by their names
 

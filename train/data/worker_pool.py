@@ -22,10 +22,10 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.tokenise import Encoder, Select, TokenBlock, join
+from train.data.tokenise import Encoder, Select, TokenBlock, join
 
 if TYPE_CHECKING:
-    from smollm2.tokenizer import Tokenizer
+    from smollm2.pretrained.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS, CHUNK_DOCUMENTS = 1 << 18, 1 << 12  # of a block, for one worker: a few tenths of a second
 FAREWELL = 2.0  # seconds that workers have to finish their chunk when the pool is closed
@@ -115,7 +115,7 @@ class WorkerPool:
 
     def __init__(self, tokenizer: Tokenizer, workers: int, select: Select | None = None) -> None:
         """Raises LoadError when the tokenizer has no token to put between documents."""
-        from smollm2.cli import LoadError  # not at the top: it comes with torch, which no worker needs
+        from smollm2.errors import LoadError  # not at the top: it comes with torch, which no worker needs
 
         end = tokenizer.eot_token_id
         if end is None:
@@ -171,7 +171,7 @@ class WorkerPool:
         self._executor = None
 
     def _dead(self, error: Exception) -> Exception:
-        from smollm2.cli import LoadError
+        from smollm2.errors import LoadError
 
         end = time.monotonic() + FAREWELL  # the executor kills the others: then all have an exit code
         while time.monotonic() < end and any(process.exitcode is None for process in self.processes):

@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from smollm2.cli import UsageError
-from smollm2.tokenizer import Tokenizer
+from smollm2.errors import UsageError
+from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
-from train.corpus import Source
-from train.mixture import MixtureCache, MixtureSource
-from train.source_record import cache_root, source_folder, write_source_record
-from train.tokenise import TokenBlock
-from train.worker_pool import token_dtype
+from train.data.corpus import Source
+from train.data.mixture import MixtureCache, MixtureSource
+from train.data.source_record import cache_root, source_folder, write_source_record
+from train.data.tokenise import TokenBlock
+from train.data.worker_pool import token_dtype
 
 DOCUMENT = np.dtype([("digest", "<u8"), ("length", "<u4")])
 WAIT_NOTE, WAIT_TIMEOUT, WAIT_POLL = 15.0, 120.0, 0.05  # seconds that the other ranks of a node wait for the leader's block

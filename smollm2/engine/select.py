@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import LayerWeights, reference
-from smollm2.cache import KVCache
-from smollm2.captured import DecodeLoops
-from smollm2.cli import UsageError
-from smollm2.cpu_step import Weights, decode_step, packed_weights, plain_weights, serves
-from smollm2.decode_step import Layer, Matrix, StepWeights
-from smollm2.quantize import (
+from smollm2.engine.cache import KVCache
+from smollm2.engine.captured import DecodeLoops
+from smollm2.engine.eager_step import Weights, decode_step, packed_weights, plain_weights, serves
+from smollm2.engine.exported_step import Layer, Matrix, StepWeights
+from smollm2.engine.quantized import (
     INT8_PACKED_ROWS,
     KINDS,
     Int4Weight,
@@ -37,6 +36,7 @@ from smollm2.quantize import (
     linear,
     quantized_layers,
 )
+from smollm2.errors import UsageError
 
 if TYPE_CHECKING:
     from smollm2.model import SmolLM2ForCausalLM

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smollm2.cli import UsageError
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 
 # Of the free memory, what a cache may take: the rest is for activations and logits, and for what other programs ask for meanwhile.
 USABLE_PERCENT = 90

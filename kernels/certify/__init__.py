@@ -1,0 +1,1 @@
+"""The proof that every kernel compiles for GPUs that are not there: `python -m kernels.certify`."""

@@ -1,0 +1,257 @@
+"""Generation: a loop around prefill and decode.
+
+    generate(model, input_ids)          a batch at once
+    generate_steps, stream_text         token by token, piece by piece of text
+    smollm2.generation.batch.generate_many         many prompts through a few slots
+
+What runs the steps is an engine (smollm2/engine/select.py); the loop is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smollm2.engine.captured import captured_steps
+from smollm2.engine.select import Engine, decode, default_engine, prefill
+from smollm2.errors import UsageError
+from smollm2.generation.batch import generate_many
+from smollm2.generation.speculative import Draft, Stats, speculative_steps
+from smollm2.model import SmolLM2ForCausalLM
+from smollm2.sampling import SamplingParams, sample
+
+if TYPE_CHECKING:
+    from smollm2.pretrained.tokenizer import Tokenizer
+
+__all__ = ["decode", "generate", "generate_steps", "prefill", "stream_text"]
+
+
+def generate_steps(
+    model: SmolLM2ForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 64,
+    params: SamplingParams | None = None,
+    seed: int | Sequence[int] = 0,
+    eos_token_ids: Sequence[int] = (),
+    pad_token_id: int = 0,
+    engine: Engine | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next token of every row [B] until all rows have ended or max_new_tokens are reached.
+
+    Rows that ended yield pad_token_id. Arguments as in `generate`. Raises UsageError before any work is done.
+    """
+    config, params = model.config, params or SamplingParams()
+    batch = input_ids.shape[0]
+    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+    _validate(model, input_ids, attention_mask, max_new_tokens, seeds)
+    params.validate(config.vocab_size)
+    if batch == 0 or max_new_tokens == 0:
+        return
+
+    device = model.lm_head.weight.device
+    prompt, lengths = _compact(input_ids, attention_mask)
+    positions = lengths.tolist()  # of the token drawn next, in each row's own text
+    longest = max(positions)
+    _check_length(model, longest, max_new_tokens)
+    engine = engine or default_engine(model)
+    if engine.loops is not None:
+        yield from captured_steps(
+            engine.loops, prompt, lengths, max_new_tokens=max_new_tokens, params=params, seeds=seeds,
+            eos_token_ids=eos_token_ids, pad_token_id=pad_token_id,
+        )  # fmt: skip
+        return
+    seen = None
+    if params.repetition_penalty != 1.0:
+        valid = torch.arange(prompt.shape[1], device=prompt.device) < lengths[:, None]
+        counts = torch.zeros(batch, config.vocab_size, dtype=torch.int32, device=prompt.device)
+        seen = counts.scatter_add_(1, prompt, valid.int()).bool().to(device)
+
+    cache = engine.allocate(batch, longest + max_new_tokens)
+    logits = engine.prefill(prompt[:, :longest].to(device), lengths.to(device), cache)
+    finished = torch.zeros(batch, dtype=torch.bool)
+    for step in range(max_new_tokens):
+        chosen = sample(logits, params, seeds, [position + step for position in positions], seen)
+        tokens = torch.where(finished, pad_token_id, chosen.cpu())
+        yield tokens
+        if eos_token_ids:
+            finished |= torch.isin(tokens, torch.tensor(list(eos_token_ids)))
+            if finished.all():
+                return
+        if step + 1 == max_new_tokens:
+            return
+        if seen is not None:
+            seen[torch.arange(batch, device=device), chosen] = True
+        logits = engine.decode(chosen[:, None], cache)[:, -1]
+
+
+def generate(
+    model: SmolLM2ForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 40,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    suppress_tokens: Sequence[int] = (),
+    engine: Engine | None = None,
+) -> Tensor:
+    """Continues token sequences.
+
+    input_ids [B, T] int64; attention_mask [B, T] with 0 for padding, on either side (rows are compacted, so padding never changes a
+    result) -> [B, T + new] int64 on the device of input_ids, where new <= max_new_tokens: generation stops when every row
+    has produced an end token, and finished rows are filled with pad_token_id (default: the model's pad, else its end token).
+
+    temperature 0 is greedy. seed: row i of a batch draws as that prompt alone with seed + i; a list gives one seed per row.
+    eos_token_id: one id or several, default the model's; an empty list never stops. suppress_tokens are never chosen.
+    engine: what runs the steps, see `select_engine`; by default the model as it is, on CUDA as captured graphs that are kept for the next
+    call. See SamplingParams for the filters. Raises UsageError for arguments out of range, or more than
+    max_position_embeddings tokens in all.
+    """
+    if eos_token_id is None:
+        ends: tuple[int, ...] = model.config.eos_token_ids
+    else:
+        ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    if pad_token_id is None:
+        pad_token_id = model.config.pad_token_id if model.config.pad_token_id is not None else (*ends, 0)[0]
+    params = SamplingParams(tuple(suppress_tokens), repetition_penalty, temperature, top_k, top_p, min_p)
+    engine = engine or default_engine(model)
+    if input_ids.dim() == 2 and input_ids.shape[0] > 1 and engine.loops is None:
+        return _generate_rows(model, input_ids, attention_mask, max_new_tokens, params, seed, ends, pad_token_id, engine)
+    steps = generate_steps(
+        model, input_ids, attention_mask, max_new_tokens=max_new_tokens, params=params, seed=seed,
+        eos_token_ids=ends, pad_token_id=pad_token_id, engine=engine,
+    )  # fmt: skip
+    return torch.cat([input_ids, *(tokens[:, None].to(input_ids.device) for tokens in steps)], dim=1)
+
+
+def _generate_rows(
+    model: SmolLM2ForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    params: SamplingParams,
+    seed: int | Sequence[int],
+    ends: Sequence[int],
+    pad_token_id: int,
+    engine: Engine,
+) -> Tensor:
+    """`generate` for a batch whose rows leave the work as they end."""
+    batch = input_ids.shape[0]
+    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
+    _validate(model, input_ids, attention_mask, max_new_tokens, seeds)
+    params.validate(model.config.vocab_size)
+    prompt, lengths = _compact(input_ids, attention_mask)
+    _check_length(model, int(lengths.max()), max_new_tokens)
+    if max_new_tokens == 0:
+        return input_ids
+    rows = [ids[:length] for ids, length in zip(prompt.tolist(), lengths.tolist(), strict=True)]
+    new: list[list[int]] = [[]] * batch
+    for index, tokens in generate_many(
+        model, rows, max_new_tokens=max_new_tokens, params=params, seed=seeds, eos_token_ids=ends, slots=batch, engine=engine
+    ):
+        new[index] = tokens
+    longest = max(len(tokens) for tokens in new)
+    padded = [tokens + [pad_token_id] * (longest - len(tokens)) for tokens in new]
+    return torch.cat([input_ids, torch.tensor(padded, dtype=torch.int64, device=input_ids.device)], dim=1)
+
+
+def _check_length(model: SmolLM2ForCausalLM, longest: int, max_new_tokens: int) -> None:
+    limit = model.config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise UsageError(
+            f"prompt and new tokens: expected at most {limit} together, got {longest} + {max_new_tokens}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
+
+
+def _validate(model: SmolLM2ForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, seeds: list[int]) -> None:
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise UsageError(f"input_ids: expected integer ids of shape [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
+    if max_new_tokens < 0:
+        raise UsageError(f"max_new_tokens: expected a number >= 0, got {max_new_tokens}")
+    if len(seeds) != input_ids.shape[0]:
+        raise UsageError(f"seed: expected one number or {input_ids.shape[0]} of them, one per row, got {len(seeds)}")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise UsageError(f"attention_mask: expected shape {list(input_ids.shape)} as input_ids, got {list(attention_mask.shape)}")
+    filled = attention_mask.bool().any(1) if attention_mask is not None else torch.full((input_ids.shape[0],), input_ids.shape[1] > 0)
+    if not bool(filled.all()):
+        raise UsageError("prompt: expected at least one token in every row, got an empty one; start from the beginning-of-text token")
+    real = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
+    if real.numel():
+        low, high = (int(bound) for bound in real.aminmax())
+        if low < 0 or high >= model.config.vocab_size:
+            raise UsageError(f"input_ids: expected ids in [0, {model.config.vocab_size}), got {low if low < 0 else high}")
+
+
+def _compact(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Moves the tokens of every row to its front, in order -> (ids [B, T] with zeros behind, lengths [B])."""
+    if attention_mask is None:
+        return input_ids, torch.full((input_ids.shape[0],), input_ids.shape[1], dtype=torch.int64, device=input_ids.device)
+    mask = attention_mask.bool()
+    order = torch.argsort(~mask, dim=1, stable=True)
+    return (input_ids * mask).gather(1, order), mask.sum(1)
+
+
+def stream_text(
+    model: SmolLM2ForCausalLM,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    params: SamplingParams,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    engine: Engine | None = None,
+    draft: Draft | None = None,
+    stats: Stats | None = None,
+) -> Iterator[str]:
+    """Yields the continuation of one prompt as text, piece by piece, up to a stop token or a stop string (neither is included).
+
+    A character whose bytes are spread over several tokens is yielded when it is complete; text that may be the beginning of
+    a stop string is held back until that is decided. One item comes per generated token, an empty one if nothing is ready.
+    draft guesses ahead (smollm2/generation/speculative.py): the same text in fewer steps, which stats count.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    ends = set(model.config.eos_token_ids)
+    held = ""
+    input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
+    tokens: Iterator[int]
+    if draft is None:
+        steps = generate_steps(
+            model, input_ids, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=tuple(ends), engine=engine
+        )
+        tokens = (int(step[0]) for step in steps)
+    else:
+        runs = speculative_steps(
+            model, input_ids, draft=draft, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=ends, engine=engine,
+            stats=stats,
+        )  # fmt: skip
+        tokens = itertools.chain.from_iterable(runs)
+    for token in tokens:
+        if token in ends:
+            yield held + decoder.decode(b"", final=True)
+            return
+        held += decoder.decode(tokenizer.token_bytes(token))
+        found = [held.index(text) for text in stop if text in held]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = max((size for text in stop for size in range(1, len(text)) if held.endswith(text[:size])), default=0)
+        ready, held = held[: len(held) - keep], held[len(held) - keep :]
+        yield ready
+    held += decoder.decode(b"", final=True)
+    if held:
+        yield held
