@@ -1,8 +1,10 @@
-"""pytest-benchmark suite of generation: `pytest bench/bench_generate.py`, compared between runs with `pytest-benchmark compare`.
+"""pytest-benchmark suite of generation: `pytest bench/bench_generate.py`, compared between runs with
+`pytest-benchmark compare`.
 
-What is compared is that of bench/generate.py: what `python -m bench.generate` was asked for, its defaults with --full, else `quick`.
-pytest-benchmark would run one variant after the other; they are to alternate. So all variants of a case are measured in turns, before its
-first test, and the clock of each test plays those times back.
+What is compared is that of bench/generate.py: what `python -m bench.generate` was asked for, its defaults
+with --full, else `quick`. pytest-benchmark would run one variant after the other; they are to alternate. So
+all variants of a case are measured in turns, before its first test, and the clock of each test plays those
+times back.
 """
 
 from __future__ import annotations
@@ -54,10 +56,16 @@ class QuickPlan(Plan):
     def _variant(self, name: str, weights: SmolLM2ForCausalLM, folder: Path) -> Variant:
         kind, what, *_ = name.split()
         if kind == "compiled":
-            quantize, dtype = (what, torch.bfloat16) if what == "int8" else ("none", torch.bfloat16 if what == "bf16" else torch.float32)
+            quantize, dtype = (
+                (what, torch.bfloat16)
+                if what == "int8"
+                else ("none", torch.bfloat16 if what == "bf16" else torch.float32)
+            )
             engine = select_engine(self._load("auto", dtype), quantize=quantize, compiled=False)
             if find_package(engine) is None:
-                raise UsageError("not compiled yet, which takes a minute; add --full, or python -m smollm2.compile")
+                raise UsageError(
+                    "not compiled yet, which takes a minute; add --full, or python -m smollm2.compile"
+                )
         return super()._variant(name, weights, folder)
 
 
@@ -67,7 +75,9 @@ def quick() -> Plan:
 
 
 class Apart:
-    """What is found beside the clock, once for each variant and case: memory and launches of a prefill and of a decode step."""
+    """What is found beside the clock, once for each variant and case: memory and launches of a prefill and of
+    a decode step.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -88,8 +98,13 @@ class Apart:
         turns = plan._variants[name].begin(prompts, plan.new_tokens)
         first = turns.prefill()
         turns.decode(first, 1)  # compiles, captures
-        calls: dict[str, Callable[[], object]] = {"prefill": turns.prefill, "decode": partial(turns.decode, first, 1)}
-        counted = device.type == "cuda" or (find_spec("triton") and name.startswith(("eager", "transformers ")))
+        calls: dict[str, Callable[[], object]] = {
+            "prefill": turns.prefill,
+            "decode": partial(turns.decode, first, 1),
+        }
+        counted = device.type == "cuda" or (
+            find_spec("triton") and name.startswith(("eager", "transformers "))
+        )
         return {
             phase: {
                 "peak_memory_bytes": None if name.startswith(ELSEWHERE) else peak_memory(call, device),
@@ -99,18 +114,25 @@ class Apart:
         }
 
     def work(self, case: tuple[int, int], name: str, phase: str, config: SmolLM2Config) -> work.Work:
-        """The bytes of weights and cache that a prefill or a decode step cannot avoid, and its operations; both for all rows."""
+        """The bytes of weights and cache that a prefill or a decode step cannot avoid, and its operations;
+        both for all rows.
+        """
         (batch, prompt), variant = case, self._plan._variants[name]
         if phase == "decode":
             items = work.token_items(config, batch, prompt + self._plan.new_tokens // 2, 2).values()
             flops = sum(item.times * item.cost.forward.flops for item in items)
             return work.Work(round(self._plan._step_bytes(name, case)), flops)
-        layers = sum(cost.forward.flops for cost in work.layer(config, batch, prompt, 2).values()) * config.num_hidden_layers
+        layers = (
+            sum(cost.forward.flops for cost in work.layer(config, batch, prompt, 2).values())
+            * config.num_hidden_layers
+        )
         logits = work.linear(batch, config.hidden_size, config.vocab_size, 2).forward.flops
         return work.Work(variant.weight_bytes + batch * prompt * variant.cache_bytes, layers + logits)
 
     def rate(self, name: str) -> float:
-        """Operations per second of a large product in the variant's dtype: fp32, else bf16, in which quantised weights are multiplied."""
+        """Operations per second of a large product in the variant's dtype: fp32, else bf16, in which
+        quantised weights are multiplied.
+        """
         dtype = torch.float32 if self._plan._variants[name].dtype == "float32" else torch.bfloat16
         if dtype not in self._rates:
             self._rates[dtype] = roofline.matmul_rate(dtype, self._plan.device, self._plan.tiny)
@@ -124,7 +146,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
         whole = full or tiny or torch.cuda.is_available()
         config.generate_plan = Plan(tiny=tiny) if whole else quick()
     plan: Plan = config.generate_plan
-    chosen = [(phase, *case, name) for case in plan.cases for phase in ("prefill", "decode") for name in plan.names]
+    chosen = [
+        (phase, *case, name) for case in plan.cases for phase in ("prefill", "decode") for name in plan.names
+    ]
     metafunc.parametrize("phase, batch, prompt, variant", chosen)
 
 
@@ -143,7 +167,14 @@ def config(request: pytest.FixtureRequest) -> SmolLM2Config:
 
 
 def test_generation(
-    replay: Any, request: Any, apart: Apart, config: SmolLM2Config, phase: str, batch: int, prompt: int, variant: str
+    replay: Any,
+    request: Any,
+    apart: Apart,
+    config: SmolLM2Config,
+    phase: str,
+    batch: int,
+    prompt: int,
+    variant: str,
 ) -> None:
     plan: Plan = request.config.generate_plan
     case = batch, prompt
@@ -156,4 +187,6 @@ def test_generation(
     if phase == "prefill":
         seconds = batch * prompt / facts["tokens_per_second"]
         facts["percent_of_roof"] = round(100 * todo.floor(plan._bandwidth, apart.rate(variant)) / seconds, 1)
-    replay(row.prefill if phase == "prefill" else row.decode, f"{phase}, batch {batch}, prompt {prompt}", **facts)
+    replay(
+        row.prefill if phase == "prefill" else row.decode, f"{phase}, batch {batch}, prompt {prompt}", **facts
+    )

@@ -1,9 +1,11 @@
-"""pytest-benchmark suite of the operations: `pytest bench/bench_kernels.py`, compared between runs with `pytest-benchmark compare`.
+"""pytest-benchmark suite of the operations: `pytest bench/bench_kernels.py`, compared between runs with
+`pytest-benchmark compare`.
 
-Every operation, forward and backward, by every implementation that bench/ops.py knows, in turns. On a GPU: 32 x 512 tokens of the 135M
-model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and torch.compile are measured in fp32, on 64 tokens (--full:
-2 x 512), and Triton's interpreter is not; a small tensor stays in the cache, and so the roof there is a copy of as many bytes as the
-operation moves, over and over. `test_loss_memory` has the memory of the loss by number of tokens, which is exact and needs no clock.
+Every operation, forward and backward, by every implementation that bench/ops.py knows, in turns. On a GPU: 32
+x 512 tokens of the 135M model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and
+torch.compile are measured in fp32, on 64 tokens (--full: 2 x 512), and Triton's interpreter is not; a small
+tensor stays in the cache, and so the roof there is a copy of as many bytes as the operation moves, over and
+over. `test_loss_memory` has the memory of the loss by number of tokens, which is exact and needs no clock.
 """
 
 from __future__ import annotations
@@ -75,13 +77,19 @@ class Measurements:
     """The times of all variants of an operation, measured in turns when first asked for."""
 
     def __init__(self, tiny: bool, full: bool = False) -> None:
-        self.shapes = shapes(tiny, *((1, 8) if tiny else FULL if ON_GPU else CPU_FULL_ROWS if full else CPU_ROWS), DTYPE)
+        self.shapes = shapes(
+            tiny, *((1, 8) if tiny else FULL if ON_GPU else CPU_FULL_ROWS if full else CPU_ROWS), DTYPE
+        )
         self._tiny = tiny
         compiler = "aot_eager" if tiny else "inductor"
-        self.cases = {case.op: case for case in cases(self.shapes, select_backend("triton" if ON_GPU else "torch", DEVICE), compiler)}
+        self.cases = {
+            case.op: case
+            for case in cases(self.shapes, select_backend("triton" if ON_GPU else "torch", DEVICE), compiler)
+        }
         self.facts = {
-            **provenance(DEVICE), "model": "tiny" if tiny else "135M", "dtype": NAMES[str(DTYPE).removeprefix("torch.")],
-            "batch": self.shapes.batch, "length": self.shapes.length, "threads": torch.get_num_threads(),
+            **provenance(DEVICE), "model": "tiny" if tiny else "135M",
+            "dtype": NAMES[str(DTYPE).removeprefix("torch.")], "batch": self.shapes.batch,
+            "length": self.shapes.length, "threads": torch.get_num_threads(),
         }  # fmt: skip
         self._rate = roofline.matmul_rate(DTYPE, DEVICE, tiny)
         self._bandwidth = roofline.copy_bandwidth(DEVICE, tiny) if ON_GPU else None
@@ -97,10 +105,18 @@ class Measurements:
 
     def standing(self) -> dict[str, dict[str, Any]]:
         """What became of each library, over the operations measured so far: see bench/peers.py."""
-        return kernel_standing([{"variant": variant, **row} for found in self._found.values() for (_, variant), row in found.items()])
+        return kernel_standing(
+            [
+                {"variant": variant, **row}
+                for found in self._found.values()
+                for (_, variant), row in found.items()
+            ]
+        )
 
     def _measure(self, case: Case) -> dict[tuple[str, str], dict[str, Any]]:
-        truth = Variant(case, "reference", 1).results(torch.float64 if DTYPE == torch.float32 else torch.float32)
+        truth = Variant(case, "reference", 1).results(
+            torch.float64 if DTYPE == torch.float32 else torch.float32
+        )
         found: dict[tuple[str, str], dict[str, Any]] = {}
         ready: dict[str, tuple[Variant, dict[str, Any]]] = {}
         for name in case.variants:
@@ -111,7 +127,9 @@ class Measurements:
                 variant = Variant(case, name, SETS)
                 results = variant.results()
             except (ModuleNotFoundError, UsageError) as reason:
-                found |= {(phase, name): {"failed": " ".join(str(reason).split())} for phase in phases_of(case)}
+                found |= {
+                    (phase, name): {"failed": " ".join(str(reason).split())} for phase in phases_of(case)
+                }
                 continue
             except Exception as failure:  # noqa: BLE001 - other people's kernels fail in their own ways; the rest is measured
                 found |= {(phase, name): {"failed": one_line(failure)} for phase in phases_of(case)}
@@ -120,23 +138,36 @@ class Measurements:
             if name not in case.unchecked:
                 facts["error"] = error(results, truth)
             if facts.get("error", 0.0) > ERROR_BOUND[DTYPE]:
-                found |= {(phase, name): {"failed": f"wrong: relative error {facts['error']:.1e}"} for phase in phases_of(case)}
+                found |= {
+                    (phase, name): {"failed": f"wrong: relative error {facts['error']:.1e}"}
+                    for phase in phases_of(case)
+                }
                 continue
             ready[name] = variant, facts
         for phase in phases_of(case):
-            replays = {name: timing.replayable(variant.phases()[phase], DEVICE) for name, (variant, _) in ready.items()}
+            replays = {
+                name: timing.replayable(variant.phases()[phase], DEVICE)
+                for name, (variant, _) in ready.items()
+            }
             times = in_turns(replays, self._tiny)
             del replays
-            todo = {"forward": case.cost.forward, "backward": case.cost.backward}.get(phase, case.cost.forward + case.cost.backward)
+            todo = {"forward": case.cost.forward, "backward": case.cost.backward}.get(
+                phase, case.cost.forward + case.cost.backward
+            )
             bandwidth = self._bandwidth or cached_copy_bandwidth(todo.bytes)
             for name, seconds in times.items():
                 variant, facts = ready[name]
                 call = variant.call if phase == "forward" else variant.through_autograd
-                entry = {"seconds": seconds, **facts, **rates(todo, statistics.median(seconds), bandwidth, self._rate)}
+                entry = {
+                    "seconds": seconds,
+                    **facts,
+                    **rates(todo, statistics.median(seconds), bandwidth, self._rate),
+                }
                 tokens = self.shapes.tokens if case.tokens is None else case.tokens
                 entry["tokens_per_second"] = round(tokens / statistics.median(seconds))
                 entry["peak_memory_bytes"] = peak_memory(call, DEVICE)
-                if ON_GPU or (name not in COMPILED and find_spec("triton")):  # on a CPU a counting mode would switch the compiler off
+                # on a CPU a counting mode would switch the compiler off
+                if ON_GPU or (name not in COMPILED and find_spec("triton")):
                     entry["launches"] = sum(launches.count(call, DEVICE).values())
                 if self._tiny:
                     entry["note"] = TINY_NOTE
@@ -148,7 +179,8 @@ def rates(todo: work.Work, seconds: float, bandwidth: float, rate: float) -> dic
     """What one call does, how fast, and how far from a copy or a matrix product of this machine."""
     return {
         "bytes": todo.bytes, "flops": todo.flops, "us": round(seconds * 1e6, 2),
-        "gb_per_s": roofline.digits(todo.bytes / seconds / 1e9), "tflops": roofline.digits(todo.flops / seconds / 1e12),
+        "gb_per_s": roofline.digits(todo.bytes / seconds / 1e9),
+        "tflops": roofline.digits(todo.flops / seconds / 1e12),
         "percent_of_roof": round(100 * todo.floor(bandwidth, rate) / seconds, 1),
         "roof": {"copy_gb_per_s": roofline.digits(bandwidth / 1e9), "matmul_tflops": roofline.digits(rate / 1e12)},
     }  # fmt: skip
@@ -159,7 +191,11 @@ def in_turns(replays: dict[str, Callable[[], object]], tiny: bool) -> dict[str, 
     flush = timing.flush_buffer(DEVICE)
 
     def once(replay: Callable[[], object]) -> float:
-        return (timing.event_time(replay, flush) if flush is not None else timing._wall_time(replay)) * 1e-6 / SETS
+        return (
+            (timing.event_time(replay, flush) if flush is not None else timing._wall_time(replay))
+            * 1e-6
+            / SETS
+        )
 
     for replay in replays.values():
         once(replay)  # warms up, and the next call says how many rounds there is time for
@@ -173,7 +209,9 @@ def in_turns(replays: dict[str, Callable[[], object]], tiny: bool) -> dict[str, 
 
 
 def cached_copy_bandwidth(size: int) -> float:
-    """Bytes per second, read plus written, of a copy that moves `size` bytes in all, over and over: the fastest of many, as a roof is."""
+    """Bytes per second, read plus written, of a copy that moves `size` bytes in all, over and over: the
+    fastest of many, as a roof is.
+    """
     source = torch.ones(max(size // 2, 1), dtype=torch.int8)
     target = torch.empty_like(source)
     times: list[float] = []
@@ -206,12 +244,21 @@ def test_operation(replay: Any, measurements: Measurements, op: str, phase: str,
     if "failed" in found:
         pytest.skip(found["failed"])
     facts = measurements.facts
-    replay(group=f"{op} {phase}, {facts['batch']} x {facts['length']}", op=op, phase=phase, variant=variant, **facts, **found)
+    replay(
+        group=f"{op} {phase}, {facts['batch']} x {facts['length']}",
+        op=op,
+        phase=phase,
+        variant=variant,
+        **facts,
+        **found,
+    )
 
 
 @pytest.mark.parametrize("variant", LOSS_VARIANTS)
 @pytest.mark.parametrize("tokens", LOSS_TOKENS)
-def test_loss_memory(replay: Any, measurements: Measurements, tiny: bool, full: bool, tokens: int, variant: str) -> None:
+def test_loss_memory(
+    replay: Any, measurements: Measurements, tiny: bool, full: bool, tokens: int, variant: str
+) -> None:
     """One call forward and backward in bf16. The memory is the figure: the time has a profiler in it."""
     if variant.startswith(OURS) and not ON_GPU:
         pytest.skip("Triton's interpreter has no bf16 product")
@@ -227,9 +274,10 @@ def test_loss_memory(replay: Any, measurements: Measurements, tiny: bool, full: 
     began = time.perf_counter()
     peak = peak_memory(call, DEVICE)  # which waits for the device
     seconds = time.perf_counter() - began
-    logits = 2 * sized.tokens * sized.config.vocab_size  # bytes of all logits in bf16, which a chunked loss does not hold
+    # bytes of all logits in bf16, which a chunked loss does not hold
+    logits = 2 * sized.tokens * sized.config.vocab_size
     facts = {**measurements.facts, "dtype": "bf16", "length": sized.length}
     replay(
-        [seconds], f"loss memory, {tokens} tokens", op="loss memory", phase="forward+backward", variant=variant, tokens=tokens,
-        peak_memory_bytes=peak, logits_bytes=logits, **facts,
+        [seconds], f"loss memory, {tokens} tokens", op="loss memory", phase="forward+backward",
+        variant=variant, tokens=tokens, peak_memory_bytes=peak, logits_bytes=logits, **facts,
     )  # fmt: skip

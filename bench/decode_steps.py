@@ -1,6 +1,8 @@
-"""Decode steps over a cache that holds random numbers, for bench/generation.py: one class for each way to run them, and their clock.
+"""Decode steps over a cache that holds random numbers, for bench/generation.py: one class for each way to run
+them, and their clock.
 
-The numbers are the same in every class, for the same sizes, so that their logits can be compared. No prompt is prefilled for them.
+The numbers are the same in every class, for the same sizes, so that their logits can be compared. No prompt
+is prefilled for them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def tokens_for(batch: int, length: int, vocabulary: int, device: torch.device) -
 
 
 class EagerSteps:
-    """`Engine.decode` from Python, and argmax, over a cache filled with random numbers. A chunk is what is done between two rewinds."""
+    """`Engine.decode` from Python, and argmax, over a cache filled with random numbers. A chunk is what is
+    done between two rewinds.
+    """
 
     rewinds_freely = True  # a rewind costs next to nothing, and may be timed
 
@@ -64,7 +68,9 @@ class EagerSteps:
 class LoopSteps(EagerSteps):
     """The decode loop, captured where there are CUDA graphs unless captured is False."""
 
-    def __init__(self, model: SmolLM2ForCausalLM, batch: int, keys: int, chunk: int, captured: bool = True) -> None:
+    def __init__(
+        self, model: SmolLM2ForCausalLM, batch: int, keys: int, chunk: int, captured: bool = True
+    ) -> None:
         self.captured = captured
         super().__init__(model, batch, keys, chunk)
 
@@ -92,18 +98,23 @@ def build_llama(model: SmolLM2ForCausalLM) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     head = model.lm_head.weight
-    with torch.device(head.device):  # not `.to(dtype)`, which would round the frequencies of the rotary embedding
+    # not `.to(dtype)`, which would round the frequencies of the rotary embedding
+    with torch.device(head.device):
         llama: Any = AutoModelForCausalLM.from_config(LlamaConfig(**model.config.to_dict()), dtype=head.dtype)
     llama.load_state_dict(model.state_dict())
     return llama.eval()
 
 
 class LlamaSteps:
-    """Forward calls of transformers' model. compiler: a backend of torch.compile, with a StaticCache; else a DynamicCache, which grows."""
+    """Forward calls of transformers' model. compiler: a backend of torch.compile, with a StaticCache; else a
+    DynamicCache, which grows.
+    """
 
     rewinds_freely = False  # it writes the whole cache anew
 
-    def __init__(self, llama: Any, batch: int, keys: int, chunk: int, compiler: str | None = None, graph: bool = False) -> None:
+    def __init__(
+        self, llama: Any, batch: int, keys: int, chunk: int, compiler: str | None = None, graph: bool = False
+    ) -> None:
         from transformers import StaticCache
 
         self.llama, self.keys, self.chunk, self.step = llama, keys, min(chunk, keys - 1), llama
@@ -135,7 +146,9 @@ class LlamaSteps:
         shape = (len(self.tokens), self.keys, config.num_key_value_heads, config.head_dim)
         new = torch.empty(shape, dtype=self.llama.dtype, device=self.tokens.device)
         for layer in range(config.num_hidden_layers):  # the same numbers as in EagerSteps
-            keys, values = (new.normal_(generator=generator).transpose(1, 2)[:, :, :length].clone() for _ in range(2))
+            keys, values = (
+                new.normal_(generator=generator).transpose(1, 2)[:, :, :length].clone() for _ in range(2)
+            )
             self.cache.update(keys, values, layer)
 
     def go(self, steps: int) -> None:
@@ -150,8 +163,11 @@ class LlamaSteps:
         return logits
 
 
-def clock(steps: EagerSteps | LlamaSteps, device: torch.device, *, repeats: int, seconds: float) -> tuple[Sample, int]:
-    """Microseconds of a step, and how many steps each repeat had. One round or two do not count: the first replay of a graph uploads it.
+def clock(
+    steps: EagerSteps | LlamaSteps, device: torch.device, *, repeats: int, seconds: float
+) -> tuple[Sample, int]:
+    """Microseconds of a step, and how many steps each repeat had. One round or two do not count: the first
+    replay of a graph uploads it.
 
     repeats: 1 times the very first round, which tells nothing. seconds: of one repeat, about.
     """

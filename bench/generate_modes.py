@@ -1,4 +1,6 @@
-"""The ways of this project to generate, as `python -m bench.generate` measures them: an engine step by step, or a loop on the device."""
+"""The ways of this project to generate, as `python -m bench.generate` measures them: an engine step by step,
+or a loop on the device.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ def engine_variant(engine: Engine, captured: bool = False) -> Variant:
     below = getattr(engine, "below", engine)
     tensors: list[Tensor] = list(engine.model.parameters())
     if isinstance(below, QuantizedEngine):
-        tensors = [tensor for weight in (below.head, *(part for layer in below.layers for part in layer)) for tensor in _tensors(weight)]
+        tensors = [
+            tensor
+            for weight in (below.head, *(part for layer in below.layers for part in layer))
+            for tensor in _tensors(weight)
+        ]
     dtype = engine.model.lm_head.weight.dtype
     name = below.name if isinstance(below, QuantizedEngine) else str(dtype).removeprefix("torch.")
     begin: Callable[[Tensor, int], Turns] = (
@@ -28,12 +34,19 @@ def engine_variant(engine: Engine, captured: bool = False) -> Variant:
         if captured
         else (lambda prompts, new_tokens: EngineTurns(engine, prompts, new_tokens))
     )
-    return Variant(name, sum(tensor.nbytes for tensor in tensors), cache_bytes(engine.model.config, dtype.itemsize), begin)
+    return Variant(
+        name,
+        sum(tensor.nbytes for tensor in tensors),
+        cache_bytes(engine.model.config, dtype.itemsize),
+        begin,
+    )
 
 
 def _tensors(weight: Any) -> Iterator[Tensor]:
     """A weight is a tensor, or a tuple of them when it is quantised."""
-    yield from (weight,) if isinstance(weight, Tensor) else (part for part in weight if isinstance(part, Tensor))
+    yield from (
+        (weight,) if isinstance(weight, Tensor) else (part for part in weight if isinstance(part, Tensor))
+    )
 
 
 class EngineTurns:
@@ -71,7 +84,12 @@ class CapturedTurns:
         batch, length = prompts.shape
         capacity = capacity_for(length + new_tokens, engine.model.config.max_position_embeddings)
         self._loop = DecodeLoop(engine, batch, capacity, chunk=new_tokens)
-        self._start = (prompts, torch.full((batch,), length, device=prompts.device), [0] * batch, Choice(SamplingParams(temperature=0.0)))
+        self._start = (
+            prompts,
+            torch.full((batch,), length, device=prompts.device),
+            [0] * batch,
+            Choice(SamplingParams(temperature=0.0)),
+        )
 
     def prefill(self) -> Tensor:
         self._loop.start(*self._start)
@@ -83,7 +101,9 @@ class CapturedTurns:
 
 
 class TorchCompiledEngine(Engine):
-    """Decode steps under torch.compile: what its compiler makes of our model on backend torch. For caches of a fixed size."""
+    """Decode steps under torch.compile: what its compiler makes of our model on backend torch. For caches of
+    a fixed size.
+    """
 
     name = "torch.compile"
 
@@ -104,5 +124,7 @@ class TorchCompiledEngine(Engine):
         x = model.model.embed_tokens(tokens)
         cos, sin = (table[lengths[:, None] - 1] for table in self._tables)
         for index, weights in enumerate(self._layers):
-            x = model.backend.decode_layer(x, weights, keys[index], values[index], lengths, cos, sin, eps=eps, ops=model.backend)
+            x = model.backend.decode_layer(
+                x, weights, keys[index], values[index], lengths, cos, sin, eps=eps, ops=model.backend
+            )
         return model.backend.decode_head(x, model.model.norm.weight, model.lm_head.weight, eps)

@@ -1,4 +1,5 @@
-"""What else would run SmolLM2, for `python -m bench.generate`: transformers, litgpt and llama.cpp, from the same weights, greedy.
+"""What else would run SmolLM2, for `python -m bench.generate`: transformers, litgpt and llama.cpp, from the
+same weights, greedy.
 
     transformers ...          LlamaForCausalLM from a folder that `save_pretrained` wrote, with its DynamicCache. Forward calls in a loop:
                               what its `generate` does, without the bookkeeping around them
@@ -6,10 +7,11 @@
     transformers+compile ...  StaticCache, the decode step under torch.compile, the prefill eager, as its `generate` has it
     litgpt ...                its GPT and KVCache in a process of its own (bench/litgpt_peer.py)
     llama.cpp F16, Q8_0       llama-cpp-python's C interface: one llama_decode per step for all rows, logits of the last tokens only,
-                              argmax by numpy. Its defaults (flash attention as it chooses, F16 cache), at most 512 tokens a call
+                              argmax by numpy. Its defaults (flash attention as it chooses, F16 cache), at
+                              most 512 tokens a call
 
-GGUF files are written once, into the cache folder, from the weights at hand: quantised by the `gguf` package, norms in F32. They have no
-tokenizer, since only ids pass.
+GGUF files are written once, into the cache folder, from the weights at hand: quantised by the `gguf` package,
+norms in F32. They have no tokenizer, since only ids pass.
 """
 
 from __future__ import annotations
@@ -35,15 +37,21 @@ from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.checkpoint import cache_folder, stored_tensors
 
 # The library behind a variant, by the first word of its name up to a "+".
-LIBRARY = {"transformers": "transformers", "litgpt": "litgpt", "llama.cpp": "llama-cpp-python", "torch.compile": "torch.compile"}
+LIBRARY = {
+    "transformers": "transformers",
+    "litgpt": "litgpt",
+    "llama.cpp": "llama-cpp-python",
+    "torch.compile": "torch.compile",
+}
 GGUF_KINDS = ("F16", "Q8_0")
 N_BATCH = 512  # tokens that llama.cpp takes in one call
-# Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of smollm2/pretrained/gguf.py.
+# Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of
+# smollm2/pretrained/gguf.py.
 _OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
 _LAYER_NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 
 
@@ -96,7 +104,9 @@ def library_variant(name: str, weights: SmolLM2ForCausalLM, folder: Path, device
 
 
 def generation_standing(outcomes: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """`bench.peers.standing` of (variant, "" or why it was not measured); variants of this project are passed over."""
+    """`bench.peers.standing` of (variant, "" or why it was not measured); variants of this project are passed
+    over.
+    """
     from bench.litgpt_peer import litgpt_version
 
     found: dict[str, list[str]] = {library: [] for library in LIBRARY.values()}
@@ -110,8 +120,12 @@ def generation_standing(outcomes: Iterable[tuple[str, str]]) -> dict[str, dict[s
 # transformers
 
 
-def transformers_variant(folder: Path, dtype: torch.dtype, device: torch.device, *, compiled: bool, static: bool = False) -> Variant:
-    """LlamaForCausalLM with the weights in `folder`. static: with StaticCache, which a compiled step has anyway. Raises NotInstalled."""
+def transformers_variant(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, compiled: bool, static: bool = False
+) -> Variant:
+    """LlamaForCausalLM with the weights in `folder`. static: with StaticCache, which a compiled step has
+    anyway. Raises NotInstalled.
+    """
     require("transformers")
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
@@ -120,7 +134,8 @@ def transformers_variant(folder: Path, dtype: torch.dtype, device: torch.device,
     llama: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     llama = llama.to(device).eval()
     step = torch.compile(llama.forward, dynamic=False) if compiled else llama
-    weights = {parameter.data_ptr(): parameter.nbytes for parameter in llama.parameters()}  # the head is the embedding
+    # the head is the embedding
+    weights = {parameter.data_ptr(): parameter.nbytes for parameter in llama.parameters()}
     config = SmolLM2Config.from_file(folder / "config.json")
     return Variant(
         str(dtype).removeprefix("torch."), sum(weights.values()), cache_bytes(config, dtype.itemsize),
@@ -131,13 +146,18 @@ def transformers_variant(folder: Path, dtype: torch.dtype, device: torch.device,
 class TransformersTurns:
     """Forward calls with a growing cache, or a static one. step: the model as it decodes."""
 
-    def __init__(self, llama: Any, step: Callable[..., Any], static: bool, prompts: Tensor, new_tokens: int) -> None:
+    def __init__(
+        self, llama: Any, step: Callable[..., Any], static: bool, prompts: Tensor, new_tokens: int
+    ) -> None:
         from transformers import StaticCache
 
         self._llama, self._step, self._prompts = llama, step, prompts
-        self._static = StaticCache(llama.config, max_cache_len=prompts.shape[1] + new_tokens) if static else None
+        self._static = (
+            StaticCache(llama.config, max_cache_len=prompts.shape[1] + new_tokens) if static else None
+        )
         self._cache: Any = self._static
-        self._position = torch.zeros(1, 1, dtype=torch.int64, device=prompts.device)  # of the next token, in every row
+        # of the next token, in every row
+        self._position = torch.zeros(1, 1, dtype=torch.int64, device=prompts.device)
 
     @torch.inference_mode()
     def prefill(self) -> Tensor:
@@ -148,14 +168,18 @@ class TransformersTurns:
         else:
             self._cache = DynamicCache()
         self._position.fill_(self._prompts.shape[1])
-        return self._most_likely(self._llama(self._prompts, past_key_values=self._cache, use_cache=True, logits_to_keep=1))
+        return self._most_likely(
+            self._llama(self._prompts, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        )
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, steps: int) -> Tensor:
         found = [tokens]
         for _ in range(steps):
             place = {} if self._static is None else {"position_ids": self._position}
-            found.append(self._most_likely(self._step(found[-1], past_key_values=self._cache, use_cache=True, **place)))
+            found.append(
+                self._most_likely(self._step(found[-1], past_key_values=self._cache, use_cache=True, **place))
+            )
             self._position += 1
         return torch.cat(found[1:], 1)
 
@@ -186,9 +210,11 @@ def gguf_file(model: SmolLM2ForCausalLM, kind: str) -> Path:
 
 
 def write_gguf(path: Path, config: SmolLM2Config, weights: Mapping[str, Tensor], kind: str) -> None:
-    """Writes weights under Hugging Face's names as a GGUF file of the llama architecture, without a tokenizer.
+    """Writes weights under Hugging Face's names as a GGUF file of the llama architecture, without a
+    tokenizer.
 
-    kind: type of the matrices, as `gguf.GGMLQuantizationType` names it; vectors stay F32. The head is the embedding, and is not stored.
+    kind: type of the matrices, as `gguf.GGMLQuantizationType` names it; vectors stay F32. The head is the
+    embedding, and is not stored.
     """
     import gguf
 
@@ -216,7 +242,9 @@ def write_gguf(path: Path, config: SmolLM2Config, weights: Mapping[str, Tensor],
         if values.dim() == 1:
             writer.add_tensor(gguf_name(name), values.numpy())
         else:
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values.numpy(), quantisation), raw_dtype=quantisation)
+            writer.add_tensor(
+                gguf_name(name), gguf.quants.quantize(values.numpy(), quantisation), raw_dtype=quantisation
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -233,13 +261,17 @@ def gguf_name(name: str) -> str:
 
 
 def interleave_rows(weight: Tensor, heads: int) -> Tensor:
-    """Rows i and i + D/2 of each head become rows 2i and 2i + 1, the pairs that llama.cpp rotates. weight [heads D, hidden]."""
+    """Rows i and i + D/2 of each head become rows 2i and 2i + 1, the pairs that llama.cpp rotates. weight
+    [heads D, hidden].
+    """
     halves = weight.unflatten(0, (heads, 2, -1))  # [heads, first or second of the pair, pair, hidden]
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def llama_cpp_variant(path: Path, config: SmolLM2Config, kind: str, threads: int) -> Variant:
-    """llama.cpp on a GGUF file. Raises UsageError where llama-cpp-python is not installed or refuses the file."""
+    """llama.cpp on a GGUF file. Raises UsageError where llama-cpp-python is not installed or refuses the
+    file.
+    """
     require("llama-cpp-python")
     import llama_cpp
 
@@ -249,17 +281,21 @@ def llama_cpp_variant(path: Path, config: SmolLM2Config, kind: str, threads: int
     parameters.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if model is None:
-        raise UsageError(f"llama.cpp {require('llama-cpp-python')} does not load {path}; remove it, and it is written again")
+        raise UsageError(
+            f"llama.cpp {require('llama-cpp-python')} does not load {path}; remove it, and it is written again"
+        )
     return Variant(
-        kind, llama_cpp.llama_model_size(model), cache_bytes(config, 2),
-        lambda prompts, new_tokens: LlamaCppTurns(llama_cpp, model, config.vocab_size, prompts, new_tokens, threads),
+        kind, llama_cpp.llama_model_size(model), cache_bytes(config, 2), lambda prompts,
+        new_tokens: LlamaCppTurns(llama_cpp, model, config.vocab_size, prompts, new_tokens, threads),
     )  # fmt: skip
 
 
 class LlamaCppTurns:
     """One llama.cpp context with a sequence per row."""
 
-    def __init__(self, library: Any, model: Any, vocabulary: int, prompts: Tensor, new_tokens: int, threads: int) -> None:
+    def __init__(
+        self, library: Any, model: Any, vocabulary: int, prompts: Tensor, new_tokens: int, threads: int
+    ) -> None:
         self._library, self._vocabulary = library, vocabulary
         self._prompts: list[list[int]] = prompts.tolist()
         self._position = 0
@@ -281,7 +317,8 @@ class LlamaCppTurns:
         length = len(self._prompts[0])
         pending: list[tuple[int, int, int, bool]] = []  # token, position, row, whether its logits are wanted
         chosen: list[int] = []
-        for row, prompt in enumerate(self._prompts):  # whole rows together where they fit, else one row in pieces
+        # whole rows together where they fit, else one row in pieces
+        for row, prompt in enumerate(self._prompts):
             if pending and len(pending) + length > N_BATCH:
                 chosen += self._decode(pending)
                 pending = []
@@ -297,7 +334,9 @@ class LlamaCppTurns:
     def decode(self, tokens: Tensor, steps: int) -> Tensor:
         found = [tokens[:, 0].tolist()]
         for _ in range(steps):
-            found.append(self._decode([(token, self._position, row, True) for row, token in enumerate(found[-1])]))
+            found.append(
+                self._decode([(token, self._position, row, True) for row, token in enumerate(found[-1])])
+            )
             self._position += 1
         return torch.tensor(found[1:]).T
 

@@ -1,4 +1,5 @@
-"""`python -m bench.generation`: what a decode step costs at stated contexts, per engine and beside transformers; prefill; many prompts.
+"""`python -m bench.generation`: what a decode step costs at stated contexts, per engine and beside
+transformers; prefill; many prompts.
 
     triton captured, torch captured   what `smollm2.generate` runs on CUDA: the step, choice of the token included, as one graph, replayed;
                                       elsewhere the same step, operation by operation
@@ -6,14 +7,17 @@
     transformers                      LlamaForCausalLM with the same weights and its DynamicCache: forward calls in a loop, argmax
     transformers+compile(+graph)      StaticCache, the forward under torch.compile (mode "reduce-overhead", which captures CUDA graphs)
 
-Random weights of the 135M model unless `--source` names real ones: speed does not depend on them. No long prompt is prefilled to measure
-decoding: keys and values are random numbers, the same for every variant, and the timed steps are the last before the cache holds `keys`
-tokens a row, which is its capacity too. Each variant's logits after one step over that cache are compared with those of the first
-variant, and the token of a replayed graph with the argmax of the step called from Python: a fast wrong decoder is common.
-The 135M model in bf16 is 0.05 from fp32 by that distance; over 256 keys one wrong key makes 0.1 of it, a key left out at the end 0.4.
+Random weights of the 135M model unless `--source` names real ones: speed does not depend on them. No long
+prompt is prefilled to measure decoding: keys and values are random numbers, the same for every variant, and
+the timed steps are the last before the cache holds `keys` tokens a row, which is its capacity too. Each
+variant's logits after one step over that cache are compared with those of the first variant, and the token of
+a replayed graph with the argmax of the step called from Python: a fast wrong decoder is common.
+The 135M model in bf16 is 0.05 from fp32 by that distance; over 256 keys one wrong key makes 0.1 of it, a key
+left out at the end 0.4.
 
-Bytes of a step: the weights once, and keys and values of all rows. Percent is of the bandwidth measured for reading. Launches are counted
-after all that is timed but the compiled variants, because a profiler slows what comes after it. Every row is saved as it is found.
+Bytes of a step: the weights once, and keys and values of all rows. Percent is of the bandwidth measured for
+reading. Launches are counted after all that is timed but the compiled variants, because a profiler slows what
+comes after it. Every row is saved as it is found.
 """
 
 from __future__ import annotations
@@ -51,10 +55,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. Pairs are rows and tokens a row; `many` is prompts, tokens of each, new tokens of each, slots."""
+    """What is measured. Pairs are rows and tokens a row; `many` is prompts, tokens of each, new tokens of
+    each, slots.
+    """
 
     first: tuple[tuple[int, int], ...] = tuple((batch, 1024) for batch in (1, 8, 64, 256, 16))
-    others: tuple[tuple[int, int], ...] = tuple((batch, keys) for keys in (8192, 64) for batch in (1, 8, 64, 256))
+    others: tuple[tuple[int, int], ...] = tuple(
+        (batch, keys) for keys in (8192, 64) for batch in (1, 8, 64, 256)
+    )
     called: tuple[tuple[int, int], ...] = others  # those of `others` that are measured from Python too
     compiled: tuple[tuple[int, int], ...] = tuple((batch, 1024) for batch in (1, 64, 256, 8))
     modes: tuple[str, ...] = ("+compile+graph", "+compile")
@@ -70,12 +78,15 @@ class Sizes:
 
 
 TINY = Sizes(
-    first=((1, 16),), others=((2, 8),), called=(), compiled=((1, 16),), modes=("+compile",), counted=((1, 16),), prefills=((2, 8),),
-    agreement=(2, 4, 2), many=(3, 4, 2, 2), chunk=1, calls=1, repeats=1, seconds=0.0, compiler="eager",
+    first=((1, 16),), others=((2, 8),), called=(), compiled=((1, 16),), modes=("+compile",),
+    counted=((1, 16),), prefills=((2, 8),), agreement=(2, 4, 2), many=(3, 4, 2, 2), chunk=1, calls=1,
+    repeats=1, seconds=0.0, compiler="eager",
 )  # fmt: skip
 
 
-def build(source: str | None, config: SmolLM2Config, backend: str, device: torch.device, dtype: torch.dtype) -> SmolLM2ForCausalLM:
+def build(
+    source: str | None, config: SmolLM2Config, backend: str, device: torch.device, dtype: torch.dtype
+) -> SmolLM2ForCausalLM:
     """The model of a source, or the weights that seed 0 gives on this device."""
     if source is not None:
         return SmolLM2ForCausalLM.from_pretrained(source, backend, device, dtype).eval()
@@ -95,10 +106,13 @@ def digest(tokens: Tensor) -> str:
 class Bench:
     """The models, built when they are first needed, and what was found."""
 
-    def __init__(self, part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str | None, sizes: Sizes) -> None:
+    def __init__(
+        self, part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str | None, sizes: Sizes
+    ) -> None:
         self.part, self.config, self.dtype, self.source, self.sizes = part, config, dtype, source, sizes
         self.bandwidth: float | None = None  # bytes per second
-        self.logits: dict[tuple[int, int], tuple[str, Tensor]] = {}  # by batch and keys: the first variant and its logits
+        # by batch and keys: the first variant and its logits
+        self.logits: dict[tuple[int, int], tuple[str, Tensor]] = {}
         self.found: dict[str, Any] = {"rows": []}  # section -> its rows, or the one that has no label
         self._models: dict[str, Any] = {}
 
@@ -132,12 +146,15 @@ class Bench:
         print(f"{section:16}{'  '.join(f'{name} {value}' for name, value in row.items())}", flush=True)
 
     def _tidy(self, failed: bool) -> None:
-        """Frees what the row before held. After an error that the device does not recover from, this fails too."""
+        """Frees what the row before held. After an error that the device does not recover from, this fails
+        too.
+        """
         gc.collect()
         if self.part.device.type == "cuda":
             with contextlib.suppress(Exception):
                 if failed:
-                    torch.cuda.set_stream(torch.cuda.default_stream())  # a capture that fails leaves its own stream in place
+                    # a capture that fails leaves its own stream in place
+                    torch.cuda.set_stream(torch.cuda.default_stream())
                 torch.cuda.empty_cache()
 
     def steps(self, variant: str, batch: int, keys: int, captured: bool = True) -> EagerSteps | LlamaSteps:
@@ -149,7 +166,9 @@ class Bench:
                 return EagerSteps(model, batch, keys, self.sizes.calls)
             return LoopSteps(model, batch, keys, self.sizes.chunk, captured)
         compiler = self.sizes.compiler if "+compile" in variant else None
-        return LlamaSteps(self.model("transformers"), batch, keys, self.sizes.calls, compiler, variant.endswith("+graph"))
+        return LlamaSteps(
+            self.model("transformers"), batch, keys, self.sizes.calls, compiler, variant.endswith("+graph")
+        )
 
     def decode(self, variant: str, batch: int, keys: int) -> Row:
         """Rate of a variant's steps, and whether they compute what those of the others compute."""
@@ -158,22 +177,35 @@ class Bench:
             logits = steps.first()
             other, expected = self.logits.setdefault((batch, keys), (variant, logits))
             if other != variant:
-                largest, root = ((logits - expected).norm(p=p) / expected.norm(p=p) for p in (float("inf"), 2))
-                found |= {"logits_distance": digits(largest), "logits_rms_distance": digits(root), "compared_with": other}
+                largest, root = (
+                    (logits - expected).norm(p=p) / expected.norm(p=p) for p in (float("inf"), 2)
+                )
+                found |= {
+                    "logits_distance": digits(largest),
+                    "logits_rms_distance": digits(root),
+                    "compared_with": other,
+                }
             found["finite"] = bool(logits.isfinite().all())
             if isinstance(steps, LoopSteps):
                 found["same_tokens"] = steps.same_tokens(logits)
                 found["captured"] = steps.loop.captures
             if variant.endswith("+graph"):
                 found["graphs_skipped"] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-            sample, timed = clock(steps, self.part.device, repeats=self.sizes.repeats, seconds=self.sizes.seconds)
+            sample, timed = clock(
+                steps, self.part.device, repeats=self.sizes.repeats, seconds=self.sizes.seconds
+            )
         read = keys - (steps.chunk - 1) / 2  # keys of a timed step, on average
-        moved = self.config.num_parameters() * self.dtype.itemsize + cache_bytes(self.config, batch, 1, self.dtype) * read
+        moved = (
+            self.config.num_parameters() * self.dtype.itemsize
+            + cache_bytes(self.config, batch, 1, self.dtype) * read
+        )
         rate = moved / sample.us * 1e6
         return {
-            "step_us": round(sample.us, 1), "spread": round(sample.spread, 4), "tokens_per_second": round(batch / sample.us * 1e6, 1),
-            "bytes": int(moved), "gb_per_s": round(rate / 1e9, 1),
-            "percent_of_bandwidth": None if self.bandwidth is None else round(100 * rate / self.bandwidth, 2), "steps": timed, **found,
+            "step_us": round(sample.us, 1), "spread": round(sample.spread, 4),
+            "tokens_per_second": round(batch / sample.us * 1e6, 1), "bytes": int(moved),
+            "gb_per_s": round(rate / 1e9, 1),
+            "percent_of_bandwidth": None if self.bandwidth is None else round(100 * rate / self.bandwidth, 2),
+            "steps": timed, **found,
         }  # fmt: skip
 
     def read_bandwidth(self) -> Row:
@@ -191,12 +223,20 @@ class Bench:
             model = build(self.source, self.config, backend, device, torch.float32)
             found.append(greedy(model, prompts, new_tokens))
         share = round((found[0] == found[1]).double().mean().item(), 4)
-        return {"rows": batch, "tokens": new_tokens, "share": share, "output_hash": dict(zip(BACKENDS, map(digest, found), strict=True))}
+        return {
+            "rows": batch,
+            "tokens": new_tokens,
+            "share": share,
+            "output_hash": dict(zip(BACKENDS, map(digest, found), strict=True)),
+        }
 
     def prefill(self, backend: str, batch: int, length: int) -> Row:
         """Rate of a prompt's way through the model, to the logits of its last token."""
         model, device = self.model(backend), self.part.device
-        prompts, lengths = tokens_for(batch, length, self.config.vocab_size, device), torch.full((batch,), length, device=device)
+        prompts, lengths = (
+            tokens_for(batch, length, self.config.vocab_size, device),
+            torch.full((batch,), length, device=device),
+        )
         with torch.inference_mode():
             engine = Engine(model)
             cache = engine.allocate(batch, length)
@@ -208,11 +248,18 @@ class Bench:
             for _ in range(2 if self.sizes.repeats > 1 else 1):
                 call()
             sample = eager(call, device, self.sizes.seconds / 2, self.sizes.repeats)
-        layer = sum(cost.forward.flops for cost in work.layer(self.config, batch, length, self.dtype.itemsize).values())
-        flops = self.config.num_hidden_layers * layer + 2 * batch * self.config.hidden_size * self.config.vocab_size
+        layer = sum(
+            cost.forward.flops
+            for cost in work.layer(self.config, batch, length, self.dtype.itemsize).values()
+        )
+        flops = (
+            self.config.num_hidden_layers * layer
+            + 2 * batch * self.config.hidden_size * self.config.vocab_size
+        )
         peak = work.peak_flops(device)
         return {
-            "us": round(sample.us, 1), "spread": round(sample.spread, 4), "tokens_per_second": round(batch * length / sample.us * 1e6, 1),
+            "us": round(sample.us, 1), "spread": round(sample.spread, 4),
+            "tokens_per_second": round(batch * length / sample.us * 1e6, 1),
             "tflops": round(flops / sample.us / 1e6, 3),
             "percent_of_peak": None if peak is None else round(1e8 * flops / sample.us / peak, 2),
         }  # fmt: skip
@@ -240,12 +287,15 @@ class Bench:
         finally:
             model.engine = None  # its loops hold memory
         return {
-            "tokens_per_second": round(sum(map(len, texts)) / seconds, 1), "generation_seconds": round(seconds, 3), "engine": str(engine),
-            "engine_loops": loops, "output_hash": digest(torch.tensor(texts)),
+            "tokens_per_second": round(sum(map(len, texts)) / seconds, 1),
+            "generation_seconds": round(seconds, 3), "engine": str(engine), "engine_loops": loops,
+            "output_hash": digest(torch.tensor(texts)),
         }  # fmt: skip
 
     def count_launches(self, variant: str, batch: int, keys: int) -> Row:
-        """Kernels of one step from Python. A graph replays the same ones, but one that begins each chunk of the loop."""
+        """Kernels of one step from Python. A graph replays the same ones, but one that begins each chunk of
+        the loop.
+        """
         with torch.inference_mode():
             steps = self.steps(variant, batch, keys, captured=False)
             if self.sizes.repeats > 1:
@@ -257,7 +307,11 @@ class Bench:
         for row in self.found["rows"]:
             if (row["variant"], row["batch"], row["keys"]) == (variant, batch, keys) and "failed" not in row:
                 row |= {"launches": found.total(), "launches_per_token": round(found.total() / batch, 2)}
-        return {"launches": found.total(), "triton": ours, "launches_per_token": round(found.total() / batch, 2)}
+        return {
+            "launches": found.total(),
+            "triton": ours,
+            "launches_per_token": round(found.total() / batch, 2),
+        }
 
 
 @torch.inference_mode()
@@ -265,7 +319,11 @@ def greedy(model: SmolLM2ForCausalLM, prompts: Tensor, new_tokens: int) -> Tenso
     """prompts [B, T] -> the new tokens [B, new_tokens], step by step from Python."""
     engine, (batch, length) = Engine(model), prompts.shape
     cache = engine.allocate(batch, length + new_tokens)
-    tokens = [engine.prefill(prompts, torch.full((batch,), length, device=prompts.device), cache).argmax(-1, keepdim=True)]
+    tokens = [
+        engine.prefill(prompts, torch.full((batch,), length, device=prompts.device), cache).argmax(
+            -1, keepdim=True
+        )
+    ]
     while len(tokens) < new_tokens:
         tokens.append(engine.decode(tokens[-1], cache)[:, -1].argmax(-1, keepdim=True))
     return torch.cat(tokens, 1)
@@ -281,14 +339,25 @@ def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str |
         import transformers  # noqa: F401 - an installation that cannot be imported is as good as none
     except Exception as failure:  # noqa: BLE001 - a result like any other
         main = MAIN[:-1]
-        row = {"variant": "transformers", "backend": "transformers", "batch": None, "keys": None, "failed": one_line(failure)}
+        row = {
+            "variant": "transformers",
+            "backend": "transformers",
+            "batch": None,
+            "keys": None,
+            "failed": one_line(failure),
+        }
         bench.found["rows"].append(row)
         print(f"transformers: {row['failed']}", flush=True)
 
     def decode(variants: Sequence[str], points: Sequence[tuple[int, int]]) -> None:
         for batch, keys in points:
             for variant in variants:
-                label = {"variant": variant, "backend": variant.split()[0].split("+")[0], "batch": batch, "keys": keys}
+                label = {
+                    "variant": variant,
+                    "backend": variant.split()[0].split("+")[0],
+                    "batch": batch,
+                    "keys": keys,
+                }
                 bench.add("rows", label, partial(bench.decode, variant, batch, keys))
 
     decode(main, sizes.first)
@@ -296,7 +365,11 @@ def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str |
     bench.add("fp32_agreement", {}, bench.agreement)
     for batch, length in sizes.prefills:
         for backend in BACKENDS:
-            bench.add("prefill", {"backend": backend, "batch": batch, "tokens": length}, partial(bench.prefill, backend, batch, length))
+            bench.add(
+                "prefill",
+                {"backend": backend, "batch": batch, "tokens": length},
+                partial(bench.prefill, backend, batch, length),
+            )
     decode(main, sizes.others)
     decode([EAGER], sizes.called)
     names = dict(zip(("prompts", "prompt_tokens", "new_tokens", "slots"), sizes.many, strict=True))

@@ -1,4 +1,5 @@
-"""`python -m bench.gpu --out DIR [--minutes 9]`: everything a GPU has to show, in order of value, under a time budget.
+"""`python -m bench.gpu --out DIR [--minutes 9]`: everything a GPU has to show, in order of value, under a
+time budget.
 
     training.json     one step beside its peers; a short real training run; what each optimisation of a step is worth
     kernels.json      every operation beside its alternatives, launches and bytes; candidates for the launch table; the roofline
@@ -8,17 +9,19 @@
     summary.txt       44 lines, printed last
     logs.tgz          what the parts printed
 
-Each part is a process of its own with a limit of its own, a share of the time that is left, and saves what it has as it goes: a crash, a
-hang or a cut-off loses nothing that was finished. The text of the training run is tokenised beside the parts that come before it, at the
-lowest priority and on a quarter of the processors. `--tokenizer` spares the run the time to learn a tokenizer.
+Each part is a process of its own with a limit of its own, a share of the time that is left, and saves what it
+has as it goes: a crash, a hang or a cut-off loses nothing that was finished. The text of the training run is
+tokenised beside the parts that come before it, at the lowest priority and on a quarter of the processors.
+`--tokenizer` spares the run the time to learn a tokenizer.
 
-Needs torch, triton, numpy, safetensors and tokenizers; the tests need pytest, the training run omegaconf, the peers what
-`pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises all of it in Triton's interpreter, in two
-minutes, and tests/test_gpu_rehearsal.py takes the parts and a captured training run through the branches that only a GPU has.
+Needs torch, triton, numpy, safetensors and tokenizers; the tests need pytest, the training run omegaconf, the
+peers what `pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises all
+of it in Triton's interpreter, in two minutes, and tests/test_gpu_rehearsal.py takes the parts and a captured
+training run through the branches that only a GPU has.
 
-What neither can see, the shortest first: any number; clocks and power; how much memory is held at a time; whether a capture meets a call
-that waits; what the profiler and compute-sanitizer report; what Inductor makes for a GPU, and in how long a time; which of torch's kernels
-for attention take these shapes and dtypes.
+What neither can see, the shortest first: any number; clocks and power; how much memory is held at a time;
+whether a capture meets a call that waits; what the profiler and compute-sanitizer report; what Inductor makes
+for a GPU, and in how long a time; which of torch's kernels for attention take these shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ PATIENCE = 0.25  # of its time the training run waits for its tokens, before it 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part: the section it writes, its module, its file, and its share of the time left when it and all later ones still wait."""
+    """One part: the section it writes, its module, its file, and its share of the time left when it and all
+    later ones still wait.
+    """
 
     section: str
     module: str
@@ -59,8 +64,9 @@ class Stage:
     share: float
 
 
-# In order of value. An H100 with 16 processors took 40 s for the steps without compiled variants, 100 for two thirds of the kernels, 50 for
-# the tests, 75 for two thirds of generation, 22 for the candidates and 18 for compute-sanitizer.
+# In order of value. An H100 with 16 processors took 40 s for the steps without compiled variants, 100 for two
+# thirds of the kernels, 50 for the tests, 75 for two thirds of generation, 22 for the candidates and 18 for
+# compute-sanitizer.
 STAGES = (
     Stage("step", "train_step", "training.json", 100),
     Stage("kernels", "kernels", "kernels.json", 110),
@@ -76,30 +82,57 @@ RESULTS = sorted({stage.file for stage in STAGES} | {"numerics.json", "summary.t
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Measures everything in one command.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results; it must not hold any yet")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description="Measures everything in one command."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the results; it must not hold any yet",
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="time budget")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes: exercises the code, measures nothing")
     learned = "of the training run: tokenizer.json, its folder, or what train.run takes (default: the run learns one in its own time)"
     parser.add_argument("--tokenizer", default="train", metavar="PATH", help=learned)
-    parser.add_argument("--only", action="append", choices=[stage.section for stage in STAGES], help="only this part; may be repeated")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[stage.section for stage in STAGES],
+        help="only this part; may be repeated",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
-def run_stage(stage: Stage, options: argparse.Namespace, folder: Path, log: Path, limit: float, more: Sequence[str] = ()) -> str:
-    """Runs a part for at most `limit` seconds; returns how it ended: "complete", or why not. Nothing of it is left running.
+def run_stage(
+    stage: Stage, options: argparse.Namespace, folder: Path, log: Path, limit: float, more: Sequence[str] = ()
+) -> str:
+    """Runs a part for at most `limit` seconds; returns how it ended: "complete", or why not. Nothing of it is
+    left running.
 
     more: arguments that only this part has.
     """
-    soft = max(1.0, limit - GRACE) if limit > 2 * GRACE else limit / 2  # the part stops itself then, if it can
-    command = [sys.executable, "-m", f"bench.{stage.module}", "--device", options.device, "--seconds", f"{soft:.0f}"]
+    # the part stops itself then, if it can
+    soft = max(1.0, limit - GRACE) if limit > 2 * GRACE else limit / 2
+    command = [
+        sys.executable,
+        "-m",
+        f"bench.{stage.module}",
+        "--device",
+        options.device,
+        "--seconds",
+        f"{soft:.0f}",
+    ]
     command += ["--json", str(folder / stage.file), *(["--tiny"] if options.tiny else []), *more]
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=stream,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL,
+            stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
         code = process.wait(limit)
@@ -133,10 +166,14 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def preparation(options: argparse.Namespace, stages: Sequence[Stage], log: Path, scratch: Path) -> Iterator[subprocess.Popen[bytes] | None]:
-    """Tokenises the text of the training run meanwhile, where another part comes before it; nothing of that is left running.
+def preparation(
+    options: argparse.Namespace, stages: Sequence[Stage], log: Path, scratch: Path
+) -> Iterator[subprocess.Popen[bytes] | None]:
+    """Tokenises the text of the training run meanwhile, where another part comes before it; nothing of that
+    is left running.
 
-    It is in the process group of this program, so that whatever ends the group ends it too. Its workers leave when it is gone.
+    It is in the process group of this program, so that whatever ends the group ends it too. Its workers leave
+    when it is gone.
     """
     run = next((stage for stage in stages[1:] if stage.section == "run"), None)
     if run is None or train_run.missing():
@@ -145,14 +182,23 @@ def preparation(options: argparse.Namespace, stages: Sequence[Stage], log: Path,
     processors = max(1, (os.cpu_count() or 1) // 4)
     seconds = 60 * options.minutes * run.share / sum(stage.share for stage in stages)
     workers = max(1, processors - 1)  # the last one packs what they tokenise
-    command = text.preparation(options.tiny, options.tokenizer, scratch / "tokens", workers=workers, seconds=seconds)
-    threads = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(processors)}  # rayon's threads learn a tokenizer
+    command = text.preparation(
+        options.tiny, options.tokenizer, scratch / "tokens", workers=workers, seconds=seconds
+    )
+    # rayon's threads learn a tokenizer
+    threads = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(processors)}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **threads}, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env={**os.environ, **threads},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
         )
     try:
-        os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # before it starts threads and workers, which inherit it
+        # before it starts threads and workers, which inherit it
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
         yield process
     finally:
         process.kill()
@@ -160,7 +206,9 @@ def preparation(options: argparse.Namespace, stages: Sequence[Stage], log: Path,
 
 
 def await_preparation(process: subprocess.Popen[bytes], limit: float) -> str:
-    """Waits for the tokens at most `limit` seconds; returns how that ended. What is not done by then is left to the run, undisturbed."""
+    """Waits for the tokens at most `limit` seconds; returns how that ended. What is not done by then is left
+    to the run, undisturbed.
+    """
     try:
         code = process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -212,8 +260,11 @@ def main(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     present = [name for name in RESULTS if (folder / name).exists()]
     if present:
-        raise UsageError(f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name another")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end a run in the same way: what is finished stays
+        raise UsageError(
+            f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name another"
+        )
+    # both end a run in the same way: what is finished stays
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     stages = [stage for stage in STAGES if not options.only or stage.section in options.only]
     ends: dict[str, str] = {}
     interrupted = False
@@ -235,7 +286,14 @@ def main(argv: Sequence[str]) -> int:
                         print(f"preparation: {await_preparation(preparing, PATIENCE * limit)}", flush=True)
                         limit -= time.monotonic() - since
                     if limit > 1:
-                        end = run_stage(stage, options, folder, logs / f"{stage.section}.log", limit, more.get(stage.section, ()))
+                        end = run_stage(
+                            stage,
+                            options,
+                            folder,
+                            logs / f"{stage.section}.log",
+                            limit,
+                            more.get(stage.section, ()),
+                        )
                 except KeyboardInterrupt:
                     end, interrupted = "interrupted", True
                 ends[stage.section] = end

@@ -1,8 +1,10 @@
-"""`python -m bench.gpu_launches model|tests|bench`: every specialisation that training and generation, the tests or the benchmarks launch.
+"""`python -m bench.gpu_launches model|tests|bench`: every specialisation that training and generation, the
+tests or the benchmarks launch.
 
-Recorded without a GPU (bench/stand_in.py) from the programs themselves: the model's own training step, prefill and decode step at the
-presets' sizes; the tests, whose comparisons are switched off; what the parts of bench.gpu measure. `python -m kernels.certify --fill`
-compiles what this lists, so that a GPU need not wait for the compiler.
+Recorded without a GPU (bench/stand_in.py) from the programs themselves: the model's own training step,
+prefill and decode step at the presets' sizes; the tests, whose comparisons are switched off; what the parts
+of bench.gpu measure. `python -m kernels.certify --fill` compiles what this lists, so that a GPU need not wait
+for the compiler.
 """
 
 from __future__ import annotations
@@ -44,13 +46,18 @@ MODELS: dict[str, dict[str, Any]] = {
         hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=1024, vocab_size=4096
     ),
 }  # fmt: skip
-BATCHES = (1, 2, 16, 17, 32)  # one row, the fused layer's few, its most, and the composition with and without a multiple of 16
+# one row, the fused layer's few, its most, and the composition with and without a multiple of 16
+BATCHES = (1, 2, 16, 17, 32)
 KEYS = (100, 1000)  # of a cache that grows step by step; those of captured loops are powers of two
 NEW = (2, 4, 8, 16)  # tokens that speculative decoding looks at together
 
 
-def built(name: str, dtype: torch.dtype | None = None, compute: torch.dtype | None = None, **changes: Any) -> SmolLM2ForCausalLM:
-    """One of MODELS with LAYERS layers. dtype: of the parameters; compute: of the activations, where they differ."""
+def built(
+    name: str, dtype: torch.dtype | None = None, compute: torch.dtype | None = None, **changes: Any
+) -> SmolLM2ForCausalLM:
+    """One of MODELS with LAYERS layers. dtype: of the parameters; compute: of the activations, where they
+    differ.
+    """
     preset = "135M" if name == "quickstart" else name
     config = SmolLM2Config.preset(preset, num_hidden_layers=LAYERS, **{**MODELS[name], **changes})
     with CUDA:
@@ -82,15 +89,22 @@ def decoding(model: SmolLM2ForCausalLM, batch: int, keys: int, new: int = 1, pro
 
 
 def record_model() -> None:
-    """Training and generation at the presets' sizes, whatever the batch, in the dtypes that a command line offers."""
+    """Training and generation at the presets' sizes, whatever the batch, in the dtypes that a command line
+    offers.
+    """
     for name, compute, length in product(MODELS, (torch.bfloat16, None), (512, 500)):
         training(built(name, compute=compute), length)
     for compute in (torch.bfloat16, None):
-        training(built("quickstart", compute=compute, vocab_size=301), 512)  # a tokenizer may learn any number of tokens
+        # a tokenizer may learn any number of tokens
+        training(built("quickstart", compute=compute, vocab_size=301), 512)
     for name, dtype in product(MODELS, (torch.bfloat16, torch.float16, torch.float32)):
         model = built(name, dtype).eval()
         longest = model.config.max_position_embeddings
-        capacities = [SMALLEST_CAPACITY << doublings for doublings in range(8) if SMALLEST_CAPACITY << doublings <= longest]
+        capacities = [
+            SMALLEST_CAPACITY << doublings
+            for doublings in range(8)
+            if SMALLEST_CAPACITY << doublings <= longest
+        ]
         for batch, keys in product(BATCHES, (*KEYS, *capacities)):
             if keys <= longest:
                 decoding(model, batch, keys)
@@ -99,7 +113,9 @@ def record_model() -> None:
         decoding(model, 1, 128, prompt=16)
         with torch.inference_mode():  # as smollm2.perplexity asks
             hidden = model.lm_head.weight.new_empty(77, model.config.hidden_size)
-            model.backend.linear_cross_entropy(hidden, model.lm_head.weight, ids(77, 1)[:, 0], reduction="none")
+            model.backend.linear_cross_entropy(
+                hidden, model.lm_head.weight, ids(77, 1)[:, 0], reduction="none"
+            )
 
 
 def record_bench() -> None:
@@ -136,12 +152,18 @@ def record_bench() -> None:
         for batch, keys in {*sizes.first, *sizes.others, (sizes.agreement[0], sum(sizes.agreement[1:]))}:
             decoding(model, batch, keys)
             decoding(model, batch, keys + 1)  # the bytes of the last key of a cache that is not yet full
-        for batch, length in (*sizes.prefills, sizes.agreement[:2], (PREFILL_TOKENS // sizes.many[1], sizes.many[1])):
+        for batch, length in (
+            *sizes.prefills,
+            sizes.agreement[:2],
+            (PREFILL_TOKENS // sizes.many[1], sizes.many[1]),
+        ):
             decoding(model, batch, length + 1, prompt=length)
 
 
 class NoComparisons:
-    """A plugin of pytest: nothing was computed that could be compared, and a test should not end at its first comparison."""
+    """A plugin of pytest: nothing was computed that could be compared, and a test should not end at its first
+    comparison.
+    """
 
     def pytest_collection_finish(self) -> None:
         torch.testing.assert_close = torch.equal = lambda *_, **__: True  # type: ignore[assignment]
@@ -154,9 +176,22 @@ def record_tests() -> None:
 
     files = [str(path) for pattern in PATTERNS for path in sorted((ROOT / "tests").glob(pattern))]
     if not files:
-        raise UsageError("tests: there are none beside this package; they are part of the repository, not of an installation")
-    options = ["--assert=plain", "--tb=line", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
-    with mock.patch.object(torch.profiler, "profile", mock.MagicMock()):  # which takes minutes to count what a CPU does
+        raise UsageError(
+            "tests: there are none beside this package; they are part of the repository, not of an installation"
+        )
+    options = [
+        "--assert=plain",
+        "--tb=line",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=",
+    ]
+    # which takes minutes to count what a CPU does
+    with mock.patch.object(torch.profiler, "profile", mock.MagicMock()):
         code = pytest.main([*options, *files], plugins=[NoComparisons()])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # some fail: they want numbers
         raise UsageError(f"tests: pytest ended with {code!r}")
@@ -169,10 +204,20 @@ RECORDED: dict[str, tuple[Callable[[], None], str]] = {
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_launches", description="Lists the kernels that a GPU would be asked for.")
-    parser.add_argument("source", choices=SOURCES, help="training and generation, the kernels' tests, or the benchmarks")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_launches", description="Lists the kernels that a GPU would be asked for."
+    )
+    parser.add_argument(
+        "source", choices=SOURCES, help="training and generation, the kernels' tests, or the benchmarks"
+    )
     parser.add_argument("--arch", default="sm_90", help="of the GPU (default sm_90)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON: a module, a kernel and its specialisation a row")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON: a module, a kernel and its specialisation a row",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     recorder = Specialisations(target_for(options.arch))

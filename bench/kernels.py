@@ -1,14 +1,17 @@
-"""`python -m bench.kernels`: every operation and the optimizer beside what one would use instead, and how far from the roof.
+"""`python -m bench.kernels`: every operation and the optimizer beside what one would use instead, and how far
+from the roof.
 
-For 32 x 512 tokens of the 135M model: median time by CUDA graph replay with a cold L2, bytes or operations per second, percent of the roof,
-time of a plain call, and of a plain call through autograd forward and backward. The roof is measured in the same run: the best bandwidth of
-a copy, of reading and of an update in place, or the rate of a large matrix product. A variant is compared with the reference before it is
-timed, and not timed if it is wrong. One that no graph can hold is timed by plain calls, its row says "captured": false. A library that
-cannot be measured here is named with its version and the reason.
+For 32 x 512 tokens of the 135M model: median time by CUDA graph replay with a cold L2, bytes or operations
+per second, percent of the roof, time of a plain call, and of a plain call through autograd forward and
+backward. The roof is measured in the same run: the best bandwidth of a copy, of reading and of an update in
+place, or the rate of a large matrix product. A variant is compared with the reference before it is timed, and
+not timed if it is wrong. One that no graph can hold is timed by plain calls, its row says "captured": false.
+A library that cannot be measured here is named with its version and the reason.
 
-What torch.compile makes takes longer to compile than all else to measure, and comes in a second pass over all operations ("pass": 2), so
-that the first one is whole when time runs out. Variants of one pass are timed in turns. Ours is timed in both: rows of the second pass say
-as "triton_us" what it took in turns with them, and "us" over "triton_us" is the ratio to trust.
+What torch.compile makes takes longer to compile than all else to measure, and comes in a second pass over all
+operations ("pass": 2), so that the first one is whole when time runs out. Variants of one pass are timed in
+turns. Ours is timed in both: rows of the second pass say as "triton_us" what it took in turns with them, and
+"us" over "triton_us" is the ratio to trust.
 Then kernel launches and bytes of one layer and one step.
 """
 
@@ -39,24 +42,37 @@ from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2Block, rotary_tables
 
-# Largest ||ours - truth|| / ||truth|| over outputs and gradients; the truth is the reference in fp32 (in fp64 for fp32).
+# Largest ||ours - truth|| / ||truth|| over outputs and gradients; the truth is the reference in fp32 (in fp64
+# for fp32).
 ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 FULL = (32, 512)  # rows and tokens a row of a training step
 LENGTHS = (512, 2048, 8192)  # tokens a row, for attention
 SET_BYTES = 20e9  # of all inputs, outputs and gradients that are held for one operation
 OPS = (
-    "add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "mlp", "tied_embedding", "rms_norm", "rope_qkv", "decode_attention",
-    "decode_layer", "decode_head", "rope",
+    "add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "mlp", "tied_embedding", "rms_norm",
+    "rope_qkv", "decode_attention", "decode_layer", "decode_head", "rope",
 )  # fmt: skip
 OURS = "triton"
 COMPILED = ("compile", "flex", "flex decode")  # by torch.compile: the second pass
-ALIKE = {f"{OURS} {chunk}" for chunk in CHUNKS[1:]}  # at toy size, where the first chunk holds all tokens: measured at full size only
+# at toy size, where the first chunk holds all tokens: measured at full size only
+ALIKE = {f"{OURS} {chunk}" for chunk in CHUNKS[1:]}
 # What is measured first, because a training step spends most on it or there is a choice to make.
-STEP = ("attention", "linear_cross_entropy", "mlp", "swiglu", "add_rms_norm", "adamw", "tied_embedding", "rope_qkv")
+STEP = (
+    "attention",
+    "linear_cross_entropy",
+    "mlp",
+    "swiglu",
+    "add_rms_norm",
+    "adamw",
+    "tied_embedding",
+    "rope_qkv",
+)
 
 
 class Variant:
-    """One implementation of a case, on tensors of its own: several sets of them, so that one replay holds several calls."""
+    """One implementation of a case, on tensors of its own: several sets of them, so that one replay holds
+    several calls.
+    """
 
     def __init__(self, case: Case, name: str, sets: int) -> None:
         self._function = case.variants[name]
@@ -67,21 +83,31 @@ class Variant:
         if self._wanted:
             outputs = self._outputs(self._sets[0])
             generator = torch.Generator(outputs[0].device).manual_seed(12345)
-            self._upstream = [torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs]
+            self._upstream = [
+                torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs
+            ]
 
     def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Outputs and gradients of the first set, computed from inputs converted to dtype."""
         inputs = self._sets[0]
         if dtype is not None:
-            inputs = [x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+            inputs = [
+                x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x
+                for x in inputs
+            ]
         outputs = self._outputs(inputs)
-        return [*(output.detach() for output in outputs), *(self._gradients(outputs, inputs) if self._wanted else [])]
+        return [
+            *(output.detach() for output in outputs),
+            *(self._gradients(outputs, inputs) if self._wanted else []),
+        ]
 
     def phases(self) -> dict[str, Callable[[], Callable[[], object]]]:
         """Phase -> a function that prepares it and returns the call to be timed."""
         found: dict[str, Callable[[], Callable[[], object]]] = {"forward": lambda: self._forward}
         if self._wanted:
-            found["forward+backward" if self._joint else "backward"] = self._prepare_both if self._joint else self._prepare_backward
+            found["forward+backward" if self._joint else "backward"] = (
+                self._prepare_both if self._joint else self._prepare_backward
+            )
         return found
 
     def call(self) -> object:
@@ -101,9 +127,17 @@ class Variant:
         result = self._function(*inputs)
         return result if isinstance(result, tuple) else (result,)
 
-    def _gradients(self, outputs: tuple[Tensor, ...], inputs: list[Tensor], keep: bool = False) -> list[Tensor]:
-        upstream = [gradient.to(output.dtype) for gradient, output in zip(self._upstream, outputs, strict=True)]
-        return list(torch.autograd.grad(outputs, [inputs[index] for index in self._wanted], upstream, retain_graph=keep))
+    def _gradients(
+        self, outputs: tuple[Tensor, ...], inputs: list[Tensor], keep: bool = False
+    ) -> list[Tensor]:
+        upstream = [
+            gradient.to(output.dtype) for gradient, output in zip(self._upstream, outputs, strict=True)
+        ]
+        return list(
+            torch.autograd.grad(
+                outputs, [inputs[index] for index in self._wanted], upstream, retain_graph=keep
+            )
+        )
 
     def _forward(self) -> object:
         with torch.no_grad():
@@ -118,33 +152,50 @@ class Variant:
 
 
 def error(found: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest relative distance ||found - truth|| / ||truth|| of any tensor; infinite for what is not finite."""
+    """The largest relative distance ||found - truth|| / ||truth|| of any tensor; infinite for what is not
+    finite.
+    """
     worst = 0.0
     for ours, exact in zip(found, truth, strict=True):
         wide = exact.to(torch.float64 if exact.dtype == torch.float64 else torch.float32)
-        distance = torch.linalg.vector_norm(ours.to(wide.dtype) - wide) / torch.linalg.vector_norm(wide).clamp(min=1e-30)
+        distance = torch.linalg.vector_norm(ours.to(wide.dtype) - wide) / torch.linalg.vector_norm(
+            wide
+        ).clamp(min=1e-30)
         worst = max(worst, distance.item() if distance.isfinite() else math.inf)
     return worst
 
 
 def measure(
-    case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: bool, names: Collection[str] | None = None
+    case: Case,
+    shapes: Shapes,
+    bandwidth: float,
+    rate: float,
+    tiny: bool,
+    names: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per phase and variant; a variant that fails or is wrong gets a row that says so. names: these variants only."""
-    # Many sets, so that what lies between two replays costs little, and that a set is cold when its turn comes again.
+    """One row per phase and variant; a variant that fails or is wrong gets a row that says so. names: these
+    variants only.
+    """
+    # Many sets, so that what lies between two replays costs little, and that a set is cold when its turn
+    # comes again.
     whole = case.cost.forward + case.cost.backward
     most = SET_BYTES / len(case.variants) / max(1, whole.bytes)
     sets = 1 if tiny else max(1, min(24, round(4e-4 / case.cost.forward.floor(bandwidth, rate)), int(most)))
     truth: list[Tensor] | None = None
-    with contextlib.suppress(torch.OutOfMemoryError):  # long attention without a fused fp32 kernel; then the errors stay unknown
-        truth = Variant(case, "reference", 1).results(torch.float64 if shapes.dtype == torch.float32 else torch.float32)
+    # long attention without a fused fp32 kernel; then the errors stay unknown
+    with contextlib.suppress(torch.OutOfMemoryError):
+        truth = Variant(case, "reference", 1).results(
+            torch.float64 if shapes.dtype == torch.float32 else torch.float32
+        )
     ready: dict[str, Variant] = {}
     errors: dict[str, float | None] = {}
     rows: list[dict[str, Any]] = []
     for name in case.variants if names is None else [name for name in case.variants if name in names]:
         try:
             variant = Variant(case, name, sets)
-            errors[name] = None if name in case.unchecked or truth is None else error(variant.results(), truth)
+            errors[name] = (
+                None if name in case.unchecked or truth is None else error(variant.results(), truth)
+            )
         except peers.Unavailable as reason:
             rows.append({"op": case.op, "variant": name, "failed": str(reason)})
             continue
@@ -155,7 +206,9 @@ def measure(
             rows.append({"op": case.op, "variant": name, "failed": one_line(failure)})
             continue
         if (errors[name] or 0.0) > ERROR_BOUND[shapes.dtype]:
-            rows.append({"op": case.op, "variant": name, "failed": f"wrong: relative error {errors[name]:.1e}"})
+            rows.append(
+                {"op": case.op, "variant": name, "failed": f"wrong: relative error {errors[name]:.1e}"}
+            )
             continue
         ready[name] = variant
     del truth
@@ -163,7 +216,9 @@ def measure(
         replays, captured = {}, {}
         for name, variant in ready.items():
             try:
-                replays[name], captured[name] = timing.replayable_or_plain(variant.phases()[phase], shapes.device)
+                replays[name], captured[name] = timing.replayable_or_plain(
+                    variant.phases()[phase], shapes.device
+                )
             except Exception as failure:  # noqa: BLE001 - as above
                 rows.append({"op": case.op, "phase": phase, "variant": name, "failed": one_line(failure)})
         samples = timing.alternate(replays, shapes.device, calls=sets, rounds=1 if tiny else 30)
@@ -186,15 +241,23 @@ def measure(
     return rows
 
 
-def measure_compiled(case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: bool) -> list[dict[str, Any]]:
+def measure_compiled(
+    case: Case, shapes: Shapes, bandwidth: float, rate: float, tiny: bool
+) -> list[dict[str, Any]]:
     """The rows of what torch.compile makes, each with what ours took in turns with it."""
     rows = measure(case, shapes, bandwidth, rate, tiny, {OURS, *COMPILED})
     ours = {row["phase"]: {"triton_us": row["us"]} for row in rows if row["variant"] == OURS and "us" in row}
-    return [row if "failed" in row else {**row, **ours.get(row["phase"], {})} for row in rows if row["variant"] != OURS]
+    return [
+        row if "failed" in row else {**row, **ours.get(row["phase"], {})}
+        for row in rows
+        if row["variant"] != OURS
+    ]
 
 
 def every_case(shapes: Shapes, backend: Backend, compiler: str, tiny: bool) -> list[Case]:
-    """All operations and the optimizer, attention also over longer rows and within documents; what a training step spends most on first."""
+    """All operations and the optimizer, attention also over longer rows and within documents; what a training
+    step spends most on first.
+    """
     found = {case.op: case for case in (*cases(shapes, backend, compiler), optimizer_step(shapes))}
     lengths = [length // 64 for length in LENGTHS[:2]] if tiny else LENGTHS
     longer = [long_attention(shapes, backend, compiler, length) for length in lengths[1:]]
@@ -204,7 +267,9 @@ def every_case(shapes: Shapes, backend: Backend, compiler: str, tiny: bool) -> l
 
 
 def kernel_standing(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`bench.peers.standing` of the rows: which library was timed in at least one of them, and why each other was not."""
+    """`bench.peers.standing` of the rows: which library was timed in at least one of them, and why each other
+    was not.
+    """
     outcomes: dict[str, list[str]] = {peer: [] for peer in PEER_OF.values()}
     for row in rows:
         if row["variant"] in PEER_OF:
@@ -242,33 +307,49 @@ HEADER = (
 
 
 def layer_launches(shapes: Shapes, backend_name: str) -> dict[str, Any]:
-    """Kernel launches of one block of the model in training, forward and backward: fp32 parameters, 16-bit activations."""
+    """Kernel launches of one block of the model in training, forward and backward: fp32 parameters, 16-bit
+    activations.
+    """
     backend = select_backend(backend_name, shapes.device)
-    dtype = shapes.dtype if shapes.device.type == "cuda" else torch.float16  # the casts of the weights are launches too
+    # the casts of the weights are launches too
+    dtype = shapes.dtype if shapes.device.type == "cuda" else torch.float16
     with torch.device(shapes.device):
         block = SmolLM2Block(shapes.config, backend)
         block.input_layernorm.weight.data.fill_(1.0)
         block.post_attention_layernorm.weight.data.fill_(1.0)
-        stream = [torch.randn(shapes.batch, shapes.length, shapes.config.hidden_size).to(dtype) for _ in range(4)]
+        stream = [
+            torch.randn(shapes.batch, shapes.length, shapes.config.hidden_size).to(dtype) for _ in range(4)
+        ]
     x, residual = (tensor.requires_grad_() for tensor in stream[:2])
     cos, sin = (table[: shapes.length] for table in rotary_tables(shapes.config, shapes.device))
     outputs = block(x, residual, cos, sin)
     wanted = [x, residual, *block.parameters()]
     found = {
         "forward": launches.count(lambda: block(x, residual, cos, sin), shapes.device),
-        "backward": launches.count(lambda: torch.autograd.grad(outputs, wanted, stream[2:], retain_graph=True), shapes.device),
+        "backward": launches.count(
+            lambda: torch.autograd.grad(outputs, wanted, stream[2:], retain_graph=True), shapes.device
+        ),
     }
     return {
-        phase: {"launches": sum(names.values()), "triton": launches.triton_part(names), "names": dict(names.most_common())}
+        phase: {
+            "launches": sum(names.values()),
+            "triton": launches.triton_part(names),
+            "names": dict(names.most_common()),
+        }
         for phase, names in found.items()
     }
 
 
 def work_table(config: SmolLM2Config) -> dict[str, dict[str, list[int]]]:
-    """Bytes and operations, forward and backward, of a layer's operations and of a step's parts, with 16-bit activations."""
+    """Bytes and operations, forward and backward, of a layer's operations and of a step's parts, with 16-bit
+    activations.
+    """
 
     def plain(costs: dict[str, work.Cost]) -> dict[str, list[int]]:
-        return {name: [cost.forward.bytes, cost.forward.flops, cost.backward.bytes, cost.backward.flops] for name, cost in costs.items()}
+        return {
+            name: [cost.forward.bytes, cost.forward.flops, cost.backward.bytes, cost.backward.flops]
+            for name, cost in costs.items()
+        }
 
     return {"layer": plain(work.layer(config, *FULL, 2)), "step": plain(work.step(config, *FULL, 2))}
 
@@ -279,15 +360,23 @@ def show_work(table: dict[str, dict[str, list[int]]], unit: str) -> str:
     entries = table[unit]
     total = [sum(column) for column in zip(*entries.values(), strict=True)]
     for name, numbers in [*entries.items(), ("total", total)]:
-        moved, done, moved_back, done_back = (number / scale for number, scale in zip(numbers, (1e6, 1e9, 1e6, 1e9), strict=True))
+        moved, done, moved_back, done_back = (
+            number / scale for number, scale in zip(numbers, (1e6, 1e9, 1e6, 1e9), strict=True)
+        )
         lines.append(f"  {name:26}{moved:12,.1f}{done:10,.1f}{moved_back:13,.1f}{done_back:10,.1f}")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("kernels", "Times every operation beside what one would use instead.")
-    arguments.add_argument("--op", action="append", choices=(*OPS, "adamw"), help="only this operation; may be repeated")
-    arguments.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16, and fp32 on a CPU (the interpreter has no bf16 product)")
+    arguments.add_argument(
+        "--op", action="append", choices=(*OPS, "adamw"), help="only this operation; may be repeated"
+    )
+    arguments.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="default: bf16, and fp32 on a CPU (the interpreter has no bf16 product)",
+    )
     arguments.add_argument("--model", default="135M", help="preset whose shapes are used")
     options = arguments.parse_args(argv)
     part = Part("kernels", options)
@@ -298,14 +387,22 @@ def main(argv: Sequence[str]) -> int:
     shapes = Shapes(part.model(options.model), *((1, 8) if part.tiny else FULL), DTYPES[dtype], part.device)
     torch._functorch.config.donated_buffer = False  # a compiled backward pass may otherwise run only once
 
-    bandwidths, rate = roofline.bandwidths(part.device, part.tiny), roofline.matmul_rate(shapes.dtype, part.device, part.tiny)
+    bandwidths, rate = (
+        roofline.bandwidths(part.device, part.tiny),
+        roofline.matmul_rate(shapes.dtype, part.device, part.tiny),
+    )
     bandwidth = max(bandwidths.values())
-    speeds = {f"{name}_gb_per_s": roofline.digits(speed / 1e9) for name, speed in (*bandwidths.items(), ("memory", bandwidth))}
+    speeds = {
+        f"{name}_gb_per_s": roofline.digits(speed / 1e9)
+        for name, speed in (*bandwidths.items(), ("memory", bandwidth))
+    }
     part.save(
         model=options.model, dtype=dtype, batch=shapes.batch, length=shapes.length,
         roof={**speeds, "matmul_tflops": roofline.digits(rate / 1e12)}, rows=[],
     )  # fmt: skip
-    print(f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.1f} TFLOP/s")
+    print(
+        f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.1f} TFLOP/s"
+    )
     print(HEADER, flush=True)
 
     part.save(work=work_table(full))
@@ -316,14 +413,18 @@ def main(argv: Sequence[str]) -> int:
         if not options.op or case.op.partition(" ")[0] in options.op
     ]
     left_out = []
-    for number, case in [(1, case) for case in chosen] + [(2, case) for case in chosen if case.variants.keys() & {*COMPILED}]:
+    for number, case in [(1, case) for case in chosen] + [
+        (2, case) for case in chosen if case.variants.keys() & {*COMPILED}
+    ]:
         if part.left() < 0:
             left_out.append(case.op if number == 1 else f"{case.op}, compiled")
             continue
         try:
             if number == 1:
                 left_to_others = {*COMPILED, *(ALIKE if part.tiny else ())}
-                rows = measure(case, shapes, bandwidth, rate, part.tiny, case.variants.keys() - left_to_others)
+                rows = measure(
+                    case, shapes, bandwidth, rate, part.tiny, case.variants.keys() - left_to_others
+                )
             else:
                 rows = measure_compiled(case, shapes, bandwidth, rate, part.tiny)
         except Exception as failure:  # noqa: BLE001 - the specification itself may run out of memory; the others still have their turn
@@ -347,7 +448,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"launches of {name} not counted: {one_line(failure)}")
     part.save(launches=counted_launches)
     for name, phases in counted_launches.items():
-        counted = ", ".join(f"{phase} {entry['launches']} ({entry['triton']} of ours)" for phase, entry in phases.items())
+        counted = ", ".join(
+            f"{phase} {entry['launches']} ({entry['triton']} of ours)" for phase, entry in phases.items()
+        )
         print(f"launches per layer, {name}: {counted}")
     print(f"{options.model} at {FULL[0]} x {FULL[1]} tokens, 16-bit activations, from the shapes alone:")
     print(show_work(part.data["work"], "layer"), show_work(part.data["work"], "step"), sep="\n")

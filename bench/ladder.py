@@ -1,4 +1,5 @@
-"""`python -m bench.ladder`: what each optimisation of a training step is worth, from plain eager PyTorch to everything on.
+"""`python -m bench.ladder`: what each optimisation of a training step is worth, from plain eager PyTorch to
+everything on.
 
     plain eager           separate projections, formulas as written down, full score matrix, all logits, AdamW parameter by parameter
     packed projections    q, k, v as one product, gate and up as another
@@ -8,12 +9,14 @@
     graph capture         the whole step as one CUDA graph
     compile of the rest   torch.compile around it all
 
-One change a row: each has all that the rows above it have. A step is forward, backward, clipping to a global norm of 1 and AdamW. All
-rows start from the same weights and see the same tokens, and their first losses must agree: nobody wins by computing less. On a CPU they
-are timed in turns within one process, on one set of weights; on a GPU, which is quiet and whose memory some of them fill, one after the
-other, each freed before the next. Launches are kernels on a GPU, a captured graph being one; on a CPU, operations of torch that compute
-something. Memory is the peak of a step above what exists between steps (parameters and optimizer state). `--size 135M` on a CPU takes
-about five minutes on two cores and 7 GB; the compiled rung, minutes by itself, only with --compile there.
+One change a row: each has all that the rows above it have. A step is forward, backward, clipping to a global
+norm of 1 and AdamW. All rows start from the same weights and see the same tokens, and their first losses must
+agree: nobody wins by computing less. On a CPU they are timed in turns within one process, on one set of
+weights; on a GPU, which is quiet and whose memory some of them fill, one after the other, each freed before
+the next. Launches are kernels on a GPU, a captured graph being one; on a CPU, operations of torch that
+compute something. Memory is the peak of a step above what exists between steps (parameters and optimizer
+state). `--size 135M` on a CPU takes about five minutes on two cores and 7 GB; the compiled rung, minutes by
+itself, only with --compile there.
 """
 
 from __future__ import annotations
@@ -51,10 +54,17 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
 
 COMPARED_STEPS = 3
-# Nats over the first steps, from those of the first row. Adam's first updates have the sign of a gradient, however small.
+# Nats over the first steps, from those of the first row. Adam's first updates have the sign of a gradient,
+# however small.
 LOSS_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1}
 BLOCK_SECONDS = 0.2  # a timed block holds as many steps as fit
-ROWS = {("tiny", "cpu"): (8, 128), ("135M", "cpu"): (2, 256), ("tiny", "cuda"): (32, 512), ("135M", "cuda"): (32, 512)}  # batch, length
+# batch, length
+ROWS = {
+    ("tiny", "cpu"): (8, 128),
+    ("135M", "cpu"): (2, 256),
+    ("tiny", "cuda"): (32, 512),
+    ("135M", "cuda"): (32, 512),
+}
 ROUNDS, SLOW_ROUNDS = 7, 3  # timed blocks of each rung; the second where a step takes seconds
 COMPILE_SECONDS = 60.0  # the compiled rung of a real model needs about that: with less left it does not begin
 
@@ -115,11 +125,21 @@ def plain_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tup
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_start: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T) v with the whole score matrix [B, H, T, S]; keys and values repeated for the query heads of their group."""
+    """softmax(q k^T) v with the whole score matrix [B, H, T, S]; keys and values repeated for the query heads
+    of their group.
+    """
     length, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    queries, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    queries, k, v = (
+        x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))
+    )
     key = torch.arange(keys, device=q.device)
     mask = key <= torch.arange(keys - length, keys, device=q.device)[:, None]
     if doc_start is not None:
@@ -136,8 +156,9 @@ def plain_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 PLAIN = dataclasses.replace(
-    TORCH, name="plain", rms_norm=plain_rms_norm, add_rms_norm=plain_add_rms_norm, rope=plain_rope, rope_qkv=plain_rope_qkv,
-    attention=plain_attention, swiglu=plain_swiglu, mlp=partial(mlp, swiglu=plain_swiglu), linear_cross_entropy=all_logits,
+    TORCH, name="plain", rms_norm=plain_rms_norm, add_rms_norm=plain_add_rms_norm, rope=plain_rope,
+    rope_qkv=plain_rope_qkv, attention=plain_attention, swiglu=plain_swiglu,
+    mlp=partial(mlp, swiglu=plain_swiglu), linear_cross_entropy=all_logits,
 )  # fmt: skip
 
 
@@ -145,10 +166,17 @@ class SeparateAttention(SmolLM2Attention):
     """Attention whose queries, keys and values are three products. Without a cache: for training."""
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor | None = None, cache: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        doc_start: Tensor | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         assert cache is None, "the ladder trains"
-        q, k, v = (F.linear(x, part.weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim)) for part in self.beside())
+        q, k, v = (
+            F.linear(x, part.weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim)) for part in self.beside()
+        )
         q, k = self.backend.rope(q, k, cos, sin)
         mixed = self.backend.attention(q, k, v, doc_start, dropout_p=self.dropout if self.training else 0.0)
         return F.linear(mixed.flatten(2), self.o_proj.weight.to(x.dtype))
@@ -195,12 +223,20 @@ def setups(best: Backend, cuda: bool) -> dict[str, Setup]:
 class PhasedStep(TrainingStep):
     """A TrainingStep whose phases can be called one by one."""
 
-    def __init__(self, model: SmolLM2ForCausalLM, forward: Callable[..., Any], fused: bool, own: bool) -> None:
+    def __init__(
+        self, model: SmolLM2ForCausalLM, forward: Callable[..., Any], fused: bool, own: bool
+    ) -> None:
         super().__init__(model, forward, own=own)
         if not fused:
-            # One parameter after the other; the learning rate as a number, which that form would otherwise read back from the device.
-            groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in self.optimizer.param_groups]
-            self.optimizer = torch.optim.AdamW(groups, lr=float(self.lr), betas=(0.9, 0.95), foreach=False, fused=False)
+            # One parameter after the other; the learning rate as a number, which that form would otherwise
+            # read back from the device.
+            groups = [
+                {"params": group["params"], "weight_decay": group["weight_decay"]}
+                for group in self.optimizer.param_groups
+            ]
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=float(self.lr), betas=(0.9, 0.95), foreach=False, fused=False
+            )
 
     def forward(self, ids: Tensor) -> Tensor:
         loss: Tensor = self._forward(ids, ids, None).loss
@@ -208,7 +244,9 @@ class PhasedStep(TrainingStep):
 
 
 class Shared:
-    """One set of weights and optimizer states that all rungs work on, for a CPU: ten sets of the 135M model are 16 GB."""
+    """One set of weights and optimizer states that all rungs work on, for a CPU: ten sets of the 135M model
+    are 16 GB.
+    """
 
     def __init__(self, config: SmolLM2Config) -> None:
         torch.manual_seed(0)
@@ -229,11 +267,15 @@ class Shared:
         step.optimizer.state = self._state
 
 
-def build_model(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device) -> SmolLM2ForCausalLM:
+def build_model(
+    setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device
+) -> SmolLM2ForCausalLM:
     """The model of a rung, with the weights that seed 0 gives on this device."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = SmolLM2ForCausalLM(config, setup.backend, compute_dtype=None if dtype == torch.float32 else dtype)
+        model = SmolLM2ForCausalLM(
+            config, setup.backend, compute_dtype=None if dtype == torch.float32 else dtype
+        )
         for block in model.model.layers if not setup.packed else ():
             for name, kind in (("self_attn", SeparateAttention), ("mlp", SeparateMLP)):
                 separate = kind(config, setup.backend)
@@ -243,7 +285,12 @@ def build_model(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device:
 
 
 def build(
-    setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device, compiler: str, shared: Shared | None = None
+    setup: Setup,
+    config: SmolLM2Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiler: str,
+    shared: Shared | None = None,
 ) -> PhasedStep:
     """The step of a rung, from weights of its own, or from shared ones. compiler: that of torch.compile."""
     model = build_model(setup, config, dtype, device if shared is None else torch.device("meta"))
@@ -260,7 +307,11 @@ def count_launches(step: PhasedStep, ids: Tensor) -> dict[str, int]:
     """Phase -> launches of an uncaptured step."""
     kept: list[Tensor] = []
     step.begin()
-    phases = {"forward": lambda: kept.append(step.forward(ids)), "backward": lambda: kept[0].backward(), "update": step.update}
+    phases = {
+        "forward": lambda: kept.append(step.forward(ids)),
+        "backward": lambda: kept[0].backward(),
+        "update": step.update,
+    }
     return {name: sum(launches.count(phase, ids.device).values()) for name, phase in phases.items()}
 
 
@@ -269,7 +320,11 @@ def time_phases(step: PhasedStep, ids: Tensor) -> dict[str, float]:
     kept: list[Tensor] = []
     step.begin()
     found = {}
-    phases = {"forward": lambda: kept.append(step.forward(ids)), "backward": lambda: kept[0].backward(), "update": step.update}
+    phases = {
+        "forward": lambda: kept.append(step.forward(ids)),
+        "backward": lambda: kept[0].backward(),
+        "update": step.update,
+    }
     for name, phase in phases.items():
         synchronize(ids.device)
         began = time.perf_counter()
@@ -286,12 +341,21 @@ class Running:
     step: PhasedStep
     call: Callable[[Tensor], Tensor]
     found: dict[str, Any]
-    slow: bool  # a step takes longer than a block, and is timed phase by phase only: the waits between them are nothing to it
+    # a step takes longer than a block, and is timed phase by phase only: the waits between them are nothing
+    # to it
+    slow: bool
     blocks: list[float] = dataclasses.field(default_factory=list)
     phases: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
-def start(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str, shared: Shared | None = None) -> Running:
+def start(
+    setup: Setup,
+    config: SmolLM2Config,
+    dtype: torch.dtype,
+    ids: Tensor,
+    compiler: str,
+    shared: Shared | None = None,
+) -> Running:
     """Builds a rung and takes its first steps."""
     began = time.perf_counter()
     step = build(setup, config, dtype, ids.device, compiler, shared)
@@ -307,11 +371,18 @@ def start(setup: Setup, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, 
     found: dict[str, Any] = {"backend": setup.backend.name, "losses": [float(loss) for loss in losses]}
     ended = time.perf_counter()
     found["first_steps_seconds"] = round(ended - began, 2)
-    return Running(step, call, found, slow=not setup.captured and not setup.compiled and ended - last > 10 * BLOCK_SECONDS)
+    return Running(
+        step,
+        call,
+        found,
+        slow=not setup.captured and not setup.compiled and ended - last > 10 * BLOCK_SECONDS,
+    )
 
 
 def measure(running: dict[str, Running], ids: Tensor, rounds: int, left: Callable[[], float]) -> None:
-    """Blocks of whole steps, and one step phase by phase, of each rung in turns; adds what that gives to `found`."""
+    """Blocks of whole steps, and one step phase by phase, of each rung in turns; adds what that gives to
+    `found`.
+    """
     for turn in range(rounds):
         if turn and left() < 0:
             break
@@ -323,10 +394,17 @@ def measure(running: dict[str, Running], ids: Tensor, rounds: int, left: Callabl
         if "failed" in rung.found:
             continue
         seconds = statistics.median(rung.blocks)
-        rung.found |= {"step_ms": round(1e3 * seconds, 3), "tokens_per_second": round(ids.numel() / seconds, 1), "rounds": len(rung.blocks)}
+        rung.found |= {
+            "step_ms": round(1e3 * seconds, 3),
+            "tokens_per_second": round(ids.numel() / seconds, 1),
+            "rounds": len(rung.blocks),
+        }
         rung.found["spread"] = round((max(rung.blocks) - min(rung.blocks)) / seconds, 3)
         if rung.phases:
-            rung.found["phases_ms"] = {name: round(1e3 * statistics.median(one[name] for one in rung.phases), 3) for name in rung.phases[0]}
+            rung.found["phases_ms"] = {
+                name: round(1e3 * statistics.median(one[name] for one in rung.phases), 3)
+                for name in rung.phases[0]
+            }
 
 
 def time_block(rung: Running, ids: Tensor) -> None:
@@ -347,7 +425,9 @@ def time_block(rung: Running, ids: Tensor) -> None:
 
 
 def examine(running: dict[str, Running], compiled: Sequence[str], ids: Tensor) -> None:
-    """Peak memory and launches of a step, last and each on its own: what the profiler cannot do must not cost the times."""
+    """Peak memory and launches of a step, last and each on its own: what the profiler cannot do must not cost
+    the times.
+    """
     for name, rung in running.items():
         if rung.call is not rung.step:  # a graph keeps its memory between steps: it has no peak
             rung.found["launches"] = {"step": 1}
@@ -371,7 +451,9 @@ def failure_noted(found: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def free(device: torch.device) -> None:
-    """Gives back the memory of rungs that nobody holds any more, and leaves the stream of a capture that failed."""
+    """Gives back the memory of rungs that nobody holds any more, and leaves the stream of a capture that
+    failed.
+    """
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -396,7 +478,8 @@ def show(name: str, row: dict[str, Any], base: float) -> str:
         return f"{name:22}{row['failed']}"
     phases, counted = row.get("phases_ms", {}), row.get("launches", {})
     cells = "".join(
-        f"{phases[phase]:{width}.2f}" if phases else f"{'':{width}}" for phase, width in (("forward", 10), ("backward", 10), ("update", 9))
+        f"{phases[phase]:{width}.2f}" if phases else f"{'':{width}}"
+        for phase, width in (("forward", 10), ("backward", 10), ("update", 9))
     )
     memory = f"{row['peak_mb']:10,.1f}" if "peak_mb" in row else f"{'':10}"
     times = " + ".join(str(count) for count in counted.values())
@@ -405,17 +488,37 @@ def show(name: str, row: dict[str, Any], base: float) -> str:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("ladder", "What each optimisation of a training step is worth, one change a row.")
-    arguments.add_argument("--size", choices=("tiny", "135M"), help="model (default: 135M on a GPU, tiny on a CPU)")
-    arguments.add_argument("--dtype", choices=("fp32", "bf16"), help="of the activations (default: bf16 on a GPU, fp32 on a CPU)")
-    arguments.add_argument("--backend", default="auto", help="where the fused operations come from, as for every command (default auto)")
-    arguments.add_argument("--rung", action="append", choices=[rung.name for rung in RUNGS], help="only this one; may be repeated")
     arguments.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="the compiled rung too (default: yes, but for 135M on a CPU)"
+        "--size", choices=("tiny", "135M"), help="model (default: 135M on a GPU, tiny on a CPU)"
     )
     arguments.add_argument(
-        "--rounds", type=int, metavar="N", help=f"timed blocks of each rung (default {ROUNDS}; for 135M on a CPU {SLOW_ROUNDS})"
+        "--dtype", choices=("fp32", "bf16"), help="of the activations (default: bf16 on a GPU, fp32 on a CPU)"
     )
-    arguments.add_argument("--alone", action="store_true", help="on a CPU too, each rung by itself, freed before the next")
+    arguments.add_argument(
+        "--backend",
+        default="auto",
+        help="where the fused operations come from, as for every command (default auto)",
+    )
+    arguments.add_argument(
+        "--rung",
+        action="append",
+        choices=[rung.name for rung in RUNGS],
+        help="only this one; may be repeated",
+    )
+    arguments.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="the compiled rung too (default: yes, but for 135M on a CPU)",
+    )
+    arguments.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help=f"timed blocks of each rung (default {ROUNDS}; for 135M on a CPU {SLOW_ROUNDS})",
+    )
+    arguments.add_argument(
+        "--alone", action="store_true", help="on a CPU too, each rung by itself, freed before the next"
+    )
     options = arguments.parse_args(argv)
     if options.rounds is not None and options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
@@ -426,19 +529,35 @@ def main(argv: Sequence[str]) -> int:
     config = part.model(size)
     batch, length = (1, 8) if part.tiny else ROWS[size, part.device.type]
     dtype = DTYPES[options.dtype or ("bf16" if cuda else "fp32")]
-    best = select_backend("torch" if part.tiny and options.backend == "auto" else options.backend, part.device)
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(part.device)
+    best = select_backend(
+        "torch" if part.tiny and options.backend == "auto" else options.backend, part.device
+    )
+    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(
+        part.device
+    )
     short = str(dtype).removeprefix("torch.")
     large = size == "135M" and not cuda
     rounds = 1 if part.tiny else options.rounds or (SLOW_ROUNDS if large else ROUNDS)
     compiled = not large if options.compile is None else options.compile
     alone, shared = cuda or options.alone, None if cuda else Shared(config)
-    part.save(model=size, batch=batch, length=length, dtype=short, backend=best.name, threads=torch.get_num_threads())
-    print(f"{size} model, {batch} x {length} tokens, {short}, fused operations from {best.name}, {part.device}", flush=True)
+    part.save(
+        model=size,
+        batch=batch,
+        length=length,
+        dtype=short,
+        backend=best.name,
+        threads=torch.get_num_threads(),
+    )
+    print(
+        f"{size} model, {batch} x {length} tokens, {short}, fused operations from {best.name}, {part.device}",
+        flush=True,
+    )
 
     print(HEADER, flush=True)
     rows: dict[str, dict[str, Any]] = {}
-    chosen = {name: setup for name, setup in setups(best, cuda).items() if not options.rung or name in options.rung}
+    chosen = {
+        name: setup for name, setup in setups(best, cuda).items() if not options.rung or name in options.rung
+    }
     for names in [[name] for name in chosen] if alone else [list(chosen)]:  # what is in memory at one time
         running: dict[str, Running] = {}
         for name in names:
@@ -453,7 +572,9 @@ def main(argv: Sequence[str]) -> int:
                 row["failed"] = "no time was left"
             else:
                 with failure_noted(row, "failed"):
-                    running[name] = start(setup, config, dtype, ids, "aot_eager" if part.tiny else "inductor", shared)
+                    running[name] = start(
+                        setup, config, dtype, ids, "aot_eager" if part.tiny else "inductor", shared
+                    )
                     rows[name] = running[name].found
             gc.collect()
             part.save(rungs=rows)

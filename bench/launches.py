@@ -1,7 +1,9 @@
-"""How many kernels a piece of work launches: the figure that decides at this model's size, where a launch costs as much as a kernel runs.
+"""How many kernels a piece of work launches: the figure that decides at this model's size, where a launch
+costs as much as a kernel runs.
 
-On a GPU the profiler counts what the device ran. Elsewhere launches of Triton kernels are counted as they happen, and every other
-operation of torch that computes something (no view, no allocation) counts as one: what a GPU would launch, within a few.
+On a GPU the profiler counts what the device ran. Elsewhere launches of Triton kernels are counted as they
+happen, and every other operation of torch that computes something (no view, no allocation) counts as one:
+what a GPU would launch, within a few.
 """
 
 from __future__ import annotations
@@ -22,20 +24,27 @@ NO_KERNEL = (
 
 
 def count(call: Callable[[], object], device: torch.device) -> Counter[str]:
-    """Name -> launches during one call, which should not be the first of its kind. Triton kernels carry their own names."""
+    """Name -> launches during one call, which should not be the first of its kind. Triton kernels carry their
+    own names.
+    """
     return Counter(name for name, _, _ in trace(call)) if device.type == "cuda" else _count_here(call)
 
 
 def trace(call: Callable[[], object]) -> list[tuple[str, float, float]]:
-    """(name, begin, duration) of every kernel that a call runs on the GPU, in order, in microseconds after the first."""
+    """(name, begin, duration) of every kernel that a call runs on the GPU, in order, in microseconds after
+    the first.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    on_gpu = [event for event in profiler.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
-    events = [event for event in on_gpu if not event.is_user_annotation]  # the optimizer marks its step as a span on the GPU too
+    on_gpu = [
+        event for event in profiler.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    # the optimizer marks its step as a span on the GPU too
+    events = [event for event in on_gpu if not event.is_user_annotation]
     spans = sorted((event.time_range.start, event.time_range.elapsed_us(), event.name) for event in events)
     return [(name, begin - spans[0][0], duration) for begin, duration, name in spans]
 
@@ -61,7 +70,9 @@ class _Operations(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _triton_launches(found: Counter[str]) -> Iterator[None]:
-    """Counts Triton's launches in the interpreter, and hides from the modes above what the interpreter itself does with tensors."""
+    """Counts Triton's launches in the interpreter, and hides from the modes above what the interpreter itself
+    does with tensors.
+    """
     from triton.runtime.interpreter import InterpretedFunction
 
     original = InterpretedFunction.run

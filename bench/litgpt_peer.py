@@ -1,13 +1,15 @@
-"""litgpt as a peer, in a virtual environment of its own, because it wants another huggingface_hub than transformers does.
+"""litgpt as a peer, in a virtual environment of its own, because it wants another huggingface_hub than
+transformers does.
 
     python -m bench.litgpt_peer setup     makes the environment: litgpt, and the very torch that runs here (the size of a second torch)
     python -m bench.litgpt_peer check     a small model: litgpt's losses and tokens beside ours
 
-The environment lies in the cache folder; --venv or SMOLLM2_LITGPT_VENV name another place. Once it is there, `python -m
-bench.step_peers`, `bench.train_step` and `bench.generate` use it.
+The environment lies in the cache folder; --venv or SMOLLM2_LITGPT_VENV name another place. Once it is there,
+`python -m bench.step_peers`, `bench.train_step` and `bench.generate` use it.
 
-A variant is a process that holds one model and is asked for one step (or a prefill, or some tokens) at a time, so that it takes turns with
-the variants of this process; it sleeps meanwhile, threads included. Its time is that of the whole exchange, a fraction of a millisecond.
+A variant is a process that holds one model and is asked for one step (or a prefill, or some tokens) at a
+time, so that it takes turns with the variants of this process; it sleeps meanwhile, threads included. Its
+time is that of the whole exchange, a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ from smollm2.pretrained.checkpoint import cache_folder, stored_tensors
 
 LITGPT = "litgpt==0.5.13"
 VENV_VARIABLE = "SMOLLM2_LITGPT_VENV"
-SHARED = ("torch", "triton", "numpy", "safetensors")  # of constraints.txt; litgpt needs other versions of the rest
+# of constraints.txt; litgpt needs other versions of the rest
+SHARED = ("torch", "triton", "numpy", "safetensors")
 ANSWER_SECONDS = 600.0  # for one request: a first step may compile
 LOSS_TOLERANCE = 1e-4  # nats over the first steps in fp32, of `check`
 
@@ -53,13 +56,20 @@ class PeerProcess:
     """A process that answers one line of JSON with another. It is killed when nobody holds this any more."""
 
     def __init__(
-        self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None, seconds: float = ANSWER_SECONDS
+        self,
+        command: Sequence[str | Path],
+        environment: Mapping[str, str] | None = None,
+        seconds: float = ANSWER_SECONDS,
     ) -> None:
         """environment: what is added to ours. seconds: how long an answer may take."""
         self._seconds = seconds
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env={**os.environ, **(environment or {})}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **(environment or {})},
         )
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         assert self._process.stdout is not None
@@ -67,7 +77,9 @@ class PeerProcess:
         self._close = weakref.finalize(self, _end, self._process)
 
     def ask(self, call: str, **arguments: Any) -> dict[str, Any]:
-        """The result of a request. Raises PeerFailed for an error, for what is no answer, for silence and for a process that ended."""
+        """The result of a request. Raises PeerFailed for an error, for what is no answer, for silence and for
+        a process that ended.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"call": call, **arguments}).encode() + b"\n")
@@ -103,7 +115,9 @@ class PeerProcess:
 
 
 def _read(stream: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
-    """Hands on every line, and an empty one at the end. A thread, because a read from a pipe has no time-out on every system."""
+    """Hands on every line, and an empty one at the end. A thread, because a read from a pipe has no time-out
+    on every system.
+    """
     for line in stream:
         lines.put(line)
     lines.put(b"")
@@ -136,18 +150,37 @@ def litgpt_version(venv: Path | None = None) -> str | None:
 
 def setup(venv: Path) -> None:
     """Makes the environment, or completes it. Raises UsageError where pip does not succeed."""
-    pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line.partition("==")[0] in SHARED]
-    pins = [line for line in pins if not line.startswith("torch==")] + [f"torch=={torch.__version__.partition('+')[0]}"]
+    pins = [
+        line
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line.partition("==")[0] in SHARED
+    ]
+    pins = [line for line in pins if not line.startswith("torch==")] + [
+        f"torch=={torch.__version__.partition('+')[0]}"
+    ]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("\n".join(pins) + "\n", encoding="utf-8")
         commands: list[list[str | Path]] = [
             [sys.executable, "-m", "venv", venv],
-            [venv_python(venv), "-m", "pip", "install", "-c", constraints, LITGPT, "torch", "numpy", "safetensors"],
+            [
+                venv_python(venv),
+                "-m",
+                "pip",
+                "install",
+                "-c",
+                constraints,
+                LITGPT,
+                "torch",
+                "numpy",
+                "safetensors",
+            ],
         ]
         for command in commands:
             if subprocess.run(command).returncode != 0:
-                raise UsageError(f"setup: {' '.join(map(str, command))} failed; remove {venv}, or name another folder with --venv")
+                raise UsageError(
+                    f"setup: {' '.join(map(str, command))} failed; remove {venv}, or name another folder with --venv"
+                )
 
 
 # the peer
@@ -156,7 +189,9 @@ def setup(venv: Path) -> None:
 def start(
     weights: Mapping[str, Tensor], config: SmolLM2Config, dtype: torch.dtype, device: torch.device
 ) -> tuple[PeerProcess, dict[str, Any]]:
-    """A process with the model of those weights (Hugging Face's names), and what it says of itself. Raises NotInstalled."""
+    """A process with the model of those weights (Hugging Face's names), and what it says of itself. Raises
+    NotInstalled.
+    """
     python = venv_python(default_venv())
     if not python.is_file() or litgpt_version() is None:
         raise NotInstalled("litgpt")
@@ -165,24 +200,29 @@ def start(
     process = PeerProcess([python, "-I", worker], {"OMP_WAIT_POLICY": "PASSIVE"})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_file({name: weight.contiguous() for name, weight in weights.items() if name != "lm_head.weight"}, path)
+        save_file(
+            {name: weight.contiguous() for name, weight in weights.items() if name != "lm_head.weight"}, path
+        )
         facts = process.ask(
-            "load", config=litgpt_config(config), weights=str(path), dtype=str(dtype).removeprefix("torch."), device=str(device),
-            threads=torch.get_num_threads(),
+            "load", config=litgpt_config(config), weights=str(path), dtype=str(dtype).removeprefix("torch."),
+            device=str(device), threads=torch.get_num_threads(),
         )  # fmt: skip
     if facts["parameters"] != config.num_parameters():
         process.close()
-        raise PeerFailed(f"expected {config.num_parameters():,} parameters, with a tied head, got {facts['parameters']:,}")
+        raise PeerFailed(
+            f"expected {config.num_parameters():,} parameters, with a tied head, got {facts['parameters']:,}"
+        )
     return process, facts
 
 
 def litgpt_config(config: SmolLM2Config) -> dict[str, Any]:
     """Ours under litgpt's names."""
     return {
-        "block_size": config.max_position_embeddings, "vocab_size": config.vocab_size, "padded_vocab_size": config.vocab_size,
-        "n_layer": config.num_hidden_layers, "n_head": config.num_attention_heads, "n_embd": config.hidden_size,
-        "n_query_groups": config.num_key_value_heads, "intermediate_size": config.intermediate_size, "rope_base": int(config.rope_theta),
-        "norm_eps": config.rms_norm_eps,
+        "block_size": config.max_position_embeddings, "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.vocab_size, "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads, "n_embd": config.hidden_size,
+        "n_query_groups": config.num_key_value_heads, "intermediate_size": config.intermediate_size,
+        "rope_base": int(config.rope_theta), "norm_eps": config.rms_norm_eps,
     }  # fmt: skip
 
 
@@ -190,11 +230,19 @@ class LitgptStep:
     """Optimizer steps on the same tokens; with autocast in bf16, which litgpt calls bf16-mixed."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], config: SmolLM2Config, ids: Tensor, autocast: bool, compiler: str | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        config: SmolLM2Config,
+        ids: Tensor,
+        autocast: bool,
+        compiler: str | None = None,
     ) -> None:
-        """weights: fp32, Hugging Face's names. ids [B, T]. compiler: the backend of torch.compile. Raises NotInstalled, PeerFailed."""
+        """weights: fp32, Hugging Face's names. ids [B, T]. compiler: the backend of torch.compile. Raises
+        NotInstalled, PeerFailed.
+        """
         self._process, self.facts = start(weights, config, torch.float32, ids.device)
-        recipe = {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.01, "clip": 1.0}  # as bench.train_step.TrainingStep
+        # as bench.train_step.TrainingStep
+        recipe = {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.01, "clip": 1.0}
         self._process.ask("train", ids=ids.tolist(), autocast=autocast, compiler=compiler, **recipe)
 
     def __call__(self) -> Tensor:
@@ -227,14 +275,18 @@ class LitgptTurns:
         return torch.tensor(self._process.ask("prefill")["tokens"], device=self._device)
 
     def decode(self, tokens: Tensor, steps: int) -> Tensor:
-        return torch.tensor(self._process.ask("decode", tokens=tokens.tolist(), steps=steps)["tokens"], device=self._device)
+        return torch.tensor(
+            self._process.ask("decode", tokens=tokens.tolist(), steps=steps)["tokens"], device=self._device
+        )
 
 
 # the command
 
 
 def check() -> int:
-    """Litgpt and this project with the same small weights, in fp32: three losses, and twelve tokens after two prompts."""
+    """Litgpt and this project with the same small weights, in fp32: three losses, and twelve tokens after two
+    prompts.
+    """
     from bench.generate_modes import EngineTurns
     from bench.train_step import TrainingStep
     from smollm2.engine.select import Engine
@@ -244,24 +296,35 @@ def check() -> int:
     model = SmolLM2ForCausalLM(config, "torch")
     ids = torch.randint(config.vocab_size, (2, 24))
     tokens = []
-    for turns in (EngineTurns(Engine(model.eval()), ids, 12), litgpt_variant(model, torch.float32, ids.device).begin(ids, 12)):
+    for turns in (
+        EngineTurns(Engine(model.eval()), ids, 12),
+        litgpt_variant(model, torch.float32, ids.device).begin(ids, 12),
+    ):
         first = turns.prefill()
         tokens.append(torch.cat([first, turns.decode(first, 11)], 1))
     theirs = LitgptStep(model.state_dict(), config, ids, autocast=False)
     ours = TrainingStep(model.train())
     losses = [(float(ours(ids)), float(theirs())) for _ in range(3)]
     apart, same = max(abs(a - b) for a, b in losses), torch.equal(*tokens)
-    print(f"litgpt {theirs.facts['litgpt']}, torch {theirs.facts['torch']}, {theirs.facts['threads']} threads")
+    print(
+        f"litgpt {theirs.facts['litgpt']}, torch {theirs.facts['torch']}, {theirs.facts['threads']} threads"
+    )
     verdict = "" if apart <= LOSS_TOLERANCE else ": TOO FAR"
     print(f"losses {', '.join(f'{loss:.5f}' for _, loss in losses)}: within {apart:.1e} of ours{verdict}")
-    print("the same tokens as ours" if same else f"OTHER TOKENS: {tokens[1].tolist()}, ours {tokens[0].tolist()}")
+    print(
+        "the same tokens as ours"
+        if same
+        else f"OTHER TOKENS: {tokens[1].tolist()}, ours {tokens[0].tolist()}"
+    )
     return 0 if same and not verdict else 1
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m bench.litgpt_peer", description="litgpt in an environment of its own.")
     parser.add_argument("command", choices=("setup", "check"))
-    parser.add_argument("--venv", type=Path, help=f"its folder (default: {VENV_VARIABLE}, or one in the cache folder)")
+    parser.add_argument(
+        "--venv", type=Path, help=f"its folder (default: {VENV_VARIABLE}, or one in the cache folder)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options: argparse.Namespace = parser.parse_args(argv)
     if options.venv is not None:

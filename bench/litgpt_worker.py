@@ -1,10 +1,13 @@
-"""litgpt's SmolLM2, asked over a line protocol. Runs in litgpt's own virtual environment, by its path, and imports nothing of this project.
+"""litgpt's SmolLM2, asked over a line protocol. Runs in litgpt's own virtual environment, by its path, and
+imports nothing of this project.
 
-A request is one line of JSON on stdin, {"call": NAME, ...arguments}; the answer one line on stdout, {"result": {...}} or {"error": TEXT}.
-It ends with its stdin. What libraries print goes to stderr. Between requests the process waits in a read, and its threads sleep.
+A request is one line of JSON on stdin, {"call": NAME, ...arguments}; the answer one line on stdout,
+{"result": {...}} or {"error": TEXT}. It ends with its stdin. What libraries print goes to stderr. Between
+requests the process waits in a read, and its threads sleep.
 
-The weights come in Hugging Face's layout and are converted by litgpt's own function; the head is tied, as in SmolLM2, which litgpt's
-training does not do by itself. A training step is litgpt's pretraining loop: its forward, its chunked loss, and autocast for bf16.
+The weights come in Hugging Face's layout and are converted by litgpt's own function; the head is tied, as in
+SmolLM2, which litgpt's training does not do by itself. A training step is litgpt's pretraining loop: its
+forward, its chunked loss, and autocast for bf16.
 """
 
 from __future__ import annotations
@@ -22,8 +25,12 @@ from torch import Tensor
 class Worker:
     """One model, which trains or generates. Every public method is a request."""
 
-    def load(self, config: dict[str, Any], weights: str, dtype: str, device: str, threads: int) -> dict[str, Any]:
-        """config: what differs from litgpt's SmolLM2-135M. weights: a safetensors file. dtype: of the parameters."""
+    def load(
+        self, config: dict[str, Any], weights: str, dtype: str, device: str, threads: int
+    ) -> dict[str, Any]:
+        """config: what differs from litgpt's SmolLM2-135M. weights: a safetensors file. dtype: of the
+        parameters.
+        """
         from litgpt.config import Config
         from litgpt.model import GPT
         from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
@@ -38,7 +45,8 @@ class Worker:
         self.model.load_state_dict(state)
         self.model.lm_head.weight = self.model.transformer.wte.weight
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype))  # and not the rotary tables, which litgpt keeps in fp32
+            # and not the rotary tables, which litgpt keeps in fp32
+            parameter.data = parameter.data.to(getattr(torch, dtype))
         self.model.to(self.device)
         return {
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -47,23 +55,38 @@ class Worker:
         }  # fmt: skip
 
     def train(
-        self, ids: list[list[int]], autocast: bool, compiler: str | None, lr: float, betas: list[float], weight_decay: float, clip: float
+        self,
+        ids: list[list[int]],
+        autocast: bool,
+        compiler: str | None,
+        lr: float,
+        betas: list[float],
+        weight_decay: float,
+        clip: float,
     ) -> dict[str, Any]:
-        """Prepares `steps` on the tokens ids [B, T]. compiler: the backend of torch.compile; None runs eagerly."""
+        """Prepares `steps` on the tokens ids [B, T]. compiler: the backend of torch.compile; None runs
+        eagerly.
+        """
         self.model.train()
         self._ids = torch.tensor(ids, device=self.device)
-        # Every position is computed and the last has no target, as in the others: no tokens are saved by cutting the input.
+        # Every position is computed and the last has no target, as in the others: no tokens are saved by
+        # cutting the input.
         self._targets = torch.cat([self._ids[:, 1:], torch.full_like(self._ids[:, :1], -100)], 1)
         self._called = self.model if compiler is None else torch.compile(self.model, backend=compiler)
         self._autocast, self._clip = autocast, clip
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
         vectors = [parameter for parameter in self.model.parameters() if parameter.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
         return {}
 
     def steps(self, count: int) -> dict[str, Any]:
-        """That many optimizer steps -> the loss of the last, and on a GPU the peak of memory so far; one wait at the end."""
+        """That many optimizer steps -> the loss of the last, and on a GPU the peak of memory so far; one wait
+        at the end.
+        """
         from litgpt.utils import chunked_cross_entropy
 
         loss = torch.zeros(())
@@ -93,12 +116,16 @@ class Worker:
     def prefill(self) -> dict[str, Any]:
         """-> the first new token of every row. litgpt computes the logits of the whole prompt."""
         self._position = self._prompts.shape[1]
-        logits = self.model(self._prompts, torch.arange(self._position, device=self.device), input_pos_maxp1=self._position)
+        logits = self.model(
+            self._prompts, torch.arange(self._position, device=self.device), input_pos_maxp1=self._position
+        )
         return {"tokens": logits[:, -1:].argmax(-1).tolist()}
 
     @torch.inference_mode()
     def decode(self, tokens: list[list[int]], steps: int) -> dict[str, Any]:
-        """Appends tokens [B, 1] and, one by one, the most likely after it -> the tokens of those steps [B, steps]."""
+        """Appends tokens [B, 1] and, one by one, the most likely after it -> the tokens of those steps [B,
+        steps].
+        """
         found = [torch.tensor(tokens, device=self.device)]
         for _ in range(steps):
             position = torch.tensor([self._position], device=self.device)

@@ -1,4 +1,6 @@
-"""Attention over rows longer than those of a training step, and within packed documents: cases of bench/kernels.py."""
+"""Attention over rows longer than those of a training step, and within packed documents: cases of
+bench/kernels.py.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +29,30 @@ def long_attention(shapes: Shapes, backend: Backend, compiler: str, length: int)
         f"attention {length}",
         work.attention(shapes.batch, length, heads, key_heads, head_dim, shapes.dtype.itemsize),
         lambda seed: random_qkv(shapes, seed),
-        {"triton": backend.attention, "reference": TORCH.attention, **attention_peers(shapes, compile_with(compiler))},
+        {
+            "triton": backend.attention,
+            "reference": TORCH.attention,
+            **attention_peers(shapes, compile_with(compiler)),
+        },
     )
 
 
 def document_mask(doc_start: Tensor, dtype: torch.dtype) -> Tensor:
-    """doc_start [B, T] -> [B, 1, T, T], 0 where a query sees a key and -inf elsewhere, to be added to the scores."""
+    """doc_start [B, T] -> [B, 1, T, T], 0 where a query sees a key and -inf elsewhere, to be added to the
+    scores.
+    """
     position = torch.arange(doc_start.shape[1], device=doc_start.device)
     hidden = (position > position[:, None]) | (position < doc_start[:, None, :, None])
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def document_attention(shapes: Shapes, backend: Backend, compiler: str, length: int) -> Case:
-    """Attention within packed documents of DOCUMENT tokens on average; as many tokens in all, whatever the length of a row.
+    """Attention within packed documents of DOCUMENT tokens on average; as many tokens in all, whatever the
+    length of a row.
 
-    Peers are told of the documents before the clock runs: FlexAttention gets its block mask, flash attention the documents' borders. torch
-    has no call that tells cuDNN of borders and has a gradient: it gets a mask of all pairs, and skips none of them.
+    Peers are told of the documents before the clock runs: FlexAttention gets its block mask, flash attention
+    the documents' borders. torch has no call that tells cuDNN of borders and has a gradient: it gets a mask
+    of all pairs, and skips none of them.
     """
     shapes = replace(shapes, batch=max(1, shapes.tokens // length), length=length)
     heads, key_heads, head_dim = shapes.heads
@@ -69,9 +79,13 @@ def document_attention(shapes: Shapes, backend: Backend, compiler: str, length: 
         from torch.nn.attention.varlen import varlen_attn
 
         # torch 2.11 takes fewer key heads than query heads without being told.
-        grouped: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        grouped: Any = (
+            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        )
         flat, keys, values = (x.flatten(0, 1) for x in (q, k, v))
-        out = varlen_attn(flat, keys, values, borders, borders, longest, longest, window_size=(-1, 0), **grouped)
+        out = varlen_attn(
+            flat, keys, values, borders, borders, longest, longest, window_size=(-1, 0), **grouped
+        )
         assert isinstance(out, Tensor)
         return out.view(q.shape)
 

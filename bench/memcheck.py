@@ -1,9 +1,11 @@
-"""`python -m bench.memcheck`: every operation, forward and backward, under compute-sanitizer's memory checker (or `--tool racecheck`).
+"""`python -m bench.memcheck`: every operation, forward and backward, under compute-sanitizer's memory checker
+(or `--tool racecheck`).
 
-Shapes are odd on purpose: rows that do not fill a tile, documents, strided slices of packed buffers. Each tensor has an allocation of its
-own (no caching allocator), so that an access one element beyond it is seen. Skipped, and said so, where the tool is not installed.
-Three operations share a process, and four processes run at a time: most of the time goes into starting torch under the tool. After an
-error CUDA is over for a process, and what has not run yet gets another one. `--op NAME` is the process that is checked.
+Shapes are odd on purpose: rows that do not fill a tile, documents, strided slices of packed buffers. Each
+tensor has an allocation of its own (no caching allocator), so that an access one element beyond it is seen.
+Skipped, and said so, where the tool is not installed. Three operations share a process, and four processes
+run at a time: most of the time goes into starting torch under the tool. After an error CUDA is over for a
+process, and what has not run yet gets another one. `--op NAME` is the process that is checked.
 """
 
 from __future__ import annotations
@@ -54,17 +56,32 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], upstream)
 
     def decode_layer() -> Tensor:
-        """Two new tokens for each of three rows: the first of its row, some in between, and those that fill the cache to its end."""
+        """Two new tokens for each of three rows: the first of its row, some in between, and those that fill
+        the cache to its end.
+        """
         width, ffn, attended = 97, 131, HEADS * HEAD_DIM
-        sizes = (width,), (attended + 2 * KEY_HEADS * HEAD_DIM, width), (width, attended), (width,), (2 * ffn, width), (width, ffn)
+        sizes = (
+            (width,),
+            (attended + 2 * KEY_HEADS * HEAD_DIM, width),
+            (width, attended),
+            (width,),
+            (2 * ffn, width),
+            (width, ffn),
+        )
         lengths = torch.tensor([2, 33, TOKENS])
-        x, key_cache, value_cache = (draw(3, *size).detach() for size in ((2, width), *[(TOKENS, KEY_HEADS, HEAD_DIM)] * 2))
+        x, key_cache, value_cache = (
+            draw(3, *size).detach() for size in ((2, width), *[(TOKENS, KEY_HEADS, HEAD_DIM)] * 2)
+        )
         tables = [angles[lengths[:, None] - 2 + torch.arange(2)].to(device)] * 2
         weights = LayerWeights(*(draw(*size).detach() for size in sizes))
-        return backend.decode_layer(x, weights, key_cache, value_cache, lengths.to(device), *tables, eps=1e-5, ops=backend)
+        return backend.decode_layer(
+            x, weights, key_cache, value_cache, lengths.to(device), *tables, eps=1e-5, ops=backend
+        )
 
     def mlp(width: int, ffn: int) -> None:
-        """The form with SwiGLU in its products, wherever the other is the default, which is products and swiglu."""
+        """The form with SwiGLU in its products, wherever the other is the default, which is products and
+        swiglu.
+        """
         op = backend.mlp
         if backend.name == "triton":
             from kernels.mlp import mlp as op
@@ -121,13 +138,18 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
 
 def find_tool() -> str | None:
     """compute-sanitizer on the path, or in a CUDA toolkit where toolkits are."""
-    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), *sorted(str(path) for path in Path("/usr/local").glob("cuda-*"))]
+    homes = [
+        os.environ.get("CUDA_HOME", "/usr/local/cuda"),
+        *sorted(str(path) for path in Path("/usr/local").glob("cuda-*")),
+    ]
     paths = (shutil.which("compute-sanitizer", path=os.path.join(home, "bin")) for home in homes)
     return shutil.which("compute-sanitizer") or next((path for path in paths if path), None)
 
 
 def run_operations(names: Sequence[str]) -> None:
-    """What a checked process does: a line before and after each operation, so that the one that fails is known."""
+    """What a checked process does: a line before and after each operation, so that the one that fails is
+    known.
+    """
     device = torch.device("cuda")
     calls = operations(select_backend("triton", device), device)
     for name in names:
@@ -152,25 +174,37 @@ class Checked:
 
 
 def start(tool: str, kind: str, ops: list[str], log: Path) -> Checked:
-    """Runs the operations without the tool first: that compiles the kernels into Triton's cache, where the slow run finds them."""
+    """Runs the operations without the tool first: that compiles the kernels into Triton's cache, where the
+    slow run finds them.
+    """
     plain = [sys.executable, "-m", "bench.memcheck", *(f"--op={op}" for op in ops)]
-    checked = [tool, "--tool", kind, "--error-exitcode", str(ERRORS_FOUND), "--target-processes", "application-only"]
-    checked += ["--report-api-errors", "no"] if kind == "memcheck" else []  # a driver is asked for functions that it does not have
+    checked = [
+        tool,
+        "--tool",
+        kind,
+        "--error-exitcode",
+        str(ERRORS_FOUND),
+        "--target-processes",
+        "application-only",
+    ]
+    # a driver is asked for functions that it does not have
+    checked += ["--report-api-errors", "no"] if kind == "memcheck" else []
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = f"{shlex.join(plain)} >/dev/null 2>&1; echo compiled; exec {shlex.join([*checked, *plain])}"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            ["sh", "-c", command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            ["sh", "-c", command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     return Checked(ops, log, process)
 
 
 def judge(kind: str, ops: Sequence[str], lines: list[str], code: int | None) -> dict[str, dict[str, Any]]:
-    """What is known of the operations of a process. code: its exit code; None while it runs, or if it was stopped.
+    """What is known of the operations of a process. code: its exit code; None while it runs, or if it was
+    stopped.
 
-    memcheck ends a process's use of CUDA at the first error, so what has finished before is clean; of races one knows at the end only.
-    A process that ends well without the tool's summary was not watched by it.
+    memcheck ends a process's use of CUDA at the first error, so what has finished before is clean; of races
+    one knows at the end only. A process that ends well without the tool's summary was not watched by it.
     """
     if code == 0 and not any("SUMMARY" in line for line in lines if line.startswith("=====")):
         return {op: {"result": "no result: the tool printed no summary", "report": lines[-40:]} for op in ops}
@@ -223,7 +257,9 @@ def check(tool: str, kind: str, names: Sequence[str], part: Part, folder: Path) 
                     running.remove(process)
                     rest = [op for op in process.ops if op not in found]
                     waiting += [rest] if rest else []
-                    if found and all("".join(result.get("report", [])[:1]).startswith(ONE_OF) for result in found.values()):
+                    if found and all(
+                        "".join(result.get("report", [])[:1]).startswith(ONE_OF) for result in found.values()
+                    ):
                         waiting += [[op] for op in found]
             time.sleep(0.2)
     finally:
@@ -235,7 +271,12 @@ def check(tool: str, kind: str, names: Sequence[str], part: Part, folder: Path) 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("memcheck", "Runs every operation under compute-sanitizer.")
-    arguments.add_argument("--tool", choices=("memcheck", "racecheck"), default="memcheck", help="of compute-sanitizer (default memcheck)")
+    arguments.add_argument(
+        "--tool",
+        choices=("memcheck", "racecheck"),
+        default="memcheck",
+        help="of compute-sanitizer (default memcheck)",
+    )
     arguments.add_argument("--op", action="append", help="run this operation once and leave; may be repeated")
     options = arguments.parse_args(argv)
     if options.op is not None:
@@ -256,5 +297,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is stopped, and what is finished stays
+    # what runs is stopped, and what is finished stays
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run_command(main))

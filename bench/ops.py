@@ -1,4 +1,6 @@
-"""What is timed: every operation at the model's shapes, each with what one would use instead (bench/case.py says how)."""
+"""What is timed: every operation at the model's shapes, each with what one would use instead (bench/case.py
+says how).
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,17 @@ from kernels import TORCH, Backend, LayerWeights
 from smollm2.model import rotary_tables
 
 EPS = 1e-5
-DECODE_ROWS = 16  # at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused kernels
+# at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused
+# kernels
+DECODE_ROWS = 16
 
 
 def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:
     """All operations. compiler: backend of torch.compile, "inductor" where times count."""
     makers = (
-        _add_rms_norm, _swiglu, _attention, weight_ops.linear_cross_entropy, weight_ops.mlp, weight_ops.tied_embedding, _rms_norm,
-        _rope_qkv, _decode_attention, _decode_layer, _decode_head, _rope,
+        _add_rms_norm, _swiglu, _attention, weight_ops.linear_cross_entropy, weight_ops.mlp,
+        weight_ops.tied_embedding, _rms_norm, _rope_qkv, _decode_attention, _decode_layer, _decode_head,
+        _rope,
     )  # fmt: skip
     return [make(shapes, backend, compile_with(compiler)) for make in makers]
 
@@ -72,8 +77,12 @@ def _add_rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
             "reference": reference,
             "compile": compiled(reference),
             "F.rms_norm": aten,
-            "liger": lambda *given: from_liger(shapes, "liger_fused_add_rms_norm")(*given, EPS, in_place=False),
-            "quack": lambda x, other, weight: from_quack(shapes, "quack", "rmsnorm")(x, weight, residual=other, eps=EPS, prenorm=True),
+            "liger": lambda *given: from_liger(shapes, "liger_fused_add_rms_norm")(
+                *given, EPS, in_place=False
+            ),
+            "quack": lambda x, other, weight: from_quack(shapes, "quack", "rmsnorm")(
+                x, weight, residual=other, eps=EPS, prenorm=True
+            ),
         },
     )
 
@@ -109,7 +118,9 @@ def _rope_qkv(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
 
 def _rope(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """Queries and keys in tensors of their own. Liger's kernel, which would turn these in place, stands beside rope_qkv."""
+    """Queries and keys in tensors of their own. Liger's kernel, which would turn these in place, stands
+    beside rope_qkv.
+    """
     heads, key_heads, head_dim = shapes.heads
     cos, sin = (table[: shapes.length] for table in rotary_tables(shapes.config, shapes.device))
 
@@ -144,11 +155,17 @@ def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
 def random_qkv(shapes: Shapes, seed: int) -> list[Tensor]:
     heads, key_heads, head_dim = shapes.heads
-    return normal(shapes, seed, *[(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)])
+    return normal(
+        shapes,
+        seed,
+        *[(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)],
+    )
 
 
 def sdpa(shapes: Shapes, kind: SDPBackend, mask: Callable[[], Tensor] | None = None) -> Callable[..., Tensor]:
-    """torch's attention by one of its kernels. mask: makes what is added to the scores, [B, 1, T, S]; None: causal, which costs less."""
+    """torch's attention by one of its kernels. mask: makes what is added to the scores, [B, 1, T, S]; None:
+    causal, which costs less.
+    """
     heads, key_heads, _ = shapes.heads
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -157,7 +174,8 @@ def sdpa(shapes: Shapes, kind: SDPBackend, mask: Callable[[], Tensor] | None = N
         with sdpa_kernel(kind):
             out = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                attn_mask=None if mask is None else mask(), is_causal=mask is None, enable_gqa=heads != key_heads,
+                attn_mask=None if mask is None else mask(), is_causal=mask is None,
+                enable_gqa=heads != key_heads,
             )  # fmt: skip
         return out.transpose(1, 2)
 
@@ -167,7 +185,9 @@ def sdpa(shapes: Shapes, kind: SDPBackend, mask: Callable[[], Tensor] | None = N
 def on_gpu(shapes: Shapes, flex: FlexAttention) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if shapes.device.type == "cpu":
-            raise peers.Unavailable(f"torch FlexAttention {torch.__version__}: needs a GPU: on a CPU it has no backward pass")
+            raise peers.Unavailable(
+                f"torch FlexAttention {torch.__version__}: needs a GPU: on a CPU it has no backward pass"
+            )
         return flex(q, k, v, causal=True)
 
     return call
@@ -185,7 +205,8 @@ def attention_peers(shapes: Shapes, compiled: Compile) -> dict[str, Callable[...
 
 
 class FlexAttention:
-    """torch's FlexAttention under torch.compile, which makes its kernel; the block mask is made once for a length.
+    """torch's FlexAttention under torch.compile, which makes its kernel; the block mask is made once for a
+    length.
 
     doc_start [B, T]: as of `attention`; for calls of one shape.
     """
@@ -202,13 +223,17 @@ class FlexAttention:
         if causal and key not in self._masks:
             self._masks[key] = self._mask(*key, k.shape[2])
         mask = self._masks[key] if causal else None
-        out: Tensor = self._function(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=self._options)
+        out: Tensor = self._function(
+            q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=self._options
+        )
         return out.transpose(1, 2)
 
     def _mask(self, queries: int, device: torch.device, keys: int) -> BlockMask:
         starts = self._doc_start
         if starts is None:
-            return create_block_mask(lambda batch, head, query, key: query >= key, None, None, queries, keys, device=device)
+            return create_block_mask(
+                lambda batch, head, query, key: query >= key, None, None, queries, keys, device=device
+            )
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (query >= key) & (key >= starts[batch, query])
@@ -217,18 +242,27 @@ class FlexAttention:
 
 
 def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """One new token for each of 2 B rows, over full caches of 2 T keys: 64 rows of 1,024 keys at the full size."""
+    """One new token for each of 2 B rows, over full caches of 2 T keys: 64 rows of 1,024 keys at the full
+    size.
+    """
     heads, key_heads, head_dim = shapes.heads
     batch, keys = 2 * shapes.batch, 2 * shapes.length
 
     def inputs(seed: int) -> list[Tensor]:
         tensors = normal(shapes, seed, (batch, 1, heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2)
-        return [*(tensor.requires_grad_(False) for tensor in tensors), torch.full((batch,), keys, device=shapes.device)]
+        return [
+            *(tensor.requires_grad_(False) for tensor in tensors),
+            torch.full((batch,), keys, device=shapes.device),
+        ]
 
     def flex_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        """The kernel that FlexAttention has for one query. It wants groups of a power of two: at 9 heads over 3 its error is the row."""
+        """The kernel that FlexAttention has for one query. It wants groups of a power of two: at 9 heads over
+        3 its error is the row.
+        """
         if shapes.device.type == "cpu":
-            raise peers.Unavailable(f"torch FlexAttention {torch.__version__}: needs a GPU: its decode kernel is one of Triton's")
+            raise peers.Unavailable(
+                f"torch FlexAttention {torch.__version__}: needs a GPU: its decode kernel is one of Triton's"
+            )
         return forced(q, k, v, causal=False)
 
     flex, forced = FlexAttention(compiled), FlexAttention(compiled, BACKEND="TRITON_DECODE")
@@ -241,30 +275,43 @@ def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Ca
             "triton": backend.decode_attention,
             "reference": TORCH.decode_attention,
             "compile": compiled(TORCH.decode_attention),
-            "flex": lambda q, k, v, lengths: flex(q, k, v, causal=False),  # all caches are full; which kernel, it decides by itself
+            # all caches are full; which kernel, it decides by itself
+            "flex": lambda q, k, v, lengths: flex(q, k, v, causal=False),
             "flex decode": flex_decode,
-            "flash-attn": lambda q, k, v, lengths: flash_attn(q, k, v, cache_seqlens=lengths.int(), causal=True),
+            "flash-attn": lambda q, k, v, lengths: flash_attn(
+                q, k, v, cache_seqlens=lengths.int(), causal=True
+            ),
         },
         tokens=batch,
     )
 
 
 def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """A whole block for one new token of min(B, 16) rows: the last of 2 T keys, which it writes into caches of its own.
+    """A whole block for one new token of min(B, 16) rows: the last of 2 T keys, which it writes into caches
+    of its own.
 
-    Every call writes the same, so one call may follow the other. What was written is an output like any other, and compared.
+    Every call writes the same, so one call may follow the other. What was written is an output like any
+    other, and compared.
     """
     config, (heads, key_heads, head_dim) = shapes.config, shapes.heads
     rows, keys = min(shapes.batch, DECODE_ROWS), 2 * shapes.length
     hidden, width = config.hidden_size, config.intermediate_size
-    last = min(keys, config.max_position_embeddings) - 1  # the loss is measured for rows that no table has the angles of
+    # the loss is measured for rows that no table has the angles of
+    last = min(keys, config.max_position_embeddings) - 1
     position = torch.full((rows, 1), last, device=shapes.device)
     cos, sin = (table[position] for table in rotary_tables(config, shapes.device))
-    matrices = [((heads + 2 * key_heads) * head_dim, hidden), (hidden, heads * head_dim), (2 * width, hidden), (hidden, width)]
+    matrices = [
+        ((heads + 2 * key_heads) * head_dim, hidden),
+        (hidden, heads * head_dim),
+        (2 * width, hidden),
+        (hidden, width),
+    ]
 
     def inputs(seed: int) -> list[Tensor]:
         sizes = [(rows, 1, hidden), (hidden,), (hidden,), *matrices, *[(rows, keys, key_heads, head_dim)] * 2]
-        x, norm, post_norm, *weights, key_cache, value_cache = (tensor.detach() for tensor in normal(shapes, seed, *sizes))
+        x, norm, post_norm, *weights, key_cache, value_cache = (
+            tensor.detach() for tensor in normal(shapes, seed, *sizes)
+        )
         qkv, o, gate_up, down = (weight * weight.shape[1] ** -0.5 for weight in weights)
         lengths = torch.full((rows,), keys, device=shapes.device)
         return [x, *LayerWeights(norm, qkv, o, post_norm, gate_up, down), key_cache, value_cache, lengths]
@@ -272,7 +319,9 @@ def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     def of(ops: Backend) -> Callable[..., Tensor]:
         def layer(x: Tensor, *rest: Tensor) -> Tensor:
             key_cache, value_cache, lengths = rest[6:]
-            return ops.decode_layer(x, LayerWeights(*rest[:6]), key_cache, value_cache, lengths, cos, sin, eps=EPS, ops=ops)
+            return ops.decode_layer(
+                x, LayerWeights(*rest[:6]), key_cache, value_cache, lengths, cos, sin, eps=EPS, ops=ops
+            )
 
         return layer
 
@@ -283,17 +332,28 @@ def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         "decode_layer",
         work.decode_layer(config, rows, keys, shapes.dtype.itemsize),
         inputs,
-        {"triton": with_written(of(backend)), "reference": with_written(of(TORCH)), "compile": with_written(compiled(of(TORCH)))},
+        {
+            "triton": with_written(of(backend)),
+            "reference": with_written(of(TORCH)),
+            "compile": with_written(compiled(of(TORCH))),
+        },
         tokens=rows,
     )
 
 
 def _decode_head(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     """The final norm and the logits of one new token of min(B, 16) rows."""
-    hidden, vocabulary, rows = shapes.config.hidden_size, shapes.config.vocab_size, min(shapes.batch, DECODE_ROWS)
+    hidden, vocabulary, rows = (
+        shapes.config.hidden_size,
+        shapes.config.vocab_size,
+        min(shapes.batch, DECODE_ROWS),
+    )
 
     def inputs(seed: int) -> list[Tensor]:
-        x, norm, head = (tensor.detach() for tensor in normal(shapes, seed, (rows, 1, hidden), (hidden,), (vocabulary, hidden)))
+        x, norm, head = (
+            tensor.detach()
+            for tensor in normal(shapes, seed, (rows, 1, hidden), (hidden,), (vocabulary, hidden))
+        )
         return [x, norm, head * hidden**-0.5]
 
     reference = _with_eps(TORCH.decode_head)

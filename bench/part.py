@@ -1,6 +1,7 @@
 """What every part of the measurements shares: its command line, its clock, and its section of a JSON file.
 
-A section is saved whenever there is something new, by replacing the file, so that a part which is stopped leaves what it had.
+A section is saved whenever there is something new, by replacing the file, so that a part which is stopped
+leaves what it had.
 """
 
 from __future__ import annotations
@@ -24,23 +25,35 @@ from smollm2.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
-    "torch", "triton", "numpy", "safetensors", "tokenizers", "liger-kernel", "transformers", "litgpt", "flash-attn", "quack-kernels",
+    "torch", "triton", "numpy", "safetensors", "tokenizers", "liger-kernel", "transformers", "litgpt",
+    "flash-attn", "quack-kernels",
 )  # fmt: skip
 INTERPRETER_NOTE = "interpreter: times mean nothing"
-# What every figure of the pytest-benchmark suites carries in extra_info; None where it has no such thing: a start-up has no FLOPs.
+# What every figure of the pytest-benchmark suites carries in extra_info; None where it has no such thing: a
+# start-up has no FLOPs.
 FACTS = (
-    "device", "versions", "commit", "date", "phase", "variant", "bytes", "flops", "percent_of_roof", "launches", "tokens_per_second",
-    "peak_memory_bytes", "output_hash",
+    "device", "versions", "commit", "date", "phase", "variant", "bytes", "flops", "percent_of_roof",
+    "launches", "tokens_per_second", "peak_memory_bytes", "output_hash",
 )  # fmt: skip
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
     """The command line that all parts have in common."""
     result = argparse.ArgumentParser(prog=f"python -m bench.{module}", description=description)
-    result.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one")
-    result.add_argument("--tiny", action="store_true", help="toy sizes that run anywhere: exercises the code, measures nothing")
-    result.add_argument("--seconds", type=float, default=600.0, metavar="S", help="start nothing new after S seconds")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the results there, beside what other parts wrote")
+    result.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one"
+    )
+    result.add_argument(
+        "--tiny",
+        action="store_true",
+        help="toy sizes that run anywhere: exercises the code, measures nothing",
+    )
+    result.add_argument(
+        "--seconds", type=float, default=600.0, metavar="S", help="start nothing new after S seconds"
+    )
+    result.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results there, beside what other parts wrote"
+    )
     result.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return result
 
@@ -89,7 +102,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     sources = hashlib.sha256()
-    for path in sorted(path for package in ("kernels", "smollm2", "train", "bench") for path in (ROOT / package).rglob("*.py")):
+    for path in sorted(
+        path
+        for package in ("kernels", "smollm2", "train", "bench")
+        for path in (ROOT / package).rglob("*.py")
+    ):
         sources.update(path.read_bytes())
     return {
         "device": device_name(device),
@@ -104,16 +121,22 @@ def _commit() -> str:
     """The git commit, with a mark if tracked files differ from it; "unknown" in a checkout without git."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
 def resolve_device(name: str, tiny: bool) -> torch.device:
-    """ "auto", "cuda" or "cpu" -> a device that is present. Raises UsageError for one that is not, and for the CPU at full size."""
+    """ "auto", "cuda" or "cpu" -> a device that is present. Raises UsageError for one that is not, and for
+    the CPU at full size.
+    """
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise UsageError("--device cuda: no GPU is visible; use --device cpu --tiny to exercise the code")
@@ -131,7 +154,8 @@ class Part:
         """Raises UsageError as `resolve_device` does."""
         self.device = resolve_device(options.device, options.tiny)
         if self.device.type == "cpu":
-            os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which has not happened yet
+            # read when the kernels are imported, which has not happened yet
+            os.environ["TRITON_INTERPRET"] = "1"
         self.tiny: bool = options.tiny
         self.data: dict[str, Any] = {"status": "running"}
         self._section, self._path = section, options.json
@@ -139,7 +163,9 @@ class Part:
         self._began = time.monotonic()
         self._seconds: float = options.seconds
         if self.tiny:
-            self.data["note"] = INTERPRETER_NOTE if self.device.type == "cpu" else "tiny sizes: times mean nothing"
+            self.data["note"] = (
+                INTERPRETER_NOTE if self.device.type == "cpu" else "tiny sizes: times mean nothing"
+            )
             print(self.data["note"], flush=True)
         self.save()
 

@@ -1,4 +1,5 @@
-"""A training step of each library that trains the same model: what bench/step_peers.py and bench/train_step.py measure beside ours.
+"""A training step of each library that trains the same model: what bench/step_peers.py and
+bench/train_step.py measure beside ours.
 
     transformers        LlamaForCausalLM with fp32 parameters; bf16 under torch.autocast, the usual recipe. Its attention is torch's SDPA
     transformers eager  the same with attn_implementation="eager": attention as two products and a softmax, all scores in memory
@@ -32,9 +33,14 @@ Forward = Callable[..., Any]  # (ids, labels, doc_start) -> what has a loss
 
 
 def transformers_llama(
-    config: SmolLM2Config, weights: Mapping[str, Tensor], device: torch.device | None = None, attention: str = "sdpa"
+    config: SmolLM2Config,
+    weights: Mapping[str, Tensor],
+    device: torch.device | None = None,
+    attention: str = "sdpa",
 ) -> Any:
-    """LlamaForCausalLM with those weights, fp32, in training mode. attention: "sdpa" or "eager". Raises NotInstalled."""
+    """LlamaForCausalLM with those weights, fp32, in training mode. attention: "sdpa" or "eager". Raises
+    NotInstalled.
+    """
     try:
         import transformers
     except ImportError as missing:
@@ -48,8 +54,8 @@ def transformers_llama(
 def with_liger(llama: Any) -> Callable[..., Any]:
     """Puts Liger-Kernel's operations into the model -> its forward.
 
-    The rotary embedding can only be replaced for all of transformers: that is done while the forward runs and undone after it, so that the
-    plain model of the same process stays what it is. Raises NotInstalled.
+    The rotary embedding can only be replaced for all of transformers: that is done while the forward runs and
+    undone after it, so that the plain model of the same process stays what it is. Raises NotInstalled.
     """
     require("liger-kernel")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -91,9 +97,15 @@ def autocast_forward(called: Callable[..., Any], device: torch.device, autocast:
 
 
 def peer_step(
-    variant: str, config: SmolLM2Config, weights: Mapping[str, Tensor], ids: Tensor, autocast: bool, compiler: str
+    variant: str,
+    config: SmolLM2Config,
+    weights: Mapping[str, Tensor],
+    ids: Tensor,
+    autocast: bool,
+    compiler: str,
 ) -> TrainingStep | LitgptStep:
-    """The step of a variant of VARIANTS on the device of ids [B, T]. weights: fp32. compiler: the backend of torch.compile.
+    """The step of a variant of VARIANTS on the device of ids [B, T]. weights: fp32. compiler: the backend of
+    torch.compile.
 
     Raises Unavailable, with the version and the reason, for a peer that cannot be measured here.
     """
@@ -102,13 +114,19 @@ def peer_step(
         return LitgptStep(weights, config, ids, autocast, compiler if extra else None)
     if kind == "liger":
         require("liger-kernel", ids.device)
-    llama = transformers_llama(config, weights, ids.device, "eager" if kind == "transformers eager" else "sdpa")
-    called = with_liger(llama) if kind == "liger" else torch.compile(llama, backend=compiler) if extra else llama
+    llama = transformers_llama(
+        config, weights, ids.device, "eager" if kind == "transformers eager" else "sdpa"
+    )
+    called = (
+        with_liger(llama) if kind == "liger" else torch.compile(llama, backend=compiler) if extra else llama
+    )
     return TrainingStep(llama, autocast_forward(called, ids.device, autocast))
 
 
 def step_standing(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`bench.peers.standing` of rows {variant: {... or "failed": why}}; those of torch.compile are our own model under it."""
+    """`bench.peers.standing` of rows {variant: {... or "failed": why}}; those of torch.compile are our own
+    model under it.
+    """
     outcomes: dict[str, list[str]] = {name: [] for name in (*LIBRARY.values(), "torch.compile")}
     for variant, row in rows.items():
         kind = variant.partition("+")[0].partition(" ")[0]

@@ -1,7 +1,9 @@
-"""The libraries that the benchmarks measure beside this project: which version of each is here, and why one was not measured.
+"""The libraries that the benchmarks measure beside this project: which version of each is here, and why one
+was not measured.
 
-A benchmark hands the outcome of every variant to `standing`, which becomes `peers` in its JSON, and prints `not_measured`: nobody has to
-guess whether a library is absent from a table because it was slow, because it failed or because it was not there.
+A benchmark hands the outcome of every variant to `standing`, which becomes `peers` in its JSON, and prints
+`not_measured`: nobody has to guess whether a library is absent from a table because it was slow, because it
+failed or because it was not there.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class NotInstalled(Unavailable, ModuleNotFoundError):
 
 
 def peer_version(peer: str) -> str | None:
-    """The version of a peer that runs in this process; None where it is not installed. torch's own kernels have that of torch."""
+    """The version of a peer that runs in this process; None where it is not installed. torch's own kernels
+    have that of torch.
+    """
     if peer in OF_TORCH:
         return str(torch.__version__)
     try:
@@ -52,7 +56,9 @@ def peer_version(peer: str) -> str | None:
 
 
 def require(peer: str, device: torch.device | None = None) -> str:
-    """Its version. With a device: the peer has kernels for GPUs only. Raises NotInstalled, or Unavailable on a CPU."""
+    """Its version. With a device: the peer has kernels for GPUs only. Raises NotInstalled, or Unavailable on
+    a CPU.
+    """
     found = peer_version(peer)
     if found is None:
         raise NotInstalled(peer)
@@ -61,11 +67,14 @@ def require(peer: str, device: torch.device | None = None) -> str:
     return found
 
 
-def standing(outcomes: Mapping[str, Iterable[str]], versions: Mapping[str, str | None] | None = None) -> dict[str, dict[str, Any]]:
+def standing(
+    outcomes: Mapping[str, Iterable[str]], versions: Mapping[str, str | None] | None = None
+) -> dict[str, dict[str, Any]]:
     """What became of each peer: {peer: {"version": ..., "used": ..., "why": ...}}, as it goes into the JSON.
 
-    outcomes: for each variant of a peer "" where it was measured, else why not; no variant at all means that it was not asked for.
-    versions: of those peers that do not run in this process. `why` is None for a peer that was measured.
+    outcomes: for each variant of a peer "" where it was measured, else why not; no variant at all means that
+    it was not asked for. versions: of those peers that do not run in this process. `why` is None for a peer
+    that was measured.
     """
     found = {}
     for peer, reasons in outcomes.items():
@@ -79,7 +88,9 @@ def standing(outcomes: Mapping[str, Iterable[str]], versions: Mapping[str, str |
 def _reason(peer: str, said: list[str], known: str | None) -> str:
     """The first reason, without the name of the peer, which stands before it."""
     if not said:
-        return NOT_ASKED if known is not None else f"not installed; {INSTALL.get(peer, f'pip install {peer}')}"
+        return (
+            NOT_ASKED if known is not None else f"not installed; {INSTALL.get(peer, f'pip install {peer}')}"
+        )
     text = said[0].removeprefix("not available: ")
     for head in (f"{peer} {known}: ", f"{peer} is "):
         _, found, tail = text.partition(head)
@@ -89,7 +100,11 @@ def _reason(peer: str, said: list[str], known: str | None) -> str:
 
 
 def not_measured(peers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each peer of a `standing` that was not measured: its version and the reason, or how to install it."""
+    """A line for each peer of a `standing` that was not measured: its version and the reason, or how to
+    install it.
+    """
     return [
-        f"not measured: {' '.join(filter(None, (peer, row['version'])))}: {row['why']}" for peer, row in peers.items() if not row["used"]
+        f"not measured: {' '.join(filter(None, (peer, row['version'])))}: {row['why']}"
+        for peer, row in peers.items()
+        if not row["used"]
     ]

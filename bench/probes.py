@@ -1,6 +1,7 @@
 """Every operation of a training step and of a decoded token, measured alone: for `python -m bench.roofline`.
 
-An operation is measured on several sets of tensors in turn, so that each finds its inputs outside the caches, as a floor in bytes supposes.
+An operation is measured on several sets of tensors in turn, so that each finds its inputs outside the caches,
+as a floor in bytes supposes.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ COLD_BYTES = 64 << 20  # on a CPU, the sets of tensors that are used in turn are
 class Probe:
     """How one operation is measured.
 
-    inputs: seed -> tensors, those with requires_grad get gradients. joint: the gradients are formed in the forward pass, so that only
-    both together can be timed. same: whatever the backend, torch computes it; measured once.
+    inputs: seed -> tensors, those with requires_grad get gradients. joint: the gradients are formed in the
+    forward pass, so that only both together can be timed. same: whatever the backend, torch computes it;
+    measured once.
     """
 
     inputs: Callable[[int], list[Tensor]]
@@ -45,14 +47,19 @@ def _drawn(
 
     def draw(seed: int) -> list[Tensor]:
         generator = torch.Generator(shapes.device).manual_seed(seed)
-        normal = (torch.randn(size, generator=generator, device=shapes.device).to(dtype or shapes.dtype) for size in sizes)
+        normal = (
+            torch.randn(size, generator=generator, device=shapes.device).to(dtype or shapes.dtype)
+            for size in sizes
+        )
         return [tensor.requires_grad_(wanted) for tensor in normal]
 
     return draw
 
 
 def step_probes(shapes: ops.Shapes, backend: Backend, model: SmolLM2ForCausalLM) -> dict[str, Probe]:
-    """Name of `work.step_items` -> its measurement. model: any model of these shapes, whose parameters the optimizer updates."""
+    """Name of `work.step_items` -> its measurement. model: any model of these shapes, whose parameters the
+    optimizer updates.
+    """
     config, tokens = shapes.config, shapes.tokens
     # bench/ops.py calls the variant of the backend that it is given "triton".
     cases = {case.op: case for case in ops.cases(shapes, backend, "eager")}
@@ -60,12 +67,18 @@ def step_probes(shapes: ops.Shapes, backend: Backend, model: SmolLM2ForCausalLM)
     found["final norm"], found["loss"] = found["rms_norm"], found["linear_cross_entropy"]
     for name, (inputs, outputs) in work.projections(config).items():
         found[name] = Probe(_drawn(shapes, (tokens, inputs), (outputs, inputs)), F.linear, same=True)
-    ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).to(shapes.device)
+    ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).to(
+        shapes.device
+    )
     table = (config.vocab_size, config.hidden_size)
     drawn = _drawn(shapes, table, dtype=torch.float32)
     found["embedding"] = Probe(drawn, lambda weight: F.embedding(ids, weight).to(shapes.dtype), same=True)
     matrices = [parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name]
-    found["weights"] = Probe(lambda seed: [*matrices], lambda *weights: tuple(weight.to(shapes.dtype) for weight in weights), same=True)
+    found["weights"] = Probe(
+        lambda seed: [*matrices],
+        lambda *weights: tuple(weight.to(shapes.dtype) for weight in weights),
+        same=True,
+    )
     optimizer = TrainingStep(model).optimizer
 
     def update(*parameters: Tensor) -> None:
@@ -109,15 +122,21 @@ def token_probes(shapes: ops.Shapes, keys: int, backend: Backend, eps: float = o
     return found
 
 
-def measure(probe: Probe, item: work.Item, device: torch.device, roof: tuple[float, float], tiny: bool) -> dict[str, float]:
+def measure(
+    probe: Probe, item: work.Item, device: torch.device, roof: tuple[float, float], tiny: bool
+) -> dict[str, float]:
     """Phase -> seconds in the whole: of one call, times how often it happens."""
     sets = 1
-    if not tiny and item.cost.forward != work.Work():  # the optimizer has one set of parameters, larger than any cache
+    # the optimizer has one set of parameters, larger than any cache
+    if not tiny and item.cost.forward != work.Work():
         floor = item.cost.forward.floor(*roof)
-        if device.type == "cuda":  # a replay starts with a cold L2, and is to last beyond the resolution of events
+        # a replay starts with a cold L2, and is to last beyond the resolution of events
+        if device.type == "cuda":
             sets = max(1, min(8, round(1e-4 / floor)))
         else:
-            sets = max(1, min(128, math.ceil(COLD_BYTES / max(1, item.cost.forward.bytes)), round(0.1 / floor)))
+            sets = max(
+                1, min(128, math.ceil(COLD_BYTES / max(1, item.cost.forward.bytes)), round(0.1 / floor))
+            )
     tensors = [probe.inputs(seed) for seed in range(sets)]
     trains = item.cost.backward != work.Work() and item.cost.forward != work.Work()
     wanted = [index for index, tensor in enumerate(tensors[0]) if trains and tensor.requires_grad]
@@ -126,8 +145,12 @@ def measure(probe: Probe, item: work.Item, device: torch.device, roof: tuple[flo
         result = probe.call(*inputs)
         return result if isinstance(result, tuple) else (result,)
 
-    def gradients(results: tuple[Tensor, ...], inputs: list[Tensor], upstream: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(results, [inputs[index] for index in wanted], upstream, retain_graph=not probe.joint)
+    def gradients(
+        results: tuple[Tensor, ...], inputs: list[Tensor], upstream: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            results, [inputs[index] for index in wanted], upstream, retain_graph=not probe.joint
+        )
 
     def forward() -> object:
         with torch.set_grad_enabled(bool(wanted)):
@@ -152,7 +175,9 @@ def measure(probe: Probe, item: work.Item, device: torch.device, roof: tuple[flo
     found = {}
     for phase, prepare in phases.items():
         replay = timing.replayable(prepare, device)
-        sample = timing.alternate({phase: replay}, device, calls=sets, rounds=1 if tiny else 20 if device.type == "cuda" else 3)[phase]
+        sample = timing.alternate(
+            {phase: replay}, device, calls=sets, rounds=1 if tiny else 20 if device.type == "cuda" else 3
+        )[phase]
         found[phase] = item.times * sample.us / 1e6
         del replay
     return found
@@ -173,7 +198,11 @@ def measure_all(
             before = next(iter(found[name].values()), None)
             try:
                 same = of_backend[name].same and before is not None
-                found[name][backend] = before if same and before else measure(of_backend[name], item, part.device, roof, part.tiny)
+                found[name][backend] = (
+                    before
+                    if same and before
+                    else measure(of_backend[name], item, part.device, roof, part.tiny)
+                )
             except Exception as failure:  # noqa: BLE001 - one operation's failure is a result, and the others are still measured
                 missing.append(f"{name}, {backend}: {one_line(failure)}")
     return found, missing

@@ -1,4 +1,5 @@
-"""`python -m bench.report DIR [--out DIR]`: pictures of the results in DIR, as PNG and SVG for a README of 800 pixels.
+"""`python -m bench.report DIR [--out DIR]`: pictures of the results in DIR, as PNG and SVG for a README of
+800 pixels.
 
     generation.*     prefill and decode of every way to generate, beside the peers; a line is the limit of the memory: weights and
                      cache read once per step at the speed of a copy or read
@@ -37,16 +38,16 @@ FAMILIES = {
 OURS, PLAIN = "tab:blue", "tab:gray"
 OWN = ("eager", "compiled", "captured", "ours", "triton")  # how the variants of this project begin
 LABELS = {
-    "reference": "torch", "compile": "torch.compile", "math": "torch math", "flash": "torch flash", "cudnn": "torch cuDNN",
-    "flex": "FlexAttention",
+    "reference": "torch", "compile": "torch.compile", "math": "torch math", "flash": "torch flash",
+    "cudnn": "torch cuDNN", "flex": "FlexAttention",
 }  # fmt: skip
 LIMIT = "limit of the memory"
 CUT = 6.0  # a bar of an operation that is longer than this times the shortest is cut
 WIDE = 50.0
 MARKERS = "osD^vP*X<>"
 PALETTE = (
-    "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black",
-    "navy", "goldenrod", "darkgreen", "maroon", "indigo", "gray",
+    "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
+    "tab:cyan", "black", "navy", "goldenrod", "darkgreen", "maroon", "indigo", "gray",
 )  # fmt: skip
 
 
@@ -64,11 +65,15 @@ def caption(figures: Iterable[Figure]) -> str:
         return ", ".join(dict.fromkeys(str(value) for value in values if value))
 
     dates = sorted({fact["date"][:10] for fact in facts if fact.get("date")})
-    commits = each(fact.get("commit", "")[:7] + (" with changes" if "with changes" in fact.get("commit", "") else "") for fact in facts)
+    commits = each(
+        fact.get("commit", "")[:7] + (" with changes" if "with changes" in fact.get("commit", "") else "")
+        for fact in facts
+    )
     parts = [
         each(fact.get("device") for fact in facts), each(fact.get("dtype") for fact in facts),
         each(f"torch {fact['versions']['torch']}" for fact in facts if "torch" in fact.get("versions", {})),
-        dates[0] + (f" to {dates[-1]}" if len(dates) > 1 else "") if dates else "", f"commit {commits}" if commits else "",
+        dates[0] + (f" to {dates[-1]}" if len(dates) > 1 else "") if dates else "",
+        f"commit {commits}" if commits else "",
     ]  # fmt: skip
     note = each(fact.get("note") for fact in facts)
     lines = textwrap.wrap("  ·  ".join(part for part in parts if part), CAPTION)
@@ -82,8 +87,11 @@ def canvas(height: float, title: str, figures: Sequence[Figure]) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Picture
     except ModuleNotFoundError:
-        raise LoadError("drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'") from None
-    rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "smollm2"})  # the same file from the same figures
+        raise LoadError(
+            "drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'"
+        ) from None
+    # the same file from the same figures
+    rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "smollm2"})
     picture = Picture(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(picture)  # draws without a display
     picture.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -97,8 +105,11 @@ def plain_axes(axes: Any, grid: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
-def bars(axes: Any, title: str, figures: list[Figure], names: list[str], scale: float = 1.0, cut: float = 0.0) -> None:
-    """Horizontal bars in the order of `names`, each with its number, its limit as a line and its columns to the right; none is invisible.
+def bars(
+    axes: Any, title: str, figures: list[Figure], names: list[str], scale: float = 1.0, cut: float = 0.0
+) -> None:
+    """Horizontal bars in the order of `names`, each with its number, its limit as a line and its columns to
+    the right; none is invisible.
 
     cut: no bar is longer than this times the shortest; one that would be is broken near its end.
     """
@@ -116,7 +127,16 @@ def bars(axes: Any, title: str, figures: list[Figure], names: list[str], scale: 
         end = min(value, widest)
         axes.barh(place, end, height=0.72, color=colour(name))
         if end < value:
-            axes.text(0.93 * widest, place, "//", va="center", ha="center", fontsize=11, color="white", fontweight="bold")
+            axes.text(
+                0.93 * widest,
+                place,
+                "//",
+                va="center",
+                ha="center",
+                fontsize=11,
+                color="white",
+                fontweight="bold",
+            )
         beside = not limit or limit > 1.5 * value or value > 0.98 * limit
         number = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
         if beside:  # else the number would lie on the line
@@ -125,12 +145,20 @@ def bars(axes: Any, title: str, figures: list[Figure], names: list[str], scale: 
             axes.text(end - 0.012 * widest, place, number, va="center", ha="right", fontsize=8, color="white")
         if limit:
             axes.plot([limit] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.6)
-        columns = {"of limit": f"{limit / value:.0%}"} if figure.kind == "operation" else figure.facts.get("columns", {})
+        columns = (
+            {"of limit": f"{limit / value:.0%}"}
+            if figure.kind == "operation"
+            else figure.facts.get("columns", {})
+        )
         style = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
         for index, (heading, text) in enumerate(columns.items(), 1):
-            axes.annotate(text, (1, place), (38 * index, 0), xycoords=axes.get_yaxis_transform(), va="center", **style)
+            axes.annotate(
+                text, (1, place), (38 * index, 0), xycoords=axes.get_yaxis_transform(), va="center", **style
+            )
             if figure is figures[0]:
-                axes.annotate(heading, (1, 1), (38 * index, 4), xycoords="axes fraction", color="dimgray", **style)
+                axes.annotate(
+                    heading, (1, 1), (38 * index, 4), xycoords="axes fraction", color="dimgray", **style
+                )
     axes.set_title(title, loc="left")
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, (1.2 if cut else 1.14) * widest)
@@ -145,7 +173,11 @@ def legend_of_families(picture: Any, figures: Sequence[Figure], limit: str) -> N
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    names = {OURS: "this project", PLAIN: "torch", **{value: LABELS.get(name, name) for name, value in FAMILIES.items()}}
+    names = {
+        OURS: "this project",
+        PLAIN: "torch",
+        **{value: LABELS.get(name, name) for name, value in FAMILIES.items()},
+    }
     used = dict.fromkeys(colour(figure.variant) for figure in figures)
     handles: list[Any] = [Patch(color=one, label=names[one]) for one in used]
     if any(figure.limit for figure in figures):
@@ -164,14 +196,22 @@ def draw_generation(figures: list[Figure]) -> Any:
         return None
     kinds = [kind for kind in ("prefill", "decode") if any(figure.kind == kind for figure in chosen)]
     order = sorted(cases, key=lambda case: [int(word) for word in case.replace(",", "").split()[1::2]])
-    rows = [(case, list(dict.fromkeys(figure.variant for figure in chosen if figure.case == case))) for case in order]
+    rows = [
+        (case, list(dict.fromkeys(figure.variant for figure in chosen if figure.case == case)))
+        for case in order
+    ]
     heights = [len(names) + 1.2 for _, names in rows]
     title = "Generation: tokens per second" if len(kinds) > 1 else "Prefill: tokens per second"
     picture = canvas(1.2 + 0.21 * sum(heights), title, chosen)
     grid = picture.subplots(len(rows), len(kinds), squeeze=False, height_ratios=heights)
     for (case, names), panels in zip(rows, grid, strict=True):
         for kind, axes in zip(kinds, panels, strict=True):
-            bars(axes, f"{kind}, {case}", [figure for figure in chosen if (figure.kind, figure.case) == (kind, case)], names)
+            bars(
+                axes,
+                f"{kind}, {case}",
+                [figure for figure in chosen if (figure.kind, figure.case) == (kind, case)],
+                names,
+            )
             axes.tick_params(labelleft=kind == kinds[0])
     legend_of_families(picture, chosen, LIMIT)
     return picture
@@ -192,20 +232,28 @@ def draw_step(figures: list[Figure]) -> Any:
 
 
 def draw_roofline(figures: list[Figure]) -> Any:
-    """Measured time against the least time. Operations alone as bars, a row each; else a panel of points per source."""
+    """Measured time against the least time. Operations alone as bars, a row each; else a panel of points per
+    source.
+    """
     chosen = [figure for figure in figures if figure.kind == "operation" and figure.limit]
     panels = list(dict.fromkeys(figure.facts["panel"] for figure in chosen))
     alone = [panel for panel in panels if panel.startswith("operations alone")]
     rows: dict[str, list[Figure]] = {}
     for figure in chosen:
         if figure.facts["panel"] in alone:
-            where = figure.facts["panel"].removeprefix("operations alone").replace(" tokens", "") if len(alone) > 1 else ""
+            where = (
+                figure.facts["panel"].removeprefix("operations alone").replace(" tokens", "")
+                if len(alone) > 1
+                else ""
+            )
             rows.setdefault(f"{figure.facts['op']} {{}}{where}", []).append(figure)
     panels = [panel for panel in panels if panel not in alone]
     names = {row: list(dict.fromkeys(figure.variant for figure in group)) for row, group in rows.items()}
     heights = [3.9] * len(panels) + [0.21 * (len(of_row) + 1.6) for of_row in names.values()]
     size = f"{chosen[0].facts.get('batch')} x {chosen[0].facts.get('length')} tokens"
-    title = "Time against the least that this machine allows" if panels else f"Operations of {size}: microseconds"
+    title = (
+        "Time against the least that this machine allows" if panels else f"Operations of {size}: microseconds"
+    )
     picture = canvas(0.9 + sum(heights), title, chosen)
     grid = picture.add_gridspec(len(heights), 2 if rows else 1, height_ratios=heights)
     points = [figure for figure in chosen if figure.facts["panel"] in panels]
@@ -225,7 +273,9 @@ def draw_roofline(figures: list[Figure]) -> Any:
 
 
 def scatter(axes: Any, panel: str, figures: list[Figure]) -> None:
-    """Measured time against the least time: a point on the lowest line is at the roof. Of figures those of the panel."""
+    """Measured time against the least time: a point on the lowest line is at the roof. Of figures those of
+    the panel.
+    """
     from matplotlib.lines import Line2D
 
     shapes = dict(zip(dict.fromkeys(figure.variant for figure in figures), cycle(MARKERS), strict=False))
@@ -235,45 +285,72 @@ def scatter(axes: Any, panel: str, figures: list[Figure]) -> None:
     for figure in here:
         shade = shades[figure.facts["op"]]
         axes.loglog(
-            1e3 * (figure.limit or 0.0), 1e3 * figure.value, linestyle="none", marker=shapes[figure.variant], markersize=6.5,
-            markeredgecolor=shade, markerfacecolor="white" if figure.facts["phase"].endswith("backward") else shade,
+            1e3 * (figure.limit or 0.0), 1e3 * figure.value, linestyle="none", marker=shapes[figure.variant],
+            markersize=6.5, markeredgecolor=shade,
+            markerfacecolor="white" if figure.facts["phase"].endswith("backward") else shade,
         )  # fmt: skip
     low, high = (bound(1e3 * (figure.limit or 0.0) for figure in here) for bound in (min, max))
     ends = [low / 1.6, high * 1.6]
     for factor, style in ((1, "-"), (2, "--"), (10, ":")):
         axes.plot(ends, [factor * end for end in ends], style, color="black", linewidth=1, zorder=1)
         label = "the roof" if factor == 1 else f"{factor} x"
-        axes.annotate(label, (ends[1], factor * ends[1]), xytext=(3, 0), textcoords="offset points", fontsize=8, va="center")
+        axes.annotate(
+            label,
+            (ends[1], factor * ends[1]),
+            xytext=(3, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+        )
     axes.set_xlabel("least time, ms")
     axes.set_ylabel("measured time, ms")
     axes.set_title(f"{panel} (hollow: backward)", loc="left")
-    handles = [Line2D([], [], color=shades[name], marker="s", linestyle="none", label=name) for name in operations]
+    handles = [
+        Line2D([], [], color=shades[name], marker="s", linestyle="none", label=name) for name in operations
+    ]
     used = dict.fromkeys(figure.variant for figure in here)
-    handles += [Line2D([], [], color="dimgray", marker=shapes[name], linestyle="none", label=name) for name in used]
+    handles += [
+        Line2D([], [], color="dimgray", marker=shapes[name], linestyle="none", label=name) for name in used
+    ]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.09, 1.03), fontsize=8, frameon=False)
     plain_axes(axes)
 
 
 def draw_attention(figures: list[Figure]) -> Any:
-    """Rows with one document and with several, columns forward and backward; a group of bars per length of a row."""
+    """Rows with one document and with several, columns forward and backward; a group of bars per length of a
+    row.
+    """
     chosen = [figure for figure in figures if figure.kind == "attention"]
     lengths = sorted({figure.facts["tokens"] for figure in chosen})
     used = dict.fromkeys(figure.variant for figure in chosen)
-    every = [name for name in used if {figure.facts["tokens"] for figure in chosen if figure.variant == name} == {*lengths}]
+    every = [
+        name
+        for name in used
+        if {figure.facts["tokens"] for figure in chosen if figure.variant == name} == {*lengths}
+    ]
     chosen = [figure for figure in chosen if figure.variant in every]  # one length alone is in roofline.*
     first = chosen[0].facts
-    kinds, phases = (list(dict.fromkeys(figure.facts[name] for figure in chosen)) for name in ("documents", "phase"))
+    kinds, phases = (
+        list(dict.fromkeys(figure.facts[name] for figure in chosen)) for name in ("documents", "phase")
+    )
     picture = canvas(0.9 + 2.3 * len(kinds), "Attention: TFLOP/s", chosen)
     grid = picture.subplots(len(kinds), len(phases), squeeze=False, sharey="row")
     for kind, panels in zip(kinds, grid, strict=True):
         for phase, axes in zip(phases, panels, strict=True):
-            here = [figure for figure in chosen if (figure.facts["documents"], figure.facts["phase"]) == (kind, phase)]
+            here = [
+                figure
+                for figure in chosen
+                if (figure.facts["documents"], figure.facts["phase"]) == (kind, phase)
+            ]
             names = [name for name in every if name in {figure.variant for figure in here}]
             for figure in here:
-                place = lengths.index(figure.facts["tokens"]) + (names.index(figure.variant) - (len(names) - 1) / 2) * 0.92 / len(names)
+                place = lengths.index(figure.facts["tokens"]) + (
+                    names.index(figure.variant) - (len(names) - 1) / 2
+                ) * 0.92 / len(names)
                 axes.bar(place, figure.value, width=0.86 / len(names), color=colour(figure.variant))
                 axes.annotate(
-                    f"{figure.value:.0f}", (place, figure.value), (0, 2), textcoords="offset points", ha="center", fontsize=7.5,
+                    f"{figure.value:.0f}", (place, figure.value), (0, 2), textcoords="offset points",
+                    ha="center", fontsize=7.5,
                     fontweight="bold" if colour(figure.variant) == OURS else "normal",
                 )  # fmt: skip
             axes.margins(y=0.1)
@@ -288,12 +365,20 @@ def draw_attention(figures: list[Figure]) -> Any:
 
 
 def draw_ladder(figures: list[Figure]) -> Any:
-    """Tokens per second of every rung from the top down; memory and launches beside the bar where they were measured."""
+    """Tokens per second of every rung from the top down; memory and launches beside the bar where they were
+    measured.
+    """
     chosen = [figure for figure in figures if figure.kind == "rung"]
     cases = list(dict.fromkeys(figure.case for figure in chosen))
     groups = [[figure for figure in chosen if figure.case == case] for case in cases]
-    picture = canvas(1.1 + 0.26 * (len(chosen) + 1.6 * len(groups)), "Ablation ladder: tokens per second of a training step", chosen)
-    panels = picture.subplots(len(groups), 1, squeeze=False, height_ratios=[len(group) + 1.2 for group in groups])[:, 0]
+    picture = canvas(
+        1.1 + 0.26 * (len(chosen) + 1.6 * len(groups)),
+        "Ablation ladder: tokens per second of a training step",
+        chosen,
+    )
+    panels = picture.subplots(
+        len(groups), 1, squeeze=False, height_ratios=[len(group) + 1.2 for group in groups]
+    )[:, 0]
     for case, group, axes in zip(cases, groups, panels, strict=True):
         first = group[0].value
         for place, figure in enumerate(group):
@@ -302,7 +387,9 @@ def draw_ladder(figures: list[Figure]) -> Any:
             if figure.facts.get("peak_memory_bytes"):
                 words.append(f"{figure.facts['peak_memory_bytes'] / 1e6:,.0f} MB")
             if figure.facts.get("launches"):
-                words.append(f"{figure.facts['launches']:,} {'launch' if figure.facts['launches'] == 1 else 'launches'}")
+                words.append(
+                    f"{figure.facts['launches']:,} {'launch' if figure.facts['launches'] == 1 else 'launches'}"
+                )
             axes.text(figure.value, place, "  " + "   ".join(words), va="center", fontsize=8)
         axes.set_ylim(len(group) - 0.4, -0.6)
         axes.set_xlim(0, 1.6 * max(figure.value for figure in group))
@@ -315,7 +402,10 @@ def draw_ladder(figures: list[Figure]) -> Any:
 
 def draw_loss_memory(figures: list[Figure]) -> Any:
     """Peak memory by number of tokens, with the logits alone."""
-    chosen = sorted((figure for figure in figures if figure.kind == "loss memory"), key=lambda figure: figure.facts["tokens"])
+    chosen = sorted(
+        (figure for figure in figures if figure.kind == "loss memory"),
+        key=lambda figure: figure.facts["tokens"],
+    )
     picture = canvas(3.6, "Loss and its gradients: peak memory beyond the inputs", chosen)
     axes = picture.subplots()
     names = {
@@ -327,9 +417,20 @@ def draw_loss_memory(figures: list[Figure]) -> Any:
         points = [(figure.facts["tokens"], figure.value / 1e9) for figure in chosen if figure.variant == name]
         shade = OURS if name in ("reference", "triton") else FAMILIES.get(name, PLAIN)
         axes.plot(
-            *zip(*points, strict=True), marker="o", label=names.get(name, name), color=shade, linestyle="--" if name == "triton" else "-"
+            *zip(*points, strict=True),
+            marker="o",
+            label=names.get(name, name),
+            color=shade,
+            linestyle="--" if name == "triton" else "-",
         )
-        axes.annotate(f"{points[-1][1]:.2f} GB", points[-1], xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            f"{points[-1][1]:.2f} GB",
+            points[-1],
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
     logits = sorted({(figure.facts["tokens"], figure.facts["logits_bytes"] / 1e9) for figure in chosen})
     axes.plot(*zip(*logits, strict=True), ":", color="black", label="the logits alone, in bf16")
     axes.set_xlim(0, 1.12 * logits[-1][0])
@@ -343,16 +444,21 @@ def draw_loss_memory(figures: list[Figure]) -> Any:
 
 
 def draw_decode(figures: list[Figure]) -> Any:
-    """Against the batch at every context, against the context at the smallest batch; None where neither was varied.
+    """Against the batch at every context, against the context at the smallest batch; None where neither was
+    varied.
 
-    What differs by more than WIDE is drawn on a logarithmic axis, with the limit of the memory, and the fastest with its numbers.
+    What differs by more than WIDE is drawn on a logarithmic axis, with the limit of the memory, and the
+    fastest with its numbers.
     """
     from matplotlib.lines import Line2D
 
     chosen = [figure for figure in figures if figure.kind == "decode"]
     contexts, batches = (sorted({figure.facts[name] for figure in chosen}) for name in ("context", "batch"))
     drawn = []
-    for along, fixed, value in [*(("batch", "context", value) for value in contexts), ("context", "batch", batches[0])]:
+    for along, fixed, value in [
+        *(("batch", "context", value) for value in contexts),
+        ("context", "batch", batches[0]),
+    ]:
         here = [figure for figure in chosen if figure.facts[fixed] == value]
         if len({figure.facts[along] for figure in here}) > 1:
             drawn.append((along, value, here))
@@ -365,11 +471,18 @@ def draw_decode(figures: list[Figure]) -> Any:
     wide, keys = best.value > WIDE * lowest, "keys" in best.facts
     styles: dict[str, dict[str, Any]] = {}
     for place, name in enumerate(names):
-        styles[name] = {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.2, "markersize": 5}
+        styles[name] = {
+            "color": PALETTE[place % len(PALETTE)],
+            "marker": MARKERS[place % len(MARKERS)],
+            "linewidth": 1.2,
+            "markersize": 5,
+        }
         if wide:
             before = sum(colour(other) == colour(name) for other in names[:place])
             styles[name] |= {"color": colour(name), "linestyle": ("-", "--", ":")[before % 3]}
-    picture = canvas(4.4 if len(drawn) < 3 else 6.4, "Decode: tokens per second against batch and context", chosen)
+    picture = canvas(
+        4.4 if len(drawn) < 3 else 6.4, "Decode: tokens per second against batch and context", chosen
+    )
     grid = picture.subplots(-(-len(drawn) // 2), min(2, len(drawn)), squeeze=False, sharey=wide).flat
     for axes, (along, value, here) in zip(grid, drawn, strict=False):
         for name in names:
@@ -382,13 +495,21 @@ def draw_decode(figures: list[Figure]) -> Any:
         axes.set_xticks([], minor=True)
         if wide:
             limits = {figure.facts[along]: figure.limit for figure in here if figure.limit}
-            if limits and all(abs(figure.limit / limits[figure.facts[along]] - 1) < 0.05 for figure in here if figure.limit):
+            if limits and all(
+                abs(figure.limit / limits[figure.facts[along]] - 1) < 0.05 for figure in here if figure.limit
+            ):
                 name = f"{LIMIT}, {here[0].facts['at']}"
                 styles[name] = {"color": "black", "linewidth": 1.6}
                 axes.plot(*zip(*sorted(limits.items()), strict=True), **styles[name])
-            where = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": colour(best.variant)}
+            where = {
+                "textcoords": "offset points",
+                "ha": "center",
+                "fontsize": 8,
+                "color": colour(best.variant),
+            }
             for figure in (figure for figure in here if figure.variant == best.variant):
-                near = figure.limit if figure.limit and figure.limit < 2.2 * figure.value else figure.value  # above both lines
+                # above both lines
+                near = figure.limit if figure.limit and figure.limit < 2.2 * figure.value else figure.value
                 axes.annotate(f"{figure.value:,.0f}", (figure.facts[along], near), (-5, 4), **where)
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -400,7 +521,10 @@ def draw_decode(figures: list[Figure]) -> Any:
         title = f"{value:,} keys" if keys else f"prompt of {value} tokens"
         axes.set_title(title if along == "batch" else f"batch of {value}", loc="left")
         plain_axes(axes)
-    handles = [Line2D([], [], **{**style, "linewidth": None, "markersize": None}, label=name) for name, style in styles.items()]
+    handles = [
+        Line2D([], [], **{**style, "linewidth": None, "markersize": None}, label=name)
+        for name, style in styles.items()
+    ]
     if len(drawn) == 3:
         grid[3].set_axis_off()
         grid[3].legend(handles=handles, loc="center", frameon=False, labelspacing=0.9)
@@ -411,8 +535,9 @@ def draw_decode(figures: list[Figure]) -> Any:
 
 # name of the files -> (the kinds of figures that it needs, how it is drawn)
 PICTURES: dict[str, tuple[tuple[str, ...], Callable[[list[Figure]], Any]]] = {
-    "generation": (("prefill", "decode"), draw_generation), "step": (("step",), draw_step), "roofline": (("operation",), draw_roofline),
-    "attention": (("attention",), draw_attention), "ladder": (("rung",), draw_ladder), "loss_memory": (("loss memory",), draw_loss_memory),
+    "generation": (("prefill", "decode"), draw_generation), "step": (("step",), draw_step),
+    "roofline": (("operation",), draw_roofline), "attention": (("attention",), draw_attention),
+    "ladder": (("rung",), draw_ladder), "loss_memory": (("loss memory",), draw_loss_memory),
     "decode": (("decode",), draw_decode),
 }  # fmt: skip
 
@@ -437,7 +562,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m bench.report", description="Draws the results of a folder.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of JSON files, as bench/results")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the pictures (default: the same)")
-    parser.add_argument("--markdown", action="store_true", help="print tables of the figures, and draw nothing")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print tables of the figures, and draw nothing"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -1,14 +1,17 @@
-"""`python -m bench.roofline`: what this machine can do, how far a training step and a decoded token are from it, and what loses most.
+"""`python -m bench.roofline`: what this machine can do, how far a training step and a decoded token are from
+it, and what loses most.
 
     roof     bandwidth of a copy, of reading, of an update in place; the rate of a large matrix product per dtype, by torch's library
     floor    bytes and operations of every operation (bench/work.py) at that roof: what no implementation can go below
     parts    every operation measured alone (bench/probes.py), per backend: torch, and triton where it runs natively
     whole    the step and the token themselves. What the parts do not explain is "between": the host, launches, and what has no row
 
-Bandwidth counts bytes read and bytes written, over buffers far larger than the caches. The roof of a step is the best of the three (a CPU
-reads what a copy is about to overwrite, which the count leaves out); that of a token is reading, which is all that it does with memory.
-The product is of random numbers, because zeros run faster than data.
-The floor supposes that inputs come from memory: a CPU's last-level cache may hold what the operation before has written.
+Bandwidth counts bytes read and bytes written, over buffers far larger than the caches. The roof of a step is
+the best of the three (a CPU reads what a copy is about to overwrite, which the count leaves out); that of a
+token is reading, which is all that it does with memory. The product is of random numbers, because zeros run
+faster than data.
+The floor supposes that inputs come from memory: a CPU's last-level cache may hold what the operation before
+has written.
 """
 
 from __future__ import annotations
@@ -55,28 +58,41 @@ def copy_bandwidth(device: torch.device, tiny: bool) -> float:
 
 
 def other_bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
-    """Bytes per second of a sum, which only reads (as a decode step does with the weights), and of an update in place."""
+    """Bytes per second of a sum, which only reads (as a decode step does with the weights), and of an update
+    in place.
+    """
     source = torch.ones(1 << 18 if tiny else 1 << 28, device=device)
     replays = {
         "read": timing.replayable(lambda: source.sum, device),
         "in_place": timing.replayable(lambda: lambda: source.mul_(1.0), device),
     }
     samples = timing.alternate(replays, device, rounds=2 if tiny else 20)
-    return {name: passes * source.nbytes / samples[name].us * 1e6 for name, passes in (("read", 1), ("in_place", 2))}
+    return {
+        name: passes * source.nbytes / samples[name].us * 1e6
+        for name, passes in (("read", 1), ("in_place", 2))
+    }
 
 
 def bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
-    """Bytes per second of copy, read and in_place. The best of them is the roof of whatever both reads and writes."""
+    """Bytes per second of copy, read and in_place. The best of them is the roof of whatever both reads and
+    writes.
+    """
     return {"copy": copy_bandwidth(device, tiny), **other_bandwidths(device, tiny)}
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, tiny: bool) -> float:
     """Floating-point operations per second of a large square product."""
-    # A product reaches its rate at 2048 on a CPU, where torch imitates fp16 a hundred times slower than it has fp32.
+    # A product reaches its rate at 2048 on a CPU, where torch imitates fp16 a hundred times slower than it
+    # has fp32.
     size = 64 if tiny else 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     replay = timing.replayable(lambda: lambda: a @ b, device)
-    return 2 * size**3 / timing.alternate({"matmul": replay}, device, rounds=2 if tiny else 10)["matmul"].us * 1e6
+    return (
+        2
+        * size**3
+        / timing.alternate({"matmul": replay}, device, rounds=2 if tiny else 10)["matmul"].us
+        * 1e6
+    )
 
 
 def digits(value: float) -> float:
@@ -97,18 +113,35 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if shutil.which("nvidia-smi"):
         names = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
-        answer = subprocess.run(["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
         if answer.returncode == 0:
-            found.update(zip(names.split(","), (value.strip() for value in answer.stdout.splitlines()[0].split(",")), strict=True))
+            found.update(
+                zip(
+                    names.split(","),
+                    (value.strip() for value in answer.stdout.splitlines()[0].split(",")),
+                    strict=True,
+                )
+            )
     return found
 
 
 class MachinePart(Part):
-    """A Part that measures a CPU at full size too, without Triton's interpreter: a CPU has a roof like any other machine."""
+    """A Part that measures a CPU at full size too, without Triton's interpreter: a CPU has a roof like any
+    other machine.
+    """
 
     def __init__(self, section: str, options: argparse.Namespace) -> None:
         """Raises UsageError for a GPU that is not there."""
-        if options.tiny or options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available()):
+        if (
+            options.tiny
+            or options.device == "cuda"
+            or (options.device == "auto" and torch.cuda.is_available())
+        ):
             super().__init__(section, options)
             return
         self.device, self.tiny = torch.device("cpu"), False
@@ -126,16 +159,28 @@ def whole_step(shapes: ops.Shapes, backend: Backend, rounds: int, captured: bool
     """Seconds of an optimizer step, as plain calls or as one CUDA graph."""
     torch.manual_seed(0)
     with torch.device(shapes.device):
-        model = SmolLM2ForCausalLM(shapes.config, backend, compute_dtype=None if shapes.dtype == torch.float32 else shapes.dtype).train()
-    ids = torch.randint(shapes.config.vocab_size, (shapes.batch, shapes.length), generator=torch.Generator().manual_seed(0))
+        model = SmolLM2ForCausalLM(
+            shapes.config, backend, compute_dtype=None if shapes.dtype == torch.float32 else shapes.dtype
+        ).train()
+    ids = torch.randint(
+        shapes.config.vocab_size, (shapes.batch, shapes.length), generator=torch.Generator().manual_seed(0)
+    )
     ids, step = ids.to(shapes.device), TrainingStep(model)
     call = CapturedStep(step, ids) if captured else step
     return _seconds(lambda: call(ids), shapes.device, rounds)
 
 
 @torch.inference_mode()
-def whole_token(shapes: ops.Shapes, keys: int, backend: Backend, rounds: int, captured: bool = False, compiled: bool = False) -> float:
-    """Seconds of a decode step over `keys` keys: operation by operation, as a CUDA graph, or by the package of smollm2.compile.
+def whole_token(
+    shapes: ops.Shapes,
+    keys: int,
+    backend: Backend,
+    rounds: int,
+    captured: bool = False,
+    compiled: bool = False,
+) -> float:
+    """Seconds of a decode step over `keys` keys: operation by operation, as a CUDA graph, or by the package
+    of smollm2.compile.
 
     Raises UsageError when there is no such package.
     """
@@ -154,7 +199,9 @@ def whole_token(shapes: ops.Shapes, keys: int, backend: Backend, rounds: int, ca
         cache.longest = keys - 1
         return engine.decode(tokens, cache)
 
-    return _seconds(timing.replayable(lambda: step, shapes.device) if captured else step, shapes.device, rounds)
+    return _seconds(
+        timing.replayable(lambda: step, shapes.device) if captured else step, shapes.device, rounds
+    )
 
 
 def _seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -176,13 +223,23 @@ def show_parts(title: str, parts: dict[str, dict[str, float]], whole: dict[str, 
     """The table of a step or a token: milliseconds, and percent of the floor reached."""
     backends = list(dict.fromkeys(name for row in parts.values() for name in row if name != "floor"))
     floor = sum(row["floor"] for row in parts.values())
-    lines = [f"\n{title}", f"  {'':16}{'floor ms':>11}" + "".join(f"{name + ' ms':>14}{'of floor':>10}" for name in backends)]
-    total = {"floor": floor, **{name: sum(row.get(name, math.nan) for row in parts.values()) for name in backends}}
+    lines = [
+        f"\n{title}",
+        f"  {'':16}{'floor ms':>11}" + "".join(f"{name + ' ms':>14}{'of floor':>10}" for name in backends),
+    ]
+    total = {
+        "floor": floor,
+        **{name: sum(row.get(name, math.nan) for row in parts.values()) for name in backends},
+    }
     for name, row in [*parts.items(), ("sum of parts", total)]:
-        cells = "".join(f"{row[b]:14.3f}{100 * row['floor'] / row[b]:9.1f}%" if b in row else f"{'-':>14}{'':10}" for b in backends)
+        cells = "".join(
+            f"{row[b]:14.3f}{100 * row['floor'] / row[b]:9.1f}%" if b in row else f"{'-':>14}{'':10}"
+            for b in backends
+        )
         lines.append(f"  {name:16}{row['floor']:11.3f}{cells}")
     lines += [
-        f"  whole, {name}: {1e3 * seconds:.3f} ms, {100 * floor / 1e3 / seconds:.1f} % of the floor" for name, seconds in whole.items()
+        f"  whole, {name}: {1e3 * seconds:.3f} ms, {100 * floor / 1e3 / seconds:.1f} % of the floor"
+        for name, seconds in whole.items()
     ]
     return "\n".join(lines)
 
@@ -192,7 +249,9 @@ def show_losses(title: str, rows: list[dict[str, Any]]) -> str:
     lines = [f"  next to optimise, {title}: milliseconds above the floor"]
     for rank, row in enumerate(rows[:LISTED], 1):
         what = f"{row['operation']} {row['phase']}".strip()
-        lines.append(f"  {rank:3}. {what:36}{row['loses_ms']:11.3f}   ({row['ms']:.3f} of which {row['floor_ms']:.3f} must be)")
+        lines.append(
+            f"  {rank:3}. {what:36}{row['loses_ms']:11.3f}   ({row['ms']:.3f} of which {row['floor_ms']:.3f} must be)"
+        )
     return "\n".join(lines)
 
 
@@ -206,10 +265,12 @@ def rounded(value: Any) -> Any:
 
 
 def report(
-    part: Part, unit: str, title: str, items: dict[str, work.Item], probes: dict[str, dict[str, Probe]], roof: tuple[float, float],
-    wholes: dict[str, Callable[[], float]],
+    part: Part, unit: str, title: str, items: dict[str, work.Item], probes: dict[str, dict[str, Probe]],
+    roof: tuple[float, float], wholes: dict[str, Callable[[], float]],
 ) -> None:  # fmt: skip
-    """Measures the parts and the whole of a step or a token, prints and saves them. wholes: name -> a call that gives its seconds."""
+    """Measures the parts and the whole of a step or a token, prints and saves them. wholes: name -> a call
+    that gives its seconds.
+    """
     measured, missing = measure_all(items, probes, part, roof)
     seconds = {}
     for name, whole in wholes.items():
@@ -226,22 +287,37 @@ def report(
     for line in missing:
         print(f"  not measured: {line}")
     # Parts are timed without the host where there is a GPU, and so is the whole that they are compared with.
-    lists = {name: work.losses(items, measured, name, seconds.get(f"{name}+graph", seconds.get(name)), roof) for name in probes}
+    lists = {
+        name: work.losses(items, measured, name, seconds.get(f"{name}+graph", seconds.get(name)), roof)
+        for name in probes
+    }
     best = list(probes)[-1]  # what "auto" takes: the one to improve
     print(show_losses(f"{unit}, {best}", lists[best]), flush=True)
-    operations = {name: {backend: {phase: 1e3 * s for phase, s in of.items()} for backend, of in measured[name].items()} for name in items}
-    floors = {name: {phase: 1e3 * s for phase, s in item.floors(*roof).items()} for name, item in items.items()}
+    operations = {
+        name: {backend: {phase: 1e3 * s for phase, s in of.items()} for backend, of in measured[name].items()}
+        for name in items
+    }
+    floors = {
+        name: {phase: 1e3 * s for phase, s in item.floors(*roof).items()} for name, item in items.items()
+    }
     part.save(**{unit: rounded({
-        "parts_ms": parts, "floor_ms": sum(row["floor"] for row in parts.values()), "operations_ms": operations, "floors_ms": floors,
+        "parts_ms": parts, "floor_ms": sum(row["floor"] for row in parts.values()),
+        "operations_ms": operations, "floors_ms": floors,
         "whole_ms": {name: 1e3 * s for name, s in seconds.items()}, "next": lists, "not_measured": missing,
     })})  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser("roofline", "The roof of this machine, and how far a training step and a decoded token are from it.")
+    arguments = parser(
+        "roofline", "The roof of this machine, and how far a training step and a decoded token are from it."
+    )
     arguments.add_argument("--model", default="135M", help="preset whose shapes are used")
-    arguments.add_argument("--dtype", choices=("fp32", "bf16"), help="of the activations; default: bf16 where the device has it")
-    arguments.add_argument("--context", type=int, default=512, metavar="N", help="keys that a decoded token sees (default 512)")
+    arguments.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="of the activations; default: bf16 where the device has it"
+    )
+    arguments.add_argument(
+        "--context", type=int, default=512, metavar="N", help="keys that a decoded token sees (default 512)"
+    )
     arguments.add_argument("--roof-only", action="store_true", help="bandwidth and matmul rate, nothing else")
     options = arguments.parse_args(argv)
     if options.context < 2:
@@ -265,14 +341,20 @@ def main(argv: Sequence[str]) -> int:
     short = next(name for name, known in DTYPES.items() if known == dtype)
     batch, length = (1, 8) if part.tiny else SIZES[part.device.type]
     keys = min(options.context, 8 if part.tiny else config.max_position_embeddings)
-    backends = [select_backend("torch"), *([select_backend("triton", part.device)] if part.device.type == "cuda" else [])]
+    backends = [
+        select_backend("torch"),
+        *([select_backend("triton", part.device)] if part.device.type == "cuda" else []),
+    ]
     roof = max(measured.values()), rates[short] * 1e12
     reading = measured["read"], rates[short] * 1e12
     rounds = 1 if part.tiny else 3
     shapes_of = "a tiny model" if part.tiny else options.model
     part.save(model=options.model, dtype=short, batch=batch, length=length, context=keys)
 
-    shapes, row = ops.Shapes(config, batch, length, dtype, part.device), ops.Shapes(config, 1, 1, dtype, part.device)
+    shapes, row = (
+        ops.Shapes(config, batch, length, dtype, part.device),
+        ops.Shapes(config, 1, 1, dtype, part.device),
+    )
     steps: dict[str, Callable[[], float]] = {}
     tokens: dict[str, Callable[[], float]] = {}
     for backend in backends:
@@ -280,7 +362,9 @@ def main(argv: Sequence[str]) -> int:
         tokens[backend.name] = partial(whole_token, row, keys, backend, 10 * rounds)
         if part.device.type == "cuda":
             steps[f"{backend.name}+graph"] = partial(whole_step, shapes, backend, rounds, captured=True)
-            tokens[f"{backend.name}+graph"] = partial(whole_token, row, keys, backend, 10 * rounds, captured=True)
+            tokens[f"{backend.name}+graph"] = partial(
+                whole_token, row, keys, backend, 10 * rounds, captured=True
+            )
         else:
             tokens["compiled"] = partial(whole_token, row, keys, backend, 10 * rounds, compiled=True)
     with torch.device(part.device):
@@ -293,8 +377,8 @@ def main(argv: Sequence[str]) -> int:
     del model
     report(
         part, "token", f"a decoded token of {shapes_of}, batch 1, {keys} keys, {short}",
-        work.token_items(config, 1, keys, dtype.itemsize), {backend.name: token_probes(row, keys, backend) for backend in backends},
-        reading, tokens,
+        work.token_items(config, 1, keys, dtype.itemsize),
+        {backend.name: token_probes(row, keys, backend) for backend in backends}, reading, tokens,
     )  # fmt: skip
     return part.finish()
 

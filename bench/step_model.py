@@ -1,10 +1,13 @@
-"""`python -m bench.step_model [TRACE]`: one optimizer step of this code, launch by launch: what a GPU should take for it, and what it took.
+"""`python -m bench.step_model [TRACE]`: one optimizer step of this code, launch by launch: what a GPU should
+take for it, and what it took.
 
-The step is that of the 135M model at 32 x 512 in bf16 on an H100, which has been measured once, at an earlier commit. What this code would
-launch is recorded without a GPU (bench/step_record.py). A line of the step that was measured then is predicted to take the time that it
-took, scaled by its FLOPs if it is a product, else by its bytes; a line that is new, what its bytes take at three quarters of the memory's
-rate. A trace (`bench.train_step --variant triton --traces DIR`) of this code is held against that. Every kernel of a trace belongs to one
-line, found from its own name or, for the products of torch's library, from the kernel of ours before it.
+The step is that of the 135M model at 32 x 512 in bf16 on an H100, which has been measured once, at an earlier
+commit. What this code would launch is recorded without a GPU (bench/step_record.py). A line of the step that
+was measured then is predicted to take the time that it took, scaled by its FLOPs if it is a product, else by
+its bytes; a line that is new, what its bytes take at three quarters of the memory's rate. A trace
+(`bench.train_step --variant triton --traces DIR`) of this code is held against that. Every kernel of a trace
+belongs to one line, found from its own name or, for the products of torch's library, from the kernel of ours
+before it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from smollm2.errors import LoadError
 
 LAYERS = 30
 RESULTS = Path(__file__).with_name("results") / "h100"
-MEASURED, RECORDED = RESULTS / "trace-triton.json", RESULTS / "launches-triton.json"  # the step that was measured, and its work
-MEMORY_RATE = 3.056e12 * 0.75  # bytes/s: three quarters of the fastest read on that card, which is what rope and norm reached
+# the step that was measured, and its work
+MEASURED, RECORDED = RESULTS / "trace-triton.json", RESULTS / "launches-triton.json"
+# bytes/s: three quarters of the fastest read on that card, which is what rope and norm reached
+MEMORY_RATE = 3.056e12 * 0.75
 PRODUCT_RATE = 560e12  # FLOP/s of a product that has no line then: the mean of those that have
 
 
@@ -47,15 +52,35 @@ GROUPS = {
     "the rest": ("embedding", "clip, AdamW", "other"),
 }  # fmt: skip
 OWN = {
-    "_rms_norm_fwd_kernel": "add_rms_norm forward", "_attention_fwd_kernel": "attention forward", "_swiglu_fwd_kernel": "swiglu forward",
-    "_swiglu_bwd_kernel": "swiglu backward", "_rms_norm_bwd_dx_kernel": "rms_norm dx", "_rms_norm_bwd_dw_kernel": "rms_norm dw",
+    "_rms_norm_fwd_kernel": "add_rms_norm forward", "_attention_fwd_kernel": "attention forward",
+    "_swiglu_fwd_kernel": "swiglu forward", "_swiglu_bwd_kernel": "swiglu backward",
+    "_rms_norm_bwd_dx_kernel": "rms_norm dx", "_rms_norm_bwd_dw_kernel": "rms_norm dw",
     "_attention_bwd_dq_kernel": "attention dq", "_attention_bwd_dkv_kernel": "attention dk, dv",
     "_softmax_gradient_kernel": "head: softmax gradient, scaling",
 }  # fmt: skip
 # Parts of the names of kernels, of torch's operations where a step was recorded.
 PRODUCTS = ("nvjet", "gemm", "cutlass", "xmma", "mm")
-EMBEDDING = ("gather", "cub", "segment", "compute_grad_weight", "sum_and_scatter", "arange", "embedding", "sort")
-UPDATE = ("multi_tensor_apply", "lpnorm", "fused_adamw", "foreach", "vector_norm", "adamw", "_sum_of_squares", "_norm_kernel", "_scalars")
+EMBEDDING = (
+    "gather",
+    "cub",
+    "segment",
+    "compute_grad_weight",
+    "sum_and_scatter",
+    "arange",
+    "embedding",
+    "sort",
+)
+UPDATE = (
+    "multi_tensor_apply",
+    "lpnorm",
+    "fused_adamw",
+    "foreach",
+    "vector_norm",
+    "adamw",
+    "_sum_of_squares",
+    "_norm_kernel",
+    "_scalars",
+)
 CASTS = ("copy_kernel", "_to_copy")
 
 
@@ -80,12 +105,16 @@ def lines(names: Iterable[str]) -> Iterator[str]:
         elif any(part in name for part in CASTS):
             last = "casts of gradients" if backward else "casts of weights"
         else:
-            last = "head: softmax gradient, scaling" if after == "head: softmax gradient, scaling" else "other"
+            last = (
+                "head: softmax gradient, scaling" if after == "head: softmax gradient, scaling" else "other"
+            )
         yield last
 
 
 def _product(after: str, norms: int, products: int) -> str:
-    """Which product follows the kernel `after`, the `norms`-th of its kind; of two in a backward pass the first is the weight's."""
+    """Which product follows the kernel `after`, the `norms`-th of its kind; of two in a backward pass the
+    first is the weight's.
+    """
     of = "dX" if products else "dW"
     if after == "add_rms_norm forward":
         return "head: products" if norms == 2 * LAYERS + 1 else "qkv" if norms % 2 else "gate_up"
@@ -102,7 +131,11 @@ def work(launches: Iterable[tuple[str, float, float]]) -> dict[str, Work]:
     listed = list(launches)
     for line, (_, moved, flops) in zip(lines(name for name, _, _ in listed), listed, strict=True):
         entry = found.setdefault(line, Work())
-        entry.launches, entry.bytes, entry.flops = entry.launches + 1, entry.bytes + moved, entry.flops + flops
+        entry.launches, entry.bytes, entry.flops = (
+            entry.launches + 1,
+            entry.bytes + moved,
+            entry.flops + flops,
+        )
     return found
 
 
@@ -128,11 +161,21 @@ def predicted(now: dict[str, Work], then: dict[str, Work], took: dict[str, float
     return found
 
 
-def table(now: dict[str, Work], then: dict[str, Work], took: dict[str, float], takes: dict[str, float] | None = None) -> str:
+def table(
+    now: dict[str, Work], then: dict[str, Work], took: dict[str, float], takes: dict[str, float] | None = None
+) -> str:
     """Markdown: launches, bytes and FLOPs of a step then and now, by group and by line; milliseconds measured then, predicted now and,
     with `takes`, measured now."""
     expected = predicted(now, then, took)
-    head = ["", "launches", "MB", "GFLOP", "ms then", "ms predicted", *(["ms now"] if takes is not None else [])]
+    head = [
+        "",
+        "launches",
+        "MB",
+        "GFLOP",
+        "ms then",
+        "ms predicted",
+        *(["ms now"] if takes is not None else []),
+    ]
     rows = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
 
     def row(title: str, names: Iterable[str], mark: str = "") -> str:
@@ -141,9 +184,15 @@ def table(now: dict[str, Work], then: dict[str, Work], took: dict[str, float], t
         def of(works: dict[str, Work], unit: str, scale: float) -> str:
             return f"{sum(getattr(works[name], unit) for name in names if name in works) / scale:,.0f}"
 
-        pairs = [(of(then, *unit), of(now, *unit)) for unit in (("launches", 1), ("bytes", 1e6), ("flops", 1e9))]
+        pairs = [
+            (of(then, *unit), of(now, *unit)) for unit in (("launches", 1), ("bytes", 1e6), ("flops", 1e9))
+        ]
         cells = [old if old == new else f"{old} > {new}" for old, new in pairs]
-        times = [f"{sum(found.get(name, 0.0) for name in names):.2f}" for found in (took, expected, takes) if found is not None]
+        times = [
+            f"{sum(found.get(name, 0.0) for name in names):.2f}"
+            for found in (took, expected, takes)
+            if found is not None
+        ]
         return "| " + " | ".join(f"{mark}{cell}{mark}" for cell in (title, *cells, *times)) + " |"
 
     for group, names in GROUPS.items():
@@ -179,27 +228,43 @@ def read(path: Path) -> list[tuple[str, float]]:
             raise ValueError("expected kernels and what they took")
         return kernels
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise LoadError(f"{path}: not a trace of bench.train_step --traces ({type(error).__name__}: {error})") from None
+        raise LoadError(
+            f"{path}: not a trace of bench.train_step --traces ({type(error).__name__}: {error})"
+        ) from None
 
 
 def main(argv: Sequence[str]) -> int:
     parser: argparse.ArgumentParser = Parser(
-        prog="python -m bench.step_model", description="Predicts a step of this code, and holds a trace of it against the prediction."
+        prog="python -m bench.step_model",
+        description="Predicts a step of this code, and holds a trace of it against the prediction.",
     )
-    parser.add_argument("trace", type=Path, nargs="?", metavar="TRACE", help="trace-triton.json of bench.train_step --traces DIR")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the launches, bytes and FLOPs of each line there")
+    parser.add_argument(
+        "trace",
+        type=Path,
+        nargs="?",
+        metavar="TRACE",
+        help="trace-triton.json of bench.train_step --traces DIR",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the launches, bytes and FLOPs of each line there"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     takes = spent(read(options.trace)) if options.trace else None
     now = record()
     then = {line: Work(*entry) for line, entry in json.loads(RECORDED.read_text(encoding="utf-8")).items()}
     if options.json:
-        rows = (f"{json.dumps(line)}: {json.dumps([entry.launches, entry.bytes, entry.flops])}" for line, entry in now.items())
+        rows = (
+            f"{json.dumps(line)}: {json.dumps([entry.launches, entry.bytes, entry.flops])}"
+            for line, entry in now.items()
+        )
         options.json.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     print(table(now, then, spent(read(MEASURED)), takes))
     host = host_times()
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in host.items())
-    print(f"\nhost, without a graph and Triton's launches left out: {sum(host.values()):.1f} ms of CPU time here ({parts})")
+    print(
+        f"\nhost, without a graph and Triton's launches left out: {sum(host.values()):.1f} ms of CPU time here ({parts})"
+    )
     return 0
 
 

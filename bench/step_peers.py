@@ -1,9 +1,10 @@
-"""`python -m bench.step_peers`: one optimizer step on a CPU beside transformers' Llama and litgpt, eager and compiled, in fp32 and bf16.
+"""`python -m bench.step_peers`: one optimizer step on a CPU beside transformers' Llama and litgpt, eager and
+compiled, in fp32 and bf16.
 
-A step is forward, backward, clipping to a global norm of 1 and fused AdamW, on 2 x 512 tokens of the 135M model. All variants start
-from the same fp32 weights and see the same tokens, so the losses of the first steps must agree: nobody wins by computing less.
-They are measured in turns, so that a drift of the machine meets all alike; figures are medians, and only their ratios mean something on a
-machine that others use too.
+A step is forward, backward, clipping to a global norm of 1 and fused AdamW, on 2 x 512 tokens of the 135M
+model. All variants start from the same fp32 weights and see the same tokens, so the losses of the first steps
+must agree: nobody wins by computing less. They are measured in turns, so that a drift of the machine meets
+all alike; figures are medians, and only their ratios mean something on a machine that others use too.
 
     ours                fp32 parameters; in bf16 every activation, the residual stream included, is bf16
     ours+doc_start      the same with document boundaries, as training uses it: no peer computes that
@@ -37,13 +38,15 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 VARIANTS = (
-    "ours", "transformers", "transformers bf16", "ours+doc_start", "ours+compile", "transformers+compile", "transformers bf16+compile",
+    "ours", "transformers", "transformers bf16", "ours+doc_start", "ours+compile", "transformers+compile",
+    "transformers bf16+compile",
 )  # fmt: skip
 ELSEWHERE = ("litgpt", "liger", "litgpt+compile")  # peers that do not run in this process, or not on a CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TINY_NOTE = "tiny sizes: times mean nothing"
 COMPARED_STEPS = 3
-LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 0.1}  # nats over the first steps; Adam's first updates have the sign of a gradient, however small
+# nats over the first steps; Adam's first updates have the sign of a gradient, however small
+LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 0.1}
 EAGER_BAR, COMPILED_BAR = 1.3, 1.0  # what the main peer's time over ours is to reach
 
 Step = Callable[[], Tensor]
@@ -52,11 +55,15 @@ Step = Callable[[], Tensor]
 def ours(config: SmolLM2Config, dtype: torch.dtype, seed: int = 0) -> SmolLM2ForCausalLM:
     """The model with the weights of that seed, backend torch, fp32 parameters, in training mode."""
     torch.manual_seed(seed)
-    return SmolLM2ForCausalLM(config, "torch", compute_dtype=None if dtype == torch.float32 else dtype).train()
+    return SmolLM2ForCausalLM(
+        config, "torch", compute_dtype=None if dtype == torch.float32 else dtype
+    ).train()
 
 
 def theirs(config: SmolLM2Config, seed: int = 0) -> nn.Module:
-    """transformers' Llama with the weights of `ours`, fp32. Raises NotInstalled, a UsageError, where transformers is not installed."""
+    """transformers' Llama with the weights of `ours`, fp32. Raises NotInstalled, a UsageError, where
+    transformers is not installed.
+    """
     llama: nn.Module = peer_models.transformers_llama(config, ours(config, torch.float32, seed).state_dict())
     return llama
 
@@ -70,8 +77,11 @@ def documents(ids: Tensor) -> Tensor:
     return start
 
 
-def build(variant: str, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str = "inductor") -> Step:
-    """The step of a variant of VARIANTS or ELSEWHERE as a call that returns the loss. compiler: the backend of torch.compile.
+def build(
+    variant: str, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str = "inductor"
+) -> Step:
+    """The step of a variant of VARIANTS or ELSEWHERE as a call that returns the loss. compiler: the backend
+    of torch.compile.
 
     Raises UsageError, with the version and the reason, for a peer that cannot be measured here.
     """
@@ -97,11 +107,17 @@ def build(variant: str, config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, 
 def chosen(dtype: str, names: Sequence[str], compiled: bool, among: Sequence[str] = VARIANTS) -> list[str]:
     """The variants of that dtype, in the order of `among`. names: only these; none means all."""
     fits = [name for name in among if (dtype == "bf16" or not name.startswith("transformers bf16"))]
-    return [name for name in fits if (not names or name in names) and (compiled or not name.endswith("+compile"))]
+    return [
+        name for name in fits if (not names or name in names) and (compiled or not name.endswith("+compile"))
+    ]
 
 
-def build_all(names: Sequence[str], config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str) -> dict[str, Step]:
-    """`build` for each; one that cannot be had is a step that raises the reason, so that it becomes a result like any other failure."""
+def build_all(
+    names: Sequence[str], config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str
+) -> dict[str, Step]:
+    """`build` for each; one that cannot be had is a step that raises the reason, so that it becomes a result
+    like any other failure.
+    """
     steps: dict[str, Step] = {}
     for name in names:
         try:
@@ -118,7 +134,8 @@ def _refuse(failure: Exception) -> Tensor:
 def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> dict[str, dict[str, Any]]:
     """Losses of the first steps, then `rounds` timed steps of each in turns, fewer when no time is left.
 
-    left: seconds until nothing new should begin. A variant that raises has its error as a result, and is not timed.
+    left: seconds until nothing new should begin. A variant that raises has its error as a result, and is not
+    timed.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():
@@ -148,12 +165,18 @@ def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> d
             seconds[name].append(time.perf_counter() - began)
     for name in running:
         times = [1e3 * value for value in seconds[name]]
-        found[name] |= {"step_ms": round(statistics.median(times), 1), "fastest_ms": round(min(times), 1), "rounds": len(times)}
+        found[name] |= {
+            "step_ms": round(statistics.median(times), 1),
+            "fastest_ms": round(min(times), 1),
+            "rounds": len(times),
+        }
     return found
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """How many times as fast ours is: against each peer eager, and ours at its best against each peer compiled."""
+    """How many times as fast ours is: against each peer eager, and ours at its best against each peer
+    compiled.
+    """
     times = {name: row["step_ms"] for name, row in found.items() if "step_ms" in row}
     best = min((times[name] for name in ("ours", "ours+compile") if name in times), default=None)
     result = {}
@@ -165,21 +188,29 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def distances(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Variant -> largest distance of its first losses from those of `ours`; without document boundaries, which change the loss.
+    """Variant -> largest distance of its first losses from those of `ours`; without document boundaries,
+    which change the loss.
 
-    Parameters in bf16 lose most of an update of 3e-4 to rounding, so that peer is on another path after its first step: of its
-    losses only the first, which no update has touched, is compared.
+    Parameters in bf16 lose most of an update of 3e-4 to rounding, so that peer is on another path after its
+    first step: of its losses only the first, which no update has touched, is compared.
     """
     base = found.get("ours", {}).get("losses")
     if base is None:
         return {}
-    rows = {name: row["losses"] for name, row in found.items() if "losses" in row and name != "ours+doc_start"}
+    rows = {
+        name: row["losses"] for name, row in found.items() if "losses" in row and name != "ours+doc_start"
+    }
     compared = {name: 1 if name.startswith("transformers bf16") else COMPARED_STEPS for name in rows}
-    return {name: max(abs(a - b) for a, b in zip(losses[: compared[name]], base, strict=False)) for name, losses in rows.items()}
+    return {
+        name: max(abs(a - b) for a, b in zip(losses[: compared[name]], base, strict=False))
+        for name, losses in rows.items()
+    }
 
 
 def matmul_floor(config: SmolLM2Config, dtype: torch.dtype, tokens: int) -> float:
-    """Milliseconds that the matrix products of a step take alone: three per weight matrix, each at the rate it reaches by itself."""
+    """Milliseconds that the matrix products of a step take alone: three per weight matrix, each at the rate
+    it reaches by itself.
+    """
     width, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     layers, mlp = config.num_hidden_layers, config.intermediate_size
     shapes = {  # (rows of the weight, its columns): how often
@@ -191,7 +222,9 @@ def matmul_floor(config: SmolLM2Config, dtype: torch.dtype, tokens: int) -> floa
     }
     total = 0.0
     for (rows, columns), count in shapes.items():
-        x, weight, dy = (torch.randn(shape).to(dtype) for shape in ((tokens, columns), (rows, columns), (tokens, rows)))
+        x, weight, dy = (
+            torch.randn(shape).to(dtype) for shape in ((tokens, columns), (rows, columns), (tokens, rows))
+        )
         y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
         products = ((x, weight.t(), y), (dy, weight, dx), (dy.t(), x, dw))
         for a, b, out in products:
@@ -213,19 +246,35 @@ def show(dtype: str, name: str, row: dict[str, Any], ratio: float | None) -> str
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser("step_peers", "Times one optimizer step on a CPU beside transformers' Llama and litgpt.")
-    arguments.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this one; may be repeated")
-    arguments.add_argument("--variant", action="append", choices=(*VARIANTS, *ELSEWHERE), help="only this one; may be repeated")
-    arguments.add_argument("--no-compile", action="store_true", help="leave the compiled variants out: each takes a minute or more")
-    arguments.add_argument("--rounds", type=int, default=7, metavar="N", help="timed steps of each variant (default 7)")
+    arguments = parser(
+        "step_peers", "Times one optimizer step on a CPU beside transformers' Llama and litgpt."
+    )
+    arguments.add_argument(
+        "--dtype", action="append", choices=tuple(DTYPES), help="only this one; may be repeated"
+    )
+    arguments.add_argument(
+        "--variant", action="append", choices=(*VARIANTS, *ELSEWHERE), help="only this one; may be repeated"
+    )
+    arguments.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="leave the compiled variants out: each takes a minute or more",
+    )
+    arguments.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="timed steps of each variant (default 7)"
+    )
     options = arguments.parse_args(argv)
     if options.device == "cuda":
-        raise UsageError("--device cuda: these peers are compared on a CPU; python -m bench.train_step measures a GPU")
+        raise UsageError(
+            "--device cuda: these peers are compared on a CPU; python -m bench.train_step measures a GPU"
+        )
     if options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
     # Not a Part of bench.gpu: those refuse the CPU at full size, which is the subject here.
     began = time.monotonic()
-    config = SmolLM2Config.preset("tiny", num_hidden_layers=1) if options.tiny else SmolLM2Config.preset("135M")
+    config = (
+        SmolLM2Config.preset("tiny", num_hidden_layers=1) if options.tiny else SmolLM2Config.preset("135M")
+    )
     batch, length = (1, 16) if options.tiny else (2, 512)
     ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     origin = provenance(ids.device)
@@ -240,7 +289,11 @@ def main(argv: Sequence[str]) -> int:
     if options.tiny:
         data["note"] = TINY_NOTE
         print(TINY_NOTE)
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if name in ("python", "torch", "transformers"))
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in origin["versions"].items()
+        if name in ("python", "torch", "transformers")
+    )
     print(
         f"{batch} x {length} tokens, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {policy}, {versions}, {origin['device']}",
         flush=True,
@@ -258,10 +311,17 @@ def main(argv: Sequence[str]) -> int:
     for dtype in options.dtype or DTYPES:
         names = chosen(dtype, options.variant or (), not options.no_compile, (*VARIANTS, *ELSEWHERE))
         steps = build_all(names, config, DTYPES[dtype], ids, "aot_eager" if options.tiny else "inductor")
-        found = measure(steps, 1 if options.tiny else options.rounds, lambda: options.seconds - (time.monotonic() - began))
+        found = measure(
+            steps, 1 if options.tiny else options.rounds, lambda: options.seconds - (time.monotonic() - began)
+        )
         faster, apart = ratios(found), distances(found)
         floor = matmul_floor(config, DTYPES[dtype], ids.numel())
-        results[dtype] = {"variants": found, "ours_is_faster": faster, "loss_distance": apart, "matmul_floor_ms": floor}
+        results[dtype] = {
+            "variants": found,
+            "ours_is_faster": faster,
+            "loss_distance": apart,
+            "matmul_floor_ms": floor,
+        }
         save(results=results)
         for name, row in found.items():
             print(show(dtype, name, row, faster.get(name)), flush=True)
@@ -269,7 +329,10 @@ def main(argv: Sequence[str]) -> int:
         for name, distance in apart.items():
             if not distance <= LOSS_TOLERANCE[dtype]:
                 far = True
-                print(f"{dtype:6}{name}: first losses are {distance:.1e} nats from those of ours: TOO FAR", flush=True)
+                print(
+                    f"{dtype:6}{name}: first losses are {distance:.1e} nats from those of ours: TOO FAR",
+                    flush=True,
+                )
         for name, bar in (("transformers", EAGER_BAR), ("transformers+compile", COMPILED_BAR)):
             if name in faster and not options.tiny:
                 reached = "" if faster[name] >= bar else ": NOT REACHED"
@@ -277,7 +340,9 @@ def main(argv: Sequence[str]) -> int:
         del steps
         gc.collect()
         torch.compiler.reset()
-    rows = {f"{name} {dtype}": row for dtype, found in results.items() for name, row in found["variants"].items()}
+    rows = {
+        f"{name} {dtype}": row for dtype, found in results.items() for name, row in found["variants"].items()
+    }
     save(status="complete", peers=peer_models.step_standing(rows))
     for line in peers.not_measured(data["peers"]):
         print(line, flush=True)

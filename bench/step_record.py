@@ -1,7 +1,8 @@
 """One optimizer step, launch by launch, with the bytes and FLOPs of each, recorded without a GPU.
 
-The step runs on tensors without memory, as the only program of a GPU that is not there (bench/stand_in.py): what it would launch is what it
-calls. A launch moves the bytes of the tensors that it is given, each once, and computes what its shapes say.
+The step runs on tensors without memory, as the only program of a GPU that is not there (bench/stand_in.py):
+what it would launch is what it calls. A launch moves the bytes of the tensors that it is given, each once,
+and computes what its shapes say.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ PROCESSORS = 132  # multiprocessors of an H100
 
 
 class Launch(NamedTuple):
-    """What a kernel is called, the bytes that it reads and writes, and the floating-point operations of its products."""
+    """What a kernel is called, the bytes that it reads and writes, and the floating-point operations of its
+    products.
+    """
 
     name: str
     bytes: float
@@ -51,7 +54,11 @@ def _attention(times: float) -> Callable[[dict[str, Any]], float]:
     return flops
 
 
-FLOPS = {"_attention_fwd_kernel": _attention(2), "_attention_bwd_dq_kernel": _attention(3), "_attention_bwd_dkv_kernel": _attention(4)}
+FLOPS = {
+    "_attention_fwd_kernel": _attention(2),
+    "_attention_bwd_dq_kernel": _attention(3),
+    "_attention_bwd_dkv_kernel": _attention(4),
+}
 
 
 def _elements(arguments: dict[str, Any]) -> int:
@@ -59,8 +66,9 @@ def _elements(arguments: dict[str, Any]) -> int:
     return int(arguments["owner_ptr"].numel() * arguments["CHUNK"])
 
 
-# What the tensors that are given do not tell. AdamW reads gradient, parameter and two averages, and writes the last three and a copy; of a
-# table of embeddings only rows are read, and at most as many are written as there are tokens; nothing is rescaled by an upstream of 1.
+# What the tensors that are given do not tell. AdamW reads gradient, parameter and two averages, and writes
+# the last three and a copy; of a table of embeddings only rows are read, and at most as many are written as
+# there are tokens; nothing is rescaled by an upstream of 1.
 BYTES: dict[str, Callable[[dict[str, Any]], int]] = {
     "_embedding_fwd_kernel": lambda arguments: 2 * arguments["x_ptr"].nbytes,
     "_embedding_bwd_kernel": lambda arguments: arguments["dx_ptr"].nbytes + 8 * arguments["dx_ptr"].numel(),
@@ -69,13 +77,20 @@ BYTES: dict[str, Callable[[dict[str, Any]], int]] = {
     "_sum_of_squares_kernel": lambda arguments: 4 * _elements(arguments),
     "_adamw_kernel": lambda arguments: (30 if arguments["COPY"] else 28) * _elements(arguments),
 }
-# How often a launch moves its tensors, where that is not once: the logits of the loss are read, and their gradients take their place.
+# How often a launch moves its tensors, where that is not once: the logits of the loss are read, and their
+# gradients take their place.
 MOVES = {"_softmax_gradient_kernel": 2}
 
 
 def _bytes(values: list[Any]) -> float:
-    """Of the tensors among them: what is given twice counts once, and views of one storage at most as much as that."""
-    views = {(x.untyped_storage()._cdata, x.storage_offset(), x.numel()): x for x in values if isinstance(x, Tensor)}
+    """Of the tensors among them: what is given twice counts once, and views of one storage at most as much as
+    that.
+    """
+    views = {
+        (x.untyped_storage()._cdata, x.storage_offset(), x.numel()): x
+        for x in values
+        if isinstance(x, Tensor)
+    }
     found: dict[int, tuple[int, int]] = {}
     for (storage, _, _), x in views.items():
         found[storage] = found.get(storage, (0, 0))[0] + x.nbytes, x.untyped_storage().nbytes()
@@ -88,7 +103,11 @@ def _read_too(name: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
         return [args[0]] if kwargs.get("beta", 1) else []
     if name == "_fused_adamw_":
         return [args[0], args[2:4]]  # parameters and averages; the gradients are read alone
-    return list(args[:1]) if name.endswith("_") and name not in ("copy_", "fill_", "zero_", "_foreach_copy_") else []
+    return (
+        list(args[:1])
+        if name.endswith("_") and name not in ("copy_", "fill_", "zero_", "_foreach_copy_")
+        else []
+    )
 
 
 class _Operations(TorchDispatchMode):
@@ -101,12 +120,14 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # a learning rate that is looked at once
-        result = func(*args, **(kwargs or {})) if func._schema.returns else None  # what returns nothing would only write
+        # what returns nothing would only write
+        result = func(*args, **(kwargs or {})) if func._schema.returns else None
         space, _, name = func._schema.name.partition("::")
         if space == "aten" and not func.is_view and name not in NO_KERNEL:
             product = {"mm": args[:2], "addmm": args[1:3]}.get(name)
             flops = 2.0 * product[0].shape[0] * product[0].shape[1] * product[1].shape[1] if product else 0.0
-            given = result if name == "embedding" else (args, kwargs, result)  # of the table only as many rows as come out
+            # of the table only as many rows as come out
+            given = result if name == "embedding" else (args, kwargs, result)
             moved = _bytes(tree_leaves(given)) + _bytes(tree_leaves(_read_too(name, args, kwargs or {})))
             self._found.append(Launch(name, moved, flops))
         return result
@@ -114,13 +135,17 @@ class _Operations(TorchDispatchMode):
 
 @contextmanager
 def recording(arch: str = "sm_90") -> Iterator[list[Launch]]:
-    """While this is open, everything that would be launched on such a GPU is added to the list, and nothing computes."""
+    """While this is open, everything that would be launched on such a GPU is added to the list, and nothing
+    computes.
+    """
     found: list[Launch] = []
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         name = kernel.fn.__name__
-        moved = BYTES[name](arguments) if name in BYTES else MOVES.get(name, 1) * _bytes(list(arguments.values()))
+        moved = (
+            BYTES[name](arguments) if name in BYTES else MOVES.get(name, 1) * _bytes(list(arguments.values()))
+        )
         found.append(Launch(name, moved, FLOPS.get(name, lambda _: 0.0)(arguments)))
 
     with ExitStack() as stack:
@@ -132,17 +157,19 @@ def recording(arch: str = "sm_90") -> Iterator[list[Launch]]:
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(mock.patch.object(kind, "run", run))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
-        stack.enter_context(mock.patch("torch.optim.adam._device_dtype_check_for_fused"))  # it knows no tensors without memory
+        # it knows no tensors without memory
+        stack.enter_context(mock.patch("torch.optim.adam._device_dtype_check_for_fused"))
         stack.enter_context(mock.patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True))
         stack.enter_context(_Operations(found))
         yield found
 
 
 def host_times(rounds: int = 20) -> dict[str, float]:
-    """Milliseconds of CPU time that Python and torch's dispatcher spend on a step launched one by one, by phase: medians.
+    """Milliseconds of CPU time that Python and torch's dispatcher spend on a step launched one by one, by
+    phase: medians.
 
-    Of a model with the 135M model's layers and next to no width, on the CPU, with Triton's launches left out: what is left is the host's
-    work, but for some 7 us a launch.
+    Of a model with the 135M model's layers and next to no width, on the CPU, with Triton's launches left out:
+    what is left is the host's work, but for some 7 us a launch.
     """
     spent: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
     with ExitStack() as stack:
@@ -153,7 +180,12 @@ def host_times(rounds: int = 20) -> dict[str, float]:
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(mock.patch.object(kind, "run", lambda *_, **__: None))
         config = SmolLM2Config.preset(
-            "135M", hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1, vocab_size=64
+            "135M",
+            hidden_size=64,
+            intermediate_size=64,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            vocab_size=64,
         )
         step = TrainingStep(SmolLM2ForCausalLM(config, "triton", compute_dtype=torch.bfloat16).train())
         ids, kept = torch.zeros(1, 2, dtype=torch.int64), list[Tensor]()
@@ -165,7 +197,11 @@ def host_times(rounds: int = 20) -> dict[str, float]:
             kept[:] = [loss]
 
         for _ in range(rounds):
-            for name, phase in (("forward", forward), ("backward", lambda: kept[0].backward()), ("update", step.update)):
+            for name, phase in (
+                ("forward", forward),
+                ("backward", lambda: kept[0].backward()),
+                ("update", step.update),
+            ):
                 began = time.process_time()
                 phase()
                 spent[name].append(1e3 * (time.process_time() - began))

@@ -1,4 +1,5 @@
-"""What a training run reads without a download: the Python files of this installation, of which a few packages are held out whole.
+"""What a training run reads without a download: the Python files of this installation, of which a few
+packages are held out whole.
 
 Its tokens can be made ahead, by train.prepare, on processors that other work leaves free.
 """
@@ -13,13 +14,16 @@ import torch
 
 HELD_OUT = ("jinja2", "lineax", "optax", "patsy")  # those that are there; jinja2 comes with torch
 FASTEST = 500_000  # tokens per second that are prepared for a run, which tokenises what it lacks
-# The recipe, and where a tokenizer is learned, one of as many entries as SmolLM2's: a smaller one would make another model.
+# The recipe, and where a tokenizer is learned, one of as many entries as SmolLM2's: a smaller one would make
+# another model.
 FULL = ("smollm2_135m.yaml", "vocab_size=49152", "tokenizer_documents=2000")
 TINY = ("tiny.yaml", "vocab_size=300", "tokenizer_documents=20")
 
 
 def globs(tiny: bool) -> tuple[list[str], list[str]]:
-    """What `paths` and `validation_paths` of train.run take: the files to train on, and those among them that are held out."""
+    """What `paths` and `validation_paths` of train.run take: the files to train on, and those among them that
+    are held out.
+    """
     library = Path(sysconfig.get_path("stdlib"))
     if tiny:
         return [f"{library}/json/*.py"], [f"{library}/html/*.py"]
@@ -37,7 +41,9 @@ def _python(folders: list[Path]) -> list[str]:
 
 
 def tokenizer_source(name: str) -> str:
-    """A tokenizer as train.run takes it from any folder: paths are absolute, and a tokenizer.json stands for its folder."""
+    """A tokenizer as train.run takes it from any folder: paths are absolute, and a tokenizer.json stands for
+    its folder.
+    """
     path = Path(name).expanduser()
     if name == "train" or not path.exists():
         return name
@@ -45,14 +51,27 @@ def tokenizer_source(name: str) -> str:
 
 
 def configuration(tiny: bool, tokenizer: str, folder: Path) -> list[str]:
-    """The arguments that train.run and train.prepare must share to mean the same tokens. folder: for the token cache."""
+    """The arguments that train.run and train.prepare must share to mean the same tokens. folder: for the
+    token cache.
+    """
     paths, held_out = globs(tiny)
-    keys = [*(TINY if tiny else FULL), f"tokenizer={tokenizer_source(tokenizer)}", f"token_cache={folder}", "data=local"]
+    keys = [
+        *(TINY if tiny else FULL),
+        f"tokenizer={tokenizer_source(tokenizer)}",
+        f"token_cache={folder}",
+        "data=local",
+    ]
     keys.append(f"paths=[{','.join(paths)}]")
     return [*keys, *([f"validation_paths=[{','.join(held_out)}]"] if held_out else [])]
 
 
 def preparation(tiny: bool, tokenizer: str, folder: Path, *, workers: int, seconds: float) -> list[str]:
     """The command that fills the token cache with what a run reads in so many seconds."""
-    command = [sys.executable, "-m", "train.prepare", *configuration(tiny, tokenizer, folder), f"workers={workers}"]
+    command = [
+        sys.executable,
+        "-m",
+        "train.prepare",
+        *configuration(tiny, tokenizer, folder),
+        f"workers={workers}",
+    ]
     return [*command, "--tokens", str(max(1, int(FASTEST * seconds)))]

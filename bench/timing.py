@@ -1,8 +1,9 @@
-"""Clocks. On a GPU: CUDA graphs replayed with a cold L2, timed by events. On a CPU: the wall clock, which measures nothing useful here.
+"""Clocks. On a GPU: CUDA graphs replayed with a cold L2, timed by events. On a CPU: the wall clock, which
+measures nothing useful here.
 
-A kernel of this model runs for 10 to 50 us, about as long as Python needs to launch one. A graph takes the launches out of the
-figure; the wall clock around plain calls puts them back in, and both are reported. What reads a value on the host has no graph: its plain
-calls are timed by the same events.
+A kernel of this model runs for 10 to 50 us, about as long as Python needs to launch one. A graph takes the
+launches out of the figure; the wall clock around plain calls puts them back in, and both are reported. What
+reads a value on the host has no graph: its plain calls are timed by the same events.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-# Read before every measurement: larger than any L2, and it gives the host time to queue what follows. Read, not written: the lines that a
-# write leaves in the L2 have to be written back in the time of the next kernel.
+# Read before every measurement: larger than any L2, and it gives the host time to queue what follows. Read,
+# not written: the lines that a write leaves in the L2 have to be written back in the time of the next kernel.
 FLUSH_BYTES = 256 << 20
 LEAST_US = 1000.0  # of one measurement on a GPU, by repeated replays
 
@@ -63,8 +64,9 @@ class NotCapturable(RuntimeError):
 def replayable(prepare: Callable[[], Callable[[], object]], device: torch.device) -> Callable[[], object]:
     """What `prepare()` returns, as one captured CUDA graph; on a CPU a plain call.
 
-    prepare runs on the stream of the capture: autograd runs a backward pass on the stream of its forward pass, and a capture must not
-    leave its stream. What the call returns is kept, so that its tensors do not share memory with each other.
+    prepare runs on the stream of the capture: autograd runs a backward pass on the stream of its forward
+    pass, and a capture must not leave its stream. What the call returns is kept, so that its tensors do not
+    share memory with each other.
     Raises NotCapturable, and whatever the call itself raises.
     """
     if device.type != "cuda":
@@ -98,7 +100,9 @@ def replayable(prepare: Callable[[], Callable[[], object]], device: torch.device
     return replay
 
 
-def replayable_or_plain(prepare: Callable[[], Callable[[], object]], device: torch.device) -> tuple[Callable[[], object], bool]:
+def replayable_or_plain(
+    prepare: Callable[[], Callable[[], object]], device: torch.device
+) -> tuple[Callable[[], object], bool]:
     """(`replayable`, whether it is a graph): a plain call where it cannot be captured, and on a CPU."""
     with contextlib.suppress(NotCapturable):
         return replayable(prepare, device), device.type == "cuda"
@@ -109,7 +113,9 @@ def replayable_or_plain(prepare: Callable[[], Callable[[], object]], device: tor
 
 
 def _check_never_waits(call: Callable[[], object]) -> None:
-    """Raises NotCapturable for a call that makes the host wait for the device: found out before a capture that it would spoil."""
+    """Raises NotCapturable for a call that makes the host wait for the device: found out before a capture
+    that it would spoil.
+    """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the mode is a prototype
@@ -122,11 +128,14 @@ def _check_never_waits(call: Callable[[], object]) -> None:
             torch.cuda.set_sync_debug_mode(before)
 
 
-def alternate(replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30) -> dict[str, Sample]:
+def alternate(
+    replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30
+) -> dict[str, Sample]:
     """Microseconds per call of each variant, in turns, so that a drift of the clocks meets all alike.
 
-    calls: how many calls of the operation one replay holds. The first two rounds do not count. On a GPU a replay is repeated until it
-    lasts a millisecond: calls must then be so many that none finds its inputs in the L2, where the one before the last left them.
+    calls: how many calls of the operation one replay holds. The first two rounds do not count. On a GPU a
+    replay is repeated until it lasts a millisecond: calls must then be so many that none finds its inputs in
+    the L2, where the one before the last left them.
     """
     flush = flush_buffer(device)
     values: dict[str, list[float]] = {name: [] for name in replays}
@@ -165,7 +174,9 @@ def _wall_time(call: Callable[[], object]) -> float:
 
 
 def eager(call: Callable[[], object], device: torch.device, budget: float, rounds: int) -> Sample:
-    """Microseconds per plain call, host included: several calls in a row, then one wait. budget: seconds per round, about."""
+    """Microseconds per plain call, host included: several calls in a row, then one wait. budget: seconds per
+    round, about.
+    """
 
     def several(count: int) -> float:
         began = time.perf_counter()

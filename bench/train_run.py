@@ -1,9 +1,11 @@
-"""`python -m bench.train_run [key=value ...]`: the training program itself, for as long as there is time, on what bench/text.py finds.
+"""`python -m bench.train_run [key=value ...]`: the training program itself, for as long as there is time, on
+what bench/text.py finds.
 
-It is `python -m train.run` with the recipe of train/configs/smollm2_135m.yaml and the Triton kernels, in a process of its own. What that
-writes is copied into the section while it runs. When the time is up it gets SIGTERM, upon which it saves and leaves, and what it has
-reached is the result. It can be doubted in the usual ways: the held-out loss beside the training loss, the documents and how many of them
-are different, the epochs, the entropy of the token frequencies (what a model knows that has only counted), and a sample.
+It is `python -m train.run` with the recipe of train/configs/smollm2_135m.yaml and the Triton kernels, in a
+process of its own. What that writes is copied into the section while it runs. When the time is up it gets
+SIGTERM, upon which it saves and leaves, and what it has reached is the result. It can be doubted in the usual
+ways: the held-out loss beside the training loss, the documents and how many of them are different, the
+epochs, the entropy of the token frequencies (what a model knows that has only counted), and a sample.
 """
 
 from __future__ import annotations
@@ -29,10 +31,32 @@ POLL = 1.0  # seconds between two looks at what the run has written
 SAVING = 10.0  # seconds that it has to save and leave
 # Kept of every line of metrics, and of the last one, whose counts are those of the whole run.
 POINT = ("step", "tokens", "loss", "gradient_norm", "tokens_per_second", "wait_ms")
-TOTALS = ("epochs", "documents", "unique_examples", "unique_examples_exact", "invalid_documents", "skipped_steps", "memory_peak_gb")
+TOTALS = (
+    "epochs",
+    "documents",
+    "unique_examples",
+    "unique_examples_exact",
+    "invalid_documents",
+    "skipped_steps",
+    "memory_peak_gb",
+)
 # The recipe takes four minutes of an H100. With these keys half a minute has something of everything too.
-FULL = ("eval_every=100", "eval_batches=8", "sample_every=200", "sample_prompts=[def fibonacci(n):]", "checkpoint_every=0")
-TINY = ("num_hidden_layers=1", "batch_size=1", "sequence_length=16", "steps=4", "eval_every=2", "sample_every=2", "sample_tokens=2")
+FULL = (
+    "eval_every=100",
+    "eval_batches=8",
+    "sample_every=200",
+    "sample_prompts=[def fibonacci(n):]",
+    "checkpoint_every=0",
+)
+TINY = (
+    "num_hidden_layers=1",
+    "batch_size=1",
+    "sequence_length=16",
+    "steps=4",
+    "eval_every=2",
+    "sample_every=2",
+    "sample_tokens=2",
+)
 
 
 def missing() -> str | None:
@@ -60,12 +84,20 @@ def collect(folder: Path) -> dict[str, Any]:
     for key in ("tokens_per_second", "mfu"):
         if values := [line[key] for line in trained if key in line]:
             found[key] = statistics.median(values)
-    parts = re.split(r"^step (\d+) sample: ", samples.read_text(encoding="utf-8") if samples.is_file() else "", flags=re.MULTILINE)
-    return found | ({"sample": {"step": int(parts[-2]), "text": parts[-1].rstrip("\n")}} if len(parts) > 2 else {})
+    parts = re.split(
+        r"^step (\d+) sample: ",
+        samples.read_text(encoding="utf-8") if samples.is_file() else "",
+        flags=re.MULTILINE,
+    )
+    return found | (
+        {"sample": {"step": int(parts[-2]), "text": parts[-1].rstrip("\n")}} if len(parts) > 2 else {}
+    )
 
 
 def follow(part: Part, process: subprocess.Popen[bytes], folder: Path) -> bool:
-    """Saves what the run writes until it ends or the time is up, and ends it then; returns whether it had to. No run is left behind."""
+    """Saves what the run writes until it ends or the time is up, and ends it then; returns whether it had to.
+    No run is left behind.
+    """
     try:
         while process.poll() is None and part.left() > 0:
             with suppress(subprocess.TimeoutExpired):
@@ -85,10 +117,23 @@ def follow(part: Part, process: subprocess.Popen[bytes], folder: Path) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser("train_run", "Runs train.run on the Python files of this installation, for as long as there is time.")
-    arguments.add_argument("keys", nargs="*", metavar="key=value", help="keys of train.run, which replace those of the recipe")
-    arguments.add_argument("--tokenizer", default="train", help="tokenizer.json, its folder, or what train.run takes; default: learn one")
-    arguments.add_argument("--scratch", type=Path, metavar="DIR", help="for tokens and checkpoints (default: a folder that is removed)")
+    arguments = parser(
+        "train_run", "Runs train.run on the Python files of this installation, for as long as there is time."
+    )
+    arguments.add_argument(
+        "keys", nargs="*", metavar="key=value", help="keys of train.run, which replace those of the recipe"
+    )
+    arguments.add_argument(
+        "--tokenizer",
+        default="train",
+        help="tokenizer.json, its folder, or what train.run takes; default: learn one",
+    )
+    arguments.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="DIR",
+        help="for tokens and checkpoints (default: a folder that is removed)",
+    )
     options = arguments.parse_args(argv)
     part = Part("run", options)
     if reason := missing():
@@ -97,8 +142,16 @@ def main(argv: Sequence[str]) -> int:
         return part.finish()
     with tempfile.TemporaryDirectory(prefix="bench-run-") as temporary:
         scratch = (options.scratch or Path(temporary)).resolve()
-        keys = [*text.configuration(part.tiny, options.tokenizer, scratch / "tokens"), *(TINY if part.tiny else FULL), "backend=triton"]
-        keys += [f"device={part.device.type}", f"workers={max(1, min(8, (os.cpu_count() or 1) // 2))}", *options.keys]
+        keys = [
+            *text.configuration(part.tiny, options.tokenizer, scratch / "tokens"),
+            *(TINY if part.tiny else FULL),
+            "backend=triton",
+        ]
+        keys += [
+            f"device={part.device.type}",
+            f"workers={max(1, min(8, (os.cpu_count() or 1) // 2))}",
+            *options.keys,
+        ]
         part.save(arguments=keys)
         command = [sys.executable, "-m", "train.run", *keys, f"output_dir={scratch / 'run'}"]
         stopped = follow(part, subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL), scratch / "run")
@@ -107,7 +160,9 @@ def main(argv: Sequence[str]) -> int:
         return 1  # the last line of the output, which the run wrote, says why
     if stopped and code:
         where = f"after step {points[-1]['step']}" if points else "before the first step"
-        part.save(end=f"the time was up {where}" + (", and saving took too long" if code == -signal.SIGKILL else ""))
+        part.save(
+            end=f"the time was up {where}" + (", and saving took too long" if code == -signal.SIGKILL else "")
+        )
     return part.finish()
 
 

@@ -1,10 +1,13 @@
-"""`python -m bench.train_step`: one optimizer step of the 135M model at 32 x 512, per backend and beside other libraries, which must agree.
+"""`python -m bench.train_step`: one optimizer step of the 135M model at 32 x 512, per backend and beside
+other libraries, which must agree.
 
-A step is forward, backward, clipping to a global norm of 1 and AdamW, with fp32 parameters and bf16 activations. Every variant starts from
-the same weights and sees the same tokens, so the losses of the first steps must agree: nobody wins by computing less. The peers are those
-of bench/peer_models.py, under autocast; one that cannot be measured here is named with its version and the reason.
-Rates are medians over blocks of steps with one wait per block, as in training. MFU counts 6 operations per weight and token and causal
-attention half, against the vendor's dense bf16 peak; no MFU for a device that the table does not have.
+A step is forward, backward, clipping to a global norm of 1 and AdamW, with fp32 parameters and bf16
+activations. Every variant starts from the same weights and sees the same tokens, so the losses of the first
+steps must agree: nobody wins by computing less. The peers are those of bench/peer_models.py, under autocast;
+one that cannot be measured here is named with its version and the reason.
+Rates are medians over blocks of steps with one wait per block, as in training. MFU counts 6 operations per
+weight and token and causal attention half, against the vendor's dense bf16 peak; no MFU for a device that the
+table does not have.
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ from smollm2.model import SmolLM2ForCausalLM
 if TYPE_CHECKING:
     from bench.litgpt_peer import LitgptStep
 
-# Our own ways. "torch,all-logits" is backend torch with a loss that holds all logits, as torch.compile likes it best; "torch-adamw" has
-# torch's AdamW and casts the weights on use, "fused-mlp" the SwiGLU inside its products, whatever the launch table says.
+# Our own ways. "torch,all-logits" is backend torch with a loss that holds all logits, as torch.compile likes
+# it best; "torch-adamw" has torch's AdamW and casts the weights on use, "fused-mlp" the SwiGLU inside its
+# products, whatever the launch table says.
 VARIANTS = (
-    "triton", "triton+graph", "triton+torch-adamw+graph", "triton+fused-mlp+graph", "torch", "torch+graph", "torch,all-logits+compile",
-    "torch+compile", "triton+compile",
+    "triton", "triton+graph", "triton+torch-adamw+graph", "triton+fused-mlp+graph", "torch", "torch+graph",
+    "torch,all-logits+compile", "torch+compile", "triton+compile",
 )  # fmt: skip
 COMPARED_STEPS = 3
 LOSS_TOLERANCE = 0.02  # nats, between backends, in bf16
@@ -49,7 +53,11 @@ class TrainingStep:
     """One optimizer step as a call: tokens -> loss, which stays on the device."""
 
     def __init__(
-        self, model: SmolLM2ForCausalLM, forward: Callable[..., Any] | None = None, lr: float = 3e-4, own: bool | None = None
+        self,
+        model: SmolLM2ForCausalLM,
+        forward: Callable[..., Any] | None = None,
+        lr: float = 3e-4,
+        own: bool | None = None,
     ) -> None:
         """forward: the model, or torch.compile of it. own: AdamW is ours and writes the working copies of the weights (default: as a
         training run has it, where the backend is Triton's and nothing is compiled)."""
@@ -59,7 +67,8 @@ class TrainingStep:
         vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
         groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
         device = model.lm_head.weight.device
-        self.lr = torch.tensor(lr, device=device)  # a tensor, so that a schedule needs no other step and a captured graph sees it
+        # a tensor, so that a schedule needs no other step and a captured graph sees it
+        self.lr = torch.tensor(lr, device=device)
         if own is None:
             own = forward is None and getattr(model, "backend", TORCH).name.startswith("triton")
         if own:
@@ -68,9 +77,13 @@ class TrainingStep:
 
             copies = None if model.compute_dtype is None else WorkingCopies(model, model.compute_dtype)
             model.use_working_copies(copies)
-            self.optimizer: torch.optim.Optimizer = FusedAdamW(groups, lr=self.lr, betas=(0.9, 0.95), copies=copies)
+            self.optimizer: torch.optim.Optimizer = FusedAdamW(
+                groups, lr=self.lr, betas=(0.9, 0.95), copies=copies
+            )
         else:
-            self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda")
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=self.lr, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda"
+            )
 
     def __call__(self, ids: Tensor, doc_start: Tensor | None = None) -> Tensor:
         """ids, doc_start [B, T] -> loss in nats."""
@@ -96,7 +109,9 @@ class TrainingStep:
 
 
 class CapturedStep:
-    """A TrainingStep as one CUDA graph: no Python and no launches between its kernels. Runs two steps before it is captured."""
+    """A TrainingStep as one CUDA graph: no Python and no launches between its kernels. Runs two steps before
+    it is captured.
+    """
 
     def __init__(self, step: TrainingStep, ids: Tensor) -> None:
         self._ids = ids.clone()
@@ -105,7 +120,8 @@ class CapturedStep:
         with torch.cuda.stream(stream):
             self.first_losses = [step(self._ids) for _ in range(2)]
         torch.cuda.synchronize()
-        step.optimizer.zero_grad(set_to_none=True)  # the gradients of the capture live in the graph's own memory
+        # the gradients of the capture live in the graph's own memory
+        step.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream):
             self._loss = step(self._ids)
@@ -117,9 +133,12 @@ class CapturedStep:
 
 
 def all_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", **others: Any,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    **others: Any,
 ) -> Tensor:  # fmt: skip
-    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more. No scale, no penalty, and it reads no copy."""
+    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more. No scale, no
+    penalty, and it reads no copy.
+    """
     wanted = [name for name in ("scale", "z_loss", "label_smoothing") if others.get(name)]
     if wanted:
         raise ValueError(f"the plain loss has no {', '.join(wanted)}")
@@ -129,13 +148,19 @@ def all_logits(
 
 
 def build(config: SmolLM2Config, name: str, device: torch.device) -> SmolLM2ForCausalLM:
-    """The model with the weights that seed 0 gives on this device, in training mode, bf16 activations (fp32 on a CPU).
+    """The model with the weights that seed 0 gives on this device, in training mode, bf16 activations (fp32
+    on a CPU).
 
     name: of a backend, or of one of VARIANTS without what follows a "+".
     """
     backend: Backend | str = name
     if name == "torch,all-logits":
-        backend = with_ops(TORCH, linear_cross_entropy=dataclasses.replace(TORCH, name="all-logits", linear_cross_entropy=all_logits))
+        backend = with_ops(
+            TORCH,
+            linear_cross_entropy=dataclasses.replace(
+                TORCH, name="all-logits", linear_cross_entropy=all_logits
+            ),
+        )
     elif name == "triton+fused-mlp":
         from kernels.mlp import mlp
 
@@ -143,16 +168,24 @@ def build(config: SmolLM2Config, name: str, device: torch.device) -> SmolLM2ForC
         backend = with_ops(ours, mlp=dataclasses.replace(ours, name="fused", mlp=mlp))
     torch.manual_seed(0)
     with torch.device(device):
-        return SmolLM2ForCausalLM(config, backend, compute_dtype=torch.bfloat16 if device.type == "cuda" else None).train()
+        return SmolLM2ForCausalLM(
+            config, backend, compute_dtype=torch.bfloat16 if device.type == "cuda" else None
+        ).train()
 
 
 def measure(
-    variant: str, config: SmolLM2Config, ids: Tensor, tiny: bool, lock: Path | None = None, traces: Path | None = None
+    variant: str,
+    config: SmolLM2Config,
+    ids: Tensor,
+    tiny: bool,
+    lock: Path | None = None,
+    traces: Path | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One variant, of VARIANTS or a peer, from its first step to its rate: yields (name, row) as soon as it is there.
+    """One variant, of VARIANTS or a peer, from its first step to its rate: yields (name, row) as soon as it
+    is there.
 
-    On a GPU what is compiled gets a second row: the same step, from the same weights, as a CUDA graph. lock: see `bench.timing.alone`.
-    traces: folder for the kernels of a step, one by one.
+    On a GPU what is compiled gets a second row: the same step, from the same weights, as a CUDA graph. lock:
+    see `bench.timing.alone`. traces: folder for the kernels of a step, one by one.
     """
     from bench import peer_models  # which imports this module
 
@@ -167,7 +200,8 @@ def measure(
         weights = build(config, "torch", device).state_dict()
         peer = peer_models.peer_step(variant, config, weights, ids, device.type == "cuda", compiler)
         del weights
-        if isinstance(peer, peer_models.LitgptStep):  # a step in another process, which has the tokens already
+        # a step in another process, which has the tokens already
+        if isinstance(peer, peer_models.LitgptStep):
             yield variant, _timed(lambda _: peer(), [], began, config, ids, tiny, lock, peer)
             return
         step = peer
@@ -189,7 +223,9 @@ def measure(
         yield f"{variant}+graph", _graphed(TrainingStep(step.model, step._forward), config, ids, tiny, lock)
 
 
-def _graphed(step: TrainingStep, config: SmolLM2Config, ids: Tensor, tiny: bool, lock: Path | None) -> dict[str, Any]:
+def _graphed(
+    step: TrainingStep, config: SmolLM2Config, ids: Tensor, tiny: bool, lock: Path | None
+) -> dict[str, Any]:
     began = time.perf_counter()
     captured = CapturedStep(step, ids)
     return _timed(captured, captured.first_losses, began, config, ids, tiny, lock)
@@ -233,29 +269,48 @@ def _timed(
     found["tokens_per_second"] = round(rate, 1)
     found["mfu"] = round(rate * work.flops_per_token(config, ids.shape[1]) / peak, 4) if peak else None
     if device.type == "cuda":
-        found["host_ms"] = round(statistics.median(queued) * 1e3, 3)  # as long as step_ms: the device waits for the host
-        found["peak_memory_gb"] = round((peak_elsewhere if elsewhere is not None else torch.cuda.max_memory_allocated()) / 1e9, 2)
+        # as long as step_ms: the device waits for the host
+        found["host_ms"] = round(statistics.median(queued) * 1e3, 3)
+        found["peak_memory_gb"] = round(
+            (peak_elsewhere if elsewhere is not None else torch.cuda.max_memory_allocated()) / 1e9, 2
+        )
     return found
 
 
 def _launches(step: TrainingStep, ids: Tensor, path: Path | None) -> dict[str, Any]:
-    """Launches of a step by name and, on a GPU, the milliseconds that they take. path: where all of them are written, in order."""
+    """Launches of a step by name and, on a GPU, the milliseconds that they take. path: where all of them are
+    written, in order.
+    """
     found: dict[str, Any] = {}
     try:
         if ids.device.type == "cuda":
             kernels = launches.trace(lambda: step(ids))
             names = Counter(name for name, _, _ in kernels)
             spent = {name: sum(duration for other, _, duration in kernels if other == name) for name in names}
-            found = {"device_ms": {name: round(us / 1e3, 4) for name, us in sorted(spent.items(), key=lambda item: -item[1])[:40]}}
+            found = {
+                "device_ms": {
+                    name: round(us / 1e3, 4)
+                    for name, us in sorted(spent.items(), key=lambda item: -item[1])[:40]
+                }
+            }
             if path is not None:
                 places = {name: place for place, name in enumerate(names)}
-                rows = [[places[name], round(begin, 1), round(duration, 2)] for name, begin, duration in kernels]
+                rows = [
+                    [places[name], round(begin, 1), round(duration, 2)] for name, begin, duration in kernels
+                ]
                 write_json(path, {"names": list(names), "kernels": rows})
         else:
             names = launches.count(lambda: step(ids), ids.device)
     except Exception as failure:  # noqa: BLE001 - what was timed stays
         return {"launches_failed": one_line(failure)}
-    return {"launches": {"all": sum(names.values()), "ours": launches.triton_part(names), "names": dict(names.most_common(40)), **found}}
+    return {
+        "launches": {
+            "all": sum(names.values()),
+            "ours": launches.triton_part(names),
+            "names": dict(names.most_common(40)),
+            **found,
+        }
+    }
 
 
 def attempt(
@@ -284,7 +339,9 @@ def agreement(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     if base is None:
         return {}
     return {
-        name: max(abs(a - b) for a, b in zip(found["losses"], base, strict=True)) for name, found in results.items() if "losses" in found
+        name: max(abs(a - b) for a, b in zip(found["losses"], base, strict=True))
+        for name, found in results.items()
+        if "losses" in found
     }
 
 
@@ -306,33 +363,53 @@ def main(argv: Sequence[str]) -> int:
 
     arguments = parser("train_step", "Times one optimizer step per backend, beside other libraries.")
     arguments.add_argument("--model", default="135M", help="preset")
-    arguments.add_argument("--variant", action="append", choices=(*VARIANTS, *peer_models.VARIANTS), help="only this one; may be repeated")
     arguments.add_argument(
-        "--lock", type=Path, metavar="FILE", help="hold this file's lock while timing: processes that share a GPU take turns"
+        "--variant",
+        action="append",
+        choices=(*VARIANTS, *peer_models.VARIANTS),
+        help="only this one; may be repeated",
     )
-    arguments.add_argument("--traces", type=Path, metavar="DIR", help="on a GPU: write the kernels of a step there, one by one")
+    arguments.add_argument(
+        "--lock",
+        type=Path,
+        metavar="FILE",
+        help="hold this file's lock while timing: processes that share a GPU take turns",
+    )
+    arguments.add_argument(
+        "--traces", type=Path, metavar="DIR", help="on a GPU: write the kernels of a step there, one by one"
+    )
     options = arguments.parse_args(argv)
     part = Part("step", options)
     config = part.model(options.model)
     batch, length = (1, 8) if part.tiny else (32, 512)
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(part.device)
+    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(
+        part.device
+    )
     part.save(
-        model=options.model, batch=batch, length=length, parameters=config.num_parameters(), peak_flops=work.peak_flops(part.device),
+        model=options.model, batch=batch, length=length, parameters=config.num_parameters(),
+        peak_flops=work.peak_flops(part.device),
         mfu_convention="6 per weight and token, causal attention counted half, dense bf16 peak of the vendor",
     )  # fmt: skip
     results: dict[str, dict[str, Any]] = {}
     # What compiles for a minute must not cost the others their turn.
-    for variant in options.variant or sorted((*VARIANTS, *peer_models.VARIANTS), key=lambda name: "+compile" in name):
+    for variant in options.variant or sorted(
+        (*VARIANTS, *peer_models.VARIANTS), key=lambda name: "+compile" in name
+    ):
         for name, found in attempt(variant, config, ids, part, options.lock, options.traces):
             results[name] = found
             print(show(name, found), flush=True)
-            part.save(variants=results, loss_distance=agreement(results), peers=peer_models.step_standing(results))
+            part.save(
+                variants=results, loss_distance=agreement(results), peers=peer_models.step_standing(results)
+            )
         gc.collect()
         torch.compiler.reset()
     for name, distance in agreement(results).items():
         losses = ", ".join(f"{loss:.4f}" for loss in results[name]["losses"])
         bound = PEER_TOLERANCE if name in peer_models.VARIANTS else LOSS_TOLERANCE
-        print(f"{name}: first losses {losses}, within {distance:.1e} of torch's" + ("" if distance <= bound else ": TOO FAR"))
+        print(
+            f"{name}: first losses {losses}, within {distance:.1e} of torch's"
+            + ("" if distance <= bound else ": TOO FAR")
+        )
     print(*peers.not_measured(part.data["peers"]), sep="\n")
     return part.finish()
 

@@ -1,8 +1,10 @@
-"""`python -m bench.tuning`: candidates for the lines of kernels/launch_config.py, timed at the shapes of the 135M model.
+"""`python -m bench.tuning`: candidates for the lines of kernels/launch_config.py, timed at the shapes of the
+135M model.
 
-For every operation of the table: the launch that the table has for this device, then others, each in the operation's place within the
-whole forward or backward pass that it is part of, with the outputs and gradients held to those of the table's launch. What is measured here
-is written into the table by hand, with its reason: nothing is tuned at run time.
+For every operation of the table: the launch that the table has for this device, then others, each in the
+operation's place within the whole forward or backward pass that it is part of, with the outputs and gradients
+held to those of the table's launch. What is measured here is written into the table by hand, with its reason:
+nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -27,14 +29,16 @@ from kernels.launch_config import Launch, launch_config
 from smollm2.cli import run_command
 
 MODULES = (
-    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding", "launch_config", "linear_cross_entropy",
-    "rms_norm", "rope", "swiglu",
+    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding", "launch_config",
+    "linear_cross_entropy", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 SWIGLU = (Launch(1, 512, 1), Launch(2, 512, 2), Launch(1, 512, 2), Launch(2, 512, 4), Launch(8, 512, 8))
-TINY = ("attention_fwd", "swiglu", "rms_norm_bwd", "mlp_fwd")  # the interpreter takes a quarter of a minute for some of the others
+# the interpreter takes a quarter of a minute for some of the others
+TINY = ("attention_fwd", "swiglu", "rms_norm_bwd", "mlp_fwd")
 SETS = 24  # of inputs at most, so that each is cold when its turn comes again
-# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Those of attention have among them the
-# lines that the table had before it was measured; one that the table has now is timed once.
+# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Those of
+# attention have among them the lines that the table had before it was measured; one that the table has now is
+# timed once.
 CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
     "attention_bwd_dkv": (
         "attention", "backward",
@@ -87,7 +91,9 @@ CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
 
 @contextmanager
 def forced(op: str, launch: Launch | None) -> Iterator[list[Launch]]:
-    """The kernels launch `op` with `launch`; None: as the table says. Yields a list that receives what the table says."""
+    """The kernels launch `op` with `launch`; None: as the table says. Yields a list that receives what the
+    table says.
+    """
     found: list[Launch] = []
 
     def chosen(name: str, dtype: torch.dtype, device: torch.device, size: int) -> Launch:
@@ -107,7 +113,9 @@ def forced(op: str, launch: Launch | None) -> Iterator[list[Launch]]:
             module.launch_config = launch_config  # type: ignore[attr-defined]
 
 
-def measure(case: Case, op: str, phase: str, candidates: Sequence[Launch], shapes: Shapes, tiny: bool) -> list[dict[str, Any]]:
+def measure(
+    case: Case, op: str, phase: str, candidates: Sequence[Launch], shapes: Shapes, tiny: bool
+) -> list[dict[str, Any]]:
     """One row per launch, the table's first. All are timed in turns."""
     rows: list[dict[str, Any]] = []
     replays, truth = {}, None
@@ -132,7 +140,9 @@ def measure(case: Case, op: str, phase: str, candidates: Sequence[Launch], shape
                 replays[len(rows) - 1] = timing.replayable(variant.phases()[phase], shapes.device)
             except Exception as failure:  # noqa: BLE001 - a launch that does not compile is a result
                 row |= {"launch": list(launch) if launch else None, "failed": one_line(failure)}
-    samples = timing.alternate({str(index): replay for index, replay in replays.items()}, shapes.device, sets, 1 if tiny else 20)
+    samples = timing.alternate(
+        {str(index): replay for index, replay in replays.items()}, shapes.device, sets, 1 if tiny else 20
+    )
     for index, sample in samples.items():
         rows[int(index)] |= {"us": round(sample.us, 2), "spread": round(sample.spread, 3)}
     return rows
@@ -146,7 +156,9 @@ def show(row: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("tuning", "Times candidates for the launch table.")
-    arguments.add_argument("--op", action="append", choices=tuple(CANDIDATES), help="only this one; may be repeated")
+    arguments.add_argument(
+        "--op", action="append", choices=tuple(CANDIDATES), help="only this one; may be repeated"
+    )
     options = arguments.parse_args(argv)
     part = Part("tuning", options)
     dtype = torch.float32 if part.device.type == "cpu" else torch.bfloat16
@@ -159,7 +171,14 @@ def main(argv: Sequence[str]) -> int:
         if part.left() < 0:
             part.save(left_out=[*part.data.get("left_out", []), op])
             continue
-        rows = measure(found[case], op.partition(" ")[0], phase, candidates[:1] if part.tiny else candidates, shapes, part.tiny)
+        rows = measure(
+            found[case],
+            op.partition(" ")[0],
+            phase,
+            candidates[:1] if part.tiny else candidates,
+            shapes,
+            part.tiny,
+        )
         print(*map(show, rows), sep="\n", flush=True)
         part.save(rows=[*part.data["rows"], *rows])
         gc.collect()

@@ -1,4 +1,6 @@
-"""The operations that weights are half of: the loss, the MLP, the tied embedding; and the step of the optimizer, which no switch has."""
+"""The operations that weights are half of: the loss, the MLP, the tied embedding; and the step of the
+optimizer, which no switch has.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from kernels.products import weight_gradient
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.working_copies import WorkingCopies
 
-CHUNKS = (4096, 5632, 8192, 16384)  # tokens whose logits exist at one time, beside what the loss takes by itself
+# tokens whose logits exist at one time, beside what the loss takes by itself
+CHUNKS = (4096, 5632, 8192, 16384)
 QUACK_CHUNK = 4096
 MAX_NORM = 1.0
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -44,7 +47,9 @@ def linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) ->
         return F.cross_entropy(F.linear(states, weight.to(states.dtype)).float(), targets)
 
     def liger(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = from_liger(shapes, "liger_fused_linear_cross_entropy")(states, weight.to(states.dtype), targets)
+        loss: Tensor = from_liger(shapes, "liger_fused_linear_cross_entropy")(
+            states, weight.to(states.dtype), targets
+        )
         return loss
 
     def quack(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -60,13 +65,18 @@ def linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) ->
         inputs,
         {
             "triton": backend.linear_cross_entropy,
-            **{f"triton {chunk}": functools.partial(backend.linear_cross_entropy, chunk_tokens=chunk) for chunk in CHUNKS},
+            **{
+                f"triton {chunk}": functools.partial(backend.linear_cross_entropy, chunk_tokens=chunk)
+                for chunk in CHUNKS
+            },
             "reference": TORCH.linear_cross_entropy,
             "all logits": plain,
             "compile": compiled(plain),
             "liger": liger,
             "quack": quack,
-            "products only": lambda states, weight, _: _Products.apply(states, weight, head().to(states.dtype), torch.is_grad_enabled()),
+            "products only": lambda states, weight, _: _Products.apply(
+                states, weight, head().to(states.dtype), torch.is_grad_enabled()
+            ),
         },
         joint=True,
         unchecked=frozenset({"products only"}),
@@ -74,7 +84,8 @@ def linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) ->
 
 
 class _Products(torch.autograd.Function):
-    """The matrix products of the loss and nothing else, of all tokens at once: three with gradients, one without.
+    """The matrix products of the loss and nothing else, of all tokens at once: three with gradients, one
+    without.
 
     The loss is to take little more.
     """
@@ -93,11 +104,15 @@ class _Products(torch.autograd.Function):
 
 
 def mlp(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """The weights are in the dtype of the activations, as the model's working copies are. Both forms of ours are timed."""
+    """The weights are in the dtype of the activations, as the model's working copies are. Both forms of ours
+    are timed.
+    """
     hidden, width = shapes.config.hidden_size, shapes.config.intermediate_size
 
     def inputs(seed: int) -> list[Tensor]:
-        x, *weights = normal(shapes, seed, (shapes.batch, shapes.length, hidden), (2 * width, hidden), (hidden, width))
+        x, *weights = normal(
+            shapes, seed, (shapes.batch, shapes.length, hidden), (2 * width, hidden), (hidden, width)
+        )
         return [x, *((weight.detach() * weight.shape[1] ** -0.5).requires_grad_() for weight in weights)]
 
     def fused(*tensors: Tensor) -> Tensor:
@@ -125,7 +140,9 @@ def mlp(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
 
 class _Head(torch.autograd.Function):
-    """Something that the head is used for: its gradient is dense, new, and nobody else's, as that of the loss."""
+    """Something that the head is used for: its gradient is dense, new, and nobody else's, as that of the
+    loss.
+    """
 
     @staticmethod
     def forward(ctx: Any, head: Tensor) -> Tensor:
@@ -138,7 +155,8 @@ class _Head(torch.autograd.Function):
 
 
 def tied_embedding(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """A look-up, and a gradient of the head (every variant writes it, in a pass of its own) that the rows are added to.
+    """A look-up, and a gradient of the head (every variant writes it, in a pass of its own) that the rows are
+    added to.
 
     How often an id occurs falls as 1 / id, about as the words of a text.
     """
@@ -172,7 +190,8 @@ class _Step(NamedTuple):
 
 
 class _Updates:
-    """parameters, then as many gradients -> parameters, both their averages, and copies, after one more step. All are written in place.
+    """parameters, then as many gradients -> parameters, both their averages, and copies, after one more step.
+    All are written in place.
 
     make: parameters -> their step. What it makes lives as long as the tensors that it was made for.
     """
@@ -189,8 +208,15 @@ class _Updates:
                 parameter.grad = gradient
             step = self._make(parameters)
             step.call()
-            averages = [step.optimizer.state[parameter][name] for parameter in parameters for name in ("exp_avg", "exp_avg_sq")]
-            self._made[first] = step, (*(parameter.detach() for parameter in parameters), *averages, *step.copies)
+            averages = [
+                step.optimizer.state[parameter][name]
+                for parameter in parameters
+                for name in ("exp_avg", "exp_avg_sq")
+            ]
+            self._made[first] = (
+                step,
+                (*(parameter.detach() for parameter in parameters), *averages, *step.copies),
+            )
         else:
             self._made[first][0].call()
         written: tuple[Tensor, ...] = self._made[first][1]
@@ -198,9 +224,11 @@ class _Updates:
 
 
 def optimizer_step(shapes: Shapes) -> Case:
-    """Clipping, AdamW and, with 16-bit activations, the copies of the matrices in their dtype; a step is called its forward pass.
+    """Clipping, AdamW and, with 16-bit activations, the copies of the matrices in their dtype; a step is
+    called its forward pass.
 
-    The parameters are those of the model, in fp32. "reference" is torch's fused form of each, "triton" all in one.
+    The parameters are those of the model, in fp32. "reference" is torch's fused form of each, "triton" all in
+    one.
     """
     with torch.device("meta"):
         model = SmolLM2ForCausalLM(shapes.config, TORCH)
@@ -211,7 +239,9 @@ def optimizer_step(shapes: Shapes) -> Case:
     def of_torch(parameters: list[nn.Parameter]) -> _Step:
         device = parameters[0].device
         rate = torch.tensor(LEARNING_RATE, device=device)
-        optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=device.type == "cuda", **SETTINGS)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=rate, fused=True, capturable=device.type == "cuda", **SETTINGS
+        )
         matrices: list[Tensor] = [parameter for parameter in parameters if dtype and parameter.dim() > 1]
         copies = [torch.empty_like(matrix, dtype=dtype, requires_grad=False) for matrix in matrices]
 
@@ -237,7 +267,9 @@ def optimizer_step(shapes: Shapes) -> Case:
         return _Step(optimizer, step, [target for target in targets if target is not None])
 
     def inputs(seed: int) -> list[Tensor]:
-        return [tensor.detach() for tensor in normal(replace(shapes, dtype=torch.float32), seed, *sizes, *sizes)]
+        return [
+            tensor.detach() for tensor in normal(replace(shapes, dtype=torch.float32), seed, *sizes, *sizes)
+        ]
 
     parameters = sum(size.numel() for size in sizes)
     return Case(

@@ -1,8 +1,10 @@
-"""Bytes and floating-point operations that each operation cannot avoid, from its shapes: the floors that times are compared with.
+"""Bytes and floating-point operations that each operation cannot avoid, from its shapes: the floors that
+times are compared with.
 
-Letters: N tokens = B rows x T, h hidden, F feed-forward, H query and K key heads of size D, V vocabulary, e bytes per element of an
-activation. Every input is read once and every output written once; what a kernel saves for its backward pass counts when
-it is not an output anyway. A matrix product of [N, i] by [i, o] is 2 N i o operations forward and twice that backward.
+Letters: N tokens = B rows x T, h hidden, F feed-forward, H query and K key heads of size D, V vocabulary, e
+bytes per element of an activation. Every input is read once and every output written once; what a kernel
+saves for its backward pass counts when it is not an output anyway. A matrix product of [N, i] by [i, o] is 2
+N i o operations forward and twice that backward.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import torch
 
 from smollm2.config import SmolLM2Config
 
-# Dense bf16 tensor-core TFLOP/s as stated by the vendors, by a part of the device's name; the first match counts.
+# Dense bf16 tensor-core TFLOP/s as stated by the vendors, by a part of the device's name; the first match
+# counts.
 PEAK_TFLOPS = (
-    ("B200", 2250), ("GB200", 2250), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("GH200", 989),
-    ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10G", 70), ("A10", 125), ("RTX 4090", 165), ("RTX 5090", 209),
-    ("MI300X", 1307), ("MI250X", 383),
+    ("B200", 2250), ("GB200", 2250), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989),
+    ("GH200", 989), ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10G", 70), ("A10", 125),
+    ("RTX 4090", 165), ("RTX 5090", 209), ("MI300X", 1307), ("MI250X", 383),
 )  # fmt: skip
 
 
@@ -65,7 +68,9 @@ def add_rms_norm(tokens: int, hidden: int, size: int) -> Cost:
 
 
 def rope_qkv(tokens: int, length: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
-    """Forward 2 N (H + K) D e (the values stay where they are); backward 2 N (H + 2K) D e; 4 T D of tables each."""
+    """Forward 2 N (H + K) D e (the values stay where they are); backward 2 N (H + 2K) D e; 4 T D of tables
+    each.
+    """
     tables, head = 4 * length * head_dim, 2 * tokens * head_dim * size
     return Cost(Work(head * (heads + key_heads) + tables), Work(head * (heads + 2 * key_heads) + tables))
 
@@ -78,16 +83,21 @@ def rope(tokens: int, length: int, heads: int, key_heads: int, head_dim: int, si
 def attention(batch: int, length: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
     """Causal, half of the square: 2 B H T^2 D operations forward, 5 B H T^2 D backward.
 
-    Forward N (2H + 2K) D e (q, k, v, out) and 4 N H (log-sum-exp); backward N (4H + 4K) D e (q, k, v, out, do, dq, dk, dv) and 4 N H.
+    Forward N (2H + 2K) D e (q, k, v, out) and 4 N H (log-sum-exp); backward N (4H + 4K) D e (q, k, v, out,
+    do, dq, dk, dv) and 4 N H.
     """
     tokens, square = batch * length, batch * heads * length * length * head_dim
     element = tokens * (heads + key_heads) * head_dim * size
-    return Cost(Work(2 * element + 4 * tokens * heads, 2 * square), Work(4 * element + 4 * tokens * heads, 5 * square))
+    return Cost(
+        Work(2 * element + 4 * tokens * heads, 2 * square), Work(4 * element + 4 * tokens * heads, 5 * square)
+    )
 
 
 def decode_attention(batch: int, keys: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
     """One new query a row: 2 B S K D e of cache, and q and out; 4 B H S D operations. No backward pass."""
-    return Cost(Work(2 * batch * (keys * key_heads + heads) * head_dim * size, 4 * batch * heads * keys * head_dim))
+    return Cost(
+        Work(2 * batch * (keys * key_heads + heads) * head_dim * size, 4 * batch * heads * keys * head_dim)
+    )
 
 
 def swiglu(tokens: int, width: int, size: int) -> Cost:
@@ -96,37 +106,54 @@ def swiglu(tokens: int, width: int, size: int) -> Cost:
 
 
 def linear_cross_entropy(tokens: int, vocabulary: int, hidden: int, size: int) -> Cost:
-    """Forward 2 N V h operations, backward 4; N h e of hidden states and 4 V h of fp32 weights, then the same of gradients."""
+    """Forward 2 N V h operations, backward 4; N h e of hidden states and 4 V h of fp32 weights, then the same
+    of gradients.
+    """
     moved, product = tokens * hidden * size + 4 * vocabulary * hidden, 2 * tokens * vocabulary * hidden
     return Cost(Work(moved, product), Work(moved, 2 * product))
 
 
 def linear(tokens: int, inputs: int, outputs: int, size: int) -> Cost:
-    """Forward e (N i + i o + N o); backward e (N o + i o + N i) for the input's and e (N o + N i + i o) for the weight's gradient."""
-    moved, product = size * (tokens * inputs + inputs * outputs + tokens * outputs), 2 * tokens * inputs * outputs
+    """Forward e (N i + i o + N o); backward e (N o + i o + N i) for the input's and e (N o + N i + i o) for
+    the weight's gradient.
+    """
+    moved, product = (
+        size * (tokens * inputs + inputs * outputs + tokens * outputs),
+        2 * tokens * inputs * outputs,
+    )
     return Cost(Work(moved, product), Work(2 * moved, 2 * product))
 
 
 def mlp(tokens: int, hidden: int, width: int, size: int) -> Cost:
-    """Both products as of `linear`, with SwiGLU in them: the activations N F e are written by the first and read by the second.
+    """Both products as of `linear`, with SwiGLU in them: the activations N F e are written by the first and
+    read by the second.
 
-    Backward their gradient is not: read are gate and up, 2 N F e, written their gradients, 2 N F e, and N F e less of the product.
+    Backward their gradient is not: read are gate and up, 2 N F e, written their gradients, 2 N F e, and N F e
+    less of the product.
     """
-    products, activations = linear(tokens, hidden, 2 * width, size) + linear(tokens, width, hidden, size), tokens * width * size
+    products, activations = (
+        linear(tokens, hidden, 2 * width, size) + linear(tokens, width, hidden, size),
+        tokens * width * size,
+    )
     return products + Cost(Work(activations), Work(3 * activations))
 
 
 def tied_embedding(tokens: int, distinct: int, vocabulary: int, hidden: int, size: int) -> Cost:
     """Forward 8 N ids, 4 h of each distinct one's row in fp32, N h e written.
 
-    Backward N h e and 8 N read; 4 V h of the head's gradient written, and 8 h a distinct id for its row, read and written again.
+    Backward N h e and 8 N read; 4 V h of the head's gradient written, and 8 h a distinct id for its row, read
+    and written again.
     """
     looked_up = tokens * (hidden * size + 8)
-    return Cost(Work(looked_up + 4 * distinct * hidden), Work(looked_up + 4 * hidden * (vocabulary + 2 * distinct)))
+    return Cost(
+        Work(looked_up + 4 * distinct * hidden), Work(looked_up + 4 * hidden * (vocabulary + 2 * distinct))
+    )
 
 
 def adamw(parameters: int) -> Work:
-    """A step with P parameters in fp32: 4 P for the norm of the gradients, 28 P for p, g, m, v read and p, m, v written."""
+    """A step with P parameters in fp32: 4 P for the norm of the gradients, 28 P for p, g, m, v read and p, m,
+    v written.
+    """
     return Work(32 * parameters)
 
 
@@ -142,19 +169,25 @@ def projections(config: SmolLM2Config) -> dict[str, tuple[int, int]]:
 
 
 def decode_layer(config: SmolLM2Config, rows: int, keys: int, size: int) -> Cost:
-    """A whole block for one new token a row, the last of S keys, with matrices of M elements in all: 2 R M + 4 R H S D operations.
+    """A whole block for one new token a row, the last of S keys, with matrices of M elements in all: 2 R M +
+    4 R H S D operations.
 
-    (M + 2 h) e of weights, read once for all R rows; 2 R h e of x and out; 2 R S K D e of caches, of which S - 1 keys and values are
-    read and the new ones written; 4 R D of tables. What lies between the operations of a block need not reach memory. No backward pass.
+    (M + 2 h) e of weights, read once for all R rows; 2 R h e of x and out; 2 R S K D e of caches, of which S
+    - 1 keys and values are read and the new ones written; 4 R D of tables. What lies between the operations
+    of a block need not reach memory. No backward pass.
     """
     heads, key_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     matrices = sum(inputs * outputs for inputs, outputs in projections(config).values())
     elements = matrices + 2 * config.hidden_size * (1 + rows) + 2 * rows * keys * key_heads * head_dim
-    return Cost(Work(elements * size + 4 * rows * head_dim, 2 * rows * matrices + 4 * rows * heads * keys * head_dim))
+    return Cost(
+        Work(elements * size + 4 * rows * head_dim, 2 * rows * matrices + 4 * rows * heads * keys * head_dim)
+    )
 
 
 def decode_head(rows: int, hidden: int, vocabulary: int, size: int) -> Cost:
-    """(V h + h) e of weights, read once for all R rows, R h e of x, 4 R V of logits in fp32; 2 R V h operations. No backward pass."""
+    """(V h + h) e of weights, read once for all R rows, R h e of x, 4 R V of logits in fp32; 2 R V h
+    operations. No backward pass.
+    """
     moved = size * hidden * (vocabulary + 1 + rows) + 4 * rows * vocabulary
     return Cost(Work(moved, 2 * rows * vocabulary * hidden))
 
@@ -179,8 +212,9 @@ def layer(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str
 def step(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str, Cost]:
     """A whole optimizer step, with P parameters in fp32.
 
-    embedding: 4 N h read and N h e written, backward N h e read and 4 V h written. weights: cast to e bytes and back, (4 + e) (P - V h)
-    each way, or nothing in fp32; the tied matrix is read in fp32, by the embedding and the loss, and counted there.
+    embedding: 4 N h read and N h e written, backward N h e read and 4 V h written. weights: cast to e bytes
+    and back, (4 + e) (P - V h) each way, or nothing in fp32; the tied matrix is read in fp32, by the
+    embedding and the loss, and counted there.
     optimizer (under backward): as of `adamw`; gradients are clipped in passing.
     """
     tokens, hidden, parameters = batch * length, config.hidden_size, config.num_parameters()
@@ -188,7 +222,9 @@ def step(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str,
     cast = 0 if size == 4 else (4 + size) * (parameters - config.vocab_size * hidden)
     return {
         "layers": layers,
-        "embedding": Cost(Work(tokens * hidden * (4 + size)), Work(tokens * hidden * size + 4 * config.vocab_size * hidden)),
+        "embedding": Cost(
+            Work(tokens * hidden * (4 + size)), Work(tokens * hidden * size + 4 * config.vocab_size * hidden)
+        ),
         "final norm": rms_norm(tokens, hidden, size),
         "loss": linear_cross_entropy(tokens, config.vocab_size, hidden, size),
         "weights": Cost(*[Work(cast)] * 2),
@@ -196,17 +232,30 @@ def step(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str,
     }
 
 
-def step_floor(config: SmolLM2Config, batch: int, length: int, size: int, bytes_per_second: float, flops_per_second: float) -> float:
+def step_floor(
+    config: SmolLM2Config,
+    batch: int,
+    length: int,
+    size: int,
+    bytes_per_second: float,
+    flops_per_second: float,
+) -> float:
     """Seconds of a step in which every operation runs at the roof, one after the other."""
     parts = step(config, batch, length, size)
     del parts["layers"]
     costs = [*layer(config, batch, length, size).values()] * config.num_hidden_layers + [*parts.values()]
-    return sum(one.floor(bytes_per_second, flops_per_second) for cost in costs for one in (cost.forward, cost.backward))
+    return sum(
+        one.floor(bytes_per_second, flops_per_second)
+        for cost in costs
+        for one in (cost.forward, cost.backward)
+    )
 
 
 @dataclass(frozen=True)
 class Item:
-    """One operation of a whole: the part that it belongs to, how often it happens, and what it must do each time."""
+    """One operation of a whole: the part that it belongs to, how often it happens, and what it must do each
+    time.
+    """
 
     part: str
     times: int
@@ -215,18 +264,25 @@ class Item:
     def floors(self, bytes_per_second: float, flops_per_second: float) -> dict[str, float]:
         """Phase -> seconds in the whole that it takes at least; no backward pass, no entry."""
         phases = {"forward": self.cost.forward, "backward": self.cost.backward}
-        return {name: self.times * todo.floor(bytes_per_second, flops_per_second) for name, todo in phases.items() if todo != Work()}
+        return {
+            name: self.times * todo.floor(bytes_per_second, flops_per_second)
+            for name, todo in phases.items()
+            if todo != Work()
+        }
 
 
 # The parts of a step, of which an operation that is not here is one by itself.
 _PARTS = {
-    "qkv projection": "products", "output projection": "products", "gate and up projection": "products", "down projection": "products",
-    "rope_qkv": "attention", "add_rms_norm": "norms", "final norm": "norms", "embedding": "weights",
+    "qkv projection": "products", "output projection": "products", "gate and up projection": "products",
+    "down projection": "products", "rope_qkv": "attention", "add_rms_norm": "norms", "final norm": "norms",
+    "embedding": "weights",
 }  # fmt: skip
 
 
 def step_items(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str, Item]:
-    """`step`, operation by operation. The first norm of a step has no residual and the last one has: one of each, as counted there."""
+    """`step`, operation by operation. The first norm of a step has no residual and the last one has: one of
+    each, as counted there.
+    """
     costs = layer(config, batch, length, size)
     del costs["add_rms_norm (2)"]
     layers, norm = config.num_hidden_layers, add_rms_norm(batch * length, config.hidden_size, size)
@@ -234,11 +290,15 @@ def step_items(config: SmolLM2Config, batch: int, length: int, size: int) -> dic
     found |= {name: Item(_PARTS.get(name, name), layers, cost) for name, cost in costs.items()}
     rest = step(config, batch, length, size)
     del rest["layers"]
-    return found | {name: Item(_PARTS.get(name, name), 1, cost) for name, cost in rest.items() if cost != Cost(Work())}
+    return found | {
+        name: Item(_PARTS.get(name, name), 1, cost) for name, cost in rest.items() if cost != Cost(Work())
+    }
 
 
 def token_items(config: SmolLM2Config, batch: int, keys: int, size: int) -> dict[str, Item]:
-    """A decode step of `batch` rows, each over `keys` keys, its own among them: weights and logits are read once for all rows."""
+    """A decode step of `batch` rows, each over `keys` keys, its own among them: weights and logits are read
+    once for all rows.
+    """
     layers, hidden = config.num_hidden_layers, config.hidden_size
     heads, key_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     costs = {
@@ -247,7 +307,10 @@ def token_items(config: SmolLM2Config, batch: int, keys: int, size: int) -> dict
         "rope_qkv": ("KV", layers, rope_qkv(batch, batch, heads, key_heads, head_dim, size)),
         "decode_attention": ("KV", layers, decode_attention(batch, keys, heads, key_heads, head_dim, size)),
         "swiglu": ("swiglu", layers, swiglu(batch, config.intermediate_size, size)),
-        **{name: ("weights", layers, linear(batch, *sides, size)) for name, sides in projections(config).items()},
+        **{
+            name: ("weights", layers, linear(batch, *sides, size))
+            for name, sides in projections(config).items()
+        },
         "logits": ("logits", 1, linear(batch, hidden, config.vocab_size, size)),
     }
     return {name: Item(part, times, Cost(cost.forward)) for name, (part, times, cost) in costs.items()}
@@ -260,7 +323,9 @@ Measured = dict[str, dict[str, dict[str, float]]]
 def losses(
     items: dict[str, Item], measured: Measured, backend: str, whole: float | None, roof: tuple[float, float]
 ) -> list[dict[str, Any]]:
-    """What each operation takes beyond its floor in one backend, the largest first; phases apart. whole: seconds of it all."""
+    """What each operation takes beyond its floor in one backend, the largest first; phases apart. whole:
+    seconds of it all.
+    """
     rows: list[dict[str, Any]] = []
     for name, item in items.items():
         floors = item.floors(*roof)
@@ -275,7 +340,9 @@ def losses(
     return sorted(rows, key=lambda row: -row["loses_ms"])
 
 
-def by_part(items: dict[str, Item], measured: Measured, roof: tuple[float, float]) -> dict[str, dict[str, float]]:
+def by_part(
+    items: dict[str, Item], measured: Measured, roof: tuple[float, float]
+) -> dict[str, dict[str, float]]:
     """Part -> milliseconds of its floor and in each backend that has all of it."""
     backends = {backend for of_backend in measured.values() for backend in of_backend}
     parts: dict[str, dict[str, float]] = {}
@@ -291,8 +358,8 @@ def by_part(items: dict[str, Item], measured: Measured, roof: tuple[float, float
 def flops_per_token(config: SmolLM2Config, length: int) -> float:
     """Floating-point operations to train on one token of rows of that length, by the convention of MFU.
 
-    6 for each weight that multiplies (the tied matrix once: the embedding is a look-up; norms are left out), and 6 x layers x H x D x T
-    for attention: causal, so half of the square is counted.
+    6 for each weight that multiplies (the tied matrix once: the embedding is a look-up; norms are left out),
+    and 6 x layers x H x D x T for attention: causal, so half of the square is counted.
     """
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     attended = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
@@ -300,7 +367,9 @@ def flops_per_token(config: SmolLM2Config, length: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, or None when the table does not have it: a wrong MFU is worse than none."""
+    """Peak dense bf16 FLOP/s of a device, or None when the table does not have it: a wrong MFU is worse than
+    none.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

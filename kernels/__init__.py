@@ -1,7 +1,8 @@
-"""Operations of the Llama family for SmolLM2's shapes, as plain PyTorch and as Triton kernels behind one switch.
+"""Operations of the Llama family for SmolLM2's shapes, as plain PyTorch and as Triton kernels behind one
+switch.
 
-`kernels` is also the name of a distribution by Hugging Face that transformers looks for; the version number below keeps
-transformers from taking this package for that one.
+`kernels` is also the name of a distribution by Hugging Face that transformers looks for; the version number
+below keeps transformers from taking this package for that one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ __all__ = ["TORCH", "Backend", "LayerWeights", "check_name_clash", "select_backe
 
 
 def check_name_clash() -> str | None:
-    """One line with the remedy if Hugging Face's distribution `kernels` is installed beside this package, else None.
+    """One line with the remedy if Hugging Face's distribution `kernels` is installed beside this package,
+    else None.
 
-    transformers reads that distribution's version, then imports `kernels` and, started from this project's root, meets
-    this package instead: with some versions of both its import then fails, far away from the cause.
+    transformers reads that distribution's version, then imports `kernels` and, started from this project's
+    root, meets this package instead: with some versions of both its import then fails, far away from the
+    cause.
     """
     try:
         other = version("kernels")

@@ -1,4 +1,5 @@
-"""AdamW, all parameters by one launch, which also writes the 16-bit copies that the next forward pass reads; and the clip norm.
+"""AdamW, all parameters by one launch, which also writes the 16-bit copies that the next forward pass reads;
+and the clip norm.
 
     norm       |g| = sqrt(sum of g^2 over all tensors), factor = min(1, max_norm / (|g| + 1e-6))
     scalars    t += 1, step_size = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t), decay = lr * weight_decay
@@ -9,23 +10,26 @@
                p  = p - step_size * m / (sqrt(v) * root + eps)
                copy = round(p)
 
-In this order, each operation rounded to fp32; a compiler may keep a product and the sum that follows in one rounding. Square root and
-quotient are IEEE's. The scalars are computed in fp64, once a tensor, and rounded; torch's fused AdamW differs in the last place of
-m, v and p, for it writes beta * m + (1 - beta) * g and divides by sqrt(1 - beta2^t).
+In this order, each operation rounded to fp32; a compiler may keep a product and the sum that follows in one
+rounding. Square root and quotient are IEEE's. The scalars are computed in fp64, once a tensor, and rounded;
+torch's fused AdamW differs in the last place of m, v and p, for it writes beta * m + (1 - beta) * g and
+divides by sqrt(1 - beta2^t).
 
-Bytes a parameter: norm 4 (g); AdamW 16 read (g, p, m, v), 12 written (p, m, v), 2 written (copy): 34. Apart they are 46: norm 4, scaling
-of the gradients 8, AdamW 28, casting of the weights 6. At 134.5M parameters and 3.0 TB/s that predicts 1.52 ms instead of 2.06.
-(Casting of 16-bit gradients to fp32, another 6, is not part of it.)
+Bytes a parameter: norm 4 (g); AdamW 16 read (g, p, m, v), 12 written (p, m, v), 2 written (copy): 34. Apart
+they are 46: norm 4, scaling of the gradients 8, AdamW 28, casting of the weights 6. At 134.5M parameters and
+3.0 TB/s that predicts 1.52 ms instead of 2.06. (Casting of 16-bit gradients to fp32, another 6, is not part
+of it.)
 
 The tensors are reached through a table of their addresses in memory of the device, int64 [5 * N + 8 * G]:
     N words each of gradients, parameters, m, v, copies     0: there is none. A tensor without a gradient stays as it is
     8 words for each of G groups                   address of lr (fp32), and as fp64 weight_decay, log beta1, log beta2, 1 - beta1,
                                                         1 - beta2, eps, 0
-A program owns one chunk of one tensor, which a static table names. Its blocks of 16-byte accesses come first, if all five addresses allow
-them; what is left, or all of it, goes through masked ones. Every sum has a fixed order: results are bit-identical from run to run.
+A program owns one chunk of one tensor, which a static table names. Its blocks of 16-byte accesses come first,
+if all five addresses allow them; what is left, or all of it, goes through masked ones. Every sum has a fixed
+order: results are bit-identical from run to run.
 
-found_inf = 1 leaves out the step on the device: p, m, v and t are not written, the gradient is not even read, and the copy becomes that
-of the p that stayed.
+found_inf = 1 leaves out the step on the device: p, m, v and t are not written, the gradient is not even read,
+and the copy becomes that of the p that stayed.
 
 Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); addresses as in Triton's tutorial 08, grouped GEMM.
 """
@@ -61,7 +65,8 @@ def _span(sizes_ptr, owner_ptr, chunk_ptr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _sum_of_squares_kernel(
-    table_ptr, sizes_ptr, owner_ptr, chunk_ptr, partial_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+    table_ptr, sizes_ptr, owner_ptr, chunk_ptr, partial_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr
 ):  # fmt: skip
     """A program owns a chunk of a gradient and one partial sum. Grid: programs of the plan."""
     tensor, begin, end = _span(sizes_ptr, owner_ptr, chunk_ptr, CHUNK)
@@ -96,8 +101,12 @@ def _norm_kernel(partial_ptr, found_ptr, parts, max_norm, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tensors", "found_inf_ptr"])
-def _scalars_kernel(table_ptr, settings_ptr, group_ptr, steps_ptr, scalars_ptr, found_inf_ptr, tensors, BLOCK: tl.constexpr):
-    """A program owns BLOCK tensors: their step counts, which it advances, and rows of scalars. settings_ptr: the table again, as fp64."""
+def _scalars_kernel(
+    table_ptr, settings_ptr, group_ptr, steps_ptr, scalars_ptr, found_inf_ptr, tensors, BLOCK: tl.constexpr
+):
+    """A program owns BLOCK tensors: their step counts, which it advances, and rows of scalars. settings_ptr:
+    the table again, as fp64.
+    """
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < tensors
     step = tl.load(steps_ptr + tensor, mask=mask, other=0.0) + 1.0  # [BLOCK]
@@ -115,7 +124,11 @@ def _scalars_kernel(table_ptr, settings_ptr, group_ptr, steps_ptr, scalars_ptr, 
     tl.store(row_ptr + 1, decay.to(tl.float32), mask=mask)
     tl.store(row_ptr + 2, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
     for index in tl.static_range(4, 7):
-        tl.store(row_ptr + index - 1, tl.load(settings_ptr + word + index, mask=mask, other=0.0).to(tl.float32), mask=mask)
+        tl.store(
+            row_ptr + index - 1,
+            tl.load(settings_ptr + word + index, mask=mask, other=0.0).to(tl.float32),
+            mask=mask,
+        )
 
 
 @triton.jit
@@ -125,9 +138,12 @@ def _lerp(a, b, weight):
 
 @triton.jit
 def _adamw_block(
-    g_ptr, p_ptr, m_ptr, v_ptr, copy_ptr, mask, update, copied, factor, step_size, decay, root, weight1, weight2, eps, COPY: tl.constexpr
+    g_ptr, p_ptr, m_ptr, v_ptr, copy_ptr, mask, update, copied, factor, step_size, decay, root, weight1,
+    weight2, eps, COPY: tl.constexpr
 ):  # fmt: skip
-    """One block of one tensor. Pointers and mask: [BLOCK]. update: write more than the copy; copied: write that."""
+    """One block of one tensor. Pointers and mask: [BLOCK]. update: write more than the copy; copied: write
+    that.
+    """
     p = tl.load(p_ptr, mask=mask, other=0.0)
     if update:
         g = tl.load(g_ptr, mask=mask, other=0.0) * factor
@@ -148,7 +164,8 @@ def _adamw_kernel(
     table_ptr, sizes_ptr, owner_ptr, chunk_ptr, scalars_ptr, found_inf_ptr, factor_ptr, tensors,
     COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a chunk of a parameter, of its averages and of its copy (COPY: "bf16", "fp16", or "" for none).
+    """A program owns a chunk of a parameter, of its averages and of its copy (COPY: "bf16", "fp16", or "" for
+    none).
 
     Grid: programs of the plan. factor_ptr: what the gradients are multiplied by.
     """
@@ -164,7 +181,8 @@ def _adamw_kernel(
     copy_type = tl.pointer_type(tl.float16 if COPY == "fp16" else tl.bfloat16)
     fp32 = tl.pointer_type(tl.float32)
 
-    # The copy is written 8 bytes a thread, so that a thread has four elements and a warp's fp32 accesses are contiguous.
+    # The copy is written 8 bytes a thread, so that a thread has four elements and a warp's fp32 accesses are
+    # contiguous.
     aligned = ((g | p | m | v) % 16 == 0) & (copy % 8 == 0)
     wide = tl.where(aligned, begin + (end - begin) // BLOCK * BLOCK, begin)
     g_ptr, p_ptr = tl.multiple_of(g.to(fp32), 16), tl.multiple_of(p.to(fp32), 16)
@@ -173,19 +191,23 @@ def _adamw_kernel(
     for start in range(begin, wide, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         _adamw_block(
-            g_ptr + offset, p_ptr + offset, m_ptr + offset, v_ptr + offset, copy_ptr + offset, tl.full([BLOCK], True, tl.int1),
-            update, copy != 0, factor, step_size, decay, root, weight1, weight2, eps, COPY,
+            g_ptr + offset, p_ptr + offset, m_ptr + offset, v_ptr + offset, copy_ptr + offset,
+            tl.full([BLOCK], True, tl.int1), update, copy != 0, factor, step_size, decay, root, weight1,
+            weight2, eps, COPY,
         )  # fmt: skip
     for start in range(wide, end, TAIL):
         offset = start + tl.arange(0, TAIL)
         _adamw_block(
-            g.to(fp32) + offset, p.to(fp32) + offset, m.to(fp32) + offset, v.to(fp32) + offset, copy.to(copy_type) + offset, offset < end,
-            update, copy != 0, factor, step_size, decay, root, weight1, weight2, eps, COPY,
+            g.to(fp32) + offset, p.to(fp32) + offset, m.to(fp32) + offset, v.to(fp32) + offset,
+            copy.to(copy_type) + offset, offset < end, update, copy != 0, factor, step_size, decay, root,
+            weight1, weight2, eps, COPY,
         )  # fmt: skip
 
 
 class Plan(NamedTuple):
-    """Which program does what, for N tensors that stay of the same size; and what is computed for each. All on the device."""
+    """Which program does what, for N tensors that stay of the same size; and what is computed for each. All
+    on the device.
+    """
 
     sizes: Tensor  # int64 [N]: elements
     group: Tensor  # int32 [N]: group of a tensor
@@ -201,7 +223,9 @@ class Plan(NamedTuple):
 
 
 def plan(sizes: Sequence[int], group: Sequence[int], device: torch.device) -> Plan:
-    """sizes: elements of each tensor; group: index of its group of settings -> the plan of their launches, on the device."""
+    """sizes: elements of each tensor; group: index of its group of settings -> the plan of their launches, on
+    the device.
+    """
     config = launch_config("adamw", torch.float32, device, 1)
     elements, of_chunk = torch.tensor(sizes, dtype=torch.int64), config.block_m * config.block_n
     chunks = -(-elements // of_chunk)
@@ -218,8 +242,12 @@ def plan(sizes: Sequence[int], group: Sequence[int], device: torch.device) -> Pl
     )
 
 
-def table_words(addresses: Sequence[Sequence[int]], settings: Sequence[tuple[int, float, float, float, float]]) -> array[int]:
-    """The words of a table. addresses: its five rows; settings: (address of lr, beta1, beta2, eps, weight_decay) of each group."""
+def table_words(
+    addresses: Sequence[Sequence[int]], settings: Sequence[tuple[int, float, float, float, float]]
+) -> array[int]:
+    """The words of a table. addresses: its five rows; settings: (address of lr, beta1, beta2, eps,
+    weight_decay) of each group.
+    """
     words = array("q")
     for row in addresses:
         words.extend(row)
@@ -235,11 +263,13 @@ def _capturing(device: torch.device) -> bool:
 
 
 class AddressTable:
-    """The table in memory of the device, sent there without waiting, by an eager step only when its words changed.
+    """The table in memory of the device, sent there without waiting, by an eager step only when its words
+    changed.
 
-    An eager step sends from pinned memory of torch's own allocator, which does not give it out again before the copy was done. A captured
-    step repeats its copy at every replay: it gets a pinned buffer and a table of its own, which nobody writes to afterwards, so that an
-    eager step in between does not change them. Both are made ready beforehand, for memory cannot be pinned during a capture.
+    An eager step sends from pinned memory of torch's own allocator, which does not give it out again before
+    the copy was done. A captured step repeats its copy at every replay: it gets a pinned buffer and a table
+    of its own, which nobody writes to afterwards, so that an eager step in between does not change them. Both
+    are made ready beforehand, for memory cannot be pinned during a capture.
     """
 
     def __init__(self, words: int, device: torch.device) -> None:
@@ -252,10 +282,14 @@ class AddressTable:
         return torch.empty(self._words, dtype=torch.int64, device=self._device)
 
     def send(self, content: array[int]) -> Tensor:
-        """The table with that content. Raises RuntimeError in a capture before which no step has run since the last capture."""
+        """The table with that content. Raises RuntimeError in a capture before which no step has run since
+        the last capture.
+        """
         if _capturing(self._device):
             if self._spare is None:
-                raise RuntimeError("AdamW: expected an eager step before every capture of a step, got none since the last one")
+                raise RuntimeError(
+                    "AdamW: expected an eager step before every capture of a step, got none since the last one"
+                )
             self._kept.append(self._spare)
             pinned, table = self._spare
             self._spare = None
@@ -272,7 +306,9 @@ class AddressTable:
 
 
 def gradient_norm(table: Tensor, work: Plan, max_norm: float) -> Tensor:
-    """fp32 [2] on the device: the norm of all gradients together, and the factor that brings it to max_norm (0: 1). Reads them once."""
+    """fp32 [2] on the device: the norm of all gradients together, and the factor that brings it to max_norm
+    (0: 1). Reads them once.
+    """
     found = torch.empty(2, dtype=torch.float32, device=table.device)
     config = launch_config("adamw_squares", torch.float32, table.device, 1)
     if parts := len(work.owner):
@@ -285,20 +321,37 @@ def gradient_norm(table: Tensor, work: Plan, max_norm: float) -> Tensor:
     return found
 
 
-def adamw(table: Tensor, work: Plan, steps: Tensor, found_inf: Tensor, factor: Tensor, copy_dtype: torch.dtype | None = None) -> None:
+def adamw(
+    table: Tensor,
+    work: Plan,
+    steps: Tensor,
+    found_inf: Tensor,
+    factor: Tensor,
+    copy_dtype: torch.dtype | None = None,
+) -> None:
     """One step of AdamW for all tensors of the table, in place: parameters, averages, step counts, copies.
 
-    table: int64, see above. steps: fp32 [N], advanced by one where there is a gradient. found_inf: fp32 scalar, 1 leaves the step out.
-    factor: fp32 scalar that gradients are multiplied by. copy_dtype: of the copies, torch.bfloat16 or torch.float16; None: there are none.
+    table: int64, see above. steps: fp32 [N], advanced by one where there is a gradient. found_inf: fp32
+    scalar, 1 leaves the step out. factor: fp32 scalar that gradients are multiplied by. copy_dtype: of the
+    copies, torch.bfloat16 or torch.float16; None: there are none.
     """
     config, block = launch_config("adamw", torch.float32, table.device, 1), 128
     if not work.tensors:
         return
     _scalars_kernel[(triton.cdiv(work.tensors, block),)](
-        table, table.view(torch.float64), work.group, steps, work.scalars, found_inf, work.tensors, BLOCK=block, num_warps=4
+        table,
+        table.view(torch.float64),
+        work.group,
+        steps,
+        work.scalars,
+        found_inf,
+        work.tensors,
+        BLOCK=block,
+        num_warps=4,
     )
     if programs := len(work.owner):
         _adamw_kernel[(programs,)](
             table, work.sizes, work.owner, work.chunk, work.scalars, found_inf, factor, work.tensors,
-            COPY=COPY_NAMES[copy_dtype], CHUNK=work.elements, BLOCK=config.block_n, TAIL=TAIL, num_warps=config.num_warps,
+            COPY=COPY_NAMES[copy_dtype], CHUNK=work.elements, BLOCK=config.block_n, TAIL=TAIL,
+            num_warps=config.num_warps,
         )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Causal grouped-query flash attention with document boundaries, forward and backward, in [B, T, H, D] with any strides.
+"""Causal grouped-query flash attention with document boundaries, forward and backward, in [B, T, H, D] with
+any strides.
 
     forward    S = q k^T * scale,  masked to doc_start[t] <= key <= t + S - T
                m = row maximum, l = sum exp(S - m), out = exp(S - m) v / l       online over key blocks, in base 2
@@ -6,30 +7,37 @@
     backward   P = exp2(S - lse),  delta = sum(do * out) over D
                dv = P^T do,  dP = do v^T,  dS = P * (dP - delta),  dq = dS k * scale,  dk = dS^T q * scale
 
-Three kernels. The first owns a block of queries of one query head. In the backward pass the dq kernel owns the same block and computes
-delta on the way in, so that no pre-pass reads `out` and `do` on its own, and leaves it beside lse for the dk/dv kernel, which comes after.
-That owns a block of keys of one key head and goes through the blocks of queries of the G = H / K query heads that share it, one head after
-the other, in one loop. No atomics: gradients are bit-identical from run to run.
+Three kernels. The first owns a block of queries of one query head. In the backward pass the dq kernel owns
+the same block and computes delta on the way in, so that no pre-pass reads `out` and `do` on its own, and
+leaves it beside lse for the dk/dv kernel, which comes after. That owns a block of keys of one key head and
+goes through the blocks of queries of the G = H / K query heads that share it, one head after the other, in
+one loop. No atomics: gradients are bit-identical from run to run.
 
-Skipped: key blocks above the diagonal, and key blocks (query blocks in dk/dv) that lie outside every document of the block at hand, for
-any doc_start, sorted or not. Masked element by element: blocks that the diagonal or the beginning of a document crosses. A block that
-needs no mask jumps over it (BRANCH), which saves it a fifth to a third of the loop's instructions; where the compiler answers a branch
-with spills or detours through shared memory (launch_config.py says where), all are masked, except by the forward pass without documents,
-which has a loop of its own for them. A sliding window is doc_start = max(doc_start, t - window + 1): it needs no parameter of its own.
+Skipped: key blocks above the diagonal, and key blocks (query blocks in dk/dv) that lie outside every document
+of the block at hand, for any doc_start, sorted or not. Masked element by element: blocks that the diagonal or
+the beginning of a document crosses. A block that needs no mask jumps over it (BRANCH), which saves it a fifth
+to a third of the loop's instructions; where the compiler answers a branch with spills or detours through
+shared memory (launch_config.py says where), all are masked, except by the forward pass without documents,
+which has a loop of its own for them. A sliding window is doc_start = max(doc_start, t - window + 1): it needs
+no parameter of its own.
 
 Saved: q, k, v, out (all of which exist anyway) and lse, 4 bytes per query and head.
-FLOPs (causal, half of the square): forward 2 B H T S D, backward 5 B H T S D, and 7 as written, since S and dP are formed in both of its
-kernels. At 32 x 512 of the 135M model: 9.7 and 24.2 GFLOP a layer, 12 and 30 us at 800 TFLOP/s; bytes 50 MB and 126 MB in 16 bits,
-17 and 42 us at 3.0 TB/s: at this length memory is the floor. What the matrix units do not do is counted too: all instructions of the
-innermost loop, sm_90, for a score of a block without mask: forward 9.7, dq 7.8, dk/dv 10 (14.2, 12.6 and 15.3 with a mask for documents).
+FLOPs (causal, half of the square): forward 2 B H T S D, backward 5 B H T S D, and 7 as written, since S and
+dP are formed in both of its kernels. At 32 x 512 of the 135M model: 9.7 and 24.2 GFLOP a layer, 12 and 30 us
+at 800 TFLOP/s; bytes 50 MB and 126 MB in 16 bits, 17 and 42 us at 3.0 TB/s: at this length memory is the
+floor. What the matrix units do not do is counted too: all instructions of the innermost loop, sm_90, for a
+score of a block without mask: forward 9.7, dq 7.8, dk/dv 10 (14.2, 12.6 and 15.3 with a mask for documents).
 Triton 3.6 has up to 0.2 fewer, but 0.4 fewer for dq's mask.
 
-P is computed again from S and lse, each of which is rounded by about L * 6e-8 at logits of size L. The rounding of S cancels, because all
-three kernels sum q k^T in the same order: a probability that is nearly one stays so. (A forward pass that read k as [D, S] had numpy, hence
-the interpreter, sum it in another: at logits of 35 the fp32 errors of dk and dv were up to 3.6 and 4.2 times those of torch.) That of lse
-remains: the errors of dq and dk are at most 1.2 times, that of dv at most 1.7 times what an exact lse gives, at logits of 35 and of 100.
+P is computed again from S and lse, each of which is rounded by about L * 6e-8 at logits of size L. The
+rounding of S cancels, because all three kernels sum q k^T in the same order: a probability that is nearly one
+stays so. (A forward pass that read k as [D, S] had numpy, hence the interpreter, sum it in another: at logits
+of 35 the fp32 errors of dk and dv were up to 3.6 and 4.2 times those of torch.) That of lse remains: the
+errors of dq and dk are at most 1.2 times, that of dv at most 1.7 times what an exact lse gives, at logits of
+35 and of 100.
 
-Dots are in "ieee" precision: left to itself, tl.dot rounds fp32 operands to tf32. For 16-bit operands the word changes nothing.
+Dots are in "ieee" precision: left to itself, tl.dot rounds fp32 operands to tf32. For 16-bit operands the
+word changes nothing.
 
 Source: Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
 """
@@ -50,7 +58,8 @@ from kernels.tracing import traceable
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E = 1.4426950408889634
-# Not compiled anew for lengths that happen to be 1 or a multiple of 16: a prompt of another length must not mean another compilation.
+# Not compiled anew for lengths that happen to be 1 or a multiple of 16: a prompt of another length must not
+# mean another compilation.
 LENGTHS = ["queries", "keys"]
 
 
@@ -65,9 +74,11 @@ def _visible(key, first_key, last_key, HAS_DOCS: tl.constexpr):
 
 @triton.jit
 def _rows(key, keys, WIDE: tl.constexpr):
-    """Which rows to read for a block of keys. Past the end the last one is read again: that takes no mask, and no query sees those keys.
+    """Which rows to read for a block of keys. Past the end the last one is read again: that takes no mask,
+    and no query sees those keys.
 
-    WIDE: the offsets within a head need int64. In int32 they are recomputed for every block; int64 ones would take 16 registers a thread.
+    WIDE: the offsets within a head need int64. In int32 they are recomputed for every block; int64 ones would
+    take 16 registers a thread.
     """
     row = tl.minimum(key, keys - 1)
     return row.to(tl.int64) if WIDE else row
@@ -75,9 +86,12 @@ def _rows(key, keys, WIDE: tl.constexpr):
 
 @triton.jit
 def _add_product(a, b, total):
-    """total + a b. In fp32 the product is summed by itself first: one chain of additions over all queries of all heads rounds too often."""
+    """total + a b. In fp32 the product is summed by itself first: one chain of additions over all queries of
+    all heads rounds too often.
+    """
     if a.dtype == tl.float32:
-        total = tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)  # not +, which the compiler would fold into the product
+        # not +, which the compiler would fold into the product
+        total = tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)
     else:
         total = tl.dot(a, b, total, input_precision="ieee")
     return total
@@ -89,11 +103,12 @@ def _key_blocks(
     SCALE: tl.constexpr, MASK: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key blocks [first, last). doc, query: the first and the last key that each row sees, [BLOCK_M].
+    """Online softmax over the key blocks [first, last). doc, query: the first and the last key that each row
+    sees, [BLOCK_M].
 
-    m is the maximum of q k^T, scaled and rounded once: what was added up relative to it must be shrunk relative to it. With m * SCALE in a
-    GPU's multiply-add instead, every block would be off by that rounding. MASK: "all" blocks, "none", or "branch", those that do not lie
-    within [clear, diagonal).
+    m is the maximum of q k^T, scaled and rounded once: what was added up relative to it must be shrunk
+    relative to it. With m * SCALE in a GPU's multiply-add instead, every block would be off by that rounding.
+    MASK: "all" blocks, "none", or "branch", those that do not lie within [clear, diagonal).
     """
     lane = tl.arange(0, HEAD_DIM)
     for start in range(first, last, BLOCK_N):
@@ -103,11 +118,16 @@ def _key_blocks(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASK == "branch":
             if start < clear or start + BLOCK_N > diagonal:
-                scores = tl.where(_visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf"))
+                scores = tl.where(
+                    _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf")
+                )
         elif MASK == "all":
-            scores = tl.where(_visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf"))
+            scores = tl.where(
+                _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf")
+            )
         new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
-        pivot = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen no key yet: (-inf) - (-inf) is NaN
+        # a row that has seen no key yet: (-inf) - (-inf) is NaN
+        pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
         p = tl.exp2(scores * SCALE - pivot[:, None])
         shrink = tl.exp2(m - pivot)
         total = total * shrink + tl.sum(p, 1)
@@ -119,13 +139,15 @@ def _key_blocks(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr,
-    q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
-    v_batch_stride, v_time_stride, v_head_stride, doc_batch_stride, queries, keys,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr, q_batch_stride, q_time_stride, q_head_stride,
+    k_batch_stride, k_time_stride, k_head_stride, v_batch_stride, v_time_stride, v_head_stride,
+    doc_batch_stride, queries, keys, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries of one head of one row. Grid: (ceil(T / BLOCK_M), B * H). out [B, T, H, D] is contiguous."""
+    """A program owns BLOCK_M queries of one head of one row. Grid: (ceil(T / BLOCK_M), B * H). out [B, T, H,
+    D] is contiguous.
+    """
     # The last block has the most keys: it starts first, so that the short ones fill the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
@@ -142,7 +164,8 @@ def _attention_fwd_kernel(
     offset = keys - queries
     last_key = time + offset  # [BLOCK_M]
     end = tl.minimum((block + 1) * BLOCK_M + offset, keys)
-    # Keys below `diagonal` are visible to all rows of the block as far as causality goes, those from `clear` on as far as documents go.
+    # Keys below `diagonal` are visible to all rows of the block as far as causality goes, those from `clear`
+    # on as far as documents go.
     diagonal = (block * BLOCK_M + offset + 1) // BLOCK_N * BLOCK_N
     begin, clear = 0, 0
     doc = tl.zeros([BLOCK_M], tl.int32)
@@ -156,18 +179,19 @@ def _attention_fwd_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     if BRANCH:
         acc, m, total = _key_blocks(
-            acc, m, total, q, k_head, v_head, begin, end, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
-            SCALE, "branch", HAS_DOCS, WIDE, HEAD_DIM, BLOCK_N,
+            acc, m, total, q, k_head, v_head, begin, end, clear, diagonal, last_key, doc, keys, k_time_stride,
+            v_time_stride, SCALE, "branch", HAS_DOCS, WIDE, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
     else:
         middle = tl.maximum(begin, diagonal)
         acc, m, total = _key_blocks(
-            acc, m, total, q, k_head, v_head, begin, middle, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
-            SCALE, "all" if HAS_DOCS else "none", HAS_DOCS, WIDE, HEAD_DIM, BLOCK_N,
+            acc, m, total, q, k_head, v_head, begin, middle, clear, diagonal, last_key, doc, keys,
+            k_time_stride, v_time_stride, SCALE, "all" if HAS_DOCS else "none", HAS_DOCS, WIDE, HEAD_DIM,
+            BLOCK_N,
         )  # fmt: skip
         acc, m, total = _key_blocks(
-            acc, m, total, q, k_head, v_head, middle, end, clear, diagonal, last_key, doc, keys, k_time_stride, v_time_stride,
-            SCALE, "all", HAS_DOCS, WIDE, HEAD_DIM, BLOCK_N,
+            acc, m, total, q, k_head, v_head, middle, end, clear, diagonal, last_key, doc, keys,
+            k_time_stride, v_time_stride, SCALE, "all", HAS_DOCS, WIDE, HEAD_DIM, BLOCK_N,
         )  # fmt: skip
 
     empty = total == 0.0
@@ -181,11 +205,11 @@ def _attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, rows_ptr,
-    q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
-    v_batch_stride, v_time_stride, v_head_stride, doc_batch_stride, queries, keys,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, rows_ptr, q_batch_stride, q_time_stride,
+    q_head_stride, k_batch_stride, k_time_stride, k_head_stride, v_batch_stride, v_time_stride, v_head_stride,
+    doc_batch_stride, queries, keys, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """A program owns dq and delta of BLOCK_M queries of one head. Grid as in the forward pass.
 
@@ -234,7 +258,11 @@ def _attention_bwd_dq_kernel(
             if start < clear or start + BLOCK_N > diagonal:
                 p = tl.where(_visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS), p, 0.0)
         else:
-            p = tl.where(_visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS), tl.exp2(scores - lse[:, None]), 0.0)
+            p = tl.where(
+                _visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS),
+                tl.exp2(scores - lse[:, None]),
+                0.0,
+            )
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
@@ -244,16 +272,16 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, doc_ptr, rows_ptr, do_ptr, dk_ptr, dv_ptr,
-    q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
-    v_batch_stride, v_time_stride, v_head_stride, doc_batch_stride, queries, keys,
-    SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, doc_ptr, rows_ptr, do_ptr, dk_ptr, dv_ptr, q_batch_stride, q_time_stride,
+    q_head_stride, k_batch_stride, k_time_stride, k_head_stride, v_batch_stride, v_time_stride, v_head_stride,
+    doc_batch_stride, queries, keys, SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """A program owns dk and dv of BLOCK_N keys of one key head, summed over its GROUP query heads.
 
-    Grid: (ceil(S / BLOCK_N), B * K); the first blocks see the most queries and start first. rows [B, H, T, 2] as the dq kernel leaves
-    it, do [B, T, H, D], dk and dv [B, S, K, D] contiguous.
+    Grid: (ceil(S / BLOCK_N), B * K); the first blocks see the most queries and start first. rows [B, H, T, 2]
+    as the dq kernel leaves it, do [B, T, H, D], dk and dv [B, S, K, D] contiguous.
     """
     block = tl.program_id(0)
     batch = (tl.program_id(1) // KEY_HEADS).to(tl.int64)
@@ -270,11 +298,13 @@ def _attention_bwd_dkv_kernel(
     # The first query whose last key reaches this block, rounded down to a block of queries.
     begin = tl.maximum(block * BLOCK_N - (keys - queries), 0) // BLOCK_M * BLOCK_M
     end = queries
-    # Queries from `diagonal` on see all keys of the block as far as causality goes, those before `clear` as far as documents go.
+    # Queries from `diagonal` on see all keys of the block as far as causality goes, those before `clear` as
+    # far as documents go.
     diagonal, clear = (block + 1) * BLOCK_N - 1 - (keys - queries), queries + BLOCK_M
     doc_row = doc_ptr + batch * doc_batch_stride
     if HAS_DOCS:
-        # One past the last query that may see any key of this block, and the first that may not see its first key.
+        # One past the last query that may see any key of this block, and the first that may not see its first
+        # key.
         reach, short = tl.zeros([256], tl.int32), tl.zeros([256], tl.int32) + queries
         for start in range(begin, queries, 256):
             time = start + tl.arange(0, 256)
@@ -288,24 +318,30 @@ def _attention_bwd_dkv_kernel(
     q_ptr += batch * q_batch_stride + key_head * GROUP * q_head_stride
     do_ptr += (batch * queries * KEY_HEADS + key_head) * GROUP * HEAD_DIM
     rows_ptr += (batch * KEY_HEADS + key_head) * GROUP * queries * 2
-    # One loop over all blocks of all heads of the group, so that loads ahead are not interrupted where a head ends.
+    # One loop over all blocks of all heads of the group, so that loads ahead are not interrupted where a head
+    # ends.
     start, member = begin, 0
     for _ in range(0, GROUP * tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)):
         time = start + tl.arange(0, BLOCK_M)
         row, head = time, member
         if WIDE:
             row, head = time.to(tl.int64), tl.cast(member, tl.int64)
-        present = (time < queries)[:, None]  # the others are zero and add nothing, whatever their probabilities
+        # the others are zero and add nothing, whatever their probabilities
+        present = (time < queries)[:, None]
         q_tile = row[:, None] * q_time_stride + (head * q_head_stride + lane[None, :])
         q = tl.load(q_ptr + q_tile, mask=present, other=0.0)  # [BLOCK_M, HEAD_DIM]
         do_tile = row[:, None] * (KEY_HEADS * GROUP * HEAD_DIM) + (head * HEAD_DIM + lane[None, :])
         do = tl.load(do_ptr + do_tile, mask=present, other=0.0)
-        # Two numbers a query: of one, Triton 3.6 would load a copy for every thread that needs it, 16 a thread.
-        pair = tl.load(rows_ptr + (head * queries + row)[:, None] * 2 + tl.arange(0, 2)[None, :], mask=present, other=0.0)
+        # Two numbers a query: of one, Triton 3.6 would load a copy for every thread that needs it, 16 a
+        # thread.
+        pair = tl.load(
+            rows_ptr + (head * queries + row)[:, None] * 2 + tl.arange(0, 2)[None, :], mask=present, other=0.0
+        )
         lse, delta = tl.split(pair)
         doc = time
         if HAS_DOCS:
-            twice = tl.load(doc_row + time[:, None] + tl.zeros([1, 2], tl.int32), mask=present, other=0)  # as above
+            # as above
+            twice = tl.load(doc_row + time[:, None] + tl.zeros([1, 2], tl.int32), mask=present, other=0)
             doc, _ = tl.split(twice.to(tl.int32))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(scores - lse[None, :])
@@ -334,16 +370,22 @@ def _lanes(x: Tensor) -> Tensor:
 
 
 def _wide(rows: int, heads: int, *strides: tuple[int, ...]) -> bool:
-    """Whether offsets within a row of the batch may not fit into int32, of tensors with at most so many rows and heads."""
+    """Whether offsets within a row of the batch may not fit into int32, of tensors with at most so many rows
+    and heads.
+    """
     return max([rows * time + heads * head for _, time, head, _ in strides]) >= 2**31
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 @traceable(_fake_forward)
-def _attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """q [B, T, H, D], k, v [B, S, K, D] -> out [B, T, H, D], lse [B, H, T]."""
     if scale <= 0:  # the kernel takes the maximum before it scales
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -354,26 +396,39 @@ def _attention_forward(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None
     config = launch_config("attention_fwd", q.dtype, q.device, head_dim)
     if out.numel():
         _attention_fwd_kernel[(triton.cdiv(queries, config.block_m), batch * heads)](
-            q, k, v, q if doc_start is None else doc_start, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if doc_start is None else doc_start.stride(0),
-            queries, keys,
+            q, k, v, q if doc_start is None else doc_start, out, lse, *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], 0 if doc_start is None else doc_start.stride(0), queries, keys,
             SCALE=scale * LOG2_E, HEADS=heads, GROUP=heads // key_heads, HAS_DOCS=doc_start is not None,
-            WIDE=_wide(keys, key_heads, k.stride(), v.stride()), HEAD_DIM=head_dim,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            WIDE=_wide(keys, key_heads, k.stride(), v.stride()), HEAD_DIM=head_dim, BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse
 
 
 def _fake_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, doc_start: Tensor | None, scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    doc_start: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @traceable(_fake_backward)
 def _attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, doc_start: Tensor | None, scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    doc_start: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """do, out [B, T, H, D] -> dq, dk, dv in the shapes of q, k, v, contiguous."""
     batch, queries, heads, head_dim = q.shape
@@ -386,7 +441,14 @@ def _attention_backward(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     docs = q if doc_start is None else doc_start
-    sizes = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if doc_start is None else doc_start.stride(0), queries, keys)
+    sizes = (
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        0 if doc_start is None else doc_start.stride(0),
+        queries,
+        keys,
+    )
     shared: dict[str, Any] = {
         "SCALE": scale * LOG2_E,
         "GROUP": heads // key_heads,
@@ -396,13 +458,15 @@ def _attention_backward(
     }
     config = launch_config("attention_bwd_dq", q.dtype, q.device, head_dim)
     _attention_bwd_dq_kernel[(triton.cdiv(queries, config.block_m), batch * heads)](
-        q, k, v, docs, out, lse, do, dq, rows, *sizes, HEADS=heads, **shared,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps, num_stages=config.num_stages,
+        q, k, v, docs, out, lse, do, dq, rows, *sizes, HEADS=heads, **shared, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
     config = launch_config("attention_bwd_dkv", q.dtype, q.device, head_dim)
     _attention_bwd_dkv_kernel[(triton.cdiv(keys, config.block_n), batch * key_heads)](
-        q, k, v, docs, rows, do, dk, dv, *sizes, KEY_HEADS=key_heads, **shared,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps, num_stages=config.num_stages,
+        q, k, v, docs, rows, do, dk, dv, *sizes, KEY_HEADS=key_heads, **shared, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -422,19 +486,38 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_start: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention, aligned to the bottom right: query t sees keys doc_start[t] .. t + S - T.
+    """Causal grouped-query attention, aligned to the bottom right: query t sees keys doc_start[t] .. t + S -
+    T.
 
-    q [B, T, H, D], k and v [B, S, K, D] with S >= T, H a multiple of K, D 32, 64 or 128; float32, float16 or bfloat16; any
-    strides (the tensor is copied if its last dimension is not contiguous). doc_start [B, T] integer, None means 0. A query that may
-    see no key gives zeros. scale: default 1 / sqrt(D). -> [B, T, H, D], contiguous. Same semantics as `kernels.reference.attention`.
-    Raises ValueError naming what was expected; dropout is not supported.
+    q [B, T, H, D], k and v [B, S, K, D] with S >= T, H a multiple of K, D 32, 64 or 128; float32, float16 or
+    bfloat16; any strides (the tensor is copied if its last dimension is not contiguous). doc_start [B, T]
+    integer, None means 0. A query that may see no key gives zeros. scale: default 1 / sqrt(D). -> [B, T, H,
+    D], contiguous. Same semantics as `kernels.reference.attention`. Raises ValueError naming what was
+    expected; dropout is not supported.
     """
     checks.attention("attention", q, k, v, doc_start)
     checks.kernel_dtype("attention", q)
     checks.require(q.shape[3] in HEAD_DIMS, "attention", f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
-    checks.require(dropout_p == 0.0, "attention", "dropout_p = 0 (for dropout use backend 'triton,attention=torch')", dropout_p)
+    checks.require(
+        dropout_p == 0.0,
+        "attention",
+        "dropout_p = 0 (for dropout use backend 'triton,attention=torch')",
+        dropout_p,
+    )
     if doc_start is not None:
         doc_start = _lanes(doc_start)
-    return _Attention.apply(_lanes(q), _lanes(k), _lanes(v), doc_start, 1 / math.sqrt(q.shape[3]) if scale is None else float(scale))
+    return _Attention.apply(
+        _lanes(q),
+        _lanes(k),
+        _lanes(v),
+        doc_start,
+        1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+    )

@@ -1,6 +1,8 @@
-"""What every implementation of an operation accepts: the reference and the kernels refuse the same input in the same words.
+"""What every implementation of an operation accepts: the reference and the kernels refuse the same input in
+the same words.
 
-A check looks at shapes, dtypes and devices only. It never reads a value of a tensor, so it costs no synchronisation.
+A check looks at shapes, dtypes and devices only. It never reads a value of a tensor, so it costs no
+synchronisation.
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ def same_kind(op: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
     first_name, first = tensors[0]
     first.is_floating_point() or refuse(op, f"{first_name} of a floating-point dtype", first.dtype)
     for name, tensor in tensors[1:]:
-        tensor.dtype == first.dtype or refuse(op, f"{name} of dtype {first.dtype} as {first_name}", tensor.dtype)
-        tensor.device == first.device or refuse(op, f"{name} on {first.device} as {first_name}", tensor.device)
+        tensor.dtype == first.dtype or refuse(
+            op, f"{name} of dtype {first.dtype} as {first_name}", tensor.dtype
+        )
+        tensor.device == first.device or refuse(
+            op, f"{name} on {first.device} as {first_name}", tensor.device
+        )
 
 
 def kernel_dtype(op: str, given: Tensor | torch.dtype) -> None:
@@ -74,22 +80,32 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     _tables("rope", cos, sin, batch, length, head_dim, q, "q")
 
 
-def _tables(op: str, cos: Tensor, sin: Tensor, batch: int, length: int, head_dim: int, like: Tensor, name_of_like: str) -> None:
-    """cos and sin of one shape, [T, D/2] or [B, T, D/2], of one floating-point dtype, on the device of `like`."""
+def _tables(
+    op: str, cos: Tensor, sin: Tensor, batch: int, length: int, head_dim: int, like: Tensor, name_of_like: str
+) -> None:
+    """cos and sin of one shape, [T, D/2] or [B, T, D/2], of one floating-point dtype, on the device of
+    `like`.
+    """
     for name, table in (("cos", cos), ("sin", sin)):
         # Compared one by one: Dynamo is wrong about `in` where two dynamic sizes happen to be equal.
         (table.shape == (length, head_dim // 2) or table.shape == (batch, length, head_dim // 2)) or refuse(
-            op, f"{name} of shape [{length}, {head_dim // 2}] or [{batch}, {length}, {head_dim // 2}]", shape(table)
+            op,
+            f"{name} of shape [{length}, {head_dim // 2}] or [{batch}, {length}, {head_dim // 2}]",
+            shape(table),
         )
         table.device == like.device or refuse(op, f"{name} on {like.device} as {name_of_like}", table.device)
-        (table.dtype == cos.dtype and table.is_floating_point()) or refuse(op, "cos and sin of one floating-point dtype", table.dtype)
+        (table.dtype == cos.dtype and table.is_floating_point()) or refuse(
+            op, "cos and sin of one floating-point dtype", table.dtype
+        )
     cos.shape == sin.shape or refuse(op, f"sin of shape {shape(cos)} as cos", shape(sin))
 
 
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> None:
     """qkv [B, T, H + 2K, D], cos and sin as in rope."""
     qkv.dim() == 4 or refuse("rope_qkv", "qkv of shape [B, T, H + 2K, D]", shape(qkv))
-    0 < 2 * key_heads < qkv.shape[2] or refuse("rope_qkv", f"key_heads so that H + 2K = {qkv.shape[2]} with H > 0", key_heads)
+    0 < 2 * key_heads < qkv.shape[2] or refuse(
+        "rope_qkv", f"key_heads so that H + 2K = {qkv.shape[2]} with H > 0", key_heads
+    )
     rope(qkv[:, :, : -2 * key_heads], qkv[:, :, -2 * key_heads : -key_heads], cos, sin)
 
 
@@ -97,13 +113,19 @@ def attention(op: str, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None
     """q [B, T, H, D], k and v [B, S, K, D] with H a multiple of K and S >= T, doc_start [B, T] integer."""
     q.dim() == 4 or refuse(op, "q of shape [B, T, H, D]", shape(q))
     batch, length, heads, head_dim = q.shape
-    (k.dim() == 4 and k.shape[0] == batch and k.shape[3] == head_dim) or refuse(op, f"keys of shape [{batch}, S, K, {head_dim}]", shape(k))
+    (k.dim() == 4 and k.shape[0] == batch and k.shape[3] == head_dim) or refuse(
+        op, f"keys of shape [{batch}, S, K, {head_dim}]", shape(k)
+    )
     v.shape == k.shape or refuse(op, f"values of shape {shape(k)} as the keys", shape(v))
-    (k.shape[2] > 0 and heads % k.shape[2] == 0) or refuse(op, f"key heads that divide the {heads} query heads", k.shape[2])
+    (k.shape[2] > 0 and heads % k.shape[2] == 0) or refuse(
+        op, f"key heads that divide the {heads} query heads", k.shape[2]
+    )
     k.shape[1] >= length or refuse(op, f"at least as many keys as the {length} queries", k.shape[1])
     same_kind(op, [("q", q), ("k", k), ("v", v)])
     if doc_start is not None:
-        shape(doc_start) == [batch, length] or refuse(op, f"doc_start of shape [{batch}, {length}]", shape(doc_start))
+        shape(doc_start) == [batch, length] or refuse(
+            op, f"doc_start of shape [{batch}, {length}]", shape(doc_start)
+        )
         not doc_start.is_floating_point() or refuse(op, "doc_start of an integer dtype", doc_start.dtype)
         doc_start.device == q.device or refuse(op, f"doc_start on {q.device} as q", doc_start.device)
 
@@ -111,24 +133,42 @@ def attention(op: str, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None
 def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
     """q [B, T, H, D], caches [B, S, K, D], lengths [B] integer."""
     attention("decode_attention", q, key_cache, value_cache)
-    shape(lengths) == [q.shape[0]] or refuse("decode_attention", f"lengths of shape [{q.shape[0]}]", shape(lengths))
-    not lengths.is_floating_point() or refuse("decode_attention", "lengths of an integer dtype", lengths.dtype)
+    shape(lengths) == [q.shape[0]] or refuse(
+        "decode_attention", f"lengths of shape [{q.shape[0]}]", shape(lengths)
+    )
+    not lengths.is_floating_point() or refuse(
+        "decode_attention", "lengths of an integer dtype", lengths.dtype
+    )
     lengths.device == q.device or refuse("decode_attention", f"lengths on {q.device} as q", lengths.device)
 
 
 def decode_layer(
-    x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor
+    x: Tensor,
+    weights: LayerWeights,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    cos: Tensor,
+    sin: Tensor,
 ) -> None:
-    """x [B, T, E], packed weights, caches [B, S, K, D], lengths [B] integer, cos and sin [B, T, D/2] or [T, D/2] in fp32 (or fp64)."""
+    """x [B, T, E], packed weights, caches [B, S, K, D], lengths [B] integer, cos and sin [B, T, D/2] or [T,
+    D/2] in fp32 (or fp64).
+    """
     op = "decode_layer"
     x.dim() == 3 or refuse(op, "x of shape [B, T, hidden]", shape(x))
     batch, length, width = x.shape
-    (key_cache.dim() == 4 and key_cache.shape[0] == batch and key_cache.shape[1] >= length and key_cache.shape[2] > 0) or refuse(
-        op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache)
+    (
+        key_cache.dim() == 4
+        and key_cache.shape[0] == batch
+        and key_cache.shape[1] >= length
+        and key_cache.shape[2] > 0
+    ) or refuse(op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache))
+    value_cache.shape == key_cache.shape or refuse(
+        op, f"value cache of shape {shape(key_cache)} as the key cache", shape(value_cache)
     )
-    value_cache.shape == key_cache.shape or refuse(op, f"value cache of shape {shape(key_cache)} as the key cache", shape(value_cache))
     key_heads, head_dim = key_cache.shape[2:]
-    # How many query heads and how wide an MLP, the weights say themselves; from there on all of them must agree.
+    # How many query heads and how wide an MLP, the weights say themselves; from there on all of them must
+    # agree.
     heads, ffn = weights.o.shape[-1] // max(1, head_dim), weights.down.shape[-1]
     (heads > 0 and heads % key_heads == 0) or refuse(
         op, f"query heads (columns of o / {head_dim}) that are a multiple of {key_heads}", heads
@@ -142,7 +182,9 @@ def decode_layer(
         "down": [width, ffn],
     }
     for name, expected in wanted.items():
-        shape(getattr(weights, name)) == expected or refuse(op, f"weights.{name} of shape {expected}", shape(getattr(weights, name)))
+        shape(getattr(weights, name)) == expected or refuse(
+            op, f"weights.{name} of shape {expected}", shape(getattr(weights, name))
+        )
     shape(lengths) == [batch] or refuse(op, f"lengths of shape [{batch}]", shape(lengths))
     not lengths.is_floating_point() or refuse(op, "lengths of an integer dtype", lengths.dtype)
     lengths.device == x.device or refuse(op, f"lengths on {x.device} as x", lengths.device)
@@ -157,7 +199,9 @@ def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor) -> None:
     x.dim() >= 1 or refuse(op, "x of shape [..., E]", shape(x))
     width = x.shape[-1]
     shape(norm_weight) == [width] or refuse(op, f"norm_weight of shape [{width}]", shape(norm_weight))
-    (head_weight.dim() == 2 and head_weight.shape[1] == width) or refuse(op, f"head_weight of shape [V, {width}]", shape(head_weight))
+    (head_weight.dim() == 2 and head_weight.shape[1] == width) or refuse(
+        op, f"head_weight of shape [V, {width}]", shape(head_weight)
+    )
     same_kind(op, [("x", x), ("norm_weight", norm_weight), ("head_weight", head_weight)])
 
 
@@ -165,7 +209,9 @@ def swiglu(gate: Tensor, up: Tensor | None) -> None:
     """gate and up of one shape [..., F], or gate alone of shape [..., 2F]."""
     gate.dim() >= 1 or refuse("swiglu", "gate of shape [..., F]", shape(gate))
     if up is None:
-        gate.shape[-1] % 2 == 0 or refuse("swiglu", "an even last dimension of the packed gate and up", gate.shape[-1])
+        gate.shape[-1] % 2 == 0 or refuse(
+            "swiglu", "an even last dimension of the packed gate and up", gate.shape[-1]
+        )
         same_kind("swiglu", [("gate", gate)])
         return
     up.shape == gate.shape or refuse("swiglu", f"up of shape {shape(gate)} as gate", shape(up))
@@ -173,7 +219,9 @@ def swiglu(gate: Tensor, up: Tensor | None) -> None:
 
 
 def first_derivative(op: str) -> None:
-    """Called in a backward pass that has no derivative itself: refuses create_graph=True, which would leave terms out in silence."""
+    """Called in a backward pass that has no derivative itself: refuses create_graph=True, which would leave
+    terms out in silence.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op} has first derivatives only; leave create_graph=True out")
 
@@ -181,34 +229,54 @@ def first_derivative(op: str) -> None:
 def _copy(op: str, weight: Tensor, copy: Tensor | None, dtype: torch.dtype) -> None:
     """The weight as it is multiplied or read: of its shape, in `dtype`."""
     if copy is not None:
-        copy.shape == weight.shape or refuse(op, f"weight_copy of shape {shape(weight)} as the weight", shape(copy))
+        copy.shape == weight.shape or refuse(
+            op, f"weight_copy of shape {shape(weight)} as the weight", shape(copy)
+        )
         copy.dtype == dtype or refuse(op, f"weight_copy of dtype {dtype}", copy.dtype)
-        copy.device == weight.device or refuse(op, f"weight_copy on {weight.device} as the weight", copy.device)
+        copy.device == weight.device or refuse(
+            op, f"weight_copy on {weight.device} as the weight", copy.device
+        )
 
 
 def tied_embedding(input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None) -> None:
-    """input_ids [...] int64 or int32, weight [V, D] (any floating dtype), dtype a floating one, weight_copy [V, D] in it."""
+    """input_ids [...] int64 or int32, weight [V, D] (any floating dtype), dtype a floating one, weight_copy
+    [V, D] in it.
+    """
     op = "tied_embedding"
-    input_ids.dtype in (torch.int64, torch.int32) or refuse(op, "input_ids of dtype int64 or int32", input_ids.dtype)
+    input_ids.dtype in (torch.int64, torch.int32) or refuse(
+        op, "input_ids of dtype int64 or int32", input_ids.dtype
+    )
     weight.dim() == 2 or refuse(op, "weight of shape [V, D]", shape(weight))
-    (weight.is_floating_point() and dtype.is_floating_point) or refuse(op, "a weight and a dtype of floating point", (weight.dtype, dtype))
-    weight.device == input_ids.device or refuse(op, f"weight on {input_ids.device} as input_ids", weight.device)
+    (weight.is_floating_point() and dtype.is_floating_point) or refuse(
+        op, "a weight and a dtype of floating point", (weight.dtype, dtype)
+    )
+    weight.device == input_ids.device or refuse(
+        op, f"weight on {input_ids.device} as input_ids", weight.device
+    )
     _copy(op, weight, weight_copy, dtype)
 
 
 def mlp(x: Tensor, gate_up: Tensor, down: Tensor, copies: tuple[Tensor | None, Tensor | None] | None) -> None:
-    """x [..., D], gate_up [2F, D] and down [D, F] of any floating dtypes, copies of these two in the dtype of x."""
+    """x [..., D], gate_up [2F, D] and down [D, F] of any floating dtypes, copies of these two in the dtype of
+    x.
+    """
     x.dim() >= 1 or refuse("mlp", "x of shape [..., D]", shape(x))
     width = x.shape[-1]
-    (gate_up.dim() == 2 and gate_up.shape[1] == width) or refuse("mlp", f"gate_up of shape [2F, {width}]", shape(gate_up))
+    (gate_up.dim() == 2 and gate_up.shape[1] == width) or refuse(
+        "mlp", f"gate_up of shape [2F, {width}]", shape(gate_up)
+    )
     gate_up.shape[0] % 2 == 0 or refuse("mlp", "an even number of rows of gate_up", gate_up.shape[0])
-    shape(down) == [width, gate_up.shape[0] // 2] or refuse("mlp", f"down of shape [{width}, {gate_up.shape[0] // 2}]", shape(down))
+    shape(down) == [width, gate_up.shape[0] // 2] or refuse(
+        "mlp", f"down of shape [{width}, {gate_up.shape[0] // 2}]", shape(down)
+    )
     x.is_floating_point() or refuse("mlp", "x of a floating-point dtype", x.dtype)
     for name, weight, copy in zip(("gate_up", "down"), (gate_up, down), copies or (None, None), strict=True):
         weight.is_floating_point() or refuse("mlp", f"{name} of a floating-point dtype", weight.dtype)
         weight.device == x.device or refuse("mlp", f"{name} on {x.device} as x", weight.device)
         if copy is not None:
-            copy.shape == weight.shape or refuse("mlp", f"a copy of {name} of shape {shape(weight)}", shape(copy))
+            copy.shape == weight.shape or refuse(
+                "mlp", f"a copy of {name} of shape {shape(weight)}", shape(copy)
+            )
             same_kind("mlp", [("x", x), (f"the copy of {name}", copy)])
 
 
@@ -223,10 +291,14 @@ def linear_cross_entropy(
     weight_copy: Tensor | None,
     chunk_tokens: int | None,
 ) -> None:
-    """hidden [N, D], weight [V, D] (any floating dtype), targets [N] int64 or int32, scale [] in fp32, weight_copy as hidden."""
+    """hidden [N, D], weight [V, D] (any floating dtype), targets [N] int64 or int32, scale [] in fp32,
+    weight_copy as hidden.
+    """
     op = "linear_cross_entropy"
     hidden.dim() == 2 or refuse(op, "hidden of shape [N, D]", shape(hidden))
-    (weight.dim() == 2 and weight.shape[1] == hidden.shape[1]) or refuse(op, f"weight of shape [V, {hidden.shape[1]}]", shape(weight))
+    (weight.dim() == 2 and weight.shape[1] == hidden.shape[1]) or refuse(
+        op, f"weight of shape [V, {hidden.shape[1]}]", shape(weight)
+    )
     shape(targets) == [hidden.shape[0]] or refuse(op, f"targets of shape [{hidden.shape[0]}]", shape(targets))
     not targets.is_floating_point() or refuse(op, "targets of an integer dtype", targets.dtype)
     (hidden.is_floating_point() and weight.is_floating_point()) or refuse(
@@ -239,7 +311,9 @@ def linear_cross_entropy(
     z_loss >= 0.0 or refuse(op, "z_loss >= 0", z_loss)
     0.0 <= label_smoothing <= 1.0 or refuse(op, "label_smoothing in [0, 1]", label_smoothing)
     if scale is not None:
-        (scale.dim() == 0 and scale.dtype == torch.float32) or refuse(op, "scale of shape [] in float32", (shape(scale), scale.dtype))
+        (scale.dim() == 0 and scale.dtype == torch.float32) or refuse(
+            op, "scale of shape [] in float32", (shape(scale), scale.dtype)
+        )
         scale.device == hidden.device or refuse(op, f"scale on {hidden.device} as hidden", scale.device)
     _copy(op, weight, weight_copy, hidden.dtype)
     (chunk_tokens is None or chunk_tokens >= 1) or refuse(op, "chunk_tokens >= 1", chunk_tokens)

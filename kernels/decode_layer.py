@@ -6,13 +6,15 @@
     4  norm, gate and up, SiLU   g, u = s (w * scale)^T * rstd as in 1;  h = silu(g) * u
     5  down, residual            y = s + h w^T
 
-R = B * T rows, E hidden width, F ffn width; other letters as in reference.py. No backward pass: the cache has no gradient.
+R = B * T rows, E hidden width, F ffn width; other letters as in reference.py. No backward pass: the cache has
+no gradient.
 
-A decode step is a chain of memory reads too short to hide each other's latency, so what counts is the number of launches and that each
-of them asks for all of its bytes at once. A program owns a few output columns and their whole weight rows, in registers: it issues
-every load, that of the first row included, before it needs one. Then it loops over the R rows with the weights where they are, and asks
-for the next row before it works on one. The products are elementwise with a sum over the width, not `tl.dot`: a matrix instruction wants
-16 columns, and 36 programs do not feed 132 multiprocessors.
+A decode step is a chain of memory reads too short to hide each other's latency, so what counts is the number
+of launches and that each of them asks for all of its bytes at once. A program owns a few output columns and
+their whole weight rows, in registers: it issues every load, that of the first row included, before it needs
+one. Then it loops over the R rows with the weights where they are, and asks for the next row before it works
+on one. The products are elementwise with a sum over the width, not `tl.dot`: a matrix instruction wants 16
+columns, and 36 programs do not feed 132 multiprocessors.
 
 The 135M model in 16 bits (E 576, F 1536, 9 + 3 + 3 heads of 64), batch 1, by launch:
 
@@ -30,15 +32,18 @@ instructions a row and warp in launch 1. Every program of launch 3 adds up all s
 makes it read R * splits * 2.3 kB from L2 (those beyond a row's length are left out): 18 kB at 1,024 keys and one row, 295 kB at sixteen,
 where a sixth launch may be the better choice.
 
-Batch invariance: one compiled kernel serves every R (the row count is an ordinary argument and never specialised), and each row
-passes through the same instructions. So a row's bits do not depend on the other rows, on their number, or on the cache's capacity.
-(The tile of launch 2 grows with T: tokens decoded together may differ in the last bit from the same ones decoded one by one.)
+Batch invariance: one compiled kernel serves every R (the row count is an ordinary argument and never
+specialised), and each row passes through the same instructions. So a row's bits do not depend on the other
+rows, on their number, or on the cache's capacity. (The tile of launch 2 grows with T: tokens decoded together
+may differ in the last bit from the same ones decoded one by one.)
 
-Rounding. As the composition: qkv before rope, queries, keys and values; the mixed heads; the projections o, gate, up and down; both
-residual sums; h once, as swiglu.py. Otherwise than it: the normalised row is never rounded, since its scale is folded into the weights
-and its rstd applied to the sum, which saves two roundings an element. All sums in fp32.
+Rounding. As the composition: qkv before rope, queries, keys and values; the mixed heads; the projections o,
+gate, up and down; both residual sums; h once, as swiglu.py. Otherwise than it: the normalised row is never
+rounded, since its scale is folded into the weights and its rstd applied to the sum, which saves two roundings
+an element. All sums in fp32.
 
-Source: the fused decoding step of Hazy Research 2025, "Look Ma, No Bubbles", cut at its barriers (kernels/PERSISTENT.md).
+Source: the fused decoding step of Hazy Research 2025, "Look Ma, No Bubbles", cut at its barriers
+(kernels/PERSISTENT.md).
 """
 
 from __future__ import annotations
@@ -66,7 +71,9 @@ def _weights(w_ptr, column, columns, k, WIDTH: tl.constexpr):
 
 @triton.jit
 def _row(x_ptr, row, k, WIDTH: tl.constexpr):
-    """Elements k of one row of a contiguous x [R, WIDTH]; widened only where they are used, so that nothing waits for them here."""
+    """Elements k of one row of a contiguous x [R, WIDTH]; widened only where they are used, so that nothing
+    waits for them here.
+    """
     return tl.load(x_ptr + tl.cast(row, tl.int64) * WIDTH + k, mask=k < WIDTH, other=0.0)
 
 
@@ -85,14 +92,16 @@ def _project(x, w):
 @triton.jit(do_not_specialize=["rows", "queries", "keys"])
 def _norm_qkv_rope_kernel(
     x_ptr, scale_ptr, w_ptr, cos_ptr, sin_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, rows, queries, keys,
-    table_batch_stride, k_batch_stride, k_time_stride, k_head_stride, v_batch_stride, v_time_stride, v_head_stride,
-    EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_K: tl.constexpr,
+    table_batch_stride, k_batch_stride, k_time_stride, k_head_stride, v_batch_stride, v_time_stride,
+    v_head_stride, EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
+    HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program owns PAIRS pairs of columns (i, i + HALF) of one head, which rope turns into each other, for all rows.
+    """A program owns PAIRS pairs of columns (i, i + HALF) of one head, which rope turns into each other, for
+    all rows.
 
-    Grid: (HALF / PAIRS, H + 2K). q [R, H, 2 HALF] is contiguous; tables are [B or 1, T, HALF] with contiguous rows. The new keys and
-    values go to position lengths[b] - T + t of the caches; a position outside of them is not written.
+    Grid: (HALF / PAIRS, H + 2K). q [R, H, 2 HALF] is contiguous; tables are [B or 1, T, HALF] with contiguous
+    rows. The new keys and values go to position lengths[b] - T + t of the caches; a position outside of them
+    is not written.
     """
     head = tl.program_id(1)
     lane = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -126,12 +135,20 @@ def _norm_qkv_rope_kernel(
             tl.store(target, a)
             tl.store(target + HALF, b)
         elif head < HEADS + KEY_HEADS:
-            target = k_ptr + batch * k_batch_stride + position * k_time_stride + tl.cast(head - HEADS, tl.int64) * k_head_stride + lane
+            target = (
+                k_ptr
+                + batch * k_batch_stride
+                + position * k_time_stride
+                + tl.cast(head - HEADS, tl.int64) * k_head_stride
+                + lane
+            )
             tl.store(target, a, mask=there)
             tl.store(target + HALF, b, mask=there)
         else:
             value_head = tl.cast(head - HEADS - KEY_HEADS, tl.int64)
-            target = v_ptr + batch * v_batch_stride + position * v_time_stride + value_head * v_head_stride + lane
+            target = (
+                v_ptr + batch * v_batch_stride + position * v_time_stride + value_head * v_head_stride + lane
+            )
             tl.store(target, a, mask=there)
             tl.store(target + HALF, b, mask=there)
         x = ahead
@@ -140,10 +157,12 @@ def _norm_qkv_rope_kernel(
 @triton.jit
 def _combined(
     part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, row, queries, keys, dtype: tl.constexpr,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, AT_ONCE: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The mixed heads of a row, rounded to dtype, [BLOCK_H * HEAD_DIM]: its splits added from the first to the last that it has, AT_ONCE
-    loads at a time. The sum of `_decode_attention_combine_kernel`, where those that it does not have add exact zeros.
+    """The mixed heads of a row, rounded to dtype, [BLOCK_H * HEAD_DIM]: its splits added from the first to
+    the last that it has, AT_ONCE loads at a time. The sum of `_decode_attention_combine_kernel`, where those
+    that it does not have add exact zeros.
     """
     head = tl.arange(0, BLOCK_H)
     lane = tl.arange(0, HEAD_DIM)
@@ -159,7 +178,10 @@ def _combined(
             there = (head < HEADS) & (start + step < filled)
             part_max = tl.load(part_max_ptr + part, mask=there, other=float("-inf"))
             part_sum = tl.load(part_sum_ptr + part, mask=there, other=0.0)
-            values = tl.load(part_ptr + part[:, None] * HEAD_DIM + lane[None, :], mask=there[:, None], other=0.0)  # [BLOCK_H, HEAD_DIM]
+            # [BLOCK_H, HEAD_DIM]
+            values = tl.load(
+                part_ptr + part[:, None] * HEAD_DIM + lane[None, :], mask=there[:, None], other=0.0
+            )
             new_m = tl.maximum(m, part_max)
             pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
             shrink, weight = tl.exp2(m - pivot), tl.exp2(part_max - pivot)
@@ -175,14 +197,16 @@ def _combine_o_kernel(
     WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_H: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the residual stream for all rows, and adds the splits of all heads itself: those of the first row
-    while the weights are on their way. Grid: ceil(WIDTH / COLUMNS).
+    """A program owns COLUMNS columns of the residual stream for all rows, and adds the splits of all heads
+    itself: those of the first row while the weights are on their way. Grid: ceil(WIDTH / COLUMNS).
     """
     dtype: tl.constexpr = sum_ptr.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    w = _weights(w_ptr, column, WIDTH, tl.arange(0, BLOCK_H * HEAD_DIM), HEADS * HEAD_DIM)  # [COLUMNS, BLOCK_H * HEAD_DIM]
+    # [COLUMNS, BLOCK_H * HEAD_DIM]
+    w = _weights(w_ptr, column, WIDTH, tl.arange(0, BLOCK_H * HEAD_DIM), HEADS * HEAD_DIM)
     mixed = _combined(
-        part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, 0, queries, keys, dtype, HEADS, HEAD_DIM, SPLIT, BLOCK_H, AT_ONCE
+        part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, 0, queries, keys, dtype, HEADS, HEAD_DIM, SPLIT,
+        BLOCK_H, AT_ONCE
     )  # fmt: skip
     w = w.to(tl.float32)
     for row in range(0, rows):
@@ -192,7 +216,8 @@ def _combine_o_kernel(
         tl.store(sum_ptr + tl.cast(row, tl.int64) * WIDTH + column, y, mask=column < WIDTH)
         if row + 1 < rows:
             mixed = _combined(
-                part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, row + 1, queries, keys, dtype, HEADS, HEAD_DIM, SPLIT, BLOCK_H, AT_ONCE
+                part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, row + 1, queries, keys, dtype, HEADS,
+                HEAD_DIM, SPLIT, BLOCK_H, AT_ONCE
             )  # fmt: skip
 
 
@@ -201,7 +226,9 @@ def _norm_gate_up_kernel(
     x_ptr, scale_ptr, w_ptr, act_ptr, rows,
     EPS: tl.constexpr, WIDTH: tl.constexpr, FFN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the activations [R, FFN], with their gate and up rows, for all rows. Grid: ceil(FFN / COLUMNS)."""
+    """A program owns COLUMNS columns of the activations [R, FFN], with their gate and up rows, for all rows.
+    Grid: ceil(FFN / COLUMNS).
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, BLOCK_K)
     scale = tl.load(scale_ptr + k, mask=k < WIDTH, other=0.0)
@@ -257,18 +284,18 @@ def _decode_layer(
     block_k = triton.next_power_of_2(width)
     _norm_qkv_rope_kernel[(head_dim // 2 // norm.block_n, heads + 2 * key_heads)](
         x, input_norm, qkv, cos, sin, lengths, q, key_cache, value_cache, rows, queries, keys,
-        cos.stride(0) if cos.dim() == 3 else 0, *key_cache.stride()[:3], *value_cache.stride()[:3],
-        EPS=eps, WIDTH=width, HEADS=heads, KEY_HEADS=key_heads, HALF=head_dim // 2, PAIRS=norm.block_n, BLOCK_K=block_k,
-        num_warps=norm.num_warps,
+        cos.stride(0) if cos.dim() == 3 else 0, *key_cache.stride()[:3], *value_cache.stride()[:3], EPS=eps,
+        WIDTH=width, HEADS=heads, KEY_HEADS=key_heads, HALF=head_dim // 2, PAIRS=norm.block_n,
+        BLOCK_K=block_k, num_warps=norm.num_warps,
     )  # fmt: skip
     parts = split_attention(q, key_cache, value_cache, lengths)
     total = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block_h = triton.next_power_of_2(heads)
     config = launch_config("decode_o", x.dtype, x.device, block_h * head_dim)
     _combine_o_kernel[(triton.cdiv(width, config.block_n),)](
-        *parts, lengths, o, x, total, rows, queries, keys,
-        WIDTH=width, HEADS=heads, HEAD_DIM=head_dim, SPLIT=KEYS_PER_SPLIT, COLUMNS=config.block_n, BLOCK_H=block_h,
-        AT_ONCE=config.block_m, num_warps=config.num_warps,
+        *parts, lengths, o, x, total, rows, queries, keys, WIDTH=width, HEADS=heads, HEAD_DIM=head_dim,
+        SPLIT=KEYS_PER_SPLIT, COLUMNS=config.block_n, BLOCK_H=block_h, AT_ONCE=config.block_m,
+        num_warps=config.num_warps,
     )  # fmt: skip
     act = torch.empty((rows, ffn), dtype=x.dtype, device=x.device)
     _norm_gate_up_kernel[(triton.cdiv(ffn, norm.block_n),)](
@@ -278,44 +305,75 @@ def _decode_layer(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     config = launch_config("decode_down", x.dtype, x.device, ffn)
     _down_kernel[(triton.cdiv(width, config.block_n),)](
-        act, down, total, out, rows,
-        WIDTH=width, FFN=ffn, COLUMNS=config.block_n, BLOCK_K=triton.next_power_of_2(ffn), num_warps=config.num_warps,
+        act, down, total, out, rows, WIDTH=width, FFN=ffn, COLUMNS=config.block_n,
+        BLOCK_K=triton.next_power_of_2(ffn), num_warps=config.num_warps,
     )  # fmt: skip
     return out
 
 
 # As kernels/tracing.py, for a launcher that writes into two of its arguments.
-_OPERATION = torch.library.custom_op("smollm2::decode_layer", _decode_layer, mutates_args=("key_cache", "value_cache"))
+_OPERATION = torch.library.custom_op(
+    "smollm2::decode_layer", _decode_layer, mutates_args=("key_cache", "value_cache")
+)
 _OPERATION.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
 def supports(x: Tensor, weights: LayerWeights) -> bool:
-    """Whether this layer is one for the five kernels: 1 to 16 rows (a batch of none included), and weight rows that fit registers."""
+    """Whether this layer is one for the five kernels: 1 to 16 rows (a batch of none included), and weight
+    rows that fit registers.
+    """
     widths = (weights.qkv.shape[-1], triton.next_power_of_2(weights.o.shape[-1]), weights.down.shape[-1])
     return x.dim() == 3 and x.shape[0] * x.shape[1] <= MAX_ROWS and max(widths) <= MAX_WIDTH
 
 
 def decode_layer(
-    x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float
+    x: Tensor,
+    weights: LayerWeights,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    eps: float,
 ) -> Tensor:
-    """One whole block for at most 16 rows: norm, qkv, rope, cache write, attention, projection, norm, SwiGLU MLP; five launches.
+    """One whole block for at most 16 rows: norm, qkv, rope, cache write, attention, projection, norm, SwiGLU
+    MLP; five launches.
 
-    x [B, T, E] with 1 <= T and B * T <= 16 (float32, float16, bfloat16), contiguous weights of one dtype, widths up to 16384; caches
-    [B, S, K, D] with D 32, 64 or 128 and a last stride of 1, lengths [B] integer (the new tokens included), cos and sin [B, T, D/2] or
-    [T, D/2] -> [B, T, E], contiguous. Writes the new keys and values into the caches at positions lengths[b] - T .. lengths[b] - 1, as
-    far as these lie in the cache. Reads nothing on the host: what is launched depends on shapes only, so a CUDA graph can hold it.
-    A row's result does not depend on the other rows or on S. Raises ValueError naming what was expected. Otherwise
-    `kernels.reference.decode_layer`, which also takes the operations to compose; which of the two serves is decided in backend.py.
+    x [B, T, E] with 1 <= T and B * T <= 16 (float32, float16, bfloat16), contiguous weights of one dtype,
+    widths up to 16384; caches [B, S, K, D] with D 32, 64 or 128 and a last stride of 1, lengths [B] integer
+    (the new tokens included), cos and sin [B, T, D/2] or [T, D/2] -> [B, T, E], contiguous. Writes the new
+    keys and values into the caches at positions lengths[b] - T .. lengths[b] - 1, as far as these lie in the
+    cache. Reads nothing on the host: what is launched depends on shapes only, so a CUDA graph can hold it. A
+    row's result does not depend on the other rows or on S. Raises ValueError naming what was expected.
+    Otherwise `kernels.reference.decode_layer`, which also takes the operations to compose; which of the two
+    serves is decided in backend.py.
     """
     op = "decode_layer"
     checks.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin)
     checks.kernel_dtype(op, x)
     head_dim = key_cache.shape[3]
     checks.require(head_dim in HEAD_DIMS, op, f"a head dim in {list(HEAD_DIMS)}", head_dim)
-    checks.require(supports(x, weights), op, f"B * T <= {MAX_ROWS} rows and widths of at most {MAX_WIDTH}", checks.shape(x))
+    checks.require(
+        supports(x, weights),
+        op,
+        f"B * T <= {MAX_ROWS} rows and widths of at most {MAX_WIDTH}",
+        checks.shape(x),
+    )
     for name, tensor in (("key cache", key_cache), ("value cache", value_cache)):
         checks.require(tensor.stride(3) == 1, op, f"{name} with a last stride of 1", tensor.stride(3))
     for name, tensor in weights._asdict().items():
-        checks.require(tensor.is_contiguous(), op, f"contiguous weights ({name}.contiguous())", tensor.stride())
+        checks.require(
+            tensor.is_contiguous(), op, f"contiguous weights ({name}.contiguous())", tensor.stride()
+        )
     run = _OPERATION if torch.compiler.is_compiling() else _decode_layer
-    return run(x.contiguous(), *weights, key_cache, value_cache, lengths.contiguous(), cos.contiguous(), sin.contiguous(), eps)
+    return run(
+        x.contiguous(),
+        *weights,
+        key_cache,
+        value_cache,
+        lengths.contiguous(),
+        cos.contiguous(),
+        sin.contiguous(),
+        eps,
+    )

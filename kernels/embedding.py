@@ -3,25 +3,29 @@
     x[n] = round(W[id_n]),  head = W
     dW = dhead + E,  E[v] = sum of dx[n] over the tokens n with id_n = v, in fp32
 
-dhead is the gradient that linear_cross_entropy gives, [V, D] in fp32: 113 MB for the 135M model. As an output of this operation the head
-brings it to the same backward pass as dx, and the rows of E are added into it where it lies. On its own, the gradient of an embedding is
-another tensor of that size, zeroed, filled and then added. Measured so on an H100 at 16,384 tokens, with torch's kernels: 46 us forward
-(rows in fp32, then cast) and 416 us backward, among them 30 for dx in fp32, 70 for sorting, 34 for the zeros, 156 for the sums, 111 for
-the addition. Predicted here: 20 us forward and 80 us backward, 40 of them for sorting (ids in 32 bits take 4 of 8 passes) and 40 for two
-kernels that read and write 94 MB at most.
+dhead is the gradient that linear_cross_entropy gives, [V, D] in fp32: 113 MB for the 135M model. As an output
+of this operation the head brings it to the same backward pass as dx, and the rows of E are added into it
+where it lies. On its own, the gradient of an embedding is another tensor of that size, zeroed, filled and
+then added. Measured so on an H100 at 16,384 tokens, with torch's kernels: 46 us forward (rows in fp32, then
+cast) and 416 us backward, among them 30 for dx in fp32, 70 for sorting, 34 for the zeros, 156 for the sums,
+111 for the addition. Predicted here: 20 us forward and 80 us backward, 40 of them for sorting (ids in 32 bits
+take 4 of 8 passes) and 40 for two kernels that read and write 94 MB at most.
 
-Forward: an id out of range stops the process with an assertion on the device, as torch's embedding does; its row of x is NaN. Bytes: 2 D
-written a token, and 4 D read, or 2 D where the weight is there in 16 bits (`weight_copy`).
+Forward: an id out of range stops the process with an assertion on the device, as torch's embedding does; its
+row of x is NaN. Bytes: 2 D written a token, and 4 D read, or 2 D where the weight is there in 16 bits
+(`weight_copy`).
 
-Backward, without atomics, so that the gradient is bit-identical from run to run: the ids are sorted (stable), and a run of equal ids
-belongs to one row. A program adds up a run, ROWS tokens at a time in their order. A token that makes up the whole batch must not take much
-longer: a run is cut where a window of WINDOW positions ends. A first kernel sums up the pieces that begin with a window, and the second
-one adds those sums to a run's first piece. With N tokens a program has WINDOW + N / WINDOW rows at most, 256 of 16,384. No sum depends on
-the number of multiprocessors.
+Backward, without atomics, so that the gradient is bit-identical from run to run: the ids are sorted (stable),
+and a run of equal ids belongs to one row. A program adds up a run, ROWS tokens at a time in their order. A
+token that makes up the whole batch must not take much longer: a run is cut where a window of WINDOW positions
+ends. A first kernel sums up the pieces that begin with a window, and the second one adds those sums to a
+run's first piece. With N tokens a program has WINDOW + N / WINDOW rows at most, 256 of 16,384. No sum depends
+on the number of multiprocessors.
 Bytes a token: 2 D of dx once, 12 of order and ids; 8 D a distinct token for the row of dW, read and written.
 
-Whose dhead is: autograd gives it to the node and may have given it to others, too (a hook that keeps it, `torch.autograd.grad` that asks
-for it, several heads). It is written only where nobody else can see it, and copied otherwise; see `_is_ours`.
+Whose dhead is: autograd gives it to the node and may have given it to others, too (a hook that keeps it,
+`torch.autograd.grad` that asks for it, several heads). It is written only where nobody else can see it, and
+copied otherwise; see `_is_ours`.
 """
 
 from __future__ import annotations
@@ -39,7 +43,8 @@ from kernels.launch_config import launch_config
 from kernels.tracing import traceable
 
 WINDOW = 128
-# References to a gradient in C++ while autograd calls a node's backward pass: that of its Python object, and in torch 2.11 autograd's own.
+# References to a gradient in C++ while autograd calls a node's backward pass: that of its Python object, and
+# in torch 2.11 autograd's own.
 HELD = 2 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12) else 1
 
 
@@ -47,7 +52,8 @@ HELD = 2 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12) else 1
 def _embedding_fwd_kernel(
     ids_ptr, weight_ptr, x_ptr, known_ptr, vocabulary, weight_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A program owns BLOCK columns of one token. Grid: (tokens, ceil(WIDTH / BLOCK)). x is contiguous; columns of the weight have stride 1.
+    """A program owns BLOCK columns of one token. Grid: (tokens, ceil(WIDTH / BLOCK)). x is contiguous;
+    columns of the weight have stride 1.
 
     known_ptr: points to 1, which becomes 0 if an id is out of range; whoever writes it writes the same.
     """
@@ -57,23 +63,41 @@ def _embedding_fwd_kernel(
     if not inside:
         tl.store(known_ptr, 0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(weight_ptr + row * weight_stride + column, mask=(column < WIDTH) & inside, other=float("nan"))
+    value = tl.load(
+        weight_ptr + row * weight_stride + column, mask=(column < WIDTH) & inside, other=float("nan")
+    )
     tl.store(x_ptr + token * WIDTH + column, value.to(x_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
 @triton.jit
-def _sum_of_piece(dx_ptr, order_ptr, ids_ptr, first, stop, row, dx_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK] in fp32: the dx of the positions from `first` on whose id is `row`, up to `stop` at most, added up in their order."""
+def _sum_of_piece(
+    dx_ptr,
+    order_ptr,
+    ids_ptr,
+    first,
+    stop,
+    row,
+    dx_stride,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """[BLOCK] in fp32: the dx of the positions from `first` on whose id is `row`, up to `stop` at most, added
+    up in their order.
+    """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     position = first
     more = True
     while more:
         positions = position + tl.arange(0, ROWS)
-        mine = (positions < stop) & (tl.load(ids_ptr + positions, mask=positions < stop, other=-1) == row)  # [ROWS]
+        # [ROWS]
+        mine = (positions < stop) & (tl.load(ids_ptr + positions, mask=positions < stop, other=-1) == row)
         token = tl.load(order_ptr + positions, mask=mine, other=0)
         mask = mine[:, None] & (column < WIDTH)[None, :]  # [ROWS, BLOCK]
-        total += tl.sum(tl.load(dx_ptr + token[:, None] * dx_stride + column, mask=mask, other=0.0).to(tl.float32), axis=0)
+        total += tl.sum(
+            tl.load(dx_ptr + token[:, None] * dx_stride + column, mask=mask, other=0.0).to(tl.float32), axis=0
+        )
         position += ROWS
         more = (position < stop) & (tl.load(ids_ptr + position, mask=position < stop, other=-1) == row)
     return total
@@ -84,10 +108,11 @@ def _embedding_bwd_piece_kernel(
     dx_ptr, order_ptr, ids_ptr, piece_ptr, tokens, dx_stride,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK columns of one window, the first one excepted, and of one row of piece [windows, WIDTH].
+    """A program owns BLOCK columns of one window, the first one excepted, and of one row of piece [windows,
+    WIDTH].
 
-    Grid: (windows - 1, ceil(WIDTH / BLOCK)). Of a run that began before the window it sums up what lies in the window. Where none did,
-    nothing is written, nor read later.
+    Grid: (windows - 1, ceil(WIDTH / BLOCK)). Of a run that began before the window it sums up what lies in
+    the window. Where none did, nothing is written, nor read later.
     """
     window = tl.program_id(0).to(tl.int64) + 1
     first = window * SPAN
@@ -104,9 +129,11 @@ def _embedding_bwd_kernel(
     dx_ptr, order_ptr, ids_ptr, piece_ptr, dweight_ptr, tokens, vocabulary, dx_stride,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK columns of one position of the sorted ids; where a run begins there, it adds the run to its row of dweight.
+    """A program owns BLOCK columns of one position of the sorted ids; where a run begins there, it adds the
+    run to its row of dweight.
 
-    Grid: (tokens, ceil(WIDTH / BLOCK)). dweight is contiguous; an id out of range has no row and is passed over.
+    Grid: (tokens, ceil(WIDTH / BLOCK)). dweight is contiguous; an id out of range has no row and is passed
+    over.
     """
     first = tl.program_id(0).to(tl.int64)
     row = tl.load(ids_ptr + first).to(tl.int64)
@@ -121,9 +148,12 @@ def _embedding_bwd_kernel(
         while more:
             windows = window + tl.arange(0, ROWS).to(tl.int64)
             start = windows * SPAN
-            mine = (start < tokens) & (tl.load(ids_ptr + start, mask=start < tokens, other=-1) == row)  # [ROWS]
+            # [ROWS]
+            mine = (start < tokens) & (tl.load(ids_ptr + start, mask=start < tokens, other=-1) == row)
             mask = mine[:, None] & (column < WIDTH)[None, :]  # [ROWS, BLOCK]
-            total += tl.sum(tl.load(piece_ptr + windows[:, None] * WIDTH + column, mask=mask, other=0.0), axis=0)
+            total += tl.sum(
+                tl.load(piece_ptr + windows[:, None] * WIDTH + column, mask=mask, other=0.0), axis=0
+            )
             window += ROWS
             start = window * SPAN
             more = (start < tokens) & (tl.load(ids_ptr + start, mask=start < tokens, other=-1) == row)
@@ -147,7 +177,15 @@ def _embedding_forward(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tenso
         config = launch_config("embedding_fwd", weight.dtype, weight.device, width)
         block = min(config.block_n, triton.next_power_of_2(width))
         _embedding_fwd_kernel[(ids.numel(), triton.cdiv(width, block))](
-            ids, weight, x, known, weight.shape[0], weight.stride(0), WIDTH=width, BLOCK=block, num_warps=config.num_warps
+            ids,
+            weight,
+            x,
+            known,
+            weight.shape[0],
+            weight.stride(0),
+            WIDTH=width,
+            BLOCK=block,
+            num_warps=config.num_warps,
         )
         torch._assert_async(known, f"tied_embedding: expected ids in [0, {weight.shape[0]})")
     return x
@@ -193,23 +231,37 @@ def _embedding_backward(dx: Tensor, ids: Tensor, vocabulary: int, dtype: torch.d
 def _is_ours(gradient: Tensor, fresh: Tensor) -> bool:
     """Whether nobody but the backward pass that runs can see a gradient, so that it may be written.
 
-    No reference from C++ besides those of autograd's own call, none from Python besides those that `fresh` has, which came the same way
-    and is nobody else's, and no other tensor in its memory. An unknown holder makes the numbers larger, never smaller.
+    No reference from C++ besides those of autograd's own call, none from Python besides those that `fresh`
+    has, which came the same way and is nobody else's, and no other tensor in its memory. An unknown holder
+    makes the numbers larger, never smaller.
     """
     held = gradient._use_count()  # type: ignore[attr-defined]
-    if type(gradient) is not Tensor or held > HELD or sys.getrefcount(gradient) - sys.getrefcount(fresh) >= held:
+    if (
+        type(gradient) is not Tensor
+        or held > HELD
+        or sys.getrefcount(gradient) - sys.getrefcount(fresh) >= held
+    ):
         return False
     storage = gradient.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) == 2 and gradient.is_contiguous()  # the tensor's and `storage`
+    # the tensor's and `storage`
+    return torch._C._storage_Use_Count(storage._cdata) == 2 and gradient.is_contiguous()
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """The third output has no use: its gradient, which autograd makes, shows how many references one has that nobody else holds."""
+    """The third output has no use: its gradient, which autograd makes, shows how many references one has that
+    nobody else holds.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, dtype: torch.dtype, weight_copy: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, dtype: torch.dtype, weight_copy: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(ids)
-        return _embedding_forward(ids, weight if weight_copy is None else weight_copy, dtype), weight, torch.empty(0)
+        return (
+            _embedding_forward(ids, weight if weight_copy is None else weight_copy, dtype),
+            weight,
+            torch.empty(0),
+        )
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dhead: Tensor, fresh: Tensor) -> tuple[Tensor | None, ...]:
@@ -222,10 +274,14 @@ class _TiedEmbedding(torch.autograd.Function):
 
 
 class _EmbeddingTraced(torch.autograd.Function):
-    """The rows alone, for torch.compile, in whose graphs nothing is written in place: the two gradients are added."""
+    """The rows alone, for torch.compile, in whose graphs nothing is written in place: the two gradients are
+    added.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, dtype: torch.dtype, weight_copy: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, dtype: torch.dtype, weight_copy: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.like = weight.shape[0], weight.dtype
         return _embedding_forward(ids, weight if weight_copy is None else weight_copy, dtype)
@@ -236,14 +292,18 @@ class _EmbeddingTraced(torch.autograd.Function):
         return _embedding_backward(dx, ids, *ctx.like), None, None, None
 
 
-def tied_embedding(input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def tied_embedding(
+    input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The rows of the embedding, and the embedding as the head, whose gradients become one tensor.
 
-    input_ids [...] int64 or int32, weight [V, D] (any floating dtype) -> (x [..., D] in `dtype`: float32, float16 or bfloat16; head [V, D]:
-    the weight itself, to be given to `linear_cross_entropy`). The gradient has the weight's dtype; each row is summed up in fp32, in a
-    fixed order. weight_copy: the weight in `dtype`; x is read from it, and it has no gradient.
-    An id out of range is an assertion on the device, RuntimeError in the interpreter. Raises ValueError naming what was expected, and
-    RuntimeError for create_graph=True. Same semantics as `kernels.reference.tied_embedding`.
+    input_ids [...] int64 or int32, weight [V, D] (any floating dtype) -> (x [..., D] in `dtype`: float32,
+    float16 or bfloat16; head [V, D]: the weight itself, to be given to `linear_cross_entropy`). The gradient
+    has the weight's dtype; each row is summed up in fp32, in a fixed order. weight_copy: the weight in
+    `dtype`; x is read from it, and it has no gradient.
+    An id out of range is an assertion on the device, RuntimeError in the interpreter. Raises ValueError
+    naming what was expected, and RuntimeError for create_graph=True. Same semantics as
+    `kernels.reference.tied_embedding`.
     """
     checks.tied_embedding(input_ids, weight, dtype, weight_copy)
     checks.kernel_dtype("tied_embedding", weight)

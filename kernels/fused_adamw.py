@@ -23,34 +23,54 @@ class Copies(Protocol):
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW(fused=True) in the launches of kernels/adamw.py: it clips and writes the working copies in passing.
+    """torch.optim.AdamW(fused=True) in the launches of kernels/adamw.py: it clips and writes the working
+    copies in passing.
 
-    params: as torch's, all fp32, contiguous and on one device. lr becomes an fp32 tensor on the device, one a group. copies: written by
-    every step. The state is torch's, entry by entry (`step` fp32 and 0-dimensional, `exp_avg`, `exp_avg_sq`), and so are the keys of the
-    groups: a state_dict of either loads into the other. Nothing waits for the device. A CUDA graph may be captured of a step after an
-    eager one; after load_state_dict, add_param_group or a move of the parameters it must be captured anew. Raises ValueError for other
-    parameters, for settings that torch's AdamW refuses, and for amsgrad or maximize in a loaded state.
+    params: as torch's, all fp32, contiguous and on one device. lr becomes an fp32 tensor on the device, one a
+    group. copies: written by every step. The state is torch's, entry by entry (`step` fp32 and 0-dimensional,
+    `exp_avg`, `exp_avg_sq`), and so are the keys of the groups: a state_dict of either loads into the other.
+    Nothing waits for the device. A CUDA graph may be captured of a step after an eager one; after
+    load_state_dict, add_param_group or a move of the parameters it must be captured anew. Raises ValueError
+    for other parameters, for settings that torch's AdamW refuses, and for amsgrad or maximize in a loaded
+    state.
     """
 
     # What a pickle does not have.
     copies: Copies | None = None
     found_inf: Tensor | None = None  # fp32 scalar on the device: 1 leaves the step out
     _bound: _Bound | None = None
-    # Until the next step: (which gradients were given, these as kernels read them, what the table depends on, table, [norm, factor])
+    # Until the next step: (which gradients were given, these as kernels read them, what the table depends on,
+    # table, [norm, factor])
     _clipped: tuple[list[tuple[int, int]], list[Tensor | None], Any, Tensor, Tensor] | None = None
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, copies: Copies | None = None,
+        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 1e-2, copies: Copies | None = None,
     ) -> None:  # fmt: skip
         for name, value, holds in (
-            ("lr", lr, isinstance(lr, Tensor) or lr >= 0), ("betas", betas, all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, eps >= 0), ("weight_decay", weight_decay, weight_decay >= 0),
+            ("lr", lr, isinstance(lr, Tensor) or lr >= 0),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas)), ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
         ):  # fmt: skip
             if not holds:
-                raise ValueError(f"FusedAdamW: {name}: expected {'numbers in [0, 1)' if name == 'betas' else 'at least 0'}, got {value}")
-        switches = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": True, "differentiable": False, "fused": True}
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled_weight_decay": True}
+                raise ValueError(
+                    f"FusedAdamW: {name}: expected {'numbers in [0, 1)' if name == 'betas' else 'at least 0'}, got {value}"
+                )
+        switches = {
+            "amsgrad": False,
+            "maximize": False,
+            "foreach": None,
+            "capturable": True,
+            "differentiable": False,
+            "fused": True,
+        }
+        settings = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": True,
+        }
         super().__init__(params, {**settings, **switches})
         self.copies = copies
         self._bind()
@@ -86,7 +106,9 @@ class FusedAdamW(torch.optim.Optimizer):
         found = []
         for group in self.param_groups:
             if group["amsgrad"] or group["maximize"]:
-                raise ValueError("FusedAdamW: expected amsgrad=False and maximize=False; use torch.optim.AdamW")
+                raise ValueError(
+                    "FusedAdamW: expected amsgrad=False and maximize=False; use torch.optim.AdamW"
+                )
             lr, (beta1, beta2) = group["lr"], group["betas"]
             if not (isinstance(lr, Tensor) and lr.device == device and lr.dtype == torch.float32):
                 group["lr"] = lr = torch.full((), float(lr), device=device)
@@ -94,7 +116,9 @@ class FusedAdamW(torch.optim.Optimizer):
         return found
 
     def _prepare(self) -> tuple[_Bound, list[tuple[int, int]], list[Tensor | None], Any]:
-        """(what the step works on, which gradients it was given, these as kernels read them, all that its table depends on)"""
+        """(what the step works on, which gradients it was given, these as kernels read them, all that its
+        table depends on)
+        """
         bound = self._bound
         if bound is None or not bound.holds(self.param_groups, self.state):
             bound = self._bind()
@@ -115,8 +139,14 @@ class FusedAdamW(torch.optim.Optimizer):
         from kernels.adamw import table_words
 
         bound, addresses, _, settings = key
-        moments = [[one[name].data_ptr() if one else 0 for one in bound.entries] for name in ("exp_avg", "exp_avg_sq")]
-        targets = [self.copies.target(parameter) if self.copies is not None else None for parameter in bound.parameters]
+        moments = [
+            [one[name].data_ptr() if one else 0 for one in bound.entries]
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
+        targets = [
+            self.copies.target(parameter) if self.copies is not None else None
+            for parameter in bound.parameters
+        ]
         copies = [0 if target is None else target.data_ptr() for target in targets]
         return bound.table.send(table_words((addresses, bound.addresses, *moments, copies), settings))
 
@@ -124,7 +154,8 @@ class FusedAdamW(torch.optim.Optimizer):
     def clip(self, max_norm: float) -> Tensor:
         """The norm of all gradients, fp32 scalar on the device; not finite if any gradient is not.
 
-        The gradients stay as they are: the next step multiplies by the factor that brings their norm to max_norm (0: by 1).
+        The gradients stay as they are: the next step multiplies by the factor that brings their norm to
+        max_norm (0: by 1).
         """
         from kernels.adamw import gradient_norm
 
@@ -161,7 +192,9 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 class _Bound:
-    """What FusedAdamW's launches need of a set of parameters: their plan and table, and the step counts in one tensor."""
+    """What FusedAdamW's launches need of a set of parameters: their plan and table, and the step counts in
+    one tensor.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
         from kernels.adamw import GROUP_WORDS, AddressTable, plan
@@ -171,9 +204,15 @@ class _Bound:
             raise ValueError("FusedAdamW: expected at least one parameter, got none")
         self.device = self.parameters[0].device
         for parameter in self.parameters:
-            if parameter.dtype != torch.float32 or not parameter.is_contiguous() or parameter.device != self.device:
+            if (
+                parameter.dtype != torch.float32
+                or not parameter.is_contiguous()
+                or parameter.device != self.device
+            ):
                 form = f"{parameter.dtype} on {parameter.device}{'' if parameter.is_contiguous() else ', not contiguous'}"
-                raise ValueError(f"FusedAdamW: expected contiguous fp32 parameters on {self.device}, got {form}")
+                raise ValueError(
+                    f"FusedAdamW: expected contiguous fp32 parameters on {self.device}, got {form}"
+                )
         self.addresses = [parameter.data_ptr() for parameter in self.parameters]
         numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
         self.plan = plan([parameter.numel() for parameter in self.parameters], numbers, self.device)
@@ -201,7 +240,9 @@ class _Bound:
         if state is not self._state or len(state) != self.known:
             return False
         now = [parameter for group in groups for parameter in group["params"]]
-        if len(now) != len(self.parameters) or any(one is not other for one, other in zip(now, self.parameters, strict=True)):
+        if len(now) != len(self.parameters) or any(
+            one is not other for one, other in zip(now, self.parameters, strict=True)
+        ):
             return False
         for parameter, address, shape in zip(now, self.addresses, self._shapes, strict=True):
             if parameter.data_ptr() != address or parameter.shape != shape:

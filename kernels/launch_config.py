@@ -1,15 +1,18 @@
 """Frozen launch configurations by (operation, dtype, architecture). Nothing is tuned at run time.
 
-An autotuner looks like a hang at first use, recompiles for every new length, and may choose differently from run to run, which
-changes the order of sums. Here every choice is a line of a table that can be read, compiled ahead of time for
-targets that are not at hand (`python -m kernels.certify` does, and gates on spills), and overruled in a diff.
+An autotuner looks like a hang at first use, recompiles for every new length, and may choose differently from
+run to run, which changes the order of sums. Here every choice is a line of a table that can be read, compiled
+ahead of time for targets that are not at hand (`python -m kernels.certify` does, and gates on spills), and
+overruled in a diff.
 
-Provenance of the entries: chosen by registers, spills, shared memory and the instructions in the compiled code, at both versions of Triton
-that the certificate has: on NVIDIA no line spills at either in 16 bits. Those of sm_90 were timed at the shapes of the 135M model, 32 x 512
-tokens in bf16, on an H100 with Triton 3.6 (`python -m bench.tuning`, figures in bench/results/h100/tuning.json): attention took the fastest
-of its candidates then; its kernels have changed since, and dk/dv its line. The others kept their lines, which were within 3 % of the best
-but for decode_o and decode_head; decode_down has a new one that was as fast. Those of decoding were timed at 16 rows only. The lines of
-mlp, embedding and adamw are newer, and no other target was measured.
+Provenance of the entries: chosen by registers, spills, shared memory and the instructions in the compiled
+code, at both versions of Triton that the certificate has: on NVIDIA no line spills at either in 16 bits.
+Those of sm_90 were timed at the shapes of the 135M model, 32 x 512 tokens in bf16, on an H100 with Triton 3.6
+(`python -m bench.tuning`, figures in bench/results/h100/tuning.json): attention took the fastest of its
+candidates then; its kernels have changed since, and dk/dv its line. The others kept their lines, which were
+within 3 % of the best but for decode_o and decode_head; decode_down has a new one that was as fast. Those of
+decoding were timed at 16 rows only. The lines of mlp, embedding and adamw are newer, and no other target was
+measured.
 """
 
 from __future__ import annotations
@@ -21,12 +24,15 @@ from typing import NamedTuple
 import torch
 
 INTERPRETER = "interpreter"
-# Every target that the certificate covers. Other NVIDIA parts use the newest entry that is not newer than they are.
+# Every target that the certificate covers. Other NVIDIA parts use the newest entry that is not newer than
+# they are.
 NVIDIA = (80, 90, 100, 120)
 AMD = ("gfx942", "gfx1100")
 WARPGROUP = ("sm_90", "sm_100")  # wgmma and tcgen05: four warps multiply together, out of shared memory
-DESCRIPTORS = ("sm_90", "sm_100", "sm_120")  # TMA: tiles of a matrix that a tensor descriptor describes are copied as wholes
-# Where backend "triton" has SwiGLU inside its products (kernels/mlp.py) instead of between the library's. Measured on none.
+# TMA: tiles of a matrix that a tensor descriptor describes are copied as wholes
+DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
+# Where backend "triton" has SwiGLU inside its products (kernels/mlp.py) instead of between the library's.
+# Measured on none.
 FUSED_MLP: tuple[str, ...] = ()
 
 
@@ -41,7 +47,9 @@ class Launch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table: serves sizes up to `size` (width, or head dim), of these element sizes, on these architectures."""
+    """One line of the table: serves sizes up to `size` (width, or head dim), of these element sizes, on these
+    architectures.
+    """
 
     size: int
     launch: Launch
@@ -49,16 +57,20 @@ class Row(NamedTuple):
     architectures: tuple[str, ...] = ()  # empty: all
 
 
-# The interpreter takes milliseconds a program, whatever its size: in the decode layer, where the programs are many and small, it gets
-# larger ones. (tests/test_kernel_decode_layer.py runs those of the GPUs as well.)
+# The interpreter takes milliseconds a program, whatever its size: in the decode layer, where the programs are
+# many and small, it gets larger ones. (tests/test_kernel_decode_layer.py runs those of the GPUs as well.)
 INTERPRETED_COLUMNS = Row(1 << 14, Launch(1, 16, num_warps=1), architectures=(INTERPRETER,))
 
 # The first line that fits serves. block_m and block_n: see the kernels.
 TABLE: dict[str, tuple[Row, ...]] = {
     # block_m: rows of a program (one warp works on a row up to a width of 1024)
-    "rms_norm_fwd": (Row(1024, Launch(2, 0, num_warps=1)), Row(4096, Launch(1, 0, num_warps=4)), Row(1 << 17, Launch(1, 0, num_warps=16))),
-    # The backward pass holds dw too: two rows of 960 columns spill on sm_80, two rows of any width on gfx1100, and with four warps, fp32
-    # weights and Triton 3.7 rows of 2,048 on sm_100 and sm_120.
+    "rms_norm_fwd": (
+        Row(1024, Launch(2, 0, num_warps=1)),
+        Row(4096, Launch(1, 0, num_warps=4)),
+        Row(1 << 17, Launch(1, 0, num_warps=16)),
+    ),
+    # The backward pass holds dw too: two rows of 960 columns spill on sm_80, two rows of any width on
+    # gfx1100, and with four warps, fp32 weights and Triton 3.7 rows of 2,048 on sm_100 and sm_120.
     "rms_norm_bwd": (
         Row(1024, Launch(1, 0, num_warps=1), architectures=("gfx1100",)),
         Row(640, Launch(2, 0, num_warps=1)),
@@ -67,17 +79,19 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, Launch(1, 0, num_warps=4)),
         Row(1 << 17, Launch(1, 0, num_warps=16)),
     ),
-    # block_m: partial sums added at a time, block_n: columns. A thread has four loads of 16 bytes under way, and the thousand shares of
-    # an H100 are read in two such waits; with 32 at a time they were 32 waits, one after the other.
+    # block_m: partial sums added at a time, block_n: columns. A thread has four loads of 16 bytes under way,
+    # and the thousand shares of an H100 are read in two such waits; with 32 at a time they were 32 waits, one
+    # after the other.
     "rms_norm_dw": (
         Row(1 << 17, Launch(32, 32, num_warps=4), architectures=(INTERPRETER,)),
         Row(1 << 17, Launch(512, 8, num_warps=8)),
     ),
     # block_m: rows, block_n: columns of a tile
     "swiglu": (Row(1 << 20, Launch(4, 512, num_warps=4)),),
-    # The same of the fused MLP, whose sums take 64 elements at a time, twice as many columns of them in the forward pass; the size is the
-    # ffn width. sm_80's lines fit the 99 KB of shared memory of sm_86 and sm_89. One program a multiprocessor: it may use all registers,
-    # and does on sm_90 (backward) and sm_100 (forward), without a spill. On sm_120 128 x 64 spills 16 bytes backward at Triton 3.6.
+    # The same of the fused MLP, whose sums take 64 elements at a time, twice as many columns of them in the
+    # forward pass; the size is the ffn width. sm_80's lines fit the 99 KB of shared memory of sm_86 and
+    # sm_89. One program a multiprocessor: it may use all registers, and does on sm_90 (backward) and sm_100
+    # (forward), without a spill. On sm_120 128 x 64 spills 16 bytes backward at Triton 3.6.
     "mlp_fwd": (
         Row(1 << 20, Launch(64, 128, num_warps=4), architectures=(INTERPRETER,)),
         Row(1 << 20, Launch(128, 128, num_warps=8, num_stages=3), (2,), WARPGROUP),
@@ -95,18 +109,21 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(1 << 20, Launch(64, 64, num_warps=8), (2,), ("gfx1100",)),
         Row(1 << 20, Launch(32, 32, num_warps=8), (4,)),
     ),
-    # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions: small tiles, or they spill.
-    # sm_90, measured at 512 tokens on kernels before these: forward 44.8 us (two stages 46.9; 128 queries and eight warps 53.4); the whole
-    # backward pass 174 us with this dq (174.6 with three stages, for which only three programs fit instead of four) and, with one stage of
-    # this dk/dv, 161 instead of 186 with two, which spilled at Triton 3.6, drained at the end of each head and copied lse and delta number
-    # by number. Now two stages take 222 to 234 registers without a spill, as many programs fit (two), and loads go on from head to head;
-    # a third stage takes 254 with documents. Not measured. dq of sm_100 and the forward pass of 128 columns have three stages, dk/dv of
-    # sm_80 and sm_120 two: by compilation, no spill, no program less. dk/dv of sm_100 keeps one: two take a third more instructions at
+    # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions:
+    # small tiles, or they spill. sm_90, measured at 512 tokens on kernels before these: forward 44.8 us (two
+    # stages 46.9; 128 queries and eight warps 53.4); the whole backward pass 174 us with this dq (174.6 with
+    # three stages, for which only three programs fit instead of four) and, with one stage of this dk/dv, 161
+    # instead of 186 with two, which spilled at Triton 3.6, drained at the end of each head and copied lse and
+    # delta number by number. Now two stages take 222 to 234 registers without a spill, as many programs fit
+    # (two), and loads go on from head to head; a third stage takes 254 with documents. Not measured. dq of
+    # sm_100 and the forward pass of 128 columns have three stages, dk/dv of sm_80 and sm_120 two: by
+    # compilation, no spill, no program less. dk/dv of sm_100 keeps one: two take a third more instructions at
     # Triton 3.6. So does dq of 128 columns on sm_90: with two, ptxas serializes its products.
-    # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries only. On gfx loads ahead spill. A
-    # branch around the mask costs sm_90 nothing; on sm_100 dk/dv of 64 columns is better without it, and dq of 128 spills 8 bytes with it
-    # at Triton 3.6; elsewhere the matrix operands then pass through shared memory, or registers spill. (In the interpreter fp32 has it, 16
-    # bits have not: the tests run both.)
+    # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries
+    # only. On gfx loads ahead spill. A branch around the mask costs sm_90 nothing; on sm_100 dk/dv of 64
+    # columns is better without it, and dq of 128 spills 8 bytes with it at Triton 3.6; elsewhere the matrix
+    # operands then pass through shared memory, or registers spill. (In the interpreter fp32 has it, 16 bits
+    # have not: the tests run both.)
     "attention_fwd": (
         Row(64, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
         Row(64, Launch(64, 64, num_warps=4, num_stages=3, branch=True), (2,), WARPGROUP),
@@ -149,8 +166,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # block_n: keys of a tile (its rows are the queries of a group, padded to 16); the size is the head dim
     "decode_attention": (Row(128, Launch(16, 64, num_warps=4, num_stages=2)),),
-    # The fused decode layer. block_n: columns of a program, whose whole weight rows lie in its registers; the size is their length.
-    # Two such tiles (a head's halves, gate and up), with the norm:
+    # The fused decode layer. block_n: columns of a program, whose whole weight rows lie in its registers; the
+    # size is their length. Two such tiles (a head's halves, gate and up), with the norm:
     "decode_norm_matmul": (
         INTERPRETED_COLUMNS,
         Row(1024, Launch(1, 2, num_warps=1)),
@@ -158,9 +175,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, Launch(1, 2, num_warps=8)),
         Row(1 << 14, Launch(1, 1, num_warps=16)),
     ),
-    # one tile, and the splits of all heads, which each program adds up itself; block_m: splits that it asks for at a time. With four
-    # warps it spills on sm_100 and sm_120, with eight and rows of 2048 on sm_120 at Triton 3.6, and with four columns of 2048 on all but
-    # sm_100.
+    # one tile, and the splits of all heads, which each program adds up itself; block_m: splits that it asks
+    # for at a time. With four warps it spills on sm_100 and sm_120, with eight and rows of 2048 on sm_120 at
+    # Triton 3.6, and with four columns of 2048 on all but sm_100.
     "decode_o": (
         Row(1 << 14, Launch(4, 16, num_warps=1), architectures=(INTERPRETER,)),
         Row(1024, Launch(4, 4, num_warps=8)),
@@ -169,8 +186,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, Launch(4, 2, num_warps=16)),
         Row(1 << 14, Launch(1, 1, num_warps=16)),
     ),
-    # few columns and long rows: two columns, so that 576 of them are 288 programs. A warp has 1,024 elements of each: with half as many it
-    # spills 8 bytes on sm_90 and sm_100 at Triton 3.6, and is no faster on an H100.
+    # few columns and long rows: two columns, so that 576 of them are 288 programs. A warp has 1,024 elements
+    # of each: with half as many it spills 8 bytes on sm_90 and sm_100 at Triton 3.6, and is no faster on an
+    # H100.
     "decode_down": (
         INTERPRETED_COLUMNS,
         Row(2048, Launch(1, 2, num_warps=2)),
@@ -185,14 +203,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, Launch(1, 4, num_warps=8)),
         Row(1 << 14, Launch(1, 2, num_warps=16)),
     ),
-    # block_n: columns of the vocabulary at a time. 16 warps, because the rows that are between their two readings must fit in L2. More than
-    # one stage loads the next columns ahead; not measured.
+    # block_n: columns of the vocabulary at a time. 16 warps, because the rows that are between their two
+    # readings must fit in L2. More than one stage loads the next columns ahead; not measured.
     "linear_cross_entropy": (Row(1 << 20, Launch(1, 8192, num_warps=16)),),
     # block_n: columns of a program; block_m: tokens of equal id, or sums of them, that it asks for at a time
     "embedding_fwd": (Row(1 << 20, Launch(1, 1024, num_warps=1)),),
     "embedding_bwd": (Row(1 << 20, Launch(8, 1024, num_warps=4)),),
-    # A chunk is block_m blocks of block_n elements, for both kernels that own one; adamw_norm: partial sums at a time.
-    # A thread has one 16-byte load of each tensor under way and 56 registers on sm_90; two (1,024 elements) take 72 and spill on sm_120.
+    # A chunk is block_m blocks of block_n elements, for both kernels that own one; adamw_norm: partial sums
+    # at a time.
+    # A thread has one 16-byte load of each tensor under way and 56 registers on sm_90; two (1,024 elements)
+    # take 72 and spill on sm_120.
     "adamw": (
         Row(1, Launch(16, 1024, num_warps=4), architectures=(INTERPRETER,)),
         Row(1, Launch(8, 1024, num_warps=4), architectures=("gfx942",)),
@@ -200,7 +220,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "adamw_squares": (Row(1, Launch(0, 2048, num_warps=4)),),
     "adamw_norm": (Row(1, Launch(0, 4096, num_warps=8)),),
-    # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes: as many tokens again for 16-byte accesses.
+    # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes: as many tokens again for
+    # 16-byte accesses.
     "rope": (
         Row(64, Launch(16, 0, num_warps=1), architectures=("gfx942",)),
         Row(64, Launch(8, 0, num_warps=1)),
@@ -211,10 +232,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
 
 @functools.cache
 def launch_config(op: str, dtype: torch.dtype, device: torch.device, size: int) -> Launch:
-    """The configuration of a kernel for a dtype, a device and a size. Raises ValueError when the table has no line for it."""
+    """The configuration of a kernel for a dtype, a device and a size. Raises ValueError when the table has no
+    line for it.
+    """
     target = architecture(device)
     for row in TABLE[op]:
-        if size <= row.size and dtype.itemsize in row.itemsizes and (not row.architectures or target in row.architectures):
+        if (
+            size <= row.size
+            and dtype.itemsize in row.itemsizes
+            and (not row.architectures or target in row.architectures)
+        ):
             return row.launch
     raise ValueError(f"{op}: expected a size of at most {TABLE[op][-1].size}, got {size}")
 
@@ -253,5 +280,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def programs(device: torch.device) -> int:
-    """How many programs keep the device busy in a kernel whose programs loop over the rows: eight a multiprocessor."""
+    """How many programs keep the device busy in a kernel whose programs loop over the rows: eight a
+    multiprocessor.
+    """
     return multiprocessors(device) * (1 if architecture(device) == INTERPRETER else 8)

@@ -1,4 +1,5 @@
-"""The tied head and its cross entropy in one operation: the logits of a chunk of tokens exist, those of the batch never do.
+"""The tied head and its cross entropy in one operation: the logits of a chunk of tokens exist, those of the
+batch never do.
 
     z = h W^T                                            matrix product, in the dtype of h, for one chunk of tokens
     loss = lse - (1 - e) z_t - e mean(z) + c lse^2       lse = log sum exp z;  e label smoothing, c z-loss, t target
@@ -7,10 +8,11 @@
 
     g is multiplied by `scale` where one is given
 
-Both gradients are formed in the forward pass, while the chunk is there, and multiplied by all that is known then: a training step that
-passes 1 / targets as `scale` has an upstream gradient of 1. The backward pass gives them away, multiplied in place unless that is 1, which
-the kernel sees on the device: 264 MB that are neither read nor written (118 us on an H100). dz overwrites the chunk of logits, in the one
-buffer that all chunks share.
+Both gradients are formed in the forward pass, while the chunk is there, and multiplied by all that is known
+then: a training step that passes 1 / targets as `scale` has an upstream gradient of 1. The backward pass
+gives them away, multiplied in place unless that is 1, which the kernel sees on the device: 264 MB that are
+neither read nor written (118 us on an H100). dz overwrites the chunk of logits, in the one buffer that all
+chunks share.
 
 One fused kernel, or library products around a softmax-gradient kernel? The products are 6 N V D FLOP = 2.78 TFLOP at 16,384 tokens
 of the 135M model, 3.5 ms at 800 TFLOP/s. A fused kernel that never writes z must compute z twice (once for lse, once for dz), 4.6 ms of
@@ -19,27 +21,32 @@ chunk writes and reads 2 V bytes a token five times in all: 8.1 GB, 2.7 ms at 3.
 arithmetic. What the softmax-gradient kernel adds of its own is one read and one write, 3.2 GB, 1.1 ms. So: library products,
 3.5 + 1.1 ms, with a reproducible sum.
 
-That the memory sets this 1.1 ms takes care in two things. A row of 98 kB is read twice, and the second time should find it in L2: three
-programs of 16 warps a multiprocessor keep 39 MB between their two readings on an H100 (of 50 MB), 32 MB on an A100 (of 40 MB), and the
-second reading goes backwards, so that it begins with what was read last. And the arithmetic must stay below: 17 instructions a logit on
-sm_90 (counted in the SASS), 2 1/8 of them exponentials; with a running maximum of each column they would be 37 and 3.
+That the memory sets this 1.1 ms takes care in two things. A row of 98 kB is read twice, and the second time
+should find it in L2: three programs of 16 warps a multiprocessor keep 39 MB between their two readings on an
+H100 (of 50 MB), 32 MB on an A100 (of 40 MB), and the second reading goes backwards, so that it begins with
+what was read last. And the arithmetic must stay below: 17 instructions a logit on sm_90 (counted in the
+SASS), 2 1/8 of them exponentials; with a running maximum of each column they would be 37 and 3.
 
-How many tokens a chunk has: `products.tokens_per_chunk`, 5,632 on an H100 at 576 columns. Each chunk but the first reads dW as well as
-writing it, 22 us of 336 there. At 4,096 tokens cuBLAS fills the 132 multiprocessors by splitting the sums of dh in two (22 x 3 tiles of
-192 x 192, twice), at 778 TFLOP/s, and adds the halves up in 8 us.
+How many tokens a chunk has: `products.tokens_per_chunk`, 5,632 on an H100 at 576 columns. Each chunk but the
+first reads dW as well as writing it, 22 us of 336 there. At 4,096 tokens cuBLAS fills the 132 multiprocessors
+by splitting the sums of dh in two (22 x 3 tiles of 192 x 192, twice), at 778 TFLOP/s, and adds the halves up
+in 8 us.
 
-Measured on an H100 at 16,384 tokens in four chunks, with the gradients scaled afterwards: 5.58 ms, 1.37 times the products alone (4.06 ms).
-The products of a chunk take 352 (z), 298 (dh) and 336 us (dW), the kernel 346 us (2.3 TB/s), the cast of the weight 59 us. Half or twice
-the warps or columns of the kernel change the whole by 3 % at most, so it is not the L2 that bounds it.
-Predicted for three chunks and no scaling: 5.58 - 0.118 - 0.030 = 5.43 ms, 1.34 times; with `weight_copy` 5.37 ms. For 1.28 times (5.19 ms)
-the kernel must reach 2.8 TB/s. More loads under way may do it: with more than one of `num_stages` in the launch table, blocks are loaded
-ahead (cp.async; on sm_90 49 registers with two of 8,192 logits, 32 with three of 4,096). Not measured, so it is one.
+Measured on an H100 at 16,384 tokens in four chunks, with the gradients scaled afterwards: 5.58 ms, 1.37 times
+the products alone (4.06 ms). The products of a chunk take 352 (z), 298 (dh) and 336 us (dW), the kernel 346
+us (2.3 TB/s), the cast of the weight 59 us. Half or twice the warps or columns of the kernel change the whole
+by 3 % at most, so it is not the L2 that bounds it.
+Predicted for three chunks and no scaling: 5.58 - 0.118 - 0.030 = 5.43 ms, 1.34 times; with `weight_copy` 5.37
+ms. For 1.28 times (5.19 ms) the kernel must reach 2.8 TB/s. More loads under way may do it: with more than
+one of `num_stages` in the launch table, blocks are loaded ahead (cp.async; on sm_90 49 registers with two of
+8,192 logits, 32 with three of 4,096). Not measured, so it is one.
 
-Peak extra memory at 16,384 tokens: 5,632 x 49,152 logits in 16 bits, 554 MB, dW in fp32, 113 MB, dh, 19 MB, and without `weight_copy` the
-weight in 16 bits, 57 MB; all logits in fp32 would be 3.2 GB.
+Peak extra memory at 16,384 tokens: 5,632 x 49,152 logits in 16 bits, 554 MB, dW in fp32, 113 MB, dh, 19 MB,
+and without `weight_copy` the weight in 16 bits, 57 MB; all logits in fp32 would be 3.2 GB.
 No value is read back to the host: the number of valid tokens stays on the device.
 
-Source: Wijmans et al. 2024 (arXiv 2411.09009) for the problem; z-loss: Chowdhery et al. 2022 (arXiv 2204.02311).
+Source: Wijmans et al. 2024 (arXiv 2411.09009) for the problem; z-loss: Chowdhery et al. 2022 (arXiv
+2204.02311).
 """
 
 from __future__ import annotations
@@ -64,24 +71,30 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit(do_not_specialize=["tokens"])
 def _softmax_gradient_kernel(
     logits_ptr, target_ptr, scale_ptr, loss_ptr, tokens, vocabulary, logits_stride, ignore_index,
-    Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    STAGES: tl.constexpr = 1,
+    Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
-    """A program owns one token: its loss and, with GRADIENT, d loss / d logits in place of its logits. Grid: tokens.
+    """A program owns one token: its loss and, with GRADIENT, d loss / d logits in place of its logits. Grid:
+    tokens.
 
     STAGES: of blocks that are loaded ahead. No block is read after it was written.
 
-    scale_ptr points to the one factor of all gradients. Two passes over the row: maximum and sum, then the gradient. VECTOR
-    neighbouring logits are what a thread loads at once: their maximum needs no other thread, and their sum is rescaled once.
+    scale_ptr points to the one factor of all gradients. Two passes over the row: maximum and sum, then the
+    gradient. VECTOR neighbouring logits are what a thread loads at once: their maximum needs no other thread,
+    and their sum is rescaled once.
     """
     token = tl.program_id(0).to(tl.int64)
     row = logits_ptr + token * logits_stride
     target = tl.load(target_ptr + token)
     valid = target != ignore_index
-    column = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]  # [BLOCK / VECTOR, VECTOR]
-    # Read before the reductions below, whose barriers keep it ahead of the other warps' stores to the same row.
+    # [BLOCK / VECTOR, VECTOR]
+    column = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    # Read before the reductions below, whose barriers keep it ahead of the other warps' stores to the same
+    # row.
     # A target out of range reads nothing and gives NaN.
-    picked = tl.load(row + target, mask=valid & (target >= 0) & (target < vocabulary), other=float("nan")).to(tl.float32)
+    picked = tl.load(row + target, mask=valid & (target >= 0) & (target < vocabulary), other=float("nan")).to(
+        tl.float32
+    )
 
     # Each thread keeps a maximum and a sum of its own columns; they meet once, after the loop.
     m = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
@@ -121,7 +134,8 @@ def _softmax_gradient_kernel(
 
 @triton.jit
 def _rescale_kernel(dhidden_ptr, dweight_ptr, upstream_ptr, hidden_size, weight_size, BLOCK: tl.constexpr):
-    """Multiplies both gradients, of that many elements, by the upstream gradient; nothing is read if that is 1.
+    """Multiplies both gradients, of that many elements, by the upstream gradient; nothing is read if that is
+    1.
 
     A program owns every grid-th block of BLOCK elements. Any grid.
     """
@@ -131,7 +145,11 @@ def _rescale_kernel(dhidden_ptr, dweight_ptr, upstream_ptr, hidden_size, weight_
         for start in range(first, hidden_size, step):
             index = start + tl.arange(0, BLOCK)
             value = tl.load(dhidden_ptr + index, mask=index < hidden_size, other=0.0).to(tl.float32)
-            tl.store(dhidden_ptr + index, (value * upstream).to(dhidden_ptr.dtype.element_ty), mask=index < hidden_size)
+            tl.store(
+                dhidden_ptr + index,
+                (value * upstream).to(dhidden_ptr.dtype.element_ty),
+                mask=index < hidden_size,
+            )
         for start in range(first, weight_size, step):
             index = start + tl.arange(0, BLOCK)
             value = tl.load(dweight_ptr + index, mask=index < weight_size, other=0.0)
@@ -193,9 +211,10 @@ def _linear_cross_entropy(
         rows = hidden[start : start + chunk]
         logits = torch.mm(rows, head.t(), out=buffer[: rows.shape[0]])  # [n, V]
         _softmax_gradient_kernel[(rows.shape[0],)](
-            logits, targets[start:], factor, losses[start:], rows.shape[0], vocabulary, logits.stride(0), ignore_index,
-            Z_LOSS=z_loss, SMOOTHING=label_smoothing, GRADIENT=needs_hidden or needs_weight, BLOCK=config.block_n,
-            VECTOR=16 // logits.element_size(), STAGES=config.num_stages, num_warps=config.num_warps,
+            logits, targets[start:], factor, losses[start:], rows.shape[0], vocabulary, logits.stride(0),
+            ignore_index, Z_LOSS=z_loss, SMOOTHING=label_smoothing, GRADIENT=needs_hidden or needs_weight,
+            BLOCK=config.block_n, VECTOR=16 // logits.element_size(), STAGES=config.num_stages,
+            num_warps=config.num_warps,
         )  # fmt: skip
         if needs_hidden:
             torch.mm(logits, head, out=dhidden[start : start + chunk])
@@ -205,11 +224,19 @@ def _linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The first backward pass gives both gradients away, scaled in place. A second one (retain_graph) computes them again."""
+    """The first backward pass gives both gradients away, scaled in place. A second one (retain_graph)
+    computes them again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None, what: tuple[Any, ...]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        weight_copy: Tensor | None,
+        what: tuple[Any, ...],
     ) -> Tensor:
         loss, *gradients = _linear_cross_entropy(hidden, weight, targets, scale, weight_copy, *what)
         ctx.save_for_backward(hidden, weight, targets, scale, weight_copy)
@@ -223,7 +250,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if gradients is None:
             _, *gradients = _linear_cross_entropy(*ctx.saved_tensors, *ctx.what)
         dhidden, dweight = gradients
-        _rescale_kernel[(programs(dhidden.device),)](dhidden, dweight, dloss, dhidden.numel(), dweight.numel(), BLOCK=RESCALED, num_warps=4)
+        _rescale_kernel[(programs(dhidden.device),)](
+            dhidden, dweight, dloss, dhidden.numel(), dweight.numel(), BLOCK=RESCALED, num_warps=4
+        )
         return (
             dhidden if ctx.needs_input_grad[0] else None,
             dweight.to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
@@ -232,7 +261,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _LinearCrossEntropyTraced(torch.autograd.Function):
-    """The same for torch.compile, whose graphs have no state: the gradients are saved, and the backward pass scales copies."""
+    """The same for torch.compile, whose graphs have no state: the gradients are saved, and the backward pass
+    scales copies.
+    """
 
     @staticmethod
     def forward(
@@ -285,15 +316,18 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross entropy of the logits hidden @ weight.T, without the logits.
 
-    hidden [N, D] (float32, float16 or bfloat16), weight [V, D] (any floating dtype; it is cast to hidden's, its gradient keeps its own),
-    targets [N] integer in [0, V) or ignore_index -> fp32 scalar in nats ("mean" over valid targets, 0 if there is none, or "sum"), or
-    [N] losses ("none", no gradient). A target out of range gives a loss of NaN; nothing is read out of bounds.
-    scale: fp32 scalar on the device that multiplies the loss and all gradients. weight_copy: the weight in hidden's dtype, which saves
-    the cast. Neither has a gradient. chunk_tokens: how many tokens' logits exist at one time, `products.tokens_per_chunk` unless given.
-    Raises ValueError naming what was expected, and RuntimeError for create_graph=True. Same semantics as
-    `kernels.reference.linear_cross_entropy`.
+    hidden [N, D] (float32, float16 or bfloat16), weight [V, D] (any floating dtype; it is cast to hidden's,
+    its gradient keeps its own), targets [N] integer in [0, V) or ignore_index -> fp32 scalar in nats ("mean"
+    over valid targets, 0 if there is none, or "sum"), or [N] losses ("none", no gradient). A target out of
+    range gives a loss of NaN; nothing is read out of bounds.
+    scale: fp32 scalar on the device that multiplies the loss and all gradients. weight_copy: the weight in
+    hidden's dtype, which saves the cast. Neither has a gradient. chunk_tokens: how many tokens' logits exist
+    at one time, `products.tokens_per_chunk` unless given. Raises ValueError naming what was expected, and
+    RuntimeError for create_graph=True. Same semantics as `kernels.reference.linear_cross_entropy`.
     """
-    checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens)
+    checks.linear_cross_entropy(
+        hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens
+    )
     checks.kernel_dtype("linear_cross_entropy", hidden)
     # Decided here: inside an autograd.Function, ctx.needs_input_grad is true under no_grad as well.
     trains = torch.is_grad_enabled() and reduction != "none"
@@ -301,5 +335,7 @@ def linear_cross_entropy(
     what = (ignore_index, reduction, z_loss, label_smoothing, *needs, chunk_tokens)
     with torch.set_grad_enabled(trains):
         if torch.compiler.is_compiling():
-            return _LinearCrossEntropyTraced.apply(hidden, weight, targets.contiguous(), scale, weight_copy, *what)
+            return _LinearCrossEntropyTraced.apply(
+                hidden, weight, targets.contiguous(), scale, weight_copy, *what
+            )
         return _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), scale, weight_copy, what)

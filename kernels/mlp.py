@@ -5,25 +5,30 @@
     backward   dact = dy Wd                   one kernel; dgate and dup in its epilogue, dact is never written
                dx = [dgate dup] Wgu           library products, as are dWgu = [dgate dup]^T x and dWd = dy^T act
 
-Saved: x, the weights in the dtype of x, gate and up side by side [N, 2F], and act [N, F]. act could be formed again in the epilogue of the
-backward pass, but would have to be written there to be multiplied: saving it costs no bytes, and the composed form saves it too.
+Saved: x, the weights in the dtype of x, gate and up side by side [N, 2F], and act [N, F]. act could be formed
+again in the epilogue of the backward pass, but would have to be written there to be multiplied: saving it
+costs no bytes, and the composed form saves it too.
 
-Bytes: against products around kernels/swiglu.py, 2F elements a token are read less in the forward pass and F written and F read less in the
-backward pass, 4F in all. At 16,384 tokens of the 135M model in 16 bits that is 201 MB a layer, 67 us at 3.0 TB/s. Predicted, not measured:
-30 layers gain 2.0 ms a step if the products are as fast as the library's; each tenth by which they are slower takes 0.45 ms of it (the
-library's are expected to take 98 us and 53 us a layer). Until a GPU has timed both, `launch_config.FUSED_MLP` names no target.
+Bytes: against products around kernels/swiglu.py, 2F elements a token are read less in the forward pass and F
+written and F read less in the backward pass, 4F in all. At 16,384 tokens of the 135M model in 16 bits that is
+201 MB a layer, 67 us at 3.0 TB/s. Predicted, not measured: 30 layers gain 2.0 ms a step if the products are
+as fast as the library's; each tenth by which they are slower takes 0.45 ms of it (the library's are expected
+to take 98 us and 53 us a layer). Until a GPU has timed both, `launch_config.FUSED_MLP` names no target.
 
-Gate and up of a tile are one product with twice as many columns, whose sum is cut in registers. With a sum for each, the loop over tiles
-and sums, which Triton flattens into one so that the next tile's loads run during an epilogue, sets one to zero while the other's product
-is under way: ptxas then makes all products of sm_90 wait for each other (its note C7515).
+Gate and up of a tile are one product with twice as many columns, whose sum is cut in registers. With a sum
+for each, the loop over tiles and sums, which Triton flattens into one so that the next tile's loads run
+during an epilogue, sets one to zero while the other's product is under way: ptxas then makes all products of
+sm_90 wait for each other (its note C7515).
 
-Rounding: gate and up are rounded to the dtype and act is computed from the rounded values, as in the composed form. dact stays in fp32,
-where the composed form rounds it. Sums run over the whole row in one program: no atomics, the same bits in every run.
+Rounding: gate and up are rounded to the dtype and act is computed from the rounded values, as in the composed
+form. dact stays in fp32, where the composed form rounds it. Sums run over the whole row in one program: no
+atomics, the same bits in every run.
 
-The grid is one program a multiprocessor; tiles go round. They are ordered in bands of GROUP tiles of rows and all tiles of columns, so that
-those that run at a time share rows and columns in L2. Where the GPU has TMA, tiles move through tensor descriptors that the host makes. It
-wants rows that begin at multiples of 16 bytes: a tensor with others is copied, and widths that cannot have them take the masked loads and
-stores of all other GPUs.
+The grid is one program a multiprocessor; tiles go round. They are ordered in bands of GROUP tiles of rows and
+all tiles of columns, so that those that run at a time share rows and columns in L2. Where the GPU has TMA,
+tiles move through tensor descriptors that the host makes. It wants rows that begin at multiples of 16 bytes:
+a tensor with others is copied, and widths that cannot have them take the masked loads and stores of all other
+GPUs.
 
 Source: Shazeer 2020 (arXiv 2002.05202); persistent products with tensor descriptors: Triton's tutorial 09.
 """
@@ -47,7 +52,9 @@ BLOCK_K = 64  # of 16 bits: the 128 bytes of a swizzled row
 
 
 @triton.jit
-def _tile(index, rows, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def _tile(
+    index, rows, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+):
     """First row and first column of a tile: down GROUP tiles of rows, then to the next tile of columns."""
     band: tl.constexpr = GROUP * tl.cdiv(COLUMNS, BLOCK_N)
     first = index // band * GROUP
@@ -63,8 +70,20 @@ def _inside(row, column, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.con
 
 
 @triton.jit
-def _load(matrix, stride, row, column, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr):
-    """[M, N] of a matrix [rows, COLUMNS] from (row, column) on, zeros outside. With TMA the matrix is a descriptor, else a pointer."""
+def _load(
+    matrix,
+    stride,
+    row,
+    column,
+    rows,
+    COLUMNS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """[M, N] of a matrix [rows, COLUMNS] from (row, column) on, zeros outside. With TMA the matrix is a
+    descriptor, else a pointer.
+    """
     if TMA:
         tile = matrix.load([row, column])
     else:
@@ -75,9 +94,19 @@ def _load(matrix, stride, row, column, rows, COLUMNS: tl.constexpr, M: tl.conste
 
 @triton.jit
 def _load_halves(
-    matrix, stride, row, column, HALF: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr
+    matrix,
+    stride,
+    row,
+    column,
+    HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """[2 M, N]: M rows of each half of a matrix [2 HALF, COLUMNS], of which a descriptor is one of [2, HALF, COLUMNS]; else as _load."""
+    """[2 M, N]: M rows of each half of a matrix [2 HALF, COLUMNS], of which a descriptor is one of [2, HALF,
+    COLUMNS]; else as _load.
+    """
     if TMA:
         tile = matrix.load([0, row, column]).reshape(2 * M, N)
     else:
@@ -89,7 +118,18 @@ def _load_halves(
 
 
 @triton.jit
-def _store(matrix, stride, tile, row, column, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr):
+def _store(
+    matrix,
+    stride,
+    tile,
+    row,
+    column,
+    rows,
+    COLUMNS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """The reverse; nothing is written outside."""
     if TMA:
         matrix.store([row, column], tile)
@@ -100,13 +140,15 @@ def _store(matrix, stride, tile, row, column, rows, COLUMNS: tl.constexpr, M: tl
 
 @triton.jit(do_not_specialize=["rows"])
 def _mlp_fwd_kernel(
-    x, weight, gate, up, act, rows, x_stride, weight_stride,
-    WIDTH: tl.constexpr, FFN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    x, weight, gate, up, act, rows, x_stride, weight_stride, WIDTH: tl.constexpr, FFN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """A program owns tiles of BLOCK_M rows by BLOCK_N columns of gate, up and act. Grid: any size; the tiles go round.
+    """A program owns tiles of BLOCK_M rows by BLOCK_N columns of gate, up and act. Grid: any size; the tiles
+    go round.
 
-    x [rows, WIDTH], weight [2 FFN, WIDTH]; gate and up [rows, FFN], halves of one buffer; act [rows, FFN], contiguous.
+    x [rows, WIDTH], weight [2 FFN, WIDTH]; gate and up [rows, FFN], halves of one buffer; act [rows, FFN],
+    contiguous.
     """
     dtype: tl.constexpr = act.dtype if TMA else act.dtype.element_ty
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(FFN, BLOCK_N)
@@ -115,9 +157,11 @@ def _mlp_fwd_kernel(
         total = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
         for k in range(0, WIDTH, BLOCK_K):
             a = _load(x, x_stride, row, k, rows, WIDTH, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
-            b = _load_halves(weight, weight_stride, column, k, FFN, WIDTH, BLOCK_N, BLOCK_K, TMA)  # [2 BLOCK_N, BLOCK_K]
+            # [2 BLOCK_N, BLOCK_K]
+            b = _load_halves(weight, weight_stride, column, k, FFN, WIDTH, BLOCK_N, BLOCK_K, TMA)
             total = tl.dot(a, b.T, total, input_precision="ieee")
-        gate_sum, up_sum = total.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()  # [BLOCK_M, BLOCK_N] each
+        # [BLOCK_M, BLOCK_N] each
+        gate_sum, up_sum = total.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
         rounded_gate, rounded_up = gate_sum.to(dtype), up_sum.to(dtype)
         _store(gate, 2 * FFN, rounded_gate, row, column, rows, FFN, BLOCK_M, BLOCK_N, TMA)
         _store(up, 2 * FFN, rounded_up, row, column, rows, FFN, BLOCK_M, BLOCK_N, TMA)
@@ -128,13 +172,15 @@ def _mlp_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _mlp_bwd_kernel(
-    dy, weight, gate, up, dgate, dup, rows, dy_stride, weight_stride,
-    WIDTH: tl.constexpr, FFN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    dy, weight, gate, up, dgate, dup, rows, dy_stride, weight_stride, WIDTH: tl.constexpr, FFN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """A program owns tiles of BLOCK_M rows by BLOCK_N columns of dgate and dup. Grid: any size; the tiles go round.
+    """A program owns tiles of BLOCK_M rows by BLOCK_N columns of dgate and dup. Grid: any size; the tiles go
+    round.
 
-    dy [rows, WIDTH], weight [WIDTH, FFN]; gate and up, dgate and dup [rows, FFN], each pair the halves of one buffer.
+    dy [rows, WIDTH], weight [WIDTH, FFN]; gate and up, dgate and dup [rows, FFN], each pair the halves of one
+    buffer.
     """
     dtype: tl.constexpr = dup.dtype if TMA else dup.dtype.element_ty
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(FFN, BLOCK_N)
@@ -143,7 +189,8 @@ def _mlp_bwd_kernel(
         dact = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, WIDTH, BLOCK_K):
             a = _load(dy, dy_stride, row, k, rows, WIDTH, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
-            b = _load(weight, weight_stride, k, column, WIDTH, FFN, BLOCK_K, BLOCK_N, TMA)  # [BLOCK_K, BLOCK_N]
+            # [BLOCK_K, BLOCK_N]
+            b = _load(weight, weight_stride, k, column, WIDTH, FFN, BLOCK_K, BLOCK_N, TMA)
             dact = tl.dot(a, b, dact, input_precision="ieee")
         wide = _load(gate, 2 * FFN, row, column, rows, FFN, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
         factor = _load(up, 2 * FFN, row, column, rows, FFN, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
@@ -161,7 +208,9 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _operand(matrix: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
-    """What a kernel takes for a matrix: itself, or a descriptor of its tiles. What TMA cannot address is copied."""
+    """What a kernel takes for a matrix: itself, or a descriptor of its tiles. What TMA cannot address is
+    copied.
+    """
     if not tma:
         return matrix
     stride = matrix.stride(-2)
@@ -183,15 +232,27 @@ def _plan(op: str, x: Tensor, ffn: int) -> _Plan:
     rows, width = x.shape
     config = launch_config.launch_config(op, x.dtype, x.device, ffn)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(ffn, config.block_n)
-    tma = launch_config.has_descriptors(x.device) and all(n * x.element_size() % 16 == 0 for n in (width, ffn))
+    tma = launch_config.has_descriptors(x.device) and all(
+        n * x.element_size() % 16 == 0 for n in (width, ffn)
+    )
     options = dict(
-        WIDTH=width, FFN=ffn, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=BLOCK_K, GROUP=GROUP, TMA=tma,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        WIDTH=width, FFN=ffn, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=BLOCK_K, GROUP=GROUP,
+        TMA=tma, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return _Plan(tma, (config.block_m, config.block_n, BLOCK_K), (min(tiles, launch_config.multiprocessors(x.device)),), options)
+    return _Plan(
+        tma,
+        (config.block_m, config.block_n, BLOCK_K),
+        (min(tiles, launch_config.multiprocessors(x.device)),),
+        options,
+    )
 
 
-@traceable(lambda x, gate_up: (x.new_empty((x.shape[0], gate_up.shape[0])), x.new_empty((x.shape[0], gate_up.shape[0] // 2))))
+@traceable(
+    lambda x, gate_up: (
+        x.new_empty((x.shape[0], gate_up.shape[0])),
+        x.new_empty((x.shape[0], gate_up.shape[0] // 2)),
+    )
+)
 def _mlp_forward(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """x [rows, D], gate_up [2F, D] -> gate and up side by side [rows, 2F], silu(gate) * up [rows, F]."""
     rows, ffn = x.shape[0], gate_up.shape[0] // 2
@@ -214,18 +275,32 @@ def _mlp_backward(dy: Tensor, down: Tensor, packed: Tensor) -> Tensor:
     grads = torch.empty_like(packed)
     if grads.numel():
         tma, (m, n, k), grid, options = _plan("mlp_bwd", dy, ffn)
-        halves = (_operand(half, [m, n], tma) for buffer in (packed, grads) for half in (buffer[:, :ffn], buffer[:, ffn:]))
+        halves = (
+            _operand(half, [m, n], tma)
+            for buffer in (packed, grads)
+            for half in (buffer[:, :ffn], buffer[:, ffn:])
+        )
         _mlp_bwd_kernel[grid](
-            _operand(dy, [m, k], tma), _operand(down, [k, n], tma), *halves, rows, dy.stride(0), down.stride(0), **options
+            _operand(dy, [m, k], tma),
+            _operand(down, [k, n], tma),
+            *halves,
+            rows,
+            dy.stride(0),
+            down.stride(0),
+            **options,
         )
     return grads
 
 
 class _MLP(torch.autograd.Function):
-    """x [rows, D]; gate_up and down are multiplied as their copies in x's dtype, and get gradients in their own."""
+    """x [rows, D]; gate_up and down are multiplied as their copies in x's dtype, and get gradients in their
+    own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, gate_up_copy: Tensor, down_copy: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, gate_up_copy: Tensor, down_copy: Tensor
+    ) -> Tensor:
         packed, act = _mlp_forward(x, gate_up_copy)
         ctx.save_for_backward(x, gate_up_copy, down_copy, packed, act)
         ctx.dtypes = gate_up.dtype, down.dtype
@@ -248,12 +323,15 @@ def supports(x: Tensor) -> bool:
     return x.element_size() == 2 and launch_config.fuses_mlp(x.device)
 
 
-def mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
+def mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None
+) -> Tensor:
     """down @ (silu(gate @ x) * (up @ x)), with gate and up the two halves of gate_up.
 
-    x [..., D] (float32, float16 or bfloat16), gate_up [2F, D] and down [D, F] of the same or another floating dtype, any strides ->
-    [..., D] in x's dtype, contiguous. A weight of another dtype (fp32 masters) is cast; its gradient has its own dtype, on CUDA without
-    a rounding to 16 bits. copies: the weights in x's dtype where they exist already; these are multiplied then.
+    x [..., D] (float32, float16 or bfloat16), gate_up [2F, D] and down [D, F] of the same or another floating
+    dtype, any strides -> [..., D] in x's dtype, contiguous. A weight of another dtype (fp32 masters) is cast;
+    its gradient has its own dtype, on CUDA without a rounding to 16 bits. copies: the weights in x's dtype
+    where they exist already; these are multiplied then.
     Raises ValueError naming what was expected. Same semantics as `kernels.reference.mlp`.
     """
     checks.mlp(x, gate_up, down, copies)

@@ -1,8 +1,10 @@
-"""Every operation of a SmolLM2 block as its formula, in plain differentiable PyTorch: the specification, and the oracle of the tests.
+"""Every operation of a SmolLM2 block as its formula, in plain differentiable PyTorch: the specification, and
+the oracle of the tests.
 
-Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width, F ffn width, N tokens,
-V vocabulary. What is summed is summed in fp32, or in fp64 for fp64 inputs, which the tests take as the truth. Results are rounded to
-the input's dtype. No formula is fast: whole matrices of scores and of logits exist. kernels/eager/ is what backend=torch runs.
+Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width,
+F ffn width, N tokens, V vocabulary. What is summed is summed in fp32, or in fp64 for fp64 inputs, which the
+tests take as the truth. Results are rounded to the input's dtype. No formula is fast: whole matrices of
+scores and of logits exist. kernels/eager/ is what backend=torch runs.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ def _in_dtype(weight: Tensor, copy: Tensor | None, dtype: torch.dtype) -> Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = round(x / sqrt(mean(x^2) + eps)) * weight, over the last dimension.
 
-    x [..., E], weight [E] of the same dtype, or in fp32: it is rounded to that of x -> [..., E]. Rounds as Hugging Face Llama does:
-    normalise in fp32, round to the dtype of x, then scale. Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
+    x [..., E], weight [E] of the same dtype, or in fp32: it is rounded to that of x -> [..., E]. Rounds as
+    Hugging Face Llama does: normalise in fp32, round to the dtype of x, then scale. Source: Zhang and
+    Sennrich 2019 (arXiv 1910.07467).
     """
     checks.rms_norm("rms_norm", x, weight)
     wide = _wide(x)
@@ -43,8 +46,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(s, weight), s) with s = x + residual, rounded to the dtype before it is normalised.
 
-    x and residual [..., E], weight [E] as in `rms_norm` -> two tensors [..., E]: the input of the next sub-layer and the new residual
-    stream.
+    x and residual [..., E], weight [E] as in `rms_norm` -> two tensors [..., E]: the input of the next
+    sub-layer and the new residual stream.
     """
     checks.rms_norm("add_rms_norm", x, weight, residual)
     total = x + residual
@@ -52,9 +55,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding, rotate-half layout: the pair (x[i], x[i + D/2]) turns by the angle of frequency i.
+    """Rotary position embedding, rotate-half layout: the pair (x[i], x[i + D/2]) turns by the angle of
+    frequency i.
 
-    q [B, T, H, D], k [B, T, K, D]; cos and sin [T, D/2], or [B, T, D/2] when rows have positions of their own.
+    q [B, T, H, D], k [B, T, K, D]; cos and sin [T, D/2], or [B, T, D/2] when rows have positions of their
+    own.
     Computed in fp32 from fp32 tables, rounded once. Source: Su et al. 2021 (arXiv 2104.09864).
     """
     checks.rope(q, k, cos, sin)
@@ -70,8 +75,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Splits a packed projection into queries, keys and values, and rotates the first two.
 
-    qkv [B, T, H + 2K, D]; cos and sin as in `rope` -> q [B, T, H, D], k and v [B, T, K, D]. An operation of its own, because its
-    gradient can then be written into one packed buffer, where three separate ones would have to be concatenated.
+    qkv [B, T, H + 2K, D]; cos and sin as in `rope` -> q [B, T, H, D], k and v [B, T, K, D]. An operation of
+    its own, because its gradient can then be written into one packed buffer, where three separate ones would
+    have to be concatenated.
     """
     checks.rope_qkv(qkv, cos, sin, key_heads)
     q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
@@ -79,13 +85,21 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Ten
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_start: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal grouped-query attention, aligned to the bottom right: query t sees keys up to t + S - T.
 
     q [B, T, H, D], k and v [B, S, K, D] with S >= T -> [B, T, H, D]. Query head h reads key head h // G.
-    doc_start [B, T]: the first key that each query may see; None means 0. A query that may see no key gives zeros.
-    scale: default 1 / sqrt(D). Source: Vaswani et al. 2017 (arXiv 1706.03762), Ainslie et al. 2023 (arXiv 2305.13245).
+    doc_start [B, T]: the first key that each query may see; None means 0. A query that may see no key gives
+    zeros.
+    scale: default 1 / sqrt(D). Source: Vaswani et al. 2017 (arXiv 1706.03762), Ainslie et al. 2023 (arXiv
+    2305.13245).
     """
     checks.attention("attention", q, k, v, doc_start)
     length, keys = q.shape[1], k.shape[1]
@@ -122,7 +136,8 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout_p: float, scale:
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up with silu(x) = x * sigmoid(x). Source: Shazeer 2020 (arXiv 2002.05202).
 
-    gate and up [..., F] -> [..., F]. Without `up`, gate is the packed buffer [..., 2F] with the gate in its first half.
+    gate and up [..., F] -> [..., F]. Without `up`, gate is the packed buffer [..., 2F] with the gate in its
+    first half.
     """
     checks.swiglu(gate, up)
     if up is None:
@@ -130,22 +145,31 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return F.silu(gate) * up
 
 
-def mlp(x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
+def mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None
+) -> Tensor:
     """down @ (silu(gate @ x) * (up @ x)), with gate and up the two halves of gate_up.
 
-    x [..., E], gate_up [2F, E], down [E, F] -> [..., E] in x's dtype, in which the products run. A weight of another floating dtype (fp32
-    masters) is cast, and its gradient has its own; copies: the weights in x's dtype where they exist already.
+    x [..., E], gate_up [2F, E], down [E, F] -> [..., E] in x's dtype, in which the products run. A weight of
+    another floating dtype (fp32 masters) is cast, and its gradient has its own; copies: the weights in x's
+    dtype where they exist already.
     """
     checks.mlp(x, gate_up, down, copies)
-    gate_up, down = (_in_dtype(w, copy, x.dtype) for w, copy in zip((gate_up, down), copies or (None, None), strict=True))
+    gate_up, down = (
+        _in_dtype(w, copy, x.dtype) for w, copy in zip((gate_up, down), copies or (None, None), strict=True)
+    )
     return F.linear(swiglu(F.linear(x, gate_up)), down)
 
 
-def tied_embedding(input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The rows of the embedding, and the embedding as the head: one operation, so that both their gradients can become one tensor.
+def tied_embedding(
+    input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows of the embedding, and the embedding as the head: one operation, so that both their gradients
+    can become one tensor.
 
     input_ids [...] int64 or int32, weight [V, E] -> (x [..., E] in `dtype`, head [V, E]: the weight itself).
-    weight_copy: the weight in `dtype`, from which a kernel may read the same bits; there is no need of it here. An id out of range raises.
+    weight_copy: the weight in `dtype`, from which a kernel may read the same bits; there is no need of it
+    here. An id out of range raises.
     """
     checks.tied_embedding(input_ids, weight, dtype, weight_copy)
     return F.embedding(input_ids, weight).to(dtype), weight
@@ -166,19 +190,25 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross entropy of the logits hidden @ weight.T.
 
-    hidden [N, E], weight [V, E], targets [N] in [0, V) or ignore_index -> fp32 scalar in nats ("mean" over valid targets,
-    or "sum"), or [N] losses ("none", which has no gradient). The products run in hidden's dtype; a weight of
-    another dtype (fp32 masters) is cast, and its gradient comes back in its own dtype. No valid target: 0.
-    z_loss adds z_loss * logsumexp(logits)^2 per token (PaLM, arXiv 2204.02311); label_smoothing as torch's cross_entropy.
-    scale: fp32 scalar on the device that multiplies the loss and all gradients. weight_copy: the weight in hidden's dtype, which saves the
-    cast. Neither has a gradient. chunk_tokens: how many tokens' logits may exist at a time; all of them do here.
+    hidden [N, E], weight [V, E], targets [N] in [0, V) or ignore_index -> fp32 scalar in nats ("mean" over
+    valid targets, or "sum"), or [N] losses ("none", which has no gradient). The products run in hidden's
+    dtype; a weight of another dtype (fp32 masters) is cast, and its gradient comes back in its own dtype. No
+    valid target: 0.
+    z_loss adds z_loss * logsumexp(logits)^2 per token (PaLM, arXiv 2204.02311); label_smoothing as torch's
+    cross_entropy. scale: fp32 scalar on the device that multiplies the loss and all gradients. weight_copy:
+    the weight in hidden's dtype, which saves the cast. Neither has a gradient. chunk_tokens: how many tokens'
+    logits may exist at a time; all of them do here.
     """
-    checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens)
+    checks.linear_cross_entropy(
+        hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens
+    )
     logits = _wide(F.linear(hidden, _in_dtype(weight, weight_copy, hidden.dtype)))
     valid = targets != ignore_index
     lse = logits.logsumexp(-1)
     of_target = logits.gather(1, torch.where(valid, targets, 0).long()[:, None]).squeeze(1)
-    losses = lse - (1.0 - label_smoothing) * of_target - label_smoothing * logits.mean(-1) + z_loss * lse.square()
+    losses = (
+        lse - (1.0 - label_smoothing) * of_target - label_smoothing * logits.mean(-1) + z_loss * lse.square()
+    )
     losses = torch.where(valid, losses, 0.0)
     if reduction == "none":
         losses = losses.detach()
@@ -200,11 +230,12 @@ def decode_layer(
     ops: Backend,
     linear: Callable[[Tensor, Any], Tensor] = F.linear,
 ) -> Tensor:
-    """One whole block for a few new tokens: norm, qkv, rope, cache write, attention, projection, norm, SwiGLU MLP.
+    """One whole block for a few new tokens: norm, qkv, rope, cache write, attention, projection, norm, SwiGLU
+    MLP.
 
     x [B, T, E] -> [B, T, E]. Writes the new keys and values into the caches [B, S, K, D] at positions
-    lengths[b] - T .. lengths[b] - 1. cos and sin [B, T, D/2] belong to those positions. `ops` are the operations composed; `linear`
-    multiplies by the matrices, and may know other forms of them.
+    lengths[b] - T .. lengths[b] - 1. cos and sin [B, T, D/2] belong to those positions. `ops` are the
+    operations composed; `linear` multiplies by the matrices, and may know other forms of them.
     """
     batch, length, _ = x.shape
     key_heads, head_dim = key_cache.shape[2:]
@@ -221,6 +252,8 @@ def decode_layer(
 
 
 def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
-    """Final norm and output head of a decode step: x [..., E], norm_weight [E], head_weight [V, E] -> logits [..., V] in fp32."""
+    """Final norm and output head of a decode step: x [..., E], norm_weight [E], head_weight [V, E] -> logits
+    [..., V] in fp32.
+    """
     checks.decode_head(x, norm_weight, head_weight)
     return F.linear(rms_norm(x, norm_weight, eps), head_weight).float()

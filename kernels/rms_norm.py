@@ -8,18 +8,21 @@
                dw = sum over rows of dy * round(n)
                dx = dr = ds
 
-w is rounded to the dtype of x on the way in, so that fp32 masters need no cast before and get their gradient as it was summed, in fp32.
+w is rounded to the dtype of x on the way in, so that fp32 masters need no cast before and get their gradient
+as it was summed, in fp32.
 
 Saved: s (it is an output, so it costs nothing), w, rstd.
-Bytes per element of a 16-bit tensor: rms_norm 4 forward, 6 backward; add_rms_norm 8 forward (2 read, 2 written), 8 backward.
-Floor at 16,384 tokens x 576 and 3.0 TB/s: 13 us and 19 us; with the residual 25 us each.
+Bytes per element of a 16-bit tensor: rms_norm 4 forward, 6 backward; add_rms_norm 8 forward (2 read, 2
+written), 8 backward. Floor at 16,384 tokens x 576 and 3.0 TB/s: 13 us and 19 us; with the residual 25 us
+each.
 
-One warp works on a row, so a row's sum needs no shared memory and no barrier. The width is padded to a power of two, but the
-width is a compile-time constant and the compiler drops the loads that are masked as a whole: 576 columns of 16 bits are three
-16-byte loads a lane, 192 instructions a row (176 with two rows a program), against 264 for a 512 + 64 split and 336 for a
-four-warp program (sm_90, counted in the SASS). The backward pass is persistent: a program owns a range of rows, keeps its share of dw
-in registers, and writes it once; a second kernel adds the shares in a fixed order, hundreds at a time: what it reads lies in L2, and
-it takes as long as the loads that wait for one another. Gradients are bit-identical from run to run.
+One warp works on a row, so a row's sum needs no shared memory and no barrier. The width is padded to a power
+of two, but the width is a compile-time constant and the compiler drops the loads that are masked as a whole:
+576 columns of 16 bits are three 16-byte loads a lane, 192 instructions a row (176 with two rows a program),
+against 264 for a 512 + 64 split and 336 for a four-warp program (sm_90, counted in the SASS). The backward
+pass is persistent: a program owns a range of rows, keeps its share of dw in registers, and writes it once; a
+second kernel adds the shares in a fixed order, hundreds at a time: what it reads lies in L2, and it takes as
+long as the loads that wait for one another. Gradients are bit-identical from run to run.
 
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
 """
@@ -40,11 +43,13 @@ from kernels.tracing import traceable
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
-    rows, x_stride, residual_stride,
-    WIDTH: tl.constexpr, EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, rows, x_stride, residual_stride,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows. Grid: ceil(rows / ROWS). Outputs are contiguous; columns of the inputs have stride 1."""
+    """A program owns ROWS rows. Grid: ceil(rows / ROWS). Outputs are contiguous; columns of the inputs have
+    stride 1.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]  # [ROWS, BLOCK]
@@ -68,11 +73,17 @@ def _rms_norm_bwd_dx_kernel(
     rows, rows_per_program, dy_stride, dsum_stride, sum_stride,
     WIDTH: tl.constexpr, HAS_DSUM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns rows_per_program consecutive rows, ROWS at a time, and one row of partial [programs, WIDTH]."""
+    """A program owns rows_per_program consecutive rows, ROWS at a time, and one row of partial [programs,
+    WIDTH].
+    """
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     column = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(sum_ptr.dtype.element_ty).to(tl.float32)
+    weight = (
+        tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0)
+        .to(sum_ptr.dtype.element_ty)
+        .to(tl.float32)
+    )
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
@@ -93,7 +104,9 @@ def _rms_norm_bwd_dx_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _rms_norm_bwd_dw_kernel(partial_ptr, dw_ptr, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_bwd_dw_kernel(
+    partial_ptr, dw_ptr, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """A program owns BLOCK columns of dw and adds the parts from the first to the last, PARTS at a time."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PARTS, BLOCK], tl.float32)
@@ -110,13 +123,17 @@ def _as_rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
-def _fake_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     total = x.new_empty(x.shape if residual is not None else 0)
     return x.new_empty(x.shape), total, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @traceable(_fake_forward)
-def _rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, residual [rows, D] -> y, sum (empty without a residual), rstd [rows]."""
     rows, width = x.shape
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
@@ -125,20 +142,24 @@ def _rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     config = launch_config("rms_norm_fwd", x.dtype, x.device, width)
     if rows and width:
         _rms_norm_fwd_kernel[(triton.cdiv(rows, config.block_m),)](
-            x, x if residual is None else residual, weight, y, total, rstd,
-            rows, x.stride(0), 0 if residual is None else residual.stride(0),
-            WIDTH=width, EPS=eps, HAS_RESIDUAL=residual is not None, ROWS=config.block_m, BLOCK=triton.next_power_of_2(width),
+            x, x if residual is None else residual, weight, y, total, rstd, rows, x.stride(0),
+            0 if residual is None else residual.stride(0), WIDTH=width, EPS=eps,
+            HAS_RESIDUAL=residual is not None, ROWS=config.block_m, BLOCK=triton.next_power_of_2(width),
             num_warps=config.num_warps,
         )  # fmt: skip
     return y, total, rstd
 
 
-def _fake_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_backward(
+    dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     return total.new_empty(total.shape), weight.new_empty(weight.shape)
 
 
 @traceable(_fake_backward)
-def _rms_norm_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _rms_norm_backward(
+    dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
     """dy, dsum, sum [rows, D] -> dx [rows, D], dw [D]."""
     rows, width = total.shape
     dx = torch.empty((rows, width), dtype=total.dtype, device=total.device)
@@ -146,7 +167,8 @@ def _rms_norm_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: T
         return dx, torch.zeros_like(weight)
     dw = torch.empty(width, dtype=weight.dtype, device=weight.device)
     config = launch_config("rms_norm_bwd", total.dtype, total.device, width)
-    # The grid and the buffer of partial sums come from one number; a program may own no row and then writes zeros.
+    # The grid and the buffer of partial sums come from one number; a program may own no row and then writes
+    # zeros.
     rows_per_program = config.block_m * triton.cdiv(rows, config.block_m * programs(total.device))
     parts = triton.cdiv(rows, rows_per_program)
     partial = torch.empty((parts, width), dtype=torch.float32, device=total.device)
@@ -158,7 +180,13 @@ def _rms_norm_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: T
     )  # fmt: skip
     config = launch_config("rms_norm_dw", torch.float32, total.device, width)
     _rms_norm_bwd_dw_kernel[(triton.cdiv(width, config.block_n),)](
-        partial, dw, parts, WIDTH=width, PARTS=config.block_m, BLOCK=config.block_n, num_warps=config.num_warps
+        partial,
+        dw,
+        parts,
+        WIDTH=width,
+        PARTS=config.block_m,
+        BLOCK=config.block_n,
+        num_warps=config.num_warps,
     )
     return dx, dw
 
@@ -190,8 +218,11 @@ class _AddRMSNorm(torch.autograd.Function):
         if dy is None:  # only the residual stream is used
             return dsum, dsum, None, None
         total, weight, rstd = ctx.saved_tensors
-        dx, dw = _rms_norm_backward(_as_rows(dy), None if dsum is None else _as_rows(dsum), total, weight, rstd)
-        dx = dx.view(dy.shape)  # one tensor twice: autograd then copies it if x and residual both keep it as .grad
+        dx, dw = _rms_norm_backward(
+            _as_rows(dy), None if dsum is None else _as_rows(dsum), total, weight, rstd
+        )
+        # one tensor twice: autograd then copies it if x and residual both keep it as .grad
+        dx = dx.view(dy.shape)
         return dx, dx, dw, None
 
 
@@ -208,10 +239,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) with s = x + residual, in one launch forward and, for all three gradients, two backward.
+    """(rms_norm(s), s) with s = x + residual, in one launch forward and, for all three gradients, two
+    backward.
 
-    x, residual [..., D] with any strides, weight [D] as in `rms_norm` -> two tensors [..., D], contiguous. Raises ValueError naming what
-    was expected. Same semantics as `kernels.reference.add_rms_norm`.
+    x, residual [..., D] with any strides, weight [D] as in `rms_norm` -> two tensors [..., D], contiguous.
+    Raises ValueError naming what was expected. Same semantics as `kernels.reference.add_rms_norm`.
     """
     checks.rms_norm("add_rms_norm", x, weight, residual)
     checks.kernel_dtype("add_rms_norm", x)

@@ -1,15 +1,18 @@
-"""SwiGLU: silu(gate) * up, forward and backward, on separate tensors or on the two halves of one packed buffer.
+"""SwiGLU: silu(gate) * up, forward and backward, on separate tensors or on the two halves of one packed
+buffer.
 
     forward    s = sigmoid(gate),  y = gate * s * up
     backward   dup = dy * gate * s
                dgate = dy * up * s * (1 + gate * (1 - s))
 
-Saved: the inputs, nothing else; sigmoid is computed again. Everything in fp32, rounded once (the reference rounds silu(gate) first).
-Bytes per output element of a 16-bit tensor: 6 forward, 10 backward. Floor at 16,384 tokens x 1536 and 3.0 TB/s: 50 us and 84 us.
+Saved: the inputs, nothing else; sigmoid is computed again. Everything in fp32, rounded once (the reference
+rounds silu(gate) first). Bytes per output element of a 16-bit tensor: 6 forward, 10 backward. Floor at 16,384
+tokens x 1536 and 3.0 TB/s: 50 us and 84 us.
 
-The grid is flat over tiles of a few rows by 512 columns: 1536 = 3 x 512, so nothing is padded to 2048. With a packed input [.., 2F],
-as one matrix product leaves it, the gradient is written into one packed buffer, which is what the next product reads: two
-separate gradients would first have to be concatenated, another 8 bytes per output element.
+The grid is flat over tiles of a few rows by 512 columns: 1536 = 3 x 512, so nothing is padded to 2048. With a
+packed input [.., 2F], as one matrix product leaves it, the gradient is written into one packed buffer, which
+is what the next product reads: two separate gradients would first have to be concatenated, another 8 bytes
+per output element.
 
 Source: Shazeer 2020 (arXiv 2002.05202).
 """
@@ -33,7 +36,9 @@ def _swiglu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, rows, gate_stride, up_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of ROWS rows and BLOCK columns. Grid: ceil(rows / ROWS) * ceil(WIDTH / BLOCK), columns first."""
+    """A program owns a tile of ROWS rows and BLOCK columns. Grid: ceil(rows / ROWS) * ceil(WIDTH / BLOCK),
+    columns first.
+    """
     tiles: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -49,7 +54,9 @@ def _swiglu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, dy_stride, gate_stride, up_stride, grad_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of both gradients, as in the forward pass; dgate and dup share the row stride grad_stride."""
+    """A program owns a tile of both gradients, as in the forward pass; dgate and dup share the row stride
+    grad_stride.
+    """
     tiles: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -97,8 +104,8 @@ def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     config = launch_config("swiglu", gate.dtype, gate.device, width)
     if grads.numel():
         _swiglu_bwd_kernel[_grid(rows, width, config.block_m, config.block_n)](
-            dy, gate, up, grads, grads[:, width:], rows, dy.stride(0), gate.stride(0), up.stride(0), 2 * width,
-            WIDTH=width, ROWS=config.block_m, BLOCK=config.block_n, num_warps=config.num_warps,
+            dy, gate, up, grads, grads[:, width:], rows, dy.stride(0), gate.stride(0), up.stride(0),
+            2 * width, WIDTH=width, ROWS=config.block_m, BLOCK=config.block_n, num_warps=config.num_warps,
         )  # fmt: skip
     return grads
 
@@ -131,9 +138,9 @@ class _SwiGLUPacked(torch.autograd.Function):
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up with silu(x) = x * sigmoid(x).
 
-    gate, up [..., F] of one dtype (float32, float16, bfloat16), any strides -> [..., F], contiguous. Without `up`, gate is the
-    packed buffer [..., 2F] with the gate in its first half, and its gradient is one packed buffer too. Raises ValueError naming
-    what was expected. Same semantics as `kernels.reference.swiglu`.
+    gate, up [..., F] of one dtype (float32, float16, bfloat16), any strides -> [..., F], contiguous. Without
+    `up`, gate is the packed buffer [..., 2F] with the gate in its first half, and its gradient is one packed
+    buffer too. Raises ValueError naming what was expected. Same semantics as `kernels.reference.swiglu`.
     """
     checks.swiglu(gate, up)
     checks.kernel_dtype("swiglu", gate)

@@ -1,7 +1,8 @@
-"""What every backend provides: the operations of a SmolLM2 block, their signatures, and the weights of a packed block.
+"""What every backend provides: the operations of a SmolLM2 block, their signatures, and the weights of a
+packed block.
 
-Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width, F ffn width, N tokens,
-V vocabulary. kernels/reference.py says what each operation computes.
+Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width,
+F ffn width, N tokens, V vocabulary. kernels/reference.py says what each operation computes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one block, packed for inference: three projections as one matrix, gate and up as another."""
+    """The weights of one block, packed for inference: three projections as one matrix, gate and up as
+    another.
+    """
 
     input_norm: Tensor  # [E]
     qkv: Tensor  # [(H + 2K) * D, E]
@@ -46,14 +49,23 @@ class Rope(Protocol):
 class RopeQKV(Protocol):
     """(qkv [B, T, H + 2K, D], cos and sin as in Rope) -> (q [B, T, H, D], k and v [B, T, K, D])."""
 
-    def __call__(self, qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def __call__(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Attention(Protocol):
     """(q [B, T, H, D], k and v [B, S, K, D], doc_start [B, T]) -> [B, T, H, D]."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        doc_start: Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
     ) -> Tensor: ...
 
 
@@ -73,7 +85,12 @@ class MLP(Protocol):
     """(x [..., E], gate_up [2F, E], down [E, F]) -> [..., E]."""
 
     def __call__(
-        self, x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None
+        self,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        copies: tuple[Tensor | None, Tensor | None] | None = None,
     ) -> Tensor: ...
 
 
@@ -105,7 +122,9 @@ class LinearCrossEntropy(Protocol):
 
 
 class DecodeLayer(Protocol):
-    """(x [B, T, E], caches [B, S, K, D], lengths [B], cos and sin [B, T, D/2]) -> [B, T, E]. Writes the caches."""
+    """(x [B, T, E], caches [B, S, K, D], lengths [B], cos and sin [B, T, D/2]) -> [B, T, E]. Writes the
+    caches.
+    """
 
     def __call__(
         self,
@@ -149,4 +168,6 @@ class Backend:
     replaced: frozenset[str] = frozenset()  # the operations that with_ops took from another backend
 
 
-OPS = tuple(field.name for field in dataclasses.fields(Backend) if field.name not in ("name", "why", "replaced"))
+OPS = tuple(
+    field.name for field in dataclasses.fields(Backend) if field.name not in ("name", "why", "replaced")
+)

@@ -6,9 +6,10 @@ import os
 import sys
 import types
 
-# Whether idle OpenMP threads spin or sleep is read once, when torch is imported: hence before the imports below. On an idle machine
-# spinning, torch's default, makes a compiled decode step a fifth faster; beside one more busy program it makes it four times slower. So
-# they sleep where the load says that processors are wanted. OMP_WAIT_POLICY in the environment decides otherwise.
+# Whether idle OpenMP threads spin or sleep is read once, when torch is imported: hence before the imports
+# below. On an idle machine spinning, torch's default, makes a compiled decode step a fifth faster; beside one
+# more busy program it makes it four times slower. So they sleep where the load says that processors are
+# wanted. OMP_WAIT_POLICY in the environment decides otherwise.
 if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -21,7 +22,9 @@ __all__ = ["SmolLM2Config", "SmolLM2ForCausalLM", "generate", "load_tokenizer"]
 
 
 class _Package(types.ModuleType):
-    """`smollm2.generate` is the function, whichever came first: importing the command of that name would set it to the module."""
+    """`smollm2.generate` is the function, whichever came first: importing the command of that name would set
+    it to the module.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name == "generate" and isinstance(value, types.ModuleType)):

@@ -51,7 +51,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
     if not present.get(name.partition(":")[0], False):
-        raise UsageError(f"device {name!r} is not available here; present: {', '.join(kind for kind, here in present.items() if here)}")
+        raise UsageError(
+            f"device {name!r} is not available here; present: {', '.join(kind for kind, here in present.items() if here)}"
+        )
     return torch.device(name)
 
 
@@ -70,7 +72,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and _processor_has_bf16()) else torch.float32
+        return (
+            torch.bfloat16
+            if device.type == "cuda" or (device.type == "cpu" and _processor_has_bf16())
+            else torch.float32
+        )
     found = parse_dtype(name)
     assert found is not None, "auto is above"
     return found

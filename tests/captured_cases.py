@@ -1,4 +1,6 @@
-"""What the tests of decode loops share: a model whose tokens vary, ragged prompts, and the eager loop as the oracle."""
+"""What the tests of decode loops share: a model whose tokens vary, ragged prompts, and the eager loop as the
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,18 @@ def prompts(lengths: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
-def eager(model: SmolLM2ForCausalLM, ids: Tensor, mask: Tensor, seeds: list[int], **options: Any) -> list[list[int]]:
+def eager(
+    model: SmolLM2ForCausalLM, ids: Tensor, mask: Tensor, seeds: list[int], **options: Any
+) -> list[list[int]]:
     """The tokens of `generate_steps`, step by step."""
-    return [tokens.tolist() for tokens in generate_steps(model, ids, mask, seed=seeds, engine=Engine(model), **options)]
+    return [
+        tokens.tolist()
+        for tokens in generate_steps(model, ids, mask, seed=seeds, engine=Engine(model), **options)
+    ]
 
 
-def looped(loops: DecodeLoops, ids: Tensor, mask: Tensor, seeds: list[int], **options: Any) -> list[list[int]]:
+def looped(
+    loops: DecodeLoops, ids: Tensor, mask: Tensor, seeds: list[int], **options: Any
+) -> list[list[int]]:
     """The tokens of `captured_steps`, step by step."""
     return [tokens.tolist() for tokens in captured_steps(loops, ids, mask.sum(1), seeds=seeds, **options)]

@@ -1,4 +1,5 @@
-"""What every test shares: an offline hub, Triton's interpreter (right in bf16) where there is no GPU, NaN-filled buffers, seeded noise.
+"""What every test shares: an offline hub, Triton's interpreter (right in bf16) where there is no GPU,
+NaN-filled buffers, seeded noise.
 
 The environment is set at import, before any test module imports `kernels`: Triton decides at decoration time
 whether a kernel is compiled or interpreted.
@@ -14,11 +15,12 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and run subprocesses
-# The tests are many small operations: more threads wait for each other, and for ever so long when the machine is busy otherwise.
+# The tests are many small operations: more threads wait for each other, and for ever so long when the machine
+# is busy otherwise.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // 2))))
 
-# A test that runs pytest in a process of its own does not run a worker of pytest-xdist, whatever process it is in itself: pytest-benchmark
-# would time nothing there.
+# A test that runs pytest in a process of its own does not run a worker of pytest-xdist, whatever process it
+# is in itself: pytest-benchmark would time nothing there.
 for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
     del os.environ[name]
 
@@ -56,7 +58,9 @@ def _seed_global_generator() -> Iterator[None]:
 
 @pytest.fixture
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills every floating-point `torch.empty`, `empty_like`, `empty_strided`, `new_empty` with NaN: a missed store shows."""
+    """Fills every floating-point `torch.empty`, `empty_like`, `empty_strided`, `new_empty` with NaN: a missed
+    store shows.
+    """
 
     def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -69,6 +73,13 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         return allocate_poisoned
 
     with torch.device("cpu"):
-        torch.empty(0)  # torch remembers, from the first time on, which functions a `with torch.device(...)` concerns: not ours
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        # torch remembers, from the first time on, which functions a `with torch.device(...)` concerns: not
+        # ours
+        torch.empty(0)
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

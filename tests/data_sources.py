@@ -40,9 +40,15 @@ class ListSource:
 
 def some_source(shards: int = 3, blocks: int = 2, documents: int = 5) -> ListSource:
     def text(shard: int, block: int, index: int) -> object:
-        return None if index == 3 else f"document {shard}.{block}.{index} " * (1 + (7 * shard + 3 * block + index) % 5)
+        return (
+            None
+            if index == 3
+            else f"document {shard}.{block}.{index} " * (1 + (7 * shard + 3 * block + index) % 5)
+        )
 
-    return ListSource([[[text(s, b, i) for i in range(documents)] for b in range(blocks)] for s in range(shards)])
+    return ListSource(
+        [[[text(s, b, i) for i in range(documents)] for b in range(blocks)] for s in range(shards)]
+    )
 
 
 def same(one: Batch, other: Batch) -> bool:

@@ -1,4 +1,6 @@
-"""A hub on this machine: the few endpoints that `datasets` asks for, a dataset of parquet files, and faults on request."""
+"""A hub on this machine: the few endpoints that `datasets` asks for, a dataset of parquet files, and faults
+on request.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-REPOSITORY, CONFIGURATION, COMMIT = "tests/corpus", "cosmopedia-v2", "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY, CONFIGURATION, COMMIT = (
+    "tests/corpus",
+    "cosmopedia-v2",
+    "0123456789abcdef0123456789abcdef01234567",
+)
 FAULTS = ("drop", "stall", "truncate", "500", "429")
 
 
@@ -40,13 +46,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         api, resolve = f"/api/datasets/{REPOSITORY}", f"/datasets/{REPOSITORY}/resolve/{COMMIT}/"
         if path in (f"{api}/revision/{COMMIT}", f"{api}/revision/main", api):
             siblings = [{"rfilename": name} for name in self.server.files]
-            self.json({"_id": "0", "id": REPOSITORY, "sha": COMMIT, "private": False, "siblings": siblings, "tags": []})
+            self.json(
+                {
+                    "_id": "0",
+                    "id": REPOSITORY,
+                    "sha": COMMIT,
+                    "private": False,
+                    "siblings": siblings,
+                    "tags": [],
+                }
+            )
         elif path.startswith(f"{api}/tree/{COMMIT}"):
             folder = path.removeprefix(f"{api}/tree/{COMMIT}").strip("/")
             recursive = "true" in urllib.parse.parse_qs(url.query).get("recursive", [""])[0].lower()
             self.json(self.server.tree(folder, recursive))
         elif path == f"{api}/paths-info/{COMMIT}":
-            wanted = dict(urllib.parse.parse_qsl(self.body.decode())).get("paths") or json.loads(self.body)["paths"]
+            wanted = (
+                dict(urllib.parse.parse_qsl(self.body.decode())).get("paths")
+                or json.loads(self.body)["paths"]
+            )
             wanted = [wanted] if isinstance(wanted, str) else wanted
             self.json([entry for entry in self.server.entries() if entry["path"] in wanted])
         elif path.startswith(resolve) and path.removeprefix(resolve) in self.server.files:
@@ -89,7 +107,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
-    """files: path in the repository -> content. Every `every`-th request for data meets the next of `faults`, until they are used up."""
+    """files: path in the repository -> content. Every `every`-th request for data meets the next of `faults`,
+    until they are used up.
+    """
 
     daemon_threads = True
 
@@ -116,8 +136,13 @@ class FakeHub(http.server.ThreadingHTTPServer):
         depth = folder.count("/") + 1 if folder else 0
         if recursive:
             return inside
-        folders = sorted({entry["path"].split("/")[depth] for entry in inside if entry["path"].count("/") > depth})
-        listed = [{"type": "directory", "path": f"{folder}/{name}".strip("/"), "size": 0, "oid": "0" * 40} for name in folders]
+        folders = sorted(
+            {entry["path"].split("/")[depth] for entry in inside if entry["path"].count("/") > depth}
+        )
+        listed = [
+            {"type": "directory", "path": f"{folder}/{name}".strip("/"), "size": 0, "oid": "0" * 40}
+            for name in folders
+        ]
         return [*listed, *(entry for entry in inside if entry["path"].count("/") == depth)]
 
     def next_fault(self) -> str | None:

@@ -1,7 +1,8 @@
-"""Small GGUF files for tests, written with gguf's own writer; and what a reader must find in them, computed independently.
+"""Small GGUF files for tests, written with gguf's own writer; and what a reader must find in them, computed
+independently.
 
-The permutation and the dequantisation here are loops over single rows and elements, from llama.cpp's definitions; they share no code with
-smollm2/pretrained/gguf.py or with the `gguf` package.
+The permutation and the dequantisation here are loops over single rows and elements, from llama.cpp's
+definitions; they share no code with smollm2/pretrained/gguf.py or with the `gguf` package.
 """
 
 from __future__ import annotations
@@ -19,31 +20,41 @@ from smollm2 import SmolLM2Config
 
 # Rows of a k-quant are multiples of 256.
 CONFIG = SmolLM2Config(
-    vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=64, max_position_embeddings=128, rope_theta=100000.0, initializer_range=1 / 16, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=128, rope_theta=100000.0,
+    initializer_range=1 / 16, bos_token_id=1, eos_token_id=2, pad_token_id=2,
 )  # fmt: skip
 
 NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm",
 }  # fmt: skip
 
 
 def random_weights(config: SmolLM2Config = CONFIG, seed: int = 0) -> dict[str, Tensor]:
     """Weights under Hugging Face's names, fp32, norms near one."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, heads, kv = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden, heads, kv = (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     layer = {
         "input_layernorm": (hidden,), "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, heads), "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (config.intermediate_size, hidden), "mlp.up_proj": (config.intermediate_size, hidden),
+        "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, heads),
+        "post_attention_layernorm": (hidden,), "mlp.gate_proj": (config.intermediate_size, hidden),
+        "mlp.up_proj": (config.intermediate_size, hidden),
         "mlp.down_proj": (hidden, config.intermediate_size),
     }  # fmt: skip
     shapes = {"model.embed_tokens": (config.vocab_size, hidden), "model.norm": (hidden,)}
     for index in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    return {f"{name}.weight": torch.randn(shape, generator=generator) * 0.1 + (len(shape) == 1) for name, shape in shapes.items()}
+    return {
+        f"{name}.weight": torch.randn(shape, generator=generator) * 0.1 + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
 
 
 def gguf_name(name: str) -> str:
@@ -60,7 +71,9 @@ def interleave_rows(weight: Tensor, heads: int) -> Tensor:
     for head in range(heads):
         for pair in range(head_dim // 2):
             for half in range(2):
-                result[head * head_dim + 2 * pair + half] = weight[head * head_dim + half * (head_dim // 2) + pair]
+                result[head * head_dim + 2 * pair + half] = weight[
+                    head * head_dim + half * (head_dim // 2) + pair
+                ]
     return result
 
 
@@ -94,8 +107,8 @@ def write_gguf(
 ) -> dict[str, np.ndarray]:
     """Writes a model; returns the raw bytes of each matrix, as rows of blocks, under GGUF's names.
 
-    kind: type of the matrices (vectors stay F32). metadata: added to or put in place of the model's own, None removes a key.
-    extra: further tensors, under GGUF's names. drop: GGUF names left out.
+    kind: type of the matrices (vectors stay F32). metadata: added to or put in place of the model's own, None
+    removes a key. extra: further tensors, under GGUF's names. drop: GGUF names left out.
     """
     weights = random_weights(config) if weights is None else weights
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -115,7 +128,9 @@ def write_gguf(
         if target in drop:
             continue
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = interleave_rows(weight, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+            weight = interleave_rows(
+                weight, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            )
         if weight.dim() == 1:
             writer.add_tensor(target, weight.numpy())
         else:
@@ -131,7 +146,9 @@ def write_gguf(
 
 
 def encode(weight: np.ndarray, kind: str) -> np.ndarray:
-    """Rows of a matrix in a GGUF type. gguf cannot quantise to k-quants: those are random blocks with sensible scales."""
+    """Rows of a matrix in a GGUF type. gguf cannot quantise to k-quants: those are random blocks with
+    sensible scales.
+    """
     if kind not in ("Q4_K", "Q6_K"):
         return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
     rows, columns = weight.shape
@@ -180,7 +197,12 @@ def _decode_q4_k(block: bytes) -> list[float]:
 
 def _decode_q6_k(block: bytes) -> list[float]:
     """ggml's dequantize_row_q6_K: 4 low bits in ql, 2 high bits in qh, 16 signed scales."""
-    low, high, scales, scale = block[:128], block[128:192], np.frombuffer(block, np.int8, 16, 192).tolist(), _half(block, 208)
+    low, high, scales, scale = (
+        block[:128],
+        block[128:192],
+        np.frombuffer(block, np.int8, 16, 192).tolist(),
+        _half(block, 208),
+    )
     values = [0.0] * 256
     for half in range(2):
         for lane in range(32):
@@ -189,7 +211,9 @@ def _decode_q6_k(block: bytes) -> list[float]:
                 byte = low[64 * half + lane + 32 * (quarter % 2)]
                 nibble = byte & 15 if quarter < 2 else byte >> 4
                 quant = (nibble | (((bits >> (2 * quarter)) & 3) << 4)) - 32
-                values[128 * half + 32 * quarter + lane] = scale * scales[8 * half + 2 * quarter + lane // 16] * quant
+                values[128 * half + 32 * quarter + lane] = (
+                    scale * scales[8 * half + 2 * quarter + lane // 16] * quant
+                )
     return values
 
 
@@ -210,5 +234,8 @@ def decode(raw: np.ndarray, kind: str) -> Tensor:
     if kind in ("F32", "F16"):
         return torch.from_numpy(raw.copy()).double()
     size, decoder = _BLOCKS[kind]
-    rows = [[value for start in range(0, len(row), size) for value in decoder(row[start : start + size])] for row in map(bytes, raw)]
+    rows = [
+        [value for start in range(0, len(row), size) for value in decoder(row[start : start + size])]
+        for row in map(bytes, raw)
+    ]
     return torch.tensor(rows, dtype=torch.float64)

@@ -1,11 +1,13 @@
 """Triton's interpreter, corrected for bfloat16.
 
-It keeps bf16 as bit patterns, in uint16. As shipped it truncates fp32 to bf16 and adds, compares and multiplies (in tl.dot, too) the
-patterns themselves. Corrected, an operation sees the fp32 values of its bf16 operands, and its result is rounded to the nearest, ties to
-even. So does compiled code (add.bf16, mul.bf16, cvt.rn.bf16.f32), which may only make one fma of a product and a sum. Rounding first to
-fp32 makes no difference to a normal result: 24 bits are more than two times 8 and 2.
-A sum or scan of bf16 rounds after every step, in order. What would take more to be right is refused: conversions of bf16 other than from
-and to fp32 (Triton makes most of them through fp32), tl.fma and atomics on bf16.
+It keeps bf16 as bit patterns, in uint16. As shipped it truncates fp32 to bf16 and adds, compares and
+multiplies (in tl.dot, too) the patterns themselves. Corrected, an operation sees the fp32 values of its bf16
+operands, and its result is rounded to the nearest, ties to even. So does compiled code (add.bf16, mul.bf16,
+cvt.rn.bf16.f32), which may only make one fma of a product and a sum. Rounding first to fp32 makes no
+difference to a normal result: 24 bits are more than two times 8 and 2.
+A sum or scan of bf16 rounds after every step, in order. What would take more to be right is refused:
+conversions of bf16 other than from and to fp32 (Triton makes most of them through fp32), tl.fma and atomics
+on bf16.
 """
 
 from __future__ import annotations
@@ -22,8 +24,22 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
 REFUSED = ("create_fma", "create_fp_to_fp", "create_atomic_rmw")
-# Parts of names. These operations move bit patterns, or convert by cast_impl; every other one is given values.
-ON_BITS = ("load", "store", "scatter", "atomic", "cast", "_to_", "fp_ext", "fp_trunc", "reshape", "trans", "splat", "expand_dims")
+# Parts of names. These operations move bit patterns, or convert by cast_impl; every other one is given
+# values.
+ON_BITS = (
+    "load",
+    "store",
+    "scatter",
+    "atomic",
+    "cast",
+    "_to_",
+    "fp_ext",
+    "fp_trunc",
+    "reshape",
+    "trans",
+    "splat",
+    "expand_dims",
+)
 
 
 def decode(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -32,7 +48,9 @@ def decode(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def encode(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """fp32 -> bf16 bit patterns: to the nearest, ties to even, overflow to infinity. A NaN becomes the quiet one, 0x7FC0."""
+    """fp32 -> bf16 bit patterns: to the nearest, ties to even, overflow to infinity. A NaN becomes the quiet
+    one, 0x7FC0.
+    """
     bits = values.view(np.uint32)
     kept = bits >> 16
     rounded = kept + ((bits & 0xFFFF) + (kept & 1) > 0x8000)
@@ -52,7 +70,8 @@ def _decoded(x: Any) -> Any:
 def _encoded(x: Any) -> Any:
     if isinstance(x, tuple):
         return tuple(map(_encoded, x))
-    return TensorHandle(encode(x.data), tl.bfloat16) if x.data.dtype == np.float32 else x  # not what a comparison gives
+    # not what a comparison gives
+    return TensorHandle(encode(x.data), tl.bfloat16) if x.data.dtype == np.float32 else x
 
 
 def _on_values(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +93,9 @@ def _refuse(operation: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(operation)
     def refuse(self: Any, *args: Any) -> Any:
         if any(map(is_bf16, args)):
-            raise NotImplementedError(f"{operation.__name__} on bfloat16 in the interpreter: go through float32")
+            raise NotImplementedError(
+                f"{operation.__name__} on bfloat16 in the interpreter: go through float32"
+            )
         return operation(self, *args)
 
     return refuse
@@ -104,18 +125,26 @@ def _stepwise(at_once: Callable[..., Any], by_step: Callable[..., Any]) -> Calla
 def install() -> None:
     """Corrects the interpreter of this process; once.
 
-    Raises RuntimeError, naming what was expected, where Triton's interpreter is no longer made as it was in 3.6 and 3.7.
+    Raises RuntimeError, naming what was expected, where Triton's interpreter is no longer made as it was in
+    3.6 and 3.7.
     """
     expected = {
         InterpreterBuilder: ("cast_impl", "binary_op", "create_dot", *REFUSED),
         ReduceOps: ("apply_impl", "generic_reduce"),
         ScanOps: ("cumsum", "cumprod", "generic_scan"),
     }
-    missing = [f"{owner.__name__}.{name}" for owner, names in expected.items() for name in names if not hasattr(owner, name)]
+    missing = [
+        f"{owner.__name__}.{name}"
+        for owner, names in expected.items()
+        for name in names
+        if not hasattr(owner, name)
+    ]
     if interpreter._get_np_dtype(tl.bfloat16) != np.uint16:
         missing.append("bfloat16 kept in uint16")
     if missing:
-        raise RuntimeError(f"Triton {triton.__version__}: tests/interpreter.py expects of its interpreter {', '.join(missing)}")
+        raise RuntimeError(
+            f"Triton {triton.__version__}: tests/interpreter.py expects of its interpreter {', '.join(missing)}"
+        )
 
     for name in dir(InterpreterBuilder):
         if name in REFUSED:
@@ -123,7 +152,9 @@ def install() -> None:
         elif name.startswith("create_") and not any(part in name for part in ON_BITS):
             setattr(InterpreterBuilder, name, _on_values(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
-    InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(encode(np.array([value], dtype=np.float32)), tl.bfloat16)
+    InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(
+        encode(np.array([value], dtype=np.float32)), tl.bfloat16
+    )
     ReduceOps.apply_impl = _stepwise(ReduceOps.apply_impl, ReduceOps.generic_reduce)
     for name in ("cumsum", "cumprod"):
         setattr(ScanOps, name, _stepwise(getattr(ScanOps, name), ScanOps.generic_scan))

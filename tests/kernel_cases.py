@@ -1,6 +1,8 @@
-"""What the kernel tests share: device and dtypes, layouts of tensors in memory, and the comparison of one call on three implementations.
+"""What the kernel tests share: device and dtypes, layouts of tensors in memory, and the comparison of one
+call on three implementations.
 
-The same files run in Triton's interpreter on a CPU (set by conftest.py where there is no GPU) and compiled on a GPU.
+The same files run in Triton's interpreter on a CPU (set by conftest.py where there is no GPU) and compiled on
+a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TRITON = select_backend("triton", DEVICE)
 ORACLE = Backend(name="reference", **{op: getattr(reference, op) for op in OPS})
-# In 16 bits the formula rounds once where every attention that never holds its scores rounds three times: there torch's own is the base.
+# In 16 bits the formula rounds once where every attention that never holds its scores rounds three times:
+# there torch's own is the base.
 BASE = dataclasses.replace(ORACLE, attention=library_attention)
 
 LENGTHS = [1, 7, 63, 64, 65, 127, 200, 257]
@@ -53,11 +56,14 @@ def angles(*shape: int) -> tuple[Tensor, Tensor]:
     return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
 
 
-# Layouts: the same values, laid out otherwise in memory. What lies between them is NaN (or huge), so that a wrong address shows.
+# Layouts: the same values, laid out otherwise in memory. What lies between them is NaN (or huge), so that a
+# wrong address shows.
 
 
 def _poison(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.full(shape, float("nan") if like.is_floating_point() else 10**9, dtype=like.dtype, device=like.device)
+    return torch.full(
+        shape, float("nan") if like.is_floating_point() else 10**9, dtype=like.dtype, device=like.device
+    )
 
 
 def dense(x: Tensor) -> Tensor:
@@ -179,7 +185,8 @@ class Call:
 def agree(
     op: str, tensors: Sequence[Tensor], *rest: Any, upstream: Layout = dense, **options: Any
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Holds both backends to the numerics contract: the outputs and the gradients of `tensors`, for random upstream gradients.
+    """Holds both backends to the numerics contract: the outputs and the gradients of `tensors`, for random
+    upstream gradients.
 
     upstream: the layout of those. Returns the kernel's outputs and gradients.
     """
@@ -191,7 +198,8 @@ def agree(
     for checked, found in ((op, ours), (f"{op}, torch", call.run(TORCH, gradients))):
         for names, *three in zip(NAMES[op], found, base, truth, strict=True):  # outputs, then gradients
             assert len(three[0]) == len(three[2])
-            for name, *tensors in zip(names, *three, strict=False):  # a packed buffer has one gradient where two tensors have two
+            # a packed buffer has one gradient where two tensors have two
+            for name, *tensors in zip(names, *three, strict=False):
                 numerics.check(checked, name, *tensors)
     return ours
 
@@ -204,7 +212,9 @@ def assert_same(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def small_calls(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
-    """One small call of every operation, with a tail in every dimension that has tiles; all tensors are strided views where they may be."""
+    """One small call of every operation, with a tail in every dimension that has tiles; all tensors are
+    strided views where they may be.
+    """
     tables = angles(2, 19, 16)
     qkv = draw(2, 70, 5, 32, dtype=dtype)
     doc_start = torch.tensor([[0] * 33 + [33] * 37, [0] * 70], dtype=torch.int32, device=DEVICE)
@@ -237,6 +247,6 @@ def small_calls(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
 
 
 CALLS = [
-    "rms_norm", "add_rms_norm", "rope", "rope_qkv", "attention", "decode_attention", "swiglu", "swiglu packed", "linear_cross_entropy",
-    "tied_embedding", "mlp",
+    "rms_norm", "add_rms_norm", "rope", "rope_qkv", "attention", "decode_attention", "swiglu",
+    "swiglu packed", "linear_cross_entropy", "tied_embedding", "mlp",
 ]  # fmt: skip

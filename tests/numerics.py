@@ -1,10 +1,12 @@
 """The numerics contract: one function, one table.
 
-truth = the reference in float64; base = the reference in the tested dtype. A kernel passes when its largest error is at most twice
-that of the base, plus an absolute allowance for results that the base happens to get exactly.
+truth = the reference in float64; base = the reference in the tested dtype. A kernel passes when its largest
+error is at most twice that of the base, plus an absolute allowance for results that the base happens to get
+exactly.
 
-With SMOLLM2_NUMERICS=FILE in the environment, the worst error over budget of every operation and dtype that the session checked is
-added to FILE when a process ends (several may share the tests); `python -m kernels.certify --numerics FILE` puts it into the certificate.
+With SMOLLM2_NUMERICS=FILE in the environment, the worst error over budget of every operation and dtype that
+the session checked is added to FILE when a process ends (several may share the tests); `python -m
+kernels.certify --numerics FILE` puts it into the certificate.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ ATOL = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 WORST: dict[tuple[str, str], float] = {}
 
 
-def check(op: str, name: str, ours: Tensor, base: Tensor, truth: Tensor, tested: torch.dtype | None = None) -> None:
-    """Asserts max|ours - truth| <= 2 max|base - truth| + atol[tested]. All three of one shape; truth in float64.
+def check(
+    op: str, name: str, ours: Tensor, base: Tensor, truth: Tensor, tested: torch.dtype | None = None
+) -> None:
+    """Asserts max|ours - truth| <= 2 max|base - truth| + atol[tested]. All three of one shape; truth in
+    float64.
 
-    tested: the dtype that was computed in, where the result is wider: an fp32 loss over 16-bit activations is one number, and the base
-    may be right in it by luck.
+    tested: the dtype that was computed in, where the result is wider: an fp32 loss over 16-bit activations is
+    one number, and the base may be right in it by luck.
     """
     tested = tested or ours.dtype
     assert truth.dtype == torch.float64, f"{op} {name}: the truth must be float64, got {truth.dtype}"
@@ -45,7 +50,9 @@ def check(op: str, name: str, ours: Tensor, base: Tensor, truth: Tensor, tested:
 
 
 def write_report(path: str) -> None:
-    """Writes WORST as [{"op", "dtype", "worst"}], sorted, or the worse of it and what stands there; nothing if no kernel was checked."""
+    """Writes WORST as [{"op", "dtype", "worst"}], sorted, or the worse of it and what stands there; nothing
+    if no kernel was checked.
+    """
     if not WORST:
         return
     with open(path, "a+", encoding="utf-8") as file:

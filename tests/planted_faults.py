@@ -1,9 +1,11 @@
-"""Bugs to plant in the kernels, each with a test that must then fail; run as a program, it plants them and reports.
+"""Bugs to plant in the kernels, each with a test that must then fail; run as a program, it plants them and
+reports.
 
     python tests/planted_faults.py PROJECT SCRATCH NAME...      -> one JSON object on stdout: {name: [exit code of pytest, its output]}
 
-Every fault gets a copy of kernels/ and the kernel tests of its own, and a pytest process that is forked from this one, so that torch and
-triton are imported once. "control" is the copy without a fault, with all the tests that the faults name.
+Every fault gets a copy of kernels/ and the kernel tests of its own, and a pytest process that is forked from
+this one, so that torch and triton are imported once. "control" is the copy without a fault, with all the
+tests that the faults name.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ NOT_PLANTED = 98  # instead of an exit code: the text has changed
 
 @dataclass(frozen=True)
 class Fault:
-    """In kernels/`file`, `old` (which stands there `count` times) becomes `new`; `test` must notice, and `passing` tests must not.
+    """In kernels/`file`, `old` (which stands there `count` times) becomes `new`; `test` must notice, and
+    `passing` tests must not.
 
     test, passing: of the operation's own test file, or FILE::TEST.
     """
@@ -41,11 +44,22 @@ class Fault:
     @property
     def test_ids(self) -> list[str]:
         """For pytest; the first is the one that must notice."""
-        return [f"tests/test_kernel_{test if '::' in test else f'{self.file}::{test}'}" for test in (self.test, *self.passing)]
+        return [
+            f"tests/test_kernel_{test if '::' in test else f'{self.file}::{test}'}"
+            for test in (self.test, *self.passing)
+        ]
 
 
-norm, rope, attention = partial(Fault, "rms_norm.py"), partial(Fault, "rope.py"), partial(Fault, "attention.py")
-decode, swiglu, loss = partial(Fault, "decode_attention.py"), partial(Fault, "swiglu.py"), partial(Fault, "linear_cross_entropy.py")
+norm, rope, attention = (
+    partial(Fault, "rms_norm.py"),
+    partial(Fault, "rope.py"),
+    partial(Fault, "attention.py"),
+)
+decode, swiglu, loss = (
+    partial(Fault, "decode_attention.py"),
+    partial(Fault, "swiglu.py"),
+    partial(Fault, "linear_cross_entropy.py"),
+)
 layer, head = partial(Fault, "decode_layer.py"), partial(Fault, "decode_head.py")
 embedding, products = partial(Fault, "embedding.py"), partial(Fault, "products.py")
 mlp = partial(Fault, "mlp.py")
@@ -69,7 +83,12 @@ FAULTS = [
     norm("dsum not added", "test_models_widths[576-fp32]", "dx += tl.load", "dx += 0.0 * tl.load"),
     norm("mean over the padded width", "test_models_widths[960-fp16]", "/ WIDTH + EPS", "/ BLOCK + EPS"),
     norm("projection on x omitted", "test_models_widths[576-fp16]", "(grad - normed * mean)", "grad"),
-    norm("sum not rounded", "test_the_rounded_sum_is_normalised", "residual.to(tl.float32)).to(x.dtype)", "residual.to(tl.float32))"),
+    norm(
+        "sum not rounded",
+        "test_the_rounded_sum_is_normalised",
+        "residual.to(tl.float32)).to(x.dtype)",
+        "residual.to(tl.float32))",
+    ),
     norm(
         "upstream gradient overwritten",
         "properties.py::test_inputs_are_not_written[add_rms_norm]",
@@ -82,16 +101,33 @@ FAULTS = [
         "tl.program_id(0).to(tl.int64) * ROWS",
         "tl.program_id(0) * ROWS",
     ),
-    rope("wrong sign in the backward pass", "test_gradient_is_the_rotation_back[rope]", "sin = -sin", "sin = sin"),
-    rope("gradient of the values lost", "properties.py::test_every_element_is_written[rope_qkv]", "COPY_V=v is not None", "COPY_V=False"),
-    rope("positions of the first row for all", "test_positions_of_each_row[rope]", "batch * table_batch_stride", "0 * table_batch_stride"),
+    rope(
+        "wrong sign in the backward pass",
+        "test_gradient_is_the_rotation_back[rope]",
+        "sin = -sin",
+        "sin = sin",
+    ),
+    rope(
+        "gradient of the values lost",
+        "properties.py::test_every_element_is_written[rope_qkv]",
+        "COPY_V=v is not None",
+        "COPY_V=False",
+    ),
+    rope(
+        "positions of the first row for all",
+        "test_positions_of_each_row[rope]",
+        "batch * table_batch_stride",
+        "0 * table_batch_stride",
+    ),
     rope(
         "last tokens not rotated",
         "properties.py::test_every_element_is_written[rope]",
         "(triton.cdiv(tokens, config.block_m),)",
         "(max(1, tokens // config.block_m),)",
     ),
-    attention("mask off by one", "test_causality[69]", "visible = key <= last_key", "visible = key <= last_key + 1"),
+    attention(
+        "mask off by one", "test_causality[69]", "visible = key <= last_key", "visible = key <= last_key + 1"
+    ),
     attention(
         "mask of the key gradients off by one",
         "test_lengths[7-fp32]",
@@ -99,7 +135,11 @@ FAULTS = [
         "last_key = time + keys - queries - 1",
     ),
     attention(
-        "no mask where the diagonal crosses a block", "test_lengths[65-fp32]", "start + BLOCK_N > diagonal", "start > diagonal", count=2
+        "no mask where the diagonal crosses a block",
+        "test_lengths[65-fp32]",
+        "start + BLOCK_N > diagonal",
+        "start > diagonal",
+        count=2,
     ),
     attention(
         "no mask where a document begins in a block",
@@ -108,27 +148,55 @@ FAULTS = [
         "if start < 0 or",
         count=2,
     ),
-    attention("no mask in dk where the diagonal crosses a block", "test_lengths[65-fp32]", "if start < diagonal or start", "if start"),
+    attention(
+        "no mask in dk where the diagonal crosses a block",
+        "test_lengths[65-fp32]",
+        "if start < diagonal or start",
+        "if start",
+    ),
     attention(
         "no mask in dk where a document begins in a block",
         "test_documents[across tile boundaries-fp32]",
         " or start + BLOCK_M > clear:",
         ":",
     ),
-    attention("maximum of the wrong end", "test_scale_that_is_not_positive", "(-q, -scale) if scale < 0", "(q, -scale) if scale < 0"),
+    attention(
+        "maximum of the wrong end",
+        "test_scale_that_is_not_positive",
+        "(-q, -scale) if scale < 0",
+        "(q, -scale) if scale < 0",
+    ),
     attention("missing group sum", "test_lengths[7-fp32]", "range(0, GROUP * tl.cdiv(", "range(0, tl.cdiv("),
     attention(
-        "head not changed where its last block is full", "test_lengths[64-fp32]", "member += (start >= end)", "member += (start > end)"
+        "head not changed where its last block is full",
+        "test_lengths[64-fp32]",
+        "member += (start >= end)",
+        "member += (start > end)",
     ),
-    attention("last query block of each head skipped in dk", "test_lengths[65-fp32]", "end = queries\n", "end = queries - BLOCK_M\n"),
+    attention(
+        "last query block of each head skipped in dk",
+        "test_lengths[65-fp32]",
+        "end = queries\n",
+        "end = queries - BLOCK_M\n",
+    ),
     attention(
         "next head begun at the first query",
         "test_lengths[65-fp16]",
         "tl.where(start >= end, begin, start)",
         "tl.where(start >= end, 0, start)",
     ),
-    attention("lse and delta of the first head for all", "test_lengths[7-fp16]", "(head * queries + row)", "(0 * head + row)"),
-    attention("upstream gradient of the first head for all", "test_lengths[7-fp32]", "head * HEAD_DIM + lane", "0 * head + lane"),
+    attention(
+        "lse and delta of the first head for all",
+        "test_lengths[7-fp16]",
+        "(head * queries + row)",
+        "(0 * head + row)",
+    ),
+    attention(
+        "upstream gradient of the first head for all",
+        "test_lengths[7-fp32]",
+        "head * HEAD_DIM + lane",
+        "0 * head + lane",
+    ),
     attention(
         "documents of the first row for all in dk",
         "test_any_first_key[fp32]",
@@ -141,8 +209,15 @@ FAULTS = [
         "doc_row + time[:, None]",
         "doc_row + (time - start)[:, None]",
     ),
-    attention("last key not read", "test_lengths[65-fp16]", "tl.minimum(key, keys - 1)", "tl.minimum(key, keys - 2)"),
-    attention("offsets of the attention in 32 bits", "offsets.py::test_inputs_far_apart[attention-1-1]", ">= 2**31", ">= 2**63"),
+    attention(
+        "last key not read", "test_lengths[65-fp16]", "tl.minimum(key, keys - 1)", "tl.minimum(key, keys - 2)"
+    ),
+    attention(
+        "offsets of the attention in 32 bits",
+        "offsets.py::test_inputs_far_apart[attention-1-1]",
+        ">= 2**31",
+        ">= 2**63",
+    ),
     attention(
         "offsets of a group's heads in 32 bits",
         "test_heads_of_a_group_far_apart[0]",
@@ -150,7 +225,10 @@ FAULTS = [
         "row, head = time.to(tl.int64), member",
     ),
     attention(
-        "scores of dk rounded otherwise", "test_scale[1.0]", "tl.dot(k, tl.trans(q), input", "tl.dot(k * 1.0000002, tl.trans(q), input"
+        "scores of dk rounded otherwise",
+        "test_scale[1.0]",
+        "tl.dot(k, tl.trans(q), input",
+        "tl.dot(k * 1.0000002, tl.trans(q), input",
     ),
     attention("delta omitted in dq", "test_lengths[7-fp32]", "p * (dp - delta[:, None])", "p * dp"),
     attention("delta omitted in dk", "test_lengths[7-fp16]", "p * (dp - delta[None, :])", "p * dp"),
@@ -161,7 +239,11 @@ FAULTS = [
         "tl.join(lse, delta), mask=(inside & (time > 0))[:, None])",
     ),
     attention(
-        "last key block skipped", "test_lengths[65-fp32]", "* BLOCK_M + offset, keys)", "* BLOCK_M + offset, keys - BLOCK_N)", count=2
+        "last key block skipped",
+        "test_lengths[65-fp32]",
+        "* BLOCK_M + offset, keys)",
+        "* BLOCK_M + offset, keys - BLOCK_N)",
+        count=2,
     ),
     attention(
         "last query block of the last head skipped in dk",
@@ -189,35 +271,94 @@ FAULTS = [
         "0) // BLOCK_N * BLOCK_N + BLOCK_N",
         count=2,
     ),
-    attention("pivot of a row without keys", "test_fully_masked_document", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m"),
-    attention("aligned to the top left", "test_more_keys_than_queries[7-64-fp32]", "offset = keys - queries", "offset = 0", count=2),
-    attention("log2(e) left in dk", "test_lengths[7-fp32]", "dk *= SCALE * 0.6931471805599453", "dk *= SCALE"),
-    decode("last split lost", "test_lengths[257-fp32]", "for split in range(0, splits)", "for split in range(0, splits - 1)"),
-    decode("splits not rescaled", "test_lengths[257-fp32]", "acc = acc * shrink + part * weight", "acc = acc + part * weight"),
+    attention(
+        "pivot of a row without keys",
+        "test_fully_masked_document",
+        'tl.where(new_m == float("-inf"), 0.0, new_m)',
+        "new_m",
+    ),
+    attention(
+        "aligned to the top left",
+        "test_more_keys_than_queries[7-64-fp32]",
+        "offset = keys - queries",
+        "offset = 0",
+        count=2,
+    ),
+    attention(
+        "log2(e) left in dk", "test_lengths[7-fp32]", "dk *= SCALE * 0.6931471805599453", "dk *= SCALE"
+    ),
+    decode(
+        "last split lost",
+        "test_lengths[257-fp32]",
+        "for split in range(0, splits)",
+        "for split in range(0, splits - 1)",
+    ),
+    decode(
+        "splits not rescaled",
+        "test_lengths[257-fp32]",
+        "acc = acc * shrink + part * weight",
+        "acc = acc + part * weight",
+    ),
     decode(
         "new queries see each other",
         "test_several_new_queries[3-fp32]",
         "last_key = length - queries + time",
         "last_key = length - 1 + 0 * time",
     ),
-    decode("keys beyond the length read", "test_what_lies_beyond_the_length_is_not_read", "filled = key < length", "filled = key < keys"),
-    layer(
-        "residual of the attention missing", "test_any_width[33-17]", "(y.to(tl.float32) + x.to(tl.float32))", "y.to(tl.float32)", count=2
+    decode(
+        "keys beyond the length read",
+        "test_what_lies_beyond_the_length_is_not_read",
+        "filled = key < length",
+        "filled = key < keys",
     ),
-    layer("sum before the MLP taken for its input", "test_any_width[33-17]", "act, down, total, out,", "act, down, x, out,"),
+    layer(
+        "residual of the attention missing",
+        "test_any_width[33-17]",
+        "(y.to(tl.float32) + x.to(tl.float32))",
+        "y.to(tl.float32)",
+        count=2,
+    ),
+    layer(
+        "sum before the MLP taken for its input",
+        "test_any_width[33-17]",
+        "act, down, total, out,",
+        "act, down, x, out,",
+    ),
     layer(
         "new keys and values not written",
         "test_only_the_new_positions_are_written",
         "there = (position >= 0) &",
         "there = (position < 0) &",
     ),
-    layer("written one position late", "test_only_the_new_positions_are_written", "- queries + time", "- queries + time + 1"),
-    layer("written past the cache", "test_positions_outside_of_the_cache_are_not_written", " & (position < keys)", ""),
-    layer("written before the cache", "test_positions_outside_of_the_cache_are_not_written", "(position >= 0) & ", ""),
+    layer(
+        "written one position late",
+        "test_only_the_new_positions_are_written",
+        "- queries + time",
+        "- queries + time + 1",
+    ),
+    layer(
+        "written past the cache",
+        "test_positions_outside_of_the_cache_are_not_written",
+        " & (position < keys)",
+        "",
+    ),
+    layer(
+        "written before the cache",
+        "test_positions_outside_of_the_cache_are_not_written",
+        "(position >= 0) & ",
+        "",
+    ),
     layer("keys into the cache of values", "test_lengths[7-fp32]", "target = k_ptr +", "target = v_ptr +"),
-    layer("rotated the wrong way", "test_lengths[7-fp32]", "(wide_a * cos - wide_b * sin)", "(wide_a * cos + wide_b * sin)"),
+    layer(
+        "rotated the wrong way",
+        "test_lengths[7-fp32]",
+        "(wide_a * cos - wide_b * sin)",
+        "(wide_a * cos + wide_b * sin)",
+    ),
     layer("values rotated", "test_lengths[7-fp32]", "if head < HEADS + KEY_HEADS:  #", "if head >= 0:  #"),
-    layer("keys not rotated", "test_lengths[7-fp16]", "if head < HEADS + KEY_HEADS:  #", "if head < HEADS:  #"),
+    layer(
+        "keys not rotated", "test_lengths[7-fp16]", "if head < HEADS + KEY_HEADS:  #", "if head < HEADS:  #"
+    ),
     layer(
         "angles of the first row for all",
         "test_several_rows_and_tokens[2-5-fp32]",
@@ -225,7 +366,12 @@ FAULTS = [
         "0 * table_batch_stride",
     ),
     layer("epsilon dropped", "test_size_of_the_stream[0.001]", "/ WIDTH + EPS", "/ WIDTH"),
-    layer("norm over the padded width", "test_any_width[33-17]", "tl.sum(x * x, axis=0) / WIDTH", "tl.sum(x * x, axis=0) / x.shape[0]"),
+    layer(
+        "norm over the padded width",
+        "test_any_width[33-17]",
+        "tl.sum(x * x, axis=0) / WIDTH",
+        "tl.sum(x * x, axis=0) / x.shape[0]",
+    ),
     layer(
         "scale of the first norm omitted",
         "test_lengths[7-fp32]",
@@ -238,16 +384,36 @@ FAULTS = [
         "up_rows.to(tl.float32) * scale.to(tl.float32)[None, :]",
         "up_rows.to(tl.float32)",
     ),
-    layer("last split of a row lost", "test_lengths[257-fp32]", "(start + step < filled)", "(start + step < filled - 1)"),
+    layer(
+        "last split of a row lost",
+        "test_lengths[257-fp32]",
+        "(start + step < filled)",
+        "(start + step < filled - 1)",
+    ),
     layer(
         "splits past the first loads lost",
         "test_more_splits_than_are_loaded_at_a_time",
         "range(0, filled, AT_ONCE)",
         "range(0, AT_ONCE, AT_ONCE)",
     ),
-    layer("splits of a layer not rescaled", "test_lengths[257-fp32]", "acc = acc * shrink[:, None] +", "acc = acc +"),
-    layer("length of the first row for all", "test_lengths[7-fp32]", "lengths_ptr + row // queries", "lengths_ptr + 0 * row"),
-    layer("gate and up exchanged", "test_lengths[7-fp32]", "gate * tl.sigmoid(gate) * up", "up * tl.sigmoid(up) * gate"),
+    layer(
+        "splits of a layer not rescaled",
+        "test_lengths[257-fp32]",
+        "acc = acc * shrink[:, None] +",
+        "acc = acc +",
+    ),
+    layer(
+        "length of the first row for all",
+        "test_lengths[7-fp32]",
+        "lengths_ptr + row // queries",
+        "lengths_ptr + 0 * row",
+    ),
+    layer(
+        "gate and up exchanged",
+        "test_lengths[7-fp32]",
+        "gate * tl.sigmoid(gate) * up",
+        "up * tl.sigmoid(up) * gate",
+    ),
     layer(
         "next row taken for this one",
         "test_several_rows_and_tokens[5-3-fp32]",
@@ -255,7 +421,11 @@ FAULTS = [
         "_row(act_ptr, rows - 1, k, FFN)",
     ),
     layer(
-        "last row left out", "test_several_rows_and_tokens[2-5-fp32]", "for row in range(0, rows)", "for row in range(0, rows - 1)", count=4
+        "last row left out",
+        "test_several_rows_and_tokens[2-5-fp32]",
+        "for row in range(0, rows)",
+        "for row in range(0, rows - 1)",
+        count=4,
     ),
     layer(
         "offsets into the keys in 32 bits",
@@ -284,9 +454,21 @@ FAULTS = [
         "tl.store(logits_ptr",
         "logits = logits.to(x.dtype)\n        tl.store(logits_ptr",
     ),
-    head("logits of the first row for all", "test_rows[rows2-fp32]", "tl.minimum(row + 1, rows - 1)", "0 * row"),
-    swiglu("derivative of the sigmoid omitted", "test_models_widths[1536-fp32]", "(sigmoid + silu * (1.0 - sigmoid))", "sigmoid"),
-    swiglu("gradients in the wrong halves", "test_models_widths[1536-fp16]", "grads, grads[:, width:]", "grads[:, width:], grads"),
+    head(
+        "logits of the first row for all", "test_rows[rows2-fp32]", "tl.minimum(row + 1, rows - 1)", "0 * row"
+    ),
+    swiglu(
+        "derivative of the sigmoid omitted",
+        "test_models_widths[1536-fp32]",
+        "(sigmoid + silu * (1.0 - sigmoid))",
+        "sigmoid",
+    ),
+    swiglu(
+        "gradients in the wrong halves",
+        "test_models_widths[1536-fp16]",
+        "grads, grads[:, width:]",
+        "grads[:, width:], grads",
+    ),
     swiglu(
         "last tile of columns lost",
         "properties.py::test_every_element_is_written[swiglu]",
@@ -299,7 +481,12 @@ FAULTS = [
         "wide = rounded_gate.to(tl.float32)",
         "wide = gate_sum",
     ),
-    mlp("up taken from gate", "test_models_widths[fused-576-1536-fp32]", "index // M * HALF + m", "0 * HALF + m"),
+    mlp(
+        "up taken from gate",
+        "test_models_widths[fused-576-1536-fp32]",
+        "index // M * HALF + m",
+        "0 * HALF + m",
+    ),
     mlp(
         "halves of the product exchanged",
         "test_models_widths[fused, descriptors-576-1536-fp32]",
@@ -319,10 +506,30 @@ FAULTS = [
         "tl.cdiv(rows, BLOCK_M) * max(1, FFN // BLOCK_N)",
         count=2,
     ),
-    mlp("last band as high as all", "test_more_tiles_of_rows_than_go_together[fused]", "BLOCK_M) - first, GROUP)", "BLOCK_M), GROUP)"),
-    mlp("last term of a sum lost", "test_numbers_of_rows[fused-7-fp16]", "(m < HALF) & (n < COLUMNS)", "(m < HALF) & (n < COLUMNS - 1)"),
-    mlp("rows of a product in 32 bits", "test_offsets_past_32_bits[input]", "return m.to(tl.int64), n,", "return m, n,"),
-    mlp("copies ignored", "test_fp32_masters[fused-fp16]", "to(x.dtype) if copy is None else copy", "to(x.dtype)"),
+    mlp(
+        "last band as high as all",
+        "test_more_tiles_of_rows_than_go_together[fused]",
+        "BLOCK_M) - first, GROUP)",
+        "BLOCK_M), GROUP)",
+    ),
+    mlp(
+        "last term of a sum lost",
+        "test_numbers_of_rows[fused-7-fp16]",
+        "(m < HALF) & (n < COLUMNS)",
+        "(m < HALF) & (n < COLUMNS - 1)",
+    ),
+    mlp(
+        "rows of a product in 32 bits",
+        "test_offsets_past_32_bits[input]",
+        "return m.to(tl.int64), n,",
+        "return m, n,",
+    ),
+    mlp(
+        "copies ignored",
+        "test_fp32_masters[fused-fp16]",
+        "to(x.dtype) if copy is None else copy",
+        "to(x.dtype)",
+    ),
     Fault(
         "backend.py",
         "replacement of swiglu without effect in the fused mlp",
@@ -331,24 +538,54 @@ FAULTS = [
         'if "rope" in replacements and',
     ),
     loss("missing other=", "test_vocabularies[511-fp32]", 'mask=inside, other=float("-inf")', "mask=inside"),
-    loss("ignore_index not honoured in the loss", "test_losses[0.0-0.0-mean-fp32]", "tl.where(valid, loss, 0.0)", "loss"),
+    loss(
+        "ignore_index not honoured in the loss",
+        "test_losses[0.0-0.0-mean-fp32]",
+        "tl.where(valid, loss, 0.0)",
+        "loss",
+    ),
     loss(
         "ignore_index not honoured in the gradient",
         "test_losses[0.0-0.0-sum-fp16]",
         "tl.where(valid, tl.load(scale_ptr), 0.0)",
         "tl.load(scale_ptr)",
     ),
-    loss("mean over all tokens", "test_losses[0.0-0.0-mean-fp16]", "(targets != ignore_index).sum()", "(targets == targets).sum()"),
-    loss("gradient of the z-loss omitted", "test_losses[0.01-0.0-mean-fp32]", "(1.0 + 2.0 * Z_LOSS * lse)", "1.0"),
-    loss("label smoothing omitted in the gradient", "test_losses[0.0-0.1-sum-fp32]", "factor * SMOOTHING / vocabulary", "0.0"),
-    loss("last chunk lost", "test_chunks[34-fp32]", "range(0, tokens, chunk)", "range(0, tokens - chunk + 1, chunk)"),
+    loss(
+        "mean over all tokens",
+        "test_losses[0.0-0.0-mean-fp16]",
+        "(targets != ignore_index).sum()",
+        "(targets == targets).sum()",
+    ),
+    loss(
+        "gradient of the z-loss omitted",
+        "test_losses[0.01-0.0-mean-fp32]",
+        "(1.0 + 2.0 * Z_LOSS * lse)",
+        "1.0",
+    ),
+    loss(
+        "label smoothing omitted in the gradient",
+        "test_losses[0.0-0.1-sum-fp32]",
+        "factor * SMOOTHING / vocabulary",
+        "0.0",
+    ),
+    loss(
+        "last chunk lost",
+        "test_chunks[34-fp32]",
+        "range(0, tokens, chunk)",
+        "range(0, tokens - chunk + 1, chunk)",
+    ),
     products(
         "dW of the first chunk added to what was there",
         "linear_cross_entropy.py::test_chunks[32-fp32]",
         "beta = 0 if first else 1",
         "beta = 1",
     ),
-    products("dW of the last chunk only", "linear_cross_entropy.py::test_chunks[32-fp32]", "total.addmm_(", "total.zero_().addmm_("),
+    products(
+        "dW of the last chunk only",
+        "linear_cross_entropy.py::test_chunks[32-fp32]",
+        "total.addmm_(",
+        "total.zero_().addmm_(",
+    ),
     products(
         "a wave that is not full",
         "linear_cross_entropy.py::test_the_chunks_of_the_models",
@@ -356,8 +593,18 @@ FAULTS = [
         "-(-waves * processors // across)",
     ),
     loss("target in no block", "test_vocabularies[511-fp32]", "(target >= start)", "(target > start)"),
-    loss("sums of the blocks not rescaled", "test_vocabularies[49152-fp32]", "total * tl.exp2((m - pivot) * LOG2_E)", "total"),
-    loss("first block without a gradient", "test_vocabularies[8193-fp32]", "tl.range(0, blocks,", "tl.range(0, blocks - 1,"),
+    loss(
+        "sums of the blocks not rescaled",
+        "test_vocabularies[49152-fp32]",
+        "total * tl.exp2((m - pivot) * LOG2_E)",
+        "total",
+    ),
+    loss(
+        "first block without a gradient",
+        "test_vocabularies[8193-fp32]",
+        "tl.range(0, blocks,",
+        "tl.range(0, blocks - 1,",
+    ),
     loss(
         "a target out of range read",
         "test_a_target_out_of_range_gives_nan_and_reads_nothing[97]",
@@ -370,17 +617,43 @@ FAULTS = [
         "gradients, ctx.gradients = ctx.gradients, None",
         "gradients = ctx.gradients",
     ),
-    loss("upstream gradient left out", "test_numbers_of_tokens[65-fp32]", "if upstream != 1.0", "if upstream != upstream"),
-    loss("end of the gradients not rescaled", "test_rescaling[fp32]", "range(first, weight_size, step)", "range(first, step, step)"),
-    loss("upstream gradient of 1 multiplied", "test_the_gradients_are_given_away", "if upstream != 1.0", "if upstream == upstream"),
+    loss(
+        "upstream gradient left out",
+        "test_numbers_of_tokens[65-fp32]",
+        "if upstream != 1.0",
+        "if upstream != upstream",
+    ),
+    loss(
+        "end of the gradients not rescaled",
+        "test_rescaling[fp32]",
+        "range(first, weight_size, step)",
+        "range(first, step, step)",
+    ),
+    loss(
+        "upstream gradient of 1 multiplied",
+        "test_the_gradients_are_given_away",
+        "if upstream != 1.0",
+        "if upstream == upstream",
+    ),
     loss("scale left out of the mean", "test_scale[mean-fp32]", "factor = factor / (", "factor = 1.0 / ("),
     loss(
-        "scale left out of the gradients", "test_scale[sum-fp32]", "targets[start:], factor,", "targets[start:], torch.ones_like(factor),"
+        "scale left out of the gradients",
+        "test_scale[sum-fp32]",
+        "targets[start:], factor,",
+        "targets[start:], torch.ones_like(factor),",
     ),
     loss(
-        "copy of the weight not used", "test_a_copy_of_the_weight_gives_the_same_bits[fp16]", "if weight_copy is None else weight_copy", ""
+        "copy of the weight not used",
+        "test_a_copy_of_the_weight_gives_the_same_bits[fp16]",
+        "if weight_copy is None else weight_copy",
+        "",
     ),
-    embedding("rows of a piece past the first ones lost", "test_runs_of_equal_ids[(127,)]", "position += ROWS", "position += stop"),
+    embedding(
+        "rows of a piece past the first ones lost",
+        "test_runs_of_equal_ids[(127,)]",
+        "position += ROWS",
+        "position += stop",
+    ),
     embedding(
         "end of a window passed",
         "test_runs_of_equal_ids[(129,)]",
@@ -388,8 +661,18 @@ FAULTS = [
         "first, tokens, row, dx_stride, WIDTH, ROWS",
         count=2,
     ),
-    embedding("pieces in the other windows lost", "test_runs_of_equal_ids[(256,)]", "more = (stop < tokens)", "more = (stop < 0)"),
-    embedding("windows past the first ones lost", "test_runs_of_equal_ids[(1283,)]", "window += ROWS", "window += tokens"),
+    embedding(
+        "pieces in the other windows lost",
+        "test_runs_of_equal_ids[(256,)]",
+        "more = (stop < tokens)",
+        "more = (stop < 0)",
+    ),
+    embedding(
+        "windows past the first ones lost",
+        "test_runs_of_equal_ids[(1283,)]",
+        "window += ROWS",
+        "window += tokens",
+    ),
     embedding(
         "window that begins with a run taken for its rest",
         "test_runs_of_equal_ids[(100, 384, 1, 100)]",
@@ -404,12 +687,32 @@ FAULTS = [
         "total += 0.0",
     ),
     embedding(
-        "last columns lost", "test_other_columns_than_a_program_has", "columns = triton.cdiv(width, block)", "columns = width // block"
+        "last columns lost",
+        "test_other_columns_than_a_program_has",
+        "columns = triton.cdiv(width, block)",
+        "columns = width // block",
     ),
-    embedding("tokens of another order", "test_numbers_of_tokens[65-fp32]", "dx_ptr + token[:, None]", "dx_ptr + positions[:, None]"),
-    embedding("id out of range not noticed", "test_an_id_out_of_range_raises[23]", "tl.store(known_ptr, 0)", "tl.store(known_ptr, 1)"),
-    embedding("written past the last row", "test_nothing_is_written_out_of_bounds[23]", "(row < vocabulary):", "(row <= vocabulary):"),
-    embedding("written before the first row", "test_nothing_is_written_out_of_bounds[-1]", "& (row >= 0) &", "&"),
+    embedding(
+        "tokens of another order",
+        "test_numbers_of_tokens[65-fp32]",
+        "dx_ptr + token[:, None]",
+        "dx_ptr + positions[:, None]",
+    ),
+    embedding(
+        "id out of range not noticed",
+        "test_an_id_out_of_range_raises[23]",
+        "tl.store(known_ptr, 0)",
+        "tl.store(known_ptr, 1)",
+    ),
+    embedding(
+        "written past the last row",
+        "test_nothing_is_written_out_of_bounds[23]",
+        "(row < vocabulary):",
+        "(row <= vocabulary):",
+    ),
+    embedding(
+        "written before the first row", "test_nothing_is_written_out_of_bounds[-1]", "& (row >= 0) &", "&"
+    ),
     embedding(
         "gradient that a hook keeps written",
         f"{OWNERSHIP}[hook_that_keeps]",
@@ -423,7 +726,12 @@ FAULTS = [
         "torch._C._storage_Use_Count(storage._cdata) == 2 and ",
         "",
     ),
-    embedding("gradient of the head copied always", f"{OWNERSHIP}[backward]", "dhead if _is_ours(dhead, fresh) else ", ""),
+    embedding(
+        "gradient of the head copied always",
+        f"{OWNERSHIP}[backward]",
+        "dhead if _is_ours(dhead, fresh) else ",
+        "",
+    ),
     norm(
         "not rounded before the weight",
         "test_rounds_before_it_scales",
@@ -499,9 +807,18 @@ FAULTS = [
         "first, second = a.to(tl.float32), b.to(tl.float32)",
         "first, second, cos, sin = a, b, cos.to(a.dtype), sin.to(a.dtype)",
     ),
-    adamw("the masked rest left out", "test_sizes_with_every_kind_of_tail[0.0]", "range(wide, end, TAIL)", "range(wide, wide, TAIL)", 2),
     adamw(
-        "second moment not corrected", "test_sizes_with_every_kind_of_tail[0.0]", "1.0 / tl.sqrt(correction2)", "0.0 * correction2 + 1.0"
+        "the masked rest left out",
+        "test_sizes_with_every_kind_of_tail[0.0]",
+        "range(wide, end, TAIL)",
+        "range(wide, wide, TAIL)",
+        2,
+    ),
+    adamw(
+        "second moment not corrected",
+        "test_sizes_with_every_kind_of_tail[0.0]",
+        "1.0 / tl.sqrt(correction2)",
+        "0.0 * correction2 + 1.0",
     ),
     adamw("no weight decay", "test_sizes_with_every_kind_of_tail[0.0]", "p -= decay * p", "p -= 0.0 * p"),
     adamw(
@@ -511,9 +828,21 @@ FAULTS = [
         "tl.sqrt_rn(v) * root + eps) * (1.0 - decay)",
     ),
     adamw("averages cancel", ONE_STEP.format("betas2"), "tl.where(weight < 0.5,", "tl.where(weight < 2.0,"),
-    adamw("clipping left out", "test_sizes_with_every_kind_of_tail[1.0]", "other=0.0) * factor", "other=0.0)"),
-    adamw("skipped step taken", SKIPPED.format("fp16-inf"), "(g != 0) & (tl.load(found_inf_ptr) == 0.0)", "g != 0"),
-    adamw("skipped step counted", SKIPPED.format("fp16-inf"), "if tl.load(found_inf_ptr) == 0.0:", "if tl.load(found_inf_ptr) >= 0.0:"),
+    adamw(
+        "clipping left out", "test_sizes_with_every_kind_of_tail[1.0]", "other=0.0) * factor", "other=0.0)"
+    ),
+    adamw(
+        "skipped step taken",
+        SKIPPED.format("fp16-inf"),
+        "(g != 0) & (tl.load(found_inf_ptr) == 0.0)",
+        "g != 0",
+    ),
+    adamw(
+        "skipped step counted",
+        SKIPPED.format("fp16-inf"),
+        "if tl.load(found_inf_ptr) == 0.0:",
+        "if tl.load(found_inf_ptr) >= 0.0:",
+    ),
     adamw("no copy when a step is skipped", SKIPPED.format("bf16-nan"), "if copied:", "if copied & update:"),
     adamw(
         "chunks of a norm overlap",
@@ -528,16 +857,35 @@ FAULTS = [
         "pinned, table = self._spare[0], self._table",
     ),
     # Of the corrected interpreter.
-    interpreter("bf16 truncated", "test_rounding[32769]", "rounded = kept + ((bits & 0xFFFF) + (kept & 1) > 0x8000)", "rounded = kept"),
+    interpreter(
+        "bf16 truncated",
+        "test_rounding[32769]",
+        "rounded = kept + ((bits & 0xFFFF) + (kept & 1) > 0x8000)",
+        "rounded = kept",
+    ),
     interpreter("ties away from zero", "test_rounding[32768]", "(kept & 1) > 0x8000", "1 > 0x8000"),
-    interpreter("NaN of the upper half lost", "test_rounding[1]", "np.where(np.isnan(values), 0x7FC0, rounded)", "rounded"),
-    interpreter("patterns multiplied", "test_dot_is_exact_where_fp32_is", '"scatter", ', '"scatter", "dot", '),
-    interpreter("patterns added", "test_sums_round_after_every_step", "if any(is_bf16(y.dtype) for y in inputs)", "if not inputs"),
+    interpreter(
+        "NaN of the upper half lost",
+        "test_rounding[1]",
+        "np.where(np.isnan(values), 0x7FC0, rounded)",
+        "rounded",
+    ),
+    interpreter(
+        "patterns multiplied", "test_dot_is_exact_where_fp32_is", '"scatter", ', '"scatter", "dot", '
+    ),
+    interpreter(
+        "patterns added",
+        "test_sums_round_after_every_step",
+        "if any(is_bf16(y.dtype) for y in inputs)",
+        "if not inputs",
+    ),
 ]
 
 
 def plant(project: Path, folder: Path, fault: Fault | None) -> list[str]:
-    """A copy of the kernels with the fault and of their tests, in `folder`; returns what pytest is to run there."""
+    """A copy of the kernels with the fault and of their tests, in `folder`; returns what pytest is to run
+    there.
+    """
     shutil.copytree(project / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(project / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(project / "pyproject.toml", folder)
@@ -565,7 +913,19 @@ def run_pytest(folder: Path, tests: list[str]) -> tuple[int, str]:
         try:
             import pytest
 
-            code = int(pytest.main(["-q", "--no-header", "--disable-warnings", "-p", "no:cacheprovider", f"--rootdir={folder}", *tests]))
+            code = int(
+                pytest.main(
+                    [
+                        "-q",
+                        "--no-header",
+                        "--disable-warnings",
+                        "-p",
+                        "no:cacheprovider",
+                        f"--rootdir={folder}",
+                        *tests,
+                    ]
+                )
+            )
             sys.stdout.flush()
         finally:
             os._exit(code)
@@ -574,7 +934,8 @@ def run_pytest(folder: Path, tests: list[str]) -> tuple[int, str]:
 
 
 def main(project: Path, scratch: Path, names: list[str]) -> None:
-    # What all children need (torch asks for sympy at the first call), imported once; nothing of this project: each has a copy of its own.
+    # What all children need (torch asks for sympy at the first call), imported once; nothing of this project:
+    # each has a copy of its own.
     import pytest  # noqa: F401
     import sympy  # noqa: F401
     import torch
@@ -596,5 +957,6 @@ def main(project: Path, scratch: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.remove(str(Path(__file__).resolve().parent))  # the tests of the copy are to be imported, not these
+    # the tests of the copy are to be imported, not these
+    sys.path.remove(str(Path(__file__).resolve().parent))
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

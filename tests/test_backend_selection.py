@@ -28,7 +28,9 @@ def test_triton_not_installed_is_said(monkeypatch):
         select_backend("triton", "cuda")
 
 
-@pytest.mark.parametrize("name", ["cuda", "", "torch,attention", "torch,atention=torch", "torch,attention=numpy"])
+@pytest.mark.parametrize(
+    "name", ["cuda", "", "torch,attention", "torch,atention=torch", "torch,attention=numpy"]
+)
 def test_unknown_names_are_refused_with_what_is_known(name):
     with pytest.raises(ValueError, match="known are|operations are"):
         select_backend(name, "cpu")

@@ -1,4 +1,6 @@
-"""What generate_many refuses, before any work and by the prompt's index; and a cache that does not fit memory."""
+"""What generate_many refuses, before any work and by the prompt's index; and a cache that does not fit
+memory.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from smollm2.generation.batch import fit_slots, generate_many
 from smollm2.sampling import SamplingParams
 
 TINY = SmolLM2Config.preset("tiny")
-TOKEN = 2 * TINY.num_hidden_layers * TINY.num_key_value_heads * TINY.head_dim * 4  # bytes of one token's keys and values in fp32
+# bytes of one token's keys and values in fp32
+TOKEN = 2 * TINY.num_hidden_layers * TINY.num_key_value_heads * TINY.head_dim * 4
 GOOD = [[1, 2, 3]] * 3
 
 
@@ -49,7 +52,10 @@ def test_the_line_states_what_the_slots_and_one_prefill_take() -> None:
     fitting, line = fit_slots(TINY, 8, 300, torch.float32, None)
     assert (fitting, line) == (8, f"cache: 8 x 300 tokens, {2 * 8 * 300 * TOKEN / 1e6:.2f} MB")
     # The prefill of 100 rows is done in parts, of at most 4,096 tokens each.
-    assert fit_slots(TINY, 100, 300, torch.float32, None)[1] == f"cache: 100 x 300 tokens, {(30_000 + 4096) * TOKEN / 1e6:,.0f} MB"
+    assert (
+        fit_slots(TINY, 100, 300, torch.float32, None)[1]
+        == f"cache: 100 x 300 tokens, {(30_000 + 4096) * TOKEN / 1e6:,.0f} MB"
+    )
 
 
 def test_slots_are_lowered_to_what_fits_and_one_that_does_not_is_refused() -> None:
@@ -58,7 +64,10 @@ def test_slots_are_lowered_to_what_fits_and_one_that_does_not_is_refused() -> No
     fitting, line = fit_slots(TINY, 8, 300, torch.float32, enough - enough // 16 - 1)
     assert fitting == 7 and "slots lowered to 7" in line
     assert fit_slots(TINY, 8, 300, torch.float32, int(2 * 300 * TOKEN / 0.9) + 1)[0] == 1
-    with pytest.raises(UsageError, match=r"one slot of 300 tokens needs .* MB, but .* MB can be had .*; shorten the longest prompt"):
+    with pytest.raises(
+        UsageError,
+        match=r"one slot of 300 tokens needs .* MB, but .* MB can be had .*; shorten the longest prompt",
+    ):
         fit_slots(TINY, 8, 300, torch.float32, 300 * TOKEN)
 
 

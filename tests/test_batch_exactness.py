@@ -1,4 +1,6 @@
-"""Continuous batching on random weights in fp32: every row is the prompt alone, whatever slots there are; and ended rows cost nothing."""
+"""Continuous batching on random weights in fp32: every row is the prompt alone, whatever slots there are; and
+ended rows cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,19 @@ def prompts_of(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [torch.randint(30, 512, (length,), generator=generator).tolist() for length in lengths]
 
 
-def alone(model: SmolLM2ForCausalLM, prompt: list[int], params: SamplingParams, seed: int, ends: tuple[int, ...] = ENDS, new: int = NEW):
+def alone(
+    model: SmolLM2ForCausalLM,
+    prompt: list[int],
+    params: SamplingParams,
+    seed: int,
+    ends: tuple[int, ...] = ENDS,
+    new: int = NEW,
+):
     """The new tokens of one prompt, with its end token, by `generate`."""
     out = generate(
-        model, torch.tensor([prompt]), max_new_tokens=new, eos_token_id=list(ends), seed=seed, temperature=params.temperature,
-        top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, repetition_penalty=params.repetition_penalty,
-        suppress_tokens=params.suppress_tokens,
+        model, torch.tensor([prompt]), max_new_tokens=new, eos_token_id=list(ends), seed=seed,
+        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty, suppress_tokens=params.suppress_tokens,
     )  # fmt: skip
     return out[0, len(prompt) :].tolist()
 
@@ -75,7 +84,16 @@ def expected(model: SmolLM2ForCausalLM) -> dict[SamplingParams, list[list[int]]]
 def test_a_row_is_the_prompt_alone_with_any_number_of_slots(model, expected, params, slots) -> None:
     engine = Recorder(model)
     found = dict(
-        generate_many(model, prompts_of(), max_new_tokens=NEW, params=params, seed=SEED, eos_token_ids=ENDS, slots=slots, engine=engine)
+        generate_many(
+            model,
+            prompts_of(),
+            max_new_tokens=NEW,
+            params=params,
+            seed=SEED,
+            eos_token_ids=ENDS,
+            slots=slots,
+            engine=engine,
+        )
     )
     assert [found[index] for index in range(len(LENGTHS))] == expected[params]
     lengths = {len(tokens) for tokens in expected[params]}
@@ -93,12 +111,16 @@ def test_the_order_of_the_prompts_decides_seeds_and_nothing_else(model) -> None:
     options = dict(max_new_tokens=NEW, params=SAMPLED, eos_token_ids=ENDS, slots=3)
     found = dict(generate_many(model, prompts, seed=seeds, **options))
     turned = dict(generate_many(model, prompts[::-1], seed=seeds[::-1], **options))
-    assert [turned[len(prompts) - 1 - index] for index in range(len(prompts))] == [found[index] for index in range(len(prompts))]
+    assert [turned[len(prompts) - 1 - index] for index in range(len(prompts))] == [
+        found[index] for index in range(len(prompts))
+    ]
 
 
 def test_every_row_may_have_a_budget_of_its_own(model) -> None:
     budgets = [1, 5, 24, 2, 1, 9, 24, 3, 1, 1, 12]
-    found = dict(generate_many(model, prompts_of(), max_new_tokens=budgets, params=SAMPLED, seed=SEED, slots=3))
+    found = dict(
+        generate_many(model, prompts_of(), max_new_tokens=budgets, params=SAMPLED, seed=SEED, slots=3)
+    )
     for index, (prompt, budget) in enumerate(zip(prompts_of(), budgets, strict=True)):
         assert found[index] == alone(model, prompt, SAMPLED, SEED + index, (), budget)
         assert len(found[index]) == budget
@@ -112,8 +134,14 @@ def test_a_callback_ends_a_row_and_sees_every_token_once(model, expected) -> Non
         assert seen[index] == tokens
         return index % 2 == 0 and len(tokens) == 4
 
-    found = dict(generate_many(model, prompts_of(), max_new_tokens=NEW, params=GREEDY, eos_token_ids=ENDS, slots=3, stop=stop))
-    assert found == {index: tokens[:4] if index % 2 == 0 else tokens for index, tokens in enumerate(expected[GREEDY])}
+    found = dict(
+        generate_many(
+            model, prompts_of(), max_new_tokens=NEW, params=GREEDY, eos_token_ids=ENDS, slots=3, stop=stop
+        )
+    )
+    assert found == {
+        index: tokens[:4] if index % 2 == 0 else tokens for index, tokens in enumerate(expected[GREEDY])
+    }
     assert seen == found
 
 
@@ -146,7 +174,9 @@ def test_prompts_of_like_length_are_prefilled_together_up_to_a_limit(model) -> N
 def test_an_empty_list_and_a_prompt_that_fills_the_context(model) -> None:
     assert list(generate_many(model, [], max_new_tokens=4)) == []
     [prompt] = prompts_of((510,))
-    assert list(generate_many(model, [prompt], max_new_tokens=2)) == [(0, alone(model, prompt, GREEDY, 0, (), 2))]
+    assert list(generate_many(model, [prompt], max_new_tokens=2)) == [
+        (0, alone(model, prompt, GREEDY, 0, (), 2))
+    ]
 
 
 def test_an_abandoned_iterator_leaves_gradients_on(model) -> None:
@@ -166,9 +196,17 @@ def test_rows_alone_and_in_slots_agree_with_quantised_weights(model) -> None:
 def test_rows_alone_and_in_slots_agree_on_the_triton_decode_path() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = SmolLM2Config.preset("tiny", num_hidden_layers=1, initializer_range=0.3)  # one layer: the interpreter is slow
+    # one layer: the interpreter is slow
+    config = SmolLM2Config.preset("tiny", num_hidden_layers=1, initializer_range=0.3)
     with torch.device(device):
         model = SmolLM2ForCausalLM(config, backend="triton").eval()
-    found = [dict(generate_many(model, prompts_of((7, 2, 19)), max_new_tokens=[2, 3, 2], params=SAMPLED, slots=slots)) for slots in (1, 3)]
+    found = [
+        dict(
+            generate_many(
+                model, prompts_of((7, 2, 19)), max_new_tokens=[2, 3, 2], params=SAMPLED, slots=slots
+            )
+        )
+        for slots in (1, 3)
+    ]
     assert found[0] == found[1]
     assert [len(found[0][index]) for index in range(3)] == [2, 3, 2]

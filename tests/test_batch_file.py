@@ -30,24 +30,36 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> SmolLM2ForCausalLM:
     torch.manual_seed(0)
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=tokenizer.vocab_size, initializer_range=0.3), "torch").eval()
+    return SmolLM2ForCausalLM(
+        SmolLM2Config.preset("tiny", vocab_size=tokenizer.vocab_size, initializer_range=0.3), "torch"
+    ).eval()
 
 
 def write(path: Path, *lines: object) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
+        encoding="utf-8",
+    )
     return path
 
 
 def records(path: Path) -> list[dict]:
     """The lines of an output, in the order of the prompts."""
-    return sorted((json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()), key=lambda record: record["index"])
+    return sorted(
+        (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()),
+        key=lambda record: record["index"],
+    )
 
 
 def alone(model: SmolLM2ForCausalLM, ids: list[int], seed: int, new: int) -> list[int]:
-    return generate(model, torch.tensor([ids]), max_new_tokens=new, temperature=1.0, top_k=50, seed=seed)[0, len(ids) :].tolist()
+    return generate(model, torch.tensor([ids]), max_new_tokens=new, temperature=1.0, top_k=50, seed=seed)[
+        0, len(ids) :
+    ].tolist()
 
 
-def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(model, tokenizer, tmp_path, capsys) -> None:
+def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(
+    model, tokenizer, tmp_path, capsys
+) -> None:
     prompts = write(
         tmp_path / "prompts.jsonl",
         {"prompt": "the quick", "id": "first"},
@@ -55,24 +67,37 @@ def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(model, tok
         {"prompt": "brown fox", "seed": 77},
         {"prompt": "the lazy <|im_end|>", "max_new_tokens": 3, "category": 5},
     )
-    summary = run_file(model, tokenizer, prompts, tmp_path / "out.jsonl", params=PARAMS, max_new_tokens=12, seed=40, slots=2)
+    summary = run_file(
+        model, tokenizer, prompts, tmp_path / "out.jsonl", params=PARAMS, max_new_tokens=12, seed=40, slots=2
+    )
     found = records(tmp_path / "out.jsonl")
     expected = [("first", "the quick", 40, 12), (1, "brown fox", 77, 12), (2, "the lazy <|im_end|>", 42, 3)]
     for record, (index, (identity, prompt, seed, new)) in zip(found, enumerate(expected), strict=True):
         tokens = alone(model, tokenizer.encode(prompt, special=False), seed, new)
         ended = tokens[-1] == 0
         assert record == {
-            "id": identity, "index": index, "prompt": prompt, "tokens": tokens, "finish_reason": "stop" if ended else "length",
+            "id": identity, "index": index, "prompt": prompt, "tokens": tokens,
+            "finish_reason": "stop" if ended else "length",
             "text": b"".join(map(tokenizer.token_bytes, tokens[:-1] if ended else tokens)).decode("utf-8", "replace"),
         }  # fmt: skip
-    assert (summary.rows, summary.resumed, summary.tokens) == (3, 0, sum(len(record["tokens"]) for record in found))
+    assert (summary.rows, summary.resumed, summary.tokens) == (
+        3,
+        0,
+        sum(len(record["tokens"]) for record in found),
+    )
     error = capsys.readouterr().err
     assert "cache: 2 x " in error
     assert f"3 rows, {summary.tokens} tokens in" in error and error.rstrip().endswith("tok/s")
 
 
 def test_plain_text_is_one_prompt_a_line_and_equals_json_lines(model, tokenizer, tmp_path) -> None:
-    run_file(model, tokenizer, write(tmp_path / "p.txt", "the quick", '{"a": 1}'), tmp_path / "text.jsonl", params=PARAMS)
+    run_file(
+        model,
+        tokenizer,
+        write(tmp_path / "p.txt", "the quick", '{"a": 1}'),
+        tmp_path / "text.jsonl",
+        params=PARAMS,
+    )
     as_json = write(tmp_path / "p.jsonl", {"prompt": "the quick"}, {"prompt": '{"a": 1}'})
     run_file(model, tokenizer, as_json, tmp_path / "json.jsonl", params=PARAMS)
     assert records(tmp_path / "text.jsonl") == records(tmp_path / "json.jsonl")
@@ -82,8 +107,23 @@ def test_messages_go_through_the_chat_template_and_chat_wraps_plain_prompts(mode
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
     tokenizer.chat_template = CHATML
     messages = [{"role": "user", "content": "the fox"}]
-    run_file(model, tokenizer, write(tmp_path / "m.jsonl", {"messages": messages}), tmp_path / "m.out", params=PARAMS, max_new_tokens=9)
-    run_file(model, tokenizer, write(tmp_path / "c.txt", "the fox"), tmp_path / "c.out", params=PARAMS, max_new_tokens=9, chat=True)
+    run_file(
+        model,
+        tokenizer,
+        write(tmp_path / "m.jsonl", {"messages": messages}),
+        tmp_path / "m.out",
+        params=PARAMS,
+        max_new_tokens=9,
+    )
+    run_file(
+        model,
+        tokenizer,
+        write(tmp_path / "c.txt", "the fox"),
+        tmp_path / "c.out",
+        params=PARAMS,
+        max_new_tokens=9,
+        chat=True,
+    )
     [by_messages], [by_chat] = records(tmp_path / "m.out"), records(tmp_path / "c.out")
     ids = tokenizer.encode("<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n")
     assert by_messages["tokens"] == by_chat["tokens"] == alone(model, ids, 0, 9)
@@ -95,14 +135,29 @@ def test_a_stop_text_ends_a_row_before_it_even_across_tokens(model, tokenizer, t
     run_file(model, tokenizer, prompts, tmp_path / "free.jsonl", params=PARAMS, max_new_tokens=40)
     free = records(tmp_path / "free.jsonl")
     pairs = [record["tokens"][at : at + 2] for record in free for at in range(3, len(record["tokens"]) - 4)]
-    pieces = ["".join(tokenizer.token_bytes(token).decode("utf-8", "replace") for token in pair) for pair in pairs]
+    pieces = [
+        "".join(tokenizer.token_bytes(token).decode("utf-8", "replace") for token in pair) for pair in pairs
+    ]
     stop = next(piece for piece in pieces if "\ufffd" not in piece and len(piece) > 1)
-    run_file(model, tokenizer, prompts, tmp_path / "stopped.jsonl", params=PARAMS, max_new_tokens=40, stop=[stop, "never seen"])
+    run_file(
+        model,
+        tokenizer,
+        prompts,
+        tmp_path / "stopped.jsonl",
+        params=PARAMS,
+        max_new_tokens=40,
+        stop=[stop, "never seen"],
+    )
     stopped = records(tmp_path / "stopped.jsonl")
-    assert any(len(after["tokens"]) < len(before["tokens"]) for before, after in zip(free, stopped, strict=True))
+    assert any(
+        len(after["tokens"]) < len(before["tokens"]) for before, after in zip(free, stopped, strict=True)
+    )
     for before, after in zip(free, stopped, strict=True):
         if stop in before["text"]:
-            assert after["text"] == before["text"][: before["text"].index(stop)] and after["finish_reason"] == "stop"
+            assert (
+                after["text"] == before["text"][: before["text"].index(stop)]
+                and after["finish_reason"] == "stop"
+            )
             assert after["tokens"] == before["tokens"][: len(after["tokens"])]
         else:
             assert after == before
@@ -112,8 +167,14 @@ def test_a_byte_order_mark_carriage_returns_and_line_separators_are_no_trouble()
     text = '\ufeff{"prompt": "a\u2028b"}\r\n\r\n{"prompt": "c"}\r\n'.encode()
     for name in ("p.jsonl", "prompts"):
         found = parse_prompts(Path(name), text)
-        assert [(prompt.index, prompt.line, prompt.content) for prompt in found] == [(0, 1, "a\u2028b"), (1, 3, "c")]
-    assert [prompt.content for prompt in parse_prompts(Path("p.txt"), b"\xef\xbb\xbfone \r\n\n two")] == ["one ", " two"]
+        assert [(prompt.index, prompt.line, prompt.content) for prompt in found] == [
+            (0, 1, "a\u2028b"),
+            (1, 3, "c"),
+        ]
+    assert [prompt.content for prompt in parse_prompts(Path("p.txt"), b"\xef\xbb\xbfone \r\n\n two")] == [
+        "one ",
+        " two",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +191,10 @@ def test_a_byte_order_mark_carriage_returns_and_line_separators_are_no_trouble()
         ('{"messages": "hello"}', 'expected "messages" to be a list'),
         ('{"messages": [{"role": "user"}]}', 'expected "messages" to be a list'),
         ('{"prompt": "a", "seed": "x"}', "expected \"seed\" to be a whole number, got 'x'"),
-        ('{"prompt": "a", "max_new_tokens": true}', 'expected "max_new_tokens" to be a whole number, got True'),
+        (
+            '{"prompt": "a", "max_new_tokens": true}',
+            'expected "max_new_tokens" to be a whole number, got True',
+        ),
         (r'{"prompt": "\ud800"}', "surrogates not allowed"),
         ('{"prompt": "a", "max_new_tokens": 0}', "expected max_new_tokens >= 1, got 0"),
         ('{"prompt": ""}', "expected at least one token, got none"),

@@ -1,4 +1,6 @@
-"""A command that is killed or interrupted and given again leaves what an undisturbed one leaves; one with other options is refused."""
+"""A command that is killed or interrupted and given again leaves what an undisturbed one leaves; one with
+other options is refused.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
     torch.manual_seed(0)
-    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=300, initializer_range=0.3)).save_pretrained(folder)
+    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=300, initializer_range=0.3)).save_pretrained(
+        folder
+    )
     tokenizer.save(folder)
     return folder
 
@@ -75,8 +79,8 @@ def in_order(path: Path) -> list[str]:
 
 def start(checkpoint: Path, prompts: Path, output: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(checkpoint), str(prompts), str(output)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", COMMAND, str(checkpoint), str(prompts), str(output)], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -88,7 +92,9 @@ def wait_for_lines(process: subprocess.Popen[str], output: Path, count: int) -> 
         time.sleep(0.002)
 
 
-def test_killed_and_given_again_the_lines_are_those_of_an_undisturbed_run(checkpoint, prompts, undisturbed, tmp_path) -> None:
+def test_killed_and_given_again_the_lines_are_those_of_an_undisturbed_run(
+    checkpoint, prompts, undisturbed, tmp_path
+) -> None:
     output, done = tmp_path / "out.jsonl", 0
     for lines in (2, 5):
         process = start(checkpoint, prompts, output)
@@ -106,7 +112,9 @@ def test_killed_and_given_again_the_lines_are_those_of_an_undisturbed_run(checkp
     assert in_order(output) == undisturbed
 
 
-def test_interrupted_it_says_how_to_go_on_and_exits_with_130(checkpoint, prompts, undisturbed, loaded, tmp_path) -> None:
+def test_interrupted_it_says_how_to_go_on_and_exits_with_130(
+    checkpoint, prompts, undisturbed, loaded, tmp_path
+) -> None:
     output = tmp_path / "out.jsonl"
     process = start(checkpoint, prompts, output)
     wait_for_lines(process, output, 2)
@@ -144,7 +152,10 @@ def begun(loaded, undisturbed, prompts, tmp_path) -> Path:
         (dict(max_new_tokens=151), r"with max_new_tokens \(150, now 151\)"),
         (dict(seed=1), r"with seed \(0, now 1\)"),
         (dict(stop=["x"]), r'with stop \(\[\], now \["x"\]\)'),
-        (dict(params=SamplingParams(temperature=0.5, top_k=50, suppress_tokens=(1, 2))), r"with temperature \(1.0, now 0.5\)"),
+        (
+            dict(params=SamplingParams(temperature=0.5, top_k=50, suppress_tokens=(1, 2))),
+            r"with temperature \(1.0, now 0.5\)",
+        ),
         (dict(made_with={"quantize": "int8"}), r'with quantize \(null, now "int8"\)'),
         (dict(resume=False), "is not empty; choose another --output, or delete it"),
     ],
@@ -160,7 +171,10 @@ def test_other_prompts_and_another_model_are_refused(loaded, prompts, begun, tmp
     model, tokenizer = loaded
     other = tmp_path / "other.jsonl"
     other.write_bytes(prompts.read_bytes() + b'{"prompt": "one more"}\n')
-    with pytest.raises(UsageError, match=r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output, or"):
+    with pytest.raises(
+        UsageError,
+        match=r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output, or",
+    ):
         run_file(model, tokenizer, other, begun, params=PARAMS, max_new_tokens=150)
     torch.manual_seed(1)
     another = SmolLM2ForCausalLM(model.config, "torch").eval()
@@ -168,11 +182,15 @@ def test_other_prompts_and_another_model_are_refused(loaded, prompts, begun, tmp
         run_file(another, tokenizer, prompts, begun, params=PARAMS, max_new_tokens=150)
 
 
-def test_an_output_that_is_not_ours_or_is_damaged_is_refused(loaded, prompts, begun, undisturbed, tmp_path) -> None:
+def test_an_output_that_is_not_ours_or_is_damaged_is_refused(
+    loaded, prompts, begun, undisturbed, tmp_path
+) -> None:
     options = dict(params=PARAMS, max_new_tokens=150)
     foreign = tmp_path / "notes.jsonl"
     foreign.write_text("mine\n")
-    with pytest.raises(UsageError, match=r"is not empty, and without notes\.jsonl\.run\.json it cannot be continued"):
+    with pytest.raises(
+        UsageError, match=r"is not empty, and without notes\.jsonl\.run\.json it cannot be continued"
+    ):
         run_file(*loaded, prompts, foreign, **options)
     assert foreign.read_text() == "mine\n"
     for line in ("\0\0\0", '{"index": 99}', '{"index": "3"}', "[]", undisturbed[3]):

@@ -60,8 +60,7 @@ def test_a_row_that_cannot_be_had_or_fails_is_a_result():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{}", "expected a JSON object with 'ratios'"),
-    ("[", "expected a JSON object with 'ratios'"),
+    ("{}", "expected a JSON object with 'ratios'"), ("[", "expected a JSON object with 'ratios'"),
     ('{"ratios": {"a over b": {"at_least": 2.0}}}', "'a over b' needs 'at_least' (a number) and a 'reason'"),
     ('{"ratios": {"a over b": {"at_least": "2", "reason": "r"}}}', "'a over b' needs 'at_least' (a number) and a 'reason'"),
     ('{"ratios": {"a over b": {"at_least": 2.0, "reason": "r"}}}', "'a over b' needs 'measured' (a list of ratios"),
@@ -91,7 +90,10 @@ def fixed(tmp_path, monkeypatch):
     """A file of bounds for the three ratios."""
     monkeypatch.setattr(check, "Contests", Fixed)
     path = tmp_path / "expected.json"
-    bounds = {name: {"at_least": 1.0, "measured": [2.0], "reason": "r"} for name in ("a over b", "c over d", "e over f")}
+    bounds = {
+        name: {"at_least": 1.0, "measured": [2.0], "reason": "r"}
+        for name in ("a over b", "c over d", "e over f")
+    }
     path.write_text(json.dumps({"ratios": bounds}), encoding="utf-8")
     return path
 
@@ -115,7 +117,9 @@ def test_what_holds_or_cannot_be_measured_is_exit_code_0(fixed):
 
 
 def test_a_name_without_a_bound_is_refused(fixed):
-    with pytest.raises(UsageError, match="'g over h': expected a ratio that is measured and has a bound, one of a over b"):
+    with pytest.raises(
+        UsageError, match="'g over h': expected a ratio that is measured and has a bound, one of a over b"
+    ):
         check.main(["--expected", str(fixed), "--only", "g over h"])
 
 
@@ -126,10 +130,24 @@ def test_ratios_of_a_gpu_are_refused():
 
 def test_a_tiny_run_compares_what_both_ways_compute_and_judges_no_time(tmp_path, project_root):
     path = tmp_path / "check.json"
-    names = [name for name in check.Contests(check.TINY).makers if name != "token cache over text"]  # which starts worker processes
-    command = [sys.executable, "-m", "bench.check", "--tiny", "--json", str(path), *(word for name in names for word in ("--only", name))]
+    # which starts worker processes
+    names = [name for name in check.Contests(check.TINY).makers if name != "token cache over text"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.check",
+        "--tiny",
+        "--json",
+        str(path),
+        *(word for name in names for word in ("--only", name)),
+    ]
     done = subprocess.run(
-        command, cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        command,
+        cwd=project_root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     section = json.loads(path.read_text(encoding="utf-8"))["check"]

@@ -1,7 +1,8 @@
-"""What is exact and must not change unnoticed: the memory of the loss, and how many machine codes a kernel needs for all lengths.
+"""What is exact and must not change unnoticed: the memory of the loss, and how many machine codes a kernel
+needs for all lengths.
 
-Launch counts are held by test_certify_recording.py and test_bench_kernels_command.py, registers and spills by the committed certificate
-(test_certify_table.py, test_certify_gates.py).
+Launch counts are held by test_certify_recording.py and test_bench_kernels_command.py, registers and spills by
+the committed certificate (test_certify_table.py, test_certify_gates.py).
 """
 
 from __future__ import annotations
@@ -66,15 +67,28 @@ ONCE = dict.fromkeys(
 
 
 def test_a_kernel_is_compiled_as_often_as_ever_whatever_the_lengths(project_root: Path) -> None:
-    """A compilation takes a second, in the middle of a run: a length, a batch or a position must not become part of a key."""
+    """A compilation takes a second, in the middle of a run: a length, a batch or a position must not become
+    part of a key.
+    """
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    done = subprocess.run([sys.executable, "-c", VARIANTS], cwd=project_root, env=environment, capture_output=True, text=True, timeout=120)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", VARIANTS],
+        cwd=project_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["train"] == ONCE | {"_rope_kernel": 2}  # forward and backward: the sign of the sine
     # doc_start [B, T] is read by its row's stride, which is the length: 1, a multiple of 16, or neither.
-    attention = dict.fromkeys(("_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel", "_attention_fwd_kernel"), 3)
+    attention = dict.fromkeys(
+        ("_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel", "_attention_fwd_kernel"), 3
+    )
     assert found["documents"] == ONCE | attention | {"_rope_kernel": 2}
     forward = {name: 1 for name in ONCE if "_fwd_" in name}
     assert found["prefill"] == forward | {"_rope_kernel": 1}
@@ -93,10 +107,13 @@ def loss_memory(backend: Backend, variant: str, tokens: int, vocabulary: int, dt
 
 @pytest.mark.parametrize("dtype, expected", [(torch.float32, 25_442_696), (torch.bfloat16, 23_738_760)])
 def test_the_memory_of_the_loss_is_that_of_a_chunk(dtype: torch.dtype, expected: int) -> None:
-    """2,048 tokens of 4,096 kinds, whose logits are 34 MB in fp32. What grows with the tokens is the gradient of their states."""
+    """2,048 tokens of 4,096 kinds, whose logits are 34 MB in fp32. What grows with the tokens is the gradient
+    of their states.
+    """
     found = loss_memory(TORCH, "reference", 2048, 4096, dtype)
     assert found == expected
-    assert loss_memory(TORCH, "reference", 4096, 4096, dtype) - found == 2048 * (96 * dtype.itemsize + 4)  # and a number in fp32
+    # and a number in fp32
+    assert loss_memory(TORCH, "reference", 4096, 4096, dtype) - found == 2048 * (96 * dtype.itemsize + 4)
     assert loss_memory(TORCH, "all logits", 2048, 4096, dtype) > 1.5 * found
 
 
@@ -104,11 +121,16 @@ def test_the_memory_of_the_triton_loss_is_that_of_a_chunk(monkeypatch: pytest.Mo
     """The same with Triton, in the interpreter, with chunks of 32 tokens instead of 4,096."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
-        pytest.skip("where there is a GPU, Triton's kernels are compiled for it, and the CPU's memory is measured here")
+        pytest.skip(
+            "where there is a GPU, Triton's kernels are compiled for it, and the CPU's memory is measured here"
+        )
     from kernels import linear_cross_entropy
 
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_TOKENS", 32)
     triton = select_backend("triton", CPU)
     small, large = (loss_memory(triton, "triton", tokens, 512, torch.float32) for tokens in (64, 128))
-    assert large - small == 64 * (96 * 4 + 4)  # the gradient of the hidden states, scaled where it lies, and the losses
-    assert small < 64 * 512 * 4 + 2 * 512 * 96 * 4, "less than all logits and the gradient of the weights with its sum"
+    # the gradient of the hidden states, scaled where it lies, and the losses
+    assert large - small == 64 * (96 * 4 + 4)
+    assert small < 64 * 512 * 4 + 2 * 512 * 96 * 4, (
+        "less than all logits and the gradient of the weights with its sum"
+    )

@@ -25,8 +25,8 @@ PEERS = ("transformers fp32", "transformers bf16")
 
 def run(project_root, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "bench.generate", *arguments],
-        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "bench.generate", *arguments], cwd=project_root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -43,7 +43,12 @@ def measured(tmp_path_factory, project_root):
 def test_every_case_has_a_prefill_and_a_decode_figure_of_every_variant(measured):
     stdout, content = measured
     found = {(entry["group"], entry["extra_info"]["variant"]) for entry in content["benchmarks"]}
-    groups = {f"{phase}, batch {batch}, prompt {prompt}" for phase in ("prefill", "decode") for batch in (1, 2) for prompt in (4, 9)}
+    groups = {
+        f"{phase}, batch {batch}, prompt {prompt}"
+        for phase in ("prefill", "decode")
+        for batch in (1, 2)
+        for prompt in (4, 9)
+    }
     assert found == {(group, name) for group in groups for name in (*MODES, *PEERS)}
     assert generate.TINY_NOTE in stdout
     assert all(f"batch {batch}, prompt {prompt}" in stdout for batch in (1, 2) for prompt in (4, 9))
@@ -52,7 +57,15 @@ def test_every_case_has_a_prefill_and_a_decode_figure_of_every_variant(measured)
 def test_a_figure_carries_what_makes_it_worth_something(measured):
     for entry in measured[1]["benchmarks"]:
         facts = entry["extra_info"]
-        assert {"device", "versions", "commit", "threads", "wait_policy", "dtype", "output_hash"} <= facts.keys()
+        assert {
+            "device",
+            "versions",
+            "commit",
+            "threads",
+            "wait_policy",
+            "dtype",
+            "output_hash",
+        } <= facts.keys()
         tokens = facts["batch"] * (facts["prompt_tokens"] if facts["phase"] == "prefill" else 1)
         assert facts["tokens_per_second"] == pytest.approx(tokens / entry["stats"]["median"], rel=1e-3)
         if facts["phase"] == "decode":
@@ -64,7 +77,9 @@ def test_in_fp32_all_put_out_the_same_tokens(measured):
     for batch in (1, 2):
         for prompt in (4, 9):
             facts = [
-                entry["extra_info"] for entry in measured[1]["benchmarks"] if entry["group"] == f"decode, batch {batch}, prompt {prompt}"
+                entry["extra_info"]
+                for entry in measured[1]["benchmarks"]
+                if entry["group"] == f"decode, batch {batch}, prompt {prompt}"
             ]
             exact = {one["variant"]: one["output_hash"] for one in facts if one["variant"].endswith("fp32")}
             assert len(exact) == 3 and len(set(exact.values())) == 1
@@ -74,7 +89,12 @@ def test_in_fp32_all_put_out_the_same_tokens(measured):
 def test_libraries_that_were_not_measured_are_named_beside_the_figures(measured):
     stdout, content = measured
     found = content["peers"]
-    assert found["transformers"]["used"] and set(found) == {"transformers", "litgpt", "llama-cpp-python", "torch.compile"}
+    assert found["transformers"]["used"] and set(found) == {
+        "transformers",
+        "litgpt",
+        "llama-cpp-python",
+        "torch.compile",
+    }
     for name in ("litgpt", "llama-cpp-python"):
         assert not found[name]["used"] and f"not measured: {name}" in stdout
     assert found["llama-cpp-python"]["why"] == "left out at toy sizes"
@@ -82,7 +102,9 @@ def test_libraries_that_were_not_measured_are_named_beside_the_figures(measured)
 
 def test_our_model_under_torch_compile_and_a_static_cache_put_out_the_same_tokens():
     pytest.importorskip("transformers", reason="the comparison needs transformers")
-    plan = generate.Plan(device=torch.device("cpu"), modes=("eager fp32", "torch.compile fp32"), peers="none", tiny=True)
+    plan = generate.Plan(
+        device=torch.device("cpu"), modes=("eager fp32", "torch.compile fp32"), peers="none", tiny=True
+    )
     plan.names = (*plan.names, "transformers+static fp32")
     for case in plan.cases[1:3]:  # one row and two
         rows = plan.rows(case)
@@ -100,7 +122,10 @@ def test_what_is_not_available_is_a_row_with_its_reason(monkeypatch):
     plan = generate.Plan(device=torch.device("cpu"), modes=("eager fp32",), tiny=True, say=said.append)
     rows = plan.rows((1, 4))
     assert list(rows) == ["eager fp32", *PEERS] and not rows["eager fp32"].failed
-    assert all(rows[name].failed == "not available: transformers is not installed; pip install -e '.[peers]'" for name in PEERS)
+    assert all(
+        rows[name].failed == "not available: transformers is not installed; pip install -e '.[peers]'"
+        for name in PEERS
+    )
     assert "pip install -e '.[peers]'" in said[-1]
     assert plan.standing()["transformers"]["why"] == "not installed; pip install -e '.[peers]'"
 
@@ -142,21 +167,34 @@ def fake(name, log, tokens, fails=False):
 def test_variants_take_turns_after_a_first_call_that_does_not_count():
     log: list[str] = []
     tokens = torch.arange(6).view(1, 6)
-    variants = {"eager fp32": fake("a", log, tokens), "other": fake("b", log, tokens.clone().index_fill_(1, torch.tensor([3]), 9))}
+    variants = {
+        "eager fp32": fake("a", log, tokens),
+        "other": fake("b", log, tokens.clone().index_fill_(1, torch.tensor([3]), 9)),
+    }
     rows = generate.measure(variants, torch.zeros(1, 2, dtype=torch.int64), 6, 3, lambda: 60.0)
     assert "".join(log) == "aabb" + "abab"  # each once to warm up, then in turns
     assert all(len(row.prefill) == len(row.decode) == 3 for row in rows.values())
-    assert (rows["eager fp32"].agreement, rows["other"].agreement) == (1.0, 0.5)  # the tokens after a difference do not count
+    # the tokens after a difference do not count
+    assert (rows["eager fp32"].agreement, rows["other"].agreement) == (1.0, 0.5)
 
 
 def test_no_round_begins_when_no_time_is_left():
-    rows = generate.measure({"eager fp32": fake("a", [], torch.zeros(1, 4))}, torch.zeros(1, 2, dtype=torch.int64), 4, 9, lambda: -1.0)
+    rows = generate.measure(
+        {"eager fp32": fake("a", [], torch.zeros(1, 4))},
+        torch.zeros(1, 2, dtype=torch.int64),
+        4,
+        9,
+        lambda: -1.0,
+    )
     assert len(rows["eager fp32"].decode) == 1
 
 
 def test_a_variant_that_raises_is_a_result_among_others():
     log: list[str] = []
-    variants = {"broken": fake("x", log, torch.zeros(1, 4), fails=True), "right": fake("a", log, torch.zeros(1, 4))}
+    variants = {
+        "broken": fake("x", log, torch.zeros(1, 4), fails=True),
+        "right": fake("a", log, torch.zeros(1, 4)),
+    }
     rows = generate.measure(variants, torch.zeros(1, 2, dtype=torch.int64), 4, 2, lambda: 60.0)
     assert rows["broken"].failed == "RuntimeError: no kernel image" and not rows["right"].failed
     assert rows["right"].agreement is None  # nothing to compare with
@@ -169,8 +207,9 @@ def test_comparisons_take_the_best_of_ours_and_say_what_was_not_reached():
         return Row([prefill], [decode])
 
     rows = {
-        "eager bf16": row(1.0, 4.0), "compiled bf16": row(2.0, 1.0), "compiled int8": row(2.0, 1.0), "llama.cpp F16": row(1.5, 1.5),
-        "llama.cpp Q8_0": row(1.0, 1.1), "transformers bf16": Row(failed="not available"),
+        "eager bf16": row(1.0, 4.0), "compiled bf16": row(2.0, 1.0), "compiled int8": row(2.0, 1.0),
+        "llama.cpp F16": row(1.5, 1.5), "llama.cpp Q8_0": row(1.0, 1.1),
+        "transformers bf16": Row(failed="not available"),
     }  # fmt: skip
     found = generate.comparisons((1, 512), rows)
     assert found == [
@@ -185,7 +224,10 @@ def test_the_hash_is_that_of_the_ids():
     ids = torch.tensor([[1, 2], [3, 258]])
     raw = b"".join(value.to_bytes(8, "little") for value in (1, 2, 3, 258))
     assert (
-        generate.digest(ids) == generate.digest(ids.int()) == generate.digest(ids.T.contiguous().T) == hashlib.sha256(raw).hexdigest()[:12]
+        generate.digest(ids)
+        == generate.digest(ids.int())
+        == generate.digest(ids.T.contiguous().T)
+        == hashlib.sha256(raw).hexdigest()[:12]
     )
 
 
@@ -203,7 +245,9 @@ def test_bytes_of_a_step_are_those_of_the_quantised_weights():
     assert plain.weight_bytes == 2 * model.num_parameters()
     assert plain.weight_bytes / 2 < int8.weight_bytes < 0.6 * plain.weight_bytes
     config = model.config
-    assert plain.cache_bytes == 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert (
+        plain.cache_bytes == 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    )
 
 
 def test_names_and_rows_of_a_gguf_file_are_those_of_an_independent_writer():
@@ -221,9 +265,9 @@ def test_a_written_gguf_file_is_read_back(kind, tmp_path):
     config, weights = gguf_files.CONFIG, gguf_files.random_weights()
     generate_peers.write_gguf(tmp_path / "model.gguf", config, weights, kind)
     file = open_gguf(tmp_path / "model.gguf")
-    assert file.config.replace(bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=1.0) == config.replace(
+    assert file.config.replace(
         bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=1.0
-    )
+    ) == config.replace(bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=1.0)
     worst = {"F32": 0.0, "F16": 2**-11, "Q8_0": 1 / 254 + 2**-11}[kind]  # of the largest value of a block
     for name, tensor in file.tensors().items():
         assert (tensor - weights[name]).abs().max() <= worst * weights[name].abs().max()
@@ -233,7 +277,9 @@ def test_llama_cpp_puts_out_the_tokens_of_this_model(tmp_path):
     pytest.importorskip("llama_cpp", reason="the comparison needs llama-cpp-python")
     torch.manual_seed(0)
     model = SmolLM2ForCausalLM(gguf_files.CONFIG, "torch").eval()
-    generate_peers.write_gguf(tmp_path / "model.gguf", model.config, generate_peers.stored_tensors(model), "F32")
+    generate_peers.write_gguf(
+        tmp_path / "model.gguf", model.config, generate_peers.stored_tensors(model), "F32"
+    )
     prompts = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
     variant = generate_peers.llama_cpp_variant(tmp_path / "model.gguf", model.config, "F32", 1)
     ours = generate_modes.EngineTurns(generate.Engine(model), prompts, 8)

@@ -1,4 +1,6 @@
-"""`python -m bench.generation` at toy size, and the steps that it times: same cache, same logits; a row that fails is a row."""
+"""`python -m bench.generation` at toy size, and the steps that it times: same cache, same logits; a row that
+fails is a row.
+"""
 
 import argparse
 import json
@@ -29,7 +31,10 @@ def bench(tmp_path):
     """A Bench of toy sizes that saves to generation.json."""
 
     def make(seconds=100.0):
-        part = Part("generation", argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "generation.json", seconds=seconds))
+        part = Part(
+            "generation",
+            argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "generation.json", seconds=seconds),
+        )
         return generation.Bench(part, TINY, torch.float32, None, generation.TINY)
 
     return make
@@ -44,12 +49,24 @@ def test_the_whole_command(tmp_path, project_root):
     path = tmp_path / "generation.json"
     command = [sys.executable, "-m", "bench.generation", "--device", "cpu", "--tiny", "--json", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=project_root, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=project_root, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = saved(tmp_path)
-    assert found["status"] == "complete" and found["fp32_agreement"]["share"] == 1.0 and found["bandwidth"]["read_gb_per_s"] > 0
+    assert (
+        found["status"] == "complete"
+        and found["fp32_agreement"]["share"] == 1.0
+        and found["bandwidth"]["read_gb_per_s"] > 0
+    )
     rows = {(row["variant"], row["keys"]): row for row in found["rows"] if row["batch"] is not None}
-    ours = {("triton captured", 16), ("torch captured", 16), ("triton eager", 16), ("triton captured", 8), ("torch captured", 8)}
+    ours = {
+        ("triton captured", 16),
+        ("torch captured", 16),
+        ("triton eager", 16),
+        ("triton captured", 8),
+        ("torch captured", 8),
+    }
     assert set(rows) >= ours
     for at in ours:
         assert rows[at]["step_us"] > 0 and rows[at]["finite"], rows[at]
@@ -95,11 +112,17 @@ def test_a_row_that_fails_does_not_end_the_others(bench, tmp_path):
 
     made = bench()
     made.add("rows", {"variant": "triton captured", "batch": 1, "keys": 8}, fails)
-    made.add("rows", {"variant": "torch captured", "batch": 1, "keys": 8}, lambda: made.decode("torch captured", 1, 8))
+    made.add(
+        "rows",
+        {"variant": "torch captured", "batch": 1, "keys": 8},
+        lambda: made.decode("torch captured", 1, 8),
+    )
     first, second = saved(tmp_path)["rows"]
     assert first["failed"].startswith("OutOfMemoryError: CUDA out of memory") and second["step_us"] > 0
     lines = generation_lines(saved(tmp_path))
-    assert lines[1].startswith("  8 keys, batch 1: - (") and "1 triton captured: OutOfMemoryError" in lines[-1]
+    assert (
+        lines[1].startswith("  8 keys, batch 1: - (") and "1 triton captured: OutOfMemoryError" in lines[-1]
+    )
 
 
 def test_peers_decode_at_the_same_batches_as_we_do():
@@ -110,7 +133,9 @@ def test_peers_decode_at_the_same_batches_as_we_do():
 
 
 def test_nothing_new_begins_without_time(bench, tmp_path):
-    bench(seconds=-1.0).add("rows", {"variant": "torch captured", "batch": 1, "keys": 8}, lambda: pytest.fail("it began"))
+    bench(seconds=-1.0).add(
+        "rows", {"variant": "torch captured", "batch": 1, "keys": 8}, lambda: pytest.fail("it began")
+    )
     assert saved(tmp_path)["rows"][0]["failed"] == "no time was left"
 
 

@@ -1,4 +1,6 @@
-"""`python -m bench.gpu` on a CPU at toy size: every part runs, every file is there, and a part that is stopped leaves what it had."""
+"""`python -m bench.gpu` on a CPU at toy size: every part runs, every file is there, and a part that is
+stopped leaves what it had.
+"""
 
 import argparse
 import json
@@ -43,11 +45,26 @@ def environment(root: Path, *paths: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, project_root):
-    """(folder, completed process) of one whole run, with optional packages blocked, started outside the project's root."""
+    """(folder, completed process) of one whole run, with optional packages blocked, started outside the
+    project's root.
+    """
     work = tmp_path_factory.mktemp("gpu")
     (work / "sitecustomize.py").write_text(textwrap.dedent(BLOCKER), encoding="utf-8")
-    command = [sys.executable, "-m", "bench.gpu", "--out", "results", "--device", "cpu", "--tiny", "--minutes", "9"]
-    done = subprocess.run(command, cwd=work, env=environment(project_root, work), capture_output=True, text=True, timeout=550)
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu",
+        "--out",
+        "results",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--minutes",
+        "9",
+    ]
+    done = subprocess.run(
+        command, cwd=work, env=environment(project_root, work), capture_output=True, text=True, timeout=550
+    )
     return work / "results", done
 
 
@@ -79,7 +96,9 @@ def test_files_and_where_their_figures_come_from(finished):
         assert {"device", "versions", "commit", "sources", "date"} <= content.keys()
         assert {"python", "torch", "triton"} <= content["versions"].keys()
     with tarfile.open(folder / "logs.tgz") as archive:
-        assert sorted(archive.getnames()) == sorted(["prepare.log", *(f"{stage.section}.log" for stage in gpu.STAGES)])
+        assert sorted(archive.getnames()) == sorted(
+            ["prepare.log", *(f"{stage.section}.log" for stage in gpu.STAGES)]
+        )
         prepared = archive.extractfile("prepare.log")
         assert prepared is not None and b"tokenised now" in prepared.read()
 
@@ -87,13 +106,25 @@ def test_files_and_where_their_figures_come_from(finished):
 @pytest.mark.slow
 def test_content_of_the_parts(finished):
     folder, _ = finished
-    read = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in [*SECTIONS, "numerics.json"]}
-    assert sum(outcome["counts"].get("passed", 0) for outcome in read["tests.json"]["tests"]["files"].values()) > 0
+    read = {
+        name: json.loads((folder / name).read_text(encoding="utf-8")) for name in [*SECTIONS, "numerics.json"]
+    }
+    assert (
+        sum(outcome["counts"].get("passed", 0) for outcome in read["tests.json"]["tests"]["files"].values())
+        > 0
+    )
     assert read["numerics.json"] == read["tests.json"]["tests"]["numerics"] != []
     assert read["tests.json"]["memcheck"]["skipped"] == "no GPU"
 
-    ours = {(row["op"], row["phase"]) for row in read["kernels.json"]["kernels"]["rows"] if row["variant"] == "triton"}
-    assert ours >= {(op, "forward") for op in ("rms_norm", "add_rms_norm", "rope_qkv", "attention", "decode_attention", "swiglu")}
+    ours = {
+        (row["op"], row["phase"])
+        for row in read["kernels.json"]["kernels"]["rows"]
+        if row["variant"] == "triton"
+    }
+    assert ours >= {
+        (op, "forward")
+        for op in ("rms_norm", "add_rms_norm", "rope_qkv", "attention", "decode_attention", "swiglu")
+    }
     assert ours >= {("attention", "backward"), ("linear_cross_entropy", "forward+backward")}
 
     variants = read["training.json"]["step"]["variants"]
@@ -101,7 +132,9 @@ def test_content_of_the_parts(finished):
     assert read["training.json"]["step"]["loss_distance"]["triton"] < 1e-4
     assert read["training.json"]["step"]["loss_distance"]["torch+compile"] < 1e-4
     assert max(read["training.json"]["ladder"]["loss_distance"].values()) < 1e-4
-    assert read["kernels.json"]["roofline"]["step"]["next"] and read["kernels.json"]["roofline"]["token"]["next"]
+    assert (
+        read["kernels.json"]["roofline"]["step"]["next"] and read["kernels.json"]["roofline"]["token"]["next"]
+    )
     run = read["training.json"]["run"]
     assert [point["step"] for point in run["points"]] == [1, 2, 3, 4]
     assert [line["step"] for line in run["held_out"]] == [2, 4] and run["sample"]["step"] == 4
@@ -110,7 +143,9 @@ def test_content_of_the_parts(finished):
     generation = read["generation.json"]["generation"]
     assert generation["fp32_agreement"]["share"] == 1.0
     assert [row["variant"] for row in generation["rows"] if "failed" in row] == ["transformers"]
-    assert {row["logits_distance"] < 1e-5 for row in generation["rows"] if row["variant"] == "torch captured"} == {True}
+    assert {
+        row["logits_distance"] < 1e-5 for row in generation["rows"] if row["variant"] == "torch captured"
+    } == {True}
 
 
 @pytest.mark.slow
@@ -120,14 +155,25 @@ def test_summary_is_short_and_comes_last(finished):
     assert done.stdout.endswith(text)
     assert len(text.splitlines()) <= 44
     assert INTERPRETER_NOTE in text
-    for word in ("tests: ", "swiglu", "training step", "ladder", "training run", "generation", "memcheck", "launch table"):
+    for word in (
+        "tests: ",
+        "swiglu",
+        "training step",
+        "ladder",
+        "training run",
+        "generation",
+        "memcheck",
+        "launch table",
+    ):
         assert word in text
 
 
 def test_results_are_never_overwritten(tmp_path, project_root):
     (tmp_path / "kernels.json").write_text("{}", encoding="utf-8")
     command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--device", "cpu", "--tiny"]
-    done = subprocess.run(command, cwd=project_root, env=environment(project_root), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=project_root, env=environment(project_root), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2 and "found kernels.json" in done.stderr
 
 
@@ -146,7 +192,9 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path, project_root):
         "--only",
         "roofline",
     ]
-    process = subprocess.Popen(command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("tests: complete")
     time.sleep(1.0)
@@ -156,7 +204,10 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path, project_root):
     assert "roofline: interrupted" in rest
     assert (tmp_path / "summary.txt").is_file() and (tmp_path / "logs.tgz").is_file()
     assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["tests"]["status"] == "complete"
-    assert json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"] == "interrupted"
+    assert (
+        json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"]
+        == "interrupted"
+    )
 
 
 def test_what_is_finished_survives_a_kill(tmp_path, project_root):
@@ -175,7 +226,12 @@ def test_what_is_finished_survives_a_kill(tmp_path, project_root):
         "roofline",
     ]
     process = subprocess.Popen(
-        command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=project_root,
+        env=environment(project_root),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("tests: complete")
@@ -255,7 +311,9 @@ def test_the_run_waits_for_the_preparation_no_longer_than_it_takes():
 
 @pytest.fixture
 def started(monkeypatch):
-    """Calls main(arguments) with parts that do nothing; returns (exit code, {section: (limit, its own arguments)})."""
+    """Calls main(arguments) with parts that do nothing; returns (exit code, {section: (limit, its own
+    arguments)}).
+    """
     seen = {}
 
     def run_stage(stage, options, folder, log, limit, more=()):
@@ -285,9 +343,13 @@ def test_a_failed_preparation_costs_no_part(tmp_path, monkeypatch, capsys, start
         assert sorted(archive.getnames()) == ["prepare.log", "run.log", "tests.log"]
 
 
-def test_a_carried_tokenizer_reaches_the_preparation_and_the_run(tmp_path, monkeypatch, started, learned_tokenizer):
+def test_a_carried_tokenizer_reaches_the_preparation_and_the_run(
+    tmp_path, monkeypatch, started, learned_tokenizer
+):
     asked = []
-    monkeypatch.setattr(text, "preparation", lambda tiny, tokenizer, folder, **_: asked.append((tokenizer, folder)) or FAILS)
+    monkeypatch.setattr(
+        text, "preparation", lambda tiny, tokenizer, folder, **_: asked.append((tokenizer, folder)) or FAILS
+    )
     monkeypatch.chdir(learned_tokenizer.parent)
     only = ("--only", "tests", "--only", "run")
     for index, name in enumerate((learned_tokenizer.name, f"{learned_tokenizer.name}/tokenizer.json")):
@@ -304,7 +366,9 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_at_once(tmp_path, started):
     with pytest.raises(LoadError, match="not a readable tokenizer"):
         started("--out", str(tmp_path / "results"), "--tokenizer", str(tmp_path / "tokenizer.json"))
     with pytest.raises(LoadError, match="no such file"):
-        started("--out", str(tmp_path / "results"), "--tokenizer", str(tmp_path / "absent" / "tokenizer.json"))
+        started(
+            "--out", str(tmp_path / "results"), "--tokenizer", str(tmp_path / "absent" / "tokenizer.json")
+        )
     assert not (tmp_path / "results").exists()
 
 

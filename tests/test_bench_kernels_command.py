@@ -32,10 +32,22 @@ CPU = torch.device("cpu")
 def measured(tmp_path_factory, project_root):
     """(stdout, section of the JSON file) of three operations."""
     path = tmp_path_factory.mktemp("kernels") / "kernels.json"
-    command = [sys.executable, "-m", "bench.kernels", "--device", "cpu", "--tiny", "--dtype", "fp16", "--json", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.kernels",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--dtype",
+        "fp16",
+        "--json",
+        str(path),
+    ]
     done = subprocess.run(
         [*command, "--op", "add_rms_norm", "--op", "decode_attention", "--op", "decode_head"],
-        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(path.read_text(encoding="utf-8"))["kernels"]
@@ -49,16 +61,26 @@ def test_rows_say_all_that_is_needed(measured):
     for phase in ("forward", "backward"):
         for variant in ("triton", "reference", "compile", "F.rms_norm"):
             row = found["add_rms_norm", phase, variant]
-            assert row["us"] > 0 and row["gb_per_s"] >= 0 and row["percent_of_roof"] >= 0 and row["error"] < 5e-3
+            assert (
+                row["us"] > 0 and row["gb_per_s"] >= 0 and row["percent_of_roof"] >= 0 and row["error"] < 5e-3
+            )
             assert row["plain_us" if phase == "forward" else "autograd_us"] > 0
     assert ("decode_attention", "forward", "triton") in found
     assert ("decode_attention", "backward", "triton") not in found  # a cache has no gradient
-    assert {("decode_head", "forward", variant) for variant in ("triton", "reference", "compile")} <= found.keys()
+    assert {
+        ("decode_head", "forward", variant) for variant in ("triton", "reference", "compile")
+    } <= found.keys()
 
 
 def test_the_roof_is_the_best_of_three_bandwidths(measured):
     roof = measured[1]["roof"]
-    assert set(roof) == {"copy_gb_per_s", "read_gb_per_s", "in_place_gb_per_s", "memory_gb_per_s", "matmul_tflops"}
+    assert set(roof) == {
+        "copy_gb_per_s",
+        "read_gb_per_s",
+        "in_place_gb_per_s",
+        "memory_gb_per_s",
+        "matmul_tflops",
+    }
     assert roof["memory_gb_per_s"] == max(roof[f"{name}_gb_per_s"] for name in ("copy", "read", "in_place"))
 
 
@@ -69,14 +91,31 @@ def test_what_torch_compile_makes_comes_last_and_beside_ours(measured):
     assert all((row["variant"] in kernels.COMPILED) == (row["pass"] == 2) for row in rows)
     timed = [row for row in rows if "us" in row]
     assert all(("triton_us" in row) == (row["pass"] == 2) and not row["captured"] for row in timed)
-    assert {row["op"] for row in timed if row["pass"] == 2} == {"add_rms_norm", "decode_attention", "decode_head"}
+    assert {row["op"] for row in timed if row["pass"] == 2} == {
+        "add_rms_norm",
+        "decode_attention",
+        "decode_head",
+    }
     figures = [(row["op"], row["phase"], row["variant"]) for row in timed]
     assert len(figures) == len(set(figures))
 
 
 def test_without_time_nothing_of_either_pass_is_forgotten(project_root, tmp_path):
     path = tmp_path / "kernels.json"
-    command = [sys.executable, "-m", "bench.kernels", "--device", "cpu", "--tiny", "--seconds", "0", "--op", "rope", "--json", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.kernels",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--seconds",
+        "0",
+        "--op",
+        "rope",
+        "--json",
+        str(path),
+    ]
     done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text(encoding="utf-8"))["kernels"]["left_out"] == ["rope", "rope, compiled"]
@@ -109,7 +148,11 @@ def test_launches_and_bytes_are_printed(measured):
 @pytest.mark.parametrize("arguments", [["--device", "cpu"], ["--device", "cpu", "--tiny", "--dtype", "bf16"]])
 def test_what_cannot_be_measured_here_is_refused(arguments, project_root):
     done = subprocess.run(
-        [sys.executable, "-m", "bench.kernels", *arguments], cwd=project_root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "bench.kernels", *arguments],
+        cwd=project_root,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2
     assert "--tiny" in done.stderr or "fp32 or fp16" in done.stderr
@@ -118,7 +161,10 @@ def test_what_cannot_be_measured_here_is_refused(arguments, project_root):
 def case(**variants) -> Case:
     """y = 2 x, with a reference and other variants."""
     return Case(
-        "double", Cost(Work(8, 4), Work(8, 4)), lambda seed: [torch.ones(4, requires_grad=True)], {"reference": lambda x: x + x, **variants}
+        "double",
+        Cost(Work(8, 4), Work(8, 4)),
+        lambda seed: [torch.ones(4, requires_grad=True)],
+        {"reference": lambda x: x + x, **variants},
     )
 
 
@@ -140,7 +186,13 @@ def test_a_wrong_variant_is_named_and_not_timed():
         raise ModuleNotFoundError("No module named 'nothing'", name="nothing")
 
     shapes = kernels.Shapes(None, 1, 4, torch.float32, CPU)
-    wrong = case(triton=_WrongGradient.apply, nan=lambda x: x * math.nan, broken=broken, absent=absent, right=lambda x: 2 * x)
+    wrong = case(
+        triton=_WrongGradient.apply,
+        nan=lambda x: x * math.nan,
+        broken=broken,
+        absent=absent,
+        right=lambda x: 2 * x,
+    )
     rows = kernels.measure(wrong, shapes, 1e9, 1e9, tiny=True)
     timed = {row["variant"] for row in rows if "us" in row}
     assert timed == {"reference", "right"}
@@ -155,7 +207,9 @@ def test_a_wrong_variant_is_named_and_not_timed():
 
 
 def small(batch=2, length=8):
-    return kernels.Shapes(SmolLM2Config.preset("tiny", num_hidden_layers=1), batch, length, torch.float32, CPU)
+    return kernels.Shapes(
+        SmolLM2Config.preset("tiny", num_hidden_layers=1), batch, length, torch.float32, CPU
+    )
 
 
 def test_every_operation_of_the_switch_is_timed_compiled_and_checked_for_its_memory():
@@ -165,7 +219,9 @@ def test_every_operation_of_the_switch_is_timed_compiled_and_checked_for_its_mem
     assert all({"triton", "reference", "compile"} <= case.variants.keys() for case in cases)
     assert {name.split()[0] for name in memcheck.operations(TORCH, CPU)} == {*switch.OPS, "adamw"}
     every = [case.op for case in kernels.every_case(small(), TORCH, "eager", True)]
-    assert {op.split()[0] for op in every} == {*switch.OPS, "adamw"} and tuple(op for op in every if " " not in op)[:8] == kernels.STEP
+    assert {op.split()[0] for op in every} == {*switch.OPS, "adamw"} and tuple(
+        op for op in every if " " not in op
+    )[:8] == kernels.STEP
 
 
 def test_the_calls_of_the_memory_check_run_on_the_reference():
@@ -178,7 +234,8 @@ def test_what_torch_compile_makes_is_compared_with_the_truth(op):
     case = {case.op: case for case in ops.cases(small(), TORCH, "aot_eager")}[op]
     truth = Variant(case, "reference", 1).results(torch.float64)
     assert error(Variant(case, "compile", 1).results(), truth) < 1e-6
-    assert len(truth) == {"rope": 4, "decode_layer": 3, "decode_head": 1}[op]  # rope has gradients, the layer what it wrote
+    # rope has gradients, the layer what it wrote
+    assert len(truth) == {"rope": 4, "decode_layer": 3, "decode_head": 1}[op]
 
 
 def test_a_layer_writes_the_last_position_of_its_own_caches_and_nothing_else():
@@ -235,7 +292,8 @@ def test_flash_and_cudnn_take_documents_with_the_heads_as_they_are(length):
     shapes = kernels.Shapes(config, 16384 // 512, 512, torch.bfloat16, torch.device("meta"))
     case = long_attention.document_attention(shapes, TORCH, "eager", length)
     q, k, v = (
-        torch.empty(16384 // length, length, heads, 64, dtype=shapes.dtype, device="meta", requires_grad=True) for heads in (9, 3, 3)
+        torch.empty(16384 // length, length, heads, 64, dtype=shapes.dtype, device="meta", requires_grad=True)
+        for heads in (9, 3, 3)
     )
     for name in ("flash", "cudnn"):
         out = case.variants[name](q, k, v)
@@ -263,7 +321,9 @@ def test_the_loss_is_measured_at_several_sizes_of_its_chunk():
         return TORCH.linear_cross_entropy(*tensors, chunk_tokens=chunk_tokens)
 
     shapes = small()
-    case = weight_ops.linear_cross_entropy(shapes, dataclasses.replace(TORCH, linear_cross_entropy=loss), lambda function: function)
+    case = weight_ops.linear_cross_entropy(
+        shapes, dataclasses.replace(TORCH, linear_cross_entropy=loss), lambda function: function
+    )
     for name in [name for name in case.variants if name.startswith(kernels.OURS)]:
         Variant(case, name, 1).call()
     assert [*dict.fromkeys(asked)] == [None, 4096, 5632, 8192, 16384]
@@ -277,16 +337,27 @@ def test_the_bare_products_are_three_of_all_tokens_and_nothing_else(dtype):
     (states, weight, _), products = case.inputs(0), []
 
     def record(call):
-        with mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: products.append((a.shape, b.shape)) or torch.mm(a, b)):
+        with mock.patch.object(
+            torch.Tensor, "__matmul__", lambda a, b: products.append((a.shape, b.shape)) or torch.mm(a, b)
+        ):
             return launches.count(call, CPU)
 
     hidden, vocabulary = shapes.config.hidden_size, shapes.config.vocab_size
     forward, both = record(variant.call), record(variant.through_autograd)
     assert forward["mm"] == 1 and both["mm"] == 3
-    assert set(products) == {((shapes.tokens, hidden), (hidden, vocabulary)), ((shapes.tokens, vocabulary), (vocabulary, hidden))}
-    assert both.keys() <= {"mm", "new_zeros", "zeros", "fill_", "_to_copy"}  # the last, where torch has no product in fp32
+    assert set(products) == {
+        ((shapes.tokens, hidden), (hidden, vocabulary)),
+        ((shapes.tokens, vocabulary), (vocabulary, hidden)),
+    }
+    # the last, where torch has no product in fp32
+    assert both.keys() <= {"mm", "new_zeros", "zeros", "fill_", "_to_copy"}
     _, dstates, dweight = variant.results()
-    assert (dstates.shape, dstates.dtype, dweight.shape, dweight.dtype) == (states.shape, dtype, weight.shape, torch.float32)
+    assert (dstates.shape, dstates.dtype, dweight.shape, dweight.dtype) == (
+        states.shape,
+        dtype,
+        weight.shape,
+        torch.float32,
+    )
 
 
 def test_both_forms_of_the_mlp_are_held_to_the_truth():
@@ -295,7 +366,9 @@ def test_both_forms_of_the_mlp_are_held_to_the_truth():
     assert len(truth) == 4
     for name in ("triton", "triton fused", "triton composed"):
         assert error(Variant(case, name, 1).results(), truth) < 1e-5
-    case.variants["triton fused"] = lambda x, gate_up, down: case.variants["reference"](x, gate_up.roll(1, 0), down)
+    case.variants["triton fused"] = lambda x, gate_up, down: case.variants["reference"](
+        x, gate_up.roll(1, 0), down
+    )
     rows = kernels.measure(case, small(), 1e10, 1e10, tiny=True, names={"triton fused"})
     assert rows[0]["failed"].startswith("wrong")
 
@@ -303,16 +376,26 @@ def test_both_forms_of_the_mlp_are_held_to_the_truth():
 def test_the_embedding_adds_its_rows_where_the_gradient_of_the_head_lies():
     case = weight_ops.tied_embedding(small(), switch.load_triton(), lambda function: function)
     given = []
-    with mock.patch("kernels.embedding._is_ours", side_effect=lambda *gradients: given.append(found := is_ours(*gradients)) or found):
+    with mock.patch(
+        "kernels.embedding._is_ours",
+        side_effect=lambda *gradients: given.append(found := is_ours(*gradients)) or found,
+    ):
         found = Variant(case, "triton", 1).results()
     assert given == [True], "what is measured is the way of a training step"
     x, head, dweight = found
-    ids = torch.unique(torch.stack([(row == case.inputs(0)[0]).all(1).nonzero().squeeze() for row in x.flatten(0, 1)]))
+    ids = torch.unique(
+        torch.stack([(row == case.inputs(0)[0]).all(1).nonzero().squeeze() for row in x.flatten(0, 1)])
+    )
     assert case.cost.backward.bytes == 4 * 96 * (512 + 2 * len(ids)) + 16 * (4 * 96 + 8) and head == 0
     looked_up = torch.zeros(512, dtype=torch.bool).index_fill(0, ids, True)
-    assert (dweight[~looked_up] == dweight[~looked_up][0, 0]).all() and (dweight[looked_up] != dweight[~looked_up][0, 0]).any(1).all()
+    assert (dweight[~looked_up] == dweight[~looked_up][0, 0]).all() and (
+        dweight[looked_up] != dweight[~looked_up][0, 0]
+    ).any(1).all()
     whole = case.variants["reference"]
-    for broken in (lambda x, head, nothing: (x, head.detach() + nothing), lambda x, head, nothing: (x.detach() + nothing, head)):
+    for broken in (
+        lambda x, head, nothing: (x, head.detach() + nothing),
+        lambda x, head, nothing: (x.detach() + nothing, head),
+    ):
         case.variants["triton"] = lambda weight, broken=broken: broken(*whole(weight), 0 * weight.sum())
         rows = kernels.measure(case, small(), 1e10, 1e10, tiny=True, names={"triton"})
         assert rows[0]["failed"].startswith("wrong")
@@ -324,7 +407,9 @@ def test_a_step_of_the_optimizer_is_clipped_compared_and_forgotten(dtype, copies
     case = weight_ops.optimizer_step(shapes)
     parameters = len(case.inputs(0)) // 2
     rows = kernels.measure(case, shapes, 1e10, 1e10, tiny=True)
-    assert {row["variant"] for row in rows if "us" in row} == {"triton", "reference"} and {row["phase"] for row in rows} == {"forward"}
+    assert {row["variant"] for row in rows if "us" in row} == {"triton", "reference"} and {
+        row["phase"] for row in rows
+    } == {"forward"}
     matrices = 96 * (96 * 2 + 32 * 2 + 256 * 3 + 512)
     assert case.cost.forward.bytes == 32 * shapes.config.num_parameters() + 2 * matrices * bool(copies)
     gc.collect()
@@ -339,11 +424,24 @@ def test_a_step_of_the_optimizer_is_clipped_compared_and_forgotten(dtype, copies
 
 
 def test_the_summary_compares_with_others_and_lists_the_forms_of_ours_apart():
-    times = {"triton": 128.0, "triton 4096": 130.0, "triton 8192": 120.0, "all logits": 256.0, "compile": 192.0, "products only": 100.0}
-    rows = [{"op": "loss", "phase": "forward", "variant": name, "us": us, "percent_of_roof": 70.0} for name, us in times.items()]
+    times = {
+        "triton": 128.0,
+        "triton 4096": 130.0,
+        "triton 8192": 120.0,
+        "all logits": 256.0,
+        "compile": 192.0,
+        "products only": 100.0,
+    }
+    rows = [
+        {"op": "loss", "phase": "forward", "variant": name, "us": us, "percent_of_roof": 70.0}
+        for name, us in times.items()
+    ]
     title, ours = kernels_lines({"rows": rows, "batch": 32, "length": 512, "dtype": "bf16"})
     forms = "; forward as 4096 130.0, 8192 120.0 us"
-    assert ours.split(maxsplit=1) == ["loss", f"forward 128.0 us 70.0 % (1.50x compile), 1.28x its bare products{forms}"]
+    assert ours.split(maxsplit=1) == [
+        "loss",
+        f"forward 128.0 us 70.0 % (1.50x compile), 1.28x its bare products{forms}",
+    ]
 
 
 def test_a_gradient_is_compared_too():
@@ -361,7 +459,9 @@ def test_launches_are_counted():
 
 
 def test_a_replay_on_a_gpu_lasts_a_millisecond_and_finds_a_cache_that_was_read_over(monkeypatch):
-    """The first turn, by itself, says how often the others repeat the replay. What was written would have to be written back."""
+    """The first turn, by itself, says how often the others repeat the replay. What was written would have to
+    be written back.
+    """
     replays, flush = [], torch.ones(8)
 
     class Event:
@@ -396,7 +496,10 @@ class FakeGraphs:
 
     def __init__(self, monkeypatch, ends=None):
         self.log, self.mode, self._ends = [], "default", ends
-        nothing = dict.fromkeys(("Stream", "CUDAGraph", "current_stream", "default_stream", "synchronize"), lambda *args: mock.MagicMock())
+        nothing = dict.fromkeys(
+            ("Stream", "CUDAGraph", "current_stream", "default_stream", "synchronize"),
+            lambda *args: mock.MagicMock(),
+        )
         for name, fake in nothing.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

@@ -54,10 +54,15 @@ def test_plain_operations_compute_what_the_specification_says(generator):
         for backend in (PLAIN, TORCH):
             outputs = getattr(backend, op)(*inputs, *rest)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            upstream = [torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape) + 0.5 for output in outputs]
+            upstream = [
+                torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape) + 0.5
+                for output in outputs
+            ]
             results.append([*outputs, *torch.autograd.grad(outputs, inputs, upstream)])
         for plain, specified in zip(*results, strict=True):
-            torch.testing.assert_close(plain, specified, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                plain, specified, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_a_row_has_all_that_the_rows_above_it_have():
@@ -71,7 +76,10 @@ def test_a_row_has_all_that_the_rows_above_it_have():
     assert not any(setup.own_optimizer for _, setup in found)  # there is none for backend torch
     changing = [one for one in found if one[0] != "optimizer + copies"]
     for (_, before), (name, after) in zip(changing, changing[1:], strict=False):
-        changes = [getattr(before, field) != getattr(after, field) for field in ("packed", "fused_optimizer", "captured", "compiled")]
+        changes = [
+            getattr(before, field) != getattr(after, field)
+            for field in ("packed", "fused_optimizer", "captured", "compiled")
+        ]
         assert sum(changes) + (before.backend != after.backend) == 1, name
         assert before.backend.replaced <= after.backend.replaced
     assert not any(setup.captured for setup in ladder.setups(TORCH, cuda=False).values())
@@ -79,8 +87,13 @@ def test_a_row_has_all_that_the_rows_above_it_have():
 
 def test_separate_projections_are_the_same_model():
     setups = ladder.setups(TORCH, cuda=False)
-    separate, packed = (ladder.build(setups[name], TINY, torch.float32, CPU, "eager") for name in ("plain eager", "packed projections"))
-    kinds = {type(block.self_attn) for block in separate.model.model.layers} | {type(block.mlp) for block in separate.model.model.layers}
+    separate, packed = (
+        ladder.build(setups[name], TINY, torch.float32, CPU, "eager")
+        for name in ("plain eager", "packed projections")
+    )
+    kinds = {type(block.self_attn) for block in separate.model.model.layers} | {
+        type(block.mlp) for block in separate.model.model.layers
+    }
     assert kinds == {ladder.SeparateAttention, ladder.SeparateMLP}
     assert separate.model.state_dict().keys() == packed.model.state_dict().keys()
     losses = []
@@ -91,12 +104,17 @@ def test_separate_projections_are_the_same_model():
     torch.testing.assert_close(losses[0], losses[1])
     ours, theirs = (dict(step.model.named_parameters()) for step in (separate, packed))
     for name, parameter in ours.items():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_plain_optimizer_makes_the_same_update():
     setups = ladder.setups(TORCH, cuda=False)
-    plain, fused = (ladder.build(setups[name], TINY, torch.float32, CPU, "eager") for name in ("fused loss", "fused optimizer"))
+    plain, fused = (
+        ladder.build(setups[name], TINY, torch.float32, CPU, "eager")
+        for name in ("fused loss", "fused optimizer")
+    )
     for step in (plain, fused):
         step(IDS)
     for one, other in zip(plain.model.parameters(), fused.model.parameters(), strict=True):
@@ -104,7 +122,11 @@ def test_the_plain_optimizer_makes_the_same_update():
 
 
 def test_a_rung_that_computes_another_loss_is_far():
-    found = {"plain eager": {"losses": [3.0, 2.0]}, "graph capture": {"failed": "needs a GPU"}, "fused loss": {"losses": [3.0, 2.5]}}
+    found = {
+        "plain eager": {"losses": [3.0, 2.0]},
+        "graph capture": {"failed": "needs a GPU"},
+        "fused loss": {"losses": [3.0, 2.5]},
+    }
     assert ladder.distances(found) == {"plain eager": 0.0, "fused loss": 0.5}
     assert ladder.distances({}) == {}
 
@@ -115,7 +137,8 @@ def measured(tmp_path_factory, project_root):
     path = tmp_path_factory.mktemp("ladder") / "ladder.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench.ladder", "--device", "cpu", "--tiny", "--json", str(path)],
-        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(path.read_text(encoding="utf-8"))["ladder"]
@@ -134,7 +157,10 @@ def test_every_rung_has_its_row(measured):
 
 def test_all_rungs_compute_the_same_losses(measured):
     _, section = measured
-    assert set(section["loss_distance"]) == {rung.name for rung in RUNGS} - {"graph capture", "optimizer + copies"}
+    assert set(section["loss_distance"]) == {rung.name for rung in RUNGS} - {
+        "graph capture",
+        "optimizer + copies",
+    }
     assert max(section["loss_distance"].values()) < 1e-4
 
 
@@ -152,7 +178,8 @@ def test_fused_operations_launch_less(measured):
 @pytest.fixture
 def ladder_here(monkeypatch, tmp_path):
     """Runs the command in this process: the section of its JSON file for some arguments."""
-    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))  # what the command sets goes again
+    # what the command sets goes again
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "1"))
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
     path = tmp_path / "ladder.json"
 
@@ -182,7 +209,10 @@ def test_a_rung_that_fails_costs_itself_only(ladder_here, monkeypatch, alone, wh
 
     monkeypatch.setattr(ladder, "build", build)
     rows = ladder_here("--no-compile", *alone)["rungs"]
-    assert rows["plain eager"]["failed"].startswith("OutOfMemoryError: CUDA out of memory") and "step_ms" not in rows["plain eager"]
+    assert (
+        rows["plain eager"]["failed"].startswith("OutOfMemoryError: CUDA out of memory")
+        and "step_ms" not in rows["plain eager"]
+    )
     assert "left out" in rows["compile of the rest"]["failed"] and list(rows) == [rung.name for rung in RUNGS]
     assert all(row["step_ms"] > 0 and row["peak_mb"] > 0 for row in rows.values() if "failed" not in row)
     assert sum("failed" in row for row in rows.values()) == 4  # and what needs a GPU, or Triton's kernels
@@ -208,13 +238,18 @@ def test_alone_a_rung_is_freed_before_the_next_is_built(ladder_here, monkeypatch
     monkeypatch.setattr(ladder, "build", build)
     section = ladder_here("--alone")
     assert alive == [0] * 9 and section["status"] == "complete"
-    assert set(section["loss_distance"]) == {rung.name for rung in RUNGS} - {"graph capture", "optimizer + copies"}
+    assert set(section["loss_distance"]) == {rung.name for rung in RUNGS} - {
+        "graph capture",
+        "optimizer + copies",
+    }
     assert max(section["loss_distance"].values()) < 1e-4
 
 
 def test_the_compiled_rung_begins_only_with_time_left(ladder_here, monkeypatch):
     monkeypatch.setattr(ladder.MachinePart, "left", lambda self: -1.0)
-    assert ladder_here("--rung", "compile of the rest")["rungs"]["compile of the rest"] == {"failed": "no time was left"}
+    assert ladder_here("--rung", "compile of the rest")["rungs"]["compile of the rest"] == {
+        "failed": "no time was left"
+    }
 
 
 def test_wrong_usage_is_refused():

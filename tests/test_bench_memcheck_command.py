@@ -11,7 +11,8 @@ import pytest
 from bench import memcheck
 from bench.part import Part, read_json
 
-# Runs no operation, but says that it does. The environment says which one finds an error, crashes, hangs, or has a race.
+# Runs no operation, but says that it does. The environment says which one finds an error, crashes, hangs, or
+# has a race.
 TOOL = """\
     #!{python}
     import os, sys, time
@@ -41,7 +42,9 @@ NAMES = ["a", "b", "c", "d", "e", "f", "g"]  # in groups a d g, b e, c f
 
 @pytest.fixture
 def check(tmp_path, monkeypatch):
-    """The check of the operations `NAMES` with that in the environment: (saved results, operations of each process)."""
+    """The check of the operations `NAMES` with that in the environment: (saved results, operations of each
+    process).
+    """
     calls, tool = tmp_path / "calls", tmp_path / "tool"
     tool.write_text(textwrap.dedent(TOOL).format(python=sys.executable, calls=str(calls)), encoding="utf-8")
     tool.chmod(0o755)
@@ -50,7 +53,9 @@ def check(tmp_path, monkeypatch):
     def run(kind: str = "memcheck", seconds: float = 60, **environment: str) -> tuple[dict, list[str]]:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        part = Part(kind, argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "results.json", seconds=seconds))
+        part = Part(
+            kind, argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "results.json", seconds=seconds)
+        )
         found = memcheck.check(str(tool), kind, NAMES, part, tmp_path)
         assert read_json(tmp_path / "results.json")[kind]["results"] == found and set(found) == set(NAMES)
         return found, sorted(calls.read_text().split())
@@ -92,7 +97,10 @@ def test_races_are_looked_for_in_a_process_each(check):
 
 def test_a_process_that_hangs_loses_what_it_has_not_finished(check):
     found, _ = check(HANGS="d", seconds=8)
-    assert results(found) == dict.fromkeys(NAMES, "clean") | {"d": "no result: out of time", "g": "no result: out of time"}
+    assert results(found) == dict.fromkeys(NAMES, "clean") | {
+        "d": "no result: out of time",
+        "g": "no result: out of time",
+    }
 
 
 def test_a_process_that_the_tool_did_not_watch_has_no_result(check):

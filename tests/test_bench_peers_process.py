@@ -1,4 +1,6 @@
-"""A peer in a process of its own: one line of JSON against another, and what becomes of a peer that does not keep to it."""
+"""A peer in a process of its own: one line of JSON against another, and what becomes of a peer that does not
+keep to it.
+"""
 
 import io
 import json
@@ -38,8 +40,14 @@ for line in sys.stdin:
     print(json.dumps({"result": result}), flush=True)
 """
 BROKEN = {
-    "crash": ("import sys; sys.stdin.readline(); sys.exit('no memory left')", "ended with exit code 1: no memory left"),
-    "garbage": ("print('hello', flush=True); input(); input()", "expected an answer to 'load' in JSON, got b'hello"),
+    "crash": (
+        "import sys; sys.stdin.readline(); sys.exit('no memory left')",
+        "ended with exit code 1: no memory left",
+    ),
+    "garbage": (
+        "print('hello', flush=True); input(); input()",
+        "expected an answer to 'load' in JSON, got b'hello",
+    ),
     "no answer": ("print('[]', flush=True); input(); input()", "expected an answer to 'load' in JSON"),
     "error": ('print(\'{"error": "KeyError: name"}\', flush=True); input(); input()', "KeyError: name"),
     "silence": ("import time; time.sleep(60)", "no answer to 'load' within 1 s"),
@@ -100,11 +108,16 @@ def test_the_others_are_measured_when_a_peer_fails(name, stand_in):
 
 
 def test_a_peer_that_dies_between_two_rounds_is_a_result_among_others(stand_in):
-    dies = right(TINY.num_parameters()).replace("loss -= request", "sys.exit('killed') if loss < 7 else None\n        loss -= request")
+    dies = right(TINY.num_parameters()).replace(
+        "loss -= request", "sys.exit('killed') if loss < 7 else None\n        loss -= request"
+    )
     stand_in(dies)
     steps = step_peers.build_all(["litgpt", "ours"], TINY, torch.float32, IDS, "eager")
     found = step_peers.measure(steps, 3, lambda: 60.0)
-    assert found["litgpt"] == {"failed": "PeerFailed: ended with exit code 1: killed"} and found["ours"]["rounds"] == 3
+    assert (
+        found["litgpt"] == {"failed": "PeerFailed: ended with exit code 1: killed"}
+        and found["ours"]["rounds"] == 3
+    )
 
 
 def test_a_step_and_a_generation_go_through_the_process(stand_in):
@@ -141,12 +154,15 @@ def test_setup_installs_the_torch_that_runs_here_and_says_what_failed(monkeypatc
         if "-c" in seen[-1]:
             pins = open(seen[-1][seen[-1].index("-c") + 1], encoding="utf-8").read().split()
             assert f"torch=={torch.__version__.partition('+')[0]}" in pins
-            assert not any(pin.startswith(("huggingface_hub", "tokenizers")) for pin in pins)  # litgpt wants others
+            # litgpt wants others
+            assert not any(pin.startswith(("huggingface_hub", "tokenizers")) for pin in pins)
             return subprocess.CompletedProcess(command, 1)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(litgpt_peer.subprocess, "run", run)
-    with pytest.raises(UsageError, match="pip install .* failed; remove .*, or name another folder with --venv"):
+    with pytest.raises(
+        UsageError, match="pip install .* failed; remove .*, or name another folder with --venv"
+    ):
         litgpt_peer.setup(tmp_path / "venv")
     assert len(seen) == 2 and litgpt_peer.LITGPT in seen[1]
 
@@ -157,22 +173,40 @@ def test_the_worker_answers_every_line_and_an_exception_is_an_answer():
             return {"y": 2 * x}
 
     answers = io.StringIO()
-    requests = [json.dumps({"call": "double", "x": 4}), json.dumps({"call": "nothing"}), "no json", json.dumps({"call": "double", "z": 1})]
+    requests = [
+        json.dumps({"call": "double", "x": 4}),
+        json.dumps({"call": "nothing"}),
+        "no json",
+        json.dumps({"call": "double", "z": 1}),
+    ]
     litgpt_worker.serve(Fake(), io.StringIO("\n".join(requests) + "\n"), answers)
     found = [json.loads(line) for line in answers.getvalue().splitlines()]
     assert found[0] == {"result": {"y": 8}}
-    assert [one["error"].partition(":")[0] for one in found[1:]] == ["AttributeError", "JSONDecodeError", "TypeError"]
+    assert [one["error"].partition(":")[0] for one in found[1:]] == [
+        "AttributeError",
+        "JSONDecodeError",
+        "TypeError",
+    ]
 
 
 def test_the_worker_imports_nothing_of_this_project_and_keeps_its_answers_apart(project_root):
     """As it is started: isolated, from another folder. What a library prints goes to stderr."""
     source = project_root / "bench" / "litgpt_worker.py"
     done = subprocess.run(
-        [sys.executable, "-I", source], input='{"call": "load"}\n', capture_output=True, text=True, timeout=120, cwd=project_root.parent
+        [sys.executable, "-I", source],
+        input='{"call": "load"}\n',
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=project_root.parent,
     )
     assert done.returncode == 0, done.stderr
     assert "TypeError" in json.loads(done.stdout)["error"]
-    assert not any(f"{verb} {package}" in source.read_text() for verb in ("import", "from") for package in ("bench", "smollm2", "kernels"))
+    assert not any(
+        f"{verb} {package}" in source.read_text()
+        for verb in ("import", "from")
+        for package in ("bench", "smollm2", "kernels")
+    )
 
 
 def test_silence_costs_no_more_than_it_may():
@@ -183,7 +217,9 @@ def test_silence_costs_no_more_than_it_may():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(litgpt_peer.litgpt_version() is None, reason="litgpt is not installed; python -m bench.litgpt_peer setup")
+@pytest.mark.skipif(
+    litgpt_peer.litgpt_version() is None, reason="litgpt is not installed; python -m bench.litgpt_peer setup"
+)
 def test_litgpt_has_our_losses_and_tokens(capsys):
     assert litgpt_peer.check() == 0
     assert "the same tokens as ours" in capsys.readouterr().out

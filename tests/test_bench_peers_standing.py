@@ -30,11 +30,17 @@ def installed(monkeypatch, **versions):
 
 def test_a_peer_that_is_absent_is_named_with_the_way_to_install_it(monkeypatch):
     installed(monkeypatch)
-    with pytest.raises(peers.NotInstalled, match="flash-attn is not installed; pip install flash-attn") as raised:
+    with pytest.raises(
+        peers.NotInstalled, match="flash-attn is not installed; pip install flash-attn"
+    ) as raised:
         peers.require("flash-attn")
     assert isinstance(raised.value, ModuleNotFoundError) and raised.value.name == "flash-attn"
     found = peers.standing({"flash-attn": [str(raised.value)], "litgpt": []})
-    assert found["flash-attn"] == {"version": None, "used": False, "why": "not installed; pip install flash-attn --no-build-isolation"}
+    assert found["flash-attn"] == {
+        "version": None,
+        "used": False,
+        "why": "not installed; pip install flash-attn --no-build-isolation",
+    }
     assert peers.not_measured(found) == [
         "not measured: flash-attn: not installed; pip install flash-attn --no-build-isolation",
         "not measured: litgpt: not installed; python -m bench.litgpt_peer setup",
@@ -52,7 +58,12 @@ def test_a_peer_for_gpus_is_named_with_its_version_on_a_cpu(monkeypatch):
 
 def test_one_measured_variant_is_enough_and_the_first_reason_counts(monkeypatch):
     installed(monkeypatch, transformers="5.0", quack_kernels="0.6")
-    found = peers.standing({"transformers": ["RuntimeError: no compiler", ""], "quack-kernels": ["RuntimeError: no sm_90", "other"]})
+    found = peers.standing(
+        {
+            "transformers": ["RuntimeError: no compiler", ""],
+            "quack-kernels": ["RuntimeError: no sm_90", "other"],
+        }
+    )
     assert found["transformers"] == {"version": "5.0", "used": True, "why": None}
     assert found["quack-kernels"]["why"] == "RuntimeError: no sm_90"
     assert peers.standing({"transformers": []})["transformers"]["why"] == peers.NOT_ASKED
@@ -61,13 +72,27 @@ def test_one_measured_variant_is_enough_and_the_first_reason_counts(monkeypatch)
 
 def test_variants_belong_to_their_libraries(monkeypatch):
     installed(monkeypatch, transformers="5.0", llama_cpp_python="0.3")
-    rows = {"ours fp32": {}, "ours+compile fp32": {"failed": "no compiler"}, "transformers bf16+compile bf16": {"step_ms": 1.0}}
+    rows = {
+        "ours fp32": {},
+        "ours+compile fp32": {"failed": "no compiler"},
+        "transformers bf16+compile bf16": {"step_ms": 1.0},
+    }
     found = peer_models.step_standing(rows)
     assert found["transformers"]["used"] and found["torch.compile"]["why"] == "no compiler"
     assert set(found) == {"transformers", "liger-kernel", "litgpt", "torch.compile"}
-    found = generation_standing([("eager bf16", ""), ("transformers+static bf16", ""), ("llama.cpp F16", "llama-cpp-python 0.3: measured")])
+    found = generation_standing(
+        [
+            ("eager bf16", ""),
+            ("transformers+static bf16", ""),
+            ("llama.cpp F16", "llama-cpp-python 0.3: measured"),
+        ]
+    )
     assert found["transformers"]["used"] and found["llama-cpp-python"]["why"] == "measured"
-    rows = [{"variant": "liger", "us": 1.0}, {"variant": "flash", "failed": "no kernel"}, {"variant": "triton"}]
+    rows = [
+        {"variant": "liger", "us": 1.0},
+        {"variant": "flash", "failed": "no kernel"},
+        {"variant": "triton"},
+    ]
     found = kernels.kernel_standing(rows)
     assert found["liger-kernel"]["used"] and found["torch flash attention"]["why"] == "no kernel"
 
@@ -81,7 +106,8 @@ def test_a_figure_has_the_versions_of_the_libraries_that_are_here(monkeypatch):
     monkeypatch.setattr(part, "version", version)
     found = part.provenance(CPU)["versions"]
     assert {name: found.get(name) for name in ("transformers", "liger-kernel", "litgpt", "quack-kernels", "flash-attn")} == {
-        "transformers": "1.0", "liger-kernel": "1.0", "litgpt": "1.0", "quack-kernels": "1.0", "flash-attn": None,
+        "transformers": "1.0", "liger-kernel": "1.0", "litgpt": "1.0", "quack-kernels": "1.0",
+        "flash-attn": None,
     }  # fmt: skip
 
 
@@ -90,8 +116,12 @@ def test_a_figure_has_the_versions_of_the_libraries_that_are_here(monkeypatch):
 
 @pytest.fixture
 def liger(monkeypatch):
-    """Liger-Kernel as far as it is used here: it replaces three names of transformers' module, and the model's forward."""
-    modeling = pytest.importorskip("transformers.models.llama.modeling_llama", reason="Liger-Kernel patches transformers")
+    """Liger-Kernel as far as it is used here: it replaces three names of transformers' module, and the
+    model's forward.
+    """
+    modeling = pytest.importorskip(
+        "transformers.models.llama.modeling_llama", reason="Liger-Kernel patches transformers"
+    )
     calls = []
     plain = modeling.apply_rotary_pos_emb
 
@@ -129,7 +159,9 @@ def test_what_liger_replaced_is_restored_when_its_forward_raises(liger):
     from transformers.models.llama import modeling_llama
 
     before = modeling_llama.apply_rotary_pos_emb
-    forward = peer_models.with_liger(peer_models.transformers_llama(TINY, ours(TINY, torch.float32).state_dict()))
+    forward = peer_models.with_liger(
+        peer_models.transformers_llama(TINY, ours(TINY, torch.float32).state_dict())
+    )
     with pytest.raises(TypeError):
         forward(IDS, input_ids=IDS)
     assert modeling_llama.apply_rotary_pos_emb is before
@@ -149,7 +181,9 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def attention_rows():
-    """(row of the variant) of attention and decode attention, 9 heads over 3, with FlexAttention under a compiler that makes no kernel."""
+    """(row of the variant) of attention and decode attention, 9 heads over 3, with FlexAttention under a
+    compiler that makes no kernel.
+    """
     cases = {case.op: case for case in ops.cases(shapes(), TORCH, "aot_eager")}
     return {
         (case.op, row["variant"]): row
@@ -160,7 +194,10 @@ def attention_rows():
 
 def test_of_torchs_attention_the_kernels_of_a_cpu_are_measured_and_the_others_named(attention_rows):
     for variant in ("reference", "math", "flash"):
-        assert attention_rows["attention", variant]["us"] > 0 and attention_rows["attention", variant]["error"] < 1e-5
+        assert (
+            attention_rows["attention", variant]["us"] > 0
+            and attention_rows["attention", variant]["error"] < 1e-5
+        )
     for variant, name in (("cudnn", "torch cuDNN attention"), ("flex", "torch FlexAttention")):
         assert f"{name} {torch.__version__}: needs a GPU" in attention_rows["attention", variant]["failed"]
     found = kernels.kernel_standing(list(attention_rows.values()))
@@ -169,7 +206,9 @@ def test_of_torchs_attention_the_kernels_of_a_cpu_are_measured_and_the_others_na
 
 def test_flex_attention_decodes_on_a_cpu_and_its_decode_kernel_does_not(attention_rows):
     assert attention_rows["decode_attention", "flex"]["error"] < 1e-5
-    assert "its decode kernel is one of Triton's" in attention_rows["decode_attention", "flex decode"]["failed"]
+    assert (
+        "its decode kernel is one of Triton's" in attention_rows["decode_attention", "flex decode"]["failed"]
+    )
 
 
 def test_flex_attention_is_causal():
@@ -183,5 +222,7 @@ def test_libraries_for_gpus_say_so_in_the_row_of_every_operation(monkeypatch):
     installed(monkeypatch, liger_kernel="0.8.5")
     for case in ops.cases(shapes(), TORCH, "eager"):
         for variant in {"liger", "quack", "flash-attn"} & case.variants.keys():
-            with pytest.raises(peers.Unavailable, match="liger-kernel 0.8.5: needs a GPU|is not installed; pip install"):
+            with pytest.raises(
+                peers.Unavailable, match="liger-kernel 0.8.5: needs a GPU|is not installed; pip install"
+            ):
                 case.variants[variant](*case.inputs(0))

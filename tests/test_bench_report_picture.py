@@ -1,4 +1,6 @@
-"""`python -m bench.report`: what is read, what is drawn, and that nothing in a picture lies over anything else."""
+"""`python -m bench.report`: what is read, what is drawn, and that nothing in a picture lies over anything
+else.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,32 @@ from bench.part import INTERPRETER_NOTE
 from smollm2.cli import run_command
 from smollm2.errors import LoadError, UsageError
 
-ORIGIN = {"device": "A GPU", "versions": {"torch": "2.13.0"}, "commit": "a" * 40, "date": "2026-11-25T10:00:00"}
+ORIGIN = {
+    "device": "A GPU",
+    "versions": {"torch": "2.13.0"},
+    "commit": "a" * 40,
+    "date": "2026-11-25T10:00:00",
+}
 
 
 def entry(seconds: float, **facts: Any) -> dict[str, Any]:
     return {"stats": {"median": seconds}, "extra_info": {**ORIGIN, "dtype": "bf16", **facts}}
 
 
-def generated(variant: str, rate: float, batch: int = 1, prompt: int = 32, copy: float = 20.0) -> list[dict[str, Any]]:
+def generated(
+    variant: str, rate: float, batch: int = 1, prompt: int = 32, copy: float = 20.0
+) -> list[dict[str, Any]]:
     facts = {"variant": variant, "batch": batch, "prompt_tokens": prompt}
     return [
         entry(0.5, phase="prefill", tokens_per_second=10 * rate, **facts),
-        entry(1 / rate, phase="decode", tokens_per_second=rate, bytes_per_token=10**8, copy_gb_per_s=copy, **facts),
+        entry(
+            1 / rate,
+            phase="decode",
+            tokens_per_second=rate,
+            bytes_per_token=10**8,
+            copy_gb_per_s=copy,
+            **facts,
+        ),
     ]
 
 
@@ -55,7 +71,11 @@ STEP = {
         "length": 512,
         "results": {
             "bf16": {
-                "variants": {"ours": {"step_ms": 1024.0}, "transformers": {"step_ms": 2048.0}, "ours+compile": {"failed": "no compiler"}},
+                "variants": {
+                    "ours": {"step_ms": 1024.0},
+                    "transformers": {"step_ms": 2048.0},
+                    "ours+compile": {"failed": "no compiler"},
+                },
                 "matmul_floor_ms": 512.0,
             }
         },
@@ -90,7 +110,12 @@ def timed(op: str, phase: str, variant: str, us: float, gb_per_s: float, tflops:
 
 
 OTHER = {**ORIGIN, "device": "A GPU of another kind"}
-ATTENTION = [("attention", 10.0), ("attention 2048", 30.0), ("attention documents 512", 8.0), ("attention documents 2048", 9.0)]
+ATTENTION = [
+    ("attention", 10.0),
+    ("attention 2048", 30.0),
+    ("attention documents 512", 8.0),
+    ("attention documents 2048", 9.0),
+]
 KERNELS = {
     **OTHER,
     "kernels": {
@@ -110,7 +135,14 @@ KERNELS = {
 
 
 def decoded(variant: str, batch: int, keys: int, rate: float) -> dict[str, Any]:
-    return {"variant": variant, "backend": variant.split()[0], "batch": batch, "keys": keys, "tokens_per_second": rate, "bytes": 10**9}
+    return {
+        "variant": variant,
+        "backend": variant.split()[0],
+        "batch": batch,
+        "keys": keys,
+        "tokens_per_second": rate,
+        "bytes": 10**9,
+    }
 
 
 RATES = (("triton captured", 1500.0), ("transformers", 50.0), ("triton eager", 90.0))
@@ -139,7 +171,13 @@ TRAIN = {
         },
     },
 }  # fmt: skip
-ALL = {"suites.json": SUITES, "step.json": STEP, "ladder.json": LADDER, "roofline.json": ROOFLINE, "kernels.json": KERNELS}
+ALL = {
+    "suites.json": SUITES,
+    "step.json": STEP,
+    "ladder.json": LADDER,
+    "roofline.json": ROOFLINE,
+    "kernels.json": KERNELS,
+}
 GPU = {"kernels.json": KERNELS, "generation.json": GENERATION, "train.json": TRAIN}
 
 
@@ -154,12 +192,25 @@ def by_key(found: list[Figure]) -> dict[tuple[str, str, str], Figure]:
 
 
 def test_every_library_has_a_colour_of_its_own() -> None:
-    names = ("transformers bf16", "llama.cpp F16", "liger", "litgpt+compile", "ours", "reference", "cudnn", "flash", "flex", "compile")
+    names = (
+        "transformers bf16",
+        "llama.cpp F16",
+        "liger",
+        "litgpt+compile",
+        "ours",
+        "reference",
+        "cudnn",
+        "flash",
+        "flex",
+        "compile",
+    )
     assert len({report.colour(name) for name in names}) == len(names)
     assert report.colour("compiled bf16") == report.colour("triton captured") == report.OURS
 
 
-def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "pictures"
     assert run_command(report.main, [str(write(tmp_path, ALL)), "--out", str(out)]) == 0
     wanted = {f"{name}.{kind}" for name in report.PICTURES for kind in ("png", "svg")}
@@ -186,14 +237,30 @@ def assert_legible(picture: Any) -> None:
     picture.canvas.draw()
     renderer = picture.canvas.get_renderer()
     legends = [*picture.legends, *(axes.get_legend() for axes in picture.axes if axes.get_legend())]
-    words = [text for text in picture.findobj(lambda artist: hasattr(artist, "get_text")) if text.get_text().strip() and text.get_visible()]
-    in_legends = {text for legend in legends for text in legend.findobj(lambda artist: hasattr(artist, "get_text"))}
-    ticks = {text for axes in picture.axes for text in [*axes.get_xticklabels(which="both"), *axes.get_yticklabels(which="both")]}
-    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in words if text not in in_legends and text not in ticks]
+    words = [
+        text
+        for text in picture.findobj(lambda artist: hasattr(artist, "get_text"))
+        if text.get_text().strip() and text.get_visible()
+    ]
+    in_legends = {
+        text for legend in legends for text in legend.findobj(lambda artist: hasattr(artist, "get_text"))
+    }
+    ticks = {
+        text
+        for axes in picture.axes
+        for text in [*axes.get_xticklabels(which="both"), *axes.get_yticklabels(which="both")]
+    }
+    boxes = [
+        (text.get_text(), text.get_window_extent(renderer))
+        for text in words
+        if text not in in_legends and text not in ticks
+    ]
     boxes += [("a legend", legend.get_window_extent(renderer)) for legend in legends]
     width, height = picture.canvas.get_width_height()
     for index, (text, box) in enumerate(boxes):
-        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, f"{text!r} is cut off"
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, (
+            f"{text!r} is cut off"
+        )
         for other, second in boxes[index + 1 :]:
             assert not box.padded(-1).overlaps(second.padded(-1)), f"{text!r} lies over {other!r}"
 
@@ -202,21 +269,29 @@ def test_every_caption_has_device_dtype_date_and_commit(tmp_path: Path) -> None:
     found, _ = figures.gather(write(tmp_path, ALL))
     for name, (kinds, make) in report.PICTURES.items():
         shown = make(found)._supxlabel.get_text()
-        assert "A GPU" in shown and "2026-11-25" in shown and f"commit {'a' * 7}" in shown and "torch 2.13.0" in shown, name
+        assert (
+            "A GPU" in shown
+            and "2026-11-25" in shown
+            and f"commit {'a' * 7}" in shown
+            and "torch 2.13.0" in shown
+        ), name
         assert ("bf16" in shown or "bfloat16" in shown) and kinds
 
 
 def test_a_caption_of_many_commits_has_several_lines() -> None:
-    many = [Figure("step", str(n), "ours", 1.0, None, {**ORIGIN, "commit": f"{n}" * 40 + " with changes"}) for n in range(9)]
+    many = [
+        Figure("step", str(n), "ours", 1.0, None, {**ORIGIN, "commit": f"{n}" * 40 + " with changes"})
+        for n in range(9)
+    ]
     lines = report.caption(many).splitlines()
     assert len(lines) > 1 and max(map(len, lines)) <= report.CAPTION
     assert "8888888 with changes" in " ".join(lines)
 
 
 def test_toy_sizes_say_so_in_the_picture() -> None:
-    assert report.caption([Figure("step", "a", "ours", 1.0, None, {**ORIGIN, "note": "tiny sizes: times mean nothing"})]).startswith(
-        "NOTE: tiny sizes: times mean nothing\n"
-    )
+    assert report.caption(
+        [Figure("step", "a", "ours", 1.0, None, {**ORIGIN, "note": "tiny sizes: times mean nothing"})]
+    ).startswith("NOTE: tiny sizes: times mean nothing\n")
 
 
 def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
@@ -236,7 +311,10 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_the_memory_is_the_fastest_copy_or_read_of_any_file(tmp_path: Path) -> None:
-    slow, fast = ({"benchmarks": generated("eager bf16", 20.0, batch, copy=speed)} for batch, speed in ((1, 20.0), (8, 30.0)))
+    slow, fast = (
+        {"benchmarks": generated("eager bf16", 20.0, batch, copy=speed)}
+        for batch, speed in ((1, 20.0), (8, 30.0))
+    )
     write(tmp_path, {"slow.json": slow, "fast.json": fast})
     limits = [figure.limit for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
     assert limits == pytest.approx([300.0, 300.0])
@@ -248,16 +326,26 @@ def test_the_limit_of_the_memory_is_the_fastest_copy_or_read_of_any_file(tmp_pat
 
 def test_figures_of_a_gpu_are_those_of_the_files(tmp_path: Path) -> None:
     found = by_key(figures.gather(write(tmp_path, GPU))[0])
-    assert not [key for key in found if key[2] in ("flash-attn", "torch+compile") or "256" in key[1]], "what failed"
+    assert not [key for key in found if key[2] in ("flash-attn", "torch+compile") or "256" in key[1]], (
+        "what failed"
+    )
     decode = found["decode", "batch 64, 1024 keys", "triton captured"]
-    assert (decode.value, decode.limit) == (96_000.0, pytest.approx(64 * 3000.0))  # 1 GB at 3,000 GB/s for 64 tokens
+    # 1 GB at 3,000 GB/s for 64 tokens
+    assert (decode.value, decode.limit) == (96_000.0, pytest.approx(64 * 3000.0))
     prefill = found["prefill", "batch 32, prompt 512", "triton"]
     assert prefill.facts["columns"] == {"ms": "22.0", "TFLOP/s": "182"}
     steps = [figure for figure in found.values() if figure.kind == "step"]
-    assert [figure.variant for figure in steps] == ["triton+graph", "torch"] and all(figure.limit is None for figure in steps)
-    assert steps[0].facts["columns"] == {"ms": "41.0", "peak GB": "12.06", "MFU": "34.8%"} and "MFU" not in steps[1].facts["columns"]
+    assert [figure.variant for figure in steps] == ["triton+graph", "torch"] and all(
+        figure.limit is None for figure in steps
+    )
+    assert (
+        steps[0].facts["columns"] == {"ms": "41.0", "peak GB": "12.06", "MFU": "34.8%"}
+        and "MFU" not in steps[1].facts["columns"]
+    )
     swiglu = found["operation", "operations alone, 32 x 512 tokens, bf16: swiglu forward", "triton"]
-    assert swiglu.limit == pytest.approx(50e-6 * 2900 / 3000), "of the read in another file, not of the slower copy in its own"
+    assert swiglu.limit == pytest.approx(50e-6 * 2900 / 3000), (
+        "of the read in another file, not of the slower copy in its own"
+    )
     attention = found["operation", "operations alone, 32 x 512 tokens, bf16: attention forward", "triton"]
     assert attention.limit == pytest.approx(60e-6 * 900 / 3000)
     assert not [figure for figure in found.values() if figure.kind == "operation" and "2048" in figure.case]
@@ -268,33 +356,48 @@ def test_figures_of_a_gpu_are_those_of_the_files(tmp_path: Path) -> None:
 def test_a_long_bar_is_broken_and_has_its_number(tmp_path: Path) -> None:
     axes = report.draw_roofline(figures.gather(write(tmp_path, GPU))[0]).axes[0]
     words = [text.get_text() for text in axes.texts]
-    assert axes.get_title(loc="left") == "swiglu forward" and {"50.0", "900", "97%"} <= {*words} and words.count("//") == 1
+    assert (
+        axes.get_title(loc="left") == "swiglu forward"
+        and {"50.0", "900", "97%"} <= {*words}
+        and words.count("//") == 1
+    )
     assert max(bar.get_width() for bar in axes.patches) == pytest.approx(50 * report.CUT)
 
 
 def test_decode_on_a_gpu_has_its_limit_and_the_numbers_of_the_fastest(tmp_path: Path) -> None:
     panels = report.draw_decode(figures.gather(write(tmp_path, GPU))[0]).axes
     assert [axes.get_title(loc="left") for axes in panels] == ["64 keys", "1,024 keys", "batch of 1", ""]
-    assert [text.get_text() for text in panels[1].texts] == ["1,500", "96,000"] and len(panels[1].lines) == len(RATES) + 1
+    assert [text.get_text() for text in panels[1].texts] == ["1,500", "96,000"] and len(
+        panels[1].lines
+    ) == len(RATES) + 1
     assert panels[3].get_legend().get_texts()[-1].get_text() == "limit of the memory, 3,000 GB/s"
 
 
 def test_what_the_interpreter_or_a_failure_left_is_no_figure(tmp_path: Path) -> None:
     found = figures.gather(write(tmp_path, ALL))[0]
-    assert not [figure for figure in found if figure.variant in ("triton", "compile") and figure.facts.get("note")]
+    assert not [
+        figure for figure in found if figure.variant in ("triton", "compile") and figure.facts.get("note")
+    ]
     assert not [figure for figure in found if figure.kind == "rung" and figure.variant == "compile"]
 
 
 def test_of_two_files_with_the_same_figure_the_later_counts(tmp_path: Path) -> None:
     older, newer = copy.deepcopy(STEP), copy.deepcopy(STEP)
-    older["date"], older["step_peers"]["results"]["bf16"]["variants"]["ours"]["step_ms"] = "2025-01-01T00:00:00", 4096.0
+    older["date"], older["step_peers"]["results"]["bf16"]["variants"]["ours"]["step_ms"] = (
+        "2025-01-01T00:00:00",
+        4096.0,
+    )
     found = by_key(figures.gather(write(tmp_path, {"a.json": newer, "b.json": older}))[0])
     assert found["step", "bf16, 135M, 2 x 512", "ours"].value == 1000.0
 
 
-def test_a_file_that_is_not_known_or_damaged_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_known_or_damaged_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damaged = {"step_peers": {"batch": 2, "results": []}}
-    folder = write(tmp_path, {"step.json": STEP, "other.json": {"a": 1}, "damaged.json": damaged, "list.json": [1]})
+    folder = write(
+        tmp_path, {"step.json": STEP, "other.json": {"a": 1}, "damaged.json": damaged, "list.json": [1]}
+    )
     assert run_command(report.main, [str(folder)]) == 0
     errors = capsys.readouterr().err
     for name in ("other.json", "damaged.json", "list.json"):
@@ -310,7 +413,9 @@ def test_decode_is_drawn_only_against_what_was_varied(tmp_path: Path) -> None:
     assert report.draw_decode([figure for figure in one if figure.case == "batch 1, prompt 32"]) is None
 
 
-def test_markdown_has_a_row_per_variant_and_the_share_of_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markdown_has_a_row_per_variant_and_the_share_of_the_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command(report.main, [str(write(tmp_path, ALL)), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "| ours | 1,000 (50 %) |" in lines and "| transformers | 500.0 (25 %) |" in lines

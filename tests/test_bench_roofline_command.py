@@ -24,8 +24,8 @@ ROOF = (30e9, 400e9)  # bytes and operations per second
 
 def run(project_root, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "bench.roofline", *arguments],
-        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "bench.roofline", *arguments], cwd=project_root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
@@ -42,7 +42,9 @@ def test_the_roof_is_measured(measured):
     _, section = measured
     assert section["status"] == "complete" and section["note"] == INTERPRETER_NOTE
     assert all(section[f"{name}_gb_per_s"] > 0 for name in ("copy", "read", "in_place"))
-    assert set(section["matmul_tflops"]) == {"fp32", "fp16", "bf16"} and all(rate > 0 for rate in section["matmul_tflops"].values())
+    assert set(section["matmul_tflops"]) == {"fp32", "fp16", "bf16"} and all(
+        rate > 0 for rate in section["matmul_tflops"].values()
+    )
 
 
 def test_every_part_of_a_step_and_of_a_token_has_a_floor_and_a_time(measured):
@@ -54,9 +56,15 @@ def test_every_part_of_a_step_and_of_a_token_has_a_floor_and_a_time(measured):
     for unit, parts in wanted.items():
         found = section[unit]
         assert set(found["parts_ms"]) == parts
-        assert [line for line in found["not_measured"] if not line.startswith("whole, compiled: there is no compiled step")] == []
+        assert [
+            line
+            for line in found["not_measured"]
+            if not line.startswith("whole, compiled: there is no compiled step")
+        ] == []
         assert all(row["floor"] > 0 and row["torch"] > 0 for row in found["parts_ms"].values())
-        assert math.isclose(sum(row["floor"] for row in found["parts_ms"].values()), found["floor_ms"], rel_tol=1e-2)
+        assert math.isclose(
+            sum(row["floor"] for row in found["parts_ms"].values()), found["floor_ms"], rel_tol=1e-2
+        )
         assert found["whole_ms"]["torch"] > 0
 
 
@@ -81,19 +89,27 @@ def test_the_operations_of_a_step_are_the_step():
         parts = work.step(CONFIG, 32, 512, size)
         assert total(work.step_items(CONFIG, 32, 512, size)) == sum(parts.values(), work.Cost(work.Work()))
     floors = [item.floors(*ROOF) for item in work.step_items(CONFIG, 32, 512, 2).values()]
-    assert sum(sum(floor.values()) for floor in floors) == pytest.approx(work.step_floor(CONFIG, 32, 512, 2, *ROOF))
+    assert sum(sum(floor.values()) for floor in floors) == pytest.approx(
+        work.step_floor(CONFIG, 32, 512, 2, *ROOF)
+    )
 
 
 def test_weights_are_cast_only_to_sixteen_bits_and_the_tied_matrix_is_counted_with_the_loss():
     assert "weights" not in work.step_items(CONFIG, 2, 512, 4)
     cast = work.step_items(CONFIG, 2, 512, 2)["weights"].cost
-    assert cast.forward.bytes == cast.backward.bytes == 6 * (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.hidden_size)
+    assert (
+        cast.forward.bytes
+        == cast.backward.bytes
+        == 6 * (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.hidden_size)
+    )
 
 
 def test_a_token_reads_every_weight_once_and_the_cache_once():
     items = work.token_items(CONFIG, 1, 512, 2)
     norms = (2 * CONFIG.num_hidden_layers + 1) * CONFIG.hidden_size
-    matrices = total({name: item for name, item in items.items() if item.part in ("weights", "logits")}).forward
+    matrices = total(
+        {name: item for name, item in items.items() if item.part in ("weights", "logits")}
+    ).forward
     assert matrices.flops == 2 * (CONFIG.num_parameters() - norms)
     weights = 2 * (CONFIG.num_parameters() - norms)
     assert weights < matrices.bytes < 1.01 * weights
@@ -120,7 +136,10 @@ def test_the_list_has_phases_apart_and_what_the_parts_do_not_explain():
         "loss": work.Item("loss", 1, work.Cost(work.Work(0, 400_000_000), work.Work(0, 800_000_000))),
         "swiglu": work.Item("swiglu", 2, work.Cost(work.Work(30_000_000), work.Work(60_000_000))),
     }
-    measured = {"loss": {"torch": {"forward+backward": 0.010}}, "swiglu": {"torch": {"forward": 0.004, "backward": 0.014}, "triton": {}}}
+    measured = {
+        "loss": {"torch": {"forward+backward": 0.010}},
+        "swiglu": {"torch": {"forward": 0.004, "backward": 0.014}, "triton": {}},
+    }
     rows = work.losses(items, measured, "torch", 0.030, ROOF)
     assert [(row["operation"], row["phase"]) for row in rows] == [
         ("swiglu", "backward"), ("loss", "forward+backward"), ("swiglu", "forward"), ("between", ""),
@@ -130,9 +149,16 @@ def test_the_list_has_phases_apart_and_what_the_parts_do_not_explain():
 
 
 def test_a_backend_without_an_operation_has_no_figure_for_its_part():
-    items = {name: work.Item("norms", 1, work.Cost(work.Work(30_000_000))) for name in ("rms_norm", "add_rms_norm")}
-    measured = {"rms_norm": {"torch": {"forward": 0.002}, "triton": {"forward": 0.001}}, "add_rms_norm": {"torch": {"forward": 0.003}}}
-    assert work.by_part(items, measured, ROOF) == {"norms": {"floor": pytest.approx(2.0), "torch": pytest.approx(5.0)}}
+    items = {
+        name: work.Item("norms", 1, work.Cost(work.Work(30_000_000))) for name in ("rms_norm", "add_rms_norm")
+    }
+    measured = {
+        "rms_norm": {"torch": {"forward": 0.002}, "triton": {"forward": 0.001}},
+        "add_rms_norm": {"torch": {"forward": 0.003}},
+    }
+    assert work.by_part(items, measured, ROOF) == {
+        "norms": {"floor": pytest.approx(2.0), "torch": pytest.approx(5.0)}
+    }
 
 
 def test_a_cpu_is_measured_at_full_size_without_the_interpreter(monkeypatch):

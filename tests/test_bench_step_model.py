@@ -1,4 +1,6 @@
-"""`python -m bench.step_model`: every kernel of the measured step has its line, and a step of this code is predicted from it."""
+"""`python -m bench.step_model`: every kernel of the measured step has its line, and a step of this code is
+predicted from it.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,21 @@ def trace() -> list[tuple[str, float]]:
 
 @pytest.fixture(scope="module")
 def recorded(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Work]]:
-    """What the command prints, and the work of each line. In a process of its own: it replaces much of torch while it records."""
+    """What the command prints, and the work of each line. In a process of its own: it replaces much of torch
+    while it records.
+    """
     path = tmp_path_factory.mktemp("step") / "launches.json"
     done = subprocess.run(
-        [sys.executable, "-m", "bench.step_model", "--json", str(path)], cwd=project_root, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "bench.step_model", "--json", str(path)],
+        cwd=project_root,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout, {line: Work(*entry) for line, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+    return done.stdout, {
+        line: Work(*entry) for line, entry in json.loads(path.read_text(encoding="utf-8")).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +48,15 @@ def now(recorded: tuple[str, dict[str, Work]]) -> dict[str, Work]:
 
 def test_every_layer_has_every_product_once(trace: list[tuple[str, float]]) -> None:
     names = [name for name, _ in trace]
-    products = [line for name, line in zip(names, step_model.lines(names), strict=True) if any(p in name for p in step_model.PRODUCTS[:4])]
-    assert Counter(products) == {**dict.fromkeys(GROUPS["products of the body"], LAYERS), "head: products": 12}
+    products = [
+        line
+        for name, line in zip(names, step_model.lines(names), strict=True)
+        if any(p in name for p in step_model.PRODUCTS[:4])
+    ]
+    assert Counter(products) == {
+        **dict.fromkeys(GROUPS["products of the body"], LAYERS),
+        "head: products": 12,
+    }
 
 
 def test_the_lines_add_up_to_the_step(trace: list[tuple[str, float]]) -> None:
@@ -53,7 +70,11 @@ def test_the_lines_add_up_to_the_step(trace: list[tuple[str, float]]) -> None:
 def test_the_recorded_step_has_the_work_that_its_shapes_say(now: dict[str, Work]) -> None:
     tokens, hidden, ffn, heads = 32 * 512, 576, 1536, 15 * 64
     assert now.keys() <= {name for names in GROUPS.values() for name in names}
-    for line, rows, columns in (("qkv", heads, hidden), ("down dW", hidden, ffn), ("gate_up dX", 2 * ffn, hidden)):
+    for line, rows, columns in (
+        ("qkv", heads, hidden),
+        ("down dW", hidden, ffn),
+        ("gate_up dX", 2 * ffn, hidden),
+    ):
         assert (now[line].launches, now[line].flops) == (LAYERS, LAYERS * 2 * tokens * rows * columns), line
     assert now["head: products"].flops == 6 * tokens * 49152 * hidden
     assert now["attention forward"].flops == LAYERS * 2 * 32 * 9 * 512**2 * 64
@@ -63,12 +84,18 @@ def test_the_recorded_step_has_the_work_that_its_shapes_say(now: dict[str, Work]
 
 def test_a_line_is_scaled_by_its_work_and_a_new_one_has_the_rate_of_the_memory() -> None:
     then = {"gate_up": Work(1, 10.0, 100.0), "rope forward": Work(1, 10.0)}
-    now = {"gate_up": Work(2, 5.0, 200.0), "rope forward": Work(1, 5.0), "embedding": Work(1, step_model.MEMORY_RATE / 1e3)}
+    now = {
+        "gate_up": Work(2, 5.0, 200.0),
+        "rope forward": Work(1, 5.0),
+        "embedding": Work(1, step_model.MEMORY_RATE / 1e3),
+    }
     found = step_model.predicted(now, then, {"gate_up": 3.0, "rope forward": 2.0})
     assert found == pytest.approx({"gate_up": 6.0, "rope forward": 1.0, "embedding": 1.0})
 
 
-def test_the_table_is_the_one_of_the_results(recorded: tuple[str, dict[str, Work]], project_root: Path) -> None:
+def test_the_table_is_the_one_of_the_results(
+    recorded: tuple[str, dict[str, Work]], project_root: Path
+) -> None:
     table, host = recorded[0].split("\n\n")
     assert table in (project_root / "bench" / "results" / "h100" / "README.md").read_text(encoding="utf-8")
     assert host.startswith("host, without a graph")

@@ -17,8 +17,8 @@ IDS = torch.arange(16)[None]
 
 def run(project_root, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "bench.step_peers", *arguments],
-        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "bench.step_peers", *arguments], cwd=project_root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -28,7 +28,9 @@ def measured(tmp_path_factory, project_root):
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     path = tmp_path_factory.mktemp("peers") / "peers.json"
     eager = [
-        word for name in ("ours", "ours+doc_start", "ours+compile", "transformers", "transformers bf16") for word in ("--variant", name)
+        word
+        for name in ("ours", "ours+doc_start", "ours+compile", "transformers", "transformers bf16")
+        for word in ("--variant", name)
     ]
     done = run(project_root, "--tiny", "--json", str(path), *eager)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,7 +60,11 @@ def test_a_library_that_was_not_measured_has_a_line_and_a_reason(measured):
     stdout, content = measured
     found = content["step_peers"]["peers"]
     assert set(found) == {"transformers", "liger-kernel", "litgpt", "torch.compile"}
-    assert found["transformers"] == {"version": content["versions"]["transformers"], "used": True, "why": None}
+    assert found["transformers"] == {
+        "version": content["versions"]["transformers"],
+        "used": True,
+        "why": None,
+    }
     assert found["torch.compile"]["used"]
     for name in ("liger-kernel", "litgpt"):
         assert not found[name]["used"] and found[name]["why"]
@@ -89,14 +95,30 @@ def test_a_peer_in_bf16_keeps_the_precision_that_its_row_names():
 
 
 def test_the_ratio_against_a_compiled_peer_takes_the_better_of_ours():
-    times = {"ours": 100.0, "ours+compile": 80.0, "transformers": 130.0, "transformers+compile": 88.0, "transformers bf16": 90.0}
-    found = {name: {"step_ms": time} for name, time in times.items()} | {"transformers bf16+compile": {"failed": "no compiler"}}
-    assert step_peers.ratios(found) == {"transformers": 1.3, "transformers+compile": 1.1, "transformers bf16": 0.9}
+    times = {
+        "ours": 100.0,
+        "ours+compile": 80.0,
+        "transformers": 130.0,
+        "transformers+compile": 88.0,
+        "transformers bf16": 90.0,
+    }
+    found = {name: {"step_ms": time} for name, time in times.items()} | {
+        "transformers bf16+compile": {"failed": "no compiler"}
+    }
+    assert step_peers.ratios(found) == {
+        "transformers": 1.3,
+        "transformers+compile": 1.1,
+        "transformers bf16": 0.9,
+    }
     assert step_peers.ratios({"transformers": {"step_ms": 1.0}}) == {}
 
 
 def test_a_variant_that_computes_another_loss_is_far():
-    found = {"ours": {"losses": [3.0, 2.0]}, "other": {"losses": [3.0, 2.5]}, "ours+doc_start": {"losses": [9.0, 9.0]}}
+    found = {
+        "ours": {"losses": [3.0, 2.0]},
+        "other": {"losses": [3.0, 2.5]},
+        "ours+doc_start": {"losses": [9.0, 9.0]},
+    }
     assert step_peers.distances(found) == {"ours": 0.0, "other": 0.5}
 
 
@@ -119,7 +141,10 @@ def test_nothing_new_is_timed_when_no_time_is_left():
     assert found["right"]["rounds"] == 1
 
 
-@pytest.mark.parametrize("arguments, message", [(["--device", "cuda"], "bench.train_step"), (["--rounds", "0"], "at least 1, got 0")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--device", "cuda"], "bench.train_step"), (["--rounds", "0"], "at least 1, got 0")],
+)
 def test_what_cannot_be_measured_here_is_refused(arguments, message, project_root):
     done = run(project_root, *arguments)
     assert done.returncode == 2

@@ -1,4 +1,6 @@
-"""`python -m bench.train_run`: the training program, followed, stopped and read. Tiny, on a CPU, with backend torch where speed is all."""
+"""`python -m bench.train_run`: the training program, followed, stopped and read. Tiny, on a CPU, with backend
+torch where speed is all.
+"""
 
 import json
 import signal
@@ -19,7 +21,9 @@ ENDLESS = ("steps=1000000", "eval_every=0", "sample_every=0")
 
 @pytest.fixture
 def followed(monkeypatch):
-    """Makes the clock of a part run out by an event: when `ends(section)` holds for what it has saved. Returns the processes started."""
+    """Makes the clock of a part run out by an event: when `ends(section)` holds for what it has saved.
+    Returns the processes started.
+    """
     processes = []
     start = subprocess.Popen
 
@@ -47,7 +51,11 @@ def test_a_run_that_ends_by_itself(tmp_path, followed):
     assert [point["step"] for point in run["points"]] == [1, 2, 3, 4]
     assert [line["step"] for line in run["held_out"]] == [2, 4] and run["held_out"][0]["unigram_entropy"] > 0
     assert run["sample"]["step"] == 4 and run["sample"]["text"].startswith("The")
-    assert run["unique_examples"] == run["documents"] and run["memory_peak_gb"] > 0 and "backend=torch" in run["arguments"]
+    assert (
+        run["unique_examples"] == run["documents"]
+        and run["memory_peak_gb"] > 0
+        and "backend=torch" in run["arguments"]
+    )
 
 
 def test_when_the_time_is_up_the_run_saves_and_what_it_wrote_is_a_result(tmp_path, followed):
@@ -56,8 +64,14 @@ def test_when_the_time_is_up_the_run_saves_and_what_it_wrote_is_a_result(tmp_pat
     assert train_run.main([*TINY, *options, *ENDLESS, "backend=torch"]) == 0
     run = read_json(tmp_path / "training.json")["run"]
     last = run["points"][-1]["step"]
-    assert run["status"] == "complete" and run["exit_code"] == 128 + signal.SIGTERM and run["end"] == f"the time was up after step {last}"
-    assert [point["step"] for point in run["points"]] == list(range(1, last + 1)) and run["tokens_per_second"] > 0
+    assert (
+        run["status"] == "complete"
+        and run["exit_code"] == 128 + signal.SIGTERM
+        and run["end"] == f"the time was up after step {last}"
+    )
+    assert [point["step"] for point in run["points"]] == list(range(1, last + 1)) and run[
+        "tokens_per_second"
+    ] > 0
     assert (tmp_path / "run" / "checkpoints" / f"step-{last:06d}").is_dir()
 
 
@@ -80,7 +94,8 @@ def test_an_interrupted_part_has_saved_what_the_run_wrote_and_leaves_none_behind
     file = tmp_path / "training.json"
 
     def interrupt(_):
-        if read_json(file)["run"].get("points"):  # in the file already, so that even a kill would lose nothing
+        # in the file already, so that even a kill would lose nothing
+        if read_json(file)["run"].get("points"):
             raise KeyboardInterrupt
         return False
 
@@ -102,7 +117,15 @@ def test_a_run_that_fails_is_a_failure_with_its_own_words(tmp_path, followed, ca
 def test_what_is_read_of_a_run(tmp_path):
     assert train_run.collect(tmp_path) == {"points": [], "held_out": []}
     lines = [
-        {"step": 10, "loss": 9.0, "lr": 1e-4, "tokens": 100, "epochs": 0.1, "documents": 5, "unique_examples": 4},
+        {
+            "step": 10,
+            "loss": 9.0,
+            "lr": 1e-4,
+            "tokens": 100,
+            "epochs": 0.1,
+            "documents": 5,
+            "unique_examples": 4,
+        },
         {
             "step": 20,
             "loss": 8.0,
@@ -127,7 +150,9 @@ def test_what_is_read_of_a_run(tmp_path):
     ]
     written = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "metrics.jsonl").write_text(written + '\n{"step": 40, "lo', encoding="utf-8")
-    (tmp_path / "samples.txt").write_text("step 20 sample: a\n\nstep 30 sample: def f():\n\n    step = 1\n\n", encoding="utf-8")
+    (tmp_path / "samples.txt").write_text(
+        "step 20 sample: a\n\nstep 30 sample: def f():\n\n    step = 1\n\n", encoding="utf-8"
+    )
     found = train_run.collect(tmp_path)
     assert [point["step"] for point in found["points"]] == [10, 20, 30] and "lr" not in found["points"][0]
     assert found["held_out"] == [lines[2]]
@@ -146,6 +171,13 @@ def test_what_is_prepared_is_what_the_run_reads(tmp_path, carried):
     prepare(parse([*shared, "workers=0"])[0])
     stored = {path: path.stat().st_size for path in tmp_path.joinpath("tokens").rglob("shard-*")}
     assert sum(stored.values()) > 10_000
-    keys = [*train_run.TINY, "device=cpu", "workers=0", "backend=torch", "sample_every=0", f"output_dir={tmp_path / 'run'}"]
+    keys = [
+        *train_run.TINY,
+        "device=cpu",
+        "workers=0",
+        "backend=torch",
+        "sample_every=0",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     assert train(parse([*shared, *keys])[0]) == 0
     assert {path: path.stat().st_size for path in tmp_path.joinpath("tokens").rglob("shard-*")} == stored

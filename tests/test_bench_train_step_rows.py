@@ -1,4 +1,6 @@
-"""`python -m bench.train_step`: rows come as they are measured, in order of value, and no error takes one away that was there."""
+"""`python -m bench.train_step`: rows come as they are measured, in order of value, and no error takes one
+away that was there.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ IDS = torch.randint(CONFIG.vocab_size, (1, 8), generator=torch.Generator().manua
 
 @pytest.fixture
 def part(tmp_path: Path) -> Part:
-    return Part("step", argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "step.json", seconds=600.0))
+    return Part(
+        "step", argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "step.json", seconds=600.0)
+    )
 
 
 def rows(part: Part, variant: str) -> dict[str, dict[str, Any]]:
@@ -77,13 +81,18 @@ def test_both_attentions_of_transformers_compute_our_losses(part: Part) -> None:
     weights = train_step.build(CONFIG, "torch", IDS.device).state_dict()
     for name, attention in (("transformers", "sdpa"), ("transformers eager", "eager")):
         step = peer_models.peer_step(name, CONFIG, weights, IDS, False, "eager")
-        assert isinstance(step, train_step.TrainingStep) and step.model.config._attn_implementation == attention
+        assert (
+            isinstance(step, train_step.TrainingStep) and step.model.config._attn_implementation == attention
+        )
         assert all(torch.equal(value, weights[key]) for key, value in step.model.state_dict().items())
         assert type(step.optimizer) is torch.optim.AdamW and step.optimizer.defaults["fused"]
 
 
 def test_all_logits_are_the_same_loss() -> None:
-    ours, whole = (train_step.build(CONFIG, name, torch.device("cpu"))(IDS, IDS).loss for name in ("torch", "torch,all-logits"))
+    ours, whole = (
+        train_step.build(CONFIG, name, torch.device("cpu"))(IDS, IDS).loss
+        for name in ("torch", "torch,all-logits")
+    )
     assert whole.item() == pytest.approx(ours.item(), rel=1e-5)
 
 

@@ -1,4 +1,6 @@
-"""`python -m bench.tuning`: a launch is forced for its operation alone, and one that computes something else is named, not timed."""
+"""`python -m bench.tuning`: a launch is forced for its operation alone, and one that computes something else
+is named, not timed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_every_module_that_asks_the_table_is_told() -> None:
         for name in tuning.MODULES:
             module = import_module(f"kernels.{name}")
             assert module.launch_config("swiglu", torch.float32, CPU, 8) == launch
-            assert module.launch_config("rope", torch.float32, CPU, 8) == launch_config("rope", torch.float32, CPU, 8)
+            assert module.launch_config("rope", torch.float32, CPU, 8) == launch_config(
+                "rope", torch.float32, CPU, 8
+            )
     assert table == [launch_config("swiglu", torch.float32, CPU, 8)]
     assert import_module("kernels.swiglu").launch_config is launch_config
 
@@ -51,9 +55,16 @@ def test_the_candidates_of_the_fused_form_are_timed_in_it(monkeypatch: pytest.Mo
 
 def test_the_line_of_the_table_is_timed_once() -> None:
     shapes = Shapes(SmolLM2Config.preset("tiny"), 1, 4, torch.float32, CPU)
-    case = Case("double", Cost(Work(1, 1), Work(1, 1)), lambda seed: [torch.ones(4, requires_grad=True)], {"triton": Plus.apply})
+    case = Case(
+        "double",
+        Cost(Work(1, 1), Work(1, 1)),
+        lambda seed: [torch.ones(4, requires_grad=True)],
+        {"triton": Plus.apply},
+    )
     known = launch_config("swiglu", torch.float32, CPU, 8)
-    rows = tuning.measure(case, "swiglu", "forward", [known, Launch(4, 512, 4, 1), Launch(2, 512, 2)], shapes, tiny=True)
+    rows = tuning.measure(
+        case, "swiglu", "forward", [known, Launch(4, 512, 4, 1), Launch(2, 512, 2)], shapes, tiny=True
+    )
     assert [row["of_table"] for row in rows] == [True, False]
 
 
@@ -62,7 +73,11 @@ class Plus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x + import_module("kernels.swiglu").launch_config("swiglu", x.dtype, x.device, 8).num_stages - 1
+        return (
+            2 * x
+            + import_module("kernels.swiglu").launch_config("swiglu", x.dtype, x.device, 8).num_stages
+            - 1
+        )
 
     @staticmethod
     def backward(ctx: object, dy: torch.Tensor) -> torch.Tensor:
@@ -72,7 +87,12 @@ class Plus(torch.autograd.Function):
 @pytest.mark.parametrize("stages, wrong", [(1, False), (100, True)])
 def test_a_launch_with_another_result_is_not_timed(stages: int, wrong: bool) -> None:
     shapes = Shapes(SmolLM2Config.preset("tiny"), 1, 4, torch.float32, CPU)
-    case = Case("double", Cost(Work(1, 1), Work(1, 1)), lambda seed: [torch.ones(4, requires_grad=True)], {"triton": Plus.apply})
+    case = Case(
+        "double",
+        Cost(Work(1, 1), Work(1, 1)),
+        lambda seed: [torch.ones(4, requires_grad=True)],
+        {"triton": Plus.apply},
+    )
     first, second = tuning.measure(case, "swiglu", "forward", [Launch(2, 512, 4, stages)], shapes, tiny=True)
     assert first["of_table"] and "us" in first
     assert ("failed" in second) == wrong and ("us" in second) != wrong

@@ -27,10 +27,14 @@ def test_mfu_is_that_of_training_runs():
 
 
 def test_a_steps_operations_are_those_of_the_convention():
-    """The sum over the parts of a step against 6 operations per weight and token; attention backward is 5/4 of twice its forward."""
+    """The sum over the parts of a step against 6 operations per weight and token; attention backward is 5/4
+    of twice its forward.
+    """
     total = sum(work.step(CONFIG, 32, 512, 2).values(), work.Cost(work.Work()))
     attention = CONFIG.num_hidden_layers * work.attention(32, 512, 9, 3, 64, 2).forward.flops
-    assert total.forward.flops + total.backward.flops - attention // 2 == 16384 * work.flops_per_token(CONFIG, 512)
+    assert total.forward.flops + total.backward.flops - attention // 2 == 16384 * work.flops_per_token(
+        CONFIG, 512
+    )
 
 
 def test_bytes_of_the_memory_bound_operations():
@@ -44,8 +48,12 @@ def test_bytes_of_the_memory_bound_operations():
 def test_bytes_of_what_holds_weights():
     rows, hidden, width = 16384, 16384 * 576, 16384 * 1536
     matrix = 576 * 1536
-    forward = hidden + 2 * matrix + 2 * width, width, width + matrix + hidden  # gate and up, what comes of them, down
-    of_down, of_gate_up = (hidden + matrix + 4 * width, hidden + width + matrix), (2 * width + 2 * matrix + hidden,) * 2
+    # gate and up, what comes of them, down
+    forward = hidden + 2 * matrix + 2 * width, width, width + matrix + hidden
+    of_down, of_gate_up = (
+        (hidden + matrix + 4 * width, hidden + width + matrix),
+        (2 * width + 2 * matrix + hidden,) * 2,
+    )
     found = work.mlp(rows, 576, 1536, 2)
     assert (found.forward.bytes, found.backward.bytes) == (2 * sum(forward), 2 * sum((*of_down, *of_gate_up)))
     assert (found.forward.flops, found.backward.flops) == (6 * rows * matrix, 12 * rows * matrix)
@@ -56,7 +64,11 @@ def test_bytes_of_what_holds_weights():
     found = work.tied_embedding(rows, 5000, 49152, 576, 2)
     assert found.forward.bytes == 2 * hidden + 8 * rows + 5000 * 576 * 4
     assert found.backward.bytes == 2 * hidden + 8 * rows + 4 * 49152 * 576 + 5000 * 576 * 8
-    assert work.step(CONFIG, 32, 512, 2)["optimizer"].backward == work.adamw(CONFIG.num_parameters()) == work.Work(32 * 134_515_008)
+    assert (
+        work.step(CONFIG, 32, 512, 2)["optimizer"].backward
+        == work.adamw(CONFIG.num_parameters())
+        == work.Work(32 * 134_515_008)
+    )
 
 
 def test_bytes_of_a_decode_step_are_its_weights_and_its_cache():
@@ -64,9 +76,13 @@ def test_bytes_of_a_decode_step_are_its_weights_and_its_cache():
     assert weights.bytes == 2 * (576 * 960 + 576 * 576 + 3 * 576 * 1536 + 2 * 576) and weights.flops == 0
     one, two = (work.decode_layer(CONFIG, rows, 512, 2).forward for rows in (1, 2))
     # of each row: 512 keys and values of 3 heads of 64, x in and out, two tables of 32 in fp32
-    assert two.bytes - one.bytes == one.bytes - weights.bytes == 2 * 2 * 512 * 3 * 64 + 2 * 2 * 576 + 2 * 4 * 32
+    assert (
+        two.bytes - one.bytes == one.bytes - weights.bytes == 2 * 2 * 512 * 3 * 64 + 2 * 2 * 576 + 2 * 4 * 32
+    )
     assert one.flops == 2 * (576 * 960 + 576 * 576 + 3 * 576 * 1536) + 4 * 9 * 512 * 64
-    assert work.decode_head(2, 576, 49152, 2).forward == work.Work(2 * 576 * (49152 + 3) + 4 * 2 * 49152, 2 * 2 * 576 * 49152)
+    assert work.decode_head(2, 576, 49152, 2).forward == work.Work(
+        2 * 576 * (49152 + 3) + 4 * 2 * 49152, 2 * 2 * 576 * 49152
+    )
 
 
 def test_a_layer_is_no_more_than_its_operations_one_by_one():
@@ -81,7 +97,8 @@ def test_a_layer_is_no_more_than_its_operations_one_by_one():
 def test_rope_alone_moves_what_it_moves_in_a_packed_projection():
     alone, packed = work.rope(16384, 512, 9, 3, 64, 2), work.rope_qkv(16384, 512, 9, 3, 64, 2)
     assert alone.forward == packed.forward == alone.backward
-    assert packed.backward.bytes > alone.backward.bytes  # the gradient of the values is copied into the packed one
+    # the gradient of the values is copied into the packed one
+    assert packed.backward.bytes > alone.backward.bytes
 
 
 def test_a_floor_is_the_slower_of_moving_and_computing():
@@ -99,9 +116,16 @@ def test_an_unknown_device_has_no_peak():
 
 
 def test_training_text_leaves_out_what_is_held_out(tmp_path, monkeypatch):
-    """An installation like conda's, whose site-packages lie within the standard library, and which has two of the held-out packages."""
+    """An installation like conda's, whose site-packages lie within the standard library, and which has two of
+    the held-out packages.
+    """
     library, site = tmp_path / "lib", tmp_path / "lib" / "site-packages"
-    for name in ("json/decoder", "site-packages/torch/__init__", "site-packages/jinja2/loaders", "site-packages/patsy/nested/build"):
+    for name in (
+        "json/decoder",
+        "site-packages/torch/__init__",
+        "site-packages/jinja2/loaders",
+        "site-packages/patsy/nested/build",
+    ):
         (library / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
         (library / f"{name}.py").write_text(f"# {name}\n", encoding="utf-8")
     (site / "optax").mkdir()  # has no Python file
@@ -131,7 +155,12 @@ def test_a_tokenizers_path_holds_in_every_folder(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
     monkeypatch.chdir(tmp_path)
     folder = str((tmp_path / "tok").resolve())
-    assert text.tokenizer_source("tok") == text.tokenizer_source("tok/tokenizer.json") == text.tokenizer_source(folder) == folder
+    assert (
+        text.tokenizer_source("tok")
+        == text.tokenizer_source("tok/tokenizer.json")
+        == text.tokenizer_source(folder)
+        == folder
+    )
     assert text.tokenizer_source("train") == "train"  # learn one, whatever the folder is called
     assert text.tokenizer_source("HuggingFaceTB/cosmo2-tokenizer") == "HuggingFaceTB/cosmo2-tokenizer"
 
@@ -148,7 +177,12 @@ def test_the_preparation_means_the_tokens_of_the_run(tmp_path, tiny):
 
 
 def write(folder: Path, name: str, **sections) -> None:
-    head = {"device": "NVIDIA H100", "versions": {"torch": "2.11.0", "triton": "3.6.0"}, "commit": "0123456789abcdef", "date": "2026-01-01"}
+    head = {
+        "device": "NVIDIA H100",
+        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+        "commit": "0123456789abcdef",
+        "date": "2026-01-01",
+    }
     (folder / name).write_text(json.dumps({**head, **sections}), encoding="utf-8")
 
 
@@ -157,7 +191,12 @@ def row(variant: str, us: float, phase: str = "forward") -> dict[str, object]:
 
 
 def test_summary_compares_with_the_fastest_other_and_names_what_is_missing(tmp_path):
-    rows = [row("triton", 50.0), row("reference", 200.0), row("compile", 60.0), {"op": "swiglu", "variant": "liger", "failed": "absent"}]
+    rows = [
+        row("triton", 50.0),
+        row("reference", 200.0),
+        row("compile", 60.0),
+        {"op": "swiglu", "variant": "liger", "failed": "absent"},
+    ]
     write(tmp_path, "kernels.json", kernels={"status": "stopped after 9 s", "rows": rows})
     lines = summary.summarise(tmp_path).splitlines()
     assert lines[0] == "NVIDIA H100; torch 2.11.0, triton 3.6.0; commit 0123456789ab; 2026-01-01"
@@ -168,12 +207,27 @@ def test_summary_compares_with_the_fastest_other_and_names_what_is_missing(tmp_p
 
 
 def test_summary_names_failures_and_stays_short(tmp_path):
-    outcome = {"counts": {"passed": 3, "failed": 60}, "failures": [f"tests/test_x.py::test_{i}" for i in range(60)], "end": "complete"}
+    outcome = {
+        "counts": {"passed": 3, "failed": 60},
+        "failures": [f"tests/test_x.py::test_{i}" for i in range(60)],
+        "end": "complete",
+    }
     crashed = {"counts": {}, "failures": [], "end": "exit code -11: Segmentation fault"}
-    numerics = [{"op": "swiglu", "dtype": "bfloat16", "worst": 0.7}, {"op": "attention", "dtype": "float32", "worst": 1.2}]
-    tests = {"status": "complete", "files": {"test_x.py": outcome, "test_y.py": crashed}, "numerics": numerics}
+    numerics = [
+        {"op": "swiglu", "dtype": "bfloat16", "worst": 0.7},
+        {"op": "attention", "dtype": "float32", "worst": 1.2},
+    ]
+    tests = {
+        "status": "complete",
+        "files": {"test_x.py": outcome, "test_y.py": crashed},
+        "numerics": numerics,
+    }
     write(tmp_path, "tests.json", tests=tests)
-    write(tmp_path, "kernels.json", kernels={"status": "complete", "rows": [{**row("triton", 1.0), "op": f"op {i}"} for i in range(60)]})
+    write(
+        tmp_path,
+        "kernels.json",
+        kernels={"status": "complete", "rows": [{**row("triton", 1.0), "op": f"op {i}"} for i in range(60)]},
+    )
     found = summary.summarise(tmp_path)
     assert len(found.splitlines()) == summary.LINES and "more lines" in found.splitlines()[-1]
     assert "tests: 3 passed, 60 failed in 2 files" in found
@@ -184,20 +238,37 @@ def test_summary_names_failures_and_stays_short(tmp_path):
 
 def test_summary_of_a_training_run(tmp_path):
     points = [{"step": step, "loss": 11.0 - step / 100} for step in range(10, 510, 10)]
-    held = [{"step": step, "held_out_loss": loss, "unigram_entropy": 6.36} for step, loss in ((100, 7.5), (500, 6.25))]
-    found = {"status": "complete", "points": points, "held_out": held, "epochs": 0.07, "tokens_per_second": 371000.4, "mfu": 0.331}
+    held = [
+        {"step": step, "held_out_loss": loss, "unigram_entropy": 6.36}
+        for step, loss in ((100, 7.5), (500, 6.25))
+    ]
+    found = {
+        "status": "complete",
+        "points": points,
+        "held_out": held,
+        "epochs": 0.07,
+        "tokens_per_second": 371000.4,
+        "mfu": 0.331,
+    }
     write(tmp_path, "training.json", run=found)
-    line = (
-        "training run: 500 steps, loss 10.90 -> 6.45, held-out 7.50 -> 6.25, unigram entropy 6.36, 0.07 epochs, 371,000 tok/s, MFU 33.1 %"
-    )
+    line = "training run: 500 steps, loss 10.90 -> 6.45, held-out 7.50 -> 6.25, unigram entropy 6.36, 0.07 epochs, 371,000 tok/s, MFU 33.1 %"
     assert line in summary.summarise(tmp_path).splitlines()
     write(
         tmp_path,
         "training.json",
-        run={"status": "stopped after 9 s", "points": [{"step": 1, "loss": "nan"}], "held_out": [], "epochs": 0.0},
+        run={
+            "status": "stopped after 9 s",
+            "points": [{"step": 1, "loss": "nan"}],
+            "held_out": [],
+            "epochs": 0.0,
+        },
     )
     assert "training run: 1 steps, loss nan -> nan, 0.00 epochs" in summary.summarise(tmp_path)
-    write(tmp_path, "training.json", run={"status": "complete", "points": [], "end": "the time was up before the first step"})
+    write(
+        tmp_path,
+        "training.json",
+        run={"status": "complete", "points": [], "end": "the time was up before the first step"},
+    )
     assert "training run: no points: the time was up before the first step" in summary.summarise(tmp_path)
     write(tmp_path, "training.json", run={"status": "complete", "skipped": "omegaconf is not installed"})
     assert "training run: skipped, omegaconf is not installed" in summary.summarise(tmp_path).splitlines()

@@ -1,4 +1,5 @@
-"""A Triton cache filled without a GPU: what is in it is found, what has changed since is not, and looking leaves no trace.
+"""A Triton cache filled without a GPU: what is in it is found, what has changed since is not, and looking
+leaves no trace.
 
 Each test runs in processes where Triton is not interpreted.
 """
@@ -19,7 +20,8 @@ pytest.importorskip("triton")
 from kernels.certify.targets import target_for  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("gcc", "clang")), reason="Triton's own C library has to be compiled, and there is no C compiler"
+    not any(shutil.which(name) for name in ("gcc", "clang")),
+    reason="Triton's own C library has to be compiled, and there is no C compiler",
 )
 # In a module, because the processes that compile import it.
 STEPS = """
@@ -49,9 +51,15 @@ if __name__ == "__main__":
 
 def run(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Python with that folder's kernels and without Triton's interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | variables
     return subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=environment | {"PYTHONPATH": str(root)}, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=root,
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -77,11 +85,18 @@ def test_what_is_filled_is_found_until_the_source_changes(copy: Path, tmp_path: 
     before, filled, again, after = counts(copy, "sm_90", str(cache), "verify", "fill", "fill", "verify")
     assert before == {"missing": 3}  # two kernels, and the C library
     assert filled == {"compiled": 3} and again == after == {"there already": 3}
-    assert counts(copy, "sm_80", str(cache), "verify") == [{"there already": 1, "missing": 2}], "another architecture"
+    assert counts(copy, "sm_80", str(cache), "verify") == [{"there already": 1, "missing": 2}], (
+        "another architecture"
+    )
 
     path = copy / "kernels" / "swiglu.py"
-    path.write_text(path.read_text(encoding="utf-8").replace("@triton.jit", "# one line more\n@triton.jit", 1), encoding="utf-8")
-    assert counts(copy, "sm_90", str(cache), "verify") == [{"there already": 2, "missing": 1}], "a kernel's line is part of its key"
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("@triton.jit", "# one line more\n@triton.jit", 1),
+        encoding="utf-8",
+    )
+    assert counts(copy, "sm_90", str(cache), "verify") == [{"there already": 2, "missing": 1}], (
+        "a kernel's line is part of its key"
+    )
 
 
 @needs_compiler
@@ -98,10 +113,14 @@ def test_what_is_damaged_is_not_believed_and_made_again(copy: Path, tmp_path: Pa
 
 @needs_compiler
 def test_a_machine_without_the_command_file_finds_the_libraries_too(copy: Path, tmp_path: Path) -> None:
-    """Python asks that command of what kind its own executable is, and Triton's names of libraries depend on the answer."""
+    """Python asks that command of what kind its own executable is, and Triton's names of libraries depend on
+    the answer.
+    """
     cache = tmp_path / "cache"
     counts(copy, "sm_90", str(cache), "fill")
-    (copy / "steps.py").write_text("import platform\nplatform.architecture = lambda *_, **__: ('64bit', '')\n" + STEPS, encoding="utf-8")
+    (copy / "steps.py").write_text(
+        "import platform\nplatform.architecture = lambda *_, **__: ('64bit', '')\n" + STEPS, encoding="utf-8"
+    )
     done = run(copy, "steps.py", "sm_90", str(cache), "verify")
     assert done.stdout == '{"there already": 3}\n', done.stderr
 
@@ -146,7 +165,10 @@ def test_a_cache_elsewhere_says_where_it_was_filled(copy: Path, tmp_path: Path) 
 
 
 def test_amd_kernels_are_filled_without_their_launchers(copy: Path, tmp_path: Path) -> None:
-    assert counts(copy, "gfx942", str(tmp_path / "cache"), "fill", "verify") == [{"compiled": 2}, {"there already": 2}]
+    assert counts(copy, "gfx942", str(tmp_path / "cache"), "fill", "verify") == [
+        {"compiled": 2},
+        {"there already": 2},
+    ]
 
 
 def test_looking_leaves_no_trace(project_root: Path, tmp_path: Path) -> None:
@@ -181,15 +203,23 @@ def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(projec
         (["--verify", "{}"], "expected a folder, got "),
     ],
 )
-def test_wrong_arguments_are_refused(project_root: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = run(project_root, "-m", "kernels.certify", *(argument.format(tmp_path / "cache") for argument in arguments))
+def test_wrong_arguments_are_refused(
+    project_root: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = run(
+        project_root,
+        "-m",
+        "kernels.certify",
+        *(argument.format(tmp_path / "cache") for argument in arguments),
+    )
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "arch", "lines"), [("sm_90", 90, "sm_90"), ("sm_86", 86, "sm_80"), ("sm_89", 89, "sm_80"), ("sm_103", 103, "sm_100")]
+    ("name", "arch", "lines"),
+    [("sm_90", 90, "sm_90"), ("sm_86", 86, "sm_80"), ("sm_89", 89, "sm_80"), ("sm_103", 103, "sm_100")],
 )
 def test_other_capabilities_have_the_launches_of_an_older_one(name: str, arch: int, lines: str) -> None:
     target: Any = target_for(name)

@@ -1,4 +1,6 @@
-"""A decode loop gives the tokens of the eager loop: every way to choose, every chunk, ends anywhere, one loop for many prompts."""
+"""A decode loop gives the tokens of the eager loop: every way to choose, every chunk, ends anywhere, one loop
+for many prompts.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,18 @@ def model() -> SmolLM2ForCausalLM:
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 @pytest.mark.parametrize(
     "params",
-    [GREEDY, SAMPLED, EVERYTHING, SamplingParams(repetition_penalty=1.5), SamplingParams(suppress_tokens=tuple(range(0, 512, 2)))],
+    [
+        GREEDY,
+        SAMPLED,
+        EVERYTHING,
+        SamplingParams(repetition_penalty=1.5),
+        SamplingParams(suppress_tokens=tuple(range(0, 512, 2))),
+    ],
     ids=["greedy", "sampled", "everything", "penalty", "suppressed"],
 )
-def test_tokens_are_those_of_the_eager_loop(model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int) -> None:
+def test_tokens_are_those_of_the_eager_loop(
+    model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int
+) -> None:
     ids, mask = prompts(LENGTHS)
     expected = eager(model, ids, mask, SEEDS, params=params, max_new_tokens=23)  # no multiple of a chunk
     found = looped(DecodeLoops(Engine(model), chunk), ids, mask, SEEDS, params=params, max_new_tokens=23)
@@ -39,20 +49,28 @@ def test_tokens_are_those_of_the_eager_loop(model: SmolLM2ForCausalLM, params: S
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
-def test_rows_end_where_the_eager_loop_ends_them(model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int) -> None:
-    """Several end tokens, so that rows end at different steps, in the middle of chunks; the pad is no token of the text."""
+def test_rows_end_where_the_eager_loop_ends_them(
+    model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int
+) -> None:
+    """Several end tokens, so that rows end at different steps, in the middle of chunks; the pad is no token
+    of the text.
+    """
     ids, mask = prompts(LENGTHS)
     free = eager(model, ids, mask, SEEDS, params=params, max_new_tokens=40)
     ends = [free[2][0], free[6][1], free[13][2], free[21][3]]
     options = dict(params=params, max_new_tokens=40, eos_token_ids=ends, pad_token_id=511)
     expected = eager(model, ids, mask, SEEDS, **options)
-    assert 2 < len(expected) < 40 and sum(511 in step for step in expected) > 1, "the case must have rows that end apart"
+    assert 2 < len(expected) < 40 and sum(511 in step for step in expected) > 1, (
+        "the case must have rows that end apart"
+    )
     assert looped(DecodeLoops(Engine(model), chunk), ids, mask, SEEDS, **options) == expected
 
 
 @pytest.fixture
 def as_if_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's part of a captured loop without a GPU: what is replayed is the step itself, and a chunk is read when the next has run."""
+    """The host's part of a captured loop without a GPU: what is replayed is the step itself, and a chunk is
+    read when the next has run.
+    """
     plain = DecodeLoop.__init__
 
     def initialise(self: DecodeLoop, *args: Any) -> None:
@@ -65,7 +83,9 @@ def as_if_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(DecodeLoop, "__init__", initialise)
     monkeypatch.setattr(DecodeLoop, "_capture", capture)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None))
+    monkeypatch.setattr(
+        torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
 
 
@@ -102,18 +122,36 @@ def test_the_pad_may_be_the_end_token_and_the_first_token_may_end_a_row(model: S
 def test_any_number_of_new_tokens(model: SmolLM2ForCausalLM, new_tokens: int) -> None:
     ids, mask = prompts((5, 8))
     options = dict(params=SAMPLED, max_new_tokens=new_tokens)
-    assert looped(DecodeLoops(Engine(model), 4), ids, mask, [0, 1], **options) == eager(model, ids, mask, [0, 1], **options)
+    assert looped(DecodeLoops(Engine(model), 4), ids, mask, [0, 1], **options) == eager(
+        model, ids, mask, [0, 1], **options
+    )
 
 
 def test_an_empty_batch_yields_nothing(model: SmolLM2ForCausalLM) -> None:
     none = torch.empty(0, 3, dtype=torch.int64)
-    assert list(captured_steps(DecodeLoops(Engine(model)), none, none[:, 0], params=GREEDY, seeds=[], max_new_tokens=4)) == []
+    assert (
+        list(
+            captured_steps(
+                DecodeLoops(Engine(model)), none, none[:, 0], params=GREEDY, seeds=[], max_new_tokens=4
+            )
+        )
+        == []
+    )
 
 
 def test_seeds_may_be_a_tensor(model: SmolLM2ForCausalLM) -> None:
     ids, mask = prompts((5, 8))
-    steps = captured_steps(DecodeLoops(Engine(model)), ids, mask.sum(1), params=SAMPLED, seeds=torch.tensor([4, -5]), max_new_tokens=12)
-    assert [tokens.tolist() for tokens in steps] == eager(model, ids, mask, [4, -5], params=SAMPLED, max_new_tokens=12)
+    steps = captured_steps(
+        DecodeLoops(Engine(model)),
+        ids,
+        mask.sum(1),
+        params=SAMPLED,
+        seeds=torch.tensor([4, -5]),
+        max_new_tokens=12,
+    )
+    assert [tokens.tolist() for tokens in steps] == eager(
+        model, ids, mask, [4, -5], params=SAMPLED, max_new_tokens=12
+    )
 
 
 def test_a_row_alone_is_the_row_in_the_batch(model: SmolLM2ForCausalLM) -> None:
@@ -121,7 +159,14 @@ def test_a_row_alone_is_the_row_in_the_batch(model: SmolLM2ForCausalLM) -> None:
     loops = DecodeLoops(Engine(model), 4)
     batch = looped(loops, ids, mask, SEEDS, params=EVERYTHING, max_new_tokens=20)
     for row, length in enumerate(LENGTHS):
-        alone = looped(loops, ids[row : row + 1, :length], mask[row : row + 1, :length], [SEEDS[row]], params=EVERYTHING, max_new_tokens=20)
+        alone = looped(
+            loops,
+            ids[row : row + 1, :length],
+            mask[row : row + 1, :length],
+            [SEEDS[row]],
+            params=EVERYTHING,
+            max_new_tokens=20,
+        )
         assert [step[0] for step in alone] == [step[row] for step in batch]
 
 
@@ -160,7 +205,11 @@ def test_two_generations_may_take_turns(model: SmolLM2ForCausalLM) -> None:
     loops = DecodeLoops(Engine(model), 4)
     cases = [prompts((5, 8), seed=seed) for seed in (1, 2)]
     turns = zip(
-        *(captured_steps(loops, ids, mask.sum(1), params=SAMPLED, seeds=[0, 1], max_new_tokens=20) for ids, mask in cases), strict=True
+        *(
+            captured_steps(loops, ids, mask.sum(1), params=SAMPLED, seeds=[0, 1], max_new_tokens=20)
+            for ids, mask in cases
+        ),
+        strict=True,
     )
     found = [[tokens.tolist() for tokens in pair] for pair in turns]
     expected = [eager(model, ids, mask, [0, 1], params=SAMPLED, max_new_tokens=20) for ids, mask in cases]

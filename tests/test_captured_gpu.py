@@ -13,7 +13,10 @@ from smollm2.engine.captured import Choice, DecodeLoop, DecodeLoops
 from smollm2.engine.select import Engine
 from smollm2.sampling import SamplingParams
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"),
+]
 
 
 @pytest.fixture(scope="module", params=["torch", "triton"])
@@ -38,9 +41,13 @@ def test_captured_tokens_are_the_uncaptured_ones(model: SmolLM2ForCausalLM, para
         free = eager(model, ids, mask, [0, 1, 2, 3], params=params, max_new_tokens=40)
         ends = [free[2][0], free[6][1], free[13][2], free[37][3]]
         options = dict(params=params, max_new_tokens=40, eos_token_ids=ends, pad_token_id=511)
-        assert looped(loops, ids, mask, [0, 1, 2, 3], **options) == eager(model, ids, mask, [0, 1, 2, 3], **options)
+        assert looped(loops, ids, mask, [0, 1, 2, 3], **options) == eager(
+            model, ids, mask, [0, 1, 2, 3], **options
+        )
     (loop,) = loops.idle
-    assert len(loop._steps) == 2 and all(step.graph is not None for step in loop._steps.values()), "the end tokens differ"
+    assert len(loop._steps) == 2 and all(step.graph is not None for step in loop._steps.values()), (
+        "the end tokens differ"
+    )
 
 
 def test_a_replay_computes_the_step(model: SmolLM2ForCausalLM) -> None:
@@ -78,7 +85,9 @@ def test_a_token_is_one_launch(model: SmolLM2ForCausalLM) -> None:
         torch.cuda.synchronize()
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["cudaGraphLaunch"] == 16
-    assert calls.get("cudaLaunchKernel", 0) + calls.get("cuLaunchKernelEx", 0) <= 1, "only the output's position is set outside"
+    assert calls.get("cudaLaunchKernel", 0) + calls.get("cuLaunchKernelEx", 0) <= 1, (
+        "only the output's position is set outside"
+    )
 
 
 def test_the_capture_states_its_cost(model: SmolLM2ForCausalLM) -> None:

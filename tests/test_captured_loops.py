@@ -1,4 +1,6 @@
-"""Decode loops as objects: which are kept and found again, what they say, and that a step could be captured, shown without a GPU."""
+"""Decode loops as objects: which are kept and found again, what they say, and that a step could be captured,
+shown without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.engine.captured import KEPT_GRAPHS, KEPT_LOOPS, Choice, DecodeLoop, DecodeLoops, capacity_for, captured_steps
+from smollm2.engine.captured import (
+    KEPT_GRAPHS,
+    KEPT_LOOPS,
+    Choice,
+    DecodeLoop,
+    DecodeLoops,
+    capacity_for,
+    captured_steps,
+)
 from smollm2.engine.select import Engine
 from smollm2.errors import UsageError
 from smollm2.sampling import SamplingParams
@@ -22,7 +32,9 @@ def model() -> SmolLM2ForCausalLM:
     return tiny_model()
 
 
-@pytest.mark.parametrize("tokens, capacity", [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (4097, 8192), (8192, 8192)])
+@pytest.mark.parametrize(
+    "tokens, capacity", [(1, 64), (64, 64), (65, 128), (128, 128), (129, 256), (4097, 8192), (8192, 8192)]
+)
 def test_capacities_are_powers_of_two(tokens: int, capacity: int) -> None:
     assert capacity_for(tokens, 8192) == capacity
 
@@ -30,7 +42,12 @@ def test_capacities_are_powers_of_two(tokens: int, capacity: int) -> None:
 def test_the_last_capacity_is_the_models_own() -> None:
     assert capacity_for(1, 48) == 48
     assert capacity_for(600, 1000) == 1000
-    with pytest.raises(UsageError, match=re.escape("prompt and new tokens: expected at most 1000 together, got 1001; shorten the prompt")):
+    with pytest.raises(
+        UsageError,
+        match=re.escape(
+            "prompt and new tokens: expected at most 1000 together, got 1001; shorten the prompt"
+        ),
+    ):
         capacity_for(1001, 1000)
 
 
@@ -40,7 +57,8 @@ def test_a_prompt_beyond_the_table_is_refused_before_any_work(model: SmolLM2ForC
     with pytest.raises(UsageError, match="at most 512 together, got 513"):
         next(captured_steps(loops, ids, mask.sum(1), params=GREEDY, seeds=[0, 1], max_new_tokens=13))
     assert loops.idle == []
-    assert len(looped(loops, ids, mask, [0, 1], params=GREEDY, max_new_tokens=12)) == 12  # filled to the last position
+    # filled to the last position
+    assert len(looped(loops, ids, mask, [0, 1], params=GREEDY, max_new_tokens=12)) == 12
 
 
 def test_loops_are_found_again_by_batch_and_capacity(model: SmolLM2ForCausalLM) -> None:
@@ -92,7 +110,9 @@ def test_weights_that_moved_are_noticed() -> None:
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    assert looped(loops, ids, mask, [0], params=GREEDY, max_new_tokens=9) == eager(model, ids, mask, [0], params=GREEDY, max_new_tokens=9)
+    assert looped(loops, ids, mask, [0], params=GREEDY, max_new_tokens=9) == eager(
+        model, ids, mask, [0], params=GREEDY, max_new_tokens=9
+    )
     assert next(iter(loop._steps.values())) is not before
 
 
@@ -136,7 +156,11 @@ class _HostTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.count += 1
-        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        tensors = [
+            leaf
+            for leaf in torch.utils._pytree.tree_leaves((args, kwargs, result))
+            if isinstance(leaf, torch.Tensor)
+        ]
         if any(tensor.device.type == "cpu" for tensor in tensors):
             self.found.append(str(func))
         return result
@@ -144,12 +168,18 @@ class _HostTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, EVERYTHING], ids=["greedy", "sampled", "everything"])
 @pytest.mark.parametrize("ends", [(), (2,), tuple(range(20))], ids=["no-end", "one-end", "many-ends"])
-def test_a_step_needs_nothing_from_the_host_and_no_values(params: SamplingParams, ends: tuple[int, ...]) -> None:
-    """On the meta device there are no values: `.item()` and shapes that depend on data raise. Whatever else came from the host is noted."""
+def test_a_step_needs_nothing_from_the_host_and_no_values(
+    params: SamplingParams, ends: tuple[int, ...]
+) -> None:
+    """On the meta device there are no values: `.item()` and shapes that depend on data raise. Whatever else
+    came from the host is noted.
+    """
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch").to("meta")
     loop = DecodeLoop(Engine(model), 3, 64, chunk=4)
     lengths = torch.tensor([4, 2, 5], device="meta")
-    loop.start(torch.zeros(3, 5, dtype=torch.int64, device="meta"), lengths, [1, 2, 3], Choice(params, ends, 2))
+    loop.start(
+        torch.zeros(3, 5, dtype=torch.int64, device="meta"), lengths, [1, 2, 3], Choice(params, ends, 2)
+    )
     loop.run(1)  # the first step makes the rotary tables
     with _HostTensors() as step:
         loop.run(4)
@@ -157,7 +187,9 @@ def test_a_step_needs_nothing_from_the_host_and_no_values(params: SamplingParams
     assert step.found == []
 
 
-@pytest.mark.parametrize("act", [lambda x: x + torch.tensor(1), lambda x: x.index_fill(0, torch.tensor([1]).to("meta"), 0)])
+@pytest.mark.parametrize(
+    "act", [lambda x: x + torch.tensor(1), lambda x: x.index_fill(0, torch.tensor([1]).to("meta"), 0)]
+)
 def test_the_proof_sees_what_comes_from_the_host(act: Any) -> None:
     values = torch.zeros(3, dtype=torch.int64, device="meta")
     with _HostTensors() as step:

@@ -39,14 +39,22 @@ def test_a_token_of_the_135m_model() -> None:
         (8, 8192, 10_000, "not even one token fits: free some memory"),
     ],
 )
-def test_what_fits_is_named_and_fits(monkeypatch: pytest.MonkeyPatch, batch: int, capacity: int, free: int, fits: str) -> None:
+def test_what_fits_is_named_and_fits(
+    monkeypatch: pytest.MonkeyPatch, batch: int, capacity: int, free: int, fits: str
+) -> None:
     config = SmolLM2Config.preset("135M")
     monkeypatch.setattr(cache, "free_memory", lambda device: free)
     with pytest.raises(UsageError) as refused:
         KVCache.allocate(config, batch, capacity, CPU, torch.bfloat16)
     message = str(refused.value)
-    assert message.startswith(f"cache: {batch} x {capacity} tokens in bfloat16 need {batch * capacity * 23_040 / 1e6:,.0f} MB, and ")
-    assert message.endswith(f"(90 % of what is free); what fits: {fits}" if "even" not in fits else f"(90 % of what is free); {fits}")
+    assert message.startswith(
+        f"cache: {batch} x {capacity} tokens in bfloat16 need {batch * capacity * 23_040 / 1e6:,.0f} MB, and "
+    )
+    assert message.endswith(
+        f"(90 % of what is free); what fits: {fits}"
+        if "even" not in fits
+        else f"(90 % of what is free); {fits}"
+    )
     for rows in re.findall(r"a batch of (\d+)", message):
         require_memory(config, int(rows), capacity, CPU, torch.bfloat16)
         with pytest.raises(UsageError):
@@ -66,7 +74,9 @@ def test_generation_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_idle_loops_make_room_for_one_that_does_not_fit_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
     loops = DecodeLoops(Engine(tiny_model()))
     total = 3 * cache_bytes(loops.engine.model.config, 1, 64, torch.float32)
-    monkeypatch.setattr(cache, "free_memory", lambda device: total - sum(2 * loop.cache.keys.nbytes for loop in loops.idle))
+    monkeypatch.setattr(
+        cache, "free_memory", lambda device: total - sum(2 * loop.cache.keys.nbytes for loop in loops.idle)
+    )
     for rows in (1, 2):
         ids, mask = prompts((4,) * rows)
         looped(loops, ids, mask, list(range(rows)), params=GREEDY, max_new_tokens=60)
@@ -76,10 +86,14 @@ def test_idle_loops_make_room_for_one_that_does_not_fit_beside_them(monkeypatch:
         looped(loops, ids, mask, [0, 1, 2], params=GREEDY, max_new_tokens=60)
 
 
-def test_what_is_said_to_fit_is_generated_though_its_power_of_two_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_to_fit_is_generated_though_its_power_of_two_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     loops = DecodeLoops(Engine(tiny_model()))
     free = 150 * cache_bytes(loops.engine.model.config, 1, 1, torch.float32)
-    monkeypatch.setattr(cache, "free_memory", lambda device: free - sum(2 * loop.cache.keys.nbytes for loop in loops.idle))
+    monkeypatch.setattr(
+        cache, "free_memory", lambda device: free - sum(2 * loop.cache.keys.nbytes for loop in loops.idle)
+    )
     ids, mask = prompts((4,))
     with pytest.raises(UsageError, match="cache: 1 x 136 tokens in float32 .* what fits: 135 tokens"):
         looped(loops, ids, mask, [0], params=GREEDY, max_new_tokens=132)
@@ -105,7 +119,9 @@ def test_free_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_on_cuda_what_torch_holds_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     known = SimpleNamespace(
-        memory_reserved=lambda device: 700, memory_allocated=lambda device: 200, mem_get_info=lambda device: (1_000, 80_000)
+        memory_reserved=lambda device: 700,
+        memory_allocated=lambda device: 200,
+        mem_get_info=lambda device: (1_000, 80_000),
     )
     monkeypatch.setattr(cache, "torch", SimpleNamespace(cuda=known))
     assert free_memory(torch.device("cuda")) == 1_500

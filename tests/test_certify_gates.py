@@ -1,4 +1,6 @@
-"""The certificate's gates, on planted rows: a kernel that spills, does not fit, or moves data in small pieces does not pass."""
+"""The certificate's gates, on planted rows: a kernel that spills, does not fit, or moves data in small pieces
+does not pass.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,20 @@ from kernels.certify import __main__ as certify
 from kernels.certify.targets import TARGETS, amd_occupancy, nvidia_occupancy
 
 FIGURES = {
-    "registers": 128, "spill_bytes": 0, "scalar_spills": 0, "shared": 65536, "warps": 8, "matrix": {"wgmma": 16}, "wide_loads": 8,
-    "wide_stores": 4, "occupancy": 0.25, "limited_by": "registers", "serialized": 0,
+    "registers": 128, "spill_bytes": 0, "scalar_spills": 0, "shared": 65536, "warps": 8,
+    "matrix": {"wgmma": 16}, "wide_loads": 8, "wide_stores": 4, "occupancy": 0.25, "limited_by": "registers",
+    "serialized": 0,
 }  # fmt: skip
 
 
 def row(version: str = "3.7.1", **changes: Any) -> dict[str, Any]:
-    """A row that passes every gate, the attention kernel on sm_90, with figures of one version; then what is changed of it and of them."""
+    """A row that passes every gate, the attention kernel on sm_90, with figures of one version; then what is
+    changed of it and of them.
+    """
     passing = {
-        "key": "0", "target": "sm_90", "dtype": "bfloat16", "op": "attention", "phase": "forward", "kernel": "_attention_fwd_kernel",
-        "cases": ["planted"], "constants": {}, "not_divisible": [], "options": {"num_warps": 8, "num_stages": 2},
+        "key": "0", "target": "sm_90", "dtype": "bfloat16", "op": "attention", "phase": "forward",
+        "kernel": "_attention_fwd_kernel", "cases": ["planted"], "constants": {}, "not_divisible": [],
+        "options": {"num_warps": 8, "num_stages": 2},
     }  # fmt: skip
     changed = {name: value for name, value in changes.items() if name in FIGURES or name == "error"}
     others = {name: value for name, value in changes.items() if name not in changed}
@@ -44,7 +50,10 @@ def test_clean_row_passes() -> None:
         ({"matrix": {}, "target": "gfx1100", "shared": 1024}, "no v_wmma"),
         ({"kernel": "_swiglu_fwd_kernel", "wide_loads": 0}, "0 loads"),
         ({"kernel": "_swiglu_fwd_kernel", "wide_stores": 0}, "0 stores"),
-        ({"kernel": "_softmax_gradient_kernel", "wide_stores": 0, "constants": {"GRADIENT": True}}, "0 stores"),
+        (
+            {"kernel": "_softmax_gradient_kernel", "wide_stores": 0, "constants": {"GRADIENT": True}},
+            "0 stores",
+        ),
         ({"error": "CompilationError: no"}, "does not compile"),
     ],
 )
@@ -83,7 +92,9 @@ def test_what_is_reported_only(changes: dict[str, Any]) -> None:
         ("sm_80", 40, 4, 0, (0.75, "registers")),
     ],
 )
-def test_occupancy_of_nvidia_targets(target: str, registers: int, warps: int, shared: int, expected: tuple[float, str]) -> None:
+def test_occupancy_of_nvidia_targets(
+    target: str, registers: int, warps: int, shared: int, expected: tuple[float, str]
+) -> None:
     assert nvidia_occupancy(TARGETS[target], registers, warps, shared) == expected
 
 
@@ -96,7 +107,10 @@ def test_occupancy_by_tensor_memory_and_of_amd() -> None:
 def test_numerics_are_merged_by_op_and_dtype() -> None:
     old = [{"op": "rope", "dtype": "float16", "worst": 0.5}, {"op": "rope", "dtype": "float32", "worst": 0.1}]
     merged = certify.merge_numerics(old, [{"op": "rope", "dtype": "float16", "worst": 0.7}])
-    assert merged == [{"op": "rope", "dtype": "float16", "worst": 0.7}, {"op": "rope", "dtype": "float32", "worst": 0.1}]
+    assert merged == [
+        {"op": "rope", "dtype": "float16", "worst": 0.7},
+        {"op": "rope", "dtype": "float32", "worst": 0.1},
+    ]
 
 
 def test_files_are_a_function_of_the_certificate() -> None:
@@ -105,7 +119,10 @@ def test_files_are_a_function_of_the_certificate() -> None:
         "triton": ["3.7.1", "3.6.0"],
         "launches": {"layer": {"forward": {"rope": 1}, "backward": {}}},
         "numerics": [{"op": "rope", "dtype": "float16", "worst": 0.7}],
-        "rows": [row(key="1", constants={"BLOCK_M": 64}), row(key="2", constants={"BLOCK_M": 128}, figures=both)],
+        "rows": [
+            row(key="1", constants={"BLOCK_M": 64}),
+            row(key="2", constants={"BLOCK_M": 128}, figures=both),
+        ],
     }
     assert json.loads(certify.dump(certificate)) == certificate
     page = certify.page(certificate)

@@ -1,4 +1,6 @@
-"""The recorder behind the certificate: what it says would be launched. Each test runs where Triton is not interpreted."""
+"""The recorder behind the certificate: what it says would be launched. Each test runs where Triton is not
+interpreted.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,12 @@ pytest.importorskip("triton")
 
 def run(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Python in the project's root without TRITON_INTERPRET (unless it is given)."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    return subprocess.run([sys.executable, *arguments], cwd=root, env=environment | variables, capture_output=True, text=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=environment | variables, capture_output=True, text=True
+    )
 
 
 def result(root: Path, script: str) -> Any:
@@ -42,7 +48,9 @@ def show(found):
 
 
 def test_records_both_passes_of_a_simple_op(project_root: Path) -> None:
-    forward, backward = result(project_root, RECORD + "show(record('sm_90', lambda run: launches.swiglu_separate(run, ops)))")
+    forward, backward = result(
+        project_root, RECORD + "show(record('sm_90', lambda run: launches.swiglu_separate(run, ops)))"
+    )
     assert (forward["kernel"], forward["phase"]) == ("_swiglu_fwd_kernel", "forward")
     assert (backward["kernel"], backward["phase"]) == ("_swiglu_bwd_kernel", "backward")
     assert forward["op"] == "swiglu" and forward["dtype"] == "bfloat16"
@@ -53,7 +61,9 @@ def test_records_both_passes_of_a_simple_op(project_root: Path) -> None:
 
 
 def test_specialisation_follows_the_call(project_root: Path) -> None:
-    """A slice that starts at two bytes is not aligned, a stride of 1544 is no multiple of 16; the number of rows is never looked at."""
+    """A slice that starts at two bytes is not aligned, a stride of 1544 is no multiple of 16; the number of
+    rows is never looked at.
+    """
     script = """
 def case(run):
     for rows, width, first in ((16, 1552, 0), (5, 1544, 1), (1, 1552, 0)):
@@ -86,7 +96,9 @@ show([record(target, lambda run: launches.swiglu_separate(run, ops))[0] for targ
 
 
 def test_launch_counts_are_those_of_the_model(project_root: Path) -> None:
-    """The step that the certificate composes from a layer, a norm and a loss is the step that the model makes."""
+    """The step that the certificate composes from a layer, a norm and a loss is the step that the model
+    makes.
+    """
     script = """
 from kernels.certify.__main__ import launch_counts
 from kernels.certify.launches import record as record_cases
@@ -107,7 +119,9 @@ print(json.dumps([{phase: {op: n for (p, op), n in found.items() if p == phase} 
 
 
 def test_a_decode_layer_is_five_launches_whatever_its_rows(project_root: Path) -> None:
-    """And the same five: one machine code for 1 to 16 rows and any capacity is what makes a row's bits its own."""
+    """And the same five: one machine code for 1 to 16 rows and any capacity is what makes a row's bits its
+    own.
+    """
     script = """
 shapes = ((1, 1, 100), (1, 1, 1000), (2, 1, 1000), (15, 1, 1000), (16, 1, 2000), (1, 16, 1000), (5, 3, 1000))
 found = [record('sm_90', lambda run: launches.decode(run, ops, *shape)) for shape in shapes]
@@ -115,12 +129,15 @@ print(json.dumps([[(launch.op, launch.kernel, launch.key) for launch in one] for
 """
     first, *others = result(project_root, RECORD + script)
     assert [kernel for _, kernel, _ in first] == [
-        "_norm_qkv_rope_kernel", "_decode_attention_split_kernel", "_combine_o_kernel", "_norm_gate_up_kernel", "_down_kernel",
+        "_norm_qkv_rope_kernel", "_decode_attention_split_kernel", "_combine_o_kernel",
+        "_norm_gate_up_kernel", "_down_kernel",
     ]  # fmt: skip
     for other in others[:-2]:
         assert other == first
     for other in others[-2:]:  # several tokens of a row: their queries are one tile of the attention
-        assert [launch for launch in other if launch[0] == "decode_layer"] == [launch for launch in first if launch[0] == "decode_layer"]
+        assert [launch for launch in other if launch[0] == "decode_layer"] == [
+            launch for launch in first if launch[0] == "decode_layer"
+        ]
         assert len(other) == 5
 
 

@@ -1,4 +1,6 @@
-"""The committed certificate: it is that of this source, notices when the source changes, and its figures can be made again."""
+"""The committed certificate: it is that of this source, notices when the source changes, and its figures can
+be made again.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,27 @@ triton = pytest.importorskip("triton")
 from kernels.certify.__main__ import VERSIONS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    triton.__version__.partition("+")[0] not in VERSIONS, reason=f"the certificate is of {VERSIONS}, this is triton {triton.__version__}"
+    triton.__version__.partition("+")[0] not in VERSIONS,
+    reason=f"the certificate is of {VERSIONS}, this is triton {triton.__version__}",
 )
 
 
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python in that folder without Triton's interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.fixture
 def copy(tmp_path: Path, project_root: Path) -> Path:
     """A folder with a copy of the package and its certificate."""
-    shutil.copytree(project_root / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        project_root / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
     return tmp_path
 
 

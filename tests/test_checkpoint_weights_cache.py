@@ -1,4 +1,6 @@
-"""The cache: what is converted is converted once, mapped and not copied, made anew when its source changes or it is damaged."""
+"""The cache: what is converted is converted once, mapped and not copied, made anew when its source changes or
+it is damaged.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.pretrained.checkpoint import cached, load_model, map_safetensors, origin, resolve, save_model, write_safetensors
+from smollm2.pretrained.checkpoint import (
+    cached,
+    load_model,
+    map_safetensors,
+    origin,
+    resolve,
+    save_model,
+    write_safetensors,
+)
 
-needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf: pip install gguf")
+needs_gguf = pytest.mark.skipif(
+    importlib.util.find_spec("gguf") is None, reason="needs the package gguf: pip install gguf"
+)
 
 
 @pytest.fixture
@@ -58,24 +70,34 @@ def test_a_folder_written_here_is_mapped_and_packed_without_a_copy(folder: Path)
 
 def test_a_file_in_another_order_is_packed_by_a_copy_and_gives_the_same_model(folder: Path) -> None:
     expected = load_model(folder, "torch")
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"}
+    )
     loaded = load_model(folder, "torch")
     assert not is_mapped_from(loaded, folder / "model.safetensors")
     ids = torch.arange(12).view(1, 12)
     assert torch.equal(loaded(ids).logits, expected(ids).logits)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.parameters(), expected.parameters(), strict=True))
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(loaded.parameters(), expected.parameters(), strict=True)
+    )
 
 
 def test_the_writer_gives_what_safetensors_reads(tmp_path: Path) -> None:
     tensors = {
-        "z": torch.randint(-128, 128, (3, 5), dtype=torch.int8), "empty": torch.empty(0, 4), "a": torch.randn(7, dtype=torch.float64),
-        "half": torch.randn(4, 3).t().half(), "b": torch.randn(5, 2).bfloat16(), "bytes": torch.arange(9, dtype=torch.uint8),
+        "z": torch.randint(-128, 128, (3, 5), dtype=torch.int8), "empty": torch.empty(0, 4),
+        "a": torch.randn(7, dtype=torch.float64), "half": torch.randn(4, 3).t().half(),
+        "b": torch.randn(5, 2).bfloat16(), "bytes": torch.arange(9, dtype=torch.uint8),
     }  # fmt: skip
     write_safetensors(tmp_path / "x.safetensors", tensors)
     theirs, ours = load_file(tmp_path / "x.safetensors"), map_safetensors(tmp_path / "x.safetensors")
     assert set(theirs) == set(ours) == set(tensors)
     for name, tensor in tensors.items():
-        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor) and torch.equal(theirs[name], tensor), name
+        assert (
+            ours[name].dtype == tensor.dtype
+            and torch.equal(ours[name], tensor)
+            and torch.equal(theirs[name], tensor)
+        ), name
     assert next(iter(ours.values())).data_ptr() % 64 == 0
 
 
@@ -91,7 +113,9 @@ def test_dtypes_that_are_not_mapped_are_read_by_safetensors(tmp_path: Path) -> N
 
 
 @needs_gguf
-def test_another_dtype_is_converted_once_and_then_mapped(gguf_file: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_dtype_is_converted_once_and_then_mapped(
+    gguf_file: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     original = load_model(gguf_file, "torch")
     assert is_mapped_from(original, resolve(gguf_file) / "model.safetensors")
     first = load_model(gguf_file, "torch", dtype="bf16")
@@ -101,7 +125,10 @@ def test_another_dtype_is_converted_once_and_then_mapped(gguf_file: Path, cache:
     assert caplog.text == "" and len(entries(cache)) == 2
     for model in (first, second):
         assert is_mapped_from(model, converted / "model.safetensors")
-        assert all(torch.equal(ours, wide.bfloat16()) for ours, wide in zip(model.parameters(), original.parameters(), strict=True))
+        assert all(
+            torch.equal(ours, wide.bfloat16())
+            for ours, wide in zip(model.parameters(), original.parameters(), strict=True)
+        )
 
 
 def test_a_local_folder_is_converted_in_memory_alone(folder: Path, cache: Path) -> None:
@@ -111,7 +138,9 @@ def test_a_local_folder_is_converted_in_memory_alone(folder: Path, cache: Path) 
 
 @needs_gguf
 @pytest.mark.parametrize("damage", ["shorten", "remove", "manifest"])
-def test_a_damaged_entry_is_made_anew(damage: str, gguf_file: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_entry_is_made_anew(
+    damage: str, gguf_file: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = load_model(gguf_file, "torch")
     entry = resolve(gguf_file)
     target = entry / ("manifest.json" if damage == "manifest" else "model.safetensors")
@@ -121,12 +150,17 @@ def test_a_damaged_entry_is_made_anew(damage: str, gguf_file: Path, cache: Path,
         target.write_bytes(whole[: len(whole) // 2])
     loaded = load_model(gguf_file, "torch")
     assert "is damaged: made anew" in caplog.text
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.parameters(), expected.parameters(), strict=True))
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(loaded.parameters(), expected.parameters(), strict=True)
+    )
     assert entries(cache) == [entry.name] and target.read_bytes() == whole
 
 
 @needs_gguf
-def test_what_was_made_of_a_file_before_it_changed_is_removed(gguf_file: Path, tmp_path: Path, cache: Path) -> None:
+def test_what_was_made_of_a_file_before_it_changed_is_removed(
+    gguf_file: Path, tmp_path: Path, cache: Path
+) -> None:
     import gguf_files
 
     gguf_files.write_gguf(tmp_path / "other.gguf", kind="Q8_0")
@@ -162,13 +196,17 @@ def test_a_cache_that_cannot_be_written_is_said_and_is_none(
 
 @needs_gguf
 @pytest.mark.slow
-def test_processes_that_start_together_share_one_entry(gguf_file: Path, cache: Path, project_root: Path) -> None:
+def test_processes_that_start_together_share_one_entry(
+    gguf_file: Path, cache: Path, project_root: Path
+) -> None:
     code = (
         "import sys; from smollm2.pretrained.checkpoint import load_model; "
         "print(load_model(sys.argv[1], 'torch', dtype='bf16').lm_head.weight.sum().item())"
     )
     command = [sys.executable, "-c", code, str(gguf_file)]
-    started = [subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [
+        subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     answers = {process.communicate(timeout=120)[0] for process in started}
     assert all(process.returncode == 0 for process in started)
     assert len(answers) == 1 and len(entries(cache)) == 2
@@ -192,7 +230,9 @@ def assign_others(model: SmolLM2ForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("change", [add_to_norm, step, assign_others])
-def test_a_model_has_an_origin_until_it_is_changed(folder: Path, change: Callable[[SmolLM2ForCausalLM], None]) -> None:
+def test_a_model_has_an_origin_until_it_is_changed(
+    folder: Path, change: Callable[[SmolLM2ForCausalLM], None]
+) -> None:
     assert origin(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")) is None
     model = load_model(folder, "torch")
     model(torch.arange(8).view(1, 8))
@@ -208,6 +248,12 @@ def test_a_start_imports_nothing_slow_that_it_does_not_need(folder: Path, projec
         "slow = ('torch._dynamo', 'transformers', 'gguf', 'triton', 'huggingface_hub'); "
         "print(json.dumps([name for name in slow if name in sys.modules]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=project_root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=project_root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []

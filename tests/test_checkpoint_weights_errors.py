@@ -1,4 +1,6 @@
-"""Broken folders and full disks: one LoadError that names the file, what was expected and what came; nothing half-written."""
+"""Broken folders and full disks: one LoadError that names the file, what was expected and what came; nothing
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,22 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     [
         (lambda t: t.update({UP: t[UP].T}), f"{UP}: expected shape [256, 96], got [96, 256]"),
         (lambda t: t.pop(UP), f"1 tensors missing: {UP}"),
-        (lambda t: [t.pop(name) for name in list(t) if "layers.1" in name], "9 tensors missing: model.layers.1.input_layernorm.weight, "),
-        (lambda t: t.update({"model.layers.2.up.weight": t[UP].clone()}), "1 tensors that this model does not have: model.layers.2"),
-        (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP}: expected float32, bfloat16 or float16 weights, got torch.int8"),
-        (lambda t: t.update({HEAD: t["model.embed_tokens.weight"] + 1}), f"{HEAD} differs from model.embed_tokens.weight"),
+        (
+            lambda t: [t.pop(name) for name in list(t) if "layers.1" in name],
+            "9 tensors missing: model.layers.1.input_layernorm.weight, ",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.up.weight": t[UP].clone()}),
+            "1 tensors that this model does not have: model.layers.2",
+        ),
+        (
+            lambda t: t.update({UP: t[UP].to(torch.int8)}),
+            f"{UP}: expected float32, bfloat16 or float16 weights, got torch.int8",
+        ),
+        (
+            lambda t: t.update({HEAD: t["model.embed_tokens.weight"] + 1}),
+            f"{HEAD} differs from model.embed_tokens.weight",
+        ),
         (lambda t: t.update({HEAD: torch.ones(2, 2)}), f"{HEAD} differs from model.embed_tokens.weight"),
     ],
 )
@@ -61,7 +75,9 @@ def test_a_truncated_file_is_reported(folder: Path, kept: int) -> None:
 
 
 def test_a_git_lfs_pointer_is_recognised(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
     with pytest.raises(LoadError, match="a Git LFS pointer; run git lfs pull"):
         load_model(folder, "torch")
 
@@ -69,14 +85,24 @@ def test_a_git_lfs_pointer_is_recognised(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", None, "expected a model folder with config.json and model.safetensors, found no config.json"),
+        (
+            "config.json",
+            None,
+            "expected a model folder with config.json and model.safetensors, found no config.json",
+        ),
         ("config.json", "{", r"config\.json: not a readable JSON file"),
         ("config.json", '{"model_type": "gpt2"}', r"config\.json: config: model_type must be 'llama'"),
         ("generation_config.json", "[]", r"generation_config\.json: expected a JSON object, got list"),
-        ("model.safetensors", None, r"expected model\.safetensors or model\.safetensors\.index\.json, found neither"),
+        (
+            "model.safetensors",
+            None,
+            r"expected model\.safetensors or model\.safetensors\.index\.json, found neither",
+        ),
     ],
 )
-def test_missing_and_broken_files_are_named(folder: Path, name: str, content: str | None, message: str) -> None:
+def test_missing_and_broken_files_are_named(
+    folder: Path, name: str, content: str | None, message: str
+) -> None:
     if content is None:
         (folder / name).unlink()
     else:
@@ -94,9 +120,15 @@ def test_a_pickled_checkpoint_is_not_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {UP: "model-1.safetensors"}}, "model-1.safetensors: no such file, but model.safetensors.index.json names it"),
+        (
+            {"weight_map": {UP: "model-1.safetensors"}},
+            "model-1.safetensors: no such file, but model.safetensors.index.json names it",
+        ),
         ({"weight_map": {UP: "../model.safetensors"}}, "no such file"),
-        ({"weight_map": {UP: "shard.safetensors", "other": "shard.safetensors"}}, "names tensors that no shard holds: other"),
+        (
+            {"weight_map": {UP: "shard.safetensors", "other": "shard.safetensors"}},
+            "names tensors that no shard holds: other",
+        ),
         ({"weight_map": {}}, "expected a weight_map from tensor names to files, got {}"),
         ({}, "expected a weight_map from tensor names to files, got None"),
     ],
@@ -139,7 +171,10 @@ def test_a_full_disk_leaves_the_old_model_whole(folder: Path, project_root: Path
     lines = result.stdout.splitlines()
     assert len(lines) == len(folders), result.stdout
     for line, target in zip(lines, folders, strict=True):
-        assert re.search(rf"LoadError: {target}: cannot write .*model\.safetensors.*: .*File too large.*nothing half-written is left", line)
+        assert re.search(
+            rf"LoadError: {target}: cannot write .*model\.safetensors.*: .*File too large.*nothing half-written is left",
+            line,
+        )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list((folder.parent / "new").iterdir()) == []
 

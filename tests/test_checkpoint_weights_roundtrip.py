@@ -1,4 +1,6 @@
-"""Saving and loading: the same weights come back, transformers reads the folder, and a loaded model can be trained."""
+"""Saving and loading: the same weights come back, transformers reads the folder, and a loaded model can be
+trained.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @pytest.fixture
 def model() -> SmolLM2ForCausalLM:
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", eos_token_id=(2, 0), bos_token_id=1, pad_token_id=2), backend="torch")
+    return SmolLM2ForCausalLM(
+        SmolLM2Config.preset("tiny", eos_token_id=(2, 0), bos_token_id=1, pad_token_id=2), backend="torch"
+    )
 
 
 @pytest.fixture
@@ -49,24 +53,36 @@ def test_load_gives_back_what_was_saved(model: SmolLM2ForCausalLM, folder: Path)
 
 
 def test_the_folder_holds_three_files_and_the_head_once(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert HEAD not in file.keys() and EMBEDDING in file.keys()  # noqa: SIM118 - not a dictionary
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["dtype"], config["torch_dtype"]) == ("llama", "float32", "float32")
-    assert json.loads((folder / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 2}
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": [2, 0],
+        "pad_token_id": 2,
+    }
     modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert len(modes) == 1, "the weights are as readable as the configuration"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_loads_the_folder_and_agrees(model: SmolLM2ForCausalLM, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_transformers_loads_the_folder_and_agrees(
+    model: SmolLM2ForCausalLM, tmp_path: Path, dtype: torch.dtype
+) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     model.to(dtype).save_pretrained(tmp_path / "saved")
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "saved", output_loading_info=True
+        )
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(theirs).__name__ == "LlamaForCausalLM"
     assert theirs.dtype == dtype, "the stored dtype is recorded in config.json"
@@ -101,7 +117,10 @@ def test_redundant_tensors_of_other_writers_are_tolerated(model: SmolLM2ForCausa
 def test_packed_and_compiled_models_save_plain_weights(model: SmolLM2ForCausalLM, tmp_path: Path) -> None:
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != HEAD}
     model.pack()  # parameters become views of shared buffers
-    assert model.model.layers[0].self_attn.q_proj.weight.untyped_storage().nbytes() > model.model.layers[0].self_attn.q_proj.weight.nbytes
+    assert (
+        model.model.layers[0].self_attn.q_proj.weight.untyped_storage().nbytes()
+        > model.model.layers[0].self_attn.q_proj.weight.nbytes
+    )
     model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
     save_model(torch.compile(model, backend="eager"), tmp_path)  # type: ignore[arg-type]
     saved = load_file(tmp_path / "model.safetensors")
@@ -137,7 +156,13 @@ def test_a_model_can_be_saved_over_the_folder_it_is_mapped_from(folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"), [(None, torch.bfloat16), ("auto", torch.bfloat16), ("fp32", torch.float32), (torch.float16, torch.float16)]
+    ("asked", "found"),
+    [
+        (None, torch.bfloat16),
+        ("auto", torch.bfloat16),
+        ("fp32", torch.float32),
+        (torch.float16, torch.float16),
+    ],
 )
 def test_dtype_is_as_stored_unless_asked_for(
     model: SmolLM2ForCausalLM, tmp_path: Path, asked: str | torch.dtype | None, found: torch.dtype
@@ -165,16 +190,24 @@ def test_names_of_dtypes() -> None:
 
 
 def test_special_ids_of_the_generation_config_take_precedence(folder: Path) -> None:
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "pad_token_id": null, "temperature": 0.6}')
+    (folder / "generation_config.json").write_text(
+        '{"eos_token_id": [5, 6], "pad_token_id": null, "temperature": 0.6}'
+    )
     config = load_model(folder, "torch").config
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (5, 6), 2)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps, which only Linux has")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps, which only Linux has"
+)
 def test_loading_allocates_no_copy_of_the_weights(folder: Path) -> None:
     """The parameters are the mapped file: pages that nothing touches cost nothing."""
     model = load_model(folder, "torch")
     address = model.model.embed_tokens.weight.data_ptr()
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(folder / "model.safetensors"))]
+    maps = [
+        line.split()
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(folder / "model.safetensors"))
+    ]
     ranges = [tuple(int(bound, 16) for bound in line[0].split("-")) for line in maps]
     assert any(start <= address < end for start, end in ranges)

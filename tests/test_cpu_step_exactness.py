@@ -1,4 +1,6 @@
-"""The decode step on the CPU: what the composition of the reference gives, for every shape of a step, from current weights."""
+"""The decode step on the CPU: what the composition of the reference gives, for every shape of a step, from
+current weights.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,19 @@ from smollm2.engine.eager_step import linear, onednn, pack, packed_weights, serv
 from smollm2.engine.quantized import INT8_PACKED_ROWS, WideInt8Weight, batch_weights
 from smollm2.engine.select import Engine, QuantizedEngine, decode
 
-BFLOAT16 = pytest.mark.skipif(not onednn(torch.bfloat16), reason="oneDNN has no bfloat16 product for this processor")
+BFLOAT16 = pytest.mark.skipif(
+    not onednn(torch.bfloat16), reason="oneDNN has no bfloat16 product for this processor"
+)
 LENGTHS = [[9], [9, 9, 9], [9, 2, 17], [1, 1]]  # of the prompts
 
 
 def model_of(dtype: torch.dtype = torch.float32, **changes: Any) -> SmolLM2ForCausalLM:
     torch.manual_seed(0)
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", initializer_range=0.3, **changes), backend="torch").to(dtype).eval()
+    return (
+        SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", initializer_range=0.3, **changes), backend="torch")
+        .to(dtype)
+        .eval()
+    )
 
 
 def composed(model: SmolLM2ForCausalLM) -> SmolLM2ForCausalLM:
@@ -36,14 +44,21 @@ def composed(model: SmolLM2ForCausalLM) -> SmolLM2ForCausalLM:
     return other
 
 
-def run(model: SmolLM2ForCausalLM, lengths: list[int], steps: list[int], engine: Engine | None = None) -> tuple[Tensor, KVCache]:
-    """Prefills prompts of those lengths, then reads steps of so many tokens each -> the logits of all of them [B, sum of steps, V]."""
+def run(
+    model: SmolLM2ForCausalLM, lengths: list[int], steps: list[int], engine: Engine | None = None
+) -> tuple[Tensor, KVCache]:
+    """Prefills prompts of those lengths, then reads steps of so many tokens each -> the logits of all of them
+    [B, sum of steps, V].
+    """
     engine, generator = engine or Engine(model), torch.Generator().manual_seed(1)
     cache = engine.allocate(len(lengths), max(lengths) + sum(steps))
     prompts = torch.randint(512, (len(lengths), max(lengths)), generator=generator)
     engine.prefill(prompts, torch.tensor(lengths), cache)
     cache.longest = max(lengths)
-    logits = [engine.decode(torch.randint(512, (len(lengths), count), generator=generator), cache) for count in steps]
+    logits = [
+        engine.decode(torch.randint(512, (len(lengths), count), generator=generator), cache)
+        for count in steps
+    ]
     return torch.cat(logits, 1), cache
 
 
@@ -53,7 +68,10 @@ def test_in_float64_it_is_the_composition(lengths: list[int]) -> None:
     model = model_of(torch.float64)
     other = composed(model)
     assert serves(model, Engine(model).allocate(1, 4)) and not serves(other, Engine(other).allocate(1, 4))
-    (ours, cache), (expected, other_cache) = run(model, lengths, [1, 1, 3, 1]), run(other, lengths, [1, 1, 3, 1])
+    (ours, cache), (expected, other_cache) = (
+        run(model, lengths, [1, 1, 3, 1]),
+        run(other, lengths, [1, 1, 3, 1]),
+    )
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # logits come in float32
     for row, length in enumerate(lengths):
         for name in ("keys", "values"):
@@ -62,19 +80,32 @@ def test_in_float64_it_is_the_composition(lengths: list[int]) -> None:
     assert cache.lengths.tolist() == other_cache.lengths.tolist() == [length + 6 for length in lengths]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=BFLOAT16)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=BFLOAT16)]
+)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_in_the_models_dtype_it_errs_no_more_than_the_composition(lengths: list[int], dtype: torch.dtype) -> None:
+def test_in_the_models_dtype_it_errs_no_more_than_the_composition(
+    lengths: list[int], dtype: torch.dtype
+) -> None:
     model = model_of(dtype)
     truth = run(composed(copy.deepcopy(model).double()), lengths, [1, 2])[0].double()
-    check("decode step", "logits", run(model, lengths, [1, 2])[0], run(composed(model), lengths, [1, 2])[0], truth, dtype)
+    check(
+        "decode step",
+        "logits",
+        run(model, lengths, [1, 2])[0],
+        run(composed(model), lengths, [1, 2])[0],
+        truth,
+        dtype,
+    )
 
 
 def test_heads_in_groups_of_one_and_of_five() -> None:
     for heads, key_heads in ((2, 2), (5, 1)):
         sizes = dict(hidden_size=64 * heads, num_attention_heads=heads, num_key_value_heads=key_heads)
         model = model_of(torch.float64, **sizes)
-        torch.testing.assert_close(run(model, [5, 8], [1, 2])[0], run(composed(model), [5, 8], [1, 2])[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            run(model, [5, 8], [1, 2])[0], run(composed(model), [5, 8], [1, 2])[0], rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -87,7 +118,9 @@ def test_the_norm_is_the_references_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 16])
 @pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (31, 50)])
 def test_products_are_right_to_rounding(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
-    """The bound is that of a sum in fp32 in any order: oneDNN adds one product after the other, other libraries keep several sums."""
+    """The bound is that of a sum in fp32 in any order: oneDNN adds one product after the other, other
+    libraries keep several sums.
+    """
     weight, x = torch.randn(shape).to(dtype), torch.randn(rows, 1, shape[1]).to(dtype)
     exact = torch.nn.functional.linear(x.double(), weight.double())
     magnitude = torch.nn.functional.linear(x.double().abs(), weight.double().abs())
@@ -98,7 +131,9 @@ def test_products_are_right_to_rounding(shape: tuple[int, int], rows: int, dtype
         assert bool(((product.double() - exact).abs() <= allowed).all())
 
 
-def test_only_the_eager_cpu_and_the_references_own_operations_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_eager_cpu_and_the_references_own_operations_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = model_of()
     cache = Engine(model).allocate(1, 4)
     assert serves(model, cache)
@@ -108,7 +143,10 @@ def test_only_the_eager_cpu_and_the_references_own_operations_are_served(monkeyp
     assert not serves(model, cache)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu", "decode_layer", "decode_head"])
+@pytest.mark.parametrize(
+    "op",
+    ["rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu", "decode_layer", "decode_head"],
+)
 def test_a_replaced_operation_is_called(op: str) -> None:
     model, calls = model_of(), []
 
@@ -146,7 +184,9 @@ def test_a_changed_weight_is_packed_anew(change: str) -> None:
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
     else:
-        model.load_state_dict({name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}, assign=True)
+        model.load_state_dict(
+            {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}, assign=True
+        )
         model.tie_weights()
     after = generate(model, ids, max_new_tokens=12, eos_token_id=[], engine=engine)
     fresh = generate(copy.deepcopy(model), ids, max_new_tokens=12, eos_token_id=[])
@@ -165,7 +205,10 @@ def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch: pyt
 
 def test_fp32_needs_no_copy() -> None:
     model = model_of()
-    assert packed_weights(model).head.data_ptr() == model.lm_head.weight.data_ptr() and model not in eager_step._packed
+    assert (
+        packed_weights(model).head.data_ptr() == model.lm_head.weight.data_ptr()
+        and model not in eager_step._packed
+    )
 
 
 @BFLOAT16
@@ -176,8 +219,16 @@ def test_a_quantised_batch_multiplies_by_the_same_values() -> None:
     x = torch.randn(INT8_PACKED_ROWS, model.config.hidden_size).bfloat16()
     for wide, weight in ((many.head, engine.head), (many.layers[1].qkv, engine.layers[1].qkv)):
         assert isinstance(wide, WideInt8Weight) and wide.scales is weight.scales
-        truth = torch.nn.functional.linear(x.double(), weight.values.double() * weight.scales.double()[:, None])
-        check("int8 batch", "y", many.linear(x, wide), torch.nn.functional.linear(x, weight.values.bfloat16()) * weight.scales, truth)
+        truth = torch.nn.functional.linear(
+            x.double(), weight.values.double() * weight.scales.double()[:, None]
+        )
+        check(
+            "int8 batch",
+            "y",
+            many.linear(x, wide),
+            torch.nn.functional.linear(x, weight.values.bfloat16()) * weight.scales,
+            truth,
+        )
 
 
 @BFLOAT16

@@ -1,4 +1,6 @@
-"""The token cache: the same batches from it, whatever was damaged, torn, locked or full; and one leader for a node."""
+"""The token cache: the same batches from it, whatever was damaged, torn, locked or full; and one leader for a
+node.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,16 @@ def expected(tokenizer: Tokenizer) -> list[Batch]:
 
 
 def opened(folder: Path, tokenizer: Tokenizer, *, leader: bool = True) -> TokenCache:
-    cache = open_cache(RunConfig(data="local", paths=["-"], token_cache=str(folder)), some_source(), tokenizer, leader=leader)
+    cache = open_cache(
+        RunConfig(data="local", paths=["-"], token_cache=str(folder)), some_source(), tokenizer, leader=leader
+    )
     assert cache is not None
     return cache
 
 
-def matches(source: ListSource, tokenizer: Tokenizer, cache: TokenCache, expected: list[Batch], workers: int = 0) -> bool:
+def matches(
+    source: ListSource, tokenizer: Tokenizer, cache: TokenCache, expected: list[Batch], workers: int = 0
+) -> bool:
     batches = training_batches(source, tokenizer, **SHAPE, cache=cache, workers=workers)
     result = all(same(next(batches), batch) for batch in expected)
     batches.close()
@@ -86,7 +92,9 @@ def test_held_out_documents_fill_the_cache_with_whole_blocks(tmp_path: Path, tok
     assert block is not None and (block.lengths > 0).tolist() == [True, True, True, False, True]
 
 
-def test_another_tokenizer_and_another_version_of_the_source_have_another_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_another_tokenizer_and_another_version_of_the_source_have_another_folder(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     other = train_tokenizer(["other words"], 290)
     folders = {opened(tmp_path, one).folder for one in (tokenizer, other)}
     source = some_source()
@@ -97,7 +105,11 @@ def test_another_tokenizer_and_another_version_of_the_source_have_another_folder
 
 @pytest.mark.parametrize("suffix", [".tokens", ".docs"])
 def test_a_damaged_block_is_named_and_tokenised_again(
-    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch], suffix: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    expected: list[Batch],
+    suffix: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cache = opened(tmp_path, tokenizer)
     assert matches(some_source(), tokenizer, cache, expected)
@@ -108,7 +120,8 @@ def test_a_damaged_block_is_named_and_tokenised_again(
     assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer), expected)
     (line,) = capsys.readouterr().out.splitlines()
     assert "shard-00001" in line and "block 0 is damaged" in line
-    assert matches(NoSource(some_source().shards), tokenizer, opened(tmp_path, tokenizer), expected)  # the later line wins
+    # the later line wins
+    assert matches(NoSource(some_source().shards), tokenizer, opened(tmp_path, tokenizer), expected)
     assert capsys.readouterr().out == ""
 
 
@@ -133,7 +146,9 @@ def test_what_a_killed_process_left_half_written_is_cut_off(tmp_path: Path, cut:
     assert (tmp_path / "shard-00004.tokens").stat().st_size == end
 
 
-def test_a_process_killed_while_it_writes_leaves_only_whole_blocks(tmp_path: Path, project_root: Path) -> None:
+def test_a_process_killed_while_it_writes_leaves_only_whole_blocks(
+    tmp_path: Path, project_root: Path
+) -> None:
     program = f"""
 import itertools, numpy as np
 from train.data.token_cache import TokenCache
@@ -143,7 +158,9 @@ for block in itertools.count():
     cache.put(0, block, TokenBlock(np.full(50_000, block, np.uint16), np.array([50_000]), np.array([1], np.uint64)))
     print(block, flush=True)
 """
-    writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=project_root, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=project_root, text=True
+    )
     assert writer.stdout is not None
     while int(writer.stdout.readline()) < 20:
         pass
@@ -178,7 +195,8 @@ def test_a_full_disk_is_reported_once_and_training_goes_on(
     cache = opened(tmp_path, tokenizer)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     said = io.StringIO()
-    with capsys.disabled(), contextlib.redirect_stdout(said):  # where output goes to a file, that would be limited too
+    # where output goes to a file, that would be limited too
+    with capsys.disabled(), contextlib.redirect_stdout(said):
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
         try:
             result = matches(some_source(), tokenizer, cache, expected)
@@ -187,10 +205,13 @@ def test_a_full_disk_is_reported_once_and_training_goes_on(
     assert result and said.getvalue().count("training goes on") == 1
     sound = [block for _, _, block in opened(tmp_path, tokenizer).verify()]
     assert len(sound) < 6 and None not in sound
-    assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer, leader=False), expected)  # does not wait: it was told
+    # does not wait: it was told
+    assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer, leader=False), expected)
 
 
-def test_a_failed_write_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_write_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -202,7 +223,9 @@ def test_a_failed_write_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.
     assert "No space left on device" in line and "training goes on" in line
 
 
-def test_the_other_ranks_of_a_node_read_what_the_leader_stores(tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch]) -> None:
+def test_the_other_ranks_of_a_node_read_what_the_leader_stores(
+    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch]
+) -> None:
     result: list[bool] = []
     follower = opened(tmp_path, tokenizer, leader=False)
     arguments = (NoSource(some_source().shards), tokenizer, follower, expected)
@@ -215,7 +238,11 @@ def test_the_other_ranks_of_a_node_read_what_the_leader_stores(tmp_path: Path, t
 
 
 def test_a_leader_that_stores_nothing_is_not_waited_for_for_ever(
-    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    expected: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(token_cache, "WAIT_TIMEOUT", 0.2)
     monkeypatch.setattr(token_cache, "WAIT_NOTE", 0.1)
@@ -224,7 +251,9 @@ def test_a_leader_that_stores_nothing_is_not_waited_for_for_ever(
     assert "waiting for shard" in out and "did not appear" in out
 
 
-def test_no_cache_where_none_is_wanted_and_an_unwritable_folder_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_no_cache_where_none_is_wanted_and_an_unwritable_folder_is_named(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     assert open_cache(RunConfig(), some_source(), tokenizer) is None
     assert open_cache(RunConfig(data="hub", token_cache="none"), some_source(), tokenizer) is None
     (tmp_path / "file").write_text("", encoding="utf-8")

@@ -1,4 +1,6 @@
-"""A dataset over HTTP from a hub that drops, stalls, truncates and refuses: the text is the clean text; and from the cache without it."""
+"""A dataset over HTTP from a hub that drops, stalls, truncates and refuses: the text is the clean text; and
+from the cache without it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from train.data.corpus import open_source
 
 STEPS = 400  # of 4 x 512 tokens: more than two epochs
 
-# The pauses of huggingface_hub's own attempts are left out, so that they are used up and the project's come to bear.
+# The pauses of huggingface_hub's own attempts are left out, so that they are used up and the project's come
+# to bear.
 PROGRAM = """
 import hashlib, itertools, json, sys, threading
 import huggingface_hub.utils._http as http
@@ -78,15 +81,21 @@ def clean(corpus: Path) -> str:
     return digest.hexdigest()
 
 
-def run(url: str, cache: Path, project_root: Path, server: FakeHub | None = None, faults: list[str] | None = None) -> tuple[int, str, str]:
-    """One run in a process of its own -> exit code, stdout, stderr. The faults begin when the dataset is open."""
+def run(
+    url: str, cache: Path, project_root: Path, server: FakeHub | None = None, faults: list[str] | None = None
+) -> tuple[int, str, str]:
+    """One run in a process of its own -> exit code, stdout, stderr. The faults begin when the dataset is
+    open.
+    """
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     environment |= {"NO_PROXY": "*", "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache / "hf")}
     environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
-    program = PROGRAM.format(repository=REPOSITORY, configuration=CONFIGURATION, cache=str(cache), workers=1, steps=STEPS)
+    program = PROGRAM.format(
+        repository=REPOSITORY, configuration=CONFIGURATION, cache=str(cache), workers=1, steps=STEPS
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=project_root, env=environment,
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=project_root, env=environment,
     )  # fmt: skip
     assert process.stdout is not None and process.stdin is not None
     first = ""
@@ -131,7 +140,9 @@ def test_faults_of_every_kind_change_nothing_and_the_second_run_needs_no_hub(
     assert "shard 1, block 0 is not in the token cache" in message and "train.prepare" in message
 
 
-def test_a_hub_that_stays_away_is_given_up_with_what_to_do(tmp_path: Path, corpus: Path, project_root: Path) -> None:
+def test_a_hub_that_stays_away_is_given_up_with_what_to_do(
+    tmp_path: Path, corpus: Path, project_root: Path
+) -> None:
     with fake_hub(corpus) as server:
         code, _, errors = run(server.url, tmp_path, project_root, server, ["500"] * 1000)
     assert code == 1

@@ -22,7 +22,9 @@ def tree(tmp_path: Path) -> Path:
     for package in ("alpha", "beta", "gamma"):
         (tmp_path / "tree" / package).mkdir(parents=True)
         for number in range(4):
-            (tmp_path / "tree" / package / f"m{number}.py").write_text(f"{package} = {number}\n" * 40, encoding="utf-8")
+            (tmp_path / "tree" / package / f"m{number}.py").write_text(
+                f"{package} = {number}\n" * 40, encoding="utf-8"
+            )
     return tmp_path / "tree"
 
 
@@ -76,7 +78,9 @@ def test_a_resumed_run_wants_the_same_held_out_files(tree: Path) -> None:
 
 def test_held_out_files_that_fill_no_row_are_an_error(tmp_path: Path, tree: Path) -> None:
     (tree / "beta" / "short.py").write_text("b", encoding="utf-8")
-    with pytest.raises(UsageError, match="validation_paths: expected documents that fill a row of 40 tokens, got none"):
+    with pytest.raises(
+        UsageError, match="validation_paths: expected documents that fill a row of 40 tokens, got none"
+    ):
         built(tmp_path, tree, validation_paths=[str(tree / "beta" / "short.py")])
 
 
@@ -85,5 +89,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, tree: Path) -> None:
         built(tmp_path, tree, data="embedded", paths=[], validation_paths=[str(tree / "nowhere")])
     with pytest.raises(UsageError, match=r"validation_paths: .*nowhere: expected a file, folder or glob"):
         LocalSource([str(tree)], "text", [str(tree / "nowhere")])
-    with pytest.raises(UsageError, match=r"validation_paths: expected to leave some of .*tree for training, left none"):
+    with pytest.raises(
+        UsageError, match=r"validation_paths: expected to leave some of .*tree for training, left none"
+    ):
         LocalSource([str(tree)], "text", [str(tree)])

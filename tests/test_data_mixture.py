@@ -1,4 +1,6 @@
-"""Several sources by weight: exact shares, rows of one source each, a resume at any batch, and the same stream on any ranks and workers."""
+"""Several sources by weight: exact shares, rows of one source each, a resume at any batch, and the same
+stream on any ranks and workers.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ TOKENIZER: Tokenizer = train_tokenizer(["web code math 0123456789 " * 5], 280)
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=6), st.integers(0, 300))
-def test_shares_are_exact_to_less_than_a_row_after_every_row_and_to_less_than_two_in_every_window(units: list[int], begin: int) -> None:
+def test_shares_are_exact_to_less_than_a_row_after_every_row_and_to_less_than_two_in_every_window(
+    units: list[int], begin: int
+) -> None:
     weights = [Fraction(unit, sum(units)) for unit in units]
     bound = 1 - Fraction(1, max(1, 2 * len(units) - 2))
     given_before: list[list[int]] = [[0] * len(units)]
@@ -74,10 +78,16 @@ def test_shares_are_exact_to_less_than_a_row_after_every_row_and_to_less_than_tw
         given_before.append([count + (index == source) for index, count in enumerate(given_before[-1])])
     for number, counts in enumerate(given_before):
         assert sum(counts) == number
-        assert all(abs(count - number * weight) <= bound for count, weight in zip(counts, weights, strict=True))
+        assert all(
+            abs(count - number * weight) <= bound for count, weight in zip(counts, weights, strict=True)
+        )
     for number in range(begin, 401):
-        window = [after - before for after, before in zip(given_before[number], given_before[begin], strict=True)]
-        assert all(abs(count - (number - begin) * weight) < 2 for count, weight in zip(window, weights, strict=True))
+        window = [
+            after - before for after, before in zip(given_before[number], given_before[begin], strict=True)
+        ]
+        assert all(
+            abs(count - (number - begin) * weight) < 2 for count, weight in zip(window, weights, strict=True)
+        )
 
 
 def test_the_schedule_goes_on_from_the_rows_that_were_given() -> None:
@@ -104,14 +114,18 @@ def test_every_step_has_the_rows_that_its_weights_ask_for() -> None:
 def test_a_source_is_read_as_if_it_were_alone_and_no_row_has_two_sources() -> None:
     mixture = some_mixture()
     alone = [
-        training_batches(part.source, TOKENIZER, rows=1, length=16, seed=order_key(3, part.name), validation_fraction=0.1)  # type: ignore[arg-type]
+        training_batches(
+            part.source, TOKENIZER, rows=1, length=16, seed=order_key(3, part.name), validation_fraction=0.1
+        )  # type: ignore[arg-type]
         for part in mixture.parts
     ]
     schedule = Schedule(mixture.weights)
     for batch in taken(30):
         for index, source in enumerate(itertools.islice(schedule, 4)):
             expected = next(alone[source])
-            assert torch.equal(batch.input_ids[index], expected.input_ids[0]) and torch.equal(batch.doc_start[index], expected.doc_start[0])
+            assert torch.equal(batch.input_ids[index], expected.input_ids[0]) and torch.equal(
+                batch.doc_start[index], expected.doc_start[0]
+            )
         assert sum(share.rows for share in batch.shares) == 4
 
 
@@ -155,7 +169,11 @@ def test_a_run_goes_on_from_the_saved_position_of_any_batch(workers: int) -> Non
             again.consume(batch)
         for batch in whole[split : split + len(rest)]:
             state.consume(batch)
-        assert again.to_json() == state.to_json() and again.by_source() == state.by_source() and again.unique.count == state.unique.count
+        assert (
+            again.to_json() == state.to_json()
+            and again.by_source() == state.by_source()
+            and again.unique.count == state.unique.count
+        )
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -167,7 +185,9 @@ def test_the_ranks_share_the_rows_of_one_stream(world: int) -> None:
         assert torch.equal(torch.cat([share[number].doc_start for share in shares]), batch.doc_start)
         for share in shares:
             assert share[number].cursor == batch.cursor and share[number].inner_starts == batch.inner_starts
-            assert np.array_equal(share[number].digests, batch.digests) and share[number].tokens == batch.tokens
+            assert (
+                np.array_equal(share[number].digests, batch.digests) and share[number].tokens == batch.tokens
+            )
 
 
 def test_workers_change_nothing() -> None:
@@ -202,8 +222,15 @@ def test_held_out_documents_are_never_trained_on_and_come_from_every_source() ->
     for batch in taken(40, validation_fraction=fraction):
         assert not is_held_out(batch.digests, fraction).any()
     ids, starts = held_out_rows(mixture, TOKENIZER, fraction, 10, 8)
-    parts = [held_out_rows(part.source, TOKENIZER, fraction, rows, 8) for part, rows in zip(mixture.parts, (6, 3, 1), strict=True)]
-    assert len(ids) and torch.equal(ids, torch.cat([one for one, _ in parts])) and torch.equal(starts, torch.cat([one for _, one in parts]))
+    parts = [
+        held_out_rows(part.source, TOKENIZER, fraction, rows, 8)
+        for part, rows in zip(mixture.parts, (6, 3, 1), strict=True)
+    ]
+    assert (
+        len(ids)
+        and torch.equal(ids, torch.cat([one for one, _ in parts]))
+        and torch.equal(starts, torch.cat([one for _, one in parts]))
+    )
 
 
 def test_documents_in_stored_order_take_turns() -> None:
@@ -226,17 +253,24 @@ def test_every_source_has_a_cache_from_which_the_same_batches_come(tmp_path: Pat
     for kind in (ListSource, _NoSource):
         mixture = some_mixture(kind, str(tmp_path))
         caches = open_caches(config, mixture, TOKENIZER)
-        assert isinstance(caches, MixtureCache) and len({cache.folder for cache in caches.parts if cache is not None}) == 3
+        assert (
+            isinstance(caches, MixtureCache)
+            and len({cache.folder for cache in caches.parts if cache is not None}) == 3
+        )
         batches = training_batches(mixture, TOKENIZER, **SHAPE, cache=caches, workers=workers)  # type: ignore[arg-type]
         assert all(same(next(batches), batch) for batch in whole)
         batches.close()
         sizes = [cache.tokens_of(2) for cache in caches.parts if cache is not None]
-        assert sizes == [sum(len(TOKENIZER.encode(text, special=False)) + 1 for text in texts) for texts in _texts()]
+        assert sizes == [
+            sum(len(TOKENIZER.encode(text, special=False)) + 1 for text in texts) for texts in _texts()
+        ]
         caches.close()
 
 
 def _texts() -> list[list[str]]:
-    return [[f"{name} {index} " * (1 + index % 4) for index in range(count)] for name, count in DOCUMENTS.items()]
+    return [
+        [f"{name} {index} " * (1 + index % 4) for index in range(count)] for name, count in DOCUMENTS.items()
+    ]
 
 
 def test_an_error_names_the_source() -> None:
@@ -245,11 +279,17 @@ def test_an_error_names_the_source() -> None:
             raise LoadError("the disk is gone")
 
     mixture = some_mixture()
-    broken = MixtureSource([part.key for part in mixture.parts], [*(part.source for part in mixture.parts[:2]), Broken([[["text"]]])])
+    broken = MixtureSource(
+        [part.key for part in mixture.parts],
+        [*(part.source for part in mixture.parts[:2]), Broken([[["text"]]])],
+    )
     batches = training_batches(broken, TOKENIZER, **SHAPE)  # type: ignore[arg-type]
     with pytest.raises(LoadError, match="mixture: math: the disk is gone"):
         list(itertools.islice(batches, 20))
-    empty = MixtureSource([part.key for part in mixture.parts], [*(part.source for part in mixture.parts[:2]), ListSource([[["", None]]])])
+    empty = MixtureSource(
+        [part.key for part in mixture.parts],
+        [*(part.source for part in mixture.parts[:2]), ListSource([[["", None]]])],
+    )
     with pytest.raises(LoadError, match="mixture: math: data: expected documents to train on, found none"):
         list(itertools.islice(training_batches(empty, TOKENIZER, **SHAPE), 20))  # type: ignore[arg-type]
 

@@ -33,7 +33,9 @@ def tokenizer() -> Tokenizer:
 def texts(source: ListSource, count: int, seed: int = 0, fraction: float = 0.0) -> list[str]:
     """The documents of the first `count` that batches hold, by their digests."""
     known = {digest(text): text for shard in source.shards for block in shard for text in block if text}
-    batches = training_batches(source, tokenizer_for_order(), rows=1, length=2, seed=seed, validation_fraction=fraction)
+    batches = training_batches(
+        source, tokenizer_for_order(), rows=1, length=2, seed=seed, validation_fraction=fraction
+    )
     found = (known[int(key)] for batch in batches for key in batch.digests)
     return list(itertools.islice(found, count))
 
@@ -62,7 +64,13 @@ def test_orders_and_digests_are_the_same_in_every_process() -> None:
     assert shuffled(8, "0/0") == [0, 3, 7, 4, 1, 5, 2, 6]
     assert digest("SmolLM2") == 11487967147309650736
     code = "from train.data.tokenise import digest; print(digest('SmolLM2'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        check=True,
+    )
     assert int(done.stdout) == digest("SmolLM2")
 
 
@@ -75,7 +83,9 @@ def test_reading_on_from_any_batch_gives_the_batches_that_would_have_come(
     tokenizer: Tokenizer, shards: int, blocks: int, documents: int, rows: int, length: int, seed: int
 ) -> None:
     source = some_source(shards, blocks, documents)
-    batches = list(itertools.islice(training_batches(source, tokenizer, rows=rows, length=length, seed=seed), 12))
+    batches = list(
+        itertools.islice(training_batches(source, tokenizer, rows=rows, length=length, seed=seed), 12)
+    )
     state = DataState("list")
     for number, batch in enumerate(batches[:-1]):
         state.consume(batch)
@@ -86,7 +96,9 @@ def test_reading_on_from_any_batch_gives_the_batches_that_would_have_come(
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_prepared_ahead_are_the_same_and_the_state_is_of_the_consumed_one(tokenizer: Tokenizer, workers: int) -> None:
+def test_batches_prepared_ahead_are_the_same_and_the_state_is_of_the_consumed_one(
+    tokenizer: Tokenizer, workers: int
+) -> None:
     arguments = dict(rows=2, length=16, seed=3)
     alone = list(itertools.islice(training_batches(some_source(), tokenizer, **arguments), 20))
     ahead = training_batches(some_source(), tokenizer, **arguments, workers=workers)
@@ -170,7 +182,10 @@ def test_a_run_goes_on_with_another_number_of_ranks(tokenizer: Tokenizer) -> Non
     shape = dict(rows=4, length=16, seed=1, validation_fraction=0.1)
     whole = list(itertools.islice(training_batches(some_source(), tokenizer, **shape), 8))
     for world in (1, 2, 4):
-        ranks = [training_batches(some_source(), tokenizer, **shape, cursor=whole[3].cursor, rank=r, world=world) for r in range(world)]
+        ranks = [
+            training_batches(some_source(), tokenizer, **shape, cursor=whole[3].cursor, rank=r, world=world)
+            for r in range(world)
+        ]
         for step in whole[4:]:
             parts = [next(rank) for rank in ranks]
             assert torch.equal(torch.cat([part.input_ids for part in parts]), step.input_ids)

@@ -17,7 +17,9 @@ from train.data import tokenise
 from train.data.packing import START, Segment, pack
 from train.data.worker_pool import WorkerPool
 
-documents_strategy = st.lists(st.lists(st.integers(1, 1000), min_size=0, max_size=40), min_size=1, max_size=30)
+documents_strategy = st.lists(
+    st.lists(st.integers(1, 1000), min_size=0, max_size=40), min_size=1, max_size=30
+)
 
 
 def stream(documents: list[list[int]], end: int = 0, block: int = 7) -> Iterator[Segment]:
@@ -26,18 +28,28 @@ def stream(documents: list[list[int]], end: int = 0, block: int = 7) -> Iterator
         arrays = [np.array([*tokens, end], np.uint16) for tokens in documents[first : first + block]]
         index, lengths = np.arange(len(arrays)), np.array([len(array) for array in arrays])
         yield Segment(
-            START, np.concatenate(arrays), np.cumsum(lengths) - lengths, index, (first + index).astype(np.uint64), 0 * index, 0.0 * index
+            START,
+            np.concatenate(arrays),
+            np.cumsum(lengths) - lengths,
+            index,
+            (first + index).astype(np.uint64),
+            0 * index,
+            0.0 * index,
         )
 
 
 @settings(max_examples=150, deadline=None)
 @given(documents=documents_strategy, rows=st.integers(1, 3), length=st.integers(2, 17))
-def test_rows_are_the_token_stream_cut_into_pieces(documents: list[list[int]], rows: int, length: int) -> None:
+def test_rows_are_the_token_stream_cut_into_pieces(
+    documents: list[list[int]], rows: int, length: int
+) -> None:
     batches = list(pack(stream(documents), rows, length))
     tokens = [token for document in documents for token in (*document, 0)]
     whole = len(tokens) // (rows * length)
     assert len(batches) == whole  # only what does not fill a last batch stays behind
-    assert [token for batch in batches for token in batch.input_ids.flatten().tolist()] == tokens[: whole * rows * length]
+    assert [token for batch in batches for token in batch.input_ids.flatten().tolist()] == tokens[
+        : whole * rows * length
+    ]
     for batch in batches:
         assert batch.input_ids.shape == batch.doc_start.shape == (rows, length)
         assert batch.input_ids.dtype == torch.int64 and batch.doc_start.dtype == torch.int32
@@ -45,7 +57,9 @@ def test_rows_are_the_token_stream_cut_into_pieces(documents: list[list[int]], r
 
 @settings(max_examples=150, deadline=None)
 @given(documents=documents_strategy, length=st.integers(2, 17))
-def test_doc_start_is_the_first_token_of_the_document_in_its_row(documents: list[list[int]], length: int) -> None:
+def test_doc_start_is_the_first_token_of_the_document_in_its_row(
+    documents: list[list[int]], length: int
+) -> None:
     owner = [index for index, document in enumerate(documents) for _ in range(len(document) + 1)]
     for number, batch in enumerate(pack(stream(documents), 1, length)):
         row = owner[number * length : (number + 1) * length]
@@ -54,12 +68,16 @@ def test_doc_start_is_the_first_token_of_the_document_in_its_row(documents: list
 
 @settings(max_examples=60, deadline=None)
 @given(documents=documents_strategy, rows=st.integers(1, 3), length=st.integers(2, 9))
-def test_every_document_is_counted_in_the_batch_where_it_begins(documents: list[list[int]], rows: int, length: int) -> None:
+def test_every_document_is_counted_in_the_batch_where_it_begins(
+    documents: list[list[int]], rows: int, length: int
+) -> None:
     owner = [index for index, document in enumerate(documents) for _ in range(len(document) + 1)]
     size = rows * length
     for number, batch in enumerate(pack(stream(documents), rows, length)):
         before, here = owner[: number * size], owner[number * size : (number + 1) * size]
-        assert list(batch.digests) == [document for document, _ in itertools.groupby(here) if document not in before[-1:]]
+        assert list(batch.digests) == [
+            document for document, _ in itertools.groupby(here) if document not in before[-1:]
+        ]
 
 
 def test_targets_do_not_cross_documents_and_all_others_are_there() -> None:
@@ -82,8 +100,12 @@ def test_every_document_ends_with_the_end_of_text_token_and_cannot_forge_one(tok
 
 
 @settings(max_examples=60, deadline=None)
-@given(documents=documents_strategy, share=st.integers(1, 3), world=st.integers(1, 4), length=st.integers(2, 9))
-def test_ranks_share_every_step_and_know_its_targets(documents: list[list[int]], share: int, world: int, length: int) -> None:
+@given(
+    documents=documents_strategy, share=st.integers(1, 3), world=st.integers(1, 4), length=st.integers(2, 9)
+)
+def test_ranks_share_every_step_and_know_its_targets(
+    documents: list[list[int]], share: int, world: int, length: int
+) -> None:
     rows = share * world
     whole = list(pack(stream(documents), rows, length))
     ranks = [list(pack(stream(documents), rows, length, rank, world)) for rank in range(world)]
@@ -91,12 +113,16 @@ def test_ranks_share_every_step_and_know_its_targets(documents: list[list[int]],
         parts = [rank[step] for rank in ranks]
         assert torch.equal(torch.cat([part.input_ids for part in parts]), batch.input_ids)
         assert torch.equal(torch.cat([part.doc_start for part in parts]), batch.doc_start)
-        assert {(part.cursor, part.inner_starts, part.tokens) for part in parts} == {(batch.cursor, batch.inner_starts, rows * length)}
+        assert {(part.cursor, part.inner_starts, part.tokens) for part in parts} == {
+            (batch.cursor, batch.inner_starts, rows * length)
+        }
         targets = int((shift_labels(batch.input_ids, batch.doc_start) != -100).sum())
         assert targets == rows * (length - 1) - batch.inner_starts
 
 
-def test_an_enormous_document_is_tokenised_in_pieces_and_stays_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_enormous_document_is_tokenised_in_pieces_and_stays_one(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "tests of packing\n" * 40 + "a" * 500 + "\nthe end"
     monkeypatch.setattr(tokenise, "PIECE", 64)
     parts = list(tokenise.pieces(text))
@@ -114,6 +140,8 @@ def test_an_enormous_document_is_tokenised_in_pieces_and_stays_one(tokenizer: To
     encode._encoder._encode_batch = counted  # type: ignore[union-attr]
     block = encode.encode(["before", text, "behind"])
     assert len(calls) > 10 and max(calls) <= 64
-    assert list(block.tokens).count(tokenizer.eot_token_id) == 3 and int(block.lengths.sum()) == len(block.tokens)
+    assert list(block.tokens).count(tokenizer.eot_token_id) == 3 and int(block.lengths.sum()) == len(
+        block.tokens
+    )
     first, last = int(block.lengths[0]), int(block.lengths[2])
     assert tokenizer.decode(block.tokens[first : -last - 1].tolist()) == text

@@ -1,4 +1,6 @@
-"""`python -m train.prepare`: fills the cache in the order of the run, continues, checks, and says what is wrong."""
+"""`python -m train.prepare`: fills the cache in the order of the run, continues, checks, and says what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,23 @@ BASE = [
 def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "corpus").mkdir()
     for shard in range(6):
-        lines = [json.dumps({"text": f"Sentence {shard}.{index} of a small corpus. " * 3}) for index in range(50)] + ['{"text": ""}']
+        lines = [
+            json.dumps({"text": f"Sentence {shard}.{index} of a small corpus. " * 3}) for index in range(50)
+        ] + ['{"text": ""}']
         (tmp_path / "corpus" / f"{shard}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return [*BASE, f"paths={tmp_path / 'corpus'}", f"token_cache={tmp_path / 'cache'}"]
 
 
-def test_all_of_an_epoch_is_stored_once_and_verified(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_of_an_epoch_is_stored_once_and_verified(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert prepare.main([*arguments, "steps=100000"]) == 0
     out = capsys.readouterr().out
-    assert "6 blocks, 306 documents (6 of them unusable)" in out and "tokenised now" in out and str(tmp_path / "cache") in out
+    assert (
+        "6 blocks, 306 documents (6 of them unusable)" in out
+        and "tokenised now" in out
+        and str(tmp_path / "cache") in out
+    )
     assert prepare.main([*arguments, "steps=100000"]) == 0
     assert "all of it was there already" in capsys.readouterr().out
     assert prepare.main([*arguments, "--verify"]) == 0
@@ -52,7 +62,9 @@ def test_all_of_an_epoch_is_stored_once_and_verified(arguments: list[str], tmp_p
     assert prepare.main([*arguments, "--verify"]) == 0
 
 
-def test_it_stops_at_the_tokens_that_were_asked_for(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_stops_at_the_tokens_that_were_asked_for(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert prepare.main([*arguments, "--tokens", "1_000"]) == 0
     assert "\n1 blocks" in capsys.readouterr().out
 
@@ -75,7 +87,14 @@ def test_an_interrupted_command_continues(arguments: list[str], tmp_path: Path, 
     lines = [json.dumps({"text": f"{index} {text}"}) + "\n" for index in range(900)]
     (tmp_path / "corpus" / "long.jsonl").write_text("".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "train.prepare", *arguments, "workers=1", "steps=1000000"]
-    process = subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    process = subprocess.Popen(
+        command,
+        cwd=project_root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    )
     assert process.stdout is not None
     assert "held-out documents" in process.stdout.readline()
     process.send_signal(signal.SIGINT)

@@ -26,18 +26,26 @@ def write_cosmopedia(folder: Path, files: int = 3, rows: int = 250, row_group: i
     texts: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(files):
-        part = [f"Course unit {number}.{row}: why the sky is blue, part {row}. " * (1 + row % 3) for row in range(rows)]
+        part = [
+            f"Course unit {number}.{row}: why the sky is blue, part {row}. " * (1 + row % 3)
+            for row in range(rows)
+        ]
         columns = {
-            "prompt": ["Write a text."] * rows, "text": part, "token_length": [len(text) // 4 for text in part],
-            "audience": ["general"] * rows, "format": ["textbook"] * rows, "seed_data": ["auto_math_text"] * rows,
+            "prompt": ["Write a text."] * rows, "text": part,
+            "token_length": [len(text) // 4 for text in part], "audience": ["general"] * rows,
+            "format": ["textbook"] * rows, "seed_data": ["auto_math_text"] * rows,
         }  # fmt: skip
-        pq.write_table(pa.table(columns), folder / f"train-{number:05d}-of-{files:05d}.parquet", row_group_size=row_group)
+        pq.write_table(
+            pa.table(columns), folder / f"train-{number:05d}-of-{files:05d}.parquet", row_group_size=row_group
+        )
         texts += part
     return texts
 
 
 def stored(source: Any) -> list[Any]:
-    return [document for shard in range(source.num_shards) for block in source.read(shard) for document in block]
+    return [
+        document for shard in range(source.num_shards) for block in source.read(shard) for document in block
+    ]
 
 
 def test_parquet_files_are_read_by_row_group(tmp_path: Path) -> None:
@@ -94,13 +102,17 @@ def test_a_stream_that_breaks_is_read_again_from_the_same_block(
 
 def test_jsonl_stretches_hold_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"line {index} " + "x" * (index * 7 % 90) for index in range(200)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+    )
     for size in (64, 100, 257, 1 << 20):
         monkeypatch.setattr(corpus, "BYTE_BLOCK", size)
         assert stored(LocalSource([str(tmp_path / "*.jsonl")], "text")) == texts
 
 
-def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paragraphs = [f"Paragraph {index}, of some length. " * 5 for index in range(120)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     documents = [document.decode() for document in stored(LocalSource([str(tmp_path)], "text"))]
@@ -108,11 +120,16 @@ def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(tmp_path: Path, mo
     assert all(len(document) >= corpus.TEXT_DOCUMENT for document in documents[:-1])
     assert "\n\n".join(documents).split() == " ".join(paragraphs).split()
     monkeypatch.setattr(corpus, "BYTE_BLOCK", 1000)
-    assert b" ".join(stored(LocalSource([str(tmp_path)], "text"))).decode().split() == " ".join(paragraphs).split()
+    assert (
+        b" ".join(stored(LocalSource([str(tmp_path)], "text"))).decode().split()
+        == " ".join(paragraphs).split()
+    )
 
 
 def test_an_end_of_text_line_separates_documents(tmp_path: Path) -> None:
-    (tmp_path / "stories.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n<|endoftext|>\nThree.", encoding="utf-8")
+    (tmp_path / "stories.txt").write_text(
+        "One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n<|endoftext|>\nThree.", encoding="utf-8"
+    )
     assert stored(LocalSource([str(tmp_path)], "text")) == [b"One.", b"Two.", b"Three."]
 
 
@@ -137,13 +154,20 @@ def test_documents_that_are_not_text_are_passed_over_and_counted(tmp_path: Path)
     assert {int(key) for batch in seen for key in batch.digests} == {digest("good one"), digest("good two")}
     # Those behind the second epoch's last good document are still ahead.
     assert 7 <= sum(batch.invalid for batch in seen) <= 14
-    assert [document.text for document in read_stored(source, 0.0, held_out=False)] == ["good one", "good two"]
+    assert [document.text for document in read_stored(source, 0.0, held_out=False)] == [
+        "good one",
+        "good two",
+    ]
 
 
 def test_a_corpus_without_a_usable_document_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
     with pytest.raises(LoadError, match="found none .1 empty or not text.*text_column"):
-        next(training_batches(LocalSource([str(tmp_path)], "text"), train_tokenizer(["x"], 300), rows=1, length=2))
+        next(
+            training_batches(
+                LocalSource([str(tmp_path)], "text"), train_tokenizer(["x"], 300), rows=1, length=2
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -167,8 +191,17 @@ def test_a_path_that_cannot_be_read_is_named(
 @pytest.mark.parametrize("data", ["local", "hub"])
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, data: str) -> None:
     write_cosmopedia(tmp_path, files=1, rows=3)
-    with pytest.raises(LoadError, match="expected a column 'content', got prompt, text, token_length.*text_column"):
-        open_source(RunConfig(data=data, paths=[str(tmp_path)] if data == "local" else [], dataset=str(tmp_path), text_column="content"))
+    with pytest.raises(
+        LoadError, match="expected a column 'content', got prompt, text, token_length.*text_column"
+    ):
+        open_source(
+            RunConfig(
+                data=data,
+                paths=[str(tmp_path)] if data == "local" else [],
+                dataset=str(tmp_path),
+                text_column="content",
+            )
+        )
 
 
 def test_a_dataset_that_cannot_be_reached_says_what_to_do() -> None:
@@ -176,7 +209,9 @@ def test_a_dataset_that_cannot_be_reached_says_what_to_do() -> None:
         open_source(RunConfig(data="hub"))
 
 
-def test_a_stream_is_pinned_to_the_commit_that_a_resumed_run_reads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_pinned_to_the_commit_that_a_resumed_run_reads_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_cosmopedia(tmp_path, files=1, rows=10)
     calls: list[dict[str, Any]] = []
 
@@ -203,7 +238,9 @@ def test_the_embedded_corpus_is_large_enough_and_the_same_each_time() -> None:
     assert len(source.documents) == len(set(source.documents)) > 1000
     assert sum(map(len, source.documents)) > 1_000_000
     assert any(document.startswith("class argparse.ArgumentParser") for document in source.documents)
-    texts = [{" ".join(paragraph.split()) for paragraph in document.split("\n\n")} for document in source.documents]
+    texts = [
+        {" ".join(paragraph.split()) for paragraph in document.split("\n\n")} for document in source.documents
+    ]
     long = [paragraph for paragraphs in texts for paragraph in paragraphs if len(paragraph) >= corpus.REPEAT]
     assert len(set(long)) == len(long)  # held-out text is in no training document
 
@@ -226,14 +263,27 @@ def test_a_row_group_is_read_in_bounded_blocks(tmp_path: Path) -> None:
     assert sum(source.sizes) == pytest.approx(source.files[0].stat().st_size)
 
 
-def test_source_trees_are_read_a_file_a_document_in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("b/one.py", "a/two.py", "a/__pycache__/no.py", ".git/no.py", "c/three.py", "c/.hidden/no.py"):
+def test_source_trees_are_read_a_file_a_document_in_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (
+        "b/one.py",
+        "a/two.py",
+        "a/__pycache__/no.py",
+        ".git/no.py",
+        "c/three.py",
+        "c/.hidden/no.py",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n" * 10, encoding="utf-8")
     monkeypatch.setattr(corpus, "BYTE_BLOCK", 200)
     source = LocalSource([str(tmp_path)], "text")
     assert source.num_shards == 2
-    assert [document.splitlines()[0].decode() for document in stored(source)] == ["# a/two.py", "# b/one.py", "# c/three.py"]
+    assert [document.splitlines()[0].decode() for document in stored(source)] == [
+        "# a/two.py",
+        "# b/one.py",
+        "# c/three.py",
+    ]
     assert source.sizes == [220, 130]
 
 
@@ -247,11 +297,17 @@ def test_bytes_that_are_not_utf8_cost_one_document_each(tmp_path: Path) -> None:
     strings = pa.StringArray.from_buffers(3, *arrays[0].buffers()[1:])  # claims to be UTF-8, and is not
     pq.write_table(pa.table({"text": strings}), tmp_path / "e.parquet")
     source = LocalSource([str(tmp_path)], "text")
-    assert [document.text for document in read_stored(source, 0.0)] == ["sch\u00f6n", "json", *["sch\u00f6n"] * 3]
+    assert [document.text for document in read_stored(source, 0.0)] == [
+        "sch\u00f6n",
+        "json",
+        *["sch\u00f6n"] * 3,
+    ]
     assert len(stored(source)) == 12
 
 
-def test_a_cut_off_jsonl_is_reported_once_and_its_other_lines_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cut_off_jsonl_is_reported_once_and_its_other_lines_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n{"text": "cut o', encoding="utf-8")
     source = LocalSource([str(tmp_path)], "text")
     assert stored(source) == stored(source) == ["whole", None]

@@ -43,7 +43,9 @@ def gone(pids: list[int], seconds: float = 20) -> bool:
     return not any(map(alive, pids))
 
 
-def test_the_stream_does_not_depend_on_the_workers(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stream_does_not_depend_on_the_workers(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker_pool, "CHUNK_DOCUMENTS", 2)  # several chunks a block
     source = some_source(shards=3, blocks=3, documents=11)
     alone = list(itertools.islice(training_batches(source, tokenizer, **SHAPE), 60))
@@ -52,14 +54,20 @@ def test_the_stream_does_not_depend_on_the_workers(tokenizer: Tokenizer, monkeyp
         assert all(same(next(ahead), batch) for batch in alone)
         ahead.close()
     rows = held_out_rows(source, tokenizer, 0.3, 4, 16)
-    assert [part.tolist() for part in held_out_rows(source, tokenizer, 0.3, 4, 16, workers=2)] == [part.tolist() for part in rows]
+    assert [part.tolist() for part in held_out_rows(source, tokenizer, 0.3, 4, 16, workers=2)] == [
+        part.tolist() for part in rows
+    ]
 
 
 def test_workers_start_when_they_are_needed_and_end_when_the_stream_is_closed(tokenizer: Tokenizer) -> None:
     pool = WorkerPool(tokenizer, 2)
     assert pool.processes == []
     block = pool.submit(["some text", 5, None]).result(threading.Event())
-    assert block.lengths[0] > 1 and block.lengths[1:].tolist() == [0, 0] and block.unusable.tolist() == [False, True, True]
+    assert (
+        block.lengths[0] > 1
+        and block.lengths[1:].tolist() == [0, 0]
+        and block.unusable.tolist() == [False, True, True]
+    )
     pids = [process.pid or 0 for process in pool.processes]
     assert pids and all(map(alive, pids))
     before = time.monotonic()
@@ -83,7 +91,9 @@ def test_a_worker_that_is_killed_is_reported_and_not_waited_for(tokenizer: Token
     pool.close()
 
 
-def test_the_kill_reaches_the_training_loop_with_its_signal(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kill_reaches_the_training_loop_with_its_signal(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pools: list[WorkerPool] = []
     create = WorkerPool.__init__
 
@@ -116,16 +126,21 @@ sys.stdin.read()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_workers_leave_when_the_training_process_is_killed_and_ignore_signals_meant_for_it(project_root: Path) -> None:
+def test_workers_leave_when_the_training_process_is_killed_and_ignore_signals_meant_for_it(
+    project_root: Path,
+) -> None:
     # The program has no `if __name__ == "__main__"`: workers must not run it again.
     program = PROGRAM.format(tests=str(project_root / "tests"))
     parent = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=project_root, text=True
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=project_root,
+        text=True
     )  # fmt: skip
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split()]
     assert len(pids) == 2
-    assert not any("torch" in Path(f"/proc/{pid}/maps").read_text() for pid in pids), "workers load what they need, not torch"
+    assert not any("torch" in Path(f"/proc/{pid}/maps").read_text() for pid in pids), (
+        "workers load what they need, not torch"
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         for pid in pids:
             os.kill(pid, number)

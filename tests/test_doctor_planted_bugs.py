@@ -29,7 +29,9 @@ def failures(model: SmolLM2ForCausalLM) -> set[str]:
 
 
 def planted(**operations: Callable[..., Any]) -> Backend:
-    """The reference with some operations replaced; a rotation and a SwiGLU are planted in both forms that the switch has."""
+    """The reference with some operations replaced; a rotation and a SwiGLU are planted in both forms that the
+    switch has.
+    """
     if swiglu := operations.get("swiglu"):
         operations["mlp"] = partial(mlp, swiglu=swiglu)
     if rope := operations.get("rope"):
@@ -44,16 +46,22 @@ def planted(**operations: Callable[..., Any]) -> Backend:
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, **_: Any) -> Tensor:
     """The bug that this project began with: scaled dot product attention without a causal mask."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(
+        1, 2
+    )
 
 
 def one_too_far(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, **_: Any) -> Tensor:
     """Every query also sees the next key: an off-by-one in a mask."""
     mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1] + 1)
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
 
 
-def ignores_documents(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, **options: Any) -> Tensor:
+def ignores_documents(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, **options: Any
+) -> Tensor:
     return reference.attention(q, k, v, None, **options)
 
 
@@ -160,11 +168,15 @@ def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch
     monkeypatch.setattr(doctor, "_fresh", lambda preset, device, backend: tiny(backend))
     rows = list(doctor.diagnose([(CPU, planted(swiglu=broken))]))
     by_check = {row.check: row.finding for row in rows if row.subject.startswith("fresh tiny")}
-    assert by_check["causality"] == doctor.Finding("RuntimeError: no kernel image is available", "no error", False)
+    assert by_check["causality"] == doctor.Finding(
+        "RuntimeError: no kernel image is available", "no error", False
+    )
     assert by_check["tied head"].passed and by_check["rotary shift"].passed
 
 
-def test_a_backend_that_sees_the_future_makes_the_command_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backend_that_sees_the_future_makes_the_command_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(doctor, "select_backend", lambda name, device: planted(attention=bidirectional))
     monkeypatch.setattr(doctor, "_fresh", lambda preset, device, backend: tiny(backend))
     assert doctor.main(["--device", "cpu", "--backend", "planted"]) == 1

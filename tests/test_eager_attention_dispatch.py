@@ -11,7 +11,8 @@ from kernels import TORCH
 from kernels.eager import attention as eager_attention
 
 pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU's library does not multiply bf16: attention is torch's own"
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this CPU's library does not multiply bf16: attention is torch's own",
 )
 
 
@@ -78,7 +79,9 @@ def test_results_are_not_the_buffers_of_the_next_call() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_nothing_of_the_size_of_all_scores_exists_or_is_kept(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_size_of_all_scores_exists_or_is_kept(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch, length, heads = 2, 512, 3
     block = heads * eager_attention.BLOCK_QUERIES * length
     monkeypatch.setattr(eager_attention, "MAX_SCORES", block)  # one row of the batch at a time
@@ -105,4 +108,6 @@ def test_nothing_of_the_size_of_all_scores_exists_or_is_kept(masked: bool, monke
         eager_attention.attention(q, k, v, doc_start).sum().backward()
     assert 2 * block < largest <= 4 * block < 4 * batch * heads * length * length / 4
     own = q.nbytes + k.nbytes + v.nbytes
-    assert sum(tensor.nbytes for tensor in kept) == own + q.nbytes + 4 * batch * heads * length + (doc_start.nbytes if masked else 0)
+    assert sum(tensor.nbytes for tensor in kept) == own + q.nbytes + 4 * batch * heads * length + (
+        doc_start.nbytes if masked else 0
+    )

@@ -1,4 +1,6 @@
-"""The attention of training on a CPU against the numerics contract: torch's own is the base, the reference in fp64 the truth."""
+"""The attention of training on a CPU against the numerics contract: torch's own is the base, the reference in
+fp64 the truth.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,18 @@ DTYPE = torch.bfloat16
 NAMES = "out", "dq", "dk", "dv"
 
 pytestmark = [
-    pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU's library does not multiply bf16"),
+    pytest.mark.skipif(
+        not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU's library does not multiply bf16"
+    ),
     pytest.mark.usefixtures("poison_empty"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers of each test are allocated in it, and so full of NaN: nothing is right because an earlier call left it there."""
+    """Buffers of each test are allocated in it, and so full of NaN: nothing is right because an earlier call
+    left it there.
+    """
     monkeypatch.setattr(eager_attention, "_buffers", eager_attention._Buffers())
 
 
@@ -45,7 +51,11 @@ def tensors(batch: int, length: int, keys: int, heads: int, key_heads: int, head
 
 
 def run(
-    attention: Callable[..., Tensor], values: list[Tensor], dtype: torch.dtype, doc_start: Tensor | None = None, scale: float | None = None
+    attention: Callable[..., Tensor],
+    values: list[Tensor],
+    dtype: torch.dtype,
+    doc_start: Tensor | None = None,
+    scale: float | None = None,
 ) -> list[Tensor]:
     """The output and the gradients of q, k and v."""
     *leaves, upstream = (value.detach().to(dtype) for value in values)
@@ -108,7 +118,8 @@ def test_first_keys_in_any_order_and_more_keys() -> None:
 def test_queries_that_see_nothing_give_zeros_and_no_gradients() -> None:
     values = tensors(2, 300, 300, 6, 2, 32)
     doc_start = torch.zeros(2, 300, dtype=torch.int64)
-    doc_start[0, 5], doc_start[0, 128:256], doc_start[1] = 6, 256, 500  # one query, a whole block, a whole row of the batch
+    # one query, a whole block, a whole row of the batch
+    doc_start[0, 5], doc_start[0, 128:256], doc_start[1] = 6, 256, 500
     blind = doc_start > torch.arange(300)
     out, dq, dk, dv = run(eager_attention.attention, values, DTYPE, doc_start)
     assert not out[blind].any() and not dq[blind].any()
@@ -116,7 +127,9 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradients() -> None:
     # The others are as if nothing came back to those queries.
     values[3][blind] = 0
     other = run(eager_attention.attention, values, DTYPE, torch.where(blind, 0, doc_start))
-    for mine, theirs in zip((out[~blind], dq[~blind], dk, dv), (other[0][~blind], other[1][~blind], *other[2:]), strict=True):
+    for mine, theirs in zip(
+        (out[~blind], dq[~blind], dk, dv), (other[0][~blind], other[1][~blind], *other[2:]), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, atol=numerics.ATOL[DTYPE], rtol=numerics.ATOL[DTYPE])
 
 
@@ -161,7 +174,10 @@ def test_a_planted_fault_fails_the_contract(fault: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(eager_attention._Sizes, "fold", without)
     ours = run(eager_attention.attention, values, DTYPE)
     monkeypatch.undo()
-    base, truth = run(eager_attention.library_attention, values, DTYPE), run(reference.attention, values, torch.float64)
+    base, truth = (
+        run(eager_attention.library_attention, values, DTYPE),
+        run(reference.attention, values, torch.float64),
+    )
     with pytest.raises(AssertionError, match="over the budget"):
         for name, *three in zip(NAMES, ours, base, truth, strict=True):
             numerics.check("planted fault", name, *three)
@@ -182,7 +198,10 @@ def test_the_same_bits_in_every_process(threads: str, project_root: Path) -> Non
     command = [sys.executable, "-c", textwrap.dedent(program)]
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     texts = {
-        subprocess.run(command, cwd=project_root, env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)
+        subprocess.run(
+            command, cwd=project_root, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
     }
     assert len(texts) == 1
     assert len(set(texts.pop().split())) == 1

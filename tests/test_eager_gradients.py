@@ -40,7 +40,8 @@ def run(op, leaves, rest, upstream=None):
     out = op(*leaves, *rest)
     out = out if isinstance(out, tuple) else (out,)
     if upstream is None:
-        upstream = [draw(*y.shape).transpose(0, -1).contiguous().transpose(0, -1).to(y.dtype) for y in out]  # strided on purpose
+        # strided on purpose
+        upstream = [draw(*y.shape).transpose(0, -1).contiguous().transpose(0, -1).to(y.dtype) for y in out]
     return [y.detach() for y in out], upstream, torch.autograd.grad(out, leaves, upstream)
 
 
@@ -75,7 +76,10 @@ def test_a_second_backward_pass_gives_the_same(name):
 def test_only_one_output_of_add_rms_norm_has_a_gradient(used):
     leaves = [draw(5, 96).requires_grad_(), draw(5, 96).requires_grad_(), draw(96).requires_grad_()]
     dy = draw(5, 96)
-    results = [torch.autograd.grad(ops.add_rms_norm(*leaves, EPS)[used], leaves, dy, allow_unused=True) for ops in (TORCH, reference)]
+    results = [
+        torch.autograd.grad(ops.add_rms_norm(*leaves, EPS)[used], leaves, dy, allow_unused=True)
+        for ops in (TORCH, reference)
+    ]
     for mine, plain in zip(*results, strict=True):
         assert (mine is None) == (plain is None)
         if mine is not None:
@@ -115,7 +119,8 @@ def test_rows_are_tiled_and_chunked_without_a_trace(monkeypatch):
 
 
 def test_linear_cross_entropy_keeps_the_gradient_of_fp32_masters_in_fp32(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)  # one chunk's product alone is rounded to bf16, the sum is not
+    # one chunk's product alone is rounded to bf16, the sum is not
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
     hidden, weight = draw(64, 32, dtype=torch.bfloat16).requires_grad_(), draw(100, 32).requires_grad_()
     loss.linear_cross_entropy(hidden, weight, torch.randint(0, 100, (64,))).backward()
     assert hidden.grad.dtype == torch.bfloat16

@@ -1,4 +1,6 @@
-"""fp32 products through oneDNN: what F.linear gives, its gradients too, the same bits every time, and nothing where it does not apply."""
+"""fp32 products through oneDNN: what F.linear gives, its gradients too, the same bits every time, and nothing
+where it does not apply.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from kernels import TORCH
 from kernels.eager import linear as eager_linear
 
 WIDTHS = [(7, 5), (576, 960), (1536, 576), (576, 3072)]  # columns and rows of the weight
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
 
 
 @pytest.fixture
@@ -47,9 +51,12 @@ def with_gradients(function, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Ten
 def test_the_product_and_its_gradients_are_those_of_a_linear_layer(onednn, leading, columns, rows) -> None:
     x, weight, dy = draw(*leading, columns), draw(rows, columns), draw(*leading, rows)
     truth = with_gradients(F.linear, x.double(), weight.double(), dy.double())
-    sizes = with_gradients(F.linear, x.abs(), weight.abs(), dy.abs())  # sums of absolute values, to which rounding is proportional
+    # sums of absolute values, to which rounding is proportional
+    sizes = with_gradients(F.linear, x.abs(), weight.abs(), dy.abs())
     ours = with_gradients(eager_linear.linear, x, weight, dy)
-    for mine, true, size, terms in zip(ours, truth, sizes, (columns, rows, x.numel() // columns), strict=True):
+    for mine, true, size, terms in zip(
+        ours, truth, sizes, (columns, rows, x.numel() // columns), strict=True
+    ):
         assert mine.shape == true.shape and mine.is_contiguous()
         assert ((mine - true).abs() <= 2**-23 * terms**0.5 * size).all()
     assert len(onednn) == 2  # the product and the gradient of x; that of the weight is torch's
@@ -60,9 +67,15 @@ def test_the_product_and_its_gradients_are_those_of_a_linear_layer(onednn, leadi
 def test_factors_and_gradients_may_have_any_strides(onednn) -> None:
     x, weight = draw(576, 2, 20).transpose(0, 2), draw(576, 64).t()
     dy = draw(1, 2, 64).expand(20, 2, 64)
-    for mine, theirs in zip(with_gradients(eager_linear.linear, x, weight, dy), with_gradients(F.linear, x, weight, dy), strict=True):
+    for mine, theirs in zip(
+        with_gradients(eager_linear.linear, x, weight, dy),
+        with_gradients(F.linear, x, weight, dy),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(eager_linear.mm(draw(576, 9).t(), weight.t()), draw(576, 9).t() @ weight.t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        eager_linear.mm(draw(576, 9).t(), weight.t()), draw(576, 9).t() @ weight.t(), rtol=1e-5, atol=1e-4
+    )
     assert len(onednn) == 3
 
 
@@ -96,11 +109,15 @@ def test_second_derivatives_are_right(onednn) -> None:
 
 
 @needs_onednn
-@pytest.mark.parametrize("case", ["one row", "no rows", "fp64", "bf16", "switched off", "autocast", "other processor"])
+@pytest.mark.parametrize(
+    "case", ["one row", "no rows", "fp64", "bf16", "switched off", "autocast", "other processor"]
+)
 def test_everything_else_is_torchs(onednn, case: str, monkeypatch) -> None:
     x, weight = draw({"one row": 1, "no rows": 0}.get(case, 8), 16), draw(8, 16)
     if case in ("fp64", "bf16"):
-        x, weight = (tensor.to({"fp64": torch.float64, "bf16": torch.bfloat16}[case]) for tensor in (x, weight))
+        x, weight = (
+            tensor.to({"fp64": torch.float64, "bf16": torch.bfloat16}[case]) for tensor in (x, weight)
+        )
     if case == "other processor":
         monkeypatch.setattr(eager_linear, "onednn_is_faster", lambda: False)
     monkeypatch.setattr(eager_linear.torch.backends.mkldnn, "enabled", case != "switched off")
@@ -119,11 +136,16 @@ def test_wrong_shapes_raise_what_a_linear_layer_raises(onednn) -> None:
 
 
 @pytest.mark.parametrize("vendor, capability, expected", [
-    ("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False), ("", "AVX512", False),
+    ("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False),
+    ("", "AVX512", False),
 ])  # fmt: skip
 @needs_onednn
-def test_the_processor_decides_and_no_clock(monkeypatch, vendor: str, capability: str, expected: bool) -> None:
-    monkeypatch.setattr(eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__))
+def test_the_processor_decides_and_no_clock(
+    monkeypatch, vendor: str, capability: str, expected: bool
+) -> None:
+    monkeypatch.setattr(
+        eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__)
+    )
     monkeypatch.setattr(eager_linear, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -135,7 +157,9 @@ def test_another_torch_without_the_operator_is_served_by_torch(monkeypatch) -> N
         raise AttributeError("no such operator")
 
     monkeypatch.setattr(eager_linear, "_onednn", gone)
-    monkeypatch.setattr(eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__))
+    monkeypatch.setattr(
+        eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__)
+    )
     monkeypatch.setattr(eager_linear, "_vendor", lambda: "AuthenticAMD")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x, weight = draw(4, 16), draw(8, 16)

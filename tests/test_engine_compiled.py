@@ -1,4 +1,6 @@
-"""The compiled decode step: the eager step in other words, in fp32 the same tokens, and found again by what it depends on."""
+"""The compiled decode step: the eager step in other words, in fp32 the same tokens, and found again by what
+it depends on.
+"""
 
 import shutil
 
@@ -41,7 +43,9 @@ def ids(batch, length, seed=1):
 
 
 def eager_step(engine, prompt, token):
-    """(logits [V], keys and values that the step added [layers, 2, K, D], what DecodeStep takes) of one more token."""
+    """(logits [V], keys and values that the step added [layers, 2, K, D], what DecodeStep takes) of one more
+    token.
+    """
     length = prompt.shape[1]
     cache = engine.allocate(1, length + 1)
     engine.prefill(prompt, torch.tensor([length]), cache)
@@ -71,20 +75,28 @@ def test_the_int8_step_is_the_step_with_the_dequantised_weights(model):
         blocks.append(layer._replace(**matrices))
     plain = weights._replace(head=Matrix(dequantize(engine.head)), layers=blocks)
     ours, _ = DecodeStep(model.config, torch.float32, quantized=True)(*arguments)
-    expected, _ = DecodeStep(model.config, torch.float32, quantized=False)(*arguments[:2], plain.flat(), *arguments[3:])
+    expected, _ = DecodeStep(model.config, torch.float32, quantized=False)(
+        *arguments[:2], plain.flat(), *arguments[3:]
+    )
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_weights_come_back_from_the_flat_list(model):
     for engine in (Engine(model), QuantizedEngine(model, "int8")):
         weights = step_weights(engine)
-        again = StepWeights.from_flat(weights.flat(), model.config.num_hidden_layers, isinstance(engine, QuantizedEngine))
+        again = StepWeights.from_flat(
+            weights.flat(), model.config.num_hidden_layers, isinstance(engine, QuantizedEngine)
+        )
         assert all(ours is theirs for ours, theirs in zip(again.flat(), weights.flat(), strict=True))
-        assert [layer.down.values.data_ptr() for layer in again.layers] == [layer.down.values.data_ptr() for layer in weights.layers]
+        assert [layer.down.values.data_ptr() for layer in again.layers] == [
+            layer.down.values.data_ptr() for layer in weights.layers
+        ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2)])
+@pytest.mark.parametrize(
+    "options", [dict(temperature=0.0), dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2)]
+)
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_compiled_is_eager(model, compiled, options, length):
     prompt = ids(1, length)
@@ -101,14 +113,18 @@ def test_a_batch_on_the_compiled_engine_is_its_rows(model, compiled):
     prompts = [row.tolist() for row in ids(3, 12)]
     together = dict(generate_many(model, prompts, max_new_tokens=[5, 30, 9], slots=3, engine=compiled))
     for index, (prompt, budget) in enumerate(zip(prompts, (5, 30, 9), strict=True)):
-        alone = generate(model, torch.tensor([prompt]), max_new_tokens=budget, eos_token_id=[], engine=Engine(model))
+        alone = generate(
+            model, torch.tensor([prompt]), max_new_tokens=budget, eos_token_id=[], engine=Engine(model)
+        )
         assert together[index] == alone[0, 12:].tolist()
 
 
 @pytest.mark.slow
 def test_a_package_is_used_by_itself_from_then_on(model, compiled, cache):
     assert isinstance(compiled, CompiledEngine) and "loaded in" in str(compiled)
-    assert find_package(Engine(model)) == package_path(Engine(model)) and str(cache) in str(package_path(Engine(model)))
+    assert find_package(Engine(model)) == package_path(Engine(model)) and str(cache) in str(
+        package_path(Engine(model))
+    )
     assert isinstance(select_engine(model), CompiledEngine)
     assert type(select_engine(model, compiled=False)) is Engine
 
@@ -128,7 +144,11 @@ def test_no_compiler_is_said_before_any_work(model, cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, 'no-such-compiler' was not found"):
         build_package(
-            Engine(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", hidden_size=32, num_attention_heads=1, num_key_value_heads=1)))
+            Engine(
+                SmolLM2ForCausalLM(
+                    SmolLM2Config.preset("tiny", hidden_size=32, num_attention_heads=1, num_key_value_heads=1)
+                )
+            )
         )
 
 

@@ -48,13 +48,17 @@ def test_rows_of_a_quantised_batch_are_the_rows_alone(model):
     batch = torch.randint(0, 512, (3, 9), generator=torch.Generator().manual_seed(2))
     together = generate(model, batch, max_new_tokens=8, eos_token_id=[], engine=engine)
     for row in range(3):
-        assert torch.equal(generate(model, batch[row : row + 1], max_new_tokens=8, eos_token_id=[], engine=engine)[0], together[row])
+        assert torch.equal(
+            generate(model, batch[row : row + 1], max_new_tokens=8, eos_token_id=[], engine=engine)[0],
+            together[row],
+        )
 
 
 def test_the_captured_engine_gives_the_same_tokens(model):
     """Its loop runs uncaptured on the CPU."""
     ours, expected = (
-        generate(model, prompt(), max_new_tokens=20, eos_token_id=[], engine=kind(model)) for kind in (CapturedEngine, Engine)
+        generate(model, prompt(), max_new_tokens=20, eos_token_id=[], engine=kind(model))
+        for kind in (CapturedEngine, Engine)
     )
     assert torch.equal(ours, expected)
 

@@ -37,8 +37,12 @@ def full_recipe(**changes: object) -> RunConfig:
 
 
 def saved_bytes(model: SmolLM2Config, config: RunConfig) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass of one micro-batch, parameters left out."""
-    network = SmolLM2ForCausalLM(model, "torch", compute_dtype=torch.bfloat16 if config.dtype == "bf16" else None)
+    """Bytes that autograd keeps between the forward and the backward pass of one micro-batch, parameters left
+    out.
+    """
+    network = SmolLM2ForCausalLM(
+        model, "torch", compute_dtype=torch.bfloat16 if config.dtype == "bf16" else None
+    )
     network.model.gradient_checkpointing = config.gradient_checkpointing
     network.train()
     shape = config.batch_size, config.sequence_length
@@ -69,23 +73,34 @@ def test_activations_are_what_autograd_keeps(
     model: SmolLM2Config, rows: int, length: int, dtype: str, checkpointing: bool, masked: bool
 ) -> None:
     config = RunConfig(
-        batch_size=rows, sequence_length=length, dtype=dtype, gradient_checkpointing=checkpointing, document_masking=masked, backend="torch"
+        batch_size=rows,
+        sequence_length=length,
+        dtype=dtype,
+        gradient_checkpointing=checkpointing,
+        document_masking=masked,
+        backend="torch",
     )
     memory = estimates.memory_of(config, model, CPU, rows)
     if checkpointing:  # the layer that is recomputed comes in the backward pass
-        layer = estimates.layer_bytes_per_token(model, 2 if dtype == "bf16" else 4, triton=False, masked=masked, length=length, cuda=False)
+        layer = estimates.layer_bytes_per_token(
+            model, 2 if dtype == "bf16" else 4, triton=False, masked=masked, length=length, cuda=False
+        )
         kept = memory.activations_checkpointed - rows * length * layer
     else:
         kept = memory.activations + memory.weight_copies
     assert 0.7 < kept / saved_bytes(model, config) < 1.5
 
 
-@pytest.mark.parametrize(("name", "millions"), [("135M", 134.515008), ("360M", 361.821120), ("1.7B", 1711.376384)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("135M", 134.515008), ("360M", 361.821120), ("1.7B", 1711.376384)]
+)
 def test_parameters_of_the_released_models(name: str, millions: float, rate_of_a_cpu: float) -> None:
     found = estimate(full_recipe(model=name), SmolLM2Config.preset(name), CPU)
     assert found.parameters == round(1e6 * millions)
     assert found.embedding + found.blocks == found.parameters
-    assert found.memory.parameters == found.memory.gradients == found.memory.moments // 2 == 4 * found.parameters
+    assert (
+        found.memory.parameters == found.memory.gradients == found.memory.moments // 2 == 4 * found.parameters
+    )
 
 
 def test_a_known_gpu_in_bf16_takes_its_peak_and_an_assumption_that_is_named(h100: None) -> None:
@@ -110,18 +125,28 @@ def test_several_gpus_divide_the_rows_and_multiply_the_rate(h100: None) -> None:
 
 
 def test_processes_on_a_cpu_share_it(rate_of_a_cpu: float) -> None:
-    assert estimate(full_recipe(), FULL, CPU, world=2).rate.flops == estimate(full_recipe(), FULL, CPU).rate.flops
+    assert (
+        estimate(full_recipe(), FULL, CPU, world=2).rate.flops
+        == estimate(full_recipe(), FULL, CPU).rate.flops
+    )
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, "fp32"), (CPU, "bf16"), (GPU, "fp32")])
-def test_everything_else_takes_a_measured_rate(device: torch.device, dtype: str, rate_of_a_cpu: float, h100: None) -> None:
+def test_everything_else_takes_a_measured_rate(
+    device: torch.device, dtype: str, rate_of_a_cpu: float, h100: None
+) -> None:
     found = estimate(full_recipe(dtype=dtype), FULL, device)
     assert found.rate.flops == pytest.approx(rate_of_a_cpu * MATMUL_EFFICIENCY)
-    assert f"{device.type}, 200 GFLOP/s measured in a matrix product, assuming {MATMUL_EFFICIENCY:.0%} of it" in found.rate.source
+    assert (
+        f"{device.type}, 200 GFLOP/s measured in a matrix product, assuming {MATMUL_EFFICIENCY:.0%} of it"
+        in found.rate.source
+    )
 
 
 def test_checkpointing_takes_less_memory_and_more_time(rate_of_a_cpu: float) -> None:
-    plain, checkpointed = (estimate(full_recipe(gradient_checkpointing=on), FULL, CPU) for on in (False, True))
+    plain, checkpointed = (
+        estimate(full_recipe(gradient_checkpointing=on), FULL, CPU) for on in (False, True)
+    )
     assert checkpointed.memory.total < plain.memory.total / 2.5
     assert 1.2 < checkpointed.seconds / plain.seconds < 4 / 3
     assert checkpointed.flops_per_token == plain.flops_per_token
@@ -129,9 +154,13 @@ def test_checkpointing_takes_less_memory_and_more_time(rate_of_a_cpu: float) -> 
 
 
 def test_triton_keeps_no_mask_and_no_repeated_keys(h100: None) -> None:
-    plain, kernels = (estimate(full_recipe(backend=name), FULL, GPU).memory for name in ("torch", "triton,rope=torch"))
+    plain, kernels = (
+        estimate(full_recipe(backend=name), FULL, GPU).memory for name in ("torch", "triton,rope=torch")
+    )
     per_token = (
-        512 + 2 * FULL.num_attention_heads * FULL.head_dim - (FULL.num_attention_heads + 2 * FULL.num_key_value_heads) * FULL.head_dim
+        512
+        + 2 * FULL.num_attention_heads * FULL.head_dim
+        - (FULL.num_attention_heads + 2 * FULL.num_key_value_heads) * FULL.head_dim
     )
     assert plain.activations - kernels.activations == 2 * 16_384 * FULL.num_hidden_layers * per_token
     assert kernels.total < plain.total
@@ -153,12 +182,20 @@ def test_the_text_names_every_figure(h100: None) -> None:
     assert "134,515,008 parameters: embedding (also the head) 28,311,552, blocks 106,203,456" in text
     assert "16,384 a step, 81,920,000 in 5,000 steps" in text
     assert "860 MFLOP a token, 70.4 PFLOP in all (causal attention counted half)" in text
-    for part in ("0.54 GB parameters", "0.54 GB gradients", "1.08 GB AdamW", "copies of weights, bf16", "a chunk of logits"):
+    for part in (
+        "0.54 GB parameters",
+        "0.54 GB gradients",
+        "1.08 GB AdamW",
+        "copies of weights, bf16",
+        "a chunk of logits",
+    ):
         assert part in text
     assert "activations of 32 x 512 tokens, triton, bf16" in text and "with gradient_checkpointing)" in text
     assert "time      about 3:24 at 402" in text
 
 
 def test_the_text_says_what_checkpointing_saves(rate_of_a_cpu: float) -> None:
-    assert "without gradient_checkpointing)" in shown(estimate(full_recipe(gradient_checkpointing=True), FULL, CPU))
+    assert "without gradient_checkpointing)" in shown(
+        estimate(full_recipe(gradient_checkpointing=True), FULL, CPU)
+    )
     assert " days at " in shown(estimate(full_recipe(), FULL, CPU))

@@ -1,4 +1,6 @@
-"""Generation on random weights: the same tokens cached and uncached, alone and in a batch; sampling against its definition."""
+"""Generation on random weights: the same tokens cached and uncached, alone and in a batch; sampling against
+its definition.
+"""
 
 import math
 import sys
@@ -42,11 +44,15 @@ def test_a_row_in_a_ragged_batch_is_the_row_alone(model, temperature, side):
             mask[row, 21 - padding :] = 0
         else:
             mask[row, torch.randperm(21, generator=torch.Generator().manual_seed(row))[:padding]] = 0
-    options = dict(max_new_tokens=12, temperature=temperature, eos_token_id=[], repetition_penalty=1.2, top_p=0.9)
+    options = dict(
+        max_new_tokens=12, temperature=temperature, eos_token_id=[], repetition_penalty=1.2, top_p=0.9
+    )
     batch = generate(model, tokens, mask, seed=7, **options)
     for row in range(4):
         prompt = tokens[row][mask[row].bool()][None]
-        assert torch.equal(generate(model, prompt, seed=7 + row, **options)[0, prompt.shape[1] :], batch[row, 21:])
+        assert torch.equal(
+            generate(model, prompt, seed=7 + row, **options)[0, prompt.shape[1] :], batch[row, 21:]
+        )
 
 
 def test_seeds_may_be_a_list(model):
@@ -80,7 +86,8 @@ def test_no_new_tokens_and_an_empty_batch(model):
 def test_generation_leaves_the_model_trainable(model):
     tokens = ids(1, 6)
     with torch.inference_mode():
-        generate(model.float(), tokens, max_new_tokens=2)  # .float() forgets the packing: it is made anew in here
+        # .float() forgets the packing: it is made anew in here
+        generate(model.float(), tokens, max_new_tokens=2)
     model(tokens, labels=tokens).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.zero_grad()
@@ -147,7 +154,9 @@ class Characters:
 
 def fixed(monkeypatch, data):
     module = sys.modules["smollm2.generate"]  # the attribute of the package is the function
-    monkeypatch.setattr(module, "generate_steps", lambda *args, **kwargs: (torch.tensor([byte]) for byte in data))
+    monkeypatch.setattr(
+        module, "generate_steps", lambda *args, **kwargs: (torch.tensor([byte]) for byte in data)
+    )
 
 
 def test_streamed_text_never_splits_a_character(model, monkeypatch):
@@ -161,13 +170,21 @@ def test_streamed_text_never_splits_a_character(model, monkeypatch):
 
 def test_an_unfinished_character_at_the_end_is_marked(model, monkeypatch):
     fixed(monkeypatch, "a🙂".encode()[:-1])
-    assert "".join(stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams())) == "a\ufffd"
+    assert (
+        "".join(stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams()))
+        == "a\ufffd"
+    )
 
 
-@pytest.mark.parametrize("stop, expected", [(["lo w"], "hel"), (["xyz"], "hello world"), (["world", "o"], "hell"), (["d!"], "hello world")])
+@pytest.mark.parametrize(
+    "stop, expected",
+    [(["lo w"], "hel"), (["xyz"], "hello world"), (["world", "o"], "hell"), (["d!"], "hello world")],
+)
 def test_stop_strings_end_the_text_before_them(model, monkeypatch, stop, expected):
     fixed(monkeypatch, b"hello world")
-    pieces = list(stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams(), stop=stop))
+    pieces = list(
+        stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams(), stop=stop)
+    )
     assert "".join(pieces) == expected
 
 

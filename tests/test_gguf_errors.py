@@ -51,7 +51,9 @@ def test_a_file_cut_short_is_reported_as_truncated(tmp_path: Path, intact: bytes
 
 
 def test_flipped_bits_in_the_header_never_hang_or_crash(tmp_path: Path, intact: bytes) -> None:
-    """Counts and lengths are where a reader runs on for ever: every high byte of the first 24 and some later ones."""
+    """Counts and lengths are where a reader runs on for ever: every high byte of the first 24 and some later
+    ones.
+    """
     outcomes = set()
     for position in (*range(4, 24), *range(24, 9000, 331)):
         damaged = bytearray(intact)
@@ -94,17 +96,27 @@ def test_another_architecture_is_refused(model: Callable[..., Any]) -> None:
         ({"llama.attention.head_count": 3}, "must be a multiple of"),
         ({"llama.attention.head_count": 0}, "must be a positive integer"),
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
-        ({"llama.rope.dimension_count": 32}, r"expected rotary embeddings over the whole head \(64\), got 32"),
-        ({"llama.attention.head_count_kv": 1}, r"k_proj.weight: expected shape \[64, 256\], got \[128, 256\]"),
+        (
+            {"llama.rope.dimension_count": 32},
+            r"expected rotary embeddings over the whole head \(64\), got 32",
+        ),
+        (
+            {"llama.attention.head_count_kv": 1},
+            r"k_proj.weight: expected shape \[64, 256\], got \[128, 256\]",
+        ),
     ],
 )
-def test_metadata_that_do_not_describe_a_smollm2(model: Callable[..., Any], metadata: dict[str, Any], message: str) -> None:
+def test_metadata_that_do_not_describe_a_smollm2(
+    model: Callable[..., Any], metadata: dict[str, Any], message: str
+) -> None:
     with pytest.raises(LoadError, match=message):
         model(metadata=metadata)
 
 
 def test_missing_and_unexpected_tensors_are_named(model: Callable[..., Any]) -> None:
-    with pytest.raises(LoadError, match=re.escape("tensors missing: blk.1.ffn_up.weight; the file is incomplete")):
+    with pytest.raises(
+        LoadError, match=re.escape("tensors missing: blk.1.ffn_up.weight; the file is incomplete")
+    ):
         model(drop=["blk.1.ffn_up.weight"])
     with pytest.raises(LoadError, match=re.escape("tensor token_embd.weight missing")):
         model(drop=["token_embd.weight"])
@@ -122,7 +134,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     kinds = [1, 1, 3]
     gguf_files.write_gguf(
         tmp_path / "model.gguf",
-        metadata={"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.model": "gpt2"},
+        metadata={
+            "tokenizer.ggml.tokens": ["a", "b"],
+            "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.model": "gpt2",
+        },
     )
     with pytest.raises(LoadError, match="must be an id below 2, got 2"):
         open_gguf(tmp_path / "model.gguf").tokenizer()
@@ -131,7 +147,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         open_gguf(tmp_path / "none.gguf").tokenizer()
 
 
-def test_without_the_gguf_package_the_message_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_gguf_package_the_message_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gguf_files.write_gguf(tmp_path / "model.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(LoadError, match="pip install gguf"):
@@ -139,6 +157,10 @@ def test_without_the_gguf_package_the_message_names_it(tmp_path: Path, monkeypat
 
 
 def test_the_test_files_are_sound(tmp_path: Path) -> None:
-    """The changes above are refused because of the change: unchanged, the same writer gives a file that reads."""
+    """The changes above are refused because of the change: unchanged, the same writer gives a file that
+    reads.
+    """
     gguf_files.write_gguf(tmp_path / "model.gguf")
-    assert all(torch.isfinite(tensor).all() for tensor in open_gguf(tmp_path / "model.gguf").tensors().values())
+    assert all(
+        torch.isfinite(tensor).all() for tensor in open_gguf(tmp_path / "model.gguf").tensors().values()
+    )

@@ -1,8 +1,10 @@
-"""A run on a GPU, rehearsed without one: the parts of bench.gpu and a captured training run on a stand-in, and their kernels compiled.
+"""A run on a GPU, rehearsed without one: the parts of bench.gpu and a captured training run on a stand-in,
+and their kernels compiled.
 
-What is computed is what memory happened to hold, so no number counts here. That nothing fails does: each part takes the way that it
-takes on a GPU, and a row may only fail for want of what is really not there. `python -m bench.gpu --device cpu --tiny`, the other half of
-the rehearsal, is in tests/test_bench_gpu_command.py; what neither can see stands in bench/gpu.py.
+What is computed is what memory happened to hold, so no number counts here. That nothing fails does: each part
+takes the way that it takes on a GPU, and a row may only fail for want of what is really not there. `python -m
+bench.gpu --device cpu --tiny`, the other half of the rehearsal, is in tests/test_bench_gpu_command.py; what
+neither can see stands in bench/gpu.py.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 PARTS = ("train_step", "kernels", "generation", "ladder", "tuning", "roofline", "memcheck")
 OF_TRAINING = {
-    "_adamw_kernel", "_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel", "_attention_fwd_kernel", "_embedding_bwd_kernel",
-    "_embedding_bwd_piece_kernel", "_embedding_fwd_kernel", "_norm_kernel", "_rescale_kernel", "_rms_norm_bwd_dw_kernel",
-    "_rms_norm_bwd_dx_kernel", "_rms_norm_fwd_kernel", "_rope_kernel", "_scalars_kernel", "_softmax_gradient_kernel",
-    "_sum_of_squares_kernel", "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
+    "_adamw_kernel", "_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel", "_attention_fwd_kernel",
+    "_embedding_bwd_kernel", "_embedding_bwd_piece_kernel", "_embedding_fwd_kernel", "_norm_kernel",
+    "_rescale_kernel", "_rms_norm_bwd_dw_kernel", "_rms_norm_bwd_dx_kernel", "_rms_norm_fwd_kernel",
+    "_rope_kernel", "_scalars_kernel", "_softmax_gradient_kernel", "_sum_of_squares_kernel",
+    "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
 }  # fmt: skip
 OF_DECODING = {
-    "_combine_o_kernel", "_decode_attention_combine_kernel", "_decode_attention_split_kernel", "_down_kernel", "_norm_gate_up_kernel",
-    "_norm_head_kernel", "_norm_qkv_rope_kernel",
+    "_combine_o_kernel", "_decode_attention_combine_kernel", "_decode_attention_split_kernel", "_down_kernel",
+    "_norm_gate_up_kernel", "_norm_head_kernel", "_norm_qkv_rope_kernel",
 }  # fmt: skip
 KERNELS = OF_TRAINING | OF_DECODING | {"_mlp_fwd_kernel", "_mlp_bwd_kernel"}
 # What a stand-in cannot have: numbers, a torch that was built with CUDA, libraries that are not installed.
@@ -60,8 +63,11 @@ sys.exit(code)
 def run(root: Path, *arguments: str) -> str:
     """Python in the project's root, without Triton's interpreter -> what it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TORCHDYNAMO_DISABLE"] = "1"  # what torch.compile makes for a GPU cannot be made here, and for a CPU it takes long
-    done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
+    # what torch.compile makes for a GPU cannot be made here, and for a CPU it takes long
+    environment["TORCHDYNAMO_DISABLE"] = "1"
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -85,7 +91,9 @@ def failures(value: Any) -> list[str]:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_takes_its_way_on_a_gpu(project_root: Path, tmp_path: Path, part: str) -> None:
     file = tmp_path / "results.json"
-    launched = on_stand_in(project_root, tmp_path, f"bench.{part}", "--device", "cuda", "--tiny", "--json", str(file))
+    launched = on_stand_in(
+        project_root, tmp_path, f"bench.{part}", "--device", "cuda", "--tiny", "--json", str(file)
+    )
     content = json.loads(file.read_text(encoding="utf-8"))
     assert content["device"] == "sm_90", "the part believed that there was a GPU"
     assert [text for text in failures(content) if not EXCUSED.search(text)] == []
@@ -96,14 +104,18 @@ def test_a_captured_training_run(project_root: Path, tmp_path: Path) -> None:
     """Eager steps, the capture, replays, evaluation and a checkpoint."""
     out = tmp_path / "run"
     keys = "device=cuda backend=triton cuda_graph=true dtype=bf16 steps=6 eval_every=3 sample_every=0 checkpoint_every=3 workers=1"
-    launched = on_stand_in(project_root, tmp_path, "train.run", "train/configs/tiny.yaml", f"output_dir={out}", *keys.split())
+    launched = on_stand_in(
+        project_root, tmp_path, "train.run", "train/configs/tiny.yaml", f"output_dir={out}", *keys.split()
+    )
     assert launched == OF_TRAINING - {"_embedding_bwd_piece_kernel"}  # for more tokens than a window has
     assert (out / "checkpoints" / "step-000006").is_dir()
     assert len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 6
 
 
 def test_what_is_launched_is_compiled_and_found(project_root: Path, tmp_path: Path) -> None:
-    """What the parts of bench.gpu launch at full size; of each kernel, the first in bf16 goes through the compiler."""
+    """What the parts of bench.gpu launch at full size; of each kernel, the first in bf16 goes through the
+    compiler.
+    """
     found: dict[str, list[str]] = {}
     run(project_root, "-m", "bench.gpu_launches", "bench", "--out", str(tmp_path / "launches.json"))
     for item in json.loads((tmp_path / "launches.json").read_text(encoding="utf-8")):
@@ -122,6 +134,13 @@ if __name__ == "__main__":
     for step in (fill, verify):
         print(json.dumps(step(found, target_for("sm_90"), Path(sys.argv[2]), 2)))
 """
-    (tmp_path / "compile_few.py").write_text(f"import sys\nsys.path.insert(0, {str(project_root)!r})\n{script}", encoding="utf-8")
-    printed = run(project_root, str(tmp_path / "compile_few.py"), str(tmp_path / "few.json"), str(tmp_path / "cache"))
-    assert [json.loads(line) for line in printed.splitlines()] == [{"compiled": len(KERNELS) + 1}, {"there already": len(KERNELS) + 1}]
+    (tmp_path / "compile_few.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(project_root)!r})\n{script}", encoding="utf-8"
+    )
+    printed = run(
+        project_root, str(tmp_path / "compile_few.py"), str(tmp_path / "few.json"), str(tmp_path / "cache")
+    )
+    assert [json.loads(line) for line in printed.splitlines()] == [
+        {"compiled": len(KERNELS) + 1},
+        {"there already": len(KERNELS) + 1},
+    ]

@@ -1,4 +1,6 @@
-"""Who may import whom (the layering that keeps each part replaceable), and that optional packages stay optional."""
+"""Who may import whom (the layering that keeps each part replaceable), and that optional packages stay
+optional.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def is_module(name: str) -> bool:
 def imports_of(path: Path) -> Iterator[Import]:
     """Every import of a file, relative ones resolved, `from package import submodule` named as the submodule.
 
-    Those inside functions and under `if TYPE_CHECKING:` count too: a circle that never runs is still read as one.
+    Those inside functions and under `if TYPE_CHECKING:` count too: a circle that never runs is still read as
+    one.
     """
     package = list(path.relative_to(ROOT).parts[:-1])
 
@@ -68,12 +71,16 @@ def imports_of(path: Path) -> Iterator[Import]:
 
 
 def circles() -> list[list[str]]:
-    """The modules of this project that import each other, directly or by way of others: strongly connected components, sorted."""
+    """The modules of this project that import each other, directly or by way of others: strongly connected
+    components, sorted.
+    """
     names = {}
     for path in source_files(*PACKAGES):
         parts = path.relative_to(ROOT).with_suffix("").parts
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    arrows = {name: {one.module for one in imports_of(path)} & names.keys() - {name} for name, path in names.items()}
+    arrows = {
+        name: {one.module for one in imports_of(path)} & names.keys() - {name} for name, path in names.items()
+    }
 
     def reached(start: str) -> set[str]:
         seen, waiting = set(), [start]
@@ -89,13 +96,17 @@ def circles() -> list[list[str]]:
 
 
 def outside(found: Iterator[Import], allowed: set[str]) -> list[str]:
-    """Imports that are neither of the standard library nor allowed (a name allows itself and what is below it)."""
+    """Imports that are neither of the standard library nor allowed (a name allows itself and what is below
+    it).
+    """
     return sorted(
         {
             found_import.module
             for found_import in found
             if found_import.root not in sys.stdlib_module_names
-            and not any(found_import.module == name or found_import.module.startswith(name + ".") for name in allowed)
+            and not any(
+                found_import.module == name or found_import.module.startswith(name + ".") for name in allowed
+            )
         }
     )
 
@@ -143,13 +154,22 @@ def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
         elif name in ("cache_fill", "certify", "launches", "targets"):
             allowed = {"torch", "triton", "kernels"}
         else:
-            allowed = {"torch", "triton", "kernels.checks", "kernels.launch_config", "kernels.products", "kernels.tracing"}
-            if name == "decode_layer":  # its second launch is the split kernel: the same one, not a copy that could drift from it
+            allowed = {
+                "torch",
+                "triton",
+                "kernels.checks",
+                "kernels.launch_config",
+                "kernels.products",
+                "kernels.tracing",
+            }
+            # its second launch is the split kernel: the same one, not a copy that could drift from it
+            if name == "decode_layer":
                 allowed.add("kernels.decode_attention")
         assert outside(iter(found), allowed) == []
     elif package == "smollm2":
         assert [one.module for one in found if one.root in ("train", "bench", "tests")] == []
-        # Public names only: what kernels/__init__.py exports, the reference, and the products that no backend replaces.
+        # Public names only: what kernels/__init__.py exports, the reference, and the products that no backend
+        # replaces.
         public = ("kernels", "kernels.reference", "kernels.cpu_linear", "kernels.products")
         inner = [one.module for one in found if one.root == "kernels" and one.module not in public]
         assert inner == [], "smollm2 uses the public names of kernels"
@@ -171,7 +191,9 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
 
 
 def test_no_file_tests_or_imports_the_tests() -> None:
-    assert not (ROOT / "tests" / "__init__.py").exists(), "tests/ must not be a package: transformers probes a package named kernels"
+    assert not (ROOT / "tests" / "__init__.py").exists(), (
+        "tests/ must not be a package: transformers probes a package named kernels"
+    )
     for path in source_files(*PACKAGES):
         assert all(one.root != "tests" for one in imports_of(path)), path
 
@@ -191,7 +213,9 @@ def test_import_kernels_does_not_import_triton() -> None:
     assert done.returncode == 0, done.stderr
     imported, version = done.stdout.split()
     assert imported == "False"
-    assert version.startswith("0.1."), "transformers takes a newer `kernels` for the Hugging Face package of that name"
+    assert version.startswith("0.1."), (
+        "transformers takes a newer `kernels` for the Hugging Face package of that name"
+    )
 
 
 def test_without_triton_a_model_trains_and_generates() -> None:
@@ -229,10 +253,13 @@ def test_without_triton_a_model_trains_and_generates() -> None:
 
 
 def test_transformers_llama_imports_from_the_project_root() -> None:
-    # At the root, `import kernels` finds this project's package; transformers must not take it for its own dependency.
+    # At the root, `import kernels` finds this project's package; transformers must not take it for its own
+    # dependency.
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
-    done = run_python("from transformers import LlamaConfig, LlamaForCausalLM; print(LlamaForCausalLM.__name__)")
+    done = run_python(
+        "from transformers import LlamaConfig, LlamaForCausalLM; print(LlamaForCausalLM.__name__)"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["LlamaForCausalLM"]
 
@@ -240,21 +267,26 @@ def test_transformers_llama_imports_from_the_project_root() -> None:
 def fake_distribution(folder: Path, version: str) -> None:
     info = folder / f"kernels-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n", encoding="utf-8")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n", encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("version", ["0.2.0", "0.18.2"])
 def test_the_hugging_face_package_of_the_same_name_is_detected(tmp_path: Path, version: str) -> None:
     fake_distribution(tmp_path, version)
     done = run_python(
-        "import sys, os; sys.path.append(os.environ['FAKE']); import kernels; print(kernels.check_name_clash())", FAKE=str(tmp_path)
+        "import sys, os; sys.path.append(os.environ['FAKE']); import kernels; print(kernels.check_name_clash())",
+        FAKE=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert version in done.stdout and "pip uninstall kernels" in done.stdout and done.stdout.count("\n") == 1
 
 
 def test_the_doctor_names_the_clash_when_transformers_cannot_be_imported(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers.utils.import_utils", reason="transformers is not installed")
+    transformers = pytest.importorskip(
+        "transformers.utils.import_utils", reason="transformers is not installed"
+    )
     version = getattr(transformers, "KERNELS_MIN_VERSION", None)
     if version is None:
         pytest.skip("this transformers does not name the versions of kernels that it takes")
@@ -270,7 +302,11 @@ def test_the_doctor_names_the_clash_when_transformers_cannot_be_imported(tmp_pat
         FAKE=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("False ") and f"'kernels' {version}" in done.stdout and "pip uninstall kernels" in done.stdout
+    assert (
+        done.stdout.startswith("False ")
+        and f"'kernels' {version}" in done.stdout
+        and "pip uninstall kernels" in done.stdout
+    )
 
 
 def test_no_name_clash_in_this_environment() -> None:

@@ -1,4 +1,6 @@
-"""The AdamW kernels on their own: numbers against float64, tails and alignment, skipped steps, copies, the table of addresses."""
+"""The AdamW kernels on their own: numbers against float64, tails and alignment, skipped steps, copies, the
+table of addresses.
+"""
 
 import copy
 import math
@@ -18,13 +20,26 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 
 CONFIG = launch_config("adamw", torch.float32, DEVICE, 1)
 BLOCK, CHUNK = CONFIG.block_n, CONFIG.block_m * CONFIG.block_n
-SIZES = (1, 7, adamw.TAIL + 1, BLOCK - 1, BLOCK, BLOCK + adamw.TAIL, CHUNK, CHUNK + 1, 2 * CHUNK + 2 * BLOCK + 3, 0)
+SIZES = (
+    1,
+    7,
+    adamw.TAIL + 1,
+    BLOCK - 1,
+    BLOCK,
+    BLOCK + adamw.TAIL,
+    CHUNK,
+    CHUNK + 1,
+    2 * CHUNK + 2 * BLOCK + 3,
+    0,
+)
 EPSILON = 2.0**-24  # half a unit in the last place of 1: one rounding
 
 
 @dataclass
 class Tensors:
-    """N parameters, their gradients and averages, in float32 or, for the truth, in float64; and the settings of their groups."""
+    """N parameters, their gradients and averages, in float32 or, for the truth, in float64; and the settings
+    of their groups.
+    """
 
     gradients: list[Tensor | None]
     parameters: list[Tensor]
@@ -33,15 +48,28 @@ class Tensors:
     steps: Tensor
     group: list[int]
     lr: list[float] = field(default_factory=lambda: [0.1])
-    settings: list[tuple[float, float, float, float]] = field(default_factory=lambda: [(0.9, 0.95, 1e-8, 0.1)])  # betas, eps, decay
+    # betas, eps, decay
+    settings: list[tuple[float, float, float, float]] = field(
+        default_factory=lambda: [(0.9, 0.95, 1e-8, 0.1)]
+    )
     copies: list[Tensor | None] = field(default_factory=list)
 
-    def run(self, found_inf: float = 0.0, max_norm: float = 0.0, copy_dtype: torch.dtype | None = None) -> Tensor:
+    def run(
+        self, found_inf: float = 0.0, max_norm: float = 0.0, copy_dtype: torch.dtype | None = None
+    ) -> Tensor:
         """One step of the kernels, in place -> [norm, factor]."""
         rates = [torch.tensor(lr, dtype=torch.float32, device=DEVICE) for lr in self.lr]
-        tensors = (self.gradients, self.parameters, self.averages, self.squares, self.copies or [None] * len(self.parameters))
+        tensors = (
+            self.gradients,
+            self.parameters,
+            self.averages,
+            self.squares,
+            self.copies or [None] * len(self.parameters),
+        )
         rows = [[0 if one is None else one.data_ptr() or 16 for one in row] for row in tensors]
-        words = adamw.table_words(rows, [(lr.data_ptr(), *settings) for lr, settings in zip(rates, self.settings, strict=True)])
+        words = adamw.table_words(
+            rows, [(lr.data_ptr(), *settings) for lr, settings in zip(rates, self.settings, strict=True)]
+        )
         table = adamw.AddressTable(len(words), DEVICE).send(words)
         work = adamw.plan([one.numel() for one in self.parameters], self.group, DEVICE)
         found = adamw.gradient_norm(table, work, max_norm)
@@ -49,16 +77,21 @@ class Tensors:
         return found
 
     def fused(self, max_norm: float = 0.0) -> "Tensors":
-        """The same step by torch's fused AdamW, on copies of these tensors and in their dtype, after clipping as train/optim.py does."""
+        """The same step by torch's fused AdamW, on copies of these tensors and in their dtype, after clipping
+        as train/optim.py does.
+        """
         other = copy.deepcopy(self)
         for index, parameter in enumerate(other.parameters):
             if other.gradients[index] is None:
                 continue
             beta1, beta2, eps, decay = self.settings[self.group[index]]
             leaf = torch.nn.Parameter(parameter)
-            optimizer = torch.optim.AdamW([leaf], self.lr[self.group[index]], (beta1, beta2), eps, decay, fused=True)
+            optimizer = torch.optim.AdamW(
+                [leaf], self.lr[self.group[index]], (beta1, beta2), eps, decay, fused=True
+            )
             optimizer.state[leaf] = {
-                "step": other.steps[index].clone(), "exp_avg": other.averages[index], "exp_avg_sq": other.squares[index],
+                "step": other.steps[index].clone(), "exp_avg": other.averages[index],
+                "exp_avg_sq": other.squares[index],
             }  # fmt: skip
             leaf.grad = other.gradients[index]
             if max_norm:
@@ -72,7 +105,8 @@ class Tensors:
         wide = copy.deepcopy(self)
         for name in ("gradients", "parameters", "averages", "squares"):
             setattr(wide, name, [None if one is None else one.double() for one in getattr(wide, name)])
-        wide.lr = [torch.tensor(lr, dtype=torch.float32).item() for lr in wide.lr]  # what the kernels are given
+        # what the kernels are given
+        wide.lr = [torch.tensor(lr, dtype=torch.float32).item() for lr in wide.lr]
         return wide
 
     def results(self) -> dict[str, list[Tensor]]:
@@ -84,13 +118,23 @@ def tensors(sizes: tuple[int, ...] = SIZES, **options: object) -> Tensors:
     n = len(sizes)
     steps = torch.arange(n, dtype=torch.float32, device=DEVICE)
     made = [[draw(size) for size in sizes] for _ in range(3)]
-    return Tensors(made[0], made[1], made[2], [draw(one.numel()).square() + one.square() for one in made[2]], steps, [0] * n, **options)
+    return Tensors(
+        made[0],
+        made[1],
+        made[2],
+        [draw(one.numel()).square() + one.square() for one in made[2]],
+        steps,
+        [0] * n,
+        **options,
+    )
 
 
 def hold(ours: Tensors, base: Tensors, truth: Tensors) -> None:
     for name, found in ours.results().items():
         for index, one in enumerate(found):
-            numerics.check("adamw", f"{name} {index}", one, base.results()[name][index], truth.results()[name][index])
+            numerics.check(
+                "adamw", f"{name} {index}", one, base.results()[name][index], truth.results()[name][index]
+            )
     assert torch.equal(ours.steps, base.steps)
 
 
@@ -112,8 +156,12 @@ def test_one_step_is_right_to_the_rounding_of_each_operation(betas, decay, eps):
     ours.run()
     for index in range(2):
         m, v, p = (getattr(ours, name)[index].double() for name in ("averages", "squares", "parameters"))
-        m0, g, p0 = (getattr(before, name)[index].double() for name in ("averages", "gradients", "parameters"))
-        error = {name: (one - truth.results()[name][index]).abs() for name, one in (("m", m), ("v", v), ("p", p))}
+        m0, g, p0 = (
+            getattr(before, name)[index].double() for name in ("averages", "gradients", "parameters")
+        )
+        error = {
+            name: (one - truth.results()[name][index]).abs() for name, one in (("m", m), ("v", v), ("p", p))
+        }
         assert (error["m"] <= 4 * EPSILON * (m0.abs() + g.abs())).all()
         assert (error["v"] <= 4 * EPSILON * (before.squares[index].double() + g.square())).all()
         # The update inherits a relative error of m, which cancellation may make large, and half of that of v.
@@ -178,10 +226,14 @@ def test_addresses_of_any_alignment(offset, dtype):
         setattr(moved, name, [place(one) for one in getattr(plain, name)])
     plain.copies = [torch.empty_like(one, dtype=dtype) for one in plain.parameters]
     moved.copies = [place(torch.zeros_like(one), dtype) for one in plain.parameters]
-    assert torch.equal(plain.run(max_norm=1.0, copy_dtype=dtype), moved.run(max_norm=1.0, copy_dtype=dtype)) or offset
+    assert (
+        torch.equal(plain.run(max_norm=1.0, copy_dtype=dtype), moved.run(max_norm=1.0, copy_dtype=dtype))
+        or offset
+    )
     for name, found in plain.results().items():
         for one, other in zip(found, moved.results()[name], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # the order of the norm's sum is another one
+            # the order of the norm's sum is another one
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
     for one, other in zip(moved.copies, moved.parameters, strict=True):
         assert torch.equal(one, other.to(dtype))
     for buffer in buffers:
@@ -191,7 +243,10 @@ def test_addresses_of_any_alignment(offset, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_copies_are_the_rounded_parameters(dtype):
     ours = tensors()
-    ours.copies = [torch.empty_like(one, dtype=dtype) if index != 2 else None for index, one in enumerate(ours.parameters)]
+    ours.copies = [
+        torch.empty_like(one, dtype=dtype) if index != 2 else None
+        for index, one in enumerate(ours.parameters)
+    ]
     ours.run(copy_dtype=dtype)
     for copied, one in zip(ours.copies, ours.parameters, strict=True):
         assert copied is None or torch.equal(copied, one.to(dtype))
@@ -217,7 +272,9 @@ def test_a_tensor_without_a_gradient_stays_as_it_is():
     before = copy.deepcopy(ours)
     ours.run(max_norm=1.0)
     for name, found in ours.results().items():
-        assert torch.equal(found[0], before.results()[name][0]) and not torch.equal(found[1], before.results()[name][1])
+        assert torch.equal(found[0], before.results()[name][0]) and not torch.equal(
+            found[1], before.results()[name][1]
+        )
     assert (ours.steps - before.steps).tolist() == [0.0, 1.0, 1.0]
 
 
@@ -233,7 +290,8 @@ def test_a_plan_covers_every_chunk_once():
     work = adamw.plan(SIZES, [0] * len(SIZES), torch.device("cpu"))
     chunks = [(index, chunk) for index, size in enumerate(SIZES) for chunk in range(-(-size // CHUNK))]
     assert list(zip(work.owner.tolist(), work.chunk.tolist(), strict=True)) == chunks
-    assert not adamw.plan([2**33], [0], torch.device("cpu")).chunk.diff().sub(1).any()  # more elements than 32 bits count
+    # more elements than 32 bits count
+    assert not adamw.plan([2**33], [0], torch.device("cpu")).chunk.diff().sub(1).any()
 
 
 def test_the_table_is_sent_only_when_it_changed():
@@ -241,7 +299,11 @@ def test_the_table_is_sent_only_when_it_changed():
     first = table.send(array("q", [1, 2, 3]))
     version = first._version
     assert table.send(array("q", [1, 2, 3])) is first and first._version == version
-    assert table.send(array("q", [1, 2, 4])) is first and first.tolist() == [1, 2, 4] and first._version == version + 1
+    assert (
+        table.send(array("q", [1, 2, 4])) is first
+        and first.tolist() == [1, 2, 4]
+        and first._version == version + 1
+    )
 
 
 def test_a_capture_has_a_table_and_a_source_that_nothing_else_writes(monkeypatch):

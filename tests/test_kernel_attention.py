@@ -1,17 +1,34 @@
-"""attention against the numerics contract, and what it promises besides: causality, isolated documents, grouped heads."""
+"""attention against the numerics contract, and what it promises besides: causality, isolated documents,
+grouped heads.
+"""
 
 import numerics
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TRITON, Call, agree, assert_same, dense, draw, over, swapped
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    HEAD_LAYOUTS,
+    LENGTHS,
+    TRITON,
+    Call,
+    agree,
+    assert_same,
+    dense,
+    draw,
+    over,
+    swapped,
+)
 from test_kernel_offsets import buffer, far  # noqa: F401
 
 from kernels import reference
 from kernels.eager.attention import library_attention
 
 pytestmark = [
-    pytest.mark.usefixtures("poison_empty"),  # what a kernel does not write is NaN, and not by luck the right value of an earlier run
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # in the interpreter: what overflows is masked right after
+    # what a kernel does not write is NaN, and not by luck the right value of an earlier run
+    pytest.mark.usefixtures("poison_empty"),
+    # in the interpreter: what overflows is masked right after
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 
 
@@ -26,7 +43,11 @@ def qkv(batch, queries, keys, heads, key_heads, head_dim=32, dtype=torch.float32
 
 def starts(*lengths):
     """doc_start of one row packed with documents of these lengths."""
-    return torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)]).to(torch.int32)[None].to(DEVICE)
+    return (
+        torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)])
+        .to(torch.int32)[None]
+        .to(DEVICE)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,7 +97,9 @@ def test_documents(doc_start, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_first_key(dtype):
-    """Neither sorted nor within the row: negative sees all, one past its own position sees nothing and gives zeros."""
+    """Neither sorted nor within the row: negative sees all, one past its own position sees nothing and gives
+    zeros.
+    """
     doc_start = torch.randint(-3, 150, (2, 99), dtype=torch.int32).to(DEVICE)
     doc_start[0, :40] = 500  # a whole tile of queries that see nothing
     doc_start[1, :] = torch.arange(99).flip(0)
@@ -109,12 +132,16 @@ def test_kinds_and_layouts_of_doc_start(kind):
 
 @pytest.mark.parametrize("scale", [0.02, 0.1, 1.0])
 def test_scale(scale):
-    """At 1, with logits of 35, gradients hold only if both passes round the scores alike: see the header of kernels/attention.py."""
+    """At 1, with logits of 35, gradients hold only if both passes round the scores alike: see the header of
+    kernels/attention.py.
+    """
     agree("attention", qkv(1, 40, 40, 3, 1), scale=scale)
 
 
 def test_scale_that_is_not_positive():
-    """The kernel takes the maximum before it scales, and need not do as the CPU's SDPA does, which gives NaN here."""
+    """The kernel takes the maximum before it scales, and need not do as the CPU's SDPA does, which gives NaN
+    here.
+    """
     (q, k, v), upstream = qkv(1, 40, 40, 3, 1), [draw(1, 40, 3, 32)]
 
     def run(q, scale):
@@ -132,20 +159,32 @@ def test_scale_that_is_not_positive():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores(dtype):
     """Scores of several hundred: the maximum is subtracted before the exponential."""
-    # Eight rows: of one, a single element decides, and whether the errors of its scores cancel in one implementation or the other.
+    # Eight rows: of one, a single element decides, and whether the errors of its scores cancel in one
+    # implementation or the other.
     q, k, v = qkv(8, 70, 70, 3, 1, dtype=dtype)
     agree("attention", (q * 20, k * 8, v))
 
 
 def test_the_first_of_many_keys_has_the_maximum():
-    """What was added up under a maximum stays what it is in all blocks that have no larger one, whatever the size of the scores."""
+    """What was added up under a maximum stays what it is in all blocks that have no larger one, whatever the
+    size of the scores.
+    """
     direction = torch.nn.functional.normalize(draw(32, dtype=torch.float32), dim=0)
     size = (20 * 32**0.5) ** 0.5  # scores near 20
-    q, k = (draw(1, length, heads, 32, dtype=torch.float32) + size * direction for length, heads in ((16, 3), (2048, 1)))
+    q, k = (
+        draw(1, length, heads, 32, dtype=torch.float32) + size * direction
+        for length, heads in ((16, 3), (2048, 1))
+    )
     k[:, 0] = 1.5 * size * direction
     inputs = q, k, draw(1, 2048, 1, 32, dtype=torch.float32)
     truth = reference.attention(*(x.double() for x in inputs))
-    numerics.check("attention", "out below an early maximum", TRITON.attention(*inputs), library_attention(*inputs), truth)
+    numerics.check(
+        "attention",
+        "out below an early maximum",
+        TRITON.attention(*inputs),
+        library_attention(*inputs),
+        truth,
+    )
 
 
 @over(HEAD_LAYOUTS)
@@ -182,11 +221,14 @@ def test_causality(position):
     dout = draw(1, 70, 3, 32)
     dout[:, position:] = 0.0
     _, (dq, dk, dv) = Call("attention", (q, k, v)).run(TRITON, [dout])
-    for gradient in (dq, dk, dv):  # no later key or query helped the outputs before the position, hence exact zeros
+    # no later key or query helped the outputs before the position, hence exact zeros
+    for gradient in (dq, dk, dv):
         assert (gradient[:, position:] == 0).all()
 
 
-@pytest.mark.parametrize("name, position", [("short ones", 20), ("across tile boundaries", 10), ("across tile boundaries", 100)])
+@pytest.mark.parametrize(
+    "name, position", [("short ones", 20), ("across tile boundaries", 10), ("across tile boundaries", 100)]
+)
 def test_documents_are_isolated(name, position):
     """Whatever stands in the other documents of a row changes no bit of this one, forward or backward."""
     doc_start = DOCUMENTS[name]
@@ -213,8 +255,13 @@ def test_a_row_alone_is_the_row_in_a_batch():
 
 @pytest.mark.parametrize("tensor", [0, 1, 2])
 def test_heads_of_a_group_far_apart(tensor, buffer):  # noqa: F811
-    """Offsets past 2^31 elements between the query heads of one key head, and between keys that three query heads read."""
-    tensors, upstream = list(qkv(1, 3, 3, 3, 1, dtype=torch.float16)), [draw(1, 3, 3, 32, dtype=torch.float16)]
+    """Offsets past 2^31 elements between the query heads of one key head, and between keys that three query
+    heads read.
+    """
+    tensors, upstream = (
+        list(qkv(1, 3, 3, 3, 1, dtype=torch.float16)),
+        [draw(1, 3, 3, 32, dtype=torch.float16)],
+    )
     expected, gradients = Call("attention", tensors).run(TRITON, upstream)
     tensors[tensor] = far(tensors[tensor], 1 if tensor else 2, buffer)
     ours, our_gradients = Call("attention", tensors).run(TRITON, upstream)

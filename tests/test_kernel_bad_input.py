@@ -1,4 +1,6 @@
-"""Wrong input is refused before a kernel starts, as `operation: expected ..., got ...`; reference and kernels use the same words."""
+"""Wrong input is refused before a kernel starts, as `operation: expected ..., got ...`; reference and kernels
+use the same words.
+"""
 
 import re
 
@@ -32,7 +34,9 @@ def rotate_packed(ops, qkv=(2, 7, 5, 32), table=(7, 16), key_heads=1):
     return ops.rope_qkv(draw(*qkv), *angles(*table), key_heads)
 
 
-def attend(ops, q=(2, 7, 3, 32), k=(2, 7, 1, 32), v=None, doc_start=None, change=lambda q, k, v: (q, k, v), **options):
+def attend(
+    ops, q=(2, 7, 3, 32), k=(2, 7, 1, 32), v=None, doc_start=None, change=lambda q, k, v: (q, k, v), **options
+):
     return ops.attention(*change(draw(*q), draw(*k), draw(*(v or k))), doc_start, **options)
 
 
@@ -60,9 +64,18 @@ SHARED = [
     (lambda ops: norm(ops, weight=(95,)), "rms_norm: expected weight of shape [96], got [95]"),
     (lambda ops: norm(ops, weight=(1, 96)), "rms_norm: expected weight of shape [96], got [1, 96]"),
     (lambda ops: norm(ops, x=(), weight=(1,)), "rms_norm: expected x of shape [..., D], got []"),
-    (lambda ops: norm(ops, change=lambda x, w: (x, w.half())), "rms_norm: expected weight of dtype torch.float32 as x, got torch.float16"),
-    (lambda ops: norm(ops, change=lambda x, w: (x.long(), w)), "rms_norm: expected x of a floating-point dtype, got torch.int64"),
-    (lambda ops: norm(ops, change=lambda x, w: (x, far(w))), f"rms_norm: expected weight on {PLACE} as x, got meta"),
+    (
+        lambda ops: norm(ops, change=lambda x, w: (x, w.half())),
+        "rms_norm: expected weight of dtype torch.float32 as x, got torch.float16",
+    ),
+    (
+        lambda ops: norm(ops, change=lambda x, w: (x.long(), w)),
+        "rms_norm: expected x of a floating-point dtype, got torch.int64",
+    ),
+    (
+        lambda ops: norm(ops, change=lambda x, w: (x, far(w))),
+        f"rms_norm: expected weight on {PLACE} as x, got meta",
+    ),
     # add_rms_norm
     (lambda ops: add(ops, weight=(95,)), "add_rms_norm: expected weight of shape [96], got [95]"),
     (lambda ops: add(ops, residual=(3, 96)), "add_rms_norm: expected residual of shape [2, 96], got [3, 96]"),
@@ -71,15 +84,27 @@ SHARED = [
         lambda ops: add(ops, change=lambda x, r, w: (x, r.half(), w)),
         "add_rms_norm: expected residual of dtype torch.float32 as x, got torch.float16",
     ),
-    (lambda ops: add(ops, change=lambda x, r, w: (x, far(r), w)), f"add_rms_norm: expected residual on {PLACE} as x, got meta"),
+    (
+        lambda ops: add(ops, change=lambda x, r, w: (x, far(r), w)),
+        f"add_rms_norm: expected residual on {PLACE} as x, got meta",
+    ),
     # rope
     (lambda ops: rotate(ops, q=(7, 3, 32)), "rope: expected q of shape [B, T, H, D], got [7, 3, 32]"),
     (lambda ops: rotate(ops, q=(2, 7, 3, 31)), "rope: expected an even head dim, got 31"),
     (lambda ops: rotate(ops, k=(2, 8, 1, 32)), "rope: expected k of shape [2, 7, K, 32], got [2, 8, 1, 32]"),
     (lambda ops: rotate(ops, k=(2, 7, 1, 64)), "rope: expected k of shape [2, 7, K, 32], got [2, 7, 1, 64]"),
-    (lambda ops: rotate(ops, table=(6, 16)), "rope: expected cos of shape [7, 16] or [2, 7, 16], got [6, 16]"),
-    (lambda ops: rotate(ops, table=(7, 32)), "rope: expected cos of shape [7, 16] or [2, 7, 16], got [7, 32]"),
-    (lambda ops: rotate(ops, table=(3, 7, 16)), "rope: expected cos of shape [7, 16] or [2, 7, 16], got [3, 7, 16]"),
+    (
+        lambda ops: rotate(ops, table=(6, 16)),
+        "rope: expected cos of shape [7, 16] or [2, 7, 16], got [6, 16]",
+    ),
+    (
+        lambda ops: rotate(ops, table=(7, 32)),
+        "rope: expected cos of shape [7, 16] or [2, 7, 16], got [7, 32]",
+    ),
+    (
+        lambda ops: rotate(ops, table=(3, 7, 16)),
+        "rope: expected cos of shape [7, 16] or [2, 7, 16], got [3, 7, 16]",
+    ),
     (
         lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k, c, s[:6])),
         "rope: expected sin of shape [7, 16] or [2, 7, 16], got [6, 16]",
@@ -92,7 +117,10 @@ SHARED = [
         lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k.half(), c, s)),
         "rope: expected k of dtype torch.float32 as q, got torch.float16",
     ),
-    (lambda ops: rotate(ops, change=lambda q, k, c, s: (q.int(), k, c, s)), "rope: expected q of a floating-point dtype, got torch.int32"),
+    (
+        lambda ops: rotate(ops, change=lambda q, k, c, s: (q.int(), k, c, s)),
+        "rope: expected q of a floating-point dtype, got torch.int32",
+    ),
     (
         lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k, c.long(), s)),
         "rope: expected cos and sin of one floating-point dtype, got torch.int64",
@@ -101,25 +129,61 @@ SHARED = [
         lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k, c, s.half())),
         "rope: expected cos and sin of one floating-point dtype, got torch.float16",
     ),
-    (lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k, c, far(s))), f"rope: expected sin on {PLACE} as q, got meta"),
+    (
+        lambda ops: rotate(ops, change=lambda q, k, c, s: (q, k, c, far(s))),
+        f"rope: expected sin on {PLACE} as q, got meta",
+    ),
     # rope_qkv
-    (lambda ops: rotate_packed(ops, qkv=(2, 7, 160)), "rope_qkv: expected qkv of shape [B, T, H + 2K, D], got [2, 7, 160]"),
-    (lambda ops: rotate_packed(ops, key_heads=0), "rope_qkv: expected key_heads so that H + 2K = 5 with H > 0, got 0"),
-    (lambda ops: rotate_packed(ops, key_heads=3), "rope_qkv: expected key_heads so that H + 2K = 5 with H > 0, got 3"),
-    (lambda ops: rotate_packed(ops, table=(6, 16)), "rope: expected cos of shape [7, 16] or [2, 7, 16], got [6, 16]"),
+    (
+        lambda ops: rotate_packed(ops, qkv=(2, 7, 160)),
+        "rope_qkv: expected qkv of shape [B, T, H + 2K, D], got [2, 7, 160]",
+    ),
+    (
+        lambda ops: rotate_packed(ops, key_heads=0),
+        "rope_qkv: expected key_heads so that H + 2K = 5 with H > 0, got 0",
+    ),
+    (
+        lambda ops: rotate_packed(ops, key_heads=3),
+        "rope_qkv: expected key_heads so that H + 2K = 5 with H > 0, got 3",
+    ),
+    (
+        lambda ops: rotate_packed(ops, table=(6, 16)),
+        "rope: expected cos of shape [7, 16] or [2, 7, 16], got [6, 16]",
+    ),
     # attention
     (lambda ops: attend(ops, q=(7, 3, 32)), "attention: expected q of shape [B, T, H, D], got [7, 3, 32]"),
-    (lambda ops: attend(ops, k=(1, 7, 1, 32)), "attention: expected keys of shape [2, S, K, 32], got [1, 7, 1, 32]"),
-    (lambda ops: attend(ops, k=(2, 7, 1, 64)), "attention: expected keys of shape [2, S, K, 32], got [2, 7, 1, 64]"),
-    (lambda ops: attend(ops, v=(2, 8, 1, 32)), "attention: expected values of shape [2, 7, 1, 32] as the keys, got [2, 8, 1, 32]"),
-    (lambda ops: attend(ops, k=(2, 7, 2, 32)), "attention: expected key heads that divide the 3 query heads, got 2"),
-    (lambda ops: attend(ops, k=(2, 7, 0, 32)), "attention: expected key heads that divide the 3 query heads, got 0"),
-    (lambda ops: attend(ops, k=(2, 6, 1, 32)), "attention: expected at least as many keys as the 7 queries, got 6"),
+    (
+        lambda ops: attend(ops, k=(1, 7, 1, 32)),
+        "attention: expected keys of shape [2, S, K, 32], got [1, 7, 1, 32]",
+    ),
+    (
+        lambda ops: attend(ops, k=(2, 7, 1, 64)),
+        "attention: expected keys of shape [2, S, K, 32], got [2, 7, 1, 64]",
+    ),
+    (
+        lambda ops: attend(ops, v=(2, 8, 1, 32)),
+        "attention: expected values of shape [2, 7, 1, 32] as the keys, got [2, 8, 1, 32]",
+    ),
+    (
+        lambda ops: attend(ops, k=(2, 7, 2, 32)),
+        "attention: expected key heads that divide the 3 query heads, got 2",
+    ),
+    (
+        lambda ops: attend(ops, k=(2, 7, 0, 32)),
+        "attention: expected key heads that divide the 3 query heads, got 0",
+    ),
+    (
+        lambda ops: attend(ops, k=(2, 6, 1, 32)),
+        "attention: expected at least as many keys as the 7 queries, got 6",
+    ),
     (
         lambda ops: attend(ops, change=lambda q, k, v: (q, k, v.half())),
         "attention: expected v of dtype torch.float32 as q, got torch.float16",
     ),
-    (lambda ops: attend(ops, change=lambda q, k, v: (q, far(k), v)), f"attention: expected k on {PLACE} as q, got meta"),
+    (
+        lambda ops: attend(ops, change=lambda q, k, v: (q, far(k), v)),
+        f"attention: expected k on {PLACE} as q, got meta",
+    ),
     (
         lambda ops: attend(ops, doc_start=torch.zeros(7, dtype=torch.int32, device=DEVICE)),
         "attention: expected doc_start of shape [2, 7], got [7]",
@@ -133,16 +197,31 @@ SHARED = [
         f"attention: expected doc_start on {PLACE} as q, got meta",
     ),
     # decode_attention
-    (lambda ops: decode(ops, q=(2, 3, 32)), "decode_attention: expected q of shape [B, T, H, D], got [2, 3, 32]"),
-    (lambda ops: decode(ops, k=(3, 7, 1, 32)), "decode_attention: expected keys of shape [2, S, K, 32], got [3, 7, 1, 32]"),
-    (lambda ops: decode(ops, k=(2, 7, 2, 32)), "decode_attention: expected key heads that divide the 3 query heads, got 2"),
-    (lambda ops: decode(ops, q=(2, 8, 3, 32)), "decode_attention: expected at least as many keys as the 8 queries, got 7"),
+    (
+        lambda ops: decode(ops, q=(2, 3, 32)),
+        "decode_attention: expected q of shape [B, T, H, D], got [2, 3, 32]",
+    ),
+    (
+        lambda ops: decode(ops, k=(3, 7, 1, 32)),
+        "decode_attention: expected keys of shape [2, S, K, 32], got [3, 7, 1, 32]",
+    ),
+    (
+        lambda ops: decode(ops, k=(2, 7, 2, 32)),
+        "decode_attention: expected key heads that divide the 3 query heads, got 2",
+    ),
+    (
+        lambda ops: decode(ops, q=(2, 8, 3, 32)),
+        "decode_attention: expected at least as many keys as the 8 queries, got 7",
+    ),
     (lambda ops: decode(ops, lengths=ints(7)), "decode_attention: expected lengths of shape [2], got [1]"),
     (
         lambda ops: decode(ops, lengths=ints(7.0, 7.0, dtype=torch.float32)),
         "decode_attention: expected lengths of an integer dtype, got torch.float32",
     ),
-    (lambda ops: decode(ops, lengths=ints(7, 7, device=OTHER_DEVICE)), f"decode_attention: expected lengths on {PLACE} as q, got meta"),
+    (
+        lambda ops: decode(ops, lengths=ints(7, 7, device=OTHER_DEVICE)),
+        f"decode_attention: expected lengths on {PLACE} as q, got meta",
+    ),
     (
         lambda ops: decode(ops, change=lambda q, k, v: (q, k.half(), v)),
         "decode_attention: expected k of dtype torch.float32 as q, got torch.float16",
@@ -150,18 +229,36 @@ SHARED = [
     # swiglu
     (lambda ops: gated(ops, (2, 8), (2, 7)), "swiglu: expected up of shape [2, 8] as gate, got [2, 7]"),
     (lambda ops: gated(ops, (2, 8), (1, 8)), "swiglu: expected up of shape [2, 8] as gate, got [1, 8]"),
-    (lambda ops: gated(ops, (2, 7)), "swiglu: expected an even last dimension of the packed gate and up, got 7"),
+    (
+        lambda ops: gated(ops, (2, 7)),
+        "swiglu: expected an even last dimension of the packed gate and up, got 7",
+    ),
     (lambda ops: gated(ops, ()), "swiglu: expected gate of shape [..., F], got []"),
     (
         lambda ops: gated(ops, (2, 8), (2, 8), change=lambda g, u: (g, u.half())),
         "swiglu: expected up of dtype torch.float32 as gate, got torch.float16",
     ),
-    (lambda ops: gated(ops, (2, 8), change=lambda g: (g.long(),)), "swiglu: expected gate of a floating-point dtype, got torch.int64"),
-    (lambda ops: gated(ops, (2, 8), (2, 8), change=lambda g, u: (g, far(u))), f"swiglu: expected up on {PLACE} as gate, got meta"),
+    (
+        lambda ops: gated(ops, (2, 8), change=lambda g: (g.long(),)),
+        "swiglu: expected gate of a floating-point dtype, got torch.int64",
+    ),
+    (
+        lambda ops: gated(ops, (2, 8), (2, 8), change=lambda g, u: (g, far(u))),
+        f"swiglu: expected up on {PLACE} as gate, got meta",
+    ),
     # linear_cross_entropy
-    (lambda ops: loss(ops, hidden=(2, 2, 32)), "linear_cross_entropy: expected hidden of shape [N, D], got [2, 2, 32]"),
-    (lambda ops: loss(ops, weight=(97, 31)), "linear_cross_entropy: expected weight of shape [V, 32], got [97, 31]"),
-    (lambda ops: loss(ops, targets=ints(0, 1, 2)), "linear_cross_entropy: expected targets of shape [4], got [3]"),
+    (
+        lambda ops: loss(ops, hidden=(2, 2, 32)),
+        "linear_cross_entropy: expected hidden of shape [N, D], got [2, 2, 32]",
+    ),
+    (
+        lambda ops: loss(ops, weight=(97, 31)),
+        "linear_cross_entropy: expected weight of shape [V, 32], got [97, 31]",
+    ),
+    (
+        lambda ops: loss(ops, targets=ints(0, 1, 2)),
+        "linear_cross_entropy: expected targets of shape [4], got [3]",
+    ),
     (
         lambda ops: loss(ops, targets=torch.zeros(4, device=DEVICE)),
         "linear_cross_entropy: expected targets of an integer dtype, got torch.float32",
@@ -178,9 +275,15 @@ SHARED = [
         lambda ops: loss(ops, targets=ints(0, 1, 2, 3, device=OTHER_DEVICE)),
         f"linear_cross_entropy: expected weight and targets on {PLACE} as hidden",
     ),
-    (lambda ops: loss(ops, reduction="max"), "linear_cross_entropy: expected reduction 'mean', 'sum' or 'none', got 'max'"),
+    (
+        lambda ops: loss(ops, reduction="max"),
+        "linear_cross_entropy: expected reduction 'mean', 'sum' or 'none', got 'max'",
+    ),
     (lambda ops: loss(ops, z_loss=-0.1), "linear_cross_entropy: expected z_loss >= 0, got -0.1"),
-    (lambda ops: loss(ops, label_smoothing=1.5), "linear_cross_entropy: expected label_smoothing in [0, 1], got 1.5"),
+    (
+        lambda ops: loss(ops, label_smoothing=1.5),
+        "linear_cross_entropy: expected label_smoothing in [0, 1], got 1.5",
+    ),
 ]
 
 DOUBLE = "expected float32, float16 or bfloat16 (the torch backend also takes float64), got torch.float64"
@@ -200,16 +303,34 @@ KERNELS_ONLY = [
     (lambda ops: decode(ops, change=double), f"decode_attention: {DOUBLE}"),
     (lambda ops: gated(ops, (2, 8), (2, 8), change=double), f"swiglu: {DOUBLE}"),
     (lambda ops: loss(ops, change=double), f"linear_cross_entropy: {DOUBLE}"),
-    (lambda ops: rotate(ops, q=(2, 7, 3, 48), k=(2, 7, 1, 48), table=(7, 24)), "rope: expected a head dim that is a power of two, got 48"),
-    (lambda ops: rotate_packed(ops, qkv=(2, 7, 5, 6), table=(7, 3)), "rope_qkv: expected a head dim that is a power of two, got 6"),
-    (lambda ops: attend(ops, q=(2, 7, 3, 16), k=(2, 7, 1, 16)), "attention: expected a head dim in [32, 64, 128], got 16"),
-    (lambda ops: attend(ops, q=(2, 7, 3, 96), k=(2, 7, 1, 96)), "attention: expected a head dim in [32, 64, 128], got 96"),
+    (
+        lambda ops: rotate(ops, q=(2, 7, 3, 48), k=(2, 7, 1, 48), table=(7, 24)),
+        "rope: expected a head dim that is a power of two, got 48",
+    ),
+    (
+        lambda ops: rotate_packed(ops, qkv=(2, 7, 5, 6), table=(7, 3)),
+        "rope_qkv: expected a head dim that is a power of two, got 6",
+    ),
+    (
+        lambda ops: attend(ops, q=(2, 7, 3, 16), k=(2, 7, 1, 16)),
+        "attention: expected a head dim in [32, 64, 128], got 16",
+    ),
+    (
+        lambda ops: attend(ops, q=(2, 7, 3, 96), k=(2, 7, 1, 96)),
+        "attention: expected a head dim in [32, 64, 128], got 96",
+    ),
     (
         lambda ops: attend(ops, dropout_p=0.1),
         "attention: expected dropout_p = 0 (for dropout use backend 'triton,attention=torch'), got 0.1",
     ),
-    (lambda ops: decode(ops, q=(2, 1, 3, 48), k=(2, 7, 1, 48)), "decode_attention: expected a head dim in [32, 64, 128], got 48"),
-    (lambda ops: decode(ops, q=(2, 17, 3, 32), k=(2, 20, 1, 32)), "decode_attention: expected at most 16 new queries, got 17"),
+    (
+        lambda ops: decode(ops, q=(2, 1, 3, 48), k=(2, 7, 1, 48)),
+        "decode_attention: expected a head dim in [32, 64, 128], got 48",
+    ),
+    (
+        lambda ops: decode(ops, q=(2, 17, 3, 32), k=(2, 20, 1, 32)),
+        "decode_attention: expected at most 16 new queries, got 17",
+    ),
     (
         lambda ops: decode(ops, change=lambda q, k, v: (q, torch.stack((k, k), -1)[..., 0], v)),
         "decode_attention: expected key cache with a last stride of 1, got 2",
@@ -244,7 +365,9 @@ def test_the_kernels_refuse_what_they_do_not_do(call, message):
     assert refused(call, TRITON) == message
 
 
-@pytest.mark.parametrize("call", [norm, add, rotate, rotate_packed, attend, decode, lambda ops: gated(ops, (2, 8)), loss])
+@pytest.mark.parametrize(
+    "call", [norm, add, rotate, rotate_packed, attend, decode, lambda ops: gated(ops, (2, 8)), loss]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_right_input_is_accepted(call, backend):
     """The defaults of the calls above: what is refused is refused for the one thing that was changed."""

@@ -1,4 +1,6 @@
-"""torch.compile with the kernels: every launcher is a correct custom operation, and the model traces as one graph."""
+"""torch.compile with the kernels: every launcher is a correct custom operation, and the model traces as one
+graph.
+"""
 
 import os
 import subprocess
@@ -11,7 +13,12 @@ from kernel_cases import CALLS, TRITON, small_calls
 from kernels import attention, decode_attention, linear_cross_entropy, rms_norm, rope, swiglu
 
 MODULES = (rms_norm, rope, attention, decode_attention, swiglu, linear_cross_entropy)
-LAUNCHERS = {name: (module, launcher) for module in MODULES for name, launcher in vars(module).items() if hasattr(launcher, "op")}
+LAUNCHERS = {
+    name: (module, launcher)
+    for module in MODULES
+    for name, launcher in vars(module).items()
+    if hasattr(launcher, "op")
+}
 
 COMPILE = """
 import sys
@@ -58,19 +65,24 @@ def recorded_arguments(monkeypatch, name):
 
 def test_all_launchers_are_known():
     assert sorted(LAUNCHERS) == [
-        "_attention_backward", "_attention_forward", "_decode_attention", "_linear_cross_entropy", "_rms_norm_backward",
-        "_rms_norm_forward", "_rope_gather_gradient", "_rope_rotate", "_swiglu_backward", "_swiglu_forward",
+        "_attention_backward", "_attention_forward", "_decode_attention", "_linear_cross_entropy",
+        "_rms_norm_backward", "_rms_norm_forward", "_rope_gather_gradient", "_rope_rotate",
+        "_swiglu_backward", "_swiglu_forward",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_opcheck(name, monkeypatch):
-    """The schema is true (nothing is written, nothing aliases), and the fake has the real shapes, dtypes and strides."""
+    """The schema is true (nothing is written, nothing aliases), and the fake has the real shapes, dtypes and
+    strides.
+    """
     calls = recorded_arguments(monkeypatch, name)
     assert calls
     for args in calls:
         with torch.no_grad():
-            torch.library.opcheck(LAUNCHERS[name][1].op, [x.detach() if isinstance(x, torch.Tensor) else x for x in args])
+            torch.library.opcheck(
+                LAUNCHERS[name][1].op, [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+            )
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -78,7 +90,12 @@ def test_the_model_is_one_graph(compiler, project_root):
     """fullgraph=True: any break is an error. In a process of its own, for Dynamo's state is global."""
     environment = {**os.environ, "PYTHONPATH": str(project_root)}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, compiler], cwd=project_root, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", COMPILE, compiler],
+        cwd=project_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["agrees", "agrees"]

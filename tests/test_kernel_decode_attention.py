@@ -1,4 +1,6 @@
-"""decode_attention against the numerics contract, and its promise: a row's bits depend on nothing but the row."""
+"""decode_attention against the numerics contract, and its promise: a row's bits depend on nothing but the
+row.
+"""
 
 import numerics
 import pytest
@@ -56,7 +58,11 @@ def test_rows_that_see_nothing():
 
 
 # The caches are not copied: their columns must lie side by side.
-LAYOUTS = {name: layout for name, layout in HEAD_LAYOUTS.items() if name not in ("every second column", "last first", "one value")}
+LAYOUTS = {
+    name: layout
+    for name, layout in HEAD_LAYOUTS.items()
+    if name not in ("every second column", "last first", "one value")
+}
 
 
 @over(LAYOUTS)
@@ -75,7 +81,10 @@ def test_a_view_of_the_whole_cache():
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
 def test_kinds_of_lengths(kind):
     tensors = inputs(2, 1, 40)
-    assert_same([TRITON.decode_attention(*tensors, filled(40, 3).to(kind))], [TRITON.decode_attention(*tensors, filled(40, 3))])
+    assert_same(
+        [TRITON.decode_attention(*tensors, filled(40, 3).to(kind))],
+        [TRITON.decode_attention(*tensors, filled(40, 3))],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,7 +96,9 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype):
     for row, length in enumerate(lengths):
         for capacity in {length, min(length + 1, 420), 128 * ((length + 127) // 128), 420}:
             alone = [x[row : row + 1, :capacity] for x in (keys, values)]
-            assert_same([TRITON.decode_attention(q[row : row + 1], *alone, filled(length))], [batch[row : row + 1]])
+            assert_same(
+                [TRITON.decode_attention(q[row : row + 1], *alone, filled(length))], [batch[row : row + 1]]
+            )
 
 
 def test_what_lies_beyond_the_length_is_not_read():
@@ -126,7 +137,9 @@ def test_empty_batch():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="a cache of 8,192 keys for 256 rows takes minutes in the interpreter")
+@pytest.mark.skipif(
+    DEVICE.type != "cuda", reason="a cache of 8,192 keys for 256 rows takes minutes in the interpreter"
+)
 @pytest.mark.parametrize("batch, capacity", [(1, 8192), (256, 1024)])
 def test_large_caches(batch, capacity):
     lengths = torch.randint(1, capacity + 1, (batch,)).to(DEVICE)

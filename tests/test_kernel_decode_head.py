@@ -1,4 +1,6 @@
-"""Final norm and head in one launch: the numerics contract, fp32 logits, and that a row's logits are the row's own."""
+"""Final norm and head in one launch: the numerics contract, fp32 logits, and that a row's logits are the
+row's own.
+"""
 
 import re
 
@@ -74,13 +76,15 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype):
         assert_same([decode_head(x[rows], *weights, EPS)], [batch[rows]])
 
 
-@pytest.mark.parametrize("first, width, aligned", [(48, 208, True), (50, 200, False)], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize(
+    "first, width, aligned", [(48, 208, True), (50, 200, False)], ids=["aligned", "not aligned"]
+)
 def test_views(first, width, aligned):
     """A stream with gaps, and a head that is part of a wider matrix.
 
-    Aligned, its address and its stride are multiples of 16 as those of a dense one are: the same compiled kernel, and the same bits.
-    Otherwise the compiler lays the columns out in another way and adds them up in another order: the contract holds. (The interpreter
-    has one order.)
+    Aligned, its address and its stride are multiples of 16 as those of a dense one are: the same compiled
+    kernel, and the same bits. Otherwise the compiler lays the columns out in another way and adds them up in
+    another order: the contract holds. (The interpreter has one order.)
     """
     x, scale, weight = inputs(3)
     wide = torch.full((101, width), float("nan"), device=DEVICE)

@@ -1,4 +1,6 @@
-"""The fused decode layer: the numerics contract against the composition, what it writes, and that a row's bits are the row's own."""
+"""The fused decode layer: the numerics contract against the composition, what it writes, and that a row's
+bits are the row's own.
+"""
 
 import dataclasses
 import re
@@ -6,7 +8,19 @@ import re
 import numerics
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, EPS, LENGTHS, ORACLE, TORCH, TRITON, WITHOUT_FP16, angles, assert_same, draw
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    EPS,
+    LENGTHS,
+    ORACLE,
+    TORCH,
+    TRITON,
+    WITHOUT_FP16,
+    angles,
+    assert_same,
+    draw,
+)
 
 from kernels import LayerWeights, decode_layer, launch_config, with_ops
 from kernels.backend import LAYER_OPS
@@ -29,7 +43,9 @@ def weights_of(hidden, ffn, heads, key_heads, head_dim, dtype):
     )
 
 
-def layer(lengths, new=1, capacity=40, hidden=96, ffn=144, heads=3, key_heads=1, head_dim=32, dtype=torch.float32):
+def layer(
+    lengths, new=1, capacity=40, hidden=96, ffn=144, heads=3, key_heads=1, head_dim=32, dtype=torch.float32
+):
     """The arguments of decode_layer for rows filled to `lengths` (the new tokens included), as a dictionary."""
     batch = len(lengths)
     cos, sin = angles(batch, new, head_dim // 2)
@@ -52,7 +68,11 @@ def run(arguments, ops=TRITON):
 
 def doubled(arguments):
     weights = LayerWeights(*(weight.double() for weight in arguments["weights"]))
-    return {**arguments, "weights": weights, **{name: arguments[name].double() for name in ("x", "key_cache", "value_cache")}}
+    return {
+        **arguments,
+        "weights": weights,
+        **{name: arguments[name].double() for name in ("x", "key_cache", "value_cache")},
+    }
 
 
 def agree(arguments):
@@ -63,8 +83,13 @@ def agree(arguments):
     return ours
 
 
-WIDTHS = [pytest.param(model, *dtype.values, id=f"{model}-{dtype.id}") for model in ("135M", "360M") for dtype in WITHOUT_FP16]
-WIDTHS += [pytest.param("1.7B", torch.float32, id="1.7B-fp32", marks=pytest.mark.slow)]  # half a minute, in 16 bits a whole one
+WIDTHS = [
+    pytest.param(model, *dtype.values, id=f"{model}-{dtype.id}")
+    for model in ("135M", "360M")
+    for dtype in WITHOUT_FP16
+]
+# half a minute, in 16 bits a whole one
+WIDTHS += [pytest.param("1.7B", torch.float32, id="1.7B-fp32", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("model", "dtype"), WIDTHS)
@@ -92,7 +117,9 @@ def test_more_splits_than_are_loaded_at_a_time():
     agree(layer((700, 640), capacity=700))
 
 
-@pytest.mark.parametrize("heads, key_heads, head_dim", [(2, 2, 32), (6, 2, 64), (5, 1, 64), (3, 3, 128), (2, 1, 128)])
+@pytest.mark.parametrize(
+    "heads, key_heads, head_dim", [(2, 2, 32), (6, 2, 64), (5, 1, 64), (3, 3, 128), (2, 1, 128)]
+)
 def test_heads(heads, key_heads, head_dim):
     agree(layer((3, 33), 2, heads=heads, key_heads=key_heads, head_dim=head_dim))
 
@@ -139,7 +166,9 @@ def test_an_empty_batch():
 
 
 def test_only_the_new_positions_are_written():
-    """In one layer of a whole cache [layers, B, capacity, K, D] that is cut to the keys in use, every other byte stays."""
+    """In one layer of a whole cache [layers, B, capacity, K, D] that is cut to the keys in use, every other
+    byte stays.
+    """
     arguments = layer((5, 60, 64), 3, 64, heads=6, key_heads=2)
     new = torch.zeros(3, 64, dtype=torch.bool, device=DEVICE)
     for row, length in enumerate((5, 60, 64)):
@@ -147,7 +176,9 @@ def test_only_the_new_positions_are_written():
     _, *expected = run(arguments, TORCH)
     caches = {name: draw(2, 3, 100, 2, 32) for name in ("key_cache", "value_cache")}
     before = {name: cache.clone() for name, cache in caches.items()}
-    TRITON.decode_layer(**{**arguments, **{name: cache[1, :, :64] for name, cache in caches.items()}}, eps=EPS, ops=TRITON)
+    TRITON.decode_layer(
+        **{**arguments, **{name: cache[1, :, :64] for name, cache in caches.items()}}, eps=EPS, ops=TRITON
+    )
     for name, wanted in zip(caches, expected, strict=True):
         written = caches[name][1, :, :64]
         torch.testing.assert_close(written[new], wanted[new], rtol=1e-5, atol=1e-5)
@@ -157,17 +188,27 @@ def test_only_the_new_positions_are_written():
 
 def test_inputs_are_not_written():
     arguments = layer((9, 40))
-    tensors = [arguments["x"], *arguments["weights"], arguments["lengths"], arguments["cos"], arguments["sin"]]
+    tensors = [
+        arguments["x"],
+        *arguments["weights"],
+        arguments["lengths"],
+        arguments["cos"],
+        arguments["sin"],
+    ]
     before = [tensor.clone() for tensor in tensors]
     run(arguments)
     assert_same(tensors, before)
 
 
 def test_positions_outside_of_the_cache_are_not_written():
-    """A row that is fuller than the cache, and one that is emptier than the new tokens: their memory belongs to others."""
+    """A row that is fuller than the cache, and one that is emptier than the new tokens: their memory belongs
+    to others.
+    """
     arguments = layer((42, 1, 30), 2, 40)
     around = {name: torch.full((5, 60, 1, 32), 7.0, device=DEVICE) for name in ("key_cache", "value_cache")}
-    TRITON.decode_layer(**{**arguments, **{name: cache[1:4, 10:50] for name, cache in around.items()}}, eps=EPS, ops=TRITON)
+    TRITON.decode_layer(
+        **{**arguments, **{name: cache[1:4, 10:50] for name, cache in around.items()}}, eps=EPS, ops=TRITON
+    )
     for cache in around.values():
         changed = (cache != 7.0).any(-1).any(-1)
         assert changed.nonzero().tolist() == [[2, 10], [3, 38], [3, 39]]
@@ -184,7 +225,9 @@ def test_what_lies_beyond_the_length_is_not_read():
 LAYOUTS = {
     "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "positions first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "every second position": lambda x: torch.stack((x, torch.full_like(x, float("nan"))), 2).flatten(1, 2)[:, ::2],
+    "every second position": lambda x: torch.stack((x, torch.full_like(x, float("nan"))), 2).flatten(1, 2)[
+        :, ::2
+    ],
 }
 
 
@@ -209,7 +252,8 @@ def test_caches_far_apart(name, dim):
     expected = run(arguments)
     stride, middle = 2**30 + 64, 2**31 + 2**12
     try:
-        buffer = torch.zeros(0, dtype=torch.float16, device=DEVICE).resize_(2 * middle + stride)  # not poisoned: that would touch it all
+        # not poisoned: that would touch it all
+        buffer = torch.zeros(0, dtype=torch.float16, device=DEVICE).resize_(2 * middle + stride)
     except RuntimeError as error:
         pytest.skip(f"no 10 GiB of address space: {error}")
     strides = [288, 96, 32, 1]
@@ -226,7 +270,11 @@ def test_caches_far_apart(name, dim):
 def rows_of(arguments, rows, capacity):
     """The same layer with some of its rows, and caches of another capacity."""
     chosen = {name: arguments[name][rows] for name in ("x", "lengths", "cos", "sin")}
-    return {**arguments, **chosen, **{name: arguments[name][rows, :capacity] for name in ("key_cache", "value_cache")}}
+    return {
+        **arguments,
+        **chosen,
+        **{name: arguments[name][rows, :capacity] for name in ("key_cache", "value_cache")},
+    }
 
 
 @pytest.mark.parametrize("dtype", WITHOUT_FP16)
@@ -238,7 +286,10 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype):
     for row in (0, 2, 3, 15):
         for capacity in {lengths[row], min(lengths[row] + 1, 420), 128 * ((lengths[row] + 127) // 128), 420}:
             alone = run(rows_of(arguments, [row], capacity))
-            assert_same([alone[0], alone[1][0], alone[2][0]], [batch[0][[row]], *(cache[row, :capacity] for cache in batch[1:])])
+            assert_same(
+                [alone[0], alone[1][0], alone[2][0]],
+                [batch[0][[row]], *(cache[row, :capacity] for cache in batch[1:])],
+            )
     some = run(rows_of(arguments, [9, 3, 0], 420))
     assert_same([some[0]], [batch[0][[9, 3, 0]]])
 
@@ -253,7 +304,9 @@ def test_a_later_token_does_not_change_an_earlier_one():
 
 
 def test_tokens_at_once_are_tokens_one_by_one():
-    """Four new tokens are the same four decoded in four steps; not promised bitwise, for the attention's tile is another."""
+    """Four new tokens are the same four decoded in four steps; not promised bitwise, for the attention's tile
+    is another.
+    """
     arguments = layer((140, 20), 4, 150)
     together = run(arguments)
     keys, values = arguments["key_cache"].clone(), arguments["value_cache"].clone()
@@ -280,7 +333,9 @@ def test_the_gpus_configuration_agrees(monkeypatch):
 
 def test_only_the_splits_grow_with_the_cache(monkeypatch):
     allocate, shapes = torch.empty, []
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: shapes.append(tuple(*size)) or allocate(*size, **options))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: shapes.append(tuple(*size)) or allocate(*size, **options)
+    )
     small, large = layer((100,), capacity=128), layer((100,), capacity=1024)
     run(small)
     of_small = shapes.copy()
@@ -352,28 +407,58 @@ def other_weight(name, change):
 
 BAD = [
     (lambda: changed(x=lambda x: x[0]), "x of shape [B, T, hidden], got [2, 96]"),
-    (lambda: changed(key_cache=lambda x: x[:1]), "key cache of shape [2, S, K, D] with S >= 2 and K > 0, got [1, 40, 1, 32]"),
-    (lambda: changed(key_cache=lambda x: x[:, :1]), "key cache of shape [2, S, K, D] with S >= 2 and K > 0, got [2, 1, 1, 32]"),
-    (lambda: changed(value_cache=lambda x: x[:, :39]), "value cache of shape [2, 40, 1, 32] as the key cache, got [2, 39, 1, 32]"),
+    (
+        lambda: changed(key_cache=lambda x: x[:1]),
+        "key cache of shape [2, S, K, D] with S >= 2 and K > 0, got [1, 40, 1, 32]",
+    ),
+    (
+        lambda: changed(key_cache=lambda x: x[:, :1]),
+        "key cache of shape [2, S, K, D] with S >= 2 and K > 0, got [2, 1, 1, 32]",
+    ),
+    (
+        lambda: changed(value_cache=lambda x: x[:, :39]),
+        "value cache of shape [2, 40, 1, 32] as the key cache, got [2, 39, 1, 32]",
+    ),
     (lambda: changed(lengths=lambda x: x[:1]), "lengths of shape [2], got [1]"),
     (lambda: changed(lengths=lambda x: x.float()), "lengths of an integer dtype, got torch.float32"),
     (lambda: changed(lengths=lambda x: x.to("meta")), f"lengths on {PLACE} as x, got meta"),
     (lambda: changed(cos=lambda x: x[:, :1]), "cos of shape [2, 16] or [2, 2, 16], got [2, 1, 16]"),
     (lambda: changed(sin=lambda x: x[0]), "sin of shape [2, 2, 16] as cos, got [2, 16]"),
     (lambda: changed(sin=lambda x: x.half()), "cos and sin of one floating-point dtype, got torch.float16"),
-    (lambda: changed(x=lambda x: x.half()), "weights.input_norm of dtype torch.float16 as x, got torch.float32"),
-    (lambda: changed(key_cache=lambda x: x.half()), "key cache of dtype torch.float32 as x, got torch.float16"),
+    (
+        lambda: changed(x=lambda x: x.half()),
+        "weights.input_norm of dtype torch.float16 as x, got torch.float32",
+    ),
+    (
+        lambda: changed(key_cache=lambda x: x.half()),
+        "key cache of dtype torch.float32 as x, got torch.float16",
+    ),
     (lambda: changed(x=lambda x: x.repeat(1, 1, 2)), "weights.input_norm of shape [192], got [96]"),
     (lambda: other_weight("qkv", lambda w: w[:-32]), "weights.qkv of shape [160, 96], got [128, 96]"),
     (lambda: other_weight("o", lambda w: w[:, :-1]), "weights.qkv of shape [128, 96], got [160, 96]"),
-    (lambda: other_weight("o", lambda w: w[:, :0]), "query heads (columns of o / 32) that are a multiple of 1, got 0"),
+    (
+        lambda: other_weight("o", lambda w: w[:, :0]),
+        "query heads (columns of o / 32) that are a multiple of 1, got 0",
+    ),
     (lambda: other_weight("post_norm", lambda w: w[1:]), "weights.post_norm of shape [96], got [95]"),
     (lambda: other_weight("gate_up", lambda w: w[:144]), "weights.gate_up of shape [288, 96], got [144, 96]"),
-    (lambda: other_weight("down", lambda w: w.half()), "weights.down of dtype torch.float32 as x, got torch.float16"),
-    (lambda: other_weight("down", lambda w: w.t().contiguous().t()), "contiguous weights (down.contiguous()), got (1, 96)"),
-    (lambda: changed(key_cache=lambda x: torch.stack((x, x), -1)[..., 0]), "key cache with a last stride of 1, got 2"),
+    (
+        lambda: other_weight("down", lambda w: w.half()),
+        "weights.down of dtype torch.float32 as x, got torch.float16",
+    ),
+    (
+        lambda: other_weight("down", lambda w: w.t().contiguous().t()),
+        "contiguous weights (down.contiguous()), got (1, 96)",
+    ),
+    (
+        lambda: changed(key_cache=lambda x: torch.stack((x, x), -1)[..., 0]),
+        "key cache with a last stride of 1, got 2",
+    ),
     (lambda: layer((9, 40), head_dim=16), "a head dim in [32, 64, 128], got 16"),
-    (lambda: doubled(layer((9, 40))), "float32, float16 or bfloat16 (the torch backend also takes float64), got torch.float64"),
+    (
+        lambda: doubled(layer((9, 40))),
+        "float32, float16 or bfloat16 (the torch backend also takes float64), got torch.float64",
+    ),
     (lambda: layer([9] * 17), "B * T <= 16 rows and widths of at most 16384, got [17, 1, 96]"),
 ]
 
@@ -389,7 +474,11 @@ def test_bad_input_is_refused(arguments, message):
 
 def test_torch_compile_sees_one_operation_that_writes_the_caches():
     arguments = layer((9, 40), 2)
-    flat = [arguments["x"], *arguments["weights"], *(arguments[name] for name in ("key_cache", "value_cache", "lengths", "cos", "sin"))]
+    flat = [
+        arguments["x"],
+        *arguments["weights"],
+        *(arguments[name] for name in ("key_cache", "value_cache", "lengths", "cos", "sin")),
+    ]
     torch.library.opcheck(torch.ops.smollm2.decode_layer.default, (*flat, EPS))
 
 

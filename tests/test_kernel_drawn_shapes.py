@@ -10,9 +10,10 @@ pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis, wh
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-# A failing example is printed with all it drew, seed and names of layouts too, and with a blob that reproduces it. Every run draws the
-# same, unless EXAMPLES asks for a number of new ones. In fp16, where rounding is the error on both sides: of a hundred tiny cases in
-# fp32 there is one in which the base is right by luck, and twice its error is no budget.
+# A failing example is printed with all it drew, seed and names of layouts too, and with a blob that
+# reproduces it. Every run draws the same, unless EXAMPLES asks for a number of new ones. In fp16, where
+# rounding is the error on both sides: of a hundred tiny cases in fp32 there is one in which the base is right
+# by luck, and twice its error is no budget.
 SETTINGS = settings(
     max_examples=int(os.environ.get("EXAMPLES", 12)),
     derandomize="EXAMPLES" not in os.environ,
@@ -21,7 +22,11 @@ SETTINGS = settings(
     database=None,
 )
 SEEDS = st.integers(0, 2**16)
-CACHE_LAYOUTS = {name: layout for name, layout in HEAD_LAYOUTS.items() if name not in ("every second column", "last first", "one value")}
+CACHE_LAYOUTS = {
+    name: layout
+    for name, layout in HEAD_LAYOUTS.items()
+    if name not in ("every second column", "last first", "one value")
+}
 
 
 class Drawn:
@@ -51,7 +56,12 @@ def test_norms(data, seed):
     rows, width = drawn.upto(9, 130)
     weight = draw(width, dtype=torch.float16)
     agree("rms_norm", (drawn.tensor(rows, width), weight), EPS, upstream=drawn.layout())
-    agree("add_rms_norm", (drawn.tensor(rows, width), drawn.tensor(rows, width), weight), EPS, upstream=drawn.layout())
+    agree(
+        "add_rms_norm",
+        (drawn.tensor(rows, width), drawn.tensor(rows, width), weight),
+        EPS,
+        upstream=drawn.layout(),
+    )
 
 
 @SETTINGS
@@ -63,7 +73,13 @@ def test_rope(data, seed):
     tables = angles(*([batch] * drawn.one_of(False, True)), length, head_dim // 2)
     q, k = drawn.tensor(batch, length, heads, head_dim), drawn.tensor(batch, length, key_heads, head_dim)
     agree("rope", (q, k), *tables, upstream=drawn.layout())
-    agree("rope_qkv", (drawn.tensor(batch, length, heads + 2 * key_heads, head_dim),), *tables, key_heads, upstream=drawn.layout())
+    agree(
+        "rope_qkv",
+        (drawn.tensor(batch, length, heads + 2 * key_heads, head_dim),),
+        *tables,
+        key_heads,
+        upstream=drawn.layout(),
+    )
 
 
 @SETTINGS
@@ -72,8 +88,15 @@ def test_attention(data, seed):
     drawn = Drawn(data, seed, HEAD_LAYOUTS)
     batch, key_heads, group, queries, more = drawn.upto(2, 2, 3, 70, 40)
     keys = queries + more - 1
-    q, k, v = (drawn.tensor(batch, *rest, 32) for rest in ((queries, key_heads * group), (keys, key_heads), (keys, key_heads)))
-    doc_start = torch.randint(0, keys, (batch, queries), dtype=torch.int32).to(DEVICE) if drawn.one_of(False, True) else None
+    q, k, v = (
+        drawn.tensor(batch, *rest, 32)
+        for rest in ((queries, key_heads * group), (keys, key_heads), (keys, key_heads))
+    )
+    doc_start = (
+        torch.randint(0, keys, (batch, queries), dtype=torch.int32).to(DEVICE)
+        if drawn.one_of(False, True)
+        else None
+    )
     agree("attention", (q, k, v), doc_start, upstream=drawn.layout())
 
 

@@ -1,4 +1,6 @@
-"""tied_embedding against the numerics contract, with all ways in which equal ids may lie, and what it may write."""
+"""tied_embedding against the numerics contract, with all ways in which equal ids may lie, and what it may
+write.
+"""
 
 import os
 import subprocess
@@ -6,7 +8,20 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, LENGTHS, ROW_LAYOUTS, TORCH, TRITON, agree, assert_same, draw, gap, over, swapped
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    LENGTHS,
+    ROW_LAYOUTS,
+    TORCH,
+    TRITON,
+    agree,
+    assert_same,
+    draw,
+    gap,
+    over,
+    swapped,
+)
 
 from kernels import embedding
 
@@ -34,12 +49,17 @@ def test_numbers_of_tokens(tokens, dtype):
 
 
 @pytest.mark.parametrize("runs", [
-    (1,), (WINDOW - 1,), (WINDOW,), (WINDOW + 1,), (2 * WINDOW,), (10 * WINDOW + 3,), (5, WINDOW - 5, 7), (5, WINDOW - 4, 7),
-    (5, WINDOW - 6, 7), (100, 3 * WINDOW, 1, 100), (8, 9, 7, 16, 17, 1), (WINDOW, WINDOW, 1), (1,) * 40,
+    (1,), (WINDOW - 1,), (WINDOW,), (WINDOW + 1,), (2 * WINDOW,), (10 * WINDOW + 3,), (5, WINDOW - 5, 7),
+    (5, WINDOW - 4, 7), (5, WINDOW - 6, 7), (100, 3 * WINDOW, 1, 100), (8, 9, 7, 16, 17, 1),
+    (WINDOW, WINDOW, 1), (1,) * 40,
 ], ids=str)  # fmt: skip
 def test_runs_of_equal_ids(runs):
-    """In the sorted ids: within a window, across its end, over whole windows, and more windows than are added at a time."""
-    ids = torch.repeat_interleave(torch.randperm(len(runs)) + 2, torch.tensor(runs))[torch.randperm(sum(runs))]
+    """In the sorted ids: within a window, across its end, over whole windows, and more windows than are added
+    at a time.
+    """
+    ids = torch.repeat_interleave(torch.randperm(len(runs)) + 2, torch.tensor(runs))[
+        torch.randperm(sum(runs))
+    ]
     _, (dweight,) = agree("tied_embedding", (ids.to(DEVICE), draw(len(runs) + 3, 8)), torch.float32)
     assert dweight.isfinite().all()
 
@@ -72,7 +92,9 @@ def test_the_weights_own_dtype(dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_copy_of_the_weight_gives_the_same_bits(dtype):
     ids, weight = some_ids(2, 9), draw(23, 33).requires_grad_()
-    plain, copied = (TRITON.tied_embedding(ids, weight, dtype, copy)[0] for copy in (None, weight.detach().to(dtype)))
+    plain, copied = (
+        TRITON.tied_embedding(ids, weight, dtype, copy)[0] for copy in (None, weight.detach().to(dtype))
+    )
     assert_same([copied], [plain])
     changed, _ = TRITON.tied_embedding(ids, weight, dtype, torch.zeros_like(weight, dtype=dtype))
     assert (changed == 0).all() and torch.autograd.grad(changed.float().sum(), weight)[0].sum() == 18 * 33
@@ -80,7 +102,10 @@ def test_a_copy_of_the_weight_gives_the_same_bits(dtype):
 
 def test_ids_in_32_bits():
     ids, weight = some_ids(2, 9), draw(23, 33)
-    assert_same(TRITON.tied_embedding(ids.int(), weight, torch.float32), TORCH.tied_embedding(ids, weight, torch.float32))
+    assert_same(
+        TRITON.tied_embedding(ids.int(), weight, torch.float32),
+        TORCH.tied_embedding(ids, weight, torch.float32),
+    )
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0)])
@@ -124,7 +149,9 @@ def test_without_a_gradient_the_head_is_the_weight(frozen):
 
 
 class Case:
-    """A model of an embedding and a head, and what becomes of the head's gradient on its way to the embedding."""
+    """A model of an embedding and a head, and what becomes of the head's gradient on its way to the
+    embedding.
+    """
 
     def __init__(self, monkeypatch, backend=TRITON):
         torch.manual_seed(5)
@@ -132,7 +159,9 @@ class Case:
         self.x, self.head = backend.tied_embedding(self.ids, self.weight, torch.float32)
         self.loss = backend.linear_cross_entropy(self.x, self.head, self.ids.roll(-1))
         is_ours = embedding._is_ours
-        monkeypatch.setattr(embedding, "_is_ours", lambda *args: self.in_place.append(is_ours(*args)) or self.in_place[-1])
+        monkeypatch.setattr(
+            embedding, "_is_ours", lambda *args: self.in_place.append(is_ours(*args)) or self.in_place[-1]
+        )
 
     def node(self):
         return self.loss.grad_fn
@@ -212,14 +241,16 @@ def given(case):
 
 IN_PLACE = [backward, retained, retained_and_repeated, retain_grad, hook_that_looks]
 COPIED = [
-    hook_that_keeps, hook_that_keeps_a_view, hook_that_keeps_an_alias, hook_that_replaces, hook_of_the_losss_node,
-    hook_of_the_embeddings_node, hook_after_the_embeddings_node, asked_for, given,
+    hook_that_keeps, hook_that_keeps_a_view, hook_that_keeps_an_alias, hook_that_replaces,
+    hook_of_the_losss_node, hook_of_the_embeddings_node, hook_after_the_embeddings_node, asked_for, given,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", [*IN_PLACE, *COPIED], ids=lambda way: way.__name__)
 def test_the_heads_gradient_is_written_where_nobody_else_sees_it(way, monkeypatch):
-    """In place where the backward pass alone has it, a copy otherwise: what others keep is the head's gradient, and stays it."""
+    """In place where the backward pass alone has it, a copy otherwise: what others keep is the head's
+    gradient, and stays it.
+    """
     case, alone, expected = Case(monkeypatch), Case(monkeypatch), Case(monkeypatch, TORCH)
     (dhead,) = torch.autograd.grad(alone.loss, alone.head)
     backward(expected)
@@ -273,7 +304,10 @@ def test_a_second_derivative_is_refused(monkeypatch):
     (dict(weight_copy=torch.zeros(5, 4, device="meta")), "expected weight_copy on cpu as the weight, got meta"),
 ])  # fmt: skip
 def test_bad_input(change, message):
-    call = dict(input_ids=torch.zeros(3, dtype=torch.int64), weight=torch.zeros(5, 4), dtype=torch.float32) | change
+    call = (
+        dict(input_ids=torch.zeros(3, dtype=torch.int64), weight=torch.zeros(5, 4), dtype=torch.float32)
+        | change
+    )
     for ops in (TRITON, TORCH):
         with pytest.raises(ValueError, match=f"tied_embedding: {message}"):
             ops.tied_embedding(**call)
@@ -318,8 +352,18 @@ print("agrees")
 
 def test_one_graph_under_torch_compile(project_root):
     """With all options of both operations. In a process of its own, for Dynamo's state is global."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(project_root), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=project_root, env=environment, capture_output=True, text=True, timeout=600)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(project_root), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=project_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.stdout.split() == ["agrees"], done.stderr[-4000:]
 
 

@@ -1,4 +1,6 @@
-"""bfloat16 in Triton, in the interpreter as corrected by interpreter.py: what torch computes, bit by bit. On a GPU: compiled."""
+"""bfloat16 in Triton, in the interpreter as corrected by interpreter.py: what torch computes, bit by bit. On
+a GPU: compiled.
+"""
 
 import interpreter
 import pytest
@@ -16,9 +18,14 @@ only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="about the interpr
 def same(ours, expected):
     """Equal in dtype and bit by bit, where every NaN is the same and the two zeros are not."""
     assert ours.dtype == expected.dtype
-    ours, integer = ours.cpu(), {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
+    ours, integer = (
+        ours.cpu(),
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()],
+    )
     differ = (ours.view(integer) != expected.view(integer)) & ~(ours.isnan() & expected.isnan())
-    assert int(differ.sum()) == 0, f"{int(differ.sum())} differ, first {ours[differ][0]} instead of {expected[differ][0]}"
+    assert int(differ.sum()) == 0, (
+        f"{int(differ.sum())} differ, first {ours[differ][0]} instead of {expected[differ][0]}"
+    )
 
 
 @triton.jit
@@ -65,7 +72,9 @@ def _elementwise_kernel(x_ptr, y_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.const
 
 
 def elementwise(op, x, y=None, dtype=None):
-    """The kernel on x and y, both [a multiple of BLOCK]; the result must come in `dtype` (default: x's) before it is stored."""
+    """The kernel on x and y, both [a multiple of BLOCK]; the result must come in `dtype` (default: x's)
+    before it is stored.
+    """
     x = x.to(DEVICE)
     y = x if y is None else y.to(DEVICE)
     out = torch.zeros_like(x, dtype=dtype or x.dtype)
@@ -81,7 +90,9 @@ def test_every_value_to_fp32_and_back():
 
 @pytest.mark.parametrize("low", [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
 def test_rounding(low):
-    """Every upper half of an fp32 number with that lower half: ties and their neighbours, subnormals, overflow, infinities, NaN."""
+    """Every upper half of an fp32 number with that lower half: ties and their neighbours, subnormals,
+    overflow, infinities, NaN.
+    """
     values = ((PATTERNS.view(torch.int16).int() << 16) | low).view(torch.float32)
     same(elementwise("cast", values, dtype=BF16), values.to(BF16))
 
@@ -91,7 +102,10 @@ def test_rounding_by_hand():
     pairs = {1 + 2**-8: 1.0, 1 + 3 * 2**-8: 1 + 2**-6, -1 - 2**-8 - 2**-20: -1 - 2**-7, largest: largest, -511 * 2.0**119: float("-inf"),
              tiny / 2: 0.0, 1.5 * tiny: 2 * tiny, 0.75 * tiny: tiny}  # fmt: skip
     values = torch.tensor(list(pairs)).repeat(BLOCK // len(pairs))
-    same(elementwise("cast", values, dtype=BF16).float(), torch.tensor(list(pairs.values())).repeat(BLOCK // len(pairs)))
+    same(
+        elementwise("cast", values, dtype=BF16).float(),
+        torch.tensor(list(pairs.values())).repeat(BLOCK // len(pairs)),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32, torch.bool])
@@ -117,11 +131,18 @@ EXPECTED = {
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's of overflow and inf - inf
-@pytest.mark.parametrize("op", [pytest.param(op, marks=only_interpreted) if op == "divide" else op for op in EXPECTED])
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=only_interpreted) if op == "divide" else op for op in EXPECTED]
+)
 def test_arithmetic(op):
-    """Of numbers of like size and of any size, infinities included: every operation rounds its result, except where Triton promotes."""
+    """Of numbers of like size and of any size, infinities included: every operation rounds its result, except
+    where Triton promotes.
+    """
     any_size = PATTERNS[~PATTERNS.isnan()]
-    x, y = (torch.cat([torch.randn(BLOCK).to(BF16), any_size[torch.randint(len(any_size), (3 * BLOCK,))]]) for _ in range(2))
+    x, y = (
+        torch.cat([torch.randn(BLOCK).to(BF16), any_size[torch.randint(len(any_size), (3 * BLOCK,))]])
+        for _ in range(2)
+    )
     y[::7] = x[::7]
     if op == "maximum":
         x, y = (torch.where(z == 0, 1.0, z) for z in (x, y))  # of two zeros, either is right
@@ -130,8 +151,8 @@ def test_arithmetic(op):
 
 
 @pytest.mark.parametrize(("op", "message"), [("exp2", "Expected dtype"), *(
-    pytest.param(op, message, marks=only_interpreted) for op, message in
-    [("fma", "create_fma on bfloat16"), ("atomic", "create_atomic_rmw on bfloat16"), ("truncated", "create_fp_to_fp on bfloat16")]
+    pytest.param(op, message, marks=only_interpreted) for op,
+    message in [("fma", "create_fma on bfloat16"), ("atomic", "create_atomic_rmw on bfloat16"), ("truncated", "create_fp_to_fp on bfloat16")]
 )])  # fmt: skip
 def test_refused(op, message):
     x = torch.ones(BLOCK, dtype=torch.float32 if op == "truncated" else BF16)
@@ -156,7 +177,9 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.c
 
 
 def test_dot_is_exact_where_fp32_is():
-    """Twice the product of integers of eight bits: sums of up to 24 bits. An accumulator or a result in bf16 would round them."""
+    """Twice the product of integers of eight bits: sums of up to 24 bits. An accumulator or a result in bf16
+    would round them.
+    """
     a, b = (torch.randint(-255, 256, (rows, 64)).to(BF16).to(DEVICE) for rows in (16, 32))
     out = torch.empty(16, 32, device=DEVICE)
     _dot_kernel[(1,)](a, b, out, 16, 32, 64)
@@ -214,7 +237,11 @@ def test_sums_round_after_every_step():
 @pytest.mark.parametrize(
     ("owner", "name", "message"),
     [
-        (interpreter.InterpreterBuilder, "binary_op", "expects of its interpreter InterpreterBuilder.binary_op$"),
+        (
+            interpreter.InterpreterBuilder,
+            "binary_op",
+            "expects of its interpreter InterpreterBuilder.binary_op$",
+        ),
         (interpreter.ScanOps, "cumsum", "ScanOps.cumsum"),
         (interpreter.interpreter, "_get_np_dtype", "bfloat16 kept in uint16"),
     ],

@@ -1,11 +1,25 @@
-"""linear_cross_entropy against the numerics contract: loss, gradient of the hidden states, gradient of the head."""
+"""linear_cross_entropy against the numerics contract: loss, gradient of the hidden states, gradient of the
+head.
+"""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DEVICE, DTYPES, LENGTHS, ROW_LAYOUTS, TORCH, TRITON, agree, assert_same, draw, gap, over
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    LENGTHS,
+    ROW_LAYOUTS,
+    TORCH,
+    TRITON,
+    agree,
+    assert_same,
+    draw,
+    gap,
+    over,
+)
 
 from kernels import linear_cross_entropy
 from kernels.products import tokens_per_chunk
@@ -16,7 +30,10 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 
 def inputs(tokens, width, vocabulary, dtype=torch.float32):
     """Logits of size 2 or so."""
-    hidden, weight = draw(tokens, width, dtype=dtype), draw(vocabulary, width, dtype=dtype, scale=2 * width**-0.5)
+    hidden, weight = (
+        draw(tokens, width, dtype=dtype),
+        draw(vocabulary, width, dtype=dtype, scale=2 * width**-0.5),
+    )
     return (hidden, weight), torch.randint(0, vocabulary, (tokens,)).to(DEVICE)
 
 
@@ -26,7 +43,9 @@ def some_ignored(targets):
 
 
 def times(factor):
-    """An upstream gradient of about that factor. The mean's gradients are of size 1/N: as small as atol, where it would hide an error."""
+    """An upstream gradient of about that factor. The mean's gradients are of size 1/N: as small as atol,
+    where it would hide an error.
+    """
     return lambda dy: dy.abs().clamp(min=0.5) * factor
 
 
@@ -54,7 +73,9 @@ def test_vocabularies(vocabulary, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("z_loss, label_smoothing", [(0.0, 0.0), (0.01, 0.0), (0.0, 0.1), (0.003, 0.2), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    "z_loss, label_smoothing", [(0.0, 0.0), (0.01, 0.0), (0.0, 0.1), (0.003, 0.2), (0.0, 1.0)]
+)
 def test_losses(reduction, z_loss, label_smoothing, dtype):
     tensors, targets = inputs(9, 48, 101, dtype)
     upstream = times(9 if reduction == "mean" else 1)
@@ -67,19 +88,33 @@ def test_losses(reduction, z_loss, label_smoothing, dtype):
 def test_chunks(tokens, dtype):
     """dW is added up over chunks, the last of them ragged and not ignored."""
     tensors, targets = inputs(tokens, 48, 101, dtype)
-    agree("linear_cross_entropy", tensors, some_ignored(targets), z_loss=0.01, chunk_tokens=16, upstream=times(tokens))
+    agree(
+        "linear_cross_entropy",
+        tensors,
+        some_ignored(targets),
+        z_loss=0.01,
+        chunk_tokens=16,
+        upstream=times(tokens),
+    )
 
 
 def test_chunks_do_not_change_the_losses():
     tensors, targets = inputs(33, 48, 101)
-    losses = [TRITON.linear_cross_entropy(*tensors, targets, reduction="none", chunk_tokens=chunk) for chunk in (None, 1, 16, 33, 100)]
+    losses = [
+        TRITON.linear_cross_entropy(*tensors, targets, reduction="none", chunk_tokens=chunk)
+        for chunk in (None, 1, 16, 33, 100)
+    ]
     torch.testing.assert_close(losses[1:], losses[:1] * 4, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [97, 49152, 151936, 2**31 - 1])
-@pytest.mark.parametrize("width, across", [(1, 1), (64, 1), (192, 1), (576, 3), (640, 5), (768, 3), (960, 5), (1024, 4), (2048, 8)])
+@pytest.mark.parametrize(
+    "width, across", [(1, 1), (64, 1), (192, 1), (576, 3), (640, 5), (768, 3), (960, 5), (1024, 4), (2048, 8)]
+)
 def test_the_rule_of_the_chunk(width, across, vocabulary):
-    """The first of all numbers of tokens that fills its waves as far as whole rows of tiles can, or the most that is allowed."""
+    """The first of all numbers of tokens that fills its waves as far as whole rows of tiles can, or the most
+    that is allowed.
+    """
     most = max(128, min(8192, 2**29 // vocabulary) // 128 * 128)
     for processors in (1, 16, 46, 78, 84, 96, 108, 114, 132, 144, 148, 170, 188, 304):
 
@@ -93,8 +128,13 @@ def test_the_rule_of_the_chunk(width, across, vocabulary):
 
 
 def test_the_chunks_of_the_models():
-    """On 132, 108 and 148 multiprocessors (H100, A100, B200): at most half of the logits of 16,384 tokens exist."""
-    chunks = {width: [tokens_per_chunk(width, 49152, processors) for processors in (132, 108, 148)] for width in (576, 960, 2048)}
+    """On 132, 108 and 148 multiprocessors (H100, A100, B200): at most half of the logits of 16,384 tokens
+    exist.
+    """
+    chunks = {
+        width: [tokens_per_chunk(width, 49152, processors) for processors in (132, 108, 148)]
+        for width in (576, 960, 2048)
+    }
     assert chunks == {576: [5632, 4608, 6272], 960: [6656, 5504, 7552], 2048: [4224, 5120, 4736]}
 
 
@@ -104,12 +144,27 @@ def test_scale(reduction, dtype):
     """It multiplies the loss and both gradients."""
     tensors, targets = inputs(9, 48, 101, dtype)
     scale, upstream = torch.tensor(0.3, device=DEVICE), times(9 if reduction == "mean" else 1)
-    scaled = agree("linear_cross_entropy", tensors, some_ignored(targets), reduction=reduction, scale=scale, upstream=upstream)
+    scaled = agree(
+        "linear_cross_entropy",
+        tensors,
+        some_ignored(targets),
+        reduction=reduction,
+        scale=scale,
+        upstream=upstream,
+    )
     torch.manual_seed(1234)
-    plain = agree("linear_cross_entropy", *inputs(9, 48, 101, dtype)[:1], targets, reduction=reduction, upstream=upstream)
+    plain = agree(
+        "linear_cross_entropy",
+        *inputs(9, 48, 101, dtype)[:1],
+        targets,
+        reduction=reduction,
+        upstream=upstream,
+    )
     for ours, expected in zip((*scaled[0], *scaled[1]), (*plain[0], *plain[1]), strict=True):
         atol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[ours.dtype]
-        torch.testing.assert_close(ours, expected * 0.3, rtol=0, atol=atol * max(1.0, expected.abs().max().item()))
+        torch.testing.assert_close(
+            ours, expected * 0.3, rtol=0, atol=atol * max(1.0, expected.abs().max().item())
+        )
 
 
 def test_scale_of_the_mean_and_of_each_token():
@@ -119,7 +174,9 @@ def test_scale_of_the_mean_and_of_each_token():
         of_sum = ops.linear_cross_entropy(*tensors, targets, reduction="sum", scale=scale)
         assert_same([of_sum], [ops.linear_cross_entropy(*tensors, targets)])
         losses = ops.linear_cross_entropy(*tensors, targets, reduction="none")
-        assert_same([ops.linear_cross_entropy(*tensors, targets, reduction="none", scale=scale)], [losses * scale])
+        assert_same(
+            [ops.linear_cross_entropy(*tensors, targets, reduction="none", scale=scale)], [losses * scale]
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -134,12 +191,16 @@ def test_a_copy_of_the_weight_gives_the_same_bits(dtype):
             loss = ops.linear_cross_entropy(hidden, weight, targets, weight_copy=copy, chunk_tokens=16)
             found.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
         assert_same(found[1], found[0])
-        zeros = ops.linear_cross_entropy(hidden, weight, targets, weight_copy=torch.zeros_like(weight, dtype=dtype))
+        zeros = ops.linear_cross_entropy(
+            hidden, weight, targets, weight_copy=torch.zeros_like(weight, dtype=dtype)
+        )
         torch.testing.assert_close(zeros.item(), math.log(97), rtol=1e-5, atol=0)
 
 
 def test_the_gradients_are_given_away():
-    """An upstream gradient of 1 copies and reads nothing: what no multiplication would leave as it is stays, where it was made."""
+    """An upstream gradient of 1 copies and reads nothing: what no multiplication would leave as it is stays,
+    where it was made.
+    """
     (hidden, weight), targets = inputs(9, 32, 97)
     tensors = hidden.requires_grad_(), weight.requires_grad_()
     loss = TRITON.linear_cross_entropy(*tensors, targets)
@@ -147,7 +208,9 @@ def test_the_gradients_are_given_away():
     made[1].view(torch.int32)[3, 5] = 0x7F800001  # a signalling NaN: arithmetic makes it a quiet one
     addresses = [x.data_ptr() for x in made]
     gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
-    assert [x.data_ptr() for x in gradients] == addresses and gradients[1].view(torch.int32)[3, 5] == 0x7F800001
+    assert [x.data_ptr() for x in gradients] == addresses and gradients[1].view(torch.int32)[
+        3, 5
+    ] == 0x7F800001
     again = torch.autograd.grad(loss, tensors)  # computed again
     assert again[1].isfinite().all() and not {x.data_ptr() for x in again} & set(addresses)
     assert_same([again[0]], [gradients[0]])
@@ -164,7 +227,9 @@ def test_rescaling(dtype):
     for whole, ours in zip(expected, (dhidden, dweight), strict=True):
         whole[-1] = ours[-1]
     upstream = torch.tensor(0.7, device=DEVICE)
-    linear_cross_entropy._rescale_kernel[(3,)](dhidden, dweight, upstream, *sizes, BLOCK=linear_cross_entropy.RESCALED)
+    linear_cross_entropy._rescale_kernel[(3,)](
+        dhidden, dweight, upstream, *sizes, BLOCK=linear_cross_entropy.RESCALED
+    )
     assert_same([dhidden, dweight], expected)
 
 
@@ -193,8 +258,12 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_reduction(dtype):
     tensors, targets = inputs(9, 48, 101, dtype)
-    losses = TRITON.linear_cross_entropy(*tensors, some_ignored(targets), reduction="none", label_smoothing=0.1)
-    truth = F.cross_entropy(tensors[0].double() @ tensors[1].double().t(), targets, reduction="none", label_smoothing=0.1)
+    losses = TRITON.linear_cross_entropy(
+        *tensors, some_ignored(targets), reduction="none", label_smoothing=0.1
+    )
+    truth = F.cross_entropy(
+        tensors[0].double() @ tensors[1].double().t(), targets, reduction="none", label_smoothing=0.1
+    )
     assert losses.dtype == torch.float32 and not losses.requires_grad
     torch.testing.assert_close(losses.double(), truth, rtol=0, atol={torch.float32: 1e-5}.get(dtype, 2e-2))
 
@@ -211,7 +280,9 @@ def test_other_ignored_index(ignore_index):
     """Also an index of the vocabulary: such a token has no loss, whatever its logits."""
     tensors, targets = inputs(8, 32, 97)
     targets[::3] = ignore_index
-    (_, gradients) = agree("linear_cross_entropy", tensors, targets, ignore_index=ignore_index, upstream=times(8))
+    (_, gradients) = agree(
+        "linear_cross_entropy", tensors, targets, ignore_index=ignore_index, upstream=times(8)
+    )
     assert (gradients[0][::3] == 0).all() and (gradients[0][1] != 0).any()
 
 
@@ -230,9 +301,13 @@ def test_layouts_of_inputs(layout):
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, id="fp16"), DTYPES[2]])
 def test_master_weights(dtype):
-    """A head in fp32 under 16-bit activations is cast on the way in; its gradient comes back in fp32 and is not rounded on the way."""
+    """A head in fp32 under 16-bit activations is cast on the way in; its gradient comes back in fp32 and is
+    not rounded on the way.
+    """
     (hidden, weight), targets = inputs(40, 32, 97)
-    _, (dhidden, dweight) = agree("linear_cross_entropy", (hidden.to(dtype), weight), targets, upstream=times(40))
+    _, (dhidden, dweight) = agree(
+        "linear_cross_entropy", (hidden.to(dtype), weight), targets, upstream=times(40)
+    )
     assert dhidden.dtype == dtype and dweight.dtype == torch.float32
     assert not torch.equal(dweight, dweight.to(dtype).float())
 
@@ -243,7 +318,9 @@ def test_only_one_gradient_is_wanted(wanted):
     both = [x.clone().requires_grad_() for x in tensors]
     expected = torch.autograd.grad(TRITON.linear_cross_entropy(*both, targets), both)[wanted]
     tensors[wanted].requires_grad_()
-    assert_same(torch.autograd.grad(TRITON.linear_cross_entropy(*tensors, targets), tensors[wanted]), [expected])
+    assert_same(
+        torch.autograd.grad(TRITON.linear_cross_entropy(*tensors, targets), tensors[wanted]), [expected]
+    )
 
 
 def test_large_logits():
@@ -273,7 +350,8 @@ def test_logits_are_never_held_as_a_whole():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.is_floating_point():  # the interpreter copies storages as bytes
+            # the interpreter copies storages as bytes
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
                 largest = max(largest, out.numel())
             return out
 
@@ -292,7 +370,10 @@ def test_empty_batch():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="thousands of tokens with the whole vocabulary take minutes in the interpreter")
+@pytest.mark.skipif(
+    DEVICE.type != "cuda",
+    reason="thousands of tokens with the whole vocabulary take minutes in the interpreter",
+)
 def test_whole_vocabulary_in_bf16():
     tensors, targets = inputs(4099, 576, 49152, torch.bfloat16)
     agree("linear_cross_entropy", tensors, targets, upstream=times(4099))

@@ -1,4 +1,6 @@
-"""mlp in both forms, SwiGLU between the library's products and inside of products of its own, against the numerics contract."""
+"""mlp in both forms, SwiGLU between the library's products and inside of products of its own, against the
+numerics contract.
+"""
 
 import dataclasses
 import os
@@ -9,7 +11,20 @@ import kernel_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DEVICE, DTYPES, INTERPRETED, LENGTHS, ROW_LAYOUTS, TORCH, TRITON, agree, assert_same, draw, over, swapped
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    LENGTHS,
+    ROW_LAYOUTS,
+    TORCH,
+    TRITON,
+    agree,
+    assert_same,
+    draw,
+    over,
+    swapped,
+)
 from test_kernel_offsets import buffer, far  # noqa: F401
 
 from kernels import launch_config, mlp, swiglu, with_ops
@@ -46,7 +61,10 @@ def fused(request, monkeypatch):
 
 def drawn(rows, width, ffn, dtype=torch.float32):
     """x, gate_up and down, scaled so that all values are of the order of one."""
-    gate_up, down = draw(2 * ffn, width, dtype=dtype, scale=width**-0.5), draw(width, ffn, dtype=dtype, scale=ffn**-0.5)
+    gate_up, down = (
+        draw(2 * ffn, width, dtype=dtype, scale=width**-0.5),
+        draw(width, ffn, dtype=dtype, scale=ffn**-0.5),
+    )
     return draw(rows, width, dtype=dtype), gate_up, down
 
 
@@ -71,7 +89,8 @@ def test_widths_of_the_largest_model(fused):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", LENGTHS)
 def test_numbers_of_rows(form, rows, dtype):
-    agree("mlp", drawn(rows, 72, 136 if rows > 1 else 1032, dtype))  # of one row and few columns, a single element's luck decides
+    # of one row and few columns, a single element's luck decides
+    agree("mlp", drawn(rows, 72, 136 if rows > 1 else 1032, dtype))
 
 
 @pytest.mark.parametrize("width, ffn", [(1, 1), (7, 5), (65, 129), (64, 257), (200, 8)])
@@ -138,7 +157,9 @@ def test_a_second_backward_pass_gives_the_same(fused):
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
 def test_fp32_masters(form, dtype):
-    """Cast, or multiplied as the copies that are given; the gradients of both are in fp32, and within the contract."""
+    """Cast, or multiplied as the copies that are given; the gradients of both are in fp32, and within the
+    contract.
+    """
     x, *masters = drawn(70, 72, 136)
     tensors = (x.to(dtype), *masters)
     agree("mlp", tensors)
@@ -149,7 +170,9 @@ def test_fp32_masters(form, dtype):
     for given in (copies, (copies[0], None), (None, copies[1])):
         assert_same(gradients(form, tensors, dy, copies=tuple(given)), expected)
     others = tuple(2 * copy for copy in copies)
-    assert_same(gradients(form, tensors, dy, copies=others)[:2], gradients(form, (tensors[0], *others), dy)[:2])
+    assert_same(
+        gradients(form, tensors, dy, copies=others)[:2], gradients(form, (tensors[0], *others), dy)[:2]
+    )
 
 
 def test_only_the_gradients_that_are_wanted_are_formed(form):
@@ -164,7 +187,9 @@ def test_only_the_gradients_that_are_wanted_are_formed(form):
 @pytest.mark.parametrize("leading", [(), (2, 5)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_composed_form_is_the_composition(leading, dtype, monkeypatch):
-    """Of linear layers around swiglu, bit for bit: what the model computed before there was an operation for it."""
+    """Of linear layers around swiglu, bit for bit: what the model computed before there was an operation for
+    it.
+    """
     monkeypatch.setattr(launch_config, "FUSED_MLP", ())
     x, *weights = drawn(10, 576, 1536, dtype)
     x, dy = x.view(*leading, -1, 576), draw(10, 576, dtype=dtype).view(*leading, -1, 576)
@@ -189,7 +214,11 @@ def test_a_line_of_the_table_chooses_the_form(table, dtype, expected, monkeypatc
     called = []
     for owner, name, label in ((mlp, "mlp", "fused"), (eager_linear, "mlp", "composed")):
         original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, label=label, original=original, **kw: called.append(label) or original(*args, **kw))
+        monkeypatch.setattr(
+            owner,
+            name,
+            lambda *args, label=label, original=original, **kw: called.append(label) or original(*args, **kw),
+        )
     monkeypatch.setattr(launch_config, "FUSED_MLP", table)
     agree("mlp", drawn(5, 72, 40, dtype))
     assert called[0] == expected  # the reference is called for the comparison too
@@ -204,8 +233,15 @@ def test_a_replaced_swiglu_is_composed(monkeypatch):
     other = dataclasses.replace(TORCH, name="other", swiglu=lambda packed: packed[..., :40])
     x, gate_up, down = drawn(5, 72, 40, torch.float16)
     for backend in (TRITON, TORCH):
-        assert_same([with_ops(backend, swiglu=other).mlp(x, gate_up, down)], [F.linear(F.linear(x, gate_up)[..., :40], down)])
-        assert with_ops(backend, swiglu=other, mlp=TORCH).mlp is with_ops(with_ops(backend, mlp=TORCH), swiglu=other).mlp is TORCH.mlp
+        assert_same(
+            [with_ops(backend, swiglu=other).mlp(x, gate_up, down)],
+            [F.linear(F.linear(x, gate_up)[..., :40], down)],
+        )
+        assert (
+            with_ops(backend, swiglu=other, mlp=TORCH).mlp
+            is with_ops(with_ops(backend, mlp=TORCH), swiglu=other).mlp
+            is TORCH.mlp
+        )
 
 
 @pytest.mark.parametrize("change, message", [
@@ -235,7 +271,9 @@ def test_offsets_past_32_bits(which, monkeypatch, buffer):  # noqa: F811
 
 
 def test_opcheck(fused):
-    """The schema is true (nothing is written, nothing aliases), and the fake has the real shapes, dtypes and strides."""
+    """The schema is true (nothing is written, nothing aliases), and the fake has the real shapes, dtypes and
+    strides.
+    """
     x, gate_up, down = drawn(70, 72, 136, torch.float16)
     packed, _ = mlp._mlp_forward(x, gate_up)
     torch.library.opcheck(mlp._mlp_forward.op, (x, gate_up))
@@ -259,8 +297,18 @@ print("agrees")
 
 def test_traces_as_one_graph(project_root):
     """fullgraph=True: any break is an error. In a process of its own, for Dynamo's state is global."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(project_root), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run([sys.executable, "-c", TRACE], cwd=project_root, env=environment, capture_output=True, text=True, timeout=300)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(project_root), os.environ.get("PYTHONPATH")])),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TRACE],
+        cwd=project_root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == ["agrees"]
 

@@ -1,4 +1,6 @@
-"""The whole tiny model on the kernels: loss and every gradient against float64, training and generation against backend torch."""
+"""The whole tiny model on the kernels: loss and every gradient against float64, training and generation
+against backend torch.
+"""
 
 import numerics
 import pytest
@@ -15,7 +17,9 @@ SMALL = dict(vocab_size=64, num_hidden_layers=1)
 def build(backend, state=None, compute_dtype=None, **overrides):
     """A tiny model on the device; `state` gives it the weights of another one."""
     torch.manual_seed(0)
-    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", **overrides), backend=backend, compute_dtype=compute_dtype).to(DEVICE)
+    model = SmolLM2ForCausalLM(
+        SmolLM2Config.preset("tiny", **overrides), backend=backend, compute_dtype=compute_dtype
+    ).to(DEVICE)
     if state is not None:
         model.load_state_dict(state)
     return model
@@ -52,7 +56,8 @@ def test_loss_and_every_gradient(documents, dtype):
     truth = loss_and_gradients(build(TORCH, reference.state_dict()).double(), *inputs)
     base = loss_and_gradients(build(TORCH, reference.state_dict(), dtype), *inputs)
     ours = loss_and_gradients(build(TRITON, reference.state_dict(), dtype), *inputs)
-    assert ours.keys() == truth.keys() and len(ours) == 2 + 9 * 2 + 1  # loss and embedding, nine a layer, the last norm
+    # loss and embedding, nine a layer, the last norm
+    assert ours.keys() == truth.keys() and len(ours) == 2 + 9 * 2 + 1
     op = "model" if dtype is None else f"model, {str(dtype).removeprefix('torch.')} activations"
     numerics.check(op, "loss", ours.pop("loss"), base["loss"], truth["loss"], tested=dtype)
     for name, gradient in ours.items():  # in fp32 whatever the compute dtype, and held to fp32's allowance
@@ -87,7 +92,10 @@ def test_four_generated_tokens(temperature):
     mask = torch.ones_like(prompts)
     mask[1, :4] = 0
     options = dict(attention_mask=mask, max_new_tokens=4, temperature=temperature, seed=3, eos_token_id=[])
-    ours, expected = (generate(build(backend, initializer_range=0.3).eval(), prompts, **options) for backend in (TRITON, TORCH))
+    ours, expected = (
+        generate(build(backend, initializer_range=0.3).eval(), prompts, **options)
+        for backend in (TRITON, TORCH)
+    )
     assert torch.equal(ours, expected)
     assert ours.shape == (2, 13)
 
@@ -102,16 +110,23 @@ def test_gradient_checkpointing_changes_nothing():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_single_replacement(op):
-    """`triton,OP=torch`: exactly that operation is torch's, and the model trains and generates with it as it does without kernels."""
+    """`triton,OP=torch`: exactly that operation is torch's, and the model trains and generates with it as it
+    does without kernels.
+    """
     backend = select_backend(f"triton,{op}=torch", DEVICE)
     assert backend.name == f"triton,{op}=torch"
-    others = [name for name in OPS if name != op and (op, name) != ("swiglu", "mlp")]  # mlp composes the swiglu of its backend
-    assert getattr(backend, op) is getattr(TORCH, op) and all(getattr(backend, name) is getattr(TRITON, name) for name in others)
+    # mlp composes the swiglu of its backend
+    others = [name for name in OPS if name != op and (op, name) != ("swiglu", "mlp")]
+    assert getattr(backend, op) is getattr(TORCH, op) and all(
+        getattr(backend, name) is getattr(TRITON, name) for name in others
+    )
     inputs = batch(length=9, vocabulary=64)
     model, reference = build(backend, **SMALL), build(TORCH, **SMALL)
     ours, expected = loss_and_gradients(model, *inputs), loss_and_gradients(reference, *inputs)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
-    tokens = [generate(m.eval(), inputs[0][:1], max_new_tokens=2, eos_token_id=[]) for m in (model, reference)]
+    tokens = [
+        generate(m.eval(), inputs[0][:1], max_new_tokens=2, eos_token_id=[]) for m in (model, reference)
+    ]
     assert torch.equal(*tokens)
 
 

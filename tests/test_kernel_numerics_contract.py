@@ -46,7 +46,9 @@ def test_the_report_holds_the_worst(tmp_path):
     numerics.write_report(str(tmp_path / "numerics.json"))
     first, second = json.loads((tmp_path / "numerics.json").read_text())
     assert first == {"op": "a", "dtype": "float16", "worst": 0.0}
-    assert (second["op"], second["dtype"]) == ("b", "float32") and second["worst"] == pytest.approx(2 / 2.2, abs=0.03)
+    assert (second["op"], second["dtype"]) == ("b", "float32") and second["worst"] == pytest.approx(
+        2 / 2.2, abs=0.03
+    )
     numerics.WORST["b", "float32"] = 0.1  # as another process found it
     numerics.write_report(str(tmp_path / "numerics.json"))
     assert json.loads((tmp_path / "numerics.json").read_text()) == [first, second]

@@ -1,9 +1,10 @@
 """Offsets past 2^31 elements: each tensor in turn is stretched over a buffer that int32 cannot index.
 
-The buffer (8 GiB, 4 Gi elements of 16 bits) is one allocation of which a few pages are ever touched. The view starts in its middle,
-so that an offset that wraps around to -2^31 reads other memory of ours and gives a wrong result, not a crash. Triton 3.7's interpreter
-computes offsets in numpy in the widths that the kernel asks for, and fails here as a GPU would; an older one may compute in wider
-integers, and there only a GPU proves anything.
+The buffer (8 GiB, 4 Gi elements of 16 bits) is one allocation of which a few pages are ever touched. The view
+starts in its middle, so that an offset that wraps around to -2^31 reads other memory of ours and gives a
+wrong result, not a crash. Triton 3.7's interpreter computes offsets in numpy in the widths that the kernel
+asks for, and fails here as a GPU would; an older one may compute in wider integers, and there only a GPU
+proves anything.
 """
 
 import pytest
@@ -41,7 +42,11 @@ def half(*shape):
 # (operation, dimensions of 3 of each tensor that may be far apart, the same for the upstream gradients)
 CALLS = {
     "rms_norm": (lambda: Call("rms_norm", (half(3, 96), half(96)), (EPS,)), [(0, 0)], [(0, 0)]),
-    "add_rms_norm": (lambda: Call("add_rms_norm", (half(3, 96), half(3, 96), half(96)), (EPS,)), [(0, 0), (1, 0)], [(0, 0), (1, 0)]),
+    "add_rms_norm": (
+        lambda: Call("add_rms_norm", (half(3, 96), half(3, 96), half(96)), (EPS,)),
+        [(0, 0), (1, 0)],
+        [(0, 0), (1, 0)],
+    ),
     "swiglu": (lambda: Call("swiglu", (half(3, 96), half(3, 96))), [(0, 0), (1, 0)], [(0, 0)]),
     "swiglu packed": (lambda: Call("swiglu", (half(3, 192),)), [(0, 0)], []),
     "rope": (
@@ -49,7 +54,11 @@ CALLS = {
         [(tensor, dim) for tensor in (0, 1) for dim in (0, 1, 2)],
         [(tensor, dim) for tensor in (0, 1) for dim in (0, 1, 2)],
     ),
-    "rope_qkv": (lambda: Call("rope_qkv", (half(3, 3, 9, 32),), (*angles(3, 16), 3)), [(0, 0), (0, 1)], [(2, 0), (2, 1), (2, 2)]),
+    "rope_qkv": (
+        lambda: Call("rope_qkv", (half(3, 3, 9, 32),), (*angles(3, 16), 3)),
+        [(0, 0), (0, 1)],
+        [(2, 0), (2, 1), (2, 2)],
+    ),
     "attention": (
         lambda: Call("attention", (half(3, 3, 3, 32), half(3, 3, 3, 32), half(3, 3, 3, 32))),
         [(tensor, dim) for tensor in (0, 1, 2) for dim in (0, 1, 2)],
@@ -57,7 +66,9 @@ CALLS = {
     ),
     "decode_attention": (
         lambda: Call(
-            "decode_attention", (half(3, 3, 3, 32), half(3, 3, 3, 32), half(3, 3, 3, 32)), (torch.tensor([3, 2, 3], device=DEVICE),)
+            "decode_attention",
+            (half(3, 3, 3, 32), half(3, 3, 3, 32), half(3, 3, 3, 32)),
+            (torch.tensor([3, 2, 3], device=DEVICE),),
         ),
         [(tensor, dim) for tensor in (0, 1, 2) for dim in (0, 1, 2)],
         [],
@@ -95,7 +106,19 @@ def test_a_chunk_of_logits_far_apart(buffer):
     def launch(logits):
         losses = torch.empty(3, device=DEVICE)
         _softmax_gradient_kernel[(3,)](
-            logits, targets, scale, losses, 3, 100, logits.stride(0), -100, Z_LOSS=0.0, SMOOTHING=0.0, GRADIENT=True, BLOCK=64, VECTOR=8
+            logits,
+            targets,
+            scale,
+            losses,
+            3,
+            100,
+            logits.stride(0),
+            -100,
+            Z_LOSS=0.0,
+            SMOOTHING=0.0,
+            GRADIENT=True,
+            BLOCK=64,
+            VECTOR=8,
         )
         return losses, logits
 

@@ -1,4 +1,6 @@
-"""What every kernel promises besides the right numbers: it writes only what it owns, all of it, and always the same."""
+"""What every kernel promises besides the right numbers: it writes only what it owns, all of it, and always
+the same.
+"""
 
 import pytest
 import torch
@@ -14,12 +16,15 @@ def call(request):
 
 
 def memory(tensor):
-    """A copy of all the memory that a view lies in, as bytes: what is between its elements too, and NaN equal to itself."""
+    """A copy of all the memory that a view lies in, as bytes: what is between its elements too, and NaN equal
+    to itself.
+    """
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).clone()
 
 
 def test_every_operation_is_here():
-    assert {name.split()[0] for name in CALLS} == set(OPS) - {"decode_layer", "decode_head"}  # in test files of their own
+    # in test files of their own
+    assert {name.split()[0] for name in CALLS} == set(OPS) - {"decode_layer", "decode_head"}
 
 
 def test_the_calls_are_within_the_contract(call):
@@ -82,32 +87,47 @@ def test_nothing_is_kept_without_gradients(call):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "rope", "rope_qkv"])
 def test_rounds_where_the_reference_does(name, dtype):
-    """Nearly all bits are the reference's: a value rounded once more or once less on its way changes a fifth of them."""
+    """Nearly all bits are the reference's: a value rounded once more or once less on its way changes a fifth
+    of them.
+    """
     call = small_calls(dtype)[name]
     for ours, expected in zip(call.forward(TRITON)[1], call.forward(TORCH)[1], strict=True):
         assert (ours == expected).float().mean() > 0.99
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter; exp(-x) = inf is right
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "linear_cross_entropy"])  # its products would cancel the sizes
+# in the interpreter; exp(-x) = inf is right
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+# its products would cancel the sizes
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "linear_cross_entropy"])
 def test_bf16_range(name):
     """Values that overflow in fp16: none goes through it. The scores of the attention keep their size."""
     call = small_calls(torch.bfloat16)[name]
     scores = 2 if "attention" in name else 0  # q and k
-    tensors = [x if index < scores or not x.is_floating_point() else x * 1e6 for index, x in enumerate(call.tensors)]
+    tensors = [
+        x if index < scores or not x.is_floating_point() else x * 1e6 for index, x in enumerate(call.tensors)
+    ]
     agree(call.op, tensors, *call.rest, **call.options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("name", ["attention", "decode_attention"])
 def test_small_values_after_a_large_one(name, dtype):
-    """The mean of 256 and some values of 0.25, by equal scores, is right to half a unit. A sum held in bf16 would stay at 256."""
+    """The mean of 256 and some values of 0.25, by equal scores, is right to half a unit. A sum held in bf16
+    would stay at 256.
+    """
     queries, lengths = (300, []) if name == "attention" else (1, [torch.tensor([300], device=DEVICE)])
-    q, k, v = (torch.zeros(1, n, heads, 32, dtype=dtype, device=DEVICE) for n, heads in ((queries, 3), (300, 1), (300, 1)))
+    q, k, v = (
+        torch.zeros(1, n, heads, 32, dtype=dtype, device=DEVICE)
+        for n, heads in ((queries, 3), (300, 1), (300, 1))
+    )
     v[:, 0], v[:, 64::16] = 256, 0.25
     _, (out,) = Call(name, (q, k, v), lengths).forward(TRITON)
-    truth = v.double().cumsum(1)[:, -queries:] / torch.arange(301 - queries, 301, device=DEVICE)[:, None, None]
-    torch.testing.assert_close(out.detach().double(), truth.expand(out.shape), rtol=0.51 * torch.finfo(dtype).eps, atol=0)
+    truth = (
+        v.double().cumsum(1)[:, -queries:] / torch.arange(301 - queries, 301, device=DEVICE)[:, None, None]
+    )
+    torch.testing.assert_close(
+        out.detach().double(), truth.expand(out.shape), rtol=0.51 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 def test_bf16_positions():

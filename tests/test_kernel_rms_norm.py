@@ -2,7 +2,22 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, EPS, LENGTHS, ROW_LAYOUTS, TORCH, TRITON, Call, agree, assert_same, draw, gap, over, swapped
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    EPS,
+    LENGTHS,
+    ROW_LAYOUTS,
+    TORCH,
+    TRITON,
+    Call,
+    agree,
+    assert_same,
+    draw,
+    gap,
+    over,
+    swapped,
+)
 
 from kernels import rms_norm
 
@@ -14,7 +29,9 @@ WIDTHS = [576, 960, 2048]
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Three programs in the backward pass, on a GPU too, so that each of them loops over several tiles of rows in a small test."""
+    """Three programs in the backward pass, on a GPU too, so that each of them loops over several tiles of
+    rows in a small test.
+    """
     monkeypatch.setattr(rms_norm, "programs", lambda device: 3)
 
 
@@ -79,7 +96,9 @@ def test_leading_dimensions():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_of_the_values(dtype):
-    """Statistics are in fp32: neither the squares of large fp16 values overflow, nor does eps vanish beside small ones."""
+    """Statistics are in fp32: neither the squares of large fp16 values overflow, nor does eps vanish beside
+    small ones.
+    """
     for scale in (0.0, 1e-4, 1e3):
         x = draw(4, 96, dtype=dtype, scale=scale)
         agree("rms_norm", (x, weight_like(x)), EPS, upstream=lambda dy, scale=scale: dy * max(scale, 1e-3))
@@ -94,13 +113,19 @@ def test_empty_batch():
 
 def test_the_rounded_sum_is_normalised():
     """Bitwise: s = x + r as the dtype holds it, and its norm is what rms_norm makes of it."""
-    x, residual, weight = draw(5, 576, dtype=torch.float16), draw(5, 576, dtype=torch.float16), draw(576, dtype=torch.float16)
+    x, residual, weight = (
+        draw(5, 576, dtype=torch.float16),
+        draw(5, 576, dtype=torch.float16),
+        draw(576, dtype=torch.float16),
+    )
     y, total = TRITON.add_rms_norm(x, residual, weight, EPS)
     assert_same([y, total], [TRITON.rms_norm(x + residual, weight, EPS), x + residual])
 
 
 def test_rounds_before_it_scales():
-    """As Hugging Face Llama does: nearly all bits are the reference's (rsqrt may differ in its last one); rounding once changes a fifth."""
+    """As Hugging Face Llama does: nearly all bits are the reference's (rsqrt may differ in its last one);
+    rounding once changes a fifth.
+    """
     x, weight = draw(9, 576, dtype=torch.float16), draw(576, dtype=torch.float16)
     same = TRITON.rms_norm(x, weight, EPS) == TORCH.rms_norm(x, weight, EPS)
     assert same.float().mean() > 0.99
@@ -132,7 +157,9 @@ def test_gradients_of_x_and_residual_do_not_share_memory():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="two launches' worth of rows take minutes in the interpreter")
+@pytest.mark.skipif(
+    DEVICE.type != "cuda", reason="two launches' worth of rows take minutes in the interpreter"
+)
 @pytest.mark.parametrize("rows", [65536, 65537])
 def test_many_rows(rows, monkeypatch):
     monkeypatch.undo()

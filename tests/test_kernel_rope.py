@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TORCH, TRITON, Call, agree, angles, assert_same, draw, gap, over
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    HEAD_LAYOUTS,
+    LENGTHS,
+    TORCH,
+    TRITON,
+    Call,
+    agree,
+    angles,
+    assert_same,
+    draw,
+    gap,
+    over,
+)
 
 # What a kernel does not write is NaN, and not by luck the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -33,7 +47,9 @@ def test_head_dims(head_dim):
 
 @pytest.mark.parametrize("op", ["rope", "rope_qkv"])
 def test_positions_of_each_row(op):
-    """Tables [B, T, D/2]: rows with positions of their own, and one table expanded over the batch, or strided."""
+    """Tables [B, T, D/2]: rows with positions of their own, and one table expanded over the batch, or
+    strided.
+    """
     tensors, rest = {
         "rope": ((draw(3, 7, 3, 32), draw(3, 7, 1, 32)), ()),
         "rope_qkv": ((draw(3, 7, 5, 32),), (1,)),
@@ -46,7 +62,9 @@ def test_positions_of_each_row(op):
 def test_offset_is_a_slice_of_the_tables():
     cos, sin = angles(64, 16)
     q, k = draw(1, 8, 3, 32), draw(1, 8, 1, 32)
-    assert_same(TRITON.rope(q, k, cos[40:48], sin[40:48]), TRITON.rope(q, k, cos[40:48].clone(), sin[40:48].clone()))
+    assert_same(
+        TRITON.rope(q, k, cos[40:48], sin[40:48]), TRITON.rope(q, k, cos[40:48].clone(), sin[40:48].clone())
+    )
     agree("rope", (q, k), cos[40:48], sin[40:48])
 
 
@@ -72,7 +90,13 @@ def test_slices_of_a_packed_projection_are_read_in_place():
 def test_gradient_is_the_rotation_back(op):
     """Rotating and pulling the result back gives the input: a wrong sign does not."""
     cos, sin = angles(7, 16)
-    call = Call(op, *{"rope": ((draw(2, 7, 3, 32), draw(2, 7, 1, 32)), (cos, sin)), "rope_qkv": ((draw(2, 7, 5, 32),), (cos, sin, 1))}[op])
+    call = Call(
+        op,
+        *{
+            "rope": ((draw(2, 7, 3, 32), draw(2, 7, 1, 32)), (cos, sin)),
+            "rope_qkv": ((draw(2, 7, 5, 32),), (cos, sin, 1)),
+        }[op],
+    )
     _, outputs = call.forward(TRITON)
     _, back = call.run(TRITON, [y.detach() for y in outputs])
     for gradient, x in zip(back, call.tensors, strict=True):
@@ -82,7 +106,13 @@ def test_gradient_is_the_rotation_back(op):
 @pytest.mark.parametrize("op, used", [("rope", 0), ("rope", 1), ("rope_qkv", 0), ("rope_qkv", 2)])
 def test_only_one_output_has_a_gradient(op, used):
     cos, sin = angles(7, 16)
-    call = Call(op, *{"rope": ((draw(2, 7, 3, 32), draw(2, 7, 1, 32)), (cos, sin)), "rope_qkv": ((draw(2, 7, 5, 32),), (cos, sin, 1))}[op])
+    call = Call(
+        op,
+        *{
+            "rope": ((draw(2, 7, 3, 32), draw(2, 7, 1, 32)), (cos, sin)),
+            "rope_qkv": ((draw(2, 7, 5, 32),), (cos, sin, 1)),
+        }[op],
+    )
     dy = draw(*call.forward(TORCH)[1][used].shape)
 
     def gradients(backend):

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, LENGTHS, ROW_LAYOUTS, TRITON, Call, agree, assert_same, draw, over, swapped
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    LENGTHS,
+    ROW_LAYOUTS,
+    TRITON,
+    Call,
+    agree,
+    assert_same,
+    draw,
+    over,
+    swapped,
+)
 
 # What a kernel does not write is NaN, and not by luck the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -13,7 +25,8 @@ WIDTHS = [1536, 2560, 8192]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_models_widths(width, dtype):
-    agree("swiglu", (draw(5, width, dtype=dtype), draw(5, width, dtype=dtype)))  # 5 rows: the last tile of 4 is not full
+    # 5 rows: the last tile of 4 is not full
+    agree("swiglu", (draw(5, width, dtype=dtype), draw(5, width, dtype=dtype)))
     agree("swiglu", (draw(5, 2 * width, dtype=dtype),))
 
 
@@ -53,7 +66,8 @@ def test_packed_is_separate():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter; exp(-x) = inf is right
+# in the interpreter; exp(-x) = inf is right
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_large_gates(dtype):
     """sigmoid saturates to 0 and 1 without an overflow on the way."""
     gate = torch.tensor([[-6e4, -100.0, -20.0, -0.0, 0.0, 20.0, 100.0, 6e4]], dtype=dtype, device=DEVICE)

@@ -21,7 +21,9 @@ def ids(batch, length, vocab=512, seed=1):
     return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("preset, parameters", [("135M", 134_515_008), ("360M", 361_821_120), ("1.7B", 1_711_376_384)])
+@pytest.mark.parametrize(
+    "preset, parameters", [("135M", 134_515_008), ("360M", 361_821_120), ("1.7B", 1_711_376_384)]
+)
 def test_released_sizes(preset, parameters):
     config = SmolLM2Config.preset(preset)
     with torch.device("meta"):
@@ -36,7 +38,8 @@ def test_logits_and_gradients_are_those_of_transformers():
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**model.config.to_dict())).double()
     other.load_state_dict(model.state_dict())
     tokens = ids(2, 70)
-    torch.testing.assert_close(model(tokens).logits, other(tokens).logits, rtol=1e-5, atol=1e-5)  # both have fp32 rotary tables
+    # both have fp32 rotary tables
+    torch.testing.assert_close(model(tokens).logits, other(tokens).logits, rtol=1e-5, atol=1e-5)
     model(tokens, labels=tokens).loss.backward()
     other.double()(tokens, labels=tokens).loss.backward()
     theirs = dict(other.named_parameters())
@@ -54,7 +57,11 @@ def test_first_loss_of_a_fresh_model():
 def test_initialisation_scales_residual_projections():
     model = tiny(num_hidden_layers=8, hidden_size=192)
     std, block = model.config.initializer_range, model.model.layers[3]
-    for weight in (block.self_attn.q_proj.weight, block.mlp.gate_proj.weight, model.model.embed_tokens.weight):
+    for weight in (
+        block.self_attn.q_proj.weight,
+        block.mlp.gate_proj.weight,
+        model.model.embed_tokens.weight,
+    ):
         assert weight.std().item() == pytest.approx(std, rel=0.05)
     for weight in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
         assert weight.std().item() == pytest.approx(std / math.sqrt(2 * 8), rel=0.05)
@@ -92,7 +99,11 @@ def test_labels_are_shifted_and_do_not_cross_documents():
 
 def test_the_head_stays_tied():
     model = tiny()
-    for change in (lambda: model.to(torch.bfloat16), model.pack, lambda: model.load_state_dict(tiny(seed=5).state_dict())):
+    for change in (
+        lambda: model.to(torch.bfloat16),
+        model.pack,
+        lambda: model.load_state_dict(tiny(seed=5).state_dict()),
+    ):
         change()
         assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len([name for name, _ in model.named_parameters() if "lm_head" in name or "embed" in name]) == 1
@@ -119,7 +130,9 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_bf16_compute_keeps_gradients_and_parameters_in_fp32():
     model = tiny()
     seen = set()
-    model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.update(x.dtype for x in args[:2]))
+    model.model.layers[1].register_forward_pre_hook(
+        lambda module, args: seen.update(x.dtype for x in args[:2])
+    )
     model.compute_dtype = torch.bfloat16
     tokens = ids(2, 33)
     model(tokens, labels=tokens).loss.backward()
@@ -171,7 +184,9 @@ def test_weights_given_later_are_those_that_are_used():
         model.load_state_dict(other.state_dict(), assign=True)
         model.tie_weights()
         assert torch.equal(model(tokens).logits, expected)
-        model.model.layers[0].mlp.up_proj.weight.data = torch.zeros_like(model.model.layers[0].mlp.up_proj.weight)
+        model.model.layers[0].mlp.up_proj.weight.data = torch.zeros_like(
+            model.model.layers[0].mlp.up_proj.weight
+        )
         assert not torch.equal(model(tokens).logits, expected)
 
 
@@ -226,9 +241,12 @@ def test_configuration_round_trip():
 
 
 @pytest.mark.parametrize(
-    ("stored", "computed"), [(torch.float64, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+    ("stored", "computed"),
+    [(torch.float64, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)],
 )
-def test_parameters_of_any_dtype_are_cast_to_that_of_the_activations(stored: torch.dtype, computed: torch.dtype) -> None:
+def test_parameters_of_any_dtype_are_cast_to_that_of_the_activations(
+    stored: torch.dtype, computed: torch.dtype
+) -> None:
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), "torch", compute_dtype=computed).to(stored)
     ids = torch.arange(9)[None]
     loss = model(ids, ids).loss

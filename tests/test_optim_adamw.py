@@ -1,4 +1,6 @@
-"""FusedAdamW beside torch's: choice, numbers, skipped steps, state in both directions, working copies, no wait for the device."""
+"""FusedAdamW beside torch's: choice, numbers, skipped steps, state in both directions, working copies, no
+wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ class Small(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             if parameter is not self.unused:
-                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(
+                    parameter
+                )
 
 
 def ours(model: nn.Module, copies: WorkingCopies | None = None, lr: float | Tensor = LR) -> FusedAdamW:
@@ -109,7 +113,11 @@ class Trio:
     def __init__(self) -> None:
         self.model = Small()
         self.base_model, self.truth_model = copy.deepcopy(self.model), doubled(self.model)
-        self.optimizer, self.base, self.truth = ours(self.model), torchs(self.base_model), torchs(self.truth_model)
+        self.optimizer, self.base, self.truth = (
+            ours(self.model),
+            torchs(self.base_model),
+            torchs(self.truth_model),
+        )
 
     def advance(self, steps: range, max_norm: float = 2.0) -> None:
         advance(self.model, self.optimizer, steps, max_norm)
@@ -117,7 +125,11 @@ class Trio:
         advance(self.truth_model, self.truth, steps, max_norm)
 
     def hold(self) -> None:
-        hold(values(self.model, self.optimizer), values(self.base_model, self.base), values(self.truth_model, self.truth))
+        hold(
+            values(self.model, self.optimizer),
+            values(self.base_model, self.base),
+            values(self.truth_model, self.truth),
+        )
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 2.0, 1e9])
@@ -132,9 +144,17 @@ def test_clip_returns_the_norm_and_leaves_the_gradients() -> None:
     model = Small()
     optimizer = ours(model)
     model.give_gradients(1)
-    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    before = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     norm = optimizer.clip(0.5)
-    assert all(torch.equal(parameter.grad, before[name]) for name, parameter in model.named_parameters() if name in before)
+    assert all(
+        torch.equal(parameter.grad, before[name])
+        for name, parameter in model.named_parameters()
+        if name in before
+    )
     truth = torch.cat([one.double().flatten() for one in before.values()]).norm()
     numerics.check("clip norm", "norm", norm, clip_gradients(model.parameters(), 0.5), truth)
     assert norm.dim() == 0 and norm.dtype == torch.float32
@@ -190,7 +210,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -
             assert torch.equal(copies.of(one), one.detach().bfloat16())
         return values(model, optimizer)
 
-    first = step(0, broken=True)  # nor does it begin: the moments stay 0, the copy is that of the first weights
+    # nor does it begin: the moments stay 0, the copy is that of the first weights
+    first = step(0, broken=True)
     assert all(not value.any() for name, value in first.items() if "/" in name)
     before = step(1, broken=False)
     after = step(2, broken=True)
@@ -255,10 +276,17 @@ def test_state_dicts_are_interchangeable(forth: bool) -> None:
     reference.advance(range(10))
     found = values(trio.base_model, trio.base) if forth else values(trio.model, trio.optimizer)
     hold(found, values(reference.base_model, reference.base), values(reference.truth_model, reference.truth))
-    entries = [{name: (value.shape, value.dtype) for name, value in one.items()} for one in saved["state"].values()]
+    entries = [
+        {name: (value.shape, value.dtype) for name, value in one.items()} for one in saved["state"].values()
+    ]
     other = (reference.base if forth else reference.optimizer).state_dict()
-    assert entries == [{name: (value.shape, value.dtype) for name, value in one.items()} for one in other["state"].values()]
-    assert all(one.keys() == two.keys() for one, two in zip(saved["param_groups"], other["param_groups"], strict=True))
+    assert entries == [
+        {name: (value.shape, value.dtype) for name, value in one.items()} for one in other["state"].values()
+    ]
+    assert all(
+        one.keys() == two.keys()
+        for one, two in zip(saved["param_groups"], other["param_groups"], strict=True)
+    )
 
 
 @pytest.mark.parametrize("saves", [ours, torchs])
@@ -277,7 +305,11 @@ def test_moments_of_a_checkpoint_serve_both(saves: Any, loads: Any, tmp_path: Pa
     advance(other_model, other, range(4, 8))
     reference = Trio()
     reference.advance(range(8))
-    hold(values(other_model, other), values(reference.base_model, reference.base), values(reference.truth_model, reference.truth))
+    hold(
+        values(other_model, other),
+        values(reference.base_model, reference.base),
+        values(reference.truth_model, reference.truth),
+    )
 
 
 def test_a_loaded_state_is_not_that_of_the_other_optimizer() -> None:
@@ -304,7 +336,10 @@ def test_parameters_states_and_groups_may_be_replaced_between_steps() -> None:
     model.give_gradients(2)
     optimizer.step()
     assert not torch.equal(before, model.first.weight) and not (extra == 1).any()
-    steps = [int(optimizer.state[parameter]["step"]) for parameter in (model.first.weight, model.second.weight, extra)]
+    steps = [
+        int(optimizer.state[parameter]["step"])
+        for parameter in (model.first.weight, model.second.weight, extra)
+    ]
     assert steps == [8, 3, 1]
     optimizer.state.clear()
     model.give_gradients(3)
@@ -316,7 +351,10 @@ def test_a_copy_of_the_optimizer_goes_on_by_itself() -> None:
     model = Small()
     optimizer = ours(model)
     advance(model, optimizer, range(2))
-    for other_model, other in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+    for other_model, other in (
+        copy.deepcopy((model, optimizer)),
+        pickle.loads(pickle.dumps((model, optimizer))),
+    ):
         advance(other_model, other, range(2, 4))
         assert {int(entries["step"]) for entries in other.state.values()} == {4}
     assert {int(entries["step"]) for entries in optimizer.state.values()} == {2}
@@ -328,7 +366,10 @@ def test_the_learning_rate_is_a_tensor_that_is_filled() -> None:
     advance(model, optimizer, range(1))
     tensors = [group["lr"] for group in optimizer.param_groups]
     set_learning_rate(optimizer, 0.125)
-    assert all(group["lr"] is one and one == 0.125 for group, one in zip(optimizer.param_groups, tensors, strict=True))
+    assert all(
+        group["lr"] is one and one == 0.125
+        for group, one in zip(optimizer.param_groups, tensors, strict=True)
+    )
     set_learning_rate(optimizer, 0.0)
     before = model.second.bias.detach().clone()
     model.give_gradients(1)
@@ -348,7 +389,9 @@ class NoWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_asks_for_no_value_and_sends_addresses_only_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_asks_for_no_value_and_sends_addresses_only_when_they_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = Small()
     copies = WorkingCopies(model, torch.bfloat16)
     optimizer, guard = ours(model, copies), StepGuard(DEVICE)
@@ -356,7 +399,9 @@ def test_a_step_asks_for_no_value_and_sends_addresses_only_when_they_change(monk
     optimizer.step()
     sent = []
     send = adamw.AddressTable.send
-    monkeypatch.setattr(adamw.AddressTable, "send", lambda self, words: (sent.append(words), send(self, words))[1])
+    monkeypatch.setattr(
+        adamw.AddressTable, "send", lambda self, words: (sent.append(words), send(self, words))[1]
+    )
     if INTERPRETED:  # launches themselves read scalars there
         for name in ("gradient_norm", "adamw"):
             monkeypatch.setattr(adamw, name, lambda *_: torch.zeros(2))
@@ -373,7 +418,9 @@ def test_a_step_asks_for_no_value_and_sends_addresses_only_when_they_change(monk
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
 def test_a_captured_step_has_the_eager_numbers() -> None:
-    """With gradients at other addresses than those of the steps before, and an eager step between two replays."""
+    """With gradients at other addresses than those of the steps before, and an eager step between two
+    replays.
+    """
     models = [Small(), Small()]
     optimizers = [ours(model, WorkingCopies(model, torch.bfloat16)) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -414,15 +461,31 @@ def test_the_backend_and_the_key_choose() -> None:
         config = RunConfig(**keys)
         return type(build_optimizer(model, config, DEVICE)), describe_optimizer(model, config, DEVICE)
 
-    assert chosen(tiny()) == (FusedAdamW, "AdamW of the Triton backend, which clips and writes the working copies too")
-    assert chosen(tiny(), optimizer="adamw,torch") == (torch.optim.AdamW, "AdamW: torch's fused form (asked for)")
+    assert chosen(tiny()) == (
+        FusedAdamW,
+        "AdamW of the Triton backend, which clips and writes the working copies too",
+    )
+    assert chosen(tiny(), optimizer="adamw,torch") == (
+        torch.optim.AdamW,
+        "AdamW: torch's fused form (asked for)",
+    )
     assert chosen(tiny("torch")) == (torch.optim.AdamW, "AdamW: torch's fused form (the backend is torch)")
-    assert chosen(nn.Linear(3, 4).to(DEVICE)) == (torch.optim.AdamW, "AdamW: torch's fused form (the backend is torch)")
-    assert chosen(tiny().bfloat16()) == (torch.optim.AdamW, "AdamW: torch's fused form (a parameter is not contiguous fp32)")
-    assert chosen(tiny(), sharding="full")[1] == "AdamW: torch's fused form (sharding=full cuts the parameters)"
+    assert chosen(nn.Linear(3, 4).to(DEVICE)) == (
+        torch.optim.AdamW,
+        "AdamW: torch's fused form (the backend is torch)",
+    )
+    assert chosen(tiny().bfloat16()) == (
+        torch.optim.AdamW,
+        "AdamW: torch's fused form (a parameter is not contiguous fp32)",
+    )
+    assert (
+        chosen(tiny(), sharding="full")[1] == "AdamW: torch's fused form (sharding=full cuts the parameters)"
+    )
     assert chosen(tiny(), optimizer="muon")[0] is MuonWithAdamW
     elsewhere = torch.device("mps")
-    assert describe_optimizer(tiny(), RunConfig(), elsewhere) == "AdamW: torch's fused form (the device is mps)"
+    assert (
+        describe_optimizer(tiny(), RunConfig(), elsewhere) == "AdamW: torch's fused form (the device is mps)"
+    )
 
 
 def test_settings_reach_the_groups() -> None:
@@ -431,14 +494,19 @@ def test_settings_reach_the_groups() -> None:
     config = RunConfig(weight_decay=0.2, betas=[0.8, 0.9], eps=1e-6, lr=0.1)
     optimizer = build_optimizer(model, config, DEVICE, captured=True, copies=copies)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
-    assert all((group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-6) for group in optimizer.param_groups)
+    assert all(
+        (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-6)
+        for group in optimizer.param_groups
+    )
     assert optimizer.copies is copies
 
 
 def test_what_it_cannot_update_is_refused() -> None:
     with pytest.raises(ValueError, match="expected contiguous fp32 parameters on .*, got torch.bfloat16"):
         FusedAdamW([nn.Parameter(torch.zeros(3, device=DEVICE, dtype=torch.bfloat16))])
-    with pytest.raises(ValueError, match="expected contiguous fp32 parameters on .*, got torch.float32 on .*, not contiguous"):
+    with pytest.raises(
+        ValueError, match="expected contiguous fp32 parameters on .*, got torch.float32 on .*, not contiguous"
+    ):
         FusedAdamW([nn.Parameter(torch.zeros(3, 4, device=DEVICE).t())])
     model = Small()
     other = torch.optim.AdamW(parameter_groups(model, DECAY), amsgrad=True)
@@ -452,7 +520,9 @@ def test_what_it_cannot_update_is_refused() -> None:
 def test_a_run_may_go_on_with_the_other_adamw_but_not_with_muon() -> None:
     lines = compare_for_resume(asdict(RunConfig()), RunConfig(optimizer="adamw,torch"))
     assert lines == ["optimizer: adamw -> adamw,torch"]
-    assert compare_for_resume(asdict(RunConfig(optimizer="adamw,torch")), RunConfig()) == ["optimizer: adamw,torch -> adamw"]
+    assert compare_for_resume(asdict(RunConfig(optimizer="adamw,torch")), RunConfig()) == [
+        "optimizer: adamw,torch -> adamw"
+    ]
     with pytest.raises(UsageError, match="optimizer=adamw"):
         compare_for_resume(asdict(RunConfig()), RunConfig(optimizer="muon"))
     RunConfig(optimizer="adamw,torch", sharding="full").validate()
@@ -481,7 +551,12 @@ def test_a_factor_does_not_outlive_the_state_it_was_made_with() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "name"),
-    [(dict(lr=-1.0), "lr"), (dict(betas=(1.5, 0.9)), "betas"), (dict(eps=-1.0), "eps"), (dict(weight_decay=-1.0), "w")],
+    [
+        (dict(lr=-1.0), "lr"),
+        (dict(betas=(1.5, 0.9)), "betas"),
+        (dict(eps=-1.0), "eps"),
+        (dict(weight_decay=-1.0), "w"),
+    ],
 )
 def test_settings_that_torchs_refuses_are_refused(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"FusedAdamW: {name}"):
@@ -493,7 +568,9 @@ def test_settings_that_torchs_refuses_are_refused(settings: dict[str, Any], name
 
 
 def clipped_far() -> tuple[nn.Parameter, FusedAdamW]:
-    """A parameter whose gradient of 8 is clipped to next to nothing in the next step, which subtracts g / (|g| + 1)."""
+    """A parameter whose gradient of 8 is clipped to next to nothing in the next step, which subtracts g /
+    (|g| + 1).
+    """
     weight = nn.Parameter(torch.zeros(4, device=DEVICE))
     optimizer = FusedAdamW([weight], lr=1.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
     weight.grad = torch.full_like(weight, 8.0)

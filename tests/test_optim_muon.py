@@ -1,4 +1,6 @@
-"""Muon for the matrices beside AdamW: which has what, the same updates as torch's own, skipped steps, schedules and an exact resume."""
+"""Muon for the matrices beside AdamW: which has what, the same updates as torch's own, skipped steps,
+schedules and an exact resume.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("decayed", ["matrices", "all"])
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(decayed: str) -> None:
     model = model_with_gradients()
-    optimizer = build_optimizer(model, RunConfig(optimizer="muon", weight_decay_on=decayed, muon_weight_decay=0.2))
+    optimizer = build_optimizer(
+        model, RunConfig(optimizer="muon", weight_decay_on=decayed, muon_weight_decay=0.2)
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     muon, *adamw = optimizer.param_groups
     assert {names[id(parameter)].rpartition(".")[0].rpartition(".")[2] for parameter in muon["params"]} == {
@@ -55,7 +59,9 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(decayed: str) ->
     }  # fmt: skip
     assert muon["weight_decay"] == 0.2
     rest = {names[id(parameter)]: group["weight_decay"] for group in adamw for parameter in group["params"]}
-    assert rest["model.embed_tokens.weight"] == 0.01 and rest["model.norm.weight"] == (0.01 if decayed == "all" else 0.0)
+    assert rest["model.embed_tokens.weight"] == 0.01 and rest["model.norm.weight"] == (
+        0.01 if decayed == "all" else 0.0
+    )
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
@@ -64,7 +70,9 @@ def test_a_step_is_that_of_torchs_muon_and_of_torchs_adamw() -> None:
     optimizer = build_optimizer(model, CONFIG)
     matrices = [parameter for name, parameter in other.named_parameters() if "proj" in name]
     norms = [parameter for name, parameter in other.named_parameters() if "norm" in name]
-    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        matrices, lr=0.01, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
     adamw = torch.optim.AdamW(
         [{"params": [other.model.embed_tokens.weight], "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
         lr=0.01, betas=(0.9, 0.95), eps=1e-8, fused=True,
@@ -92,7 +100,9 @@ def test_a_step_that_is_left_out_changes_nothing(before: int) -> None:
     assert equal(list(model.parameters()), kept)
     give_gradients(model, 7)
     update(optimizer, torch.zeros(()))
-    assert not equal(list(model.parameters()), kept) and all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not equal(list(model.parameters()), kept) and all(
+        parameter.isfinite().all() for parameter in model.parameters()
+    )
 
 
 def test_the_decision_on_the_device_gives_the_same_bits() -> None:
@@ -111,7 +121,12 @@ def test_the_decision_on_the_device_gives_the_same_bits() -> None:
         with torch.no_grad():
             guarded._step_unless(torch.tensor(bad))
         assert equal(list(model.parameters()), list(other.parameters()))
-    assert equal(*(list(one.state[p]["momentum_buffer"] for p in one.param_groups[0]["params"]) for one in (plain, guarded)))
+    assert equal(
+        *(
+            list(one.state[p]["momentum_buffer"] for p in one.param_groups[0]["params"])
+            for one in (plain, guarded)
+        )
+    )
 
 
 def test_the_schedule_is_that_of_both_each_from_its_own_peak() -> None:
@@ -120,7 +135,10 @@ def test_the_schedule_is_that_of_both_each_from_its_own_peak() -> None:
     for step in range(20):
         set_learning_rate(optimizer, learning_rate(step, config))
         muon, *adamw = (group["lr"] for group in optimizer.param_groups)
-        assert muon == pytest.approx(20 * learning_rate(step, config)) and adamw == [learning_rate(step, config)] * 2
+        assert (
+            muon == pytest.approx(20 * learning_rate(step, config))
+            and adamw == [learning_rate(step, config)] * 2
+        )
 
 
 def test_state_that_is_put_back_goes_on_to_the_same_bits() -> None:
@@ -130,7 +148,12 @@ def test_state_that_is_put_back_goes_on_to_the_same_bits() -> None:
     again = model_with_gradients()
     again.load_state_dict(model.state_dict())
     other = build_optimizer(again, CONFIG)
-    other.load_state_dict({"state": copy.deepcopy(optimizer.state_dict()["state"]), "param_groups": other.state_dict()["param_groups"]})
+    other.load_state_dict(
+        {
+            "state": copy.deepcopy(optimizer.state_dict()["state"]),
+            "param_groups": other.state_dict()["param_groups"],
+        }
+    )
     for seed in (5, 6):
         for one in (model, again):
             give_gradients(one, seed)
@@ -139,9 +162,13 @@ def test_state_that_is_put_back_goes_on_to_the_same_bits() -> None:
     assert equal(state_of(model, optimizer), state_of(again, other))
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(dtype="bf16", grad_accumulation=2, muon_lr=0.01)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(dtype="bf16", grad_accumulation=2, muon_lr=0.01)], ids=["fp32", "bf16"]
+)
 def test_three_steps_and_three_more_are_six_steps(tmp_path: Path, changes: dict[str, object]) -> None:
-    straight, parts = (run_config(tmp_path, name, optimizer="muon", **changes) for name in ("straight", "parts"))
+    straight, parts = (
+        run_config(tmp_path, name, optimizer="muon", **changes) for name in ("straight", "parts")
+    )
     train(straight)
     parts.steps = 3
     train(parts)
@@ -162,7 +189,9 @@ def test_three_steps_and_three_more_are_six_steps(tmp_path: Path, changes: dict[
 
 def test_a_resume_with_the_other_optimizer_is_refused_with_both(tmp_path: Path) -> None:
     train(run_config(tmp_path, steps=1, optimizer="muon"))
-    with pytest.raises(UsageError, match=r"resume: the checkpoint was made with optimizer=muon \(got adamw\)"):
+    with pytest.raises(
+        UsageError, match=r"resume: the checkpoint was made with optimizer=muon \(got adamw\)"
+    ):
         train(run_config(tmp_path, steps=2, resume="auto"))
     record = checkpoint_folder(run_config(tmp_path), 1) / checkpoint.RECORD
     assert json.loads(record.read_text(encoding="utf-8"))["config"]["optimizer"] == "muon"
@@ -181,7 +210,10 @@ def test_the_loss_falls(tmp_path: Path) -> None:
         (dict(optimizer="sgd"), "optimizer: expected one of adamw, adamw,torch, muon, got 'sgd'"),
         (dict(optimizer="muon", muon_lr=0.0), "muon_lr: expected a number above 0, got 0.0"),
         (dict(optimizer="muon", muon_momentum=1.0), r"muon_momentum: expected a number in \[0, 1\), got 1.0"),
-        (dict(optimizer="muon", muon_weight_decay=-1.0), "muon_weight_decay: expected a number of at least 0, got -1.0"),
+        (
+            dict(optimizer="muon", muon_weight_decay=-1.0),
+            "muon_weight_decay: expected a number of at least 0, got -1.0",
+        ),
         (dict(optimizer="muon", cuda_graph=True), "cuda_graph: torch's Muon cannot be captured"),
         (dict(muon_lr=0.1), "muon_lr: only read with optimizer=muon, got optimizer=adamw"),
     ],

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from train.config import SCHEDULES, RunConfig
-from train.optim import SPIKE_WARMUP, StepGuard, build_optimizer, clip_gradients, learning_rate, parameter_groups, update
+from train.optim import (
+    SPIKE_WARMUP,
+    StepGuard,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    parameter_groups,
+    update,
+)
 
 
 def rates(**keys: object) -> list[float]:
@@ -20,20 +28,35 @@ def rates(**keys: object) -> list[float]:
 
 
 def test_constant_schedule_after_a_linear_warmup() -> None:
-    assert rates(schedule="constant", lr=1.0, steps=8, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert rates(schedule="constant", lr=1.0, steps=8, warmup_steps=4) == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_wsd_is_constant_and_then_falls_linearly_to_the_end() -> None:
     values = rates(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4)
     assert values[:7] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert values[7:] == pytest.approx([0.8, 0.6, 0.4])
-    assert learning_rate(10, RunConfig(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2)) == pytest.approx(0.2)
+    assert learning_rate(
+        10, RunConfig(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2)
+    ) == pytest.approx(0.2)
 
 
 def test_the_other_decay_falls_with_the_root_of_its_progress() -> None:
-    values = rates(schedule="wsd", decay_shape="1-sqrt", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4)
+    values = rates(
+        schedule="wsd", decay_shape="1-sqrt", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4
+    )
     assert values[:7] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert values[7:] == pytest.approx([0.2 + 0.8 * (1 - math.sqrt(progress)) for progress in (0.25, 0.5, 0.75)])
+    assert values[7:] == pytest.approx(
+        [0.2 + 0.8 * (1 - math.sqrt(progress)) for progress in (0.25, 0.5, 0.75)]
+    )
 
 
 def test_cosine_is_half_way_down_in_the_middle() -> None:
@@ -43,9 +66,18 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
     assert values[-1] == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
 
 
-@given(schedule=st.sampled_from(SCHEDULES), steps=st.integers(1, 60), warmup_steps=st.integers(0, 80), decay_fraction=st.floats(0.01, 1.0))
-def test_no_step_has_a_learning_rate_of_zero_or_above_the_peak(schedule: str, steps: int, warmup_steps: int, decay_fraction: float) -> None:
-    values = rates(schedule=schedule, lr=0.1, steps=steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction)
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    steps=st.integers(1, 60),
+    warmup_steps=st.integers(0, 80),
+    decay_fraction=st.floats(0.01, 1.0),
+)
+def test_no_step_has_a_learning_rate_of_zero_or_above_the_peak(
+    schedule: str, steps: int, warmup_steps: int, decay_fraction: float
+) -> None:
+    values = rates(
+        schedule=schedule, lr=0.1, steps=steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction
+    )
     assert all(0 < value <= 0.1 for value in values)
 
 
@@ -56,7 +88,10 @@ def test_norms_are_not_decayed_and_the_tied_matrix_is_updated_once() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(names[id(parameter)].endswith("norm.weight") for parameter in plain["params"])
     assert sum(parameter is model.lm_head.weight for parameter in decayed["params"]) == 1
-    assert sum(parameter.numel() for group in (decayed, plain) for parameter in group["params"]) == model.num_parameters()
+    assert (
+        sum(parameter.numel() for group in (decayed, plain) for parameter in group["params"])
+        == model.num_parameters()
+    )
 
 
 def test_clipping_returns_the_norm_before_and_bounds_it_after(generator: torch.Generator) -> None:
@@ -73,7 +108,9 @@ def test_clipping_returns_the_norm_before_and_bounds_it_after(generator: torch.G
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad: float, generator: torch.Generator) -> None:
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    bad: float, generator: torch.Generator
+) -> None:
     layer = torch.nn.Linear(4, 3)
     optimizer = build_optimizer(layer, RunConfig(lr=0.1))
     guard = StepGuard(torch.device("cpu"))
@@ -92,7 +129,10 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
     step(broken=True)
     step(broken=True)
     assert all(torch.equal(one, other) for one, other in zip(weights, layer.parameters(), strict=True))
-    assert all(torch.equal(one, state["exp_avg"]) for one, state in zip(moments, optimizer.state.values(), strict=True))
+    assert all(
+        torch.equal(one, state["exp_avg"])
+        for one, state in zip(moments, optimizer.state.values(), strict=True)
+    )
     assert all(state["step"] == 1 for state in optimizer.state.values())
     step(broken=False)
     step(broken=True)
@@ -113,7 +153,8 @@ def test_a_loss_that_is_not_finite_is_skipped_whatever_the_gradients(bad: float)
 def test_spikes_are_skipped_once_the_mean_is_known_and_do_not_move_it(generator: torch.Generator) -> None:
     guard, careless = StepGuard(torch.device("cpu"), zscore=6.0), StepGuard(torch.device("cpu"))
     noise = torch.randn(1000, generator=generator).mul_(0.1).tolist()
-    assert not any(judged(guard, 11.0 + number % 2) for number in range(SPIKE_WARMUP // 2))  # nothing to compare with yet
+    # nothing to compare with yet
+    assert not any(judged(guard, 11.0 + number % 2) for number in range(SPIKE_WARMUP // 2))
     for value in noise:
         assert not judged(guard, 3.0 + value)
     assert [judged(guard, 3.0 + 2.0) for _ in range(30)] == [True] * 30  # a spike that lasts stays one
@@ -135,6 +176,9 @@ def test_a_guard_continues_where_it_was(generator: torch.Generator) -> None:
 def test_all_parameters_are_decayed_on_request() -> None:
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"))
     decayed, plain = parameter_groups(model, 0.1, "all")
-    assert plain["params"] == [] and sum(parameter.numel() for parameter in decayed["params"]) == model.num_parameters()
+    assert (
+        plain["params"] == []
+        and sum(parameter.numel() for parameter in decayed["params"]) == model.num_parameters()
+    )
     optimizer = build_optimizer(model, RunConfig(weight_decay_on="all"))
     assert [group["weight_decay"] for group in optimizer.param_groups if group["params"]] == [0.01]

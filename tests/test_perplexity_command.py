@@ -58,10 +58,17 @@ def test_the_figures_are_those_of_the_function(checkpoint, tmp_path, capsys) -> 
 
 def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys) -> None:
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    code, out, _ = run(capsys, checkpoint, "--dtype", "fp32", "--json", str(tmp_path / "a.txt"), "--text", "the lazy dog")
+    code, out, _ = run(
+        capsys, checkpoint, "--dtype", "fp32", "--json", str(tmp_path / "a.txt"), "--text", "the lazy dog"
+    )
     found = json.loads(out)
     assert code == 0
-    assert (found["window"], found["stride"], found["dtype"], found["quantize"]) == (512, 256, "float32", "none")
+    assert (found["window"], found["stride"], found["dtype"], found["quantize"]) == (
+        512,
+        256,
+        "float32",
+        "none",
+    )
     assert [part["text"] for part in found["texts"]] == [str(tmp_path / "a.txt"), "--text 1"]
     for key in ("tokens", "scored", "bytes", "windows"):
         assert found[key] == sum(part[key] for part in found["texts"])
@@ -70,7 +77,11 @@ def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys) -> None
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]), rel=1e-9)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"], rel=1e-9)
     code, out, _ = run(capsys, checkpoint, str(tmp_path / "a.txt"), "--text", "the lazy dog")
-    assert code == 0 and out.splitlines()[0].startswith(f"{tmp_path / 'a.txt'}: ") and out.splitlines()[1].startswith("--text 1: ")
+    assert (
+        code == 0
+        and out.splitlines()[0].startswith(f"{tmp_path / 'a.txt'}: ")
+        and out.splitlines()[1].startswith("--text 1: ")
+    )
 
 
 def test_standard_input_is_a_text(checkpoint, capsys, monkeypatch) -> None:
@@ -78,10 +89,14 @@ def test_standard_input_is_a_text(checkpoint, capsys, monkeypatch) -> None:
     assert run(capsys, checkpoint, "-") == run(capsys, checkpoint, "--text", TEXT)
 
 
-def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(checkpoint, capsys, tmp_path, monkeypatch) -> None:
+def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(
+    checkpoint, capsys, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))  # where quantised weights are kept
     options = "--json", "--dtype", "bf16", "--text", TEXT
-    plain, quantised = (json.loads(run(capsys, checkpoint, *options, "--quantize", kind)[1]) for kind in ("none", "int8"))
+    plain, quantised = (
+        json.loads(run(capsys, checkpoint, *options, "--quantize", kind)[1]) for kind in ("none", "int8")
+    )
     assert (plain["quantize"], quantised["quantize"]) == ("none", "int8")
     assert plain["scored"] == quantised["scored"]
     assert 0 < abs(quantised["nats_per_token"] / plain["nats_per_token"] - 1) < 0.01

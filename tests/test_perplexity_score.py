@@ -1,4 +1,6 @@
-"""The score of a text: the definition token by token, transformers on the same windows, and windows that score every token once."""
+"""The score of a text: the definition token by token, transformers on the same windows, and windows that
+score every token once.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +66,15 @@ def theirs(model, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "window", "stride"), [(700, 512, 256), (700, 64, 32), (700, 64, 64), (699, 100, 7), (100, 128, 50), (2, 2, 1)]
+    ("tokens", "window", "stride"),
+    [(700, 512, 256), (700, 64, 32), (700, 64, 64), (699, 100, 7), (100, 128, 50), (2, 2, 1)],
 )
-def test_the_score_is_that_of_transformers_on_the_same_windows(model, theirs, ids, tokens, window, stride) -> None:
-    """The loop of Hugging Face's guide to perplexity, its mean losses weighted by the labels that they are means of."""
+def test_the_score_is_that_of_transformers_on_the_same_windows(
+    model, theirs, ids, tokens, window, stride
+) -> None:
+    """The loop of Hugging Face's guide to perplexity, its mean losses weighted by the labels that they are
+    means of.
+    """
     nats, scored, reached = 0.0, 0, 0
     for begin in range(0, tokens, stride):
         end = min(begin + window, tokens)
@@ -88,9 +95,13 @@ def test_the_score_is_that_of_transformers_on_the_same_windows(model, theirs, id
     assert score.perplexity == pytest.approx(math.exp(nats / scored), rel=1e-4)
 
 
-@pytest.mark.parametrize(("tokens", "window", "stride"), [(150, 64, 32), (64, 64, 64), (20, 8, 3), (2, 2, 1), (150, 64, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "window", "stride"), [(150, 64, 32), (64, 64, 64), (20, 8, 3), (2, 2, 1), (150, 64, 1)]
+)
 def test_an_engine_scores_by_its_own_steps_what_the_model_scores(model, ids, tokens, window, stride) -> None:
-    ours, engines = (perplexity(model, ids[:tokens], window, stride, engine=engine) for engine in (None, Engine(model)))
+    ours, engines = (
+        perplexity(model, ids[:tokens], window, stride, engine=engine) for engine in (None, Engine(model))
+    )
     assert engines.nats == pytest.approx(ours.nats, rel=1e-5)
     assert (engines.scored, engines.windows) == (ours.scored, ours.windows)
 
@@ -108,7 +119,11 @@ def test_a_list_is_as_good_as_a_tensor_and_scores_add_up(model, ids) -> None:
     first, second = perplexity(model, ids[:50].tolist(), 32, 16), perplexity(model, ids[50:90], 32, 16)
     assert first == perplexity(model, ids[:50], 32, 16)
     total = first + second
-    assert (total.nats, total.scored, total.windows) == (first.nats + second.nats, 49 + 39, first.windows + second.windows)
+    assert (total.nats, total.scored, total.windows) == (
+        first.nats + second.nats,
+        49 + 39,
+        first.windows + second.windows,
+    )
     assert total.bits_per_byte is None
     assert (Score(math.log(2) * 8, 3, 2, 1, 4) + Score(0.0, 2, 1, 1, 4)).bits_per_byte == pytest.approx(1.0)
     assert Score(1e6, 2, 1, 1).perplexity == math.inf

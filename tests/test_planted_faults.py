@@ -1,4 +1,6 @@
-"""The certificate's own honesty: every bug on the list makes a test fail, by an assertion, and without a bug those tests pass."""
+"""The certificate's own honesty: every bug on the list makes a test fail, by an assertion, and without a bug
+those tests pass.
+"""
 
 import json
 import os
@@ -13,8 +15,14 @@ NAMES = [fault.name for fault in FAULTS]
 
 @pytest.fixture(scope="module")
 def outcomes(request, project_root, tmp_path_factory):
-    """{name: (exit code of pytest, its output)} of the faults that this session asks for, all run at once, in the interpreter."""
-    asked = [item.callspec.params["name"] for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    """{name: (exit code of pytest, its output)} of the faults that this session asks for, all run at once, in
+    the interpreter.
+    """
+    asked = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.module is request.module and hasattr(item, "callspec")
+    ]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",

@@ -15,11 +15,19 @@ from smollm2.cli import run_command
 from train.plot import PICTURE, _smoothed, draw_runs, main
 
 
-def write_metrics(run: Path, steps: int, held_out: bool, resumed: int = 0, entropy: float = 6.2, rates: bool = True) -> None:
+def write_metrics(
+    run: Path, steps: int, held_out: bool, resumed: int = 0, entropy: float = 6.2, rates: bool = True
+) -> None:
     run.mkdir(exist_ok=True)
     lines: list[dict[str, object]] = []
     for step in range(1, steps + 1):
-        line = {"step": step, "loss": 3 + 5 / step, "tokens": step * 512, "epochs": step / 100, "unique_examples": step * 3}
+        line = {
+            "step": step,
+            "loss": 3 + 5 / step,
+            "tokens": step * 512,
+            "epochs": step / 100,
+            "unique_examples": step * 3,
+        }
         lines.append({**line, "tokens_per_second": 5000.0 + step} if rates and step > 2 else line)
         if held_out and step % 10 == 0:
             lines.append({"step": step, "held_out_loss": 3.2 + 5 / step, "unigram_entropy": entropy})
@@ -29,7 +37,9 @@ def write_metrics(run: Path, steps: int, held_out: bool, resumed: int = 0, entro
 
 
 def panels(picture: Path) -> list[np.ndarray]:
-    """The three panels [height, width, RGBA], cut at the vertical axes: the columns that are black over most of their height."""
+    """The three panels [height, width, RGBA], cut at the vertical axes: the columns that are black over most
+    of their height.
+    """
     image = imread(picture)
     height, width, _ = image.shape
     assert width > 3 * height > 1500
@@ -40,7 +50,9 @@ def panels(picture: Path) -> list[np.ndarray]:
 
 
 def has(panel: np.ndarray, colour: str) -> bool:
-    """Whether a panel shows a saturated colour: red, green, blue or purple (tab:purple: blue over red over green)."""
+    """Whether a panel shows a saturated colour: red, green, blue or purple (tab:purple: blue over red over
+    green).
+    """
     red, green, blue = (panel[:, :, channel] for channel in range(3))
     found = {
         "red": (red > green + 0.3) & (red > blue + 0.3),
@@ -52,7 +64,9 @@ def has(panel: np.ndarray, colour: str) -> bool:
 
 
 @pytest.mark.parametrize(("steps", "held_out"), [(60, True), (60, False), (1, False)])
-def test_three_panels_are_drawn(tmp_path: Path, steps: int, held_out: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_panels_are_drawn(
+    tmp_path: Path, steps: int, held_out: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_metrics(tmp_path, steps, held_out)
     assert run_command(main, [str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / PICTURE)
@@ -78,7 +92,9 @@ def test_several_runs_are_drawn_over_each_other(
 
 
 def texts_of(runs: list[Path], monkeypatch: pytest.MonkeyPatch, output: Path) -> dict[str, list[str]]:
-    """Legend, titles, other texts and the number of vertical and horizontal lines of the loss panel, as they are drawn."""
+    """Legend, titles, other texts and the number of vertical and horizontal lines of the loss panel, as they
+    are drawn.
+    """
     seen: dict[str, list[str]] = {}
 
     def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +102,12 @@ def texts_of(runs: list[Path], monkeypatch: pytest.MonkeyPatch, output: Path) ->
         seen["legend"] = [text.get_text() for text in loss.get_legend().get_texts()]
         seen["titles"] = [figure.get_suptitle(), *(panel.get_title() for panel in figure.axes)]
         seen["marks"] = [text.get_text() for text in loss.texts]
-        seen["dotted"] = [str(line.get_xdata()[0]) for panel in figure.axes for line in panel.lines if line.get_linestyle() == ":"]
+        seen["dotted"] = [
+            str(line.get_xdata()[0])
+            for panel in figure.axes
+            for line in panel.lines
+            if line.get_linestyle() == ":"
+        ]
         output.touch()
         output.with_name(f".{output.name}.tmp").touch()
 
@@ -95,13 +116,19 @@ def texts_of(runs: list[Path], monkeypatch: pytest.MonkeyPatch, output: Path) ->
     return seen
 
 
-def test_a_resume_is_marked_in_every_panel_and_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_is_marked_in_every_panel_and_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_metrics(tmp_path / "run", 60, held_out=True, resumed=50)
     seen = texts_of([tmp_path / "run"], monkeypatch, tmp_path / "x.png")
     assert seen["marks"] == ["resumed"] and seen["dotted"] == ["50"] * 3
     assert seen["titles"][0] == "run: 60 steps, 30,720 tokens, 0.60 epochs"
     assert seen["titles"][1:] == ["Loss", "Unique examples seen: 180", "Throughput: 5,032 tokens/s (median)"]
-    assert seen["legend"] == ["training, 3.08 at the end", "held out, 3.28 at the end", "unigram entropy, 6.20"]
+    assert seen["legend"] == [
+        "training, 3.08 at the end",
+        "held out, 3.28 at the end",
+        "unigram entropy, 6.20",
+    ]
 
 
 @pytest.mark.parametrize(("second", "shown"), [(6.2, True), (5.9, False)])
@@ -112,10 +139,14 @@ def test_unigram_entropies_are_drawn_when_they_are_equal(
     write_metrics(tmp_path / "b", 20, held_out=True, entropy=second)
     legend = texts_of([tmp_path / "a", tmp_path / "b"], monkeypatch, tmp_path / "x.png")["legend"]
     assert any("unigram entropy" in text for text in legend) == shown
-    assert [text.split(":")[0] for text in legend[:2]] == ["a", "b"] and all("held out" in text for text in legend[:2])
+    assert [text.split(":")[0] for text in legend[:2]] == ["a", "b"] and all(
+        "held out" in text for text in legend[:2]
+    )
 
 
-def test_runs_of_one_name_are_told_apart_and_long_names_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_one_name_are_told_apart_and_long_names_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = [tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / ("long" * 30)]
     for run in runs:
         run.mkdir(parents=True)
@@ -136,7 +167,10 @@ def test_a_steep_beginning_is_not_smoothed_away() -> None:
 def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, [str(tmp_path)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "metrics.jsonl: expected lines with a loss, found none" in captured.err
+    assert (
+        captured.err.count("\n") == 1
+        and "metrics.jsonl: expected lines with a loss, found none" in captured.err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,10 +178,15 @@ def test_a_missing_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     write_metrics(tmp_path / "run", 5, held_out=False)
     assert run_command(main, [str(tmp_path / "run"), str(tmp_path / "nothing")]) == 1
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "nothing: expected the folder of a run, found nothing" in captured.err
+    assert (
+        captured.err.count("\n") == 1
+        and "nothing: expected the folder of a run, found nothing" in captured.err
+    )
 
 
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_metrics(tmp_path / "run", 5, held_out=False)
     assert run_command(main, [str(tmp_path / "run"), "--output", str(tmp_path)]) == 2
     assert run_command(main, [str(tmp_path / "run"), "--output", str(tmp_path / "no" / "x.png")]) == 1

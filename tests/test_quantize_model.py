@@ -1,4 +1,6 @@
-"""A whole model quantised: the same forward pass, cached per source, made anew when the weights change; and the command."""
+"""A whole model quantised: the same forward pass, cached per source, made anew when the weights change; and
+the command.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def no_more_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_forward_pass_is_the_models_own() -> None:
     model = SmolLM2ForCausalLM(CONFIG, backend="torch").eval()
     ids = torch.randint(512, (2, 9))
-    assert torch.allclose(logits_of(model, model.pack(), model.lm_head.weight.detach(), ids), model(ids).logits, atol=1e-5)
+    assert torch.allclose(
+        logits_of(model, model.pack(), model.lm_head.weight.detach(), ids), model(ids).logits, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("kind", "cls"), [("int8", Int8Weight), ("int4", Int4Weight)])
@@ -53,12 +57,15 @@ def test_each_matrix_is_quantised_and_the_norms_are_not(kind: str, cls: type, fo
     assert len(layers) == CONFIG.num_hidden_layers and isinstance(head, Int8Weight)
     step = 1 / 127 if kind == "int8" else 2 / 15  # of the largest weight
     for plain, layer in zip(model.pack(), layers, strict=True):
-        assert torch.equal(layer.input_norm, plain.input_norm) and torch.equal(layer.post_norm, plain.post_norm)
+        assert torch.equal(layer.input_norm, plain.input_norm) and torch.equal(
+            layer.post_norm, plain.post_norm
+        )
         for matrix in MATRICES:
             weight, quantised = getattr(plain, matrix), getattr(layer, matrix)
             assert isinstance(quantised, cls)
             error = (dequantize(quantised).float() - weight.float()).abs().max()
-            assert 0 < error <= (step / 2 + 3 * 2**-9) * weight.float().abs().max()  # scale, zero and the result are bfloat16
+            # scale, zero and the result are bfloat16
+            assert 0 < error <= (step / 2 + 3 * 2**-9) * weight.float().abs().max()
 
 
 @pytest.mark.usefixtures("no_more_work")
@@ -68,7 +75,9 @@ def test_a_second_start_maps_what_the_first_one_made(folder: Path, tmp_path: Pat
         layers, head = quantized_layers(model, kind)
         (entry,) = (tmp_path / "cache").glob(f"{kind}-*")
         tensors = [*head, *layers[0].qkv, *layers[1].down]
-        assert {tensor.untyped_storage().nbytes() for tensor in tensors} == {(entry / "model.safetensors").stat().st_size}
+        assert {tensor.untyped_storage().nbytes() for tensor in tensors} == {
+            (entry / "model.safetensors").stat().st_size
+        }
         assert torch.equal(head[0], quantized.quantize_rows(model.lm_head.weight.detach())[0])
 
 
@@ -109,7 +118,8 @@ def test_other_devices_and_unknown_kinds_are_refused() -> None:
     with pytest.raises(UsageError, match="quantize: expected one of none, int8, int4, got 'int2'"):
         quantized_layers(model, "int2")
     with pytest.raises(
-        UsageError, match="quantize=int8 runs on the CPU only, the model is on meta; use quantize=none there, or device=cpu"
+        UsageError,
+        match="quantize=int8 runs on the CPU only, the model is on meta; use quantize=none there, or device=cpu",
     ):
         quantized_layers(model.to("meta"))
 

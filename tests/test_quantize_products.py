@@ -1,4 +1,6 @@
-"""Products with quantised weights equal products with the weights that they stand for, in every shape and on either path."""
+"""Products with quantised weights equal products with the weights that they stand for, in every shape and on
+either path.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,23 @@ import torch
 from torch import Tensor
 
 from smollm2.engine import quantized
-from smollm2.engine.quantized import Int8Weight, dequantize, linear, linear_int4, linear_int8, quantize_groups, quantize_rows
+from smollm2.engine.quantized import (
+    Int8Weight,
+    dequantize,
+    linear,
+    linear_int4,
+    linear_int8,
+    quantize_groups,
+    quantize_rows,
+)
 
 # One unit in the last place of the result, and what a sum of K products rounded in fp32 may lose.
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def assert_close_to_exact(got: Tensor, x: Tensor, exact_weight: Tensor, weight_rounding: float = 0.0) -> None:
-    """exact_weight in float64. Two roundings to the dtype (the product, and its scaling) and one of the fp32 sum per addend.
+    """exact_weight in float64. Two roundings to the dtype (the product, and its scaling) and one of the fp32
+    sum per addend.
 
     weight_rounding: what a kernel may lose of each weight.
     """
@@ -41,7 +52,9 @@ def test_int8_in_any_shape(rows: int, width: int, dtype: torch.dtype) -> None:
 
 def test_the_kernel_serves_few_rows_in_bf16_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, calls = torch._weight_int8pack_mm, []
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda x, *rest: (calls.append(list(x.shape)), kernel(x, *rest))[1])
+    monkeypatch.setattr(
+        torch, "_weight_int8pack_mm", lambda x, *rest: (calls.append(list(x.shape)), kernel(x, *rest))[1]
+    )
     weight = quantize_rows(torch.randn(32, 64).bfloat16())
     for rows, dtype in ((1, torch.bfloat16), (16, torch.bfloat16), (17, torch.bfloat16), (1, torch.float32)):
         linear_int8(torch.randn(rows, 64).to(dtype), weight)
@@ -54,10 +67,15 @@ def test_the_kernel_serves_few_rows_in_bf16_and_nothing_else(monkeypatch: pytest
 def test_int4_in_any_shape(rows: int, group: int, dtype: torch.dtype) -> None:
     weight = quantize_groups(torch.randn(48, 256), group)
     x = torch.randn(rows, 256).to(dtype)
-    scales, zeros = (part.squeeze(2).t().to(dtype).double().repeat_interleave(group, 1) for part in weight.scales_and_zeros.split(1, 2))
+    scales, zeros = (
+        part.squeeze(2).t().to(dtype).double().repeat_interleave(group, 1)
+        for part in weight.scales_and_zeros.split(1, 2)
+    )
     levels = ((dequantize(weight).double() - zeros.float()) / scales).round()  # the values, recovered
     # In bfloat16 a kernel may round each weight before it multiplies (with AVX-512 it does not).
-    assert_close_to_exact(linear_int4(x, weight), x, levels * scales + zeros, 2**-9 if dtype == torch.bfloat16 else 0.0)
+    assert_close_to_exact(
+        linear_int4(x, weight), x, levels * scales + zeros, 2**-9 if dtype == torch.bfloat16 else 0.0
+    )
 
 
 @pytest.mark.parametrize("make", [quantize_rows, quantize_groups])

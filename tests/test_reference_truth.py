@@ -1,4 +1,6 @@
-"""The reference against independent formulas in float64: it is the oracle of the kernels, so it is checked first."""
+"""The reference against independent formulas in float64: it is the oracle of the kernels, so it is checked
+first.
+"""
 
 import math
 
@@ -87,7 +89,9 @@ def test_attention_with_documents_and_longer_keys():
 def test_attention_that_sees_nothing_gives_zeros_and_finite_gradients():
     q, k, v = draw(1, 4, 3, 8, grad=True), draw(1, 4, 1, 8, grad=True), draw(1, 4, 1, 8, grad=True)
     out = reference.attention(q, k, v, torch.tensor([[0, 3, 0, 4]]))
-    assert torch.equal(out[0, 1], torch.zeros(3, 8).double()) and torch.equal(out[0, 3], torch.zeros(3, 8).double())
+    assert torch.equal(out[0, 1], torch.zeros(3, 8).double()) and torch.equal(
+        out[0, 3], torch.zeros(3, 8).double()
+    )
     grads = torch.autograd.grad(out, (q, k, v), draw(1, 4, 3, 8))
     assert all(grad.isfinite().all() for grad in grads)
 
@@ -102,7 +106,9 @@ def test_decode_attention_is_the_end_of_attention(data):
     keys, values = draw(batch, 23, key_heads, 8), draw(batch, 23, key_heads, 8)
     out = reference.decode_attention(q, keys, values, torch.tensor(lengths))
     for row, length in enumerate(lengths):
-        expected = naive_attention(q[row : row + 1], keys[row : row + 1, :length], values[row : row + 1, :length])
+        expected = naive_attention(
+            q[row : row + 1], keys[row : row + 1, :length], values[row : row + 1, :length]
+        )
         torch.testing.assert_close(out[row : row + 1], expected)
 
 
@@ -116,7 +122,9 @@ def test_linear_cross_entropy_is_torchs(reduction, z_loss, smoothing):
     expected = F.cross_entropy(logits, targets, reduction=reduction, label_smoothing=smoothing)
     penalty = z_loss * logits.logsumexp(-1).square()[targets != -100]
     expected = expected + (penalty.mean() if reduction == "mean" else penalty.sum())
-    ours = reference.linear_cross_entropy(hidden, weight, targets, reduction=reduction, z_loss=z_loss, label_smoothing=smoothing)
+    ours = reference.linear_cross_entropy(
+        hidden, weight, targets, reduction=reduction, z_loss=z_loss, label_smoothing=smoothing
+    )
     torch.testing.assert_close(ours, expected)
     upstream = torch.tensor(1.7, dtype=torch.float64)
     grads = [torch.autograd.grad(loss, (hidden, weight), upstream) for loss in (ours, expected)]
@@ -140,16 +148,50 @@ def test_linear_cross_entropy_of_nothing_is_zero():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: reference.rms_norm(draw(2, 576), draw(575), 1e-5), r"rms_norm: expected weight of shape \[576\], got \[575\]"),
-        (lambda: reference.rms_norm(draw(2, 8), draw(8).float(), 1e-5), "expected weight of dtype torch.float64 as x, got torch.float32"),
-        (lambda: reference.add_rms_norm(draw(2, 8), draw(3, 8), draw(8), 1e-5), r"add_rms_norm: expected residual of shape \[2, 8\]"),
-        (lambda: reference.rope(draw(1, 4, 3, 8), draw(1, 4, 1, 8), draw(3, 4), draw(3, 4)), r"expected cos of shape \[4, 4\]"),
-        (lambda: reference.attention(draw(1, 4, 4, 8), draw(1, 4, 3, 8), draw(1, 4, 3, 8)), "divide the 4 query heads, got 3"),
-        (lambda: reference.attention(draw(1, 4, 3, 8), draw(1, 3, 3, 8), draw(1, 3, 3, 8)), "as many keys as the 4 queries, got 3"),
-        (lambda: reference.decode_attention(draw(1, 1, 3, 8), draw(1, 9, 1, 8), draw(1, 9, 1, 8), torch.tensor([3.0])), "integer dtype"),
-        (lambda: reference.swiglu(draw(2, 8), draw(2, 7)), r"swiglu: expected up of shape \[2, 8\] as gate, got \[2, 7\]"),
-        (lambda: reference.linear_cross_entropy(draw(2, 8), draw(9, 7), torch.tensor([0, 1])), r"weight of shape \[V, 8\], got \[9, 7\]"),
-        (lambda: reference.linear_cross_entropy(draw(2, 8), draw(9, 8), torch.tensor([0, 1]), reduction="max"), "reduction"),
+        (
+            lambda: reference.rms_norm(draw(2, 576), draw(575), 1e-5),
+            r"rms_norm: expected weight of shape \[576\], got \[575\]",
+        ),
+        (
+            lambda: reference.rms_norm(draw(2, 8), draw(8).float(), 1e-5),
+            "expected weight of dtype torch.float64 as x, got torch.float32",
+        ),
+        (
+            lambda: reference.add_rms_norm(draw(2, 8), draw(3, 8), draw(8), 1e-5),
+            r"add_rms_norm: expected residual of shape \[2, 8\]",
+        ),
+        (
+            lambda: reference.rope(draw(1, 4, 3, 8), draw(1, 4, 1, 8), draw(3, 4), draw(3, 4)),
+            r"expected cos of shape \[4, 4\]",
+        ),
+        (
+            lambda: reference.attention(draw(1, 4, 4, 8), draw(1, 4, 3, 8), draw(1, 4, 3, 8)),
+            "divide the 4 query heads, got 3",
+        ),
+        (
+            lambda: reference.attention(draw(1, 4, 3, 8), draw(1, 3, 3, 8), draw(1, 3, 3, 8)),
+            "as many keys as the 4 queries, got 3",
+        ),
+        (
+            lambda: reference.decode_attention(
+                draw(1, 1, 3, 8), draw(1, 9, 1, 8), draw(1, 9, 1, 8), torch.tensor([3.0])
+            ),
+            "integer dtype",
+        ),
+        (
+            lambda: reference.swiglu(draw(2, 8), draw(2, 7)),
+            r"swiglu: expected up of shape \[2, 8\] as gate, got \[2, 7\]",
+        ),
+        (
+            lambda: reference.linear_cross_entropy(draw(2, 8), draw(9, 7), torch.tensor([0, 1])),
+            r"weight of shape \[V, 8\], got \[9, 7\]",
+        ),
+        (
+            lambda: reference.linear_cross_entropy(
+                draw(2, 8), draw(9, 8), torch.tensor([0, 1]), reduction="max"
+            ),
+            "reduction",
+        ),
     ],
 )
 def test_wrong_input_is_named(call, message):

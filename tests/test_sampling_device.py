@@ -1,4 +1,6 @@
-"""Sampling on the device: the same noise as on the host, the same token for lists and tensors, alone and in a batch."""
+"""Sampling on the device: the same noise as on the host, the same token for lists and tensors, alone and in a
+batch.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,16 @@ def test_noise_is_pinned() -> None:
 
 
 def test_noise_of_tensors_is_that_of_integers_bit_for_bit(generator: torch.Generator) -> None:
-    seeds = torch.cat((torch.tensor(EXTREMES), torch.randint(-(1 << 63), (1 << 63) - 1, (500,), generator=generator)))
-    positions = torch.cat((torch.arange(10), torch.randint(0, 8192, (30,), generator=generator), torch.tensor([(1 << 63) - 1, -1])))
+    seeds = torch.cat(
+        (torch.tensor(EXTREMES), torch.randint(-(1 << 63), (1 << 63) - 1, (500,), generator=generator))
+    )
+    positions = torch.cat(
+        (
+            torch.arange(10),
+            torch.randint(0, 8192, (30,), generator=generator),
+            torch.tensor([(1 << 63) - 1, -1]),
+        )
+    )
     table = uniforms(seeds[:, None], positions)
     assert table.dtype == torch.float32 and table.shape == (len(seeds), len(positions))
     pairs = itertools.product(seeds.tolist(), positions.tolist())
@@ -86,12 +96,16 @@ def test_the_ends_of_the_noise_give_the_first_and_the_last_token_that_is_kept(no
 def test_the_border_between_two_tokens_belongs_to_the_second() -> None:
     rows = torch.tensor([[1.0, 1.0, -9.0]]).expand(2, 3)
     first, second = rows[0].topk(2).indices.tolist()
-    drawn = Sampler(SamplingParams(temperature=1.0, top_k=2), rows.device)(rows, torch.tensor([0.5 - 2**-24, 0.5]))
+    drawn = Sampler(SamplingParams(temperature=1.0, top_k=2), rows.device)(
+        rows, torch.tensor([0.5 - 2**-24, 0.5])
+    )
     assert drawn.tolist() == [first, second]
 
 
 def test_tokens_without_a_chance_are_never_drawn() -> None:
-    """Below 2^-32 of the most likely one, suppressed, or of logit -inf: also at the top of the noise, and for every size of total."""
+    """Below 2^-32 of the most likely one, suppressed, or of logit -inf: also at the top of the noise, and for
+    every size of total.
+    """
     rows = torch.full((1, 50), -30.0)
     rows[:, 7], rows[:, 9], rows[:, 11] = 0.0, -math.inf, 5.0
     sampler = Sampler(SamplingParams((11,), temperature=1.0, top_k=0), rows.device)
@@ -101,13 +115,17 @@ def test_tokens_without_a_chance_are_never_drawn() -> None:
 
 def test_a_tiny_temperature_is_greedy() -> None:
     rows = logits(20)
-    assert torch.equal(sample(rows, SamplingParams(temperature=1e-30, top_k=0), [0] * 20, range(20)), rows.argmax(-1))
+    assert torch.equal(
+        sample(rows, SamplingParams(temperature=1e-30, top_k=0), [0] * 20, range(20)), rows.argmax(-1)
+    )
 
 
 def test_half_precision_logits_are_widened() -> None:
     rows = logits(40).bfloat16()
     params = SamplingParams(temperature=0.9)
-    assert torch.equal(sample(rows, params, range(40), [1] * 40), sample(rows.float(), params, range(40), [1] * 40))
+    assert torch.equal(
+        sample(rows, params, range(40), [1] * 40), sample(rows.float(), params, range(40), [1] * 40)
+    )
 
 
 def test_the_suppressed_tokens_serve_where_gradients_are_recorded() -> None:

@@ -1,4 +1,6 @@
-"""Speculative decoding on random weights in fp32: the tokens of `generate`, whatever the draft guesses, for fewer steps of the model."""
+"""Speculative decoding on random weights in fp32: the tokens of `generate`, whatever the draft guesses, for
+fewer steps of the model.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,13 @@ from smollm2.sampling import SamplingParams
 NEW, SEED = 60, 17
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9)
-PENALISED = SamplingParams(temperature=0.7, top_k=0, min_p=0.01, repetition_penalty=1.3, suppress_tokens=(5, 6))
+PENALISED = SamplingParams(
+    temperature=0.7, top_k=0, min_p=0.01, repetition_penalty=1.3, suppress_tokens=(5, 6)
+)
 GREEDY_PENALISED = SamplingParams(repetition_penalty=1.2)
-PARAMS = pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED, GREEDY_PENALISED], ids=["greedy", "sampled", "penalised", "both"])
+PARAMS = pytest.mark.parametrize(
+    "params", [GREEDY, SAMPLED, PENALISED, GREEDY_PENALISED], ids=["greedy", "sampled", "penalised", "both"]
+)
 RANDOM = torch.randint(512, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 PROMPTS = {"random": RANDOM, "repetitive": RANDOM[:7] * 6, "one token": RANDOM[:1]}
 
@@ -37,7 +43,9 @@ class Recorder(Engine):
 
 
 class Scripted:
-    """A draft that guesses by a function of the text and the limit: any guess at all must leave the text as it is."""
+    """A draft that guesses by a function of the text and the limit: any guess at all must leave the text as
+    it is.
+    """
 
     tokens = 6
 
@@ -60,7 +68,9 @@ class Scripted:
 
 def random_model(seed: int, backend: str = "torch", **overrides) -> SmolLM2ForCausalLM:
     torch.manual_seed(seed)
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", **{"initializer_range": 0.3, **overrides}), backend=backend).eval()
+    return SmolLM2ForCausalLM(
+        SmolLM2Config.preset("tiny", **{"initializer_range": 0.3, **overrides}), backend=backend
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +87,9 @@ def looping() -> SmolLM2ForCausalLM:
 def plain(model, prompt, params=GREEDY, new=NEW, ends=()) -> list[int]:
     """The new tokens by `generate`."""
     out = generate(
-        model, torch.tensor([prompt]), max_new_tokens=new, eos_token_id=list(ends), seed=SEED, temperature=params.temperature,
-        top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, repetition_penalty=params.repetition_penalty,
-        suppress_tokens=params.suppress_tokens,
+        model, torch.tensor([prompt]), max_new_tokens=new, eos_token_id=list(ends), seed=SEED,
+        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty, suppress_tokens=params.suppress_tokens,
     )  # fmt: skip
     return out[0, len(prompt) :].tolist()
 
@@ -88,7 +98,14 @@ def runs(model, prompt, draft: Draft, params=GREEDY, new=NEW, ends=(), **options
     """The new tokens by `speculative_steps`, step by step."""
     return list(
         speculative_steps(
-            model, torch.tensor([prompt]), draft=draft, max_new_tokens=new, params=params, seed=SEED, eos_token_ids=ends, **options
+            model,
+            torch.tensor([prompt]),
+            draft=draft,
+            max_new_tokens=new,
+            params=params,
+            seed=SEED,
+            eos_token_ids=ends,
+            **options,
         )
     )
 
@@ -108,7 +125,10 @@ def test_prompt_lookup_gives_the_tokens_of_generate(model, prompt, lookup, param
 def test_a_text_that_goes_in_circles_is_guessed(looping, params):
     stats, engine = Stats(), Recorder(looping)
     expected = plain(looping, PROMPTS["repetitive"], params)
-    assert flat(runs(looping, PROMPTS["repetitive"], PromptLookup(), params, engine=engine, stats=stats)) == expected
+    assert (
+        flat(runs(looping, PROMPTS["repetitive"], PromptLookup(), params, engine=engine, stats=stats))
+        == expected
+    )
     assert stats.tokens == NEW - 1 and stats.steps == len(engine.rows)
     if params is GREEDY:
         assert len(set(expected[-20:])) < 10, "the model was to fall into a circle"
@@ -120,7 +140,9 @@ def test_a_text_that_goes_in_circles_is_guessed(looping, params):
 def test_the_model_as_its_own_draft_is_always_right(model, params, tokens):
     stats, engine = Stats(), Recorder(model)
     draft = DraftModel(Engine(model), tokens)
-    assert flat(runs(model, RANDOM, draft, params, engine=engine, stats=stats)) == plain(model, RANDOM, params)
+    assert flat(runs(model, RANDOM, draft, params, engine=engine, stats=stats)) == plain(
+        model, RANDOM, params
+    )
     assert stats.acceptance == 1.0 and stats.accepted == stats.proposed == stats.tokens - stats.steps
     assert stats.steps == len(engine.rows) == -(-(NEW - 1) // (tokens + 1))
     assert max(engine.rows) <= MAX_ROWS
@@ -131,7 +153,9 @@ def test_the_model_as_its_own_draft_is_always_right(model, params, tokens):
 def test_another_model_as_the_draft(model, prompt, params):
     other = random_model(1, hidden_size=32, num_attention_heads=1, num_hidden_layers=1)
     stats = Stats()
-    assert flat(runs(model, prompt, DraftModel(Engine(other), 5), params, stats=stats)) == plain(model, prompt, params)
+    assert flat(runs(model, prompt, DraftModel(Engine(other), 5), params, stats=stats)) == plain(
+        model, prompt, params
+    )
     assert stats.acceptance < 0.5 and stats.proposed > NEW
 
 
@@ -141,7 +165,9 @@ def test_a_draft_that_is_sometimes_right(model, params):
     other = random_model(0)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.mul_(1 + 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+            parameter.mul_(
+                1 + 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+            )
     stats = Stats()
     found = runs(model, RANDOM, DraftModel(Engine(other), 3), params, new=120, stats=stats)
     assert flat(found) == plain(model, RANDOM, params, new=120)
@@ -224,13 +250,17 @@ def test_a_draft_serves_text_after_text(model):
     stats, draft = Stats(), DraftModel(Engine(model), 4)
     for prompt in (RANDOM, RANDOM[:5], PROMPTS["repetitive"]):
         before = stats.tokens
-        assert flat(runs(model, prompt, draft, SAMPLED, new=11, stats=stats)) == plain(model, prompt, SAMPLED, new=11)
+        assert flat(runs(model, prompt, draft, SAMPLED, new=11, stats=stats)) == plain(
+            model, prompt, SAMPLED, new=11
+        )
         assert stats.tokens == before + 10
 
 
 def test_an_abandoned_text_has_counted_what_it_gave(model):
     stats = Stats()
-    steps = speculative_steps(model, torch.tensor([RANDOM]), draft=DraftModel(Engine(model), 3), eos_token_ids=(), stats=stats)
+    steps = speculative_steps(
+        model, torch.tensor([RANDOM]), draft=DraftModel(Engine(model), 3), eos_token_ids=(), stats=stats
+    )
     assert [len(next(steps)) for _ in range(3)] == [1, 4, 4]
     assert (stats.steps, stats.tokens, stats.proposed, stats.accepted) == (2, 8, 6, 6)
 

@@ -10,7 +10,14 @@ import torch
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.engine.select import CompiledEngine, Engine
 from smollm2.errors import UsageError
-from smollm2.generation.speculative import MAX_ROWS, SURE_NGRAM, DraftModel, PromptLookup, Stats, speculative_steps
+from smollm2.generation.speculative import (
+    MAX_ROWS,
+    SURE_NGRAM,
+    DraftModel,
+    PromptLookup,
+    Stats,
+    speculative_steps,
+)
 from smollm2.sampling import SamplingParams
 
 
@@ -27,7 +34,9 @@ def guess(lookup: PromptLookup, text: list[int], limit: int) -> list[int]:
 
 
 def by_scanning(text: list[int], limit: int, ngram: int, shortest: int) -> list[int]:
-    """The definition: the longest suffix that occurred before, its newest occurrence, what followed it, on and on."""
+    """The definition: the longest suffix that occurred before, its newest occurrence, what followed it, on
+    and on.
+    """
     for size in range(min(ngram, len(text) - 1), shortest - 1, -1):
         for start in range(len(text) - size - 1, -1, -1):
             if text[start : start + size] == text[-size:]:
@@ -40,11 +49,15 @@ def by_scanning(text: list[int], limit: int, ngram: int, shortest: int) -> list[
 
 def test_examples():
     assert guess(PromptLookup(), [1, 2, 3, 4, 5, 1, 2, 3], 2) == [4, 5]
-    assert guess(PromptLookup(), [1, 2, 9, 3, 2, 7, 1, 2], 3) == [9, 3, 2], "the longer match before the newer one"
+    assert guess(PromptLookup(), [1, 2, 9, 3, 2, 7, 1, 2], 3) == [9, 3, 2], (
+        "the longer match before the newer one"
+    )
     assert guess(PromptLookup(), [2, 8, 2, 9, 2], 1) == [9], "the newest of two"
     assert guess(PromptLookup(), [1, 2, 1, 2], 5) == [1, 2, 1, 2, 1], "a circle goes on"
     assert guess(PromptLookup(), [7, 7], 3) == [7, 7, 7]
-    assert guess(PromptLookup(), [1, 2, 3], 4) == guess(PromptLookup(), [1], 4) == [], "nothing occurred before"
+    assert guess(PromptLookup(), [1, 2, 3], 4) == guess(PromptLookup(), [1], 4) == [], (
+        "nothing occurred before"
+    )
     assert guess(PromptLookup(ngram=3, shortest=3), [1, 2, 3, 9, 2, 3], 4) == [], "two tokens are too few"
 
 
@@ -93,13 +106,25 @@ def test_stats_of_nothing():
 @pytest.mark.parametrize(
     "ids, options, message",
     [
-        (torch.ones(2, 3, dtype=torch.int64), {}, "expected integer ids of one prompt, shape \\[1, T\\], got torch.int64 \\[2, 3\\]"),
+        (
+            torch.ones(2, 3, dtype=torch.int64),
+            {},
+            "expected integer ids of one prompt, shape \\[1, T\\], got torch.int64 \\[2, 3\\]",
+        ),
         (torch.ones(3, dtype=torch.int64), {}, "shape \\[1, T\\], got torch.int64 \\[3\\]"),
         (torch.ones(1, 3), {}, "got torch.float32"),
         (torch.ones(1, 0, dtype=torch.int64), {}, "prompt: expected at least one token"),
         (torch.tensor([[512]]), {}, "prompt: expected ids in \\[0, 512\\), got 512"),
-        (torch.ones(1, 500, dtype=torch.int64), {"max_new_tokens": 13}, "prompt: expected at most 512 tokens.*got 500 \\+ 13"),
-        (torch.ones(1, 3, dtype=torch.int64), {"max_new_tokens": -1}, "max_new_tokens: expected a number >= 0, got -1"),
+        (
+            torch.ones(1, 500, dtype=torch.int64),
+            {"max_new_tokens": 13},
+            "prompt: expected at most 512 tokens.*got 500 \\+ 13",
+        ),
+        (
+            torch.ones(1, 3, dtype=torch.int64),
+            {"max_new_tokens": -1},
+            "max_new_tokens: expected a number >= 0, got -1",
+        ),
         (torch.ones(1, 3, dtype=torch.int64), {"params": SamplingParams(temperature=-1.0)}, "temperature"),
     ],
 )

@@ -15,7 +15,15 @@ CORPUS = [
     "In 1969, 600 million people watched; 12 walked there. ½ of π is 1.5708.",
     "naïve café — 東京 — Привет — 🦊🌍 don't we'll I'm",
 ] * 20
-TEXTS = [*CORPUS[:4], "", " ", "\n\n\t  x", "1234567890", "👩‍👩‍👧‍👦 e\u0301 \u0000\x04\uffff\U0010ffff", "a" * 2000]
+TEXTS = [
+    *CORPUS[:4],
+    "",
+    " ",
+    "\n\n\t  x",
+    "1234567890",
+    "👩‍👩‍👧‍👦 e\u0301 \u0000\x04\uffff\U0010ffff",
+    "a" * 2000,
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +55,19 @@ def test_digits_are_single_tokens_and_words_keep_their_space(tokenizer: Tokenize
 
 def test_special_tokens_of_a_trained_tokenizer(tokenizer: Tokenizer) -> None:
     assert tokenizer.special_ids == {0, 1, 2}
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.eot_token_id) == (0, 0, None, 0)
+    assert (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.eot_token_id,
+    ) == (0, 0, None, 0)
     assert tokenizer.vocab_size == len(tokenizer) == 400
-    assert tokenizer.encode("a<|im_start|>b<|endoftext|>") == [*tokenizer.encode("a"), 1, *tokenizer.encode("b"), 0]
+    assert tokenizer.encode("a<|im_start|>b<|endoftext|>") == [
+        *tokenizer.encode("a"),
+        1,
+        *tokenizer.encode("b"),
+        0,
+    ]
     assert tokenizer.token_bytes(2) == b"<|im_end|>"
     assert tokenizer.decode([0, *tokenizer.encode("dog"), 2], skip_special_tokens=True) == "dog"
     assert tokenizer.decode([0, *tokenizer.encode("dog"), 2]) == "<|endoftext|>dog<|im_end|>"
@@ -111,10 +129,14 @@ CHATML = """{% for message in messages %}
 def test_chat_template_is_rendered_as_transformers_does(tokenizer: Tokenizer) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     ours = Tokenizer(tokenizer._backend, tokenizer.special_tokens, CHATML)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend, bos_token="<|endoftext|>")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._backend, bos_token="<|endoftext|>"
+    )
     messages = [{"role": "user", "content": "Hi <b>&"}, {"role": "assistant", "content": "Hello"}]
     for prompt in (True, False):
-        expected = theirs.apply_chat_template(messages, chat_template=CHATML, tokenize=False, add_generation_prompt=prompt)
+        expected = theirs.apply_chat_template(
+            messages, chat_template=CHATML, tokenize=False, add_generation_prompt=prompt
+        )
         assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == expected
 
 
@@ -129,4 +151,6 @@ def test_chat_templates_that_fail_give_one_line(tokenizer: Tokenizer) -> None:
     }
     for template, message in failures.items():
         with pytest.raises(UsageError, match=message):
-            Tokenizer(tokenizer._backend, {}, template).apply_chat_template([{"role": "user", "content": "Hi"}])
+            Tokenizer(tokenizer._backend, {}, template).apply_chat_template(
+                [{"role": "user", "content": "Hi"}]
+            )

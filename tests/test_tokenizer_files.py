@@ -1,4 +1,6 @@
-"""Tokenizers from and to files: folders that transformers opens, GGUF files, and what is said about broken ones."""
+"""Tokenizers from and to files: folders that transformers opens, GGUF files, and what is said about broken
+ones.
+"""
 
 from __future__ import annotations
 
@@ -35,20 +37,30 @@ def folder(trained: Tokenizer, tmp_path: Path) -> Path:
 def assert_same_tokenizer(first: Tokenizer, second: Tokenizer) -> None:
     assert first.encode_batch(TEXTS) == second.encode_batch(TEXTS)
     assert first.encode_batch(TEXTS, special=False) == second.encode_batch(TEXTS, special=False)
-    assert (first.special_tokens, first.special_ids, first.vocab_size) == (second.special_tokens, second.special_ids, second.vocab_size)
+    assert (first.special_tokens, first.special_ids, first.vocab_size) == (
+        second.special_tokens,
+        second.special_ids,
+        second.vocab_size,
+    )
     assert first.chat_template == second.chat_template
     assert first.fingerprint() == second.fingerprint()
 
 
 def test_save_and_load_give_the_same_tokenizer(trained: Tokenizer, folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert_same_tokenizer(trained, load_tokenizer(folder))
 
 
 @pytest.mark.parametrize("auto", [True, False])
 def test_transformers_opens_the_folder_and_agrees(trained: Tokenizer, folder: Path, auto: bool) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
-    theirs = (transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast).from_pretrained(folder)
+    theirs = (transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast).from_pretrained(
+        folder
+    )
     assert theirs(TEXTS)["input_ids"] == trained.encode_batch(TEXTS)
     for ids in trained.encode_batch(TEXTS):
         assert theirs.decode(ids) == trained.decode(ids)
@@ -68,11 +80,22 @@ def test_what_transformers_saves_we_load(trained: Tokenizer, folder: Path, tmp_p
 
 
 def test_special_tokens_are_read_in_every_spelling(folder: Path) -> None:
-    config = {"bos_token": {"content": "<|im_start|>", "lstrip": False}, "eos_token": None, "unk_token": "<|endoftext|>"}
+    config = {
+        "bos_token": {"content": "<|im_start|>", "lstrip": False},
+        "eos_token": None,
+        "unk_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>", "bos_token": "ignored: the configuration comes first"}')
+    (folder / "special_tokens_map.json").write_text(
+        '{"eos_token": "<|im_end|>", "bos_token": "ignored: the configuration comes first"}'
+    )
     loaded = load_tokenizer(folder)
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.eot_token_id) == (1, 2, None, 0)
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.eot_token_id) == (
+        1,
+        2,
+        None,
+        0,
+    )
     (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").unlink()
     assert load_tokenizer(folder).special_tokens == {}
@@ -80,7 +103,11 @@ def test_special_tokens_are_read_in_every_spelling(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("entry", "expected"),
-    [("one", "one"), ([{"name": "default", "template": "two"}, {"name": "tools", "template": "x"}], "two"), (None, None)],
+    [
+        ("one", "one"),
+        ([{"name": "default", "template": "two"}, {"name": "tools", "template": "x"}], "two"),
+        (None, None),
+    ],
 )
 def test_chat_template_in_every_spelling(folder: Path, entry: Any, expected: str | None) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
@@ -92,7 +119,13 @@ def test_chat_template_in_every_spelling(folder: Path, entry: Any, expected: str
 def test_limits_of_a_trainer_are_not_inherited(trained: Tokenizer, folder: Path) -> None:
     data = json.loads((folder / "tokenizer.json").read_text())
     data["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    data["padding"] = {"strategy": "BatchLongest", "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    data["padding"] = {
+        "strategy": "BatchLongest",
+        "direction": "Right",
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert load_tokenizer(folder).encode_batch(TEXTS) == trained.encode_batch(TEXTS)
 
@@ -126,7 +159,9 @@ def tokenizer_metadata(tokenizer: Tokenizer, pre: str = "smollm") -> dict[str, A
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.merges": [" ".join(merge) for merge in data["model"]["merges"]],
-        "tokenizer.ggml.token_type": [3 if index in tokenizer.special_ids else 1 for index in range(len(tokens))],
+        "tokenizer.ggml.token_type": [
+            3 if index in tokenizer.special_ids else 1 for index in range(len(tokens))
+        ],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.ggml.unknown_token_id": 0,
@@ -168,7 +203,9 @@ def test_gpt2s_pre_tokenizer_keeps_digits_together(trained: Tokenizer, write_ggu
     assert load_tokenizer(write_gguf(metadata)).encode("12") == [350]
 
 
-def test_user_defined_tokens_are_found_in_text_but_are_not_special(trained: Tokenizer, write_gguf: Any) -> None:
+def test_user_defined_tokens_are_found_in_text_but_are_not_special(
+    trained: Tokenizer, write_gguf: Any
+) -> None:
     metadata = tokenizer_metadata(trained)
     metadata["tokenizer.ggml.tokens"] += ["<fact>"]
     metadata["tokenizer.ggml.token_type"] += [4]
@@ -180,7 +217,10 @@ def test_user_defined_tokens_are_found_in_text_but_are_not_special(trained: Toke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2, got llama/smollm"),
+        (
+            {"tokenizer.ggml.model": "llama"},
+            "expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2, got llama/smollm",
+        ),
         ({"tokenizer.ggml.pre": "qwen2"}, "got gpt2/qwen2"),
         ({"tokenizer.ggml.merges": ["zz qq"]}, "the merges of the tokenizer do not fit its tokens"),
         ({"tokenizer.ggml.tokens": ["a"] * 350}, "349 tokens of the tokenizer occur twice"),

@@ -1,7 +1,9 @@
-"""Every call of torch and Triton names arguments that exist: in the versions here, and in torch 2.11, which a GPU machine may have.
+"""Every call of torch and Triton names arguments that exist: in the versions here, and in torch 2.11, which a
+GPU machine may have.
 
-What only a GPU reaches (graphs, streams, events, `addmm(out_dtype=)`, sharding) runs in no other test, and a misspelt argument would be
-found there first. The calls are read from the source, so that a new one is looked at without a word here.
+What only a GPU reaches (graphs, streams, events, `addmm(out_dtype=)`, sharding) runs in no other test, and a
+misspelt argument would be found there first. The calls are read from the source, so that a new one is looked
+at without a word here.
 """
 
 from __future__ import annotations
@@ -25,14 +27,19 @@ from bench.ops import FlexAttention
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
-# Parameters that torch 2.11 does not have. Of everything else that is called here they are those of 2.13, and Triton's those of 3.6.
+# Parameters that torch 2.11 does not have. Of everything else that is called here they are those of 2.13, and
+# Triton's those of 3.6.
 LATER = {
     "torch.compile": ("name", "recompile_limit", "isolate_recompiles", "shapes_spec"),
     "torch.cuda.graph": ("enable_annotations", "check_input_liveness"),
     "torch.distributed.barrier": ("timeout",),
     "torch.distributed.fsdp.fully_shard": ("dp_mesh_dims",),
     "torch.distributed.new_group": ("sort_ranks",),
-    "torch.nn.attention.flex_attention.create_block_mask": ("separate_full_blocks", "compute_dq_write_order", "dq_kv_order"),
+    "torch.nn.attention.flex_attention.create_block_mask": (
+        "separate_full_blocks",
+        "compute_dq_write_order",
+        "dq_kv_order",
+    ),
     "torch.nn.attention.varlen.varlen_attn": ("enable_gqa", "seqused_k", "block_table", "num_splits"),
     "torch.nn.parallel.DistributedDataParallel": ("batched_grad_copy", "forward_sync_buffers"),
 }
@@ -41,7 +48,8 @@ ABSENT = """torch.accelerator.Graph torch.accelerator.empty_host_cache torch.com
 torch.cuda.caching_allocator_disabled torch.cuda.CUDAGraph.get_graph_data torch.nn.attention.varlen.varlen_attn_out
 torch.nn.functional.linear_cross_entropy torch.optim.swap_in_optimizer_params_and_state torch._dynamo.override_cudagraphs
 torch.distributed.fsdp.DataParallelMeshDims""".split()
-# Methods of objects that only a GPU or several processes make. No other object here has a method of that name.
+# Methods of objects that only a GPU or several processes make. No other object here has a method of that
+# name.
 METHODS = """torch.cuda.Stream.wait_stream torch.cuda.CUDAGraph.replay torch.cuda.Event.elapsed_time
 torch.distributed.tensor.DTensor.to_local torch.distributed.tensor.DTensor.full_tensor torch.distributed.fsdp.FSDPModule.reshard
 torch.distributed.fsdp.FSDPModule.set_requires_all_reduce torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor
@@ -50,7 +58,8 @@ torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms""".split()
 BUILT_IN = """torch.Generator torch.as_tensor torch.device torch.finfo torch.from_numpy torch.get_num_threads torch.is_autocast_enabled
 torch.is_grad_enabled torch.is_inference_mode_enabled torch.set_num_threads torch.tensor triton.cdiv triton.next_power_of_2
 torch._C._aoti.AOTIModelPackageLoader torch._C._storage_Use_Count""".split()
-# Operators and Triton's language are looked up by whoever runs or compiles them. There is no active driver without a GPU.
+# Operators and Triton's language are looked up by whoever runs or compiles them. There is no active driver
+# without a GPU.
 ELSEWHERE = (
     "torch.ops.", "torch.__version__", "torch.utils.tensorboard", "triton.language", "triton.__version__",
     "triton.runtime.driver.driver.active",
@@ -80,11 +89,18 @@ def dotted(node: ast.AST, names: dict[str, str]) -> str:
 def read() -> tuple[list[Call], dict[str, str]]:
     """All calls of torch and Triton in the four packages, and all their names -> where one of them stands."""
     calls, places = [], {}
-    for path in sorted(path for package in ("kernels", "smollm2", "train", "bench") for path in (ROOT / package).rglob("*.py")):
+    for path in sorted(
+        path
+        for package in ("kernels", "smollm2", "train", "bench")
+        for path in (ROOT / package).rglob("*.py")
+    ):
         tree, names = ast.parse(path.read_text(encoding="utf-8")), dict[str, str]()
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                names |= {one.asname or one.name.split(".")[0]: one.name if one.asname else one.name.split(".")[0] for one in node.names}
+                names |= {
+                    one.asname or one.name.split(".")[0]: one.name if one.asname else one.name.split(".")[0]
+                    for one in node.names
+                }
             elif isinstance(node, ast.ImportFrom):
                 names |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
         names = {name: full for name, full in names.items() if full.split(".")[0] in ("torch", "triton")}
@@ -95,16 +111,24 @@ def read() -> tuple[list[Call], dict[str, str]]:
             if not isinstance(node, ast.Call):
                 continue
             name = dotted(node.func, names)
-            method = [one for one in METHODS if not name and isinstance(node.func, ast.Attribute) and one.endswith(f".{node.func.attr}")]
+            method = [
+                one
+                for one in METHODS
+                if not name and isinstance(node.func, ast.Attribute) and one.endswith(f".{node.func.attr}")
+            ]
             plain = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
             words = tuple(keyword.arg for keyword in node.keywords if keyword.arg)
             more = len(plain) + len(words) < len(node.args) + len(node.keywords)
-            calls += [Call(place, one, len(plain) + len(method), words, more) for one in method or [name] if one]
+            calls += [
+                Call(place, one, len(plain) + len(method), words, more) for one in method or [name] if one
+            ]
     return calls, places
 
 
 def find(name: str) -> Any:
-    """What a dotted name stands for: the longest module of that name, and attributes of it. Raises AttributeError."""
+    """What a dotted name stands for: the longest module of that name, and attributes of it. Raises
+    AttributeError.
+    """
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         try:
@@ -118,12 +142,19 @@ def find(name: str) -> Any:
 
 
 def fits(schema: Any, call: Call) -> bool:
-    """Whether an overload of a built-in takes the call. Sizes may come one by one, and requires_grad is no part of a schema."""
+    """Whether an overload of a built-in takes the call. Sizes may come one by one, and requires_grad is no
+    part of a schema.
+    """
     by_place = [argument for argument in schema.arguments if not argument.kwarg_only]
     several = bool(by_place) and str(by_place[0].type) in ("List[int]", "List[SymInt]")
-    needed = {argument.name for argument in schema.arguments[call.positional :] if not argument.has_default_value()}
+    needed = {
+        argument.name for argument in schema.arguments[call.positional :] if not argument.has_default_value()
+    }
     enough = several or call.more or (call.positional <= len(by_place) and needed <= set(call.keywords))
-    return enough and set(call.keywords) <= {"requires_grad", *(argument.name for argument in schema.arguments)}
+    return enough and set(call.keywords) <= {
+        "requires_grad",
+        *(argument.name for argument in schema.arguments),
+    }
 
 
 def refusal(call: Call) -> str | None:
@@ -135,12 +166,22 @@ def refusal(call: Call) -> str | None:
             "aten::" + call.name.removeprefix("torch.").split("functional.")[-1].replace(".", "_")
         )
         taken = call.name in BUILT_IN or any(fits(schema, call) for schema in schemas)
-        return None if taken else f"{call.place}: {call.name}: no overload for {call.positional} arguments and {', '.join(call.keywords)}"
+        return (
+            None
+            if taken
+            else f"{call.place}: {call.name}: no overload for {call.positional} arguments and {', '.join(call.keywords)}"
+        )
     # What falls into a function's own ** is a misspelling.
-    named = [one for one in signature.parameters.values() if one.kind != one.VAR_KEYWORD and one.name not in LATER.get(call.name, ())]
+    named = [
+        one
+        for one in signature.parameters.values()
+        if one.kind != one.VAR_KEYWORD and one.name not in LATER.get(call.name, ())
+    ]
     bind = signature.replace(parameters=named)
     try:
-        (bind.bind_partial if call.more else bind.bind)(*[None] * call.positional, **dict.fromkeys(call.keywords))
+        (bind.bind_partial if call.more else bind.bind)(
+            *[None] * call.positional, **dict.fromkeys(call.keywords)
+        )
     except TypeError as failure:
         return f"{call.place}: {call.name}: {failure}"
     return None
@@ -154,17 +195,24 @@ def test_every_call_names_arguments_that_exist() -> None:
 
 
 @pytest.mark.parametrize("name, positional, keywords", [
-    ("torch.cuda.graph", 1, ("streem",)), ("torch.cuda.Stream", 0, ("prioritty",)), ("torch.optim.AdamW", 1, ("capturabel",)),
-    ("torch.addmm", 3, ("out_dtyp",)), ("torch.addmm", 2, ("out_dtype",)), ("torch.cuda.Stream.wait_stream", 3, ()),
-    ("torch.nn.attention.varlen.varlen_attn", 7, ("enable_gqa",)), ("torch.cuda.graph", 1, ("check_input_liveness",)),
+    ("torch.cuda.graph", 1, ("streem",)), ("torch.cuda.Stream", 0, ("prioritty",)),
+    ("torch.optim.AdamW", 1, ("capturabel",)), ("torch.addmm", 3, ("out_dtyp",)),
+    ("torch.addmm", 2, ("out_dtype",)), ("torch.cuda.Stream.wait_stream", 3, ()),
+    ("torch.nn.attention.varlen.varlen_attn", 7, ("enable_gqa",)),
+    ("torch.cuda.graph", 1, ("check_input_liveness",)),
 ])  # fmt: skip
-def test_a_call_that_one_version_does_not_take_is_refused(name: str, positional: int, keywords: tuple[str, ...]) -> None:
+def test_a_call_that_one_version_does_not_take_is_refused(
+    name: str, positional: int, keywords: tuple[str, ...]
+) -> None:
     assert refusal(Call("here", name, positional, keywords))
 
 
 def test_every_name_exists() -> None:
     places = read()[1]
-    assert {"triton.knobs.nvidia.dump_ptxas_log", "torch.nn.attention.SDPBackend.CUDNN_ATTENTION"} <= places.keys()
+    assert {
+        "triton.knobs.nvidia.dump_ptxas_log",
+        "torch.nn.attention.SDPBackend.CUDNN_ATTENTION",
+    } <= places.keys()
     for name, place in places.items():
         try:
             find(name)
@@ -176,7 +224,9 @@ def test_every_name_exists() -> None:
 @pytest.mark.skipif(VERSION == (2, 12), reason="between the two")
 def test_what_is_said_of_the_older_torch_is_true() -> None:
     for name, later in LATER.items():
-        assert ({*later} & inspect.signature(find(name)).parameters.keys()) == (set() if VERSION < (2, 12) else {*later}), name
+        assert ({*later} & inspect.signature(find(name)).parameters.keys()) == (
+            set() if VERSION < (2, 12) else {*later}
+        ), name
     there = [name for name in ABSENT if hasattr(find(name.rpartition(".")[0]), name.rpartition(".")[2])]
     assert there == ([] if VERSION < (2, 12) else ABSENT)
 
@@ -194,4 +244,6 @@ def test_flex_attention_is_called_with_arguments_that_exist() -> None:
         return bound.arguments["query"]
 
     q, k = torch.ones(1, 4, 3, 8), torch.ones(1, 4, 1, 8)
-    assert FlexAttention(lambda function: check, BACKEND="TRITON_DECODE")(q, k, k, causal=True).shape == q.shape
+    assert (
+        FlexAttention(lambda function: check, BACKEND="TRITON_DECODE")(q, k, k, causal=True).shape == q.shape
+    )

@@ -1,4 +1,6 @@
-"""Whether a step is captured in a CUDA graph: on one GPU unless something in the way is named, and never against the user's word."""
+"""Whether a step is captured in a CUDA graph: on one GPU unless something in the way is named, and never
+against the user's word.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def test_auto_names_what_is_in_the_way(changes: dict[str, Any], reason: str) -> 
 def test_auto_on_other_devices_and_with_several_processes() -> None:
     assert capture_choice(RunConfig(), CPU) == (False, "auto: the device is cpu")
     several = World(torch.device("cuda"), rank=0, size=2)
-    assert capture_choice(RunConfig(), several) == (False, "auto: there are 2 processes, which only cuda_graph=true captures")
+    assert capture_choice(RunConfig(), several) == (
+        False,
+        "auto: there are 2 processes, which only cuda_graph=true captures",
+    )
     assert capture_choice(RunConfig(cuda_graph="true"), several) == (True, "asked for")
 
 
@@ -67,8 +72,12 @@ def test_what_is_assigned_later_counts_once_it_is_checked() -> None:
 
 
 def test_a_checkpoint_from_when_it_was_a_boolean_is_not_a_change() -> None:
-    assert compare_for_resume({**asdict(RunConfig()), "cuda_graph": False}, RunConfig(cuda_graph="false")) == []
-    assert compare_for_resume({**asdict(RunConfig()), "cuda_graph": False}, RunConfig()) == ["cuda_graph: false -> auto"]
+    assert (
+        compare_for_resume({**asdict(RunConfig()), "cuda_graph": False}, RunConfig(cuda_graph="false")) == []
+    )
+    assert compare_for_resume({**asdict(RunConfig()), "cuda_graph": False}, RunConfig()) == [
+        "cuda_graph: false -> auto"
+    ]
 
 
 def test_another_word_is_refused() -> None:

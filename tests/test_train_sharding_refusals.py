@@ -24,12 +24,24 @@ CPU = torch.device("cpu")
     [
         (dict(sharding="some"), "sharding: expected one of none, full, hybrid, got 'some'"),
         (dict(sharding="full", compile=True), "compile: expected false with sharding=full, got true"),
-        (dict(sharding="hybrid", cuda_graph=True), "cuda_graph: expected false with sharding=hybrid, got true"),
+        (
+            dict(sharding="hybrid", cuda_graph=True),
+            "cuda_graph: expected false with sharding=hybrid, got true",
+        ),
         (dict(sharding="full", optimizer="muon"), "optimizer: expected adamw with sharding=full, got muon"),
-        (dict(sharding="full", shard_size=2), "shard_size: expected 0, or with sharding=hybrid a number of processes, got 2"),
-        (dict(sharding="hybrid", shard_size=-1), "shard_size: expected 0, or with sharding=hybrid a number of processes, got -1"),
+        (
+            dict(sharding="full", shard_size=2),
+            "shard_size: expected 0, or with sharding=hybrid a number of processes, got 2",
+        ),
+        (
+            dict(sharding="hybrid", shard_size=-1),
+            "shard_size: expected 0, or with sharding=hybrid a number of processes, got -1",
+        ),
         (dict(shard_size=2), "shard_size: only read with sharding=hybrid, got sharding=none"),
-        (dict(sharding="full"), "sharding: full needs several processes (torchrun --nproc-per-node N -m train.run ...), got one"),
+        (
+            dict(sharding="full"),
+            "sharding: full needs several processes (torchrun --nproc-per-node N -m train.run ...), got one",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -41,14 +53,17 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("shard_size", "got"), [(3, "got 3 (shard_size)"), (4, "got 4 (shard_size)"), (1, "got 1"), (0, "got 4 (shard_size=0")]
+    ("shard_size", "got"),
+    [(3, "got 3 (shard_size)"), (4, "got 4 (shard_size)"), (1, "got 1"), (0, "got 4 (shard_size=0")],
 )
 def test_groups_that_do_not_divide_the_processes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int, got: str
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     config = run_config(tmp_path, sharding="hybrid", shard_size=shard_size)
-    with pytest.raises(UsageError, match="expected a divisor of the 4 processes, at least 2 and below 4") as refused:
+    with pytest.raises(
+        UsageError, match="expected a divisor of the 4 processes, at least 2 and below 4"
+    ) as refused:
         sharding.check(config, World(CPU, size=4))
     assert got in str(refused.value)
 
@@ -69,7 +84,10 @@ def test_the_estimate_divides_what_is_sharded(tmp_path: Path) -> None:
     whole, shards = (estimate.memory_of(config, model, torch.device("cuda"), 4, parts) for parts in (1, 8))
     fixed = [memory.parameters + memory.gradients + memory.moments for memory in (whole, shards)]
     assert fixed[0] == 16 * model.num_parameters() and fixed[1] == pytest.approx(fixed[0] / 8, rel=1e-6)
-    embedding, layer = model.vocab_size * model.hidden_size, (model.num_parameters() - model.vocab_size * model.hidden_size) // 24
+    embedding, layer = (
+        model.vocab_size * model.hidden_size,
+        (model.num_parameters() - model.vocab_size * model.hidden_size) // 24,
+    )
     assert whole.gathered == 0
     assert (
         shards.gathered == 8 * embedding + (2 * 2 + 2 + 4) * layer

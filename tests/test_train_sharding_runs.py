@@ -1,6 +1,8 @@
-"""Sharded runs (FSDP2 on gloo): the curve of one process, resumes on any number of ranks, damage in a shard, hybrid equal to full.
+"""Sharded runs (FSDP2 on gloo): the curve of one process, resumes on any number of ranks, damage in a shard,
+hybrid equal to full.
 
-Each launch of torchrun is `several` runs one after the other in the same processes: the imports are most of the time.
+Each launch of torchrun is `several` runs one after the other in the same processes: the imports are most of
+the time.
 """
 
 from __future__ import annotations
@@ -40,10 +42,17 @@ def several(folder: Path, root: Path, ranks: int, *configs: RunConfig) -> str:
 
     program = folder / "several.py"
     program.write_text(SEVERAL, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        str(program),
+    ]
     done = subprocess.run(
-        [*command, json.dumps([arguments(config) for config in configs])], cwd=root, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        [*command, json.dumps([arguments(config) for config in configs])], cwd=root, capture_output=True,
+        text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -52,13 +61,18 @@ def several(folder: Path, root: Path, ranks: int, *configs: RunConfig) -> str:
 def assert_same_curve(one: RunConfig, other: RunConfig) -> None:
     assert [step for step, _, _ in curve(one)] == [step for step, _, _ in curve(other)] == [1, 2, 3, 4, 5, 6]
     for (_, loss, norm), (_, other_loss, other_norm) in zip(curve(one), curve(other), strict=True):
-        assert other_loss == pytest.approx(loss, rel=TOLERANCE) and other_norm == pytest.approx(norm, rel=10 * TOLERANCE)
+        assert other_loss == pytest.approx(loss, rel=TOLERANCE) and other_norm == pytest.approx(
+            norm, rel=10 * TOLERANCE
+        )
 
 
 def assert_same_checkpoint(one: RunConfig, other: RunConfig) -> None:
     """To the last bit, weights and moments."""
     ends = [checkpoint_folder(config, 6) for config in (one, other)]
-    for tensors in ([load_file(end / "model.safetensors") for end in ends], [read_moments(end) for end in ends]):
+    for tensors in (
+        [load_file(end / "model.safetensors") for end in ends],
+        [read_moments(end) for end in ends],
+    ):
         assert tensors[0].keys() == tensors[1].keys() and len(tensors[0]) > 0
         assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
@@ -73,7 +87,15 @@ def first_part(config: RunConfig, folder: Path, name: str, steps: int = 3) -> No
 
 @pytest.mark.slow
 def test_two_ranks_train_save_and_resume(tmp_path: Path, project_root: Path) -> None:
-    changes = dict(batch_size=2, grad_accumulation=2, checkpoint_every=3, eval_every=3, eval_batches=3, sample_every=5, sample_tokens=3)
+    changes = dict(
+        batch_size=2,
+        grad_accumulation=2,
+        checkpoint_every=3,
+        eval_every=3,
+        eval_batches=3,
+        sample_every=5,
+        sample_tokens=3,
+    )
     one = run_config(tmp_path, "one", **changes)
     train(one)
     full = run_config(tmp_path, "full", sharding="full", **changes)
@@ -86,14 +108,17 @@ def test_two_ranks_train_save_and_resume(tmp_path: Path, project_root: Path) -> 
     assert_same_curve(one, full)
     assert curve(full) == curve(recomputed), "recomputation changes nothing"
     for (_, loss, _), (_, other, _) in zip(curve(half_one), curve(half), strict=True):
-        assert other == pytest.approx(loss, rel=2e-2)  # bf16 has eight bits: the order of rows in a product already shows
+        # bf16 has eight bits: the order of rows in a product already shows
+        assert other == pytest.approx(loss, rel=2e-2)
 
     end = checkpoint_folder(full, 6)
     assert {path.name for path in (end / "shards").iterdir()} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     assert verify(end) > 1_000_000
     weights = load_file(end / "model.safetensors")
     model = SmolLM2ForCausalLM.from_pretrained(end, backend="torch")
-    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items() if name in weights)
+    assert all(
+        torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items() if name in weights
+    )
 
     # 2 -> 2 to the last bit, with a damaged newest checkpoint; 2 -> DDP, 1 -> 2; and 2 -> 1 below.
     for name in ("same", "ddp", "alone"):
@@ -110,7 +135,11 @@ def test_two_ranks_train_save_and_resume(tmp_path: Path, project_root: Path) -> 
     ddp = run_config(tmp_path, "ddp", resume="auto", **changes)
     spread = run_config(tmp_path, "spread", sharding="full", resume="auto", **changes)
     out = several(tmp_path, project_root, 2, same, ddp, spread)
-    assert "skipped a damaged checkpoint" in out and "__1_0.distcp" in out and out.count("resumed at step 3") == 3
+    assert (
+        "skipped a damaged checkpoint" in out
+        and "__1_0.distcp" in out
+        and out.count("resumed at step 3") == 3
+    )
     assert curve(same) == curve(full)
     assert_same_checkpoint(same, full)
     assert_same_curve(one, ddp)

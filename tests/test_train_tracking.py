@@ -1,4 +1,6 @@
-"""Trackers beside metrics.jsonl: the same figures, one run however often it is resumed, no network, and no training that stops for them."""
+"""Trackers beside metrics.jsonl: the same figures, one run however often it is resumed, no network, and no
+training that stops for them.
+"""
 
 from __future__ import annotations
 
@@ -75,13 +77,22 @@ def numbers(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     """The lines of metrics.jsonl as (step, what is a number in them)."""
     lines = [dict(line) for line in read_metrics(folder)]
     found = [
-        (line.pop("step"), {name: value for name, value in line.items() if isinstance(value, (int, float)) and not isinstance(value, bool)})
+        (
+            line.pop("step"),
+            {
+                name: value
+                for name, value in line.items()
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+            },
+        )
         for line in lines
     ]
     return [(step, values) for step, values in found if values]
 
 
-def test_trackio_gets_the_figures_and_a_resumed_run_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_gets_the_figures_and_a_resumed_run_continues_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = FakeTrackio()
     monkeypatch.setitem(sys.modules, "trackio", fake)
     monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/space")
@@ -89,20 +100,26 @@ def test_trackio_gets_the_figures_and_a_resumed_run_continues_its_run(tmp_path: 
     train(config)
     folder = Path(config.output_dir)
     assert fake.logged == numbers(folder) and fake.finished == 1
-    assert {"loss", "lr", "gradient_norm", "tokens"} <= fake.logged[0][1].keys() and "held_out_loss" in fake.logged[-1][1]
+    assert {"loss", "lr", "gradient_norm", "tokens"} <= fake.logged[0][
+        1
+    ].keys() and "held_out_loss" in fake.logged[-1][1]
     config.steps, config.resume = 4, "auto"
     train(config)
     first, second = fake.begun
     assert first["name"] == second["name"] == (folder / "tracker.txt").read_text(encoding="utf-8").strip()
     assert (first["project"], first["resume"], first["config"]["steps"]) == ("mine", "allow", 2)
     assert [step for step, values in fake.logged if "loss" in values] == [1, 2, 3, 4]
-    assert fake.space == [None, None] and os.environ["TRACKIO_SPACE_ID"] == "somebody/space", "nothing leaves the machine unasked"
+    assert fake.space == [None, None] and os.environ["TRACKIO_SPACE_ID"] == "somebody/space", (
+        "nothing leaves the machine unasked"
+    )
     other = run_config(tmp_path, "other", tracker="trackio", tracker_online=True, steps=1)
     train(other)
     assert fake.space[-1] == "somebody/space" and fake.begun[-1]["name"] != first["name"]
 
 
-def test_wandb_gets_the_figures_offline_and_by_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_the_figures_offline_and_by_their_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -111,7 +128,12 @@ def test_wandb_gets_the_figures_offline_and_by_their_step(tmp_path: Path, monkey
     config.steps, config.resume, config.tracker_online = 3, "auto", True
     train(config)
     first, second = fake.begun
-    assert first["id"] == second["id"] and first["resume"] == "allow" and first["name"] == "run" and first["dir"] == config.output_dir
+    assert (
+        first["id"] == second["id"]
+        and first["resume"] == "allow"
+        and first["name"] == "run"
+        and first["dir"] == config.output_dir
+    )
     assert (first["mode"], second["mode"]) == ("offline", None)
     assert fake.defined[0] == ("*", "step") and fake.finished == 2
     assert [(line.pop("step"), line) for line in map(dict, fake.logged)] == numbers(Path(config.output_dir))
@@ -123,7 +145,11 @@ def test_wandb_gets_the_figures_offline_and_by_their_step(tmp_path: Path, monkey
 
 @pytest.mark.parametrize(("broken", "kept"), [("init", 0), ("log", 0), ("finish", 2)])
 def test_a_tracker_that_fails_is_told_once_and_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str, kept: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: str,
+    kept: int,
 ) -> None:
     fake = FakeTrackio(broken)
     monkeypatch.setitem(sys.modules, "trackio", fake)
@@ -137,8 +163,13 @@ def test_a_tracker_that_fails_is_told_once_and_training_goes_on(
     assert [line["step"] for line in read_metrics(Path(config.output_dir)) if "loss" in line] == [1, 2]
 
 
-@pytest.mark.parametrize("keys", [dict(tensorboard=True), dict(tracker="tensorboard"), dict(tensorboard=True, tracker="tensorboard")])
-def test_tensorboard_by_either_key_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "keys",
+    [dict(tensorboard=True), dict(tracker="tensorboard"), dict(tensorboard=True, tracker="tensorboard")],
+)
+def test_tensorboard_by_either_key_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
+) -> None:
     written: list[tuple[str, str, float, int]] = []
 
     class Writer:
@@ -155,15 +186,23 @@ def test_tensorboard_by_either_key_once(tmp_path: Path, monkeypatch: pytest.Monk
     config = run_config(tmp_path, steps=2, **keys)
     train(config)
     folder = Path(config.output_dir)
-    expected = [(str(folder / "tensorboard"), name, value, step) for step, values in numbers(folder) for name, value in values.items()]
+    expected = [
+        (str(folder / "tensorboard"), name, value, step)
+        for step, values in numbers(folder)
+        for name, value in values.items()
+    ]
     assert written == expected and len(written) > 10
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
-def test_a_missing_package_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_missing_package_is_reported_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     config = run_config(tmp_path, tracker=name)
-    with pytest.raises(UsageError, match=f"tracker={name} needs the package {name}; install it with: pip install {name}"):
+    with pytest.raises(
+        UsageError, match=f"tracker={name} needs the package {name}; install it with: pip install {name}"
+    ):
         train(config)
     assert not Path(config.output_dir).exists()
 
@@ -171,9 +210,13 @@ def test_a_missing_package_is_reported_before_anything_is_written(tmp_path: Path
 def test_no_tracker_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     original = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", lambda name, *rest: asked.append(name) or original(name, *rest))
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, *rest: asked.append(name) or original(name, *rest)
+    )
     config = run_config(tmp_path, steps=1)
     train(config)
     assert not {"trackio", "wandb"} & set(asked) and not (Path(config.output_dir) / "tracker.txt").exists()
-    with pytest.raises(UsageError, match="tracker: expected one of none, tensorboard, trackio, wandb, got 'mlflow'"):
+    with pytest.raises(
+        UsageError, match="tracker: expected one of none, tensorboard, trackio, wandb, got 'mlflow'"
+    ):
         run_config(tmp_path, tracker="mlflow").validate()

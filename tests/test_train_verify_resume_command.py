@@ -22,28 +22,59 @@ KEYS = [f"{name}={value}" for name, value in TINY.items() if name != "steps"]
     "keys",
     [
         ["dtype=fp32", "eval_every=3", "sample_every=2", "sample_tokens=3", "workers=1"],
-        ["dtype=bf16", "grad_accumulation=2", "attention_dropout=0.1", "spike_zscore=4", "background_save=false"],
+        [
+            "dtype=bf16",
+            "grad_accumulation=2",
+            "attention_dropout=0.1",
+            "spike_zscore=4",
+            "background_save=false",
+        ],
         ["dtype=fp32", "batch_size=4", "attention_dropout=0.1", "--ranks", "2"],
         ["dtype=bf16", "batch_size=4", "grad_accumulation=2", "workers=1", "--ranks", "2"],
     ],
     ids=["fp32-samples-workers", "bf16-accumulation-dropout", "two-ranks-fp32", "two-ranks-bf16-workers"],
 )
-def test_a_killed_run_is_the_run_that_was_not_killed(tmp_path: Path, project_root: Path, keys: list[str]) -> None:
-    command = [sys.executable, "-m", "train.verify_resume", *KEYS, f"paths={write_corpus(tmp_path / 'numbers.jsonl')}", *keys]
+def test_a_killed_run_is_the_run_that_was_not_killed(
+    tmp_path: Path, project_root: Path, keys: list[str]
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "train.verify_resume",
+        *KEYS,
+        f"paths={write_corpus(tmp_path / 'numbers.jsonl')}",
+        *keys,
+    ]
     done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "verdict: bit-identical"
     assert lines[1] == "killed in step 6; newest checkpoint step-000004"
     assert lines[2] == "resumed, killed while writing the next checkpoint; newest checkpoint step-000004"
-    assert lines[3].startswith("resumed, killed in the last step; newest checkpoint step-00000") and lines[4].startswith("resumed")
-    assert any(line.split()[:2] == ["loss", "equal"] for line in lines) and any("batches of rank 0" in line for line in lines)
+    assert lines[3].startswith("resumed, killed in the last step; newest checkpoint step-00000") and lines[
+        4
+    ].startswith("resumed")
+    assert any(line.split()[:2] == ["loss", "equal"] for line in lines) and any(
+        "batches of rank 0" in line for line in lines
+    )
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments(tmp_path: Path, project_root: Path) -> None:
     corpus = write_corpus(tmp_path / "numbers.jsonl")
-    command = [sys.executable, "-m", "train.verify_resume", *KEYS, f"paths={corpus}", "--steps", "10", "--more", "150", "--kills", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "train.verify_resume",
+        *KEYS,
+        f"paths={corpus}",
+        "--steps",
+        "10",
+        "--more",
+        "150",
+        "--kills",
+        "3",
+    ]
     done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "verdict: bit-identical"
@@ -77,7 +108,11 @@ def test_a_resume_that_loses_something_is_found_out(
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "verdict: NOT identical"
     rows = {line.strip().split("  ")[0]: line for line in out.splitlines() if line.startswith("  ")}
-    assert "DIFFERENT" in rows["weights"] and "DIFFERENT" in rows["loss"] and "DIFFERENT" not in rows["batches of rank 0"]
+    assert (
+        "DIFFERENT" in rows["weights"]
+        and "DIFFERENT" in rows["loss"]
+        and "DIFFERENT" not in rows["batches of rank 0"]
+    )
 
 
 @pytest.mark.parametrize(

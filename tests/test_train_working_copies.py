@@ -1,4 +1,6 @@
-"""A training step that reads working copies of the weights takes the numbers of one that casts them, and never reads an outdated one."""
+"""A training step that reads working copies of the weights takes the numbers of one that casts them, and
+never reads an outdated one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from train.config import RunConfig
 from train.optim import FusedAdamW, working_copies
 from train.run import train
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs on the CPU; on a GPU test_train_cuda_graph.py trains with copies")
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="runs on the CPU; on a GPU test_train_cuda_graph.py trains with copies"
+)
 
 
 def build(backend: str = "torch") -> SmolLM2ForCausalLM:
@@ -48,7 +52,10 @@ def with_copies() -> tuple[SmolLM2ForCausalLM, WorkingCopies]:
 @interpreted
 def test_the_same_bits_as_casting() -> None:
     model, _ = with_copies()
-    assert all(torch.equal(ours, expected) for ours, expected in zip(gradients(model), gradients(build()), strict=True))
+    assert all(
+        torch.equal(ours, expected)
+        for ours, expected in zip(gradients(model), gradients(build()), strict=True)
+    )
 
 
 @interpreted
@@ -71,16 +78,24 @@ def test_every_copy_is_read_while_it_is_current() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("changes", [dict(dtype="fp32"), dict(compile=True), dict(sharding="full"), dict(backend="torch")])
+@pytest.mark.parametrize(
+    "changes", [dict(dtype="fp32"), dict(compile=True), dict(sharding="full"), dict(backend="torch")]
+)
 def test_none_where_they_would_not_be_read(changes: dict[str, Any]) -> None:
     changes = {"dtype": "bf16", "backend": "triton", **changes}
     assert working_copies(build(changes["backend"]), RunConfig(**changes), torch.device("cpu")) is None
 
 
 @interpreted
-def test_a_run_trains_with_them_and_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the kernels' AdamW, in the interpreter: one run, and one that is interrupted; and torch's goes on where it stopped."""
-    changes: dict[str, Any] = dict(dtype="bf16", backend="triton", device="cpu", checkpoint_every=1, sequence_length=16, batch_size=1)
+def test_a_run_trains_with_them_and_resumes_exactly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the kernels' AdamW, in the interpreter: one run, and one that is interrupted; and torch's goes on
+    where it stopped.
+    """
+    changes: dict[str, Any] = dict(
+        dtype="bf16", backend="triton", device="cpu", checkpoint_every=1, sequence_length=16, batch_size=1
+    )
     whole = run_config(tmp_path, "whole", steps=2, **changes)
     train(whole)
     assert "AdamW of the Triton backend" in capsys.readouterr().out
@@ -116,7 +131,9 @@ def test_a_model_in_another_dtype_than_its_copies_casts() -> None:
     """Sampling in the middle of a training run: the engine's prefill is in the dtype of the parameters."""
     model, _ = with_copies()
     ids = torch.arange(9)[None]
-    assert torch.equal(generate(model.eval(), ids, max_new_tokens=3), generate(build().eval(), ids, max_new_tokens=3))
+    assert torch.equal(
+        generate(model.eval(), ids, max_new_tokens=3), generate(build().eval(), ids, max_new_tokens=3)
+    )
     model.compute_dtype = torch.float16
     gradients(model.train())
 
@@ -124,8 +141,8 @@ def test_a_model_in_another_dtype_than_its_copies_casts() -> None:
 @interpreted
 def test_a_run_samples_while_it_trains(tmp_path: Path) -> None:
     run = run_config(
-        tmp_path, steps=1, dtype="bf16", backend="triton", sequence_length=16, batch_size=1, sample_every=1, sample_tokens=2, eval_every=1,
-        eval_batches=1, validation_fraction=0.3,
+        tmp_path, steps=1, dtype="bf16", backend="triton", sequence_length=16, batch_size=1, sample_every=1,
+        sample_tokens=2, eval_every=1, eval_batches=1, validation_fraction=0.3,
     )  # fmt: skip
     train(run)
     assert curve(run)

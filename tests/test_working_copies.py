@@ -1,4 +1,6 @@
-"""Working copies: what they are, and that every kind of write from outside makes them outdated until the next refresh."""
+"""Working copies: what they are, and that every kind of write from outside makes them outdated until the next
+refresh.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
 def small_model(pack: bool = False) -> SmolLM2ForCausalLM:
-    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=64, num_hidden_layers=1), backend="torch")
+    model = SmolLM2ForCausalLM(
+        SmolLM2Config.preset("tiny", vocab_size=64, num_hidden_layers=1), backend="torch"
+    )
     if pack:
         for layer in model.model.layers:
             layer.pack()
@@ -58,7 +62,9 @@ def test_copies_are_the_rounded_weights_side_by_side(dtype: torch.dtype, pack: b
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     for module in (attention, mlp):
         weights = [projection.weight for projection in module.beside()]
-        assert torch.equal(copies.of_group(weights), torch.cat([weight.detach() for weight in weights]).to(dtype))
+        assert torch.equal(
+            copies.of_group(weights), torch.cat([weight.detach() for weight in weights]).to(dtype)
+        )
         assert copies.of(weights[1]).data_ptr() == copies.of_group(weights)[len(weights[0]) :].data_ptr()
         assert copies.of_group(weights[:1]) is None and copies.of_group(weights[::-1]) is None
     assert copies.of(model.lm_head.weight) is copies.of(model.model.embed_tokens.weight)
@@ -70,7 +76,9 @@ def test_only_what_was_written_is_copied_again(monkeypatch: pytest.MonkeyPatch) 
     copies = refreshed(model)
     sizes = []
     foreach_copy_ = torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (sizes.append(len(to)), foreach_copy_(to, of)))
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda to, of: (sizes.append(len(to)), foreach_copy_(to, of))
+    )
     copies.refresh()
     assert sizes == []
     weight = model.model.layers[0].self_attn.k_proj.weight
@@ -93,7 +101,9 @@ def step_of(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Call
     return step
 
 
-def under(context: Callable[[], torch.no_grad | torch.inference_mode], write: Callable[[nn.Parameter], object]) -> Callable[..., None]:
+def under(
+    context: Callable[[], torch.no_grad | torch.inference_mode], write: Callable[[nn.Parameter], object]
+) -> Callable[..., None]:
     def write_all(model: nn.Module) -> None:
         with context():
             for parameter in model.parameters():
@@ -123,7 +133,9 @@ WRITES = {
     "a row under no_grad": under(torch.no_grad, lambda parameter: parameter[0].zero_()),
     "mul_ under inference_mode": under(torch.inference_mode, lambda parameter: parameter.mul_(2)),
     "data replaced": replace_data,
-    "to float64 and back": lambda model: load_doubled(model.to(torch.float64).to(torch.float32), assign=False),
+    "to float64 and back": lambda model: load_doubled(
+        model.to(torch.float64).to(torch.float32), assign=False
+    ),
 }
 
 
@@ -204,7 +216,9 @@ def test_a_copy_of_the_model_has_none() -> None:
     model.copies = refreshed(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.copies is None
-        assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True)
+        )
         assert outdated(other, model.copies) == set(matrices(other))
     assert_right(model, model.copies)
 

@@ -10,8 +10,9 @@ from train.config import RunConfig
 from train.metrics import read_metrics
 
 TINY: dict[str, Any] = dict(
-    model="tiny", data="local", validation_fraction=0.1, tokenizer="train", vocab_size=300, sequence_length=40, steps=6, batch_size=2,
-    lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0, sample_every=0, device="cpu",
+    model="tiny", data="local", validation_fraction=0.1, tokenizer="train", vocab_size=300,
+    sequence_length=40, steps=6, batch_size=2, lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0,
+    sample_every=0, device="cpu",
 )  # fmt: skip
 
 
@@ -23,11 +24,15 @@ def write_corpus(path: Path) -> str:
 
 
 def run_config(folder: Path, name: str = "run", **changes: Any) -> RunConfig:
-    """The configuration of a run in folder/name, on the corpus in that folder (or the one that a link there leads to)."""
+    """The configuration of a run in folder/name, on the corpus in that folder (or the one that a link there
+    leads to).
+    """
     corpus = folder / "numbers.jsonl"
     if not corpus.exists():
         write_corpus(corpus)
-    return RunConfig(**{**TINY, "paths": [str(corpus.resolve())], "output_dir": str(folder / name), **changes})
+    return RunConfig(
+        **{**TINY, "paths": [str(corpus.resolve())], "output_dir": str(folder / name), **changes}
+    )
 
 
 def arguments(config: RunConfig) -> list[str]:
@@ -47,4 +52,8 @@ def checkpoint_folder(config: RunConfig, step: int) -> Path:
 
 def curve(config: RunConfig) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of every logged step."""
-    return [(line["step"], line["loss"], line["gradient_norm"]) for line in read_metrics(Path(config.output_dir)) if "loss" in line]
+    return [
+        (line["step"], line["loss"], line["gradient_norm"])
+        for line in read_metrics(Path(config.output_dir))
+        if "loss" in line
+    ]

@@ -4,18 +4,20 @@ import ctypes
 import os
 import sys
 
-# Idle OpenMP threads sleep. By default they spin, and one more busy program on the machine then slows a small model tenfold (measured:
-# 235 against 2,400 tokens/s of training on two cores). OpenMP reads this once, when torch is imported: hence here, before anything
-# imports it. (Generation, whose steps are shorter, decides by the load: smollm2/__init__.py.)
+# Idle OpenMP threads sleep. By default they spin, and one more busy program on the machine then slows a small
+# model tenfold (measured: 235 against 2,400 tokens/s of training on two cores). OpenMP reads this once, when
+# torch is imported: hence here, before anything imports it. (Generation, whose steps are shorter, decides by
+# the load: smollm2/__init__.py.)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep the memory that is freed: a training step then meets no fresh pages. For the process of a run on Linux.
+    """Makes the C library keep the memory that is freed: a training step then meets no fresh pages. For the
+    process of a run on Linux.
 
-    By default glibc hands large blocks back to the system at once and takes them anew at the next step, page by page: 130,000 page faults
-    a step of the 135M model on a CPU, a twentieth of its time. Elsewhere, and where MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is in the
-    environment, nothing happens.
+    By default glibc hands large blocks back to the system at once and takes them anew at the next step, page
+    by page: 130,000 page faults a step of the 135M model on a CPU, a twentieth of its time. Elsewhere, and
+    where MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is in the environment, nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():

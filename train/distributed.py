@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 8 -m train.run ...
 
-The number of ranks never changes what is trained, only how fast: the rows of a step are a function of (seed, step), each rank takes its
-share of them, and gradients and losses are sums over all ranks divided by the valid targets of the whole step. Host-side messages
-(signals, objects, the exit) go over gloo, so that the device never waits for them. Ranks that share one copy of the model: sharding.py.
+The number of ranks never changes what is trained, only how fast: the rows of a step are a function of (seed,
+step), each rank takes its share of them, and gradients and losses are sums over all ranks divided by the
+valid targets of the whole step. Host-side messages (signals, objects, the exit) go over gloo, so that the
+device never waits for them. Ranks that share one copy of the model: sharding.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ ECHO = 2.0  # seconds: a Ctrl-C reaches a rank from the terminal, and again from
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; a run without torchrun is a world of one, in which every method is a plain local operation."""
+    """The processes of a run; a run without torchrun is a world of one, in which every method is a plain
+    local operation.
+    """
 
     device: torch.device
     rank: int = 0
@@ -82,7 +85,9 @@ class World:
             dist.barrier(group=self.control)
 
     def wrap(self, forward: nn.Module) -> nn.Module:
-        """The module, in several processes with gradients that are averaged over the ranks in every backward pass (DDP)."""
+        """The module, in several processes with gradients that are averaged over the ranks in every backward
+        pass (DDP).
+        """
         if self.size == 1:
             return forward
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -90,7 +95,11 @@ class World:
 
     def no_sync(self, forward: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
         """A context in which the gradients stay local, if `skip`: for all but the last micro-batch of a step."""
-        return forward.no_sync() if skip and isinstance(forward, DistributedDataParallel) else contextlib.nullcontext()
+        return (
+            forward.no_sync()
+            if skip and isinstance(forward, DistributedDataParallel)
+            else contextlib.nullcontext()
+        )
 
 
 def join_world(device: str) -> World:
@@ -104,10 +113,14 @@ def join_world(device: str) -> World:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     place = resolve_device(device)
     if place.type == "mps":
-        raise UsageError("device: several processes train on cuda or cpu, got mps; start one process without torchrun, or device=cpu")
+        raise UsageError(
+            "device: several processes train on cuda or cpu, got mps; start one process without torchrun, or device=cpu"
+        )
     if place.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"torchrun: local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; lower --nproc-per-node")
+            raise UsageError(
+                f"torchrun: local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; lower --nproc-per-node"
+            )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
     if not dist.is_initialized():
@@ -124,8 +137,8 @@ def leave_world() -> None:
 def settle_buckets(world: World, forward: nn.Module, rows: int, length: int) -> None:
     """One forward and backward pass on zeros, whose gradients are thrown away.
 
-    DDP lays its buckets out anew after the first backward pass, and with three ranks or more the layout decides the order of sums. With
-    that behind it, a resumed run sums as the run that was not interrupted.
+    DDP lays its buckets out anew after the first backward pass, and with three ranks or more the layout
+    decides the order of sums. With that behind it, a resumed run sums as the run that was not interrupted.
     """
     if world.size == 1:
         return
@@ -141,7 +154,8 @@ def settle_buckets(world: World, forward: nn.Module, rows: int, length: int) -> 
 class StopRequest:
     """While entered, the first SIGTERM or SIGINT is noted, and the second one ends the process at once.
 
-    `agreed` is the signal on which all ranks stop: it reaches each of them after the same step, whichever got it and when.
+    `agreed` is the signal on which all ranks stop: it reaches each of them after the same step, whichever got
+    it and when.
     """
 
     def __init__(self, world: World) -> None:
@@ -172,13 +186,16 @@ class StopRequest:
             return
         self._noted, self._since = number, time.monotonic()
         if self._world.main:
-            text = f"\n{signal.Signals(number).name}: finishing the step, then saving; once more leaves at once"
+            text = (
+                f"\n{signal.Signals(number).name}: finishing the step, then saving; once more leaves at once"
+            )
             print(text, file=sys.stderr, flush=True)
 
     def agree(self) -> int:
         """Called by every rank once a step -> the number of the signal on which to stop now, or 0.
 
-        In several processes the answer is that of the step before: its message has travelled while this step was computed.
+        In several processes the answer is that of the step before: its message has travelled while this step
+        was computed.
         """
         if self._world.size == 1:
             self._agreed = self._noted
@@ -190,5 +207,7 @@ class StopRequest:
         self._sent = None
         if not self._agreed:
             self._message = torch.tensor(self._noted)
-            self._sent = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True)
+            self._sent = dist.all_reduce(
+                self._message, op=dist.ReduceOp.MAX, group=self._world.control, async_op=True
+            )
         return self._agreed

@@ -1,10 +1,12 @@
-"""What a run will cost before it starts: parameters, FLOPs, memory and time, from its configuration and the shape of its model.
+"""What a run will cost before it starts: parameters, FLOPs, memory and time, from its configuration and the
+shape of its model.
 
     for line in lines(estimate(config, model.config, device)):
         print(line)
 
-Letters as in kernels/reference.py. Bytes are counted per device, GB are 1e9 bytes. FLOPs follow train/metrics.py: 6 per weight and
-token, causal attention counted half. What recomputation adds under gradient_checkpointing is in the time, not in the FLOPs.
+Letters as in kernels/reference.py. Bytes are counted per device, GB are 1e9 bytes. FLOPs follow
+train/metrics.py: 6 per weight and token, causal attention counted half. What recomputation adds under
+gradient_checkpointing is in the time, not in the FLOPs.
 """
 
 from __future__ import annotations
@@ -24,26 +26,31 @@ from train.sharding import group_size
 
 ASSUMED_MFU = 0.35  # of a GPU's bf16 peak; one H100 measured 0.33 for the 135M model at 32 x 512
 PROCESSORS = 132  # multiprocessors, an H100's, for the chunk of logits: others differ by a quarter
-# Part of the rate of the model's largest matrix product that a whole training step reaches: norms, attention, loss and optimizer are
-# not matrix products of that shape. Measured on two CPU cores: at the quickstart's size 0.55 in fp32 (0.52 with checkpointing) and 0.30
-# in bf16, whose products are too small there; at 135M and 2 x 512 tokens 0.73 in fp32 and 0.57 in bf16. Beside other work, less.
+# Part of the rate of the model's largest matrix product that a whole training step reaches: norms, attention,
+# loss and optimizer are not matrix products of that shape. Measured on two CPU cores: at the quickstart's
+# size 0.55 in fp32 (0.52 with checkpointing) and 0.30 in bf16, whose products are too small there; at 135M
+# and 2 x 512 tokens 0.73 in fp32 and 0.57 in bf16. Beside other work, less.
 MATMUL_EFFICIENCY = 0.6
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. They do not all peak at the same time, so that their sum is a little more than will be seen."""
+    """Bytes on one device. They do not all peak at the same time, so that their sum is a little more than
+    will be seen.
+    """
 
     parameters: int  # fp32
     gradients: int  # fp32
     moments: int  # AdamW's two averages, fp32; of Muon one, for the matrices of the blocks
     weight_copies: int  # projections in a compute dtype other than fp32, which the backward pass needs
     activations: int  # what the forward pass leaves for the backward pass of a micro-batch
-    activations_checkpointed: int  # the same with gradient_checkpointing: inputs of the layers, and one layer recomputed
+    # the same with gradient_checkpointing: inputs of the layers, and one layer recomputed
+    activations_checkpointed: int
     loss_gradients: int  # both gradients of linear_cross_entropy, formed in the forward pass
     logits: int  # of one chunk of tokens, and what is computed from them
     checkpointing: bool
-    gathered: int = 0  # sharding: embedding whole with a second gradient, two layers whole, the gradient of one on its way
+    # sharding: embedding whole with a second gradient, two layers whole, the gradient of one on its way
+    gathered: int = 0
     shards: int = 1  # parts into which parameters, gradients and moments are cut
     optimizer: str = "adamw"
 
@@ -115,7 +122,8 @@ def estimate(config: RunConfig, model: SmolLM2Config, device: torch.device, worl
         dtype=config.dtype,
         backend=_backend(config.backend, device),
         flops_per_token=flops,
-        recomputation=1 + in_blocks / 3 if config.gradient_checkpointing else 1.0,  # a third is the forward pass
+        # a third is the forward pass
+        recomputation=1 + in_blocks / 3 if config.gradient_checkpointing else 1.0,
         memory=memory_of(config, model, device, micro_batch[0], group_size(config, world)),
         rate=expected_rate(model, device, config.dtype, micro_batch[0] * micro_batch[1], world),
     )
@@ -130,7 +138,9 @@ def _backend(name: str, device: torch.device) -> str:
 # ---- memory ---------------------------------------------------------------------------------------------------------------
 
 
-def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, rows: int, shards: int = 1) -> Memory:
+def memory_of(
+    config: RunConfig, model: SmolLM2Config, device: torch.device, rows: int, shards: int = 1
+) -> Memory:
     """Bytes on one device for micro-batches of `rows` rows, with parameters cut into `shards` parts."""
     size = 2 if config.dtype == "bf16" else 4
     triton = _backend(config.backend, device) == "triton"
@@ -138,26 +148,35 @@ def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, row
     parameters, embedding = 4 * model.num_parameters(), model.vocab_size * hidden
 
     per_layer = layer_bytes_per_token(
-        model, size, triton=triton, masked=config.document_masking, length=config.sequence_length, cuda=device.type == "cuda"
+        model,
+        size,
+        triton=triton,
+        masked=config.document_masking,
+        length=config.sequence_length,
+        cuda=device.type == "cuda",
     )
-    # Besides the layers: the last norm, token ids and targets, and cosines and sines: looked up for every token, or the whole tables.
+    # Besides the layers: the last norm, token ids and targets, and cosines and sines: looked up for every
+    # token, or the whole tables.
     ends = tokens * (_norm_bytes(hidden, size) + 16)
     ends += 4 * model.head_dim * (tokens if config.document_masking else model.max_position_embeddings)
-    kept = (2 * layers - 1) * size * hidden  # output of the sub-layer before and residual stream; the first layer has only the one
+    # output of the sub-layer before and residual stream; the first layer has only the one
+    kept = (2 * layers - 1) * size * hidden
     copies, gathered = _layer_weight_copies(model, size), 0
     if shards > 1:
         layer = (model.num_parameters() - embedding) // layers
         gathered = 8 * embedding + 2 * size * layer + (size + 4) * layer
         copies = _joined_copies(model, size)
     part = -(-parameters // shards)
-    lasting = device.type == "cuda" and size == 2 and shards == 1 and not config.compile  # smollm2/working_copies.py
+    # smollm2/working_copies.py
+    lasting = device.type == "cuda" and size == 2 and shards == 1 and not config.compile
 
     chunk = min(tokens, tokens_per_chunk(hidden, model.vocab_size, PROCESSORS) if triton else CHUNK_TOKENS)
     logits = chunk * model.vocab_size * size
     if not triton and device.type != "cpu":  # a CPU goes through the chunk in small tiles
         logits += 8 * chunk * model.vocab_size  # the whole chunk in fp32, and a temporary of its size
     if size == 2:
-        logits += size * embedding * (1 if triton else 2)  # the head, cast, and for torch a product that is then added in fp32
+        # the head, cast, and for torch a product that is then added in fp32
+        logits += size * embedding * (1 if triton else 2)
     return Memory(
         parameters=part,
         gradients=part,
@@ -175,15 +194,21 @@ def memory_of(config: RunConfig, model: SmolLM2Config, device: torch.device, row
 
 
 def _norm_bytes(hidden: int, size: int) -> int:
-    """Per token: the input of an RMSNorm, 1 / rms in fp32, and its output, which the projection after it keeps."""
+    """Per token: the input of an RMSNorm, 1 / rms in fp32, and its output, which the projection after it
+    keeps.
+    """
     return 2 * size * hidden + 4
 
 
-def layer_bytes_per_token(model: SmolLM2Config, size: int, *, triton: bool, masked: bool, length: int, cuda: bool) -> int:
-    """Bytes that one block keeps for its backward pass, per token: follows smollm2/model.py and the operations line by line.
+def layer_bytes_per_token(
+    model: SmolLM2Config, size: int, *, triton: bool, masked: bool, length: int, cuda: bool
+) -> int:
+    """Bytes that one block keeps for its backward pass, per token: follows smollm2/model.py and the
+    operations line by line.
 
-    size: bytes of an element in the compute dtype; masked: with doc_start; length: tokens in a row. Both backends keep the same but for
-    the mask of attention. torch.compile decides for itself, and keeps about as much.
+    size: bytes of an element in the compute dtype; masked: with doc_start; length: tokens in a row. Both
+    backends keep the same but for the mask of attention. torch.compile decides for itself, and keeps about as
+    much.
     """
     heads, ffn = model.num_attention_heads, model.intermediate_size
     q, k = heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -192,7 +217,8 @@ def layer_bytes_per_token(model: SmolLM2Config, size: int, *, triton: bool, mask
     rotated = size * (q + k)
     output = size * q + 4 * heads  # the next projection keeps the same tensor; log-sum-exp in fp32
     if masked and not triton:
-        if cuda:  # SDPA gets keys and values repeated for every query head: those are kept, and not the projection
+        # SDPA gets keys and values repeated for every query head: those are kept, and not the projection
+        if cuda:
             projection = size * 2 * q
         if cuda or size == 4:  # in bf16 on a CPU, kernels/eager/attention.py keeps none
             output += size * length  # one row of the mask
@@ -213,7 +239,9 @@ def _block_matrices(model: SmolLM2Config) -> int:
 
 
 def _joined_copies(model: SmolLM2Config, size: int) -> int:
-    """Bytes of one sharded block: gathered parameters are joined (q, k, v and gate, up) into copies that the backward pass keeps."""
+    """Bytes of one sharded block: gathered parameters are joined (q, k, v and gate, up) into copies that the
+    backward pass keeps.
+    """
     q, k = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     return size * model.hidden_size * (q + 2 * k + 2 * model.intermediate_size)
 
@@ -221,9 +249,11 @@ def _joined_copies(model: SmolLM2Config, size: int) -> int:
 # ---- time -----------------------------------------------------------------------------------------------------------------
 
 
-def expected_rate(model: SmolLM2Config, device: torch.device, dtype: str, tokens: int, world: int = 1) -> Rate:
-    """A known GPU in bf16: its peak times an assumed MFU. Anything else: the measured rate of the model's largest product times
-    an efficiency.
+def expected_rate(
+    model: SmolLM2Config, device: torch.device, dtype: str, tokens: int, world: int = 1
+) -> Rate:
+    """A known GPU in bf16: its peak times an assumed MFU. Anything else: the measured rate of the model's
+    largest product times an efficiency.
     """
     devices = world if device.type != "cpu" else 1  # processes on a CPU share its cores
     times = f"{devices} x " if devices > 1 else ""
@@ -237,10 +267,13 @@ def expected_rate(model: SmolLM2Config, device: torch.device, dtype: str, tokens
     return Rate(devices * measured * MATMUL_EFFICIENCY, source)
 
 
-def matmul_rate(model: SmolLM2Config, device: torch.device, dtype: torch.dtype, tokens: int, seconds: float = 0.3) -> float:
+def matmul_rate(
+    model: SmolLM2Config, device: torch.device, dtype: torch.dtype, tokens: int, seconds: float = 0.3
+) -> float:
     """FLOP/s of the projection to gate and up [tokens, hidden] x [hidden, 2F], the fastest within `seconds`: what the device does when
     nothing else wants it. (On a CPU that is shared, other processes make most repetitions several times slower.)"""
-    rows, repeats = (min(tokens, 2048), 1) if device.type == "cpu" else (min(tokens, 16384), 20)  # the host must not be the limit
+    # the host must not be the limit
+    rows, repeats = (min(tokens, 2048), 1) if device.type == "cpu" else (min(tokens, 16384), 20)
     x = torch.randn(rows, model.hidden_size, device=device, dtype=dtype)
     weight = torch.randn(2 * model.intermediate_size, model.hidden_size, device=device, dtype=dtype)
     work = 2 * repeats * rows * weight.numel()
@@ -277,15 +310,28 @@ def lines(found: Estimate) -> list[str]:
     parts = [
         (_gb(memory.parameters), f"parameters, fp32{share}"),
         (_gb(memory.gradients), f"gradients, fp32{share}"),
-        (_gb(memory.moments), f"{'Muon and AdamW' if memory.optimizer == 'muon' else 'AdamW'}'s moments, fp32{share}"),
-        *([(_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way")] if memory.gathered else []),
+        (
+            _gb(memory.moments),
+            f"{'Muon and AdamW' if memory.optimizer == 'muon' else 'AdamW'}'s moments, fp32{share}",
+        ),
+        *(
+            [(_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way")]
+            if memory.gathered
+            else []
+        ),
         *([(_gb(memory.weight_copies), f"copies of weights, {found.dtype}")] if memory.weight_copies else []),
-        (activations, f"activations of {rows} x {length} tokens, {found.backend}, {found.dtype} ({other} gradient_checkpointing)"),
+        (
+            activations,
+            f"activations of {rows} x {length} tokens, {found.backend}, {found.dtype} ({other} gradient_checkpointing)",
+        ),
         (_gb(memory.loss_gradients), "gradients of the loss"),
         (_gb(memory.logits), "a chunk of logits"),
     ]
     facts = [
-        ("size", f"{found.parameters:,} parameters: embedding (also the head) {found.embedding:,}, blocks {found.blocks:,}"),
+        (
+            "size",
+            f"{found.parameters:,} parameters: embedding (also the head) {found.embedding:,}, blocks {found.blocks:,}",
+        ),
         ("tokens", f"{found.tokens_per_step:,} a step, {found.tokens:,} in {found.steps:,} steps"),
         (
             "compute",
@@ -293,7 +339,10 @@ def lines(found: Estimate) -> list[str]:
         ),
         ("memory", f"about {_gb(memory.total)} per device, without the framework's own:"),
         *(("", f"{size:>8} {what}") for size, what in parts),
-        ("time", f"about {_time(found.seconds)} at {found.tokens_per_second:,.0f} tokens/s, without evaluations"),
+        (
+            "time",
+            f"about {_time(found.seconds)} at {found.tokens_per_second:,.0f} tokens/s, without evaluations",
+        ),
         ("", f"({found.rate.source})"),
     ]
     return [f"{name:10}{fact}" for name, fact in facts]

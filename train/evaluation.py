@@ -17,8 +17,11 @@ from train.distributed import World
 
 
 @torch.no_grad()
-def evaluate(model: SmolLM2ForCausalLM, held_out: tuple[Tensor, Tensor], config: RunConfig, world: World) -> float:
-    """The loss in nats per target on the held-out rows (ids and doc_start [R, T]); the ranks share the batches.
+def evaluate(
+    model: SmolLM2ForCausalLM, held_out: tuple[Tensor, Tensor], config: RunConfig, world: World
+) -> float:
+    """The loss in nats per target on the held-out rows (ids and doc_start [R, T]); the ranks share the
+    batches.
 
     Leaves the model in training mode.
     """
@@ -39,10 +42,15 @@ def evaluate(model: SmolLM2ForCausalLM, held_out: tuple[Tensor, Tensor], config:
 def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
     """A continuation of every prompt.
 
-    Sampling noise is a function of (seed, position) and no generator is touched: the loss curve is the same without samples.
+    Sampling noise is a function of (seed, position) and no generator is touched: the loss curve is the same
+    without samples.
     """
     ends = model.config.eos_token_ids
-    banned = [token for token in sorted(tokenizer.special_ids) if token not in ends and token < model.config.vocab_size]
+    banned = [
+        token
+        for token in sorted(tokenizer.special_ids)
+        if token not in ends and token < model.config.vocab_size
+    ]
     model.eval()
     texts = []
     for index, prompt in enumerate(config.sample_prompts):

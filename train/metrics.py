@@ -1,4 +1,5 @@
-"""What a run reports: loss, throughput, MFU, waiting, memory and unique examples, to metrics.jsonl, trackers and the terminal.
+"""What a run reports: loss, throughput, MFU, waiting, memory and unique examples, to metrics.jsonl, trackers
+and the terminal.
 
 metrics.jsonl is the record: one JSON object a line, each with its `step`.
 
@@ -12,8 +13,8 @@ metrics.jsonl is the record: one JSON object a line, each with its `step`.
     held_out_loss, held_out_bits_per_byte, unigram_entropy                           lines of evaluations
     resumed, ...                 lines of events, `Reporter.note`
 
-MFU is tokens/s x FLOPs per token / (peak x devices): 6 FLOPs per weight and token, causal attention counted half, and the vendors'
-dense bf16 peak whatever the dtype of the run.
+MFU is tokens/s x FLOPs per token / (peak x devices): 6 FLOPs per weight and token, causal attention counted
+half, and the vendors' dense bf16 peak whatever the dtype of the run.
 """
 
 from __future__ import annotations
@@ -40,19 +41,20 @@ from train.tracking import Guarded, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 
-# Dense bf16 tensor-core TFLOP/s as stated by the vendors, by a part of the device's name; the first match counts.
+# Dense bf16 tensor-core TFLOP/s as stated by the vendors, by a part of the device's name; the first match
+# counts.
 PEAK_TFLOPS = (
-    ("B200", 2250), ("GB200", 2250), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("GH200", 989),
-    ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10G", 70), ("A10", 125), ("RTX 4090", 165), ("RTX 5090", 209),
-    ("MI300X", 1307), ("MI250X", 383),
+    ("B200", 2250), ("GB200", 2250), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989),
+    ("GH200", 989), ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10G", 70), ("A10", 125),
+    ("RTX 4090", 165), ("RTX 5090", 209), ("MI300X", 1307), ("MI250X", 383),
 )  # fmt: skip
 
 
 def flops_per_token(config: SmolLM2Config, length: int) -> float:
     """Floating-point operations to train on one token of rows of that length, forward and backward.
 
-    6 for each weight that multiplies (the tied matrix once: the embedding is a look-up; norms are left out), and
-    6 x layers x heads x head_dim x length for attention: causal, so half of the square is counted.
+    6 for each weight that multiplies (the tied matrix once: the embedding is a look-up; norms are left out),
+    and 6 x layers x heads x head_dim x length for attention: causal, so half of the square is counted.
     """
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
@@ -68,7 +70,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def unigram_entropy(ids: Tensor) -> float:
-    """Entropy, in nats, of the token frequencies: what the best predictor that ignores context loses on these tokens."""
+    """Entropy, in nats, of the token frequencies: what the best predictor that ignores context loses on these
+    tokens.
+    """
     counts = torch.bincount(ids.flatten())
     probabilities = counts[counts > 0].double() / ids.numel()
     return float(-(probabilities * probabilities.log()).sum())
@@ -78,16 +82,21 @@ def bytes_per_token(ids: Tensor, tokenizer: Tokenizer) -> float:
     """Mean number of text bytes that a token stands for; special tokens stand for none."""
     counts = torch.bincount(ids.flatten())
     present = counts.nonzero().flatten().tolist()
-    total = sum(int(counts[token]) * len(tokenizer.token_bytes(token)) for token in present if token not in tokenizer.special_ids)
+    total = sum(
+        int(counts[token]) * len(tokenizer.token_bytes(token))
+        for token in present
+        if token not in tokenizer.special_ids
+    )
     return total / ids.numel()
 
 
 def too_good(loss: float, tokens: int, epochs: float, held_out: float | None) -> str | None:
     """Why a training loss from scratch is not to be believed, or None.
 
-    tokens: trained on so far. The floor is a third of what the data term of the Chinchilla fit expects of an endlessly large
-    model, 1.69 + 410.7 / tokens^0.28 (Hoffmann et al. 2022, arXiv 2203.15556); text seen twice is exempt from it, since it may be
-    memorised. A model that sees its targets is far below; so is one whose held-out documents tell another story.
+    tokens: trained on so far. The floor is a third of what the data term of the Chinchilla fit expects of an
+    endlessly large model, 1.69 + 410.7 / tokens^0.28 (Hoffmann et al. 2022, arXiv 2203.15556); text seen
+    twice is exempt from it, since it may be memorised. A model that sees its targets is far below; so is one
+    whose held-out documents tell another story.
     """
     expected = 1.69 + 410.7 / max(tokens, 1) ** 0.28
     floor = min(expected / 3, 3.0)
@@ -100,10 +109,12 @@ def too_good(loss: float, tokens: int, epochs: float, held_out: float | None) ->
 
 
 def memory(device: torch.device) -> tuple[float | None, float | None]:
-    """Memory in use and its peak, in GB of 1e9 bytes; None where it cannot be known. Does not wait for the device.
+    """Memory in use and its peak, in GB of 1e9 bytes; None where it cannot be known. Does not wait for the
+    device.
 
-    CUDA: both are the peak of what tensors took since the process began, the figure that decides whether a run fits. MPS: what
-    tensors take now. CPU: the resident set of this process and its peak; the data workers are not in it.
+    CUDA: both are the peak of what tensors took since the process began, the figure that decides whether a
+    run fits. MPS: what tensors take now. CPU: the resident set of this process and its peak; the data workers
+    are not in it.
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 1e9
@@ -111,8 +122,13 @@ def memory(device: torch.device) -> tuple[float | None, float | None]:
     if device.type == "mps":
         return torch.mps.current_allocated_memory() / 1e9, None
     try:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if ":" in line)
-        now, peak = (int(status[name].split()[0]) * 1024 / 1e9 for name in ("VmRSS", "VmHWM"))  # in kB of 1024 bytes
+        status = dict(
+            line.split(":", 1)
+            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+            if ":" in line
+        )
+        # in kB of 1024 bytes
+        now, peak = (int(status[name].split()[0]) * 1024 / 1e9 for name in ("VmRSS", "VmHWM"))
         return now, peak
     except (OSError, KeyError, ValueError):
         pass  # not Linux
@@ -125,11 +141,12 @@ def memory(device: torch.device) -> tuple[float | None, float | None]:
 
 
 class Throughput:
-    """Tokens per second of training alone: evaluations, samples and checkpoints are excluded, and so are the first steps,
-    in which memory is allocated, kernels are compiled and graphs are captured.
+    """Tokens per second of training alone: evaluations, samples and checkpoints are excluded, and so are the
+    first steps, in which memory is allocated, kernels are compiled and graphs are captured.
 
-    A step is counted without waiting for the device. The clock is read where the device has been waited for anyway: at a log line,
-    and around what is excluded. On a device that works on its own it therefore starts at the first such place after the first steps.
+    A step is counted without waiting for the device. The clock is read where the device has been waited for
+    anyway: at a log line, and around what is excluded. On a device that works on its own it therefore starts
+    at the first such place after the first steps.
     """
 
     def __init__(self, device: torch.device, ignored_steps: int = 2) -> None:
@@ -148,16 +165,22 @@ class Throughput:
             self._tokens += tokens
 
     def rate(self) -> float | None:
-        """Tokens per second since the last call; None while there is nothing to measure. Waits for the device."""
+        """Tokens per second since the last call; None while there is nothing to measure. Waits for the
+        device.
+        """
         self._wait()
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._began, 1e-9) if self._began is not None and self._tokens else None
+        rate = (
+            self._tokens / max(now - self._began, 1e-9) if self._began is not None and self._tokens else None
+        )
         self._tokens, self._began = 0, now if self._ignored == 0 else None
         return rate
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time spent inside does not count. Waits for the device before and after: enter it only when there is something to do."""
+        """Time spent inside does not count. Waits for the device before and after: enter it only when there
+        is something to do.
+        """
         self._wait()
         entered = time.perf_counter()
         try:
@@ -178,7 +201,8 @@ class Throughput:
 class MetricsLog:
     """Appends to metrics.jsonl, and to what `trackers` keep.
 
-    A full disk does not end a training run: lines that could not be written stay in the stream's buffer and go out with a later one.
+    A full disk does not end a training run: lines that could not be written stay in the stream's buffer and
+    go out with a later one.
     """
 
     def __init__(self, run: Path, trackers: Sequence[Guarded] = ()) -> None:
@@ -187,9 +211,14 @@ class MetricsLog:
         self._trackers = trackers
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line; values that are None are left out, numbers that are not finite are written as text (JSON has none)."""
+        """One line; values that are None are left out, numbers that are not finite are written as text (JSON
+        has none).
+        """
         line = {"step": step, **{name: value for name, value in values.items() if value is not None}}
-        plain = {name: str(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
+        plain = {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
         try:
             self._stream.write(json.dumps(plain, allow_nan=False) + "\n")
             self._stream.flush()
@@ -207,7 +236,9 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; what is not an object with a step, as a line cut by a crash, is left out."""
+    """The lines of a run's metrics.jsonl; what is not an object with a step, as a line cut by a crash, is
+    left out.
+    """
     path = run / METRICS_FILE
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -235,7 +266,14 @@ class Reporter:
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, progress: Progress, model: SmolLM2Config, device: torch.device, *, devices: int = 1
+        self,
+        folder: Path,
+        config: RunConfig,
+        progress: Progress,
+        model: SmolLM2Config,
+        device: torch.device,
+        *,
+        devices: int = 1,
     ) -> None:
         """devices: how many train together; MFU is relative to the peak of them all."""
         self.held_out_loss: float | None = None
@@ -244,7 +282,8 @@ class Reporter:
         self._display = Display(config.steps, progress.step)
         self._log = MetricsLog(folder, open_trackers(folder, config, self._display.line))
         self._waited, self._steps = 0.0, 0  # seconds and steps since the last line
-        self._first: tuple[int, float] | None = None  # step and time of the first line: the pace counts from there
+        # step and time of the first line: the pace counts from there
+        self._first: tuple[int, float] | None = None
         self._recent: deque[float] = deque(maxlen=10)
         self._warned = self._disk_warned = False
         peak = peak_flops(device)
@@ -266,17 +305,22 @@ class Reporter:
             yield
 
     def log(self, loss: float, gradient_norm: float, lr: float) -> None:
-        """The metrics of the step just done. loss: nats per target of this step; gradient_norm: before clipping."""
+        """The metrics of the step just done. loss: nats per target of this step; gradient_norm: before
+        clipping.
+        """
         progress, data = self._progress, self._progress.data
         rate = self.throughput.rate()
         in_use, peak = memory(self._device)
         values = {
-            "loss": loss, "lr": lr, "gradient_norm": gradient_norm, "tokens": progress.tokens, "epochs": round(data.epochs, 4),
-            "unique_examples": data.unique.count, "unique_examples_exact": data.unique.exact, "documents": data.documents,
+            "loss": loss, "lr": lr, "gradient_norm": gradient_norm, "tokens": progress.tokens,
+            "epochs": round(data.epochs, 4), "unique_examples": data.unique.count,
+            "unique_examples_exact": data.unique.exact, "documents": data.documents,
             "invalid_documents": data.invalid, "skipped_steps": progress.skipped_steps,
-            "tokens_per_second": rate, "mfu": rate * self._flops / self._peak if rate and self._peak else None,
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / self._peak if rate and self._peak else None,
             "wait_ms": round(1e3 * self._waited / self._steps, 3) if self._steps else None,
-            "memory_gb": in_use, "memory_peak_gb": peak, "eta_seconds": self._seconds_left(), **data.by_source(),
+            "memory_gb": in_use, "memory_peak_gb": peak, "eta_seconds": self._seconds_left(),
+            **data.by_source(),
         }  # fmt: skip
         self._waited, self._steps = 0.0, 0
         self._write(values)
@@ -285,18 +329,24 @@ class Reporter:
         self._doubt()
 
     def _seconds_left(self) -> float | None:
-        """From the pace since the first line, everything included; None at the first line, whose step is not like the others."""
+        """From the pace since the first line, everything included; None at the first line, whose step is not
+        like the others.
+        """
         step, now = self._progress.step, time.perf_counter()
         if self._first is None:
             self._first = step, now
         first, began = self._first
-        return round((now - began) / (step - first) * (self._config.steps - step), 1) if step > first else None
+        return (
+            round((now - began) / (step - first) * (self._config.steps - step), 1) if step > first else None
+        )
 
     def _write(self, values: dict[str, Any]) -> None:
         self._log.write(self._progress.step, values)
         if self._log.error is not None and not self._disk_warned:
             self._disk_warned = True
-            self._display.line(f"warning: {METRICS_FILE} cannot be written ({self._log.error}); training goes on; free some space")
+            self._display.line(
+                f"warning: {METRICS_FILE} cannot be written ({self._log.error}); training goes on; free some space"
+            )
 
     def _doubt(self) -> None:
         """Warns, once, of a training loss from scratch that is too good to be true."""
@@ -307,21 +357,31 @@ class Reporter:
         if reason is not None:
             self._warned = True
             model = self._folder / "checkpoints" / "step-N"
-            self._display.line(f"warning: {reason}; check a checkpoint with: python -m smollm2.doctor --model {model}")
+            self._display.line(
+                f"warning: {reason}; check a checkpoint with: python -m smollm2.doctor --model {model}"
+            )
 
     def evaluation(self, loss: float, entropy: float | None, bytes_a_token: float) -> None:
         """A held-out loss in nats per target, beside the unigram entropy of the same tokens."""
         self.held_out_loss = loss
         bits = loss / math.log(2) / bytes_a_token
         step, epochs = self._progress.step, self._progress.data.epochs
-        values = {"held_out_loss": loss, "held_out_bits_per_byte": bits, "unigram_entropy": entropy, "epochs": round(epochs, 4)}
+        values = {
+            "held_out_loss": loss,
+            "held_out_bits_per_byte": bits,
+            "unigram_entropy": entropy,
+            "epochs": round(epochs, 4),
+        }
         self._write(values)
-        self._display.line(f"step {step}: held-out loss {loss:.3f}, {bits:.2f} bits per byte, {epochs:.2f} epochs")
+        self._display.line(
+            f"step {step}: held-out loss {loss:.3f}, {bits:.2f} bits per byte, {epochs:.2f} epochs"
+        )
 
     def samples(self, texts: list[str]) -> None:
         """Generated texts: to samples.txt and the terminal."""
         shown = "\n".join(f"step {self._progress.step} sample: {text}" for text in texts)
-        with suppress(OSError), (self._folder / "samples.txt").open("a", encoding="utf-8") as stream:  # a full disk: the terminal has them
+        # a full disk: the terminal has them
+        with suppress(OSError), (self._folder / "samples.txt").open("a", encoding="utf-8") as stream:
             stream.write(shown + "\n\n")
         self._display.line(shown)
 

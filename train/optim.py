@@ -1,7 +1,8 @@
-"""AdamW, and Muon beside it; learning-rate schedules as pure functions of the step; gradient clipping and skipped steps without host
-synchronisation.
+"""AdamW, and Muon beside it; learning-rate schedules as pure functions of the step; gradient clipping and
+skipped steps without host synchronisation.
 
-A schedule that is a function of the step alone needs no state: a resumed run computes the same learning rates.
+A schedule that is a function of the step alone needs no state: a resumed run computes the same learning
+rates.
 """
 
 from __future__ import annotations
@@ -22,17 +23,24 @@ if TYPE_CHECKING:
     from smollm2.working_copies import WorkingCopies
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decayed: str = "matrices") -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decayed: str = "matrices"
+) -> list[dict[str, Any]]:
     """Two groups: parameters that are decayed, and those that are not.
 
-    decayed: "matrices" leaves out vectors (the norms' weights); "all" decays them too, as SmolLM2's own training did.
-    The tied embedding is decayed: it is the head's matrix too. `parameters()` yields it once, so it is updated once.
+    decayed: "matrices" leaves out vectors (the norms' weights); "all" decays them too, as SmolLM2's own
+    training did.
+    The tied embedding is decayed: it is the head's matrix too. `parameters()` yields it once, so it is
+    updated once.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plain = [parameter for parameter in parameters if decayed == "matrices" and parameter.dim() < 2]
     kept = {id(parameter) for parameter in plain}
     return [
-        {"params": [parameter for parameter in parameters if id(parameter) not in kept], "weight_decay": weight_decay},
+        {
+            "params": [parameter for parameter in parameters if id(parameter) not in kept],
+            "weight_decay": weight_decay,
+        },
         {"params": plain, "weight_decay": 0.0},
     ]
 
@@ -42,13 +50,16 @@ def _obstacle(model: nn.Module, config: RunConfig, device: torch.device | None) 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kind = (device or parameters[0].device).type
     backend = getattr(getattr(model, "backend", None), "name", "torch").partition(",")[0]
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels read the memory of the host, and only that
+    # then kernels read the memory of the host, and only that
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     obstacles = {
         "asked for": config.optimizer == "adamw,torch",
         f"sharding={config.sharding} cuts the parameters": config.sharding != "none",
         f"the backend is {backend}": backend != "triton",
         f"the device is {kind}": kind != "cpu" if interpreted else kind not in ("cuda", "xpu"),
-        "a parameter is not contiguous fp32": not all(one.dtype == torch.float32 and one.is_contiguous() for one in parameters),
+        "a parameter is not contiguous fp32": not all(
+            one.dtype == torch.float32 and one.is_contiguous() for one in parameters
+        ),
     }
     return next((text for text, there in obstacles.items() if there), None)
 
@@ -65,28 +76,41 @@ def describe_optimizer(model: nn.Module, config: RunConfig, device: torch.device
     )
 
 
-def working_copies(model: SmolLM2ForCausalLM, config: RunConfig, device: torch.device) -> WorkingCopies | None:
-    """Copies of the weights in the dtype of the activations, or None where they are one dtype, or where a forward pass cannot use them: a
-    trace casts as it likes, shards have no whole weights, and on a CPU nothing is launched that could be saved.
+def working_copies(
+    model: SmolLM2ForCausalLM, config: RunConfig, device: torch.device
+) -> WorkingCopies | None:
+    """Copies of the weights in the dtype of the activations, or None where they are one dtype, or where a
+    forward pass cannot use them: a trace casts as it likes, shards have no whole weights, and on a CPU
+    nothing is launched that could be saved.
     """
     from smollm2.working_copies import WorkingCopies
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and model.backend.name.startswith("triton")
-    if config.dtype != "bf16" or config.sharding != "none" or config.compile or not (device.type == "cuda" or interpreted):
+    if (
+        config.dtype != "bf16"
+        or config.sharding != "none"
+        or config.compile
+        or not (device.type == "cuda" or interpreted)
+    ):
         return None
     return WorkingCopies(model, torch.bfloat16)
 
 
 def build_optimizer(
-    model: nn.Module, config: RunConfig, device: torch.device | None = None, captured: bool = False, copies: WorkingCopies | None = None
+    model: nn.Module,
+    config: RunConfig,
+    device: torch.device | None = None,
+    captured: bool = False,
+    copies: WorkingCopies | None = None,
 ) -> torch.optim.Optimizer:
-    """MuonWithAdamW with optimizer=muon, else AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101): FusedAdamW where the model's backend
-    is Triton's, torch's fused form elsewhere and with optimizer=adamw,torch. The state of either AdamW loads into the other, and
-    their numbers differ in the last place.
+    """MuonWithAdamW with optimizer=muon, else AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101):
+    FusedAdamW where the model's backend is Triton's, torch's fused form elsewhere and with
+    optimizer=adamw,torch. The state of either AdamW loads into the other, and their numbers differ in the
+    last place.
 
-    Each takes `found_inf`, with which a step is skipped on the device; see `update`. captured: the learning rate
-    is then a tensor on the device, which a captured step reads anew at every replay. copies: what FusedAdamW writes too; with the others
-    the caller refreshes them.
+    Each takes `found_inf`, with which a step is skipped on the device; see `update`. captured: the learning
+    rate is then a tensor on the device, which a captured step reads anew at every replay. copies: what
+    FusedAdamW writes too; with the others the caller refreshes them.
     """
     if config.optimizer == "muon":
         return MuonWithAdamW(model, config)
@@ -95,23 +119,32 @@ def build_optimizer(
     if _obstacle(model, config, device) is None:
         return FusedAdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, copies=copies)
     lr = torch.tensor(config.lr, device=device) if captured else config.lr
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, fused=True, capturable=captured)
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=(beta1, beta2), eps=config.eps, fused=True, capturable=captured
+    )
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of the blocks, AdamW for the embedding (which is the head) and the norms, behind the face of one optimizer.
+    """Muon for the matrices of the blocks, AdamW for the embedding (which is the head) and the norms, behind
+    the face of one optimizer.
 
-    Muon orthogonalises the averaged gradient of a matrix by five Newton-Schulz iterations in bf16 (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). Its updates are scaled to the size of AdamW's, 0.2 sqrt(max(rows, columns)) (Liu et al. 2025,
-    arXiv 2502.16982), so that lr and weight_decay hold for both. It keeps one average where AdamW keeps two.
+    Muon orthogonalises the averaged gradient of a matrix by five Newton-Schulz iterations in bf16 (Jordan et
+    al. 2024, kellerjordan.github.io/posts/muon). Its updates are scaled to the size of AdamW's, 0.2
+    sqrt(max(rows, columns)) (Liu et al. 2025, arXiv 2502.16982), so that lr and weight_decay hold for both.
+    It keeps one average where AdamW keeps two.
 
-    Every projection is a matrix of its own, although they lie side by side in memory: q, k and v, gate and up are orthogonalised apart.
-    The parameter groups are those of Muon, then AdamW's; the state is one dictionary, so that state_dict() has all of it.
+    Every projection is a matrix of its own, although they lie side by side in memory: q, k and v, gate and up
+    are orthogonalised apart. The parameter groups are those of Muon, then AdamW's; the state is one
+    dictionary, so that state_dict() has all of it.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2 and id(parameter) not in tables]
+        matrices = [
+            parameter
+            for parameter in model.parameters()
+            if parameter.dim() == 2 and id(parameter) not in tables
+        ]
         ours = {id(parameter) for parameter in matrices}
         groups = parameter_groups(model, config.weight_decay, config.weight_decay_on)
         for group in groups:
@@ -119,11 +152,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         decay = config.weight_decay if config.muon_weight_decay is None else config.muon_weight_decay
         scale = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
         self._muon = torch.optim.Muon(
-            [{"params": matrices, "lr_scale": scale}], lr=config.lr * scale, weight_decay=decay, momentum=config.muon_momentum,
-            nesterov=config.muon_nesterov, adjust_lr_fn="match_rms_adamw",
+            [{"params": matrices, "lr_scale": scale}], lr=config.lr * scale, weight_decay=decay,
+            momentum=config.muon_momentum, nesterov=config.muon_nesterov, adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
         beta1, beta2 = config.betas
-        self._adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+        self._adamw = torch.optim.AdamW(
+            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True
+        )
         self.found_inf: Tensor | None = None  # see `update`
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
         self._share()
@@ -149,14 +184,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw.step()
 
     def _step_unless(self, bad: Tensor) -> None:
-        """Muon's step, undone on the device if `bad` is 1: torch's takes no found_inf. Needs a copy of one matrix at a time."""
+        """Muon's step, undone on the device if `bad` is 1: torch's takes no found_inf. Needs a copy of one
+        matrix at a time.
+        """
         (group,) = self._muon.param_groups
         skip = bad > 0
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
-            parameter.grad.copy_(torch.where(skip, average, parameter.grad))  # averaged with itself it stays what it is, to the bit
+            # averaged with itself it stays what it is, to the bit
+            parameter.grad.copy_(torch.where(skip, average, parameter.grad))
             before = parameter.clone()
             self._muon.param_groups = [{**group, "params": [parameter]}]
             self._muon.step()
@@ -165,7 +203,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
-    """The learning rate of step 0, 1, ..., steps - 1; above 0 at each of them (unless lr is below min_lr = 0).
+    """The learning rate of step 0, 1, ..., steps - 1; above 0 at each of them (unless lr is below min_lr =
+    0).
 
     Linear warm-up to lr over warmup_steps, then
       constant  lr
@@ -200,7 +239,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients so that their global norm is at most max_norm (0: leaves them), and returns the norm before that.
+    """Scales all gradients so that their global norm is at most max_norm (0: leaves them), and returns the
+    norm before that.
 
     -> fp32 scalar on the device; nothing waits for it. Not finite if any gradient is not.
     """
@@ -217,10 +257,12 @@ SPIKE_WARMUP = 50  # steps before the guard judges: the first losses fall too fa
 
 
 class StepGuard:
-    """Decides, on the device, which steps to leave out, and counts them: reading the counts is the caller's choice of when to wait.
+    """Decides, on the device, which steps to leave out, and counts them: reading the counts is the caller's
+    choice of when to wait.
 
-    Left out is a step whose loss or gradient norm is not finite and, with zscore > 0, one whose loss lies more than `zscore` standard
-    deviations above its recent mean (exponential averages over steps that were not left out).
+    Left out is a step whose loss or gradient norm is not finite and, with zscore > 0, one whose loss lies
+    more than `zscore` standard deviations above its recent mean (exponential averages over steps that were
+    not left out).
     """
 
     def __init__(self, device: torch.device, zscore: float = 0.0) -> None:
@@ -232,13 +274,19 @@ class StepGuard:
         self._mean, self._variance = zero(torch.float32), zero(torch.float32)
 
     def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """loss, gradient_norm: fp32 scalars of this step -> fp32 scalar, 1 if the step is to be left out, else 0. Updates in place."""
+        """loss, gradient_norm: fp32 scalars of this step -> fp32 scalar, 1 if the step is to be left out,
+        else 0. Updates in place.
+        """
         bad = ~(torch.isfinite(loss) & torch.isfinite(gradient_norm))
         if self.zscore:
             deviation = loss - self._mean
             bad = bad | ((self._seen >= SPIKE_WARMUP) & (deviation > self.zscore * self._variance.sqrt()))
             weight = torch.clamp(1.0 / (self._seen + 1), min=1.0 / SPIKE_WINDOW)
-            self._variance.copy_(torch.where(bad, self._variance, (1 - weight) * (self._variance + weight * deviation.square())))
+            self._variance.copy_(
+                torch.where(
+                    bad, self._variance, (1 - weight) * (self._variance + weight * deviation.square())
+                )
+            )
             self._mean.copy_(torch.where(bad, self._mean, self._mean + weight * deviation))
             self._seen += (~bad).to(torch.int64)
         count = bad.to(torch.int64)
@@ -265,7 +313,8 @@ class StepGuard:
 
 
 def update(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """One optimizer step, or none at all (no decay, no momentum) if `bad` (fp32 scalar) is 1; decided on the device.
+    """One optimizer step, or none at all (no decay, no momentum) if `bad` (fp32 scalar) is 1; decided on the
+    device.
 
     `found_inf` is the hook by which torch.amp.GradScaler skips a step of a fused optimizer.
     """

@@ -1,7 +1,9 @@
-"""`python -m train.plot RUN [RUN ...]`: draws training_metrics.png from the metrics.jsonl of one run, or of several over each other.
+"""`python -m train.plot RUN [RUN ...]`: draws training_metrics.png from the metrics.jsonl of one run, or of
+several over each other.
 
-Three panels over the steps: the loss in nats per token on a log axis, with the held-out loss; the number of different documents seen,
-which tells a run on fresh text from one that repeats its corpus; and tokens per second. A dotted line marks where a run was resumed.
+Three panels over the steps: the loss in nats per token on a log axis, with the held-out loss; the number of
+different documents seen, which tells a run on fresh text from one that repeats its corpus; and tokens per
+second. A dotted line marks where a run was resumed.
 """
 
 from __future__ import annotations
@@ -55,38 +57,65 @@ class Colours:
 
 
 SINGLE = Colours(train="tab:blue", held_out="tab:red", unique="tab:green", throughput="tab:purple")
-PALETTE = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black")
+PALETTE = (
+    "tab:blue",
+    "tab:orange",
+    "tab:green",
+    "tab:red",
+    "tab:purple",
+    "tab:brown",
+    "tab:pink",
+    "tab:olive",
+    "tab:cyan",
+    "black",
+)
 
 
 def read_run(run: Path) -> Series:
     """Raises LoadError when there is nothing to draw."""
     if not run.is_dir():
-        raise LoadError(f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}; runs are output_dir=...")
+        raise LoadError(
+            f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}; runs are output_dir=..."
+        )
     lines = read_metrics(run)
     train = [line for line in lines if isinstance(line.get("loss"), float)]
     if not train:
-        raise LoadError(f"{run / METRICS_FILE}: expected lines with a loss, found none; name the folder of a run that has trained")
+        raise LoadError(
+            f"{run / METRICS_FILE}: expected lines with a loss, found none; name the folder of a run that has trained"
+        )
     held_out = [line for line in lines if isinstance(line.get("held_out_loss"), float)]
-    return Series(run.resolve().name, train, held_out, sorted({line["step"] for line in lines if line.get("resumed")}))
+    return Series(
+        run.resolve().name, train, held_out, sorted({line["step"] for line in lines if line.get("resumed")})
+    )
 
 
 def draw(run: Path) -> Path:
-    """Draws the metrics of a run folder and returns the picture's path. Raises LoadError when there is nothing to draw."""
+    """Draws the metrics of a run folder and returns the picture's path. Raises LoadError when there is
+    nothing to draw.
+    """
     return draw_runs([run], run / PICTURE)
 
 
 def draw_runs(runs: Sequence[Path], path: Path) -> Path:
-    """Draws one run, or several over each other, to `path`, and returns it. Raises LoadError when one has nothing to draw."""
+    """Draws one run, or several over each other, to `path`, and returns it. Raises LoadError when one has
+    nothing to draw.
+    """
     found = [read_run(run) for run in runs]
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise LoadError("drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'") from None
+        raise LoadError(
+            "drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'"
+        ) from None
 
     series = [_renamed(one, name) for one, name in zip(found, _labels(runs), strict=True)]
     several = len(series) > 1
-    colours = [Colours(*[PALETTE[index % len(PALETTE)]] * 4) for index in range(len(series))] if several else [SINGLE]
+    colours = (
+        [Colours(*[PALETTE[index % len(PALETTE)]] * 4) for index in range(len(series))]
+        if several
+        else [SINGLE]
+    )
     figure = Figure(figsize=(18, 5.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
     loss, unique, throughput = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
@@ -109,7 +138,9 @@ def draw_runs(runs: Sequence[Path], path: Path) -> Path:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise LoadError(f"{path}: the picture cannot be written ({error.strerror or error}); name another file with --output") from None
+        raise LoadError(
+            f"{path}: the picture cannot be written ({error.strerror or error}); name another file with --output"
+        ) from None
     return path
 
 
@@ -118,7 +149,9 @@ def _renamed(series: Series, name: str) -> Series:
 
 
 def _labels(runs: Sequence[Path]) -> list[str]:
-    """The folders' names, with their parents where two are the same, and without their middle where they are long."""
+    """The folders' names, with their parents where two are the same, and without their middle where they are
+    long.
+    """
     paths = [run.resolve() for run in runs]
     times = Counter(path.name for path in paths)
     names = [path.name if times[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in paths]
@@ -156,25 +189,36 @@ def _draw_loss(panel: Any, series: list[Series], colours: list[Colours]) -> None
             label += f", held out {held_out[-1]:.2f}"
         panel.plot(steps, losses, color=colour.train, alpha=0.15 if several else 0.3, linewidth=1)
         panel.plot(
-            steps, smooth, color=colour.train, linewidth=1.5 if several else 2, label=label, marker="." if len(losses) < FEW else None
+            steps,
+            smooth,
+            color=colour.train,
+            linewidth=1.5 if several else 2,
+            label=label,
+            marker="." if len(losses) < FEW else None,
         )
         if held_out:
             panel.plot(
-                [line["step"] for line in one.held_out], held_out, "o", color=colour.held_out, markersize=6, zorder=3,
-                markeredgecolor="white", markeredgewidth=0.7, linestyle="none" if several else "-", linewidth=1,
-                label=None if several else f"held out, {held_out[-1]:.2f} at the end",
+                [line["step"] for line in one.held_out], held_out, "o", color=colour.held_out, markersize=6,
+                zorder=3, markeredgecolor="white", markeredgewidth=0.7, linestyle="none" if several else "-",
+                linewidth=1, label=None if several else f"held out, {held_out[-1]:.2f} at the end",
             )  # fmt: skip
         everything += losses + held_out
     entropies = {one.entropy for one in series}
-    entropy = next(iter(entropies)) if len(entropies) == 1 else None  # runs on other text: their lines would not compare
+    # runs on other text: their lines would not compare
+    entropy = next(iter(entropies)) if len(entropies) == 1 else None
     if entropy is not None:
-        panel.axhline(entropy, color="gray", linestyle="--", linewidth=1, label=f"unigram entropy, {entropy:.2f}")
+        panel.axhline(
+            entropy, color="gray", linestyle="--", linewidth=1, label=f"unigram entropy, {entropy:.2f}"
+        )
         everything.append(entropy)
     panel.set_yscale("log")
     positive = [value for value in everything if value > 0]
-    # Within a decade the axis' own ticks would leave it without a single number; over more, even steps would crowd its top.
+    # Within a decade the axis' own ticks would leave it without a single number; over more, even steps would
+    # crowd its top.
     wide = bool(positive) and max(positive) > 15 * min(positive)
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    panel.yaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
+    )
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.set_ylabel("loss, nats per token (log scale)")
@@ -191,7 +235,9 @@ def _draw_unique(panel: Any, series: list[Series], colours: list[Colours]) -> No
     panel.yaxis.set_major_locator(_whole_numbers())
     panel.yaxis.set_major_formatter(_thousands())
     panel.set_ylabel("different documents")
-    panel.set_title(f"Unique examples seen: {counts[-1]:,}" if len(series) == 1 and counts else "Unique examples seen")
+    panel.set_title(
+        f"Unique examples seen: {counts[-1]:,}" if len(series) == 1 and counts else "Unique examples seen"
+    )
 
 
 def _draw_throughput(panel: Any, series: list[Series], colours: list[Colours]) -> None:
@@ -201,21 +247,40 @@ def _draw_throughput(panel: Any, series: list[Series], colours: list[Colours]) -
         if not rates:
             continue
         measured = True
-        panel.plot(steps, rates, ".-", color=colour.throughput, linewidth=0.8, markersize=8 if len(rates) < FEW else 3)
+        panel.plot(
+            steps,
+            rates,
+            ".-",
+            color=colour.throughput,
+            linewidth=0.8,
+            markersize=8 if len(rates) < FEW else 3,
+        )
         if len(series) == 1:
             title = f"Throughput: {statistics.median(rates):,.0f} tokens/s"
             shares = one.points("mfu")[1]
             title += f", MFU {statistics.median(shares):.0%}" if shares else ""
     if not measured:  # the first steps are left out of it
-        panel.text(0.5, 0.5, "too few steps to measure", transform=panel.transAxes, ha="center", va="center", color="gray")
+        panel.text(
+            0.5,
+            0.5,
+            "too few steps to measure",
+            transform=panel.transAxes,
+            ha="center",
+            va="center",
+            color="gray",
+        )
     panel.set_ylim(bottom=0, top=None if measured else 1)
     panel.yaxis.set_major_formatter(_thousands())
     panel.set_ylabel("tokens per second")
     panel.set_title(title + (" (median)" if ":" in title else ""))
 
 
-def _mark_resumes(panel: Any, series: list[Series], colours: list[Colours], last: int, *, labelled: bool) -> None:
-    """A dotted line at every step from which a run was continued; the first one of a run is named, on the side that has room."""
+def _mark_resumes(
+    panel: Any, series: list[Series], colours: list[Colours], last: int, *, labelled: bool
+) -> None:
+    """A dotted line at every step from which a run was continued; the first one of a run is named, on the
+    side that has room.
+    """
     for one, colour in zip(series, colours, strict=True):
         line_colour = colour.train if len(series) > 1 else "dimgray"
         for index, step in enumerate(one.resumed):
@@ -226,7 +291,8 @@ def _mark_resumes(panel: Any, series: list[Series], colours: list[Colours], last
             panel.annotate(
                 "resumed", (step, 0.5), xycoords=("data", "axes fraction"), xytext=(3 if right else -3, 0), textcoords="offset points",
                 rotation=90, ha="left" if right else "right", va="center", color=line_colour, fontsize="small",
-                zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.5},  # it may lie on a curve
+                # it may lie on a curve
+                zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.5},
             )  # fmt: skip
 
 
@@ -243,7 +309,9 @@ def _thousands() -> Any:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Mean over a window of a twentieth of the points, centred, and narrower at the beginning, where the loss falls too fast for it."""
+    """Mean over a window of a twentieth of the points, centred, and narrower at the beginning, where the loss
+    falls too fast for it.
+    """
     widest = round(len(values) * SMOOTHING_WINDOW / 2)
     halves = (min(widest, index // 4) for index in range(len(values)))
     windows = (values[index - half : index + half + 1] for index, half in enumerate(halves))
@@ -256,13 +324,19 @@ def main(argv: Sequence[str]) -> int:
         description="Draws training_metrics.png from the metrics of one run, or of several over each other.",
     )
     parser.add_argument("run", type=Path, nargs="+", help="folder of a run, as runs/quickstart")
-    parser.add_argument("--output", type=Path, help=f"the picture [RUN/{PICTURE}; of several runs {PICTURE} in the current folder]")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"the picture [RUN/{PICTURE}; of several runs {PICTURE} in the current folder]",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     runs: list[Path] = options.run
     output = options.output or (runs[0] / PICTURE if len(runs) == 1 else Path(PICTURE))
     if output.is_dir():
-        raise UsageError(f"--output: expected the name of a picture, got the folder {output}; for example --output {output / PICTURE}")
+        raise UsageError(
+            f"--output: expected the name of a picture, got the folder {output}; for example --output {output / PICTURE}"
+        )
     print(draw_runs(runs, output))
     return 0
 

@@ -1,4 +1,6 @@
-"""`python -m train.prepare [config.yaml] [key=value ...]`: fills the token cache ahead of a run, which then needs no network for it."""
+"""`python -m train.prepare [config.yaml] [key=value ...]`: fills the token cache ahead of a run, which then
+needs no network for it.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,10 @@ class ProgressLine:
         elif time.monotonic() - self.noted > PAUSE:
             self.noted = time.monotonic()
             rate = totals.tokens / (self.noted - self.begin)
-            print(f"{totals.training_tokens:,} of {self.total:,} training tokens, {rate:,.0f} tokens/s", flush=True)
+            print(
+                f"{totals.training_tokens:,} of {self.total:,} training tokens, {rate:,.0f} tokens/s",
+                flush=True,
+            )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -95,15 +100,17 @@ class ProgressLine:
 
 
 def prepare(config: RunConfig, tokens: int | None = None) -> Totals:
-    """Fills the cache with the held-out documents, then with `tokens` training tokens or the end of the epoch; of a mixture, those of all
-    its sources that have one.
+    """Fills the cache with the held-out documents, then with `tokens` training tokens or the end of the
+    epoch; of a mixture, those of all its sources that have one.
 
     Raises UsageError when config keeps no cache, LoadError when documents cannot be read or stored.
     """
     fillings, tokenizer = _open(config)
     wanted = tokens if tokens is not None else config.steps * config.tokens_per_step
     found = [_fill(filling, tokenizer, config, math.ceil(wanted * filling.share)) for filling in fillings]
-    return Totals(*(sum(values) for values in zip(*(dataclasses.astuple(totals) for totals in found), strict=True)))
+    return Totals(
+        *(sum(values) for values in zip(*(dataclasses.astuple(totals) for totals in found), strict=True))
+    )
 
 
 def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int) -> Totals:
@@ -116,9 +123,14 @@ def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int
     print(f"{source.fingerprint}: {first}{wanted:,} training tokens, into {cache.folder}", flush=True)
     begin = time.monotonic()
     held_out_rows(source, tokenizer, fraction, rows, config.sequence_length, cache, config.workers)
-    stored = Prefetch(stored_blocks(source, epoch_order(source, filling.seed), cache, stop), stop, 2, config.workers > 0)
+    stored = Prefetch(
+        stored_blocks(source, epoch_order(source, filling.seed), cache, stop), stop, 2, config.workers > 0
+    )
     try:
-        with closing(ProgressLine(wanted)) as progress, closing(tokenised(stored, pool, cache, stop)) as blocks:
+        with (
+            closing(ProgressLine(wanted)) as progress,
+            closing(tokenised(stored, pool, cache, stop)) as blocks,
+        ):
             for item in blocks:
                 if isinstance(item, EpochEnd) or totals.training_tokens >= wanted:
                     break
@@ -135,11 +147,16 @@ def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int
     seconds = time.monotonic() - begin
     print_totals(totals, cache)
     if cache.stored_tokens:
-        print(f"tokenised now: {cache.stored_tokens:,} tokens, {cache.stored_tokens / seconds:,.0f} tokens/s", flush=True)
+        print(
+            f"tokenised now: {cache.stored_tokens:,} tokens, {cache.stored_tokens / seconds:,.0f} tokens/s",
+            flush=True,
+        )
     else:
         print("all of it was there already, and is sound", flush=True)
     if totals.lost:
-        raise LoadError(f"{cache.folder}: {totals.lost} blocks could not be stored (see above); run the command again when that is settled")
+        raise LoadError(
+            f"{cache.folder}: {totals.lost} blocks could not be stored (see above); run the command again when that is settled"
+        )
     return totals
 
 
@@ -182,7 +199,11 @@ def _open(config: RunConfig) -> tuple[list[Filling], Tokenizer]:
     cache = open_caches(config, source, tokenizer)
     if isinstance(source, MixtureSource) and isinstance(cache, MixtureCache):
         opened = zip(source.parts, cache.parts, strict=True)
-        found = [Filling(part.source, own, order_key(config.seed, part.name), part.weight) for part, own in opened if own is not None]
+        found = [
+            Filling(part.source, own, order_key(config.seed, part.name), part.weight)
+            for part, own in opened
+            if own is not None
+        ]
     else:
         found = [Filling(source, cache, config.seed, Fraction(1))] if isinstance(cache, TokenCache) else []
     if not found:

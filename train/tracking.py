@@ -1,7 +1,8 @@
 """The figures of metrics.jsonl, sent to TensorBoard, trackio or Weights & Biases through their own libraries.
 
-metrics.jsonl stays the record. A tracker is a copy for looking at: when it fails, one line says so, and training goes on without it.
-A resumed run continues the same run there: its name lies in RUN/tracker.txt. Nothing uses the network unless tracker_online says so.
+metrics.jsonl stays the record. A tracker is a copy for looking at: when it fails, one line says so, and
+training goes on without it. A resumed run continues the same run there: its name lies in RUN/tracker.txt.
+Nothing uses the network unless tracker_online says so.
 """
 
 from __future__ import annotations
@@ -44,13 +45,25 @@ class TensorBoard:
 
 
 class Trackio:
-    """A run of that name in trackio's database on this machine, or online in the Space or server that its variables name."""
+    """A run of that name in trackio's database on this machine, or online in the Space or server that its
+    variables name.
+    """
 
     def __init__(self, run: Path, config: RunConfig) -> None:
         self._library = _library("trackio")
-        hidden = {} if config.tracker_online else {name: os.environ.pop(name) for name in REMOTES if name in os.environ}
+        hidden = (
+            {}
+            if config.tracker_online
+            else {name: os.environ.pop(name) for name in REMOTES if name in os.environ}
+        )
         try:
-            self._library.init(project=config.tracker_project, name=run_name(run), config=asdict(config), resume="allow", embed=False)
+            self._library.init(
+                project=config.tracker_project,
+                name=run_name(run),
+                config=asdict(config),
+                resume="allow",
+                embed=False,
+            )
         finally:
             os.environ.update(hidden)
 
@@ -64,8 +77,8 @@ class Trackio:
 class WandB:
     """A run of that id, in RUN/wandb; `wandb sync` sends it later what was not sent online.
 
-    The step is a figure like the others, by which all are drawn: W&B's own counter never goes back, as a run does that is resumed from
-    an earlier checkpoint.
+    The step is a figure like the others, by which all are drawn: W&B's own counter never goes back, as a run
+    does that is resumed from an earlier checkpoint.
     """
 
     def __init__(self, run: Path, config: RunConfig) -> None:
@@ -73,8 +86,10 @@ class WandB:
         disabled = os.environ.get("WANDB_MODE") == "disabled"
         name = run_name(run)
         self._run = wandb.init(
-            project=config.tracker_project, id=name, name=run.resolve().name, config=asdict(config), dir=str(run), resume="allow",
-            mode=None if config.tracker_online else "disabled" if disabled else "offline", settings=wandb.Settings(console="off"),
+            project=config.tracker_project, id=name, name=run.resolve().name, config=asdict(config),
+            dir=str(run), resume="allow",
+            mode=None if config.tracker_online else "disabled" if disabled else "offline",
+            settings=wandb.Settings(console="off"),
         )  # fmt: skip
         self._run.define_metric("*", step_metric="step")
 
@@ -97,7 +112,11 @@ class Guarded:
         """Sends what is a number; texts, flags and None are left out."""
         tracker = self._tracker
         if tracker is not None:
-            numbers = {name: value for name, value in values.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+            numbers = {
+                name: value
+                for name, value in values.items()
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+            }
             if numbers:
                 self._attempt(lambda: tracker.log(step, numbers))
 
@@ -112,7 +131,9 @@ class Guarded:
         except Exception as error:  # whatever its library raises: the training is worth more than its picture
             self._tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._warn(f"warning: {self._name} failed ({reason[:200]}); training goes on without it, metrics.jsonl has everything")
+            self._warn(
+                f"warning: {self._name} failed ({reason[:200]}); training goes on without it, metrics.jsonl has everything"
+            )
             return None
 
 
@@ -123,7 +144,9 @@ def wanted(config: RunConfig) -> list[str]:
 
 
 def check(config: RunConfig) -> None:
-    """Raises UsageError when the package of a tracker is missing, so that it is known before anything is written."""
+    """Raises UsageError when the package of a tracker is missing, so that it is known before anything is
+    written.
+    """
     for name in wanted(config):
         if name == "tensorboard":
             summary_writer()
@@ -142,7 +165,9 @@ def open_trackers(run: Path, config: RunConfig, warn: Callable[[str], None]) -> 
 
 
 def run_name(run: Path) -> str:
-    """What the run is called in trackio and W&B: the same whenever it is resumed, another for every other folder."""
+    """What the run is called in trackio and W&B: the same whenever it is resumed, another for every other
+    folder.
+    """
     file = run / NAME_FILE
     if not file.is_file():
         file.write_text(f"{run.resolve().name}-{secrets.token_hex(4)}\n", encoding="utf-8")
@@ -154,7 +179,9 @@ def summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
-        raise UsageError("tensorboard=true needs the package tensorboard; install it with: pip install tensorboard") from None
+        raise UsageError(
+            "tensorboard=true needs the package tensorboard; install it with: pip install tensorboard"
+        ) from None
     return SummaryWriter
 
 
@@ -162,4 +189,6 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
-        raise UsageError(f"tracker={name} needs the package {name}; install it with: pip install {name}") from None
+        raise UsageError(
+            f"tracker={name} needs the package {name}; install it with: pip install {name}"
+        ) from None

@@ -1,8 +1,10 @@
-"""`python -m train.verify_resume [config.yaml] [key=value ...]`: proves, bit for bit, that a run that was killed is the run that was not.
+"""`python -m train.verify_resume [config.yaml] [key=value ...]`: proves, bit for bit, that a run that was
+killed is the run that was not.
 
-One run trains N + M steps without a pause. Another is killed with SIGKILL three times: in the middle of a step, in the middle of writing a
-checkpoint, in the middle of the last step; each time it is started again with resume=auto. Then losses, gradient norms, learning
-rates, weights, optimizer state, random generators, counters and the batches themselves are compared, all of them exactly.
+One run trains N + M steps without a pause. Another is killed with SIGKILL three times: in the middle of a
+step, in the middle of writing a checkpoint, in the middle of the last step; each time it is started again
+with resume=auto. Then losses, gradient norms, learning rates, weights, optimizer state, random generators,
+counters and the batches themselves are compared, all of them exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from train.metrics import read_metrics
 
 PATIENCE = 60.0  # seconds for a checkpoint to be written
 ROOT = Path(__file__).resolve().parent.parent
-TIMED = ("tokens_per_second", "mfu", "wait_ms", "memory_gb", "memory_peak_gb", "eta_seconds")  # of metrics.jsonl: they tell the time
+# of metrics.jsonl: they tell the time
+TIMED = ("tokens_per_second", "mfu", "wait_ms", "memory_gb", "memory_peak_gb", "eta_seconds")
 
 
 # ---- in the runs ----------------------------------------------------------------------------------------------------------
@@ -51,7 +54,9 @@ def _record_batches(folder: Path) -> None:
     path = folder / f"stream-{os.environ.get('RANK', '0')}.jsonl"
 
     def recorded(self: step.TrainStep, batch: Batch) -> int:
-        content = hashlib.sha256(batch.input_ids.numpy().tobytes() + batch.doc_start.numpy().tobytes()).hexdigest()
+        content = hashlib.sha256(
+            batch.input_ids.numpy().tobytes() + batch.doc_start.numpy().tobytes()
+        ).hexdigest()
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps([str(batch.cursor), content]) + "\n")
         return original(self, batch)
@@ -60,10 +65,12 @@ def _record_batches(folder: Path) -> None:
 
 
 def _set_trap(where: str, number: int, folder: Path) -> None:
-    """Kills this process in optimizer step `number`, when its gradients are there and the weights not yet changed, or ("save") in the
-    write of the first checkpoint, when its files are there and its manifest not yet.
+    """Kills this process in optimizer step `number`, when its gradients are there and the weights not yet
+    changed, or ("save") in the write of the first checkpoint, when its files are there and its manifest not
+    yet.
 
-    A step's death waits for the first checkpoint to be there: it is written in the background, and without it nothing would be resumed.
+    A step's death waits for the first checkpoint to be there: it is written in the background, and without it
+    nothing would be resumed.
     """
     if where == "save":
         setattr(checkpoint, "_manifest", lambda _: _die())  # noqa: B010 - a plain assignment would not pass the type checker
@@ -83,7 +90,9 @@ def _set_trap(where: str, number: int, folder: Path) -> None:
 
 
 def _child(arguments: Sequence[str]) -> int:
-    """A run with the trap of its first argument, WHERE:NUMBER or none:0, that writes its batches into the folder of the second."""
+    """A run with the trap of its first argument, WHERE:NUMBER or none:0, that writes its batches into the
+    folder of the second.
+    """
     trap, folder, *keys = arguments
     where, _, number = trap.partition(":")
     _record_batches(Path(folder))
@@ -106,11 +115,27 @@ class Trial:
 
     def start(self, trap: str = "none:0") -> subprocess.Popen[bytes]:
         """A process of its own group, whose output goes to log.txt."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+            if self.ranks > 1
+            else []
+        )
         resume = ["resume=auto"] if (self.run / "config.yaml").is_file() else []
-        command = [sys.executable, *launcher, "-m", "train.verify_resume", "--child", trap, str(self.folder), *self._keys, *resume]
+        command = [
+            sys.executable,
+            *launcher,
+            "-m",
+            "train.verify_resume",
+            "--child",
+            trap,
+            str(self.folder),
+            *self._keys,
+            *resume,
+        ]
         with (self.folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def finish(self) -> None:
         """Runs to the end. Raises LoadError with the last lines of the log if it does not get there."""
@@ -119,21 +144,31 @@ class Trial:
             raise LoadError(f"a run ended with exit code {code}: {self._tail()}")
 
     def die(self, trap: str) -> str:
-        """Runs into a trap and returns the name of the newest checkpoint. Raises LoadError if it comes to its end, or leaves none."""
+        """Runs into a trap and returns the name of the newest checkpoint. Raises LoadError if it comes to its
+        end, or leaves none.
+        """
         code = self.start(trap).wait()
         if code == 0 or (self.ranks == 1 and code != -signal.SIGKILL):
-            raise LoadError(f"a run that was to be killed at {trap} ended with exit code {code}: {self._tail()}")
+            raise LoadError(
+                f"a run that was to be killed at {trap} ended with exit code {code}: {self._tail()}"
+            )
         newest = newest_checkpoint(self.run, print)
         if newest is None:
-            raise LoadError(f"a run that was killed at {trap} had no checkpoint to resume from: {self._tail()}")
+            raise LoadError(
+                f"a run that was killed at {trap} had no checkpoint to resume from: {self._tail()}"
+            )
         return newest.name
 
     def _tail(self) -> str:
-        return " | ".join((self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
+        return " | ".join(
+            (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+        )
 
 
 def _kill_at_random(trial: Trial, kills: int, seed: int, straight_seconds: float) -> list[float]:
-    """Starts the run over and over and kills it after a random time; returns those times. Then lets it come to its end."""
+    """Starts the run over and over and kills it after a random time; returns those times. Then lets it come
+    to its end.
+    """
     generator = random.Random(seed)
     delays: list[float] = []
     while len(delays) < kills:
@@ -150,7 +185,10 @@ def _kill_at_random(trial: Trial, kills: int, seed: int, straight_seconds: float
             delays.append(delay)
             if sys.stdout.isatty() or len(delays) % 5 == 0:
                 newest = checkpoints(trial.run)[-1:] if trial.run.is_dir() else []
-                print(f"killed {len(delays)} of {kills} times, newest checkpoint {newest[0].name if newest else 'none'}", flush=True)
+                print(
+                    f"killed {len(delays)} of {kills} times, newest checkpoint {newest[0].name if newest else 'none'}",
+                    flush=True,
+                )
     trial.finish()
     return delays
 
@@ -161,7 +199,11 @@ def _kill_at_random(trial: Trial, kills: int, seed: int, straight_seconds: float
 def _same(one: Any, other: Any) -> bool:
     """Equality to the last bit, through dictionaries and lists."""
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one.view(-1), other.view(-1))
+        return (
+            isinstance(other, torch.Tensor)
+            and one.dtype == other.dtype
+            and torch.equal(one.view(-1), other.view(-1))
+        )
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
@@ -174,7 +216,9 @@ def _metrics(folder: Path, name: str) -> dict[int, Any]:
 
 
 def _stream(path: Path) -> dict[str, set[str]]:
-    """Position -> digests of the batches that were read there; several if a repeated step read something else."""
+    """Position -> digests of the batches that were read there; several if a repeated step read something
+    else.
+    """
     found: dict[str, set[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         position, content = json.loads(line)
@@ -185,7 +229,9 @@ def _stream(path: Path) -> dict[str, set[str]]:
 def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
     """(what, whether it is equal, how much of it) for everything that a run leaves behind."""
     rows = []
-    names = sorted({name for line in read_metrics(straight.run) for name in line} - {"step", "resumed", *TIMED})
+    names = sorted(
+        {name for line in read_metrics(straight.run) for name in line} - {"step", "resumed", *TIMED}
+    )
     for name in names:
         one, other = (_metrics(trial.run, name) for trial in (straight, killed))
         rows.append((name, one == other and len(one) > 0, f"{len(one)} values"))
@@ -200,7 +246,11 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
     for name, load in loaders.items():
         one, other = load(ends[0]), load(ends[1])
         tensors = [value for value in one.values() if isinstance(value, torch.Tensor)]
-        size = f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} values" if tensors else f"{len(one)} entries"
+        size = (
+            f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} values"
+            if tensors
+            else f"{len(one)} entries"
+        )
         rows.append((name, _same(one, other), size))
     records = [json.loads((end / RECORD).read_text(encoding="utf-8")) for end in ends if end is not None]
     for record in records:
@@ -219,13 +269,27 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="Proves that a run killed with SIGKILL and resumed equals one that was never interrupted, bit for bit.",
         epilog="Without a config: train/configs/tiny.yaml. Exit code 0 if all is equal, 1 if not.",
     )
-    parser.add_argument("keys", nargs="*", metavar="config.yaml | key=value", help="the run, as for train.run")
     parser.add_argument(
-        "--steps", type=int, default=4, metavar="N", help="steps between checkpoints, and before the first kill (default 4)"
+        "keys", nargs="*", metavar="config.yaml | key=value", help="the run, as for train.run"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=4,
+        metavar="N",
+        help="steps between checkpoints, and before the first kill (default 4)",
     )
     parser.add_argument("--more", type=int, default=6, metavar="M", help="steps after them (default 6)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="R", help="processes, started by torchrun (default 1)")
-    parser.add_argument("--kills", type=int, default=0, metavar="K", help="instead of the three traps: kill K times at random moments")
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="R", help="processes, started by torchrun (default 1)"
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=0,
+        metavar="K",
+        help="instead of the three traps: kill K times at random moments",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs in this folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -246,7 +310,11 @@ def main(argv: Sequence[str]) -> int:
         return _child(argv[1:])
     options = parse_arguments(argv)
     total = options.steps + options.more
-    given = options.keys if any("=" not in key for key in options.keys) else [str(CONFIGS / "tiny.yaml"), *options.keys]
+    given = (
+        options.keys
+        if any("=" not in key for key in options.keys)
+        else [str(CONFIGS / "tiny.yaml"), *options.keys]
+    )
     keys = [*given, f"steps={total}", f"checkpoint_every={options.steps}", "log_every=1"]
     config, _ = parse(keys)  # wrong keys are refused before anything starts
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as temporary:
@@ -262,14 +330,22 @@ def main(argv: Sequence[str]) -> int:
             delays = _kill_at_random(killed, options.kills, options.seed, time.monotonic() - began)
             if not delays:
                 raise LoadError("--kills: the run came to its end before it was killed once; raise --more")
-            print(f"killed {len(delays)} times, {min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})", flush=True)
+            print(
+                f"killed {len(delays)} times, {min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})",
+                flush=True,
+            )
             if len(delays) < options.kills:
-                print(f"it came to its end before all {options.kills} kills; a larger --more leaves time for them", flush=True)
+                print(
+                    f"it came to its end before all {options.kills} kills; a larger --more leaves time for them",
+                    flush=True,
+                )
         else:
             newest = killed.die(f"step:{options.steps + 2}")
             print(f"killed in step {options.steps + 2}; newest checkpoint {newest}", flush=True)
             newest = killed.die("save:0")
-            print(f"resumed, killed while writing the next checkpoint; newest checkpoint {newest}", flush=True)
+            print(
+                f"resumed, killed while writing the next checkpoint; newest checkpoint {newest}", flush=True
+            )
             newest = killed.die(f"step:{options.more}")
             print(f"resumed, killed in the last step; newest checkpoint {newest}", flush=True)
             killed.finish()

@@ -1,4 +1,5 @@
-"""`python -m kernels.certify`: compiles every launch of every kernel for six GPUs, none of which has to be there.
+"""`python -m kernels.certify`: compiles every launch of every kernel for six GPUs, none of which has to be
+there.
 
     python -m kernels.certify                       compiles what changed, writes certificate.json and CERTIFICATE.md, applies the gates
     python -m kernels.certify --check               compiles nothing; fails when the committed table is not that of this source
@@ -6,12 +7,13 @@
     python -m kernels.certify --fill DIR --arch sm_90            fills a Triton cache for that GPU (kernels/certify/cache_fill.py)
     python -m kernels.certify --verify DIR --arch sm_90          how much of it would be found
 
-What is compiled is what would be launched (kernels/certify/launches.py); what the figures mean, and the limits they are held against, stands in
-kernels/certify/targets.py. The table holds the figures of two versions of Triton, the newest that is tested and the oldest that is allowed.
-A run adds those of the version that it finds, so that a change of a kernel or of a launch takes two:
+What is compiled is what would be launched (kernels/certify/launches.py); what the figures mean, and the
+limits they are held against, stands in kernels/certify/targets.py. The table holds the figures of two
+versions of Triton, the newest that is tested and the oldest that is allowed. A run adds those of the version
+that it finds, so that a change of a kernel or of a launch takes two:
 
-    python -m kernels.certify
-    pip install --no-deps --target /tmp/triton-3.6.0 triton==3.6.0 && PYTHONPATH=/tmp/triton-3.6.0 python -m kernels.certify
+    python -m kernels.certify pip install --no-deps --target /tmp/triton-3.6.0 triton==3.6.0 &&
+    PYTHONPATH=/tmp/triton-3.6.0 python -m kernels.certify
 
 With any other version all rows are compiled and printed, and only a row that does not compile fails.
 """
@@ -35,7 +37,17 @@ import triton
 from triton import knobs
 
 from kernels.certify.cache_fill import SOURCES, present_gpu, report
-from kernels.certify.launches import DECODE, EMBEDDING, LAST_NORM, LAYER, LAYERS, LOSS, OPTIMIZER, Launch, record
+from kernels.certify.launches import (
+    DECODE,
+    EMBEDDING,
+    LAST_NORM,
+    LAYER,
+    LAYERS,
+    LOSS,
+    OPTIMIZER,
+    Launch,
+    record,
+)
 from kernels.certify.targets import TARGETS, measure
 
 VERSIONS = ("3.7.1", "3.6.0")  # of Triton: that of constraints.txt, and the oldest that pyproject.toml allows
@@ -56,14 +68,23 @@ MEMORY_BOUND = {
     "_norm_head_kernel",
 }
 PARTS = {
-    "embedding": EMBEDDING, "layer": LAYER, "last norm": LAST_NORM, "loss": LOSS, "optimizer": OPTIMIZER, "decode layer": DECODE,
+    "embedding": EMBEDDING, "layer": LAYER, "last norm": LAST_NORM, "loss": LOSS, "optimizer": OPTIMIZER,
+    "decode layer": DECODE,
 }  # fmt: skip
 # Of a decode step, what is read are weights and what is written are single rows.
 READS_ONLY = {"decode_layer", "decode_head"}
-# Kernels that must use the matrix instruction that their target is built for. Decoding is not among them: its tiles have 16 rows.
-MATRIX_BOUND = {"_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel", "_mlp_fwd_kernel", "_mlp_bwd_kernel"}
+# Kernels that must use the matrix instruction that their target is built for. Decoding is not among them: its
+# tiles have 16 rows.
+MATRIX_BOUND = {
+    "_attention_fwd_kernel",
+    "_attention_bwd_dq_kernel",
+    "_attention_bwd_dkv_kernel",
+    "_mlp_fwd_kernel",
+    "_mlp_bwd_kernel",
+}
 
-Row = dict[str, Any]  # a Launch without its repetitions, and its Figures by version of Triton: one line of certificate.json
+# a Launch without its repetitions, and its Figures by version of Triton: one line of certificate.json
+Row = dict[str, Any]
 
 
 def rows_of(launches: Iterable[Launch]) -> dict[str, tuple[Launch, Row]]:
@@ -89,7 +110,9 @@ def rows_of(launches: Iterable[Launch]) -> dict[str, tuple[Launch, Row]]:
                 "not_divisible": [  # of what could be: a descriptor is aligned, or could not have been made
                     name
                     for index, (name, kind) in enumerate(launch.signature.items())
-                    if name not in launch.constants and index not in launch.attributes and not kind.startswith("tensordesc")
+                    if name not in launch.constants
+                    and index not in launch.attributes
+                    and not kind.startswith("tensordesc")
                 ],
                 "options": launch.options,
                 "figures": {},
@@ -109,7 +132,9 @@ def faults(rows: Iterable[Row]) -> list[str]:
                 found.append(f"{name}: does not compile: {figures['error']}")
                 continue
             if figures["shared"] > target.shared_limit:
-                found.append(f"{name}: {figures['shared']} bytes of shared memory, the target has {target.shared_limit}")
+                found.append(
+                    f"{name}: {figures['shared']} bytes of shared memory, the target has {target.shared_limit}"
+                )
             if dtype == "float32":
                 continue  # ieee products run on the ordinary units, for tests: reported only
             if figures["spill_bytes"] and target.nvidia:
@@ -119,25 +144,36 @@ def faults(rows: Iterable[Row]) -> list[str]:
             if kernel in MATRIX_BOUND and not figures["matrix"].get(target.matrix):
                 found.append(f"{name}: no {target.matrix} instruction, only {figures['matrix'] or 'none'}")
             loads, stores = figures["wide_loads"], figures["wide_stores"]
-            if kernel in MEMORY_BOUND and dtype == "bfloat16" and not (loads and (stores or not _stores_rows(row))):
+            if (
+                kernel in MEMORY_BOUND
+                and dtype == "bfloat16"
+                and not (loads and (stores or not _stores_rows(row)))
+            ):
                 found.append(f"{name}: {loads} loads and {stores} stores of 16 bytes")
     return found
 
 
 def _stores_rows(row: Row) -> bool:
-    """Whether the kernel writes tensors as large as those it reads; the loss without its gradient does not, nor does a decode step."""
+    """Whether the kernel writes tensors as large as those it reads; the loss without its gradient does not,
+    nor does a decode step.
+    """
     return row["op"] not in READS_ONLY and bool(row["constants"].get("GRADIENT", True))
 
 
 def launch_counts(launches: Sequence[Launch]) -> dict[str, dict[str, dict[str, int]]]:
-    """Triton launches by part of the work, phase and op: {"layer": {"forward": {"rms_norm": 2, ...}, ...}, "step": ..., ...}.
+    """Triton launches by part of the work, phase and op: {"layer": {"forward": {"rms_norm": 2, ...}, ...},
+    "step": ..., ...}.
 
-    A step is the embedding, LAYERS layers, the last norm and the loss; the optimizer comes on top. (The first norm of the first layer has
-    no residual and as many launches.)
+    A step is the embedding, LAYERS layers, the last norm and the loss; the optimizer comes on top. (The first
+    norm of the first layer has no residual and as many launches.)
     """
     parts: dict[str, Counter[tuple[str, str]]] = {}
     for part, case in PARTS.items():
-        parts[part] = Counter((launch.phase, launch.op) for launch in launches if launch.case == case and launch.dtype == "bfloat16")
+        parts[part] = Counter(
+            (launch.phase, launch.op)
+            for launch in launches
+            if launch.case == case and launch.dtype == "bfloat16"
+        )
     parts["step"] = parts["embedding"] + parts["last norm"] + parts["loss"]
     for key, count in parts["layer"].items():
         parts["step"][key] += LAYERS * count
@@ -150,7 +186,9 @@ def launch_counts(launches: Sequence[Launch]) -> dict[str, dict[str, dict[str, i
 
 
 def compile_rows(launches: Sequence[Launch], jobs: int) -> list[dict[str, Any]]:
-    """The figures of each launch. Several processes, in a cache folder of their own: the compiler must really run."""
+    """The figures of each launch. Several processes, in a cache folder of their own: the compiler must really
+    run.
+    """
     if not launches:
         return []
     results = []
@@ -169,20 +207,28 @@ def _use_cache(folder: str) -> None:
 
 
 def _differences(rows: Sequence[Row]) -> list[str]:
-    """For rows of one kernel: what of its constants, or else of its arguments, sets each row apart from the others."""
+    """For rows of one kernel: what of its constants, or else of its arguments, sets each row apart from the
+    others.
+    """
     traits = [{**row["constants"], **dict.fromkeys(row["not_divisible"], "any")} for row in rows]
-    names = [name for name in dict.fromkeys(name for trait in traits for name in trait) if name != "SCALE"]  # it goes with HEAD_DIM
+    # it goes with HEAD_DIM
+    names = [name for name in dict.fromkeys(name for trait in traits for name in trait) if name != "SCALE"]
     varying = [name for name in names if len({json.dumps(trait.get(name)) for trait in traits}) > 1]
 
     def text(trait: dict[str, Any], wanted: Iterable[str]) -> str:
         return " ".join(
-            f"{name}={trait[name]:g}" if isinstance(trait.get(name), float) else f"{name}={trait.get(name, '16n')}" for name in wanted
+            f"{name}={trait[name]:g}"
+            if isinstance(trait.get(name), float)
+            else f"{name}={trait.get(name, '16n')}"
+            for name in wanted
         )
 
     short = [text(trait, [name for name in varying if name.isupper()]) for trait in traits]
     arguments = [name for name in varying if not name.isupper()]
     return [
-        f"{line} {text(trait, [name for name in arguments if name in trait])}".strip() if short.count(line) > 1 else line
+        f"{line} {text(trait, [name for name in arguments if name in trait])}".strip()
+        if short.count(line) > 1
+        else line
         for line, trait in zip(short, traits, strict=True)
     ]
 
@@ -192,7 +238,8 @@ def _line(cells: Iterable[object]) -> str:
 
 
 COLUMNS = (
-    "kernel", "case", "what differs", "dtype", "warps x stages", "registers", "spill B", "shared B", "matrix", "16 B ld/st", "occupancy",
+    "kernel", "case", "what differs", "dtype", "warps x stages", "registers", "spill B", "shared B", "matrix",
+    "16 B ld/st", "occupancy",
 )  # fmt: skip
 
 
@@ -200,14 +247,21 @@ def _cells(row: Row, figures: dict[str, Any]) -> list[str]:
     """The columns of one version's figures."""
     if "error" in figures:
         return ["", figures["error"].replace("|", "/").replace("\n", " "), *[""] * 4]
-    spill = str(figures["spill_bytes"]) + (f" + {figures['scalar_spills']} scalars" if figures["scalar_spills"] else "")
+    spill = str(figures["spill_bytes"]) + (
+        f" + {figures['scalar_spills']} scalars" if figures["scalar_spills"] else ""
+    )
     matrix = " ".join(f"{kind} {count}" for kind, count in figures["matrix"].items())
-    wide, occupancy = f"{figures['wide_loads']}/{figures['wide_stores']}", f"{figures['occupancy']:.0%} ({figures['limited_by']})"
+    wide, occupancy = (
+        f"{figures['wide_loads']}/{figures['wide_stores']}",
+        f"{figures['occupancy']:.0%} ({figures['limited_by']})",
+    )
     return [str(figures["registers"]), spill, str(figures["shared"]), matrix, wide, occupancy]
 
 
 def target_table(rows: Sequence[Row]) -> list[str]:
-    """A Markdown table of the rows of one target: the figures of the first version, and in brackets those that another one changes."""
+    """A Markdown table of the rows of one target: the figures of the first version, and in brackets those
+    that another one changes.
+    """
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -226,28 +280,78 @@ def target_table(rows: Sequence[Row]) -> list[str]:
 def summary(certificate: dict[str, Any]) -> list[str]:
     """The first part of the page: launches, targets at a glance, numerics."""
     counts, rows = certificate["launches"], certificate["rows"]
-    lines = ["## Launches", "", f"Triton kernels only; matrix products and copies of PyTorch come on top. 135M model, {LAYERS} layers.", ""]
+    lines = [
+        "## Launches",
+        "",
+        f"Triton kernels only; matrix products and copies of PyTorch come on top. 135M model, {LAYERS} layers.",
+        "",
+    ]
     lines += [_line(("", "forward", "backward", "which")), _line(["---"] * 4)]
     for part in counts:
         forward, backward = counts[part]["forward"], counts[part]["backward"]
-        which = "; ".join(", ".join(f"{op} {count}" for op, count in ops.items()) for ops in (forward, backward) if ops)
+        which = "; ".join(
+            ", ".join(f"{op} {count}" for op, count in ops.items()) for ops in (forward, backward) if ops
+        )
         lines.append(_line((part, sum(forward.values()), sum(backward.values()), which)))
     lines += ["", "## Targets", "", "Worst over the rows in bf16 and fp16.", ""]
-    head = ("target", "Triton", "rows", "registers", "rows that spill", "spill B", "shared B", "limit", "faults")
+    head = (
+        "target",
+        "Triton",
+        "rows",
+        "registers",
+        "rows that spill",
+        "spill B",
+        "shared B",
+        "limit",
+        "faults",
+    )
     lines += [_line(head), _line(["---"] * len(head))]
     for name, target in TARGETS.items():
         mine = [row for row in rows if row["target"] == name]
         for version in certificate["triton"]:
-            own = [{**row, "figures": {version: row["figures"][version]}} for row in mine if version in row["figures"]]
-            sixteen = [row["figures"][version] for row in own if row["dtype"] != "float32" and "error" not in row["figures"][version]]
+            own = [
+                {**row, "figures": {version: row["figures"][version]}}
+                for row in mine
+                if version in row["figures"]
+            ]
+            sixteen = [
+                row["figures"][version]
+                for row in own
+                if row["dtype"] != "float32" and "error" not in row["figures"][version]
+            ]
             if sixteen:
-                registers, spill, shared = (max(figures[name] for figures in sixteen) for name in ("registers", "spill_bytes", "shared"))
+                registers, spill, shared = (
+                    max(figures[name] for figures in sixteen)
+                    for name in ("registers", "spill_bytes", "shared")
+                )
                 spilling = sum(figures["spill_bytes"] > 0 for figures in sixteen)
-                lines.append(_line((name, version, len(own), registers, spilling, spill, shared, target.shared_limit, len(faults(own)))))
+                lines.append(
+                    _line(
+                        (
+                            name,
+                            version,
+                            len(own),
+                            registers,
+                            spilling,
+                            spill,
+                            shared,
+                            target.shared_limit,
+                            len(faults(own)),
+                        )
+                    )
+                )
     if certificate["numerics"]:
-        lines += ["", "## Numerics", "", "Worst error as a part of its budget (tests/numerics.py); 1 would fail.", ""]
+        lines += [
+            "",
+            "## Numerics",
+            "",
+            "Worst error as a part of its budget (tests/numerics.py); 1 would fail.",
+            "",
+        ]
         lines += [_line(("op", "dtype", "worst")), _line(["---"] * 3)]
-        lines += [_line((entry["op"], entry["dtype"], f"{entry['worst']:.3f}")) for entry in certificate["numerics"]]
+        lines += [
+            _line((entry["op"], entry["dtype"], f"{entry['worst']:.3f}")) for entry in certificate["numerics"]
+        ]
     return lines
 
 
@@ -266,7 +370,12 @@ def page(certificate: dict[str, Any]) -> str:
         *summary(certificate),
     ]
     for name in TARGETS:
-        lines += ["", f"## {name}", "", *target_table([row for row in certificate["rows"] if row["target"] == name])]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            *target_table([row for row in certificate["rows"] if row["target"] == name]),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -290,7 +399,9 @@ def merge_numerics(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list
     return [merged[key] for key in sorted(merged)]
 
 
-def check(rows: dict[str, tuple[Launch, Row]], counts: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+def check(
+    rows: dict[str, tuple[Launch, Row]], counts: dict[str, Any], committed: dict[str, Any]
+) -> list[str]:
     """Why the committed files are not those of this source and this table, one line each."""
     known = {row["key"]: row for row in committed["rows"]}
 
@@ -300,7 +411,11 @@ def check(rows: dict[str, tuple[Launch, Row]], counts: dict[str, Any], committed
     found = [f"missing: {name(row)}" for key, (_, row) in rows.items() if key not in known]
     found += [f"no longer launched: {name(row)}" for key, row in known.items() if key not in rows]
     for version in VERSIONS:
-        found += [f"no figures of Triton {version}: {name(row)}" for row in known.values() if version not in row["figures"]]
+        found += [
+            f"no figures of Triton {version}: {name(row)}"
+            for row in known.values()
+            if version not in row["figures"]
+        ]
     if committed["launches"] != counts:
         found.append("launch counts differ")
     if not TABLE_FILE.exists() or TABLE_FILE.read_text() != page(committed):
@@ -318,22 +433,49 @@ def folder(text: str) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when all is well, 1 when a gate or the check fails, 2 when it cannot run."""
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.certify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kernels.certify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ahead = parser.add_mutually_exclusive_group()
-    ahead.add_argument("--check", action="store_true", help="compare the committed table with the source; compile nothing")
-    ahead.add_argument("--fill", type=folder, metavar="DIR", help="fill a Triton cache, for TRITON_CACHE_DIR on a machine with a GPU")
-    ahead.add_argument("--verify", type=folder, metavar="DIR", help="how much of what would be launched such a cache holds")
-    parser.add_argument("--target", nargs="+", choices=list(TARGETS), help="only these targets; print, write nothing")
-    parser.add_argument("--op", nargs="+", metavar="OP", help="only these ops (attention, rms_norm, ...); print, write nothing")
+    ahead.add_argument(
+        "--check", action="store_true", help="compare the committed table with the source; compile nothing"
+    )
+    ahead.add_argument(
+        "--fill",
+        type=folder,
+        metavar="DIR",
+        help="fill a Triton cache, for TRITON_CACHE_DIR on a machine with a GPU",
+    )
+    ahead.add_argument(
+        "--verify", type=folder, metavar="DIR", help="how much of what would be launched such a cache holds"
+    )
+    parser.add_argument(
+        "--target", nargs="+", choices=list(TARGETS), help="only these targets; print, write nothing"
+    )
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        metavar="OP",
+        help="only these ops (attention, rms_norm, ...); print, write nothing",
+    )
     parser.add_argument("--fresh", action="store_true", help="compile unchanged rows too")
-    parser.add_argument("--numerics", type=Path, metavar="FILE", help="JSON list of {op, dtype, worst} to enter into the certificate")
-    parser.add_argument("--arch", help="--fill, --verify: the GPU, as sm_90 or sm_86 (default: the one here, or sm_90)")
+    parser.add_argument(
+        "--numerics",
+        type=Path,
+        metavar="FILE",
+        help="JSON list of {op, dtype, worst} to enter into the certificate",
+    )
+    parser.add_argument(
+        "--arch", help="--fill, --verify: the GPU, as sm_90 or sm_86 (default: the one here, or sm_90)"
+    )
     parser.add_argument(
         "--from", nargs="+", dest="sources", choices=SOURCES,
         help="--fill, --verify: whose launches; model (training and generation of every preset; default), tests, bench",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)"
+    )
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
@@ -341,14 +483,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of_a_cache = ("arch", "sources")
     for name in of_the_table if options.fill or options.verify else of_a_cache:
         if getattr(options, name):
-            parser.error(f"--{'from' if name == 'sources' else name}: not with the other arguments given; see --help")
+            parser.error(
+                f"--{'from' if name == 'sources' else name}: not with the other arguments given; see --help"
+            )
     if knobs.runtime.interpret:
-        print("kernels.certify needs the compiler, but TRITON_INTERPRET=1 replaces it: unset that variable", file=sys.stderr)
+        print(
+            "kernels.certify needs the compiler, but TRITON_INTERPRET=1 replaces it: unset that variable",
+            file=sys.stderr,
+        )
         return 2
     if options.fill or options.verify:
         try:
             cache, sources = options.fill or options.verify, options.sources or ["model"]
-            return report(options.fill is not None, cache, options.arch or present_gpu(), sources, options.jobs)
+            return report(
+                options.fill is not None, cache, options.arch or present_gpu(), sources, options.jobs
+            )
         except (OSError, RuntimeError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -360,13 +509,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts, committed = launch_counts(recorded["sm_90"]), load()
     if options.check:
         if version not in VERSIONS:
-            print(f"the table is made with Triton {' and '.join(VERSIONS)}, this is {version}: {len(rows)} rows recorded, not compared")
+            print(
+                f"the table is made with Triton {' and '.join(VERSIONS)}, this is {version}: {len(rows)} rows recorded, not compared"
+            )
             return 0
         problems = check(rows, counts, committed)
-        print("\n".join(problems) if problems else f"certificate: {len(rows)} rows, up to date ({time.time() - started:.1f} s)")
+        print(
+            "\n".join(problems)
+            if problems
+            else f"certificate: {len(rows)} rows, up to date ({time.time() - started:.1f} s)"
+        )
         if problems:
             print(
-                f"certificate: {len(problems)} problems; run python -m kernels.certify and commit kernels/{JSON_FILE.name}", file=sys.stderr
+                f"certificate: {len(problems)} problems; run python -m kernels.certify and commit kernels/{JSON_FILE.name}",
+                file=sys.stderr,
             )
         return bool(problems)
 
@@ -375,7 +531,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = {
         key: pair
         for key, pair in rows.items()
-        if (not options.target or pair[1]["target"] in options.target) and (not options.op or pair[1]["op"] in options.op)
+        if (not options.target or pair[1]["target"] in options.target)
+        and (not options.op or pair[1]["op"] in options.op)
     }
     known = {row["key"]: row["figures"] for row in committed["rows"]} if kept else {}
     pending = [key for key in chosen if options.fresh or version not in known.get(key, {})]
@@ -394,15 +551,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = faults(certificate["rows"])
     if partial:
         for name in options.target or TARGETS:
-            print("\n".join(["", f"## {name}", "", *target_table([row for row in certificate["rows"] if row["target"] == name])]))
+            print(
+                "\n".join(
+                    [
+                        "",
+                        f"## {name}",
+                        "",
+                        *target_table([row for row in certificate["rows"] if row["target"] == name]),
+                    ]
+                )
+            )
     else:
         print("\n".join(summary(certificate)) if kept else page(certificate))
     if kept:
         JSON_FILE.write_text(dump(certificate))
         TABLE_FILE.write_text(page(certificate))
         print(f"\nwrote {JSON_FILE} and {TABLE_FILE.name}")
-    print("\n".join(["", f"{len(problems)} faults in {len(chosen)} rows, {time.time() - started:.0f} s", *problems]))
-    return bool(problems if version in VERSIONS else [row for row in certificate["rows"] if "error" in row["figures"][version]])
+    print(
+        "\n".join(
+            ["", f"{len(problems)} faults in {len(chosen)} rows, {time.time() - started:.0f} s", *problems]
+        )
+    )
+    return bool(
+        problems
+        if version in VERSIONS
+        else [row for row in certificate["rows"] if "error" in row["figures"][version]]
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Triton's cache, filled for a GPU that need not be there: `python -m kernels.certify --fill DIR`, and what it is worth: `--verify DIR`.
+"""Triton's cache, filled for a GPU that need not be there: `python -m kernels.certify --fill DIR`, and what
+it is worth: `--verify DIR`.
 
     recorder = Specialisations(target)            # records what is launched while it stands in for the GPU's driver
     with standing_in(recorder): ...
     fill(recorder.found, target, folder, jobs)    # compiles all of it in several processes
     verify(recorder.found, target, folder, jobs)  # how much of it Triton would find there; compiles nothing
 
-A kernel is found by a key of all that its machine code depends on: the installed Triton (the wheel, which is one for each CPython and
-processor, and the version of ptxas), the text of the kernel and of what it calls with the line at which it begins, types and compile-time
-constants, which arguments are 1 or multiples of 16, warps and stages, the compute capability, and a few environment variables, as
-TRITON_DEBUG. PyTorch and the place of this project are no part of it. Beside the kernels there are libraries in C, found by their text and
-by what Python says of the platform: one for all kernels, and with Triton 3.6 a launcher for each kind of signature. A cache stays where it
-was filled: its index holds absolute paths. What is not found is compiled when it is needed, so a stale cache costs time and nothing else.
+A kernel is found by a key of all that its machine code depends on: the installed Triton (the wheel, which is
+one for each CPython and processor, and the version of ptxas), the text of the kernel and of what it calls
+with the line at which it begins, types and compile-time constants, which arguments are 1 or multiples of 16,
+warps and stages, the compute capability, and a few environment variables, as TRITON_DEBUG. PyTorch and the
+place of this project are no part of it. Beside the kernels there are libraries in C, found by their text and
+by what Python says of the platform: one for all kernels, and with Triton 3.6 a launcher for each kind of
+signature. A cache stays where it was filled: its index holds absolute paths. What is not found is compiled
+when it is needed, so a stale cache costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -77,7 +80,9 @@ class Specialisations(StandIn):
     def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         function = fn.jit_function
         if function.module.startswith("kernels."):
-            self.found[Specialisation(function.module, function.__name__, compile["specialization_data"])] = None
+            self.found[Specialisation(function.module, function.__name__, compile["specialization_data"])] = (
+                None
+            )
         return True
 
 
@@ -89,14 +94,28 @@ def present_gpu() -> str:
 
 
 def launched_by(source: str, target: str) -> list[Specialisation]:
-    """What one of SOURCES launches on a target, recorded in a process of its own (bench/gpu_launches.py). Raises RuntimeError."""
+    """What one of SOURCES launches on a target, recorded in a process of its own (bench/gpu_launches.py).
+    Raises RuntimeError.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "launches.json"
-        command = [sys.executable, *(["-O"] if source == "tests" else []), "-m", "bench.gpu_launches", source, "--arch", target]
-        done = subprocess.run([*command, "--out", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            *(["-O"] if source == "tests" else []),
+            "-m",
+            "bench.gpu_launches",
+            source,
+            "--arch",
+            target,
+        ]
+        done = subprocess.run(
+            [*command, "--out", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         if done.returncode or not file.exists():
-            raise RuntimeError(f"recording the launches of {source} failed: {' '.join((done.stdout + done.stderr).split())[-400:]}")
+            raise RuntimeError(
+                f"recording the launches of {source} failed: {' '.join((done.stdout + done.stderr).split())[-400:]}"
+            )
         return [Specialisation(*row) for row in json.loads(file.read_text())]
 
 
@@ -109,21 +128,28 @@ class Found(Exception):
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of the cache can be used: JSON that can be read, machine code to the end of its ELF section table."""
+    """Whether a file of the cache can be used: JSON that can be read, machine code to the end of its ELF
+    section table.
+    """
     try:
         content = path.read_bytes()
         if path.suffix == ".json":
             return isinstance(json.loads(content), dict)
         if path.suffix not in (*BINARIES, ".so"):
             return True
-        (table,), (size, count) = struct.unpack_from("<Q", content, 0x28), struct.unpack_from("<HH", content, 0x3A)
+        (table,), (size, count) = (
+            struct.unpack_from("<Q", content, 0x28),
+            struct.unpack_from("<HH", content, 0x3A),
+        )
     except (OSError, ValueError, struct.error):
         return False
     return content.startswith(b"\x7fELF") and table + size * count <= len(content)
 
 
 class CheckedCache(FileCacheManager):
-    """Triton's cache, but that a kernel or library of which a file is lost or cut off counts as missing, and is made again."""
+    """Triton's cache, but that a kernel or library of which a file is lost or cut off counts as missing, and
+    is made again.
+    """
 
     def get_group(self, filename: str) -> dict[str, str] | None:
         try:
@@ -155,7 +181,9 @@ class ReadOnlyCache(CheckedCache):
 
 
 class _Driver(StandIn):
-    """The stand-in in a process that compiles: launchers ask a driver for the functions of Triton's C library."""
+    """The stand-in in a process that compiles: launchers ask a driver for the functions of Triton's C
+    library.
+    """
 
     utils: Any = None
 
@@ -164,9 +192,12 @@ _built: list[str] = []  # the libraries that this process has built
 
 
 def _prepare(folder: Path, target: Target, libcuda: Path | None) -> None:
-    """Makes this process one that compiles for the target into the folder; without libcuda, one that only looks into it."""
+    """Makes this process one that compiles for the target into the folder; without libcuda, one that only
+    looks into it.
+    """
     if sys.platform == "linux":
-        CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: should the parent be killed, this process goes too
+        # PR_SET_PDEATHSIG: should the parent be killed, this process goes too
+        CDLL(None).prctl(1, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
     stand_in = _Driver(target)
     driver.set_active(stand_in)
@@ -189,9 +220,13 @@ def _prepare(folder: Path, target: Target, libcuda: Path | None) -> None:
 
 @contextmanager
 def _linkage(name: str) -> Iterator[None]:
-    """Triton names libraries as where Python calls its own linkage `name`: "ELF", or "" for want of the command `file`, which it asks."""
+    """Triton names libraries as where Python calls its own linkage `name`: "ELF", or "" for want of the
+    command `file`, which it asks.
+    """
     before = build.platform_key
-    build.platform_key = lambda: ",".join([platform.machine(), platform.system(), platform.architecture()[0], name])
+    build.platform_key = lambda: ",".join(
+        [platform.machine(), platform.system(), platform.architecture()[0], name]
+    )
     try:
         yield
     finally:
@@ -199,10 +234,15 @@ def _linkage(name: str) -> Iterator[None]:
 
 
 def _visit(item: Specialisation) -> str:
-    """Compiles one specialisation with its launcher, or looks both up: NEW, THERE, MISSING, or what the compiler says."""
+    """Compiles one specialisation with its launcher, or looks both up: NEW, THERE, MISSING, or what the
+    compiler says.
+    """
     from triton.backends.nvidia import driver as nvidia
 
-    reads, nvidia_gpu = knobs.cache.manager_class is ReadOnlyCache, driver.active.get_current_target().backend == "cuda"
+    reads, nvidia_gpu = (
+        knobs.cache.manager_class is ReadOnlyCache,
+        driver.active.get_current_target().backend == "cuda",
+    )
     hits: list[bool] = []
     knobs.compilation.listener = lambda **known: hits.append(known["cache_hit"])
     _built.clear()
@@ -224,7 +264,9 @@ def _visit(item: Specialisation) -> str:
     return THERE if all(hits) and not _built else NEW
 
 
-def _run(found: Iterable[Specialisation], target: Target, jobs: int, prepare: Callable[[], None]) -> Counter[str]:
+def _run(
+    found: Iterable[Specialisation], target: Target, jobs: int, prepare: Callable[[], None]
+) -> Counter[str]:
     """Visits all in several processes, the library of all kernels too; counts what became of them."""
     items = [*([LIBRARY] if target.nvidia else []), *sorted(found)]
     ends: Counter[str] = Counter()
@@ -237,7 +279,8 @@ def _run(found: Iterable[Specialisation], target: Target, jobs: int, prepare: Ca
 
 
 def _stub_libcuda(folder: Path) -> Path:
-    """A library with the names of libcuda that Triton's own C code asks for, so that this can be linked without a driver.
+    """A library with the names of libcuda that Triton's own C code asks for, so that this can be linked
+    without a driver.
 
     Raises RuntimeError when there is no C compiler, or it fails.
     """
@@ -245,7 +288,9 @@ def _stub_libcuda(folder: Path) -> Path:
 
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        raise RuntimeError("filling a cache needs a C compiler, as Triton does: install gcc or clang, or name one in CC")
+        raise RuntimeError(
+            "filling a cache needs a C compiler, as Triton does: install gcc or clang, or name one in CC"
+        )
     here = Path(nvidia.__file__)
     names = set(re.findall(r"\bcu[A-Z]\w*", here.read_text() + here.with_name("driver.c").read_text()))
     source, library = folder / "stub.c", folder / "libcuda.so.1"
@@ -253,12 +298,16 @@ def _stub_libcuda(folder: Path) -> Path:
     command = [compiler, "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the C compiler {compiler} fails: {' '.join(done.stderr.split())[:200] or f'exit code {done.returncode}'}")
+        raise RuntimeError(
+            f"the C compiler {compiler} fails: {' '.join(done.stderr.split())[:200] or f'exit code {done.returncode}'}"
+        )
     return library
 
 
 def fill(found: Iterable[Specialisation], target: Target, folder: Path, jobs: int) -> Counter[str]:
-    """Compiles what the folder does not hold yet -> how many were NEW, THERE, or failed, by their message. Raises RuntimeError."""
+    """Compiles what the folder does not hold yet -> how many were NEW, THERE, or failed, by their message.
+    Raises RuntimeError.
+    """
     with tempfile.TemporaryDirectory() as stub:
         libcuda = _stub_libcuda(Path(stub))
         folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +315,9 @@ def fill(found: Iterable[Specialisation], target: Target, folder: Path, jobs: in
 
 
 def verify(found: Iterable[Specialisation], target: Target, folder: Path, jobs: int) -> Counter[str]:
-    """Compiles nothing -> how many of these Triton would find in the folder on this machine, and how many not, as KNOWN has it."""
+    """Compiles nothing -> how many of these Triton would find in the folder on this machine, and how many
+    not, as KNOWN has it.
+    """
     return _run(found, target, jobs, partial(_prepare, folder.resolve(), target, None))
 
 
@@ -281,7 +332,8 @@ def moved_from(folder: Path) -> Path | None:
 
 
 def report(fill_it: bool, folder: Path, arch: str, sources: Iterable[str], jobs: int) -> int:
-    """`--fill` and `--verify`: prints what was done or found. Returns 0, or 1 if something failed or is missing.
+    """`--fill` and `--verify`: prints what was done or found. Returns 0, or 1 if something failed or is
+    missing.
 
     Raises RuntimeError, OSError and ValueError for what cannot be begun.
     """
@@ -295,18 +347,26 @@ def report(fill_it: bool, folder: Path, arch: str, sources: Iterable[str], jobs:
     ends = (fill if fill_it else verify)(found, target, folder, jobs)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     failures = {end: count for end, count in ends.items() if end not in (NEW, *KNOWN)}
-    known = ", ".join(f"{ends[end]} {end}" for end in ((NEW, THERE) if fill_it else KNOWN) if ends[end] or end != LAUNCHER)
+    known = ", ".join(
+        f"{ends[end]} {end}" for end in ((NEW, THERE) if fill_it else KNOWN) if ends[end] or end != LAUNCHER
+    )
     what = "kernels" + " and the C library of all" * target.nvidia
-    print(f"{arch}, Triton {triton.__version__}, CPython {platform.python_version()}, {what}: {known}, {sum(failures.values())} failed")
+    print(
+        f"{arch}, Triton {triton.__version__}, CPython {platform.python_version()}, {what}: {known}, {sum(failures.values())} failed"
+    )
     print(f"{folder.resolve()}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
     for failure, count in failures.items():
         print(f"  {count} x {failure}")
     if not fill_it:
         if moved := moved_from(folder):
-            print(f"it was filled as {moved}, and Triton looks for its files there: put it there, or fill it where it lies")
+            print(
+                f"it was filled as {moved}, and Triton looks for its files there: put it there, or fill it where it lies"
+            )
         return int(bool(failures or ends[MISSING] or ends[LAUNCHER] or moved))
     if not target.nvidia:
         print("the C libraries are left to the machine that has the GPU: they are built against its ROCm")
     if not failures:
-        print(f"to use it: TRITON_CACHE_DIR={shlex.quote(str(folder.resolve()))} python -m train.run smollm2_135m.yaml backend=triton")
+        print(
+            f"to use it: TRITON_CACHE_DIR={shlex.quote(str(folder.resolve()))} python -m train.run smollm2_135m.yaml backend=triton"
+        )
     return int(bool(failures))

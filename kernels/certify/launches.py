@@ -1,9 +1,10 @@
 """The launches that the certificate is about: recorded from the public functions, not listed by hand.
 
-Each case calls public functions, forward and backward, on tensors of the "meta" device at the models' own shapes. Triton's own
-launch path runs up to the point where it would compile: a stand-in for the driver names the target, and the hook that Triton
-offers for caches of compiled kernels receives the signature, the constants, the specialisation (alignment, divisibility by 16, arguments
-equal to 1) and the options of every launch, and declines to compile. What is certified is therefore what would be launched.
+Each case calls public functions, forward and backward, on tensors of the "meta" device at the models' own
+shapes. Triton's own launch path runs up to the point where it would compile: a stand-in for the driver names
+the target, and the hook that Triton offers for caches of compiled kernels receives the signature, the
+constants, the specialisation (alignment, divisibility by 16, arguments equal to 1) and the options of every
+launch, and declines to compile. What is certified is therefore what would be launched.
 """
 
 from __future__ import annotations
@@ -35,11 +36,20 @@ HEAD_DIM = 64
 LAYERS = 30  # of the 135M model
 VOCABULARY = 49152
 KERNEL_MODULES = (
-    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding", "linear_cross_entropy", "mlp", "rms_norm",
-    "rope", "swiglu",
+    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding",
+    "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 # What a launcher may ask of the compiler; everything else follows from the target and the version of Triton.
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
+OPTIONS = (
+    "num_warps",
+    "num_stages",
+    "num_ctas",
+    "maxnreg",
+    "enable_fp_fusion",
+    "waves_per_eu",
+    "matrix_instr_nonkdim",
+    "kpack",
+)
 
 
 class Sizes(NamedTuple):
@@ -99,7 +109,9 @@ class StandIn:
 
 @contextmanager
 def standing_in(device: StandIn) -> Iterator[None]:
-    """While this is open, Triton kernels are handed to the stand-in instead of launched, with the table's launches for its target."""
+    """While this is open, Triton kernels are handed to the stand-in instead of launched, with the table's
+    launches for its target.
+    """
     before = driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture
     driver.set_active(device)
     knobs.runtime.jit_cache_hook = device.hook
@@ -133,9 +145,13 @@ class Recorder(StandIn):
                 kernel=function.__name__,
                 source=function.cache_key,
                 signature=dict(compile["signature"]),
-                constants={function.arg_names[path[0]]: value for path, value in compile["constants"].items()},
+                constants={
+                    function.arg_names[path[0]]: value for path, value in compile["constants"].items()
+                },
                 attributes={path[0]: value for path, value in compile["configs"][0].items() if value},
-                options={name: data["options"][name] for name in OPTIONS if data["options"].get(name) is not None},
+                options={
+                    name: data["options"][name] for name in OPTIONS if data["options"].get(name) is not None
+                },
             )
         )
         return True
@@ -185,23 +201,38 @@ def _layer_weights(size: Sizes, dtype: torch.dtype, head_dim: int = HEAD_DIM) ->
     )
 
 
-def layer(run: Recorder, ops: Backend, model: str, docs: bool = False, batch: int = 32, length: int = 512, train: bool = True) -> None:
+def layer(
+    run: Recorder,
+    ops: Backend,
+    model: str,
+    docs: bool = False,
+    batch: int = 32,
+    length: int = 512,
+    train: bool = True,
+) -> None:
     """One block as smollm2/model.py composes it; without `train` a prefill, whose keys are read from a cache."""
     size, dtype = MODELS[model], run.dtype
     weights = _layer_weights(size, dtype)
     if train:  # masters, which the kernel rounds itself
         norm = tensor(size.hidden, dtype=torch.float32)
         weights = weights._replace(input_norm=norm, post_norm=norm)
-    x, stream = tensor(batch, length, size.hidden, dtype=dtype), tensor(batch, length, size.hidden, dtype=dtype)
+    x, stream = (
+        tensor(batch, length, size.hidden, dtype=dtype),
+        tensor(batch, length, size.hidden, dtype=dtype),
+    )
     cos, sin = tables(*([batch] if docs else []), length, HEAD_DIM // 2)
     doc_start = tensor(batch, length, dtype=torch.int32, grad=False) if docs else None
     with torch.set_grad_enabled(train):
         normed, stream = ops.add_rms_norm(x, stream, weights.input_norm, EPS)
-        q, k, v = ops.rope_qkv(F.linear(normed, weights.qkv).unflatten(-1, (-1, HEAD_DIM)), cos, sin, size.key_heads)
+        q, k, v = ops.rope_qkv(
+            F.linear(normed, weights.qkv).unflatten(-1, (-1, HEAD_DIM)), cos, sin, size.key_heads
+        )
         if not train:
             k, v = (tensor(batch, 2048, size.key_heads, HEAD_DIM, dtype=dtype)[:, :length] for _ in range(2))
         mixed = ops.attention(q, k, v, doc_start)
-        normed, stream = ops.add_rms_norm(F.linear(mixed.flatten(2), weights.o), stream, weights.post_norm, EPS)
+        normed, stream = ops.add_rms_norm(
+            F.linear(mixed.flatten(2), weights.o), stream, weights.post_norm, EPS
+        )
         x = ops.mlp(normed, weights.gate_up, weights.down)
     if train:
         run.backward(x, stream)
@@ -243,30 +274,46 @@ def attention_views(run: Recorder, ops: Backend) -> None:
 
 
 def attention_chunk(run: Recorder, ops: Backend) -> None:
-    q, k, v = tensor(1, 37, 9, HEAD_DIM, dtype=run.dtype), *(tensor(1, 301, 3, HEAD_DIM, dtype=run.dtype) for _ in range(2))
+    q, k, v = (
+        tensor(1, 37, 9, HEAD_DIM, dtype=run.dtype),
+        *(tensor(1, 301, 3, HEAD_DIM, dtype=run.dtype) for _ in range(2)),
+    )
     ops.attention(q.detach(), k.detach(), v.detach())
 
 
 def embedding(run: Recorder, ops: Backend, model: str, copy: bool = False) -> None:
     """fp32 masters, read as they are or from their copy in the run's dtype."""
     ids, width = tensor(32, 512, dtype=torch.int64, grad=False), MODELS[model].hidden
-    weight, shadow = tensor(VOCABULARY, width, dtype=torch.float32), tensor(VOCABULARY, width, dtype=run.dtype, grad=False)
+    weight, shadow = (
+        tensor(VOCABULARY, width, dtype=torch.float32),
+        tensor(VOCABULARY, width, dtype=run.dtype, grad=False),
+    )
     run.backward(*ops.tied_embedding(ids, weight, run.dtype, shadow if copy else None))
 
 
 def loss(run: Recorder, ops: Backend, train: bool = True, **options: Any) -> None:
     hidden, weight = tensor(32 * 512, 576, dtype=run.dtype), tensor(VOCABULARY, 576, dtype=torch.float32)
-    value = ops.linear_cross_entropy(hidden, weight, tensor(32 * 512, dtype=torch.int64, grad=False), **options)
+    value = ops.linear_cross_entropy(
+        hidden, weight, tensor(32 * 512, dtype=torch.int64, grad=False), **options
+    )
     if train:
         run.backward(value)
 
 
 def decode(
-    run: Recorder, ops: Backend, batch: int = 1, new: int = 1, keys: int = 1000, model: str = "135M", head_dim: int = HEAD_DIM
+    run: Recorder,
+    ops: Backend,
+    batch: int = 1,
+    new: int = 1,
+    keys: int = 1000,
+    model: str = "135M",
+    head_dim: int = HEAD_DIM,
 ) -> None:
     """One block for a few new tokens over a cache of 2048 that is filled to `keys`."""
     size, dtype = MODELS[model], run.dtype
-    key_cache, value_cache = (tensor(batch, 2048, size.key_heads, head_dim, dtype=dtype, grad=False)[:, :keys] for _ in range(2))
+    key_cache, value_cache = (
+        tensor(batch, 2048, size.key_heads, head_dim, dtype=dtype, grad=False)[:, :keys] for _ in range(2)
+    )
     lengths = tensor(batch, dtype=torch.int64, grad=False)
     with torch.no_grad():
         x, weights = tensor(batch, new, size.hidden, dtype=dtype), _layer_weights(size, dtype, head_dim)
@@ -277,17 +324,28 @@ def decode(
 def head(run: Recorder, ops: Backend, model: str) -> None:
     """The final norm and the head of a decode step."""
     width = MODELS[model].hidden
-    x, scale, weight = (tensor(*shape, dtype=run.dtype, grad=False) for shape in ((1, 1, width), (width,), (VOCABULARY, width)))
+    x, scale, weight = (
+        tensor(*shape, dtype=run.dtype, grad=False)
+        for shape in ((1, 1, width), (width,), (VOCABULARY, width))
+    )
     decode_head(x, scale, weight, EPS)
 
 
 def optimizer(run: Recorder, ops: Backend) -> None:
-    """The clip norm and AdamW with copies in the run's dtype (fp32: none), over a layer of the 135M model and its embedding."""
+    """The clip norm and AdamW with copies in the run's dtype (fp32: none), over a layer of the 135M model and
+    its embedding.
+    """
     size, device = MODELS["135M"], torch.device("meta")
-    elements = [weight.numel() for weight in (*_layer_weights(size, run.dtype), tensor(VOCABULARY, size.hidden, dtype=run.dtype))]
+    elements = [
+        weight.numel()
+        for weight in (*_layer_weights(size, run.dtype), tensor(VOCABULARY, size.hidden, dtype=run.dtype))
+    ]
     work = adamw.plan(elements, [0] * len(elements), device)
     table = tensor(5 * work.tensors + adamw.GROUP_WORDS, dtype=torch.int64, grad=False)
-    found, steps = adamw.gradient_norm(table, work, 1.0), tensor(work.tensors, dtype=torch.float32, grad=False)
+    found, steps = (
+        adamw.gradient_norm(table, work, 1.0),
+        tensor(work.tensors, dtype=torch.float32, grad=False),
+    )
     adamw.adamw(table, work, steps, found[0], found[1], None if run.dtype == torch.float32 else run.dtype)
 
 
@@ -300,7 +358,13 @@ class Case(NamedTuple):
     every_dtype: bool = False
 
 
-LAYER, FIRST_NORM, LAST_NORM, LOSS, DECODE = "layer 135M", "first norm", "last norm", "loss", "decode 1x1, 1000 keys"
+LAYER, FIRST_NORM, LAST_NORM, LOSS, DECODE = (
+    "layer 135M",
+    "first norm",
+    "last norm",
+    "loss",
+    "decode 1x1, 1000 keys",
+)
 EMBEDDING, OPTIMIZER = "embedding", "optimizer"
 CASES = (
     Case(LAYER, layer, {"model": "135M"}, every_dtype=True),
@@ -336,7 +400,8 @@ CASES = (
     Case("decode 1x1, 1.7B", decode, {"model": "1.7B"}),
     Case("decode 1x1, head dim 32", decode, {"head_dim": 32}),
     Case("decode 1x1, head dim 128", decode, {"head_dim": 128}),
-    Case("decode 32x1, 1000 keys", decode, {"batch": 32}, every_dtype=True),  # more rows than the fused layer takes: the composition
+    # more rows than the fused layer takes: the composition
+    Case("decode 32x1, 1000 keys", decode, {"batch": 32}, every_dtype=True),
     Case("decode 32x1, 100 keys", decode, {"batch": 32, "keys": 100}),
     Case("head 135M", head, {"model": "135M"}, every_dtype=True),
     Case("head 360M", head, {"model": "360M"}),
@@ -350,7 +415,10 @@ def record(target: Target) -> list[Launch]:
     ops = load_triton()
     with recording(target) as recorder:
         for case in CASES:
-            for dtype in (torch.bfloat16, *((torch.float16, torch.float32) if case.every_dtype and target.every_dtype else ())):
+            for dtype in (
+                torch.bfloat16,
+                *((torch.float16, torch.float32) if case.every_dtype and target.every_dtype else ()),
+            ):
                 recorder.case, recorder.dtype = case.label, dtype
                 case.run(recorder, ops, **case.arguments)
     return recorder.launches

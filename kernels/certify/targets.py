@@ -1,8 +1,10 @@
-"""The GPUs that kernels are certified for, and what can be read off a kernel compiled for one of them without having it.
+"""The GPUs that kernels are certified for, and what can be read off a kernel compiled for one of them without
+having it.
 
-Limits of NVIDIA targets: "Technical Specifications per Compute Capability" of the CUDA C++ programming guide, and CCCL's
-cuda/__device/arch_traits.h. AMD: ISA guides of CDNA3 and RDNA3; how many waves the registers leave room for is LLVM's own figure,
-which stands in the assembly. Tensor memory of sm_100: 512 columns a multiprocessor (PTX ISA, tcgen05.alloc).
+Limits of NVIDIA targets: "Technical Specifications per Compute Capability" of the CUDA C++ programming guide,
+and CCCL's cuda/__device/arch_traits.h. AMD: ISA guides of CDNA3 and RDNA3; how many waves the registers leave
+room for is LLVM's own figure, which stands in the assembly. Tensor memory of sm_100: 512 columns a
+multiprocessor (PTX ISA, tcgen05.alloc).
 """
 
 from __future__ import annotations
@@ -48,10 +50,23 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), "mma.sync", 163 * KB, 164 * KB, 64, reserved=KB, every_dtype=True),
-        Target("sm_90", GPUTarget("cuda", 90, 32), "wgmma", 227 * KB, 228 * KB, 64, reserved=KB, every_dtype=True),
+        Target(
+            "sm_80",
+            GPUTarget("cuda", 80, 32),
+            "mma.sync",
+            163 * KB,
+            164 * KB,
+            64,
+            reserved=KB,
+            every_dtype=True,
+        ),
+        Target(
+            "sm_90", GPUTarget("cuda", 90, 32), "wgmma", 227 * KB, 228 * KB, 64, reserved=KB, every_dtype=True
+        ),
         Target("sm_100", GPUTarget("cuda", 100, 32), "tcgen05", 227 * KB, 228 * KB, 64, reserved=KB),
-        Target("sm_120", GPUTarget("cuda", 120, 32), "mma.sync", 99 * KB, 100 * KB, 48, blocks=24, reserved=KB),
+        Target(
+            "sm_120", GPUTarget("cuda", 120, 32), "mma.sync", 99 * KB, 100 * KB, 48, blocks=24, reserved=KB
+        ),
         Target("gfx942", GPUTarget("hip", "gfx942", 64), "v_mfma", 64 * KB, 64 * KB, 32),
         Target("gfx1100", GPUTarget("hip", "gfx1100", 32), "v_wmma", 64 * KB, 128 * KB, 64),
     )
@@ -60,7 +75,8 @@ OTHERS = ("sm_86", "sm_87", "sm_89", "sm_103", "sm_121")  # which both versions 
 
 
 def target_for(name: str) -> Target:
-    """The target of that name. One of OTHERS has the launches and limits of the newest target that is not newer, as in launch_config.py.
+    """The target of that name. One of OTHERS has the launches and limits of the newest target that is not
+    newer, as in launch_config.py.
 
     Raises ValueError for any other name.
     """
@@ -114,7 +130,9 @@ def _occupancy(target: Target, warps: int, shared: int, limits: dict[str, int]) 
     return round(limits[scarcest] * warps / target.warps, 3), scarcest
 
 
-def nvidia_occupancy(target: Target, registers: int, warps: int, shared: int, tensor_columns: int = 0) -> tuple[float, str]:
+def nvidia_occupancy(
+    target: Target, registers: int, warps: int, shared: int, tensor_columns: int = 0
+) -> tuple[float, str]:
     """Registers are allotted to warps in units of 256; each of the four schedulers has 16,384 of them."""
     limits = {"registers": 16384 // (-(-max(registers, 1) * 32 // 256) * 256) * 4 // warps}
     if tensor_columns:
@@ -128,7 +146,9 @@ def amd_occupancy(target: Target, waves: int, warps: int, shared: int) -> tuple[
 
 
 def _number(pattern: str, text: str) -> int:
-    """The largest number that the pattern finds: a kernel stands alone in its assembly, but a helper may stand beside it."""
+    """The largest number that the pattern finds: a kernel stands alone in its assembly, but a helper may
+    stand beside it.
+    """
     found = re.findall(pattern, text)
     if not found:
         raise RuntimeError(f"no match for {pattern!r} in the compiler's output; has its wording changed?")
@@ -140,7 +160,9 @@ def _count(pattern: str, text: str) -> int:
 
 
 def measure(launch: Launch) -> dict[str, Any]:
-    """Compiles one launch and returns its Figures as a dictionary, or {"error": ...}. Runs in a worker process."""
+    """Compiles one launch and returns its Figures as a dictionary, or {"error": ...}. Runs in a worker
+    process.
+    """
     target = TARGETS[launch.target]
     function = getattr(import_module(f"kernels.{launch.op}"), launch.kernel)
     attributes = {(index,): value for index, value in launch.attributes.items()}
@@ -160,10 +182,17 @@ def measure(launch: Launch) -> dict[str, Any]:
     text = compiled.asm["ptx" if target.nvidia else "amdgcn"]
     if target.nvidia:
         registers, scalar_spills = _number(r"Used (\d+) registers", log.getvalue()), 0
-        spill = _number(r"(\d+) bytes spill stores", log.getvalue()) + _number(r"(\d+) bytes spill loads", log.getvalue())
-        occupancy, limited_by = nvidia_occupancy(target, registers, warps, shared, getattr(compiled.metadata, "tmem_size", 0) or 0)
+        spill = _number(r"(\d+) bytes spill stores", log.getvalue()) + _number(
+            r"(\d+) bytes spill loads", log.getvalue()
+        )
+        occupancy, limited_by = nvidia_occupancy(
+            target, registers, warps, shared, getattr(compiled.metadata, "tmem_size", 0) or 0
+        )
     else:
-        registers, scalar_spills = _number(r"\.vgpr_count: *(\d+)", text), _number(r"\.sgpr_spill_count: *(\d+)", text)
+        registers, scalar_spills = (
+            _number(r"\.vgpr_count: *(\d+)", text),
+            _number(r"\.sgpr_spill_count: *(\d+)", text),
+        )
         spill = _number(r"\.private_segment_fixed_size: *(\d+)", text)
         occupancy, limited_by = amd_occupancy(target, _number(r"; Occupancy: *(\d+)", text), warps, shared)
     kinds = Counter({kind: _count(pattern, text) for kind, pattern in MATRIX.items()})

@@ -1,21 +1,25 @@
-"""Causal grouped-query attention: torch's own kernel, and for training on a CPU in bf16 batched matrix products over blocks of queries.
+"""Causal grouped-query attention: torch's own kernel, and for training on a CPU in bf16 batched matrix
+products over blocks of queries.
 
     S = scale Q K^T, masked    P = exp(S - lse)    O = P V                                     lse [B K, T G]: log-sum-exp of a row of S
     dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q    delta = sum of dO O over D
 
-Letters as in kernels/reference.py, whose `attention` is the specification. In bf16 torch's own CPU kernel reaches a fifth of the rate of a
-matrix product, so here the products are the library's, and large: the G query heads of a key head are G rows of one matrix per query,
-a block of n queries is [B K, n G, D] against [B K, W, D], and dK and dV of a key head are one product. Keys that no query of the block
-may see, those after it and those of earlier documents, are left out of all five products.
+Letters as in kernels/reference.py, whose `attention` is the specification. In bf16 torch's own CPU kernel
+reaches a fifth of the rate of a matrix product, so here the products are the library's, and large: the G
+query heads of a key head are G rows of one matrix per query, a block of n queries is [B K, n G, D] against [B
+K, W, D], and dK and dV of a key head are one product. Keys that no query of the block may see, those after it
+and those of earlier documents, are left out of all five products.
 
-Saved: q, k, v, O, lse and doc_start; never a mask or a score. The scores of one block live in buffers that a thread keeps from call to
-call, because the first touch of fresh memory (a page fault per 4 KiB) costs as much as a pass over the scores. The backward pass works on
-S^T [B K, W, n G]: two of its three narrow products then read their matrices row by row.
+Saved: q, k, v, O, lse and doc_start; never a mask or a score. The scores of one block live in buffers that a
+thread keeps from call to call, because the first touch of fresh memory (a page fault per 4 KiB) costs as much
+as a pass over the scores. The backward pass works on S^T [B K, W, n G]: two of its three narrow products then
+read their matrices row by row.
 
-Rounding: S, dP, P, lse and delta in fp32, powers of two (exp2 takes a third of the time of exp). P and dS are rounded before they are
-multiplied, as in torch's kernel, and the shares of the blocks in dK and dV before they are added up in fp32. No atomics: the same numbers
-every time. Only bf16: in fp32 the products are twice as slow, and powers of two miss the numerics contract where scores are large.
-Source: Dao 2023 (arXiv 2307.08691), the loop over queries outermost.
+Rounding: S, dP, P, lse and delta in fp32, powers of two (exp2 takes a third of the time of exp). P and dS are
+rounded before they are multiplied, as in torch's kernel, and the shares of the blocks in dK and dV before
+they are added up in fp32. No atomics: the same numbers every time. Only bf16: in fp32 the products are twice
+as slow, and powers of two miss the numerics contract where scores are large. Source: Dao 2023 (arXiv
+2307.08691), the loop over queries outermost.
 """
 
 from __future__ import annotations
@@ -32,14 +36,16 @@ from torch import Tensor
 
 from kernels import checks
 
-# Queries of a block. More leave less to skip above the diagonal; fewer make small products, and more of them, each of which two threads
-# must begin and end together.
+# Queries of a block. More leave less to skip above the diagonal; fewer make small products, and more of them,
+# each of which two threads must begin and end together.
 BLOCK_QUERIES = 128
-# Scores of a block: above this, rows of the batch are taken apart, and then the block gets fewer queries, down to MIN_QUERIES.
+# Scores of a block: above this, rows of the batch are taken apart, and then the block gets fewer queries,
+# down to MIN_QUERIES.
 MAX_SCORES = 1 << 21
 MIN_QUERIES = 32
 LOG2_E = math.log2(math.e)
-# Maximum and sum of a row that sees no key: its scores, all -inf, stay -inf when the log-sum-exp of these two is subtracted.
+# Maximum and sum of a row that sees no key: its scores, all -inf, stay -inf when the log-sum-exp of these two
+# is subtracted.
 LOWEST, TINY = -1e30, torch.finfo(torch.float32).tiny
 
 
@@ -53,9 +59,16 @@ def _trains_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_start: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """`kernels.reference.attention`: q [B, T, H, D], k and v [B, S, K, D] with S >= T, doc_start [B, T] -> [B, T, H, D].
+    """`kernels.reference.attention`: q [B, T, H, D], k and v [B, S, K, D] with S >= T, doc_start [B, T] ->
+    [B, T, H, D].
 
     In blocks there are first derivatives only.
     """
@@ -67,14 +80,21 @@ def attention(
 
 
 def library_attention(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    doc_start: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """`attention` by torch's own kernels, whatever the device and the dtype."""
     checks.attention("attention", q, k, v, doc_start)
     length, keys = q.shape[1], k.shape[1]
     queries, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if not (q.is_cuda or torch.is_grad_enabled()):
-        queries, k, v = queries.contiguous(), k.contiguous(), v.contiguous()  # a fifth faster on the CPU; training gains nothing by it
+        # a fifth faster on the CPU; training gains nothing by it
+        queries, k, v = queries.contiguous(), k.contiguous(), v.contiguous()
     mask = None
     if doc_start is not None or length != keys:
         # SDPA's own is_causal aligns to the top left, which is another thing when S > T.
@@ -84,11 +104,15 @@ def library_attention(
         if doc_start is not None:
             mask = mask & (key >= doc_start[:, None, :, None])
         if q.is_cuda:
-            # With a mask only the memory-efficient CUDA kernel avoids a [T, S] score tensor, and it wants equal head counts.
+            # With a mask only the memory-efficient CUDA kernel avoids a [T, S] score tensor, and it wants
+            # equal head counts.
             k, v = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # A branch, because under torch.compile a comparison of dynamic sizes is not a bool until something depends on it.
+    # A branch, because under torch.compile a comparison of dynamic sizes is not a bool until something
+    # depends on it.
     grouped = {"enable_gqa": True} if queries.shape[1] != k.shape[1] else {}
-    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout_p, scale=scale, **grouped)
+    out = F.scaled_dot_product_attention(
+        queries, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout_p, scale=scale, **grouped
+    )
     return out.transpose(1, 2)
 
 
@@ -99,16 +123,28 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
     keys, key_heads = key_cache.shape[1:3]
     group = heads // key_heads
     # The G query heads of one key head become G * T queries of one head: each key is read once, not G times.
-    folded = q.view(batch, length, key_heads, group, head_dim).permute(0, 2, 3, 1, 4).reshape(batch, key_heads, group * length, head_dim)
+    folded = (
+        q.view(batch, length, key_heads, group, head_dim)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(batch, key_heads, group * length, head_dim)
+    )
     last = lengths[:, None] - length + torch.arange(length, device=q.device)  # [B, T]
     mask = torch.arange(keys, device=q.device) <= last[..., None]  # [B, T, S]
     mask = mask.repeat(1, group, 1)[:, None]  # [B, 1, G * T, S]
-    out = F.scaled_dot_product_attention(folded, key_cache.transpose(1, 2), value_cache.transpose(1, 2), attn_mask=mask)
-    return out.view(batch, key_heads, group, length, head_dim).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+    out = F.scaled_dot_product_attention(
+        folded, key_cache.transpose(1, 2), value_cache.transpose(1, 2), attn_mask=mask
+    )
+    return (
+        out.view(batch, key_heads, group, length, head_dim)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(batch, length, heads, head_dim)
+    )
 
 
 class _Buffers(threading.local):
-    """Memory that a thread keeps for its next call: one flat tensor per purpose and dtype, as large as the largest call wanted it."""
+    """Memory that a thread keeps for its next call: one flat tensor per purpose and dtype, as large as the
+    largest call wanted it.
+    """
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -131,7 +167,9 @@ class _Block:
 
     rows: slice  # of T G, the queries with the group folded
     keys: slice
-    bias: Tensor  # [1 or b, n G, last columns]: 0 where a query may see the key, else -inf; the columns before these are seen by all
+    # [1 or b, n G, last columns]: 0 where a query may see the key, else -inf; the columns before these are
+    # seen by all
+    bias: Tensor
 
     def mask(self, scores: Tensor, *, transposed: bool = False) -> None:
         """Adds the bias to scores [b K, n G, W], or [b K, W, n G]."""
@@ -207,7 +245,9 @@ class _Sizes:
         """Writes x [b K, n G, ...] to into [b, n, H, ...], rounded to its dtype."""
         b, n, heads, *rest = into.shape
         group = heads // self.key_heads
-        into.unflatten(2, (self.key_heads, group)).copy_(x.view(b, self.key_heads, n, group, *rest).transpose(1, 2))
+        into.unflatten(2, (self.key_heads, group)).copy_(
+            x.view(b, self.key_heads, n, group, *rest).transpose(1, 2)
+        )
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -225,7 +265,9 @@ class _BlockedAttention(torch.autograd.Function):
                 rows, seen = block.rows, block.keys
                 shape = queries.shape[0], rows.stop - rows.start, seen.stop - seen.start
                 s = get("scores", shape)
-                torch.baddbmm(s, queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=s)
+                torch.baddbmm(
+                    s, queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=s
+                )
                 block.mask(s)
                 highest = s.amax(-1, keepdim=True).clamp_(min=LOWEST)
                 total = s.sub_(highest).exp2_().sum(-1, keepdim=True).clamp_(min=TINY)
@@ -247,10 +289,14 @@ class _BlockedAttention(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=narrow) for x in (q, k, v))
         for batch in sizes.batches():
             starts = None if doc_start is None else doc_start[batch]
-            queries, keys, upstream = (sizes.fold(x[batch], name, narrow) for x, name in ((q, "queries"), (k, "keys"), (dout, "upstream")))
+            queries, keys, upstream = (
+                sizes.fold(x[batch], name, narrow)
+                for x, name in ((q, "queries"), (k, "keys"), (dout, "upstream"))
+            )
             values = sizes.fold(v[batch], "values", wide)
             wide_queries, wide_keys, wide_upstream = (
-                get(name, tuple(x.shape)).copy_(x) for x, name in ((queries, "queries"), (keys, "keys"), (upstream, "upstream"))
+                get(name, tuple(x.shape)).copy_(x)
+                for x, name in ((queries, "queries"), (keys, "keys"), (upstream, "upstream"))
             )
             product = get("mixed", tuple(out[batch].shape)).copy_(dout[batch]).mul_(out[batch])
             delta = sizes.fold(product.sum(-1), "delta", wide).mul_(-scale).unsqueeze(1)
@@ -261,10 +307,22 @@ class _BlockedAttention(torch.autograd.Function):
                 rows, seen = block.rows, block.keys
                 shape = queries.shape[0], seen.stop - seen.start, rows.stop - rows.start
                 p, ds = get("scores", shape), get("dscores", shape)
-                torch.baddbmm(bias[..., rows], wide_keys[:, seen], wide_queries[:, rows].transpose(1, 2), alpha=scale * LOG2_E, out=p)
+                torch.baddbmm(
+                    bias[..., rows],
+                    wide_keys[:, seen],
+                    wide_queries[:, rows].transpose(1, 2),
+                    alpha=scale * LOG2_E,
+                    out=p,
+                )
                 block.mask(p, transposed=True)
                 p.exp2_()
-                torch.baddbmm(delta[..., rows], values[:, seen], wide_upstream[:, rows].transpose(1, 2), alpha=scale, out=ds)
+                torch.baddbmm(
+                    delta[..., rows],
+                    values[:, seen],
+                    wide_upstream[:, rows].transpose(1, 2),
+                    alpha=scale,
+                    out=ds,
+                )
                 ds.mul_(p)
                 p, ds = get("weights", shape, narrow).copy_(p), get("dweights", shape, narrow).copy_(ds)
                 dvalues[:, seen].add_(torch.bmm(p, upstream[:, rows]))

@@ -1,4 +1,5 @@
-"""Matrix products: in fp32 on a CPU by oneDNN where that is faster than MKL, and of 16-bit activations with fp32 master weights.
+"""Matrix products: in fp32 on a CPU by oneDNN where that is faster than MKL, and of 16-bit activations with
+fp32 master weights.
 
 Torch's own products in fp32 go to MKL. On AMD processors MKL leaves its AVX-512 kernels out.
 GFLOP/s on two cores of an EPYC 9004 (Zen 4), torch 2.13, where 237 are the limit:
@@ -7,14 +8,14 @@ GFLOP/s on two cores of an EPYC 9004 (Zen 4), torch 2.13, where 237 are the limi
     MKL                                         183          145                      97           47
     oneDNN                                      211          172                     115           96
 
-and in a training step, where caches are cold, more than that. At one row MKL's matrix-vector product is the faster one; gradients of
-weights, g.T @ x, are as fast in MKL. In 16 bits torch takes oneDNN by itself.
+and in a training step, where caches are cold, more than that. At one row MKL's matrix-vector product is the
+faster one; gradients of weights, g.T @ x, are as fast in MKL. In 16 bits torch takes oneDNN by itself.
 
-oneDNN is reached through the operator that Inductor uses. A 1x1 convolution over channels_last is the public way to the same library,
-but brings it another algorithm, which is no faster than MKL below 512 rows.
+oneDNN is reached through the operator that Inductor uses. A 1x1 convolution over channels_last is the public
+way to the same library, but brings it another algorithm, which is no faster than MKL below 512 rows.
 
-Which library it is follows from the processor, never from a clock: two processes on one machine give the same bits, which an exact
-resume needs. `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+Which library it is follows from the processor, never from a clock: two processes on one machine give the same
+bits, which an exact resume needs. `torch.backends.mkldnn.flags(enabled=False)` turns it off.
 """
 
 from __future__ import annotations
@@ -37,17 +38,22 @@ ROWS = 2  # of the left factor, from which oneDNN is the faster one
 
 
 def _vendor() -> str:
-    """The processor's maker as it names itself, "AuthenticAMD" or "GenuineIntel"; "" where that cannot be found out."""
+    """The processor's maker as it names itself, "AuthenticAMD" or "GenuineIntel"; "" where that cannot be
+    found out.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        return platform.processor().rpartition(", ")[2]  # on Windows "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD"
+        # on Windows "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD"
+        return platform.processor().rpartition(", ")[2]
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this build of torch has both libraries, on a processor on which oneDNN was measured to be the faster one."""
+    """Whether this build of torch has both libraries, on a processor on which oneDNN was measured to be the
+    faster one.
+    """
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not both or torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() != "AuthenticAMD":
         return False
@@ -65,7 +71,9 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether x [..., K] times a matrix is for oneDNN. Not in a trace, where Inductor chooses, nor where autocast changes dtypes."""
+    """Whether x [..., K] times a matrix is for oneDNN. Not in a trace, where Inductor chooses, nor where
+    autocast changes dtypes.
+    """
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
@@ -79,14 +87,18 @@ def supports(x: Tensor, weight: Tensor) -> bool:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`torch.mm`: a [M, K] @ b [K, N] -> [M, N], without a gradient. Any device and dtype. Into `out` oneDNN's product is copied."""
+    """`torch.mm`: a [M, K] @ b [K, N] -> [M, N], without a gradient. Any device and dtype. Into `out`
+    oneDNN's product is copied.
+    """
     if not supports(a, b):
         return torch.mm(a, b, out=out)
     return _onednn(a, b) if out is None else out.copy_(_onednn(a, b))
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """x @ weight.T by oneDNN, and the gradient of x likewise; that of the weight by torch, where MKL is as fast."""
+    """x @ weight.T by oneDNN, and the gradient of x likewise; that of the weight by torch, where MKL is as
+    fast.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -107,7 +119,9 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` without a bias for two tensors of one dtype, and its gradients. Any device; raises what F.linear raises."""
+    """`F.linear` without a bias for two tensors of one dtype, and its gradients. Any device; raises what
+    F.linear raises.
+    """
     if not supports(x, weight) or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -117,7 +131,9 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _MasterLinear(torch.autograd.Function):
-    """x @ copy.T, where copy is the weight in the dtype of x. The gradient of the weight has the weight's dtype."""
+    """x @ copy.T, where copy is the weight in the dtype of x. The gradient of the weight has the weight's
+    dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
@@ -130,16 +146,20 @@ class _MasterLinear(torch.autograd.Function):
         checks.first_derivative("linear")
         x, copy = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
-        dweight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), ctx.dtype) if ctx.needs_input_grad[1] else None
+        dweight = (
+            weight_gradient(rows, x.reshape(-1, x.shape[-1]), ctx.dtype) if ctx.needs_input_grad[1] else None
+        )
         dx = torch.mm(rows, copy).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, dweight, None
 
 
 def linear(x: Tensor, weight: Tensor, copy: Tensor | None = None) -> Tensor:
-    """x [..., K] @ weight [N, K].T -> [..., N], in the dtype of x, to which a weight of another one is cast. Any device.
+    """x [..., K] @ weight [N, K].T -> [..., N], in the dtype of x, to which a weight of another one is cast.
+    Any device.
 
-    copy: the weight in the dtype of x, if it exists already; what it holds is multiplied, and the gradient goes to the weight. A trace
-    of a training step casts the weight instead. Raises what F.linear raises, and RuntimeError for create_graph=True where a copy is used.
+    copy: the weight in the dtype of x, if it exists already; what it holds is multiplied, and the gradient
+    goes to the weight. A trace of a training step casts the weight instead. Raises what F.linear raises, and
+    RuntimeError for create_graph=True where a copy is used.
     """
     if not torch.is_grad_enabled():
         return _linear(x, weight.to(x.dtype) if copy is None else copy)

@@ -1,4 +1,6 @@
-"""The loss over a large vocabulary in PyTorch: chunks of tokens, whose logits never exist as a whole, and both gradients on the way."""
+"""The loss over a large vocabulary in PyTorch: chunks of tokens, whose logits never exist as a whole, and
+both gradients on the way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from kernels.eager import linear
 
 # Tokens whose logits exist at one time: 1024 x 49152 fp32 logits are 201 MB.
 CHUNK_TOKENS = 1024
-# Of the rows of a chunk that become probabilities together, in fp32: a cache holds them from one pass to the next.
+# Of the rows of a chunk that become probabilities together, in fp32: a cache holds them from one pass to the
+# next.
 TILE_BYTES = 6 << 20
 
 
@@ -34,12 +37,16 @@ class _Loss:
     chunk_tokens: int | None
 
     def rows(self, logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        """Losses [rows] of logits [rows, V], which become d (sum of losses * scale) / d logits where a gradient is needed."""
+        """Losses [rows] of logits [rows, V], which become d (sum of losses * scale) / d logits where a
+        gradient is needed.
+        """
         wide = logits.to(_wider(logits.dtype))
         valid = targets != self.ignore_index
         safe = torch.where(valid, targets, 0).long()[:, None]
         lse = wide.logsumexp(-1)
-        loss = lse - (1.0 - self.label_smoothing) * wide.gather(1, safe).squeeze(1) + self.z_loss * lse.square()
+        loss = (
+            lse - (1.0 - self.label_smoothing) * wide.gather(1, safe).squeeze(1) + self.z_loss * lse.square()
+        )
         if self.label_smoothing:
             loss = loss - self.label_smoothing * wide.mean(-1)
         if self.needs_hidden or self.needs_weight:
@@ -61,13 +68,21 @@ class _Loss:
         head = weight.to(hidden.dtype) if weight_copy is None else weight_copy
         one = torch.ones((), dtype=wide, device=hidden.device)
         # With no valid target the sum is 0 and so is the mean, instead of 0 / 0.
-        scale = one / (targets != self.ignore_index).sum().clamp(min=1).to(wide) if self.reduction == "mean" else one
-        dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if self.needs_hidden else None
+        scale = (
+            one / (targets != self.ignore_index).sum().clamp(min=1).to(wide)
+            if self.reduction == "mean"
+            else one
+        )
+        dhidden = (
+            torch.empty_like(hidden, memory_format=torch.contiguous_format) if self.needs_hidden else None
+        )
         dweight = None
         losses = torch.empty(tokens, dtype=wide, device=hidden.device)
         size = self.chunk_tokens or CHUNK_TOKENS
         # One buffer for the logits of all chunks; oneDNN brings a tensor of its own.
-        buffer = None if linear.supports(hidden, head) else hidden.new_empty(min(tokens, size), weight.shape[0])
+        buffer = (
+            None if linear.supports(hidden, head) else hidden.new_empty(min(tokens, size), weight.shape[0])
+        )
         whole = hidden.is_cuda or torch.compiler.is_compiling()
         tile = size if whole else max(1, TILE_BYTES // (wide.itemsize * weight.shape[0]))
         for start in range(0, tokens, size):
@@ -100,7 +115,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None, what: _Loss
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor | None,
+        weight_copy: Tensor | None,
+        what: _Loss,
     ) -> Tensor:
         loss, *gradients = what.compute(hidden, weight, targets, weight_copy)
         ctx.save_for_backward(hidden, weight, targets, scale, weight_copy)
@@ -120,7 +141,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _LinearCrossEntropyTraced(torch.autograd.Function):
-    """The same for torch.compile, whose graphs have no state: the gradients are saved, and the backward pass scales copies."""
+    """The same for torch.compile, whose graphs have no state: the gradients are saved, and the backward pass
+    scales copies.
+    """
 
     @staticmethod
     def forward(
@@ -138,7 +161,9 @@ class _LinearCrossEntropyTraced(torch.autograd.Function):
         needs_weight: bool,
         chunk_tokens: int | None,
     ) -> Tensor:
-        what = _Loss(ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight, chunk_tokens)
+        what = _Loss(
+            ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight, chunk_tokens
+        )
         loss, dhidden, dweight = what.compute(hidden, weight, targets, weight_copy)
         ctx.save_for_backward(dhidden, dweight, scale)
         ctx.weight_dtype = weight.dtype
@@ -169,7 +194,9 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """`kernels.reference.linear_cross_entropy`, for 1024 tokens at a time unless chunk_tokens says otherwise."""
-    checks.linear_cross_entropy(hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens)
+    checks.linear_cross_entropy(
+        hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens
+    )
     # Decided here: inside an autograd.Function, ctx.needs_input_grad is true under no_grad as well.
     trains = torch.is_grad_enabled() and reduction != "none"
     needs = trains and hidden.requires_grad, trains and weight.requires_grad

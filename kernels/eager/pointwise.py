@@ -1,7 +1,8 @@
 """Norm, rotary embedding and SwiGLU in PyTorch, each with a backward pass of its own.
 
-Where a gradient is wanted in eager mode, an autograd.Function stands in for the formula: the same values bit for bit, but fewer passes
-over memory and fewer fresh tensors. torch.compile is given the formula, which it fuses by itself.
+Where a gradient is wanted in eager mode, an autograd.Function stands in for the formula: the same values bit
+for bit, but fewer passes over memory and fewer fresh tensors. torch.compile is given the formula, which it
+fuses by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from kernels import checks, reference
 
 def _differentiated(*tensors: Tensor) -> bool:
     """Whether a backward pass of this file will run: eager mode, and something here wants a gradient."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(tensor.requires_grad for tensor in tensors)
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(tensor.requires_grad for tensor in tensors)
+    )
 
 
 def _wider(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +30,9 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The sum with the residual, if there is one, and its norm. Saves the sum and 1 / rms; the normalised values are formed again."""
+    """The sum with the residual, if there is one, and its norm. Saves the sum and 1 / rms; the normalised
+    values are formed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
@@ -47,9 +54,14 @@ class _RMSNorm(torch.autograd.Function):
         wide = rstd.dtype
         dy, scale = dy.to(wide), weight.to(wide)
         normed = total.to(wide) * rstd
-        # As the formula has it: the weight meets the rounded values, the statistics belong to the unrounded ones.
+        # As the formula has it: the weight meets the rounded values, the statistics belong to the unrounded
+        # ones.
         product = dy * normed.to(total.dtype)
-        dweight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        dweight = (
+            product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
+            if ctx.needs_input_grad[2]
+            else None
+        )
         mean = torch.mul(dy, normed, out=product).matmul(scale).unsqueeze_(-1).div_(scale.shape[0])
         dx = torch.mul(dy, scale, out=product).sub_(normed.mul_(mean)).mul_(rstd).to(total.dtype)
         if dtotal is not None:
@@ -89,10 +101,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 class _RopePacked(torch.autograd.Function):
-    """`rope_qkv`. Queries and keys are rotated together, and all three gradients are written into one packed buffer."""
+    """`rope_qkv`. Queries and keys are rotated together, and all three gradients are written into one packed
+    buffer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.like = qkv.shape, qkv.dtype, qkv.device
         turned, values = qkv[:, :, :-key_heads], qkv[:, :, -key_heads:]
@@ -123,7 +139,9 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Ten
 
 
 class _SwiGLUPacked(torch.autograd.Function):
-    """`swiglu` of a packed buffer. Saves only the buffer: silu(gate) is formed again, and both gradients fill one buffer."""
+    """`swiglu` of a packed buffer. Saves only the buffer: silu(gate) is formed again, and both gradients fill
+    one buffer.
+    """
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor) -> Tensor:

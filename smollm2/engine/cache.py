@@ -1,4 +1,6 @@
-"""The keys and values of past tokens, allocated once for a whole generation, and whether the memory for them is there."""
+"""The keys and values of past tokens, allocated once for a whole generation, and whether the memory for them
+is there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import Tensor
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 
-# Of the free memory, what a cache may take: the rest is for activations and logits, and for what other programs ask for meanwhile.
+# Of the free memory, what a cache may take: the rest is for activations and logits, and for what other
+# programs ask for meanwhile.
 USABLE_PERCENT = 90
 
 
@@ -20,10 +23,11 @@ USABLE_PERCENT = 90
 class KVCache:
     """Keys and values [layers, B, S, KV heads, head dim], and how far each row is filled.
 
-    Row b holds positions 0 .. lengths[b] - 1 without gaps: prompts are compacted into it, so there is no padding to mask.
-    `longest` is an upper bound of `lengths` known on the host; it bounds what attention reads without asking the device.
-    `fixed`: the host does not count. Every view spans the whole capacity, so that shapes and addresses stay the same from step to step,
-    as a captured graph needs; attention masks by `lengths`, and who decodes sees to it that the capacity suffices.
+    Row b holds positions 0 .. lengths[b] - 1 without gaps: prompts are compacted into it, so there is no
+    padding to mask. `longest` is an upper bound of `lengths` known on the host; it bounds what attention
+    reads without asking the device. `fixed`: the host does not count. Every view spans the whole capacity, so
+    that shapes and addresses stay the same from step to step, as a captured graph needs; attention masks by
+    `lengths`, and who decodes sees to it that the capacity suffices.
     """
 
     keys: Tensor
@@ -33,11 +37,16 @@ class KVCache:
     fixed: bool = False
 
     @classmethod
-    def allocate(cls, config: SmolLM2Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-        """An empty cache for `batch` rows of up to `capacity` tokens. Raises UsageError, before it tries, if it does not fit the memory."""
+    def allocate(
+        cls, config: SmolLM2Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens. Raises UsageError, before it tries, if
+        it does not fit the memory.
+        """
         require_memory(config, batch, capacity, device, dtype)
         shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-        # zeros, not empty: attention multiplies masked positions by zero, and 0 * NaN from fresh memory is NaN.
+        # zeros, not empty: attention multiplies masked positions by zero, and 0 * NaN from fresh memory is
+        # NaN.
         return cls(
             torch.zeros(shape, device=device, dtype=dtype),
             torch.zeros(shape, device=device, dtype=dtype),
@@ -49,20 +58,28 @@ class KVCache:
         return self.keys.shape[2]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, cut to the filled part: two views [B, longest, KV heads, head dim] (fixed: [B, S, ...])."""
+        """Keys and values of one layer, cut to the filled part: two views [B, longest, KV heads, head dim]
+        (fixed: [B, S, ...]).
+        """
         end = self.capacity if self.fixed else self.longest
         return self.keys[index, :, :end], self.values[index, :, :end]
 
     def advance(self, tokens: int) -> None:
-        """Makes room for that many more tokens in every row. Raises ValueError when the capacity does not suffice (unless fixed)."""
+        """Makes room for that many more tokens in every row. Raises ValueError when the capacity does not
+        suffice (unless fixed).
+        """
         if not self.fixed:
             if self.longest + tokens > self.capacity:
-                raise ValueError(f"cache: expected at most {self.capacity} tokens, got {self.longest} + {tokens}")
+                raise ValueError(
+                    f"cache: expected at most {self.capacity} tokens, got {self.longest} + {tokens}"
+                )
             self.longest += tokens
         self.lengths += tokens
 
     def clear(self) -> None:
-        """Back to the state of a new cache, in the same memory: zeros, because the text before may have left infinities behind."""
+        """Back to the state of a new cache, in the same memory: zeros, because the text before may have left
+        infinities behind.
+        """
         for tensor in (self.keys, self.values, self.lengths):
             tensor.zero_()
         self.longest, self.fixed = 0, False
@@ -70,14 +87,23 @@ class KVCache:
 
 def cache_bytes(config: SmolLM2Config, batch: int, capacity: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of `batch` rows of `capacity` tokens."""
-    return 2 * config.num_hidden_layers * batch * capacity * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return (
+        2
+        * config.num_hidden_layers
+        * batch
+        * capacity
+        * config.num_key_value_heads
+        * config.head_dim
+        * dtype.itemsize
+    )
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device; None where nobody can say.
 
-    CUDA: what the driver has, and what torch has reserved and does not use. MPS: the recommended limit less what is allocated. CPU: what
-    Linux calls available (page cache that it would give up included), or free pages elsewhere; a container's limit if it is lower.
+    CUDA: what the driver has, and what torch has reserved and does not use. MPS: the recommended limit less
+    what is allocated. CPU: what Linux calls available (page cache that it would give up included), or free
+    pages elsewhere; a container's limit if it is lower.
     """
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -90,15 +116,27 @@ def free_memory(device: torch.device) -> int | None:
     return min(known, default=None)
 
 
-def require_memory(config: SmolLM2Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UsageError if a cache of that size does not fit the free memory; it names what is needed, what is free, and what fits."""
+def require_memory(
+    config: SmolLM2Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raises UsageError if a cache of that size does not fit the free memory; it names what is needed, what
+    is free, and what fits.
+    """
     needed, free = cache_bytes(config, batch, capacity, dtype), free_memory(device)
     if free is None or needed <= (usable := free * USABLE_PERCENT // 100):
         return
     rows = usable // cache_bytes(config, 1, capacity, dtype)
     tokens = usable // cache_bytes(config, batch, 1, dtype)
     fits = [f"a batch of {rows}"] if rows else []
-    fits += [f"{tokens} tokens (prompt and new ones) for each of the {batch}" if batch > 1 else f"{tokens} tokens"] if tokens else []
+    fits += (
+        [
+            f"{tokens} tokens (prompt and new ones) for each of the {batch}"
+            if batch > 1
+            else f"{tokens} tokens"
+        ]
+        if tokens
+        else []
+    )
     raise UsageError(
         f"cache: {batch} x {capacity} tokens in {str(dtype).removeprefix('torch.')} need {_megabytes(needed)}, and "
         f"{_megabytes(usable)} can be had on {device} ({USABLE_PERCENT} % of what is free); "
@@ -124,14 +162,19 @@ def _host_memory() -> int | None:
 
 
 def _container_memory() -> int | None:
-    """What the control group (version 2) still grants; the kernel kills a process that goes beyond it, without an error to catch."""
+    """What the control group (version 2) still grants; the kernel kills a process that goes beyond it,
+    without an error to catch.
+    """
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         if limit == "max":
             return None
         used = int((group / "memory.current").read_text(encoding="ascii"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        return int(limit) - used + int(statistics.get("inactive_file", 0))  # the page cache counts as used, and is given up first
+        statistics = dict(
+            line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        )
+        # the page cache counts as used, and is given up first
+        return int(limit) - used + int(statistics.get("inactive_file", 0))
     except (OSError, ValueError):
         return None  # no such limit here

@@ -1,18 +1,21 @@
-"""Decoding that lives on the device: a step, from the token to the next one, that needs nothing from the host, as one CUDA graph.
+"""Decoding that lives on the device: a step, from the token to the next one, that needs nothing from the
+host, as one CUDA graph.
 
     embed -> layers -> norm -> lm_head -> sample -> ended? -> output        all of it in one replay; the host reads a chunk at a time
 
-The kernels of a small model's step take less time than their launches from Python, and a host that waits for every token adds to
-that. So everything a step reads or writes lies in buffers that stay where they are (`DecodeLoop`): the token, the cache and how far it
-is filled, the noise of every position, which rows have ended, the tokens put out. The step is recorded once and replayed; end tokens
-are looked for once per chunk, while the next chunk is already running. What a chunk computes beyond the end of all rows is thrown away.
+The kernels of a small model's step take less time than their launches from Python, and a host that waits for
+every token adds to that. So everything a step reads or writes lies in buffers that stay where they are
+(`DecodeLoop`): the token, the cache and how far it is filled, the noise of every position, which rows have
+ended, the tokens put out. The step is recorded once and replayed; end tokens are looked for once per chunk,
+while the next chunk is already running. What a chunk computes beyond the end of all rows is thrown away.
 
-A graph holds for one batch, one capacity of the cache and one way to choose tokens. Capacities are powers of two, and loops are kept
-for later prompts (`DecodeLoops`), so that the cost of a capture, which `describe` states, is paid once. Prompts are not captured: a prefill
-is few launches for much work. On a device without graphs the very same step runs operation by operation.
+A graph holds for one batch, one capacity of the cache and one way to choose tokens. Capacities are powers of
+two, and loops are kept for later prompts (`DecodeLoops`), so that the cost of a capture, which `describe`
+states, is paid once. Prompts are not captured: a prefill is few launches for much work. On a device without
+graphs the very same step runs operation by operation.
 
-What a capacity beyond the text costs: the Triton kernels end at a row's length; torch's attention reads the whole capacity and masks, at
-most twice the keys needed.
+What a capacity beyond the text costs: the Triton kernels end at a row's length; torch's attention reads the
+whole capacity and masks, at most twice the keys needed.
 
 Source: CUDA graphs in PyTorch, pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
 """
@@ -53,7 +56,9 @@ class Choice:
 
 @dataclass
 class _Step:
-    """One way to choose tokens, on the device, and the graph of a step with it (None: the step runs uncaptured)."""
+    """One way to choose tokens, on the device, and the graph of a step with it (None: the step runs
+    uncaptured).
+    """
 
     sampler: Sampler
     ends: Tensor  # [number of end tokens]
@@ -76,7 +81,8 @@ class _ReadBack:
 
 
 def capacity_for(tokens: int, limit: int) -> int:
-    """The smallest capacity of 64, 128, 256, ... up to `limit` (the model's positions) that holds so many tokens of a row.
+    """The smallest capacity of 64, 128, 256, ... up to `limit` (the model's positions) that holds so many
+    tokens of a row.
 
     Raises UsageError beyond the limit.
     """
@@ -88,14 +94,16 @@ def capacity_for(tokens: int, limit: int) -> int:
 
 
 class DecodeLoop:
-    """The buffers of a batch and the steps recorded over them. One generation at a time: `start`, then `run` and `read_back` in turn.
+    """The buffers of a batch and the steps recorded over them. One generation at a time: `start`, then `run`
+    and `read_back` in turn.
 
     All calls of a generation belong on one CUDA stream.
     """
 
     def __init__(self, engine: Engine, batch: int, capacity: int, chunk: int | None = None) -> None:
-        """engine: its `decode` must be capturable on CUDA: no value is read on the host, and shapes follow from those of the arguments.
-        chunk: the most steps between two read-backs (default 16 on CUDA, elsewhere 1). Raises UsageError if the cache does not fit.
+        """engine: its `decode` must be capturable on CUDA: no value is read on the host, and shapes follow
+        from those of the arguments. chunk: the most steps between two read-backs (default 16 on CUDA,
+        elsewhere 1). Raises UsageError if the cache does not fit.
         """
         model = engine.model
         head = model.lm_head.weight
@@ -107,14 +115,20 @@ class DecodeLoop:
         self.cache = KVCache.allocate(model.config, batch, capacity, self.device, head.dtype)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)  # the next to be fed
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=self.device)  # written with a penalty only
-        # By position, made once per text: hashing in the step would be thirty launches, a look-up is one. A cached token of the 135M model
-        # takes 6,000 times the memory.
+        # written with a penalty only
+        self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=self.device)
+        # By position, made once per text: hashing in the step would be thirty launches, a look-up is one. A
+        # cached token of the 135M model takes 6,000 times the memory.
         self.noise = torch.zeros(batch, capacity, device=self.device)
         self.output = torch.zeros(self.chunk, batch, dtype=torch.int64, device=self.device)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=self.device)  # row of `output` that the next token goes to
+        # row of `output` that the next token goes to
+        self.slot = torch.zeros(1, dtype=torch.int64, device=self.device)
         # Two, because one chunk is read on the host while the next is written.
-        self._pinned = [torch.zeros(self.output.shape, dtype=torch.int64, pin_memory=True) for _ in range(2)] if self.captures else []
+        self._pinned = (
+            [torch.zeros(self.output.shape, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+            if self.captures
+            else []
+        )
         self._steps: dict[Choice, _Step] = {}  # the one used last at the end
         self._step: _Step | None = None
         self._weights: tuple[int, ...] = ()
@@ -127,15 +141,23 @@ class DecodeLoop:
 
     def describe(self) -> str:
         """One line: the sizes, and what its captures took."""
-        none = "nothing captured yet" if self.captures else f"not captured, there are no CUDA graphs on {self.device.type}"
+        none = (
+            "nothing captured yet"
+            if self.captures
+            else f"not captured, there are no CUDA graphs on {self.device.type}"
+        )
         costs = "; ".join(self._costs) or none
         return f"decode loop, batch {self.batch}, capacity {self.cache.capacity}, read back every {self.chunk} tokens: {costs}"
 
     @torch.inference_mode()
-    def start(self, input_ids: Tensor, lengths: Tensor, seeds: Sequence[int] | Tensor, choice: Choice) -> None:
-        """Begins a generation: nothing of the one before remains. Prefills, and chooses the first token of every row, to be read back.
+    def start(
+        self, input_ids: Tensor, lengths: Tensor, seeds: Sequence[int] | Tensor, choice: Choice
+    ) -> None:
+        """Begins a generation: nothing of the one before remains. Prefills, and chooses the first token of
+        every row, to be read back.
 
-        input_ids [B, T], row b holding lengths[b] tokens and then anything; lengths [B]; seeds [B]. The first use of a `choice` captures.
+        input_ids [B, T], row b holding lengths[b] tokens and then anything; lengths [B]; seeds [B]. The first
+        use of a `choice` captures.
         """
         input_ids, lengths = input_ids.to(self.device), lengths.to(self.device)
         step = self._prepare(choice)  # first, because it runs steps
@@ -157,7 +179,9 @@ class DecodeLoop:
     @torch.inference_mode()
     def run(self, steps: int) -> None:
         """Computes the next `steps` <= chunk tokens of every row. On CUDA it returns before they are there."""
-        assert self._step is not None and steps <= self.chunk, "start comes first, and the output holds a chunk"
+        assert self._step is not None and steps <= self.chunk, (
+            "start comes first, and the output holds a chunk"
+        )
         self.slot.zero_()
         for _ in range(steps):
             if self._step.graph is not None:
@@ -182,20 +206,28 @@ class DecodeLoop:
         self._choose(step, self.engine.decode(self.tokens, self.cache)[:, -1])
 
     def _choose(self, step: _Step, logits: Tensor) -> None:
-        """logits [B, V] -> the next token, into `tokens` and `output`. Its index in its text is `cache.lengths`: what was fed so far."""
-        noise = self.noise.gather(1, self.cache.lengths[:, None]).squeeze(1) if step.sampler.needs_noise else None
+        """logits [B, V] -> the next token, into `tokens` and `output`. Its index in its text is
+        `cache.lengths`: what was fed so far.
+        """
+        noise = (
+            self.noise.gather(1, self.cache.lengths[:, None]).squeeze(1) if step.sampler.needs_noise else None
+        )
         chosen = step.sampler(logits, noise, self.seen)[:, None]
         if step.sampler.needs_seen:
             self.seen.scatter_(1, chosen, True)
-        # A comparison with each end token: torch.isin sorts, and waits for the result, once there are ten of them.
+        # A comparison with each end token: torch.isin sorts, and waits for the result, once there are ten of
+        # them.
         self.tokens.copy_(chosen.masked_fill(self.finished[:, None], step.pad))
         self.finished.logical_or_((self.tokens == step.ends).any(1))
         self.output.index_copy_(0, self.slot, self.tokens.T)
         self.slot.add_(1)
 
     def _prepare(self, choice: Choice) -> _Step:
-        """The step of that choice, captured before if it was used before. Runs steps on whatever the buffers hold."""
-        if self._weights != (weights := self._addresses()):  # moved since, by `.to()` or assignment: the graphs would read freed memory
+        """The step of that choice, captured before if it was used before. Runs steps on whatever the buffers
+        hold.
+        """
+        # moved since, by `.to()` or assignment: the graphs would read freed memory
+        if self._weights != (weights := self._addresses()):
             self._steps.clear()
             self._pool = None
             self._weights = weights
@@ -227,9 +259,12 @@ class DecodeLoop:
             self._advance(step)
 
     def _capture(self, step: _Step) -> None:
-        """Records a step. On a stream of its own, as torch asks; recording computes nothing, the steps that warm up do."""
+        """Records a step. On a stream of its own, as torch asks; recording computes nothing, the steps that
+        warm up do.
+        """
         began = time.perf_counter()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()  # one for all graphs of the loop, of which one runs at a time
+        # one for all graphs of the loop, of which one runs at a time
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -240,12 +275,16 @@ class DecodeLoop:
         with torch.cuda.graph(step.graph, pool=self._pool, stream=stream):
             self._advance(step)
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._costs.append(f"{WARM_UP_STEPS} steps to warm up took {warm - began:.2f} s, their capture {time.perf_counter() - warm:.2f} s")
+        self._costs.append(
+            f"{WARM_UP_STEPS} steps to warm up took {warm - began:.2f} s, their capture {time.perf_counter() - warm:.2f} s"
+        )
 
 
 @dataclass
 class DecodeLoops:
-    """The loops of an engine, kept for later prompts. A generation borrows one; two that take turns get one each. For one thread."""
+    """The loops of an engine, kept for later prompts. A generation borrows one; two that take turns get one
+    each. For one thread.
+    """
 
     engine: Engine
     chunk: int | None = None  # as DecodeLoop's
@@ -253,11 +292,18 @@ class DecodeLoops:
 
     @contextmanager
     def borrow(self, batch: int, tokens: int) -> Iterator[DecodeLoop]:
-        """A loop for that many rows of up to `tokens` tokens. Raises UsageError if they are too many for the model or for the memory."""
+        """A loop for that many rows of up to `tokens` tokens. Raises UsageError if they are too many for the
+        model or for the memory.
+        """
         model = self.engine.model
         capacity, head = capacity_for(tokens, model.config.max_position_embeddings), model.lm_head.weight
-        self.idle = [loop for loop in self.idle if (loop.device, loop.cache.keys.dtype) == (head.device, head.dtype)]
-        loop = next((loop for loop in self.idle if loop.batch == batch and tokens <= loop.cache.capacity <= capacity), None)
+        self.idle = [
+            loop for loop in self.idle if (loop.device, loop.cache.keys.dtype) == (head.device, head.dtype)
+        ]
+        loop = next(
+            (loop for loop in self.idle if loop.batch == batch and tokens <= loop.cache.capacity <= capacity),
+            None,
+        )
         if loop is None:
             loop = self._allocate(batch, capacity, tokens)
         else:
@@ -277,7 +323,9 @@ class DecodeLoops:
         return "\n".join(loop.describe() for loop in self.idle) or "no decode loop yet"
 
     def _allocate(self, batch: int, capacity: int, tokens: int) -> DecodeLoop:
-        """A new loop: in the place of the idle ones if it does not fit beside them, and for `tokens` exactly if it does not fit at all."""
+        """A new loop: in the place of the idle ones if it does not fit beside them, and for `tokens` exactly
+        if it does not fit at all.
+        """
         try:
             return DecodeLoop(self.engine, batch, capacity, self.chunk)
         except UsageError:
@@ -299,10 +347,12 @@ def captured_steps(
     eos_token_ids: Sequence[int] = (),
     pad_token_id: int = 0,
 ) -> Iterator[Tensor]:
-    """Yields what `generate_steps` yields: the next token of every row [B], on the host, until all have ended or the number is reached.
+    """Yields what `generate_steps` yields: the next token of every row [B], on the host, until all have ended
+    or the number is reached.
 
-    input_ids [B, T], row b holding lengths[b] >= 1 tokens and then anything; lengths [B]; seeds [B]. Arguments are otherwise as in
-    `generate_steps`, which checks them. Raises UsageError, before any work, for more tokens than the model or the memory holds.
+    input_ids [B, T], row b holding lengths[b] >= 1 tokens and then anything; lengths [B]; seeds [B].
+    Arguments are otherwise as in `generate_steps`, which checks them. Raises UsageError, before any work, for
+    more tokens than the model or the memory holds.
     """
     batch = input_ids.shape[0]
     if batch == 0 or max_new_tokens == 0:

@@ -3,17 +3,20 @@
     weights = plain_weights(model)                     # or packed_weights(model), or quantised matrices
     logits  = decode_step(model, weights, tokens, cache)
 
-It computes what `reference.decode_layer` composes, rounding where it rounds. At a few tokens a block is some ten microseconds of
-arithmetic between its products, and the composition spends more than that on calling torch. Here
+It computes what `reference.decode_layer` composes, rounding where it rounds. At a few tokens a block is some
+ten microseconds of arithmetic between its products, and the composition spends more than that on calling
+torch. Here
 
     - positions, rotation and mask are formed once a step, not in every layer, and there is no mask where every key is seen;
     - the rotation is one roll and one multiply-add over queries and keys together, rows of one length are written to the cache as a
       slice, and the sums with the residual stream go into the products' results;
     - the products are oneDNN's, called directly. In fp32 torch takes another library, which reads one row's weights half as fast. In bf16
-      oneDNN reads weights in its own blocked order twice as fast as row by row, so a copy in that order is made at the first step.
+      oneDNN reads weights in its own blocked order twice as fast as row by row, so a copy in that order is
+      made at the first step.
 
-The copy costs as much memory as the model's matrices (270 MB for 135M in bf16) and about a tenth of a second, which some fifteen
-tokens make good. It is shared by all engines of a model, made anew when the weights have changed, and left out where memory is short.
+The copy costs as much memory as the model's matrices (270 MB for 135M in bf16) and about a tenth of a second,
+which some fifteen tokens make good. It is shared by all engines of a model, made anew when the weights have
+changed, and left out where memory is short.
 """
 
 from __future__ import annotations
@@ -35,7 +38,15 @@ if TYPE_CHECKING:
     from smollm2.model import SmolLM2ForCausalLM
 
 # What the step does by itself: it stands in for them only while they are the reference.
-STANDS_IN_FOR = ("rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu", "decode_layer", "decode_head")
+STANDS_IN_FOR = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope_qkv",
+    "decode_attention",
+    "swiglu",
+    "decode_layer",
+    "decode_head",
+)
 MEMORY_SHARE = 2  # a packed copy may take one part in this many of the free memory
 
 
@@ -48,7 +59,8 @@ class Weights(NamedTuple):
 
 
 def serves(model: SmolLM2ForCausalLM, cache: KVCache) -> bool:
-    """Whether `decode_step` may run this model over this cache: eagerly on the CPU, with nothing replaced in the backend.
+    """Whether `decode_step` may run this model over this cache: eagerly on the CPU, with nothing replaced in
+    the backend.
 
     A fixed cache is that of a captured loop, whose lengths the host must not read.
     """
@@ -66,12 +78,15 @@ def plain_weights(model: SmolLM2ForCausalLM) -> Weights:
     return Weights(list(model.pack()), model.lm_head.weight.detach(), linear)
 
 
-_packed: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[list[tuple[int, int]], Weights]] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[list[tuple[int, int]], Weights]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @torch.inference_mode()
 def packed_weights(model: SmolLM2ForCausalLM) -> Weights:
-    """A copy of the matrices in oneDNN's order where that is faster (bf16) and fits the memory; else `plain_weights`.
+    """A copy of the matrices in oneDNN's order where that is faster (bf16) and fits the memory; else
+    `plain_weights`.
 
     Made once per model and used until a weight changes (a write through `.data` is not seen).
     """
@@ -83,11 +98,21 @@ def packed_weights(model: SmolLM2ForCausalLM) -> Weights:
     _packed.pop(model, None)  # before the new copy is made: never two at a time
     if plain.head.dtype != torch.bfloat16 or not onednn(torch.bfloat16):
         return plain
-    matrices = [plain.head, *(matrix for layer in plain.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down))]
+    matrices = [
+        plain.head,
+        *(matrix for layer in plain.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+    ]
     if not fits(sum(matrix.nbytes for matrix in matrices)):
         return plain
     layers = [
-        LayerWeights(layer.input_norm, pack(layer.qkv), pack(layer.o), layer.post_norm, pack(layer.gate_up), pack(layer.down))
+        LayerWeights(
+            layer.input_norm,
+            pack(layer.qkv),
+            pack(layer.o),
+            layer.post_norm,
+            pack(layer.gate_up),
+            pack(layer.down),
+        )
         for layer in plain.layers
     ]
     weights = Weights(layers, pack(plain.head), linear)
@@ -103,18 +128,27 @@ def fits(size: int) -> bool:
 
 def pack(matrix: Tensor) -> Tensor:
     """A copy of a matrix [N, K] in the order that oneDNN multiplies fastest by; only `linear` can read it."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)  # the same order whatever number of rows is hinted at
+    # the same order whatever number of rows is hinted at
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
     return packed
 
 
 @functools.cache
 def onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's product is there and the better one: in fp32 as kernels/eager/linear.py decides, in bf16 on AVX-512."""
+    """Whether oneDNN's product is there and the better one: in fp32 as kernels/eager/linear.py decides, in
+    bf16 on AVX-512.
+    """
     if dtype == torch.float32:
         return onednn_is_faster()
-    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if (
+        dtype != torch.bfloat16
+        or not torch.backends.mkldnn.is_available()
+        or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         return False
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -127,10 +161,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_step(model: SmolLM2ForCausalLM, weights: Weights, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Appends a few tokens to every row. tokens [B, T] -> logits [B, T, V] in the model's dtype; the cache grows by T."""
+    """Appends a few tokens to every row. tokens [B, T] -> logits [B, T, V] in the model's dtype; the cache
+    grows by T.
+    """
     config, length = model.config, tokens.shape[1]
     cache.advance(length)
-    step = _Step(cache, length, model.model.rotary(tokens.device), config.num_attention_heads // config.num_key_value_heads)
+    step = _Step(
+        cache,
+        length,
+        model.model.rotary(tokens.device),
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     keys, values = (whole[:, :, : cache.longest].unbind() for whole in (cache.keys, cache.values))
     x = F.embedding(tokens, model.model.embed_tokens.weight)
     for layer, layer_keys, layer_values in zip(weights.layers, keys, values, strict=True):
@@ -158,14 +199,25 @@ class _Step:
             self.rows = torch.arange(len(lengths))[:, None]
         if length > 1 or self.rows is not None:
             hidden = torch.arange(longest) > self.positions[..., None]  # [B or 1, T, S]
-            self.mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).repeat(1, group, 1)[:, None]
+            self.mask = (
+                torch.zeros(hidden.shape, dtype=dtype)
+                .masked_fill_(hidden, -torch.inf)
+                .repeat(1, group, 1)[:, None]
+            )
         # rotate-half as x * [cos, cos] + roll(x) * [-sin, sin], one angle for all heads
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = (table[self.positions].to(wide) for table in tables)
-        self.cos, self.sin = torch.cat((cos, cos), -1)[:, :, None], torch.cat((-sin, sin), -1)[:, :, None]  # [B or 1, T, 1, D]
+        # [B or 1, T, 1, D]
+        self.cos, self.sin = torch.cat((cos, cos), -1)[:, :, None], torch.cat((-sin, sin), -1)[:, :, None]
 
     def layer(
-        self, x: Tensor, weights: LayerWeights, keys: Tensor, values: Tensor, linear: Callable[[Tensor, Any], Tensor], eps: float
+        self,
+        x: Tensor,
+        weights: LayerWeights,
+        keys: Tensor,
+        values: Tensor,
+        linear: Callable[[Tensor, Any], Tensor],
+        eps: float,
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]; keys and values [B, S, K, D] receive the new tokens'."""
         key_heads, head_dim = keys.shape[2:]
@@ -188,7 +240,18 @@ class _Step:
     def _attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """`reference.decode_attention`: q [B, T, H, D] -> [B, T, H * D]."""
         batch, length, _, head_dim = q.shape
-        # The G query heads of one key head become G * T queries of one head: each key is read once, not G times.
-        folded = q.view(batch, length, -1, self.group, head_dim).permute(0, 2, 3, 1, 4).reshape(batch, -1, self.group * length, head_dim)
-        out = F.scaled_dot_product_attention(folded, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self.mask)
-        return out.view(batch, -1, self.group, length, head_dim).permute(0, 3, 1, 2, 4).reshape(batch, length, -1)
+        # The G query heads of one key head become G * T queries of one head: each key is read once, not G
+        # times.
+        folded = (
+            q.view(batch, length, -1, self.group, head_dim)
+            .permute(0, 2, 3, 1, 4)
+            .reshape(batch, -1, self.group * length, head_dim)
+        )
+        out = F.scaled_dot_product_attention(
+            folded, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self.mask
+        )
+        return (
+            out.view(batch, -1, self.group, length, head_dim)
+            .permute(0, 3, 1, 2, 4)
+            .reshape(batch, length, -1)
+        )

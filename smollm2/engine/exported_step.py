@@ -2,12 +2,14 @@
 
     token, position, weights, keys and values so far  ->  logits, new keys and values
 
-At batch 1 every matrix product is a matrix times a vector: each weight is read once and used once, so that only the memory's speed counts.
-PyTorch's own bf16 products reach a third of it at this shape. Written as multiply and sum, the product becomes a loop that
-Inductor turns into vector instructions, with the norm, the rotation and the SwiGLU between the products generated around it.
+At batch 1 every matrix product is a matrix times a vector: each weight is read once and used once, so that
+only the memory's speed counts. PyTorch's own bf16 products reach a third of it at this shape. Written as
+multiply and sum, the product becomes a loop that Inductor turns into vector instructions, with the norm, the
+rotation and the SwiGLU between the products generated around it.
 
-The weights are arguments, not constants: a package serves every model of these sizes, and the weights stay where they are (memory-mapped).
-Between the weights and the cache all is fp32: nothing is rounded to 16 bits on the way, as it is in the eager step.
+The weights are arguments, not constants: a package serves every model of these sizes, and the weights stay
+where they are (memory-mapped). Between the weights and the cache all is fp32: nothing is rounded to 16 bits
+on the way, as it is in the eager step.
 """
 
 from __future__ import annotations
@@ -51,9 +53,16 @@ class StepWeights(NamedTuple):
 
     def flat(self) -> list[Tensor]:
         """The tensors in a fixed order: a package takes lists of tensors only."""
-        matrices = [self.head, *(matrix for layer in self.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down))]
+        matrices = [
+            self.head,
+            *(matrix for layer in self.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+        ]
         norms = [norm for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
-        return [*self[:4], *norms, *(tensor for matrix in matrices for tensor in matrix if tensor is not None)]
+        return [
+            *self[:4],
+            *norms,
+            *(tensor for matrix in matrices for tensor in matrix if tensor is not None),
+        ]
 
     @classmethod
     def from_flat(cls, tensors: list[Tensor], layers: int, quantized: bool) -> StepWeights:
@@ -68,12 +77,17 @@ class StepWeights(NamedTuple):
 
         following = matrices()
         head = next(following)
-        blocks = [Layer(before, next(following), next(following), after, next(following), next(following)) for before, after in norms]
+        blocks = [
+            Layer(before, next(following), next(following), after, next(following), next(following))
+            for before, after in norms
+        ]
         return cls(cos, sin, embedding, norm, head, blocks)
 
 
 def _stored(x: Tensor) -> Tensor:
-    """x, computed here and now: Inductor would otherwise compute it again inside every row of the product that reads it."""
+    """x, computed here and now: Inductor would otherwise compute it again inside every row of the product
+    that reads it.
+    """
     return torch.as_strided(x, x.shape, x.stride())
 
 
@@ -86,7 +100,8 @@ def _times(matrix: Matrix, x: Tensor) -> Tensor:
 class DecodeStep(torch.nn.Module):
     """The step for the sizes of one configuration.
 
-    dtype: that of the activations, and of the weights that are not int8. quantized: whether the matrices are int8.
+    dtype: that of the activations, and of the weights that are not int8. quantized: whether the matrices are
+    int8.
     """
 
     def __init__(self, config: SmolLM2Config, dtype: torch.dtype, quantized: bool) -> None:
@@ -114,8 +129,12 @@ class DecodeStep(torch.nn.Module):
         return logits, keys_and_values
 
     def _normed(self, x: Tensor, weight: Tensor, matrix: Matrix) -> Tensor:
-        """x [hidden] -> matrix @ rms_norm(x) [rows], fp32. The division by the norm comes after the product: one pass over x, not two."""
-        return _times(matrix, _stored(x * weight.float())) * torch.rsqrt(x.square().mean() + self.config.rms_norm_eps)
+        """x [hidden] -> matrix @ rms_norm(x) [rows], fp32. The division by the norm comes after the product:
+        one pass over x, not two.
+        """
+        return _times(matrix, _stored(x * weight.float())) * torch.rsqrt(
+            x.square().mean() + self.config.rms_norm_eps
+        )
 
     def _rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [1, D/2] -> [H + 2K, D/2] for all heads at once: queries turned and scaled for the softmax, keys turned, values as
@@ -138,8 +157,10 @@ class DecodeStep(torch.nn.Module):
         config = self.config
         queries, key_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         q = heads[:queries].view(key_heads, -1, 1, dim)  # [K, G, 1, D]
-        k, v = heads[queries : queries + key_heads, None, None], heads[queries + key_heads :, None]  # [K, 1, 1, D], [K, 1, D]
-        old_keys, old_values = (old.float().transpose(0, 1)[:, None] for old in (old_keys, old_values))  # [K, 1, n, D]
+        # [K, 1, 1, D], [K, 1, D]
+        k, v = heads[queries : queries + key_heads, None, None], heads[queries + key_heads :, None]
+        # [K, 1, n, D]
+        old_keys, old_values = (old.float().transpose(0, 1)[:, None] for old in (old_keys, old_values))
         scores = _stored(torch.cat(((old_keys * q).sum(-1), (k * q).sum(-1)), -1))  # [K, G, n + 1]
         weights = _stored(torch.exp(scores - scores.amax(-1, keepdim=True)))
         mixed = (weights[..., :-1, None] * old_values).sum(2) + weights[..., -1:] * v  # [K, G, D]

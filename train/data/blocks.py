@@ -1,4 +1,6 @@
-"""Stored blocks in the order in which an epoch reads them, as token arrays: from the cache where it has them, else tokenised."""
+"""Stored blocks in the order in which an epoch reads them, as token arrays: from the cache where it has them,
+else tokenised.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Visit:
-    """A shard whose turn it is. cursor: of the first block to read. epoch_part: the part of the epoch that lies before the shard."""
+    """A shard whose turn it is. cursor: of the first block to read. epoch_part: the part of the epoch that
+    lies before the shard.
+    """
 
     cursor: Cursor
     shard: int  # as stored
@@ -59,7 +63,8 @@ class EpochEnd:
 def shuffled(count: int, key: str) -> list[int]:
     """A permutation of range(count) that depends on the key alone.
 
-    Sorting by random() and not random.shuffle: Python promises the same numbers from random() in every version.
+    Sorting by random() and not random.shuffle: Python promises the same numbers from random() in every
+    version.
     """
     generator = random.Random(key)
     weights = [generator.random() for _ in range(count)]
@@ -72,7 +77,11 @@ def epoch_order(source: Source, seed: int | str | None, cursor: Cursor = START) 
     total = sum(sizes) or 1.0
     while True:
         whole, done = cursor == Cursor(epoch=cursor.epoch), 0.0
-        order = range(source.num_shards) if seed is None else shuffled(source.num_shards, f"{seed}/{cursor.epoch}")
+        order = (
+            range(source.num_shards)
+            if seed is None
+            else shuffled(source.num_shards, f"{seed}/{cursor.epoch}")
+        )
         for position, shard in enumerate(order):
             if position >= cursor.shard:
                 block = cursor.block if position == cursor.shard else 0
@@ -87,7 +96,11 @@ def epoch_order(source: Source, seed: int | str | None, cursor: Cursor = START) 
 def epochs_of(source: Source, cursor: Cursor, shard: int, epoch_part: float, parts: np.ndarray) -> np.ndarray:
     """Passes over the corpus up to the documents that lie at `parts` (0 to 1) of a block."""
     begin, end = source.span(shard, cursor.block)
-    return cursor.epoch + epoch_part + source.sizes[shard] / (sum(source.sizes) or 1.0) * (begin + (end - begin) * parts)
+    return (
+        cursor.epoch
+        + epoch_part
+        + source.sizes[shard] / (sum(source.sizes) or 1.0) * (begin + (end - begin) * parts)
+    )
 
 
 def stored_blocks(
@@ -109,7 +122,9 @@ def stored_blocks(
                 break
             # A run of blocks that are missing: the source is opened once for all of them.
             for documents in source.read(shard, block):
-                yield StoredBlock(replace(visit.cursor, block=block), shard, visit.epoch_part, documents, None)
+                yield StoredBlock(
+                    replace(visit.cursor, block=block), shard, visit.epoch_part, documents, None
+                )
                 block += 1
                 if stop.is_set() or (cache is not None and cache.has(shard, block)):
                     break
@@ -123,13 +138,18 @@ def stored_blocks(
 def tokenised(
     stored: Prefetch[Any], pool: WorkerPool, cache: TokenCache | None, stop: threading.Event
 ) -> Generator[StoredBlock | EpochEnd, None, None]:
-    """The same blocks in the same order, each with its tokens; several are with the workers at a time. Fills the cache."""
+    """The same blocks in the same order, each with its tokens; several are with the workers at a time. Fills
+    the cache.
+    """
     pending: deque[tuple[Any, Pending | None]] = deque()
     exhausted = False
     try:
         while pending or not exhausted:
-            # Enough for every worker to have a chunk at hand and one waiting, and no more: what is ahead is held in memory.
-            while not exhausted and (not pending or (pool.workers and _wants_more(pending, pool.workers, stored.ready))):
+            # Enough for every worker to have a chunk at hand and one waiting, and no more: what is ahead is
+            # held in memory.
+            while not exhausted and (
+                not pending or (pool.workers and _wants_more(pending, pool.workers, stored.ready))
+            ):
                 item = next(stored, None)
                 if item is None:
                     exhausted = True
@@ -162,13 +182,16 @@ def _wants_more(pending: deque[tuple[Any, Pending | None]], workers: int, ready:
 
 
 class Prefetch(Iterator[Item]):
-    """The same items, `depth` of them prepared ahead by a background thread; ahead=False: as they are, in the calling thread.
+    """The same items, `depth` of them prepared ahead by a background thread; ahead=False: as they are, in the
+    calling thread.
 
-    An error in the thread is raised by next(), in its place in the order. Setting `stop`, or close(), ends the thread, which closes
-    `items`.
+    An error in the thread is raised by next(), in its place in the order. Setting `stop`, or close(), ends
+    the thread, which closes `items`.
     """
 
-    def __init__(self, items: Generator[Item, None, None], stop: threading.Event, depth: int = 4, ahead: bool = True) -> None:
+    def __init__(
+        self, items: Generator[Item, None, None], stop: threading.Event, depth: int = 4, ahead: bool = True
+    ) -> None:
         self._items, self._stop, self._closed = items, stop, threading.Event()
         self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True) if ahead else None
@@ -199,7 +222,8 @@ class Prefetch(Iterator[Item]):
         if self._thread is None:
             self._items.close()
         else:
-            self._thread.join(timeout=5)  # a thread that hangs in a network call is left behind; it ends with the process
+            # a thread that hangs in a network call is left behind; it ends with the process
+            self._thread.join(timeout=5)
 
     @property
     def _over(self) -> bool:

@@ -1,14 +1,17 @@
-"""Where documents come from: Python's own documentation, local files, a dataset on the hub, or several of these (train/data/mixture.py).
+"""Where documents come from: Python's own documentation, local files, a dataset on the hub, or several of
+these (train/data/mixture.py).
 
-A source is a list of shards; a shard is a sequence of blocks; a block is a list of documents that is read at once:
+A source is a list of shards; a shard is a sequence of blocks; a block is a list of documents that is read at
+once:
 
     source.num_shards                              how many there are
     source.read(shard, first_block)                the blocks of one shard from that one on
     source.fingerprint                             changes when the documents do
     source.cache_key                               the same for the token cache, which must not confuse any two
 
-so that any document has an address (shard, block, index), and a reader can start anywhere. Nothing here depends on a seed: train/data/batches.py
-chooses the order. A document is whatever was stored; what is not text is sorted out, and counted, by the reader.
+so that any document has an address (shard, block, index), and a reader can start anywhere. Nothing here
+depends on a seed: train/data/batches.py chooses the order. A document is whatever was stored; what is not
+text is sorted out, and counted, by the reader.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ LAYOUT = "blocks 2"  # of the files of data=local; a change of the constants bel
 class Source(Protocol):
     """What train/data/batches.py reads.
 
-    revision: the pinned version of the documents, where they have one. sizes: of each shard in documents or bytes, which is what
-    parts of an epoch are measured in.
+    revision: the pinned version of the documents, where they have one. sizes: of each shard in documents or
+    bytes, which is what parts of an epoch are measured in.
     """
 
     @property
@@ -75,7 +78,9 @@ class Source(Protocol):
 
 
 def open_source(config: RunConfig, revision: Revision = None) -> Source:
-    """The source that config.data names. revision: what the checkpoint of a resumed run pinned, as `Source.revision` was."""
+    """The source that config.data names. revision: what the checkpoint of a resumed run pinned, as
+    `Source.revision` was.
+    """
     if config.data == "mixture":
         pinned = revision if isinstance(revision, Mapping) else {}
         parts = config.mixture_parts()
@@ -84,19 +89,40 @@ def open_source(config: RunConfig, revision: Revision = None) -> Source:
         return EmbeddedSource()
     if config.data == "local":
         root = cache_root(config)
-        if root is not None and any(root.resolve().is_relative_to(Path(path).expanduser().resolve()) for path in config.paths):
-            raise UsageError(f"token_cache: expected a folder outside of paths, where its files would be taken for documents, got {root}")
+        if root is not None and any(
+            root.resolve().is_relative_to(Path(path).expanduser().resolve()) for path in config.paths
+        ):
+            raise UsageError(
+                f"token_cache: expected a folder outside of paths, where its files would be taken for documents, got {root}"
+            )
         return LocalSource(config.paths, config.text_column, config.validation_paths)
     commit = revision if isinstance(revision, str) else config.dataset_revision
-    return HubSource(config.dataset, config.dataset_config, config.dataset_split, commit, config.text_column, cache_root(config))
+    return HubSource(
+        config.dataset,
+        config.dataset_config,
+        config.dataset_split,
+        commit,
+        config.text_column,
+        cache_root(config),
+    )
 
 
 # The standard library without its tests, its applications and what an installation may lack.
-_NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+_NOT_DOCUMENTATION = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+}
 
 
 class EmbeddedSource:
-    """The documentation inside every CPython: the language reference's topics, and each function's and class's docstrings.
+    """The documentation inside every CPython: the language reference's topics, and each function's and
+    class's docstrings.
 
     One shard of one block. Modules are parsed, never imported: some open windows or start servers at import.
     """
@@ -129,7 +155,9 @@ class EmbeddedSource:
         for path in sorted(library.rglob("*.py")):
             parts = path.relative_to(library).parts
             if not _NOT_DOCUMENTATION.intersection(parts):
-                documents.extend(_docstrings(path, ".".join(parts).removesuffix(".py").removesuffix(".__init__")))
+                documents.extend(
+                    _docstrings(path, ".".join(parts).removesuffix(".py").removesuffix(".__init__"))
+                )
         return list(_without_repeats(dict.fromkeys(documents)))
 
     @cached_property
@@ -146,7 +174,8 @@ REPEAT = 80  # characters; shorter paragraphs ("Return a string.") repeat by nat
 def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
     """Drops paragraphs that an earlier document has, and documents of which little is left.
 
-    Topics contain one another and classes copy docstrings: without this, held-out text would also be trained on.
+    Topics contain one another and classes copy docstrings: without this, held-out text would also be trained
+    on.
     """
     seen: set[str] = set()
     for document in documents:
@@ -159,7 +188,9 @@ def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _docstrings(path: Path, module: str) -> Iterator[str]:
-    """Documents of one module as `help()` would show it: the module's text, then every documented function, and class with its methods."""
+    """Documents of one module as `help()` would show it: the module's text, then every documented function,
+    and class with its methods.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules
@@ -174,7 +205,9 @@ def _docstrings(path: Path, module: str) -> Iterator[str]:
         elif isinstance(node, ast.ClassDef):
             parts = [text] if (text := ast.get_docstring(node)) else []
             for method in node.body:
-                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(method)):
+                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and (
+                    text := ast.get_docstring(method)
+                ):
                     parts.append(f"{_signature(method)}\n\n{text}")
             if parts:
                 yield "\n\n".join([f"class {module}.{node.name}", *parts])
@@ -193,7 +226,9 @@ END_OF_TEXT_LINE = b"<|endoftext|>"  # separates documents in some published .tx
 
 @dataclass(frozen=True)
 class _Part:
-    """One shard of local files: a row group or a stretch of one file, or several whole .py files. size: rows, or bytes."""
+    """One shard of local files: a row group or a stretch of one file, or several whole .py files. size: rows,
+    or bytes.
+    """
 
     files: tuple[Path, ...]
     number: int
@@ -201,31 +236,45 @@ class _Part:
 
 
 class LocalSource:
-    """Files on disk. A shard is one row group of a .parquet file, the lines of a .jsonl or .txt file that begin in one 4 MiB stretch, or
-    a run of .py files, in the order of their paths, of about 4 MiB together.
+    """Files on disk. A shard is one row group of a .parquet file, the lines of a .jsonl or .txt file that
+    begin in one 4 MiB stretch, or a run of .py files, in the order of their paths, of about 4 MiB together.
 
-    .parquet: the text column, in blocks of 1024 rows. .jsonl: the text key of each object, or each string. .txt: runs of whole
-    paragraphs of at least 2 KiB, so that one large file still has many documents. .py: each file is a document. Memory: one block.
+    .parquet: the text column, in blocks of 1024 rows. .jsonl: the text key of each object, or each string.
+    .txt: runs of whole paragraphs of at least 2 KiB, so that one large file still has many documents. .py:
+    each file is a document. Memory: one block.
     """
 
     revision: str | None = None
 
-    def __init__(self, paths: list[str], text_column: str, without: Sequence[str] = (), key: str = "paths") -> None:
-        """paths: files, folders (searched recursively) and globs; without: the same, of what is left out, with all that lies in the
-        folders. key: where paths were given. Raises UsageError when they name no readable file, or nothing is left.
+    def __init__(
+        self, paths: list[str], text_column: str, without: Sequence[str] = (), key: str = "paths"
+    ) -> None:
+        """paths: files, folders (searched recursively) and globs; without: the same, of what is left out,
+        with all that lies in the folders. key: where paths were given. Raises UsageError when they name no
+        readable file, or nothing is left.
         """
         self.text_column = text_column
         self.files = _expand(paths, key)
-        self._left_out = [(file, file.stat()) for file in (_expand(without, "validation_paths") if without else ())]
+        self._left_out = [
+            (file, file.stat()) for file in (_expand(without, "validation_paths") if without else ())
+        ]
         if without:
             files = {file.resolve() for file, _ in self._left_out}
             folders = {folder for name in without if (folder := Path(name).expanduser().absolute()).is_dir()}
-            self.files = [file for file in self.files if file.resolve() not in files and folders.isdisjoint(file.absolute().parents)]
+            self.files = [
+                file
+                for file in self.files
+                if file.resolve() not in files and folders.isdisjoint(file.absolute().parents)
+            ]
             if not self.files:
-                raise UsageError(f"validation_paths: expected to leave some of {', '.join(paths)} for training, left none")
+                raise UsageError(
+                    f"validation_paths: expected to leave some of {', '.join(paths)} for training, left none"
+                )
         self._states = [(file, file.stat()) for file in self.files]
         self._shards = [part for file in self.files if file.suffix != ".py" for part in self._parts(file)]
-        self._shards += _groups([(file, state.st_size) for file, state in self._states if file.suffix == ".py"])
+        self._shards += _groups(
+            [(file, state.st_size) for file, state in self._states if file.suffix == ".py"]
+        )
         self._noted: set[Path] = set()
 
     @property
@@ -241,7 +290,11 @@ class LocalSource:
         size = {file: state.st_size for file, state in self._states}
 
         def size_of(part: _Part) -> float:
-            return part.size if part.files[0].suffix == ".py" else size[part.files[0]] * part.size / rows[part.files[0]]
+            return (
+                part.size
+                if part.files[0].suffix == ".py"
+                else size[part.files[0]] * part.size / rows[part.files[0]]
+            )
 
         return [size_of(part) for part in self._shards]
 
@@ -258,12 +311,18 @@ class LocalSource:
 
     @property
     def cache_key(self) -> tuple[str, str]:
-        # Paths and times as well: a run may go on with files that were moved, but tokens of other texts must never be taken for theirs.
+        # Paths and times as well: a run may go on with files that were moved, but tokens of other texts must
+        # never be taken for theirs.
         states = (f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in self._states)
         return f"local {self.files[0].parent.name} {self.text_column}", self._digest(states)
 
     def describe(self) -> dict[str, Any]:
-        return {"identity": self.cache_key[0], "fingerprint": self.fingerprint, "num_shards": self.num_shards, "files": len(self.files)}
+        return {
+            "identity": self.cache_key[0],
+            "fingerprint": self.fingerprint,
+            "num_shards": self.num_shards,
+            "files": len(self.files),
+        }
 
     def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
         part = self._shards[shard]
@@ -273,7 +332,9 @@ class LocalSource:
             elif first_block == 0:
                 yield list(self._documents(part))
         except OSError as error:
-            raise LoadError(f"{part.files[0]}: cannot be read ({error}); restore the file and continue with resume=auto") from error
+            raise LoadError(
+                f"{part.files[0]}: cannot be read ({error}); restore the file and continue with resume=auto"
+            ) from error
 
     def _documents(self, part: _Part) -> Iterator[Any]:
         file = part.files[0]
@@ -287,10 +348,15 @@ class LocalSource:
     def _parts(self, file: Path) -> list[_Part]:
         if file.suffix != ".parquet":
             size = file.stat().st_size
-            return [_Part((file,), number, min(BYTE_BLOCK, size - number * BYTE_BLOCK)) for number in range(-(-size // BYTE_BLOCK))]
+            return [
+                _Part((file,), number, min(BYTE_BLOCK, size - number * BYTE_BLOCK))
+                for number in range(-(-size // BYTE_BLOCK))
+            ]
         parquet = _open_parquet(file)
         if self.text_column not in parquet.schema_arrow.names:
-            raise LoadError(f"{file}: expected a column {self.text_column!r}, got {', '.join(parquet.schema_arrow.names)}; set text_column")
+            raise LoadError(
+                f"{file}: expected a column {self.text_column!r}, got {', '.join(parquet.schema_arrow.names)}; set text_column"
+            )
         rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
         return [_Part((file,), number, size) for number, size in enumerate(rows) if size]
 
@@ -301,13 +367,18 @@ class LocalSource:
         except (ValueError, RecursionError):
             if not line.endswith(b"\n") and file not in self._noted:
                 self._noted.add(file)
-                print(f"{file}: the last line is cut off (no line end, not JSON), and passed over; is the file complete?", flush=True)
+                print(
+                    f"{file}: the last line is cut off (no line end, not JSON), and passed over; is the file complete?",
+                    flush=True,
+                )
             return None
         return value.get(self.text_column) if isinstance(value, dict) else value
 
     @staticmethod
     def _digest(lines: Iterable[str]) -> str:
-        return hashlib.blake2b("\n".join((LAYOUT, *lines)).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            "\n".join((LAYOUT, *lines)).encode(errors="surrogateescape"), digest_size=16
+        ).hexdigest()
 
 
 def _expand(paths: Sequence[str], key: str = "paths") -> list[Path]:
@@ -315,12 +386,20 @@ def _expand(paths: Sequence[str], key: str = "paths") -> list[Path]:
     found: set[Path] = set()
     for name in paths:
         path = Path(name).expanduser()
-        files = _walk(path) if path.is_dir() else [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
+        files = (
+            _walk(path)
+            if path.is_dir()
+            else [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
+        )
         if not files:
-            raise UsageError(f"{key}: {name}: expected a file, folder or glob with {', '.join(SUFFIXES)}, found none")
+            raise UsageError(
+                f"{key}: {name}: expected a file, folder or glob with {', '.join(SUFFIXES)}, found none"
+            )
         unknown = [file for file in files if file.suffix not in SUFFIXES]
         if unknown:
-            raise UsageError(f"{key}: {unknown[0]}: expected one of {', '.join(SUFFIXES)}, got {unknown[0].suffix or 'no suffix'}")
+            raise UsageError(
+                f"{key}: {unknown[0]}: expected one of {', '.join(SUFFIXES)}, got {unknown[0].suffix or 'no suffix'}"
+            )
         found.update(files)
     return sorted(found)
 
@@ -330,7 +409,9 @@ def _walk(folder: Path) -> list[Path]:
     files = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-        files += [Path(root, name) for name in names if name.endswith(SUFFIXES) and Path(root, name).is_file()]
+        files += [
+            Path(root, name) for name in names if name.endswith(SUFFIXES) and Path(root, name).is_file()
+        ]
     return files
 
 
@@ -356,11 +437,15 @@ def _open_parquet(file: Path) -> Any:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise LoadError(f"{file}: reading .parquet needs pyarrow; install it with: pip install 'smollm2-kernels[train]'") from None
+        raise LoadError(
+            f"{file}: reading .parquet needs pyarrow; install it with: pip install 'smollm2-kernels[train]'"
+        ) from None
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise LoadError(f"{file}: not a readable parquet file ({' '.join(str(error).split())}); copy or download it again") from None
+        raise LoadError(
+            f"{file}: not a readable parquet file ({' '.join(str(error).split())}); copy or download it again"
+        ) from None
 
 
 def _row_blocks(part: _Part, column: str, first_block: int) -> Iterator[Block]:
@@ -388,17 +473,25 @@ def _row_blocks(part: _Part, column: str, first_block: int) -> Iterator[Block]:
 
 
 def column_values(column: Any) -> Block:
-    """The values of an arrow column. Text that is not UTF-8 comes as bytes, so that it costs one document and not the whole block."""
+    """The values of an arrow column. Text that is not UTF-8 comes as bytes, so that it costs one document and
+    not the whole block.
+    """
     import pyarrow
 
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        return list(column.cast(pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()).to_pylist())
+        return list(
+            column.cast(
+                pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
+            ).to_pylist()
+        )
 
 
 def _lines(file: Path, part: int) -> Iterator[bytes]:
-    """The lines whose first byte lies in the part-th stretch of BYTE_BLOCK bytes: every line belongs to exactly one stretch."""
+    """The lines whose first byte lies in the part-th stretch of BYTE_BLOCK bytes: every line belongs to
+    exactly one stretch.
+    """
     begin, end = part * BYTE_BLOCK, (part + 1) * BYTE_BLOCK
     with file.open("rb") as stream:
         if begin > 0:
@@ -409,7 +502,9 @@ def _lines(file: Path, part: int) -> Iterator[bytes]:
 
 
 def _paragraph_runs(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Groups lines into documents that end at a blank line after TEXT_DOCUMENT bytes, or at an end-of-text line."""
+    """Groups lines into documents that end at a blank line after TEXT_DOCUMENT bytes, or at an end-of-text
+    line.
+    """
     run: list[bytes] = []
     size = 0
     for line in lines:

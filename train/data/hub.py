@@ -1,4 +1,6 @@
-"""A dataset on the hub, streamed: through time-outs, failures and, where the token cache knows it, the hub's absence."""
+"""A dataset on the hub, streamed: through time-outs, failures and, where the token cache knows it, the hub's
+absence.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,28 @@ from train.data.source_record import find_source_record
 
 HUB_BLOCK = 1024  # rows
 OPEN_PAUSES = (1, 4)  # seconds between attempts to open a dataset
-RETRY_PAUSES = (1, 4, 15, 60, 120)  # seconds between attempts to read a block, each up to a quarter shorter or longer
+# seconds between attempts to read a block, each up to a quarter shorter or longer
+RETRY_PAUSES = (1, 4, 15, 60, 120)
 READ_TIMEOUT = 180.0  # seconds for the next block, opening its file included
 
 
 class HubSource:
-    """A dataset on the hub (or a folder of files that `datasets` reads): only the text column, one file per shard.
+    """A dataset on the hub (or a folder of files that `datasets` reads): only the text column, one file per
+    shard.
 
-    Blocks of 1024 rows in the order of the file. HF_TOKEN is used when set; public data need none. A read that fails, or gives nothing
-    for three minutes, is tried again after 1 s to 2 min, from the block where it stopped.
+    Blocks of 1024 rows in the order of the file. HF_TOKEN is used when set; public data need none. A read
+    that fails, or gives nothing for three minutes, is tried again after 1 s to 2 min, from the block where it
+    stopped.
     """
 
     def __init__(
-        self, dataset: str, configuration: str, split: str, revision: str | None, text_column: str, cache: Path | None = None
+        self,
+        dataset: str,
+        configuration: str,
+        split: str,
+        revision: str | None,
+        text_column: str,
+        cache: Path | None = None,
     ) -> None:
         """cache: root of the token cache. If the hub cannot be reached and the cache has this dataset at this revision, it is read from
         there. Raises LoadError when neither has it, or it lacks the column."""
@@ -41,25 +52,38 @@ class HubSource:
         self._rows: Any = None
         self._unreachable = ""
         try:
-            self.revision, self._rows = _retried(lambda: self._open(dataset, configuration, split, revision), OPEN_PAUSES, self.name)
+            self.revision, self._rows = _retried(
+                lambda: self._open(dataset, configuration, split, revision), OPEN_PAUSES, self.name
+            )
         except LoadError:
             raise
         except Exception as error:  # each transport and each builder has its own errors; none of them is ours
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            known = None if cache is None or self.local else find_source_record(cache, self._identity, revision)
+            known = (
+                None if cache is None or self.local else find_source_record(cache, self._identity, revision)
+            )
             if known is None:
                 raise LoadError(
                     f"dataset {self.name}: cannot be read ({reason}); check dataset, dataset_config, dataset_split and the "
                     "network, or train on files with data=local paths=..."
                 ) from error
             folder, record = known
-            print(f"dataset {self.name}: the hub cannot be reached ({reason[:120]}); reading the token cache in {folder}", flush=True)
+            print(
+                f"dataset {self.name}: the hub cannot be reached ({reason[:120]}); reading the token cache in {folder}",
+                flush=True,
+            )
             self._unreachable, self.revision = reason, record["revision"]
-            self.columns, self.num_shards, self._examples = record["columns"], int(record["num_shards"]), record["examples"]
+            self.columns, self.num_shards, self._examples = (
+                record["columns"],
+                int(record["num_shards"]),
+                record["examples"],
+            )
             return
         self.columns = self._rows.column_names
         if self.columns is not None and text_column not in self.columns:
-            raise LoadError(f"dataset {self.name}: expected a column {text_column!r}, got {', '.join(self.columns)}; set text_column")
+            raise LoadError(
+                f"dataset {self.name}: expected a column {text_column!r}, got {', '.join(self.columns)}; set text_column"
+            )
         self._rows = self._rows.select_columns([text_column])
         self.num_shards = int(self._rows.num_shards)
         splits = self._rows.info.splits or {}
@@ -70,7 +94,9 @@ class HubSource:
         try:
             import datasets
         except ModuleNotFoundError:
-            raise LoadError("data=hub needs the package datasets; install it with: pip install 'smollm2-kernels[train]'") from None
+            raise LoadError(
+                "data=hub needs the package datasets; install it with: pip install 'smollm2-kernels[train]'"
+            ) from None
         _retry_here(datasets.config)
         local = Path(dataset).expanduser().is_dir()
         commit = None if local else _commit(dataset, revision)
@@ -103,12 +129,15 @@ class HubSource:
         # A folder has no commit: what stands for its content is the place, size and time of its files.
         files = [path for path in sorted(Path(self.name).expanduser().resolve().rglob("*")) if path.is_file()]
         listing = "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
-        return self._identity, hashlib.blake2b(listing.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+        return self._identity, hashlib.blake2b(
+            listing.encode(errors="surrogateescape"), digest_size=16
+        ).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         return {
-            "identity": self._identity, "revision": self.revision, "wanted": [self._wanted], "fingerprint": self.fingerprint,
-            "num_shards": self.num_shards, "columns": self.columns, "examples": self._examples,
+            "identity": self._identity, "revision": self.revision, "wanted": [self._wanted],
+            "fingerprint": self.fingerprint, "num_shards": self.num_shards, "columns": self.columns,
+            "examples": self._examples,
         }  # fmt: skip
 
     def read(self, shard: int, first_block: int = 0) -> Iterator[list[Any]]:
@@ -129,7 +158,9 @@ class HubSource:
             except Exception as error:  # see above
                 what = f"dataset {self.name}: reading shard {shard}, block {first_block} failed ({type(error).__name__}: {error})"
                 if failures == len(RETRY_PAUSES):
-                    raise LoadError(f"{what} {failures + 1} times; continue later with resume=auto") from error
+                    raise LoadError(
+                        f"{what} {failures + 1} times; continue later with resume=auto"
+                    ) from error
                 _pause(what, RETRY_PAUSES[failures])
                 failures += 1
 
@@ -138,21 +169,31 @@ def _commit(dataset: str, revision: str | None) -> str:
     """The commit that a revision (default: the newest) stands for now: what a resumed run reads again."""
     from huggingface_hub import HfApi
 
-    commit = HfApi().dataset_info(dataset, revision=revision or None, timeout=30, token=os.environ.get("HF_TOKEN") or None).sha
+    commit = (
+        HfApi()
+        .dataset_info(
+            dataset, revision=revision or None, timeout=30, token=os.environ.get("HF_TOKEN") or None
+        )
+        .sha
+    )
     if commit is None:
         raise LoadError(f"dataset {dataset}: the hub names no commit for revision {revision!r}")
     return commit
 
 
 def _retry_here(config: Any) -> None:
-    """`datasets` would try again in silence, 20 times: it is left one attempt more than none, and the rest is said and done here."""
+    """`datasets` would try again in silence, 20 times: it is left one attempt more than none, and the rest is
+    said and done here.
+    """
     config.STREAMING_READ_MAX_RETRIES = 2
     for kind in ("", "SERVER_UNAVAILABLE_", "RATE_LIMIT_"):
         setattr(config, f"STREAMING_READ_{kind}RETRY_INTERVAL", 1)
 
 
 def _pause(what: str, seconds: float) -> None:
-    """Says what failed, and waits. Not for exactly so long: many processes that failed together should not come back together."""
+    """Says what failed, and waits. Not for exactly so long: many processes that failed together should not
+    come back together.
+    """
     seconds *= random.uniform(0.75, 1.25)
     print(f"{what}; trying again in {seconds:.1f} s", flush=True)
     time.sleep(seconds)
@@ -171,19 +212,29 @@ def _retried(action: Callable[[], Any], pauses: Sequence[float], name: str) -> A
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether trying again may help: the network, an overloaded server; not a wrong name, and not a hub that is switched off."""
+    """Whether trying again may help: the network, an overloaded server; not a wrong name, and not a hub that
+    is switched off.
+    """
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in (408, 429) or status >= 500
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") or type(error).__name__ == "OfflineModeIsEnabled":
+    if (
+        os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        or type(error).__name__ == "OfflineModeIsEnabled"
+    ):
         return False
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in (
+        "httpx",
+        "httpx2",
+        "httpcore",
+    )
 
 
 def _with_deadline(items: Iterator[Any]) -> Iterator[Any]:
     """The same items; TimeoutError where the next one takes more than READ_TIMEOUT seconds.
 
-    Time-outs of sockets do not end a server that sends a byte a second. A thread that hangs is left behind: it ends with the process.
+    Time-outs of sockets do not end a server that sends a byte a second. A thread that hangs is left behind:
+    it ends with the process.
     """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
     left = threading.Event()

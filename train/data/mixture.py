@@ -1,12 +1,14 @@
 """Several sources as one: which of them each row of a run comes from, and how far each of them has been read.
 
-A source is read as if it were alone, in its own seeded order, into rows of its own; a row never holds documents of two sources. The
-schedule says which source gives the next row. It is a function of the weights and of the number of the row alone, and keeps the shares
-exact: after any number of rows n, a source of share w has given n * w rows, off by at most 1 - 1 / (2 * sources - 2), so that any window
-of n rows, wherever it begins, is off by less than 2. (Tijdeman 1980, "The chairman assignment problem", which is this one; no schedule
-has a smaller bound.) A random choice would be off by about sqrt(n).
+A source is read as if it were alone, in its own seeded order, into rows of its own; a row never holds
+documents of two sources. The schedule says which source gives the next row. It is a function of the weights
+and of the number of the row alone, and keeps the shares exact: after any number of rows n, a source of share
+w has given n * w rows, off by at most 1 - 1 / (2 * sources - 2), so that any window of n rows, wherever it
+begins, is off by less than 2. (Tijdeman 1980, "The chairman assignment problem", which is this one; no
+schedule has a smaller bound.) A random choice would be off by about sqrt(n).
 
-A source that comes to its end begins again, in another order, as often as its weight asks for: its epochs are counted.
+A source that comes to its end begins again, in another order, as often as its weight asks for: its epochs are
+counted.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from train.data.corpus import Block, Source
     from train.data.token_cache import TokenCache
 
-Revision = str | Mapping[str, str | None] | None  # the pinned commit of a source, or those of a mixture's sources by their names
+# the pinned commit of a source, or those of a mixture's sources by their names
+Revision = str | Mapping[str, str | None] | None
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,15 @@ class MixtureCursor:
 class Schedule(Iterator[int]):
     """The source of every row, endlessly, after the rows that have been given.
 
-    Row by row the sources compete: one may be chosen once it is behind its share by 1 / (2 * sources - 2) rows, and is, if it would be
-    the first to fall too far behind. In integers, since rounding would decide ties.
+    Row by row the sources compete: one may be chosen once it is behind its share by 1 / (2 * sources - 2)
+    rows, and is, if it would be the first to fall too far behind. In integers, since rounding would decide
+    ties.
     """
 
     def __init__(self, weights: Sequence[Fraction], given: Sequence[int] = ()) -> None:
-        """weights: above 0, in any unit. given: the rows of each source so far, as a schedule of the same weights gave them."""
+        """weights: above 0, in any unit. given: the rows of each source so far, as a schedule of the same
+        weights gave them.
+        """
         scale = lcm(*(weight.denominator for weight in weights))
         self._weights = [int(weight * scale) for weight in weights]
         self._total = sum(self._weights)
@@ -62,7 +68,8 @@ class Schedule(Iterator[int]):
         total, slack = self._total, max(1, 2 * len(self._weights) - 2)
         chosen, best, best_weight = -1, 0, 1
         for source, (weight, given) in enumerate(zip(self._weights, self.given, strict=True)):
-            behind = slack * (self._row * weight - total * given)  # rows behind the share, in units of 1 / (total * slack)
+            # rows behind the share, in units of 1 / (total * slack)
+            behind = slack * (self._row * weight - total * given)
             if behind >= total or len(self._weights) == 1:
                 left = (slack - 1) * total - behind  # / weight: how long it may still wait
                 if chosen < 0 or left * best_weight < best * weight:
@@ -106,7 +113,9 @@ class MixtureSource:
 
     def __init__(self, keys: Sequence[MixturePart], sources: Sequence[Source]) -> None:
         total = sum(key.weight for key in keys)
-        self.parts = [Part(key.name, key.weight / total, one, key) for key, one in zip(keys, sources, strict=True)]
+        self.parts = [
+            Part(key.name, key.weight / total, one, key) for key, one in zip(keys, sources, strict=True)
+        ]
 
     @property
     def weights(self) -> list[Fraction]:
@@ -135,7 +144,9 @@ class MixtureSource:
 
     @property
     def fingerprint(self) -> str:
-        listed = "; ".join(f"{float(part.weight):.4g} {part.name}: {part.source.fingerprint}" for part in self.parts)
+        listed = "; ".join(
+            f"{float(part.weight):.4g} {part.name}: {part.source.fingerprint}" for part in self.parts
+        )
         return f"mixture of {len(self.parts)} ({listed})"
 
     @property
@@ -183,7 +194,9 @@ class MixtureCache:
 
 
 def order_key(seed: int, name: str) -> str:
-    """What the order of a source's documents depends on: not on its place in the mixture, nor on what else is in it."""
+    """What the order of a source's documents depends on: not on its place in the mixture, nor on what else is
+    in it.
+    """
     return f"{seed}/{name}"
 
 
@@ -198,8 +211,8 @@ def mix(
 ) -> Generator[MixedBatch, None, None]:
     """Steps of `rows` rows, put together from the sources' streams of single rows, which begin at `cursor`.
 
-    Of each, rank r of world gets rows [r * rows / world, (r + 1) * rows / world). pin: in page-locked memory, for a GPU. Raises
-    LoadError with the name of the source that cannot be read.
+    Of each, rank r of world gets rows [r * rows / world, (r + 1) * rows / world). pin: in page-locked memory,
+    for a GPU. Raises LoadError with the name of the source that cannot be read.
     """
     schedule = Schedule(source.weights, cursor.rows)
     cursors = cursor.sources
@@ -216,16 +229,20 @@ def mix(
                 return
             step.append(row)
         shares = tuple(
-            _share([row for at, row in zip(chosen, step, strict=True) if at == index], before) for index, before in enumerate(cursors)
+            _share([row for at, row in zip(chosen, step, strict=True) if at == index], before)
+            for index, before in enumerate(cursors)
         )
         cursors = tuple(share.cursor for share in shares)
-        ids, starts = torch.cat([row.input_ids for row in step[own]]), torch.cat([row.doc_start for row in step[own]])
+        ids, starts = (
+            torch.cat([row.input_ids for row in step[own]]),
+            torch.cat([row.doc_start for row in step[own]]),
+        )
         if pin and torch.cuda.is_available():
             ids, starts = ids.pin_memory(), starts.pin_memory()
         yield MixedBatch(
             ids, starts, sum(row.inner_starts for row in step), sum(row.tokens for row in step),
-            MixtureCursor(tuple(schedule.given), cursors),
-            np.concatenate([row.digests for row in step]), sum(row.invalid for row in step), max(row.epochs for row in step), shares,
+            MixtureCursor(tuple(schedule.given), cursors), np.concatenate([row.digests for row in step]),
+            sum(row.invalid for row in step), max(row.epochs for row in step), shares,
         )  # fmt: skip
 
 
@@ -238,9 +255,12 @@ def _share(rows: Sequence[Batch], before: Cursor) -> Share:
     return Share(len(rows), cursor, digests, sum(row.invalid for row in rows), rows[-1].epochs)
 
 
-def mixture_lines(source: MixtureSource, config: RunConfig, tokenizer: Tokenizer, cache: TokenCache | MixtureCache | None) -> list[str]:
-    """For --dry-run, a line for every source: its share, the tokens that the run reads of it, and, where the size of the source is known,
-    its epochs. A size is counted where the token cache has all of the source, else estimated from its first block.
+def mixture_lines(
+    source: MixtureSource, config: RunConfig, tokenizer: Tokenizer, cache: TokenCache | MixtureCache | None
+) -> list[str]:
+    """For --dry-run, a line for every source: its share, the tokens that the run reads of it, and, where the
+    size of the source is known, its epochs. A size is counted where the token cache has all of the source,
+    else estimated from its first block.
     """
     caches = cache.parts if isinstance(cache, MixtureCache) else [None] * len(source.parts)
     width = max(len(part.name) for part in source.parts)
@@ -250,8 +270,14 @@ def mixture_lines(source: MixtureSource, config: RunConfig, tokenizer: Tokenizer
         size, about = own.tokens_of(part.source.num_shards) if own is not None else None, ""
         if size is None:
             size, about = estimated_tokens(part.source, tokenizer, own), "about "
-        extent = f"of {about}{size:,}: {about}{share / size:,.2f} epochs" if size else "of a source of unknown size"
-        lines.append(f"{'mixture' if not lines else '':10}{part.name:{width}}  {float(part.weight):7.2%}  {share:,.0f} tokens {extent}")
+        extent = (
+            f"of {about}{size:,}: {about}{share / size:,.2f} epochs"
+            if size
+            else "of a source of unknown size"
+        )
+        lines.append(
+            f"{'mixture' if not lines else '':10}{part.name:{width}}  {float(part.weight):7.2%}  {share:,.0f} tokens {extent}"
+        )
     return lines
 
 
@@ -259,8 +285,8 @@ SOME_DOCUMENTS = 200  # tokenised for an estimate
 
 
 def estimated_tokens(source: Source, tokenizer: Tokenizer, cache: TokenCache | None = None) -> int | None:
-    """The tokens of a source, from its first block, or the first documents of it, and the part of the source that the block is; None if
-    that is not known, or the block cannot be read.
+    """The tokens of a source, from its first block, or the first documents of it, and the part of the source
+    that the block is; None if that is not known, or the block cannot be read.
 
     Off by as much as other documents are longer or shorter.
     """

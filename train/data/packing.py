@@ -1,7 +1,8 @@
 """Runs of documents to packed batches, with numpy: no step of it is paid per token or per document in Python.
 
-Rows are cut from one long stream of tokens: nothing is padded and nothing is thrown away. A document may continue in the next row,
-where it counts as a new one that begins at 0. A batch is a function of the stream alone; a rank cuts its own rows out of it.
+Rows are cut from one long stream of tokens: nothing is padded and nothing is thrown away. A document may
+continue in the next row, where it counts as a new one that begins at 0. A batch is a function of the stream
+alone; a rank cuts its own rows out of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cursor:
-    """The first token that has not been read yet. shard and document count in the shuffled order, block in the stored one."""
+    """The first token that has not been read yet. shard and document count in the shuffled order, block in
+    the stored one.
+    """
 
     epoch: int = 0
     shard: int = 0
@@ -32,9 +35,9 @@ START = Cursor()
 class Segment:
     """The documents of one block that are read, in the order in which they are read.
 
-    tokens: of all of them, behind one another. For each document: begins, where it begins in `tokens` (below 0 for a first one that is
-    continued), index, its place in the shuffled block, digests, invalid, the unusable documents passed on the way to it, and epochs,
-    the passes over the corpus up to it.
+    tokens: of all of them, behind one another. For each document: begins, where it begins in `tokens` (below
+    0 for a first one that is continued), index, its place in the shuffled block, digests, invalid, the
+    unusable documents passed on the way to it, and epochs, the passes over the corpus up to it.
     """
 
     cursor: Cursor  # of the block
@@ -46,12 +49,16 @@ class Segment:
     epochs: np.ndarray
 
     def cursor_after(self, position: int) -> tuple[Cursor, float]:
-        """The cursor behind the first `position` > 0 tokens, and the epochs of the document that the last of them belongs to."""
+        """The cursor behind the first `position` > 0 tokens, and the epochs of the document that the last of
+        them belongs to.
+        """
         document = int(np.searchsorted(self.begins, position - 1, "right")) - 1
         end = self.begins[document + 1] if document + 1 < len(self.begins) else len(self.tokens)
         index, used = int(self.index[document]), position - int(self.begins[document])
         place = (index + 1, 0) if position == end else (index, used)
-        return Cursor(self.cursor.epoch, self.cursor.shard, self.cursor.block, *place), float(self.epochs[document])
+        return Cursor(self.cursor.epoch, self.cursor.shard, self.cursor.block, *place), float(
+            self.epochs[document]
+        )
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,11 @@ class Batch:
     """The rows of one step, or one rank's share of them, and what was read to make them all."""
 
     input_ids: Tensor  # [rows / world, T] int64
-    doc_start: Tensor  # [rows / world, T] int32: index in the row of the first token of the document that a token belongs to
-    inner_starts: int  # documents that begin at a column > 0, in all rows of the step: the targets that document masking takes away
+    # [rows / world, T] int32: index in the row of the first token of the document that a token belongs to
+    doc_start: Tensor
+    # documents that begin at a column > 0, in all rows of the step: the targets that document masking takes
+    # away
+    inner_starts: int
     tokens: int  # in all rows of the step
     cursor: Cursor  # after the last token
     digests: np.ndarray  # uint64: of the documents that begin in the step
@@ -71,9 +81,11 @@ class Batch:
 def pack(
     segments: Iterable[Segment], rows: int, length: int, rank: int = 0, world: int = 1, pin: bool = False
 ) -> Generator[Batch, None, None]:
-    """Cuts the stream of documents into steps of rows x length tokens; what does not fill a last one is not yielded.
+    """Cuts the stream of documents into steps of rows x length tokens; what does not fill a last one is not
+    yielded.
 
-    Of each, rank r of world gets rows [r * rows / world, (r + 1) * rows / world). pin: in page-locked memory, for a GPU.
+    Of each, rank r of world gets rows [r * rows / world, (r + 1) * rows / world). pin: in page-locked memory,
+    for a GPU.
     """
     size, filled = rows * length, 0
     parts: list[tuple[Segment, int, int]] = []
@@ -100,13 +112,24 @@ def _batch(parts: list[tuple[Segment, int, int]], rows: int, length: int, own: s
     columns = np.concatenate(begins) % length
     starts = np.zeros(rows * length, np.int32)
     starts[np.concatenate(begins)] = columns
-    tokens = np.concatenate([segment.tokens[start:end] for segment, start, end in parts]).reshape(rows, length)
+    tokens = np.concatenate([segment.tokens[start:end] for segment, start, end in parts]).reshape(
+        rows, length
+    )
     ids = torch.from_numpy(tokens[own].astype(np.int64))
     doc_start = torch.from_numpy(np.maximum.accumulate(starts.reshape(rows, length)[own], axis=1))
     if pin and torch.cuda.is_available():
         ids, doc_start = ids.pin_memory(), doc_start.pin_memory()
     cursor, epochs = parts[-1][0].cursor_after(parts[-1][2])
-    return Batch(ids, doc_start, int(np.count_nonzero(columns)), rows * length, cursor, np.concatenate(digests), invalid, epochs)
+    return Batch(
+        ids,
+        doc_start,
+        int(np.count_nonzero(columns)),
+        rows * length,
+        cursor,
+        np.concatenate(digests),
+        invalid,
+        epochs,
+    )
 
 
 def gather(tokens: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:

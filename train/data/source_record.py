@@ -1,4 +1,6 @@
-"""Where the token cache keeps a source, and source.json, by which a dataset opens again when the hub cannot be reached."""
+"""Where the token cache keeps a source, and source.json, by which a dataset opens again when the hub cannot
+be reached.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,20 @@ from train.config import RunConfig
 
 
 def cache_root(config: RunConfig) -> Path | None:
-    """The folder that token_cache names, or None. auto: one in the user's cache for data=hub, none for files, which are at hand."""
+    """The folder that token_cache names, or None. auto: one in the user's cache for data=hub, none for files,
+    which are at hand.
+    """
     if config.token_cache == "none" or (config.token_cache == "auto" and config.data != "hub"):
         return None
-    return cache_folder() / "tokens" if config.token_cache == "auto" else Path(config.token_cache).expanduser()
+    return (
+        cache_folder() / "tokens" if config.token_cache == "auto" else Path(config.token_cache).expanduser()
+    )
 
 
 def source_folder(root: Path, identity: str, version: str) -> Path:
-    """identity: what the source is called, with all that decides its documents; version: its commit, or a digest of its content."""
+    """identity: what the source is called, with all that decides its documents; version: its commit, or a
+    digest of its content.
+    """
     return root / slug(identity) / version
 
 
@@ -33,21 +41,28 @@ def slug(text: str) -> str:
 
 
 def write_source_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes source.json in one piece. The revision names by which the commit was asked for are added to those that are known."""
+    """Writes source.json in one piece. The revision names by which the commit was asked for are added to
+    those that are known.
+    """
     known = (_read(path) or {}).get("wanted", [])
     wanted = [*known, *(name for name in record.get("wanted", []) if name not in known)]
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({**record, "wanted": wanted, "opened": time.time()}, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps({**record, "wanted": wanted, "opened": time.time()}, indent=1) + "\n", encoding="utf-8"
+    )
     temporary.replace(path)
 
 
 def find_source_record(root: Path, identity: str, wanted: str | None) -> tuple[Path, dict[str, Any]] | None:
-    """The folder and record of a source whose commit is `wanted`, or was what `wanted` (None: the newest) stood for; the last opened."""
+    """The folder and record of a source whose commit is `wanted`, or was what `wanted` (None: the newest)
+    stood for; the last opened.
+    """
     found = [(path.parent, _read(path) or {}) for path in root.glob(f"{slug(identity)}/*/source.json")]
     matching = [
         (folder, record)
         for folder, record in found
-        if record.get("identity") == identity and wanted in (record.get("revision"), *record.get("wanted", []))
+        if record.get("identity") == identity
+        and wanted in (record.get("revision"), *record.get("wanted", []))
     ]
     return max(matching, key=lambda one: one[1].get("opened", 0.0), default=None)
 

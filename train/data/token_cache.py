@@ -1,4 +1,5 @@
-"""Tokenised documents on disk: filled while a run streams, read by later epochs and runs without network and without tokenising.
+"""Tokenised documents on disk: filled while a run streams, read by later epochs and runs without network and
+without tokenising.
 
     ROOT/<source>/<revision or content>/source.json         what the source is, so that it opens without the hub
     ROOT/<source>/<revision or content>/<tokenizer>/
@@ -6,9 +7,10 @@
         shard-00012.docs         per document its digest (uint64) and its length (uint32), likewise
         shard-00012.jsonl        a line per block: where its tokens and documents lie, and their sha256; a line with the number of blocks
 
-Files only grow. A block counts once its line is written, and a later line for the same block wins: a process may be killed at any
-moment, and what it left half written is cut off by the next one that writes the shard. One process writes a shard at a time (flock);
-whoever finds it locked tokenises without storing. Every block is verified when it is read, and a damaged one is tokenised again.
+Files only grow. A block counts once its line is written, and a later line for the same block wins: a process
+may be killed at any moment, and what it left half written is cut off by the next one that writes the shard.
+One process writes a shard at a time (flock); whoever finds it locked tokenises without storing. Every block
+is verified when it is read, and a damaged one is tokenised again.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from train.data.tokenise import TokenBlock
 from train.data.worker_pool import token_dtype
 
 DOCUMENT = np.dtype([("digest", "<u8"), ("length", "<u4")])
-WAIT_NOTE, WAIT_TIMEOUT, WAIT_POLL = 15.0, 120.0, 0.05  # seconds that the other ranks of a node wait for the leader's block
+# seconds that the other ranks of a node wait for the leader's block
+WAIT_NOTE, WAIT_TIMEOUT, WAIT_POLL = 15.0, 120.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,14 @@ class Entry:
     sha256: str
 
 
-def open_cache(config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True) -> TokenCache | None:
+def open_cache(
+    config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True
+) -> TokenCache | None:
     """The cache of a source and tokenizer, or None where config wants none.
 
-    leader: this process stores what it tokenises; others of the node (local_rank > 0) wait for it. Raises UsageError when the folder
-    that token_cache names cannot be written; the one of auto is done without, after a line that says so.
+    leader: this process stores what it tokenises; others of the node (local_rank > 0) wait for it. Raises
+    UsageError when the folder that token_cache names cannot be written; the one of auto is done without,
+    after a line that says so.
     """
     root = cache_root(config)
     if root is None:
@@ -73,15 +79,21 @@ def open_cache(config: RunConfig, source: Source, tokenizer: Tokenizer, *, leade
     return TokenCache(folder, token_dtype(tokenizer), leader=leader)
 
 
-def open_caches(config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True) -> TokenCache | MixtureCache | None:
+def open_caches(
+    config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True
+) -> TokenCache | MixtureCache | None:
     """As open_cache; of a mixture, the caches of its sources."""
     if not isinstance(source, MixtureSource):
         return open_cache(config, source, tokenizer, leader=leader)
-    return MixtureCache([open_cache(part.key.config, part.source, tokenizer, leader=leader) for part in source.parts])
+    return MixtureCache(
+        [open_cache(part.key.config, part.source, tokenizer, leader=leader) for part in source.parts]
+    )
 
 
 class TokenCache:
-    """The stored blocks of one source under one tokenizer. Threads may share it; see the module's text for processes."""
+    """The stored blocks of one source under one tokenizer. Threads may share it; see the module's text for
+    processes.
+    """
 
     def __init__(self, folder: Path, dtype: str, *, leader: bool = True) -> None:
         self.folder, self.dtype, self.leader = folder, np.dtype(dtype).newbyteorder("<"), leader
@@ -106,7 +118,8 @@ class TokenCache:
     def get(self, shard: int, block: int, stop: threading.Event | None = None) -> TokenBlock | None:
         """The block if it is stored and sound; a damaged one is reported and counts as absent.
 
-        In a process that is not the leader it is waited for, until the leader gives the shard up, two minutes have passed or `stop`.
+        In a process that is not the leader it is waited for, until the leader gives the shard up, two minutes
+        have passed or `stop`.
         """
         found = self._read(shard, block)
         if found is not None or self.leader:
@@ -120,12 +133,18 @@ class TokenCache:
                 return found
             waited = time.monotonic() - begin
             if waited > self._patience:
-                print(f"token cache: {self._name(shard, block)} did not appear in {waited:.0f} s; tokenising it here", flush=True)
+                print(
+                    f"token cache: {self._name(shard, block)} did not appear in {waited:.0f} s; tokenising it here",
+                    flush=True,
+                )
                 self._patience = min(1.0, self._patience)  # the next one is not waited for as long again
                 return None
             if waited > WAIT_NOTE and not noted:
                 noted = True
-                print(f"token cache: waiting for {self._name(shard, block)} from the first rank of this node", flush=True)
+                print(
+                    f"token cache: waiting for {self._name(shard, block)} from the first rank of this node",
+                    flush=True,
+                )
             time.sleep(WAIT_POLL)
         return None
 
@@ -133,7 +152,12 @@ class TokenCache:
         """Stores a block, unless it is there, another process writes the shard, or the disk was found full."""
         with self._lock:
             if not self.has(shard, block) and (writer := self._writer_of(shard)) is not None:
-                self._store(shard, lambda: writer.append(block, tokens.tokens.astype(self.dtype), tokens.lengths, tokens.digests))
+                self._store(
+                    shard,
+                    lambda: writer.append(
+                        block, tokens.tokens.astype(self.dtype), tokens.lengths, tokens.digests
+                    ),
+                )
                 self.stored_tokens += len(tokens.tokens)
 
     def finish(self, shard: int, blocks: int) -> None:
@@ -161,7 +185,9 @@ class TokenCache:
         return sorted(int(path.stem.removeprefix("shard-")) for path in self.folder.glob("shard-*.jsonl"))
 
     def verify(self) -> Iterator[tuple[int, int, TokenBlock | None]]:
-        """Every stored block as (shard, block, its documents), read from the disk and verified; None for a damaged one."""
+        """Every stored block as (shard, block, its documents), read from the disk and verified; None for a
+        damaged one.
+        """
         for shard in self.shards():
             for block in self._shard(shard).stored():
                 yield shard, block, self._read(shard, block)
@@ -191,7 +217,10 @@ class TokenCache:
             found = None if entry is None else one.read(entry)
             if entry is not None and found is None:
                 one.damaged.add(entry)
-                print(f"token cache: {one.path('.tokens')}: block {block} is damaged; it is tokenised again", flush=True)
+                print(
+                    f"token cache: {one.path('.tokens')}: block {block} is damaged; it is tokenised again",
+                    flush=True,
+                )
             return found
 
     def _shard(self, shard: int) -> _Shard:
@@ -217,7 +246,10 @@ class TokenCache:
         try:
             self._store(shard, begin)
         except Locked:
-            print(f"token cache: {stem.name} is being written by another process; it is not stored from here", flush=True)
+            print(
+                f"token cache: {stem.name} is being written by another process; it is not stored from here",
+                flush=True,
+            )
             self._give_up(shard)
         return self._writer
 
@@ -229,7 +261,10 @@ class TokenCache:
         except Locked:
             raise
         except OSError as error:
-            print(f"token cache: {self.folder} cannot be written ({error.strerror}); training goes on, nothing more is stored", flush=True)
+            print(
+                f"token cache: {self.folder} cannot be written ({error.strerror}); training goes on, nothing more is stored",
+                flush=True,
+            )
             self._full = True
             self.release()
             self._give_up(shard)
@@ -312,7 +347,9 @@ class _Shard:
                     self._read_to += len(line)
                     if "block" in record:
                         (tokens, count), (docs, documents) = record["tokens"], record["docs"]
-                        self._entries[record["block"]] = Entry(tokens, count, docs, documents, record["sha256"])
+                        self._entries[record["block"]] = Entry(
+                            tokens, count, docs, documents, record["sha256"]
+                        )
                     else:
                         self._blocks = record["blocks"]
         except FileNotFoundError:
@@ -327,7 +364,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and ("blocks" in record or {"block", "tokens", "docs", "sha256"} <= record.keys()) else None
+    return (
+        record
+        if isinstance(record, dict)
+        and ("blocks" in record or {"block", "tokens", "docs", "sha256"} <= record.keys())
+        else None
+    )
 
 
 def _checksum(tokens: np.ndarray, docs: np.ndarray) -> str:
@@ -346,7 +388,10 @@ class _Writer:
     def __init__(self, stem: Path, dtype: np.dtype) -> None:
         """Raises Locked, or OSError when the files cannot be written."""
         self.stem = stem
-        self._files = [stem.with_name(stem.name + suffix).open("ab", buffering=0) for suffix in (".jsonl", ".tokens", ".docs")]
+        self._files = [
+            stem.with_name(stem.name + suffix).open("ab", buffering=0)
+            for suffix in (".jsonl", ".tokens", ".docs")
+        ]
         try:
             self._lock()
             self._cut_torn_tail(dtype)
@@ -358,7 +403,14 @@ class _Writer:
         docs = np.empty(len(lengths), DOCUMENT)
         docs["digest"], docs["length"] = digests, lengths
         places = [self._write(1, tokens.view(np.uint8)), self._write(2, docs.view(np.uint8))]
-        self.line({"block": block, "tokens": [places[0], len(tokens)], "docs": [places[1], len(docs)], "sha256": _checksum(tokens, docs)})
+        self.line(
+            {
+                "block": block,
+                "tokens": [places[0], len(tokens)],
+                "docs": [places[1], len(docs)],
+                "sha256": _checksum(tokens, docs),
+            }
+        )
 
     def line(self, record: dict[str, Any]) -> None:
         self._write(0, memoryview(json.dumps(record).encode() + b"\n"))
@@ -400,7 +452,9 @@ class _Writer:
                     break
                 whole += len(line)
                 if "block" in record:
-                    for index, (key, size) in enumerate((("tokens", dtype.itemsize), ("docs", DOCUMENT.itemsize))):
+                    for index, (key, size) in enumerate(
+                        (("tokens", dtype.itemsize), ("docs", DOCUMENT.itemsize))
+                    ):
                         ends[index] = max(ends[index], record[key][0] + record[key][1] * size)
         for file, end in zip(self._files, (whole, *ends), strict=True):
             if os.fstat(file.fileno()).st_size > end:

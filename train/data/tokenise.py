@@ -1,7 +1,8 @@
 """Documents to arrays of token ids, one block of them at a time, and what identifies a document.
 
-This is what a worker process loads (train/data/worker_pool.py): numpy and tokenizers, not torch. The training process calls the same
-functions when it has no workers, so that where a block is tokenised does not change a single id.
+This is what a worker process loads (train/data/worker_pool.py): numpy and tokenizers, not torch. The training
+process calls the same functions when it has no workers, so that where a block is tokenised does not change a
+single id.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 PIECE = 1 << 20  # characters tokenised at once: bounds the memory that one enormous document takes
-# What a training process asks for: the share of the documents that is held out, and whether those or the others are wanted.
+# What a training process asks for: the share of the documents that is held out, and whether those or the
+# others are wanted.
 Select = tuple[float, bool]
 
 
@@ -22,9 +24,9 @@ Select = tuple[float, bool]
 class TokenBlock:
     """The documents of one stored block, in stored order.
 
-    tokens: all ids behind one another, uint16 where the vocabulary fits, else uint32. lengths [n] int64: ids of each document, its
-    end-of-text included; 0 where there are none. digests [n] uint64: what identifies its text; 0 for an unusable document. (A document
-    that was not asked for has its digest, and no tokens.)
+    tokens: all ids behind one another, uint16 where the vocabulary fits, else uint32. lengths [n] int64: ids
+    of each document, its end-of-text included; 0 where there are none. digests [n] uint64: what identifies
+    its text; 0 for an unusable document. (A document that was not asked for has its digest, and no tokens.)
     """
 
     tokens: np.ndarray
@@ -78,7 +80,9 @@ def as_text(document: Any) -> str | None:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """The text in pieces of at most PIECE characters, cut behind the last line end in each, or anywhere in a line that is longer."""
+    """The text in pieces of at most PIECE characters, cut behind the last line end in each, or anywhere in a
+    line that is longer.
+    """
     begin = 0
     while len(text) - begin > PIECE:
         end = text.rfind("\n", begin, begin + PIECE) + 1
@@ -89,9 +93,11 @@ def pieces(text: str) -> Iterator[str]:
 
 
 class Encoder:
-    """Documents -> TokenBlock. The end-of-text id is put behind each; special tokens written out in a text stay ordinary text.
+    """Documents -> TokenBlock. The end-of-text id is put behind each; special tokens written out in a text
+    stay ordinary text.
 
-    tokenizer_json: the content of a tokenizer.json. end: the end-of-text id. dtype: of the ids, "uint16" or "uint32".
+    tokenizer_json: the content of a tokenizer.json. end: the end-of-text id. dtype: of the ids, "uint16" or
+    "uint32".
     """
 
     def __init__(self, tokenizer_json: str, end: int, dtype: str) -> None:
@@ -101,7 +107,8 @@ class Encoder:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        self._encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # the same ids, without their offsets
+        # the same ids, without their offsets
+        self._encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
         self._end, self.dtype = np.array([end], dtype), dtype
 
     def __call__(self, documents: Iterable[Any], select: Select | None = None) -> TokenBlock:
@@ -113,7 +120,9 @@ class Encoder:
         if select is not None:
             wanted &= is_held_out(digests, select[0]) == select[1]
         arrays: list[np.ndarray] = []
-        for owners, ids in self._encoded((index, texts[index] or "") for index in np.flatnonzero(wanted).tolist()):
+        for owners, ids in self._encoded(
+            (index, texts[index] or "") for index in np.flatnonzero(wanted).tolist()
+        ):
             for owner, last, part in zip(*owners, ids, strict=True):
                 arrays.append(part)
                 lengths[owner] += len(part)
@@ -122,8 +131,12 @@ class Encoder:
                     lengths[owner] += 1
         return TokenBlock(np.concatenate(arrays) if arrays else np.empty(0, self.dtype), lengths, digests)
 
-    def _encoded(self, texts: Iterable[tuple[int, str]]) -> Iterator[tuple[tuple[list[int], list[bool]], list[np.ndarray]]]:
-        """Groups of pieces of at most PIECE characters: whose they are and whether they are its last, and the ids of each."""
+    def _encoded(
+        self, texts: Iterable[tuple[int, str]]
+    ) -> Iterator[tuple[tuple[list[int], list[bool]], list[np.ndarray]]]:
+        """Groups of pieces of at most PIECE characters: whose they are and whether they are its last, and the
+        ids of each.
+        """
         group: list[str] = []
         owners: list[int] = []
         lasts: list[bool] = []
@@ -143,4 +156,7 @@ class Encoder:
             yield (owners, lasts), self._ids(group)
 
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(encoding.ids, self.dtype) for encoding in self._encode_batch(texts, add_special_tokens=False)]
+        return [
+            np.array(encoding.ids, self.dtype)
+            for encoding in self._encode_batch(texts, add_special_tokens=False)
+        ]

@@ -1,8 +1,10 @@
-"""Processes that tokenise: started when the first block needs them, ended with the training process whatever ends it.
+"""Processes that tokenise: started when the first block needs them, ended with the training process whatever
+ends it.
 
-They are spawned, not forked (a process with threads and a GPU must not fork), and `concurrent.futures` hands out the work. What it
-leaves open is settled here: a spawned worker would import the program's main module, and with it torch; it would take a Ctrl-C that is
-meant for the training loop; and it would outlive a training process that is killed.
+They are spawned, not forked (a process with threads and a GPU must not fork), and `concurrent.futures` hands
+out the work. What it leaves open is settled here: a spawned worker would import the program's main module,
+and with it torch; it would take a Ctrl-C that is meant for the training loop; and it would outlive a training
+process that is killed.
 """
 
 from __future__ import annotations
@@ -35,17 +37,25 @@ _encoder: Encoder | None = None  # of this worker process
 
 
 class _WorkerProcess(SpawnProcess):
-    """A process that imports what its work needs and nothing else, deaf to SIGINT and SIGTERM from its first instruction on."""
+    """A process that imports what its work needs and nothing else, deaf to SIGINT and SIGTERM from its first
+    instruction on.
+    """
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        # Spawning runs the parent's main module in the child, to find functions of it; the work here is found in this file. With
-        # worker_main.py in its place, the child starts without torch, and programs need no `if __name__ == "__main__"`.
+        # Spawning runs the parent's main module in the child, to find functions of it; the work here is found
+        # in this file. With worker_main.py in its place, the child starts without torch, and programs need no
+        # `if __name__ == "__main__"`.
         with _starting:
             main = sys.modules["__main__"]
             sys.modules["__main__"] = types.ModuleType("__main__")
             sys.modules["__main__"].__file__ = str(Path(__file__).with_name("worker_main.py"))
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _QUIET) if hasattr(signal, "pthread_sigmask") else None  # inherited
+            # inherited
+            before = (
+                signal.pthread_sigmask(signal.SIG_BLOCK, _QUIET)
+                if hasattr(signal, "pthread_sigmask")
+                else None
+            )
             try:
                 return SpawnProcess._Popen(process_obj)
             finally:
@@ -119,7 +129,9 @@ class WorkerPool:
 
         end = tokenizer.eot_token_id
         if end is None:
-            raise LoadError("tokenizer: expected an end-of-text or end-of-sequence token to put between documents, found none")
+            raise LoadError(
+                "tokenizer: expected an end-of-text or end-of-sequence token to put between documents, found none"
+            )
         self.workers, self.dtype, self._select = workers, token_dtype(tokenizer), select
         self._start = (tokenizer.to_json(), end, self.dtype)
         self._encoder: Encoder | None = None
@@ -131,7 +143,9 @@ class WorkerPool:
         return self._encoder(documents, self._select)
 
     def submit(self, documents: Sequence[Any]) -> Pending:
-        """Hands a block to the workers, in parts that several of them can do at a time. Raises LoadError when they are dead."""
+        """Hands a block to the workers, in parts that several of them can do at a time. Raises LoadError when
+        they are dead.
+        """
         if not self.workers:
             return Pending(self, [], documents)
         if self._executor is None:
@@ -139,7 +153,11 @@ class WorkerPool:
                 self.workers, mp_context=_Context(), initializer=_start_worker, initargs=self._start
             )  # fmt: skip
         try:
-            return Pending(self, [self._executor.submit(_tokenise, part, self._select) for part in _chunks(documents)], ())
+            return Pending(
+                self,
+                [self._executor.submit(_tokenise, part, self._select) for part in _chunks(documents)],
+                (),
+            )
         except (BrokenProcessPool, OSError) as error:
             raise self._dead(error) from None
 
@@ -203,7 +221,8 @@ def _chunks(documents: Sequence[Any]) -> Iterator[list[Any]]:
     chunk: list[Any] = []
     size = 0
     for document in documents:
-        usable = document if isinstance(document, (str, bytes)) else None  # whatever else there is need not travel
+        # whatever else there is need not travel
+        usable = document if isinstance(document, (str, bytes)) else None
         chunk.append(usable)
         size += len(usable or "")
         if size >= CHUNK_CHARACTERS or len(chunk) == CHUNK_DOCUMENTS:
