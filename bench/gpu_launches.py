@@ -27,7 +27,7 @@ from bench.part import ROOT
 from bench.stand_in import standing_in_for_cuda
 from bench.train_step import TrainingStep
 from kernels import select_backend
-from kernels.certify.cache_fill import SOURCES, Specialisations
+from kernels.certify.fill import SOURCES, Specialisations
 from kernels.certify.targets import target_for
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config

@@ -2,7 +2,7 @@
 and its kernels never run.
 
 Whoever asks torch for "cuda" gets the other device, streams, events and graphs do nothing, and Triton hands
-its launches to a recorder (kernels/certify/launches.py). Results are what memory happened to hold: this shows
+its launches to a recorder (kernels/certify/recorder.py). Results are what memory happened to hold: this shows
 what would be launched, and that the way there has no error.
 """
 
@@ -21,7 +21,7 @@ import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 from kernels import backend
-from kernels.certify.launches import StandIn, standing_in
+from kernels.certify.recorder import StandIn, standing_in
 from kernels.certify.targets import Target
 
 GB = 1 << 30

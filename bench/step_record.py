@@ -26,7 +26,7 @@ from bench.launches import NO_KERNEL
 from bench.stand_in import standing_in_for_cuda
 from bench.train_step import TrainingStep
 from kernels import backend
-from kernels.certify.launches import StandIn, standing_in
+from kernels.certify.recorder import StandIn, standing_in
 from kernels.certify.targets import target_for
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM

@@ -29,6 +29,6 @@ def check_name_clash() -> str | None:
     except PackageNotFoundError:
         return None
     return (
-        f"the package 'kernels' {other} from Hugging Face is installed and has the import name of this project's kernels/: "
-        "transformers may fail to import from here. Remedy: pip uninstall kernels"
+        f"the package 'kernels' {other} from Hugging Face is installed and has the import name of this "
+        "project's kernels/: transformers may fail to import from here. Remedy: pip uninstall kernels"
     )

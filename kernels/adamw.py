@@ -4,7 +4,7 @@ and the clip norm.
     norm       |g| = sqrt(sum of g^2 over all tensors), factor = min(1, max_norm / (|g| + 1e-6))
     scalars    t += 1, step_size = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t), decay = lr * weight_decay
     AdamW      g' = factor * g
-               m  = lerp(m, g', 1 - beta1)              lerp(a, b, w) = a + w (b - a), from the other end for w >= 1/2
+               m  = lerp(m, g', 1 - beta1)   lerp(a, b, w) = a + w (b - a), from the other end for w >= 1/2
                v  = lerp(v, g'^2, 1 - beta2)
                p  = p - decay * p
                p  = p - step_size * m / (sqrt(v) * root + eps)
@@ -21,9 +21,9 @@ they are 46: norm 4, scaling of the gradients 8, AdamW 28, casting of the weight
 of it.)
 
 The tensors are reached through a table of their addresses in memory of the device, int64 [5 * N + 8 * G]:
-    N words each of gradients, parameters, m, v, copies     0: there is none. A tensor without a gradient stays as it is
-    8 words for each of G groups                   address of lr (fp32), and as fp64 weight_decay, log beta1, log beta2, 1 - beta1,
-                                                        1 - beta2, eps, 0
+    N words each of gradients, parameters, m, v, copies   0: there is none; without a gradient nothing is done
+    8 words for each of G groups   address of lr (fp32), and as fp64 weight_decay, log beta1, log beta2,
+                                   1 - beta1, 1 - beta2, eps, 0
 A program owns one chunk of one tensor, which a static table names. Its blocks of 16-byte accesses come first,
 if all five addresses allow them; what is left, or all of it, goes through masked ones. Every sum has a fixed
 order: results are bit-identical from run to run.
@@ -32,6 +32,7 @@ found_inf = 1 leaves out the step on the device: p, m, v and t are not written, 
 and the copy becomes that of the p that stayed.
 
 Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); addresses as in Triton's tutorial 08, grouped GEMM.
+Check: pytest tests -k adamw
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _sum_of_squares_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def _norm_kernel(partial_ptr, found_ptr, parts, max_norm, BLOCK: tl.constexpr):
-    """The one program adds the partial sums and writes found [2]: the norm, and the factor for the gradients."""
+    """The one program adds the partial sums and writes found [2]: the norm, and the gradients' factor."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, parts, BLOCK):
         part = start + tl.arange(0, BLOCK)
@@ -288,7 +289,7 @@ class AddressTable:
         if _capturing(self._device):
             if self._spare is None:
                 raise RuntimeError(
-                    "AdamW: expected an eager step before every capture of a step, got none since the last one"
+                    "AdamW: expected an eager step before every capture, got none since the last one"
                 )
             self._kept.append(self._spare)
             pinned, table = self._spare

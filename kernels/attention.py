@@ -2,8 +2,8 @@
 any strides.
 
     forward    S = q k^T * scale,  masked to doc_start[t] <= key <= t + S - T
-               m = row maximum, l = sum exp(S - m), out = exp(S - m) v / l       online over key blocks, in base 2
-               lse = m + log2(l)                                                  fp32 [B, H, T], saved (+inf for a row with no key)
+               m = row maximum, l = sum exp(S - m), out = exp(S - m) v / l   online over key blocks, in base 2
+               lse = m + log2(l)     fp32 [B, H, T], saved (+inf for a row with no key)
     backward   P = exp2(S - lse),  delta = sum(do * out) over D
                dv = P^T do,  dP = do v^T,  dS = P * (dP - delta),  dq = dS k * scale,  dk = dS^T q * scale
 
@@ -40,6 +40,7 @@ Dots are in "ieee" precision: left to itself, tl.dot rounds fp32 operands to tf3
 word changes nothing.
 
 Source: Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
+Check: pytest tests -k kernel_attention
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ def _single(name: str, device: torch.device) -> Backend:
             raise ValueError(f"backend 'triton' {obstacle}; use 'torch' or 'auto'")
         return load_triton()
     raise ValueError(
-        f"unknown backend {name!r}; known are 'auto', 'torch', 'triton', and single replacements as 'triton,attention=torch'"
+        f"unknown backend {name!r}; known are 'auto', 'torch', 'triton', and single replacements as "
+        "'triton,attention=torch'"
     )
 
 

@@ -23,8 +23,10 @@ def require(condition: bool, op: str, expected: str, got: object) -> None:
 
 
 def refuse(op: str, expected: str, got: object) -> NoReturn:
-    """Raises ValueError `op: expected ..., got ...`. Behind an `or` its words are put together only when they are needed: a step makes some
-    three thousand checks."""
+    """Raises ValueError `op: expected ..., got ...`.
+
+    Behind an `or` its words are put together only when needed: a step makes some three thousand checks.
+    """
     raise ValueError(f"{op}: expected {expected}, got {got}")
 
 

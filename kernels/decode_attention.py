@@ -1,7 +1,7 @@
 """Attention of a few new queries over a key/value cache, the keys split over programs.
 
-    split i      S = q k^T * scale over its keys;  m_i = max S,  l_i = sum exp2(S - m_i),  a_i = exp2(S - m_i) v
-    combine      m = max m_i,  out = sum_i exp2(m_i - m) a_i / sum_i exp2(m_i - m) l_i          splits in ascending order
+    split i  S = q k^T * scale over its keys;  m_i = max S,  l_i = sum exp2(S - m_i),  a_i = exp2(S - m_i) v
+    combine  m = max m_i,  out = sum_i exp2(m_i - m) a_i / sum_i exp2(m_i - m) l_i,  splits in ascending order
 
 A decode step reads the whole cache and computes almost nothing, so what counts is that every key is read once
 and that enough programs read at the same time. The G query heads of a key head, times the T new queries, are
@@ -13,6 +13,7 @@ Bytes per row and layer: 2 S K D elements; at 1,024 keys of the 135M model 786 k
 layers at batch 1 and 3.0 TB/s: 7.9 us; at batch 256: 2.0 ms. No backward pass: the cache has no gradient.
 
 Source: Dao et al. 2023, Flash-Decoding (pytorch.org/blog/flash-decoding).
+Check: pytest tests -k decode_attention
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ of one warp, 4.6 kB each, sixteen or so of them on a multiprocessor at a time, w
 Rounding: none but that of the result to fp32. The composition rounds the normalised row, and the logits to
 the model's dtype: in bfloat16 those near 20 are then 1/8 apart, and the largest may be several. Batch
 invariance as in decode_layer.py: one compiled kernel for every N.
+
+Check: pytest tests -k decode_head
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """One whole block for 1 to 16 new tokens in five launches, each weight read once.
 
-    1  norm, qkv, rope, cache    a = x (w * scale)^T * rstd,  rstd = 1 / sqrt(mean(x^2) + eps);  q, k turned;  k, v into the cache
+    1  norm, qkv, rope, cache    a = x (w * scale)^T * rstd,  rstd = 1 / sqrt(mean(x^2) + eps);  q, k turned;
+                                 k, v into the cache
     2  split attention           the kernel of decode_attention.py
     3  combine, o, residual      m = mixed from the splits;  s = x + m w^T
     4  norm, gate and up, SiLU   g, u = s (w * scale)^T * rstd as in 1;  h = silu(g) * u
@@ -21,16 +22,17 @@ The 135M model in 16 bits (E 576, F 1536, 9 + 3 + 3 heads of 64), batch 1, by la
     launch             weights   columns of a program   programs x warps   bytes a program
     1 qkv              1.11 MB   2 pairs                240 x 1            4.6 kB
     2 split            -         128 keys of a head     3 ceil(S/128) x 4  32.8 kB of keys and values
-    3 o                0.66 MB   4                      144 x 8            4.6 kB, and the splits of all heads (2.3 kB each, from L2)
+    3 o                0.66 MB   4                      144 x 8            4.6 kB, and from L2 2.3 kB a split
     4 gate and up      3.54 MB   2 and 2                768 x 1            4.6 kB
     5 down             1.77 MB   2                      288 x 4            6.1 kB
 
-7.08 MB a layer, 2.36 us at 3.0 TB/s; 30 layers 212 MB, 71 us; keys and values add 768 bytes a key and layer (7.9 us a token at 1,024
-keys), the head 56.6 MB (19 us): a floor of 98 us a token. An H100 took 580 us a token at one row (151 launch boundaries of 1.3 us would be
-196), and 2,584 us at sixteen, 82 us a layer: the weights are read once all the same, but the rows are multiplied one after the other, 452
-instructions a row and warp in launch 1. Every program of launch 3 adds up all splits itself; that is what saves a sixth launch, and what
-makes it read R * splits * 2.3 kB from L2 (those beyond a row's length are left out): 18 kB at 1,024 keys and one row, 295 kB at sixteen,
-where a sixth launch may be the better choice.
+7.08 MB a layer, 2.36 us at 3.0 TB/s; 30 layers 212 MB, 71 us. Keys and values add 768 bytes a key and layer
+(7.9 us a token at 1,024 keys), the head 56.6 MB (19 us): a floor of 98 us a token. An H100 took 580 us a
+token at one row (151 launch boundaries of 1.3 us would be 196), and 2,584 us at sixteen, 82 us a layer: the
+weights are read once all the same, but the rows are multiplied one after the other, 452 instructions a row
+and warp in launch 1. Every program of launch 3 adds up all splits itself. That saves a sixth launch, and
+makes it read R * splits * 2.3 kB from L2 (those beyond a row's length are left out): 18 kB at 1,024 keys and
+one row, 295 kB at sixteen, where a sixth launch may be the better choice.
 
 Batch invariance: one compiled kernel serves every R (the row count is an ordinary argument and never
 specialised), and each row passes through the same instructions. So a row's bits do not depend on the other
@@ -44,6 +46,8 @@ an element. All sums in fp32.
 
 Source: the fused decoding step of Hazy Research 2025, "Look Ma, No Bubbles", cut at its barriers
 (kernels/PERSISTENT.md).
+
+Check: pytest tests -k decode_layer
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ Bytes a token: 2 D of dx once, 12 of order and ids; 8 D a distinct token for the
 Whose dhead is: autograd gives it to the node and may have given it to others, too (a hook that keeps it,
 `torch.autograd.grad` that asks for it, several heads). It is written only where nobody else can see it, and
 copied otherwise; see `_is_ours`.
+
+Check: pytest tests -k embedding
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
-"""FusedAdamW: the launches of kernels/adamw.py behind the face of torch.optim.AdamW, whose state it shares."""
+"""FusedAdamW: the launches of kernels/adamw.py as a torch.optim.AdamW, whose state it shares.
+
+Check: pytest tests -k adamw
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -53,9 +57,8 @@ class FusedAdamW(torch.optim.Optimizer):
             ("weight_decay", weight_decay, weight_decay >= 0),
         ):  # fmt: skip
             if not holds:
-                raise ValueError(
-                    f"FusedAdamW: {name}: expected {'numbers in [0, 1)' if name == 'betas' else 'at least 0'}, got {value}"
-                )
+                wanted = "numbers in [0, 1)" if name == "betas" else "at least 0"
+                raise ValueError(f"FusedAdamW: {name}: expected {wanted}, got {value}")
         switches = {
             "amsgrad": False,
             "maximize": False,
@@ -209,7 +212,8 @@ class _Bound:
                 or not parameter.is_contiguous()
                 or parameter.device != self.device
             ):
-                form = f"{parameter.dtype} on {parameter.device}{'' if parameter.is_contiguous() else ', not contiguous'}"
+                layout = "" if parameter.is_contiguous() else ", not contiguous"
+                form = f"{parameter.dtype} on {parameter.device}{layout}"
                 raise ValueError(
                     f"FusedAdamW: expected contiguous fp32 parameters on {self.device}, got {form}"
                 )
@@ -248,8 +252,8 @@ class _Bound:
             if parameter.data_ptr() != address or parameter.shape != shape:
                 return False
         for entries, count, moments in zip(self.entries, self.counts, self.moments, strict=True):
-            if entries and (moments is None or entries["step"] is not count or entries["exp_avg"] is not moments[0]
-                            or entries["exp_avg_sq"] is not moments[1]):  # fmt: skip
+            found = tuple(entries.get(name) for name in ("step", "exp_avg", "exp_avg_sq"))
+            if entries and (moments is None or any(map(operator.is_not, found, (count, *moments)))):
                 return False
         return True
 

@@ -1,9 +1,9 @@
 """The tied head and its cross entropy in one operation: the logits of a chunk of tokens exist, those of the
 batch never do.
 
-    z = h W^T                                            matrix product, in the dtype of h, for one chunk of tokens
-    loss = lse - (1 - e) z_t - e mean(z) + c lse^2       lse = log sum exp z;  e label smoothing, c z-loss, t target
-    dz = g (p (1 + 2 c lse) - (1 - e) onehot_t - e / V)  p = exp(z - lse);  g = 1 / valid tokens (mean) or 1 (sum)
+    z = h W^T                                            matrix product in the dtype of h, a chunk of tokens
+    loss = lse - (1 - e) z_t - e mean(z) + c lse^2       lse = log sum exp z;  e smoothing, c z-loss, t target
+    dz = g (p (1 + 2 c lse) - (1 - e) onehot_t - e / V)  p = exp(z - lse);  g = 1 / valid tokens, or 1 (sum)
     dh = dz W,  dW += dz^T h                             two matrix products; dW is accumulated in fp32
 
     g is multiplied by `scale` where one is given
@@ -14,12 +14,13 @@ gives them away, multiplied in place unless that is 1, which the kernel sees on 
 neither read nor written (118 us on an H100). dz overwrites the chunk of logits, in the one buffer that all
 chunks share.
 
-One fused kernel, or library products around a softmax-gradient kernel? The products are 6 N V D FLOP = 2.78 TFLOP at 16,384 tokens
-of the 135M model, 3.5 ms at 800 TFLOP/s. A fused kernel that never writes z must compute z twice (once for lse, once for dz), 4.6 ms of
-products at the same rate, and adds up dh or dW across programs with atomics, which gives up reproducible gradients. The unfused
-chunk writes and reads 2 V bytes a token five times in all: 8.1 GB, 2.7 ms at 3.0 TB/s, most of it inside products that are bound by
-arithmetic. What the softmax-gradient kernel adds of its own is one read and one write, 3.2 GB, 1.1 ms. So: library products,
-3.5 + 1.1 ms, with a reproducible sum.
+One fused kernel, or library products around a softmax-gradient kernel? The products are 6 N V D FLOP = 2.78
+TFLOP at 16,384 tokens of the 135M model, 3.5 ms at 800 TFLOP/s. A fused kernel that never writes z must
+compute z twice (once for lse, once for dz), 4.6 ms of products at the same rate, and adds up dh or dW across
+programs with atomics, which gives up reproducible gradients. The unfused chunk writes and reads 2 V bytes a
+token five times in all: 8.1 GB, 2.7 ms at 3.0 TB/s, most of it inside products that are bound by arithmetic.
+The softmax-gradient kernel itself adds one read and one write, 3.2 GB, 1.1 ms. So: library products, 3.5 +
+1.1 ms, with a reproducible sum.
 
 That the memory sets this 1.1 ms takes care in two things. A row of 98 kB is read twice, and the second time
 should find it in L2: three programs of 16 warps a multiprocessor keep 39 MB between their two readings on an
@@ -47,6 +48,8 @@ No value is read back to the host: the number of valid tokens stays on the devic
 
 Source: Wijmans et al. 2024 (arXiv 2411.09009) for the problem; z-loss: Chowdhery et al. 2022 (arXiv
 2204.02311).
+
+Check: pytest tests -k linear_cross_entropy
 """
 
 from __future__ import annotations

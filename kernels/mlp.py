@@ -3,7 +3,7 @@
     forward    gate, up = x Wg^T, x Wu^T      one kernel; act = silu(gate) * up in its epilogue
                y = act Wd^T                   library product
     backward   dact = dy Wd                   one kernel; dgate and dup in its epilogue, dact is never written
-               dx = [dgate dup] Wgu           library products, as are dWgu = [dgate dup]^T x and dWd = dy^T act
+               dx = [dgate dup] Wgu           library products, as dWgu = [dgate dup]^T x and dWd = dy^T act
 
 Saved: x, the weights in the dtype of x, gate and up side by side [N, 2F], and act [N, F]. act could be formed
 again in the epilogue of the backward pass, but would have to be written there to be multiplied: saving it
@@ -31,6 +31,7 @@ a tensor with others is copied, and widths that cannot have them take the masked
 GPUs.
 
 Source: Shazeer 2020 (arXiv 2002.05202); persistent products with tensor descriptors: Triton's tutorial 09.
+Check: pytest tests -k mlp
 """
 
 from __future__ import annotations
@@ -319,7 +320,7 @@ class _MLP(torch.autograd.Function):
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the launch table wants this form for x: in 16 bits, where it was measured to be the faster one."""
+    """Whether the launch table wants this form for x: in 16 bits, where it was measured to be faster."""
     return x.element_size() == 2 and launch_config.fuses_mlp(x.device)
 
 

@@ -4,7 +4,7 @@
                rstd = 1 / sqrt(mean(s^2) + eps)             fp32, one per row, saved
                y = round(s * rstd) * w                      rounds as Hugging Face Llama does
     backward   n = s * rstd,  g = dy * w
-               ds = rstd * (g - n * mean(g * n)) + dsum     dsum: gradient that reaches s along the residual stream
+               ds = rstd * (g - n * mean(g * n)) + dsum     dsum: what reaches s along the residual stream
                dw = sum over rows of dy * round(n)
                dx = dr = ds
 
@@ -25,6 +25,7 @@ second kernel adds the shares in a fixed order, hundreds at a time: what it read
 long as the loads that wait for one another. Gradients are bit-identical from run to run.
 
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
+Check: pytest tests -k rms_norm
 """
 
 from __future__ import annotations
@@ -229,9 +230,9 @@ class _AddRMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = round(x / sqrt(mean(x^2) + eps)) * weight over the last dimension.
 
-    x [..., D] in float32, float16 or bfloat16 with any strides, weight [D] of the same dtype or in float32, rounded to that of x
-    -> [..., D], contiguous; the gradient of the weight has the weight's dtype. Raises ValueError naming what was expected.
-    Same semantics as `kernels.reference.rms_norm`.
+    x [..., D] in float32, float16 or bfloat16 with any strides, weight [D] of the same dtype or in float32,
+    rounded to that of x -> [..., D], contiguous; the gradient of the weight has the weight's dtype. Raises
+    ValueError naming what was expected. Same semantics as `kernels.reference.rms_norm`.
     """
     checks.rms_norm("rms_norm", x, weight)
     checks.kernel_dtype("rms_norm", x)

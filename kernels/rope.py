@@ -14,6 +14,7 @@ backward kernel gathers dq, dk and dv and writes the packed gradient in the same
 concatenate three tensors.
 
 Source: Su et al. 2021 (arXiv 2104.09864); layout of Hugging Face Llama.
+Check: pytest tests -k rope
 """
 
 from __future__ import annotations
@@ -187,9 +188,10 @@ class _RopeQKV(torch.autograd.Function):
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates queries and keys by the angles of their positions.
 
-    q [B, T, H, D], k [B, T, K, D] of one dtype (float32, float16, bfloat16), D a power of two, any strides; cos and sin
-    [T, D/2] (row t is position t: pass a slice for an offset) or [B, T, D/2] (gathered by position, for packed documents)
-    -> two contiguous tensors. Raises ValueError naming what was expected. Same semantics as `kernels.reference.rope`.
+    q [B, T, H, D], k [B, T, K, D] of one dtype (float32, float16, bfloat16), D a power of two, any strides;
+    cos and sin [T, D/2] (row t is position t: pass a slice for an offset) or [B, T, D/2] (gathered by
+    position, for packed documents) -> two contiguous tensors. Raises ValueError naming what was expected.
+    Same semantics as `kernels.reference.rope`.
     """
     checks.rope(q, k, cos, sin)
     _check_kernel("rope", q)

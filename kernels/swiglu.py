@@ -15,6 +15,7 @@ is what the next product reads: two separate gradients would first have to be co
 per output element.
 
 Source: Shazeer 2020 (arXiv 2002.05202).
+Check: pytest tests -k swiglu
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 # Lengths and batches as a run meets them: divisible and not, one and many.
 VARIANTS = """
 import json, torch
-from kernels.certify import launches, targets
+from kernels.certify import cases, targets
+from kernels.certify.recorder import recording, tensor
 from kernels.backend import load_triton
 
 ops = load_triton()
@@ -35,23 +36,23 @@ SHAPES = ((1, 1), (1, 7), (2, 64), (3, 65), (1, 127), (8, 200), (5, 257), (32, 5
 
 def layers(run, docs=False, train=True):
     for batch, length in SHAPES if train else SHAPES[:-1]:  # the cache of the case is shorter than the last
-        launches.layer(run, ops, "135M", docs, batch, length, train)
+        cases.layer(run, ops, "135M", docs, batch, length, train)
 
 def losses(run):
     for tokens in (1, 7, 64, 200, 1000, 4097, 16384):
-        hidden, weight = launches.tensor(tokens, 576, dtype=run.dtype), launches.tensor(49152, 576, dtype=torch.float32)
-        run.backward(ops.linear_cross_entropy(hidden, weight, launches.tensor(tokens, dtype=torch.int64, grad=False)))
+        hidden, weight = tensor(tokens, 576, dtype=run.dtype), tensor(49152, 576, dtype=torch.float32)
+        run.backward(ops.linear_cross_entropy(hidden, weight, tensor(tokens, dtype=torch.int64, grad=False)))
 
 def decodes(run):
     for batch in (1, 2, 3, 16):
         for keys in (1, 15, 16, 100, 129, 1000, 2048):
-            launches.decode(run, ops, batch, 1, keys)
+            cases.decode(run, ops, batch, 1, keys)
 
 runs = {"train": layers, "documents": lambda run: layers(run, True), "prefill": lambda run: layers(run, train=False), "loss": losses,
         "decode": decodes}
 found = {}
 for name, case in runs.items():
-    with launches.recording(targets.TARGETS["sm_90"]) as recorder:
+    with recording(targets.TARGETS["sm_90"]) as recorder:
         case(recorder)
     keys = {(launch.kernel, launch.key) for launch in recorder.launches}
     found[name] = {kernel: sum(one == kernel for one, _ in keys) for kernel in sorted({kernel for kernel, _ in keys})}

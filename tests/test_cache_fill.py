@@ -28,9 +28,9 @@ STEPS = """
 import json, sys
 from pathlib import Path
 import torch
-from kernels.certify import cache_fill
+from kernels.certify import fill as cache_fill
 from kernels.backend import load_triton
-from kernels.certify.launches import standing_in, tensor
+from kernels.certify.recorder import standing_in, tensor
 from kernels.certify.targets import target_for
 
 def record(arch):
@@ -134,7 +134,7 @@ def test_a_launch_finds_what_was_filled(copy: Path, tmp_path: Path) -> None:
 import steps, triton
 from triton import knobs
 from triton.compiler import ASTSource
-from kernels.certify import cache_fill
+from kernels.certify import fill as cache_fill
 
 def refuse(*_, **__):
     raise AssertionError("the compiler ran")
@@ -158,7 +158,7 @@ def test_a_cache_elsewhere_says_where_it_was_filled(copy: Path, tmp_path: Path) 
     counts(copy, "sm_90", str(tmp_path / "cache"), "fill")
     shutil.move(tmp_path / "cache", tmp_path / "moved")
     assert counts(copy, "sm_90", str(tmp_path / "moved"), "verify") == [{"missing": 2, "there already": 1}]
-    script = "import sys; from pathlib import Path; from kernels.certify.cache_fill import moved_from; print(moved_from(Path(sys.argv[1])))"
+    script = "import sys; from pathlib import Path; from kernels.certify.fill import moved_from; print(moved_from(Path(sys.argv[1])))"
     assert run(copy, "-c", script, str(tmp_path / "moved")).stdout.strip() == str(tmp_path / "cache")
     (tmp_path / "cache").symlink_to(tmp_path / "moved")
     assert run(copy, "-c", script, str(tmp_path / "moved")).stdout.strip() == "None"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kernels.certify import __main__ as certify
-from kernels.certify.targets import TARGETS, amd_occupancy, nvidia_occupancy
+from kernels.certify.measure import amd_occupancy, nvidia_occupancy
+from kernels.certify.targets import TARGETS
 
 FIGURES = {
     "registers": 128, "spill_bytes": 0, "scalar_spills": 0, "shared": 65536, "warps": 8,

@@ -35,11 +35,12 @@ def result(root: Path, script: str) -> Any:
 
 RECORD = """
 import dataclasses, json, torch
-from kernels.certify import launches, targets
+from kernels.certify import cases, targets
+from kernels.certify.recorder import recording, tensor
 from kernels.backend import load_triton
 ops = load_triton()
 def record(target, case):
-    with launches.recording(targets.TARGETS[target]) as recorder:
+    with recording(targets.TARGETS[target]) as recorder:
         case(recorder)
     return recorder.launches
 def show(found):
@@ -49,7 +50,7 @@ def show(found):
 
 def test_records_both_passes_of_a_simple_op(project_root: Path) -> None:
     forward, backward = result(
-        project_root, RECORD + "show(record('sm_90', lambda run: launches.swiglu_separate(run, ops)))"
+        project_root, RECORD + "show(record('sm_90', lambda run: cases.swiglu_separate(run, ops)))"
     )
     assert (forward["kernel"], forward["phase"]) == ("_swiglu_fwd_kernel", "forward")
     assert (backward["kernel"], backward["phase"]) == ("_swiglu_bwd_kernel", "backward")
@@ -67,7 +68,7 @@ def test_specialisation_follows_the_call(project_root: Path) -> None:
     script = """
 def case(run):
     for rows, width, first in ((16, 1552, 0), (5, 1544, 1), (1, 1552, 0)):
-        x = launches.tensor(rows, width, dtype=torch.bfloat16)[:, first : first + 1536]
+        x = tensor(rows, width, dtype=torch.bfloat16)[:, first : first + 1536]
         ops.swiglu(x, x)
 show(record('sm_90', case))
 """
@@ -87,7 +88,7 @@ def test_each_target_gets_its_own_configuration(project_root: Path) -> None:
 from kernels import launch_config
 table = dict(launch_config.TABLE)
 launch_config.TABLE["swiglu"] = (launch_config.Row(1 << 20, launch_config.Launch(2, 256, 8), architectures=("gfx1100",)), *table["swiglu"])
-show([record(target, lambda run: launches.swiglu_separate(run, ops))[0] for target in ("sm_90", "gfx1100")])
+show([record(target, lambda run: cases.swiglu_separate(run, ops))[0] for target in ("sm_90", "gfx1100")])
 """
     nvidia, amd = result(project_root, RECORD + script)
     assert nvidia["target"] == "sm_90" and amd["target"] == "gfx1100"
@@ -101,7 +102,7 @@ def test_launch_counts_are_those_of_the_model(project_root: Path) -> None:
     """
     script = """
 from kernels.certify.__main__ import launch_counts
-from kernels.certify.launches import record as record_cases
+from kernels.certify.cases import record as record_cases
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
 with torch.device("meta"):
@@ -124,7 +125,7 @@ def test_a_decode_layer_is_five_launches_whatever_its_rows(project_root: Path) -
     """
     script = """
 shapes = ((1, 1, 100), (1, 1, 1000), (2, 1, 1000), (15, 1, 1000), (16, 1, 2000), (1, 16, 1000), (5, 3, 1000))
-found = [record('sm_90', lambda run: launches.decode(run, ops, *shape)) for shape in shapes]
+found = [record('sm_90', lambda run: cases.decode(run, ops, *shape)) for shape in shapes]
 print(json.dumps([[(launch.op, launch.kernel, launch.key) for launch in one] for one in found]))
 """
     first, *others = result(project_root, RECORD + script)

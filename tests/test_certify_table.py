@@ -103,8 +103,9 @@ def test_rows_compiled_again_give_the_committed_figures(project_root: Path) -> N
     script = """
 import json, triton
 from kernels.certify import __main__ as certify
-from kernels.certify.launches import record
-from kernels.certify.targets import TARGETS, measure
+from kernels.certify.cases import record
+from kernels.certify.measure import measure
+from kernels.certify.targets import TARGETS
 version = triton.__version__.partition("+")[0]
 committed = {row["key"]: row["figures"][version] for row in certify.load()["rows"]}
 for target in ("sm_90", "gfx942"):

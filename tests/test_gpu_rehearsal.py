@@ -45,7 +45,7 @@ STAND_IN = """
 import importlib, json, sys
 from bench import launches, timing
 from bench.stand_in import standing_in_for_cuda
-from kernels.certify.cache_fill import Specialisations
+from kernels.certify.fill import Specialisations
 from kernels.certify.targets import target_for
 module, out, *arguments = sys.argv[1:]
 main = importlib.import_module(module).main
@@ -127,7 +127,7 @@ def test_what_is_launched_is_compiled_and_found(project_root: Path, tmp_path: Pa
     script = """
 import json, sys
 from pathlib import Path
-from kernels.certify.cache_fill import Specialisation, fill, verify
+from kernels.certify.fill import Specialisation, fill, verify
 from kernels.certify.targets import target_for
 if __name__ == "__main__":
     found = [Specialisation(*item) for item in json.loads(Path(sys.argv[1]).read_text())]

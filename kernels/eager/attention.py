@@ -1,8 +1,9 @@
 """Causal grouped-query attention: torch's own kernel, and for training on a CPU in bf16 batched matrix
 products over blocks of queries.
 
-    S = scale Q K^T, masked    P = exp(S - lse)    O = P V                                     lse [B K, T G]: log-sum-exp of a row of S
-    dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q    delta = sum of dO O over D
+    S = scale Q K^T, masked    P = exp(S - lse)    O = P V          lse [B K, T G]: log-sum-exp of a row of S
+    dV = P^T dO    dP = dO V^T    dS = P (dP - delta)               delta = sum of dO O over D
+    dQ = scale dS K    dK = scale dS^T Q
 
 Letters as in kernels/reference.py, whose `attention` is the specification. In bf16 torch's own CPU kernel
 reaches a fifth of the rate of a matrix product, so here the products are the library's, and large: the G
@@ -117,7 +118,7 @@ def library_attention(
 
 
 def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> Tensor:
-    """`kernels.reference.decode_attention`: q [B, T, H, D], caches [B, S, K, D], lengths [B] -> [B, T, H, D]."""
+    """`reference.decode_attention`: q [B, T, H, D], caches [B, S, K, D], lengths [B] -> [B, T, H, D]."""
     checks.decode_attention(q, key_cache, value_cache, lengths)
     batch, length, heads, head_dim = q.shape
     keys, key_heads = key_cache.shape[1:3]
@@ -234,7 +235,7 @@ class _Sizes:
             yield _Block(slice(start * self.group, stop * self.group), slice(first, last), bias)
 
     def fold(self, x: Tensor, purpose: str, dtype: torch.dtype) -> Tensor:
-        """[b, n, H, ...] -> [b K, n G, ...], or [b, n, K, ...] -> [b K, n, ...], in a buffer of that dtype."""
+        """[b, n, H, ...] -> [b K, n G, ...], or [b, n, K, ...] -> [b K, n, ...], in a buffer of dtype."""
         b, n, heads, *rest = x.shape
         group = heads // self.key_heads
         out = _buffers.get(purpose, (b, self.key_heads, n, group, *rest), dtype)

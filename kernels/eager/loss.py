@@ -109,9 +109,12 @@ def _accumulate(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Both gradients are formed in the forward pass, chunk by chunk, while the logits of the chunk exist: three matrix
-    products in all, and no [N, V] tensor. The backward pass only scales them by the upstream gradient: in place, and gives them
-    away, because a copy of [V, D] would cost as much as a layer. A second backward pass (retain_graph) computes them again."""
+    """Both gradients are formed in the forward pass, chunk by chunk, while the chunk's logits exist: three
+    products in all, and no [N, V] tensor.
+
+    The backward pass scales them by the upstream gradient in place and gives them away, because a copy of
+    [V, D] would cost as much as a layer. A second backward pass (retain_graph) computes them again.
+    """
 
     @staticmethod
     def forward(
@@ -193,7 +196,7 @@ def linear_cross_entropy(
     weight_copy: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """`kernels.reference.linear_cross_entropy`, for 1024 tokens at a time unless chunk_tokens says otherwise."""
+    """`reference.linear_cross_entropy`, for 1024 tokens at a time unless chunk_tokens says otherwise."""
     checks.linear_cross_entropy(
         hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens
     )

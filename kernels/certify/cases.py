@@ -1,55 +1,33 @@
 """The launches that the certificate is about: recorded from the public functions, not listed by hand.
 
 Each case calls public functions, forward and backward, on tensors of the "meta" device at the models' own
-shapes. Triton's own launch path runs up to the point where it would compile: a stand-in for the driver names
-the target, and the hook that Triton offers for caches of compiled kernels receives the signature, the
-constants, the specialisation (alignment, divisibility by 16, arguments equal to 1) and the options of every
-launch, and declines to compile. What is certified is therefore what would be launched.
+shapes (kernels/certify/recorder.py). What is certified is therefore what would be launched.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton import knobs
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITCallable
 
-from kernels import adamw, launch_config
+from kernels import adamw
 from kernels.backend import load_triton
+from kernels.certify.recorder import RecordedLaunch, Recorder, recording, tensor
 from kernels.certify.targets import Target
 from kernels.decode_head import decode_head
 from kernels.mlp import mlp
 from kernels.types import Backend, LayerWeights
 
 EPS = 1e-5
+
 HEAD_DIM = 64
+
 LAYERS = 30  # of the 135M model
+
 VOCABULARY = 49152
-KERNEL_MODULES = (
-    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding",
-    "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
-)  # fmt: skip
-# What a launcher may ask of the compiler; everything else follows from the target and the version of Triton.
-OPTIONS = (
-    "num_warps",
-    "num_stages",
-    "num_ctas",
-    "maxnreg",
-    "enable_fp_fusion",
-    "waves_per_eu",
-    "matrix_instr_nonkdim",
-    "kpack",
-)
 
 
 class Sizes(NamedTuple):
@@ -62,127 +40,6 @@ class Sizes(NamedTuple):
 
 
 MODELS = {"135M": Sizes(576, 9, 3, 1536), "360M": Sizes(960, 15, 5, 2560), "1.7B": Sizes(2048, 32, 32, 8192)}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One compilation that a launch asks for. Plain data, so that another process can do it."""
-
-    target: str
-    dtype: str
-    case: str
-    phase: str  # "forward" or "backward"
-    op: str  # name of the module in kernels/
-    kernel: str
-    source: str  # Triton's hash of the kernel's source and of everything it calls
-    signature: dict[str, str]
-    constants: dict[str, Any]  # compile-time constants, and arguments that are specialised because they are 1
-    attributes: dict[int, Any]  # argument -> [["tt.divisibility", 16], ...]
-    options: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        """Equal keys mean equal machine code, with the same Triton."""
-        parts = (self.source, self.signature, self.constants, self.attributes, self.options, self.target)
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
-class StandIn:
-    """Stands in for the driver of a GPU that need not be there."""
-
-    target: Target
-
-    def get_current_target(self) -> Any:
-        return self.target.gpu
-
-    def get_current_device(self) -> str:
-        return self.target.name  # Triton keeps what it knows of a kernel per device
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-    def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Called by Triton before it compiles. True: somebody else does it, do not compile and do not launch."""
-        return True
-
-
-@contextmanager
-def standing_in(device: StandIn) -> Iterator[None]:
-    """While this is open, Triton kernels are handed to the stand-in instead of launched, with the table's
-    launches for its target.
-    """
-    before = driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture
-    driver.set_active(device)
-    knobs.runtime.jit_cache_hook = device.hook
-    launch_config.architecture = lambda _: device.target.name  # type: ignore[assignment]
-    launch_config.launch_config.cache_clear()
-    try:
-        yield
-    finally:
-        driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture = before
-        launch_config.launch_config.cache_clear()
-
-
-@dataclass
-class Recorder(StandIn):
-    """Keeps the launches of the case that runs, in order."""
-
-    dtype: torch.dtype = torch.bfloat16
-    case: str = ""
-    phase: str = "forward"
-    launches: list[Launch] = field(default_factory=list)
-
-    def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        function, data = fn.jit_function, json.loads(compile["specialization_data"])
-        self.launches.append(
-            Launch(
-                target=self.target.name,
-                dtype=str(self.dtype).removeprefix("torch."),
-                case=self.case,
-                phase=self.phase,
-                op=function.module.rpartition(".")[2],
-                kernel=function.__name__,
-                source=function.cache_key,
-                signature=dict(compile["signature"]),
-                constants={
-                    function.arg_names[path[0]]: value for path, value in compile["constants"].items()
-                },
-                attributes={path[0]: value for path, value in compile["configs"][0].items() if value},
-                options={
-                    name: data["options"][name] for name in OPTIONS if data["options"].get(name) is not None
-                },
-            )
-        )
-        return True
-
-    def backward(self, *outputs: Tensor) -> None:
-        """Runs the backward pass with a dense gradient for each output."""
-        self.phase = "backward"
-        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
-        self.phase = "forward"
-
-
-def forget_lines() -> None:
-    """Takes the line at which a kernel stands out of its hash: text above a kernel does not change its code."""
-    for name in KERNEL_MODULES:
-        for value in vars(import_module(f"kernels.{name}")).values():
-            if isinstance(value, JITCallable) and value.hash is None:
-                value.starting_line_number = 0
-
-
-@contextmanager
-def recording(target: Target) -> Iterator[Recorder]:
-    """While this is open, Triton kernels are recorded for that target instead of launched."""
-    forget_lines()
-    recorder = Recorder(target)
-    with standing_in(recorder):
-        yield recorder
-
-
-def tensor(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-    """A tensor without memory. Its address counts as aligned, that of a slice as its offset says."""
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
 def tables(*shape: int) -> tuple[Tensor, Tensor]:
@@ -210,16 +67,13 @@ def layer(
     length: int = 512,
     train: bool = True,
 ) -> None:
-    """One block as smollm2/model.py composes it; without `train` a prefill, whose keys are read from a cache."""
+    """One block as smollm2/model.py composes it; without `train` a prefill, with keys from a cache."""
     size, dtype = MODELS[model], run.dtype
     weights = _layer_weights(size, dtype)
     if train:  # masters, which the kernel rounds itself
         norm = tensor(size.hidden, dtype=torch.float32)
         weights = weights._replace(input_norm=norm, post_norm=norm)
-    x, stream = (
-        tensor(batch, length, size.hidden, dtype=dtype),
-        tensor(batch, length, size.hidden, dtype=dtype),
-    )
+    x, stream = (tensor(batch, length, size.hidden, dtype=dtype) for _ in range(2))
     cos, sin = tables(*([batch] if docs else []), length, HEAD_DIM // 2)
     doc_start = tensor(batch, length, dtype=torch.int32, grad=False) if docs else None
     with torch.set_grad_enabled(train):
@@ -274,28 +128,23 @@ def attention_views(run: Recorder, ops: Backend) -> None:
 
 
 def attention_chunk(run: Recorder, ops: Backend) -> None:
-    q, k, v = (
-        tensor(1, 37, 9, HEAD_DIM, dtype=run.dtype),
-        *(tensor(1, 301, 3, HEAD_DIM, dtype=run.dtype) for _ in range(2)),
-    )
+    q = tensor(1, 37, 9, HEAD_DIM, dtype=run.dtype)
+    k, v = (tensor(1, 301, 3, HEAD_DIM, dtype=run.dtype) for _ in range(2))
     ops.attention(q.detach(), k.detach(), v.detach())
 
 
 def embedding(run: Recorder, ops: Backend, model: str, copy: bool = False) -> None:
     """fp32 masters, read as they are or from their copy in the run's dtype."""
     ids, width = tensor(32, 512, dtype=torch.int64, grad=False), MODELS[model].hidden
-    weight, shadow = (
-        tensor(VOCABULARY, width, dtype=torch.float32),
-        tensor(VOCABULARY, width, dtype=run.dtype, grad=False),
-    )
-    run.backward(*ops.tied_embedding(ids, weight, run.dtype, shadow if copy else None))
+    weight = tensor(VOCABULARY, width, dtype=torch.float32)
+    shadow = tensor(VOCABULARY, width, dtype=run.dtype, grad=False) if copy else None
+    run.backward(*ops.tied_embedding(ids, weight, run.dtype, shadow))
 
 
 def loss(run: Recorder, ops: Backend, train: bool = True, **options: Any) -> None:
     hidden, weight = tensor(32 * 512, 576, dtype=run.dtype), tensor(VOCABULARY, 576, dtype=torch.float32)
-    value = ops.linear_cross_entropy(
-        hidden, weight, tensor(32 * 512, dtype=torch.int64, grad=False), **options
-    )
+    targets = tensor(32 * 512, dtype=torch.int64, grad=False)
+    value = ops.linear_cross_entropy(hidden, weight, targets, **options)
     if train:
         run.backward(value)
 
@@ -336,10 +185,8 @@ def optimizer(run: Recorder, ops: Backend) -> None:
     its embedding.
     """
     size, device = MODELS["135M"], torch.device("meta")
-    elements = [
-        weight.numel()
-        for weight in (*_layer_weights(size, run.dtype), tensor(VOCABULARY, size.hidden, dtype=run.dtype))
-    ]
+    weights = *_layer_weights(size, run.dtype), tensor(VOCABULARY, size.hidden, dtype=run.dtype)
+    elements = [weight.numel() for weight in weights]
     work = adamw.plan(elements, [0] * len(elements), device)
     table = tensor(5 * work.tensors + adamw.GROUP_WORDS, dtype=torch.int64, grad=False)
     found, steps = (
@@ -358,14 +205,8 @@ class Case(NamedTuple):
     every_dtype: bool = False
 
 
-LAYER, FIRST_NORM, LAST_NORM, LOSS, DECODE = (
-    "layer 135M",
-    "first norm",
-    "last norm",
-    "loss",
-    "decode 1x1, 1000 keys",
-)
-EMBEDDING, OPTIMIZER = "embedding", "optimizer"
+LAYER, FIRST_NORM, LAST_NORM, LOSS = "layer 135M", "first norm", "last norm", "loss"
+DECODE, EMBEDDING, OPTIMIZER = "decode 1x1, 1000 keys", "embedding", "optimizer"
 CASES = (
     Case(LAYER, layer, {"model": "135M"}, every_dtype=True),
     Case("layer 135M, documents", layer, {"model": "135M", "docs": True}, every_dtype=True),
@@ -410,15 +251,13 @@ CASES = (
 )
 
 
-def record(target: Target) -> list[Launch]:
+def record(target: Target) -> list[RecordedLaunch]:
     """All launches of all cases on a target, repetitions included."""
     ops = load_triton()
     with recording(target) as recorder:
         for case in CASES:
-            for dtype in (
-                torch.bfloat16,
-                *((torch.float16, torch.float32) if case.every_dtype and target.every_dtype else ()),
-            ):
+            others = (torch.float16, torch.float32) if case.every_dtype and target.every_dtype else ()
+            for dtype in (torch.bfloat16, *others):
                 recorder.case, recorder.dtype = case.label, dtype
                 case.run(recorder, ops, **case.arguments)
     return recorder.launches

@@ -1,7 +1,7 @@
 """Triton's cache, filled for a GPU that need not be there: `python -m kernels.certify --fill DIR`, and what
 it is worth: `--verify DIR`.
 
-    recorder = Specialisations(target)            # records what is launched while it stands in for the GPU's driver
+    recorder = Specialisations(target)            # records what is launched while it stands in for the driver
     with standing_in(recorder): ...
     fill(recorder.found, target, folder, jobs)    # compiles all of it in several processes
     verify(recorder.found, target, folder, jobs)  # how much of it Triton would find there; compiles nothing
@@ -49,7 +49,7 @@ from triton.runtime import build
 from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 
-from kernels.certify.launches import StandIn
+from kernels.certify.recorder import StandIn
 from kernels.certify.targets import Target, target_for
 
 SOURCES = ("model", "tests", "bench")
@@ -113,9 +113,8 @@ def launched_by(source: str, target: str) -> list[Specialisation]:
             [*command, "--out", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True
         )
         if done.returncode or not file.exists():
-            raise RuntimeError(
-                f"recording the launches of {source} failed: {' '.join((done.stdout + done.stderr).split())[-400:]}"
-            )
+            said = " ".join((done.stdout + done.stderr).split())[-400:]
+            raise RuntimeError(f"recording the launches of {source} failed: {said}")
         return [Specialisation(*row) for row in json.loads(file.read_text())]
 
 
@@ -298,9 +297,8 @@ def _stub_libcuda(folder: Path) -> Path:
     command = [compiler, "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(
-            f"the C compiler {compiler} fails: {' '.join(done.stderr.split())[:200] or f'exit code {done.returncode}'}"
-        )
+        said = " ".join(done.stderr.split())[:200] or f"exit code {done.returncode}"
+        raise RuntimeError(f"the C compiler {compiler} fails: {said}")
     return library
 
 
@@ -351,22 +349,21 @@ def report(fill_it: bool, folder: Path, arch: str, sources: Iterable[str], jobs:
         f"{ends[end]} {end}" for end in ((NEW, THERE) if fill_it else KNOWN) if ends[end] or end != LAUNCHER
     )
     what = "kernels" + " and the C library of all" * target.nvidia
-    print(
-        f"{arch}, Triton {triton.__version__}, CPython {platform.python_version()}, {what}: {known}, {sum(failures.values())} failed"
-    )
+    versions = f"Triton {triton.__version__}, CPython {platform.python_version()}"
+    print(f"{arch}, {versions}, {what}: {known}, {sum(failures.values())} failed")
     print(f"{folder.resolve()}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
     for failure, count in failures.items():
         print(f"  {count} x {failure}")
     if not fill_it:
         if moved := moved_from(folder):
             print(
-                f"it was filled as {moved}, and Triton looks for its files there: put it there, or fill it where it lies"
+                f"it was filled as {moved}, and Triton looks for its files there: put it there, or fill it "
+                "where it lies"
             )
         return int(bool(failures or ends[MISSING] or ends[LAUNCHER] or moved))
     if not target.nvidia:
         print("the C libraries are left to the machine that has the GPU: they are built against its ROCm")
     if not failures:
-        print(
-            f"to use it: TRITON_CACHE_DIR={shlex.quote(str(folder.resolve()))} python -m train.run smollm2_135m.yaml backend=triton"
-        )
+        variable = f"TRITON_CACHE_DIR={shlex.quote(str(folder.resolve()))}"
+        print(f"to use it: {variable} python -m train.run smollm2_135m.yaml backend=triton")
     return int(bool(failures))

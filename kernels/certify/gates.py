@@ -1,0 +1,73 @@
+"""The limits that a certificate's figures are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from kernels.certify.targets import TARGETS
+
+# Kernels that only move data: each must read and write 16 bytes at a time.
+MEMORY_BOUND = {
+    "_rms_norm_fwd_kernel",
+    "_rms_norm_bwd_dx_kernel",
+    "_rope_kernel",
+    "_swiglu_fwd_kernel",
+    "_swiglu_bwd_kernel",
+    "_softmax_gradient_kernel",
+    "_adamw_kernel",
+    "_norm_qkv_rope_kernel",
+    "_norm_gate_up_kernel",
+    "_down_kernel",
+    "_norm_head_kernel",
+}
+
+# Of a decode step, what is read are weights and what is written are single rows.
+READS_ONLY = {"decode_layer", "decode_head"}
+
+# Kernels that must use the matrix instruction that their target is built for. Decoding is not among them: its
+# tiles have 16 rows.
+MATRIX_BOUND = {
+    "_attention_fwd_kernel",
+    "_attention_bwd_dq_kernel",
+    "_attention_bwd_dkv_kernel",
+    "_mlp_fwd_kernel",
+    "_mlp_bwd_kernel",
+}
+
+# a Launch without its repetitions, and its Figures by version of Triton: one line of certificate.json
+Row = dict[str, Any]
+
+
+def faults(rows: Iterable[Row]) -> list[str]:
+    """What the gates object to, one line each."""
+    found = []
+    for row in rows:
+        target, kernel, dtype = TARGETS[row["target"]], row["kernel"], row["dtype"]
+        for version, figures in row["figures"].items():
+            name = f"{target.name} {kernel} {dtype} ({row['cases'][0]}), Triton {version}"
+            if "error" in figures:
+                found.append(f"{name}: does not compile: {figures['error']}")
+                continue
+            if figures["shared"] > (limit := target.shared_limit):
+                found.append(f"{name}: {figures['shared']} bytes of shared memory, the target has {limit}")
+            if dtype == "float32":
+                continue  # ieee products run on the ordinary units, for tests: reported only
+            if figures["spill_bytes"] and target.nvidia:
+                found.append(f"{name}: spills {figures['spill_bytes']} bytes")
+            if figures.get("serialized"):
+                found.append(f"{name}: ptxas serialized its matrix instructions")
+            if kernel in MATRIX_BOUND and not figures["matrix"].get(target.matrix):
+                found.append(f"{name}: no {target.matrix} instruction, only {figures['matrix'] or 'none'}")
+            loads, stores = figures["wide_loads"], figures["wide_stores"]
+            wide = loads and (stores or not _stores_rows(row))
+            if kernel in MEMORY_BOUND and dtype == "bfloat16" and not wide:
+                found.append(f"{name}: {loads} loads and {stores} stores of 16 bytes")
+    return found
+
+
+def _stores_rows(row: Row) -> bool:
+    """Whether the kernel writes tensors as large as those it reads; the loss without its gradient does not,
+    nor does a decode step.
+    """
+    return row["op"] not in READS_ONLY and bool(row["constants"].get("GRADIENT", True))

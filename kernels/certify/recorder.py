@@ -1,0 +1,158 @@
+"""Records what would be launched on a GPU that is not there: a stand-in for Triton's driver, and its notes.
+
+Triton's own launch path runs up to the point where it would compile. The stand-in names the target, and the
+hook that Triton offers for caches of compiled kernels receives the signature, the constants, the
+specialisation (alignment, divisibility by 16, arguments equal to 1) and the options of every launch, and
+declines to compile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITCallable
+
+from kernels import launch_config
+from kernels.certify.targets import Target
+
+KERNEL_MODULES = (
+    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding",
+    "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
+)  # fmt: skip
+
+# What a launcher may ask of the compiler; everything else follows from the target and the version of Triton.
+OPTIONS = (
+    "num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu",
+    "matrix_instr_nonkdim", "kpack",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RecordedLaunch:
+    """One compilation that a launch asks for. Plain data, so that another process can do it."""
+
+    target: str
+    dtype: str
+    case: str
+    phase: str  # "forward" or "backward"
+    op: str  # name of the module in kernels/
+    kernel: str
+    source: str  # Triton's hash of the kernel's source and of everything it calls
+    signature: dict[str, str]
+    constants: dict[str, Any]  # compile-time constants, and arguments that are specialised because they are 1
+    attributes: dict[int, Any]  # argument -> [["tt.divisibility", 16], ...]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Equal keys mean equal machine code, with the same Triton."""
+        parts = (self.source, self.signature, self.constants, self.attributes, self.options, self.target)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class StandIn:
+    """Stands in for the driver of a GPU that need not be there."""
+
+    target: Target
+
+    def get_current_target(self) -> Any:
+        return self.target.gpu
+
+    def get_current_device(self) -> str:
+        return self.target.name  # Triton keeps what it knows of a kernel per device
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        """Called by Triton before it compiles. True: do not compile and do not launch, somebody else does."""
+        return True
+
+
+@contextmanager
+def standing_in(device: StandIn) -> Iterator[None]:
+    """While this is open, Triton kernels are handed to the stand-in instead of launched, with the table's
+    launches for its target.
+    """
+    before = driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture
+    driver.set_active(device)
+    knobs.runtime.jit_cache_hook = device.hook
+    launch_config.architecture = lambda _: device.target.name  # type: ignore[assignment]
+    launch_config.launch_config.cache_clear()
+    try:
+        yield
+    finally:
+        driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture = before
+        launch_config.launch_config.cache_clear()
+
+
+@dataclass
+class Recorder(StandIn):
+    """Keeps the launches of the case that runs, in order."""
+
+    dtype: torch.dtype = torch.bfloat16
+    case: str = ""
+    phase: str = "forward"
+    launches: list[RecordedLaunch] = field(default_factory=list)
+
+    def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        function, data = fn.jit_function, json.loads(compile["specialization_data"])
+        self.launches.append(
+            RecordedLaunch(
+                target=self.target.name,
+                dtype=str(self.dtype).removeprefix("torch."),
+                case=self.case,
+                phase=self.phase,
+                op=function.module.rpartition(".")[2],
+                kernel=function.__name__,
+                source=function.cache_key,
+                signature=dict(compile["signature"]),
+                constants={
+                    function.arg_names[path[0]]: value for path, value in compile["constants"].items()
+                },
+                attributes={path[0]: value for path, value in compile["configs"][0].items() if value},
+                options={
+                    name: data["options"][name] for name in OPTIONS if data["options"].get(name) is not None
+                },
+            )
+        )
+        return True
+
+    def backward(self, *outputs: Tensor) -> None:
+        """Runs the backward pass with a dense gradient for each output."""
+        self.phase = "backward"
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+        self.phase = "forward"
+
+
+def forget_lines() -> None:
+    """Takes a kernel's line number out of its hash: text above a kernel does not change its code."""
+    for name in KERNEL_MODULES:
+        for value in vars(import_module(f"kernels.{name}")).values():
+            if isinstance(value, JITCallable) and value.hash is None:
+                value.starting_line_number = 0
+
+
+@contextmanager
+def recording(target: Target) -> Iterator[Recorder]:
+    """While this is open, Triton kernels are recorded for that target instead of launched."""
+    forget_lines()
+    recorder = Recorder(target)
+    with standing_in(recorder):
+        yield recorder
+
+
+def tensor(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
+    """A tensor without memory. Its address counts as aligned, that of a slice as its offset says."""
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
