@@ -22,8 +22,10 @@ def check_name_clash() -> str | None:
 
     transformers reads that distribution's version, then imports `kernels` and, started from this project's
     root, meets this package instead: with some versions of both its import then fails, far away from the
-    cause.
+    cause. A wheel has this package as smollm2.kernels, where nobody meets it by mistake.
     """
+    if __name__ != "kernels":
+        return None
     try:
         other = version("kernels")
     except PackageNotFoundError:

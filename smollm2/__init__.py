@@ -13,6 +13,14 @@ import types
 if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import kernels  # noqa: E402
+
+if not hasattr(kernels, "select_backend"):
+    raise ImportError(
+        f"`import kernels` finds {getattr(kernels, '__file__', kernels)}, not the kernels/ of this project: start from "
+        "its root, or install it as a wheel (pip install .), or pip uninstall kernels"
+    )
+
 from smollm2.config import SmolLM2Config  # noqa: E402
 from smollm2.generation.loop import generate  # noqa: E402
 from smollm2.model import SmolLM2ForCausalLM  # noqa: E402

@@ -49,6 +49,7 @@ from triton.runtime import build
 from triton.runtime.cache import FileCacheManager
 from triton.runtime.driver import driver
 
+import kernels
 from kernels.certify.recorder import StandIn
 from kernels.certify.targets import Target, target_for
 
@@ -79,7 +80,7 @@ class Specialisations(StandIn):
 
     def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         function = fn.jit_function
-        if function.module.startswith("kernels."):
+        if function.module.startswith(f"{kernels.__name__}."):
             self.found[Specialisation(function.module, function.__name__, compile["specialization_data"])] = (
                 None
             )

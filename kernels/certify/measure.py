@@ -24,6 +24,7 @@ import triton
 from triton import knobs
 from triton.compiler import ASTSource
 
+import kernels
 from kernels.certify.recorder import RecordedLaunch
 from kernels.certify.targets import TARGETS, Target
 
@@ -107,7 +108,7 @@ def measure(launch: RecordedLaunch) -> dict[str, Any]:
     process.
     """
     target = TARGETS[launch.target]
-    function = getattr(import_module(f"kernels.{launch.op}"), launch.kernel)
+    function = getattr(import_module(f"{kernels.__name__}.{launch.op}"), launch.kernel)
     attributes = {(index,): value for index, value in launch.attributes.items()}
     source = ASTSource(fn=function, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     knobs.compilation.always_compile = True  # the log of ptxas exists only when ptxas runs

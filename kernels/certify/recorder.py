@@ -22,6 +22,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITCallable
 
+import kernels
 from kernels import launch_config
 from kernels.certify.targets import Target
 
@@ -139,7 +140,7 @@ class Recorder(StandIn):
 def forget_lines() -> None:
     """Takes a kernel's line number out of its hash: text above a kernel does not change its code."""
     for name in KERNEL_MODULES:
-        for value in vars(import_module(f"kernels.{name}")).values():
+        for value in vars(import_module(f"{kernels.__name__}.{name}")).values():
             if isinstance(value, JITCallable) and value.hash is None:
                 value.starting_line_number = 0
 
