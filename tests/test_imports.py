@@ -125,59 +125,98 @@ def run_python(code: str, *, timeout: float = 120, **environment: str) -> subpro
     )  # fmt: skip
 
 
+# What each room may import besides the standard library. A name allows itself and what is below it.
+KERNEL = {
+    "torch",
+    "triton",
+    "kernels.types",
+    "kernels.checks",
+    "kernels.launch_config",
+    "kernels.products",
+    "kernels.tracing",
+}
+KERNELS = {
+    "__init__": {"torch", "kernels.types", "kernels.backend", "kernels.reference"},
+    "types": {"torch"},
+    "tracing": {"torch"},
+    "launch_config": {"torch", "triton"},
+    "checks": {"torch", "kernels.types"},
+    "products": {"torch"},
+    "reference": {"torch", "kernels.types", "kernels.checks"},
+    "backend": {"torch", "kernels.types", "kernels.reference", "kernels.eager"},
+    "eager": {
+        "torch",
+        "kernels.types",
+        "kernels.checks",
+        "kernels.reference",
+        "kernels.products",
+        "kernels.eager",
+    },
+    "certify": {"torch", "triton", "kernels"},
+    # Its second launch is the split kernel: the same one, not a copy that could drift from it.
+    "decode_layer": KERNEL | {"kernels.decode_attention"},
+    # A run on a CPU imports it, and with it no triton: it reaches the kernels inside its functions.
+    "fused_adamw": {"torch", "kernels.adamw"},
+}
+# Of smollm2, from the bottom to the top: a room imports those before it.
+SMOLLM2 = (
+    "errors",
+    "config",
+    "working_copies",
+    "sampling",
+    "model",
+    "pretrained",
+    "engine",
+    "generation",
+    "cli",
+    "commands",
+)
+# The public names, the oracle, and what no backend replaces.
+PUBLIC = {"kernels", "kernels.reference", "kernels.eager", "kernels.products", "kernels.types"}
+COMMANDS = {"generate", "perplexity", "quantize", "doctor", "compile"}
+
+
+def room(module: str) -> str:
+    """The room of a module: its file or folder below the package."""
+    name = module.split(".")[1] if "." in module else "__init__"
+    return "commands" if module.startswith("smollm2.") and name in COMMANDS else name
+
+
 @pytest.mark.parametrize("path", source_files(*PACKAGES), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
     found = list(imports_of(path))
-    package, name = path.relative_to(ROOT).parts[0], path.stem
+    package, name = (
+        path.relative_to(ROOT).parts[0],
+        room(".".join(path.relative_to(ROOT).with_suffix("").parts)),
+    )
     if package == "kernels":
-        if name == "reference":
-            allowed = {"torch", "kernels.checks", "kernels.cpu_linear", "kernels.products"}
-        elif name == "products":
-            allowed = {"torch", "kernels.checks", "kernels.cpu_linear"}
-        elif name in ("checks", "cpu_linear"):
-            allowed = {"torch"}
-        elif name == "cpu_attention":
-            allowed = {"torch", "kernels.checks"}
-        elif name == "backend":
-            allowed = {"torch", "kernels.reference", "kernels.cpu_attention"}
-            # The kernels are reachable only through load_triton(): nothing else may need triton.
+        if name == "backend":  # load_triton is the one door to the kernels: nothing else may need triton
             found = [one for one in found if one.function != "load_triton" or one.root != "kernels"]
-        elif name == "launch_config":
-            allowed = {"torch", "triton"}
-        elif name == "fused_adamw":  # importing it does not import triton: a run on a CPU does
-            assert all(one.function for one in found if one.module.startswith("kernels."))
-            allowed = {"torch", "kernels.adamw"}
-        elif name == "__init__":
-            allowed = {"torch", "kernels.backend", "kernels.reference"}
-        elif name == "tracing":
-            allowed = {"torch"}
-        elif name in ("cache_fill", "certify", "launches", "targets"):
-            allowed = {"torch", "triton", "kernels"}
-        else:
-            allowed = {
-                "torch",
-                "triton",
-                "kernels.checks",
-                "kernels.launch_config",
-                "kernels.products",
-                "kernels.tracing",
-            }
-            # its second launch is the split kernel: the same one, not a copy that could drift from it
-            if name == "decode_layer":
-                allowed.add("kernels.decode_attention")
-        assert outside(iter(found), allowed) == []
+        if name == "fused_adamw":
+            assert all(one.function for one in found if one.module == "kernels.adamw")
+        assert outside(iter(found), KERNELS.get(name, KERNEL)) == []
     elif package == "smollm2":
-        assert [one.module for one in found if one.root in ("train", "bench", "tests")] == []
-        # Public names only: what kernels/__init__.py exports, the reference, and the products that no backend
-        # replaces.
-        public = ("kernels", "kernels.reference", "kernels.cpu_linear", "kernels.products")
-        inner = [one.module for one in found if one.root == "kernels" and one.module not in public]
-        assert inner == [], "smollm2 uses the public names of kernels"
-        eager = [one.module for one in found if not one.function and one.root in OPTIONAL]
-        assert eager == [], "optional packages are imported inside the function that needs them"
+        assert {one.module for one in found if one.root in ("train", "bench", "tests")} == set()
+        inner = {
+            one.module
+            for one in found
+            if one.root == "kernels" and ".".join(one.module.split(".")[:2]) not in PUBLIC
+        }
+        assert inner == set(), "smollm2 uses the public names of kernels"
+        if name != "__init__":
+            above = SMOLLM2[SMOLLM2.index(name) + 1 :]
+            assert {
+                one.module for one in found if one.root == "smollm2" and room(one.module) in above
+            } == set()
+        eager = {one.module for one in found if not one.function and one.root in OPTIONAL}
+        assert eager == set(), "optional packages are imported inside the function that needs them"
     else:
-        forbidden = {"train", "bench", "tests"} - {package}
-        assert [one.module for one in found if one.root in forbidden] == []
+        allowed = {"train": {"train"}, "bench": {"bench", "train"}}[package]
+        assert {one.root for one in found if one.root in ("train", "bench", "tests")} <= allowed
+
+
+def test_no_file_imports_what_imports_it() -> None:
+    assert circles() == []
 
 
 def test_every_third_party_import_is_a_declared_dependency() -> None:
@@ -315,11 +354,11 @@ def test_no_name_clash_in_this_environment() -> None:
     assert kernels.check_name_clash() is None
 
 
-def readme_tree() -> dict[str, str]:
-    """path -> comment, from the README's file tree (two spaces of indentation per folder)."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"^## The files$.*?^```\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    assert block, "the README has a section 'The files' with a tree"
+def file_tree() -> dict[str, str]:
+    """path -> comment, from the tree of docs/FILES.md (two spaces of indentation per folder)."""
+    text = (ROOT / "docs" / "FILES.md").read_text(encoding="utf-8")
+    block = re.search(r"^```\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert block, "docs/FILES.md has a tree"
     tree: dict[str, str] = {}
     folders: list[str] = []
     for line in block[1].splitlines():
@@ -331,13 +370,13 @@ def readme_tree() -> dict[str, str]:
     return tree
 
 
-def test_the_file_tree_of_the_readme_is_the_repository() -> None:
-    tree = readme_tree()
+def test_the_file_tree_is_the_repository() -> None:
+    tree = file_tree()
     absent = [name for name in tree if not (ROOT / name).exists()]
-    assert absent == [], "the README names files that do not exist"
+    assert absent == [], "docs/FILES.md names files that do not exist"
     kept = {str(path.relative_to(ROOT)) for path in source_files(*PACKAGES)}
     kept |= {str(path.relative_to(ROOT)) for path in (ROOT / "train" / "configs").glob("*.yaml")}
-    assert sorted(kept - set(tree)) == [], "files that the README does not name"
+    assert sorted(kept - set(tree)) == [], "files that docs/FILES.md does not name"
     assert [name for name, comment in tree.items() if not comment] == [], "every file has its comment"
 
 
