@@ -24,11 +24,10 @@ from torch import Tensor
 from kernels import Backend, check_name_clash, select_backend
 from smollm2.cli import Parser, resolve_device, run_command
 from smollm2.config import SmolLM2Config
-from smollm2.engine.cache import KVCache
-from smollm2.engine.select import decode, prefill
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM, rotary_tables
-from smollm2.pretrained.tokenizer import load_tokenizer
+from smollm2.pretrained.load import load_tokenizer
 
 # transformers' own counts of the released models, the tied head counted once.
 RELEASED_PARAMETERS = {"135M": 134_515_008, "360M": 361_821_120, "1.7B": 1_711_376_384}
@@ -234,13 +233,13 @@ def check_cache(model: SmolLM2ForCausalLM) -> Finding:
     device, lengths = _device(model), (5, 11, 8)
     ids = _random_ids(model, 3, 15)
     full = model(ids).logits
-    model.pack()
-    cache = KVCache.allocate(model.config, 3, 15, device, full.dtype)
+    engine = Engine(model)
+    cache = engine.allocate(3, 15)
     # In `ids` row b goes on after its prompt; what prefill reads beyond lengths[b] must not matter.
-    found = [prefill(model, ids[:, :11], torch.tensor(lengths, device=device), cache)[:, None]]
+    found = [engine.prefill(ids[:, :11], torch.tensor(lengths, device=device), cache)[:, None]]
     for first, last in ((0, 1), (1, 4)):
         steps = torch.stack([ids[row, length + first : length + last] for row, length in enumerate(lengths)])
-        found.append(decode(model, steps, cache))
+        found.append(engine.decode(steps, cache))
     expected = torch.stack([full[row, length - 1 : length + 4] for row, length in enumerate(lengths)])
     return _at_most(float((torch.cat(found, dim=1) - expected).abs().max()), LOGITS_LIMIT)
 

@@ -65,7 +65,7 @@ class WorkingCopies:
     """Copies of all fp32 matrices of a model in `dtype`, torch.bfloat16 or torch.float16; vectors (norm
     weights) have none.
 
-    Projections that a module names in `beside()` have their copies side by side in one buffer [sum of rows,
+    Projections that a module names in `projections()` have their copies side by side in one buffer [sum of rows,
     in]; any other matrix has a buffer of its own, a tied one a single one. Nothing is copied before the first
     `refresh`. The copies belong to this model: neither a deep copy nor a pickle of it has any (the attribute
     is None there).
@@ -103,8 +103,8 @@ class WorkingCopies:
         self._copies, self._groups, self._buffers, self._places = {}, {}, [], []
         with torch.inference_mode(False), torch.no_grad():  # the buffers must be writable after a generation
             for module in self.model.modules():
-                if beside := getattr(module, "beside", None):
-                    holders = [projection._parameters for projection in beside()]
+                if projections := getattr(module, "projections", None):
+                    holders = [projection._parameters for projection in projections()]
                     # not where a weight is computed from other parameters
                     if all(holder.get("weight") is not None for holder in holders):
                         self._add(holders, "weight")

@@ -1,18 +1,18 @@
-"""Decoding that lives on the device: a step, from the token to the next one, that needs nothing from the
-host, as one CUDA graph.
+"""Decoding that lives on the device: the step from one token to the next needs nothing from the host, and is
+one CUDA graph.
 
-    embed -> layers -> norm -> lm_head -> sample -> ended? -> output        all of it in one replay; the host reads a chunk at a time
+    embed -> layers -> norm -> lm_head -> sample -> ended? -> output     in one replay; the host reads in chunks
 
 The kernels of a small model's step take less time than their launches from Python, and a host that waits for
 every token adds to that. So everything a step reads or writes lies in buffers that stay where they are
 (`DecodeLoop`): the token, the cache and how far it is filled, the noise of every position, which rows have
-ended, the tokens put out. The step is recorded once and replayed; end tokens are looked for once per chunk,
-while the next chunk is already running. What a chunk computes beyond the end of all rows is thrown away.
+ended, the tokens put out. The step is recorded once and replayed. The host looks for end tokens once per
+chunk, while the next chunk is already running. What a chunk computes beyond the end of all rows is dropped.
 
 A graph holds for one batch, one capacity of the cache and one way to choose tokens. Capacities are powers of
-two, and loops are kept for later prompts (`DecodeLoops`), so that the cost of a capture, which `describe`
-states, is paid once. Prompts are not captured: a prefill is few launches for much work. On a device without
-graphs the very same step runs operation by operation.
+two, and loops are kept for later prompts (`DecodeLoops`), so that each is captured once; `describe` states
+what that took. Prompts are not captured: a prefill is few launches for much work. On a device without graphs
+the same step runs operation by operation.
 
 What a capacity beyond the text costs: the Triton kernels end at a row's length; torch's attention reads the
 whole capacity and masks, at most twice the keys needed.
@@ -26,17 +26,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smollm2.engine.cache import KVCache
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
+from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import Sampler, SamplingParams, as_words, uniforms
-
-if TYPE_CHECKING:
-    from smollm2.engine.select import Engine
 
 SMALLEST_CAPACITY = 64
 CHUNK = 16  # tokens between two read-backs of a captured loop
@@ -334,6 +333,18 @@ class DecodeLoops:
             return DecodeLoop(self.engine, batch, capacity, self.chunk)
         except UsageError:
             return DecodeLoop(self.engine, batch, tokens, self.chunk)
+
+
+class CapturedEngine(Engine):
+    """The model as it is, its steps recorded as CUDA graphs: `generate` hands the loop over the tokens to the
+    device.
+    """
+
+    name = "captured"
+
+    def __init__(self, model: SmolLM2ForCausalLM, why: str = "") -> None:
+        super().__init__(model, why)
+        self.loops = DecodeLoops(self)
 
 
 def captured_steps(

