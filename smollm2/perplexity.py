@@ -114,10 +114,7 @@ def perplexity(
         raise UsageError(f"window: expected a number {bounds}, got {window}")
     if not 1 <= stride <= window:
         raise UsageError(f"stride: expected a number from 1 to {window}, the window, got {stride}")
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= model.config.vocab_size:
-        found = low if low < 0 else high
-        raise UsageError(f"text: expected ids in [0, {model.config.vocab_size}), got {found}")
+    model.config.check_ids("text", *(int(bound) for bound in ids.aminmax()))
 
     ids = ids.to(model.lm_head.weight.device)
     spans = list(windows(len(ids), window, stride))

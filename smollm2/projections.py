@@ -67,7 +67,7 @@ class FusedProjections(nn.Module):
         return _Packed.apply(packed, *weights) if torch.is_grad_enabled() else packed
 
     def copy_of(self, dtype: torch.dtype, *projections: nn.Linear) -> Tensor | None:
-        """The working copy of those weights in that dtype, as one matrix; None unless there is a current one."""
+        """The working copy of those weights in that dtype, as one matrix; None unless one is current."""
         if self.copies is None or self.copies.dtype != dtype or torch.compiler.is_compiling():
             return None
         weights = [projection.weight for projection in projections]

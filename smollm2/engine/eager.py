@@ -72,7 +72,7 @@ class Engine:
         return self._packed
 
     def _composed(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
-        """The step by the operations of the backend: embeddings [B, T, hidden] -> logits [B, T, V] in fp32."""
+        """The step by the backend's operations: embeddings [B, T, hidden] -> logits [B, T, V] in fp32."""
         model, ops, eps = self.model, self.model.backend, self.model.config.rms_norm_eps
         for index, weights in enumerate(model.pack()):
             x = ops.decode_layer(x, weights, *cache.layer(index), cache.lengths, cos, sin, eps=eps, ops=ops)

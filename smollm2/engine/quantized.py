@@ -11,12 +11,12 @@ int4 quarters them. `python -m smollm2.perplexity --compare int8,int4` prints wh
     int4: affine per 32 weights of a row.   w ~ (value - 8) * scale + zero,   value in 0 .. 15
                                             scale = (max - min) / 15
 
-Scales are rounded to their dtype first and the values chosen with the rounded ones, so that this rounding
+Scales are rounded to their dtype first, and the values chosen with the rounded ones, so that this rounding
 adds no error of its own. The products are torch's CPU kernels `_weight_int8pack_mm` and
-`_weight_int4pack_mm_for_cpu`. Norms stay in the model's dtype, and so does the embedding where tokens are
-looked up: one row per token is all that is read of it. As the output head, a fifth of all weights, the same
-matrix is int8 in both kinds: in int4 it alone would cost 0.05 nats per token, the rest 0.002 (the packaged
-weights, which were stored in 4 bits to begin with).
+`_weight_int4pack_mm_for_cpu`. Norms stay in the model's dtype, and so does the embedding, of which a token
+reads one row. As the output head, a fifth of all weights, the same matrix is int8 in both kinds: in int4 it
+alone would cost 0.05 nats per token, the rest 0.002 (the packaged weights, which were stored in 4 bits to
+begin with).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Int8Weight(NamedTuple):
 
 
 class Int4Weight(NamedTuple):
-    """A matrix [N, K] as (value - 8) * scale + zero, with a scale and a zero per group of G weights of a row."""
+    """A matrix [N, K] as (value - 8) * scale + zero, with both for every group of G weights of a row."""
 
     packed: Tensor  # [N, K / 2] uint8, in the order that the kernel of this CPU's instruction set reads
     scales_and_zeros: Tensor  # [K / G, N, 2], the dtype of the activations
@@ -82,9 +82,8 @@ def quantize_rows(weight: Tensor) -> Int8Weight:
     _check_matrix(weight)
     # a row of zeros stays zero
     scales = (weight.abs().amax(1).float() / 127).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
-    return Int8Weight(
-        (weight.float() / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
-    )
+    values = (weight.float() / scales.float()[:, None]).round_().clamp_(-127, 127)
+    return Int8Weight(values.to(torch.int8), scales)
 
 
 def quantize_groups(weight: Tensor, group: int = INT4_GROUP) -> Int4Weight:
@@ -98,7 +97,8 @@ def quantize_groups(weight: Tensor, group: int = INT4_GROUP) -> Int4Weight:
     rows, width = weight.shape
     if group not in (32, 64, 128, 256) or width % group or rows % 16:
         raise UsageError(
-            f"int4: expected rows in multiples of 16 and columns in multiples of the group ({group}), got [{rows}, {width}]; use int8"
+            f"int4: expected rows in multiples of 16 and columns in multiples of the group ({group}), "
+            f"got [{rows}, {width}]; use int8"
         )
     grouped = weight.float().view(rows, width // group, group)
     low, high = grouped.amin(2), grouped.amax(2)
@@ -113,8 +113,7 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
     """The matrix [N, K] that a quantised one stands for, in the dtype of its scales."""
     if isinstance(weight, Int8Weight):
         return (weight.values.float() * weight.scales.float()[:, None]).to(weight.scales.dtype)
-    # By the kernel, which alone knows its order: the product with one row of the identity is one column, with
-    # nothing to add up.
+    # By the kernel, which alone knows its order: a row of the identity picks one column, with nothing to add.
     identity = torch.eye(2 * weight.packed.shape[1], dtype=weight.scales_and_zeros.dtype)
     return linear_int4(identity, weight).t().contiguous()
 
@@ -131,18 +130,17 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight | WideInt8Weight) -> Tens
 def linear_int8(x: Tensor, weight: Int8Weight) -> Tensor:
     """x [..., K] @ weight.T -> [..., N], in the dtype of x.
 
-    torch's int8 kernel where it is right and fast: on the CPU, for bfloat16 and a few rows. It reads rows in
-    steps of 16 and, in bfloat16, past their end where K is no multiple of that (torch 2.13: wrong results, or
-    a crash); in float32 it is not vectorised. Elsewhere the values, which every floating-point dtype holds
-    exactly, are multiplied by an ordinary product, and the result by the scales.
+    By torch's int8 kernel where it is right and fast: on the CPU, for bfloat16 and a few rows. It reads rows
+    in steps of 16 and, in bfloat16, past their end where K is no multiple of that (torch 2.13: wrong results,
+    or a crash). In float32 it is not vectorised. Elsewhere an ordinary product multiplies by the values,
+    which every floating-point dtype holds exactly, and then come the scales.
     """
     scales = weight.scales.to(x.dtype)
     width = x.shape[-1]
     few = x.numel() <= INT8_KERNEL_ROWS * width
     if few and x.dtype == torch.bfloat16 and width % 16 == 0 and x.device.type == "cpu":
-        return torch._weight_int8pack_mm(x.reshape(-1, width).contiguous(), weight.values, scales).view(
-            *x.shape[:-1], len(scales)
-        )
+        rows = x.reshape(-1, width).contiguous()
+        return torch._weight_int8pack_mm(rows, weight.values, scales).view(*x.shape[:-1], len(scales))
     return F.linear(x, weight.values.to(x.dtype)) * scales
 
 
@@ -153,10 +151,9 @@ def linear_int4(x: Tensor, weight: Int4Weight) -> Tensor:
     width, groups = x.shape[-1], weight.scales_and_zeros.shape[0]
     rows = x.reshape(-1, width).contiguous()
     scales_and_zeros = weight.scales_and_zeros.to(x.dtype)
-    result = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        rows, weight.packed, width // groups, scales_and_zeros
-    )
-    return result.view(*x.shape[:-1], len(weight.packed))
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    product = multiply(rows, weight.packed, width // groups, scales_and_zeros)
+    return product.view(*x.shape[:-1], len(weight.packed))
 
 
 @torch.inference_mode()
@@ -273,10 +270,8 @@ def _weight(tensors: dict[str, Tensor], name: str) -> QuantizedWeight:
 
 def _check_matrix(weight: Tensor) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise UsageError(
-            f"quantize: expected a matrix of floating-point weights [N, K], got {weight.dtype} {list(weight.shape)}"
-        )
+        found = f"{weight.dtype} {list(weight.shape)}"
+        raise UsageError(f"quantize: expected a matrix of floating-point weights [N, K], got {found}")
     if not bool(weight.isfinite().all()):
-        raise UsageError(
-            "quantize: expected finite weights, got NaN or inf; the model is damaged or its training diverged"
-        )
+        hint = "the model is damaged or its training diverged"
+        raise UsageError(f"quantize: expected finite weights, got NaN or inf; {hint}")

@@ -1,4 +1,4 @@
-"""Which engine runs a model, chosen once: eager, captured graphs, int8 or int4 weights, or a compiled step."""
+"""Which engine runs a model: eager, captured graphs, int8 or int4 weights, or a compiled step."""
 
 from __future__ import annotations
 

