@@ -23,8 +23,8 @@ from bench import launches, roofline, work
 from bench.generate import Plan
 from bench.generate_peers import Variant
 from bench.peak_memory import peak_memory
-from smollm2.compile import find_package
 from smollm2.config import SmolLM2Config
+from smollm2.engine.compiled import find_package
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM

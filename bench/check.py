@@ -31,9 +31,10 @@ from torch import Tensor
 from bench import step_peers
 from bench.part import ROOT, one_line, parser, provenance, read_json, write_json
 from smollm2.cli import run_command
-from smollm2.compile import find_package
 from smollm2.config import SmolLM2Config
-from smollm2.engine.select import Engine, prefill, select_engine
+from smollm2.engine.compiled import find_package
+from smollm2.engine.eager import Engine, prefill
+from smollm2.engine.select import select_engine
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 

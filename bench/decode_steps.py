@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.timing import Sample, synchronize
 from smollm2.engine.cache import KVCache
 from smollm2.engine.captured import Choice, DecodeLoop
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams
 

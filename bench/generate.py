@@ -48,7 +48,8 @@ from bench.peers import not_measured, require  # noqa: E402
 from bench.timing import synchronize  # noqa: E402
 from smollm2.cli import Parser, parse_dtype, run_command  # noqa: E402
 from smollm2.config import SmolLM2Config  # noqa: E402
-from smollm2.engine.select import Engine, select_engine  # noqa: E402
+from smollm2.engine.eager import Engine  # noqa: E402
+from smollm2.engine.select import select_engine  # noqa: E402
 from smollm2.errors import UsageError  # noqa: E402
 from smollm2.model import SmolLM2ForCausalLM  # noqa: E402
 
@@ -262,7 +263,7 @@ def prompt_ids(model: str, config: SmolLM2Config, batch: int, length: int, tiny:
         return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     from pydoc_data.topics import topics
 
-    from smollm2.pretrained.tokenizer import load_tokenizer
+    from smollm2.pretrained.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     texts = sorted(topics.values(), key=len, reverse=True)[:batch]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bench.generate_peers import Turns, Variant, cache_bytes
 from smollm2.engine.cache import KVCache
-from smollm2.engine.select import CompiledEngine, Engine, QuantizedEngine
+from smollm2.engine.compiled import CompiledEngine
+from smollm2.engine.eager import Engine
+from smollm2.engine.quantized import QuantizedEngine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 

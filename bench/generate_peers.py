@@ -34,7 +34,8 @@ from smollm2.cli import parse_dtype
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.pretrained.checkpoint import cache_folder, stored_tensors
+from smollm2.pretrained.cache import cache_folder
+from smollm2.pretrained.load import stored_tensors
 
 # The library behind a variant, by the first word of its name up to a "+".
 LIBRARY = {

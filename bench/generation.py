@@ -43,8 +43,9 @@ from bench.timing import eager, synchronize
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.engine.cache import cache_bytes
-from smollm2.engine.captured import CHUNK
-from smollm2.engine.select import Engine, default_engine
+from smollm2.engine.captured import CHUNK, CapturedEngine
+from smollm2.engine.eager import Engine
+from smollm2.engine.select import default_engine
 from smollm2.generation.batch import generate_many
 from smollm2.model import SmolLM2ForCausalLM
 
@@ -283,7 +284,7 @@ class Bench:
             texts = generate(prompts, new_tokens)
             synchronize(device)
             seconds = time.perf_counter() - began
-            loops = engine.loops.describe() if engine.loops is not None else "none"
+            loops = engine.loops.describe() if isinstance(engine, CapturedEngine) else "none"
         finally:
             model.engine = None  # its loops hold memory
         return {

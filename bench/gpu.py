@@ -45,7 +45,7 @@ from bench.part import ROOT, read_json, resolve_device, write_json
 from bench.summary import summarise
 from smollm2.cli import run_command
 from smollm2.errors import UsageError
-from smollm2.pretrained.tokenizer import load_tokenizer
+from smollm2.pretrained.load import load_tokenizer
 
 GRACE = 15.0  # seconds for a part to save when it is stopped
 ENDING = 5.0  # seconds for the summary and the logs

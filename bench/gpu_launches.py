@@ -32,7 +32,7 @@ from kernels.certify.targets import target_for
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.engine.captured import SMALLEST_CAPACITY
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import PREFILL_TOKENS
 from smollm2.model import SmolLM2ForCausalLM

@@ -175,7 +175,8 @@ class SeparateAttention(SmolLM2Attention):
     ) -> Tensor:
         assert cache is None, "the ladder trains"
         q, k, v = (
-            F.linear(x, part.weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim)) for part in self.beside()
+            F.linear(x, part.weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
+            for part in self.projections()
         )
         q, k = self.backend.rope(q, k, cos, sin)
         mixed = self.backend.attention(q, k, v, doc_start, dropout_p=self.dropout if self.training else 0.0)
@@ -186,7 +187,7 @@ class SeparateMLP(SmolLM2MLP):
     """The MLP whose gate and up are two products."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = (F.linear(x, part.weight.to(x.dtype)) for part in self.beside())
+        gate, up = (F.linear(x, part.weight.to(x.dtype)) for part in self.projections())
         return F.linear(self.backend.swiglu(gate, up), self.down_proj.weight.to(x.dtype))
 
 

@@ -38,7 +38,8 @@ from smollm2.cli import Parser, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.pretrained.checkpoint import cache_folder, stored_tensors
+from smollm2.pretrained.cache import cache_folder
+from smollm2.pretrained.load import stored_tensors
 
 LITGPT = "litgpt==0.5.13"
 VENV_VARIABLE = "SMOLLM2_LITGPT_VENV"
@@ -289,7 +290,7 @@ def check() -> int:
     """
     from bench.generate_modes import EngineTurns
     from bench.train_step import TrainingStep
-    from smollm2.engine.select import Engine
+    from smollm2.engine.eager import Engine
 
     torch.manual_seed(0)
     config = SmolLM2Config.preset("tiny")

@@ -35,8 +35,9 @@ from bench.probes import Probe, measure_all, step_probes, token_probes
 from bench.train_step import CapturedStep, TrainingStep
 from kernels import Backend, select_backend
 from smollm2.cli import resolve_dtype, run_command
-from smollm2.compile import find_package
-from smollm2.engine.select import Engine, select_engine
+from smollm2.engine.compiled import find_package
+from smollm2.engine.eager import Engine
+from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 

@@ -60,7 +60,7 @@ PHASES = (
 done("import torch")
 import smollm2
 from smollm2.engine.cache import KVCache
-from smollm2.engine.select import prefill
+from smollm2.engine.eager import prefill
 done("import smollm2")
 tokenizer = smollm2.load_tokenizer(sys.argv[1])
 done("tokenizer")

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+Matrix = TypeVar("Matrix")  # a Tensor, or another form of a matrix that the caller's product knows
 
-class LayerWeights(NamedTuple):
+
+class LayerWeights(NamedTuple, Generic[Matrix]):
     """The weights of one block, packed for inference: three projections as one matrix, gate and up as
     another.
     """
 
     input_norm: Tensor  # [E]
-    qkv: Tensor  # [(H + 2K) * D, E]
-    o: Tensor  # [E, H * D]
+    qkv: Matrix  # [(H + 2K) * D, E]
+    o: Matrix  # [E, H * D]
     post_norm: Tensor  # [E]
-    gate_up: Tensor  # [2F, E]
-    down: Tensor  # [E, F]
+    gate_up: Matrix  # [2F, E]
+    down: Matrix  # [E, F]
 
 
 class RMSNorm(Protocol):
@@ -129,7 +131,7 @@ class DecodeLayer(Protocol):
     def __call__(
         self,
         x: Tensor,
-        weights: LayerWeights,
+        weights: LayerWeights[Tensor],
         key_cache: Tensor,
         value_cache: Tensor,
         lengths: Tensor,

@@ -6,9 +6,9 @@ import os
 import sys
 import types
 
-# Whether idle OpenMP threads spin or sleep is read once, when torch is imported: hence before the imports
-# below. On an idle machine spinning, torch's default, makes a compiled decode step a fifth faster; beside one
-# more busy program it makes it four times slower. So they sleep where the load says that processors are
+# torch reads once, when it is imported, whether idle OpenMP threads spin or sleep: hence before the imports
+# below. On an idle machine spinning, torch's default, makes a compiled decode step a fifth faster. Beside one
+# more busy program it makes it four times slower. So threads sleep where the load says that processors are
 # wanted. OMP_WAIT_POLICY in the environment decides otherwise.
 if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,15 +24,16 @@ if not hasattr(kernels, "select_backend"):
 from smollm2.config import SmolLM2Config  # noqa: E402
 from smollm2.generation.loop import generate  # noqa: E402
 from smollm2.model import SmolLM2ForCausalLM  # noqa: E402
-from smollm2.pretrained.tokenizer import load_tokenizer  # noqa: E402
+from smollm2.pretrained.load import load_model, load_tokenizer, save_model  # noqa: E402
 
 __all__ = ["SmolLM2Config", "SmolLM2ForCausalLM", "generate", "load_tokenizer"]
 
+# The model knows no loader: the loader imports the model.
+SmolLM2ForCausalLM._load, SmolLM2ForCausalLM._save = staticmethod(load_model), staticmethod(save_model)
+
 
 class _Package(types.ModuleType):
-    """`smollm2.generate` is the function, whichever came first: importing the command of that name would set
-    it to the module.
-    """
+    """Keeps `smollm2.generate` the function: importing the command of that name would replace it."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name == "generate" and isinstance(value, types.ModuleType)):

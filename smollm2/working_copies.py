@@ -1,11 +1,10 @@
 """16-bit copies of a model's fp32 weights, which the forward pass reads instead of casting them.
 
-A copy is current while its parameter is the one that it was made of: no write since, the same memory, the
-same shape. Otherwise it is not handed out, and the caller casts as it would without copies. A write is
-noticed by torch's own counter (every in-place operation, under no_grad and inference_mode too), by the
-address (`p.data = other`, `model.to(...)`), because the module has another parameter
-(`load_state_dict(assign=True)`), or by the hook that torch calls after the step of any optimizer: its fused
-ones do not count their writes.
+A copy is current while its parameter is as it was: no write since, the same memory, the same shape.
+Otherwise it is not handed out, and the caller casts as it would without copies. What shows a write is
+torch's own counter (every in-place operation, under no_grad and inference_mode too), another address
+(`p.data = other`, `model.to(...)`), another parameter in the module (`load_state_dict(assign=True)`), or the
+hook that torch calls after the step of any optimizer, whose fused ones do not count their writes.
 
 What escapes: writes through an alias that `p.data` made (`p.data.copy_(x)`, `p.data.mul_(2)`), kernels that
 write to a bare address, and a replayed CUDA graph, during which no Python runs. Call `invalidate()` after
@@ -35,7 +34,7 @@ class _Copy:
         self.source: Tensor | None = None
 
     def mark(self) -> None:
-        """The copy is that of the parameter as it is now."""
+        """Says that the copy was made of the parameter as it is now."""
         parameter = self.parameter
         self.source, self.version, self.address = parameter.detach(), parameter._version, parameter.data_ptr()
         self.shape, self.stride = parameter.shape, parameter.stride()
@@ -65,10 +64,9 @@ class WorkingCopies:
     """Copies of all fp32 matrices of a model in `dtype`, torch.bfloat16 or torch.float16; vectors (norm
     weights) have none.
 
-    Projections that a module names in `beside()` have their copies side by side in one buffer [sum of rows,
-    in]; any other matrix has a buffer of its own, a tied one a single one. Nothing is copied before the first
-    `refresh`. The copies belong to this model: neither a deep copy nor a pickle of it has any (the attribute
-    is None there).
+    The copies of a module's `projections()` lie side by side in one buffer [sum of rows, in]; any other
+    matrix has a buffer of its own, a tied one a single one. Nothing is copied before the first `refresh`. The
+    copies belong to this model: neither a deep copy nor a pickle of it has any (the attribute is None there).
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -87,7 +85,7 @@ class WorkingCopies:
         weakref.finalize(self, handle.remove)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Any optimizer's step is over: what it has written is outdated, unless it writes these copies too."""
+        """After any optimizer's step: what it has written is outdated, unless it writes these copies too."""
         if getattr(optimizer, "copies", None) is not self:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -103,8 +101,8 @@ class WorkingCopies:
         self._copies, self._groups, self._buffers, self._places = {}, {}, [], []
         with torch.inference_mode(False), torch.no_grad():  # the buffers must be writable after a generation
             for module in self.model.modules():
-                if beside := getattr(module, "beside", None):
-                    holders = [projection._parameters for projection in beside()]
+                if projections := getattr(module, "projections", None):
+                    holders = [projection._parameters for projection in projections()]
                     # not where a weight is computed from other parameters
                     if all(holder.get("weight") is not None for holder in holders):
                         self._add(holders, "weight")
@@ -134,11 +132,10 @@ class WorkingCopies:
         self._groups[id(first)] = buffer, members
 
     def refresh(self) -> None:
-        """Copies every parameter that was written since its copy was made, all in one call, and marks them
-        current.
+        """Copies every parameter that was written since its copy was made, all in one call.
 
         Where a module got another parameter, or one of another shape or device, all buffers are made anew. (A
-        module that took the place of another is not seen: its parameters have no copies.)
+        module that took the place of another is not noticed: its parameters have no copies.)
         """
         if not all(holder.get(name) is parameter for holder, name, parameter in self._places):
             self._build()
@@ -175,7 +172,7 @@ class WorkingCopies:
         buffer, members = self._groups.get(id(parameters[0]), (None, []))
         if len(members) != len(parameters):
             return None
-        for one, parameter in zip(members, parameters):  # noqa: B905  (strict costs time, in every layer of every forward pass)
+        for one, parameter in zip(members, parameters):  # noqa: B905 - strict costs time, in every layer
             if one.parameter is not parameter or not one.current():
                 return None
         return buffer
@@ -188,8 +185,8 @@ class WorkingCopies:
         return one.copy if one is not None and one.fits() else None
 
     def written(self, parameters: Iterable[Tensor]) -> None:
-        """The optimizer has just written these parameters and, where they have a `target`, their copies:
-        those are current.
+        """Marks the copies current that an optimizer has just written, as `target`s, along with the
+        parameters.
 
         Counts the write for autograd, so that a backward pass which still needs the old copies raises an
         error.

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import select_backend
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.engine.captured import DecodeLoops, captured_steps
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.generation.loop import generate_steps
 from smollm2.sampling import SamplingParams
 

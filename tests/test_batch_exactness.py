@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.engine.select import Engine, select_engine
+from smollm2.engine.eager import Engine
+from smollm2.engine.select import select_engine
 from smollm2.generation.batch import PREFILL_TOKENS, generate_many
 from smollm2.sampling import SamplingParams
 

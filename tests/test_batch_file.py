@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
 from smollm2.errors import LoadError, UsageError
-from smollm2.generation.batch_file import add_arguments, parse_prompts, run_file
+from smollm2.generation.batch_file import parse_prompts, run_file
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from smollm2.sampling import SamplingParams
 
@@ -235,11 +234,3 @@ def test_wrong_paths_are_named(model, tokenizer, tmp_path) -> None:
     with pytest.raises(UsageError, match="stop: expected texts that are not empty"):
         run_file(model, tokenizer, prompts, tmp_path / "out", stop=[""])
     assert prompts.read_text() == "the\n" and not (tmp_path / "out").exists()
-
-
-def test_the_flags_of_a_command_line() -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = parser.parse_args(["--prompts", "a.jsonl", "--output", "b.jsonl", "--slots", "3"])
-    assert (args.prompts, args.output, args.slots) == (Path("a.jsonl"), Path("b.jsonl"), 3)
-    assert vars(parser.parse_args([])) == {"prompts": None, "output": None, "slots": 8}

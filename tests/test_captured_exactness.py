@@ -13,7 +13,7 @@ from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, 
 
 from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine.captured import DecodeLoop, DecodeLoops, captured_steps
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.sampling import SamplingParams
 
 LENGTHS = (9, 1, 30, 17)

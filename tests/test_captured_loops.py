@@ -22,7 +22,7 @@ from smollm2.engine.captured import (
     capacity_for,
     captured_steps,
 )
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.sampling import SamplingParams
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from captured_cases import GREEDY, looped, prompts, tiny_model
 
-from smollm2 import SmolLM2Config, cache, generate
+from smollm2 import SmolLM2Config, generate
+from smollm2.engine import cache
 from smollm2.engine.cache import KVCache, cache_bytes, free_memory, require_memory
 from smollm2.engine.captured import DecodeLoops
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 
 CPU = torch.device("cpu")

@@ -18,15 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.pretrained.checkpoint import (
-    cached,
-    load_model,
-    map_safetensors,
-    origin,
-    resolve,
-    save_model,
-    write_safetensors,
-)
+from smollm2.pretrained.cache import cached
+from smollm2.pretrained.files import map_safetensors, write_safetensors
+from smollm2.pretrained.load import load_model, origin, save_model
+from smollm2.pretrained.source import resolve
 
 needs_gguf = pytest.mark.skipif(
     importlib.util.find_spec("gguf") is None, reason="needs the package gguf: pip install gguf"
@@ -200,7 +195,7 @@ def test_processes_that_start_together_share_one_entry(
     gguf_file: Path, cache: Path, project_root: Path
 ) -> None:
     code = (
-        "import sys; from smollm2.pretrained.checkpoint import load_model; "
+        "import sys; from smollm2.pretrained.load import load_model; "
         "print(load_model(sys.argv[1], 'torch', dtype='bf16').lm_head.weight.sum().item())"
     )
     command = [sys.executable, "-c", code, str(gguf_file)]
@@ -244,7 +239,7 @@ def test_a_model_has_an_origin_until_it_is_changed(
 def test_a_start_imports_nothing_slow_that_it_does_not_need(folder: Path, project_root: Path) -> None:
     """torch._dynamo takes a second; without this test a single operation on the meta device brings it back."""
     code = (
-        "import json, sys; from smollm2.pretrained.checkpoint import load_model; load_model(sys.argv[1], 'torch'); "
+        "import json, sys; from smollm2.pretrained.load import load_model; load_model(sys.argv[1], 'torch'); "
         "slow = ('torch._dynamo', 'transformers', 'gguf', 'triton', 'huggingface_hub'); "
         "print(json.dumps([name for name in slow if name in sys.modules]))"
     )

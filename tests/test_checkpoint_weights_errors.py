@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.errors import LoadError
-from smollm2.pretrained.checkpoint import load_model, save_model, write_files
+from smollm2.pretrained.files import write_files
+from smollm2.pretrained.load import load_model, save_model
 
 UP, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+from smollm2.cli import parse_dtype
 from smollm2.errors import UsageError
-from smollm2.pretrained.checkpoint import load_model, parse_dtype, save_model
+from smollm2.pretrained.load import load_model, save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -15,7 +15,9 @@ import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.errors import LoadError
-from smollm2.pretrained.checkpoint import cache_folder, load_model, resolve, save_model
+from smollm2.pretrained.cache import cache_folder
+from smollm2.pretrained.load import load_model, save_model
+from smollm2.pretrained.source import resolve
 
 needs_gguf = pytest.mark.skipif(
     importlib.util.find_spec("gguf") is None, reason="needs the package gguf: pip install gguf"

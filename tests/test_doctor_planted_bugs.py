@@ -177,7 +177,7 @@ def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch
 def test_a_backend_that_sees_the_future_makes_the_command_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "select_backend", lambda name, device: planted(attention=bidirectional))
+    monkeypatch.setattr(doctor, "resolve_backend", lambda name, device: planted(attention=bidirectional))
     monkeypatch.setattr(doctor, "_fresh", lambda preset, device, backend: tiny(backend))
     assert doctor.main(["--device", "cpu", "--backend", "planted"]) == 1
     table = capsys.readouterr().out.splitlines()

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.compile import build_package, find_package, main, package_path
+from smollm2.compile import main
+from smollm2.engine.compiled import CompiledEngine, build_package, find_package, package_path, step_weights
+from smollm2.engine.eager import Engine
+from smollm2.engine.eager_step import MATRICES
 from smollm2.engine.exported_step import DecodeStep, Matrix, StepWeights
-from smollm2.engine.quantized import MATRICES, dequantize
-from smollm2.engine.select import CompiledEngine, Engine, QuantizedEngine, select_engine, step_weights
+from smollm2.engine.quantized import QuantizedEngine, dequantize
+from smollm2.engine.select import select_engine
 from smollm2.generation.batch import generate_many
 
 

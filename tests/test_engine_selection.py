@@ -8,7 +8,10 @@ import torch
 
 from kernels import TORCH, select_backend
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.engine.select import CapturedEngine, Engine, QuantizedEngine, default_engine, select_engine
+from smollm2.engine.captured import CapturedEngine
+from smollm2.engine.eager import Engine
+from smollm2.engine.quantized import QuantizedEngine
+from smollm2.engine.select import default_engine, select_engine
 from smollm2.errors import UsageError
 
 

@@ -3,15 +3,20 @@ its definition.
 """
 
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
 from smollm2.errors import UsageError
+from smollm2.generation import loop
 from smollm2.generation.loop import stream_text
 from smollm2.sampling import SamplingParams, sample, uniform
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +158,8 @@ class Characters:
 
 
 def fixed(monkeypatch, data):
-    module = sys.modules["smollm2.generate"]  # the attribute of the package is the function
-    monkeypatch.setattr(
-        module, "generate_steps", lambda *args, **kwargs: (torch.tensor([byte]) for byte in data)
-    )
+    steps = lambda *args, **kwargs: (torch.tensor([byte]) for byte in data)  # noqa: E731
+    monkeypatch.setattr(loop, "generate_steps", steps)
 
 
 def test_streamed_text_never_splits_a_character(model, monkeypatch):
@@ -215,3 +218,17 @@ def test_wrong_ids_are_named(model):
         generate(model, torch.tensor([[600]]))
     with pytest.raises(UsageError, match="empty"):
         generate(model, torch.empty(1, 0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "first", ["import smollm2.generate", "import smollm2", "from smollm2.generation import loop"]
+)
+def test_generate_of_the_package_is_the_function(first):
+    """Importing the command of that name leaves it so, whichever module comes first."""
+    code = f"{first}; import smollm2, smollm2.generate; from smollm2 import generate, model; "
+    code += "assert generate is smollm2.generate is smollm2.generation.loop.generate; "
+    code += "model.SmolLM2ForCausalLM.from_pretrained('no-such-folder/x/y')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stderr.strip().endswith("LoadError: 'no-such-folder/x/y': no such file or folder"), (
+        done.stderr
+    )

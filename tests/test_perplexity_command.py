@@ -102,6 +102,44 @@ def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(
     assert 0 < abs(quantised["nats_per_token"] / plain["nats_per_token"] - 1) < 0.01
 
 
+def test_the_comparison_is_a_table_of_fp32_and_the_kinds_asked_for(
+    checkpoint, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))
+    code, out, _ = run(capsys, checkpoint, "--compare", "bf16,int8,int4", "--window", "16", "--text", TEXT)
+    head, _, *rows = out.splitlines()
+    ids = load_tokenizer(checkpoint).encode(TEXT, special=False)
+    assert code == 0 and f": {len(ids) // 16} windows of 16 tokens of --text 1 (ids " in head
+    table = {row.split()[0]: [float(cell) for cell in row.replace("%", "").split()[1:]] for row in rows}
+    assert list(table) == ["fp32", "bf16", "int8", "int4"]
+    assert table["fp32"][2] == 100.0
+    for nats, perplexity_, agreement, _ in table.values():
+        assert math.exp(nats) == pytest.approx(perplexity_, rel=1e-3)
+        assert 0 <= agreement <= 100
+    model = SmolLM2ForCausalLM.from_pretrained(checkpoint, "torch", "cpu").eval()
+    score = perplexity(model, ids[: len(ids) // 16 * 16], 16, 16)
+    assert table["fp32"][0] == pytest.approx(score.nats_per_token, abs=1e-3)
+    for name in ("bf16", "int8"):
+        assert table[name][0] == pytest.approx(table["fp32"][0], abs=0.1)
+    megabytes = [row[3] for row in table.values()]
+    assert megabytes == sorted(megabytes, reverse=True)
+
+
+def test_without_a_text_the_comparison_takes_pythons_language_reference(checkpoint, capsys) -> None:
+    code, out, _ = run(capsys, checkpoint, "--compare", "bf16")
+    head, _, *rows = out.splitlines()
+    assert code == 0 and ": 4 windows of 512 tokens of pydoc_data.topics of Python 3" in head
+    assert [row.split()[0] for row in rows] == ["fp32", "bf16"]
+
+
+def test_the_command_of_before_names_the_new_one() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "smollm2.quantize"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "python -m smollm2.perplexity --compare" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
@@ -114,6 +152,9 @@ def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(
         (["."], 1, ["cannot be read"]),
         (["--text", "the fox", "--backend", "trition"], 2, ["unknown backend 'trition'"]),
         (["--text", "the fox", "--quantize", "int3"], 2, ["--quantize", "see --help"]),
+        (["--compare", "int8,int2"], 2, ["--compare", "bf16, int8, int4", "'int2'"]),
+        (["--compare", "int8", "--stride", "3"], 2, ["--compare", "without --stride"]),
+        (["--compare", "int8", "--text", "the fox"], 2, ["--window", "the tokens of the text, got 512"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )

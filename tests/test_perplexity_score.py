@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.perplexity import Score, perplexity, windows
 

@@ -1,10 +1,7 @@
-"""A whole model quantised: the same forward pass, cached per source, made anew when the weights change; and
-the command.
-"""
+"""A whole model quantised: every matrix, cached per source, made anew when the weights change."""
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -12,12 +9,10 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.cli import run_command
 from smollm2.engine import quantized
-from smollm2.engine.quantized import Int4Weight, Int8Weight, dequantize, logits_of, main, quantized_layers
+from smollm2.engine.quantized import Int4Weight, Int8Weight, dequantize, quantized_layers
 from smollm2.errors import UsageError
-from smollm2.pretrained.checkpoint import load_model, save_model
-from smollm2.pretrained.tokenizer import train_tokenizer
+from smollm2.pretrained.load import load_model, save_model
 
 CONFIG = SmolLM2Config.preset("tiny")
 MATRICES = ("qkv", "o", "gate_up", "down")
@@ -40,14 +35,6 @@ def no_more_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("quantised again")
 
     monkeypatch.setattr(quantized, "quantize_all", refuse)
-
-
-def test_the_forward_pass_is_the_models_own() -> None:
-    model = SmolLM2ForCausalLM(CONFIG, backend="torch").eval()
-    ids = torch.randint(512, (2, 9))
-    assert torch.allclose(
-        logits_of(model, model.pack(), model.lm_head.weight.detach(), ids), model(ids).logits, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize(("kind", "cls"), [("int8", Int8Weight), ("int4", Int4Weight)])
@@ -122,21 +109,3 @@ def test_other_devices_and_unknown_kinds_are_refused() -> None:
         match="quantize=int8 runs on the CPU only, the model is on meta; use quantize=none there, or device=cpu",
     ):
         quantized_layers(model.to("meta"))
-
-
-def test_the_command_prints_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train_tokenizer(["the class statement", "a def is executed"] * 50, 300).save(folder)
-    assert run_command(main, ["--model", str(folder), "--windows", "2", "--length", "16"]) == 0
-    head, _, *rows = capsys.readouterr().out.splitlines()
-    assert "2 windows of 16 tokens" in head
-    table = {row.split()[0]: [float(cell) for cell in row.replace("%", "").split()[1:]] for row in rows}
-    assert list(table) == ["fp32", "bf16", "int8", "int4"]
-    assert table["fp32"][2] == 100.0
-    for nats, perplexity, agreement, _ in table.values():
-        assert math.exp(nats) == pytest.approx(perplexity, rel=1e-3)
-        assert 0 <= agreement <= 100
-    for name in ("bf16", "int8"):
-        assert table[name][0] == pytest.approx(table["fp32"][0], abs=0.1)
-    megabytes = [row[3] for row in table.values()]
-    assert megabytes == sorted(megabytes, reverse=True)
-    assert run_command(main, ["--model", str(folder), "--windows", "0"]) == 2

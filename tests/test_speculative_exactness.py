@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.generation.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats, speculative_steps
 from smollm2.sampling import SamplingParams
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.engine.select import CompiledEngine, Engine
+from smollm2.engine.compiled import CompiledEngine
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.generation.speculative import (
     MAX_ROWS,

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from smollm2.errors import LoadError
-from smollm2.pretrained.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from smollm2.pretrained.load import load_tokenizer
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = [
     "Hello, world! It's 2024; we'll pay $1,234.50 (don't ask).",
@@ -230,7 +231,7 @@ def test_user_defined_tokens_are_found_in_text_but_are_not_special(
 def test_a_gguf_file_without_a_usable_tokenizer_still_has_weights(
     trained: Tokenizer, write_gguf: Any, changes: dict[str, Any], message: str
 ) -> None:
-    from smollm2.pretrained.checkpoint import load_model
+    from smollm2.pretrained.load import load_model
 
     path = write_gguf({**tokenizer_metadata(trained), **changes})
     assert load_model(path, "torch").config.vocab_size == 300

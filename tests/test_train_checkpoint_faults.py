@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from smollm2.cli import run_command
 from smollm2.errors import LoadError
-from smollm2.pretrained.checkpoint import load_model
+from smollm2.pretrained.load import load_model
 from train import checkpoint
 from train.checkpoint import MANIFEST, SaveError, Saver, main, newest_checkpoint, verify
 from train.metrics import read_metrics

@@ -10,7 +10,7 @@ import torch
 from train_cases import checkpoint_folder, curve, run_config
 
 from smollm2.errors import UsageError
-from smollm2.pretrained.checkpoint import load_model
+from smollm2.pretrained.load import load_model
 from train.run import train
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

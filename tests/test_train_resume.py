@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from smollm2.errors import UsageError
-from smollm2.pretrained.checkpoint import load_model
+from smollm2.pretrained.load import load_model
 from train import checkpoint
 from train.checkpoint import newest_checkpoint
 from train.config import RunConfig

@@ -19,8 +19,7 @@ import torch
 
 from smollm2.cli import run_command
 from smollm2.errors import LoadError, UsageError
-from smollm2.pretrained.checkpoint import load_model
-from smollm2.pretrained.tokenizer import load_tokenizer
+from smollm2.pretrained.load import load_model, load_tokenizer
 from train import run
 from train.checkpoint import verify
 from train.config import RunConfig

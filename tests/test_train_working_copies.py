@@ -14,7 +14,7 @@ from kernel_cases import DEVICE, INTERPRETED
 from train_cases import checkpoint_folder, curve, run_config
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.pretrained.checkpoint import load_model
+from smollm2.pretrained.load import load_model
 from smollm2.working_copies import WorkingCopies
 from train.config import RunConfig
 from train.optim import FusedAdamW, working_copies

@@ -61,7 +61,7 @@ def test_copies_are_the_rounded_weights_side_by_side(dtype: torch.dtype, pack: b
     assert_right(model, copies)
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
     for module in (attention, mlp):
-        weights = [projection.weight for projection in module.beside()]
+        weights = [projection.weight for projection in module.projections()]
         assert torch.equal(
             copies.of_group(weights), torch.cat([weight.detach() for weight in weights]).to(dtype)
         )
@@ -85,7 +85,7 @@ def test_only_what_was_written_is_copied_again(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         weight.mul_(2)
     assert outdated(model, copies) == {"model.layers.0.self_attn.k_proj.weight"}
-    group = [projection.weight for projection in model.model.layers[0].self_attn.beside()]
+    group = [projection.weight for projection in model.model.layers[0].self_attn.projections()]
     assert copies.of_group(group) is None
     copies.refresh()
     assert sizes == [1] and copies.of_group(group) is not None
@@ -273,7 +273,7 @@ def test_a_projection_that_was_replaced_alone_is_not_read_from_the_old_buffer() 
     copies = refreshed(model)
     attention = model.model.layers[0].self_attn
     attention.k_proj.weight = nn.Parameter(attention.k_proj.weight.detach() * 2)
-    projections = [projection.weight for projection in attention.beside()]
+    projections = [projection.weight for projection in attention.projections()]
     assert copies.of_group(projections) is None
     copies.refresh()
     buffer = copies.of_group(projections)

@@ -43,7 +43,7 @@ from smollm2.cli import Parser, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.pretrained.checkpoint import load_model, stored_tensors, write_weights
+from smollm2.pretrained.load import load_model, stored_tensors, write_weights
 from smollm2.pretrained.tokenizer import Tokenizer
 from train import sharding
 from train.data.batches import DataState

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from smollm2.cli import Parser, run_command
 from smollm2.errors import LoadError
-from smollm2.pretrained.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from smollm2.pretrained.load import load_tokenizer
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train.config import RunConfig
 from train.data.batches import training_batches
 from train.data.corpus import EmbeddedSource, LocalSource, Source

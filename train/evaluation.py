@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smollm2.engine.select import Engine
+from smollm2.engine.eager import Engine
 from smollm2.generation.loop import generate
 from smollm2.model import IGNORE_INDEX, SmolLM2ForCausalLM, shift_labels
 from smollm2.pretrained.tokenizer import Tokenizer

@@ -31,8 +31,9 @@ from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.pretrained.checkpoint import resolve
-from smollm2.pretrained.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from smollm2.pretrained.load import load_tokenizer
+from smollm2.pretrained.source import resolve
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train import estimate, keep_freed_memory, metrics, plot, sharding, tracking
 from train.checkpoint import (
     Progress,

@@ -1,6 +1,4 @@
-"""The keys and values of past tokens, allocated once for a whole generation, and whether the memory for them
-is there.
-"""
+"""The keys and values of past tokens, allocated once per generation, and whether they fit the memory."""
 
 from __future__ import annotations
 
@@ -24,10 +22,10 @@ class KVCache:
     """Keys and values [layers, B, S, KV heads, head dim], and how far each row is filled.
 
     Row b holds positions 0 .. lengths[b] - 1 without gaps: prompts are compacted into it, so there is no
-    padding to mask. `longest` is an upper bound of `lengths` known on the host; it bounds what attention
-    reads without asking the device. `fixed`: the host does not count. Every view spans the whole capacity, so
-    that shapes and addresses stay the same from step to step, as a captured graph needs; attention masks by
-    `lengths`, and who decodes sees to it that the capacity suffices.
+    padding to mask. `longest` is an upper bound of `lengths` that the host knows, and bounds what attention
+    reads without asking the device. `fixed`: the host does not count. Every view then spans the whole
+    capacity, so that shapes and addresses stay the same from step to step, as a captured graph needs.
+    Attention masks by `lengths`, and the caller sees to it that the capacity suffices.
     """
 
     keys: Tensor
@@ -70,16 +68,13 @@ class KVCache:
         """
         if not self.fixed:
             if self.longest + tokens > self.capacity:
-                raise ValueError(
-                    f"cache: expected at most {self.capacity} tokens, got {self.longest} + {tokens}"
-                )
+                found = f"{self.longest} + {tokens}"
+                raise ValueError(f"cache: expected at most {self.capacity} tokens, got {found}")
             self.longest += tokens
         self.lengths += tokens
 
     def clear(self) -> None:
-        """Back to the state of a new cache, in the same memory: zeros, because the text before may have left
-        infinities behind.
-        """
+        """Back to a new cache in the same memory. Zeros, because the text before may have left infinities."""
         for tensor in (self.keys, self.values, self.lengths):
             tensor.zero_()
         self.longest, self.fixed = 0, False
@@ -87,15 +82,8 @@ class KVCache:
 
 def cache_bytes(config: SmolLM2Config, batch: int, capacity: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of `batch` rows of `capacity` tokens."""
-    return (
-        2
-        * config.num_hidden_layers
-        * batch
-        * capacity
-        * config.num_key_value_heads
-        * config.head_dim
-        * dtype.itemsize
-    )
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return batch * capacity * token
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -119,32 +107,26 @@ def free_memory(device: torch.device) -> int | None:
 def require_memory(
     config: SmolLM2Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raises UsageError if a cache of that size does not fit the free memory; it names what is needed, what
-    is free, and what fits.
+    """Raises UsageError, with what is needed, what is free and what fits, if a cache of that size does not
+    fit the free memory.
     """
     needed, free = cache_bytes(config, batch, capacity, dtype), free_memory(device)
     if free is None or needed <= (usable := free * USABLE_PERCENT // 100):
         return
     rows = usable // cache_bytes(config, 1, capacity, dtype)
     tokens = usable // cache_bytes(config, batch, 1, dtype)
-    fits = [f"a batch of {rows}"] if rows else []
-    fits += (
-        [
-            f"{tokens} tokens (prompt and new ones) for each of the {batch}"
-            if batch > 1
-            else f"{tokens} tokens"
-        ]
-        if tokens
-        else []
+    each = (
+        f"{tokens} tokens (prompt and new ones) for each of the {batch}" if batch > 1 else f"{tokens} tokens"
     )
-    raise UsageError(
-        f"cache: {batch} x {capacity} tokens in {str(dtype).removeprefix('torch.')} need {_megabytes(needed)}, and "
-        f"{_megabytes(usable)} can be had on {device} ({USABLE_PERCENT} % of what is free); "
-        + (f"what fits: {', or '.join(fits)}" if fits else "not even one token fits: free some memory")
-    )
+    fits = ", or ".join([f"a batch of {rows}"] * bool(rows) + [each] * bool(tokens))
+    advice = f"what fits: {fits}" if fits else "not even one token fits: free some memory"
+    size = f"{batch} x {capacity} tokens in {str(dtype).removeprefix('torch.')} need {megabytes(needed)}"
+    share = f"{megabytes(usable)} can be had on {device} ({USABLE_PERCENT} % of what is free)"
+    raise UsageError(f"cache: {size}, and {share}; {advice}")
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
+    """A number of bytes for a reader."""
     return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
@@ -162,18 +144,15 @@ def _host_memory() -> int | None:
 
 
 def _container_memory() -> int | None:
-    """What the control group (version 2) still grants; the kernel kills a process that goes beyond it,
-    without an error to catch.
-    """
+    """What the control group (version 2) still grants. The kernel kills a process that goes beyond it."""
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         if limit == "max":
             return None
         used = int((group / "memory.current").read_text(encoding="ascii"))
-        statistics = dict(
-            line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
-        )
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        statistics = dict(line.split() for line in lines)
         # the page cache counts as used, and is given up first
         return int(limit) - used + int(statistics.get("inactive_file", 0))
     except (OSError, ValueError):

@@ -1,18 +1,18 @@
-"""Decoding that lives on the device: a step, from the token to the next one, that needs nothing from the
-host, as one CUDA graph.
+"""Decoding that lives on the device: the step from one token to the next needs nothing from the host, and is
+one CUDA graph.
 
-    embed -> layers -> norm -> lm_head -> sample -> ended? -> output        all of it in one replay; the host reads a chunk at a time
+    embed -> layers -> norm -> lm_head -> sample -> ended? -> output      in one replay, read in chunks
 
 The kernels of a small model's step take less time than their launches from Python, and a host that waits for
 every token adds to that. So everything a step reads or writes lies in buffers that stay where they are
 (`DecodeLoop`): the token, the cache and how far it is filled, the noise of every position, which rows have
-ended, the tokens put out. The step is recorded once and replayed; end tokens are looked for once per chunk,
-while the next chunk is already running. What a chunk computes beyond the end of all rows is thrown away.
+ended, the tokens put out. The step is recorded once and replayed. The host looks for end tokens once per
+chunk, while the next chunk is already running. What a chunk computes beyond the end of all rows is dropped.
 
 A graph holds for one batch, one capacity of the cache and one way to choose tokens. Capacities are powers of
-two, and loops are kept for later prompts (`DecodeLoops`), so that the cost of a capture, which `describe`
-states, is paid once. Prompts are not captured: a prefill is few launches for much work. On a device without
-graphs the very same step runs operation by operation.
+two, and loops are kept for later prompts (`DecodeLoops`), so that each is captured once; `describe` states
+what that took. Prompts are not captured: a prefill is few launches for much work. On a device without graphs
+the same step runs operation by operation.
 
 What a capacity beyond the text costs: the Triton kernels end at a row's length; torch's attention reads the
 whole capacity and masks, at most twice the keys needed.
@@ -26,17 +26,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smollm2.engine.cache import KVCache
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
+from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import Sampler, SamplingParams, as_words, uniforms
-
-if TYPE_CHECKING:
-    from smollm2.engine.select import Engine
 
 SMALLEST_CAPACITY = 64
 CHUNK = 16  # tokens between two read-backs of a captured loop
@@ -47,7 +46,7 @@ KEPT_GRAPHS = 4  # per loop, one for every way to choose tokens
 
 @dataclass(frozen=True)
 class Choice:
-    """What a recorded step has built in, besides the sizes: how a token is chosen, and which one ends a row."""
+    """What a recorded step has built in besides the sizes: how it chooses tokens, and which end a row."""
 
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
@@ -88,16 +87,15 @@ def capacity_for(tokens: int, limit: int) -> int:
     """
     if tokens > limit:
         raise UsageError(
-            f"prompt and new tokens: expected at most {limit} together, got {tokens}; shorten the prompt or lower max_new_tokens"
+            f"prompt and new tokens: expected at most {limit} together, got {tokens}; "
+            "shorten the prompt or lower max_new_tokens"
         )
     return min(limit, max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length()))
 
 
 class DecodeLoop:
-    """The buffers of a batch and the steps recorded over them. One generation at a time: `start`, then `run`
-    and `read_back` in turn.
-
-    All calls of a generation belong on one CUDA stream.
+    """The buffers of a batch and the steps recorded over them, for one generation at a time: `start`, then
+    `run` and `read_back` in turn, all on one CUDA stream.
     """
 
     def __init__(self, engine: Engine, batch: int, capacity: int, chunk: int | None = None) -> None:
@@ -117,18 +115,15 @@ class DecodeLoop:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         # written with a penalty only
         self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=self.device)
-        # By position, made once per text: hashing in the step would be thirty launches, a look-up is one. A
-        # cached token of the 135M model takes 6,000 times the memory.
+        # By position, made once per text: hashing in the step would take thirty launches, a look-up takes
+        # one. A cached token of the 135M model takes 6,000 times the memory.
         self.noise = torch.zeros(batch, capacity, device=self.device)
         self.output = torch.zeros(self.chunk, batch, dtype=torch.int64, device=self.device)
         # row of `output` that the next token goes to
         self.slot = torch.zeros(1, dtype=torch.int64, device=self.device)
         # Two, because one chunk is read on the host while the next is written.
-        self._pinned = (
-            [torch.zeros(self.output.shape, dtype=torch.int64, pin_memory=True) for _ in range(2)]
-            if self.captures
-            else []
-        )
+        shape, buffers = self.output.shape, 2 if self.captures else 0
+        self._pinned = [torch.zeros(shape, dtype=torch.int64, pin_memory=True) for _ in range(buffers)]
         self._steps: dict[Choice, _Step] = {}  # the one used last at the end
         self._step: _Step | None = None
         self._weights: tuple[int, ...] = ()
@@ -141,19 +136,16 @@ class DecodeLoop:
 
     def describe(self) -> str:
         """One line: the sizes, and what its captures took."""
-        none = (
-            "nothing captured yet"
-            if self.captures
-            else f"not captured, there are no CUDA graphs on {self.device.type}"
-        )
-        costs = "; ".join(self._costs) or none
-        return f"decode loop, batch {self.batch}, capacity {self.cache.capacity}, read back every {self.chunk} tokens: {costs}"
+        absent = f"not captured, there are no CUDA graphs on {self.device.type}"
+        costs = "; ".join(self._costs) or ("nothing captured yet" if self.captures else absent)
+        sizes = f"batch {self.batch}, capacity {self.cache.capacity}"
+        return f"decode loop, {sizes}, read back every {self.chunk} tokens: {costs}"
 
     @torch.inference_mode()
     def start(
         self, input_ids: Tensor, lengths: Tensor, seeds: Sequence[int] | Tensor, choice: Choice
     ) -> None:
-        """Begins a generation: nothing of the one before remains. Prefills, and chooses the first token of
+        """Begins a generation; nothing of the one before remains. Prefills, and chooses the first token of
         every row, to be read back.
 
         input_ids [B, T], row b holding lengths[b] tokens and then anything; lengths [B]; seeds [B]. The first
@@ -178,7 +170,7 @@ class DecodeLoop:
 
     @torch.inference_mode()
     def run(self, steps: int) -> None:
-        """Computes the next `steps` <= chunk tokens of every row. On CUDA it returns before they are there."""
+        """Computes the next `steps` <= chunk tokens of every row. On CUDA it does not wait for them."""
         assert self._step is not None and steps <= self.chunk, (
             "start comes first, and the output holds a chunk"
         )
@@ -191,7 +183,7 @@ class DecodeLoop:
 
     @torch.inference_mode()
     def read_back(self, steps: int) -> _ReadBack:
-        """Sends the tokens of the last `steps` to the host, without waiting. At most two may be on their way."""
+        """Sends the tokens of the last `steps` to the host without waiting. Two may be under way at most."""
         if not self.captures:
             return _ReadBack(self.output[:steps].cpu())
         self._pinned.reverse()
@@ -207,23 +199,22 @@ class DecodeLoop:
 
     def _choose(self, step: _Step, logits: Tensor) -> None:
         """logits [B, V] -> the next token, into `tokens` and `output`. Its index in its text is
-        `cache.lengths`: what was fed so far.
+        `cache.lengths`, the number of tokens fed so far.
         """
-        noise = (
-            self.noise.gather(1, self.cache.lengths[:, None]).squeeze(1) if step.sampler.needs_noise else None
-        )
+        noise = None
+        if step.sampler.needs_noise:
+            noise = self.noise.gather(1, self.cache.lengths[:, None]).squeeze(1)
         chosen = step.sampler(logits, noise, self.seen)[:, None]
         if step.sampler.needs_seen:
             self.seen.scatter_(1, chosen, True)
-        # A comparison with each end token: torch.isin sorts, and waits for the result, once there are ten of
-        # them.
+        # Not torch.isin: with ten end tokens or more it sorts, and waits for the result.
         self.tokens.copy_(chosen.masked_fill(self.finished[:, None], step.pad))
         self.finished.logical_or_((self.tokens == step.ends).any(1))
         self.output.index_copy_(0, self.slot, self.tokens.T)
         self.slot.add_(1)
 
     def _prepare(self, choice: Choice) -> _Step:
-        """The step of that choice, captured before if it was used before. Runs steps on whatever the buffers
+        """The step of that choice, captured now unless it was used before. Runs steps on whatever the buffers
         hold.
         """
         # moved since, by `.to()` or assignment: the graphs would read freed memory
@@ -233,11 +224,8 @@ class DecodeLoop:
             self._weights = weights
         step = self._steps.pop(choice, None)
         if step is None:
-            step = _Step(
-                Sampler(choice.params, self.device),
-                torch.tensor(choice.eos_token_ids, dtype=torch.int64, device=self.device),
-                choice.pad_token_id,
-            )
+            ends = torch.tensor(choice.eos_token_ids, dtype=torch.int64, device=self.device)
+            step = _Step(Sampler(choice.params, self.device), ends, choice.pad_token_id)
             if self.captures:
                 self._capture(step)
         self._steps[choice] = step
@@ -259,7 +247,7 @@ class DecodeLoop:
             self._advance(step)
 
     def _capture(self, step: _Step) -> None:
-        """Records a step. On a stream of its own, as torch asks; recording computes nothing, the steps that
+        """Records a step, on a stream of its own as torch asks. Recording computes nothing; the steps that
         warm up do.
         """
         began = time.perf_counter()
@@ -275,15 +263,14 @@ class DecodeLoop:
         with torch.cuda.graph(step.graph, pool=self._pool, stream=stream):
             self._advance(step)
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._costs.append(
-            f"{WARM_UP_STEPS} steps to warm up took {warm - began:.2f} s, their capture {time.perf_counter() - warm:.2f} s"
-        )
+        warm_up = f"{WARM_UP_STEPS} steps to warm up took {warm - began:.2f} s"
+        self._costs.append(f"{warm_up}, their capture {time.perf_counter() - warm:.2f} s")
 
 
 @dataclass
 class DecodeLoops:
-    """The loops of an engine, kept for later prompts. A generation borrows one; two that take turns get one
-    each. For one thread.
+    """The loops of an engine, kept for later prompts. A generation borrows one, so that two which take turns
+    have one each. For one thread.
     """
 
     engine: Engine
@@ -297,13 +284,10 @@ class DecodeLoops:
         """
         model = self.engine.model
         capacity, head = capacity_for(tokens, model.config.max_position_embeddings), model.lm_head.weight
-        self.idle = [
-            loop for loop in self.idle if (loop.device, loop.cache.keys.dtype) == (head.device, head.dtype)
-        ]
-        loop = next(
-            (loop for loop in self.idle if loop.batch == batch and tokens <= loop.cache.capacity <= capacity),
-            None,
-        )
+        kind = head.device, head.dtype
+        self.idle = [loop for loop in self.idle if (loop.device, loop.cache.keys.dtype) == kind]
+        same_batch = (loop for loop in self.idle if loop.batch == batch)
+        loop = next((loop for loop in same_batch if tokens <= loop.cache.capacity <= capacity), None)
         if loop is None:
             loop = self._allocate(batch, capacity, tokens)
         else:
@@ -323,7 +307,7 @@ class DecodeLoops:
         return "\n".join(loop.describe() for loop in self.idle) or "no decode loop yet"
 
     def _allocate(self, batch: int, capacity: int, tokens: int) -> DecodeLoop:
-        """A new loop: in the place of the idle ones if it does not fit beside them, and for `tokens` exactly
+        """A new loop, in the place of the idle ones if it does not fit beside them, and for exactly `tokens`
         if it does not fit at all.
         """
         try:
@@ -334,6 +318,18 @@ class DecodeLoops:
             return DecodeLoop(self.engine, batch, capacity, self.chunk)
         except UsageError:
             return DecodeLoop(self.engine, batch, tokens, self.chunk)
+
+
+class CapturedEngine(Engine):
+    """The model as it is, its steps recorded as CUDA graphs: `generate` hands the loop over the tokens to the
+    device.
+    """
+
+    name = "captured"
+
+    def __init__(self, model: SmolLM2ForCausalLM, why: str = "") -> None:
+        super().__init__(model, why)
+        self.loops = DecodeLoops(self)
 
 
 def captured_steps(

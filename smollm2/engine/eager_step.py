@@ -3,19 +3,20 @@
     weights = plain_weights(model)                     # or packed_weights(model), or quantised matrices
     logits  = decode_step(model, weights, tokens, cache)
 
-It computes what `reference.decode_layer` composes, rounding where it rounds. At a few tokens a block is some
-ten microseconds of arithmetic between its products, and the composition spends more than that on calling
+It computes what `reference.decode_layer` composes, and rounds where that rounds. For a few tokens a block has
+some ten microseconds of arithmetic between its products, and the composition spends more than that on calling
 torch. Here
 
-    - positions, rotation and mask are formed once a step, not in every layer, and there is no mask where every key is seen;
-    - the rotation is one roll and one multiply-add over queries and keys together, rows of one length are written to the cache as a
-      slice, and the sums with the residual stream go into the products' results;
-    - the products are oneDNN's, called directly. In fp32 torch takes another library, which reads one row's weights half as fast. In bf16
-      oneDNN reads weights in its own blocked order twice as fast as row by row, so a copy in that order is
-      made at the first step.
+    - positions, rotation and mask are formed once a step, not in every layer, and there is no mask where
+      every key is seen;
+    - the rotation is one roll and one multiply-add over queries and keys together, rows of one length are
+      written to the cache as a slice, and the sums with the residual stream go into the products' results;
+    - the products are oneDNN's, called directly. In fp32 torch takes another library, which reads one row's
+      weights half as fast. In bf16 oneDNN reads weights in its own blocked order twice as fast as row by row,
+      so a copy in that order is made at the first step.
 
-The copy costs as much memory as the model's matrices (270 MB for 135M in bf16) and about a tenth of a second,
-which some fifteen tokens make good. It is shared by all engines of a model, made anew when the weights have
+The copy takes as much memory as the model's matrices (270 MB for 135M in bf16) and a tenth of a second, which
+pays off after some fifteen tokens. All engines of a model share it. It is made anew when the weights have
 changed, and left out where memory is short.
 """
 
@@ -23,8 +24,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,54 +34,63 @@ from torch import Tensor
 from kernels import TORCH, LayerWeights
 from kernels.eager.linear import onednn_is_faster
 from smollm2.engine.cache import KVCache, free_memory
+from smollm2.model import SmolLM2ForCausalLM
 
-if TYPE_CHECKING:
-    from smollm2.model import SmolLM2ForCausalLM
-
-# What the step does by itself: it stands in for them only while they are the reference.
-STANDS_IN_FOR = (
-    "rms_norm",
-    "add_rms_norm",
-    "rope_qkv",
-    "decode_attention",
-    "swiglu",
-    "decode_layer",
-    "decode_head",
-)
+# The operations of the backend that the step replaces: it may do so only while they are torch's own.
+REPLACES = "rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu", "decode_layer", "decode_head"
+MATRICES = "qkv", "o", "gate_up", "down"
 MEMORY_SHARE = 2  # a packed copy may take one part in this many of the free memory
 
 
+class Linear(Protocol):
+    """(x [..., K], matrix [N, K]) -> [..., N], for every form of a matrix that it knows."""
+
+    def __call__(self, x: Tensor, weight: Any) -> Tensor: ...
+
+
 class Weights(NamedTuple):
-    """The matrices of a step, and how to multiply by them."""
+    """The matrices of a step, in a form that `linear` multiplies by."""
 
-    layers: list[Any]  # as LayerWeights, the matrices in any form that `linear` knows
+    layers: list[LayerWeights[Any]]
     head: Any
-    linear: Callable[[Tensor, Any], Tensor]  # (x [..., K], matrix [N, K]) -> [..., N]
+    linear: Linear
+
+    def matrices(self) -> Iterable[Any]:
+        """The head and those of every block."""
+        return [self.head, *(getattr(layer, name) for layer in self.layers for name in MATRICES)]
+
+    def changed(self, change: Callable[[Any], Any]) -> Weights:
+        """The same with every matrix in another form."""
+        return Weights([changed(layer, change) for layer in self.layers], change(self.head), self.linear)
 
 
-def serves(model: SmolLM2ForCausalLM, cache: KVCache) -> bool:
+def changed(layer: LayerWeights[Any], change: Callable[[Any], Any]) -> LayerWeights[Any]:
+    """The weights of a block with its matrices in another form."""
+    return layer._replace(**{name: change(getattr(layer, name)) for name in MATRICES})
+
+
+def supports(model: SmolLM2ForCausalLM, cache: KVCache) -> bool:
     """Whether `decode_step` may run this model over this cache: eagerly on the CPU, with nothing replaced in
     the backend.
 
-    A fixed cache is that of a captured loop, whose lengths the host must not read.
+    A fixed cache belongs to a captured loop, whose lengths the host must not read.
     """
     backend = model.backend
     return (
         cache.keys.device.type == "cpu"
         and not cache.fixed
         and not torch.compiler.is_compiling()
-        and all(getattr(backend, op) is getattr(TORCH, op) for op in STANDS_IN_FOR)
+        and all(getattr(backend, op) is getattr(TORCH, op) for op in REPLACES)
     )
 
 
 def plain_weights(model: SmolLM2ForCausalLM) -> Weights:
     """The model's own matrices, where they lie."""
-    return Weights(list(model.pack()), model.lm_head.weight.detach(), linear)
+    return Weights(model.pack(), model.lm_head.weight.detach(), linear)
 
 
-_packed: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[list[tuple[int, int]], Weights]] = (
-    weakref.WeakKeyDictionary()
-)
+_packed: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[list[tuple[int, int]], Weights]]
+_packed = weakref.WeakKeyDictionary()
 
 
 @torch.inference_mode()
@@ -98,24 +108,9 @@ def packed_weights(model: SmolLM2ForCausalLM) -> Weights:
     _packed.pop(model, None)  # before the new copy is made: never two at a time
     if plain.head.dtype != torch.bfloat16 or not onednn(torch.bfloat16):
         return plain
-    matrices = [
-        plain.head,
-        *(matrix for layer in plain.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)),
-    ]
-    if not fits(sum(matrix.nbytes for matrix in matrices)):
+    if not fits(sum(matrix.nbytes for matrix in plain.matrices())):
         return plain
-    layers = [
-        LayerWeights(
-            layer.input_norm,
-            pack(layer.qkv),
-            pack(layer.o),
-            layer.post_norm,
-            pack(layer.gate_up),
-            pack(layer.down),
-        )
-        for layer in plain.layers
-    ]
-    weights = Weights(layers, pack(plain.head), linear)
+    weights = plain.changed(pack)
     _packed[model] = versions, weights
     return weights
 
@@ -128,7 +123,7 @@ def fits(size: int) -> bool:
 
 def pack(matrix: Tensor) -> Tensor:
     """A copy of a matrix [N, K] in the order that oneDNN multiplies fastest by; only `linear` can read it."""
-    # the same order whatever number of rows is hinted at
+    # the order does not depend on the number of rows that may be given as a hint
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
     return packed
 
@@ -180,7 +175,7 @@ def decode_step(model: SmolLM2ForCausalLM, weights: Weights, tokens: Tensor, cac
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm` bit for bit: torch's own scales before it rounds, unless the weight is left to us."""
+    """`reference.rms_norm` bit for bit. Given the weight, torch's own would scale before it rounds."""
     return F.rms_norm(x, weight.shape, None, eps) * weight
 
 
@@ -213,10 +208,10 @@ class _Step:
     def layer(
         self,
         x: Tensor,
-        weights: LayerWeights,
+        weights: LayerWeights[Any],
         keys: Tensor,
         values: Tensor,
-        linear: Callable[[Tensor, Any], Tensor],
+        linear: Linear,
         eps: float,
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]; keys and values [B, S, K, D] receive the new tokens'."""

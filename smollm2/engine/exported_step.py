@@ -1,15 +1,15 @@
-"""One decode step of one row as a function of tensors alone: what `smollm2.compile` hands to the compiler.
+"""One decode step of one row as a function of tensors alone, which smollm2/engine/compiled.py compiles.
 
     token, position, weights, keys and values so far  ->  logits, new keys and values
 
-At batch 1 every matrix product is a matrix times a vector: each weight is read once and used once, so that
-only the memory's speed counts. PyTorch's own bf16 products reach a third of it at this shape. Written as
-multiply and sum, the product becomes a loop that Inductor turns into vector instructions, with the norm, the
-rotation and the SwiGLU between the products generated around it.
+At batch 1 every product is a matrix times a vector: each weight is read once and used once, so that only the
+memory's speed counts. PyTorch's own bf16 products reach a third of it at this shape. Written as multiply and
+sum, a product becomes a loop that Inductor turns into vector instructions, with the norm, the rotation and
+the SwiGLU around it.
 
-The weights are arguments, not constants: a package serves every model of these sizes, and the weights stay
-where they are (memory-mapped). Between the weights and the cache all is fp32: nothing is rounded to 16 bits
-on the way, as it is in the eager step.
+The weights are arguments, not constants: a package fits every model of these sizes, and the weights stay
+where they are (memory-mapped). Everything between the weights and the cache is fp32; the eager step rounds to
+16 bits on the way.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import LayerWeights
 from smollm2.config import SmolLM2Config
 
 
@@ -30,17 +31,6 @@ class Matrix(NamedTuple):
     scales: Tensor | None = None  # [N]
 
 
-class Layer(NamedTuple):
-    """The weights of one block, as `kernels.LayerWeights` packs them."""
-
-    input_norm: Tensor  # [hidden]
-    qkv: Matrix  # [(H + 2K) * D, hidden]
-    o: Matrix  # [hidden, H * D]
-    post_norm: Tensor  # [hidden]
-    gate_up: Matrix  # [2F, hidden]
-    down: Matrix  # [hidden, F]
-
-
 class StepWeights(NamedTuple):
     """All that a step reads, beyond the token and the cache."""
 
@@ -49,20 +39,15 @@ class StepWeights(NamedTuple):
     embedding: Tensor  # [V, hidden]
     norm: Tensor  # [hidden]
     head: Matrix  # [V, hidden]
-    layers: list[Layer]
+    layers: list[LayerWeights[Matrix]]
 
     def flat(self) -> list[Tensor]:
         """The tensors in a fixed order: a package takes lists of tensors only."""
-        matrices = [
-            self.head,
-            *(matrix for layer in self.layers for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)),
-        ]
         norms = [norm for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
-        return [
-            *self[:4],
-            *norms,
-            *(tensor for matrix in matrices for tensor in matrix if tensor is not None),
-        ]
+        matrices = [self.head]
+        for layer in self.layers:
+            matrices += layer.qkv, layer.o, layer.gate_up, layer.down
+        return [*self[:4], *norms, *(part for matrix in matrices for part in matrix if part is not None)]
 
     @classmethod
     def from_flat(cls, tensors: list[Tensor], layers: int, quantized: bool) -> StepWeights:
@@ -78,15 +63,15 @@ class StepWeights(NamedTuple):
         following = matrices()
         head = next(following)
         blocks = [
-            Layer(before, next(following), next(following), after, next(following), next(following))
+            LayerWeights(before, next(following), next(following), after, next(following), next(following))
             for before, after in norms
         ]
         return cls(cos, sin, embedding, norm, head, blocks)
 
 
 def _stored(x: Tensor) -> Tensor:
-    """x, computed here and now: Inductor would otherwise compute it again inside every row of the product
-    that reads it.
+    """x, computed once. Inductor would otherwise compute it again in every row of the product that reads
+    it.
     """
     return torch.as_strided(x, x.shape, x.stride())
 
@@ -111,8 +96,12 @@ class DecodeStep(torch.nn.Module):
     def forward(
         self, token: Tensor, position: Tensor, tensors: list[Tensor], keys: list[Tensor], values: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """token, position [1] int64; tensors: StepWeights.flat(); keys, values: per layer [n, K, D], the n tokens before this one
-        -> logits [V] in fp32; this token's keys and values [layers, 2, K, D], for the caller to store."""
+        """One more token of one row.
+
+        token, position [1] int64; tensors: StepWeights.flat(); keys, values: per layer [n, K, D], those of
+        the n tokens before -> logits [V] in fp32, and this token's keys and values [layers, 2, K, D], for the
+        caller to store.
+        """
         weights = StepWeights.from_flat(tensors, self.config.num_hidden_layers, self.quantized)
         cos, sin = self._rotation(weights.cos[position], weights.sin[position])
         x = weights.embedding[token][0].float()
@@ -132,13 +121,13 @@ class DecodeStep(torch.nn.Module):
         """x [hidden] -> matrix @ rms_norm(x) [rows], fp32. The division by the norm comes after the product:
         one pass over x, not two.
         """
-        return _times(matrix, _stored(x * weight.float())) * torch.rsqrt(
-            x.square().mean() + self.config.rms_norm_eps
-        )
+        product = _times(matrix, _stored(x * weight.float()))
+        return product * torch.rsqrt(x.square().mean() + self.config.rms_norm_eps)
 
     def _rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin [1, D/2] -> [H + 2K, D/2] for all heads at once: queries turned and scaled for the softmax, keys turned, values as
-        they are. One loop for all three instead of five."""
+        """cos, sin [1, D/2] -> [H + 2K, D/2] for all heads: queries turned and scaled for the softmax, keys
+        turned, values as they are. One loop for all three instead of five.
+        """
         config = self.config
         queries, keys = config.num_attention_heads, config.num_key_value_heads
         scale = torch.ones(queries + 2 * keys, 1)

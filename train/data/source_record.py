@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from smollm2.pretrained.checkpoint import cache_folder
+from smollm2.pretrained.cache import cache_folder
 from train.config import RunConfig
 
 

@@ -18,9 +18,9 @@ from kernels import TORCH, reference
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
 from smollm2.engine import eager_step
 from smollm2.engine.cache import KVCache
-from smollm2.engine.eager_step import linear, onednn, pack, packed_weights, serves
-from smollm2.engine.quantized import INT8_PACKED_ROWS, WideInt8Weight, batch_weights
-from smollm2.engine.select import Engine, QuantizedEngine, decode
+from smollm2.engine.eager import Engine
+from smollm2.engine.eager_step import linear, onednn, pack, packed_weights, supports
+from smollm2.engine.quantized import INT8_PACKED_ROWS, QuantizedEngine, WideInt8Weight, batch_weights
 
 BFLOAT16 = pytest.mark.skipif(
     not onednn(torch.bfloat16), reason="oneDNN has no bfloat16 product for this processor"
@@ -67,7 +67,7 @@ def test_in_float64_it_is_the_composition(lengths: list[int]) -> None:
     """One token, several at once, rows of one length and of several: no rounding to hide behind."""
     model = model_of(torch.float64)
     other = composed(model)
-    assert serves(model, Engine(model).allocate(1, 4)) and not serves(other, Engine(other).allocate(1, 4))
+    assert supports(model, Engine(model).allocate(1, 4)) and not supports(other, Engine(other).allocate(1, 4))
     (ours, cache), (expected, other_cache) = (
         run(model, lengths, [1, 1, 3, 1]),
         run(other, lengths, [1, 1, 3, 1]),
@@ -131,16 +131,16 @@ def test_products_are_right_to_rounding(shape: tuple[int, int], rows: int, dtype
         assert bool(((product.double() - exact).abs() <= allowed).all())
 
 
-def test_only_the_eager_cpu_and_the_references_own_operations_are_served(
+def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_of()
     cache = Engine(model).allocate(1, 4)
-    assert serves(model, cache)
-    assert not serves(model, dataclasses.replace(cache, fixed=True))
-    assert not serves(model, dataclasses.replace(cache, keys=cache.keys.to("meta")))
+    assert supports(model, cache)
+    assert not supports(model, dataclasses.replace(cache, fixed=True))
+    assert not supports(model, dataclasses.replace(cache, keys=cache.keys.to("meta")))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not serves(model, cache)
+    assert not supports(model, cache)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch: pyt
     weights = packed_weights(model)
     assert weights.head.data_ptr() == model.lm_head.weight.data_ptr() and model not in eager_step._packed
     engine = QuantizedEngine(model, "int8")
-    assert batch_weights(engine.layers, engine.head).head is engine.head
+    assert batch_weights(engine.few).head is engine.head
 
 
 def test_fp32_needs_no_copy() -> None:
@@ -215,7 +215,7 @@ def test_fp32_needs_no_copy() -> None:
 def test_a_quantised_batch_multiplies_by_the_same_values() -> None:
     model = model_of(torch.bfloat16)
     engine = QuantizedEngine(model, "int8")
-    many = batch_weights(engine.layers, engine.head)
+    many = batch_weights(engine.few)
     x = torch.randn(INT8_PACKED_ROWS, model.config.hidden_size).bfloat16()
     for wide, weight in ((many.head, engine.head), (many.layers[1].qkv, engine.layers[1].qkv)):
         assert isinstance(wide, WideInt8Weight) and wide.scales is weight.scales
@@ -244,13 +244,3 @@ def test_a_quantised_batch_is_its_rows_to_rounding(kind: str) -> None:
     tokens = [torch.randint(512, (len(lengths), count), generator=generator) for count in (6, 1)][-1]
     narrow = eager_step.decode_step(model, engine.few, tokens, before)
     assert 0 < (together - narrow).norm() < 0.02 * narrow.norm()
-
-
-def test_decode_and_the_engine_agree() -> None:
-    model = model_of()
-    engine = Engine(model)
-    caches = [engine.allocate(1, 8) for _ in range(2)]
-    for cache in caches:
-        engine.prefill(torch.arange(1, 6)[None], torch.tensor([5]), cache)
-    tokens = torch.tensor([[7, 8]])
-    assert torch.equal(decode(model, tokens, caches[0]), engine.decode(tokens, caches[1]))

@@ -1,0 +1,201 @@
+"""The files of a model folder: JSON and safetensors, read with errors that name the file, written whole or
+not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smollm2.config import SmolLM2Config
+from smollm2.errors import LoadError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+STORED_DTYPES = dict(
+    F64=torch.float64,
+    F32=torch.float32,
+    F16=torch.float16,
+    BF16=torch.bfloat16,
+    I8=torch.int8,
+    U8=torch.uint8,
+)
+
+Writer = Callable[[Path], Any]  # writes the content of one file to the path that it is given
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises LoadError if it is not one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(data, dict):
+        raise LoadError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def json_writer(data: Mapping[str, Any]) -> Writer:
+    """A writer for `write_files` of readable JSON."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def write_files(folder: str | Path, writers: Mapping[str, Writer]) -> None:
+    """Writes several files into a folder so that each is complete or absent, even after a crash.
+
+    writers: file name -> writer. All are written under temporary names and flushed to disk before the first
+    is renamed. Raises LoadError if one cannot be written, and removes the temporary files.
+    """
+    folder = Path(folder)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in writers.items():
+            write(temporary[name])
+            _flush(temporary[name])
+        for name, path in temporary.items():
+            path.replace(folder / name)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        names = ", ".join(writers)
+        raise LoadError(f"{folder}: cannot write {names}: {reason}; nothing half-written is left") from error
+    finally:
+        for path in temporary.values():
+            with contextlib.suppress(OSError):  # the folder may turn out to be a file
+                path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Returns when the disk has the content of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def model_files(config: SmolLM2Config, tensors: dict[str, Tensor]) -> dict[str, Writer]:
+    """The files of a model folder for `write_files`: config.json, generation_config.json and the weights."""
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    data = config.to_dict()
+    ids = {
+        name: data[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if data[name] is not None
+    }
+    return {
+        # transformers 4 calls dtype torch_dtype
+        "config.json": json_writer({**data, "dtype": dtype, "torch_dtype": dtype}),
+        "generation_config.json": json_writer(ids),
+        WEIGHTS: lambda path: write_safetensors(path, tensors),
+    }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: model.safetensors, or the index and the shards beside it."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return [folder / INDEX, *sorted(folder.glob("model-*.safetensors"))]
+
+
+def read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    """All tensors of a folder, memory-mapped: those of model.safetensors, or of the shards in the index."""
+    if (folder / WEIGHTS).is_file():
+        return read_safetensors(folder / WEIGHTS, device)
+    index = folder / INDEX
+    if not index.is_file():
+        pickled = " (pytorch_model.bin is not read: convert it to safetensors)"
+        hint = pickled if (folder / "pytorch_model.bin").exists() else ""
+        raise LoadError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise LoadError(f"{index}: expected a weight_map from tensor names to files, got {weight_map!r:.80}")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        path = folder / Path(shard).name  # the name alone: an index must not lead out of its folder
+        if not path.is_file():
+            raise LoadError(
+                f"{folder / shard}: no such file, but {INDEX} names it; the download is incomplete"
+            )
+        tensors.update(read_safetensors(path, device))
+    absent = sorted(set(weight_map) - set(tensors))
+    if absent:
+        raise LoadError(f"{index}: names tensors that no shard holds: {abbreviate(absent)}")
+    return tensors
+
+
+def read_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a file, mapped on the CPU and copied to any other device. Raises LoadError if the file
+    is not sound.
+    """
+    try:
+        with safe_open(path, "pt"):  # checks the header
+            pass
+        return map_safetensors(path) if device.type == "cpu" else load_file(path, device=str(device))
+    except (SafetensorError, OSError, ValueError) as error:
+        with path.open("rb") as stream:
+            pointer = stream.read(7) == b"version"
+        damaged = f"truncated or corrupt ({error}); download or convert it again"
+        reason = "a Git LFS pointer; run git lfs pull" if pointer else damaged
+        raise LoadError(f"{path}: not a safetensors file: {reason}") from error
+
+
+def map_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a sound safetensors file as views of one private memory map, where neighbours in the
+    file can form one matrix.
+
+    `load_file` maps each tensor alone. It takes over where a dtype is none of STORED_DTYPES or the data is
+    not aligned.
+    """
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    if (8 + size) % 8 or any(entry["dtype"] not in STORED_DTYPES for entry in header.values()):
+        return load_file(path)
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[8 + size :]
+    tensors = {}
+    for name, entry in header.items():
+        (start, end), dtype = entry["data_offsets"], STORED_DTYPES[entry["dtype"]]
+        if start % dtype.itemsize:
+            return load_file(path)
+        tensors[name] = data[start:end].view(dtype).view(entry["shape"])
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file in the order given, wider dtypes first for alignment.
+
+    `save_file` sorts by name, which puts o_proj between k and q.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered.items():
+        end = offset + tensor.nbytes
+        header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape), data_offsets=[offset, end])
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # the data begins on a cache line
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered.values():
+            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def abbreviate(names: list[str]) -> str:
+    """The first few of a list of names, and how many more."""
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

