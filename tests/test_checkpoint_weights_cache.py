@@ -202,7 +202,7 @@ def test_processes_that_start_together_share_one_entry(
     started = [
         subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    answers = {process.communicate(timeout=120)[0] for process in started}
+    answers = {process.communicate(timeout=600)[0] for process in started}
     assert all(process.returncode == 0 for process in started)
     assert len(answers) == 1 and len(entries(cache)) == 2
 
@@ -248,7 +248,7 @@ def test_a_start_imports_nothing_slow_that_it_does_not_need(folder: Path, projec
         cwd=project_root,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []

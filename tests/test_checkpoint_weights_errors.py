@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_old_model_whole(folder: Path, project_root: Path
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     folders = [folder, folder.parent / "new"]
     command = [sys.executable, "-c", FULL_DISK, *map(str, folders)]
-    result = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=600, check=True)
     lines = result.stdout.splitlines()
     assert len(lines) == len(folders), result.stdout
     for line, target in zip(lines, folders, strict=True):
