@@ -188,7 +188,7 @@ def test_other_prompts_and_another_model_are_refused(loaded, prompts, begun, tmp
     other.write_bytes(prompts.read_bytes() + b'{"prompt": "one more"}\n')
     with pytest.raises(
         UsageError,
-        match=r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output, or",
+        match=r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output",
     ):
         run_file(model, tokenizer, other, begun, params=PARAMS, max_new_tokens=40)
     torch.manual_seed(1)

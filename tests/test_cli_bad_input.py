@@ -213,8 +213,9 @@ def broken_tokenizer(folder: Path) -> None:
         (broken_tokenizer, ["tokenizer.json"]),
     ],
     ids=[
-        "truncated weights", "empty weights", "no weights", "tensor missing", "wrong shape", "config not json", "another architecture",
-        "heads do not divide", "untied", "config of another size", "no tokenizer", "broken tokenizer",
+        "truncated weights", "empty weights", "no weights", "tensor missing", "wrong shape",
+        "config not json", "another architecture", "heads do not divide", "untied", "config of another size",
+        "no tokenizer", "broken tokenizer",
     ],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_one_line_and_code_1(
@@ -288,7 +289,8 @@ def test_run_command_maps_errors_to_codes(
 
 def test_a_reader_that_goes_away_is_no_error(checkpoint: Path) -> None:
     writer = subprocess.Popen(
-        [sys.executable, "-m", "smollm2.generate", "--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "200", "the"],
+        [sys.executable, "-m", "smollm2.generate", "--model", str(checkpoint), "--device", "cpu",
+         "--max-new-tokens", "200", "the"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert writer.stdout is not None and writer.stderr is not None
