@@ -227,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
         refused = "stride", "dtype", "backend", "quantize", "json"
         given = [name for name in refused if getattr(args, name) != parser.get_default(name)]
         if given:
-            raise UsageError(f"--compare: goes without --{given[0]}")
+            raise UsageError(f"--compare: cannot be combined with --{given[0]}")
         return _print_comparison(args, texts)
 
     model, tokenizer = load(args), load_tokenizer(args.model)

@@ -65,7 +65,7 @@ def gguf_name(name: str) -> str:
 
 
 def interleave_rows(weight: Tensor, heads: int) -> Tensor:
-    """What llama.cpp's converter does to q and k: rows i and i + D/2 of each head become rows 2i and 2i + 1."""
+    """What llama.cpp's converter does to q and k: rows i and i + D/2 of a head become rows 2i and 2i + 1."""
     head_dim = weight.shape[0] // heads
     result = torch.empty_like(weight)
     for head in range(heads):
@@ -180,7 +180,7 @@ def _decode_q4_1(block: bytes) -> list[float]:
 
 
 def _decode_q4_k(block: bytes) -> list[float]:
-    """ggml's dequantize_row_q4_K: 8 groups of 32, each with a 6-bit scale and minimum packed into 12 bytes."""
+    """ggml's dequantize_row_q4_K: 8 groups of 32, their 6-bit scales and minima packed into 12 bytes."""
     scale, minimum, packed, nibbles = _half(block, 0), _half(block, 2), block[4:16], block[16:]
     values = []
     for group in range(8):

@@ -77,7 +77,7 @@ def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(
         assert record == {
             "id": identity, "index": index, "prompt": prompt, "tokens": tokens,
             "finish_reason": "stop" if ended else "length",
-            "text": b"".join(map(tokenizer.token_bytes, tokens[:-1] if ended else tokens)).decode("utf-8", "replace"),
+            "text": b"".join(map(tokenizer.token_bytes, tokens[: len(tokens) - ended])).decode(errors="replace"),
         }  # fmt: skip
     assert (summary.rows, summary.resumed, summary.tokens) == (
         3,

@@ -24,16 +24,31 @@ from smollm2.sampling import SamplingParams
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = SamplingParams(temperature=1.0, top_k=50, suppress_tokens=(1, 2))
 COMMAND = """
-import sys
-from smollm2 import SmolLM2ForCausalLM, load_tokenizer
-from smollm2.generation.batch_file import run_file
+import signal, sys
 from smollm2.cli import run_command
+from smollm2.generation import batch_file
+from smollm2.pretrained.load import load_model, load_tokenizer
 from smollm2.sampling import SamplingParams
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the child of a background shell would ignore it
+checkpoint, prompts, output, pause = sys.argv[1:]
+
+class Bar(batch_file.tqdm):
+    # Waits for a signal after so many lines, so that no speed decides where it comes.
+    lines = 0
+
+    def update(self):
+        super().update()
+        self.lines += 1
+        if self.lines == int(pause):
+            open(output + ".paused", "w").close()
+            signal.pause()
+
 def main(argv):
-    model = SmolLM2ForCausalLM.from_pretrained(argv[0], "torch", "cpu")
+    batch_file.tqdm = Bar
     params = SamplingParams(temperature=1.0, top_k=50, suppress_tokens=(1, 2))
-    run_file(model, load_tokenizer(argv[0]), argv[1], argv[2], params=params, max_new_tokens=150, slots=2)
+    batch_file.run_file(load_model(checkpoint, "torch", "cpu"), load_tokenizer(checkpoint), prompts, output,
+                        params=params, max_new_tokens=40, slots=2)
     return 0
 
 sys.exit(run_command(main))
@@ -69,7 +84,7 @@ def loaded(checkpoint: Path):
 def undisturbed(loaded, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The lines of an undisturbed run, in the order of the prompts."""
     output = tmp_path_factory.mktemp("whole") / "out.jsonl"
-    run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=150, slots=8)
+    run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=40, slots=8)
     return in_order(output)
 
 
@@ -77,38 +92,39 @@ def in_order(path: Path) -> list[str]:
     return sorted(path.read_text(encoding="utf-8").splitlines(), key=lambda line: json.loads(line)["index"])
 
 
-def start(checkpoint: Path, prompts: Path, output: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(checkpoint), str(prompts), str(output)], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start(checkpoint: Path, prompts: Path, output: Path, pause: int = 0) -> subprocess.Popen[str]:
+    """The command; it waits for a signal when it has written `pause` lines (0: never)."""
+    command = [sys.executable, "-c", COMMAND, *map(str, (checkpoint, prompts, output, pause))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def wait_for_lines(process: subprocess.Popen[str], output: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while not output.exists() or output.read_bytes().count(b"\n") < count:
+def wait_until_paused(process: subprocess.Popen[str], output: Path) -> None:
+    marker, deadline = output.with_name(output.name + ".paused"), time.monotonic() + 600
+    while not marker.exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.01)
+    marker.unlink()
 
 
 def test_killed_and_given_again_the_lines_are_those_of_an_undisturbed_run(
     checkpoint, prompts, undisturbed, tmp_path
 ) -> None:
-    output, done = tmp_path / "out.jsonl", 0
-    for lines in (2, 5):
-        process = start(checkpoint, prompts, output)
-        wait_for_lines(process, output, lines)
+    output = tmp_path / "out.jsonl"
+    for before, lines in ((0, 2), (2, 5)):
+        process = start(checkpoint, prompts, output, lines - before)
+        wait_until_paused(process, output)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        done = output.read_bytes().count(b"\n")
-        assert lines <= done < 16, "it was to be killed in the middle"
+        assert output.read_bytes().count(b"\n") == lines
     with output.open("ab") as file:
         file.write(undisturbed[0].encode()[:-20])  # as if the kill had come within a write
     process = start(checkpoint, prompts, output)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
-    assert f"{done} of 16 prompts are answered; going on with {16 - done}" in error
+    assert "5 of 16 prompts are answered; going on with 11" in error
     assert in_order(output) == undisturbed
 
 
@@ -116,22 +132,21 @@ def test_interrupted_it_says_how_to_go_on_and_exits_with_130(
     checkpoint, prompts, undisturbed, loaded, tmp_path
 ) -> None:
     output = tmp_path / "out.jsonl"
-    process = start(checkpoint, prompts, output)
-    wait_for_lines(process, output, 2)
+    process = start(checkpoint, prompts, output, 2)
+    wait_until_paused(process, output)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    done = output.read_bytes().count(b"\n")
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in error
-    assert f"{done} of 16 prompts are answered in {output}; the same command goes on from there" in error
-    summary = run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=150, slots=3)
-    assert (summary.resumed, summary.rows) == (done, 16 - done)
+    assert f"2 of 16 prompts are answered in {output}; the same command goes on from there" in error
+    summary = run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=40, slots=3)
+    assert (summary.resumed, summary.rows) == (2, 14)
     assert in_order(output) == undisturbed
 
 
 def test_a_finished_output_is_left_as_it_is(loaded, prompts, undisturbed, tmp_path, capsys) -> None:
     output = tmp_path / "out.jsonl"
     for number in range(2):
-        summary = run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=150)
+        summary = run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=40)
         assert (summary.rows, summary.resumed) == ((16, 0) if number == 0 else (0, 16))
     assert "16 of 16 prompts are answered; going on with 0" in capsys.readouterr().err
     assert in_order(output) == undisturbed
@@ -141,7 +156,7 @@ def test_a_finished_output_is_left_as_it_is(loaded, prompts, undisturbed, tmp_pa
 def begun(loaded, undisturbed, prompts, tmp_path) -> Path:
     """An output with three of the sixteen lines."""
     output = tmp_path / "out.jsonl"
-    run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=150)
+    run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=40)
     output.write_text("".join(line + "\n" for line in undisturbed[3:6]), encoding="utf-8")
     return output
 
@@ -149,7 +164,7 @@ def begun(loaded, undisturbed, prompts, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(max_new_tokens=151), r"with max_new_tokens \(150, now 151\)"),
+        (dict(max_new_tokens=41), r"with max_new_tokens \(40, now 41\)"),
         (dict(seed=1), r"with seed \(0, now 1\)"),
         (dict(stop=["x"]), r'with stop \(\[\], now \["x"\]\)'),
         (
@@ -163,7 +178,7 @@ def begun(loaded, undisturbed, prompts, tmp_path) -> Path:
 def test_other_options_are_refused_by_name(loaded, prompts, begun, change, message) -> None:
     before = begun.read_bytes()
     with pytest.raises(UsageError, match=message):
-        run_file(*loaded, prompts, begun, **{"params": PARAMS, "max_new_tokens": 150, **change})
+        run_file(*loaded, prompts, begun, **{"params": PARAMS, "max_new_tokens": 40, **change})
     assert begun.read_bytes() == before
 
 
@@ -173,19 +188,19 @@ def test_other_prompts_and_another_model_are_refused(loaded, prompts, begun, tmp
     other.write_bytes(prompts.read_bytes() + b'{"prompt": "one more"}\n')
     with pytest.raises(
         UsageError,
-        match=r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output, or",
+        match=r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output",
     ):
-        run_file(model, tokenizer, other, begun, params=PARAMS, max_new_tokens=150)
+        run_file(model, tokenizer, other, begun, params=PARAMS, max_new_tokens=40)
     torch.manual_seed(1)
     another = SmolLM2ForCausalLM(model.config, "torch").eval()
     with pytest.raises(UsageError, match="with another model"):
-        run_file(another, tokenizer, prompts, begun, params=PARAMS, max_new_tokens=150)
+        run_file(another, tokenizer, prompts, begun, params=PARAMS, max_new_tokens=40)
 
 
 def test_an_output_that_is_not_ours_or_is_damaged_is_refused(
     loaded, prompts, begun, undisturbed, tmp_path
 ) -> None:
-    options = dict(params=PARAMS, max_new_tokens=150)
+    options = dict(params=PARAMS, max_new_tokens=40)
     foreign = tmp_path / "notes.jsonl"
     foreign.write_text("mine\n")
     with pytest.raises(
@@ -210,7 +225,7 @@ def test_two_commands_cannot_write_one_output(loaded, prompts, begun) -> None:
     with begun.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another command is writing to it"):
-            run_file(*loaded, prompts, begun, params=PARAMS, max_new_tokens=150)
+            run_file(*loaded, prompts, begun, params=PARAMS, max_new_tokens=40)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")

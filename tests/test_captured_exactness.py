@@ -172,7 +172,7 @@ def test_a_row_alone_is_the_row_in_the_batch(model: SmolLM2ForCausalLM) -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
 def test_nothing_leaks_from_the_prompt_before(model: SmolLM2ForCausalLM, params: SamplingParams) -> None:
-    """One loop: a long text of which all rows ended, NaN and other tokens left everywhere, then a short one."""
+    """One loop: a long text whose rows all ended, NaN and other tokens left everywhere, then a short one."""
     loops = DecodeLoops(Engine(model), 4)
     long_ids, long_mask = prompts((40, 33), seed=5)
     ends = list(range(0, 512, 3))

@@ -132,7 +132,8 @@ def test_loops_say_what_they_are(model: SmolLM2ForCausalLM) -> None:
     ids, mask = prompts((4, 5))
     looped(loops, ids, mask, [0, 1], params=GREEDY, max_new_tokens=3)
     if not torch.cuda.is_available():
-        expected = "decode loop, batch 2, capacity 64, read back every 8 tokens: not captured, there are no CUDA graphs on cpu"
+        expected = "decode loop, batch 2, capacity 64, read back every 8 tokens: "
+        expected += "not captured, there are no CUDA graphs on cpu"
         assert loops.describe() == expected
     with pytest.raises(UsageError, match="chunk: expected a number of steps >= 1, got 0"):
         DecodeLoop(Engine(model), 1, 64, chunk=0)

@@ -202,7 +202,7 @@ def test_processes_that_start_together_share_one_entry(
     started = [
         subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    answers = {process.communicate(timeout=120)[0] for process in started}
+    answers = {process.communicate(timeout=600)[0] for process in started}
     assert all(process.returncode == 0 for process in started)
     assert len(answers) == 1 and len(entries(cache)) == 2
 
@@ -237,18 +237,13 @@ def test_a_model_has_an_origin_until_it_is_changed(
 
 
 def test_a_start_imports_nothing_slow_that_it_does_not_need(folder: Path, project_root: Path) -> None:
-    """torch._dynamo takes a second; without this test a single operation on the meta device brings it back."""
+    """torch._dynamo takes a second, and a single operation on the meta device imports it."""
     code = (
         "import json, sys; from smollm2.pretrained.load import load_model; load_model(sys.argv[1], 'torch'); "
         "slow = ('torch._dynamo', 'transformers', 'gguf', 'triton', 'huggingface_hub'); "
         "print(json.dumps([name for name in slow if name in sys.modules]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=project_root,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []

@@ -38,7 +38,7 @@ def model_of(dtype: torch.dtype = torch.float32, **changes: Any) -> SmolLM2ForCa
 
 
 def composed(model: SmolLM2ForCausalLM) -> SmolLM2ForCausalLM:
-    """The same weights, run by the composition: a backend with an operation that is not the reference's own."""
+    """The same weights, run by the composition: one operation of the backend is not torch's own."""
     other = copy.deepcopy(model)
     other.backend = dataclasses.replace(TORCH, swiglu=lambda *tensors: reference.swiglu(*tensors))
     return other

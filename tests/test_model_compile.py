@@ -18,7 +18,7 @@ def ids() -> Tensor:
 
 @pytest.mark.parametrize("loss", ["torch", "torch,all-logits"])
 def test_a_second_step_and_new_weights_compile_nothing(loss: str, ids: Tensor) -> None:
-    """The first step once made the rotary tables, the second found them: the whole model was compiled twice."""
+    """The first step made the rotary tables and the second found them: once that compiled the model twice."""
     torch.compiler.reset()
     model = build(CONFIG, loss, torch.device("cpu"))
     first = {name: value.clone() for name, value in model.state_dict().items()}
@@ -45,7 +45,7 @@ def test_the_rotary_tables_are_there_before_the_first_step() -> None:
 
 @pytest.mark.parametrize("length", [CONFIG.head_dim // 2, CONFIG.head_dim // 2 + 1])
 def test_any_first_length_is_one_graph_of_dynamic_sizes(length: int) -> None:
-    """A length that is also the width of the rotary tables was refused: to the compiler both were one size."""
+    """A length that is also the width of the rotary tables: once the compiler took both for one size."""
     torch.compiler.reset()
     model = SmolLM2ForCausalLM(CONFIG, "torch")
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)

@@ -30,7 +30,10 @@ pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
 
 NEW_TOKENS = 64
-CODE = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\n\ndef factorial("
+CODE = (
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)"
+    "\n\n\ndef factorial("
+)
 PROMPTS = [
     "The capital of France is",
     CODE,
@@ -82,7 +85,7 @@ def batch(pair: Pair) -> Batch:
 
 
 def each_alone(model: SmolLM2ForCausalLM, prompts: list[list[int]], tokens: int) -> Tensor:
-    """The greedy continuations [prompts, tokens], each prompt alone; eos_token_id=[] so that none ends early."""
+    """Greedy continuations [prompts, tokens], each prompt alone; eos_token_id=[], so that none ends early."""
     rows = [
         generate(model, torch.tensor([prompt]), max_new_tokens=tokens, eos_token_id=[])[0, len(prompt) :]
         for prompt in prompts
@@ -115,7 +118,8 @@ def agreement(first: Tensor, second: Tensor) -> str:
     """How many rows are equal as a whole, and how many tokens before the first difference on average."""
     same = first == second
     until = same.int().cumprod(1).sum(1).float().mean().item()
-    return f"{int(same.all(1).sum())} of {len(same)} prompts equal over {same.shape[1]} tokens, {until:.1f} before the first difference"
+    equal = f"{int(same.all(1).sum())} of {len(same)} prompts equal over {same.shape[1]} tokens"
+    return f"{equal}, {until:.1f} before the first difference"
 
 
 def test_logits_are_those_of_transformers(
@@ -180,7 +184,8 @@ def test_bf16_agreement(pair: Pair, batch: Batch, report: Callable[[str], None])
     cached = (uncached_argmax(model, batch.prompts, alone) == alone).float().mean().item()
     exact = (uncached_argmax(pair.ours, batch.prompts, alone) == alone).float().mean().item()
     report(
-        f"bf16 tokens that a bf16 pass without cache chooses too: {cached:.1%}, that a fp32 pass chooses too: {exact:.1%}"
+        f"bf16 tokens that a bf16 pass without cache chooses too: {cached:.1%}, "
+        f"that a fp32 pass chooses too: {exact:.1%}"
     )
     assert cached > 0.9 and exact > 0.9
 

@@ -134,7 +134,7 @@ def test_without_a_text_the_comparison_takes_pythons_language_reference(checkpoi
 
 def test_the_command_of_before_names_the_new_one() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "smollm2.quantize"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "smollm2.quantize"], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "python -m smollm2.perplexity --compare" in done.stderr and done.stderr.count("\n") == 1
@@ -153,7 +153,7 @@ def test_the_command_of_before_names_the_new_one() -> None:
         (["--text", "the fox", "--backend", "trition"], 2, ["unknown backend 'trition'"]),
         (["--text", "the fox", "--quantize", "int3"], 2, ["--quantize", "see --help"]),
         (["--compare", "int8,int2"], 2, ["--compare", "bf16, int8, int4", "'int2'"]),
-        (["--compare", "int8", "--stride", "3"], 2, ["--compare", "without --stride"]),
+        (["--compare", "int8", "--stride", "3"], 2, ["--compare", "with --stride"]),
         (["--compare", "int8", "--text", "the fox"], 2, ["--window", "the tokens of the text, got 512"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
@@ -174,8 +174,8 @@ def test_a_file_that_is_no_utf8_is_named(checkpoint, tmp_path, capsys) -> None:
 
 def test_it_runs_as_a_module(checkpoint) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "smollm2.perplexity", "--model", str(checkpoint), "--text", "the quick brown fox"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "smollm2.perplexity", "--model", str(checkpoint), "--text", "the quick brown"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("nats/token") and done.stderr == ""

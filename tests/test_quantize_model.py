@@ -106,6 +106,6 @@ def test_other_devices_and_unknown_kinds_are_refused() -> None:
         quantized_layers(model, "int2")
     with pytest.raises(
         UsageError,
-        match="quantize=int8 runs on the CPU only, the model is on meta; use quantize=none there, or device=cpu",
+        match="quantize=int8 runs on the CPU only, the model is on meta; use quantize=none there, or device",
     ):
         quantized_layers(model.to("meta"))

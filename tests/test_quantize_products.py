@@ -44,7 +44,7 @@ def values_of(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("width", [576, 575, 8, 1536, 250])
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 64])
 def test_int8_in_any_shape(rows: int, width: int, dtype: torch.dtype) -> None:
-    """Widths that are no multiple of 16 are those where the kernel in bfloat16 reads past the end of a row."""
+    """In bfloat16 the kernel reads past the end of a row whose width is no multiple of 16."""
     weight = quantize_rows(torch.randn(63, width).to(dtype))
     x = torch.randn(rows, width).to(dtype)
     assert_close_to_exact(linear_int8(x, weight), x, values_of(weight, dtype))

@@ -161,7 +161,7 @@ def test_another_model_as_the_draft(model, prompt, params):
 
 @PARAMS
 def test_a_draft_that_is_sometimes_right(model, params):
-    """Weights a little off: every length of accepted run occurs, and the draft's cache is cut back to each."""
+    """Weights a little off: every length of accepted run occurs; the draft's cache is truncated to each."""
     other = random_model(0)
     with torch.no_grad():
         for parameter in other.parameters():

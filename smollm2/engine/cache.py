@@ -25,7 +25,7 @@ class KVCache:
     padding to mask. `longest` is an upper bound of `lengths` that the host knows, and bounds what attention
     reads without asking the device. `fixed`: the host does not count. Every view then spans the whole
     capacity, so that shapes and addresses stay the same from step to step, as a captured graph needs.
-    Attention masks by `lengths`, and the caller sees to it that the capacity suffices.
+    Attention masks by `lengths`, and the caller makes sure that the capacity suffices.
     """
 
     keys: Tensor
@@ -87,7 +87,7 @@ def cache_bytes(config: SmolLM2Config, batch: int, capacity: int, dtype: torch.d
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device; None where nobody can say.
+    """Bytes that can still be allocated on the device; None where that is unknown.
 
     CUDA: what the driver has, and what torch has reserved and does not use. MPS: the recommended limit less
     what is allocated. CPU: what Linux calls available (page cache that it would give up included), or free

@@ -73,7 +73,7 @@ class _ReadBack:
     arrived: torch.cuda.Event | None = None
 
     def wait(self) -> Tensor:
-        """[steps, B], a copy: the buffer serves again."""
+        """[steps, B], a copy, because the buffer is used again."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.tokens.clone()
@@ -295,7 +295,7 @@ class DecodeLoops:
         try:
             yield loop
         except Exception:
-            loop = None  # nobody knows what state it is in
+            loop = None  # its state is unknown
             raise
         finally:
             if loop is not None:

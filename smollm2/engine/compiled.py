@@ -31,7 +31,7 @@ from smollm2.engine.quantized import Int4Weight, Int8Weight, QuantizedEngine, Qu
 from smollm2.errors import UsageError
 from smollm2.pretrained.cache import cache_folder
 
-_EXAMPLE_TOKENS = 20  # in the cache of the example that is traced; any number from 2 serves
+_EXAMPLE_TOKENS = 20  # in the cache of the example that is traced; any number from 2 will do
 
 
 class CompiledEngine(Engine):

@@ -55,16 +55,16 @@ class Engine:
         self._packed = None
         return prefill(self.model, input_ids, lengths, cache)
 
-    @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Appends a few tokens to every row: [B, T] -> logits [B, T, V] in fp32. The cache grows by T."""
         model, length = self.model, tokens.shape[1]
         if supports(model, cache):
             return decode_step(model, self._weights(tokens.numel()), tokens, cache).float()
-        cache.advance(length)
-        position = cache.lengths[:, None] - length + torch.arange(length, device=tokens.device)
-        cos, sin = (table[position] for table in model.model.rotary(tokens.device))
-        return self._composed(model.model.embed_tokens(tokens), cos, sin, cache)
+        with torch.inference_mode():
+            cache.advance(length)
+            position = cache.lengths[:, None] - length + torch.arange(length, device=tokens.device)
+            cos, sin = (table[position] for table in model.model.rotary(tokens.device))
+            return self._composed(model.model.embed_tokens(tokens), cos, sin, cache)
 
     def _weights(self, rows: int) -> Weights:
         """The matrices of the step on a CPU for so many tokens."""
