@@ -247,7 +247,7 @@ COPIED = [
 
 
 @pytest.mark.parametrize("way", [*IN_PLACE, *COPIED], ids=lambda way: way.__name__)
-def test_the_heads_gradient_is_written_where_nobody_else_sees_it(way, monkeypatch):
+def test_who_may_write_the_heads_gradient(way, monkeypatch):
     """In place where the backward pass alone has it, a copy otherwise: what others keep is the head's
     gradient, and stays it.
     """
