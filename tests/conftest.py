@@ -44,7 +44,7 @@ def project_root() -> Path:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A CPU generator with a fixed seed; a test that draws from it does not depend on which tests ran before."""
+    """A CPU generator with a fixed seed; what a test draws does not depend on the tests before it."""
     return torch.Generator().manual_seed(1234)
 
 

@@ -122,6 +122,33 @@ def _stepwise(at_once: Callable[..., Any], by_step: Callable[..., Any]) -> Calla
     return reduce
 
 
+def _once(patch_lang: Callable[..., Any]) -> Callable[..., Any]:
+    """Without the repetitions: Triton puts the interpreter's functions into its language at every launch and
+    takes them out at its end, but also puts them there again at every call of a function in between. That
+    took half of a small kernel's time.
+    """
+
+    def patch(fn: Any) -> Any:
+        if any(tl.core.is_builtin(x.load) for x in fn.__globals__.values() if x is tl or x is tl.core):
+            return patch_lang(fn)
+        return interpreter._LangPatchScope()  # nothing to take back
+
+    return patch
+
+
+def _remembered(get_np_dtype: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton makes a table of all types whenever it looks up one."""
+    known: dict[str, Any] = {}
+
+    def get(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if scalar.name not in known:
+            known[scalar.name] = get_np_dtype(scalar)
+        return known[scalar.name]
+
+    return get
+
+
 def install() -> None:
     """Corrects the interpreter of this process; once.
 
@@ -132,6 +159,7 @@ def install() -> None:
         InterpreterBuilder: ("cast_impl", "binary_op", "create_dot", *REFUSED),
         ReduceOps: ("apply_impl", "generic_reduce"),
         ScanOps: ("cumsum", "cumprod", "generic_scan"),
+        interpreter: ("_patch_lang", "_LangPatchScope"),
     }
     missing = [
         f"{owner.__name__}.{name}"
@@ -142,10 +170,11 @@ def install() -> None:
     if interpreter._get_np_dtype(tl.bfloat16) != np.uint16:
         missing.append("bfloat16 kept in uint16")
     if missing:
-        raise RuntimeError(
-            f"Triton {triton.__version__}: tests/interpreter.py expects of its interpreter {', '.join(missing)}"
-        )
+        here = f"Triton {triton.__version__}: tests/interpreter.py"
+        raise RuntimeError(f"{here} expects of its interpreter {', '.join(missing)}")
 
+    interpreter._patch_lang = _once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
     for name in dir(InterpreterBuilder):
         if name in REFUSED:
             setattr(InterpreterBuilder, name, _refuse(getattr(InterpreterBuilder, name)))

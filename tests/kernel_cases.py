@@ -8,6 +8,7 @@ a GPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -220,30 +221,31 @@ def small_calls(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     doc_start = torch.tensor([[0] * 33 + [33] * 37, [0] * 70], dtype=torch.int32, device=DEVICE)
     targets = torch.randint(0, 101, (9,))
     targets[::4] = -100
+    d = functools.partial(draw, dtype=dtype)
     return {
-        "rms_norm": Call("rms_norm", (gap(draw(7, 96, dtype=dtype)), draw(96, dtype=dtype)), (EPS,)),
-        "add_rms_norm": Call("add_rms_norm", (draw(7, 96, dtype=dtype), gap(draw(7, 96, dtype=dtype)), draw(96, dtype=dtype)), (EPS,)),
-        "rope": Call("rope", (inner(draw(2, 19, 3, 32, dtype=dtype)), draw(2, 19, 1, 32, dtype=dtype)), tables),
-        "rope_qkv": Call("rope_qkv", (inner(draw(2, 19, 5, 32, dtype=dtype)),), (*tables, 1)),
+        "rms_norm": Call("rms_norm", (gap(d(7, 96)), d(96)), (EPS,)),
+        "add_rms_norm": Call("add_rms_norm", (d(7, 96), gap(d(7, 96)), d(96)), (EPS,)),
+        "rope": Call("rope", (inner(d(2, 19, 3, 32)), d(2, 19, 1, 32)), tables),
+        "rope_qkv": Call("rope_qkv", (inner(d(2, 19, 5, 32)),), (*tables, 1)),
         "attention": Call("attention", qkv.split((3, 1, 1), dim=2), (doc_start,)),
         "decode_attention": Call(
             "decode_attention",
-            (draw(2, 2, 3, 32, dtype=dtype), gap(draw(2, 140, 1, 32, dtype=dtype), dim=1), draw(2, 140, 1, 32, dtype=dtype)),
+            (d(2, 2, 3, 32), gap(d(2, 140, 1, 32), dim=1), d(2, 140, 1, 32)),
             (torch.tensor([140, 33], device=DEVICE),),
         ),
-        "swiglu": Call("swiglu", (gap(draw(5, 513, dtype=dtype)), inner(draw(5, 513, dtype=dtype)))),
-        "swiglu packed": Call("swiglu", (inner(draw(5, 2 * 513, dtype=dtype)),)),
-        "mlp": Call("mlp", (gap(draw(37, 72, dtype=dtype)), inner(draw(80, 72, dtype=dtype)), draw(72, 40, dtype=dtype, scale=0.1))),
+        "swiglu": Call("swiglu", (gap(d(5, 513)), inner(d(5, 513)))),
+        "swiglu packed": Call("swiglu", (inner(d(5, 2 * 513)),)),
+        "mlp": Call("mlp", (gap(d(37, 72)), inner(d(80, 72)), d(72, 40, scale=0.1))),
         "linear_cross_entropy": Call(
             "linear_cross_entropy",
-            (gap(draw(9, 48, dtype=dtype)), draw(101, 48, dtype=dtype, scale=0.3)),
+            (gap(d(9, 48)), d(101, 48, scale=0.3)),
             (targets.to(DEVICE),),
             dict(z_loss=0.01, label_smoothing=0.1),
         ),
         "tied_embedding": Call(
-            "tied_embedding", (gap(torch.randint(0, 7, (2, 19)).to(DEVICE)), gap(draw(11, 48, dtype=dtype))), (dtype,)
+            "tied_embedding", (gap(torch.randint(0, 7, (2, 19)).to(DEVICE)), gap(d(11, 48))), (dtype,)
         ),
-    }  # fmt: skip
+    }
 
 
 CALLS = [

@@ -1,7 +1,7 @@
 """A Triton cache filled without a GPU: what is in it is found, what has changed since is not, and looking
 leaves no trace.
 
-Each test runs in processes where Triton is not interpreted.
+What compiles or looks runs in processes where Triton is not interpreted.
 """
 
 from __future__ import annotations
@@ -11,21 +11,27 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+from kernels.certify import __main__ as certify  # noqa: E402
+from kernels.certify import fill as cache_fill  # noqa: E402
+from kernels.certify.fill import moved_from  # noqa: E402
 from kernels.certify.targets import target_for  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("gcc", "clang")),
     reason="Triton's own C library has to be compiled, and there is no C compiler",
 )
-# In a module, because the processes that compile import it.
+# Asked for steps on its standard input, so that torch is imported once for all of them. A module, because the
+# processes that compile import it where they are spawned; forked ones are as good and four seconds faster.
 STEPS = """
-import json, sys
+import json, multiprocessing, platform, sys
 from pathlib import Path
 import torch
 from kernels.certify import fill as cache_fill
@@ -42,94 +48,115 @@ def record(arch):
     return recorder
 
 if __name__ == "__main__":
-    arch, folder, *steps = sys.argv[1:]
-    found = record(arch).found
-    for step in steps:
-        print(json.dumps(getattr(cache_fill, step)(found, target_for(arch), Path(folder), 1)))
+    context, architecture = multiprocessing.get_context, platform.architecture
+    for line in sys.stdin:
+        step, arch, folder, method, linkage = json.loads(line)
+        multiprocessing.get_context = lambda _: context(method)
+        platform.architecture = architecture if linkage is None else lambda *_, **__: ("64bit", linkage)
+        done = getattr(cache_fill, step)(record(arch).found, target_for(arch), Path(folder), 1)
+        print(json.dumps(done), flush=True)
 """
 
 
-def run(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Python with that folder's kernels and without Triton's interpreter."""
-    environment = {
-        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
-    } | variables
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=root,
-        env=environment | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
+def python(root: Path, *arguments: str, **variables: str) -> dict[str, Any]:
+    """For subprocess: Python with that folder's kernels and without Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(root), **variables}
+    return {"args": [sys.executable, *arguments], "cwd": root, "env": environment, "text": True}
 
 
-def counts(root: Path, *arguments: str) -> list[dict[str, int]]:
-    """What each step counted."""
+Steps = Callable[..., dict[str, int]]
+
+
+def copied(project_root: Path, root: Path) -> Path:
+    """The new folder `root`, with a copy of the package and STEPS."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(project_root / "kernels", root / "kernels", ignore=ignored)
     (root / "steps.py").write_text(STEPS, encoding="utf-8")
-    done = run(root, "steps.py", *arguments)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@pytest.fixture
-def copy(tmp_path: Path, project_root: Path) -> Path:
-    """A folder with a copy of the package."""
-    root = tmp_path / "project"
-    shutil.copytree(project_root / "kernels", root / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     return root
 
 
+@contextmanager
+def running(root: Path) -> Iterator[Steps]:
+    """A process with that folder's kernels, which fills caches and looks into them."""
+    errors = root / "errors"
+    with (
+        errors.open("w") as log,
+        subprocess.Popen(
+            **python(root, "steps.py"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        ) as process,
+    ):
+
+        def ask(
+            step: str, cache: Path, arch: str = "sm_90", method: str = "fork", linkage: str | None = None
+        ) -> dict[str, int]:
+            """What that function of cache_fill counted."""
+            print(json.dumps([step, arch, str(cache), method, linkage]), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, errors.read_text()
+            return json.loads(answer)
+
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def root(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(project_root, tmp_path_factory.mktemp("steps") / "project")
+
+
+@pytest.fixture(scope="module")
+def steps(root: Path) -> Iterator[Steps]:
+    with running(root) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cache(steps: Steps, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that was filled for sm_90; whoever changes it puts it right again."""
+    cache = tmp_path_factory.mktemp("filled") / "cache"
+    assert steps("verify", cache) == {"missing": 3}  # two kernels, and the C library
+    assert steps("fill", cache, method="spawn") == {"compiled": 3}
+    return cache
+
+
 @needs_compiler
-def test_what_is_filled_is_found_until_the_source_changes(copy: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    before, filled, again, after = counts(copy, "sm_90", str(cache), "verify", "fill", "fill", "verify")
-    assert before == {"missing": 3}  # two kernels, and the C library
-    assert filled == {"compiled": 3} and again == after == {"there already": 3}
-    assert counts(copy, "sm_80", str(cache), "verify") == [{"there already": 1, "missing": 2}], (
-        "another architecture"
-    )
-
-    path = copy / "kernels" / "swiglu.py"
-    path.write_text(
-        path.read_text(encoding="utf-8").replace("@triton.jit", "# one line more\n@triton.jit", 1),
-        encoding="utf-8",
-    )
-    assert counts(copy, "sm_90", str(cache), "verify") == [{"there already": 2, "missing": 1}], (
-        "a kernel's line is part of its key"
-    )
+def test_what_is_filled_is_found_until_the_source_changes(
+    steps: Steps, cache: Path, tmp_path: Path, project_root: Path
+) -> None:
+    assert steps("fill", cache) == steps("verify", cache, method="spawn") == {"there already": 3}
+    assert steps("verify", cache, "sm_80") == {"there already": 1, "missing": 2}, "another architecture"
+    other = copied(project_root, tmp_path / "other")
+    path = other / "kernels" / "swiglu.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("@triton.jit", "# one line more\n@triton.jit", 1), encoding="utf-8")
+    with running(other) as changed:
+        found = changed("verify", cache)
+    assert found == {"there already": 2, "missing": 1}, "a kernel's line is part of its key"
 
 
 @needs_compiler
-def test_what_is_damaged_is_not_believed_and_made_again(copy: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    counts(copy, "sm_90", str(cache), "fill")
+def test_what_is_damaged_is_not_believed_and_made_again(steps: Steps, cache: Path) -> None:
     first, second = sorted(cache.glob("*/*.cubin"))
     second.unlink()
     for path in (first, *cache.glob("*/cuda_utils*.so")):
         path.write_bytes(path.read_bytes()[:2000])
-    found, made, again = counts(copy, "sm_90", str(cache), "verify", "fill", "verify")
-    assert found == {"missing": 3} and made == {"compiled": 3} and again == {"there already": 3}
+    assert steps("verify", cache) == {"missing": 3}
+    assert steps("fill", cache) == {"compiled": 3}
+    assert steps("verify", cache) == {"there already": 3}
 
 
 @needs_compiler
-def test_a_machine_without_the_command_file_finds_the_libraries_too(copy: Path, tmp_path: Path) -> None:
+def test_a_machine_without_the_command_file_finds_the_libraries_too(steps: Steps, cache: Path) -> None:
     """Python asks that command of what kind its own executable is, and Triton's names of libraries depend on
     the answer.
     """
-    cache = tmp_path / "cache"
-    counts(copy, "sm_90", str(cache), "fill")
-    (copy / "steps.py").write_text(
-        "import platform\nplatform.architecture = lambda *_, **__: ('64bit', '')\n" + STEPS, encoding="utf-8"
-    )
-    done = run(copy, "steps.py", "sm_90", str(cache), "verify")
-    assert done.stdout == '{"there already": 3}\n', done.stderr
+    for linkage in ("", "ELF"):
+        assert steps("verify", cache, linkage=linkage) == {"there already": 3}
 
 
 @needs_compiler
-def test_a_launch_finds_what_was_filled(copy: Path, tmp_path: Path) -> None:
+def test_a_launch_finds_what_was_filled(root: Path, cache: Path) -> None:
     """Triton itself, told to use that cache, compiles nothing: with a compiler that is not allowed to run."""
-    cache = tmp_path / "cache"
-    counts(copy, "sm_90", str(cache), "fill")
     script = """
 import steps, triton
 from triton import knobs
@@ -149,31 +176,34 @@ for item in recorder.found:
     assert kernel.asm["cubin"][:4] == b"\\x7fELF"
 print(hits)
 """
-    done = run(copy, "-c", script, TRITON_CACHE_DIR=str(cache))
+    done = subprocess.run(**python(root, "-c", script, TRITON_CACHE_DIR=str(cache)), capture_output=True)
     assert done.stdout == "[True, True]\n", done.stderr
 
 
 @needs_compiler
-def test_a_cache_elsewhere_says_where_it_was_filled(copy: Path, tmp_path: Path) -> None:
-    counts(copy, "sm_90", str(tmp_path / "cache"), "fill")
-    shutil.move(tmp_path / "cache", tmp_path / "moved")
-    assert counts(copy, "sm_90", str(tmp_path / "moved"), "verify") == [{"missing": 2, "there already": 1}]
-    script = "import sys; from pathlib import Path; from kernels.certify.fill import moved_from; print(moved_from(Path(sys.argv[1])))"
-    assert run(copy, "-c", script, str(tmp_path / "moved")).stdout.strip() == str(tmp_path / "cache")
-    (tmp_path / "cache").symlink_to(tmp_path / "moved")
-    assert run(copy, "-c", script, str(tmp_path / "moved")).stdout.strip() == "None"
+def test_a_cache_elsewhere_says_where_it_was_filled(steps: Steps, cache: Path, tmp_path: Path) -> None:
+    assert moved_from(cache) is None
+    moved = shutil.move(cache, tmp_path / "moved")
+    try:
+        assert steps("verify", moved) == {"missing": 2, "there already": 1}
+        assert moved_from(moved) == cache
+        cache.symlink_to(moved)
+        assert moved_from(moved) is None
+    finally:
+        cache.unlink(missing_ok=True)
+        shutil.move(moved, cache)
 
 
-def test_amd_kernels_are_filled_without_their_launchers(copy: Path, tmp_path: Path) -> None:
-    assert counts(copy, "gfx942", str(tmp_path / "cache"), "fill", "verify") == [
-        {"compiled": 2},
-        {"there already": 2},
-    ]
+@needs_compiler
+def test_amd_kernels_are_filled_without_their_launchers(steps: Steps, tmp_path: Path) -> None:
+    assert steps("fill", tmp_path, "gfx942") == {"compiled": 2}
+    assert steps("verify", tmp_path, "gfx942") == {"there already": 2}
 
 
 def test_looking_leaves_no_trace(project_root: Path, tmp_path: Path) -> None:
     """The command, from the record of training and generation to its exit code."""
-    done = run(project_root, "-m", "kernels.certify", "--verify", str(tmp_path), "--arch", "sm_86")
+    command = python(project_root, "-m", "kernels.certify", "--verify", str(tmp_path), "--arch", "sm_86")
+    done = subprocess.run(**command, capture_output=True)
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("sm_86, Triton ") and " 0 there already, " in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -204,16 +234,19 @@ def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(projec
     ],
 )
 def test_wrong_arguments_are_refused(
-    project_root: Path, tmp_path: Path, arguments: list[str], message: str
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run(
-        project_root,
-        "-m",
-        "kernels.certify",
-        *(argument.format(tmp_path / "cache") for argument in arguments),
-    )
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cache_fill, "launched_by", lambda *_: pytest.fail("something was recorded"))
+    given = [argument.format(tmp_path / "cache") for argument in arguments]
+    with pytest.raises(SystemExit) as end:
+        sys.exit(certify.main(given))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
 
 

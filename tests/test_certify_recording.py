@@ -1,6 +1,4 @@
-"""The recorder behind the certificate: what it says would be launched. Each test runs where Triton is not
-interpreted.
-"""
+"""The recorder behind the certificate: what it says would be launched, where Triton is not interpreted."""
 
 from __future__ import annotations
 
@@ -14,44 +12,70 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+from kernels.certify import __main__ as certify  # noqa: E402
+
+RECORD = """
+import dataclasses, json, torch
+from collections import Counter
+from kernels import launch_config
+from kernels.backend import load_triton
+from kernels.certify import cases, targets
+from kernels.certify.recorder import recording, tensor
+from kernels.certify.__main__ import launch_counts
+from smollm2.config import SmolLM2Config
+from smollm2.model import SmolLM2ForCausalLM
+
+ops = load_triton()
+
+def record(case, target="sm_90"):
+    with recording(targets.TARGETS[target]) as recorder:
+        case(recorder)
+    return [dataclasses.asdict(launch) | {"key": launch.key} for launch in recorder.launches]
+
+def swiglu(run):
+    cases.swiglu_separate(run, ops)
+
+def swiglu_of_slices(run):
+    for rows, width, first in ((16, 1552, 0), (5, 1544, 1), (1, 1552, 0)):
+        x = tensor(rows, width, dtype=torch.bfloat16)[:, first : first + 1536]
+        ops.swiglu(x, x)
+
+def step(run):
+    with torch.device("meta"):
+        config = SmolLM2Config.preset("135M")
+        model = SmolLM2ForCausalLM(config, backend=ops, compute_dtype=torch.bfloat16)
+        ids = torch.zeros(32, 512, dtype=torch.int64)
+    run.backward(model(ids, labels=ids).loss)
+
+shapes = ((1, 1, 100), (1, 1, 1000), (2, 1, 1000), (15, 1, 1000), (16, 1, 2000), (1, 16, 1000), (5, 3, 1000))
+counted = Counter((launch["phase"], launch["op"]) for launch in record(step))
+composed = launch_counts(cases.record(targets.TARGETS["sm_90"]))["step"]
+found = {
+    "swiglu": record(swiglu),
+    "slices": record(swiglu_of_slices),
+    "step": [{p: {op: n for (q, op), n in counted.items() if p == q} for p in composed}, composed],
+    "decode": [record(lambda run: cases.decode(run, ops, *shape)) for shape in shapes],
+}
+row = launch_config.Row(1 << 20, launch_config.Launch(2, 256, 8), architectures=("gfx1100",))
+launch_config.TABLE["swiglu"] = (row, *launch_config.TABLE["swiglu"])
+found["targets"] = [record(swiglu, target)[0] for target in ("sm_90", "gfx1100")]
+print(json.dumps(found))
+"""
 
 
-def run(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Python in the project's root without TRITON_INTERPRET (unless it is given)."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")
-    }
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=environment | variables, capture_output=True, text=True
-    )
-
-
-def result(root: Path, script: str) -> Any:
-    """What the script prints as JSON."""
-    done = run(root, "-c", script)
+@pytest.fixture(scope="module")
+def recorded(project_root: Path) -> dict[str, Any]:
+    """What RECORD prints."""
+    changed = ("TRITON_INTERPRET", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in changed}
+    command = [sys.executable, "-c", RECORD]
+    done = subprocess.run(command, cwd=project_root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-RECORD = """
-import dataclasses, json, torch
-from kernels.certify import cases, targets
-from kernels.certify.recorder import recording, tensor
-from kernels.backend import load_triton
-ops = load_triton()
-def record(target, case):
-    with recording(targets.TARGETS[target]) as recorder:
-        case(recorder)
-    return recorder.launches
-def show(found):
-    print(json.dumps([dataclasses.asdict(launch) | {"key": launch.key} for launch in found]))
-"""
-
-
-def test_records_both_passes_of_a_simple_op(project_root: Path) -> None:
-    forward, backward = result(
-        project_root, RECORD + "show(record('sm_90', lambda run: cases.swiglu_separate(run, ops)))"
-    )
+def test_records_both_passes_of_a_simple_op(recorded: dict[str, Any]) -> None:
+    forward, backward = recorded["swiglu"]
     assert (forward["kernel"], forward["phase"]) == ("_swiglu_fwd_kernel", "forward")
     assert (backward["kernel"], backward["phase"]) == ("_swiglu_bwd_kernel", "backward")
     assert forward["op"] == "swiglu" and forward["dtype"] == "bfloat16"
@@ -61,18 +85,11 @@ def test_records_both_passes_of_a_simple_op(project_root: Path) -> None:
     assert forward["key"] != backward["key"]
 
 
-def test_specialisation_follows_the_call(project_root: Path) -> None:
+def test_specialisation_follows_the_call(recorded: dict[str, Any]) -> None:
     """A slice that starts at two bytes is not aligned, a stride of 1544 is no multiple of 16; the number of
     rows is never looked at.
     """
-    script = """
-def case(run):
-    for rows, width, first in ((16, 1552, 0), (5, 1544, 1), (1, 1552, 0)):
-        x = tensor(rows, width, dtype=torch.bfloat16)[:, first : first + 1536]
-        ops.swiglu(x, x)
-show(record('sm_90', case))
-"""
-    aligned, odd, single = result(project_root, RECORD + script)
+    aligned, odd, single = recorded["slices"]
     divisible = [["tt.divisibility", 16]]
     names = list(aligned["signature"])
     gate, stride, rows = (str(names.index(name)) for name in ("gate_ptr", "gate_stride", "rows"))
@@ -83,52 +100,29 @@ show(record('sm_90', case))
     assert single["key"] == aligned["key"]
 
 
-def test_each_target_gets_its_own_configuration(project_root: Path) -> None:
-    script = """
-from kernels import launch_config
-table = dict(launch_config.TABLE)
-launch_config.TABLE["swiglu"] = (launch_config.Row(1 << 20, launch_config.Launch(2, 256, 8), architectures=("gfx1100",)), *table["swiglu"])
-show([record(target, lambda run: cases.swiglu_separate(run, ops))[0] for target in ("sm_90", "gfx1100")])
-"""
-    nvidia, amd = result(project_root, RECORD + script)
+def test_each_target_gets_its_own_configuration(recorded: dict[str, Any]) -> None:
+    nvidia, amd = recorded["targets"]
     assert nvidia["target"] == "sm_90" and amd["target"] == "gfx1100"
     assert (amd["constants"]["ROWS"], amd["constants"]["BLOCK"], amd["options"]["num_warps"]) == (2, 256, 8)
     assert (nvidia["constants"]["ROWS"], nvidia["constants"]["BLOCK"]) != (2, 256)
 
 
-def test_launch_counts_are_those_of_the_model(project_root: Path) -> None:
+def test_launch_counts_are_those_of_the_model(recorded: dict[str, Any]) -> None:
     """The step that the certificate composes from a layer, a norm and a loss is the step that the model
     makes.
     """
-    script = """
-from kernels.certify.__main__ import launch_counts
-from kernels.certify.cases import record as record_cases
-from smollm2.config import SmolLM2Config
-from smollm2.model import SmolLM2ForCausalLM
-with torch.device("meta"):
-    model = SmolLM2ForCausalLM(SmolLM2Config.preset("135M"), backend=ops, compute_dtype=torch.bfloat16)
-def step(run):
-    ids = torch.zeros(32, 512, dtype=torch.int64, device="meta")
-    run.backward(model(ids, labels=ids).loss)
-from collections import Counter
-found = Counter((launch.phase, launch.op) for launch in record("sm_90", step))
-composed = launch_counts(record_cases(targets.TARGETS["sm_90"]))["step"]
-print(json.dumps([{phase: {op: n for (p, op), n in found.items() if p == phase} for phase in composed}, composed]))
-"""
-    model, composed = result(project_root, RECORD + script)
+    model, composed = recorded["step"]
     assert model == composed
 
 
-def test_a_decode_layer_is_five_launches_whatever_its_rows(project_root: Path) -> None:
+def test_a_decode_layer_is_five_launches_whatever_its_rows(recorded: dict[str, Any]) -> None:
     """And the same five: one machine code for 1 to 16 rows and any capacity is what makes a row's bits its
     own.
     """
-    script = """
-shapes = ((1, 1, 100), (1, 1, 1000), (2, 1, 1000), (15, 1, 1000), (16, 1, 2000), (1, 16, 1000), (5, 3, 1000))
-found = [record('sm_90', lambda run: cases.decode(run, ops, *shape)) for shape in shapes]
-print(json.dumps([[(launch.op, launch.kernel, launch.key) for launch in one] for one in found]))
-"""
-    first, *others = result(project_root, RECORD + script)
+    first, *others = [
+        [(launch["op"], launch["kernel"], launch["key"]) for launch in launches]
+        for launches in recorded["decode"]
+    ]
     assert [kernel for _, kernel, _ in first] == [
         "_norm_qkv_rope_kernel", "_decode_attention_split_kernel", "_combine_o_kernel",
         "_norm_gate_up_kernel", "_down_kernel",
@@ -142,7 +136,8 @@ print(json.dumps([[(launch.op, launch.kernel, launch.key) for launch in one] for
         assert len(other) == 5
 
 
-def test_interpreter_is_refused(project_root: Path) -> None:
-    done = run(project_root, "-m", "kernels.certify", "--check", TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET=1" in done.stderr and "unset" in done.stderr
+def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert certify.main(["--check"]) == 2
+    error = capsys.readouterr().err
+    assert "TRITON_INTERPRET=1" in error and "unset" in error

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
+from kernels.certify import __main__ as certify  # noqa: E402
 from kernels.certify.__main__ import VERSIONS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -32,70 +33,47 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture
-def copy(tmp_path: Path, project_root: Path) -> Path:
-    """A folder with a copy of the package and its certificate."""
-    shutil.copytree(
-        project_root / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    return tmp_path
+def check(project_root: Path, folder: Path, *edits: tuple[str, str, str]) -> subprocess.CompletedProcess[str]:
+    """`--check` in `folder`, on a copy of the package with the edits (file, old text, new text)."""
+    kernels = folder / "kernels"
+    if not kernels.exists():
+        shutil.copytree(project_root / "kernels", kernels, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, old, new in edits:
+        text = (kernels / file).read_text()
+        assert old in text, f"{file} no longer holds {old!r}"
+        (kernels / file).write_text(text.replace(old, new, 1))
+    return run(folder, "-m", "kernels.certify", "--check")
 
 
-def edit(folder: Path, file: str, old: str, new: str) -> None:
-    path = folder / "kernels" / file
-    text = path.read_text()
-    assert text.count(old) >= 1, f"{file} no longer holds {old!r}"
-    path.write_text(text.replace(old, new, 1))
-
-
-def test_committed_table_is_up_to_date(project_root: Path) -> None:
-    done = run(project_root, "-m", "kernels.certify", "--check")
+def test_committed_table_is_up_to_date_and_text_above_a_kernel_changes_nothing(
+    project_root: Path, tmp_path: Path
+) -> None:
+    done = check(project_root, tmp_path, ("swiglu.py", "@triton.jit(", "# one line more\n\n\n@triton.jit("))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_text_above_a_kernel_changes_nothing(copy: Path) -> None:
-    edit(copy, "swiglu.py", "@triton.jit(", "# one line more\n\n\n@triton.jit(")
-    done = run(copy, "-m", "kernels.certify", "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "named"),
-    [
-        ("swiglu.py", "silu = wide * sigmoid", "silu = sigmoid * wide", "_swiglu_bwd_kernel"),
-        ("launch_config.py", "Launch(4, 512, num_warps=4)", "Launch(4, 512, num_warps=8)", "_swiglu_fwd_kernel"),
-        ("CERTIFICATE.md", "# Certificate", "# A certificate", "CERTIFICATE.md"),
-    ],
-)  # fmt: skip
-def test_change_makes_the_table_stale(copy: Path, file: str, old: str, new: str, named: str) -> None:
-    edit(copy, file, old, new)
-    done = run(copy, "-m", "kernels.certify", "--check")
+def test_every_change_is_named(project_root: Path, tmp_path: Path) -> None:
+    """In a kernel, in its configuration, in the table: a line for each, and none for what did not change."""
+    certificate = certify.load()
+    chosen = {"target": "sm_90", "dtype": "bfloat16", "op": "attention"}
+    rows = [row for row in certificate["rows"] if chosen.items() <= row.items()]
+    rows[0]["figures"]["3.6.0"]["spill_bytes"] = 4
+    rows[1]["figures"]["3.7.1"]["spill_bytes"] = 8
+    del rows[2]["figures"]["3.6.0"]
+    edits = [
+        ("rms_norm.py", "dx += tl.load", "dx += 1.0 * tl.load"),
+        ("launch_config.py", "Launch(4, 512, num_warps=4)", "Launch(4, 512, num_warps=8)"),
+        (certify.TABLE_FILE.name, "# Certificate", "# A certificate"),
+        (certify.JSON_FILE.name, certify.JSON_FILE.read_text(), certify.dump(certificate)),
+    ]
+    done = check(project_root, tmp_path, *edits)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert named in done.stdout
-    assert "_rope_kernel" not in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ('figures["3.6.0"]["spill_bytes"] = 4', "Triton 3.6.0: spills 4 bytes"),
-        ('figures["3.7.1"]["spill_bytes"] = 4', "Triton 3.7.1: spills 4 bytes"),
-        ('del figures["3.6.0"]', "no figures of Triton 3.6.0: "),
-    ],
-)
-def test_a_fault_planted_in_the_committed_table_fails(copy: Path, change: str, message: str) -> None:
-    script = f"""
-from kernels.certify import __main__ as certify
-certificate = certify.load()
-figures = next(row["figures"] for row in certificate["rows"] if row["target"] == "sm_90" and row["dtype"] == "bfloat16")
-{change}
-certify.JSON_FILE.write_text(certify.dump(certificate))
-certify.TABLE_FILE.write_text(certify.page(certificate))
-"""
-    assert run(copy, "-c", script).returncode == 0
-    done = run(copy, "-m", "kernels.certify", "--check")
-    assert done.returncode == 1
-    assert message in done.stdout
+    named = {
+        "_rms_norm_bwd_dx_kernel", "_swiglu_fwd_kernel", certify.TABLE_FILE.name,
+        "Triton 3.6.0: spills 4 bytes", "Triton 3.7.1: spills 8 bytes", "no figures of Triton 3.6.0: ",
+    }  # fmt: skip
+    assert [text for text in named if text not in done.stdout] == []
+    assert "_rope_kernel" not in done.stdout and "_rms_norm_fwd_kernel" not in done.stdout
 
 
 def test_rows_compiled_again_give_the_committed_figures(project_root: Path) -> None:

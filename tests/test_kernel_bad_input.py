@@ -265,7 +265,8 @@ SHARED = [
     ),
     (
         lambda ops: loss(ops, change=lambda h, w: (h.long(), w)),
-        "linear_cross_entropy: expected hidden and weight of floating-point dtypes, got (torch.int64, torch.float32)",
+        "linear_cross_entropy: expected hidden and weight of floating-point dtypes, "
+        "got (torch.int64, torch.float32)",
     ),
     (
         lambda ops: loss(ops, change=lambda h, w: (h, far(w))),

@@ -46,7 +46,7 @@ def weights_of(hidden, ffn, heads, key_heads, head_dim, dtype):
 def layer(
     lengths, new=1, capacity=40, hidden=96, ffn=144, heads=3, key_heads=1, head_dim=32, dtype=torch.float32
 ):
-    """The arguments of decode_layer for rows filled to `lengths` (the new tokens included), as a dictionary."""
+    """The arguments of decode_layer for rows filled to `lengths`, the new tokens included, by name."""
     batch = len(lengths)
     cos, sin = angles(batch, new, head_dim // 2)
     return dict(

@@ -2,10 +2,6 @@
 write.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from kernel_cases import (
@@ -247,7 +243,7 @@ COPIED = [
 
 
 @pytest.mark.parametrize("way", [*IN_PLACE, *COPIED], ids=lambda way: way.__name__)
-def test_the_heads_gradient_is_written_where_nobody_else_sees_it(way, monkeypatch):
+def test_who_may_write_the_heads_gradient(way, monkeypatch):
     """In place where the backward pass alone has it, a copy otherwise: what others keep is the head's
     gradient, and stays it.
     """
@@ -295,13 +291,13 @@ def test_a_second_derivative_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(input_ids=torch.zeros(3)), "expected input_ids of dtype int64 or int32, got torch.float32"),
-    (dict(weight=torch.zeros(5)), r"expected weight of shape \[V, D\], got \[5\]"),
-    (dict(weight=torch.zeros(5, 4, dtype=torch.int32)), "expected a weight and a dtype of floating point"),
-    (dict(dtype=torch.int64), "expected a weight and a dtype of floating point"),
-    (dict(weight_copy=torch.zeros(4, 4)), r"expected weight_copy of shape \[5, 4\] as the weight, got \[4, 4\]"),
-    (dict(weight_copy=torch.zeros(5, 4, dtype=torch.float16)), "expected weight_copy of dtype torch.float32, got torch.float16"),
-    (dict(weight_copy=torch.zeros(5, 4, device="meta")), "expected weight_copy on cpu as the weight, got meta"),
+    (dict(input_ids=torch.zeros(3)), "input_ids of dtype int64 or int32, got torch.float32"),
+    (dict(weight=torch.zeros(5)), r"weight of shape \[V, D\], got \[5\]"),
+    (dict(weight=torch.zeros(5, 4, dtype=torch.int32)), "a weight and a dtype of floating point"),
+    (dict(dtype=torch.int64), "a weight and a dtype of floating point"),
+    (dict(weight_copy=torch.zeros(4, 4)), r"weight_copy of shape \[5, 4\] as the weight, got \[4, 4\]"),
+    (dict(weight_copy=torch.zeros(5, 4).half()), "weight_copy of dtype torch.float32, got torch.float16"),
+    (dict(weight_copy=torch.zeros(5, 4, device="meta")), "weight_copy on cpu as the weight, got meta"),
 ])  # fmt: skip
 def test_bad_input(change, message):
     call = (
@@ -309,7 +305,7 @@ def test_bad_input(change, message):
         | change
     )
     for ops in (TRITON, TORCH):
-        with pytest.raises(ValueError, match=f"tied_embedding: {message}"):
+        with pytest.raises(ValueError, match=f"tied_embedding: expected {message}"):
             ops.tied_embedding(**call)
 
 
@@ -325,46 +321,6 @@ def test_opcheck():
     ids, weight = some_ids(2, 9), draw(23, 33)
     torch.library.opcheck(embedding._embedding_forward.op, (ids, weight, torch.float16))
     torch.library.opcheck(embedding._embedding_backward.op, (draw(2, 9, 33), ids, 23, torch.float32))
-
-
-COMPILE = """
-import torch
-from kernels import select_backend
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-ops = select_backend("triton", device)
-ids = torch.randint(0, 23, (2, 20)).to(device)
-weight = torch.randn(23, 32).to(device)
-copy, scale = weight.half(), torch.tensor(0.25, device=device)
-
-def loss(weight, copy, scale):
-    x, head = ops.tied_embedding(ids, weight, torch.float16, copy)
-    return ops.linear_cross_entropy(x.flatten(0, 1), head, ids.flatten(), weight_copy=copy, scale=scale, chunk_tokens=16)
-
-leaves = [weight.clone().requires_grad_() for _ in range(2)]
-losses = [call(leaf, copy, scale) for call, leaf in zip((loss, torch.compile(loss, fullgraph=True, backend="aot_eager")), leaves)]
-[(3 * one).backward() for one in losses]
-torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
-torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-3, atol=1e-3)
-print("agrees")
-"""
-
-
-def test_one_graph_under_torch_compile(project_root):
-    """With all options of both operations. In a process of its own, for Dynamo's state is global."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(project_root), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=project_root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.stdout.split() == ["agrees"], done.stderr[-4000:]
 
 
 @pytest.mark.gpu

@@ -99,8 +99,10 @@ def test_rounding(low):
 
 def test_rounding_by_hand():
     largest, tiny = 255 * 2.0**120, 2.0**-133  # the largest number and the smallest above zero
-    pairs = {1 + 2**-8: 1.0, 1 + 3 * 2**-8: 1 + 2**-6, -1 - 2**-8 - 2**-20: -1 - 2**-7, largest: largest, -511 * 2.0**119: float("-inf"),
-             tiny / 2: 0.0, 1.5 * tiny: 2 * tiny, 0.75 * tiny: tiny}  # fmt: skip
+    pairs = {
+        1 + 2**-8: 1.0, 1 + 3 * 2**-8: 1 + 2**-6, -1 - 2**-8 - 2**-20: -1 - 2**-7, largest: largest,
+        -511 * 2.0**119: float("-inf"), tiny / 2: 0.0, 1.5 * tiny: 2 * tiny, 0.75 * tiny: tiny,
+    }  # fmt: skip
     values = torch.tensor(list(pairs)).repeat(BLOCK // len(pairs))
     same(
         elementwise("cast", values, dtype=BF16).float(),
@@ -150,10 +152,12 @@ def test_arithmetic(op):
     same(elementwise(op, x, y, expected.dtype), expected)
 
 
-@pytest.mark.parametrize(("op", "message"), [("exp2", "Expected dtype"), *(
-    pytest.param(op, message, marks=only_interpreted) for op,
-    message in [("fma", "create_fma on bfloat16"), ("atomic", "create_atomic_rmw on bfloat16"), ("truncated", "create_fp_to_fp on bfloat16")]
-)])  # fmt: skip
+@pytest.mark.parametrize(("op", "message"), [
+    ("exp2", "Expected dtype"),
+    pytest.param("fma", "create_fma on bfloat16", marks=only_interpreted),
+    pytest.param("atomic", "create_atomic_rmw on bfloat16", marks=only_interpreted),
+    pytest.param("truncated", "create_fp_to_fp on bfloat16", marks=only_interpreted),
+])  # fmt: skip
 def test_refused(op, message):
     x = torch.ones(BLOCK, dtype=torch.float32 if op == "truncated" else BF16)
     with pytest.raises(Exception, match=message):

@@ -131,7 +131,7 @@ def test_small_values_after_a_large_one(name, dtype):
 
 
 def test_bf16_positions():
-    """bf16 holds every whole number up to 256 only: as bf16, key 257 would be key 256, which query 256 sees."""
+    """bf16 holds whole numbers up to 256 only: as bf16, key 257 would be key 256, which query 256 sees."""
     q, k, v, dy = (draw(1, 300, heads, 32, dtype=torch.bfloat16) for heads in (3, 1, 1, 3))
     dy[:, 257:] = 0
     (out,), (dq, dk, dv) = Call("attention", (q, k, v)).run(TRITON, [dy])

@@ -45,19 +45,22 @@ LATER = {
 }
 # What it does not have at all, of the modules that are used here.
 ABSENT = """torch.accelerator.Graph torch.accelerator.empty_host_cache torch.compiler.set_default_backend
-torch.cuda.caching_allocator_disabled torch.cuda.CUDAGraph.get_graph_data torch.nn.attention.varlen.varlen_attn_out
-torch.nn.functional.linear_cross_entropy torch.optim.swap_in_optimizer_params_and_state torch._dynamo.override_cudagraphs
+torch.cuda.caching_allocator_disabled torch.cuda.CUDAGraph.get_graph_data
+torch.nn.attention.varlen.varlen_attn_out torch.nn.functional.linear_cross_entropy
+torch.optim.swap_in_optimizer_params_and_state torch._dynamo.override_cudagraphs
 torch.distributed.fsdp.DataParallelMeshDims""".split()
 # Methods of objects that only a GPU or several processes make. No other object here has a method of that
 # name.
 METHODS = """torch.cuda.Stream.wait_stream torch.cuda.CUDAGraph.replay torch.cuda.Event.elapsed_time
-torch.distributed.tensor.DTensor.to_local torch.distributed.tensor.DTensor.full_tensor torch.distributed.fsdp.FSDPModule.reshard
-torch.distributed.fsdp.FSDPModule.set_requires_all_reduce torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor
+torch.distributed.tensor.DTensor.to_local torch.distributed.tensor.DTensor.full_tensor
+torch.distributed.fsdp.FSDPModule.reshard torch.distributed.fsdp.FSDPModule.set_requires_all_reduce
+torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor
 torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms""".split()
 # Built in, with neither a signature nor a schema. A CPU reaches them, and raises for a wrong argument.
-BUILT_IN = """torch.Generator torch.as_tensor torch.device torch.finfo torch.from_numpy torch.get_num_threads torch.is_autocast_enabled
-torch.is_grad_enabled torch.is_inference_mode_enabled torch.set_num_threads torch.tensor triton.cdiv triton.next_power_of_2
-torch._C._aoti.AOTIModelPackageLoader torch._C._storage_Use_Count""".split()
+BUILT_IN = """torch.Generator torch.as_tensor torch.device torch.finfo torch.from_numpy torch.get_num_threads
+torch.is_autocast_enabled torch.is_grad_enabled torch.is_inference_mode_enabled torch.set_num_threads
+torch.tensor triton.cdiv triton.next_power_of_2 torch._C._aoti.AOTIModelPackageLoader
+torch._C._storage_Use_Count""".split()
 # Operators and Triton's language are looked up by whoever runs or compiles them. There is no active driver
 # without a GPU.
 ELSEWHERE = (
@@ -166,11 +169,8 @@ def refusal(call: Call) -> str | None:
             "aten::" + call.name.removeprefix("torch.").split("functional.")[-1].replace(".", "_")
         )
         taken = call.name in BUILT_IN or any(fits(schema, call) for schema in schemas)
-        return (
-            None
-            if taken
-            else f"{call.place}: {call.name}: no overload for {call.positional} arguments and {', '.join(call.keywords)}"
-        )
+        given = f"{call.positional} arguments and {', '.join(call.keywords)}"
+        return None if taken else f"{call.place}: {call.name}: no overload for {given}"
     # What falls into a function's own ** is a misspelling.
     named = [
         one
