@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bench import launches, roofline, work
 from bench.generate import Plan
-from bench.generate_peers import Variant
 from bench.peak_memory import peak_memory
+from bench.variant import Variant
 from smollm2.compile import find_package
 from smollm2.config import SmolLM2Config
 from smollm2.engine.select import select_engine
@@ -153,9 +153,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def apart(request: pytest.FixtureRequest, standings: list[Callable[[], dict[str, Any]]]) -> Apart:
+def apart(request: pytest.FixtureRequest, statuses: list[Callable[[], dict[str, Any]]]) -> Apart:
     plan: Plan = request.config.generate_plan  # type: ignore[attr-defined]
-    standings.append(plan.standing)
+    statuses.append(plan.status)
     return Apart(plan)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench import launches, roofline, timing, work
 from bench.case import Case, Shapes
-from bench.kernels import ERROR_BOUND, FULL, OURS, Variant, error, kernel_standing
+from bench.kernels import ERROR_BOUND, FULL, OURS, Variant, error, kernel_status
 from bench.ops import cases
 from bench.part import one_line, provenance
 from bench.peak_memory import peak_memory
@@ -103,9 +103,9 @@ class Measurements:
             torch.compiler.reset()
         return self._found[op][phase, variant]
 
-    def standing(self) -> dict[str, dict[str, Any]]:
-        """What became of each library, over the operations measured so far: see bench/peers.py."""
-        return kernel_standing(
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What became of each library, over the operations measured so far: see bench/peers/status.py."""
+        return kernel_status(
             [
                 {"variant": variant, **row}
                 for found in self._found.values()
@@ -232,9 +232,9 @@ def digest(results: list[Tensor]) -> str:
 
 
 @pytest.fixture(scope="module")
-def measurements(tiny: bool, full: bool, standings: list[Callable[[], dict[str, Any]]]) -> Measurements:
+def measurements(tiny: bool, full: bool, statuses: list[Callable[[], dict[str, Any]]]) -> Measurements:
     found = Measurements(tiny, full)
-    standings.append(found.standing)
+    statuses.append(found.status)
     return found
 
 

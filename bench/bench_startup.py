@@ -46,7 +46,7 @@ ROUNDS, FULL_ROUNDS = 2, 5
 FIRST_STEP = (
     startup.CLOCK
     + """import smollm2, torch
-from bench.train_step import TrainingStep
+from bench.step import TrainingStep
 done("import")
 torch.manual_seed(0)
 dtype = torch.bfloat16 if sys.argv[2] == "bf16" else None

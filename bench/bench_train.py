@@ -4,7 +4,7 @@
 A step is forward, backward, clipping and AdamW, of all variants from the same weights and on the same tokens, in turns; the losses of the
 first steps must agree. On a CPU the variants are those of bench/step_peers.py, transformers among them, at three sizes that are quick;
 --full adds 2 x 512 tokens of the 135M model, where a step takes seconds, and the compiled variants, each of which compiles for a minute.
-On a GPU they are those of bench/train_step.py and the peers of bench/peer_models.py at 8 x 512 and 32 x 512.
+On a GPU they are those of bench/train_step.py and the peers of bench/peers/choice.py at 8 x 512 and 32 x 512.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import launches, peer_models, peers, roofline, step_peers, train_step, work
+from bench import launches, roofline, step_peers, train_step, work
 from bench.bench_kernels import digest
 from bench.part import one_line, provenance
 from bench.peak_memory import peak_memory
+from bench.peers import choice
+from bench.peers.status import Unavailable
+from bench.step import CapturedStep, TrainingStep
 from bench.timing import synchronize
 from smollm2.config import SmolLM2Config
 
@@ -73,7 +76,7 @@ MAIN = ("ours", "transformers")  # what is compared of the whole 135M model with
 def variants(size: Size, dtype: str) -> list[str]:
     """All that can be compared at that size."""
     if DEVICE.type == "cuda":
-        return [*train_step.VARIANTS, *peer_models.VARIANTS]
+        return [*train_step.VARIANTS, *choice.VARIANTS]
     return [name for name in step_peers.chosen(dtype, (), True) if not name.startswith("transformers bf16")]
 
 
@@ -110,16 +113,14 @@ def gpu_step(variant: str, config: SmolLM2Config, ids: Tensor, compiler: str) ->
     """The same of a GPU's variants. Raises Unavailable, with the version and the reason, for a peer that
     cannot be measured here.
     """
-    if variant in peer_models.VARIANTS:
+    if variant in choice.VARIANTS:
         weights = train_step.build(config, "torch", ids.device).state_dict()
-        peer = peer_models.peer_step(variant, config, weights, ids, True, compiler)
-        return peer if isinstance(peer, peer_models.LitgptStep) else lambda: peer(ids)
+        peer = choice.peer_step(variant, config, weights, ids, True, compiler)
+        return lambda: peer(ids)
     backend, _, extra = variant.partition("+")
     model = train_step.build(config, backend, ids.device)
-    step = train_step.TrainingStep(
-        model, torch.compile(model, backend=compiler) if extra == "compile" else None
-    )
-    call: Callable[[Tensor], Tensor] = train_step.CapturedStep(step, ids) if extra == "graph" else step
+    step = TrainingStep(model, torch.compile(model, backend=compiler) if extra == "compile" else None)
+    call: Callable[[Tensor], Tensor] = CapturedStep(step, ids) if extra == "graph" else step
     return lambda: call(ids)
 
 
@@ -139,9 +140,9 @@ class Measurements:
             torch.compiler.reset()
         return self._found[size, dtype][variant]
 
-    def standing(self) -> dict[str, dict[str, Any]]:
-        """What became of each library, over the sizes measured so far: see bench/peers.py."""
-        return peer_models.step_standing(
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What became of each library, over the sizes measured so far: see bench/peers/status.py."""
+        return choice.step_status(
             {
                 f"{name} {size} {dtype}": row
                 for (size, dtype), found in self._found.items()
@@ -160,7 +161,7 @@ class Measurements:
             try:
                 steps[name] = build(name, config, dtype, ids, "aot_eager" if self._tiny else "inductor")
                 found[name] = {"losses": [float(steps[name]())]}
-            except peers.Unavailable as reason:
+            except Unavailable as reason:
                 steps.pop(name, None)
                 found[name] = {"failed": str(reason)}
             except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
@@ -190,7 +191,7 @@ class Measurements:
                 **self._facts(config, dtype, ids, statistics.median(seconds[name]), floor),
             }
             found[name]["output_hash"] = digest([torch.tensor(found[name]["losses"])])
-            if isinstance(step, peer_models.LitgptStep):
+            if name.startswith("litgpt"):
                 # launches and memory of another process; the memory it reports has the weights in it, ours
                 # has not
                 continue
@@ -243,9 +244,9 @@ class Measurements:
 
 
 @pytest.fixture(scope="module")
-def measurements(tiny: bool, full: bool, standings: list[Callable[[], dict[str, Any]]]) -> Measurements:
+def measurements(tiny: bool, full: bool, statuses: list[Callable[[], dict[str, Any]]]) -> Measurements:
     found = Measurements(tiny, full)
-    standings.append(found.standing)
+    statuses.append(found.status)
     return found
 
 

@@ -5,7 +5,7 @@ A Case makes its own inputs from a seed, so that every variant gets the same num
 some libraries write their gradients over their inputs.
 
 A variant of a library that is not installed, or has kernels for a GPU only, raises the reason when it is
-called (bench/peers.py).
+called (bench/peers/status.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import peers, work
+from bench import work
+from bench.peers import status
 from smollm2.config import SmolLM2Config
 
 
@@ -81,7 +82,7 @@ def library(peer: str, module: str, function: str, device: torch.device) -> Call
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        peers.require(peer, device)
+        status.require(peer, device)
         return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
     return call

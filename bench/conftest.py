@@ -23,7 +23,7 @@ import pytest
 import bench.generate  # noqa: F401 - first: it imports torch before smollm2, which may send idle threads to sleep; llama.cpp needs them
 from bench.bench_generate import Playback
 from bench.part import FACTS
-from bench.peers import NOT_ASKED, not_measured
+from bench.peers.status import NOT_ASKED, not_measured
 
 HERE = Path(__file__).resolve().parent
 # Of the machine, beside the device in every figure's extra_info. Not its name and its kernel's: nobody's
@@ -35,8 +35,8 @@ PROJECT = "smollm2-kernels"  # pytest-benchmark would take the name of the folde
 QUICK = "bench: small cases and few rounds on a CPU; --full adds the large cases and the compiled ones"
 
 Replay = Callable[..., None]
-Standing = dict[str, dict[str, Any]]  # of bench.peers.standing
-STANDINGS = pytest.StashKey[list[Callable[[], Standing]]]()
+Status = dict[str, dict[str, Any]]  # of bench.peers.status.peer_status
+STATUSES = pytest.StashKey[list[Callable[[], Status]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,11 +53,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[STANDINGS] = []
+    config.stash[STATUSES] = []
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for line in not_measured(joined([standing() for standing in config.stash[STANDINGS]])):
+    for line in not_measured(joined([status() for status in config.stash[STATUSES]])):
         terminalreporter.write_line(line)
     if not (config.getoption("--full") or config.getoption("--tiny")):
         terminalreporter.write_line(QUICK)
@@ -71,17 +71,17 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    if config.stash[STANDINGS]:  # else no suite ran that has libraries beside it
-        output_json["peers"] = joined([standing() for standing in config.stash[STANDINGS]])
+    if config.stash[STATUSES]:  # else no suite ran that has libraries beside it
+        output_json["peers"] = joined([status() for status in config.stash[STATUSES]])
 
 
-def joined(standings: Iterable[Standing]) -> Standing:
+def joined(statuses: Iterable[Status]) -> Status:
     """That of several suites: a library is used where one of them measured it; else the first that asked for
     it says why not.
     """
-    found: Standing = {}
-    for standing in standings:
-        for peer, row in standing.items():
+    found: Status = {}
+    for status in statuses:
+        for peer, row in status.items():
             before = found.get(peer)
             asked = before is not None and before["why"] == NOT_ASKED
             if before is None or (row["used"] and not before["used"]) or (asked and row["why"] != NOT_ASKED):
@@ -112,11 +112,11 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def standings(request: pytest.FixtureRequest) -> list[Callable[[], Standing]]:
+def statuses(request: pytest.FixtureRequest) -> list[Callable[[], Status]]:
     """Where a suite leaves the function that says which libraries it measured, for the JSON and for the end
     of the session.
     """
-    return request.config.stash[STANDINGS]
+    return request.config.stash[STATUSES]
 
 
 @pytest.fixture

@@ -39,13 +39,13 @@ from torch import Tensor
 
 WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY", "default")
 
-from bench import generate_peers as peers  # noqa: E402
 from bench import roofline  # noqa: E402
 from bench.generate_modes import TorchCompiledEngine, engine_variant  # noqa: E402
-from bench.generate_peers import Turns, Variant  # noqa: E402
 from bench.part import one_line, provenance  # noqa: E402
-from bench.peers import not_measured, require  # noqa: E402
+from bench.peers import choice  # noqa: E402
+from bench.peers.status import not_measured, require  # noqa: E402
 from bench.timing import synchronize  # noqa: E402
+from bench.variant import Turns, Variant  # noqa: E402
 from smollm2.cli import Parser, parse_dtype, run_command  # noqa: E402
 from smollm2.config import SmolLM2Config  # noqa: E402
 from smollm2.engine.select import Engine, select_engine  # noqa: E402
@@ -142,12 +142,11 @@ class Plan:
             )
         return self._rows[case]
 
-    def standing(self) -> dict[str, dict[str, Any]]:
-        """What became of each library, over all cases measured so far: see bench/peers.py."""
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What became of each library, over all cases measured so far: see bench/peers/status.py."""
         measured = [(name, row.failed) for rows in self._rows.values() for name, row in rows.items()]
-        return peers.generation_standing(
-            [*measured, *((name, "left out at toy sizes") for name in self._left_out)]
-        )
+        left_out = [(name, "left out at toy sizes") for name in self._left_out]
+        return choice.variants_status([*measured, *left_out], choice.OF_GENERATION)
 
     def percent_of_roof(self, name: str, case: tuple[int, int], seconds: float) -> float:
         """Bytes that a decode step must read, over what a copy would move in that time, in percent."""
@@ -225,8 +224,8 @@ class Plan:
                 self._load("torch", _dtype(what)), "aot_eager" if self.tiny else "inductor"
             )
             return engine_variant(engine, captured=True)
-        if kind.partition("+")[0] in peers.LIBRARY:
-            return peers.library_variant(name, weights, folder, self.device)
+        if kind.partition("+")[0] in choice.LIBRARY:
+            return choice.library_variant(name, weights, folder, self.device)
         quantized = what in ("int8", "int4")
         model = self._load(rest[0] if rest else "auto", torch.bfloat16 if quantized else _dtype(what))
         if kind == "captured":
@@ -463,7 +462,7 @@ def main(argv: Sequence[str]) -> int:
         status = pytest.main(arguments, plugins=[PlanPlugin(plan)])
     if status != pytest.ExitCode.OK:
         raise RuntimeError(f"the suite ended with {status!r}: {quiet.getvalue()[-2000:]}")
-    for line in not_measured(plan.standing()):
+    for line in not_measured(plan.status()):
         plan.say(line)
     return 0
 
@@ -478,7 +477,7 @@ class PlanPlugin:
         config.generate_plan = self.plan
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
-        output_json["peers"] = self.plan.standing()
+        output_json["peers"] = self.plan.status()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torch import Tensor
 from bench import launches, work
 from bench.decode_steps import EagerSteps, LlamaSteps, LoopSteps, build_llama, clock, tokens_for
 from bench.part import Part, one_line, parser
-from bench.peers import require
+from bench.peers.status import require
 from bench.timing import eager, synchronize
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config

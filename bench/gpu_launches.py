@@ -25,7 +25,7 @@ from bench.correctness import PATTERNS
 from bench.ops import Shapes
 from bench.part import ROOT
 from bench.stand_in import standing_in_for_cuda
-from bench.train_step import TrainingStep
+from bench.step import TrainingStep
 from kernels import select_backend
 from kernels.certify.cache_fill import SOURCES, Specialisations
 from kernels.certify.targets import target_for

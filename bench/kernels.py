@@ -28,12 +28,13 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from bench import launches, peers, roofline, timing, work
+from bench import launches, roofline, timing, work
 from bench.case import Case, Shapes
 from bench.long_attention import document_attention, long_attention
 from bench.ops import PEER_OF, cases
 from bench.part import Part, one_line, parser
 from bench.peak_memory import peak_memory
+from bench.peers import status
 from bench.roofline import DTYPES
 from bench.weight_ops import CHUNKS, optimizer_step
 from kernels import Backend, select_backend
@@ -196,7 +197,7 @@ def measure(
             errors[name] = (
                 None if name in case.unchecked or truth is None else error(variant.results(), truth)
             )
-        except peers.Unavailable as reason:
+        except status.Unavailable as reason:
             rows.append({"op": case.op, "variant": name, "failed": str(reason)})
             continue
         except ModuleNotFoundError as missing:
@@ -266,15 +267,15 @@ def every_case(shapes: Shapes, backend: Backend, compiler: str, tiny: bool) -> l
     return [*first, *documents, *longer, *found.values()]
 
 
-def kernel_standing(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`bench.peers.standing` of the rows: which library was timed in at least one of them, and why each other
+def kernel_status(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`peer_status` of the rows: which library was timed in at least one of them, and why each other
     was not.
     """
     outcomes: dict[str, list[str]] = {peer: [] for peer in PEER_OF.values()}
     for row in rows:
         if row["variant"] in PEER_OF:
             outcomes[PEER_OF[row["variant"]]].append(row.get("failed", ""))
-    return peers.standing(outcomes)
+    return status.peer_status(outcomes)
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -436,8 +437,8 @@ def main(argv: Sequence[str]) -> int:
     if left_out:
         print(f"no time was left for {'; '.join(left_out)}")
         part.save(left_out=left_out)
-    part.save(peers=kernel_standing(part.data["rows"]))
-    print(*peers.not_measured(part.data["peers"]), sep="\n")
+    part.save(peers=kernel_status(part.data["rows"]))
+    print(*status.not_measured(part.data["peers"]), sep="\n")
 
     print()
     counted_launches = {}

@@ -44,8 +44,8 @@ from bench import launches
 from bench.part import one_line, parser
 from bench.peak_memory import peak_memory
 from bench.roofline import DTYPES, MachinePart
+from bench.step import CapturedStep, TrainingStep, all_logits
 from bench.timing import synchronize
-from bench.train_step import CapturedStep, TrainingStep, all_logits
 from kernels import TORCH, Backend, select_backend, with_ops
 from kernels.eager.linear import mlp
 from smollm2.cli import run_command

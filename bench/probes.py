@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench import ops, timing, work
 from bench.part import Part, one_line
-from bench.train_step import TrainingStep
+from bench.step import TrainingStep
 from kernels import Backend
 from smollm2.model import SmolLM2ForCausalLM, rotary_tables
 

@@ -32,7 +32,7 @@ import torch
 from bench import ops, timing, work
 from bench.part import Part, one_line, parser, provenance
 from bench.probes import Probe, measure_all, step_probes, token_probes
-from bench.train_step import CapturedStep, TrainingStep
+from bench.step import CapturedStep, TrainingStep
 from kernels import Backend, select_backend
 from smollm2.cli import resolve_dtype, run_command
 from smollm2.compile import find_package

@@ -206,7 +206,8 @@ def record() -> dict[str, Work]:
     """What a step of this code does, on an H100 that need not be there."""
     import torch
 
-    from bench.train_step import TrainingStep, build
+    from bench.step import TrainingStep
+    from bench.train_step import build
     from smollm2.config import SmolLM2Config
 
     with recording() as launches:

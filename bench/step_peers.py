@@ -10,7 +10,7 @@ all alike; figures are medians, and only their ratios mean something on a machin
     ours+doc_start      the same with document boundaries, as training uses it: no peer computes that
     transformers        fp32 parameters; in bf16 under torch.autocast, the usual recipe
     transformers bf16   parameters, gradients and optimizer state in bf16: less memory traffic, and worse numerics
-    litgpt              its model, in a process that sleeps until it is asked for a step (bench/litgpt_peer.py); bf16 by autocast
+    litgpt              its model, in a process that sleeps until it is asked for a step (bench/peers/litgpt.py); bf16 by autocast
     liger               Liger-Kernel on transformers needs a GPU: named, with its version, and measured by bench.train_step
     ...+compile         the same under torch.compile
 """
@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import peer_models, peers
 from bench.part import one_line, parser, provenance, read_json, write_json
-from bench.train_step import TrainingStep
+from bench.peers import choice, status
+from bench.peers.transformers import autocast_forward, transformers_llama
+from bench.step import TrainingStep
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
@@ -64,7 +65,7 @@ def theirs(config: SmolLM2Config, seed: int = 0) -> nn.Module:
     """transformers' Llama with the weights of `ours`, fp32. Raises NotInstalled, a UsageError, where
     transformers is not installed.
     """
-    llama: nn.Module = peer_models.transformers_llama(config, ours(config, torch.float32, seed).state_dict())
+    llama: nn.Module = transformers_llama(config, ours(config, torch.float32, seed).state_dict())
     return llama
 
 
@@ -96,11 +97,11 @@ def build(
     autocast = dtype == torch.bfloat16
     if kind != "transformers bf16":
         weights = ours(config, torch.float32).state_dict()
-        peer = peer_models.peer_step(variant, config, weights, ids, autocast, compiler)
-        return peer if isinstance(peer, peer_models.LitgptStep) else lambda: peer(ids)
+        peer = choice.peer_step(variant, config, weights, ids, autocast, compiler)
+        return lambda: peer(ids)
     llama: Any = theirs(config).to(torch.bfloat16)  # what TrainingStep needs of a model, it has
     called = torch.compile(llama, backend=compiler) if extra == "compile" else llama
-    step_theirs = TrainingStep(llama, peer_models.autocast_forward(called, ids.device, autocast=False))
+    step_theirs = TrainingStep(llama, autocast_forward(called, ids.device, autocast=False))
     return lambda: step_theirs(ids)
 
 
@@ -142,7 +143,7 @@ def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> d
         began = time.perf_counter()
         try:
             losses = [float(step()) for _ in range(COMPARED_STEPS)]
-        except peers.Unavailable as reason:
+        except status.Unavailable as reason:
             found[name] = {"failed": str(reason)}
             continue
         except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
@@ -343,8 +344,8 @@ def main(argv: Sequence[str]) -> int:
     rows = {
         f"{name} {dtype}": row for dtype, found in results.items() for name, row in found["variants"].items()
     }
-    save(status="complete", peers=peer_models.step_standing(rows))
-    for line in peers.not_measured(data["peers"]):
+    save(status="complete", peers=choice.step_status(rows))
+    for line in status.not_measured(data["peers"]):
         print(line, flush=True)
     return 1 if far else 0
 

@@ -10,11 +10,12 @@ import gguf_files
 import pytest
 import torch
 
-from bench import generate, generate_modes, generate_peers
+from bench import generate, generate_modes
 from bench.bench_generate import Playback
 from bench.generate import Row
-from bench.generate_peers import Variant
-from bench.peers import NotInstalled
+from bench.peers import choice, llama_cpp
+from bench.peers.status import NotInstalled
+from bench.variant import Variant
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
@@ -110,14 +111,14 @@ def test_our_model_under_torch_compile_and_a_static_cache_put_out_the_same_token
         rows = plan.rows(case)
         assert [row.failed for row in rows.values()] == ["", "", ""]
         assert all(row.agreement == 1.0 for row in rows.values())
-    assert plan.standing()["torch.compile"]["used"]
+    assert plan.status()["torch.compile"]["used"]
 
 
 def test_what_is_not_available_is_a_row_with_its_reason(monkeypatch):
     def absent(*arguments, **options):
         raise NotInstalled("transformers")
 
-    monkeypatch.setattr(generate_peers, "transformers_variant", absent)
+    monkeypatch.setattr(choice, "transformers_variant", absent)
     said: list[str] = []
     plan = generate.Plan(device=torch.device("cpu"), modes=("eager fp32",), tiny=True, say=said.append)
     rows = plan.rows((1, 4))
@@ -127,7 +128,7 @@ def test_what_is_not_available_is_a_row_with_its_reason(monkeypatch):
         for name in PEERS
     )
     assert "pip install -e '.[peers]'" in said[-1]
-    assert plan.standing()["transformers"]["why"] == "not installed; pip install -e '.[peers]'"
+    assert plan.status()["transformers"]["why"] == "not installed; pip install -e '.[peers]'"
 
 
 @pytest.mark.parametrize(
@@ -253,9 +254,9 @@ def test_bytes_of_a_step_are_those_of_the_quantised_weights():
 def test_names_and_rows_of_a_gguf_file_are_those_of_an_independent_writer():
     weights = gguf_files.random_weights()
     for name in weights:
-        assert generate_peers.gguf_name(name) == gguf_files.gguf_name(name)
+        assert llama_cpp.gguf_name(name) == gguf_files.gguf_name(name)
     query = weights["model.layers.0.self_attn.q_proj.weight"]
-    assert torch.equal(generate_peers.interleave_rows(query, 4), gguf_files.interleave_rows(query, 4))
+    assert torch.equal(llama_cpp.interleave_rows(query, 4), gguf_files.interleave_rows(query, 4))
 
 
 @pytest.mark.parametrize("kind", ("F32", "F16", "Q8_0"))
@@ -263,7 +264,7 @@ def test_a_written_gguf_file_is_read_back(kind, tmp_path):
     from smollm2.pretrained.gguf import open_gguf
 
     config, weights = gguf_files.CONFIG, gguf_files.random_weights()
-    generate_peers.write_gguf(tmp_path / "model.gguf", config, weights, kind)
+    llama_cpp.write_gguf(tmp_path / "model.gguf", config, weights, kind)
     file = open_gguf(tmp_path / "model.gguf")
     assert file.config.replace(
         bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=1.0
@@ -277,11 +278,9 @@ def test_llama_cpp_puts_out_the_tokens_of_this_model(tmp_path):
     pytest.importorskip("llama_cpp", reason="the comparison needs llama-cpp-python")
     torch.manual_seed(0)
     model = SmolLM2ForCausalLM(gguf_files.CONFIG, "torch").eval()
-    generate_peers.write_gguf(
-        tmp_path / "model.gguf", model.config, generate_peers.stored_tensors(model), "F32"
-    )
+    llama_cpp.write_gguf(tmp_path / "model.gguf", model.config, llama_cpp.stored_tensors(model), "F32")
     prompts = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
-    variant = generate_peers.llama_cpp_variant(tmp_path / "model.gguf", model.config, "F32", 1)
+    variant = llama_cpp.llama_cpp_variant(tmp_path / "model.gguf", model.config, "F32", 1)
     ours = generate_modes.EngineTurns(generate.Engine(model), prompts, 8)
     theirs = variant.begin(prompts, 8)
     for _ in range(2):  # the second time from a cache that is not empty

@@ -11,16 +11,17 @@ import time
 import pytest
 import torch
 
-from bench import litgpt_peer, litgpt_worker, peer_models, step_peers
-from bench.litgpt_peer import LitgptStep, LitgptTurns, PeerFailed, PeerProcess
-from bench.peers import NotInstalled
+from bench import litgpt_peer, step_peers
+from bench.peers import choice, litgpt, litgpt_worker
+from bench.peers.litgpt import LitgptStep, LitgptTurns, PeerFailed, PeerProcess
+from bench.peers.status import NotInstalled
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 
 TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
 IDS = torch.arange(16)[None]
 
-# Speaks the protocol of bench/litgpt_worker.py; loses 1 nat a step, and puts out 7s.
+# Speaks the protocol of bench/peers/litgpt_worker.py; loses 1 nat a step, and puts out 7s.
 RIGHT = """
 import json, sys
 loss = 9.0
@@ -63,11 +64,11 @@ def stand_in(monkeypatch, tmp_path):
     """Puts a script in the place of litgpt's environment: source -> None."""
 
     def put(source, seconds=60.0):
-        monkeypatch.setattr(litgpt_peer, "venv_python", lambda venv: tmp_path)
-        monkeypatch.setattr(litgpt_peer, "litgpt_version", lambda venv=None: "0.0.1")
-        monkeypatch.setattr(peer_models, "litgpt_version", lambda: "0.0.1")
-        monkeypatch.setattr(litgpt_peer.Path, "is_file", lambda path: True)
-        monkeypatch.setattr(litgpt_peer, "PeerProcess", lambda command, environment: peer(source, seconds))
+        monkeypatch.setattr(litgpt, "venv_python", lambda venv: tmp_path)
+        monkeypatch.setattr(litgpt, "litgpt_version", lambda venv=None: "0.0.1")
+        monkeypatch.setattr(choice, "litgpt_version", lambda: "0.0.1")
+        monkeypatch.setattr(litgpt.Path, "is_file", lambda path: True)
+        monkeypatch.setattr(litgpt, "PeerProcess", lambda command, environment: peer(source, seconds))
 
     return put
 
@@ -103,7 +104,7 @@ def test_the_others_are_measured_when_a_peer_fails(name, stand_in):
     found = step_peers.measure(steps, 2, lambda: 60.0)
     assert "litgpt" in found and found["litgpt"]["failed"].startswith("PeerFailed: ")
     assert found["ours"]["rounds"] == 2
-    why = peer_models.step_standing(found)["litgpt"]["why"]
+    why = choice.step_status(found)["litgpt"]["why"]
     assert BROKEN[name][1].replace("'load'", "") in why.replace("'load'", "")
 
 
@@ -137,13 +138,13 @@ def test_a_model_whose_head_is_not_tied_is_refused(stand_in):
 
 
 def test_without_its_environment_litgpt_is_named_with_the_command_that_makes_it(monkeypatch, tmp_path):
-    monkeypatch.setenv(litgpt_peer.VENV_VARIABLE, str(tmp_path / "absent"))
+    monkeypatch.setenv(litgpt.VENV_VARIABLE, str(tmp_path / "absent"))
     with pytest.raises(NotInstalled, match=r"litgpt is not installed; python -m bench.litgpt_peer setup"):
         LitgptStep(step_peers.ours(TINY, torch.float32).state_dict(), TINY, IDS, autocast=False)
-    assert litgpt_peer.litgpt_version() is None
+    assert litgpt.litgpt_version() is None
     folder = tmp_path / "absent" / "lib" / "python3.11" / "site-packages" / "litgpt-0.5.13.dist-info"
     folder.mkdir(parents=True)
-    assert litgpt_peer.litgpt_version() == "0.5.13"
+    assert litgpt.litgpt_version() == "0.5.13"
 
 
 def test_setup_installs_the_torch_that_runs_here_and_says_what_failed(monkeypatch, tmp_path):
@@ -159,12 +160,12 @@ def test_setup_installs_the_torch_that_runs_here_and_says_what_failed(monkeypatc
             return subprocess.CompletedProcess(command, 1)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(litgpt_peer.subprocess, "run", run)
+    monkeypatch.setattr(litgpt.subprocess, "run", run)
     with pytest.raises(
         UsageError, match="pip install .* failed; remove .*, or name another folder with --venv"
     ):
-        litgpt_peer.setup(tmp_path / "venv")
-    assert len(seen) == 2 and litgpt_peer.LITGPT in seen[1]
+        litgpt.setup(tmp_path / "venv")
+    assert len(seen) == 2 and litgpt.LITGPT in seen[1]
 
 
 def test_the_worker_answers_every_line_and_an_exception_is_an_answer():
@@ -191,7 +192,7 @@ def test_the_worker_answers_every_line_and_an_exception_is_an_answer():
 
 def test_the_worker_imports_nothing_of_this_project_and_keeps_its_answers_apart(project_root):
     """As it is started: isolated, from another folder. What a library prints goes to stderr."""
-    source = project_root / "bench" / "litgpt_worker.py"
+    source = project_root / "bench" / "peers" / "litgpt_worker.py"
     done = subprocess.run(
         [sys.executable, "-I", source],
         input='{"call": "load"}\n',
@@ -218,7 +219,7 @@ def test_silence_costs_no_more_than_it_may():
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    litgpt_peer.litgpt_version() is None, reason="litgpt is not installed; python -m bench.litgpt_peer setup"
+    litgpt.litgpt_version() is None, reason="litgpt is not installed; python -m bench.litgpt_peer setup"
 )
 def test_litgpt_has_our_losses_and_tokens(capsys):
     assert litgpt_peer.check() == 0

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_kernels, bench_train, figures, peer_models, peers, startup, step_peers
+from bench import bench_kernels, bench_train, figures, startup, step_peers
 from bench.bench_kernels import CASES, NOT_HERE, Measurements, in_turns, rates
 from bench.conftest import joined, pytest_benchmark_update_machine_info
 from bench.kernels import OPS
 from bench.part import FACTS
 from bench.peak_memory import peak_memory
+from bench.peers import choice
+from bench.peers import status as peers
 from bench.work import Work
 
 SUITES = ("bench_data", "bench_generate", "bench_kernels", "bench_startup", "bench_train")
@@ -93,7 +95,7 @@ def test_a_cpu_leaves_large_and_compiled_steps_out_unless_asked() -> None:
 def test_a_gpu_compares_the_peers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "DEVICE", torch.device("cuda"))
     found = bench_train.variants(bench_train.GPU_SIZES["135M, 8 x 512"], "bf16")
-    assert {"triton", "torch", *peer_models.VARIANTS} <= set(found)
+    assert {"triton", "torch", *choice.VARIANTS} <= set(found)
 
 
 def test_a_step_of_a_gpu_is_that_of_its_variant() -> None:
@@ -120,7 +122,7 @@ def test_a_peer_that_cannot_be_measured_is_skipped_with_its_reason_and_named(
         and "Unavailable" not in reason
         and measurements.of("tiny", "fp32", "ours")["seconds"]
     )
-    found = measurements.standing()
+    found = measurements.status()
     assert not found["liger-kernel"]["used"] and found["liger-kernel"]["why"] in reason
 
 
