@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.part import ROOT, Part, parser, write_json
+from bench.record import ROOT, Part, parser, write_json
 from smollm2.cli import run_command
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import text, train_run
-from bench.part import ROOT, read_json, resolve_device, write_json
+from bench.record import ROOT, read_json, resolve_device, write_json
 from bench.summary import summarise
 from smollm2.cli import run_command
 from smollm2.errors import UsageError

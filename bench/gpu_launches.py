@@ -23,7 +23,7 @@ import torch
 from bench import generation, kernels, ladder, memcheck, tuning
 from bench.correctness import PATTERNS
 from bench.ops import Shapes
-from bench.part import ROOT
+from bench.record import ROOT
 from bench.stand_in import standing_in_for_cuda
 from bench.step import TrainingStep
 from kernels import select_backend

@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import launches
-from bench.part import one_line, parser
 from bench.peak_memory import peak_memory
-from bench.roofline import DTYPES, MachinePart
+from bench.record import Part, one_line, parser
+from bench.roof import DTYPES
 from bench.step import CapturedStep, TrainingStep, all_logits
 from bench.timing import synchronize
 from kernels import TORCH, Backend, select_backend, with_ops
@@ -523,7 +523,7 @@ def main(argv: Sequence[str]) -> int:
     if options.rounds is not None and options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself otherwise
-    part = MachinePart("ladder", options)
+    part = Part("ladder", options, cpu=True)
     cuda = part.device.type == "cuda"
     size = "tiny" if part.tiny else options.size or ("135M" if cuda else "tiny")
     config = part.model(size)
@@ -532,9 +532,7 @@ def main(argv: Sequence[str]) -> int:
     best = select_backend(
         "torch" if part.tiny and options.backend == "auto" else options.backend, part.device
     )
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(
-        part.device
-    )
+    ids = part.ids(config, batch, length)
     short = str(dtype).removeprefix("torch.")
     large = size == "135M" and not cuda
     rounds = 1 if part.tiny else options.rounds or (SLOW_ROUNDS if large else ROUNDS)

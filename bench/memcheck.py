@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.part import ROOT, Part, parser
+from bench.record import ROOT, Part, parser
 from kernels import TORCH, Backend, LayerWeights, select_backend
 from smollm2.cli import run_command
 from smollm2.working_copies import WorkingCopies

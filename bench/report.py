@@ -1,18 +1,18 @@
 """`python -m bench.report DIR [--out DIR]`: pictures of the results in DIR, as PNG and SVG for a README of
 800 pixels.
 
-    generation.*     prefill and decode of every way to generate, beside the peers; a line is the limit of the memory: weights and
-                     cache read once per step at the speed of a copy or read
-    step.*           optimizer steps beside the peers; a line is the limit of the processor: the matrix products alone
-    roofline.*       time of every operation against the least it could take on that machine: of bench.kernels as bars beside the
-                     alternatives, of bench.roofline as points
+    generation.*     prefill and decode of every way to generate, beside the peers; a mark is the limit of the memory: weights
+                     and cache read once per step, as fast as that run could read
+    step.*           optimizer steps beside the peers; a mark is the limit of the processor: the matrix products alone
+    roofline.*       time of every operation against the least it could take on that machine: of bench.kernels as bars
+                     beside the alternatives, of bench.roofline as points
     attention.*      TFLOP/s of attention by length of a row, beside the alternatives
     ladder.*         from plain eager to everything on, one change a row
     loss_memory.*    what the loss holds at one time, by number of tokens
     decode.*         decode tokens/s against batch and context, with the limit of the memory where all variants have the same
 
-Which files are read is said in bench/figures.py; another one is named and left out. Every picture says device, dtype, date and commit.
---markdown prints the figures as tables.
+Which files are read is said in bench/figures.py; another one is named and left out. Every picture says device,
+dtype, date and commit. --markdown prints the figures as tables.
 """
 
 from __future__ import annotations
@@ -213,8 +213,14 @@ def draw_generation(figures: list[Figure]) -> Any:
                 names,
             )
             axes.tick_params(labelleft=kind == kinds[0])
-    legend_of_families(picture, chosen, LIMIT)
+    legend_of_families(picture, chosen, limit_label(chosen))
     return picture
+
+
+def limit_label(figures: Sequence[Figure]) -> str:
+    """The limit of the memory, and its rate where all have the same."""
+    rates = {figure.facts["at"] for figure in figures if "at" in figure.facts}
+    return f"{LIMIT}, {rates.pop()}" if len(rates) == 1 else LIMIT
 
 
 def draw_step(figures: list[Figure]) -> Any:
@@ -304,7 +310,8 @@ def scatter(axes: Any, panel: str, figures: list[Figure]) -> None:
         )
     axes.set_xlabel("least time, ms")
     axes.set_ylabel("measured time, ms")
-    axes.set_title(f"{panel} (hollow: backward)", loc="left")
+    backward = any(figure.facts["phase"].endswith("backward") for figure in here)
+    axes.set_title(panel + (" (hollow: backward)" if backward else ""), loc="left")
     handles = [
         Line2D([], [], color=shades[name], marker="s", linestyle="none", label=name) for name in operations
     ]
@@ -443,6 +450,11 @@ def draw_loss_memory(figures: list[Figure]) -> Any:
     return picture
 
 
+def joined(count: int) -> dict[str, str]:
+    """A line joins more than two points: between two there is nothing that was measured."""
+    return {} if count > 2 else {"linestyle": "none"}
+
+
 def draw_decode(figures: list[Figure]) -> Any:
     """Against the batch at every context, against the context at the smallest batch; None where neither was
     varied.
@@ -465,6 +477,7 @@ def draw_decode(figures: list[Figure]) -> Any:
     if not drawn:
         return None
     drawn = drawn[:3]  # the fourth place is the legend's
+    longest = max(len(contexts), len(batches))
     names = list(dict.fromkeys(figure.variant for figure in chosen))
     best = max(chosen, key=lambda figure: figure.value)
     lowest = min(figure.value for figure in chosen)
@@ -485,11 +498,11 @@ def draw_decode(figures: list[Figure]) -> Any:
     )
     grid = picture.subplots(-(-len(drawn) // 2), min(2, len(drawn)), squeeze=False, sharey=wide).flat
     for axes, (along, value, here) in zip(grid, drawn, strict=False):
+        ticks = sorted({figure.facts[along] for figure in here})
         for name in names:
             points = sorted((figure.facts[along], figure.value) for figure in here if figure.variant == name)
             if points:
-                axes.plot(*zip(*points, strict=True), **styles[name])
-        ticks = sorted({figure.facts[along] for figure in here})
+                axes.plot(*zip(*points, strict=True), **styles[name] | joined(len(ticks)))
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
@@ -498,9 +511,9 @@ def draw_decode(figures: list[Figure]) -> Any:
             if limits and all(
                 abs(figure.limit / limits[figure.facts[along]] - 1) < 0.05 for figure in here if figure.limit
             ):
-                name = f"{LIMIT}, {here[0].facts['at']}"
-                styles[name] = {"color": "black", "linewidth": 1.6}
-                axes.plot(*zip(*sorted(limits.items()), strict=True), **styles[name])
+                name = limit_label(here)
+                styles[name] = {"color": "black", "linewidth": 1.6, "marker": "" if len(ticks) > 2 else "_"}
+                axes.plot(*zip(*sorted(limits.items()), strict=True), **styles[name] | joined(len(ticks)))
             where = {
                 "textcoords": "offset points",
                 "ha": "center",
@@ -522,7 +535,7 @@ def draw_decode(figures: list[Figure]) -> Any:
         axes.set_title(title if along == "batch" else f"batch of {value}", loc="left")
         plain_axes(axes)
     handles = [
-        Line2D([], [], **{**style, "linewidth": None, "markersize": None}, label=name)
+        Line2D([], [], **{**style, "linewidth": None, "markersize": None} | joined(longest), label=name)
         for name, style in styles.items()
     ]
     if len(drawn) == 3:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.part import read_json
+from bench.record import read_json
 
 LINES, WIDTH = 44, 150
 

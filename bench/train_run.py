@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import text
-from bench.part import ROOT, Part, parser
+from bench.record import ROOT, Part, parser
 from smollm2.cli import run_command
 
 POLL = 1.0  # seconds between two looks at what the run has written

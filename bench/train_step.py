@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from bench import launches, work
-from bench.part import Part, one_line, parser, write_json
 from bench.peers import choice, status
 from bench.peers.litgpt import LitgptStep
+from bench.record import Part, one_line, parser, write_json
 from bench.step import CapturedStep, TrainingStep, all_logits
 from bench.timing import alone, synchronize
 from kernels import TORCH, Backend, select_backend, with_ops
@@ -226,8 +226,6 @@ def attempt(
             for name, found in measure(variant, config, ids, part.tiny, lock, traces):
                 yield name, found
                 name = f"{name}+graph"  # what fails next
-        except status.Unavailable as reason:
-            yield name, {"failed": str(reason)}
         except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
             yield name, {"failed": one_line(failure)}
 
@@ -279,9 +277,7 @@ def main(argv: Sequence[str]) -> int:
     part = Part("step", options)
     config = part.model(options.model)
     batch, length = (1, 8) if part.tiny else (32, 512)
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(
-        part.device
-    )
+    ids = part.ids(config, batch, length)
     part.save(
         model=options.model, batch=batch, length=length, parameters=config.num_parameters(),
         peak_flops=work.peak_flops(part.device),

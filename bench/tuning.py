@@ -22,7 +22,7 @@ from bench import timing
 from bench.case import Case, Shapes
 from bench.kernels import ERROR_BOUND, FULL, OURS, SET_BYTES, Variant, error
 from bench.ops import cases
-from bench.part import Part, one_line, parser
+from bench.record import Part, one_line, parser
 from bench.weight_ops import optimizer_step
 from kernels import select_backend
 from kernels.launch_config import Launch, launch_config

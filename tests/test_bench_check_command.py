@@ -1,11 +1,9 @@
 """`python -m bench.check`: how ratios are judged, and a run at toy size, where none is."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from in_process import printed
 
 from bench import check
 from smollm2.errors import LoadError, UsageError
@@ -128,28 +126,12 @@ def test_ratios_of_a_gpu_are_refused():
         check.main(["--device", "cuda"])
 
 
-def test_a_tiny_run_compares_what_both_ways_compute_and_judges_no_time(tmp_path, project_root):
+def test_a_tiny_run_compares_what_both_ways_compute_and_judges_no_time(tmp_path):
     path = tmp_path / "check.json"
     # which starts worker processes
     names = [name for name in check.Contests(check.TINY).makers if name != "token cache over text"]
-    command = [
-        sys.executable,
-        "-m",
-        "bench.check",
-        "--tiny",
-        "--json",
-        str(path),
-        *(word for name in names for word in ("--only", name)),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=project_root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    only = [word for name in names for word in ("--only", name)]
+    printed(check.main, "--tiny", "--json", path, *only)
     section = json.loads(path.read_text(encoding="utf-8"))["check"]
     assert section["note"] == check.TINY_NOTE and list(section["rows"]) == names
     for name, row in section["rows"].items():

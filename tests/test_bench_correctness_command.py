@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import correctness
-from bench.part import Part, read_json
+from bench.record import Part, read_json
 
 CASES = """
     import os

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import decode_steps, generation
-from bench.part import Part
+from bench.record import Part
 from bench.summary import generation_lines
 from smollm2.config import SmolLM2Config
 

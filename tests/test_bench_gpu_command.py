@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu, text, train_run
-from bench.part import INTERPRETER_NOTE, write_json
+from bench.record import INTERPRETER_NOTE, write_json
 from smollm2.errors import LoadError
 from smollm2.pretrained.tokenizer import train_tokenizer
 

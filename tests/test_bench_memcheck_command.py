@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from bench import memcheck
-from bench.part import Part, read_json
+from bench.record import Part, read_json
 
 # Runs no operation, but says that it does. The environment says which one finds an error, crashes, hangs, or
 # has a race.

@@ -97,11 +97,18 @@ def test_a_peer_ends_with_whoever_holds_it():
     assert child.wait(10) != 0
 
 
+def measured(rounds):
+    """The rows of litgpt and of ours."""
+    steps, failed = step_peers.build_all(["litgpt", "ours"], TINY, torch.float32, IDS, "eager")
+    return {name: {"failed": why} for name, why in failed.items()} | step_peers.measure(
+        steps, rounds, lambda: 60.0
+    )
+
+
 @pytest.mark.parametrize("name", ["crash", "garbage", "silence"])
 def test_the_others_are_measured_when_a_peer_fails(name, stand_in):
     stand_in(BROKEN[name][0], 1.0)
-    steps = step_peers.build_all(["litgpt", "ours"], TINY, torch.float32, IDS, "eager")
-    found = step_peers.measure(steps, 2, lambda: 60.0)
+    found = measured(2)
     assert "litgpt" in found and found["litgpt"]["failed"].startswith("PeerFailed: ")
     assert found["ours"]["rounds"] == 2
     why = choice.step_status(found)["litgpt"]["why"]
@@ -113,8 +120,7 @@ def test_a_peer_that_dies_between_two_rounds_is_a_result_among_others(stand_in):
         "loss -= request", "sys.exit('killed') if loss < 7 else None\n        loss -= request"
     )
     stand_in(dies)
-    steps = step_peers.build_all(["litgpt", "ours"], TINY, torch.float32, IDS, "eager")
-    found = step_peers.measure(steps, 3, lambda: 60.0)
+    found = measured(3)
     assert (
         found["litgpt"] == {"failed": "PeerFailed: ended with exit code 1: killed"}
         and found["ours"]["rounds"] == 3

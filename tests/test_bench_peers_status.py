@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from bench import kernels, ops, part
+from bench import kernels, ops, record
 from bench.peers import choice
 from bench.peers import status as peers
 from bench.peers import transformers as llama
@@ -103,11 +103,11 @@ def test_variants_belong_to_their_libraries(monkeypatch):
 def test_a_figure_has_the_versions_of_the_libraries_that_are_here(monkeypatch):
     def version(name):
         if name == "flash-attn":
-            raise part.PackageNotFoundError(name)
+            raise record.PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr(part, "version", version)
-    found = part.provenance(CPU)["versions"]
+    monkeypatch.setattr(record, "version", version)
+    found = record.provenance(CPU)["versions"]
     assert {name: found.get(name) for name in ("transformers", "liger-kernel", "litgpt", "quack-kernels", "flash-attn")} == {
         "transformers": "1.0", "liger-kernel": "1.0", "litgpt": "1.0", "quack-kernels": "1.0",
         "flash-attn": None,

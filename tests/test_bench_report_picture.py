@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from bench import figures, report
 from bench.figures import Figure
-from bench.part import INTERPRETER_NOTE
+from bench.record import INTERPRETER_NOTE
 from smollm2.cli import run_command
 from smollm2.errors import LoadError, UsageError
 
@@ -31,19 +31,14 @@ def entry(seconds: float, **facts: Any) -> dict[str, Any]:
 
 
 def generated(
-    variant: str, rate: float, batch: int = 1, prompt: int = 32, copy: float = 20.0
+    variant: str, rate: float, batch: int = 1, prompt: int = 32, read: float | None = 20.0
 ) -> list[dict[str, Any]]:
     facts = {"variant": variant, "batch": batch, "prompt_tokens": prompt}
+    measured = {} if read is None else {"read_gb_per_s": read}
+    decode = {"tokens_per_second": rate, "bytes_per_token": 10**8, "copy_gb_per_s": 90.0, **measured}
     return [
         entry(0.5, phase="prefill", tokens_per_second=10 * rate, **facts),
-        entry(
-            1 / rate,
-            phase="decode",
-            tokens_per_second=rate,
-            bytes_per_token=10**8,
-            copy_gb_per_s=copy,
-            **facts,
-        ),
+        entry(1 / rate, phase="decode", **decode, **facts),
     ]
 
 
@@ -310,18 +305,21 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert (rung.value, rung.facts["launches"], rung.facts["peak_memory_bytes"]) == (100.0, 35, 9e8)
 
 
-def test_the_limit_of_the_memory_is_the_fastest_copy_or_read_of_any_file(tmp_path: Path) -> None:
-    slow, fast = (
-        {"benchmarks": generated("eager bf16", 20.0, batch, copy=speed)}
-        for batch, speed in ((1, 20.0), (8, 30.0))
+def test_the_limit_of_the_memory_is_what_was_read_in_the_same_run(tmp_path: Path) -> None:
+    """Not a copy, and not the rate of another file, but for a run that did not measure its own."""
+    runs = {f"{batch}.json": (batch, read) for batch, read in ((1, 20.0), (8, 30.0), (2, None))}
+    files = {
+        name: {"benchmarks": generated("eager bf16", 20.0, *run, read=read)}
+        for name, (*run, read) in runs.items()
+    }
+    section = {**ROOFLINE["roofline"], "copy_gb_per_s": 85.0, "read_gb_per_s": 40.0}  # type: ignore[dict-item]
+    write(tmp_path, {**files, "roofline.json": {**ROOFLINE, "roofline": section}})
+    decode = [figure for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
+    assert {figure.facts["batch"]: figure.limit for figure in decode} == pytest.approx(
+        {1: 200.0, 8: 300.0, 2: 400.0}
     )
-    write(tmp_path, {"slow.json": slow, "fast.json": fast})
-    limits = [figure.limit for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
-    assert limits == pytest.approx([300.0, 300.0])
-    section = {**ROOFLINE["roofline"], "copy_gb_per_s": 25.0, "read_gb_per_s": 40.0}  # type: ignore[dict-item]
-    write(tmp_path, {"roofline.json": {**ROOFLINE, "roofline": section}})
-    limits = [figure.limit for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
-    assert limits == pytest.approx([400.0, 400.0])
+    assert report.limit_label(decode) == report.LIMIT, "the rates differ"
+    assert report.limit_label(decode[:1]) == f"{report.LIMIT}, {decode[0].facts['at']}"
 
 
 def test_figures_of_a_gpu_are_those_of_the_files(tmp_path: Path) -> None:
@@ -404,6 +402,27 @@ def test_a_file_that_is_not_known_or_damaged_is_named_and_left_out(
         assert f"{name}: left out" in errors
     assert "step.json" not in errors and "ladder: not drawn" in errors
     assert (folder / "step.png").exists() and not (folder / "ladder.png").exists()
+
+
+def test_no_line_joins_two_points_and_hollow_marks_are_explained_where_there_are_some(tmp_path: Path) -> None:
+    found = figures.gather(write(tmp_path, ALL))[0]
+    assert {line.get_linestyle() for line in report.draw_decode(found).axes[0].lines} == {"None"}
+    many = [
+        Figure("decode", f"batch {n}", "ours", 1.0 * n, None, {**ORIGIN, "batch": n, "context": 8})
+        for n in (1, 2, 4)
+    ]
+    assert [line.get_linestyle() for line in report.draw_decode(many).axes[0].lines] == ["-"]
+    token = {
+        "context": 8,
+        "operations_ms": {"swiglu": {"torch": {"forward": 2.0}}},
+        "whole_ms": {},
+        "floor_ms": 1.0,
+    }
+    token["floors_ms"] = {"swiglu": {"forward": 1.0}}
+    content = copy.deepcopy(ROOFLINE)
+    content["roofline"]["token"] = token  # type: ignore[index]
+    titles = [axes.get_title(loc="left") for axes in report.draw_roofline(figures.read(content)).axes]
+    assert titles == ["a training step, 2 x 512 tokens (hollow: backward)", "a decoded token, 512 keys"]
 
 
 def test_decode_is_drawn_only_against_what_was_varied(tmp_path: Path) -> None:

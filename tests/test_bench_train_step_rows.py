@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bench import launches, train_step
-from bench.part import Part, read_json
 from bench.peers import choice
+from bench.record import Part, read_json
 from bench.timing import alone
 from smollm2.config import SmolLM2Config
 

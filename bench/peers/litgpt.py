@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.part import ROOT
 from bench.peers.status import NotInstalled
+from bench.record import ROOT
 from bench.variant import Variant
 from smollm2.config import SmolLM2Config
 from smollm2.engine.cache import cache_bytes
