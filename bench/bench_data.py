@@ -1,6 +1,7 @@
 """pytest-benchmark suite of the data pipeline: `pytest bench/bench_data.py`.
 
-Documents to packed batches of 32 x 512 tokens, by `python -m train.data_speed` in a process of its own, which goes
+Documents to packed batches of 32 x 512 tokens, by `python -m train.data_speed` in a process of its own, which
+goes
 through every way in each round: the rate of each is in extra_info.
 """
 
@@ -28,6 +29,7 @@ def test_pipeline(timed: Any, benchmark: Any, tiny: bool, full: bool, tmp_path: 
         name: max(one["tokens_per_second"][name] for one in found) for name in found[0]["tokens_per_second"]
     }
     benchmark.extra_info.update(
-        tokens_per_second=round(max(rates.values())), rates=rates, bytes=TOKENS * 2, corpus=found[0]["corpus"],
+        tokens_per_second=round(max(rates.values())), rates=rates, bytes=TOKENS * 2,
+        corpus=found[0]["corpus"],
         tokenizer=found[0]["tokenizer"],
     )  # fmt: skip

@@ -1,7 +1,9 @@
 """pytest-benchmark suite of generation: `pytest bench/bench_generate.py`.
 
-The variants are those of bench/generate.py: its defaults with --full or on a GPU, else one and eight rows after a
-short prompt, and nothing that would have to be compiled first. `python -m bench.generate` measures them in turns.
+The variants are those of bench/generate.py: its defaults with --full or on a GPU, else one and eight rows
+after a
+short prompt, and nothing that would have to be compiled first. `python -m bench.generate` measures them in
+turns.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def test_generation(
     row.failed = plan.unavailable.get(variant, "")
     try:
         turns = None if row.failed else batches.of(case, variant)
-    except Exception as failure:  # noqa: BLE001 - other people's libraries fail in their own ways; the rest is measured
+    except Exception as failure:  # noqa: BLE001 - a result like any other
         row.failed = one_line(failure)
     if row.failed:
         plan.note(case, variant, row)

@@ -1,9 +1,13 @@
 """pytest-benchmark suite of the operations: `pytest bench/bench_kernels.py`.
 
-Every operation, forward and backward, by every implementation that bench/ops.py knows. On a GPU: 32 x 512 tokens of
-the 135M model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and torch.compile are measured in
-fp32, on 64 tokens (--full: 2 x 512), and Triton's interpreter is not; a small tensor stays in the cache, and so the
-roof there is a copy of as many bytes as the operation moves, over and over. `test_loss_memory` has the memory of the
+Every operation, forward and backward, by every implementation that bench/ops.py knows. On a GPU: 32 x 512
+tokens of
+the 135M model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and torch.compile are
+measured in
+fp32, on 64 tokens (--full: 2 x 512), and Triton's interpreter is not; a small tensor stays in the cache, and
+so the
+roof there is a copy of as many bytes as the operation moves, over and over. `test_loss_memory` has the memory
+of the
 loss by number of tokens, which is exact and needs no clock.
 """
 
@@ -61,7 +65,8 @@ def phases_of(case: Case) -> tuple[str, ...]:
     return ("forward", "forward+backward" if case.joint else "backward")
 
 
-# What there is to test; the inputs and the kernels are made when a test wants them. All phases of a variant together.
+# What there is to test; the inputs and the kernels are made when a test wants them. All phases of a variant
+# together.
 CASES = [
     (case.op, variant, phase)
     for case in cases(shapes(True, 1, 8, DTYPE), TORCH, "eager")
@@ -97,7 +102,7 @@ class Operations:
             torch.compiler.reset()
             try:
                 self._ready = (op, name, *self._made(self.cases[op], name))
-            except Exception as failure:  # noqa: BLE001 - other people's kernels fail in their own ways; the rest is measured
+            except Exception as failure:  # noqa: BLE001 - a result like any other
                 self._ready = op, name, None, {"failed": one_line(failure)}
             self.rows.append({"variant": name, **self._ready[3]})
         return self._ready[2:]

@@ -1,7 +1,9 @@
 """pytest-benchmark suite of starting up: `pytest bench/bench_startup.py`.
 
-A round is a fresh process, from its start to its first token or to the end of its first training step (import, the
-135M model, one step on 1 x 128 tokens), files in the page cache; its phases, as bench/startup.py has them, are in
+A round is a fresh process, from its start to its first token or to the end of its first training step
+(import, the
+135M model, one step on 1 x 128 tokens), files in the page cache; its phases, as bench/startup.py has them,
+are in
 extra_info. CPU only. Peak memory is that of the process, its libraries included.
 """
 
@@ -48,7 +50,9 @@ print(json.dumps({"seconds": seconds, "loss": loss, "peak_memory_bytes": peak_me
 
 
 def first_step(preset: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
-    """One fresh process: {"seconds": {phase: seconds}, "loss": nats, "peak_memory_bytes": as startup.phases}."""
+    """One fresh process: {"seconds": {phase: seconds}, "loss": nats, "peak_memory_bytes": as
+    startup.phases}.
+    """
     command = [sys.executable, "-c", FIRST_STEP, preset, dtype, str(batch), str(length), repr(time.time())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,13 @@
 """pytest-benchmark suite of the optimizer step: `pytest bench/bench_train.py`.
 
-A step is forward, backward, clipping and AdamW, of all variants from the same weights and on the same tokens; the
-losses of the first steps must agree. On a CPU the variants are those of bench/step_peers.py, transformers among them,
-at three sizes that are quick; --full adds 2 x 512 tokens of the 135M model, where a step takes seconds, and the
-compiled variants, each of which compiles for a minute. On a GPU they are those of bench/train_step.py and the peers
+A step is forward, backward, clipping and AdamW, of all variants from the same weights and on the same tokens;
+the
+losses of the first steps must agree. On a CPU the variants are those of bench/step_peers.py, transformers
+among them,
+at three sizes that are quick; --full adds 2 x 512 tokens of the 135M model, where a step takes seconds, and
+the
+compiled variants, each of which compiles for a minute. On a GPU they are those of bench/train_step.py and the
+peers
 of bench/peers/choice.py at 8 x 512 and 32 x 512.
 """
 
@@ -165,7 +169,8 @@ class Steps:
             "length": ids.shape[1], "parameters": config.num_parameters(),
             "tokens_per_second": round(ids.numel() / seconds, 1), "flops": round(flops),
             "bytes": sum(cost.forward.bytes + cost.backward.bytes for cost in parts.values()),
-            "tflops": round(flops / seconds / 1e12, 5), "mfu": round(flops / seconds / peak, 4) if peak else None,
+            "tflops": round(flops / seconds / 1e12, 5),
+            "mfu": round(flops / seconds / peak, 4) if peak else None,
             "mfu_convention": work.MFU_CONVENTION, "floor": floor[0], "floor_ms": round(floor[1] * 1e3, 2),
             "percent_of_roof": round(100 * floor[1] / seconds, 1),
         }  # fmt: skip

@@ -255,7 +255,8 @@ def read_expected(path: Path) -> dict[str, dict[str, Any]]:
             isinstance(ratio, (int, float)) for ratio in bound["measured"]
         ):
             raise LoadError(
-                f"{path}: {name!r} needs 'measured' (a list of ratios that the bound is made from), got {bound!r}"
+                f"{path}: {name!r} needs 'measured' (a list of ratios that the bound is made from), got "
+                f"{bound!r}"
             )
     return dict(ratios)
 

@@ -1,7 +1,9 @@
-"""What the pytest-benchmark suites share: --tiny and --full, `timed`, and JSON that names libraries and no machine.
+"""What the pytest-benchmark suites share: --tiny and --full, `timed`, and JSON that names libraries and no
+machine.
 
 pytest-benchmark times the real call of every test, one test after the other. On a CPU a plain `pytest bench
---benchmark-only` is a plan of small cases and few rounds: some minutes on two cores. --full adds the large cases,
+--benchmark-only` is a plan of small cases and few rounds: some minutes on two cores. --full adds the large
+cases,
 whatever compiles for a minute, and more rounds: much longer. On a GPU both are the whole.
 
 `peers` of the JSON says which libraries were measured, with their versions, and why each other was not; the
@@ -15,7 +17,8 @@ from typing import Any
 
 import pytest
 
-import bench.generate_plan  # noqa: F401 - first: it imports torch before smollm2, which may send idle threads to sleep; llama.cpp needs them
+# First: it imports torch before smollm2, which may send idle threads to sleep; llama.cpp needs them.
+import bench.generate_plan  # noqa: F401
 from bench.peers.status import NOT_ASKED, not_measured
 from bench.suite import FACTS, PROJECT, machine_facts
 
@@ -97,7 +100,8 @@ def statuses(request: pytest.FixtureRequest) -> list[Callable[[], Status]]:
 def timed(benchmark: Any) -> Timed:
     """timed(call, group, rounds, setup=None, **facts) -> seconds of every round, the real call's.
 
-    `facts` go to extra_info; of bench.suite.FACTS those that are not given stand there as None. More are added
+    `facts` go to extra_info; of bench.suite.FACTS those that are not given stand there as None. More are
+    added
     by `benchmark.extra_info`. setup: what happens before each round, beside the clock.
     """
 

@@ -244,7 +244,9 @@ def start(files: list[Path], expression: str | None, workers: int, folder: Path)
 
 
 def stop(sessions: list[Session]) -> None:
-    """Asks for an end as Ctrl-C does, so that pytest still reports; kills what does not listen, workers too."""
+    """Asks for an end as Ctrl-C does, so that pytest still reports; kills what does not listen, workers
+    too.
+    """
     alive = [session for session in sessions if session.process.poll() is None]
     for session in alive:
         session.stopped = True

@@ -195,7 +195,9 @@ def operation(
 
 
 def from_kernels(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
-    """Operations at the size of a step, and attention at every length, of which the size of the step is one."""
+    """Operations at the size of a step, and attention at every length, of which the size of the step is
+    one.
+    """
     if section.get("note") == INTERPRETER_NOTE:
         return []
     facts = {
@@ -286,7 +288,10 @@ def from_generation(section: dict[str, Any], origin: dict[str, Any]) -> list[Fig
 def from_ladder(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
     """Rungs in order. Of their facts the peak of memory in bytes, and launches of the whole step."""
     size = {name: section.get(name) for name in ("dtype", "batch", "length", "note")}
-    case = f"{section['model']} model, {section['batch']} x {section['length']} tokens, {section['dtype']}, backend {section['backend']}"
+    case = (
+        f"{section['model']} model, {section['batch']} x {section['length']} tokens, {section['dtype']}, "
+        f"backend {section['backend']}"
+    )
     figures = []
     for name, row in section["rungs"].items():
         if "tokens_per_second" in row:

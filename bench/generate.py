@@ -7,14 +7,20 @@ compiling, capturing and the first call of each are not part of any figure. Pref
 new token; decode the mean time of the steps that follow. Figures are medians over rounds, and on a machine
 that others use too only their ratios mean something.
 
-    eager ...      operation by operation, fp32 or bf16; int8, int4: bf16 with those weights in the decode steps
-    compiled ...   the decode step as `python -m smollm2.compile` makes it (made now if it is not there; batch 1 on a CPU)
-    captured ...   the decode loop on the device (a CUDA graph); "torch": on backend torch, a fair opponent of the kernels
+    eager ...      operation by operation, fp32 or bf16; int8, int4: bf16 with those weights in the decode
+                   steps
+    compiled ...   the decode step as `python -m smollm2.compile` makes it (made now if it is not there; batch
+                   1 on a CPU)
+    captured ...   the decode loop on the device (a CUDA graph); "torch": on backend torch, a fair opponent of
+                   the kernels
     torch.compile  the same loop, with what torch.compile makes of the step on backend torch
 
---json FILE writes what `pytest-benchmark compare` reads. Its suite, bench/bench_generate.py, times the same variants
-one after the other. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin for a while
-before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is half as fast. So torch,
+--json FILE writes what `pytest-benchmark compare` reads. Its suite, bench/bench_generate.py, times the same
+variants
+one after the other. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin for a
+while
+before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is half as fast.
+So torch,
 which reads the variable, is imported first here.
 """
 
@@ -23,6 +29,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -126,14 +133,14 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     what = TINY_NOTE if options.tiny else options.model
     print(
-        f"{what}, {torch.get_num_threads()} threads, OMP_generate_plan.WAIT_POLICY {generate_plan.WAIT_POLICY}",
+        f"{what}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {generate_plan.WAIT_POLICY}",
         flush=True,
     )
     plan.prepare(lambda text: print(text, flush=True))
     entries = []
     for case in plan.cases:
         rows = plan.rows(case)
-        print(show(case, rows, lambda name, decode: plan.percent_of_roof(name, case, decode)), flush=True)  # noqa: B023
+        print(show(case, rows, partial(plan.percent_of_roof, case)), flush=True)
         for phase, (name, row) in product(("prefill", "decode"), rows.items()):
             if options.json is not None and not row.failed:
                 group, seconds = f"{phase}, batch {case[0]}, prompt {case[1]}", getattr(row, phase)

@@ -1,4 +1,6 @@
-"""What `python -m bench.generate` compares: its variants, loaded once, and what has been measured of them so far."""
+"""What `python -m bench.generate` compares: its variants, loaded once, and what has been measured of them so
+far.
+"""
 
 from __future__ import annotations
 
@@ -132,12 +134,13 @@ class Plan:
         """[batch, prompt]"""
         return self._prompt_ids[: case[0], : case[1]].to(self.device)
 
-    def percent_of_roof(self, name: str, case: Case, seconds: float) -> float:
+    def percent_of_roof(self, case: Case, name: str, seconds: float) -> float:
         """Bytes that a decode step must read, over what the device would read in that time, in percent."""
         return 100 * self.step_bytes(name, case) / seconds / self._bandwidth
 
     def facts(self, name: str, case: Case, phase: str) -> dict[str, Any]:
-        """What a figure must carry to be worth anything. peak_memory_bytes and launches are measured now, beside the
+        """What a figure must carry to be worth anything. peak_memory_bytes and launches are measured now,
+        beside the
         clock, and None of what runs outside torch or compiled.
         """
         row, (batch, prompt) = self._rows[case][name], case
@@ -146,7 +149,7 @@ class Plan:
         seconds = statistics.median(row.decode if decodes else row.prefill)
         todo = self.work(name, case, phase)
         of_roof = (
-            self.percent_of_roof(name, case, seconds)
+            self.percent_of_roof(case, name, seconds)
             if decodes
             else 100 * todo.floor(self._bandwidth, self._rate(name)) / seconds
         )
@@ -224,7 +227,7 @@ class Plan:
                 began = time.monotonic()
                 try:
                     self.variants[name] = self._variant(name, weights, Path(folder))
-                except Exception as failure:  # noqa: BLE001 - other people's libraries fail in their own ways; the rest is measured
+                except Exception as failure:  # noqa: BLE001 - a result like any other
                     self.unavailable[name] = one_line(failure)
                     continue
                 say(f"{name}: ready after {time.monotonic() - began:.1f} s")
@@ -292,7 +295,8 @@ def prompt_ids(model: str, config: SmolLM2Config, batch: int, length: int, tiny:
     ids = [tokenizer.encode(text[: 20 * length])[:length] for text in texts]
     if len(ids) < batch or min(map(len, ids)) < length:
         raise UsageError(
-            f"--batch {batch} --prompt {length}: Python's help has no {batch} texts of that many tokens; ask for less"
+            f"--batch {batch} --prompt {length}: Python's help has no {batch} texts of that many tokens; "
+            "ask for less"
         )
     return torch.tensor(ids)
 

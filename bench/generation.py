@@ -1,11 +1,14 @@
 """`python -m bench.generation`: what a decode step costs at stated contexts, per engine and beside
 transformers; prefill; many prompts.
 
-    triton captured, torch captured   what `smollm2.generate` runs on CUDA: the step, choice of the token included, as one graph, replayed;
+    triton captured, torch captured   what `smollm2.generate` runs on CUDA: the step, choice of the token
+                                      included, as one graph, replayed;
                                       elsewhere the same step, operation by operation
     triton eager                      the decode step called from Python, then argmax
-    transformers                      LlamaForCausalLM with the same weights and its DynamicCache: forward calls in a loop, argmax
-    transformers+compile(+graph)      StaticCache, the forward under torch.compile (mode "reduce-overhead", which captures CUDA graphs)
+    transformers                      LlamaForCausalLM with the same weights and its DynamicCache: forward
+                                      calls in a loop, argmax
+    transformers+compile(+graph)      StaticCache, the forward under torch.compile (mode "reduce-overhead",
+                                      which captures CUDA graphs)
 
 Random weights of the 135M model unless `--source` names real ones: speed does not depend on them. No long
 prompt is prefilled to measure decoding: keys and values are random numbers, the same for every variant, and

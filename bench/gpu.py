@@ -1,10 +1,13 @@
 """`python -m bench.gpu --out DIR [--minutes 9]`: everything a GPU has to show, in order of value, under a
 time budget.
 
-    training.json     one step beside its peers; a short real training run; what each optimisation of a step is worth
-    kernels.json      every operation beside its alternatives, launches and bytes; candidates for the launch table; the roofline
+    training.json     one step beside its peers; a short real training run; what each optimisation of a step
+                      is worth
+    kernels.json      every operation beside its alternatives, launches and bytes; candidates for the launch
+                      table; the roofline
     tests.json        the kernels' tests; every operation under compute-sanitizer
-    numerics.json     worst error over budget of each operation and dtype, for `python -m kernels.certify --numerics`
+    numerics.json     worst error over budget of each operation and dtype, for `python -m kernels.certify
+                      --numerics`
     generation.json   prefill and decode, beside transformers
     summary.txt       44 lines, printed last
     logs.tgz          what the parts printed
@@ -97,7 +100,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one"
     )
     parser.add_argument("--tiny", action="store_true", help="toy sizes: exercises the code, measures nothing")
-    learned = "of the training run: tokenizer.json, its folder, or what train.run takes (default: the run learns one in its own time)"
+    learned = (
+        "of the training run: tokenizer.json, its folder, or what train.run takes (default: the run learns "
+        "one in its own time)"
+    )
     parser.add_argument("--tokenizer", default="train", metavar="PATH", help=learned)
     parser.add_argument(
         "--only",
@@ -219,7 +225,9 @@ def await_preparation(process: subprocess.Popen[bytes], limit: float) -> str:
 
 
 def record_end(stage: Stage, folder: Path, status: str) -> None:
-    """Writes how a part ended into its section, which a part that died or did not begin could not do itself."""
+    """Writes how a part ended into its section, which a part that died or did not begin could not do
+    itself.
+    """
     content = read_json(folder / stage.file)
     section = content.get(stage.section, {})
     if section.get("status") != "complete" or status != "complete":
@@ -261,7 +269,8 @@ def main(argv: Sequence[str]) -> int:
     present = [name for name in RESULTS if (folder / name).exists()]
     if present:
         raise UsageError(
-            f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name another"
+            f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name "
+            "another"
         )
     # both end a run in the same way: what is finished stays
     signal.signal(signal.SIGTERM, signal.default_int_handler)

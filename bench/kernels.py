@@ -100,7 +100,7 @@ def measure(
             errors[name] = (
                 None if name in case.unchecked or truth is None else error(variant.results(), truth)
             )
-        except Exception as failure:  # noqa: BLE001 - other people's kernels fail in their own ways; the run goes on
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             rows.append({"op": case.op, "variant": name, "failed": one_line(failure)})
             continue
         if (errors[name] or 0.0) > ERROR_BOUND[shapes.dtype]:
@@ -127,8 +127,10 @@ def measure(
             plain = timing.eager(call, shapes.device, *((0.001, 1) if tiny else (0.02, 5)))
             rows.append(
                 {
-                    "op": case.op, "phase": phase, "variant": name, "us": round(sample.us, 2), "spread": round(sample.spread, 3),
-                    "gb_per_s": round(todo.bytes / sample.us / 1e3, 1), "tflops": round(todo.flops / sample.us / 1e6, 3),
+                    "op": case.op, "phase": phase, "variant": name, "us": round(sample.us, 2),
+                    "spread": round(sample.spread, 3),
+                    "gb_per_s": round(todo.bytes / sample.us / 1e3, 1),
+                    "tflops": round(todo.flops / sample.us / 1e6, 3),
                     "percent_of_roof": round(100 * todo.floor(bandwidth, rate) * 1e6 / sample.us, 1),
                     "plain_us" if phase == "forward" else "autograd_us": round(plain.us, 1),
                     "captured": captured[name], "error": errors[name],
@@ -196,7 +198,9 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 HEADER = (
-    f"{'operation':26}{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}"
+    f"{'operation':26}"
+    f"{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}"
+    f"{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}"
     f"{'peak MB':>10}  {'error':7}{'ours us':>10}\n"
     "eager us: a plain call; in rows of a backward pass a plain call through autograd, forward and backward\n"
     "peak MB: the most that this call through autograd holds at one time, beyond its inputs\n"
@@ -299,7 +303,8 @@ def main(argv: Sequence[str]) -> int:
         roof={**speeds, "matmul_tflops": digits(rate / 1e12)}, rows=[],
     )  # fmt: skip
     print(
-        f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.1f} TFLOP/s"
+        f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, "
+        f"{rate / 1e12:,.1f} TFLOP/s"
     )
     print(HEADER, flush=True)
 
@@ -325,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
                 )
             else:
                 rows = measure_compiled(case, shapes, bandwidth, rate, part.tiny)
-        except Exception as failure:  # noqa: BLE001 - the specification itself may run out of memory; the others still have their turn
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             rows = [{"op": case.op, "variant": "reference", "failed": one_line(failure)}]
         print(show(rows), flush=True)
         part.save(rows=[*part.data["rows"], *({**row, "pass": number} for row in rows)])

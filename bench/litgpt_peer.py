@@ -1,7 +1,8 @@
 """litgpt as a peer, in a virtual environment of its own, because it wants another huggingface_hub than
 transformers does.
 
-    python -m bench.litgpt_peer setup     makes the environment: litgpt, and the very torch that runs here (the size of a second torch)
+    python -m bench.litgpt_peer setup     makes the environment: litgpt, and the very torch that runs here
+                                          (the size of a second torch)
     python -m bench.litgpt_peer check     a small model: litgpt's losses and tokens beside ours
 
 The environment lies in the cache folder; --venv or SMOLLM2_LITGPT_VENV name another place. Once it is there,

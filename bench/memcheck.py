@@ -112,23 +112,29 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
     return {
         "rms_norm": lambda: both(lambda x, w: backend.rms_norm(x, w, 1e-5), draw(TOKENS, WIDTH), draw(WIDTH)),
         "add_rms_norm": lambda: both(
-            lambda x, r, w: backend.add_rms_norm(x, r, w, 1e-5), draw(TOKENS, WIDTH), draw(TOKENS, WIDTH), draw(WIDTH)
+            lambda x, r, w: backend.add_rms_norm(x, r, w, 1e-5), draw(TOKENS, WIDTH), draw(TOKENS, WIDTH),
+            draw(WIDTH)
         ),
-        "rope_qkv": lambda: both(lambda x: backend.rope_qkv(x, table, table, KEY_HEADS), draw(1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
+        "rope_qkv": lambda: both(lambda x: backend.rope_qkv(x, table, table, KEY_HEADS),
+            draw(1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
         "rope": lambda: both(
-            lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table), draw(1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)
+            lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table),
+            draw(1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)
         ),
         "attention": lambda: both(backend.attention, *(draw(1, *size) for size in heads)),
-        "attention with documents": lambda: both(lambda q, k, v: backend.attention(q, k, v, starts), *(draw(1, *size) for size in heads)),
+        "attention with documents": lambda: both(lambda q, k, v: backend.attention(q, k, v, starts),
+            *(draw(1, *size) for size in heads)),
         "decode_attention": lambda: backend.decode_attention(
             draw(2, 3, HEADS, HEAD_DIM).detach(), draw(*cache).detach(), draw(*cache).detach(), full
         ),
         "decode_layer": decode_layer,
-        "decode_head": lambda: backend.decode_head(draw(3, WIDTH).detach(), draw(WIDTH).detach(), draw(101, WIDTH).detach(), 1e-5),
+        "decode_head": lambda: backend.decode_head(draw(3, WIDTH).detach(), draw(WIDTH).detach(),
+            draw(101, WIDTH).detach(), 1e-5),
         "swiglu": lambda: both(backend.swiglu, draw(TOKENS, 2 * WIDTH)),
         "mlp": lambda: mlp(97, 131),
         "mlp with descriptors": lambda: mlp(104, 136),  # which want rows of whole 16 bytes
-        "tied_embedding": lambda: both(lambda weight: backend.tied_embedding(ids, weight, dtype), draw(101, WIDTH)),
+        "tied_embedding": lambda: both(lambda weight: backend.tied_embedding(ids, weight, dtype),
+            draw(101, WIDTH)),
         "adamw": adamw,
         "linear_cross_entropy": lambda: both(
             lambda x, w: backend.linear_cross_entropy(x, w, targets), draw(TOKENS, 96), draw(TOKENS + 36, 96)

@@ -1,7 +1,9 @@
 """Every operation of a training step and of a decoded token, measured alone: for `python -m bench.roofline`.
 
-An operation is a Case of bench/ops.py, or one that is only here: a matrix product, the embedding, the casts of the
-weights, the optimizer. It is measured on several sets of tensors in turn, so that each finds its inputs outside the
+An operation is a Case of bench/ops.py, or one that is only here: a matrix product, the embedding, the casts
+of the
+weights, the optimizer. It is measured on several sets of tensors in turn, so that each finds its inputs
+outside the
 caches, as a floor in bytes supposes.
 """
 
@@ -73,12 +75,15 @@ def token_cases(shapes: Shapes, keys: int, backend: Backend, eps: float = ops.EP
     row, cache, head = (batch, 1, hidden), (batch, keys, key_heads, head_dim), (config.vocab_size, hidden)
     own: dict[str, tuple[Callable[..., Any], Sequence[tuple[int, ...]]]] = {
         "rms_norm": (lambda x, w: backend.rms_norm(x, w, eps), (row, (hidden,))),
-        "add_rms_norm": (lambda x, residual, w: backend.add_rms_norm(x, residual, w, eps), (row, row, (hidden,))),
+        "add_rms_norm": (lambda x, residual, w: backend.add_rms_norm(x, residual, w, eps),
+            (row, row, (hidden,))),
         "rope_qkv": (
-            lambda qkv: backend.rope_qkv(qkv, cos, sin, key_heads), ((batch, 1, heads + 2 * key_heads, head_dim),)
+            lambda qkv: backend.rope_qkv(qkv, cos, sin, key_heads),
+            ((batch, 1, heads + 2 * key_heads, head_dim),)
         ),
         "decode_attention": (
-            lambda q, k, v: backend.decode_attention(q, k, v, lengths), ((batch, 1, heads, head_dim), cache, cache)
+            lambda q, k, v: backend.decode_attention(q, k, v, lengths),
+            ((batch, 1, heads, head_dim), cache, cache)
         ),
         "swiglu": (backend.swiglu, ((batch, 1, 2 * width),)),
         "logits": (lambda x, norm, w: backend.decode_head(x, norm, w, eps), (row, (hidden,), head)),
@@ -143,6 +148,6 @@ def measure_all(
                     found[name][backend] = before
                 else:
                     found[name][backend] = measure(case, item, part.device, roof, part.tiny)
-            except Exception as failure:  # noqa: BLE001 - one operation's failure is a result, and the others are still measured
+            except Exception as failure:  # noqa: BLE001 - a result like any other
                 missing.append(f"{name}, {backend}: {one_line(failure)}")
     return found, missing

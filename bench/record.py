@@ -1,6 +1,8 @@
-"""What every measurement shares: its command line, its section of a JSON file, and where its figures come from.
+"""What every measurement shares: its command line, its section of a JSON file, and where its figures come
+from.
 
-A section is saved whenever there is something new, by replacing the file, so that a part that is stopped leaves
+A section is saved whenever there is something new, by replacing the file, so that a part that is stopped
+leaves
 what it had.
 """
 
@@ -124,7 +126,9 @@ def device_name(device: torch.device) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a figure must carry to be worth anything: device, versions, commit, a digest of the sources, date."""
+    """What a figure must carry to be worth anything: device, versions, commit, a digest of the sources,
+    date.
+    """
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -1,7 +1,9 @@
 """What a device can do: the bandwidth of its memory, and the rate of a large matrix product.
 
-One number is the limit of the memory wherever it is only read, as a decode step reads its weights and its cache:
-`read_bandwidth`, of a buffer far larger than the caches, in order, measured in the run whose figures it limits.
+One number is the limit of the memory wherever it is only read, as a decode step reads its weights and its
+cache:
+`read_bandwidth`, of a buffer far larger than the caches, in order, measured in the run whose figures it
+limits.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def read_bandwidth(device: torch.device, tiny: bool) -> float:
 def bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
     """Bytes per second, read plus written, of a copy, of reading and of an update in place.
 
-    The best of them is the roof of what both reads and writes: a CPU reads what a copy is about to overwrite, and
+    The best of them is the roof of what both reads and writes: a CPU reads what a copy is about to overwrite,
+    and
     the count leaves that out.
     """
     numbers = torch.ones(1 << 18 if tiny else 1 << 28, device=device)
@@ -39,7 +42,8 @@ def bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, tiny: bool) -> float:
     """Floating-point operations per second of a large square product of random numbers: zeros run faster."""
-    # A product reaches its rate at 2048 on a CPU, where torch imitates fp16 a hundred times slower than it has fp32.
+    # A product reaches its rate at 2048 on a CPU, where torch imitates fp16 a hundred times slower than it
+    # has fp32.
     size = 64 if tiny else 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _seconds(lambda: a @ b, device, tiny, rounds=10)

@@ -1,10 +1,14 @@
 """`python -m bench.roofline`: what this machine can do, how far a training step and a decoded token are from
 it, and what loses most.
 
-    roof     bandwidth of a copy, of reading, of an update in place; the rate of a large matrix product per dtype, by torch's library
-    floor    bytes and operations of every operation (bench/work.py) at that roof: what no implementation can go below
-    parts    every operation measured alone (bench/probes.py), per backend: torch, and triton where it runs natively
-    whole    the step and the token themselves. What the parts do not explain is "between": the host, launches, and what has no row
+    roof     bandwidth of a copy, of reading, of an update in place; the rate of a large matrix product per
+             dtype, by torch's library
+    floor    bytes and operations of every operation (bench/work.py) at that roof: what no implementation can
+             go below
+    parts    every operation measured alone (bench/probes.py), per backend: torch, and triton where it runs
+             natively
+    whole    the step and the token themselves. What the parts do not explain is "between": the host,
+             launches, and what has no row
 
 Bandwidth counts bytes read and bytes written, over buffers far larger than the caches. The roof of a step is
 the best of the three (a CPU reads what a copy is about to overwrite, which the count leaves out); that of a
@@ -159,7 +163,8 @@ def show_losses(title: str, rows: list[dict[str, Any]]) -> str:
     for rank, row in enumerate(rows[:LISTED], 1):
         what = f"{row['operation']} {row['phase']}".strip()
         lines.append(
-            f"  {rank:3}. {what:36}{row['loses_ms']:11.3f}   ({row['ms']:.3f} of which {row['floor_ms']:.3f} must be)"
+            f"  {rank:3}. {what:36}{row['loses_ms']:11.3f}   ({row['ms']:.3f} of which "
+            f"{row['floor_ms']:.3f} must be)"
         )
     return "\n".join(lines)
 
@@ -180,7 +185,7 @@ def report(
             seconds[name] = whole()
         except UsageError as reason:
             missing.append(f"whole, {name}: {reason}")
-        except Exception as failure:  # noqa: BLE001 - one failure is a result, and the others are still measured
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             missing.append(f"whole, {name}: {one_line(failure)}")
     parts = work.by_part(items, measured, roof)
     print(show_parts(title, parts, seconds))

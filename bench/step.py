@@ -23,7 +23,8 @@ class TrainingStep:
         lr: float = 3e-4,
         own: bool | None = None,
     ) -> None:
-        """forward: the model, or torch.compile of it. own: AdamW is ours and writes the working copies of the weights (default: as a
+        """forward: the model, or torch.compile of it. own: AdamW is ours and writes the working copies of the
+        weights (default: as a
         training run has it, where the backend is Triton's and nothing is compiled)."""
         self.model = model
         self._forward = model if forward is None else forward

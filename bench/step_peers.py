@@ -9,9 +9,12 @@ all alike; figures are medians, and only their ratios mean something on a machin
     ours                fp32 parameters; in bf16 every activation, the residual stream included, is bf16
     ours+doc_start      the same with document boundaries, as training uses it: no peer computes that
     transformers        fp32 parameters; in bf16 under torch.autocast, the usual recipe
-    transformers bf16   parameters, gradients and optimizer state in bf16: less memory traffic, and worse numerics
-    litgpt              its model, in a process that sleeps until it is asked for a step (bench/peers/litgpt.py); bf16 by autocast
-    liger               Liger-Kernel on transformers needs a GPU: named, with its version, and measured by bench.train_step
+    transformers bf16   parameters, gradients and optimizer state in bf16: less memory traffic, and worse
+                        numerics
+    litgpt              its model, in a process that sleeps until it is asked for a step
+                        (bench/peers/litgpt.py); bf16 by autocast
+    liger               Liger-Kernel on transformers needs a GPU: named, with its version, and measured by
+                        bench.train_step
     ...+compile         the same under torch.compile
 """
 
@@ -122,7 +125,7 @@ def build_all(
     for name in names:
         try:
             steps[name] = build(name, config, dtype, ids, compiler)
-        except Exception as failure:  # noqa: BLE001 - other people's libraries fail in their own ways; the others still run
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             failed[name] = one_line(failure)
     return steps, failed
 
@@ -138,7 +141,7 @@ def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> d
         began = time.perf_counter()
         try:
             losses = [float(step()) for _ in range(COMPARED_STEPS)]
-        except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             found[name] = {"failed": one_line(failure)}
             continue
         found[name] = {"losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}

@@ -1,4 +1,6 @@
-"""Results as pytest-benchmark writes them, for `pytest-benchmark compare`, without the name of the machine."""
+"""Results as pytest-benchmark writes them, for `pytest-benchmark compare`, without the name of the
+machine.
+"""
 
 from __future__ import annotations
 

@@ -138,9 +138,11 @@ def in_turns(
     once: Callable[[T], float],
     left: Callable[[], float] = lambda: math.inf,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """What `once` finds of each call, one number a round: A B C A B C, so that a drift of the machine meets all alike.
+    """What `once` finds of each call, one number a round: A B C A B C, so that a drift of the machine meets
+    all alike.
 
-    left: no round but the first begins when it is below 0. A call that raises is left out from then on; the second
+    left: no round but the first begins when it is below 0. A call that raises is left out from then on; the
+    second
     result says why.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
@@ -152,7 +154,7 @@ def in_turns(
             if name not in failed:
                 try:
                     found[name].append(once(call))
-                except Exception as failure:  # noqa: BLE001 - one call's failure is a result, and the others still run
+                except Exception as failure:  # noqa: BLE001 - a result like any other
                     failed[name] = one_line(failure)
     return found, failed
 
@@ -160,9 +162,11 @@ def in_turns(
 def alternate(
     replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30
 ) -> dict[str, Sample]:
-    """Microseconds per call of each variant, in turns. calls: how many calls of the operation one replay holds.
+    """Microseconds per call of each variant, in turns. calls: how many calls of the operation one replay
+    holds.
 
-    The first two rounds do not count. On a GPU a replay is repeated until it lasts a millisecond: calls must then
+    The first two rounds do not count. On a GPU a replay is repeated until it lasts a millisecond: calls must
+    then
     be so many that none finds its inputs in the L2, where the one before the last left them.
     """
     flush = flush_buffer(device)

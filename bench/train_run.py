@@ -60,7 +60,9 @@ TINY = (
 
 
 def missing() -> str | None:
-    """Why train.run cannot start here, or None. Its command line needs a package that nothing else here does."""
+    """Why train.run cannot start here, or None. Its command line needs a package that nothing else here
+    does.
+    """
     try:
         import omegaconf  # noqa: F401
     except ModuleNotFoundError as error:

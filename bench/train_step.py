@@ -226,7 +226,7 @@ def attempt(
             for name, found in measure(variant, config, ids, part.tiny, lock, traces):
                 yield name, found
                 name = f"{name}+graph"  # what fails next
-        except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             yield name, {"failed": one_line(failure)}
 
 

@@ -9,7 +9,7 @@ import torch
 from in_process import printed
 
 from bench import ladder
-from bench.ladder import PLAIN, RUNGS
+from bench.ladder_rungs import PLAIN, RUNGS, SeparateAttention, SeparateMLP
 from kernels import TORCH
 from kernels.types import OPS
 from smollm2.config import SmolLM2Config
@@ -93,7 +93,7 @@ def test_separate_projections_are_the_same_model():
     kinds = {type(block.self_attn) for block in separate.model.model.layers} | {
         type(block.mlp) for block in separate.model.model.layers
     }
-    assert kinds == {ladder.SeparateAttention, ladder.SeparateMLP}
+    assert kinds == {SeparateAttention, SeparateMLP}
     assert separate.model.state_dict().keys() == packed.model.state_dict().keys()
     losses = []
     for step in (separate, packed):

@@ -17,7 +17,8 @@ TOOL = """\
     #!{python}
     import os, sys, time
     with open({calls!r}, "a") as stream:
-        print(*[word.removeprefix("--op=") for word in sys.argv if word.startswith("--op=")], sep=",", file=stream)
+        ops = [word.removeprefix("--op=") for word in sys.argv if word.startswith("--op=")]
+        print(*ops, sep=",", file=stream)
     assert ("--report-api-errors" in sys.argv) == ("memcheck" in sys.argv)
     code = 0
     for op in [word.removeprefix("--op=") for word in sys.argv if word.startswith("--op=")]:

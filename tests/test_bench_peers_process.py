@@ -204,7 +204,6 @@ def test_the_worker_imports_nothing_of_this_project_and_keeps_its_answers_apart(
         input='{"call": "load"}\n',
         capture_output=True,
         text=True,
-        timeout=120,
         cwd=project_root.parent,
     )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""What a benchmark says of the libraries beside it: the version and the reason of each that was not measured."""
+"""What a benchmark says of the libraries beside it: the version and the reason of each that was not
+measured.
+"""
 
 import sys
 import types
@@ -108,7 +110,8 @@ def test_a_figure_has_the_versions_of_the_libraries_that_are_here(monkeypatch):
 
     monkeypatch.setattr(record, "version", version)
     found = record.provenance(CPU)["versions"]
-    assert {name: found.get(name) for name in ("transformers", "liger-kernel", "litgpt", "quack-kernels", "flash-attn")} == {
+    assert {name: found.get(name) for name in ("transformers", "liger-kernel", "litgpt", "quack-kernels",
+        "flash-attn")} == {
         "transformers": "1.0", "liger-kernel": "1.0", "litgpt": "1.0", "quack-kernels": "1.0",
         "flash-attn": None,
     }  # fmt: skip

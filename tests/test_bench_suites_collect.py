@@ -1,4 +1,6 @@
-"""The pytest-benchmark suites of bench/: what they collect, and that they run at toy size and carry their facts."""
+"""The pytest-benchmark suites of bench/: what they collect, and that they run at toy size and carry their
+facts.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ SUITES = ("bench_data", "bench_generate", "bench_kernels", "bench_startup", "ben
 ORIGIN = {"device", "versions", "commit", "date", "sources"}
 # Of every suite a few: what compiles takes seconds each.
 CHOSEN = (
-    "pipeline or (generation and (fp32 or int8) and not litgpt) or (first_token and fp32) or (command and fp32)"
+    "pipeline or (generation and (fp32 or int8) and not litgpt) or (first_token and fp32) or (command "
+    "and fp32)"
     " or (first_step and fp32) or (step and (ours or transformers or liger) and not (bf16 and compile))"
     " or add_rms_norm or rope or cudnn or loss_memory"
 )
@@ -109,7 +112,10 @@ def test_a_library_is_used_where_one_of_the_suites_measured_it() -> None:
 def test_peak_memory_of_a_process_is_its_own_and_not_that_of_the_one_that_started_it() -> None:
     held = bytearray(400 << 20)  # pages of zeros are not in memory until they are written
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
-    own = "own = bytearray(64 << 20)\nown[:: 1 << 12] = b'x' * len(own[:: 1 << 12])\nprint(peak_memory_bytes())\n"
+    own = (
+        "own = bytearray(64 << 20)\nown[:: 1 << 12] = b'x' * len(own[:: 1 << "
+        "12])\nprint(peak_memory_bytes())\n"
+    )
     command = [sys.executable, "-c", startup.CLOCK + own, *"1234", "0.0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -141,7 +147,8 @@ def elsewhere(facts: dict[str, Any]) -> bool:
     return str(facts["variant"]).startswith("litgpt")
 
 
-# What a figure of a suite has, beside its origin. A launch of what is compiled or not torch's is not counted on a CPU.
+# What a figure of a suite has, beside its origin. A launch of what is compiled or not torch's is not counted
+# on a CPU.
 COMPUTED = {"bytes", "flops", "percent_of_roof", "tokens_per_second", "output_hash", "peak_memory_bytes"}
 MEANT = {
     "bench_data": {"bytes", "tokens_per_second", "rates"},

@@ -1,8 +1,11 @@
 """Which peers there are, by the names of their variants, and what becomes of each.
 
-    transformers        LlamaForCausalLM with fp32 parameters; bf16 under torch.autocast, the usual recipe. Its attention is SDPA
-    transformers eager  the same with attn_implementation="eager": attention as two products and a softmax, all scores in memory
-    liger               transformers with Liger-Kernel's rotary embedding, norm, SwiGLU and fused loss. Triton kernels: needs a GPU
+    transformers        LlamaForCausalLM with fp32 parameters; bf16 under torch.autocast, the usual recipe.
+                        Its attention is SDPA
+    transformers eager  the same with attn_implementation="eager": attention as two products and a softmax,
+                        all scores in memory
+    liger               transformers with Liger-Kernel's rotary embedding, norm, SwiGLU and fused loss. Triton
+                        kernels: needs a GPU
     litgpt              its GPT in a process of its own, under the same autocast
     ...+compile         under torch.compile
 

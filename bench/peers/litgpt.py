@@ -1,7 +1,9 @@
-"""litgpt, in a process and a virtual environment of its own (`python -m bench.litgpt_peer setup`): its step and its
+"""litgpt, in a process and a virtual environment of its own (`python -m bench.litgpt_peer setup`): its step
+and its
 generation.
 
-It wants another huggingface_hub than transformers does. A variant is a process that holds one model and is asked
+It wants another huggingface_hub than transformers does. A variant is a process that holds one model and is
+asked
 for one step, a prefill or some tokens at a time, so that it takes turns with the variants of this process;
 meanwhile it sleeps, threads included. Its time is that of the whole exchange, a fraction of a millisecond.
 """
@@ -171,7 +173,8 @@ def setup(venv: Path) -> None:
         for command in commands:
             if subprocess.run(command).returncode != 0:
                 raise UsageError(
-                    f"setup: {' '.join(map(str, command))} failed; remove {venv}, or name another folder with --venv"
+                    f"setup: {' '.join(map(str, command))} failed; remove {venv}, or name another folder "
+                    "with --venv"
                 )
 
 
@@ -188,7 +191,8 @@ def start(
     if not python.is_file() or litgpt_version() is None:
         raise NotInstalled("litgpt")
     worker = Path(__file__).with_name("litgpt_worker.py")
-    # -I: neither this folder nor PYTHONPATH. Threads that wait must not take the processor from those whose turn it is.
+    # -I: neither this folder nor PYTHONPATH. Threads that wait must not take the processor from those whose
+    # turn it is.
     process = PeerProcess([python, "-I", worker], {"OMP_WAIT_POLICY": "PASSIVE"})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -247,7 +251,9 @@ class LitgptStep:
 
 
 def litgpt_variant(model: SmolLM2ForCausalLM, dtype: torch.dtype, device: torch.device) -> Variant:
-    """Generation with the weights of `model`, parameters and cache in dtype. Raises NotInstalled, PeerFailed."""
+    """Generation with the weights of `model`, parameters and cache in dtype. Raises NotInstalled,
+    PeerFailed.
+    """
     weights = {name: weight.float().cpu() for name, weight in stored_tensors(model).items()}
     process, facts = start(weights, model.config, dtype, device)
     return Variant(

@@ -124,7 +124,8 @@ def llama_cpp_variant(path: Path, config: SmolLM2Config, kind: str, threads: int
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if model is None:
         raise UsageError(
-            f"llama.cpp {require('llama-cpp-python')} does not load {path}; remove it, and it is written again"
+            f"llama.cpp {require('llama-cpp-python')} does not load {path}; remove it, and it is written "
+            "again"
         )
     return Variant(
         kind, llama_cpp.llama_model_size(model), cache_bytes(config, 1, 1, torch.float16), lambda prompts,
