@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import text, train_run
-from bench.record import ROOT, read_json, resolve_device, write_json
+from bench.record import ROOT, python, read_json, resolve_device, write_json
 from bench.summary import summarise
 from smollm2.cli import run_command
 from smollm2.errors import UsageError
@@ -125,16 +125,8 @@ def run_stage(
     """
     # the part stops itself then, if it can
     soft = max(1.0, limit - GRACE) if limit > 2 * GRACE else limit / 2
-    command = [
-        sys.executable,
-        "-m",
-        f"bench.{stage.module}",
-        "--device",
-        options.device,
-        "--seconds",
-        f"{soft:.0f}",
-    ]
-    command += ["--json", str(folder / stage.file), *(["--tiny"] if options.tiny else []), *more]
+    flags = ("--device", options.device, "--seconds", f"{soft:.0f}", "--json", folder / stage.file)
+    command = python(f"bench.{stage.module}", *flags, *(["--tiny"] if options.tiny else []), *more)
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL,
@@ -195,13 +187,9 @@ def preparation(
     threads = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(processors)}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **threads},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
+            command, cwd=ROOT, env={**os.environ, **threads}, stdin=subprocess.DEVNULL, stdout=stream,
             stderr=subprocess.STDOUT,
-        )
+        )  # fmt: skip
     try:
         # before it starts threads and workers, which inherit it
         os.setpriority(os.PRIO_PROCESS, process.pid, 19)
@@ -295,14 +283,8 @@ def main(argv: Sequence[str]) -> int:
                         print(f"preparation: {await_preparation(preparing, PATIENCE * limit)}", flush=True)
                         limit -= time.monotonic() - since
                     if limit > 1:
-                        end = run_stage(
-                            stage,
-                            options,
-                            folder,
-                            logs / f"{stage.section}.log",
-                            limit,
-                            more.get(stage.section, ()),
-                        )
+                        log, own = logs / f"{stage.section}.log", more.get(stage.section, ())
+                        end = run_stage(stage, options, folder, log, limit, own)
                 except KeyboardInterrupt:
                     end, interrupted = "interrupted", True
                 ends[stage.section] = end

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.record import ROOT, Part, parser
+from bench.record import ROOT, Part, parser, python
 from kernels import TORCH, Backend, LayerWeights, select_backend
 from smollm2.cli import run_command
 from smollm2.working_copies import WorkingCopies
@@ -183,16 +183,9 @@ def start(tool: str, kind: str, ops: list[str], log: Path) -> Checked:
     """Runs the operations without the tool first: that compiles the kernels into Triton's cache, where the
     slow run finds them.
     """
-    plain = [sys.executable, "-m", "bench.memcheck", *(f"--op={op}" for op in ops)]
-    checked = [
-        tool,
-        "--tool",
-        kind,
-        "--error-exitcode",
-        str(ERRORS_FOUND),
-        "--target-processes",
-        "application-only",
-    ]
+    plain = python("bench.memcheck", *(f"--op={op}" for op in ops))
+    options = f"--tool {kind} --error-exitcode {ERRORS_FOUND} --target-processes application-only"
+    checked = [tool, *options.split()]
     # a driver is asked for functions that it does not have
     checked += ["--report-api-errors", "no"] if kind == "memcheck" else []
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -105,19 +105,8 @@ def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[
 
 def command(model: str, dtype: str, prompt: str = PROMPT) -> float:
     """Seconds from the start of `python -m smollm2.generate` to its first byte of text."""
-    arguments = [
-        "-m",
-        "smollm2.generate",
-        "--model",
-        model,
-        "--device",
-        "cpu",
-        "--dtype",
-        dtype,
-        "--max-new-tokens",
-        "1",
-        prompt,
-    ]
+    flags = ("--model", model, "--device", "cpu", "--dtype", dtype, "--max-new-tokens", "1")
+    arguments = ["-m", "smollm2.generate", *flags, prompt]
     began = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, *arguments],
