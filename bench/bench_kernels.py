@@ -1,17 +1,19 @@
-"""pytest-benchmark suite of the operations: `pytest bench/bench_kernels.py`, compared between runs with
-`pytest-benchmark compare`.
+"""pytest-benchmark suite of the operations: `pytest bench/bench_kernels.py`.
 
-Every operation, forward and backward, by every implementation that bench/ops.py knows, in turns. On a GPU: 32
-x 512 tokens of the 135M model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and
-torch.compile are measured in fp32, on 64 tokens (--full: 2 x 512), and Triton's interpreter is not; a small
-tensor stays in the cache, and so the roof there is a copy of as many bytes as the operation moves, over and
-over. `test_loss_memory` has the memory of the loss by number of tokens, which is exact and needs no clock.
+Every operation, forward and backward, by every implementation that bench/ops.py knows. On a GPU: 32 x 512
+tokens of
+the 135M model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and torch.compile are
+measured in
+fp32, on 64 tokens (--full: 2 x 512), and Triton's interpreter is not; a small tensor stays in the cache, and
+so the
+roof there is a copy of as many bytes as the operation moves, over and over. `test_loss_memory` has the memory
+of the
+loss by number of tokens, which is exact and needs no clock.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import statistics
 import time
@@ -22,19 +24,17 @@ from typing import Any
 import pytest
 import torch
 import torch._functorch.config
-from torch import Tensor
 
-from bench import launches, roofline, timing, work
+from bench import launches, roof, timing, work
 from bench.case import Case, Shapes
-from bench.kernels import ERROR_BOUND, FULL, OURS, Variant, error, kernel_standing
+from bench.kernels import COMPILED, ERROR_BOUND, FULL, OURS, Variant, error, kernel_status
 from bench.ops import cases
-from bench.part import one_line, provenance
 from bench.peak_memory import peak_memory
-from bench.step_peers import TINY_NOTE
+from bench.record import TINY_NOTE, digits, one_line, provenance
+from bench.suite import digest
 from bench.weight_ops import CHUNKS
 from kernels import TORCH, select_backend
 from smollm2.config import SmolLM2Config
-from smollm2.errors import UsageError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -46,10 +46,11 @@ SETS = 4 if ON_GPU else 1  # calls in one replay, each on tensors of its own
 SECONDS = 0.2  # of a variant and phase on a CPU; at least 3 rounds, at most 30
 LOSS_TOKENS = (4096, 16384, 65536) if ON_GPU else (1024, 2048, 4096)
 LARGE_LOSS = 4096  # tokens from which on a CPU measures only with --full
-NOT_HERE = "Triton's interpreter has no speed; python -m bench.kernels --device cpu --tiny runs it, python -m bench.gpu measures a GPU"
-COMPILED = ("compile", "flex", "flex decode")  # by torch.compile
+NOT_HERE = (
+    "Triton's interpreter has no speed; python -m bench.kernels --device cpu --tiny runs it, "
+    "python -m bench.gpu measures a GPU"
+)
 LOSS_VARIANTS = (OURS, *(f"{OURS} {chunk}" for chunk in CHUNKS), "reference", "all logits", "liger")
-NAMES = {"bfloat16": "bf16", "float32": "fp32"}
 torch._functorch.config.donated_buffer = False  # a compiled backward pass may otherwise run only once
 
 
@@ -64,148 +65,97 @@ def phases_of(case: Case) -> tuple[str, ...]:
     return ("forward", "forward+backward" if case.joint else "backward")
 
 
-# What there is to test; the inputs and the kernels are made when the first test wants them.
+# What there is to test; the inputs and the kernels are made when a test wants them. All phases of a variant
+# together.
 CASES = [
-    (case.op, phase, variant)
+    (case.op, variant, phase)
     for case in cases(shapes(True, 1, 8, DTYPE), TORCH, "eager")
-    for phase in phases_of(case)
     for variant in case.variants
+    for phase in phases_of(case)
 ]
 
 
-class Measurements:
-    """The times of all variants of an operation, measured in turns when first asked for."""
+class Operations:
+    """All cases at one size, the variant that is being measured, and what became of each."""
 
     def __init__(self, tiny: bool, full: bool = False) -> None:
-        self.shapes = shapes(
-            tiny, *((1, 8) if tiny else FULL if ON_GPU else CPU_FULL_ROWS if full else CPU_ROWS), DTYPE
-        )
-        self._tiny = tiny
-        compiler = "aot_eager" if tiny else "inductor"
-        self.cases = {
-            case.op: case
-            for case in cases(self.shapes, select_backend("triton" if ON_GPU else "torch", DEVICE), compiler)
-        }
+        rows = (1, 8) if tiny else FULL if ON_GPU else CPU_FULL_ROWS if full else CPU_ROWS
+        self.shapes, self.tiny = shapes(tiny, *rows, DTYPE), tiny
+        backend = select_backend("triton" if ON_GPU else "torch", DEVICE)
+        made = cases(self.shapes, backend, "aot_eager" if tiny else "inductor")
+        self.cases = {case.op: case for case in made}
         self.facts = {
-            **provenance(DEVICE), "model": "tiny" if tiny else "135M",
-            "dtype": NAMES[str(DTYPE).removeprefix("torch.")], "batch": self.shapes.batch,
-            "length": self.shapes.length, "threads": torch.get_num_threads(),
+            **provenance(DEVICE), "model": "tiny" if tiny else "135M", "dtype": "bf16" if ON_GPU else "fp32",
+            "batch": self.shapes.batch, "length": self.shapes.length, "threads": torch.get_num_threads(),
         }  # fmt: skip
-        self._rate = roofline.matmul_rate(DTYPE, DEVICE, tiny)
-        self._bandwidth = roofline.copy_bandwidth(DEVICE, tiny) if ON_GPU else None
-        self._found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+        self._rate = roof.matmul_rate(DTYPE, DEVICE, tiny)
+        self._bandwidth = roof.bandwidths(DEVICE, tiny)["copy"] if ON_GPU else None
+        self._truth: tuple[str, list[torch.Tensor]] | None = None
+        self._ready: tuple[str, str, Variant | None, dict[str, Any]] | None = None
+        self.rows: list[dict[str, Any]] = []
 
-    def of(self, op: str, phase: str, variant: str) -> dict[str, Any]:
-        """{"seconds": [...], facts ...}, or {"failed": why}."""
-        if op not in self._found:
-            self._found[op] = self._measure(self.cases[op])
+    def ready(self, op: str, name: str) -> tuple[Variant | None, dict[str, Any]]:
+        """A variant that computes the right thing, and its facts; or none, and {"failed": why}."""
+        if self._ready is None or self._ready[:2] != (op, name):
+            self._ready = None
             gc.collect()
             torch.compiler.reset()
-        return self._found[op][phase, variant]
-
-    def standing(self) -> dict[str, dict[str, Any]]:
-        """What became of each library, over the operations measured so far: see bench/peers.py."""
-        return kernel_standing(
-            [
-                {"variant": variant, **row}
-                for found in self._found.values()
-                for (_, variant), row in found.items()
-            ]
-        )
-
-    def _measure(self, case: Case) -> dict[tuple[str, str], dict[str, Any]]:
-        truth = Variant(case, "reference", 1).results(
-            torch.float64 if DTYPE == torch.float32 else torch.float32
-        )
-        found: dict[tuple[str, str], dict[str, Any]] = {}
-        ready: dict[str, tuple[Variant, dict[str, Any]]] = {}
-        for name in case.variants:
-            if name.startswith(OURS) and not ON_GPU:
-                found |= {(phase, name): {"failed": NOT_HERE} for phase in phases_of(case)}
-                continue
             try:
-                variant = Variant(case, name, SETS)
-                results = variant.results()
-            except (ModuleNotFoundError, UsageError) as reason:
-                found |= {
-                    (phase, name): {"failed": " ".join(str(reason).split())} for phase in phases_of(case)
-                }
-                continue
-            except Exception as failure:  # noqa: BLE001 - other people's kernels fail in their own ways; the rest is measured
-                found |= {(phase, name): {"failed": one_line(failure)} for phase in phases_of(case)}
-                continue
-            facts: dict[str, Any] = {"output_hash": digest(results)}
-            if name not in case.unchecked:
-                facts["error"] = error(results, truth)
-            if facts.get("error", 0.0) > ERROR_BOUND[DTYPE]:
-                found |= {
-                    (phase, name): {"failed": f"wrong: relative error {facts['error']:.1e}"}
-                    for phase in phases_of(case)
-                }
-                continue
-            ready[name] = variant, facts
-        for phase in phases_of(case):
-            replays = {
-                name: timing.replayable(variant.phases()[phase], DEVICE)
-                for name, (variant, _) in ready.items()
-            }
-            times = in_turns(replays, self._tiny)
-            del replays
-            todo = {"forward": case.cost.forward, "backward": case.cost.backward}.get(
-                phase, case.cost.forward + case.cost.backward
-            )
-            bandwidth = self._bandwidth or cached_copy_bandwidth(todo.bytes)
-            for name, seconds in times.items():
-                variant, facts = ready[name]
-                call = variant.call if phase == "forward" else variant.through_autograd
-                entry = {
-                    "seconds": seconds,
-                    **facts,
-                    **rates(todo, statistics.median(seconds), bandwidth, self._rate),
-                }
-                tokens = self.shapes.tokens if case.tokens is None else case.tokens
-                entry["tokens_per_second"] = round(tokens / statistics.median(seconds))
-                entry["peak_memory_bytes"] = peak_memory(call, DEVICE)
-                # on a CPU a counting mode would switch the compiler off
-                if ON_GPU or (name not in COMPILED and find_spec("triton")):
-                    entry["launches"] = sum(launches.count(call, DEVICE).values())
-                if self._tiny:
-                    entry["note"] = TINY_NOTE
-                found[phase, name] = entry
-        return found
+                self._ready = (op, name, *self._made(self.cases[op], name))
+            except Exception as failure:  # noqa: BLE001 - a result like any other
+                self._ready = op, name, None, {"failed": one_line(failure)}
+            self.rows.append({"variant": name, **self._ready[3]})
+        return self._ready[2:]
+
+    def _made(self, case: Case, name: str) -> tuple[Variant | None, dict[str, Any]]:
+        if name.startswith(OURS) and not ON_GPU:
+            return None, {"failed": NOT_HERE}
+        if self._truth is None or self._truth[0] != case.op:
+            exact = torch.float64 if DTYPE == torch.float32 else torch.float32
+            self._truth = case.op, Variant(case, "reference", 1).results(exact)
+        variant = Variant(case, name, SETS)
+        results = variant.results()
+        facts: dict[str, Any] = {"output_hash": digest(results)}
+        if name not in case.unchecked:
+            facts["error"] = error(results, self._truth[1])
+            if facts["error"] > ERROR_BOUND[DTYPE]:
+                return None, {"failed": f"wrong: relative error {facts['error']:.1e}"}
+        return variant, facts
+
+    def more(self, op: str, name: str, phase: str, variant: Variant, seconds: float) -> dict[str, Any]:
+        """What a call of the operation does, how fast, and what it holds and launches."""
+        case, call = self.cases[op], variant.call if phase == "forward" else variant.through_autograd
+        todo = case.cost.phase(phase)
+        tokens = self.shapes.tokens if case.tokens is None else case.tokens
+        found = {
+            **rates(todo, seconds, self._bandwidth or cached_copy_bandwidth(todo.bytes), self._rate),
+            "tokens_per_second": round(tokens / seconds), "peak_memory_bytes": peak_memory(call, DEVICE),
+        }  # fmt: skip
+        if ON_GPU or (
+            name not in COMPILED and find_spec("triton")
+        ):  # on a CPU counting switches the compiler off
+            found["launches"] = launches.count(call, DEVICE).total()
+        return found | ({"note": TINY_NOTE} if self.tiny else {})
+
+    def rounds(self, call: Callable[[], object]) -> int:
+        """As many as there is time for."""
+        if self.tiny or ON_GPU:
+            return 2 if self.tiny else 30
+        return max(3, min(30, int(SECONDS / timing.seconds(call, DEVICE))))
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What became of each library, over the operations measured so far: see bench/peers/status.py."""
+        return kernel_status(self.rows)
 
 
 def rates(todo: work.Work, seconds: float, bandwidth: float, rate: float) -> dict[str, Any]:
     """What one call does, how fast, and how far from a copy or a matrix product of this machine."""
     return {
         "bytes": todo.bytes, "flops": todo.flops, "us": round(seconds * 1e6, 2),
-        "gb_per_s": roofline.digits(todo.bytes / seconds / 1e9),
-        "tflops": roofline.digits(todo.flops / seconds / 1e12),
+        "gb_per_s": digits(todo.bytes / seconds / 1e9), "tflops": digits(todo.flops / seconds / 1e12),
         "percent_of_roof": round(100 * todo.floor(bandwidth, rate) / seconds, 1),
-        "roof": {"copy_gb_per_s": roofline.digits(bandwidth / 1e9), "matmul_tflops": roofline.digits(rate / 1e12)},
+        "roof": {"copy_gb_per_s": digits(bandwidth / 1e9), "matmul_tflops": digits(rate / 1e12)},
     }  # fmt: skip
-
-
-def in_turns(replays: dict[str, Callable[[], object]], tiny: bool) -> dict[str, list[float]]:
-    """Seconds per call of each variant, in turns."""
-    flush = timing.flush_buffer(DEVICE)
-
-    def once(replay: Callable[[], object]) -> float:
-        return (
-            (timing.event_time(replay, flush) if flush is not None else timing._wall_time(replay))
-            * 1e-6
-            / SETS
-        )
-
-    for replay in replays.values():
-        once(replay)  # warms up, and the next call says how many rounds there is time for
-    slowest = max((once(replay) for replay in replays.values()), default=1.0)
-    rounds = 2 if tiny else 30 if ON_GPU else max(3, min(30, int(SECONDS / slowest)))
-    seconds: dict[str, list[float]] = {name: [] for name in replays}
-    for _ in range(rounds):
-        for name, replay in replays.items():
-            seconds[name].append(once(replay))
-    return seconds
 
 
 def cached_copy_bandwidth(size: int) -> float:
@@ -217,47 +167,44 @@ def cached_copy_bandwidth(size: int) -> float:
     times: list[float] = []
     deadline = time.perf_counter() + 0.05
     while len(times) < 10 or time.perf_counter() < deadline:
-        began = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - began)
+        times.append(timing.seconds(lambda: target.copy_(source), torch.device("cpu")))
     return size / min(times)
 
 
-def digest(results: list[Tensor]) -> str:
-    """The first 12 hex digits of the sha256 of outputs and gradients, in fp32."""
-    found = hashlib.sha256()
-    for tensor in results:
-        found.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:12]
-
-
 @pytest.fixture(scope="module")
-def measurements(tiny: bool, full: bool, standings: list[Callable[[], dict[str, Any]]]) -> Measurements:
-    found = Measurements(tiny, full)
-    standings.append(found.standing)
+def operations(tiny: bool, full: bool, statuses: list[Callable[[], dict[str, Any]]]) -> Operations:
+    found = Operations(tiny, full)
+    statuses.append(found.status)
     return found
 
 
-@pytest.mark.parametrize("op, phase, variant", CASES)
-def test_operation(replay: Any, measurements: Measurements, op: str, phase: str, variant: str) -> None:
-    found = measurements.of(op, phase, variant)
-    if "failed" in found:
-        pytest.skip(found["failed"])
-    facts = measurements.facts
-    replay(
-        group=f"{op} {phase}, {facts['batch']} x {facts['length']}",
-        op=op,
-        phase=phase,
-        variant=variant,
-        **facts,
-        **found,
+@pytest.mark.parametrize("op, variant, phase", CASES)
+def test_operation(
+    timed: Any, benchmark: Any, operations: Operations, op: str, variant: str, phase: str
+) -> None:
+    ready, facts = operations.ready(op, variant)
+    if ready is None:
+        pytest.skip(facts["failed"])
+    replay, flush = timing.replayable(ready.phases()[phase], DEVICE), timing.flush_buffer(DEVICE)
+
+    def call() -> None:
+        replay()
+        timing.synchronize(DEVICE)
+
+    where = operations.facts
+    group = f"{op} {phase}, {where['batch']} x {where['length']}"
+    before = None if flush is None else flush.sum
+    seconds = timed(
+        call, group, operations.rounds(call), setup=before, op=op, phase=phase, variant=variant, **where
     )
+    typical = statistics.median(seconds) / SETS
+    benchmark.extra_info.update(**facts, **operations.more(op, variant, phase, ready, typical))
 
 
 @pytest.mark.parametrize("variant", LOSS_VARIANTS)
 @pytest.mark.parametrize("tokens", LOSS_TOKENS)
 def test_loss_memory(
-    replay: Any, measurements: Measurements, tiny: bool, full: bool, tokens: int, variant: str
+    timed: Any, benchmark: Any, operations: Operations, tiny: bool, full: bool, tokens: int, variant: str
 ) -> None:
     """One call forward and backward in bf16. The memory is the figure: the time has a profiler in it."""
     if variant.startswith(OURS) and not ON_GPU:
@@ -269,15 +216,14 @@ def test_loss_memory(
     case = next(case for case in cases(sized, backend, "eager") if case.op == "linear_cross_entropy")
     try:
         call = Variant(case, variant, 1).through_autograd
-    except (ModuleNotFoundError, UsageError) as reason:
-        pytest.skip(str(reason))
-    began = time.perf_counter()
-    peak = peak_memory(call, DEVICE)  # which waits for the device
-    seconds = time.perf_counter() - began
+    except Exception as reason:  # noqa: BLE001 - as above
+        pytest.skip(one_line(reason))
+    peaks: list[int] = []
     # bytes of all logits in bf16, which a chunked loss does not hold
     logits = 2 * sized.tokens * sized.config.vocab_size
-    facts = {**measurements.facts, "dtype": "bf16", "length": sized.length}
-    replay(
-        [seconds], f"loss memory, {tokens} tokens", op="loss memory", phase="forward+backward",
-        variant=variant, tokens=tokens, peak_memory_bytes=peak, logits_bytes=logits, **facts,
+    facts = {**operations.facts, "dtype": "bf16", "length": sized.length, "logits_bytes": logits}
+    timed(
+        lambda: peaks.append(peak_memory(call, DEVICE)), f"loss memory, {tokens} tokens", rounds=1,
+        op="loss memory", phase="forward+backward", variant=variant, tokens=tokens, **facts,
     )  # fmt: skip
+    benchmark.extra_info["peak_memory_bytes"] = peaks[0]

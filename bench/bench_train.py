@@ -1,20 +1,23 @@
-"""pytest-benchmark suite of the optimizer step: `pytest bench/bench_train.py`, compared between runs with
-`pytest-benchmark compare`.
+"""pytest-benchmark suite of the optimizer step: `pytest bench/bench_train.py`.
 
-A step is forward, backward, clipping and AdamW, of all variants from the same weights and on the same tokens, in turns; the losses of the
-first steps must agree. On a CPU the variants are those of bench/step_peers.py, transformers among them, at three sizes that are quick;
---full adds 2 x 512 tokens of the 135M model, where a step takes seconds, and the compiled variants, each of which compiles for a minute.
-On a GPU they are those of bench/train_step.py and the peers of bench/peer_models.py at 8 x 512 and 32 x 512.
+A step is forward, backward, clipping and AdamW, of all variants from the same weights and on the same tokens;
+the
+losses of the first steps must agree. On a CPU the variants are those of bench/step_peers.py, transformers
+among them,
+at three sizes that are quick; --full adds 2 x 512 tokens of the 135M model, where a step takes seconds, and
+the
+compiled variants, each of which compiles for a minute. On a GPU they are those of bench/train_step.py and the
+peers
+of bench/peers/choice.py at 8 x 512 and 32 x 512.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,18 +25,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import launches, peer_models, peers, roofline, step_peers, train_step, work
-from bench.bench_kernels import digest
-from bench.part import one_line, provenance
+from bench import launches, roof, step_peers, train_step, work
 from bench.peak_memory import peak_memory
+from bench.peers import choice
+from bench.record import TINY_NOTE, one_line, provenance
+from bench.step import CapturedStep, TrainingStep
+from bench.suite import digest
 from bench.timing import synchronize
 from smollm2.config import SmolLM2Config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROUNDS = 5  # after the first step of each, which does not count; without --full a CPU takes two
-MFU_CONVENTION = (
-    "6 per weight and token, causal attention counted half, dense bf16 peak of the vendor; none on a CPU"
-)
+ROUNDS = 5  # after the first step, which does not count; without --full a CPU takes two
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,13 @@ class Size:
     def config(self, tiny: bool) -> SmolLM2Config:
         if tiny:
             return SmolLM2Config.preset("tiny", num_hidden_layers=1)
-        return SmolLM2Config.preset(
-            self.preset, **({} if self.layers is None else {"num_hidden_layers": self.layers})
-        )
+        changes = {} if self.layers is None else {"num_hidden_layers": self.layers}
+        return SmolLM2Config.preset(self.preset, **changes)
 
     def ids(self, tiny: bool) -> Tensor:
         """Random tokens [B, T]."""
-        shape = (1, 16) if tiny else (self.batch, self.length)
-        return torch.randint(
-            self.config(tiny).vocab_size, shape, generator=torch.Generator().manual_seed(0)
-        ).to(DEVICE)
+        shape, seed = (1, 16) if tiny else (self.batch, self.length), torch.Generator().manual_seed(0)
+        return torch.randint(self.config(tiny).vocab_size, shape, generator=seed).to(DEVICE)
 
 
 CPU_SIZES = {
@@ -70,10 +69,11 @@ SIZES = GPU_SIZES if DEVICE.type == "cuda" else CPU_SIZES
 MAIN = ("ours", "transformers")  # what is compared of the whole 135M model without --full
 
 
-def variants(size: Size, dtype: str) -> list[str]:
-    """All that can be compared at that size."""
+def variants(dtype: str) -> list[str]:
+    """All that can be compared, what the others are compared with first."""
     if DEVICE.type == "cuda":
-        return [*train_step.VARIANTS, *peer_models.VARIANTS]
+        names = [*train_step.VARIANTS, *choice.VARIANTS]
+        return sorted(names, key=lambda name: name != "torch")
     return [name for name in step_peers.chosen(dtype, (), True) if not name.startswith("transformers bf16")]
 
 
@@ -90,12 +90,7 @@ def left_out(size: Size, variant: str, full: bool, tiny: bool) -> str:
 
 
 DTYPES = ("bf16",) if DEVICE.type == "cuda" else tuple(step_peers.DTYPES)
-CASES = [
-    (name, dtype, variant)
-    for name, size in SIZES.items()
-    for dtype in DTYPES
-    for variant in variants(size, dtype)
-]
+CASES = [(name, dtype, variant) for name in SIZES for dtype in DTYPES for variant in variants(dtype)]
 Step = Callable[[], Tensor]
 
 
@@ -110,154 +105,125 @@ def gpu_step(variant: str, config: SmolLM2Config, ids: Tensor, compiler: str) ->
     """The same of a GPU's variants. Raises Unavailable, with the version and the reason, for a peer that
     cannot be measured here.
     """
-    if variant in peer_models.VARIANTS:
+    if variant in choice.VARIANTS:
         weights = train_step.build(config, "torch", ids.device).state_dict()
-        peer = peer_models.peer_step(variant, config, weights, ids, True, compiler)
-        return peer if isinstance(peer, peer_models.LitgptStep) else lambda: peer(ids)
-    backend, _, extra = variant.partition("+")
-    model = train_step.build(config, backend, ids.device)
-    step = train_step.TrainingStep(
-        model, torch.compile(model, backend=compiler) if extra == "compile" else None
-    )
-    call: Callable[[Tensor], Tensor] = train_step.CapturedStep(step, ids) if extra == "graph" else step
+        peer = choice.peer_step(variant, config, weights, ids, True, compiler)
+        return lambda: peer(ids)
+    backend, *extras = variant.split("+")
+    model = train_step.build(config, f"{backend}+fused-mlp" if "fused-mlp" in extras else backend, ids.device)
+    forward = torch.compile(model, backend=compiler) if "compile" in extras else None
+    step = TrainingStep(model, forward, own=False if "torch-adamw" in extras else None)
+    call: Callable[[Tensor], Tensor] = CapturedStep(step, ids) if "graph" in extras else step
     return lambda: call(ids)
 
 
-class Measurements:
-    """The steps of all variants of a size and dtype, measured in turns when first asked for."""
+class Steps:
+    """What became of the variants: their first losses, by size and dtype, and why others have none."""
 
     def __init__(self, tiny: bool, full: bool = False) -> None:
-        self._tiny, self._full = tiny, full
-        self._provenance = provenance(DEVICE)
-        self._found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        self.tiny, self.full, self.origin = tiny, full, provenance(DEVICE)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.base: dict[tuple[str, str], list[float]] = {}
+        self.floor = cache(self._floor)
 
-    def of(self, size: str, dtype: str, variant: str) -> dict[str, Any]:
-        """{"seconds": [...], facts ...}, or {"failed": why}."""
-        if (size, dtype) not in self._found:
-            self._found[size, dtype] = self._measure(SIZES[size], dtype)
-            gc.collect()
-            torch.compiler.reset()
-        return self._found[size, dtype][variant]
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What became of each library: see bench/peers/status.py."""
+        return choice.step_status(self.rows)
 
-    def standing(self) -> dict[str, dict[str, Any]]:
-        """What became of each library, over the sizes measured so far: see bench/peers.py."""
-        return peer_models.step_standing(
-            {
-                f"{name} {size} {dtype}": row
-                for (size, dtype), found in self._found.items()
-                for name, row in found.items()
-            }
-        )
+    def far(self, size: str, dtype: str, variant: str, losses: list[float]) -> str:
+        """Why a variant that computes another loss has no time; the first variant's losses are the truth."""
+        base = self.base.setdefault((size, dtype), losses)
+        distance = max(abs(a - b) for a, b in zip(losses, base, strict=True))
+        if (
+            variant == "ours+doc_start" or distance <= step_peers.LOSS_TOLERANCE[dtype]
+        ):  # documents: other losses
+            return ""
+        return f"first losses are {distance:.1e} nats from the first variant's"
 
-    def _measure(self, size: Size, dtype: str) -> dict[str, dict[str, Any]]:
-        config, ids = size.config(self._tiny), size.ids(self._tiny)
-        found: dict[str, dict[str, Any]] = {}
-        steps: dict[str, Step] = {}
-        for name in variants(size, dtype):
-            if reason := left_out(size, name, self._full, self._tiny):
-                found[name] = {"failed": reason}
-                continue
-            try:
-                steps[name] = build(name, config, dtype, ids, "aot_eager" if self._tiny else "inductor")
-                found[name] = {"losses": [float(steps[name]())]}
-            except peers.Unavailable as reason:
-                steps.pop(name, None)
-                found[name] = {"failed": str(reason)}
-            except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
-                steps.pop(name, None)
-                found[name] = {"failed": one_line(failure)}
-        if not steps:
-            return found
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(ROUNDS if DEVICE.type == "cuda" or self._full else step_peers.COMPARED_STEPS - 1):
-            for name, step in list(steps.items()):
-                synchronize(DEVICE)
-                began = time.perf_counter()
-                try:
-                    loss = step()
-                except Exception as failure:  # noqa: BLE001 - as above: memory may run out, and a process of its own can end at any time
-                    del steps[name]
-                    found[name] = {"failed": one_line(failure)}
-                    continue
-                synchronize(DEVICE)
-                seconds[name].append(time.perf_counter() - began)
-                if len(found[name]["losses"]) < step_peers.COMPARED_STEPS:
-                    found[name]["losses"].append(float(loss))
-        floor = self._floor(config, dtype, ids)
-        for name, step in steps.items():
-            found[name] |= {
-                "seconds": seconds[name],
-                **self._facts(config, dtype, ids, statistics.median(seconds[name]), floor),
-            }
-            found[name]["output_hash"] = digest([torch.tensor(found[name]["losses"])])
-            if isinstance(step, peer_models.LitgptStep):
-                # launches and memory of another process; the memory it reports has the weights in it, ours
-                # has not
-                continue
-            counted = Counter[str]()
-            if DEVICE.type == "cuda" or (find_spec("triton") and not name.endswith("+compile")):
-
-                def count(step: Callable[[], object] = step, counted: Counter[str] = counted) -> None:
-                    counted.update(launches.count(step, DEVICE))
-
-                peak_memory(count, DEVICE)
-                found[name]["launches"] = counted.total()
-            else:
-                peak_memory(step, DEVICE)
-            found[name]["peak_memory_bytes"] = peak_memory(step, DEVICE)  # the second counts
-        return found
-
-    def _floor(self, config: SmolLM2Config, dtype: str, ids: Tensor) -> tuple[str, float]:
+    def _floor(self, size: str, dtype: str) -> tuple[str, float]:
         """What no step is faster than, and its seconds on this machine."""
+        config, ids = SIZES[size].config(self.tiny), SIZES[size].ids(self.tiny)
         if DEVICE.type == "cpu":
-            floor = step_peers.matmul_floor(config, step_peers.DTYPES[dtype], ids.numel()) / 1e3
-            return "the step's matrix products alone, each at the rate it reaches by itself", floor
+            milliseconds = step_peers.matmul_floor(config, step_peers.DTYPES[dtype], ids.numel())
+            return (
+                "the step's matrix products alone, each at the rate it reaches by itself",
+                milliseconds / 1e3,
+            )
         rates = (
-            roofline.copy_bandwidth(DEVICE, self._tiny),
-            roofline.matmul_rate(torch.bfloat16, DEVICE, self._tiny),
+            roof.bandwidths(DEVICE, self.tiny)["copy"],
+            roof.matmul_rate(torch.bfloat16, DEVICE, self.tiny),
         )
-        return "every operation at the speed of a copy or of a large product", work.step_floor(
-            config, ids.shape[0], ids.shape[1], 2, *rates
-        )
+        seconds = work.step_floor(config, ids.shape[0], ids.shape[1], 2, *rates)
+        return "every operation at the speed of a copy or of a large product", seconds
 
-    def _facts(
-        self, config: SmolLM2Config, dtype: str, ids: Tensor, seconds: float, floor: tuple[str, float]
-    ) -> dict[str, Any]:
-        tokens, flops, peak = (
-            ids.numel(),
-            work.flops_per_token(config, ids.shape[1]) * ids.numel(),
-            work.peak_flops(DEVICE),
+    def facts(self, size: str, dtype: str, seconds: float) -> dict[str, Any]:
+        config, ids, floor = (
+            SIZES[size].config(self.tiny),
+            SIZES[size].ids(self.tiny),
+            self.floor(size, dtype),
         )
+        flops, peak = work.flops_per_token(config, ids.shape[1]) * ids.numel(), work.peak_flops(DEVICE)
         parts = work.step(config, ids.shape[0], ids.shape[1], step_peers.DTYPES[dtype].itemsize)
         facts = {
-            **self._provenance, "threads": torch.get_num_threads(), "batch": ids.shape[0],
+            **self.origin, "threads": torch.get_num_threads(), "batch": ids.shape[0],
             "length": ids.shape[1], "parameters": config.num_parameters(),
-            "tokens_per_second": round(tokens / seconds, 1), "flops": round(flops),
+            "tokens_per_second": round(ids.numel() / seconds, 1), "flops": round(flops),
             "bytes": sum(cost.forward.bytes + cost.backward.bytes for cost in parts.values()),
             "tflops": round(flops / seconds / 1e12, 5),
-            "mfu": round(flops / seconds / peak, 4) if peak else None, "mfu_convention": MFU_CONVENTION,
-            "floor": floor[0], "floor_ms": round(floor[1] * 1e3, 2),
+            "mfu": round(flops / seconds / peak, 4) if peak else None,
+            "mfu_convention": work.MFU_CONVENTION, "floor": floor[0], "floor_ms": round(floor[1] * 1e3, 2),
             "percent_of_roof": round(100 * floor[1] / seconds, 1),
         }  # fmt: skip
-        return facts | ({"note": step_peers.TINY_NOTE} if self._tiny else {})
+        return facts | ({"note": TINY_NOTE} if self.tiny else {})
+
+
+def beside(variant: str, step: Step) -> dict[str, Any]:
+    """Launches and peak memory, but of a step in another process: what that reports has the weights in it."""
+    if variant.startswith("litgpt"):
+        return {}
+    found: dict[str, Any] = {}
+    if DEVICE.type == "cuda" or (find_spec("triton") and not variant.endswith("+compile")):
+        found["launches"] = launches.count(step, DEVICE).total()
+    peak_memory(step, DEVICE)
+    return found | {"peak_memory_bytes": peak_memory(step, DEVICE)}  # the second counts
 
 
 @pytest.fixture(scope="module")
-def measurements(tiny: bool, full: bool, standings: list[Callable[[], dict[str, Any]]]) -> Measurements:
-    found = Measurements(tiny, full)
-    standings.append(found.standing)
+def steps(tiny: bool, full: bool, statuses: list[Callable[[], dict[str, Any]]]) -> Steps:
+    found = Steps(tiny, full)
+    statuses.append(found.status)
     return found
 
 
 @pytest.mark.parametrize("size, dtype, variant", CASES)
-def test_step(replay: Any, measurements: Measurements, size: str, dtype: str, variant: str) -> None:
-    found = measurements.of(size, dtype, variant)
-    if "failed" in found:
-        pytest.skip(found["failed"])
-    base = measurements.of(size, dtype, "torch" if DEVICE.type == "cuda" else "ours")["losses"]
-    if variant != "ours+doc_start":  # which has other losses, on purpose
-        distance = max(abs(a - b) for a, b in zip(found["losses"], base, strict=True))
-        assert distance <= step_peers.LOSS_TOLERANCE[dtype], (
-            "a variant that computes another loss has no time"
-        )
-    replay(group=f"step {dtype}, {size}", size=size, phase="step", dtype=dtype, variant=variant, **found)
+def test_step(timed: Any, benchmark: Any, steps: Steps, size: str, dtype: str, variant: str) -> None:
+    row = steps.rows.setdefault(f"{variant} {size} {dtype}", {})
+    if reason := left_out(SIZES[size], variant, steps.full, steps.tiny):
+        row["failed"] = reason
+        pytest.skip(reason)
+    config, ids = SIZES[size].config(steps.tiny), SIZES[size].ids(steps.tiny)
+    losses: list[float] = []
+    try:
+        step = build(variant, config, dtype, ids, "aot_eager" if steps.tiny else "inductor")
+        losses.append(float(step()))
+    except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
+        row["failed"] = one_line(failure)
+        pytest.skip(row["failed"])
+
+    def call() -> None:
+        loss = step()
+        synchronize(DEVICE)
+        losses.append(float(loss))
+
+    rounds = ROUNDS if DEVICE.type == "cuda" or steps.full else step_peers.COMPARED_STEPS - 1
+    facts = {"size": size, "phase": "step", "dtype": dtype, "variant": variant}
+    seconds = timed(call, f"step {dtype}, {size}", rounds, **facts)
+    first = losses[: step_peers.COMPARED_STEPS]
+    far = steps.far(size, dtype, variant, first)
+    assert not far, far
+    benchmark.extra_info.update(
+        **steps.facts(size, dtype, statistics.median(seconds)), losses=first,
+        output_hash=digest([torch.tensor(first)]), **beside(variant, step),
+    )  # fmt: skip
+    gc.collect()
+    torch.compiler.reset()

@@ -5,12 +5,13 @@ A Case makes its own inputs from a seed, so that every variant gets the same num
 some libraries write their gradients over their inputs.
 
 A variant of a library that is not installed, or has kernels for a GPU only, raises the reason when it is
-called (bench/peers.py).
+called (bench/peers/status.py).
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import peers, work
+from bench import work
+from bench.peers import status
 from smollm2.config import SmolLM2Config
 
 
@@ -81,7 +83,7 @@ def library(peer: str, module: str, function: str, device: torch.device) -> Call
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        peers.require(peer, device)
+        status.require(peer, device)
         return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
     return call
@@ -93,3 +95,99 @@ def from_liger(shapes: Shapes, function: str) -> Callable[..., Any]:
 
 def from_quack(shapes: Shapes, module: str, function: str) -> Callable[..., Any]:
     return library("quack-kernels", module, function, shapes.device)
+
+
+class Variant:
+    """One implementation of a case, on tensors of its own: several sets of them, so that one replay holds
+    several calls.
+    """
+
+    def __init__(self, case: Case, name: str, sets: int) -> None:
+        self._function = case.variants[name]
+        self._joint = case.joint
+        self._sets = [case.inputs(seed) for seed in range(sets)]
+        self._wanted = [index for index, tensor in enumerate(self._sets[0]) if tensor.requires_grad]
+        self._upstream: list[Tensor] = []
+        if self._wanted:
+            outputs = self._outputs(self._sets[0])
+            generator = torch.Generator(outputs[0].device).manual_seed(12345)
+            self._upstream = [
+                torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs
+            ]
+
+    def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Outputs and gradients of the first set, computed from inputs converted to dtype."""
+        inputs = self._sets[0]
+        if dtype is not None:
+            inputs = [
+                x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x
+                for x in inputs
+            ]
+        outputs = self._outputs(inputs)
+        return [
+            *(output.detach() for output in outputs),
+            *(self._gradients(outputs, inputs) if self._wanted else []),
+        ]
+
+    def phases(self) -> dict[str, Callable[[], Callable[[], object]]]:
+        """Phase -> a function that prepares it and returns the call to be timed."""
+        found: dict[str, Callable[[], Callable[[], object]]] = {"forward": lambda: self._forward}
+        if self._wanted and self._joint:
+            found["forward+backward"] = self._prepare_both
+        elif self._wanted:
+            found["backward"] = self._prepare_backward
+        return found
+
+    def call(self) -> object:
+        """A plain forward call."""
+        with torch.no_grad():
+            return self._function(*self._sets[0])
+
+    def through_autograd(self) -> object:
+        """A plain forward call and its gradients."""
+        return self._gradients(self._outputs(self._sets[0]), self._sets[0])
+
+    @property
+    def differentiable(self) -> bool:
+        return bool(self._wanted)
+
+    def _outputs(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        result = self._function(*inputs)
+        return result if isinstance(result, tuple) else (result,)
+
+    def _gradients(
+        self, outputs: tuple[Tensor, ...], inputs: list[Tensor], keep: bool = False
+    ) -> list[Tensor]:
+        upstream = [
+            gradient.to(output.dtype) for gradient, output in zip(self._upstream, outputs, strict=True)
+        ]
+        return list(
+            torch.autograd.grad(
+                outputs, [inputs[index] for index in self._wanted], upstream, retain_graph=keep
+            )
+        )
+
+    def _forward(self) -> object:
+        with torch.no_grad():
+            return [self._function(*inputs) for inputs in self._sets]
+
+    def _prepare_backward(self) -> Callable[[], object]:
+        done = [(self._outputs(inputs), inputs) for inputs in self._sets]
+        return lambda: [self._gradients(outputs, inputs, keep=True) for outputs, inputs in done]
+
+    def _prepare_both(self) -> Callable[[], object]:
+        return lambda: [self._gradients(self._outputs(inputs), inputs) for inputs in self._sets]
+
+
+def error(found: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest relative distance ||found - truth|| / ||truth|| of any tensor; infinite for what is not
+    finite.
+    """
+    worst = 0.0
+    for ours, exact in zip(found, truth, strict=True):
+        wide = exact.to(torch.float64 if exact.dtype == torch.float64 else torch.float32)
+        distance = torch.linalg.vector_norm(ours.to(wide.dtype) - wide) / torch.linalg.vector_norm(
+            wide
+        ).clamp(min=1e-30)
+        worst = max(worst, distance.item() if distance.isfinite() else math.inf)
+    return worst

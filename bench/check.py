@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,8 @@ import torch
 from torch import Tensor
 
 from bench import step_peers
-from bench.part import ROOT, one_line, parser, provenance, read_json, write_json
+from bench.record import Part, one_line, parser, speed_of_data
+from bench.timing import in_turns, seconds
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.engine.compiled import find_package
@@ -189,28 +189,8 @@ class Contests:
     def _data(self) -> float:
         """The pipeline is measured by its own command: bench knows nothing of training."""
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "speed.json")
-            command = [
-                sys.executable,
-                "-m",
-                "train.data_speed",
-                "--mebibytes",
-                str(self.sizes.mebibytes),
-                "--json",
-                str(path),
-            ]
-            done = subprocess.run(
-                [*command, "--repeats", str(self.sizes.rounds)],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            if done.returncode:
-                raise UsageError(
-                    f"train.data_speed ended with exit code {done.returncode}: {' '.join(done.stderr.split())[-200:]}"
-                )
-            figures = json.loads(path.read_text(encoding="utf-8"))["tokens_per_second"]
+            size = ("--mebibytes", self.sizes.mebibytes, "--repeats", self.sizes.rounds)
+            figures = speed_of_data(Path(folder), *size)["tokens_per_second"]
         return float(figures["cache, workers=0"] / figures["text, workers=0"])
 
 
@@ -227,23 +207,21 @@ def busy() -> str:
 
 
 def measure(contest: Contest, rounds: int) -> dict[str, Any]:
-    """Both ways in turns, after one call of each that does not count."""
-    times: dict[str, list[float]] = {"ours": [], "other": []}
-    since = time.monotonic()
-    for turn in range(rounds + 1):
-        if turn > 2 and time.monotonic() - since > BUDGET:
-            break
-        for name, call in (("ours", contest.ours), ("other", contest.other)):
-            began = time.perf_counter()
-            call()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    ours, other = (min(times[name]) for name in ("ours", "other"))
+    """Both ways in turns, after one call of each that does not count. Raises what a call raises."""
+    since, cpu = time.monotonic(), torch.device("cpu")
+
+    def once(call: Callable[[], object]) -> float:
+        return seconds(call, cpu)
+
+    both = {"ours": contest.ours, "other": contest.other}
+    times, failed = in_turns(both, rounds + 1, once, lambda: BUDGET - (time.monotonic() - since))
+    if failed:
+        raise RuntimeError(next(iter(failed.values())))
+    ours, other = (min(times[name][1:] or times[name]) for name in both)
     return {
-        "ratio": round(contest.times * other / ours, 3),
-        "ours_ms": round(1e3 * ours, 3),
+        "ratio": round(contest.times * other / ours, 3), "ours_ms": round(1e3 * ours, 3),
         "other_ms": round(1e3 * other, 3),
-    }
+    }  # fmt: skip
 
 
 def run(make: Callable[[], Contest | float], rounds: int) -> dict[str, Any]:
@@ -254,7 +232,7 @@ def run(make: Callable[[], Contest | float], rounds: int) -> dict[str, Any]:
             return {"ratio": round(contest, 3)}
         return measure(contest, rounds) | ({"difference": contest.difference} if contest.difference else {})
     except (UsageError, ImportError) as reason:
-        return {"missing": " ".join(str(reason).split())}
+        return {"missing": one_line(reason)}
     except Exception as failure:  # noqa: BLE001 - one row's failure is a result, and the others still run
         return {"failed": one_line(failure)}
 
@@ -278,7 +256,8 @@ def read_expected(path: Path) -> dict[str, dict[str, Any]]:
             isinstance(ratio, (int, float)) for ratio in bound["measured"]
         ):
             raise LoadError(
-                f"{path}: {name!r} needs 'measured' (a list of ratios that the bound is made from), got {bound!r}"
+                f"{path}: {name!r} needs 'measured' (a list of ratios that the bound is made from), got "
+                f"{bound!r}"
             )
     return dict(ratios)
 
@@ -321,64 +300,47 @@ def conclusion(rows: dict[str, dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("check", "Compares fresh ratios with those that must hold on a CPU.")
-    arguments.add_argument(
-        "--quick", action="store_true", help="a smaller model in the training step, fewer tokens and rounds"
-    )
-    arguments.add_argument("--only", action="append", metavar="NAME", help="only this ratio; may be repeated")
-    arguments.add_argument(
-        "--expected", type=Path, default=EXPECTED, metavar="FILE", help="bounds (default bench/expected.json)"
-    )
+    add = arguments.add_argument
+    add("--quick", action="store_true", help="a smaller model in the training step, fewer tokens and rounds")
+    add("--only", action="append", metavar="NAME", help="only this ratio; may be repeated")
+    bounds = "bounds (default bench/expected.json)"
+    add("--expected", type=Path, default=EXPECTED, metavar="FILE", help=bounds)
     options = arguments.parse_args(argv)
     if options.device == "cuda":
         raise UsageError("--device cuda: these ratios are those of a CPU; python -m bench.gpu measures a GPU")
     expected = read_expected(options.expected)
-    began = time.monotonic()
     contests = Contests(TINY if options.tiny else QUICK if options.quick else FULL)
     names = options.only or list(expected)
     for name in names:
         if name not in expected or name not in contests.makers:
-            raise UsageError(
-                f"{name!r}: expected a ratio that is measured and has a bound, one of {', '.join(contests.makers)}"
-            )
-    origin = provenance(torch.device("cpu"))
-    if options.tiny:
-        print(TINY_NOTE)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {origin['device']}")
+            known = ", ".join(contests.makers)
+            raise UsageError(f"{name!r}: expected a ratio that is measured and has a bound, one of {known}")
+    options.device = "cpu"
+    part = Part("check", options, cpu=True, note=TINY_NOTE)
+    threads = torch.get_num_threads()
+    print(f"{threads} threads, torch {torch.__version__}, {part.origin['device']}")
     note = busy()
-    if note and not options.tiny:
+    if note and not part.tiny:
         print(note)
     print(f"{'':38}{'ratio':>8}{'at least':>10}", flush=True)
+    part.save(quick=options.quick, threads=threads, busy=note)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
-        if time.monotonic() - began > options.seconds:
-            rows[name] = {"missing": "no time was left"}
-        else:
-            rows[name] = run(contests.makers[name], contests.sizes.rounds)
+        late = part.left() < 0
+        rows[name] = (
+            {"missing": "no time was left"} if late else run(contests.makers[name], contests.sizes.rounds)
+        )
         judged = verdict(rows[name], expected[name])
-        if options.tiny and "ratio" in rows[name] and "difference" not in rows[name]:
+        if part.tiny and "ratio" in rows[name] and "difference" not in rows[name]:
             judged = "not judged"
         rows[name] |= {"at_least": expected[name]["at_least"], "verdict": judged}
         ratio = f"{rows[name]['ratio']:8.2f}" if "ratio" in rows[name] else f"{'-':>8}"
         print(f"{name:38}{ratio}{rows[name]['at_least']:10.2f}  {judged}", flush=True)
-        if options.json is not None:
-            section = {
-                "rows": rows,
-                "quick": options.quick,
-                "threads": torch.get_num_threads(),
-                "busy": note,
-                "seconds": round(time.monotonic() - began, 1),
-            }
-            write_json(
-                options.json,
-                {
-                    **read_json(options.json),
-                    **origin,
-                    "check": section | ({"note": TINY_NOTE} if options.tiny else {}),
-                },
-            )
+        part.save(rows=rows)
         gc.collect()
-    if not options.tiny:
+    if not part.tiny:
         print(conclusion(rows))
+    part.finish()
     return 1 if any(row["verdict"].startswith("VIOLATED") for row in rows.values()) else 0
 
 

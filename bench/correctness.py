@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.part import ROOT, Part, parser, write_json
+from bench.record import ROOT, Part, parser, python, write_json
 from smollm2.cli import run_command
 
 if TYPE_CHECKING:
@@ -210,41 +210,26 @@ def split(files: list[Path], jobs: int, distributed: bool) -> list[list[Path]]:
 def start(files: list[Path], expression: str | None, workers: int, folder: Path) -> Session:
     """Starts pytest. expression: as for pytest -k. workers: processes that run tests; 0 for pytest's own."""
     log, records = folder / f"{files[0].stem}.log", folder / f"{files[0].stem}.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "bench.correctness",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=",
-    ]
-    command += [
-        "--continue-on-collection-errors",
-        *(["-k", expression] if expression else []),
-        *map(str, files),
-    ]
+    options = (
+        "-p bench.correctness --tb=short -p no:cacheprovider -o addopts= --continue-on-collection-errors"
+    )
+    chosen = ["-k", expression] if expression else []
+    command = python("pytest", *options.split(), *chosen, *files)
     if workers:
         command += ["-n", str(workers), "--dist", "load", "--max-worker-restart", "100"]
     environment = {**os.environ, "SMOLLM2_OUTCOMES": str(records), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
     return Session(files, log, records, process)
 
 
 def stop(sessions: list[Session]) -> None:
-    """Asks for an end as Ctrl-C does, so that pytest still reports; kills what does not listen, workers too."""
+    """Asks for an end as Ctrl-C does, so that pytest still reports; kills what does not listen, workers
+    too.
+    """
     alive = [session for session in sessions if session.process.poll() is None]
     for session in alive:
         session.stopped = True

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bench.part import INTERPRETER_NOTE, read_json
+from bench.record import INTERPRETER_NOTE, read_json
 from smollm2.errors import LoadError, UsageError
 
 
@@ -50,17 +50,16 @@ def gather(folder: Path) -> tuple[list[Figure], list[str]]:
         )
     found: dict[tuple[str, str, str], Figure] = {}
     left_out = []
-    fastest: dict[str, float] = {}  # device -> bytes per second
+    reads: dict[str, float] = {}  # device -> bytes per second, of files that measured no more
     for path in sorted(folder.glob("*.json")):
         try:
             content = read_json(path)
             figures = read(content)
-            for device, speed in bandwidths(content, figures):
-                fastest[device] = max(speed, fastest.get(device, 0.0))
+            if "read_gb_per_s" in (section := content.get("roofline") or bandwidth(content)):
+                reads[content["device"]] = 1e9 * section["read_gb_per_s"]
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as damage:
-            left_out.append(
-                f"{path.name}: left out, not as its writer makes it ({type(damage).__name__}: {damage})"
-            )
+            why = f"not as its writer makes it ({type(damage).__name__}: {damage})"
+            left_out.append(f"{path.name}: left out, {why}")
             continue
         if not figures:
             left_out.append(f"{path.name}: left out, no figures that bench.report knows")
@@ -69,55 +68,32 @@ def gather(folder: Path) -> tuple[list[Figure], list[str]]:
             if before is None or before.facts.get("date", "") <= figure.facts.get("date", ""):
                 found[figure.key] = figure
     if not found:
-        raise LoadError(
-            "\n".join(
-                [
-                    f"{folder}: no figures to draw; python -m bench.generate --json {folder}/FILE makes some",
-                    *left_out,
-                ]
-            )
-        )
-    return [_with_limit(figure, fastest) for figure in found.values()], left_out
+        none = f"{folder}: no figures to draw; python -m bench.generate --json {folder}/FILE makes some"
+        raise LoadError("\n".join([none, *left_out]))
+    return [with_limit(figure, reads) for figure in found.values()], left_out
 
 
-def bandwidths(content: dict[str, Any], figures: list[Figure]) -> list[tuple[str, float]]:
-    """(device, bytes per second) of every copy and read of main memory that the file has measured."""
-    seen = [
-        (figure.facts["device"], 1e9 * figure.facts["copy_gb_per_s"])
-        for figure in figures
-        if "copy_gb_per_s" in figure.facts
-    ]
-    measured = {"copy_gb_per_s", "read_gb_per_s"}
-    for section in (
-        content.get("roofline", {}),
-        content.get("generation", {}).get("bandwidth", {}),
-        _roof(content.get("kernels")),
-    ):
-        seen += [(content["device"], 1e9 * section[name]) for name in measured & section.keys()]
-    return seen
+def bandwidth(content: dict[str, Any]) -> dict[str, Any]:
+    """Of bench.generation; nothing where it was not measured."""
+    section = content.get("generation")
+    return section.get("bandwidth", {}) if isinstance(section, dict) else {}
 
 
-def _roof(section: Any) -> dict[str, float]:
-    """Of bench.kernels; nothing of a section of another form."""
-    return section.get("roof", {}) if isinstance(section, dict) else {}
+def with_limit(figure: Figure, reads: dict[str, float]) -> Figure:
+    """The limit of the memory: what must be read, at the rate that was measured in the same run.
 
-
-def _with_limit(figure: Figure, fastest: dict[str, float]) -> Figure:
-    """A copy is slower than a mere read, and a machine that others use too is slower at times: the limit is
-    the best of all files.
+    reads: device -> bytes per second, for files whose writers measured no such rate then.
     """
-    facts, speed = figure.facts, fastest.get(figure.facts.get("device", ""))
+    facts = figure.facts
+    own = 1e9 * facts["read_gb_per_s"] if "read_gb_per_s" in facts else None
+    speed = own or reads.get(facts.get("device", ""))
     if figure.kind == "decode" and "bytes_per_token" in facts and speed:
-        return replace(
-            figure, limit=speed / facts["bytes_per_token"], facts={**facts, "at": f"{speed / 1e9:,.0f} GB/s"}
-        )
+        at = f"{speed / 1e9:,.0f} GB/s"
+        return replace(figure, limit=speed / facts["bytes_per_token"], facts={**facts, "at": at})
     if figure.kind == "operation" and "product_seconds" in facts and speed:
-        roof = f"{speed / 1e9:,.0f} GB/s, {facts['matmul_tflops']:,.0f} TFLOP/s"
-        return replace(
-            figure,
-            limit=max(facts["moved_bytes"] / speed, facts["product_seconds"]),
-            facts={**facts, "at": roof},
-        )
+        at = f"{speed / 1e9:,.0f} GB/s, {facts['matmul_tflops']:,.0f} TFLOP/s"
+        floor = max(facts["moved_bytes"] / speed, facts["product_seconds"])
+        return replace(figure, limit=floor, facts={**facts, "at": at})
     return figure
 
 
@@ -140,41 +116,29 @@ def from_suites(benchmarks: list[dict[str, Any]], origin: dict[str, Any]) -> lis
     """
     figures = []
     for entry in benchmarks:
-        facts, seconds = {**origin, **entry["extra_info"]}, float(entry["stats"]["median"])
-        phase, variant = facts.get("phase", ""), facts.get("variant", "")
+        facts = {**origin, **entry["extra_info"]}
+        phase, variant, rate = (
+            facts.get("phase", ""),
+            facts.get("variant", ""),
+            facts.get("tokens_per_second"),
+        )
         if facts.get("op") == "loss memory":
-            figures.append(
-                Figure(
-                    "loss memory",
-                    f"{facts['tokens']} tokens",
-                    variant,
-                    facts["peak_memory_bytes"],
-                    facts=facts,
-                )
-            )
+            case = f"{facts['tokens']} tokens"
+            figures.append(Figure("loss memory", case, variant, facts["peak_memory_bytes"], facts=facts))
         elif "op" in facts and not facts.get("note"):  # in the interpreter nothing is measured
+            seconds = facts["us"] / 1e6
             where = f"operations alone, {facts['batch']} x {facts['length']} tokens, {facts['dtype']}"
-            figures.append(
-                operation(where, facts["op"], phase, variant, seconds, seconds * floor_share(facts), facts)
-            )
+            floor = seconds * floor_share(facts)
+            figures.append(operation(where, facts["op"], phase, variant, seconds, floor, facts))
         elif phase in ("prefill", "decode"):
-            rate = facts["tokens_per_second"]
             facts["context"] = facts["prompt_tokens"]
-            figures.append(
-                Figure(
-                    phase,
-                    f"batch {facts['batch']}, prompt {facts['prompt_tokens']}",
-                    variant,
-                    rate,
-                    facts=facts,
-                )
-            )
+            case = f"batch {facts['batch']}, prompt {facts['prompt_tokens']}"
+            figures.append(Figure(phase, case, variant, facts["tokens_per_second"], facts=facts))
         elif phase == "step":
-            rate = facts["tokens_per_second"]
-            limit = (
-                1e3 * facts["batch"] * facts["length"] / facts["floor_ms"] if "floor_ms" in facts else None
-            )
-            figures.append(Figure("step", f"{facts['dtype']}, {facts['size']}", variant, rate, limit, facts))
+            tokens = facts["batch"] * facts["length"]
+            limit = 1e3 * tokens / facts["floor_ms"] if "floor_ms" in facts else None
+            case, rate = f"{facts['dtype']}, {facts['size']}", facts["tokens_per_second"]
+            figures.append(Figure("step", case, variant, rate, limit, facts))
     return figures
 
 
@@ -196,44 +160,28 @@ def from_step_peers(section: dict[str, Any], origin: dict[str, Any]) -> list[Fig
         facts = {
             **origin,
             "dtype": dtype,
-            "batch": section["batch"],
-            "length": section["length"],
-            "note": section.get("note"),
+            **{name: section.get(name) for name in ("batch", "length", "note")},
         }
         limit = 1e3 * tokens / found["matmul_floor_ms"]
+        case = f"{dtype}, 135M, {section['batch']} x {section['length']}"
         for name, row in found["variants"].items():
             if "step_ms" in row:
-                case = f"{dtype}, 135M, {section['batch']} x {section['length']}"
-                figures.append(
-                    Figure("step", case, name, round(1e3 * tokens / row["step_ms"], 1), limit, facts)
-                )
+                rate = round(1e3 * tokens / row["step_ms"], 1)
+                figures.append(Figure("step", case, name, rate, limit, facts))
     return figures
 
 
 def from_train_step(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
     """The fastest first."""
-    facts = {
-        **origin,
-        "dtype": "bf16",
-        "batch": section["batch"],
-        "length": section["length"],
-        "note": section.get("note"),
-    }
+    facts = {**origin, "dtype": "bf16", **{name: section.get(name) for name in ("batch", "length", "note")}}
     case = f"bf16, {section['model']}, {section['batch']} x {section['length']}"
+    shown = (("step_ms", "ms", "{:.1f}"), ("peak_memory_gb", "peak GB", "{:.2f}"), ("mfu", "MFU", "{:.1%}"))
     figures = []
     for name, row in section.get("variants", {}).items():
         if "tokens_per_second" in row:
-            shown = (
-                ("step_ms", "ms", "{:.1f}"),
-                ("peak_memory_gb", "peak GB", "{:.2f}"),
-                ("mfu", "MFU", "{:.1%}"),
-            )
-            columns = {
-                heading: form.format(row[key]) for key, heading, form in shown if row.get(key) is not None
-            }
-            figures.append(
-                Figure("step", case, name, row["tokens_per_second"], None, {**facts, "columns": columns})
-            )
+            columns = {title: form.format(row[key]) for key, title, form in shown if row.get(key) is not None}
+            more = {**facts, "columns": columns}
+            figures.append(Figure("step", case, name, row["tokens_per_second"], None, more))
     return sorted(figures, key=lambda figure: -figure.value)
 
 
@@ -247,7 +195,9 @@ def operation(
 
 
 def from_kernels(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
-    """Operations at the size of a step, and attention at every length, of which the size of the step is one."""
+    """Operations at the size of a step, and attention at every length, of which the size of the step is
+    one.
+    """
     if section.get("note") == INTERPRETER_NOTE:
         return []
     facts = {
@@ -325,6 +275,9 @@ def from_generation(section: dict[str, Any], origin: dict[str, Any]) -> list[Fig
                 "keys": row["keys"],
                 "bytes_per_token": row["bytes"] / row["batch"],
             }
+            facts |= {
+                name: rate for name, rate in section.get("bandwidth", {}).items() if name == "read_gb_per_s"
+            }
         else:
             kind, variant, case = "prefill", row["backend"], f"batch {row['batch']}, prompt {row['tokens']}"
             facts["columns"] = {"ms": f"{row['us'] / 1e3:.1f}", "TFLOP/s": f"{row['tflops']:.0f}"}
@@ -335,7 +288,10 @@ def from_generation(section: dict[str, Any], origin: dict[str, Any]) -> list[Fig
 def from_ladder(section: dict[str, Any], origin: dict[str, Any]) -> list[Figure]:
     """Rungs in order. Of their facts the peak of memory in bytes, and launches of the whole step."""
     size = {name: section.get(name) for name in ("dtype", "batch", "length", "note")}
-    case = f"{section['model']} model, {section['batch']} x {section['length']} tokens, {section['dtype']}, backend {section['backend']}"
+    case = (
+        f"{section['model']} model, {section['batch']} x {section['length']} tokens, {section['dtype']}, "
+        f"backend {section['backend']}"
+    )
     figures = []
     for name, row in section["rungs"].items():
         if "tokens_per_second" in row:

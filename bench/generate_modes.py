@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.generate_peers import Turns, Variant, cache_bytes
-from smollm2.engine.cache import KVCache
+from bench.variant import Turns, Variant
+from smollm2.engine.cache import KVCache, cache_bytes
 from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.quantized import QuantizedEngine
@@ -39,7 +39,7 @@ def engine_variant(engine: Engine, captured: bool = False) -> Variant:
     return Variant(
         name,
         sum(tensor.nbytes for tensor in tensors),
-        cache_bytes(engine.model.config, dtype.itemsize),
+        cache_bytes(engine.model.config, 1, 1, dtype),
         begin,
     )
 

@@ -1,11 +1,14 @@
 """`python -m bench.generation`: what a decode step costs at stated contexts, per engine and beside
 transformers; prefill; many prompts.
 
-    triton captured, torch captured   what `smollm2.generate` runs on CUDA: the step, choice of the token included, as one graph, replayed;
+    triton captured, torch captured   what `smollm2.generate` runs on CUDA: the step, choice of the token
+                                      included, as one graph, replayed;
                                       elsewhere the same step, operation by operation
     triton eager                      the decode step called from Python, then argmax
-    transformers                      LlamaForCausalLM with the same weights and its DynamicCache: forward calls in a loop, argmax
-    transformers+compile(+graph)      StaticCache, the forward under torch.compile (mode "reduce-overhead", which captures CUDA graphs)
+    transformers                      LlamaForCausalLM with the same weights and its DynamicCache: forward
+                                      calls in a loop, argmax
+    transformers+compile(+graph)      StaticCache, the forward under torch.compile (mode "reduce-overhead",
+                                      which captures CUDA graphs)
 
 Random weights of the 135M model unless `--source` names real ones: speed does not depend on them. No long
 prompt is prefilled to measure decoding: keys and values are random numbers, the same for every variant, and
@@ -37,8 +40,9 @@ from torch import Tensor
 
 from bench import launches, work
 from bench.decode_steps import EagerSteps, LlamaSteps, LoopSteps, build_llama, clock, tokens_for
-from bench.part import Part, one_line, parser
-from bench.peers import require
+from bench.peers.status import require
+from bench.record import Part, one_line, parser
+from bench.roof import read_bandwidth
 from bench.timing import eager, synchronize
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
@@ -210,10 +214,8 @@ class Bench:
         }  # fmt: skip
 
     def read_bandwidth(self) -> Row:
-        """What this device reads in a second, as bench.roofline measures it."""
-        from bench.roofline import other_bandwidths
-
-        self.bandwidth = other_bandwidths(self.part.device, self.part.tiny)["read"]
+        """What this device reads in a second, as bench/roof.py measures it."""
+        self.bandwidth = read_bandwidth(self.part.device, self.part.tiny)
         return {"read_gb_per_s": round(self.bandwidth / 1e9, 1)}
 
     def agreement(self) -> Row:
@@ -249,14 +251,7 @@ class Bench:
             for _ in range(2 if self.sizes.repeats > 1 else 1):
                 call()
             sample = eager(call, device, self.sizes.seconds / 2, self.sizes.repeats)
-        layer = sum(
-            cost.forward.flops
-            for cost in work.layer(self.config, batch, length, self.dtype.itemsize).values()
-        )
-        flops = (
-            self.config.num_hidden_layers * layer
-            + 2 * batch * self.config.hidden_size * self.config.vocab_size
-        )
+        flops = work.prefill_flops(self.config, batch, length)
         peak = work.peak_flops(device)
         return {
             "us": round(sample.us, 1), "spread": round(sample.spread, 4),

@@ -1,10 +1,13 @@
 """`python -m bench.gpu --out DIR [--minutes 9]`: everything a GPU has to show, in order of value, under a
 time budget.
 
-    training.json     one step beside its peers; a short real training run; what each optimisation of a step is worth
-    kernels.json      every operation beside its alternatives, launches and bytes; candidates for the launch table; the roofline
+    training.json     one step beside its peers; a short real training run; what each optimisation of a step
+                      is worth
+    kernels.json      every operation beside its alternatives, launches and bytes; candidates for the launch
+                      table; the roofline
     tests.json        the kernels' tests; every operation under compute-sanitizer
-    numerics.json     worst error over budget of each operation and dtype, for `python -m kernels.certify --numerics`
+    numerics.json     worst error over budget of each operation and dtype, for `python -m kernels.certify
+                      --numerics`
     generation.json   prefill and decode, beside transformers
     summary.txt       44 lines, printed last
     logs.tgz          what the parts printed
@@ -41,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import text, train_run
-from bench.part import ROOT, read_json, resolve_device, write_json
+from bench.record import ROOT, python, read_json, resolve_device, write_json
 from bench.summary import summarise
 from smollm2.cli import run_command
 from smollm2.errors import UsageError
@@ -97,7 +100,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one"
     )
     parser.add_argument("--tiny", action="store_true", help="toy sizes: exercises the code, measures nothing")
-    learned = "of the training run: tokenizer.json, its folder, or what train.run takes (default: the run learns one in its own time)"
+    learned = (
+        "of the training run: tokenizer.json, its folder, or what train.run takes (default: the run learns "
+        "one in its own time)"
+    )
     parser.add_argument("--tokenizer", default="train", metavar="PATH", help=learned)
     parser.add_argument(
         "--only",
@@ -119,16 +125,8 @@ def run_stage(
     """
     # the part stops itself then, if it can
     soft = max(1.0, limit - GRACE) if limit > 2 * GRACE else limit / 2
-    command = [
-        sys.executable,
-        "-m",
-        f"bench.{stage.module}",
-        "--device",
-        options.device,
-        "--seconds",
-        f"{soft:.0f}",
-    ]
-    command += ["--json", str(folder / stage.file), *(["--tiny"] if options.tiny else []), *more]
+    flags = ("--device", options.device, "--seconds", f"{soft:.0f}", "--json", folder / stage.file)
+    command = python(f"bench.{stage.module}", *flags, *(["--tiny"] if options.tiny else []), *more)
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL,
@@ -189,13 +187,9 @@ def preparation(
     threads = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(processors)}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **threads},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
+            command, cwd=ROOT, env={**os.environ, **threads}, stdin=subprocess.DEVNULL, stdout=stream,
             stderr=subprocess.STDOUT,
-        )
+        )  # fmt: skip
     try:
         # before it starts threads and workers, which inherit it
         os.setpriority(os.PRIO_PROCESS, process.pid, 19)
@@ -219,7 +213,9 @@ def await_preparation(process: subprocess.Popen[bytes], limit: float) -> str:
 
 
 def record_end(stage: Stage, folder: Path, status: str) -> None:
-    """Writes how a part ended into its section, which a part that died or did not begin could not do itself."""
+    """Writes how a part ended into its section, which a part that died or did not begin could not do
+    itself.
+    """
     content = read_json(folder / stage.file)
     section = content.get(stage.section, {})
     if section.get("status") != "complete" or status != "complete":
@@ -261,7 +257,8 @@ def main(argv: Sequence[str]) -> int:
     present = [name for name in RESULTS if (folder / name).exists()]
     if present:
         raise UsageError(
-            f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name another"
+            f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name "
+            "another"
         )
     # both end a run in the same way: what is finished stays
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -286,14 +283,8 @@ def main(argv: Sequence[str]) -> int:
                         print(f"preparation: {await_preparation(preparing, PATIENCE * limit)}", flush=True)
                         limit -= time.monotonic() - since
                     if limit > 1:
-                        end = run_stage(
-                            stage,
-                            options,
-                            folder,
-                            logs / f"{stage.section}.log",
-                            limit,
-                            more.get(stage.section, ()),
-                        )
+                        log, own = logs / f"{stage.section}.log", more.get(stage.section, ())
+                        end = run_stage(stage, options, folder, log, limit, own)
                 except KeyboardInterrupt:
                     end, interrupted = "interrupted", True
                 ends[stage.section] = end

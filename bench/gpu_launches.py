@@ -23,9 +23,9 @@ import torch
 from bench import generation, kernels, ladder, memcheck, tuning
 from bench.correctness import PATTERNS
 from bench.ops import Shapes
-from bench.part import ROOT
+from bench.record import ROOT
 from bench.stand_in import standing_in_for_cuda
-from bench.train_step import TrainingStep
+from bench.step import TrainingStep
 from kernels import select_backend
 from kernels.certify.fill import SOURCES, Specialisations
 from kernels.certify.targets import target_for
@@ -43,7 +43,8 @@ LAYERS = 2  # the first, whose norm has no residual, and one that stands for all
 MODELS: dict[str, dict[str, Any]] = {
     "135M": {}, "360M": {}, "1.7B": {}, "tiny": {},
     "quickstart": dict(
-        hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=1024, vocab_size=4096
+        hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1,
+        max_position_embeddings=1024, vocab_size=4096
     ),
 }  # fmt: skip
 # one row, the fused layer's few, its most, and the composition with and without a multiple of 16
@@ -177,7 +178,8 @@ def record_tests() -> None:
     files = [str(path) for pattern in PATTERNS for path in sorted((ROOT / "tests").glob(pattern))]
     if not files:
         raise UsageError(
-            "tests: there are none beside this package; they are part of the repository, not of an installation"
+            "tests: there are none beside this package; they are part of the repository, not of an "
+            "installation"
         )
     options = [
         "--assert=plain",

@@ -19,22 +19,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor
 
-from bench import launches, peers, roofline, timing, work
-from bench.case import Case, Shapes
+from bench import launches, roof, timing, work
+from bench.case import Case, Shapes, Variant, error
 from bench.long_attention import document_attention, long_attention
 from bench.ops import PEER_OF, cases
-from bench.part import Part, one_line, parser
 from bench.peak_memory import peak_memory
-from bench.roofline import DTYPES
+from bench.peers import status
+from bench.record import Part, digits, one_line, parser
+from bench.roof import DTYPES
 from bench.weight_ops import CHUNKS, optimizer_step
 from kernels import Backend, select_backend
 from smollm2.cli import run_command
@@ -69,102 +69,6 @@ STEP = (
 )
 
 
-class Variant:
-    """One implementation of a case, on tensors of its own: several sets of them, so that one replay holds
-    several calls.
-    """
-
-    def __init__(self, case: Case, name: str, sets: int) -> None:
-        self._function = case.variants[name]
-        self._joint = case.joint
-        self._sets = [case.inputs(seed) for seed in range(sets)]
-        self._wanted = [index for index, tensor in enumerate(self._sets[0]) if tensor.requires_grad]
-        self._upstream: list[Tensor] = []
-        if self._wanted:
-            outputs = self._outputs(self._sets[0])
-            generator = torch.Generator(outputs[0].device).manual_seed(12345)
-            self._upstream = [
-                torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs
-            ]
-
-    def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Outputs and gradients of the first set, computed from inputs converted to dtype."""
-        inputs = self._sets[0]
-        if dtype is not None:
-            inputs = [
-                x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x
-                for x in inputs
-            ]
-        outputs = self._outputs(inputs)
-        return [
-            *(output.detach() for output in outputs),
-            *(self._gradients(outputs, inputs) if self._wanted else []),
-        ]
-
-    def phases(self) -> dict[str, Callable[[], Callable[[], object]]]:
-        """Phase -> a function that prepares it and returns the call to be timed."""
-        found: dict[str, Callable[[], Callable[[], object]]] = {"forward": lambda: self._forward}
-        if self._wanted:
-            found["forward+backward" if self._joint else "backward"] = (
-                self._prepare_both if self._joint else self._prepare_backward
-            )
-        return found
-
-    def call(self) -> object:
-        """A plain forward call."""
-        with torch.no_grad():
-            return self._function(*self._sets[0])
-
-    def through_autograd(self) -> object:
-        """A plain forward call and its gradients."""
-        return self._gradients(self._outputs(self._sets[0]), self._sets[0])
-
-    @property
-    def differentiable(self) -> bool:
-        return bool(self._wanted)
-
-    def _outputs(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        result = self._function(*inputs)
-        return result if isinstance(result, tuple) else (result,)
-
-    def _gradients(
-        self, outputs: tuple[Tensor, ...], inputs: list[Tensor], keep: bool = False
-    ) -> list[Tensor]:
-        upstream = [
-            gradient.to(output.dtype) for gradient, output in zip(self._upstream, outputs, strict=True)
-        ]
-        return list(
-            torch.autograd.grad(
-                outputs, [inputs[index] for index in self._wanted], upstream, retain_graph=keep
-            )
-        )
-
-    def _forward(self) -> object:
-        with torch.no_grad():
-            return [self._function(*inputs) for inputs in self._sets]
-
-    def _prepare_backward(self) -> Callable[[], object]:
-        done = [(self._outputs(inputs), inputs) for inputs in self._sets]
-        return lambda: [self._gradients(outputs, inputs, keep=True) for outputs, inputs in done]
-
-    def _prepare_both(self) -> Callable[[], object]:
-        return lambda: [self._gradients(self._outputs(inputs), inputs) for inputs in self._sets]
-
-
-def error(found: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest relative distance ||found - truth|| / ||truth|| of any tensor; infinite for what is not
-    finite.
-    """
-    worst = 0.0
-    for ours, exact in zip(found, truth, strict=True):
-        wide = exact.to(torch.float64 if exact.dtype == torch.float64 else torch.float32)
-        distance = torch.linalg.vector_norm(ours.to(wide.dtype) - wide) / torch.linalg.vector_norm(
-            wide
-        ).clamp(min=1e-30)
-        worst = max(worst, distance.item() if distance.isfinite() else math.inf)
-    return worst
-
-
 def measure(
     case: Case,
     shapes: Shapes,
@@ -196,13 +100,7 @@ def measure(
             errors[name] = (
                 None if name in case.unchecked or truth is None else error(variant.results(), truth)
             )
-        except peers.Unavailable as reason:
-            rows.append({"op": case.op, "variant": name, "failed": str(reason)})
-            continue
-        except ModuleNotFoundError as missing:
-            rows.append({"op": case.op, "variant": name, "failed": f"{missing.name} is not installed"})
-            continue
-        except Exception as failure:  # noqa: BLE001 - other people's kernels fail in their own ways; the run goes on
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             rows.append({"op": case.op, "variant": name, "failed": one_line(failure)})
             continue
         if (errors[name] or 0.0) > ERROR_BOUND[shapes.dtype]:
@@ -223,14 +121,16 @@ def measure(
                 rows.append({"op": case.op, "phase": phase, "variant": name, "failed": one_line(failure)})
         samples = timing.alternate(replays, shapes.device, calls=sets, rounds=1 if tiny else 30)
         del replays
-        todo = {"forward": case.cost.forward, "backward": case.cost.backward}.get(phase, whole)
+        todo = case.cost.phase(phase)
         for name, sample in samples.items():
             call = ready[name].call if phase == "forward" else ready[name].through_autograd
             plain = timing.eager(call, shapes.device, *((0.001, 1) if tiny else (0.02, 5)))
             rows.append(
                 {
-                    "op": case.op, "phase": phase, "variant": name, "us": round(sample.us, 2), "spread": round(sample.spread, 3),
-                    "gb_per_s": round(todo.bytes / sample.us / 1e3, 1), "tflops": round(todo.flops / sample.us / 1e6, 3),
+                    "op": case.op, "phase": phase, "variant": name, "us": round(sample.us, 2),
+                    "spread": round(sample.spread, 3),
+                    "gb_per_s": round(todo.bytes / sample.us / 1e3, 1),
+                    "tflops": round(todo.flops / sample.us / 1e6, 3),
                     "percent_of_roof": round(100 * todo.floor(bandwidth, rate) * 1e6 / sample.us, 1),
                     "plain_us" if phase == "forward" else "autograd_us": round(plain.us, 1),
                     "captured": captured[name], "error": errors[name],
@@ -266,15 +166,15 @@ def every_case(shapes: Shapes, backend: Backend, compiler: str, tiny: bool) -> l
     return [*first, *documents, *longer, *found.values()]
 
 
-def kernel_standing(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`bench.peers.standing` of the rows: which library was timed in at least one of them, and why each other
+def kernel_status(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`peer_status` of the rows: which library was timed in at least one of them, and why each other
     was not.
     """
     outcomes: dict[str, list[str]] = {peer: [] for peer in PEER_OF.values()}
     for row in rows:
         if row["variant"] in PEER_OF:
             outcomes[PEER_OF[row["variant"]]].append(row.get("failed", ""))
-    return peers.standing(outcomes)
+    return status.peer_status(outcomes)
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -298,7 +198,9 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 HEADER = (
-    f"{'operation':26}{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}"
+    f"{'operation':26}"
+    f"{'phase':17}{'variant':14}{'us':>10}{'spread':>7}{'GB/s':>9}"
+    f"{'TFLOP/s':>9}{'of roof':>9}{'eager us':>11}"
     f"{'peak MB':>10}  {'error':7}{'ours us':>10}\n"
     "eager us: a plain call; in rows of a backward pass a plain call through autograd, forward and backward\n"
     "peak MB: the most that this call through autograd holds at one time, beyond its inputs\n"
@@ -388,20 +290,21 @@ def main(argv: Sequence[str]) -> int:
     torch._functorch.config.donated_buffer = False  # a compiled backward pass may otherwise run only once
 
     bandwidths, rate = (
-        roofline.bandwidths(part.device, part.tiny),
-        roofline.matmul_rate(shapes.dtype, part.device, part.tiny),
+        roof.bandwidths(part.device, part.tiny),
+        roof.matmul_rate(shapes.dtype, part.device, part.tiny),
     )
     bandwidth = max(bandwidths.values())
     speeds = {
-        f"{name}_gb_per_s": roofline.digits(speed / 1e9)
+        f"{name}_gb_per_s": digits(speed / 1e9)
         for name, speed in (*bandwidths.items(), ("memory", bandwidth))
     }
     part.save(
         model=options.model, dtype=dtype, batch=shapes.batch, length=shapes.length,
-        roof={**speeds, "matmul_tflops": roofline.digits(rate / 1e12)}, rows=[],
+        roof={**speeds, "matmul_tflops": digits(rate / 1e12)}, rows=[],
     )  # fmt: skip
     print(
-        f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.1f} TFLOP/s"
+        f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, "
+        f"{rate / 1e12:,.1f} TFLOP/s"
     )
     print(HEADER, flush=True)
 
@@ -427,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
                 )
             else:
                 rows = measure_compiled(case, shapes, bandwidth, rate, part.tiny)
-        except Exception as failure:  # noqa: BLE001 - the specification itself may run out of memory; the others still have their turn
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             rows = [{"op": case.op, "variant": "reference", "failed": one_line(failure)}]
         print(show(rows), flush=True)
         part.save(rows=[*part.data["rows"], *({**row, "pass": number} for row in rows)])
@@ -436,8 +339,8 @@ def main(argv: Sequence[str]) -> int:
     if left_out:
         print(f"no time was left for {'; '.join(left_out)}")
         part.save(left_out=left_out)
-    part.save(peers=kernel_standing(part.data["rows"]))
-    print(*peers.not_measured(part.data["peers"]), sep="\n")
+    part.save(peers=kernel_status(part.data["rows"]))
+    print(*status.not_measured(part.data["peers"]), sep="\n")
 
     print()
     counted_launches = {}

@@ -1,11 +1,14 @@
 """`python -m bench.ladder`: what each optimisation of a training step is worth, from plain eager PyTorch to
 everything on.
 
-    plain eager           separate projections, formulas as written down, full score matrix, all logits, AdamW parameter by parameter
+    plain eager           separate projections, formulas as written down, full score matrix, all logits, AdamW
+                          parameter by parameter
     packed projections    q, k, v as one product, gate and up as another
-    fused add+norm ...    single operations of the best backend here (`--backend`), by the per-op switch: the rows' backend strings
+    fused add+norm ...    single operations of the best backend here (`--backend`), by the per-op switch: the
+                          rows' backend strings
     fused optimizer       torch's AdamW in one launch
-    optimizer + copies    AdamW of ours: it clips, and writes the 16-bit weights that the next forward pass reads
+    optimizer + copies    AdamW of ours: it clips, and writes the 16-bit weights that the next forward pass
+                          reads
     graph capture         the whole step as one CUDA graph
     compile of the rest   torch.compile around it all
 
@@ -37,21 +40,20 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench import launches
-from bench.part import one_line, parser
+from bench.ladder_rungs import RUNGS, Setup, build_model, setups
 from bench.peak_memory import peak_memory
-from bench.roofline import DTYPES, MachinePart
+from bench.record import Part, one_line, parser
+from bench.roof import DTYPES
+from bench.step import CapturedStep, TrainingStep
 from bench.timing import synchronize
-from bench.train_step import CapturedStep, TrainingStep, all_logits
-from kernels import TORCH, Backend, select_backend, with_ops
-from kernels.eager.linear import mlp
+from kernels import TORCH, select_backend
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
-from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
+from smollm2.model import SmolLM2ForCausalLM
 
 COMPARED_STEPS = 3
 # Nats over the first steps, from those of the first row. Adam's first updates have the sign of a gradient,
@@ -67,158 +69,6 @@ ROWS = {
 }
 ROUNDS, SLOW_ROUNDS = 7, 3  # timed blocks of each rung; the second where a step takes seconds
 COMPILE_SECONDS = 60.0  # the compiled rung of a real model needs about that: with less left it does not begin
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One change. ops: the operations that come from the best backend from here on."""
-
-    name: str
-    ops: tuple[str, ...] = ()
-
-
-RUNGS = (
-    Rung("plain eager"),
-    Rung("packed projections"),
-    Rung("fused add+norm", ("rms_norm", "add_rms_norm")),
-    Rung("fused rope", ("rope", "rope_qkv")),
-    Rung("fused attention", ("attention",)),
-    Rung("fused SwiGLU", ("swiglu", "mlp")),
-    Rung("fused loss", ("tied_embedding", "linear_cross_entropy")),
-    Rung("fused optimizer"),
-    Rung("optimizer + copies"),
-    Rung("graph capture"),
-    Rung("compile of the rest"),
-)
-
-
-# the bottom of the ladder: what no backend has
-
-
-def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As transformers writes it: one operation of torch after the other."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
-
-
-def plain_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return plain_rms_norm(total, weight, eps), total
-
-
-def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x * cos + rotate_half(x) * sin, with tables as wide as a head."""
-    cos, sin = (torch.cat((table, table), -1).unsqueeze(-2) for table in (cos, sin))
-
-    def rotate(x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        first, second = wide.chunk(2, -1)
-        return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
-
-    return rotate(q), rotate(k)
-
-
-def plain_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), 2)
-    return *plain_rope(q, k, cos, sin), v
-
-
-def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_start: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-) -> Tensor:
-    """softmax(q k^T) v with the whole score matrix [B, H, T, S]; keys and values repeated for the query heads
-    of their group.
-    """
-    length, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    queries, k, v = (
-        x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2))
-    )
-    key = torch.arange(keys, device=q.device)
-    mask = key <= torch.arange(keys - length, keys, device=q.device)[:, None]
-    if doc_start is not None:
-        mask = mask & (key >= doc_start[:, None, :, None])
-    scores = queries @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
-    wide = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, float("-inf"))
-    return (F.dropout(wide.softmax(-1).to(q.dtype), dropout_p) @ v).transpose(1, 2)
-
-
-def plain_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    if up is None:
-        gate, up = gate.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-PLAIN = dataclasses.replace(
-    TORCH, name="plain", rms_norm=plain_rms_norm, add_rms_norm=plain_add_rms_norm, rope=plain_rope,
-    rope_qkv=plain_rope_qkv, attention=plain_attention, swiglu=plain_swiglu,
-    mlp=partial(mlp, swiglu=plain_swiglu), linear_cross_entropy=all_logits,
-)  # fmt: skip
-
-
-class SeparateAttention(SmolLM2Attention):
-    """Attention whose queries, keys and values are three products. Without a cache: for training."""
-
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        doc_start: Tensor | None = None,
-        cache: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        assert cache is None, "the ladder trains"
-        q, k, v = (
-            F.linear(x, part.weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
-            for part in self.projections()
-        )
-        q, k = self.backend.rope(q, k, cos, sin)
-        mixed = self.backend.attention(q, k, v, doc_start, dropout_p=self.dropout if self.training else 0.0)
-        return F.linear(mixed.flatten(2), self.o_proj.weight.to(x.dtype))
-
-
-class SeparateMLP(SmolLM2MLP):
-    """The MLP whose gate and up are two products."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = (F.linear(x, part.weight.to(x.dtype)) for part in self.projections())
-        return F.linear(self.backend.swiglu(gate, up), self.down_proj.weight.to(x.dtype))
-
-
-# a rung
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that is on at one rung."""
-
-    backend: Backend
-    packed: bool
-    fused_optimizer: bool
-    own_optimizer: bool
-    captured: bool
-    compiled: bool
-
-
-def setups(best: Backend, cuda: bool) -> dict[str, Setup]:
-    """Rung -> what is on there: its own change and all those before it. A capture needs a GPU."""
-    found, ops = {}, dict[str, Backend]()
-    names = [rung.name for rung in RUNGS]
-    for index, rung in enumerate(RUNGS):
-        ops |= {op: best for op in rung.ops}
-        on = set(names[: index + 1])
-        found[rung.name] = Setup(
-            with_ops(PLAIN, **ops) if ops else PLAIN, "packed projections" in on, "fused optimizer" in on,
-            best.name.startswith("triton") and "optimizer + copies" in on and "compile of the rest" not in on,
-            cuda and "graph capture" in on, "compile of the rest" in on,
-        )  # fmt: skip
-    return found
 
 
 class PhasedStep(TrainingStep):
@@ -266,23 +116,6 @@ class Shared:
             parameter.copy_(first)
         self._state.clear()
         step.optimizer.state = self._state
-
-
-def build_model(
-    setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device
-) -> SmolLM2ForCausalLM:
-    """The model of a rung, with the weights that seed 0 gives on this device."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = SmolLM2ForCausalLM(
-            config, setup.backend, compute_dtype=None if dtype == torch.float32 else dtype
-        )
-        for block in model.model.layers if not setup.packed else ():
-            for name, kind in (("self_attn", SeparateAttention), ("mlp", SeparateMLP)):
-                separate = kind(config, setup.backend)
-                separate.load_state_dict(getattr(block, name).state_dict())
-                setattr(block, name, separate)
-    return model.train()
 
 
 def build(
@@ -470,7 +303,10 @@ def distances(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {name: max(abs(a - b) for a, b in zip(losses, base, strict=True)) for name, losses in rows.items()}
 
 
-HEADER = f"{'':22}{'step ms':>10}{'tok/s':>12}{'x':>7}{'forward':>10}{'backward':>10}{'update':>9}{'peak MB':>10}  launches f + b + u"
+HEADER = (
+    f"{'':22}{'step ms':>10}{'tok/s':>12}{'x':>7}{'forward':>10}{'backward':>10}{'update':>9}{'peak MB':>10} "
+    " launches f + b + u"
+)
 
 
 def show(name: str, row: dict[str, Any], base: float) -> str:
@@ -484,7 +320,10 @@ def show(name: str, row: dict[str, Any], base: float) -> str:
     )
     memory = f"{row['peak_mb']:10,.1f}" if "peak_mb" in row else f"{'':10}"
     times = " + ".join(str(count) for count in counted.values())
-    return f"{name:22}{row['step_ms']:10.2f}{row['tokens_per_second']:12,.0f}{base / row['step_ms']:7.2f}{cells}{memory}  {times}"
+    return (
+        f"{name:22}{row['step_ms']:10.2f}"
+        f"{row['tokens_per_second']:12,.0f}{base / row['step_ms']:7.2f}{cells}{memory}  {times}"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -524,7 +363,7 @@ def main(argv: Sequence[str]) -> int:
     if options.rounds is not None and options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself otherwise
-    part = MachinePart("ladder", options)
+    part = Part("ladder", options, cpu=True)
     cuda = part.device.type == "cuda"
     size = "tiny" if part.tiny else options.size or ("135M" if cuda else "tiny")
     config = part.model(size)
@@ -533,9 +372,7 @@ def main(argv: Sequence[str]) -> int:
     best = select_backend(
         "torch" if part.tiny and options.backend == "auto" else options.backend, part.device
     )
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(
-        part.device
-    )
+    ids = part.ids(config, batch, length)
     short = str(dtype).removeprefix("torch.")
     large = size == "135M" and not cuda
     rounds = 1 if part.tiny else options.rounds or (SLOW_ROUNDS if large else ROUNDS)

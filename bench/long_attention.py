@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from bench import peers, work
+from bench import work
 from bench.ops import Case, FlexAttention, Shapes, attention_peers, compile_with, on_gpu, random_qkv, sdpa
+from bench.peers import status
 from kernels import TORCH, Backend
 
 DOCUMENT = 700  # tokens of a document on average, as in cosmopedia-v2
@@ -75,7 +76,7 @@ def document_attention(shapes: Shapes, backend: Backend, compiler: str, length: 
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if shapes.device.type == "cpu":
-            raise peers.Unavailable(f"torch flash attention {torch.__version__}: needs a GPU for documents")
+            raise status.Unavailable(f"torch flash attention {torch.__version__}: needs a GPU for documents")
         from torch.nn.attention.varlen import varlen_attn
 
         # torch 2.11 takes fewer key heads than query heads without being told.

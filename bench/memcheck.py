@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.part import ROOT, Part, parser
+from bench.record import ROOT, Part, parser, python
 from kernels import TORCH, Backend, LayerWeights, select_backend
 from smollm2.cli import run_command
 from smollm2.working_copies import WorkingCopies
@@ -112,23 +112,29 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
     return {
         "rms_norm": lambda: both(lambda x, w: backend.rms_norm(x, w, 1e-5), draw(TOKENS, WIDTH), draw(WIDTH)),
         "add_rms_norm": lambda: both(
-            lambda x, r, w: backend.add_rms_norm(x, r, w, 1e-5), draw(TOKENS, WIDTH), draw(TOKENS, WIDTH), draw(WIDTH)
+            lambda x, r, w: backend.add_rms_norm(x, r, w, 1e-5), draw(TOKENS, WIDTH), draw(TOKENS, WIDTH),
+            draw(WIDTH)
         ),
-        "rope_qkv": lambda: both(lambda x: backend.rope_qkv(x, table, table, KEY_HEADS), draw(1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
+        "rope_qkv": lambda: both(lambda x: backend.rope_qkv(x, table, table, KEY_HEADS),
+            draw(1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
         "rope": lambda: both(
-            lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table), draw(1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)
+            lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table),
+            draw(1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)
         ),
         "attention": lambda: both(backend.attention, *(draw(1, *size) for size in heads)),
-        "attention with documents": lambda: both(lambda q, k, v: backend.attention(q, k, v, starts), *(draw(1, *size) for size in heads)),
+        "attention with documents": lambda: both(lambda q, k, v: backend.attention(q, k, v, starts),
+            *(draw(1, *size) for size in heads)),
         "decode_attention": lambda: backend.decode_attention(
             draw(2, 3, HEADS, HEAD_DIM).detach(), draw(*cache).detach(), draw(*cache).detach(), full
         ),
         "decode_layer": decode_layer,
-        "decode_head": lambda: backend.decode_head(draw(3, WIDTH).detach(), draw(WIDTH).detach(), draw(101, WIDTH).detach(), 1e-5),
+        "decode_head": lambda: backend.decode_head(draw(3, WIDTH).detach(), draw(WIDTH).detach(),
+            draw(101, WIDTH).detach(), 1e-5),
         "swiglu": lambda: both(backend.swiglu, draw(TOKENS, 2 * WIDTH)),
         "mlp": lambda: mlp(97, 131),
         "mlp with descriptors": lambda: mlp(104, 136),  # which want rows of whole 16 bytes
-        "tied_embedding": lambda: both(lambda weight: backend.tied_embedding(ids, weight, dtype), draw(101, WIDTH)),
+        "tied_embedding": lambda: both(lambda weight: backend.tied_embedding(ids, weight, dtype),
+            draw(101, WIDTH)),
         "adamw": adamw,
         "linear_cross_entropy": lambda: both(
             lambda x, w: backend.linear_cross_entropy(x, w, targets), draw(TOKENS, 96), draw(TOKENS + 36, 96)
@@ -177,16 +183,9 @@ def start(tool: str, kind: str, ops: list[str], log: Path) -> Checked:
     """Runs the operations without the tool first: that compiles the kernels into Triton's cache, where the
     slow run finds them.
     """
-    plain = [sys.executable, "-m", "bench.memcheck", *(f"--op={op}" for op in ops)]
-    checked = [
-        tool,
-        "--tool",
-        kind,
-        "--error-exitcode",
-        str(ERRORS_FOUND),
-        "--target-processes",
-        "application-only",
-    ]
+    plain = python("bench.memcheck", *(f"--op={op}" for op in ops))
+    options = f"--tool {kind} --error-exitcode {ERRORS_FOUND} --target-processes application-only"
+    checked = [tool, *options.split()]
     # a driver is asked for functions that it does not have
     checked += ["--report-api-errors", "no"] if kind == "memcheck" else []
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

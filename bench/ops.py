@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from bench import peers, weight_ops, work
+from bench import weight_ops, work
 from bench.case import Case, Compile, Shapes, compile_with, from_liger, from_quack, library, normal
+from bench.peers import status
 from kernels import TORCH, Backend, LayerWeights
 from smollm2.model import rotary_tables
 
@@ -185,7 +186,7 @@ def sdpa(shapes: Shapes, kind: SDPBackend, mask: Callable[[], Tensor] | None = N
 def on_gpu(shapes: Shapes, flex: FlexAttention) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if shapes.device.type == "cpu":
-            raise peers.Unavailable(
+            raise status.Unavailable(
                 f"torch FlexAttention {torch.__version__}: needs a GPU: on a CPU it has no backward pass"
             )
         return flex(q, k, v, causal=True)
@@ -260,7 +261,7 @@ def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Ca
         3 its error is the row.
         """
         if shapes.device.type == "cpu":
-            raise peers.Unavailable(
+            raise status.Unavailable(
                 f"torch FlexAttention {torch.__version__}: needs a GPU: its decode kernel is one of Triton's"
             )
         return forced(q, k, v, causal=False)

@@ -1,191 +1,51 @@
 """`python -m bench.report DIR [--out DIR]`: pictures of the results in DIR, as PNG and SVG for a README of
 800 pixels.
 
-    generation.*     prefill and decode of every way to generate, beside the peers; a line is the limit of the memory: weights and
-                     cache read once per step at the speed of a copy or read
-    step.*           optimizer steps beside the peers; a line is the limit of the processor: the matrix products alone
-    roofline.*       time of every operation against the least it could take on that machine: of bench.kernels as bars beside the
-                     alternatives, of bench.roofline as points
+    generation.*     prefill and decode of every way to generate, beside the peers; a mark is the limit of the
+                     memory: weights
+                     and cache read once per step, as fast as that run could read
+    step.*           optimizer steps beside the peers; a mark is the limit of the processor: the matrix
+                     products alone
+    roofline.*       time of every operation against the least it could take on that machine: of bench.kernels
+                     as bars
+                     beside the alternatives, of bench.roofline as points
     attention.*      TFLOP/s of attention by length of a row, beside the alternatives
     ladder.*         from plain eager to everything on, one change a row
     loss_memory.*    what the loss holds at one time, by number of tokens
-    decode.*         decode tokens/s against batch and context, with the limit of the memory where all variants have the same
+    decode.*         decode tokens/s against batch and context, with the limit of the memory where all
+                     variants have the same
 
-Which files are read is said in bench/figures.py; another one is named and left out. Every picture says device, dtype, date and commit.
---markdown prints the figures as tables.
+Which files are read is said in bench/figures.py; another one is named and left out. Every picture says
+device,
+dtype, date and commit. --markdown prints the figures as tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.drawing import (
+    CUT,
+    FAMILIES,
+    LIMIT,
+    MARKERS,
+    OURS,
+    PALETTE,
+    PLAIN,
+    WIDE,
+    bars,
+    canvas,
+    colour,
+    legend_of_families,
+    plain_axes,
+    scatter,
+)
 from bench.figures import Figure, gather, markdown
 from smollm2.cli import Parser, run_command
-from smollm2.errors import LoadError
-
-WIDTH, DPI = 8.0, 150  # inches; shown at 100 pixels an inch
-CAPTION = 130  # characters of a line of the caption
-FAMILIES = {
-    "transformers": "tab:orange", "llama.cpp": "tab:green", "liger": "tab:purple", "litgpt": "tab:red",
-    "flash": "tab:brown", "cudnn": "yellowgreen", "flex": "palevioletred", "compile": "silver",
-}  # fmt: skip
-OURS, PLAIN = "tab:blue", "tab:gray"
-OWN = ("eager", "compiled", "captured", "ours", "triton")  # how the variants of this project begin
-LABELS = {
-    "reference": "torch", "compile": "torch.compile", "math": "torch math", "flash": "torch flash",
-    "cudnn": "torch cuDNN", "flex": "FlexAttention",
-}  # fmt: skip
-LIMIT = "limit of the memory"
-CUT = 6.0  # a bar of an operation that is longer than this times the shortest is cut
-WIDE = 50.0
-MARKERS = "osD^vP*X<>"
-PALETTE = (
-    "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
-    "tab:cyan", "black", "navy", "goldenrod", "darkgreen", "maroon", "indigo", "gray",
-)  # fmt: skip
-
-
-def colour(variant: str) -> str:
-    """Of a family: this project, or whose it is."""
-    family = next((name for name in FAMILIES if variant.startswith(name)), None)
-    return OURS if variant.startswith(OWN) else FAMILIES[family] if family else PLAIN
-
-
-def caption(figures: Iterable[Figure]) -> str:
-    """Where the figures come from: device, dtypes, torch, dates, commits."""
-    facts = [figure.facts for figure in figures]
-
-    def each(values: Iterable[Any]) -> str:
-        return ", ".join(dict.fromkeys(str(value) for value in values if value))
-
-    dates = sorted({fact["date"][:10] for fact in facts if fact.get("date")})
-    commits = each(
-        fact.get("commit", "")[:7] + (" with changes" if "with changes" in fact.get("commit", "") else "")
-        for fact in facts
-    )
-    parts = [
-        each(fact.get("device") for fact in facts), each(fact.get("dtype") for fact in facts),
-        each(f"torch {fact['versions']['torch']}" for fact in facts if "torch" in fact.get("versions", {})),
-        dates[0] + (f" to {dates[-1]}" if len(dates) > 1 else "") if dates else "",
-        f"commit {commits}" if commits else "",
-    ]  # fmt: skip
-    note = each(fact.get("note") for fact in facts)
-    lines = textwrap.wrap("  ·  ".join(part for part in parts if part), CAPTION)
-    return "\n".join([f"NOTE: {note}", *lines] if note else lines)
-
-
-def canvas(height: float, title: str, figures: Sequence[Figure]) -> Any:
-    """An empty figure with its title and its caption."""
-    try:
-        from matplotlib import rcParams
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Picture
-    except ModuleNotFoundError:
-        raise LoadError(
-            "drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'"
-        ) from None
-    # the same file from the same figures
-    rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "smollm2"})
-    picture = Picture(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(picture)  # draws without a display
-    picture.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    picture.supxlabel(caption(figures), x=0.01, ha="left", fontsize=7.5, color="dimgray")
-    return picture
-
-
-def plain_axes(axes: Any, grid: str = "both") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis=grid, alpha=0.25)
-    axes.set_axisbelow(True)
-
-
-def bars(
-    axes: Any, title: str, figures: list[Figure], names: list[str], scale: float = 1.0, cut: float = 0.0
-) -> None:
-    """Horizontal bars in the order of `names`, each with its number, its limit as a line and its columns to
-    the right; none is invisible.
-
-    cut: no bar is longer than this times the shortest; one that would be is broken near its end.
-    """
-    if not figures:
-        axes.set_visible(False)
-        return
-    by_name = {figure.variant: figure for figure in figures}
-    longest = cut * min(figure.value for figure in figures) if cut else float("inf")
-    widest = scale * min(max(max(figure.value, figure.limit or 0.0) for figure in figures), longest)
-    for place, name in enumerate(names):
-        figure = by_name.get(name)
-        if figure is None:
-            continue
-        value, limit = scale * figure.value, scale * (figure.limit or 0.0)
-        end = min(value, widest)
-        axes.barh(place, end, height=0.72, color=colour(name))
-        if end < value:
-            axes.text(
-                0.93 * widest,
-                place,
-                "//",
-                va="center",
-                ha="center",
-                fontsize=11,
-                color="white",
-                fontweight="bold",
-            )
-        beside = not limit or limit > 1.5 * value or value > 0.98 * limit
-        number = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-        if beside:  # else the number would lie on the line
-            axes.text(end + 0.012 * widest, place, number, va="center", fontsize=8)
-        else:
-            axes.text(end - 0.012 * widest, place, number, va="center", ha="right", fontsize=8, color="white")
-        if limit:
-            axes.plot([limit] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.6)
-        columns = (
-            {"of limit": f"{limit / value:.0%}"}
-            if figure.kind == "operation"
-            else figure.facts.get("columns", {})
-        )
-        style = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
-        for index, (heading, text) in enumerate(columns.items(), 1):
-            axes.annotate(
-                text, (1, place), (38 * index, 0), xycoords=axes.get_yaxis_transform(), va="center", **style
-            )
-            if figure is figures[0]:
-                axes.annotate(
-                    heading, (1, 1), (38 * index, 4), xycoords="axes fraction", color="dimgray", **style
-                )
-    axes.set_title(title, loc="left")
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, (1.2 if cut else 1.14) * widest)
-    axes.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
-    axes.tick_params(axis="y", length=0)
-    if widest > 10_000:
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k" if value else "0")
-    plain_axes(axes, "x")
-
-
-def legend_of_families(picture: Any, figures: Sequence[Figure], limit: str) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    names = {
-        OURS: "this project",
-        PLAIN: "torch",
-        **{value: LABELS.get(name, name) for name, value in FAMILIES.items()},
-    }
-    used = dict.fromkeys(colour(figure.variant) for figure in figures)
-    handles: list[Any] = [Patch(color=one, label=names[one]) for one in used]
-    if any(figure.limit for figure in figures):
-        handles.append(Line2D([], [], color="black", linewidth=1.6, label=limit))
-    picture.legend(
-        handles=handles, loc="outside upper right", ncols=len(handles), fontsize=7.5, frameon=False,
-        handlelength=1.0, handletextpad=0.4, columnspacing=0.9,
-    )  # fmt: skip
 
 
 def draw_generation(figures: list[Figure]) -> Any:
@@ -213,8 +73,14 @@ def draw_generation(figures: list[Figure]) -> Any:
                 names,
             )
             axes.tick_params(labelleft=kind == kinds[0])
-    legend_of_families(picture, chosen, LIMIT)
+    legend_of_families(picture, chosen, limit_label(chosen))
     return picture
+
+
+def limit_label(figures: Sequence[Figure]) -> str:
+    """The limit of the memory, and its rate where all have the same."""
+    rates = {figure.facts["at"] for figure in figures if "at" in figure.facts}
+    return f"{LIMIT}, {rates.pop()}" if len(rates) == 1 else LIMIT
 
 
 def draw_step(figures: list[Figure]) -> Any:
@@ -270,50 +136,6 @@ def draw_roofline(figures: list[Figure]) -> Any:
         label = " ".join(["least time", *(f"at {roof}" for roof in roofs)])
         legend_of_families(picture, [figure for figure in chosen if colour(figure.variant) == OURS], label)
     return picture
-
-
-def scatter(axes: Any, panel: str, figures: list[Figure]) -> None:
-    """Measured time against the least time: a point on the lowest line is at the roof. Of figures those of
-    the panel.
-    """
-    from matplotlib.lines import Line2D
-
-    shapes = dict(zip(dict.fromkeys(figure.variant for figure in figures), cycle(MARKERS), strict=False))
-    here = [figure for figure in figures if figure.facts["panel"] == panel]
-    operations = list(dict.fromkeys(figure.facts["op"] for figure in here))
-    shades = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(operations)}
-    for figure in here:
-        shade = shades[figure.facts["op"]]
-        axes.loglog(
-            1e3 * (figure.limit or 0.0), 1e3 * figure.value, linestyle="none", marker=shapes[figure.variant],
-            markersize=6.5, markeredgecolor=shade,
-            markerfacecolor="white" if figure.facts["phase"].endswith("backward") else shade,
-        )  # fmt: skip
-    low, high = (bound(1e3 * (figure.limit or 0.0) for figure in here) for bound in (min, max))
-    ends = [low / 1.6, high * 1.6]
-    for factor, style in ((1, "-"), (2, "--"), (10, ":")):
-        axes.plot(ends, [factor * end for end in ends], style, color="black", linewidth=1, zorder=1)
-        label = "the roof" if factor == 1 else f"{factor} x"
-        axes.annotate(
-            label,
-            (ends[1], factor * ends[1]),
-            xytext=(3, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="center",
-        )
-    axes.set_xlabel("least time, ms")
-    axes.set_ylabel("measured time, ms")
-    axes.set_title(f"{panel} (hollow: backward)", loc="left")
-    handles = [
-        Line2D([], [], color=shades[name], marker="s", linestyle="none", label=name) for name in operations
-    ]
-    used = dict.fromkeys(figure.variant for figure in here)
-    handles += [
-        Line2D([], [], color="dimgray", marker=shapes[name], linestyle="none", label=name) for name in used
-    ]
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.09, 1.03), fontsize=8, frameon=False)
-    plain_axes(axes)
 
 
 def draw_attention(figures: list[Figure]) -> Any:
@@ -388,7 +210,8 @@ def draw_ladder(figures: list[Figure]) -> Any:
                 words.append(f"{figure.facts['peak_memory_bytes'] / 1e6:,.0f} MB")
             if figure.facts.get("launches"):
                 words.append(
-                    f"{figure.facts['launches']:,} {'launch' if figure.facts['launches'] == 1 else 'launches'}"
+                    f"{figure.facts['launches']:,} "
+                    f"{'launch' if figure.facts['launches'] == 1 else 'launches'}"
                 )
             axes.text(figure.value, place, "  " + "   ".join(words), va="center", fontsize=8)
         axes.set_ylim(len(group) - 0.4, -0.6)
@@ -443,6 +266,11 @@ def draw_loss_memory(figures: list[Figure]) -> Any:
     return picture
 
 
+def joined(count: int) -> dict[str, str]:
+    """A line joins more than two points: between two there is nothing that was measured."""
+    return {} if count > 2 else {"linestyle": "none"}
+
+
 def draw_decode(figures: list[Figure]) -> Any:
     """Against the batch at every context, against the context at the smallest batch; None where neither was
     varied.
@@ -465,6 +293,7 @@ def draw_decode(figures: list[Figure]) -> Any:
     if not drawn:
         return None
     drawn = drawn[:3]  # the fourth place is the legend's
+    longest = max(len(contexts), len(batches))
     names = list(dict.fromkeys(figure.variant for figure in chosen))
     best = max(chosen, key=lambda figure: figure.value)
     lowest = min(figure.value for figure in chosen)
@@ -485,11 +314,11 @@ def draw_decode(figures: list[Figure]) -> Any:
     )
     grid = picture.subplots(-(-len(drawn) // 2), min(2, len(drawn)), squeeze=False, sharey=wide).flat
     for axes, (along, value, here) in zip(grid, drawn, strict=False):
+        ticks = sorted({figure.facts[along] for figure in here})
         for name in names:
             points = sorted((figure.facts[along], figure.value) for figure in here if figure.variant == name)
             if points:
-                axes.plot(*zip(*points, strict=True), **styles[name])
-        ticks = sorted({figure.facts[along] for figure in here})
+                axes.plot(*zip(*points, strict=True), **styles[name] | joined(len(ticks)))
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xticks([], minor=True)
@@ -498,9 +327,9 @@ def draw_decode(figures: list[Figure]) -> Any:
             if limits and all(
                 abs(figure.limit / limits[figure.facts[along]] - 1) < 0.05 for figure in here if figure.limit
             ):
-                name = f"{LIMIT}, {here[0].facts['at']}"
-                styles[name] = {"color": "black", "linewidth": 1.6}
-                axes.plot(*zip(*sorted(limits.items()), strict=True), **styles[name])
+                name = limit_label(here)
+                styles[name] = {"color": "black", "linewidth": 1.6, "marker": "" if len(ticks) > 2 else "_"}
+                axes.plot(*zip(*sorted(limits.items()), strict=True), **styles[name] | joined(len(ticks)))
             where = {
                 "textcoords": "offset points",
                 "ha": "center",
@@ -522,7 +351,7 @@ def draw_decode(figures: list[Figure]) -> Any:
         axes.set_title(title if along == "batch" else f"batch of {value}", loc="left")
         plain_axes(axes)
     handles = [
-        Line2D([], [], **{**style, "linewidth": None, "markersize": None}, label=name)
+        Line2D([], [], **{**style, "linewidth": None, "markersize": None} | joined(longest), label=name)
         for name, style in styles.items()
     ]
     if len(drawn) == 3:

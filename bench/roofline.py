@@ -1,10 +1,14 @@
 """`python -m bench.roofline`: what this machine can do, how far a training step and a decoded token are from
 it, and what loses most.
 
-    roof     bandwidth of a copy, of reading, of an update in place; the rate of a large matrix product per dtype, by torch's library
-    floor    bytes and operations of every operation (bench/work.py) at that roof: what no implementation can go below
-    parts    every operation measured alone (bench/probes.py), per backend: torch, and triton where it runs natively
-    whole    the step and the token themselves. What the parts do not explain is "between": the host, launches, and what has no row
+    roof     bandwidth of a copy, of reading, of an update in place; the rate of a large matrix product per
+             dtype, by torch's library
+    floor    bytes and operations of every operation (bench/work.py) at that roof: what no implementation can
+             go below
+    parts    every operation measured alone (bench/probes.py), per backend: torch, and triton where it runs
+             natively
+    whole    the step and the token themselves. What the parts do not explain is "between": the host,
+             launches, and what has no row
 
 Bandwidth counts bytes read and bytes written, over buffers far larger than the caches. The roof of a step is
 the best of the three (a CPU reads what a copy is about to overwrite, which the count leaves out); that of a
@@ -16,13 +20,10 @@ has written.
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,9 +31,11 @@ from typing import Any
 import torch
 
 from bench import ops, timing, work
-from bench.part import Part, one_line, parser, provenance
-from bench.probes import Probe, measure_all, step_probes, token_probes
-from bench.train_step import CapturedStep, TrainingStep
+from bench.case import Case
+from bench.probes import measure_all, step_cases, token_cases
+from bench.record import Part, digits, one_line, parser, rounded
+from bench.roof import DTYPES, bandwidths, matmul_rate
+from bench.step import CapturedStep, TrainingStep
 from kernels import Backend, select_backend
 from smollm2.cli import resolve_dtype, run_command
 from smollm2.engine.compiled import find_package
@@ -41,64 +44,8 @@ from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = {"cuda": (32, 512), "cpu": (2, 512)}  # rows and tokens a row of a training step
 LISTED = 10  # lines of "next to optimise"
-
-
-# the roof
-
-
-def copy_bandwidth(device: torch.device, tiny: bool) -> float:
-    """Bytes per second, read plus written, of a device-to-device copy."""
-    size = 1 << 20 if tiny else 1 << 30
-    source = torch.ones(size, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    replay = timing.replayable(lambda: lambda: target.copy_(source), device)
-    return 2 * size / timing.alternate({"copy": replay}, device, rounds=2 if tiny else 20)["copy"].us * 1e6
-
-
-def other_bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
-    """Bytes per second of a sum, which only reads (as a decode step does with the weights), and of an update
-    in place.
-    """
-    source = torch.ones(1 << 18 if tiny else 1 << 28, device=device)
-    replays = {
-        "read": timing.replayable(lambda: source.sum, device),
-        "in_place": timing.replayable(lambda: lambda: source.mul_(1.0), device),
-    }
-    samples = timing.alternate(replays, device, rounds=2 if tiny else 20)
-    return {
-        name: passes * source.nbytes / samples[name].us * 1e6
-        for name, passes in (("read", 1), ("in_place", 2))
-    }
-
-
-def bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
-    """Bytes per second of copy, read and in_place. The best of them is the roof of whatever both reads and
-    writes.
-    """
-    return {"copy": copy_bandwidth(device, tiny), **other_bandwidths(device, tiny)}
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device, tiny: bool) -> float:
-    """Floating-point operations per second of a large square product."""
-    # A product reaches its rate at 2048 on a CPU, where torch imitates fp16 a hundred times slower than it
-    # has fp32.
-    size = 64 if tiny else 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    replay = timing.replayable(lambda: lambda: a @ b, device)
-    return (
-        2
-        * size**3
-        / timing.alternate({"matmul": replay}, device, rounds=2 if tiny else 10)["matmul"].us
-        * 1e6
-    )
-
-
-def digits(value: float) -> float:
-    """A rate to four digits, whatever its size."""
-    return float(f"{value:.4g}")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -131,28 +78,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
-class MachinePart(Part):
-    """A Part that measures a CPU at full size too, without Triton's interpreter: a CPU has a roof like any
-    other machine.
-    """
-
-    def __init__(self, section: str, options: argparse.Namespace) -> None:
-        """Raises UsageError for a GPU that is not there."""
-        if (
-            options.tiny
-            or options.device == "cuda"
-            or (options.device == "auto" and torch.cuda.is_available())
-        ):
-            super().__init__(section, options)
-            return
-        self.device, self.tiny = torch.device("cpu"), False
-        self.data = {"status": "running"}
-        self._section, self._path = section, options.json
-        self._provenance = provenance(self.device)
-        self._began, self._seconds = time.monotonic(), options.seconds
-        self.save()
-
-
 # the whole
 
 
@@ -168,7 +93,7 @@ def whole_step(shapes: ops.Shapes, backend: Backend, rounds: int, captured: bool
     )
     ids, step = ids.to(shapes.device), TrainingStep(model)
     call = CapturedStep(step, ids) if captured else step
-    return _seconds(lambda: call(ids), shapes.device, rounds)
+    return timing.median_seconds(lambda: call(ids), shapes.device, rounds)
 
 
 @torch.inference_mode()
@@ -200,21 +125,9 @@ def whole_token(
         cache.longest = keys - 1
         return engine.decode(tokens, cache)
 
-    return _seconds(
+    return timing.median_seconds(
         timing.replayable(lambda: step, shapes.device) if captured else step, shapes.device, rounds
     )
-
-
-def _seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Median of `rounds` calls after one that does not count."""
-    times = []
-    for _ in range(rounds + 1):
-        timing.synchronize(device)
-        began = time.perf_counter()
-        call()
-        timing.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
 
 
 # what it comes to
@@ -251,28 +164,20 @@ def show_losses(title: str, rows: list[dict[str, Any]]) -> str:
     for rank, row in enumerate(rows[:LISTED], 1):
         what = f"{row['operation']} {row['phase']}".strip()
         lines.append(
-            f"  {rank:3}. {what:36}{row['loses_ms']:11.3f}   ({row['ms']:.3f} of which {row['floor_ms']:.3f} must be)"
+            f"  {rank:3}. {what:36}{row['loses_ms']:11.3f}   ({row['ms']:.3f} of which "
+            f"{row['floor_ms']:.3f} must be)"
         )
     return "\n".join(lines)
 
 
-def rounded(value: Any) -> Any:
-    """The same with every float to four digits."""
-    if isinstance(value, dict):
-        return {name: rounded(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [rounded(entry) for entry in value]
-    return digits(value) if isinstance(value, float) else value
-
-
 def report(
-    part: Part, unit: str, title: str, items: dict[str, work.Item], probes: dict[str, dict[str, Probe]],
+    part: Part, unit: str, title: str, items: dict[str, work.Item], cases: dict[str, dict[str, Case]],
     roof: tuple[float, float], wholes: dict[str, Callable[[], float]],
 ) -> None:  # fmt: skip
     """Measures the parts and the whole of a step or a token, prints and saves them. wholes: name -> a call
     that gives its seconds.
     """
-    measured, missing = measure_all(items, probes, part, roof)
+    measured, missing = measure_all(items, cases, part, roof)
     seconds = {}
     for name, whole in wholes.items():
         try:
@@ -281,7 +186,7 @@ def report(
             seconds[name] = whole()
         except UsageError as reason:
             missing.append(f"whole, {name}: {reason}")
-        except Exception as failure:  # noqa: BLE001 - one failure is a result, and the others are still measured
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             missing.append(f"whole, {name}: {one_line(failure)}")
     parts = work.by_part(items, measured, roof)
     print(show_parts(title, parts, seconds))
@@ -290,9 +195,9 @@ def report(
     # Parts are timed without the host where there is a GPU, and so is the whole that they are compared with.
     lists = {
         name: work.losses(items, measured, name, seconds.get(f"{name}+graph", seconds.get(name)), roof)
-        for name in probes
+        for name in cases
     }
-    best = list(probes)[-1]  # what "auto" takes: the one to improve
+    best = list(cases)[-1]  # what "auto" takes: the one to improve
     print(show_losses(f"{unit}, {best}", lists[best]), flush=True)
     operations = {
         name: {backend: {phase: 1e3 * s for phase, s in of.items()} for backend, of in measured[name].items()}
@@ -323,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
     options = arguments.parse_args(argv)
     if options.context < 2:
         raise UsageError(f"--context: expected at least 2 keys, got {options.context}")
-    part = MachinePart("roofline", options)
+    part = Part("roofline", options, cpu=True)
     part.save(environment=environment(part.device))
     measured = bandwidths(part.device, part.tiny)
     part.save(**{f"{name}_gb_per_s": digits(bandwidth / 1e9) for name, bandwidth in measured.items()})
@@ -373,13 +278,13 @@ def main(argv: Sequence[str]) -> int:
     report(
         part, "step", f"a training step of {shapes_of}, {batch} x {length} tokens, {short}, fp32 parameters",
         work.step_items(config, batch, length, dtype.itemsize),
-        {backend.name: step_probes(shapes, backend, model) for backend in backends}, roof, steps,
+        {backend.name: step_cases(shapes, backend, model) for backend in backends}, roof, steps,
     )  # fmt: skip
     del model
     report(
         part, "token", f"a decoded token of {shapes_of}, batch 1, {keys} keys, {short}",
         work.token_items(config, 1, keys, dtype.itemsize),
-        {backend.name: token_probes(row, keys, backend) for backend in backends}, reading, tokens,
+        {backend.name: token_cases(row, keys, backend) for backend in backends}, reading, tokens,
     )  # fmt: skip
     return part.finish()
 

@@ -41,7 +41,8 @@ done("interpreter")
 
 def peak_memory_bytes():
     try:
-        with open("/proc/self/status") as status:  # Linux, whose ru_maxrss would be at least that of the process that started this one
+        # Linux, whose ru_maxrss would be at least that of the process that started this one
+        with open("/proc/self/status") as status:
             return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
     except (OSError, StopIteration):
         pass
@@ -49,7 +50,8 @@ def peak_memory_bytes():
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS, else KiB
+    # bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 """
 
 # [model, dtype, quantize, prompt, time of the start] -> JSON of seconds by phase, and what else `phases`
@@ -80,19 +82,22 @@ done("prefill")
 text = tokenizer.decode([int(logits.argmax(-1))])
 done("first token")
 unwanted = [name for name in ("transformers", "gguf", "triton", "torch._dynamo") if name in sys.modules]
-print(json.dumps({"seconds": seconds, "text": text, "unwanted": unwanted, "peak_memory_bytes": peak_memory_bytes()}))
+found = {"seconds": seconds, "text": text, "unwanted": unwanted}
+print(json.dumps({**found, "peak_memory_bytes": peak_memory_bytes()}))
 """
 )
 
 
 def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[str, Any]:
-    """One fresh process: {"seconds": {phase: seconds}, "text": the first token, "unwanted": slow modules that were imported,
+    """One fresh process: {"seconds": {phase: seconds}, "text": the first token, "unwanted": slow modules that
+    were imported,
     "peak_memory_bytes": of the whole process, or None where the system does not say}."""
     command = [sys.executable, "-c", PHASES, model, dtype, quantize, prompt, repr(time.time())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     if done.returncode:
         raise RuntimeError(
-            f"a measured process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
+            "a measured process failed: "
+            f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
         )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -100,19 +105,8 @@ def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[
 
 def command(model: str, dtype: str, prompt: str = PROMPT) -> float:
     """Seconds from the start of `python -m smollm2.generate` to its first byte of text."""
-    arguments = [
-        "-m",
-        "smollm2.generate",
-        "--model",
-        model,
-        "--device",
-        "cpu",
-        "--dtype",
-        dtype,
-        "--max-new-tokens",
-        "1",
-        prompt,
-    ]
+    flags = ("--model", model, "--device", "cpu", "--dtype", dtype, "--max-new-tokens", "1")
+    arguments = ["-m", "smollm2.generate", *flags, prompt]
     began = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, *arguments],
@@ -161,12 +155,14 @@ def main(argv: Sequence[str]) -> int:
     print(f"{setting}; medians of {options.runs} processes; first token {runs[0]['text']!r}")
     for phase, values in table.items():
         print(
-            f"{phase:18}{1e3 * statistics.median(values):8.0f} ms   {1e3 * min(values):.0f} to {1e3 * max(values):.0f}"
+            f"{phase:18}{1e3 * statistics.median(values):8.0f} ms   {1e3 * min(values):.0f} to "
+            f"{1e3 * max(values):.0f}"
         )
     peaks = [run["peak_memory_bytes"] for run in runs]
     if None not in peaks:
         print(
-            f"{'peak memory':18}{statistics.median(peaks) / 1e6:8.0f} MB   {min(peaks) / 1e6:.0f} to {max(peaks) / 1e6:.0f}"
+            f"{'peak memory':18}{statistics.median(peaks) / 1e6:8.0f} MB   {min(peaks) / 1e6:.0f} to "
+            f"{max(peaks) / 1e6:.0f}"
         )
     if runs[0]["unwanted"]:
         print(f"imported, though nothing needs it: {', '.join(runs[0]['unwanted'])}")

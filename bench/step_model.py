@@ -42,9 +42,11 @@ class Work:
 
 
 GROUPS = {
-    "products of the body": ("qkv", "o", "gate_up", "down", *(f"{name} d{of}" for name in ("down", "gate_up", "o", "qkv") for of in "WX")),
+    "products of the body": ("qkv", "o", "gate_up", "down",
+        *(f"{name} d{of}" for name in ("down", "gate_up", "o", "qkv") for of in "WX")),
     "norm, rope, swiglu": (
-        "add_rms_norm forward", "rope forward", "swiglu forward", "swiglu backward", "rms_norm dx", "rms_norm dw", "rope backward",
+        "add_rms_norm forward", "rope forward", "swiglu forward", "swiglu backward", "rms_norm dx",
+        "rms_norm dw", "rope backward",
     ),
     "attention": ("attention forward", "attention dq", "attention dk, dv"),
     "head": ("head: products", "head: softmax gradient, scaling"),
@@ -164,7 +166,8 @@ def predicted(now: dict[str, Work], then: dict[str, Work], took: dict[str, float
 def table(
     now: dict[str, Work], then: dict[str, Work], took: dict[str, float], takes: dict[str, float] | None = None
 ) -> str:
-    """Markdown: launches, bytes and FLOPs of a step then and now, by group and by line; milliseconds measured then, predicted now and,
+    """Markdown: launches, bytes and FLOPs of a step then and now, by group and by line; milliseconds measured
+    then, predicted now and,
     with `takes`, measured now."""
     expected = predicted(now, then, took)
     head = [
@@ -206,7 +209,8 @@ def record() -> dict[str, Work]:
     """What a step of this code does, on an H100 that need not be there."""
     import torch
 
-    from bench.train_step import TrainingStep, build
+    from bench.step import TrainingStep
+    from bench.train_step import build
     from smollm2.config import SmolLM2Config
 
     with recording() as launches:
@@ -263,7 +267,8 @@ def main(argv: Sequence[str]) -> int:
     host = host_times()
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in host.items())
     print(
-        f"\nhost, without a graph and Triton's launches left out: {sum(host.values()):.1f} ms of CPU time here ({parts})"
+        f"\nhost, without a graph and Triton's launches left out: {sum(host.values()):.1f} ms of CPU "
+        f"time here ({parts})"
     )
     return 0
 

@@ -9,9 +9,12 @@ all alike; figures are medians, and only their ratios mean something on a machin
     ours                fp32 parameters; in bf16 every activation, the residual stream included, is bf16
     ours+doc_start      the same with document boundaries, as training uses it: no peer computes that
     transformers        fp32 parameters; in bf16 under torch.autocast, the usual recipe
-    transformers bf16   parameters, gradients and optimizer state in bf16: less memory traffic, and worse numerics
-    litgpt              its model, in a process that sleeps until it is asked for a step (bench/litgpt_peer.py); bf16 by autocast
-    liger               Liger-Kernel on transformers needs a GPU: named, with its version, and measured by bench.train_step
+    transformers bf16   parameters, gradients and optimizer state in bf16: less memory traffic, and worse
+                        numerics
+    litgpt              its model, in a process that sleeps until it is asked for a step
+                        (bench/peers/litgpt.py); bf16 by autocast
+    liger               Liger-Kernel on transformers needs a GPU: named, with its version, and measured by
+                        bench.train_step
     ...+compile         the same under torch.compile
 """
 
@@ -23,15 +26,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench import peer_models, peers
-from bench.part import one_line, parser, provenance, read_json, write_json
-from bench.train_step import TrainingStep
+from bench import work
+from bench.peers import choice, status
+from bench.peers.transformers import autocast_forward, transformers_llama
+from bench.record import TINY_NOTE, Part, one_line, parser
+from bench.step import TrainingStep
+from bench.timing import in_turns, seconds
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
@@ -43,7 +48,6 @@ VARIANTS = (
 )  # fmt: skip
 ELSEWHERE = ("litgpt", "liger", "litgpt+compile")  # peers that do not run in this process, or not on a CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TINY_NOTE = "tiny sizes: times mean nothing"
 COMPARED_STEPS = 3
 # nats over the first steps; Adam's first updates have the sign of a gradient, however small
 LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 0.1}
@@ -64,7 +68,7 @@ def theirs(config: SmolLM2Config, seed: int = 0) -> nn.Module:
     """transformers' Llama with the weights of `ours`, fp32. Raises NotInstalled, a UsageError, where
     transformers is not installed.
     """
-    llama: nn.Module = peer_models.transformers_llama(config, ours(config, torch.float32, seed).state_dict())
+    llama: nn.Module = transformers_llama(config, ours(config, torch.float32, seed).state_dict())
     return llama
 
 
@@ -96,11 +100,11 @@ def build(
     autocast = dtype == torch.bfloat16
     if kind != "transformers bf16":
         weights = ours(config, torch.float32).state_dict()
-        peer = peer_models.peer_step(variant, config, weights, ids, autocast, compiler)
-        return peer if isinstance(peer, peer_models.LitgptStep) else lambda: peer(ids)
+        peer = choice.peer_step(variant, config, weights, ids, autocast, compiler)
+        return lambda: peer(ids)
     llama: Any = theirs(config).to(torch.bfloat16)  # what TrainingStep needs of a model, it has
     called = torch.compile(llama, backend=compiler) if extra == "compile" else llama
-    step_theirs = TrainingStep(llama, peer_models.autocast_forward(called, ids.device, autocast=False))
+    step_theirs = TrainingStep(llama, autocast_forward(called, ids.device, autocast=False))
     return lambda: step_theirs(ids)
 
 
@@ -114,21 +118,16 @@ def chosen(dtype: str, names: Sequence[str], compiled: bool, among: Sequence[str
 
 def build_all(
     names: Sequence[str], config: SmolLM2Config, dtype: torch.dtype, ids: Tensor, compiler: str
-) -> dict[str, Step]:
-    """`build` for each; one that cannot be had is a step that raises the reason, so that it becomes a result
-    like any other failure.
-    """
+) -> tuple[dict[str, Step], dict[str, str]]:
+    """`build` for each, and why the others cannot be had."""
     steps: dict[str, Step] = {}
+    failed: dict[str, str] = {}
     for name in names:
         try:
             steps[name] = build(name, config, dtype, ids, compiler)
-        except Exception as failure:  # noqa: BLE001 - other people's libraries fail in their own ways; the others still run
-            steps[name] = partial(_refuse, failure)
-    return steps
-
-
-def _refuse(failure: Exception) -> Tensor:
-    raise failure
+        except Exception as failure:  # noqa: BLE001 - a result like any other
+            failed[name] = one_line(failure)
+    return steps, failed
 
 
 def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> dict[str, dict[str, Any]]:
@@ -142,34 +141,21 @@ def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> d
         began = time.perf_counter()
         try:
             losses = [float(step()) for _ in range(COMPARED_STEPS)]
-        except peers.Unavailable as reason:
-            found[name] = {"failed": str(reason)}
-            continue
-        except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             found[name] = {"failed": one_line(failure)}
             continue
         found[name] = {"losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}
-    running = [name for name in steps if "failed" not in found[name]]
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    for turn in range(rounds):
-        if turn and left() < 0:
-            break
-        for name in list(running):
-            began = time.perf_counter()
-            try:
-                float(steps[name]())
-            except Exception as failure:  # noqa: BLE001 - as above: a process of its own can end at any time
-                found[name] = {"failed": one_line(failure)}
-                running.remove(name)
-                continue
-            seconds[name].append(time.perf_counter() - began)
+    running = {name: step for name, step in steps.items() if "failed" not in found[name]}
+    cpu = torch.device("cpu")
+    times, failed = in_turns(running, rounds, lambda step: 1e3 * seconds(step, cpu), left)
     for name in running:
-        times = [1e3 * value for value in seconds[name]]
+        if name in failed:
+            found[name] = {"failed": failed[name]}
+            continue
         found[name] |= {
-            "step_ms": round(statistics.median(times), 1),
-            "fastest_ms": round(min(times), 1),
-            "rounds": len(times),
-        }
+            "step_ms": round(statistics.median(times[name]), 1), "fastest_ms": round(min(times[name]), 1),
+            "rounds": len(times[name]),
+        }  # fmt: skip
     return found
 
 
@@ -211,17 +197,9 @@ def matmul_floor(config: SmolLM2Config, dtype: torch.dtype, tokens: int) -> floa
     """Milliseconds that the matrix products of a step take alone: three per weight matrix, each at the rate
     it reaches by itself.
     """
-    width, heads, key_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    layers, mlp = config.num_hidden_layers, config.intermediate_size
-    shapes = {  # (rows of the weight, its columns): how often
-        ((heads + 2 * key_heads) * config.head_dim, width): layers,
-        (width, heads * config.head_dim): layers,
-        (2 * mlp, width): layers,
-        (width, mlp): layers,
-        (config.vocab_size, width): 1,
-    }
+    sizes = [(columns, rows, config.num_hidden_layers) for rows, columns in work.projections(config).values()]
     total = 0.0
-    for (rows, columns), count in shapes.items():
+    for rows, columns, count in [*sizes, (config.vocab_size, config.hidden_size, 1)]:
         x, weight, dy = (
             torch.randn(shape).to(dtype) for shape in ((tokens, columns), (rows, columns), (tokens, rows))
         )
@@ -249,20 +227,13 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser(
         "step_peers", "Times one optimizer step on a CPU beside transformers' Llama and litgpt."
     )
-    arguments.add_argument(
-        "--dtype", action="append", choices=tuple(DTYPES), help="only this one; may be repeated"
-    )
-    arguments.add_argument(
-        "--variant", action="append", choices=(*VARIANTS, *ELSEWHERE), help="only this one; may be repeated"
-    )
-    arguments.add_argument(
-        "--no-compile",
-        action="store_true",
-        help="leave the compiled variants out: each takes a minute or more",
-    )
-    arguments.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="timed steps of each variant (default 7)"
-    )
+    add = arguments.add_argument
+    add("--dtype", action="append", choices=tuple(DTYPES), help="only this one; may be repeated")
+    names = (*VARIANTS, *ELSEWHERE)
+    add("--variant", action="append", choices=names, help="only this one; may be repeated")
+    minutes = "leave the compiled variants out: each takes a minute or more"
+    add("--no-compile", action="store_true", help=minutes)
+    add("--rounds", type=int, default=7, metavar="N", help="timed steps of each variant (default 7)")
     options = arguments.parse_args(argv)
     if options.device == "cuda":
         raise UsageError(
@@ -270,82 +241,48 @@ def main(argv: Sequence[str]) -> int:
         )
     if options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
-    # Not a Part of bench.gpu: those refuse the CPU at full size, which is the subject here.
-    began = time.monotonic()
-    config = (
-        SmolLM2Config.preset("tiny", num_hidden_layers=1) if options.tiny else SmolLM2Config.preset("135M")
-    )
-    batch, length = (1, 16) if options.tiny else (2, 512)
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    origin = provenance(ids.device)
-    policy = os.environ.get("OMP_WAIT_POLICY", "default")
-    data: dict[str, Any] = {
-        "status": "running",
-        "batch": batch,
-        "length": length,
-        "threads": torch.get_num_threads(),
-        "wait_policy": policy,
-    }
-    if options.tiny:
-        data["note"] = TINY_NOTE
-        print(TINY_NOTE)
-    versions = ", ".join(
-        f"{name} {version}"
-        for name, version in origin["versions"].items()
-        if name in ("python", "torch", "transformers")
-    )
-    print(
-        f"{batch} x {length} tokens, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {policy}, {versions}, {origin['device']}",
-        flush=True,
-    )
-
-    def save(**values: Any) -> None:
-        data.update(values)
-        data["seconds"] = round(time.monotonic() - began, 1)
-        if options.json is not None:
-            write_json(options.json, {**read_json(options.json), **origin, "step_peers": data})
-
-    save()
+    options.device = "cpu"
+    part = Part("step_peers", options, cpu=True, note=TINY_NOTE)
+    config = part.model("135M")
+    ids = part.ids(config, *((1, 16) if part.tiny else (2, 512)))
+    policy, threads = os.environ.get("OMP_WAIT_POLICY", "default"), torch.get_num_threads()
+    part.save(batch=ids.shape[0], length=ids.shape[1], threads=threads, wait_policy=policy)
+    known = part.origin["versions"].items()
+    versions = ", ".join(f"{name} {of}" for name, of in known if name in ("python", "torch", "transformers"))
+    size = f"{ids.shape[0]} x {ids.shape[1]} tokens, {threads} threads, OMP_WAIT_POLICY {policy}"
+    print(f"{size}, {versions}, {part.origin['device']}", flush=True)
     results: dict[str, Any] = {}
     far = False
     for dtype in options.dtype or DTYPES:
-        names = chosen(dtype, options.variant or (), not options.no_compile, (*VARIANTS, *ELSEWHERE))
-        steps = build_all(names, config, DTYPES[dtype], ids, "aot_eager" if options.tiny else "inductor")
-        found = measure(
-            steps, 1 if options.tiny else options.rounds, lambda: options.seconds - (time.monotonic() - began)
-        )
+        chosen_here = chosen(dtype, options.variant or (), not options.no_compile, names)
+        compiler = "aot_eager" if part.tiny else "inductor"
+        steps, failed = build_all(chosen_here, config, DTYPES[dtype], ids, compiler)
+        measured = measure(steps, 1 if part.tiny else options.rounds, part.left)
+        found = {name: measured.get(name) or {"failed": failed[name]} for name in chosen_here}
         faster, apart = ratios(found), distances(found)
         floor = matmul_floor(config, DTYPES[dtype], ids.numel())
         results[dtype] = {
-            "variants": found,
-            "ours_is_faster": faster,
-            "loss_distance": apart,
-            "matmul_floor_ms": floor,
-        }
-        save(results=results)
+            "variants": found, "ours_is_faster": faster, "loss_distance": apart, "matmul_floor_ms": floor,
+        }  # fmt: skip
+        part.save(results=results)
         for name, row in found.items():
             print(show(dtype, name, row, faster.get(name)), flush=True)
         print(f"{dtype:6}{'matrix products alone':28}{floor:10.1f} ms", flush=True)
         for name, distance in apart.items():
             if not distance <= LOSS_TOLERANCE[dtype]:
                 far = True
-                print(
-                    f"{dtype:6}{name}: first losses are {distance:.1e} nats from those of ours: TOO FAR",
-                    flush=True,
-                )
+                print(f"{dtype:6}{name}: first losses are {distance:.1e} nats from those of ours: TOO FAR")
         for name, bar in (("transformers", EAGER_BAR), ("transformers+compile", COMPILED_BAR)):
-            if name in faster and not options.tiny:
+            if name in faster and not part.tiny:
                 reached = "" if faster[name] >= bar else ": NOT REACHED"
                 print(f"{dtype:6}against {name}: {faster[name]:.2f} x, wanted {bar} x{reached}", flush=True)
         del steps
         gc.collect()
         torch.compiler.reset()
-    rows = {
-        f"{name} {dtype}": row for dtype, found in results.items() for name, row in found["variants"].items()
-    }
-    save(status="complete", peers=peer_models.step_standing(rows))
-    for line in peers.not_measured(data["peers"]):
-        print(line, flush=True)
+    rows = {f"{name} {dtype}": row for dtype in results for name, row in results[dtype]["variants"].items()}
+    part.save(peers=choice.step_status(rows))
+    print(*status.not_measured(part.data["peers"]), sep="\n", flush=True)
+    part.finish()
     return 1 if far else 0
 
 

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.launches import NO_KERNEL
 from bench.stand_in import standing_in_for_cuda
-from bench.train_step import TrainingStep
+from bench.step import TrainingStep
 from kernels import backend
 from kernels.certify.recorder import StandIn, standing_in
 from kernels.certify.targets import target_for

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.part import read_json
+from bench.record import read_json
 
 LINES, WIDTH = 44, 150
 
@@ -24,7 +24,8 @@ def summarise(folder: Path) -> str:
         f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if name in versions
     )
     lines = [
-        f"{head.get('device', 'no results')}; {libraries}; commit {head.get('commit', '')[:12]}; {head.get('date', '')}"
+        f"{head.get('device', 'no results')}; {libraries}; commit {head.get('commit', '')[:12]}; "
+        f"{head.get('date', '')}"
     ]
     makers = (
         ("training", "step", step_lines), ("tests", "tests", tests_lines),
@@ -92,10 +93,13 @@ def tests_lines(found: dict[str, Any]) -> list[str]:
 
 
 def kernels_lines(found: dict[str, Any]) -> list[str]:
-    """Ours per operation, a line with all phases, beside the fastest of the others, then other forms of ours."""
+    """Ours per operation, a line with all phases, beside the fastest of the others, then other forms of
+    ours.
+    """
     rows = found.get("rows", [])
     lines = [
-        f"kernels, {found.get('batch')} x {found.get('length')} tokens, {found.get('dtype')}: ours, percent of roof, fastest other"
+        f"kernels, {found.get('batch')} x {found.get('length')} tokens, {found.get('dtype')}: ours, "
+        "percent of roof, fastest other"
     ]
     ops: dict[str, list[str]] = {}
     forms: dict[str, list[str]] = {}
@@ -144,7 +148,8 @@ def kernels_lines(found: dict[str, Any]) -> list[str]:
 def step_lines(found: dict[str, Any]) -> list[str]:
     """One line per variant."""
     lines = [
-        f"training step, {found.get('batch')} x {found.get('length')}, {found.get('parameters', 0):,} parameters:"
+        f"training step, {found.get('batch')} x {found.get('length')}, {found.get('parameters', 0):,} "
+        "parameters:"
     ]
     distances = found.get("loss_distance", {})
     for name, row in found.get("variants", {}).items():
@@ -191,7 +196,10 @@ def run_lines(found: dict[str, Any]) -> list[str]:
     if not points:
         return [f"training run: no points{': ' * ('end' in found)}{found.get('end', '')}"]
     last = [float(point["loss"]) for point in points[-10:]]  # of text, where it is not a number
-    line = f"training run: {points[-1]['step']} steps, loss {float(points[0]['loss']):.2f} -> {sum(last) / len(last):.2f}"
+    line = (
+        f"training run: {points[-1]['step']} steps, loss {float(points[0]['loss']):.2f} -> "
+        f"{sum(last) / len(last):.2f}"
+    )
     if held:
         line += f", held-out {float(held[0]['held_out_loss']):.2f} -> {float(held[-1]['held_out_loss']):.2f}"
         line += f", unigram entropy {held[-1]['unigram_entropy']:.2f}"

@@ -6,11 +6,12 @@ Its tokens can be made ahead, by train.prepare, on processors that other work le
 
 from __future__ import annotations
 
-import sys
 import sysconfig
 from pathlib import Path
 
 import torch
+
+from bench.record import python
 
 HELD_OUT = ("jinja2", "lineax", "optax", "patsy")  # those that are there; jinja2 comes with torch
 FASTEST = 500_000  # tokens per second that are prepared for a run, which tokenises what it lacks
@@ -67,11 +68,5 @@ def configuration(tiny: bool, tokenizer: str, folder: Path) -> list[str]:
 
 def preparation(tiny: bool, tokenizer: str, folder: Path, *, workers: int, seconds: float) -> list[str]:
     """The command that fills the token cache with what a run reads in so many seconds."""
-    command = [
-        sys.executable,
-        "-m",
-        "train.prepare",
-        *configuration(tiny, tokenizer, folder),
-        f"workers={workers}",
-    ]
-    return [*command, "--tokens", str(max(1, int(FASTEST * seconds)))]
+    keys = (*configuration(tiny, tokenizer, folder), f"workers={workers}")
+    return python("train.prepare", *keys, "--tokens", max(1, int(FASTEST * seconds)))

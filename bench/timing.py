@@ -14,15 +14,19 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+from bench.record import one_line
 
 # Read before every measurement: larger than any L2, and it gives the host time to queue what follows. Read,
 # not written: the lines that a write leaves in the L2 have to be written back in the time of the next kernel.
 FLUSH_BYTES = 256 << 20
+T = TypeVar("T")
 LEAST_US = 1000.0  # of one measurement on a GPU, by repeated replays
 
 
@@ -128,21 +132,49 @@ def _check_never_waits(call: Callable[[], object]) -> None:
             torch.cuda.set_sync_debug_mode(before)
 
 
+def in_turns(
+    calls: Mapping[str, T],
+    rounds: int,
+    once: Callable[[T], float],
+    left: Callable[[], float] = lambda: math.inf,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """What `once` finds of each call, one number a round: A B C A B C, so that a drift of the machine meets
+    all alike.
+
+    left: no round but the first begins when it is below 0. A call that raises is left out from then on; the
+    second
+    result says why.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    failed: dict[str, str] = {}
+    for number in range(rounds):
+        if number and left() < 0:
+            break
+        for name, call in calls.items():
+            if name not in failed:
+                try:
+                    found[name].append(once(call))
+                except Exception as failure:  # noqa: BLE001 - a result like any other
+                    failed[name] = one_line(failure)
+    return found, failed
+
+
 def alternate(
     replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30
 ) -> dict[str, Sample]:
-    """Microseconds per call of each variant, in turns, so that a drift of the clocks meets all alike.
+    """Microseconds per call of each variant, in turns. calls: how many calls of the operation one replay
+    holds.
 
-    calls: how many calls of the operation one replay holds. The first two rounds do not count. On a GPU a
-    replay is repeated until it lasts a millisecond: calls must then be so many that none finds its inputs in
-    the L2, where the one before the last left them.
+    The first two rounds do not count. On a GPU a replay is repeated until it lasts a millisecond: calls must
+    then
+    be so many that none finds its inputs in the L2, where the one before the last left them.
     """
     flush = flush_buffer(device)
     values: dict[str, list[float]] = {name: [] for name in replays}
     times = dict.fromkeys(replays, 1)
     for turn in range(rounds + 2):
         for name, replay in replays.items():
-            us = event_time(replay, flush, times[name]) if flush is not None else _wall_time(replay)
+            us = 1e6 * seconds(replay, device) if flush is None else event_time(replay, flush, times[name])
             if turn >= 2:
                 values[name].append(us / calls)
             elif flush is not None:
@@ -167,10 +199,18 @@ def event_time(replay: Callable[[], object], flush: torch.Tensor, times: int = 1
     return start.elapsed_time(end) * 1e3 / times
 
 
-def _wall_time(call: Callable[[], object]) -> float:
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call by the wall clock, with a wait for the device at both ends."""
+    synchronize(device)
     began = time.perf_counter()
     call()
-    return (time.perf_counter() - began) * 1e6
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median of `rounds` calls after one that does not count."""
+    return statistics.median([seconds(call, device) for _ in range(rounds + 1)][1:])
 
 
 def eager(call: Callable[[], object], device: torch.device, budget: float, rounds: int) -> Sample:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import text
-from bench.part import ROOT, Part, parser
+from bench.record import ROOT, Part, parser, python
 from smollm2.cli import run_command
 
 POLL = 1.0  # seconds between two looks at what the run has written
@@ -32,35 +32,24 @@ SAVING = 10.0  # seconds that it has to save and leave
 # Kept of every line of metrics, and of the last one, whose counts are those of the whole run.
 POINT = ("step", "tokens", "loss", "gradient_norm", "tokens_per_second", "wait_ms")
 TOTALS = (
-    "epochs",
-    "documents",
-    "unique_examples",
-    "unique_examples_exact",
-    "invalid_documents",
-    "skipped_steps",
+    "epochs", "documents", "unique_examples", "unique_examples_exact", "invalid_documents", "skipped_steps",
     "memory_peak_gb",
-)
+)  # fmt: skip
 # The recipe takes four minutes of an H100. With these keys half a minute has something of everything too.
 FULL = (
-    "eval_every=100",
-    "eval_batches=8",
-    "sample_every=200",
-    "sample_prompts=[def fibonacci(n):]",
+    "eval_every=100", "eval_batches=8", "sample_every=200", "sample_prompts=[def fibonacci(n):]",
     "checkpoint_every=0",
-)
+)  # fmt: skip
 TINY = (
-    "num_hidden_layers=1",
-    "batch_size=1",
-    "sequence_length=16",
-    "steps=4",
-    "eval_every=2",
-    "sample_every=2",
+    "num_hidden_layers=1", "batch_size=1", "sequence_length=16", "steps=4", "eval_every=2", "sample_every=2",
     "sample_tokens=2",
-)
+)  # fmt: skip
 
 
 def missing() -> str | None:
-    """Why train.run cannot start here, or None. Its command line needs a package that nothing else here does."""
+    """Why train.run cannot start here, or None. Its command line needs a package that nothing else here
+    does.
+    """
     try:
         import omegaconf  # noqa: F401
     except ModuleNotFoundError as error:
@@ -153,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
             *options.keys,
         ]
         part.save(arguments=keys)
-        command = [sys.executable, "-m", "train.run", *keys, f"output_dir={scratch / 'run'}"]
+        command = python("train.run", *keys, f"output_dir={scratch / 'run'}")
         stopped = follow(part, subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL), scratch / "run")
     points, code = part.data["points"], part.data["exit_code"]
     if code and not (stopped and code in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)):

@@ -3,7 +3,7 @@ other libraries, which must agree.
 
 A step is forward, backward, clipping to a global norm of 1 and AdamW, with fp32 parameters and bf16
 activations. Every variant starts from the same weights and sees the same tokens, so the losses of the first
-steps must agree: nobody wins by computing less. The peers are those of bench/peer_models.py, under autocast;
+steps must agree: nobody wins by computing less. The peers are those of bench/peers/choice.py, under autocast;
 one that cannot be measured here is named with its version and the reason.
 Rates are medians over blocks of steps with one wait per block, as in training. MFU counts 6 operations per
 weight and token and causal attention half, against the vendor's dense bf16 peak; no MFU for a device that the
@@ -20,22 +20,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench import launches, peers, work
-from bench.part import Part, one_line, parser, write_json
+from bench import launches, work
+from bench.peers import choice, status
+from bench.peers.litgpt import LitgptStep
+from bench.record import Part, one_line, parser, write_json
+from bench.step import CapturedStep, TrainingStep, all_logits
 from bench.timing import alone, synchronize
 from kernels import TORCH, Backend, select_backend, with_ops
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
-
-if TYPE_CHECKING:
-    from bench.litgpt_peer import LitgptStep
 
 # Our own ways. "torch,all-logits" is backend torch with a loss that holds all logits, as torch.compile likes
 # it best; "torch-adamw" has torch's AdamW and casts the weights on use, "fused-mlp" the SwiGLU inside its
@@ -47,104 +46,6 @@ VARIANTS = (
 COMPARED_STEPS = 3
 LOSS_TOLERANCE = 0.02  # nats, between backends, in bf16
 PEER_TOLERANCE = 0.1  # the same for peers, which keep the residual stream in fp32; see bench.step_peers
-
-
-class TrainingStep:
-    """One optimizer step as a call: tokens -> loss, which stays on the device."""
-
-    def __init__(
-        self,
-        model: SmolLM2ForCausalLM,
-        forward: Callable[..., Any] | None = None,
-        lr: float = 3e-4,
-        own: bool | None = None,
-    ) -> None:
-        """forward: the model, or torch.compile of it. own: AdamW is ours and writes the working copies of the weights (default: as a
-        training run has it, where the backend is Triton's and nothing is compiled)."""
-        self.model = model
-        self._forward = model if forward is None else forward
-        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-        vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-        device = model.lm_head.weight.device
-        # a tensor, so that a schedule needs no other step and a captured graph sees it
-        self.lr = torch.tensor(lr, device=device)
-        if own is None:
-            own = forward is None and getattr(model, "backend", TORCH).name.startswith("triton")
-        if own:
-            from kernels.fused_adamw import FusedAdamW
-            from smollm2.working_copies import WorkingCopies
-
-            copies = None if model.compute_dtype is None else WorkingCopies(model, model.compute_dtype)
-            model.use_working_copies(copies)
-            self.optimizer: torch.optim.Optimizer = FusedAdamW(
-                groups, lr=self.lr, betas=(0.9, 0.95), copies=copies
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(
-                groups, lr=self.lr, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda"
-            )
-
-    def __call__(self, ids: Tensor, doc_start: Tensor | None = None) -> Tensor:
-        """ids, doc_start [B, T] -> loss in nats."""
-        self.begin()
-        loss = self._forward(ids, ids, doc_start).loss
-        loss.backward()
-        self.update()
-        return loss.detach()
-
-    def begin(self) -> None:
-        """Without gradients, and with working copies of the weights as they are."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if (copies := getattr(self.model, "working_copies", None)) is not None:
-            copies.refresh()
-
-    def update(self) -> None:
-        """Clipping to a global norm of 1, and AdamW."""
-        if (clip := getattr(self.optimizer, "clip", None)) is not None:
-            clip(1.0)
-        else:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-
-
-class CapturedStep:
-    """A TrainingStep as one CUDA graph: no Python and no launches between its kernels. Runs two steps before
-    it is captured.
-    """
-
-    def __init__(self, step: TrainingStep, ids: Tensor) -> None:
-        self._ids = ids.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.first_losses = [step(self._ids) for _ in range(2)]
-        torch.cuda.synchronize()
-        # the gradients of the capture live in the graph's own memory
-        step.optimizer.zero_grad(set_to_none=True)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._loss = step(self._ids)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        self._ids.copy_(ids)
-        self._graph.replay()
-        return self._loss.clone()
-
-
-def all_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
-    **others: Any,
-) -> Tensor:  # fmt: skip
-    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more. No scale, no
-    penalty, and it reads no copy.
-    """
-    wanted = [name for name in ("scale", "z_loss", "label_smoothing") if others.get(name)]
-    if wanted:
-        raise ValueError(f"the plain loss has no {', '.join(wanted)}")
-    logits = F.linear(hidden, weight.to(hidden.dtype))
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def build(config: SmolLM2Config, name: str, device: torch.device) -> SmolLM2ForCausalLM:
@@ -187,8 +88,6 @@ def measure(
     On a GPU what is compiled gets a second row: the same step, from the same weights, as a CUDA graph. lock:
     see `bench.timing.alone`. traces: folder for the kernels of a step, one by one.
     """
-    from bench import peer_models  # which imports this module
-
     device = ids.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -196,12 +95,12 @@ def measure(
     name, *extras = variant.split("+")
     compiler = "aot_eager" if tiny else "inductor"
     began = time.perf_counter()
-    if variant in peer_models.VARIANTS:
+    if variant in choice.VARIANTS:
         weights = build(config, "torch", device).state_dict()
-        peer = peer_models.peer_step(variant, config, weights, ids, device.type == "cuda", compiler)
+        peer = choice.peer_step(variant, config, weights, ids, device.type == "cuda", compiler)
         del weights
         # a step in another process, which has the tokens already
-        if isinstance(peer, peer_models.LitgptStep):
+        if isinstance(peer, LitgptStep):
             yield variant, _timed(lambda _: peer(), [], began, config, ids, tiny, lock, peer)
             return
         step = peer
@@ -327,9 +226,7 @@ def attempt(
             for name, found in measure(variant, config, ids, part.tiny, lock, traces):
                 yield name, found
                 name = f"{name}+graph"  # what fails next
-        except peers.Unavailable as reason:
-            yield name, {"failed": str(reason)}
-        except Exception as failure:  # noqa: BLE001 - one variant's failure is a result, and the others still run
+        except Exception as failure:  # noqa: BLE001 - a result like any other
             yield name, {"failed": one_line(failure)}
 
 
@@ -359,14 +256,12 @@ def show(name: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    from bench import peer_models  # which imports this module
-
     arguments = parser("train_step", "Times one optimizer step per backend, beside other libraries.")
     arguments.add_argument("--model", default="135M", help="preset")
     arguments.add_argument(
         "--variant",
         action="append",
-        choices=(*VARIANTS, *peer_models.VARIANTS),
+        choices=(*VARIANTS, *choice.VARIANTS),
         help="only this one; may be repeated",
     )
     arguments.add_argument(
@@ -382,9 +277,7 @@ def main(argv: Sequence[str]) -> int:
     part = Part("step", options)
     config = part.model(options.model)
     batch, length = (1, 8) if part.tiny else (32, 512)
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(
-        part.device
-    )
+    ids = part.ids(config, batch, length)
     part.save(
         model=options.model, batch=batch, length=length, parameters=config.num_parameters(),
         peak_flops=work.peak_flops(part.device),
@@ -393,24 +286,22 @@ def main(argv: Sequence[str]) -> int:
     results: dict[str, dict[str, Any]] = {}
     # What compiles for a minute must not cost the others their turn.
     for variant in options.variant or sorted(
-        (*VARIANTS, *peer_models.VARIANTS), key=lambda name: "+compile" in name
+        (*VARIANTS, *choice.VARIANTS), key=lambda name: "+compile" in name
     ):
         for name, found in attempt(variant, config, ids, part, options.lock, options.traces):
             results[name] = found
             print(show(name, found), flush=True)
-            part.save(
-                variants=results, loss_distance=agreement(results), peers=peer_models.step_standing(results)
-            )
+            part.save(variants=results, loss_distance=agreement(results), peers=choice.step_status(results))
         gc.collect()
         torch.compiler.reset()
     for name, distance in agreement(results).items():
         losses = ", ".join(f"{loss:.4f}" for loss in results[name]["losses"])
-        bound = PEER_TOLERANCE if name in peer_models.VARIANTS else LOSS_TOLERANCE
+        bound = PEER_TOLERANCE if name in choice.VARIANTS else LOSS_TOLERANCE
         print(
             f"{name}: first losses {losses}, within {distance:.1e} of torch's"
             + ("" if distance <= bound else ": TOO FAR")
         )
-    print(*peers.not_measured(part.data["peers"]), sep="\n")
+    print(*status.not_measured(part.data["peers"]), sep="\n")
     return part.finish()
 
 

@@ -22,7 +22,7 @@ from bench import timing
 from bench.case import Case, Shapes
 from bench.kernels import ERROR_BOUND, FULL, OURS, SET_BYTES, Variant, error
 from bench.ops import cases
-from bench.part import Part, one_line, parser
+from bench.record import Part, one_line, parser
 from bench.weight_ops import optimizer_step
 from kernels import select_backend
 from kernels.launch_config import Launch, launch_config
@@ -43,49 +43,65 @@ CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
     "attention_bwd_dkv": (
         "attention", "backward",
         (
-            Launch(64, 64, 4, 1, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 1, False),
+            Launch(64, 64, 4, 1, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True),
+            Launch(64, 64, 4, 1, False),
             Launch(64, 64, 4, 2, False), Launch(32, 64, 4, 2, True),
         ),
     ),
     "attention_bwd_dq": (
         "attention", "backward",
         (
-            Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 1, True), Launch(128, 64, 8, 2, True),
+            Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 1, True),
+            Launch(128, 64, 8, 2, True),
             Launch(128, 64, 8, 3, True),
         ),
     ),
     "attention_fwd": (
         "attention", "forward",
         (
-            Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 4, True), Launch(128, 64, 8, 2, True),
+            Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 4, True),
+            Launch(128, 64, 8, 2, True),
             Launch(128, 64, 8, 3, True),
         ),
     ),
     "linear_cross_entropy": (
         "linear_cross_entropy", "forward+backward",
-        (Launch(1, 4096, 8), Launch(1, 8192, 8), Launch(1, 16384, 16), Launch(1, 16384, 32), Launch(1, 4096, 16)),
+        (Launch(1, 4096, 8), Launch(1, 8192, 8), Launch(1, 16384, 16), Launch(1, 16384, 32),
+            Launch(1, 4096, 16)),
     ),
-    "mlp_fwd": ("mlp", "forward", (Launch(128, 128, 8, 4), Launch(128, 128, 8, 2), Launch(128, 64, 8, 4), Launch(128, 64, 4, 4))),
+    "mlp_fwd": ("mlp", "forward", (Launch(128, 128, 8, 4), Launch(128, 128, 8, 2), Launch(128, 64, 8, 4),
+        Launch(128, 64, 4, 4))),
     "mlp_bwd": ("mlp", "backward", (Launch(128, 128, 8, 3), Launch(128, 64, 4, 4), Launch(64, 256, 8, 3))),
-    "embedding_fwd": ("tied_embedding", "forward", (Launch(1, 1024, 4), Launch(1, 256, 1), Launch(1, 512, 2))),
-    "embedding_bwd": ("tied_embedding", "backward", (Launch(4, 1024, 4), Launch(16, 1024, 8), Launch(8, 256, 1), Launch(8, 1024, 8))),
+    "embedding_fwd": ("tied_embedding", "forward",
+        (Launch(1, 1024, 4), Launch(1, 256, 1), Launch(1, 512, 2))),
+    "embedding_bwd": ("tied_embedding", "backward",
+        (Launch(4, 1024, 4), Launch(16, 1024, 8), Launch(8, 256, 1), Launch(8, 1024, 8))),
     "adamw": ("adamw", "forward", (Launch(8, 512, 4), Launch(32, 512, 4), Launch(8, 1024, 8))),
     "adamw_squares": ("adamw", "forward", (Launch(0, 1024, 4), Launch(0, 4096, 4), Launch(0, 2048, 8))),
     "adamw_norm": ("adamw", "forward", (Launch(0, 8192, 16),)),
     "swiglu": ("swiglu", "forward", SWIGLU),
     "swiglu backward": ("swiglu", "backward", SWIGLU),
-    "rms_norm_fwd": ("add_rms_norm", "forward", (Launch(1, 0, 1), Launch(4, 0, 1), Launch(4, 0, 2), Launch(4, 0, 4), Launch(8, 0, 4))),
-    "rms_norm_bwd": ("add_rms_norm", "backward", (Launch(1, 0, 1), Launch(4, 0, 2), Launch(4, 0, 4), Launch(8, 0, 4))),
-    "rms_norm_dw": ("add_rms_norm", "backward", (Launch(256, 8, 4), Launch(1024, 8, 8), Launch(512, 16, 8), Launch(256, 4, 4))),
-    "rope": ("rope_qkv", "forward", (Launch(4, 0, 1), Launch(16, 0, 1), Launch(16, 0, 2), Launch(32, 0, 4), Launch(8, 0, 2))),
+    "rms_norm_fwd": ("add_rms_norm", "forward", (Launch(1, 0, 1), Launch(4, 0, 1), Launch(4, 0, 2),
+        Launch(4, 0, 4), Launch(8, 0, 4))),
+    "rms_norm_bwd": ("add_rms_norm", "backward",
+        (Launch(1, 0, 1), Launch(4, 0, 2), Launch(4, 0, 4), Launch(8, 0, 4))),
+    "rms_norm_dw": ("add_rms_norm", "backward",
+        (Launch(256, 8, 4), Launch(1024, 8, 8), Launch(512, 16, 8), Launch(256, 4, 4))),
+    "rope": ("rope_qkv", "forward", (Launch(4, 0, 1), Launch(16, 0, 1), Launch(16, 0, 2), Launch(32, 0, 4),
+        Launch(8, 0, 2))),
     "decode_attention": (
         "decode_attention", "forward",
-        (Launch(16, 32, 4, 2), Launch(16, 128, 4, 2), Launch(16, 64, 4, 3), Launch(16, 64, 2, 2), Launch(16, 128, 8, 2)),
+        (Launch(16, 32, 4, 2), Launch(16, 128, 4, 2), Launch(16, 64, 4, 3), Launch(16, 64, 2, 2),
+            Launch(16, 128, 8, 2)),
     ),
-    "decode_norm_matmul": ("decode_layer", "forward", (Launch(1, 1, 1), Launch(1, 4, 1), Launch(1, 4, 2), Launch(1, 8, 4))),
-    "decode_o": ("decode_layer", "forward", (Launch(4, 2, 4), Launch(4, 4, 4), Launch(8, 4, 8), Launch(4, 8, 8))),
-    "decode_down": ("decode_layer", "forward", (Launch(1, 2, 4), Launch(1, 1, 2), Launch(1, 1, 4), Launch(1, 4, 4))),
-    "decode_head": ("decode_head", "forward", (Launch(1, 2, 1), Launch(1, 8, 1), Launch(1, 8, 2), Launch(1, 16, 4))),
+    "decode_norm_matmul": ("decode_layer", "forward",
+        (Launch(1, 1, 1), Launch(1, 4, 1), Launch(1, 4, 2), Launch(1, 8, 4))),
+    "decode_o": ("decode_layer", "forward",
+        (Launch(4, 2, 4), Launch(4, 4, 4), Launch(8, 4, 8), Launch(4, 8, 8))),
+    "decode_down": ("decode_layer", "forward",
+        (Launch(1, 2, 4), Launch(1, 1, 2), Launch(1, 1, 4), Launch(1, 4, 4))),
+    "decode_head": ("decode_head", "forward",
+        (Launch(1, 2, 1), Launch(1, 8, 1), Launch(1, 8, 2), Launch(1, 16, 4))),
 }  # fmt: skip
 
 
@@ -151,7 +167,10 @@ def measure(
 def show(row: dict[str, Any]) -> str:
     """One line of the table."""
     result = row.get("failed") or f"{row['us']:10.1f} us  {100 * row['spread']:.1f} %"
-    return f"{row['op']:22}{row['phase']:18}{row['launch']!s:28}{'table ' if row.get('of_table') else '      '}{result}"
+    return (
+        f"{row['op']:22}"
+        f"{row['phase']:18}{row['launch']!s:28}{'table ' if row.get('of_table') else '      '}{result}"
+    )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -31,7 +31,9 @@ LEARNING_RATE = 0.1  # large, so that what is wrong with an update shows beside 
 
 
 def linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """The weight is in fp32, as the model has it, and every variant casts it; "products only" finds it cast."""
+    """The weight is in fp32, as the model has it, and every variant casts it; "products only" finds it
+    cast.
+    """
     hidden, vocabulary, tokens = shapes.config.hidden_size, shapes.config.vocab_size, shapes.tokens
 
     def scaled(weight: Tensor) -> Tensor:

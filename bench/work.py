@@ -24,6 +24,10 @@ PEAK_TFLOPS = (
     ("RTX 4090", 165), ("RTX 5090", 209), ("MI300X", 1307), ("MI250X", 383),
 )  # fmt: skip
 
+MFU_CONVENTION = (
+    "6 per weight and token, causal attention counted half, dense bf16 peak of the vendor; none on a CPU"
+)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -55,6 +59,10 @@ class Cost:
 
     def __mul__(self, times: int) -> Cost:
         return Cost(self.forward * times, self.backward * times)
+
+    def phase(self, name: str) -> Work:
+        """Of "forward", "backward" or "forward+backward"."""
+        return {"forward": self.forward, "backward": self.backward}.get(name, self.forward + self.backward)
 
 
 def rms_norm(tokens: int, hidden: int, size: int) -> Cost:
@@ -230,6 +238,12 @@ def step(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str,
         "weights": Cost(*[Work(cast)] * 2),
         "optimizer": Cost(Work(), adamw(parameters)),
     }
+
+
+def prefill_flops(config: SmolLM2Config, batch: int, length: int) -> int:
+    """Operations of a prompt's way through the model, to the logits of its last token."""
+    one = sum(cost.forward.flops for cost in layer(config, batch, length, 2).values())
+    return config.num_hidden_layers * one + 2 * batch * config.hidden_size * config.vocab_size
 
 
 def step_floor(

@@ -40,27 +40,31 @@ def layers(run, docs=False, train=True):
 
 def losses(run):
     for tokens in (1, 7, 64, 200, 1000, 4097, 16384):
-        hidden, weight = tensor(tokens, 576, dtype=run.dtype), tensor(49152, 576, dtype=torch.float32)
-        run.backward(ops.linear_cross_entropy(hidden, weight, tensor(tokens, dtype=torch.int64, grad=False)))
+        hidden = tensor(tokens, 576, dtype=run.dtype)
+        weight = tensor(49152, 576, dtype=torch.float32)
+        targets = tensor(tokens, dtype=torch.int64, grad=False)
+        run.backward(ops.linear_cross_entropy(hidden, weight, targets))
 
 def decodes(run):
     for batch in (1, 2, 3, 16):
         for keys in (1, 15, 16, 100, 129, 1000, 2048):
             cases.decode(run, ops, batch, 1, keys)
 
-runs = {"train": layers, "documents": lambda run: layers(run, True), "prefill": lambda run: layers(run, train=False), "loss": losses,
-        "decode": decodes}
+runs = {"train": layers, "documents": lambda run: layers(run, True), "loss": losses,
+        "prefill": lambda run: layers(run, train=False), "decode": decodes}
 found = {}
 for name, case in runs.items():
     with recording(targets.TARGETS["sm_90"]) as recorder:
         case(recorder)
     keys = {(launch.kernel, launch.key) for launch in recorder.launches}
-    found[name] = {kernel: sum(one == kernel for one, _ in keys) for kernel in sorted({kernel for kernel, _ in keys})}
+    kernels = sorted({kernel for kernel, _ in keys})
+    found[name] = {kernel: sum(one == kernel for one, _ in keys) for kernel in kernels}
 print(json.dumps(found))
 """
 ONCE = dict.fromkeys(
     (
-        "_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel", "_attention_fwd_kernel", "_rms_norm_bwd_dw_kernel",
+        "_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel", "_attention_fwd_kernel",
+        "_rms_norm_bwd_dw_kernel",
         "_rms_norm_bwd_dx_kernel", "_rms_norm_fwd_kernel", "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
     ),
     1,
@@ -76,12 +80,7 @@ def test_a_kernel_is_compiled_as_often_as_ever_whatever_the_lengths(project_root
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")
     }
     done = subprocess.run(
-        [sys.executable, "-c", VARIANTS],
-        cwd=project_root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-c", VARIANTS], cwd=project_root, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -123,7 +122,8 @@ def test_the_memory_of_the_triton_loss_is_that_of_a_chunk(monkeypatch: pytest.Mo
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip(
-            "where there is a GPU, Triton's kernels are compiled for it, and the CPU's memory is measured here"
+            "where there is a GPU, Triton's kernels are compiled for it, and the CPU's memory is "
+            "measured here"
         )
     from kernels import linear_cross_entropy
 

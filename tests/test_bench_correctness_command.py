@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import correctness
-from bench.part import Part, read_json
+from bench.record import Part, read_json
 
 CASES = """
     import os
@@ -79,7 +79,7 @@ def run(folder: Path, seconds: float, workers: int, **files: str) -> dict:
 def test_a_worker_that_dies_loses_one_test(tmp_path):
     section = run(
         tmp_path,
-        120,
+        3600,
         1,
         several=CASES,
         unreadable="import no_such_package\n",
@@ -115,23 +115,24 @@ def test_worst_errors_come_with_the_tests_and_not_those_of_a_replaced_table(tmp_
         def test_replaces(monkeypatch):
             monkeypatch.setattr(numerics, "WORST", {("op", "float32"): 1.5})
     """
-    assert run(tmp_path, 120, 0, checked=checked)["numerics"] == [
+    assert run(tmp_path, 3600, 0, checked=checked)["numerics"] == [
         {"op": "rope", "dtype": "float32", "worst": 0.5}
     ]
 
 
 def test_without_xdist_a_lost_gpu_ends_the_process_and_its_file(tmp_path):
-    section = run(tmp_path, 120, 0, several=CASES)
+    section = run(tmp_path, 3600, 0, several=CASES)
     several = section["files"]["test_several.py"]
     assert several["counts"] == {"passed": 6, "failed": 2, "error": 1, "skipped": 1}
     assert several["end"].startswith(f"exit code {correctness.GPU_LOST}")
 
 
-def test_what_is_finished_stays_when_time_is_over(tmp_path):
+def test_what_is_finished_stays_when_time_is_over(tmp_path, monkeypatch):
     slow = "import time\n\ndef test_first():\n    pass\n\ndef test_hangs():\n    time.sleep(600)\n"
     began = time.monotonic()
-    section = run(tmp_path, 8, 0, slow=slow, later="def test_later():\n    pass\n")
-    assert time.monotonic() - began < 8 + 2 * correctness.GRACE + 5
+    monkeypatch.setattr(Part, "left", lambda part: 1.0 - bool(counted(part, "test_slow.py")))
+    section = run(tmp_path, 3600, 0, slow=slow, later="def test_later():\n    pass\n")
+    assert time.monotonic() - began < 600
     assert section["files"]["test_slow.py"]["counts"] == {"passed": 1}
     assert (
         section["files"]["test_slow.py"]["end"]
@@ -165,6 +166,12 @@ def test_a_file_is_complete_when_all_that_was_collected_has_an_outcome():
     assert found["b.py"]["counts"] == {"failed": 1} and found["b.py"]["end"] == "complete"
     assert found["c.py"]["end"] == "complete", "nothing of it was selected"
     assert correctness.outcomes(["a.py"], [], "exit code 4: ")["a.py"]["end"] == "exit code 4: "
+
+
+def counted(part: Part, name: str) -> dict[str, int]:
+    """What is known of the tests of a file so far."""
+    counts: dict[str, int] = part.data.get("files", {}).get(name, {}).get("counts", {})
+    return counts
 
 
 def test_files_are_dealt_out_and_large_ones_run_alone():

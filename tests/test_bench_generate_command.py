@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import gguf_files
 import pytest
 import torch
+from in_process import printed
 
-from bench import generate, generate_modes, generate_peers
-from bench.bench_generate import Playback
-from bench.generate import Row
-from bench.generate_peers import Variant
-from bench.peers import NotInstalled
+from bench import generate, generate_modes, generate_plan
+from bench.generate_plan import Row
+from bench.peers import choice, llama_cpp
+from bench.peers.status import NotInstalled
+from bench.record import TINY_NOTE
+from bench.variant import Variant
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
@@ -23,21 +22,13 @@ MODES = ("eager fp32", "eager bf16", "eager int8", "captured fp32")
 PEERS = ("transformers fp32", "transformers bf16")
 
 
-def run(project_root, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "bench.generate", *arguments], cwd=project_root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, project_root):
+def measured(tmp_path_factory):
     """(stdout, pytest-benchmark's JSON) of a run at toy size."""
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     path = tmp_path_factory.mktemp("generate") / "generate.json"
-    done = run(project_root, "--tiny", "--device", "cpu", "--json", str(path), "--modes", *MODES)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
+    stdout = printed(generate.main, "--tiny", "--device", "cpu", "--json", path, "--modes", *MODES)
+    return stdout, json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_every_case_has_a_prefill_and_a_decode_figure_of_every_variant(measured):
@@ -50,7 +41,7 @@ def test_every_case_has_a_prefill_and_a_decode_figure_of_every_variant(measured)
         for prompt in (4, 9)
     }
     assert found == {(group, name) for group in groups for name in (*MODES, *PEERS)}
-    assert generate.TINY_NOTE in stdout
+    assert TINY_NOTE in stdout
     assert all(f"batch {batch}, prompt {prompt}" in stdout for batch in (1, 2) for prompt in (4, 9))
 
 
@@ -110,24 +101,23 @@ def test_our_model_under_torch_compile_and_a_static_cache_put_out_the_same_token
         rows = plan.rows(case)
         assert [row.failed for row in rows.values()] == ["", "", ""]
         assert all(row.agreement == 1.0 for row in rows.values())
-    assert plan.standing()["torch.compile"]["used"]
+    assert plan.status()["torch.compile"]["used"]
 
 
 def test_what_is_not_available_is_a_row_with_its_reason(monkeypatch):
     def absent(*arguments, **options):
         raise NotInstalled("transformers")
 
-    monkeypatch.setattr(generate_peers, "transformers_variant", absent)
-    said: list[str] = []
-    plan = generate.Plan(device=torch.device("cpu"), modes=("eager fp32",), tiny=True, say=said.append)
+    monkeypatch.setattr(choice, "transformers_variant", absent)
+    plan = generate.Plan(device=torch.device("cpu"), modes=("eager fp32",), tiny=True)
     rows = plan.rows((1, 4))
     assert list(rows) == ["eager fp32", *PEERS] and not rows["eager fp32"].failed
     assert all(
         rows[name].failed == "not available: transformers is not installed; pip install -e '.[peers]'"
         for name in PEERS
     )
-    assert "pip install -e '.[peers]'" in said[-1]
-    assert plan.standing()["transformers"]["why"] == "not installed; pip install -e '.[peers]'"
+    assert "pip install -e '.[peers]'" in generate.show((1, 4), rows, lambda *_: 1.0)
+    assert plan.status()["transformers"]["why"] == "not installed; pip install -e '.[peers]'"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +161,7 @@ def test_variants_take_turns_after_a_first_call_that_does_not_count():
         "eager fp32": fake("a", log, tokens),
         "other": fake("b", log, tokens.clone().index_fill_(1, torch.tensor([3]), 9)),
     }
-    rows = generate.measure(variants, torch.zeros(1, 2, dtype=torch.int64), 6, 3, lambda: 60.0)
+    rows = generate_plan.measure(variants, torch.zeros(1, 2, dtype=torch.int64), 6, 3, lambda: 60.0)
     assert "".join(log) == "aabb" + "abab"  # each once to warm up, then in turns
     assert all(len(row.prefill) == len(row.decode) == 3 for row in rows.values())
     # the tokens after a difference do not count
@@ -179,7 +169,7 @@ def test_variants_take_turns_after_a_first_call_that_does_not_count():
 
 
 def test_no_round_begins_when_no_time_is_left():
-    rows = generate.measure(
+    rows = generate_plan.measure(
         {"eager fp32": fake("a", [], torch.zeros(1, 4))},
         torch.zeros(1, 2, dtype=torch.int64),
         4,
@@ -195,7 +185,7 @@ def test_a_variant_that_raises_is_a_result_among_others():
         "broken": fake("x", log, torch.zeros(1, 4), fails=True),
         "right": fake("a", log, torch.zeros(1, 4)),
     }
-    rows = generate.measure(variants, torch.zeros(1, 2, dtype=torch.int64), 4, 2, lambda: 60.0)
+    rows = generate_plan.measure(variants, torch.zeros(1, 2, dtype=torch.int64), 4, 2, lambda: 60.0)
     assert rows["broken"].failed == "RuntimeError: no kernel image" and not rows["right"].failed
     assert rows["right"].agreement is None  # nothing to compare with
     table = generate.show((1, 2), rows, lambda name, seconds: 12.5)
@@ -231,17 +221,10 @@ def test_the_hash_is_that_of_the_ids():
     )
 
 
-def test_a_clock_plays_durations_back():
-    clock = Playback()
-    clock.durations = [0.5, 0.25]
-    readings = [clock() for _ in range(4)]
-    assert [readings[1] - readings[0], readings[3] - readings[2]] == [0.5, 0.25]
-
-
 def test_bytes_of_a_step_are_those_of_the_quantised_weights():
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), "torch").bfloat16().eval()
-    plain = generate_modes.engine_variant(generate.select_engine(model, compiled=False))
-    int8 = generate_modes.engine_variant(generate.select_engine(model, quantize="int8", compiled=False))
+    plain = generate_modes.engine_variant(generate_plan.select_engine(model, compiled=False))
+    int8 = generate_modes.engine_variant(generate_plan.select_engine(model, quantize="int8", compiled=False))
     assert plain.weight_bytes == 2 * model.num_parameters()
     assert plain.weight_bytes / 2 < int8.weight_bytes < 0.6 * plain.weight_bytes
     config = model.config
@@ -253,9 +236,9 @@ def test_bytes_of_a_step_are_those_of_the_quantised_weights():
 def test_names_and_rows_of_a_gguf_file_are_those_of_an_independent_writer():
     weights = gguf_files.random_weights()
     for name in weights:
-        assert generate_peers.gguf_name(name) == gguf_files.gguf_name(name)
+        assert llama_cpp.gguf_name(name) == gguf_files.gguf_name(name)
     query = weights["model.layers.0.self_attn.q_proj.weight"]
-    assert torch.equal(generate_peers.interleave_rows(query, 4), gguf_files.interleave_rows(query, 4))
+    assert torch.equal(llama_cpp.interleave_rows(query, 4), gguf_files.interleave_rows(query, 4))
 
 
 @pytest.mark.parametrize("kind", ("F32", "F16", "Q8_0"))
@@ -263,7 +246,7 @@ def test_a_written_gguf_file_is_read_back(kind, tmp_path):
     from smollm2.pretrained.gguf import open_gguf
 
     config, weights = gguf_files.CONFIG, gguf_files.random_weights()
-    generate_peers.write_gguf(tmp_path / "model.gguf", config, weights, kind)
+    llama_cpp.write_gguf(tmp_path / "model.gguf", config, weights, kind)
     file = open_gguf(tmp_path / "model.gguf")
     assert file.config.replace(
         bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=1.0
@@ -277,12 +260,10 @@ def test_llama_cpp_puts_out_the_tokens_of_this_model(tmp_path):
     pytest.importorskip("llama_cpp", reason="the comparison needs llama-cpp-python")
     torch.manual_seed(0)
     model = SmolLM2ForCausalLM(gguf_files.CONFIG, "torch").eval()
-    generate_peers.write_gguf(
-        tmp_path / "model.gguf", model.config, generate_peers.stored_tensors(model), "F32"
-    )
+    llama_cpp.write_gguf(tmp_path / "model.gguf", model.config, llama_cpp.stored_tensors(model), "F32")
     prompts = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
-    variant = generate_peers.llama_cpp_variant(tmp_path / "model.gguf", model.config, "F32", 1)
-    ours = generate_modes.EngineTurns(generate.Engine(model), prompts, 8)
+    variant = llama_cpp.llama_cpp_variant(tmp_path / "model.gguf", model.config, "F32", 1)
+    ours = generate_modes.EngineTurns(generate_plan.Engine(model), prompts, 8)
     theirs = variant.begin(prompts, 8)
     for _ in range(2):  # the second time from a cache that is not empty
         mine, other = ours.prefill(), theirs.prefill()

@@ -3,6 +3,7 @@ stopped leaves what it had.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -16,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from bench import gpu, text, train_run
-from bench.part import INTERPRETER_NOTE, write_json
-from smollm2.errors import LoadError
+from bench.record import INTERPRETER_NOTE, read_json, write_json
+from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import train_tokenizer
 
 SECTIONS = {
@@ -43,6 +44,10 @@ def environment(root: Path, *paths: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*paths, root])), "OMP_NUM_THREADS": "1"}
 
 
+def bench_gpu(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--tiny", *map(str, arguments)]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, project_root):
     """(folder, completed process) of one whole run, with optional packages blocked, started outside the
@@ -50,20 +55,9 @@ def finished(tmp_path_factory, project_root):
     """
     work = tmp_path_factory.mktemp("gpu")
     (work / "sitecustomize.py").write_text(textwrap.dedent(BLOCKER), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu",
-        "--out",
-        "results",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--minutes",
-        "9",
-    ]
+    command = bench_gpu("--out", "results", "--minutes", 90)  # of which a loaded machine may need some
     done = subprocess.run(
-        command, cwd=work, env=environment(project_root, work), capture_output=True, text=True, timeout=550
+        command, cwd=work, env=environment(project_root, work), capture_output=True, text=True
     )
     return work / "results", done
 
@@ -168,76 +162,47 @@ def test_summary_is_short_and_comes_last(finished):
         assert word in text
 
 
-def test_results_are_never_overwritten(tmp_path, project_root):
+def test_results_are_never_overwritten(tmp_path):
     (tmp_path / "kernels.json").write_text("{}", encoding="utf-8")
-    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--device", "cpu", "--tiny"]
-    done = subprocess.run(
-        command, cwd=project_root, env=environment(project_root), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2 and "found kernels.json" in done.stderr
+    with pytest.raises(UsageError, match="found kernels.json"):
+        gpu.main(["--out", str(tmp_path), "--device", "cpu", "--tiny"])
 
 
-def test_an_interrupted_run_keeps_what_is_finished(tmp_path, project_root):
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu",
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--tiny",
-        "--only",
-        "tests",
-        "--only",
-        "roofline",
-    ]
+@pytest.fixture
+def halfway(tmp_path, project_root):
+    """A run whose first part, the tests, is complete, and whose second, the roofline, has begun; it leads a
+    group.
+    """
+    command = bench_gpu("--out", tmp_path, "--minutes", 90, "--only", "tests", "--only", "roofline")
     process = subprocess.Popen(
-        command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True
-    )
+        command, cwd=project_root, env=environment(project_root), stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline().startswith("tests: complete")
-    time.sleep(1.0)
-    process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    while read_json(tmp_path / "kernels.json").get("roofline", {}).get("status") != "running":
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_an_interrupted_run_keeps_what_is_finished(halfway, tmp_path):
+    halfway.send_signal(signal.SIGTERM)
+    rest, _ = halfway.communicate()
+    assert halfway.returncode == 130
     assert "roofline: interrupted" in rest
     assert (tmp_path / "summary.txt").is_file() and (tmp_path / "logs.tgz").is_file()
-    assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["tests"]["status"] == "complete"
-    assert (
-        json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["roofline"]["status"]
-        == "interrupted"
-    )
+    assert read_json(tmp_path / "tests.json")["tests"]["status"] == "complete"
+    assert read_json(tmp_path / "kernels.json")["roofline"]["status"] == "interrupted"
 
 
-def test_what_is_finished_survives_a_kill(tmp_path, project_root):
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu",
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--tiny",
-        "--only",
-        "tests",
-        "--only",
-        "roofline",
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=project_root,
-        env=environment(project_root),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("tests: complete")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert json.loads((tmp_path / "tests.json").read_text(encoding="utf-8"))["tests"]["status"] == "complete"
+def test_what_is_finished_survives_a_kill(halfway, tmp_path):
+    os.killpg(halfway.pid, signal.SIGKILL)
+    halfway.wait()
+    assert read_json(tmp_path / "tests.json")["tests"]["status"] == "complete"
     with tarfile.open(tmp_path / "logs.tgz") as archive:
         assert archive.getnames() == ["tests.log"]
 
@@ -254,7 +219,7 @@ def test_a_part_that_takes_too_long_is_stopped_and_recorded(tmp_path):
 def test_a_part_that_fails_is_recorded_with_its_reason(tmp_path):
     options = argparse.Namespace(device="cpu", tiny=False)  # refused: the full sizes need a GPU
     stage = gpu.Stage("kernels", "kernels", "kernels.json", 1)
-    end = gpu.run_stage(stage, options, tmp_path, tmp_path / "log", limit=60)
+    end = gpu.run_stage(stage, options, tmp_path, tmp_path / "log", limit=600)
     assert end.startswith("failed with exit code 2") and "need a GPU" in end
     assert gpu.trouble(tmp_path, {"kernels": end})
 
@@ -302,8 +267,8 @@ def test_the_preparation_takes_a_quarter_of_the_processors(tmp_path, monkeypatch
 
 
 def test_the_run_waits_for_the_preparation_no_longer_than_it_takes():
-    assert gpu.await_preparation(subprocess.Popen([sys.executable, "-c", ""]), 60) == "complete"
-    assert gpu.await_preparation(subprocess.Popen(FAILS), 60).startswith("failed with exit code 3")
+    assert gpu.await_preparation(subprocess.Popen([sys.executable, "-c", ""]), 600) == "complete"
+    assert gpu.await_preparation(subprocess.Popen(FAILS), 600).startswith("failed with exit code 3")
     process = subprocess.Popen(FOR_EVER)
     assert gpu.await_preparation(process, 0.0).startswith("stopped")
     assert process.returncode == -signal.SIGKILL

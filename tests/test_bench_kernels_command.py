@@ -5,52 +5,35 @@ import dataclasses
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+from in_process import printed
 from torch.nn.attention import SDPBackend
 
 from bench import kernels, launches, long_attention, memcheck, ops, timing, weight_ops
 from bench.case import Case
 from bench.kernels import Variant, error
-from bench.part import INTERPRETER_NOTE
+from bench.record import INTERPRETER_NOTE
 from bench.summary import kernels_lines
 from bench.work import Cost, Work
 from kernels import TORCH
 from kernels import backend as switch
 from kernels.embedding import _is_ours as is_ours
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, project_root):
+def measured(tmp_path_factory):
     """(stdout, section of the JSON file) of three operations."""
     path = tmp_path_factory.mktemp("kernels") / "kernels.json"
-    command = [
-        sys.executable,
-        "-m",
-        "bench.kernels",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--dtype",
-        "fp16",
-        "--json",
-        str(path),
-    ]
-    done = subprocess.run(
-        [*command, "--op", "add_rms_norm", "--op", "decode_attention", "--op", "decode_head"],
-        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text(encoding="utf-8"))["kernels"]
+    ops_of = [word for op in ("add_rms_norm", "decode_attention", "decode_head") for word in ("--op", op)]
+    stdout = printed(kernels.main, "--device", "cpu", "--tiny", "--dtype", "fp16", "--json", path, *ops_of)
+    return stdout, json.loads(path.read_text(encoding="utf-8"))["kernels"]
 
 
 def test_rows_say_all_that_is_needed(measured):
@@ -100,26 +83,11 @@ def test_what_torch_compile_makes_comes_last_and_beside_ours(measured):
     assert len(figures) == len(set(figures))
 
 
-def test_without_time_nothing_of_either_pass_is_forgotten(project_root, tmp_path):
+def test_without_time_nothing_of_either_pass_is_forgotten(tmp_path):
     path = tmp_path / "kernels.json"
-    command = [
-        sys.executable,
-        "-m",
-        "bench.kernels",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--seconds",
-        "0",
-        "--op",
-        "rope",
-        "--json",
-        str(path),
-    ]
-    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    stdout = printed(kernels.main, *"--device cpu --tiny --seconds 0 --op rope --json".split(), path)
     assert json.loads(path.read_text(encoding="utf-8"))["kernels"]["left_out"] == ["rope", "rope, compiled"]
-    assert "no time was left for rope; rope, compiled" in done.stdout
+    assert "no time was left for rope; rope, compiled" in stdout
 
 
 def test_libraries_that_were_not_measured_are_named(measured):
@@ -145,17 +113,14 @@ def test_launches_and_bytes_are_printed(measured):
     assert "step: least work" in stdout
 
 
-@pytest.mark.parametrize("arguments", [["--device", "cpu"], ["--device", "cpu", "--tiny", "--dtype", "bf16"]])
-def test_what_cannot_be_measured_here_is_refused(arguments, project_root):
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.kernels", *arguments],
-        cwd=project_root,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert "--tiny" in done.stderr or "fp32 or fp16" in done.stderr
+@pytest.mark.parametrize(
+    "arguments, message", [("--device cpu", "--tiny"), ("--device cpu --tiny --dtype bf16", "fp32 or fp16")]
+)
+def test_what_cannot_be_measured_here_is_refused(arguments, message):
+    if torch.cuda.is_available() and "tiny" not in arguments:
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(UsageError, match=message):
+        kernels.main(arguments.split())
 
 
 def case(**variants) -> Case:

@@ -2,15 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
+from in_process import printed
 
 from bench import ladder
-from bench.ladder import PLAIN, RUNGS
+from bench.ladder_rungs import PLAIN, RUNGS, SeparateAttention, SeparateMLP
 from kernels import TORCH
 from kernels.types import OPS
 from smollm2.config import SmolLM2Config
@@ -94,7 +93,7 @@ def test_separate_projections_are_the_same_model():
     kinds = {type(block.self_attn) for block in separate.model.model.layers} | {
         type(block.mlp) for block in separate.model.model.layers
     }
-    assert kinds == {ladder.SeparateAttention, ladder.SeparateMLP}
+    assert kinds == {SeparateAttention, SeparateMLP}
     assert separate.model.state_dict().keys() == packed.model.state_dict().keys()
     losses = []
     for step in (separate, packed):
@@ -132,16 +131,11 @@ def test_a_rung_that_computes_another_loss_is_far():
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, project_root):
+def measured(tmp_path_factory):
     """(stdout, section of the JSON file) of all rungs."""
     path = tmp_path_factory.mktemp("ladder") / "ladder.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.ladder", "--device", "cpu", "--tiny", "--json", str(path)],
-        cwd=project_root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text(encoding="utf-8"))["ladder"]
+    stdout = printed(ladder.main, "--device", "cpu", "--tiny", "--json", path)
+    return stdout, json.loads(path.read_text(encoding="utf-8"))["ladder"]
 
 
 def test_every_rung_has_its_row(measured):
@@ -246,7 +240,7 @@ def test_alone_a_rung_is_freed_before_the_next_is_built(ladder_here, monkeypatch
 
 
 def test_the_compiled_rung_begins_only_with_time_left(ladder_here, monkeypatch):
-    monkeypatch.setattr(ladder.MachinePart, "left", lambda self: -1.0)
+    monkeypatch.setattr(ladder.Part, "left", lambda self: -1.0)
     assert ladder_here("--rung", "compile of the rest")["rungs"]["compile of the rest"] == {
         "failed": "no time was left"
     }

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from bench import figures, report
+from bench import drawing, figures, report
 from bench.figures import Figure
-from bench.part import INTERPRETER_NOTE
+from bench.record import INTERPRETER_NOTE
 from smollm2.cli import run_command
 from smollm2.errors import LoadError, UsageError
 
@@ -31,19 +31,14 @@ def entry(seconds: float, **facts: Any) -> dict[str, Any]:
 
 
 def generated(
-    variant: str, rate: float, batch: int = 1, prompt: int = 32, copy: float = 20.0
+    variant: str, rate: float, batch: int = 1, prompt: int = 32, read: float | None = 20.0
 ) -> list[dict[str, Any]]:
     facts = {"variant": variant, "batch": batch, "prompt_tokens": prompt}
+    measured = {} if read is None else {"read_gb_per_s": read}
+    decode = {"tokens_per_second": rate, "bytes_per_token": 10**8, "copy_gb_per_s": 90.0, **measured}
     return [
         entry(0.5, phase="prefill", tokens_per_second=10 * rate, **facts),
-        entry(
-            1 / rate,
-            phase="decode",
-            tokens_per_second=rate,
-            bytes_per_token=10**8,
-            copy_gb_per_s=copy,
-            **facts,
-        ),
+        entry(1 / rate, phase="decode", **decode, **facts),
     ]
 
 
@@ -51,14 +46,18 @@ ROOF = {"copy_gb_per_s": 100.0, "matmul_tflops": 1.0}
 SUITES = {
     "machine_info": {},
     "benchmarks": [
-        *generated("eager bf16", 20.0), *generated("transformers bf16", 19.0), *generated("llama.cpp F16", 90.0),
+        *generated("eager bf16", 20.0), *generated("transformers bf16", 19.0),
+        *generated("llama.cpp F16", 90.0),
         *generated("eager bf16", 15.0, prompt=512), *generated("eager bf16", 60.0, batch=8),
         # 1e6 bytes at 1e11 bytes/s are 10 us, 1e6 operations 1 us: the floor is 10 us
-        entry(2e-5, op="swiglu", phase="forward", variant="reference", bytes=10**6, flops=10**6, us=20.0, roof=ROOF, batch=1, length=64),
-        entry(3e-5, op="swiglu", phase="backward", variant="compile", bytes=10**6, flops=0, us=30.0, roof=ROOF, batch=1, length=64),
+        entry(2e-5, op="swiglu", phase="forward", variant="reference", bytes=10**6, flops=10**6, us=20.0,
+            roof=ROOF, batch=1, length=64),
+        entry(3e-5, op="swiglu", phase="backward", variant="compile", bytes=10**6, flops=0, us=30.0,
+            roof=ROOF, batch=1, length=64),
         entry(9.0, op="swiglu", phase="forward", variant="triton", note=INTERPRETER_NOTE, batch=1, length=64),
         *[
-            entry(1.0, op="loss memory", variant=name, tokens=n, peak_memory_bytes=n * share, logits_bytes=n * 98304)
+            entry(1.0, op="loss memory", variant=name, tokens=n, peak_memory_bytes=n * share,
+                logits_bytes=n * 98304)
             for n in (1024, 2048) for name, share in (("reference", 100_000), ("all logits", 500_000))
         ],
         entry(1.0, phase="data", variant="text, workers=0"),
@@ -86,8 +85,10 @@ LADDER = {
     "ladder": {
         "model": "135M", "dtype": "bfloat16", "batch": 2, "length": 512, "backend": "triton",
         "rungs": {
-            "plain eager": {"tokens_per_second": 100.0, "peak_mb": 900.0, "launches": {"forward": 10, "backward": 20, "update": 5}},
-            "graph capture": {"tokens_per_second": 300.0, "launches": {"step": 1}}, "compile": {"failed": "no time was left"},
+            "plain eager": {"tokens_per_second": 100.0, "peak_mb": 900.0,
+                "launches": {"forward": 10, "backward": 20, "update": 5}},
+            "graph capture": {"tokens_per_second": 300.0, "launches": {"step": 1}},
+            "compile": {"failed": "no time was left"},
         },
     },
 }  # fmt: skip
@@ -96,8 +97,10 @@ ROOFLINE = {
     "roofline": {
         "dtype": "bf16", "batch": 2, "length": 512, "context": 512,
         "step": {
-            "operations_ms": {"swiglu": {"torch": {"forward": 2.0, "backward": 4.0}}, "loss": {"torch": {"forward+backward": 9.0}}},
-            "floors_ms": {"swiglu": {"forward": 1.0, "backward": 2.0}, "loss": {"forward": 1.0, "backward": 2.0}},
+            "operations_ms": {"swiglu": {"torch": {"forward": 2.0, "backward": 4.0}},
+                "loss": {"torch": {"forward+backward": 9.0}}},
+            "floors_ms": {"swiglu": {"forward": 1.0, "backward": 2.0},
+                "loss": {"forward": 1.0, "backward": 2.0}},
             "whole_ms": {"torch": 20.0}, "floor_ms": 6.0,
         },
     },
@@ -119,12 +122,16 @@ ATTENTION = [
 KERNELS = {
     **OTHER,
     "kernels": {
-        "dtype": "bf16", "batch": 32, "length": 512, "roof": {"copy_gb_per_s": 2000.0, "matmul_tflops": 800.0},
+        "dtype": "bf16", "batch": 32, "length": 512,
+        "roof": {"copy_gb_per_s": 2000.0, "matmul_tflops": 800.0},
         "rows": [
-            timed("swiglu", "forward", "triton", 50.0, 2900.0, 0.0), timed("swiglu", "forward", "reference", 900.0, 161.0, 0.0),
-            timed("swiglu", "backward", "triton", 90.0, 2800.0, 0.0), timed("swiglu", "backward", "math", 95.0, 2700.0, 0.0),
+            timed("swiglu", "forward", "triton", 50.0, 2900.0, 0.0),
+            timed("swiglu", "forward", "reference", 900.0, 161.0, 0.0),
+            timed("swiglu", "backward", "triton", 90.0, 2800.0, 0.0),
+            timed("swiglu", "backward", "math", 95.0, 2700.0, 0.0),
             *[
-                timed(op, phase, variant, 60.0, 900.0, share * tflops) for op, tflops in ATTENTION for phase in ("forward", "backward")
+                timed(op, phase, variant, 60.0, 900.0, share * tflops) for op,
+                tflops in ATTENTION for phase in ("forward", "backward")
                 for variant, share in (("triton", 8.0), ("cudnn", 9.0), ("flex", 7.0))
             ],
             timed("attention", "forward", "math", 2000.0, 27.0, 5.0),
@@ -151,11 +158,14 @@ GENERATION = {
     "generation": {
         "dtype": "bfloat16", "bandwidth": {"read_gb_per_s": 3000.0},
         "rows": [
-            *[decoded(name, batch, keys, rate * batch) for keys in (1024, 64) for batch in (1, 64) for name, rate in RATES],
-            {"variant": "triton captured", "backend": "triton", "batch": 256, "keys": 64, "failed": "no time was left"},
+            *[decoded(name, batch, keys, rate * batch) for keys in (1024, 64) for batch in (1, 64) for name,
+                rate in RATES],
+            {"variant": "triton captured", "backend": "triton", "batch": 256, "keys": 64,
+                "failed": "no time was left"},
         ],
         "prefill": [
-            {"backend": name, "batch": 32, "tokens": 512, "us": us, "tokens_per_second": 32 * 512e6 / us, "tflops": 4e6 / us}
+            {"backend": name, "batch": 32, "tokens": 512, "us": us, "tokens_per_second": 32 * 512e6 / us,
+                "tflops": 4e6 / us}
             for name, us in (("triton", 22000.0), ("torch", 32000.0))
         ],
     },
@@ -166,7 +176,8 @@ TRAIN = {
         "model": "135M", "batch": 32, "length": 512,
         "variants": {
             "torch": {"tokens_per_second": 1e5, "step_ms": 163.84, "peak_memory_gb": 11.85, "mfu": None},
-            "triton+graph": {"tokens_per_second": 4e5, "step_ms": 40.96, "peak_memory_gb": 12.06, "mfu": 0.348},
+            "triton+graph": {"tokens_per_second": 4e5, "step_ms": 40.96, "peak_memory_gb": 12.06,
+                "mfu": 0.348},
             "torch+compile": {"failed": "stopped"},
         },
     },
@@ -204,8 +215,8 @@ def test_every_library_has_a_colour_of_its_own() -> None:
         "flex",
         "compile",
     )
-    assert len({report.colour(name) for name in names}) == len(names)
-    assert report.colour("compiled bf16") == report.colour("triton captured") == report.OURS
+    assert len({drawing.colour(name) for name in names}) == len(names)
+    assert drawing.colour("compiled bf16") == drawing.colour("triton captured") == drawing.OURS
 
 
 def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(
@@ -218,7 +229,7 @@ def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(
     assert {Path(line).name for line in capsys.readouterr().out.splitlines()} == wanted
     for name in report.PICTURES:
         image = imread(out / f"{name}.png")
-        assert image.shape[1] == report.WIDTH * report.DPI
+        assert image.shape[1] == drawing.WIDTH * drawing.DPI
         assert image[0, :, :3].min() == 1.0 and image[:, :, :3].mean() > 0.7, "a light background"
 
 
@@ -283,13 +294,13 @@ def test_a_caption_of_many_commits_has_several_lines() -> None:
         Figure("step", str(n), "ours", 1.0, None, {**ORIGIN, "commit": f"{n}" * 40 + " with changes"})
         for n in range(9)
     ]
-    lines = report.caption(many).splitlines()
-    assert len(lines) > 1 and max(map(len, lines)) <= report.CAPTION
+    lines = drawing.caption(many).splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= drawing.CAPTION
     assert "8888888 with changes" in " ".join(lines)
 
 
 def test_toy_sizes_say_so_in_the_picture() -> None:
-    assert report.caption(
+    assert drawing.caption(
         [Figure("step", "a", "ours", 1.0, None, {**ORIGIN, "note": "tiny sizes: times mean nothing"})]
     ).startswith("NOTE: tiny sizes: times mean nothing\n")
 
@@ -310,18 +321,22 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert (rung.value, rung.facts["launches"], rung.facts["peak_memory_bytes"]) == (100.0, 35, 9e8)
 
 
-def test_the_limit_of_the_memory_is_the_fastest_copy_or_read_of_any_file(tmp_path: Path) -> None:
-    slow, fast = (
-        {"benchmarks": generated("eager bf16", 20.0, batch, copy=speed)}
-        for batch, speed in ((1, 20.0), (8, 30.0))
+def test_the_limit_of_the_memory_is_what_was_read_in_the_same_run(tmp_path: Path) -> None:
+    """Not a copy, and not the rate of another file, but for a run that did not measure its own."""
+    runs = {f"{batch}.json": (batch, read) for batch, read in ((1, 20.0), (8, 30.0), (2, None))}
+    files = {
+        name: {"benchmarks": generated("eager bf16", 20.0, *run, read=read)}
+        for name, (*run, read) in runs.items()
+    }
+    # type: ignore[dict-item]
+    section = {**ROOFLINE["roofline"], "copy_gb_per_s": 85.0, "read_gb_per_s": 40.0}
+    write(tmp_path, {**files, "roofline.json": {**ROOFLINE, "roofline": section}})
+    decode = [figure for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
+    assert {figure.facts["batch"]: figure.limit for figure in decode} == pytest.approx(
+        {1: 200.0, 8: 300.0, 2: 400.0}
     )
-    write(tmp_path, {"slow.json": slow, "fast.json": fast})
-    limits = [figure.limit for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
-    assert limits == pytest.approx([300.0, 300.0])
-    section = {**ROOFLINE["roofline"], "copy_gb_per_s": 25.0, "read_gb_per_s": 40.0}  # type: ignore[dict-item]
-    write(tmp_path, {"roofline.json": {**ROOFLINE, "roofline": section}})
-    limits = [figure.limit for figure in figures.gather(tmp_path)[0] if figure.kind == "decode"]
-    assert limits == pytest.approx([400.0, 400.0])
+    assert report.limit_label(decode) == drawing.LIMIT, "the rates differ"
+    assert report.limit_label(decode[:1]) == f"{drawing.LIMIT}, {decode[0].facts['at']}"
 
 
 def test_figures_of_a_gpu_are_those_of_the_files(tmp_path: Path) -> None:
@@ -361,7 +376,7 @@ def test_a_long_bar_is_broken_and_has_its_number(tmp_path: Path) -> None:
         and {"50.0", "900", "97%"} <= {*words}
         and words.count("//") == 1
     )
-    assert max(bar.get_width() for bar in axes.patches) == pytest.approx(50 * report.CUT)
+    assert max(bar.get_width() for bar in axes.patches) == pytest.approx(50 * drawing.CUT)
 
 
 def test_decode_on_a_gpu_has_its_limit_and_the_numbers_of_the_fastest(tmp_path: Path) -> None:
@@ -404,6 +419,27 @@ def test_a_file_that_is_not_known_or_damaged_is_named_and_left_out(
         assert f"{name}: left out" in errors
     assert "step.json" not in errors and "ladder: not drawn" in errors
     assert (folder / "step.png").exists() and not (folder / "ladder.png").exists()
+
+
+def test_no_line_joins_two_points_and_hollow_marks_are_explained_where_there_are_some(tmp_path: Path) -> None:
+    found = figures.gather(write(tmp_path, ALL))[0]
+    assert {line.get_linestyle() for line in report.draw_decode(found).axes[0].lines} == {"None"}
+    many = [
+        Figure("decode", f"batch {n}", "ours", 1.0 * n, None, {**ORIGIN, "batch": n, "context": 8})
+        for n in (1, 2, 4)
+    ]
+    assert [line.get_linestyle() for line in report.draw_decode(many).axes[0].lines] == ["-"]
+    token = {
+        "context": 8,
+        "operations_ms": {"swiglu": {"torch": {"forward": 2.0}}},
+        "whole_ms": {},
+        "floor_ms": 1.0,
+    }
+    token["floors_ms"] = {"swiglu": {"forward": 1.0}}
+    content = copy.deepcopy(ROOFLINE)
+    content["roofline"]["token"] = token  # type: ignore[index]
+    titles = [axes.get_title(loc="left") for axes in report.draw_roofline(figures.read(content)).axes]
+    assert titles == ["a training step, 2 x 512 tokens (hollow: backward)", "a decoded token, 512 keys"]
 
 
 def test_decode_is_drawn_only_against_what_was_varied(tmp_path: Path) -> None:

@@ -4,15 +4,15 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from in_process import printed
 
 from bench import probes, roofline, work
+from bench.case import Case
 from bench.ops import Shapes
-from bench.part import INTERPRETER_NOTE
+from bench.record import INTERPRETER_NOTE, Part
 from kernels import TORCH
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
@@ -22,20 +22,12 @@ CONFIG, TINY = SmolLM2Config.preset("135M"), SmolLM2Config.preset("tiny", num_hi
 ROOF = (30e9, 400e9)  # bytes and operations per second
 
 
-def run(project_root, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "bench.roofline", *arguments], cwd=project_root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, project_root):
+def measured(tmp_path_factory):
     """(stdout, section of the JSON file)"""
     path = tmp_path_factory.mktemp("roofline") / "roofline.json"
-    done = run(project_root, "--device", "cpu", "--tiny", "--dtype", "bf16", "--json", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text(encoding="utf-8"))["roofline"]
+    stdout = printed(roofline.main, "--device", "cpu", "--tiny", "--dtype", "bf16", "--json", path)
+    return stdout, json.loads(path.read_text(encoding="utf-8"))["roofline"]
 
 
 def test_the_roof_is_measured(measured):
@@ -121,13 +113,13 @@ def test_a_token_reads_every_weight_once_and_the_cache_once():
 def test_every_operation_can_be_measured():
     shapes = Shapes(TINY, 1, 8, torch.bfloat16, torch.device("cpu"))
     model = SmolLM2ForCausalLM(TINY, "torch")
-    assert set(work.step_items(TINY, 1, 8, 2)) <= set(probes.step_probes(shapes, TORCH, model))
+    assert set(work.step_items(TINY, 1, 8, 2)) <= set(probes.step_cases(shapes, TORCH, model))
     row = Shapes(TINY, 2, 1, torch.float32, torch.device("cpu"))
-    found = probes.token_probes(row, 5, TORCH)
+    found = probes.token_cases(row, 5, TORCH)
     assert set(work.token_items(TINY, 2, 5, 4)) <= set(found)
-    logits = found["logits"].call(*found["logits"].inputs(0))
+    logits = found["logits"].variants[probes.OURS](*found["logits"].inputs(0))
     assert logits.shape == (2, 1, TINY.vocab_size) and logits.isfinite().all()
-    mixed = found["decode_attention"].call(*found["decode_attention"].inputs(0))
+    mixed = found["decode_attention"].variants[probes.OURS](*found["decode_attention"].inputs(0))
     assert mixed.shape == (2, 1, TINY.num_attention_heads, TINY.head_dim) and mixed.isfinite().all()
 
 
@@ -164,7 +156,7 @@ def test_a_backend_without_an_operation_has_no_figure_for_its_part():
 def test_a_cpu_is_measured_at_full_size_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = argparse.Namespace(device="cpu", tiny=False, json=None, seconds=1.0)
-    part = roofline.MachinePart("roofline", options)
+    part = Part("roofline", options, cpu=True)
     assert part.device.type == "cpu" and not part.tiny and "note" not in part.data
     assert "TRITON_INTERPRET" not in os.environ
     assert part.model("135M") == CONFIG
@@ -176,14 +168,16 @@ def test_a_probe_that_fails_is_a_line_and_not_the_end():
 
     part = argparse.Namespace(left=lambda: 1.0, device=torch.device("cpu"), tiny=True)
     item = work.Item("norms", 1, work.Cost(work.Work(8)))
-    broken_probes = {"torch": {"rms_norm": probes.Probe(lambda seed: [torch.ones(2)], broken)}}
+    broken_probes = {
+        "torch": {"rms_norm": Case("rms_norm", item.cost, lambda seed: [torch.ones(2)], {"triton": broken})}
+    }
     found, missing = probes.measure_all({"rms_norm": item}, broken_probes, part, ROOF)
     assert found == {"rms_norm": {}} and missing == ["rms_norm, torch: RuntimeError: no such kernel"]
 
 
-def test_what_cannot_be_measured_here_is_refused(project_root):
+def test_what_cannot_be_measured_here_is_refused():
     with pytest.raises(UsageError, match="at least 2 keys, got 1"):
         roofline.main(["--device", "cpu", "--tiny", "--context", "1"])
     if not torch.cuda.is_available():
-        done = run(project_root, "--device", "cuda")
-        assert done.returncode == 2 and "no GPU is visible" in done.stderr
+        with pytest.raises(UsageError, match="no GPU is visible"):
+            roofline.main(["--device", "cuda"])

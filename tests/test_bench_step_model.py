@@ -33,7 +33,6 @@ def recorded(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         cwd=project_root,
         capture_output=True,
         text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, {

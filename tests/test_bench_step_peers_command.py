@@ -1,29 +1,21 @@
 """`python -m bench.step_peers` at toy size, and the pieces that its figures are made of."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from in_process import printed
 
 from bench import step_peers
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 
 TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
 IDS = torch.arange(16)[None]
 
 
-def run(project_root, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "bench.step_peers", *arguments], cwd=project_root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, project_root):
+def measured(tmp_path_factory):
     """(stdout, section of the JSON file) of all eager variants and of ours compiled."""
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     path = tmp_path_factory.mktemp("peers") / "peers.json"
@@ -32,9 +24,8 @@ def measured(tmp_path_factory, project_root):
         for name in ("ours", "ours+doc_start", "ours+compile", "transformers", "transformers bf16")
         for word in ("--variant", name)
     ]
-    done = run(project_root, "--tiny", "--json", str(path), *eager)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text(encoding="utf-8"))
+    stdout = printed(step_peers.main, "--tiny", "--json", path, *eager)
+    return stdout, json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_every_variant_has_a_time_and_the_peers_a_ratio(measured):
@@ -145,7 +136,6 @@ def test_nothing_new_is_timed_when_no_time_is_left():
     "arguments, message",
     [(["--device", "cuda"], "bench.train_step"), (["--rounds", "0"], "at least 1, got 0")],
 )
-def test_what_cannot_be_measured_here_is_refused(arguments, message, project_root):
-    done = run(project_root, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_what_cannot_be_measured_here_is_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        step_peers.main(arguments)

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from bench import text, train_run
-from bench.part import Part, read_json
+from bench.record import Part, read_json
 from smollm2.pretrained.tokenizer import train_tokenizer
 from train.command_line import parse
 from train.prepare import prepare

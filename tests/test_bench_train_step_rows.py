@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import launches, peer_models, train_step
-from bench.part import Part, read_json
+from bench import launches, train_step
+from bench.peers import choice
+from bench.record import Part, read_json
 from bench.timing import alone
 from smollm2.config import SmolLM2Config
 
@@ -77,10 +78,10 @@ def test_both_attentions_of_transformers_compute_our_losses(part: Part) -> None:
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     results = {name: rows(part, name)[name] for name in ("torch", "transformers", "transformers eager")}
     assert max(train_step.agreement(results).values()) < 1e-4 and len(train_step.agreement(results)) == 3
-    assert peer_models.step_standing(results)["transformers"]["used"]
+    assert choice.step_status(results)["transformers"]["used"]
     weights = train_step.build(CONFIG, "torch", IDS.device).state_dict()
     for name, attention in (("transformers", "sdpa"), ("transformers eager", "eager")):
-        step = peer_models.peer_step(name, CONFIG, weights, IDS, False, "eager")
+        step = choice.peer_step(name, CONFIG, weights, IDS, False, "eager")
         assert (
             isinstance(step, train_step.TrainingStep) and step.model.config._attn_implementation == attention
         )

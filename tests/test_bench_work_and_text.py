@@ -1,4 +1,6 @@
-"""The arithmetic behind the figures of bench/ (bytes, operations, MFU), its summary, and its training text."""
+"""The arithmetic behind the figures of bench/ (bytes, operations, MFU), its summary, and its training
+text.
+"""
 
 import glob
 import json
@@ -251,7 +253,10 @@ def test_summary_of_a_training_run(tmp_path):
         "mfu": 0.331,
     }
     write(tmp_path, "training.json", run=found)
-    line = "training run: 500 steps, loss 10.90 -> 6.45, held-out 7.50 -> 6.25, unigram entropy 6.36, 0.07 epochs, 371,000 tok/s, MFU 33.1 %"
+    line = (
+        "training run: 500 steps, loss 10.90 -> 6.45, held-out 7.50 -> 6.25, unigram entropy 6.36, 0.07 "
+        "epochs, 371,000 tok/s, MFU 33.1 %"
+    )
     assert line in summary.summarise(tmp_path).splitlines()
     write(
         tmp_path,

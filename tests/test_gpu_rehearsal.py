@@ -103,7 +103,10 @@ def test_a_part_takes_its_way_on_a_gpu(project_root: Path, tmp_path: Path, part:
 def test_a_captured_training_run(project_root: Path, tmp_path: Path) -> None:
     """Eager steps, the capture, replays, evaluation and a checkpoint."""
     out = tmp_path / "run"
-    keys = "device=cuda backend=triton cuda_graph=true dtype=bf16 steps=6 eval_every=3 sample_every=0 checkpoint_every=3 workers=1"
+    keys = (
+        "device=cuda backend=triton cuda_graph=true dtype=bf16 steps=6 eval_every=3 sample_every=0 "
+        "checkpoint_every=3 workers=1"
+    )
     launched = on_stand_in(
         project_root, tmp_path, "train.run", "train/configs/tiny.yaml", f"output_dir={out}", *keys.split()
     )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.train_step import TrainingStep, build
+from bench.step import TrainingStep
+from bench.train_step import build
 from smollm2 import SmolLM2ForCausalLM
 from smollm2.config import SmolLM2Config
 

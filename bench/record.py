@@ -1,7 +1,9 @@
-"""What every part of the measurements shares: its command line, its clock, and its section of a JSON file.
+"""What every measurement shares: its command line, its section of a JSON file, and where its figures come
+from.
 
-A section is saved whenever there is something new, by replacing the file, so that a part which is stopped
-leaves what it had.
+A section is saved whenever there is something new, by replacing the file, so that a part that is stopped
+leaves
+what it had.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
@@ -29,12 +33,7 @@ LIBRARIES = (
     "flash-attn", "quack-kernels",
 )  # fmt: skip
 INTERPRETER_NOTE = "interpreter: times mean nothing"
-# What every figure of the pytest-benchmark suites carries in extra_info; None where it has no such thing: a
-# start-up has no FLOPs.
-FACTS = (
-    "device", "versions", "commit", "date", "phase", "variant", "bytes", "flops", "percent_of_roof",
-    "launches", "tokens_per_second", "peak_memory_bytes", "output_hash",
-)  # fmt: skip
+TINY_NOTE = "tiny sizes: times mean nothing"
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -58,6 +57,23 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
     return result
 
 
+def python(module: str, *arguments: object) -> list[str]:
+    """The command that runs a module of this project."""
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def speed_of_data(folder: Path, *arguments: object) -> dict[str, Any]:
+    """What `python -m train.data_speed` writes. Raises UsageError where it fails."""
+    path = folder / "speed.json"
+    command = python("train.data_speed", "--json", path, *arguments)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = " ".join(done.stderr.split())[-200:]
+        raise UsageError(f"train.data_speed ended with exit code {done.returncode}: {last}")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def write_json(path: Path, data: Any) -> None:
     """Replaces a JSON file in one move: a reader sees the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -75,8 +91,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def one_line(failure: BaseException) -> str:
-    """An exception as a result among others."""
+    """An exception as a result among others; a reason that was written to be read is not given its type."""
+    if isinstance(failure, UsageError):
+        return " ".join(str(failure).split())
+    if isinstance(failure, ModuleNotFoundError):
+        return f"{failure.name} is not installed"
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:250]
+
+
+def digits(value: float) -> float:
+    """A number to four digits, whatever its size."""
+    return float(f"{value:.4g}")
+
+
+def rounded(value: Any) -> Any:
+    """The same with every float to four digits."""
+    if isinstance(value, dict):
+        return {name: rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    return digits(value) if isinstance(value, float) else value
 
 
 def device_name(device: torch.device) -> str:
@@ -92,7 +126,9 @@ def device_name(device: torch.device) -> str:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What a figure must carry to be worth anything: device, versions, commit, a digest of the sources, date."""
+    """What a figure must carry to be worth anything: device, versions, commit, a digest of the sources,
+    date.
+    """
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -133,39 +169,43 @@ def _commit() -> str:
         return "unknown"
 
 
-def resolve_device(name: str, tiny: bool) -> torch.device:
-    """ "auto", "cuda" or "cpu" -> a device that is present. Raises UsageError for one that is not, and for
-    the CPU at full size.
+def resolve_device(name: str, tiny: bool, cpu: bool = False) -> torch.device:
+    """ "auto", "cuda" or "cpu" -> a device that is present. cpu: one is measured at full size too.
+
+    Raises UsageError for a device that is not there.
     """
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise UsageError("--device cuda: no GPU is visible; use --device cpu --tiny to exercise the code")
     if name == "cpu" or not present:
-        if not tiny:
+        if not tiny and not cpu:
             raise UsageError("the full sizes need a GPU; use --device cpu --tiny to exercise the code")
         return torch.device("cpu")
     return torch.device("cuda")
 
 
 class Part:
-    """One part while it runs: where, how long still, and what it has found so far (`data`)."""
+    """One measurement while it runs: where, how long still, and what it has found so far (`data`)."""
 
-    def __init__(self, section: str, options: argparse.Namespace) -> None:
-        """Raises UsageError as `resolve_device` does."""
-        self.device = resolve_device(options.device, options.tiny)
-        if self.device.type == "cpu":
-            # read when the kernels are imported, which has not happened yet
-            os.environ["TRITON_INTERPRET"] = "1"
+    def __init__(
+        self, section: str, options: argparse.Namespace, *, cpu: bool = False, note: str | None = None
+    ) -> None:
+        """cpu: a CPU is measured at full size too, without Triton's interpreter. note: of toy sizes.
+
+        Raises UsageError as `resolve_device` does.
+        """
+        self.device = resolve_device(options.device, options.tiny, cpu)
         self.tiny: bool = options.tiny
+        interpreted = self.device.type == "cpu" and (self.tiny or not cpu)
+        if interpreted:
+            os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which is later
         self.data: dict[str, Any] = {"status": "running"}
         self._section, self._path = section, options.json
-        self._provenance = provenance(self.device)
+        self.origin = provenance(self.device)
         self._began = time.monotonic()
         self._seconds: float = options.seconds
         if self.tiny:
-            self.data["note"] = (
-                INTERPRETER_NOTE if self.device.type == "cpu" else "tiny sizes: times mean nothing"
-            )
+            self.data["note"] = note or (INTERPRETER_NOTE if interpreted else TINY_NOTE)
             print(self.data["note"], flush=True)
         self.save()
 
@@ -174,6 +214,11 @@ class Part:
         if self.tiny:
             return SmolLM2Config.preset("tiny", num_hidden_layers=1, **changes)
         return SmolLM2Config.preset(preset, **changes)
+
+    def ids(self, config: SmolLM2Config, batch: int, length: int) -> Tensor:
+        """Random tokens [B, T], always the same."""
+        drawn = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+        return drawn.to(self.device)
 
     def left(self) -> float:
         """Seconds until nothing new should begin."""
@@ -184,7 +229,7 @@ class Part:
         self.data.update(values)
         self.data["seconds"] = round(time.monotonic() - self._began, 1)
         if self._path is not None:
-            write_json(self._path, {**read_json(self._path), **self._provenance, self._section: self.data})
+            write_json(self._path, {**read_json(self._path), **self.origin, self._section: self.data})
 
     def finish(self) -> int:
         """Marks the section complete; returns the exit code."""

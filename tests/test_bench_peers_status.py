@@ -1,4 +1,6 @@
-"""What a benchmark says of the libraries beside it: the version and the reason of each that was not measured."""
+"""What a benchmark says of the libraries beside it: the version and the reason of each that was not
+measured.
+"""
 
 import sys
 import types
@@ -6,8 +8,10 @@ import types
 import pytest
 import torch
 
-from bench import kernels, ops, part, peer_models, peers
-from bench.generate_peers import generation_standing
+from bench import kernels, ops, record
+from bench.peers import choice
+from bench.peers import status as peers
+from bench.peers import transformers as llama
 from bench.step_peers import ours
 from kernels import TORCH
 from smollm2.config import SmolLM2Config
@@ -18,7 +22,7 @@ IDS = torch.arange(16)[None]
 
 
 def installed(monkeypatch, **versions):
-    """Makes `bench.peers` see exactly these libraries; names with _ for -."""
+    """Makes `bench.peers.status` see exactly these libraries; names with _ for -."""
 
     def version(name):
         if name.replace("-", "_") not in versions:
@@ -35,7 +39,7 @@ def test_a_peer_that_is_absent_is_named_with_the_way_to_install_it(monkeypatch):
     ) as raised:
         peers.require("flash-attn")
     assert isinstance(raised.value, ModuleNotFoundError) and raised.value.name == "flash-attn"
-    found = peers.standing({"flash-attn": [str(raised.value)], "litgpt": []})
+    found = peers.peer_status({"flash-attn": [str(raised.value)], "litgpt": []})
     assert found["flash-attn"] == {
         "version": None,
         "used": False,
@@ -51,14 +55,14 @@ def test_a_peer_for_gpus_is_named_with_its_version_on_a_cpu(monkeypatch):
     installed(monkeypatch, liger_kernel="0.8.5")
     with pytest.raises(peers.Unavailable, match="liger-kernel 0.8.5: needs a GPU") as raised:
         peers.require("liger-kernel", CPU)
-    found = peers.standing({"liger-kernel": [f"not available: {raised.value}"]})
+    found = peers.peer_status({"liger-kernel": [f"not available: {raised.value}"]})
     assert peers.not_measured(found) == ["not measured: liger-kernel 0.8.5: needs a GPU"]
     assert peers.require("liger-kernel") == "0.8.5"
 
 
 def test_one_measured_variant_is_enough_and_the_first_reason_counts(monkeypatch):
     installed(monkeypatch, transformers="5.0", quack_kernels="0.6")
-    found = peers.standing(
+    found = peers.peer_status(
         {
             "transformers": ["RuntimeError: no compiler", ""],
             "quack-kernels": ["RuntimeError: no sm_90", "other"],
@@ -66,8 +70,8 @@ def test_one_measured_variant_is_enough_and_the_first_reason_counts(monkeypatch)
     )
     assert found["transformers"] == {"version": "5.0", "used": True, "why": None}
     assert found["quack-kernels"]["why"] == "RuntimeError: no sm_90"
-    assert peers.standing({"transformers": []})["transformers"]["why"] == peers.NOT_ASKED
-    assert peers.standing({"litgpt": [""]}, {"litgpt": "0.5"})["litgpt"]["version"] == "0.5"
+    assert peers.peer_status({"transformers": []})["transformers"]["why"] == peers.NOT_ASKED
+    assert peers.peer_status({"litgpt": [""]}, {"litgpt": "0.5"})["litgpt"]["version"] == "0.5"
 
 
 def test_variants_belong_to_their_libraries(monkeypatch):
@@ -77,15 +81,16 @@ def test_variants_belong_to_their_libraries(monkeypatch):
         "ours+compile fp32": {"failed": "no compiler"},
         "transformers bf16+compile bf16": {"step_ms": 1.0},
     }
-    found = peer_models.step_standing(rows)
+    found = choice.step_status(rows)
     assert found["transformers"]["used"] and found["torch.compile"]["why"] == "no compiler"
     assert set(found) == {"transformers", "liger-kernel", "litgpt", "torch.compile"}
-    found = generation_standing(
+    found = choice.variants_status(
         [
             ("eager bf16", ""),
             ("transformers+static bf16", ""),
             ("llama.cpp F16", "llama-cpp-python 0.3: measured"),
-        ]
+        ],
+        choice.OF_GENERATION,
     )
     assert found["transformers"]["used"] and found["llama-cpp-python"]["why"] == "measured"
     rows = [
@@ -93,19 +98,20 @@ def test_variants_belong_to_their_libraries(monkeypatch):
         {"variant": "flash", "failed": "no kernel"},
         {"variant": "triton"},
     ]
-    found = kernels.kernel_standing(rows)
+    found = kernels.kernel_status(rows)
     assert found["liger-kernel"]["used"] and found["torch flash attention"]["why"] == "no kernel"
 
 
 def test_a_figure_has_the_versions_of_the_libraries_that_are_here(monkeypatch):
     def version(name):
         if name == "flash-attn":
-            raise part.PackageNotFoundError(name)
+            raise record.PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr(part, "version", version)
-    found = part.provenance(CPU)["versions"]
-    assert {name: found.get(name) for name in ("transformers", "liger-kernel", "litgpt", "quack-kernels", "flash-attn")} == {
+    monkeypatch.setattr(record, "version", version)
+    found = record.provenance(CPU)["versions"]
+    assert {name: found.get(name) for name in ("transformers", "liger-kernel", "litgpt", "quack-kernels",
+        "flash-attn")} == {
         "transformers": "1.0", "liger-kernel": "1.0", "litgpt": "1.0", "quack-kernels": "1.0",
         "flash-attn": None,
     }  # fmt: skip
@@ -144,10 +150,10 @@ def liger(monkeypatch):
 def test_liger_changes_its_own_model_and_not_the_plain_one(liger):
     from transformers.models.llama import modeling_llama
 
-    before = {name: getattr(modeling_llama, name) for name in peer_models.LIGER_GLOBALS}
+    before = {name: getattr(modeling_llama, name) for name in llama.LIGER_GLOBALS}
     weights = ours(TINY, torch.float32).state_dict()
-    plain, changed = (peer_models.transformers_llama(TINY, weights) for _ in range(2))
-    forward = peer_models.with_liger(changed)
+    plain, changed = (llama.transformers_llama(TINY, weights) for _ in range(2))
+    forward = llama.with_liger(changed)
     assert all(getattr(modeling_llama, name) is value for name, value in before.items())
     loss = forward(IDS, labels=IDS, use_cache=False).loss
     assert liger == ["LlamaForCausalLM", "rotary"]  # one layer
@@ -159,9 +165,7 @@ def test_what_liger_replaced_is_restored_when_its_forward_raises(liger):
     from transformers.models.llama import modeling_llama
 
     before = modeling_llama.apply_rotary_pos_emb
-    forward = peer_models.with_liger(
-        peer_models.transformers_llama(TINY, ours(TINY, torch.float32).state_dict())
-    )
+    forward = llama.with_liger(llama.transformers_llama(TINY, ours(TINY, torch.float32).state_dict()))
     with pytest.raises(TypeError):
         forward(IDS, input_ids=IDS)
     assert modeling_llama.apply_rotary_pos_emb is before
@@ -169,7 +173,7 @@ def test_what_liger_replaced_is_restored_when_its_forward_raises(liger):
 
 def test_a_step_of_liger_is_refused_on_a_cpu(liger):
     with pytest.raises(peers.Unavailable, match="liger-kernel 0.8.5: needs a GPU"):
-        peer_models.peer_step("liger", TINY, ours(TINY, torch.float32).state_dict(), IDS, False, "eager")
+        choice.peer_step("liger", TINY, ours(TINY, torch.float32).state_dict(), IDS, False, "eager")
 
 
 # operations
@@ -200,7 +204,7 @@ def test_of_torchs_attention_the_kernels_of_a_cpu_are_measured_and_the_others_na
         )
     for variant, name in (("cudnn", "torch cuDNN attention"), ("flex", "torch FlexAttention")):
         assert f"{name} {torch.__version__}: needs a GPU" in attention_rows["attention", variant]["failed"]
-    found = kernels.kernel_standing(list(attention_rows.values()))
+    found = kernels.kernel_status(list(attention_rows.values()))
     assert found["torch flash attention"]["used"] and found["torch cuDNN attention"]["why"] == "needs a GPU"
 
 

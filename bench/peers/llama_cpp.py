@@ -1,18 +1,4 @@
-"""What else would run SmolLM2, for `python -m bench.generate`: transformers, litgpt and llama.cpp, from the
-same weights, greedy.
-
-    transformers ...          LlamaForCausalLM from a folder that `save_pretrained` wrote, with its DynamicCache. Forward calls in a loop:
-                              what its `generate` does, without the bookkeeping around them
-    transformers+static ...   the same with its StaticCache
-    transformers+compile ...  StaticCache, the decode step under torch.compile, the prefill eager, as its `generate` has it
-    litgpt ...                its GPT and KVCache in a process of its own (bench/litgpt_peer.py)
-    llama.cpp F16, Q8_0       llama-cpp-python's C interface: one llama_decode per step for all rows, logits of the last tokens only,
-                              argmax by numpy. Its defaults (flash attention as it chooses, F16 cache), at
-                              most 512 tokens a call
-
-GGUF files are written once, into the cache folder, from the weights at hand: quantised by the `gguf` package,
-norms in F32. They have no tokenizer, since only ids pass.
-"""
+"""llama.cpp on a GGUF file that is written from our weights: its generation."""
 
 from __future__ import annotations
 
@@ -21,29 +7,22 @@ import hashlib
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.peers import require, standing
-from smollm2.cli import parse_dtype
+from bench.peers.status import require
+from bench.variant import Variant
 from smollm2.config import SmolLM2Config
+from smollm2.engine.cache import cache_bytes
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cache_folder
 from smollm2.pretrained.load import stored_tensors
 
-# The library behind a variant, by the first word of its name up to a "+".
-LIBRARY = {
-    "transformers": "transformers",
-    "litgpt": "litgpt",
-    "llama.cpp": "llama-cpp-python",
-    "torch.compile": "torch.compile",
-}
 GGUF_KINDS = ("F16", "Q8_0")
 N_BATCH = 512  # tokens that llama.cpp takes in one call
 # Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of
@@ -54,143 +33,6 @@ _LAYER_NAMES = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-
-
-class Turns(Protocol):
-    """A batch of prompts and the cache that grows behind them, greedy."""
-
-    def prefill(self) -> Tensor:
-        """Begins anew, from the prompts -> the first new token of every row [B, 1]."""
-        ...
-
-    def decode(self, tokens: Tensor, steps: int) -> Tensor:
-        """Appends tokens [B, 1] and, one by one, what follows -> the tokens of those steps [B, steps]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to generate: what it is and how much it has to read."""
-
-    dtype: str
-    weight_bytes: int  # read once for a decode step
-    cache_bytes: int  # keys and values of one position of one row, all layers
-    begin: Callable[[Tensor, int], Turns]  # prompts [B, T], number of new tokens
-
-
-def cache_bytes(config: SmolLM2Config, element: int) -> int:
-    """Bytes of one position's keys and values in all layers. element: bytes per number."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * element
-
-
-def library_variant(name: str, weights: SmolLM2ForCausalLM, folder: Path, device: torch.device) -> Variant:
-    """The variant of that name, of transformers, litgpt or llama.cpp. folder: the weights, saved.
-
-    Raises UsageError, with the version and the reason, for one that cannot be had here.
-    """
-    kind, what = name.split()
-    if kind == "llama.cpp":
-        known = require("llama-cpp-python")
-        if device.type != "cpu":
-            raise UsageError(f"llama-cpp-python {known}: measured on the CPU; add --device cpu")
-        return llama_cpp_variant(gguf_file(weights, what), weights.config, what, torch.get_num_threads())
-    dtype = parse_dtype(what)
-    assert dtype is not None
-    if kind == "litgpt":
-        from bench.litgpt_peer import litgpt_variant  # which imports this module
-
-        return litgpt_variant(weights, dtype, device)
-    extra = kind.partition("+")[2]
-    return transformers_variant(folder, dtype, device, compiled=extra == "compile", static=extra == "static")
-
-
-def generation_standing(outcomes: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
-    """`bench.peers.standing` of (variant, "" or why it was not measured); variants of this project are passed
-    over.
-    """
-    from bench.litgpt_peer import litgpt_version
-
-    found: dict[str, list[str]] = {library: [] for library in LIBRARY.values()}
-    for name, failed in outcomes:
-        library = LIBRARY.get(name.split()[0].partition("+")[0])
-        if library is not None:
-            found[library].append(failed)
-    return standing(found, {"litgpt": litgpt_version()})
-
-
-# transformers
-
-
-def transformers_variant(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, compiled: bool, static: bool = False
-) -> Variant:
-    """LlamaForCausalLM with the weights in `folder`. static: with StaticCache, which a compiled step has
-    anyway. Raises NotInstalled.
-    """
-    require("transformers")
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    llama: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
-    llama = llama.to(device).eval()
-    step = torch.compile(llama.forward, dynamic=False) if compiled else llama
-    # the head is the embedding
-    weights = {parameter.data_ptr(): parameter.nbytes for parameter in llama.parameters()}
-    config = SmolLM2Config.from_file(folder / "config.json")
-    return Variant(
-        str(dtype).removeprefix("torch."), sum(weights.values()), cache_bytes(config, dtype.itemsize),
-        lambda prompts, new_tokens: TransformersTurns(llama, step, static or compiled, prompts, new_tokens),
-    )  # fmt: skip
-
-
-class TransformersTurns:
-    """Forward calls with a growing cache, or a static one. step: the model as it decodes."""
-
-    def __init__(
-        self, llama: Any, step: Callable[..., Any], static: bool, prompts: Tensor, new_tokens: int
-    ) -> None:
-        from transformers import StaticCache
-
-        self._llama, self._step, self._prompts = llama, step, prompts
-        self._static = (
-            StaticCache(llama.config, max_cache_len=prompts.shape[1] + new_tokens) if static else None
-        )
-        self._cache: Any = self._static
-        # of the next token, in every row
-        self._position = torch.zeros(1, 1, dtype=torch.int64, device=prompts.device)
-
-    @torch.inference_mode()
-    def prefill(self) -> Tensor:
-        from transformers import DynamicCache
-
-        if self._static is not None:
-            self._static.reset()
-        else:
-            self._cache = DynamicCache()
-        self._position.fill_(self._prompts.shape[1])
-        return self._most_likely(
-            self._llama(self._prompts, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        )
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, steps: int) -> Tensor:
-        found = [tokens]
-        for _ in range(steps):
-            place = {} if self._static is None else {"position_ids": self._position}
-            found.append(
-                self._most_likely(self._step(found[-1], past_key_values=self._cache, use_cache=True, **place))
-            )
-            self._position += 1
-        return torch.cat(found[1:], 1)
-
-    @staticmethod
-    def _most_likely(result: Any) -> Tensor:
-        tokens: Tensor = result.logits[:, -1].argmax(-1, keepdim=True)
-        return tokens
-
-
-# llama.cpp
 
 
 def gguf_file(model: SmolLM2ForCausalLM, kind: str) -> Path:
@@ -283,10 +125,11 @@ def llama_cpp_variant(path: Path, config: SmolLM2Config, kind: str, threads: int
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if model is None:
         raise UsageError(
-            f"llama.cpp {require('llama-cpp-python')} does not load {path}; remove it, and it is written again"
+            f"llama.cpp {require('llama-cpp-python')} does not load {path}; remove it, and it is written "
+            "again"
         )
     return Variant(
-        kind, llama_cpp.llama_model_size(model), cache_bytes(config, 2), lambda prompts,
+        kind, llama_cpp.llama_model_size(model), cache_bytes(config, 1, 1, torch.float16), lambda prompts,
         new_tokens: LlamaCppTurns(llama_cpp, model, config.vocab_size, prompts, new_tokens, threads),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The libraries that the benchmarks measure beside this project: which version of each is here, and why one
 was not measured.
 
-A benchmark hands the outcome of every variant to `standing`, which becomes `peers` in its JSON, and prints
+A benchmark hands the outcome of every variant to `peer_status`, which becomes `peers` in its JSON, and prints
 `not_measured`: nobody has to guess whether a library is absent from a table because it was slow, because it
 failed or because it was not there.
 """
@@ -67,7 +67,7 @@ def require(peer: str, device: torch.device | None = None) -> str:
     return found
 
 
-def standing(
+def peer_status(
     outcomes: Mapping[str, Iterable[str]], versions: Mapping[str, str | None] | None = None
 ) -> dict[str, dict[str, Any]]:
     """What became of each peer: {peer: {"version": ..., "used": ..., "why": ...}}, as it goes into the JSON.
@@ -100,7 +100,7 @@ def _reason(peer: str, said: list[str], known: str | None) -> str:
 
 
 def not_measured(peers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each peer of a `standing` that was not measured: its version and the reason, or how to
+    """A line for each peer of a `peer_status` that was not measured: its version and the reason, or how to
     install it.
     """
     return [

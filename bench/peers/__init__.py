@@ -1,0 +1,1 @@
+"""The libraries that the benchmarks measure beside this project, one a file."""

@@ -1,0 +1,153 @@
+"""transformers' Llama: its training step, with Liger-Kernel's operations too, and its generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.peers.status import NotInstalled, require
+from bench.variant import Variant
+from smollm2.config import SmolLM2Config
+from smollm2.engine.cache import cache_bytes
+
+# What Liger-Kernel replaces in transformers' module for good; the rest it replaces in the model.
+LIGER_GLOBALS = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
+Forward = Callable[..., Any]  # (ids, labels, doc_start) -> what has a loss
+
+
+def transformers_llama(
+    config: SmolLM2Config,
+    weights: Mapping[str, Tensor],
+    device: torch.device | None = None,
+    attention: str = "sdpa",
+) -> Any:
+    """LlamaForCausalLM with those weights, fp32, in training mode. attention: "sdpa" or "eager". Raises
+    NotInstalled.
+    """
+    try:
+        import transformers
+    except ImportError as missing:
+        raise NotInstalled("transformers") from missing
+    options = {**config.to_dict(), "use_cache": False, "attn_implementation": attention}
+    llama: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    llama.load_state_dict(weights)
+    return llama.to(device).train()
+
+
+def with_liger(llama: Any) -> Callable[..., Any]:
+    """Puts Liger-Kernel's operations into the model -> its forward.
+
+    The rotary embedding can only be replaced for all of transformers: that is done while the forward runs and
+    undone after it, so that the plain model of the same process stays what it is. Raises NotInstalled.
+    """
+    require("liger-kernel")
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
+
+    plain = {name: getattr(modeling_llama, name) for name in LIGER_GLOBALS}
+    try:
+        apply_liger_kernel_to_llama(model=llama)
+        rotary = modeling_llama.apply_rotary_pos_emb
+    finally:
+        for name, value in plain.items():
+            setattr(modeling_llama, name, value)
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        with _replaced(modeling_llama, "apply_rotary_pos_emb", rotary):
+            return llama(*arguments, **options)
+
+    return forward
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def autocast_forward(called: Callable[..., Any], device: torch.device, autocast: bool) -> Forward:
+    """A transformers model as TrainingStep calls a model; autocast: bf16 under torch.autocast."""
+
+    def forward(ids: Tensor, labels: Tensor, doc_start: None = None) -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return called(ids, labels=labels, use_cache=False)
+
+    return forward
+
+
+def transformers_variant(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, compiled: bool, static: bool = False
+) -> Variant:
+    """LlamaForCausalLM with the weights in `folder`. static: with StaticCache, which a compiled step has
+    anyway. Raises NotInstalled.
+    """
+    require("transformers")
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    llama: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    llama = llama.to(device).eval()
+    step = torch.compile(llama.forward, dynamic=False) if compiled else llama
+    # the head is the embedding
+    weights = {parameter.data_ptr(): parameter.nbytes for parameter in llama.parameters()}
+    config = SmolLM2Config.from_file(folder / "config.json")
+    return Variant(
+        str(dtype).removeprefix("torch."), sum(weights.values()), cache_bytes(config, 1, 1, dtype),
+        lambda prompts, new_tokens: TransformersTurns(llama, step, static or compiled, prompts, new_tokens),
+    )  # fmt: skip
+
+
+class TransformersTurns:
+    """Forward calls with a growing cache, or a static one. step: the model as it decodes."""
+
+    def __init__(
+        self, llama: Any, step: Callable[..., Any], static: bool, prompts: Tensor, new_tokens: int
+    ) -> None:
+        from transformers import StaticCache
+
+        self._llama, self._step, self._prompts = llama, step, prompts
+        self._static = (
+            StaticCache(llama.config, max_cache_len=prompts.shape[1] + new_tokens) if static else None
+        )
+        self._cache: Any = self._static
+        # of the next token, in every row
+        self._position = torch.zeros(1, 1, dtype=torch.int64, device=prompts.device)
+
+    @torch.inference_mode()
+    def prefill(self) -> Tensor:
+        from transformers import DynamicCache
+
+        if self._static is not None:
+            self._static.reset()
+        else:
+            self._cache = DynamicCache()
+        self._position.fill_(self._prompts.shape[1])
+        return self._most_likely(
+            self._llama(self._prompts, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        )
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, steps: int) -> Tensor:
+        found = [tokens]
+        for _ in range(steps):
+            place = {} if self._static is None else {"position_ids": self._position}
+            found.append(
+                self._most_likely(self._step(found[-1], past_key_values=self._cache, use_cache=True, **place))
+            )
+            self._position += 1
+        return torch.cat(found[1:], 1)
+
+    @staticmethod
+    def _most_likely(result: Any) -> Tensor:
+        tokens: Tensor = result.logits[:, -1].argmax(-1, keepdim=True)
+        return tokens

@@ -1,0 +1,112 @@
+"""One optimizer step, whoever's model it is: what the benchmarks of training measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import TORCH
+from smollm2.model import SmolLM2ForCausalLM
+
+
+class TrainingStep:
+    """One optimizer step as a call: tokens -> loss, which stays on the device."""
+
+    def __init__(
+        self,
+        model: SmolLM2ForCausalLM,
+        forward: Callable[..., Any] | None = None,
+        lr: float = 3e-4,
+        own: bool | None = None,
+    ) -> None:
+        """forward: the model, or torch.compile of it. own: AdamW is ours and writes the working copies of the
+        weights (default: as a
+        training run has it, where the backend is Triton's and nothing is compiled)."""
+        self.model = model
+        self._forward = model if forward is None else forward
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+        device = model.lm_head.weight.device
+        # a tensor, so that a schedule needs no other step and a captured graph sees it
+        self.lr = torch.tensor(lr, device=device)
+        if own is None:
+            own = forward is None and getattr(model, "backend", TORCH).name.startswith("triton")
+        if own:
+            from kernels.fused_adamw import FusedAdamW
+            from smollm2.working_copies import WorkingCopies
+
+            copies = None if model.compute_dtype is None else WorkingCopies(model, model.compute_dtype)
+            model.use_working_copies(copies)
+            self.optimizer: torch.optim.Optimizer = FusedAdamW(
+                groups, lr=self.lr, betas=(0.9, 0.95), copies=copies
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=self.lr, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda"
+            )
+
+    def __call__(self, ids: Tensor, doc_start: Tensor | None = None) -> Tensor:
+        """ids, doc_start [B, T] -> loss in nats."""
+        self.begin()
+        loss = self._forward(ids, ids, doc_start).loss
+        loss.backward()
+        self.update()
+        return loss.detach()
+
+    def begin(self) -> None:
+        """Without gradients, and with working copies of the weights as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if (copies := getattr(self.model, "working_copies", None)) is not None:
+            copies.refresh()
+
+    def update(self) -> None:
+        """Clipping to a global norm of 1, and AdamW."""
+        if (clip := getattr(self.optimizer, "clip", None)) is not None:
+            clip(1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+class CapturedStep:
+    """A TrainingStep as one CUDA graph: no Python and no launches between its kernels. Runs two steps before
+    it is captured.
+    """
+
+    def __init__(self, step: TrainingStep, ids: Tensor) -> None:
+        self._ids = ids.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.first_losses = [step(self._ids) for _ in range(2)]
+        torch.cuda.synchronize()
+        # the gradients of the capture live in the graph's own memory
+        step.optimizer.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._loss = step(self._ids)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._loss.clone()
+
+
+def all_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    **others: Any,
+) -> Tensor:  # fmt: skip
+    """linear_cross_entropy as torch has it: all logits [N, V], the loss in fp32 or more. No scale, no
+    penalty, and it reads no copy.
+    """
+    wanted = [name for name in ("scale", "z_loss", "label_smoothing") if others.get(name)]
+    if wanted:
+        raise ValueError(f"the plain loss has no {', '.join(wanted)}")
+    logits = F.linear(hidden, weight.to(hidden.dtype))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction=reduction)
