@@ -24,8 +24,9 @@ from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train.config import RunConfig
 from train.data import token_cache
-from train.data.batches import Batch, held_out_rows, training_batches
-from train.data.corpus import Block
+from train.data.batches import held_out_rows, training_batches
+from train.data.packing import Batch
+from train.data.source import Block
 from train.data.token_cache import TokenCache, open_cache
 from train.data.tokenise import TokenBlock
 

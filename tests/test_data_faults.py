@@ -20,10 +20,10 @@ from test_data_sources import write_cosmopedia
 
 from smollm2.errors import LoadError
 from smollm2.pretrained.tokenizer import train_tokenizer
-from train import hub
 from train.config import RunConfig
+from train.data import hub
 from train.data.batches import training_batches
-from train.data.corpus import open_source
+from train.data.open import open_source
 
 STEPS = 400  # of 4 x 512 tokens: more than two epochs
 
@@ -40,8 +40,8 @@ class Hurried:
         real.sleep(min(seconds, 0.01))
 
 real, http.time = http.time, Hurried()
-from train import hub
-from train.data.corpus import open_source
+from train.data import hub
+from train.data.open import open_source
 from train.config import RunConfig
 from train.data.batches import training_batches
 from train.data.token_cache import open_cache

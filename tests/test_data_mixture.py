@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from hypothesis import strategies as st
 
 from smollm2.errors import LoadError
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
-from train.config import MixturePart, RunConfig
-from train.data.batches import DataState, held_out_rows, read_stored, training_batches
-from train.data.corpus import Block
-from train.data.mixture import MixedBatch, MixtureCache, MixtureCursor, MixtureSource, Schedule, order_key
+from train.config import RunConfig
+from train.data.batches import held_out_rows, read_stored, training_batches
+from train.data.mixture import MixtureSource, Schedule
+from train.data.packing import Batch
+from train.data.source import Block, MixtureCursor, Part
+from train.data.state import DataState
 from train.data.token_cache import open_caches
 from train.data.tokenise import digest, is_held_out
 
@@ -40,24 +43,21 @@ def source_of(name: str, documents: int) -> ListSource:
     return source
 
 
-def some_mixture(kind: type[ListSource] = ListSource, folder: str = "none") -> MixtureSource:
-    config = RunConfig(data="local", paths=["-"], token_cache=folder)
-    keys = [MixturePart(name, Fraction(str(weight)), config) for name, weight in WEIGHTS.items()]
-    sources = []
-    for name in WEIGHTS:
+def some_mixture(kind: type[ListSource] = ListSource) -> MixtureSource:
+    parts = []
+    for name, weight in WEIGHTS.items():
         plain = source_of(name, DOCUMENTS[name])
         source = kind(plain.shards)
         source.fingerprint, source.cache_key = plain.fingerprint, plain.cache_key
-        sources.append(source)
-    return MixtureSource(keys, sources)
+        parts.append(Part(name, Fraction(str(weight)), source))
+    return MixtureSource(parts)
 
 
-def taken(count: int, **changes: object) -> list[MixedBatch]:
+def taken(count: int, **changes: object) -> list[Batch]:
     batches = training_batches(some_mixture(), TOKENIZER, **{**SHAPE, **changes})  # type: ignore[arg-type]
     found = list(itertools.islice(batches, count))
     batches.close()
-    assert all(isinstance(batch, MixedBatch) for batch in found)
-    return found  # type: ignore[return-value]
+    return found
 
 
 TOKENIZER: Tokenizer = train_tokenizer(["web code math 0123456789 " * 5], 280)
@@ -115,11 +115,11 @@ def test_a_source_is_read_as_if_it_were_alone_and_no_row_has_two_sources() -> No
     mixture = some_mixture()
     alone = [
         training_batches(
-            part.source, TOKENIZER, rows=1, length=16, seed=order_key(3, part.name), validation_fraction=0.1
+            part.source, TOKENIZER, rows=1, length=16, seed=part.order_key(3), validation_fraction=0.1
         )  # type: ignore[arg-type]
         for part in mixture.parts
     ]
-    schedule = Schedule(mixture.weights)
+    schedule = Schedule([part.weight for part in mixture.parts])
     for batch in taken(30):
         for index, source in enumerate(itertools.islice(schedule, 4)):
             expected = next(alone[source])
@@ -198,13 +198,12 @@ def test_the_order_of_a_source_depends_on_the_seed_and_its_name_alone() -> None:
     first, other = taken(8), taken(8, seed=4)
     assert not torch.equal(first[0].input_ids, other[0].input_ids)
     mixture = some_mixture()
-    keys = [part.key for part in mixture.parts]
-    turned = MixtureSource(keys[::-1], [part.source for part in mixture.parts][::-1])
+    turned = MixtureSource(mixture.parts[::-1])
     batches = training_batches(turned, TOKENIZER, **SHAPE)  # type: ignore[arg-type]
     found = [next(batches) for _ in range(8)]
     for index, name in enumerate(WEIGHTS):
         one = np.concatenate([batch.shares[index].digests for batch in first])
-        two = np.concatenate([batch.shares[2 - index].digests for batch in found])  # type: ignore[attr-defined]
+        two = np.concatenate([batch.shares[2 - index].digests for batch in found])
         shorter = min(len(one), len(two))
         assert shorter and np.array_equal(one[:shorter], two[:shorter]), name
 
@@ -249,14 +248,14 @@ class _NoSource(ListSource):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_source_has_a_cache_from_which_the_same_batches_come(tmp_path: Path, workers: int) -> None:
     whole = taken(40)
-    config = RunConfig()
+    entries = [
+        {"name": name, "weight": weight, "data": "local", "paths": [name]} for name, weight in WEIGHTS.items()
+    ]
+    config = RunConfig(data="mixture", mixture=entries, token_cache=str(tmp_path))
     for kind in (ListSource, _NoSource):
-        mixture = some_mixture(kind, str(tmp_path))
+        mixture = some_mixture(kind)
         caches = open_caches(config, mixture, TOKENIZER)
-        assert (
-            isinstance(caches, MixtureCache)
-            and len({cache.folder for cache in caches.parts if cache is not None}) == 3
-        )
+        assert len({cache.folder for cache in caches.parts if cache is not None}) == 3
         batches = training_batches(mixture, TOKENIZER, **SHAPE, cache=caches, workers=workers)  # type: ignore[arg-type]
         assert all(same(next(batches), batch) for batch in whole)
         batches.close()
@@ -278,18 +277,12 @@ def test_an_error_names_the_source() -> None:
         def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
             raise LoadError("the disk is gone")
 
-    mixture = some_mixture()
-    broken = MixtureSource(
-        [part.key for part in mixture.parts],
-        [*(part.source for part in mixture.parts[:2]), Broken([[["text"]]])],
-    )
+    *sound, last = some_mixture().parts
+    broken = MixtureSource([*sound, replace(last, source=Broken([[["text"]]]))])
     batches = training_batches(broken, TOKENIZER, **SHAPE)  # type: ignore[arg-type]
     with pytest.raises(LoadError, match="mixture: math: the disk is gone"):
         list(itertools.islice(batches, 20))
-    empty = MixtureSource(
-        [part.key for part in mixture.parts],
-        [*(part.source for part in mixture.parts[:2]), ListSource([[["", None]]])],
-    )
+    empty = MixtureSource([*sound, replace(last, source=ListSource([[["", None]]]))])
     with pytest.raises(LoadError, match="mixture: math: data: expected documents to train on, found none"):
         list(itertools.islice(training_batches(empty, TOKENIZER, **SHAPE), 20))  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from smollm2.pretrained.tokenizer import train_tokenizer
 from train import metrics
 from train.checkpoint import Progress
 from train.config import RunConfig
-from train.data.batches import DataState
+from train.data.state import DataState
 from train.display import columns, duration
 from train.metrics import (
     MetricsLog,

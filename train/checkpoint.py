@@ -46,7 +46,7 @@ from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.checkpoint import load_model, stored_tensors, write_weights
 from smollm2.pretrained.tokenizer import Tokenizer
 from train import sharding
-from train.data.batches import DataState
+from train.data.state import DataState
 from train.distributed import World
 
 SCHEMA = 2  # of the folder; 1 had no schema in its manifest and the moments in training_state.pt

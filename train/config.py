@@ -312,10 +312,13 @@ class RunConfig:
                 )
 
     def mixture_parts(self) -> list[MixturePart]:
-        """The sources of data=mixture, each with the configuration of a run on it alone.
+        """The sources of data=mixture, each with the configuration of a run on it alone. Of other data, the
+        run itself, without a name.
 
         Raises UsageError naming the first entry that cannot be used, what came and what is allowed.
         """
+        if self.data != "mixture":
+            return [MixturePart("", Fraction(1), self)]
         parts: list[MixturePart] = []
         for index, entry in enumerate(self.mixture):
             where = f"mixture[{index}]"

@@ -26,7 +26,9 @@ from smollm2.errors import LoadError
 from smollm2.pretrained.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from train.config import RunConfig
 from train.data.batches import training_batches
-from train.data.corpus import EmbeddedSource, LocalSource, Source
+from train.data.embedded import EmbeddedSource
+from train.data.local import LocalSource
+from train.data.source import Source
 from train.data.token_cache import TokenCache, open_cache
 
 ROWS, LENGTH = 32, 512

@@ -19,7 +19,12 @@ import torch
 from kernels.eager.loss import CHUNK_TOKENS
 from kernels.products import tokens_per_chunk
 from smollm2.config import SmolLM2Config
+from smollm2.errors import LoadError
+from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
+from train.data.source import Source
+from train.data.token_cache import Caches, TokenCache
+from train.data.worker_pool import WorkerPool
 from train.display import duration
 from train.metrics import flops_per_token, peak_flops
 from train.sharding import group_size
@@ -362,3 +367,55 @@ def _flop(count: float) -> str:
 def _time(seconds: float) -> str:
     days = seconds / 86400
     return f"{days:.1f} days" if days >= 2 else duration(seconds)
+
+
+# ---- mixture --------------------------------------------------------------------------------------------------------------
+
+
+def mixture_lines(source: Source, config: RunConfig, tokenizer: Tokenizer, cache: Caches) -> list[str]:
+    """A line for every source of a mixture: its share, the tokens that the run reads of it, and, where the
+    size of the source is known, its epochs. A size is counted where the token cache has all of the source,
+    else estimated from its first block.
+    """
+    width = max(len(part.name) for part in source.parts)
+    lines: list[str] = []
+    for part, own in zip(source.parts, cache.parts, strict=True):
+        if not part.name:
+            continue
+        share = config.steps * config.tokens_per_step * float(part.weight)
+        size, about = own.tokens_of(part.source.num_shards) if own is not None else None, ""
+        if size is None:
+            size, about = estimated_tokens(part.source, tokenizer, own), "about "
+        extent = (
+            f"of {about}{size:,}: {about}{share / size:,.2f} epochs"
+            if size
+            else "of a source of unknown size"
+        )
+        lines.append(
+            f"{'mixture' if not lines else '':10}{part.name:{width}}  {float(part.weight):7.2%}  {share:,.0f} tokens {extent}"
+        )
+    return lines
+
+
+SOME_DOCUMENTS = 200  # tokenised for an estimate
+
+
+def estimated_tokens(source: Source, tokenizer: Tokenizer, cache: TokenCache | None = None) -> int | None:
+    """The tokens of a source, from its first block, or the first documents of it, and the part of the source
+    that the block is; None if that is not known, or the block cannot be read.
+
+    Off by as much as other documents are longer or shorter.
+    """
+    begin, end = source.span(0, 0)
+    part = (end - begin) * source.sizes[0] / (sum(source.sizes) or 1.0)
+    stored = cache.get(0, 0) if cache is not None else None
+    if stored is not None and part > 0:
+        return round(len(stored.tokens) / part)
+    try:
+        block = next(source.read(0), []) if part > 0 else []
+    except LoadError:
+        return None
+    if not block:
+        return None
+    tokens = len(WorkerPool(tokenizer, 0).encode(block[:SOME_DOCUMENTS]).tokens)
+    return round(tokens * len(block) / len(block[:SOME_DOCUMENTS]) / part)

@@ -22,8 +22,8 @@ from train.command_line import parse
 from train.config import RunConfig
 from train.data.batches import held_out_rows
 from train.data.blocks import EpochEnd, Prefetch, StoredBlock, epoch_order, stored_blocks, tokenised
-from train.data.corpus import Source, open_source
-from train.data.mixture import MixtureCache, MixtureSource, order_key
+from train.data.open import open_source
+from train.data.source import Source
 from train.data.token_cache import TokenCache, open_caches
 from train.data.tokenise import TokenBlock, is_held_out
 from train.data.worker_pool import WorkerPool
@@ -68,7 +68,7 @@ class Filling:
 
     source: Source
     cache: TokenCache
-    seed: int | str
+    seed: str
     share: Fraction
 
 
@@ -196,16 +196,12 @@ def print_totals(totals: Totals, cache: TokenCache) -> None:
 def _open(config: RunConfig) -> tuple[list[Filling], Tokenizer]:
     source = open_source(config)
     tokenizer = tokenizer_for(config, source)
-    cache = open_caches(config, source, tokenizer)
-    if isinstance(source, MixtureSource) and isinstance(cache, MixtureCache):
-        opened = zip(source.parts, cache.parts, strict=True)
-        found = [
-            Filling(part.source, own, order_key(config.seed, part.name), part.weight)
-            for part, own in opened
-            if own is not None
-        ]
-    else:
-        found = [Filling(source, cache, config.seed, Fraction(1))] if isinstance(cache, TokenCache) else []
+    opened = zip(source.parts, open_caches(config, source, tokenizer).parts, strict=True)
+    found = [
+        Filling(part.source, own, part.order_key(config.seed), part.weight)
+        for part, own in opened
+        if own is not None
+    ]
     if not found:
         raise UsageError(
             f"token_cache: expected a folder to fill, got {config.token_cache} with data={config.data}; "

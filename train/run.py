@@ -45,10 +45,13 @@ from train.checkpoint import (
 )
 from train.command_line import HELP, parse
 from train.config import RunConfig, compare_for_resume
-from train.data.batches import Batch, DataState, held_out_rows, read_stored, training_batches
-from train.data.corpus import LocalSource, Source, open_source
-from train.data.mixture import MixtureCache, MixtureSource, mixture_lines
-from train.data.token_cache import TokenCache, open_caches
+from train.data.batches import held_out_rows, read_stored, training_batches
+from train.data.local import LocalSource
+from train.data.open import open_source
+from train.data.packing import Batch
+from train.data.source import Source
+from train.data.state import DataState
+from train.data.token_cache import MixtureCache, open_caches
 from train.distributed import StopRequest, World, join_world, leave_world, settle_buckets
 from train.evaluation import evaluate, sample
 from train.optim import (
@@ -79,7 +82,7 @@ class Run:
     folder: Path
     source: Source
     tokenizer: Tokenizer
-    cache: TokenCache | MixtureCache | None
+    cache: MixtureCache
     model: SmolLM2ForCausalLM
     forward: nn.Module  # the model, compiled if asked, its gradients summed over the ranks
     optimizer: torch.optim.Optimizer
@@ -542,8 +545,8 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
         try:
             print_plan(run, origin)
             if dry_run:
-                if isinstance(run.source, MixtureSource):
-                    print("\n".join(mixture_lines(run.source, config, run.tokenizer, run.cache)))
+                for line in estimate.mixture_lines(run.source, config, run.tokenizer, run.cache):
+                    print(line)
                 _print_estimate(config, run.model.config, world)
                 return 0
             if run.progress.step >= config.steps:
@@ -556,8 +559,7 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
                 open_folder(run)
             return loop(run)
         finally:
-            if run.cache is not None:
-                run.cache.close()
+            run.cache.close()
 
 
 def main(argv: Sequence[str]) -> int:

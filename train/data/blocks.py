@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from train.data.corpus import Block, Source
-from train.data.packing import START, Cursor
+from train.data.source import START, Block, Cursor, Source
 from train.data.token_cache import TokenCache
 from train.data.tokenise import TokenBlock
 from train.data.worker_pool import Pending, Stopped, WorkerPool

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm2.errors import LoadError
+from train.data.source import SingleSource
 from train.data.source_record import find_source_record
 
 HUB_BLOCK = 1024  # rows
@@ -24,7 +25,7 @@ RETRY_PAUSES = (1, 4, 15, 60, 120)
 READ_TIMEOUT = 180.0  # seconds for the next block, opening its file included
 
 
-class HubSource:
+class HubSource(SingleSource):
     """A dataset on the hub (or a folder of files that `datasets` reads): only the text column, one file per
     shard.
 

@@ -20,18 +20,17 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
-from train.data.corpus import Source
-from train.data.mixture import MixtureCache, MixtureSource
+from train.data.source import Source
 from train.data.source_record import cache_root, source_folder, write_source_record
 from train.data.tokenise import TokenBlock
 from train.data.worker_pool import token_dtype
@@ -79,14 +78,44 @@ def open_cache(
     return TokenCache(folder, token_dtype(tokenizer), leader=leader)
 
 
+class Caches(Protocol):
+    """The caches of a source's parts: those of a mixture, or a TokenCache, which is that of a single source."""
+
+    @property
+    def parts(self) -> Sequence[TokenCache | None]: ...
+
+    def release(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MixtureCache:
+    """The token caches of a mixture's sources, in their order; None for a source without one."""
+
+    def __init__(self, parts: Sequence[TokenCache | None]) -> None:
+        self.parts = parts
+
+    def release(self) -> None:
+        for cache in self.parts:
+            if cache is not None:
+                cache.release()
+
+    def close(self) -> None:
+        for cache in self.parts:
+            if cache is not None:
+                cache.close()
+
+
 def open_caches(
     config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True
-) -> TokenCache | MixtureCache | None:
-    """As open_cache; of a mixture, the caches of its sources."""
-    if not isinstance(source, MixtureSource):
-        return open_cache(config, source, tokenizer, leader=leader)
+) -> MixtureCache:
+    """As open_cache, for each part of the source that config names."""
+    keys = config.mixture_parts()
     return MixtureCache(
-        [open_cache(part.key.config, part.source, tokenizer, leader=leader) for part in source.parts]
+        [
+            open_cache(one.config, part.source, tokenizer, leader=leader)
+            for one, part in zip(keys, source.parts, strict=True)
+        ]
     )
 
 
@@ -104,6 +133,10 @@ class TokenCache:
         self._refused: set[int] = set()  # shards that another process was writing
         self._patience = WAIT_TIMEOUT
         self.stored_tokens = 0  # by this object
+
+    @property
+    def parts(self) -> Sequence[TokenCache | None]:
+        return [self]
 
     def has(self, shard: int, block: int) -> bool:
         """Whether the block is stored, as far as its manifest says."""

@@ -1,222 +1,22 @@
-"""Where documents come from: Python's own documentation, local files, a dataset on the hub, or several of
-these (train/data/mixture.py).
-
-A source is a list of shards; a shard is a sequence of blocks; a block is a list of documents that is read at
-once:
-
-    source.num_shards                              how many there are
-    source.read(shard, first_block)                the blocks of one shard from that one on
-    source.fingerprint                             changes when the documents do
-    source.cache_key                               the same for the token cache, which must not confuse any two
-
-so that any document has an address (shard, block, index), and a reader can start anywhere. Nothing here
-depends on a seed: train/data/batches.py chooses the order. A document is whatever was stored; what is not
-text is sorted out, and counted, by the reader.
-"""
+"""Files on disk as a corpus: .parquet, .jsonl, .txt and .py."""
 
 from __future__ import annotations
 
-import ast
 import glob
 import hashlib
 import json
 import os
-import sysconfig
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from smollm2.errors import LoadError, UsageError
-from train.config import RunConfig
-from train.data.hub import HubSource
-from train.data.mixture import MixtureSource, Revision
-from train.data.source_record import cache_root
+from train.data.source import Block, SingleSource
 
-Block = list[Any]
-LAYOUT = "blocks 2"  # of the files of data=local; a change of the constants below makes other blocks
-
-
-class Source(Protocol):
-    """What train/data/batches.py reads.
-
-    revision: the pinned version of the documents, where they have one. sizes: of each shard in documents or
-    bytes, which is what parts of an epoch are measured in.
-    """
-
-    @property
-    def revision(self) -> Revision: ...
-
-    @property
-    def num_shards(self) -> int: ...
-
-    @property
-    def sizes(self) -> Sequence[float]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def cache_key(self) -> tuple[str, str]:
-        """What the source is called, and which version of it this is."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What the token cache notes about the source, for readers and for opening it without the hub."""
-        ...
-
-    def span(self, shard: int, block: int) -> tuple[float, float]:
-        """The parts (0 to 1) of the shard before and after a block."""
-        ...
-
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
-        """Raises LoadError when documents cannot be read. A shard without the block has no more blocks."""
-        ...
-
-
-def open_source(config: RunConfig, revision: Revision = None) -> Source:
-    """The source that config.data names. revision: what the checkpoint of a resumed run pinned, as
-    `Source.revision` was.
-    """
-    if config.data == "mixture":
-        pinned = revision if isinstance(revision, Mapping) else {}
-        parts = config.mixture_parts()
-        return MixtureSource(parts, [open_source(part.config, pinned.get(part.name)) for part in parts])
-    if config.data == "embedded":
-        return EmbeddedSource()
-    if config.data == "local":
-        root = cache_root(config)
-        if root is not None and any(
-            root.resolve().is_relative_to(Path(path).expanduser().resolve()) for path in config.paths
-        ):
-            raise UsageError(
-                f"token_cache: expected a folder outside of paths, where its files would be taken for documents, got {root}"
-            )
-        return LocalSource(config.paths, config.text_column, config.validation_paths)
-    commit = revision if isinstance(revision, str) else config.dataset_revision
-    return HubSource(
-        config.dataset,
-        config.dataset_config,
-        config.dataset_split,
-        commit,
-        config.text_column,
-        cache_root(config),
-    )
-
-
-# The standard library without its tests, its applications and what an installation may lack.
-_NOT_DOCUMENTATION = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "__pycache__",
-}
-
-
-class EmbeddedSource:
-    """The documentation inside every CPython: the language reference's topics, and each function's and
-    class's docstrings.
-
-    One shard of one block. Modules are parsed, never imported: some open windows or start servers at import.
-    """
-
-    revision: str | None = None
-    num_shards = 1
-    sizes: Sequence[float] = (1.0,)
-
-    def span(self, shard: int, block: int) -> tuple[float, float]:
-        return 0.0, 1.0
-
-    @property
-    def cache_key(self) -> tuple[str, str]:
-        return "embedded", self.fingerprint.split()[-1]
-
-    def describe(self) -> dict[str, Any]:
-        return {"identity": "embedded", "fingerprint": self.fingerprint, "num_shards": 1}
-
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
-        if first_block == 0:
-            yield self.documents
-
-    @cached_property
-    def documents(self) -> list[str]:
-        """All documents, in a fixed order, without the paragraphs that earlier ones have."""
-        from pydoc_data.topics import topics
-
-        documents = [topics[name].strip() for name in sorted(topics)]
-        library = Path(sysconfig.get_path("stdlib"))
-        for path in sorted(library.rglob("*.py")):
-            parts = path.relative_to(library).parts
-            if not _NOT_DOCUMENTATION.intersection(parts):
-                documents.extend(
-                    _docstrings(path, ".".join(parts).removesuffix(".py").removesuffix(".__init__"))
-                )
-        return list(_without_repeats(dict.fromkeys(documents)))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for document in self.documents:
-            digest.update(document.encode(errors="replace") + b"\0")
-        return f"embedded {len(self.documents)} documents {digest.hexdigest()}"
-
-
-REPEAT = 80  # characters; shorter paragraphs ("Return a string.") repeat by nature
-
-
-def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
-    """Drops paragraphs that an earlier document has, and documents of which little is left.
-
-    Topics contain one another and classes copy docstrings: without this, held-out text would also be trained
-    on.
-    """
-    seen: set[str] = set()
-    for document in documents:
-        paragraphs = [(paragraph, " ".join(paragraph.split())) for paragraph in document.split("\n\n")]
-        kept = [paragraph for paragraph, words in paragraphs if len(words) < REPEAT or words not in seen]
-        seen.update(words for _, words in paragraphs)
-        text = "\n\n".join(kept)
-        if len(kept) == len(paragraphs) or len(text) >= REPEAT:
-            yield text
-
-
-def _docstrings(path: Path, module: str) -> Iterator[str]:
-    """Documents of one module as `help()` would show it: the module's text, then every documented function,
-    and class with its methods.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError):
-        return  # a template, or a file that is not UTF-8: it documents nothing
-    if text := ast.get_docstring(tree):
-        yield f"module {module}\n\n{text}"
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
-            yield f"{_signature(node, module + '.')}\n\n{text}"
-        elif isinstance(node, ast.ClassDef):
-            parts = [text] if (text := ast.get_docstring(node)) else []
-            for method in node.body:
-                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and (
-                    text := ast.get_docstring(method)
-                ):
-                    parts.append(f"{_signature(method)}\n\n{text}")
-            if parts:
-                yield "\n\n".join([f"class {module}.{node.name}", *parts])
-
-
-def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, prefix: str = "") -> str:
-    return f"def {prefix}{node.name}({ast.unparse(node.args)})"
-
-
+LAYOUT = "blocks 2"  # a change of the constants below makes other blocks
 BYTE_BLOCK = 4 << 20  # of .jsonl and .txt files, and of groups of .py files
 ROW_BLOCK = 1024  # of .parquet files
 TEXT_DOCUMENT = 2048  # bytes; a .txt file is cut at the paragraph ends that follow so many
@@ -235,7 +35,7 @@ class _Part:
     size: int
 
 
-class LocalSource:
+class LocalSource(SingleSource):
     """Files on disk. A shard is one row group of a .parquet file, the lines of a .jsonl or .txt file that
     begin in one 4 MiB stretch, or a run of .py files, in the order of their paths, of about 4 MiB together.
 
