@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from train.data.tokenise import digest, is_held_out
 
 WEIGHTS = {"web": 0.6, "code": 0.3, "math": 0.1}
 DOCUMENTS = {"web": 12, "code": 8, "math": 3}
-SHAPE = dict(rows=4, length=16, seed=3, validation_fraction=0.1)
+SHAPE: dict[str, Any] = dict(rows=4, length=16, seed=3, validation_fraction=0.1)
 
 
 def source_of(name: str, documents: int) -> ListSource:
@@ -54,7 +55,7 @@ def some_mixture(kind: type[ListSource] = ListSource) -> MixtureSource:
 
 
 def taken(count: int, **changes: object) -> list[Batch]:
-    batches = training_batches(some_mixture(), TOKENIZER, **{**SHAPE, **changes})  # type: ignore[arg-type]
+    batches = training_batches(some_mixture(), TOKENIZER, **{**SHAPE, **changes})
     found = list(itertools.islice(batches, count))
     batches.close()
     return found
@@ -63,7 +64,7 @@ def taken(count: int, **changes: object) -> list[Batch]:
 TOKENIZER: Tokenizer = train_tokenizer(["web code math 0123456789 " * 5], 280)
 
 
-# ---- shares ---------------------------------------------------------------------------------------------------------------
+# ---- shares ------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=30)
@@ -108,7 +109,7 @@ def test_every_step_has_the_rows_that_its_weights_ask_for() -> None:
     assert rows.tolist() == [144, 72, 24]
 
 
-# ---- order ----------------------------------------------------------------------------------------------------------------
+# ---- order -------------------------------------------------------------------------------------------------
 
 
 def test_a_source_is_read_as_if_it_were_alone_and_no_row_has_two_sources() -> None:
@@ -116,7 +117,7 @@ def test_a_source_is_read_as_if_it_were_alone_and_no_row_has_two_sources() -> No
     alone = [
         training_batches(
             part.source, TOKENIZER, rows=1, length=16, seed=part.order_key(3), validation_fraction=0.1
-        )  # type: ignore[arg-type]
+        )
         for part in mixture.parts
     ]
     schedule = Schedule([part.weight for part in mixture.parts])
@@ -157,7 +158,7 @@ def test_a_source_that_comes_to_its_end_repeats_in_another_order_and_is_counted(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_goes_on_from_the_saved_position_of_any_batch(workers: int) -> None:
     whole = taken(24)
-    for split in (1, 7, 13) if workers else range(1, 24):
+    for split in (0, 7, 13) if workers else range(24):
         state = DataState.of(some_mixture())
         for batch in whole[:split]:
             state.consume(batch)
@@ -190,16 +191,12 @@ def test_the_ranks_share_the_rows_of_one_stream(world: int) -> None:
             )
 
 
-def test_workers_change_nothing() -> None:
-    assert all(same(one, other) for one, other in zip(taken(16), taken(16, workers=2), strict=True))
-
-
 def test_the_order_of_a_source_depends_on_the_seed_and_its_name_alone() -> None:
     first, other = taken(8), taken(8, seed=4)
     assert not torch.equal(first[0].input_ids, other[0].input_ids)
     mixture = some_mixture()
     turned = MixtureSource(mixture.parts[::-1])
-    batches = training_batches(turned, TOKENIZER, **SHAPE)  # type: ignore[arg-type]
+    batches = training_batches(turned, TOKENIZER, **SHAPE)
     found = [next(batches) for _ in range(8)]
     for index, name in enumerate(WEIGHTS):
         one = np.concatenate([batch.shares[index].digests for batch in first])
@@ -208,7 +205,7 @@ def test_the_order_of_a_source_depends_on_the_seed_and_its_name_alone() -> None:
         assert shorter and np.array_equal(one[:shorter], two[:shorter]), name
 
 
-# ---- split, cache, faults -------------------------------------------------------------------------------------------------
+# ---- split, cache, faults ----------------------------------------------------------------------------------
 
 
 def test_held_out_documents_are_never_trained_on_and_come_from_every_source() -> None:
@@ -256,7 +253,7 @@ def test_every_source_has_a_cache_from_which_the_same_batches_come(tmp_path: Pat
         mixture = some_mixture(kind)
         caches = open_caches(config, mixture, TOKENIZER)
         assert len({cache.folder for cache in caches.parts if cache is not None}) == 3
-        batches = training_batches(mixture, TOKENIZER, **SHAPE, cache=caches, workers=workers)  # type: ignore[arg-type]
+        batches = training_batches(mixture, TOKENIZER, **SHAPE, cache=caches, workers=workers)
         assert all(same(next(batches), batch) for batch in whole)
         batches.close()
         sizes = [cache.tokens_of(2) for cache in caches.parts if cache is not None]
@@ -279,12 +276,12 @@ def test_an_error_names_the_source() -> None:
 
     *sound, last = some_mixture().parts
     broken = MixtureSource([*sound, replace(last, source=Broken([[["text"]]]))])
-    batches = training_batches(broken, TOKENIZER, **SHAPE)  # type: ignore[arg-type]
+    batches = training_batches(broken, TOKENIZER, **SHAPE)
     with pytest.raises(LoadError, match="mixture: math: the disk is gone"):
         list(itertools.islice(batches, 20))
     empty = MixtureSource([*sound, replace(last, source=ListSource([[["", None]]]))])
     with pytest.raises(LoadError, match="mixture: math: data: expected documents to train on, found none"):
-        list(itertools.islice(training_batches(empty, TOKENIZER, **SHAPE), 20))  # type: ignore[arg-type]
+        list(itertools.islice(training_batches(empty, TOKENIZER, **SHAPE), 20))
 
 
 def test_its_shards_are_those_of_its_sources() -> None:

@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_cases import DEADLINE, wait_for_steps
 
 from smollm2.errors import UsageError
 from smollm2.pretrained.checkpoint import load_model
@@ -206,29 +206,15 @@ def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(
     configured: Callable[..., RunConfig], project_root: Path, number: int, code: int, corpus: str
 ) -> None:
     config = configured()
-    keys = [
-        f"{name}={value}"
-        for name, value in {
-            **TINY,
-            "steps": 100_000,
-            "paths": corpus,
-            "output_dir": config.output_dir,
-        }.items()
-    ]
+    keys = {**TINY, "steps": 100_000, "paths": corpus, "output_dir": config.output_dir}
     process = subprocess.Popen(
-        [sys.executable, "-m", "train.run", *keys],
-        cwd=project_root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, "-m", "train.run", *(f"{name}={value}" for name, value in keys.items())],
+        cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
-        while len(curve(config)) < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_steps(config, 2, process)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=DEADLINE)
     finally:
         process.kill()
     assert process.returncode == code, err

@@ -140,7 +140,7 @@ def _backend(name: str, device: torch.device) -> str:
     return base if base != "auto" else "triton" if device.type in ("cuda", "xpu") else "torch"
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def memory_of(
@@ -251,7 +251,7 @@ def _joined_copies(model: SmolLM2Config, size: int) -> int:
     return size * model.hidden_size * (q + 2 * k + 2 * model.intermediate_size)
 
 
-# ---- time -----------------------------------------------------------------------------------------------------------------
+# ---- time --------------------------------------------------------------------------------------------------
 
 
 def expected_rate(
@@ -265,18 +265,21 @@ def expected_rate(
     peak = peak_flops(device)
     if peak is not None and dtype == "bf16":
         name = torch.cuda.get_device_name(device)
-        source = f"{times}{name}, {peak / 1e12:,.0f} TFLOP/s, assuming an MFU of {ASSUMED_MFU:.0%}; the first lines of the run will tell"
+        assumed = f"assuming an MFU of {ASSUMED_MFU:.0%}; the first lines of the run will tell"
+        source = f"{times}{name}, {peak / 1e12:,.0f} TFLOP/s, {assumed}"
         return Rate(devices * peak * ASSUMED_MFU, source)
     measured = matmul_rate(model, device, torch.bfloat16 if dtype == "bf16" else torch.float32, tokens)
-    source = f"{times}{device.type}, {measured / 1e9:,.0f} GFLOP/s measured in a matrix product, assuming {MATMUL_EFFICIENCY:.0%} of it"
+    rate = f"{measured / 1e9:,.0f} GFLOP/s measured in a matrix product"
+    source = f"{times}{device.type}, {rate}, assuming {MATMUL_EFFICIENCY:.0%} of it"
     return Rate(devices * measured * MATMUL_EFFICIENCY, source)
 
 
 def matmul_rate(
     model: SmolLM2Config, device: torch.device, dtype: torch.dtype, tokens: int, seconds: float = 0.3
 ) -> float:
-    """FLOP/s of the projection to gate and up [tokens, hidden] x [hidden, 2F], the fastest within `seconds`: what the device does when
-    nothing else wants it. (On a CPU that is shared, other processes make most repetitions several times slower.)"""
+    """FLOP/s of the projection to gate and up, [tokens, hidden] x [hidden, 2F]: the fastest repetition within
+    `seconds`, because other processes on a shared CPU make most of them several times slower.
+    """
     # the host must not be the limit
     rows, repeats = (min(tokens, 2048), 1) if device.type == "cpu" else (min(tokens, 16384), 20)
     x = torch.randn(rows, model.hidden_size, device=device, dtype=dtype)
@@ -299,7 +302,7 @@ def matmul_rate(
     return work / min(taken)
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
 
 def lines(found: Estimate) -> list[str]:
@@ -312,30 +315,23 @@ def lines(found: Estimate) -> list[str]:
         activations, other = checkpointed, f"{plain} without"
     else:
         activations, other = plain, f"{checkpointed} with"
+    moments = "Muon and AdamW" if memory.optimizer == "muon" else "AdamW"
+    work_on = f"{rows} x {length} tokens, {found.backend}, {found.dtype}"
     parts = [
         (_gb(memory.parameters), f"parameters, fp32{share}"),
         (_gb(memory.gradients), f"gradients, fp32{share}"),
-        (
-            _gb(memory.moments),
-            f"{'Muon and AdamW' if memory.optimizer == 'muon' else 'AdamW'}'s moments, fp32{share}",
-        ),
-        *(
-            [(_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way")]
-            if memory.gathered
-            else []
-        ),
-        *([(_gb(memory.weight_copies), f"copies of weights, {found.dtype}")] if memory.weight_copies else []),
-        (
-            activations,
-            f"activations of {rows} x {length} tokens, {found.backend}, {found.dtype} ({other} gradient_checkpointing)",
-        ),
+        (_gb(memory.moments), f"{moments}'s moments, fp32{share}"),
+        (_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way"),
+        (_gb(memory.weight_copies), f"copies of weights, {found.dtype}"),
+        (activations, f"activations of {work_on} ({other} gradient_checkpointing)"),
         (_gb(memory.loss_gradients), "gradients of the loss"),
         (_gb(memory.logits), "a chunk of logits"),
     ]
     facts = [
         (
             "size",
-            f"{found.parameters:,} parameters: embedding (also the head) {found.embedding:,}, blocks {found.blocks:,}",
+            f"{found.parameters:,} parameters: embedding (also the head) {found.embedding:,}, blocks "
+            f"{found.blocks:,}",
         ),
         ("tokens", f"{found.tokens_per_step:,} a step, {found.tokens:,} in {found.steps:,} steps"),
         (
@@ -343,7 +339,7 @@ def lines(found: Estimate) -> list[str]:
             f"{_flop(found.flops_per_token)} a token, {_flop(work)} in all (causal attention counted half)",
         ),
         ("memory", f"about {_gb(memory.total)} per device, without the framework's own:"),
-        *(("", f"{size:>8} {what}") for size, what in parts),
+        *(("", f"{size:>8} {what}") for size, what in parts if size != NOTHING),
         (
             "time",
             f"about {_time(found.seconds)} at {found.tokens_per_second:,.0f} tokens/s, without evaluations",
@@ -351,6 +347,9 @@ def lines(found: Estimate) -> list[str]:
         ("", f"({found.rate.source})"),
     ]
     return [f"{name:10}{fact}" for name, fact in facts]
+
+
+NOTHING = "0.0 MB"
 
 
 def _gb(count: int) -> str:
@@ -369,7 +368,7 @@ def _time(seconds: float) -> str:
     return f"{days:.1f} days" if days >= 2 else duration(seconds)
 
 
-# ---- mixture --------------------------------------------------------------------------------------------------------------
+# ---- mixture -----------------------------------------------------------------------------------------------
 
 
 def mixture_lines(source: Source, config: RunConfig, tokenizer: Tokenizer, cache: Caches) -> list[str]:
@@ -391,9 +390,8 @@ def mixture_lines(source: Source, config: RunConfig, tokenizer: Tokenizer, cache
             if size
             else "of a source of unknown size"
         )
-        lines.append(
-            f"{'mixture' if not lines else '':10}{part.name:{width}}  {float(part.weight):7.2%}  {share:,.0f} tokens {extent}"
-        )
+        name = f"{'mixture' if not lines else '':10}{part.name:{width}}"
+        lines.append(f"{name}  {float(part.weight):7.2%}  {share:,.0f} tokens {extent}")
     return lines
 
 

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
-from train.data.blocks import EpochEnd, Prefetch, epoch_order, epochs_of, shuffled, stored_blocks, tokenised
+from train.data.blocks import EpochEnd, Prefetch, epoch_order, epochs_of, shuffled, tokenised
 from train.data.mixture import Schedule, mix
 from train.data.packing import Batch, Packer, Rows, Segment, gather, tensors
-from train.data.source import Cursor, Part, Position, Source, start_of
+from train.data.source import Cursor, Position, Source, start_of
 from train.data.token_cache import Caches, TokenCache
 from train.data.tokenise import TokenBlock, as_text, digest, is_held_out
 from train.data.worker_pool import WorkerPool
@@ -103,10 +103,13 @@ def training_batches(
     # A cache keeps whole blocks; without one, held-out documents need not be tokenised.
     pool = WorkerPool(tokenizer, workers, None if any(caches) else (validation_fraction, False))
     stop = threading.Event()
-    packers = [
-        Packer(_segments(part, pool, own, (part.order_key(seed), validation_fraction, place), stop), length)
-        for part, own, place in zip(source.parts, caches, at.sources, strict=True)
-    ]
+    packers = []
+    for part, own, place in zip(source.parts, caches, at.sources, strict=True):
+        key = part.order_key(seed)
+        blocks = tokenised(part.source, epoch_order(part.source, key, place), pool, own, stop)
+        packers.append(
+            Packer(training_segments(part.source, blocks, key, validation_fraction, place), length)
+        )
     return _ahead(mix(source, packers, at, rows, rank, world, pin), pool, cache, stop)
 
 
@@ -115,28 +118,8 @@ def caches_of(source: Source, cache: Caches | None) -> Sequence[TokenCache | Non
     return [None] * len(source.parts) if cache is None else cache.parts
 
 
-def _segments(
-    part: Part,
-    pool: WorkerPool,
-    cache: TokenCache | None,
-    order: tuple[str, float, Cursor],
-    stop: threading.Event,
-) -> Iterator[Segment]:
-    """order: seed, held-out fraction, position. Starts to read when the first segment is asked for."""
-    source, (seed, fraction, cursor) = part.source, order
-    # A reader ahead of the tokeniser ahead of the loop: a slow network delays neither as long as something is
-    # in hand.
-    stored = Prefetch(
-        stored_blocks(source, epoch_order(source, seed, cursor), cache, stop), stop, 2, pool.workers > 0
-    )
-    yield from training_segments(source, tokenised(stored, pool, cache, stop), seed, fraction, cursor)
-
-
 def _ahead(
-    steps: Generator[Batch, None, None],
-    pool: WorkerPool,
-    cache: Caches | None,
-    stop: threading.Event,
+    steps: Generator[Batch, None, None], pool: WorkerPool, cache: Caches | None, stop: threading.Event
 ) -> Generator[Batch, None, None]:
     """The same batches, prepared ahead where there are workers; what they come from is closed at the end."""
     batches = Prefetch(steps, stop, 4, pool.workers > 0)
@@ -159,19 +142,16 @@ def training_segments(
         if isinstance(item, EpochEnd):
             if item.whole and not usable:
                 raise LoadError(
-                    f"data: expected documents to train on, found none ({invalid} empty or not text, the others held out); "
-                    "check the files and text_column, or lower validation_fraction"
+                    f"data: expected documents to train on, found none ({invalid} empty or not text, the "
+                    "others held out); check the files and text_column, or lower validation_fraction"
                 )
             usable = invalid = 0
             continue
         where, block = item.cursor, item.tokens
         key = f"{seed}/{where.epoch}/{item.shard}/{where.block}"
         order = np.array(shuffled(len(block.lengths), key), np.int64)
-        first, token = (
-            (cursor.document, cursor.token)
-            if where == dataclasses.replace(cursor, document=0, token=0)
-            else (0, 0)
-        )
+        resumed = where == dataclasses.replace(cursor, document=0, token=0)
+        first, token = (cursor.document, cursor.token) if resumed else (0, 0)
         keep = (block.lengths > 0) & ~is_held_out(block.digests, fraction)
         segment, trailing = _segment(source, item, order, keep, first, token, carried)
         usable, invalid = usable + len(segment.index), invalid + int(block.unusable.sum())
@@ -194,27 +174,20 @@ def _segment(
     lengths, begins = block.lengths[chosen], offsets[chosen]
     passed = np.cumsum(block.unusable[order[first:]])
     unusable = np.diff(passed[index - first], prepend=-carried)
-    trailing = (int(passed[-1]) if len(passed) else 0) - (
-        int(passed[index[-1] - first]) if len(index) else -carried
-    )
+    before_last = int(passed[index[-1] - first]) if len(index) else -carried
+    trailing = (int(passed[-1]) if len(passed) else 0) - before_last
     inside = np.cumsum(lengths) - lengths
     if token and len(index):
         if index[0] != first or token >= lengths[0]:
             raise LoadError(
-                f"data: the position to continue from ({item.cursor}, document {first}, token {token}) is not in the data"
+                f"data: the position to continue from ({item.cursor}, document {first}, token {token}) is "
+                "not in the data"
             )
         begins, lengths = begins.copy(), lengths.copy()
         begins[0], lengths[0], inside = begins[0] + token, lengths[0] - token, inside - token
     epochs = epochs_of(source, item.cursor, item.shard, item.epoch_part, index / max(1, len(order)))
-    return Segment(
-        item.cursor,
-        gather(block.tokens, begins, lengths),
-        inside,
-        index,
-        block.digests[chosen],
-        unusable,
-        epochs,
-    ), trailing
+    tokens = gather(block.tokens, begins, lengths)
+    return Segment(item.cursor, tokens, inside, index, block.digests[chosen], unusable, epochs), trailing
 
 
 def held_out_segments(source: Source, blocks: Iterable[Any], fraction: float) -> Iterator[Segment]:
@@ -269,15 +242,13 @@ def _held_out_rows(
         return found
     stop = threading.Event()
     pool = WorkerPool(tokenizer, workers, None if cache is not None else (fraction, True))
-    stored = Prefetch(stored_blocks(source, epoch_order(source, None), cache, stop), stop, 2, workers > 0)
     try:
-        with closing(tokenised(stored, pool, cache, stop)) as blocks:
+        with closing(tokenised(source, epoch_order(source, None), pool, cache, stop)) as blocks:
             packer = Packer(held_out_segments(source, blocks, fraction), length)
             while len(found) < rows and (row := packer.take(1)) is not None:
                 found.append(row)
     finally:
         stop.set()
-        stored.close()
         pool.close()
         if cache is not None:
             cache.release()

@@ -14,16 +14,9 @@ from typing import Any
 from train.data.source import Block, SingleSource
 
 # The standard library without its tests, its applications and what an installation may lack.
-_NOT_DOCUMENTATION = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "__pycache__",
-}
+_NOT_DOCUMENTATION = set(
+    "site-packages dist-packages test tests idlelib lib2to3 turtledemo __pycache__".split()
+)
 
 
 class EmbeddedSource(SingleSource):
@@ -61,9 +54,8 @@ class EmbeddedSource(SingleSource):
         for path in sorted(library.rglob("*.py")):
             parts = path.relative_to(library).parts
             if not _NOT_DOCUMENTATION.intersection(parts):
-                documents.extend(
-                    _docstrings(path, ".".join(parts).removesuffix(".py").removesuffix(".__init__"))
-                )
+                module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+                documents.extend(_docstrings(path, module))
         return list(_without_repeats(dict.fromkeys(documents)))
 
     @cached_property
@@ -110,10 +102,9 @@ def _docstrings(path: Path, module: str) -> Iterator[str]:
             yield f"{_signature(node, module + '.')}\n\n{text}"
         elif isinstance(node, ast.ClassDef):
             parts = [text] if (text := ast.get_docstring(node)) else []
-            for method in node.body:
-                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and (
-                    text := ast.get_docstring(method)
-                ):
+            methods = [one for one in node.body if isinstance(one, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            for method in methods:
+                if text := ast.get_docstring(method):
                     parts.append(f"{_signature(method)}\n\n{text}")
             if parts:
                 yield "\n\n".join([f"class {module}.{node.name}", *parts])

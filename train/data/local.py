@@ -55,26 +55,21 @@ class LocalSource(SingleSource):
         """
         self.text_column = text_column
         self.files = _expand(paths, key)
-        self._left_out = [
-            (file, file.stat()) for file in (_expand(without, "validation_paths") if without else ())
-        ]
+        left_out = _expand(without, "validation_paths") if without else []
+        self._left_out = [(file, file.stat()) for file in left_out]
         if without:
-            files = {file.resolve() for file, _ in self._left_out}
+            files = {file.resolve() for file in left_out}
             folders = {folder for name in without if (folder := Path(name).expanduser().absolute()).is_dir()}
-            self.files = [
-                file
-                for file in self.files
-                if file.resolve() not in files and folders.isdisjoint(file.absolute().parents)
-            ]
+            kept = [file for file in self.files if file.resolve() not in files]
+            self.files = [file for file in kept if folders.isdisjoint(file.absolute().parents)]
             if not self.files:
                 raise UsageError(
                     f"validation_paths: expected to leave some of {', '.join(paths)} for training, left none"
                 )
         self._states = [(file, file.stat()) for file in self.files]
         self._shards = [part for file in self.files if file.suffix != ".py" for part in self._parts(file)]
-        self._shards += _groups(
-            [(file, state.st_size) for file, state in self._states if file.suffix == ".py"]
-        )
+        sizes = [(file, state.st_size) for file, state in self._states if file.suffix == ".py"]
+        self._shards += _groups(sizes)
         self._noted: set[Path] = set()
 
     @property
@@ -90,11 +85,8 @@ class LocalSource(SingleSource):
         size = {file: state.st_size for file, state in self._states}
 
         def size_of(part: _Part) -> float:
-            return (
-                part.size
-                if part.files[0].suffix == ".py"
-                else size[part.files[0]] * part.size / rows[part.files[0]]
-            )
+            file = part.files[0]
+            return part.size if file.suffix == ".py" else size[file] * part.size / rows[file]
 
         return [size_of(part) for part in self._shards]
 
@@ -102,7 +94,7 @@ class LocalSource(SingleSource):
         part = self._shards[shard]
         if part.files[0].suffix != ".parquet":
             return 0.0, 1.0
-        return tuple(min(1.0, number * ROW_BLOCK / part.size) for number in (block, block + 1))  # type: ignore[return-value]
+        return min(1.0, block * ROW_BLOCK / part.size), min(1.0, (block + 1) * ROW_BLOCK / part.size)
 
     @property
     def fingerprint(self) -> str:
@@ -117,12 +109,8 @@ class LocalSource(SingleSource):
         return f"local {self.files[0].parent.name} {self.text_column}", self._digest(states)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "identity": self.cache_key[0],
-            "fingerprint": self.fingerprint,
-            "num_shards": self.num_shards,
-            "files": len(self.files),
-        }
+        counts = {"num_shards": self.num_shards, "files": len(self.files)}
+        return {"identity": self.cache_key[0], "fingerprint": self.fingerprint, **counts}
 
     def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
         part = self._shards[shard]
@@ -147,28 +135,27 @@ class LocalSource(SingleSource):
 
     def _parts(self, file: Path) -> list[_Part]:
         if file.suffix != ".parquet":
-            size = file.stat().st_size
-            return [
-                _Part((file,), number, min(BYTE_BLOCK, size - number * BYTE_BLOCK))
-                for number in range(-(-size // BYTE_BLOCK))
-            ]
+            begins = range(0, size := file.stat().st_size, BYTE_BLOCK)
+            return [_Part((file,), n, min(BYTE_BLOCK, size - begin)) for n, begin in enumerate(begins)]
         parquet = _open_parquet(file)
         if self.text_column not in parquet.schema_arrow.names:
             raise LoadError(
-                f"{file}: expected a column {self.text_column!r}, got {', '.join(parquet.schema_arrow.names)}; set text_column"
+                f"{file}: expected a column {self.text_column!r}, got "
+                f"{', '.join(parquet.schema_arrow.names)}; set text_column"
             )
         rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
         return [_Part((file,), number, size) for number, size in enumerate(rows) if size]
 
     def _json_text(self, file: Path, line: bytes) -> Any:
-        """The text of one line; None, which is counted as unusable, when it is not JSON or has no such key."""
+        """The text of one line; None, which counts as unusable, when it is not JSON or lacks the key."""
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             if not line.endswith(b"\n") and file not in self._noted:
                 self._noted.add(file)
                 print(
-                    f"{file}: the last line is cut off (no line end, not JSON), and passed over; is the file complete?",
+                    f"{file}: the last line is cut off (no line end, not JSON), and passed over; is the file "
+                    "complete?",
                     flush=True,
                 )
             return None
@@ -186,11 +173,8 @@ def _expand(paths: Sequence[str], key: str = "paths") -> list[Path]:
     found: set[Path] = set()
     for name in paths:
         path = Path(name).expanduser()
-        files = (
-            _walk(path)
-            if path.is_dir()
-            else [Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()]
-        )
+        matches = [] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        files = _walk(path) if path.is_dir() else [match for match in matches if match.is_file()]
         if not files:
             raise UsageError(
                 f"{key}: {name}: expected a file, folder or glob with {', '.join(SUFFIXES)}, found none"
@@ -198,7 +182,8 @@ def _expand(paths: Sequence[str], key: str = "paths") -> list[Path]:
         unknown = [file for file in files if file.suffix not in SUFFIXES]
         if unknown:
             raise UsageError(
-                f"{key}: {unknown[0]}: expected one of {', '.join(SUFFIXES)}, got {unknown[0].suffix or 'no suffix'}"
+                f"{key}: {unknown[0]}: expected one of {', '.join(SUFFIXES)}, got "
+                f"{unknown[0].suffix or 'no suffix'}"
             )
         found.update(files)
     return sorted(found)
@@ -209,10 +194,8 @@ def _walk(folder: Path) -> list[Path]:
     files = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-        files += [
-            Path(root, name) for name in names if name.endswith(SUFFIXES) and Path(root, name).is_file()
-        ]
-    return files
+        files += [Path(root, name) for name in names if name.endswith(SUFFIXES)]
+    return [file for file in files if file.is_file()]
 
 
 def _groups(files: list[tuple[Path, int]]) -> list[_Part]:
@@ -227,10 +210,6 @@ def _groups(files: list[tuple[Path, int]]) -> list[_Part]:
             groups.append(_Part(tuple(run), len(groups), size))
             run, size = [], 0
     return [*groups, _Part(tuple(run), len(groups), size)] if run else groups
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _open_parquet(file: Path) -> Any:
@@ -266,7 +245,8 @@ def _row_blocks(part: _Part, column: str, first_block: int) -> Iterator[Block]:
                     waiting = waiting[ROW_BLOCK:]
     except (OSError, pyarrow.ArrowException) as error:
         raise LoadError(
-            f"{file}: row group {part.number} is damaged ({' '.join(str(error).split())}); copy or download the file again"
+            f"{file}: row group {part.number} is damaged ({' '.join(str(error).split())}); copy or download "
+            "the file again"
         ) from error
     if waiting:
         yield waiting
@@ -281,11 +261,8 @@ def column_values(column: Any) -> Block:
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        return list(
-            column.cast(
-                pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
-            ).to_pylist()
-        )
+        large = pyarrow.types.is_large_string(column.type)
+        return list(column.cast(pyarrow.large_binary() if large else pyarrow.binary()).to_pylist())
 
 
 def _lines(file: Path, part: int) -> Iterator[bytes]:

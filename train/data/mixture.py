@@ -76,7 +76,8 @@ class MixtureSource:
 
     @property
     def revision(self) -> Revision:
-        return {part.name: part.source.revision for part in self.parts}  # type: ignore[misc]  # none is a mixture
+        # none of them is a mixture
+        return {part.name: part.source.revision for part in self.parts}  # type: ignore[misc]
 
     @property
     def num_shards(self) -> int:

@@ -36,8 +36,8 @@ def open_source(config: RunConfig, revision: Revision = None) -> Source:
         folders = [Path(path).expanduser().resolve() for path in config.paths]
         if root is not None and any(root.resolve().is_relative_to(folder) for folder in folders):
             raise UsageError(
-                "token_cache: expected a folder outside of paths, where its files would be taken for documents, "
-                f"got {root}"
+                "token_cache: expected a folder outside of paths, where its files would be taken for "
+                f"documents, got {root}"
             )
         return LocalSource(config.paths, config.text_column, config.validation_paths)
     commit = revision if isinstance(revision, str) else config.dataset_revision

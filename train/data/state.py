@@ -82,8 +82,8 @@ class SourceCounts:
 class DataState:
     """How far training has read, as it is saved: position, counts, and what identifies the data.
 
-    sources: of a mixture, by name; none for a single source. Its epochs are those of the source that was repeated most, and its unique
-    documents are counted over all sources: one that two of them have counts once.
+    sources: of a mixture, by name; none for a single source. The epochs of a mixture are those of the source
+    that was repeated most. A document that two of its sources have counts once in `unique`.
     """
 
     fingerprint: str
