@@ -240,10 +240,8 @@ def _write_shards(temporary: Path, snapshot: Snapshot, writers: World) -> dict[s
 class Saver:
     """Writes the snapshots of a run, in the background if asked: one at a time, in their order.
 
-    A checkpoint that cannot be written does not end the training: `failure` says so at the next look, and the
-    one before is intact.
-
-    last: what the newest finished write failed with, None if it did not.
+    A checkpoint that cannot be written does not end the training: the next call of `failure` returns the
+    error, and the checkpoint before is intact. last: the error of the newest finished write, or None.
     """
 
     def __init__(

@@ -1,5 +1,4 @@
-"""The keys of a training run: one flat dataclass, so that every key is written `key=value` and documented
-where it is declared.
+"""The keys of a training run: one flat dataclass, in which every key is declared with its meaning.
 
 A program builds a run with `RunConfig(data="local", paths=["corpus"], steps=100)` and hands it to
 `train.run.train`; the command line (train/run.py) fills the same dataclass from YAML and `key=value`.

@@ -40,9 +40,7 @@ MATMUL_EFFICIENCY = 0.6
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. They do not all peak at the same time, so that their sum is a little more than
-    will be seen.
-    """
+    """Bytes on one device. Not all peak at the same time: a run takes a little less than their sum."""
 
     parameters: int  # fp32
     gradients: int  # fp32
@@ -280,7 +278,7 @@ def matmul_rate(
     """FLOP/s of the projection to gate and up, [tokens, hidden] x [hidden, 2F]: the fastest repetition within
     `seconds`, because other processes on a shared CPU make most of them several times slower.
     """
-    # the host must not be the limit
+    # On a GPU, enough work that the host is not the limit.
     rows, repeats = (min(tokens, 2048), 1) if device.type == "cpu" else (min(tokens, 16384), 20)
     x = torch.randn(rows, model.hidden_size, device=device, dtype=dtype)
     weight = torch.randn(2 * model.intermediate_size, model.hidden_size, device=device, dtype=dtype)

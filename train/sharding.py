@@ -137,8 +137,8 @@ def whole_weights(model: SmolLM2ForCausalLM, *, keep: bool) -> dict[str, Tensor]
     """The fp32 weights, whole, on the CPU of the ranks that `keep` them; an empty dictionary on the others.
     Every rank must call it.
 
-    Takes 4 bytes a parameter of host memory there (1.7B: 6.8 GB), and on every device the largest parameter
-    at a time.
+    Takes 4 bytes of host memory a parameter (1.7B: 6.8 GB), and on every device room for the largest
+    parameter.
     """
     cast(Any, model).reshard()  # after an evaluation the embedding is still whole
     weights = {}

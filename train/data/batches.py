@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -215,7 +214,7 @@ def held_out_rows(
     tokenised. Of a mixture: rows of every source, by weight.
     """
     schedule = Schedule([part.weight for part in source.parts])
-    deque(itertools.islice(schedule, rows), maxlen=0)
+    schedule.take(rows)
     found = [
         _held_out_rows(part.source, tokenizer, fraction, count, length, own, workers)
         for part, own, count in zip(source.parts, caches_of(source, cache), schedule.given, strict=True)

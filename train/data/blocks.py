@@ -1,5 +1,5 @@
-"""Stored blocks in the order in which an epoch reads them, as token arrays: from the cache where it has them,
-else tokenised.
+"""The blocks of a source in the order in which an epoch reads them, as tokens: from the cache where it has
+them, else tokenised.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StoredBlock:
 
 @dataclass(frozen=True)
 class ShardEnd:
-    """Behind the last block of a shard, of which it has so many."""
+    """After the last block of a shard. blocks: how many it has."""
 
     shard: int
     blocks: int
@@ -54,7 +54,7 @@ class ShardEnd:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """Behind the last block of an epoch. whole: all of it was read."""
+    """After the last block of an epoch. whole: all of it was read."""
 
     whole: bool
 

@@ -60,6 +60,13 @@ class Schedule(Iterator[int]):
         self.given[chosen] += 1
         return chosen
 
+    def take(self, rows: int) -> list[int]:
+        """The sources of the next rows."""
+        if len(self._weights) > 1:
+            return list(islice(self, rows))
+        self._row, self.given = self._row + rows, [self.given[0] + rows]
+        return [0] * rows
+
 
 class MixtureSource:
     """The sources of a mixture, which is also a source: its shards are theirs, one source after the other.
@@ -140,7 +147,7 @@ def mix(
     schedule = Schedule([part.weight for part in source.parts], position.rows)
     cursors = position.sources
     while True:
-        chosen = list(islice(schedule, rows))
+        chosen = schedule.take(rows)
         found: list[Rows] = []
         for index, (part, packer) in enumerate(zip(source.parts, packers, strict=True)):
             try:

@@ -21,9 +21,9 @@ from train.data.source import START, Cursor, Position
 class Segment:
     """The documents of one block that are read, in the order in which they are read.
 
-    tokens: of all of them, behind one another. For each document: begins, where it begins in `tokens` (below
-    0 for a first one that is continued), index, its place in the shuffled block, digests, invalid, the
-    unusable documents passed on the way to it, and epochs, the passes over the corpus up to it.
+    tokens: of all of them, one after the other. For each document: begins, its first token in `tokens` (below
+    0 for a first one that is continued); index, its place in the shuffled block; digests; invalid, the
+    unusable documents between the one before and it; epochs, the passes over the corpus up to it.
     """
 
     cursor: Cursor  # of the block
@@ -136,7 +136,7 @@ def tensors(tokens: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def gather(tokens: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The runs tokens[begin : begin + length] behind one another."""
+    """The runs tokens[begin : begin + length], one after the other."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     # The index of each token is its place in the result, moved by the same amount for all tokens of a run.

@@ -23,7 +23,7 @@ Select = tuple[float, bool]
 class TokenBlock:
     """The documents of one stored block, in stored order.
 
-    tokens: all ids behind one another, uint16 where the vocabulary fits, else uint32. lengths [n] int64: ids
+    tokens: all ids, uint16 where the vocabulary fits, else uint32. lengths [n] int64: ids
     of each document, its end-of-text included; 0 where there are none. digests [n] uint64: what identifies
     its text; 0 for an unusable document. (A document that was not asked for has its digest, and no tokens.)
     """
