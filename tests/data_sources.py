@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.data.batches import Batch
-from train.data.corpus import Block
+from train.data.packing import Batch
+from train.data.source import Block, SingleSource
 
 
-class ListSource:
+class ListSource(SingleSource):
     """Documents in memory: shards of blocks."""
 
     revision: str | None = None

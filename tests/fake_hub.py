@@ -157,7 +157,8 @@ class FakeHub(http.server.ThreadingHTTPServer):
 @contextmanager
 def fake_hub(folder: Path) -> Iterator[FakeHub]:
     """Serves the parquet files of a folder as REPOSITORY, configuration CONFIGURATION, split train."""
-    card = f"---\nconfigs:\n- config_name: {CONFIGURATION}\n  data_files:\n  - split: train\n    path: {CONFIGURATION}/*.parquet\n---\n"
+    data_files = f"  data_files:\n  - split: train\n    path: {CONFIGURATION}/*.parquet\n"
+    card = f"---\nconfigs:\n- config_name: {CONFIGURATION}\n{data_files}---\n"
     files = {f"{CONFIGURATION}/{path.name}": path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
     hub = FakeHub({"README.md": card.encode(), **files})
     thread = threading.Thread(target=hub.serve_forever, daemon=True)

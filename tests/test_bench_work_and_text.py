@@ -12,7 +12,7 @@ import torch
 from bench import summary, text, work
 from smollm2.config import SmolLM2Config
 from train.command_line import parse
-from train.data.corpus import LocalSource
+from train.data.local import LocalSource
 
 CONFIG = SmolLM2Config.preset("135M")
 

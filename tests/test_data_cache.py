@@ -12,20 +12,21 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_sources import ListSource, same, some_source
+from train_cases import DEADLINE
 
 from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train.config import RunConfig
 from train.data import token_cache
-from train.data.batches import Batch, held_out_rows, training_batches
-from train.data.corpus import Block
+from train.data.batches import held_out_rows, training_batches
+from train.data.packing import Batch
+from train.data.source import Block
 from train.data.token_cache import TokenCache, open_cache
 from train.data.tokenise import TokenBlock
 
@@ -155,7 +156,8 @@ from train.data.token_cache import TokenCache
 from train.data.tokenise import TokenBlock
 cache = TokenCache(__import__("pathlib").Path({str(tmp_path)!r}), "uint16")
 for block in itertools.count():
-    cache.put(0, block, TokenBlock(np.full(50_000, block, np.uint16), np.array([50_000]), np.array([1], np.uint64)))
+    tokens = np.full(50_000, block, np.uint16)
+    cache.put(0, block, TokenBlock(tokens, np.array([50_000]), np.array([1], np.uint64)))
     print(block, flush=True)
 """
     writer = subprocess.Popen(
@@ -215,7 +217,7 @@ def test_a_failed_write_is_said_in_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_cache._Writer, "append", full)
+    monkeypatch.setattr(token_cache.ShardWriter, "append", full)
     cache = TokenCache(tmp_path, "uint16")
     for block in range(3):
         cache.put(0, block, some_block())
@@ -224,16 +226,24 @@ def test_a_failed_write_is_said_in_one_line(
 
 
 def test_the_other_ranks_of_a_node_read_what_the_leader_stores(
-    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch]
+    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result: list[bool] = []
     follower = opened(tmp_path, tokenizer, leader=False)
     arguments = (NoSource(some_source().shards), tokenizer, follower, expected)
+    follower._patience = DEADLINE
+    read, looked = follower._read, threading.Event()
+
+    def noted(shard: int, block: int) -> TokenBlock | None:
+        looked.set()
+        return read(shard, block)
+
+    monkeypatch.setattr(follower, "_read", noted)
     thread = threading.Thread(target=lambda: result.append(matches(*arguments)))
     thread.start()
-    time.sleep(0.2)
+    assert looked.wait(DEADLINE)
     assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer), expected)
-    thread.join(30)
+    thread.join(DEADLINE)
     assert result == [True]
 
 
@@ -245,7 +255,7 @@ def test_a_leader_that_stores_nothing_is_not_waited_for_for_ever(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(token_cache, "WAIT_TIMEOUT", 0.2)
-    monkeypatch.setattr(token_cache, "WAIT_NOTE", 0.1)
+    monkeypatch.setattr(token_cache, "WAIT_NOTE", 0.0)
     assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer, leader=False), expected[:3])
     out = capsys.readouterr().out
     assert "waiting for shard" in out and "did not appear" in out

@@ -10,20 +10,21 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, CONFIGURATION, FAULTS, REPOSITORY, FakeHub, fake_hub
 from test_data_sources import write_cosmopedia
+from train_cases import DEADLINE
 
 from smollm2.errors import LoadError
 from smollm2.pretrained.tokenizer import train_tokenizer
-from train import hub
 from train.config import RunConfig
+from train.data import hub
 from train.data.batches import training_batches
-from train.data.corpus import open_source
+from train.data.open import open_source
 
 STEPS = 400  # of 4 x 512 tokens: more than two epochs
 
@@ -40,15 +41,16 @@ class Hurried:
         real.sleep(min(seconds, 0.01))
 
 real, http.time = http.time, Hurried()
-from train import hub
-from train.data.corpus import open_source
+from train.data import hub
+from train.data.open import open_source
 from train.config import RunConfig
 from train.data.batches import training_batches
 from train.data.token_cache import open_cache
 from smollm2.pretrained.tokenizer import train_tokenizer
 
 hub.RETRY_PAUSES, hub.OPEN_PAUSES = (0.05,) * 5, (0.05,) * 3
-config = RunConfig(data="hub", dataset={repository!r}, dataset_config={configuration!r}, token_cache={cache!r})
+keys = dict(dataset={repository!r}, dataset_config={configuration!r}, token_cache={cache!r})
+config = RunConfig(data="hub", **keys)
 source = open_source(config)
 tokenizer = train_tokenizer(["Course unit 0123456789: why the sky is blue, part."], 300)
 cache = open_cache(config, source, tokenizer)
@@ -59,7 +61,8 @@ digest = hashlib.sha256()
 for batch in itertools.islice(batches, {steps}):
     digest.update(batch.input_ids.numpy().tobytes() + batch.digests.tobytes())
 batches.close()
-print(json.dumps([source.fingerprint, digest.hexdigest(), [cache.blocks(shard) for shard in range(source.num_shards)]]))
+blocks = [cache.blocks(shard) for shard in range(source.num_shards)]
+print(json.dumps([source.fingerprint, digest.hexdigest(), blocks]))
 """
 
 
@@ -104,7 +107,7 @@ def run(
     if server is not None:
         server.faults, server.every = list(faults or []), 1
     try:
-        out, errors = process.communicate("go\n" if process.poll() is None else None, timeout=120)
+        out, errors = process.communicate("go\n" if process.poll() is None else None, timeout=DEADLINE)
     except BaseException:
         process.kill()
         raise
@@ -150,17 +153,18 @@ def test_a_hub_that_stays_away_is_given_up_with_what_to_do(
 
 
 def test_a_reader_that_gives_nothing_is_left_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "READ_TIMEOUT", 0.2)
+    over = threading.Event()
 
     def trickle() -> Iterator[int]:
         yield 1
-        time.sleep(2)
-        yield 2
+        over.wait()
 
     items = hub._with_deadline(trickle())
     assert next(items) == 1
+    monkeypatch.setattr(hub, "READ_TIMEOUT", 0.2)
     with pytest.raises(TimeoutError, match="nothing came for 0"):
         next(items)
+    over.set()
 
 
 def test_opening_is_tried_again_where_that_may_help_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from smollm2.errors import UsageError
 from train import run as train_run
 from train.config import RunConfig
 from train.data.batches import read_stored
-from train.data.corpus import LocalSource
+from train.data.local import LocalSource
 from train.distributed import World
 
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
-from train.data.batches import DataState, UniqueCounter, held_out_rows, read_stored, training_batches
+from train.data.batches import held_out_rows, read_stored, training_batches
 from train.data.blocks import Prefetch, shuffled
+from train.data.state import DataState, UniqueCounter
 from train.data.tokenise import digest, is_held_out
 
 

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from data_sources import ListSource
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm2.model import shift_labels
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train.data import tokenise
-from train.data.packing import START, Segment, pack
+from train.data.mixture import mix
+from train.data.packing import Batch, Packer, Segment
+from train.data.source import START
 from train.data.worker_pool import WorkerPool
 
 documents_strategy = st.lists(
@@ -36,6 +39,13 @@ def stream(documents: list[list[int]], end: int = 0, block: int = 7) -> Iterator
             0 * index,
             0.0 * index,
         )
+
+
+def pack(
+    segments: Iterator[Segment], rows: int, length: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """The batches of a single source."""
+    return mix(ListSource([]), [Packer(segments, length)], START, rows, rank, world)
 
 
 @settings(max_examples=150, deadline=None)

@@ -5,27 +5,21 @@ wrong.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from train_cases import DEADLINE
 
 from smollm2.errors import UsageError
 from train import prepare
 
-BASE = [
-    "model=tiny",
-    "data=local",
-    "tokenizer=train",
-    "vocab_size=300",
-    "sequence_length=32",
-    "batch_size=2",
-    "eval_batches=1",
-    "workers=0",
-]
+BASE = (
+    "model=tiny data=local tokenizer=train vocab_size=300 sequence_length=32 batch_size=2 eval_batches=1 "
+    "workers=0"
+).split()
 
 
 @pytest.fixture
@@ -88,19 +82,16 @@ def test_an_interrupted_command_continues(arguments: list[str], tmp_path: Path, 
     (tmp_path / "corpus" / "long.jsonl").write_text("".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "train.prepare", *arguments, "workers=1", "steps=1000000"]
     process = subprocess.Popen(
-        command,
-        cwd=project_root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ),
-    )
+        command, cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None
     assert "held-out documents" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr
     assert "1,206 documents (6 of them unusable)" in done.stdout

@@ -15,9 +15,13 @@ import pytest
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import train_tokenizer
 from train.config import RunConfig
-from train.data import corpus, hub
-from train.data.batches import Batch, read_stored, training_batches
-from train.data.corpus import EmbeddedSource, HubSource, LocalSource, open_source
+from train.data import embedded, hub, local
+from train.data.batches import read_stored, training_batches
+from train.data.embedded import EmbeddedSource
+from train.data.hub import HubSource
+from train.data.local import LocalSource
+from train.data.open import open_source
+from train.data.packing import Batch
 from train.data.tokenise import digest
 
 
@@ -106,7 +110,7 @@ def test_jsonl_stretches_hold_every_line_once(tmp_path: Path, monkeypatch: pytes
         "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
     )
     for size in (64, 100, 257, 1 << 20):
-        monkeypatch.setattr(corpus, "BYTE_BLOCK", size)
+        monkeypatch.setattr(local, "BYTE_BLOCK", size)
         assert stored(LocalSource([str(tmp_path / "*.jsonl")], "text")) == texts
 
 
@@ -117,9 +121,9 @@ def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     documents = [document.decode() for document in stored(LocalSource([str(tmp_path)], "text"))]
     assert len(documents) > 5
-    assert all(len(document) >= corpus.TEXT_DOCUMENT for document in documents[:-1])
+    assert all(len(document) >= local.TEXT_DOCUMENT for document in documents[:-1])
     assert "\n\n".join(documents).split() == " ".join(paragraphs).split()
-    monkeypatch.setattr(corpus, "BYTE_BLOCK", 1000)
+    monkeypatch.setattr(local, "BYTE_BLOCK", 1000)
     assert (
         b" ".join(stored(LocalSource([str(tmp_path)], "text"))).decode().split()
         == " ".join(paragraphs).split()
@@ -241,7 +245,9 @@ def test_the_embedded_corpus_is_large_enough_and_the_same_each_time() -> None:
     texts = [
         {" ".join(paragraph.split()) for paragraph in document.split("\n\n")} for document in source.documents
     ]
-    long = [paragraph for paragraphs in texts for paragraph in paragraphs if len(paragraph) >= corpus.REPEAT]
+    long = [
+        paragraph for paragraphs in texts for paragraph in paragraphs if len(paragraph) >= embedded.REPEAT
+    ]
     assert len(set(long)) == len(long)  # held-out text is in no training document
 
 
@@ -276,7 +282,7 @@ def test_source_trees_are_read_a_file_a_document_in_groups(
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}\n" * 10, encoding="utf-8")
-    monkeypatch.setattr(corpus, "BYTE_BLOCK", 200)
+    monkeypatch.setattr(local, "BYTE_BLOCK", 200)
     source = LocalSource([str(tmp_path)], "text")
     assert source.num_shards == 2
     assert [document.splitlines()[0].decode() for document in stored(source)] == [

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from train.config import SCHEDULES, RunConfig
+from train.config import RunConfig
+from train.keys import SCHEDULES
 from train.optim import (
     SPIKE_WARMUP,
     StepGuard,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_cases import arguments, checkpoint_folder, curve, run_config
+from train_cases import DEADLINE, arguments, checkpoint_folder, curve, run_config
 from transformers import AutoModelForCausalLM
 
 from smollm2.cli import run_command
@@ -157,7 +157,7 @@ def test_a_checkpoint_is_a_model_folder_for_us_and_for_transformers(
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-# ---- full disks -----------------------------------------------------------------------------------------------------------
+# ---- full disks --------------------------------------------------------------------------------------------
 
 
 def no_space(*_: Any, **__: Any) -> None:
@@ -187,8 +187,8 @@ def test_a_full_disk_does_not_end_the_training_and_leaves_the_checkpoint_before(
     assert train(config) == 0
     out = capsys.readouterr().out
     assert (
-        "cannot be saved ([Errno 28] No space left on device); free some space, then continue from step-000002"
-        in out
+        "cannot be saved ([Errno 28] No space left on device); free some space, then continue from "
+        "step-000002" in out
     )
     assert "training goes on" in out
     assert [step for step, _, _ in curve(config)] == [1, 2, 3, 4, 5]
@@ -220,10 +220,15 @@ def test_a_file_size_limit_of_the_system_is_a_full_disk(folder: Path, project_ro
     keys = arguments(run_config(folder, steps=5, resume="auto", checkpoint_every=2, background_save=False))
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); "
-        "from smollm2.cli import run_command; from train.run import main; sys.exit(run_command(main, sys.argv[1:]))"
+        "from smollm2.cli import run_command; from train.run import main; sys.exit(run_command(main, "
+        "sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *keys], cwd=project_root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *keys],
+        cwd=project_root,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
     )
     assert done.returncode == 1, done.stderr
     assert "training goes on" in done.stdout and "step 5/5" in done.stdout
@@ -233,7 +238,7 @@ def test_a_file_size_limit_of_the_system_is_a_full_disk(folder: Path, project_ro
     )
 
 
-# ---- which are kept, and saving in the background -------------------------------------------------------------------------
+# ---- which are kept, and saving in the background ----------------------------------------------------------
 
 
 def test_milestones_are_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -255,7 +260,7 @@ def test_what_a_killed_save_left_behind_is_removed(folder: Path) -> None:
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The write of step 1 is held back until step 3 is logged; what it then contains is step 1 all the same."""
+    """The write of step 1 is held back until step 3 is logged; it contains step 1 all the same."""
     held, plain = (
         run_config(tmp_path, "held", steps=3, checkpoint_every=2),
         run_config(tmp_path, "plain", steps=2),
@@ -265,7 +270,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
 
     def held_back(*values: Any) -> None:
         if threading.current_thread().name == "checkpoint" and not released.is_set():
-            assert released.wait(60)
+            assert released.wait(DEADLINE)
         original(*values)
 
     original_wait = Saver.wait

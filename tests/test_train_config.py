@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from smollm2.errors import UsageError
-from train.command_line import CONFIGS, parse
-from train.config import RunConfig, compare_for_resume, describe_keys
+from train.command_line import CONFIGS, describe_keys, parse
+from train.config import RunConfig, compare_for_resume
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

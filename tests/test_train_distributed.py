@@ -6,12 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from train_cases import arguments, checkpoint_folder, curve, run_config
+from train_cases import DEADLINE, arguments, checkpoint_folder, curve, run_config, torchrun, wait_for_steps
 
 from train.checkpoint import newest_checkpoint
 from train.config import RunConfig
@@ -22,25 +20,16 @@ from train.run import train
 TOLERANCE = 2e-4
 
 
-def torchrun(config: RunConfig, ranks: int, root: Path) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "train.run",
-    ]
+def started(config: RunConfig, ranks: int, root: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*command, *arguments(config)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*torchrun(ranks), "-m", "train.run", *arguments(config)], cwd=root, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
 def finished(config: RunConfig, ranks: int, root: Path) -> str:
-    process = torchrun(config, ranks, root)
-    out, err = process.communicate(timeout=180)
+    process = started(config, ranks, root)
+    out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, err[-3000:]
     return out
 
@@ -103,15 +92,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoi
     tmp_path: Path, project_root: Path
 ) -> None:
     config = run_config(tmp_path, batch_size=4, steps=100_000)
-    process = torchrun(config, 2, project_root)
+    process = started(config, 2, project_root)
     try:
-        deadline = time.monotonic() + 120
-        while len(curve(config)) < 3:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_steps(config, 3, process)
         # torchrun hands it to its processes, at slightly different moments
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=DEADLINE)
     finally:
         process.kill()
     assert process.returncode != 0
@@ -123,11 +109,11 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoi
 def test_a_number_of_processes_that_does_not_divide_the_rows_is_refused(
     tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = torchrun(run_config(tmp_path, batch_size=3), 2, project_root)
-    _, err = process.communicate(timeout=120)
+    process = started(run_config(tmp_path, batch_size=3), 2, project_root)
+    _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode != 0
     assert (
-        "expected a number of processes that divides the 3 rows of a step (batch_size x grad_accumulation), got 2"
-        in err
+        "expected a number of processes that divides the 3 rows of a step (batch_size x grad_accumulation), "
+        "got 2" in err
     )
     assert not Path(run_config(tmp_path).output_dir).exists()

@@ -13,8 +13,9 @@ import torch
 from train_cases import checkpoint_folder, curve, run_config
 
 from smollm2.errors import LoadError, UsageError
-from train import run, worker_pool
+from train import run
 from train.checkpoint import verify
+from train.data import worker_pool
 from train.run import train
 from train.step import TrainStep
 
@@ -24,7 +25,8 @@ from train.step import TrainStep
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines"),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 9 bytes."
         ),
         MemoryError(),
     ],

@@ -20,7 +20,7 @@ from smollm2.pretrained.tokenizer import train_tokenizer
 from train import metrics
 from train.checkpoint import Progress
 from train.config import RunConfig
-from train.data.batches import DataState
+from train.data.state import DataState
 from train.display import columns, duration
 from train.metrics import (
     MetricsLog,
@@ -177,7 +177,7 @@ def test_memory_of_a_gpu_is_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory(torch.device("cuda", 0)) == (31.4, 31.4)
 
 
-# ---- Reporter -------------------------------------------------------------------------------------------------------------
+# ---- Reporter ----------------------------------------------------------------------------------------------
 
 
 def open_reporter(
@@ -215,7 +215,8 @@ def test_a_log_line_tells_everything_and_its_record_more(
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step   1/600  loss 6.500  lr 1.00e-05  |g| 2.00  wait 0 ms  1.2 GB  0 docs"
     assert second == (
-        "step  10/600  loss 4.123  lr 1.50e-03  |g| 0.81  10,000 tok/s  wait 2 ms  1.2 GB  3,171 docs  1 skipped  ETA 0:59"
+        "step  10/600  loss 4.123  lr 1.50e-03  |g| 0.81  10,000 tok/s  wait 2 ms  1.2 GB  3,171 docs  1 "
+        "skipped  ETA 0:59"
     )
     record = read_metrics(tmp_path)[1]
     rate, eta = record.pop("tokens_per_second"), record.pop("eta_seconds")
@@ -350,7 +351,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-# ---- metrics.jsonl --------------------------------------------------------------------------------------------------------
+# ---- metrics.jsonl -----------------------------------------------------------------------------------------
 
 
 def test_metrics_are_json_lines_and_can_be_taken_back(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ test_train_checkpoint_faults.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_cases import DEADLINE, arguments, checkpoint_folder, curve, run_config, wait_for_steps
 
 from smollm2.errors import UsageError
 from smollm2.pretrained.load import load_model
@@ -27,43 +28,13 @@ from train import checkpoint
 from train.checkpoint import newest_checkpoint
 from train.config import RunConfig
 from train.distributed import StopRequest, World
-from train.metrics import read_metrics
 from train.rng import rng_states, seed_generators, set_rng_states
 from train.run import train
 
-TINY: dict[str, Any] = dict(
-    model="tiny", data="local", validation_fraction=0.1, tokenizer="train", vocab_size=300,
-    sequence_length=40, steps=6, batch_size=2, lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0,
-    sample_every=0, device="cpu",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "numbers.jsonl"
-    texts = [f"{index} and {index + 1} and {index * index}. " * (1 + index % 4) for index in range(60)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return str(path)
-
 
 @pytest.fixture
-def configured(corpus: str, tmp_path: Path) -> Callable[..., RunConfig]:
-    def configure(name: str = "run", **changes: Any) -> RunConfig:
-        return RunConfig(**{**TINY, "paths": [corpus], "output_dir": str(tmp_path / name), **changes})
-
-    return configure
-
-
-def folder(config: RunConfig, step: int) -> Path:
-    return Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
-
-
-def curve(config: RunConfig) -> list[tuple[int, float, float]]:
-    return [
-        (line["step"], line["loss"], line["gradient_norm"])
-        for line in read_metrics(Path(config.output_dir))
-        if "loss" in line
-    ]
+def configured(tmp_path: Path) -> Callable[..., RunConfig]:
+    return functools.partial(run_config, tmp_path)
 
 
 def same_state(one: Any, other: Any) -> bool:
@@ -96,25 +67,26 @@ def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(
     if parts.schedule != "constant":
         parts.steps = total
         train(parts)
-        parts.resume = str(folder(parts, 3))
+        parts.resume = str(checkpoint_folder(parts, 3))
     else:
         train(parts)
         parts.steps, parts.resume = total, "auto"
     torch.manual_seed(99)  # whatever the process did in between
     train(parts)
     assert curve(parts) == curve(straight)
-    one, other = (load_model(folder(config, 6)).state_dict() for config in (straight, parts))
+    one, other = (load_model(checkpoint_folder(config, 6)).state_dict() for config in (straight, parts))
     assert same_state(one, other)
     saved = [
-        torch.load(folder(config, 6) / checkpoint.STATE, weights_only=True) for config in (straight, parts)
+        torch.load(checkpoint_folder(config, 6) / checkpoint.STATE, weights_only=True)
+        for config in (straight, parts)
     ]
     assert same_state(*saved)
-    moments = [load_file(folder(config, 6) / checkpoint.MOMENTS) for config in (straight, parts)]
+    moments = [load_file(checkpoint_folder(config, 6) / checkpoint.MOMENTS) for config in (straight, parts)]
     assert (
         same_state(*moments) and len(moments[0]) == 3 * len(one) - 3
     )  # exp_avg, exp_avg_sq, step; the tied head is no parameter of its own
     records = [
-        json.loads((folder(config, 6) / checkpoint.RECORD).read_text(encoding="utf-8"))
+        json.loads((checkpoint_folder(config, 6) / checkpoint.RECORD).read_text(encoding="utf-8"))
         for config in (straight, parts)
     ]
     assert records[0]["data"] == records[1]["data"] and records[0]["tokens"] == records[1]["tokens"]
@@ -123,7 +95,7 @@ def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(
 def test_a_checkpoint_records_what_made_it(configured: Callable[..., RunConfig]) -> None:
     config = configured(steps=2)
     train(config)
-    record = json.loads((folder(config, 2) / checkpoint.RECORD).read_text(encoding="utf-8"))
+    record = json.loads((checkpoint_folder(config, 2) / checkpoint.RECORD).read_text(encoding="utf-8"))
     assert (record["step"], record["tokens"], record["backend"]) == (2, 2 * 2 * 40, "torch")
     assert record["config"]["lr"] == 3e-3
     assert record["versions"]["torch"] == version("torch") and "python" in record["versions"]
@@ -203,32 +175,17 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch: 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(
-    configured: Callable[..., RunConfig], project_root: Path, number: int, code: int, corpus: str
+    configured: Callable[..., RunConfig], project_root: Path, number: int, code: int
 ) -> None:
-    config = configured()
-    keys = [
-        f"{name}={value}"
-        for name, value in {
-            **TINY,
-            "steps": 100_000,
-            "paths": corpus,
-            "output_dir": config.output_dir,
-        }.items()
-    ]
+    config = configured(steps=100_000)
     process = subprocess.Popen(
-        [sys.executable, "-m", "train.run", *keys],
-        cwd=project_root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, "-m", "train.run", *arguments(config)],
+        cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
-        while len(curve(config)) < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_steps(config, 2, process)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=DEADLINE)
     finally:
         process.kill()
     assert process.returncode == code, err

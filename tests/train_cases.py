@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,22 @@ TINY: dict[str, Any] = dict(
     sequence_length=40, steps=6, batch_size=2, lr=3e-3, warmup_steps=2, workers=0, log_every=1, eval_every=0,
     sample_every=0, device="cpu",
 )  # fmt: skip
+
+
+DEADLINE = 900  # seconds for what a sub-process does: far more than ten times what it takes
+
+
+def torchrun(ranks: int) -> list[str]:
+    """What starts a module or script in so many processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
+def wait_for_steps(config: RunConfig, steps: int, process: subprocess.Popen[str]) -> None:
+    """Returns when the running process has logged so many steps."""
+    end = time.monotonic() + DEADLINE
+    while len(curve(config)) < steps:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
 
 
 def write_corpus(path: Path) -> str:

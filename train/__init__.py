@@ -12,12 +12,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep the memory that is freed: a training step then meets no fresh pages. For the
-    process of a run on Linux.
+    """Makes the C library of Linux keep the memory that is freed, for the next training step.
 
-    By default glibc hands large blocks back to the system at once and takes them anew at the next step, page
-    by page: 130,000 page faults a step of the 135M model on a CPU, a twentieth of its time. Elsewhere, and
-    where MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is in the environment, nothing happens.
+    By default glibc returns large blocks to the system at once, and the next step gets them back page by
+    page: 130,000 page faults a step of the 135M model on a CPU, a twentieth of its time. Does nothing on
+    other systems, and where MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ is in the environment.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():

@@ -2,9 +2,11 @@
 bit-exact resume.
 
     RUN/checkpoints/step-000500/
-        config.json model.safetensors generation_config.json tokenizer.json ...   fp32 weights: the folder is a model by itself
-        optimizer.safetensors   moments and step counts, by the names of the parameters; of a sharded run instead
-        shards/                 the same by torch.distributed.checkpoint: a file from each rank, read by any number of ranks
+        config.json model.safetensors generation_config.json tokenizer.json ...
+                                fp32 weights: the folder is a model by itself
+        optimizer.safetensors   moments and step counts, by the names of the parameters
+        shards/                 in its place, of a sharded run: a file from each rank, by
+                                torch.distributed.checkpoint, which any number of ranks reads
         training_state.pt       RNG states of every rank, digests of the documents seen, the guard's averages
         run.json                step, tokens, data position, configuration, backend, versions of libraries
         manifest.json           schema version; size and sha256 of every file above, and of itself
@@ -19,8 +21,6 @@ only then named by `latest`.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -46,17 +46,11 @@ from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.load import load_model, stored_tensors, write_weights
 from smollm2.pretrained.tokenizer import Tokenizer
 from train import sharding
-from train.data.batches import DataState
+from train.data.state import DataState
 from train.distributed import World
+from train.manifest import MANIFEST, as_json, file_entries, flush, manifest, verify
 
-SCHEMA = 2  # of the folder; 1 had no schema in its manifest and the moments in training_state.pt
-MOMENTS, STATE, RECORD, MANIFEST, LATEST = (
-    "optimizer.safetensors",
-    "training_state.pt",
-    "run.json",
-    "manifest.json",
-    "latest",
-)
+MOMENTS, STATE, RECORD, LATEST = "optimizer.safetensors", "training_state.pt", "run.json", "latest"
 SHARDS = "shards"  # a folder, in place of MOMENTS
 ALONE = World(torch.device("cpu"))
 LIBRARIES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets", "pyarrow", "transformers")
@@ -81,11 +75,7 @@ class Progress:
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        plain = {
-            entry.name: getattr(self, entry.name)
-            for entry in dataclasses.fields(self)
-            if entry.name != "data"
-        }
+        plain = {name: value for name, value in vars(self).items() if name != "data"}
         return {**plain, "data": self.data.to_json(), "versions": library_versions()}
 
 
@@ -100,7 +90,7 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-# ---- saving ---------------------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,15 +176,15 @@ def write_snapshot(
             os.chmod(temporary / MOMENTS, (temporary / "config.json").stat().st_mode)
         with (temporary / STATE).open("wb") as stream:
             torch.save(snapshot.state, stream)
-        (temporary / RECORD).write_text(_json(snapshot.record), encoding="utf-8")
-        files |= _entries(temporary, sorted(path for path in temporary.iterdir() if path.is_file()))
-        (temporary / MANIFEST).write_text(_manifest(files), encoding="utf-8")
+        (temporary / RECORD).write_text(as_json(snapshot.record), encoding="utf-8")
+        files |= file_entries(temporary, sorted(path for path in temporary.iterdir() if path.is_file()))
+        (temporary / MANIFEST).write_text(manifest(files), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         if folder.exists():  # a damaged one, or the same step of a run that went back
             folder.rename(folder.with_name(f".tmp-replaced-{folder.name}"))
         temporary.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
         pointer = folder.with_name(".tmp-latest")
         pointer.write_text(folder.name + "\n", encoding="utf-8")
         pointer.replace(folder.with_name(LATEST))
@@ -234,7 +224,7 @@ def _write_shards(temporary: Path, snapshot: Snapshot, writers: World) -> dict[s
     sharding.write_shards(temporary / SHARDS, snapshot.moments, writers.control)
     own = sorted((temporary / SHARDS).glob(f"__{writers.rank}_*"))
     try:
-        found: dict[str, Any] | str = _entries(
+        found: dict[str, Any] | str = file_entries(
             temporary, own + ([temporary / SHARDS / ".metadata"] if writers.main else [])
         )
     except OSError as error:
@@ -250,10 +240,8 @@ def _write_shards(temporary: Path, snapshot: Snapshot, writers: World) -> dict[s
 class Saver:
     """Writes the snapshots of a run, in the background if asked: one at a time, in their order.
 
-    A checkpoint that cannot be written does not end the training: `failure` says so at the next look, and the
-    one before is intact.
-
-    last: what the newest finished write failed with, None if it did not.
+    A checkpoint that cannot be written does not end the training: the next call of `failure` returns the
+    error, and the checkpoint before is intact. last: the error of the newest finished write, or None.
     """
 
     def __init__(
@@ -262,13 +250,7 @@ class Saver:
         """writers: the ranks that write together, with a group of their own (`sharding.writers`), or this
         process alone.
         """
-        self._run, self._keep, self._keep_every, self._background, self._writers = (
-            run,
-            keep,
-            keep_every,
-            background,
-            writers,
-        )
+        self._where, self._background, self._writers = (run, keep, keep_every), background, writers
         self._thread: threading.Thread | None = None
         self.last: SaveError | None = None
         self._failure: SaveError | None = None  # not told yet
@@ -285,7 +267,8 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            write_snapshot(self._run, snapshot, self._keep, self._keep_every, self._writers)
+            run, keep, keep_every = self._where
+            write_snapshot(run, snapshot, keep, keep_every, self._writers)
             self.last = None
         except SaveError as error:
             self.last = self._failure = error
@@ -315,68 +298,14 @@ def _rotate(run: Path, current: int, keep: int, keep_every: int) -> None:
     by_age = sorted(checkpoints(run), key=lambda path: (_step(path) <= current, _step(path)))
     for path in by_age[:-keep] if keep else []:
         if not keep_every or _step(path) % keep_every:
-            doomed = path.with_name(
-                f".tmp-old-{path.name}"
-            )  # a name that no reader takes for a checkpoint, should the removal be cut short
+            # A name that no reader takes for a checkpoint, should the removal be cut short.
+            doomed = path.with_name(f".tmp-old-{path.name}")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
     _remove_temporary(run / "checkpoints")
 
 
-# ---- manifest -------------------------------------------------------------------------------------------------------------
-
-
-def _entries(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Size and sha256 of files, by their paths in the folder."""
-    return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
-    }
-
-
-def _manifest(files: dict[str, Any]) -> str:
-    """The text of manifest.json. Its last entry is the digest of the rest, so that damage to the manifest
-    shows as well.
-    """
-    return _sealed({"schema": SCHEMA, "files": files})
-
-
-def _sealed(content: dict[str, Any]) -> str:
-    return _json({**content, "sha256": hashlib.sha256(_json(content).encode()).hexdigest()})
-
-
-def verify(folder: Path) -> int:
-    """Compares every file with the manifest; returns their bytes. Raises LoadError naming the first that is
-    missing or differs.
-    """
-    total = 0
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        schema = manifest.get("schema")
-        if schema != SCHEMA:
-            raise LoadError(
-                f"{folder / MANIFEST}: expected schema {SCHEMA}, got {schema}: written by another version of this program"
-            )
-        # To the letter, not only in meaning: a manifest that says the same in other bytes was not written by
-        # a save.
-        if text != _sealed({name: value for name, value in manifest.items() if name != "sha256"}):
-            raise LoadError(f"{folder / MANIFEST}: its sha256 is not that of its content")
-        for name, expected in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                raise LoadError(f"{folder / name}: expected {expected['bytes']:,} bytes, got {size:,}")
-            if _sha256(folder / name) != expected["sha256"]:
-                raise LoadError(f"{folder / name}: its sha256 is not that of the manifest")
-            total += size
-    except FileNotFoundError as error:
-        raise LoadError(f"{error.filename}: expected in a checkpoint, found nothing") from None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise LoadError(f"{folder}: not a readable checkpoint ({error})") from None
-    return total
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def _step(folder: Path) -> int:
@@ -409,7 +338,8 @@ def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
             report(f"skipped a damaged checkpoint: {error}")
     if candidates:
         raise LoadError(
-            f"{run / 'checkpoints'}: expected a sound checkpoint, all {len(candidates)} are damaged; start again with another output_dir"
+            f"{run / 'checkpoints'}: expected a sound checkpoint, all {len(candidates)} are damaged; start "
+            "again with another output_dir"
         )
     return None
 
@@ -456,14 +386,12 @@ def load_weights(source: str | Path, backend: Any, device: torch.device) -> Smol
 def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts back the optimizer's state. Learning rate, decay and betas stay those of the configuration."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    stored = read_moments(folder, dict(zip(_names(model, optimizer), parameters, strict=True)))
+    names = _names(model, optimizer)
+    index = {name: number for number, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
-    for index, name in enumerate(_names(model, optimizer)):
-        entries = {
-            key.rpartition("/")[2]: value for key, value in stored.items() if key.rpartition("/")[0] == name
-        }
-        if entries:
-            state[index] = entries
+    for key, value in read_moments(folder, dict(zip(names, parameters, strict=True))).items():
+        name, _, entry = key.rpartition("/")
+        state.setdefault(index[name], {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -478,24 +406,6 @@ def read_moments(folder: Path, parameters: Mapping[str, Tensor] | None = None) -
         key: sharding.cut_like(value, like.get(key.rpartition("/")[0]))
         for key, value in load_file(folder / MOMENTS).items()
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=2) + "\n"
-
-
-def _flush(path: Path) -> None:
-    """Asks the disk to keep a file, or the names in a folder, before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,18 +4,32 @@ OmegaConf.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from smollm2.errors import LoadError, UsageError
-from train.config import RunConfig, check_keys, describe_keys, format_value
+from train.config import RunConfig
+from train.keys import format_value
+
+
+def describe_keys() -> str:
+    """Every key with its meaning and default, one line each, for --help."""
+    width = max(len(entry.name) for entry in dataclasses.fields(RunConfig))
+    defaults = RunConfig()
+    return "\n".join(
+        f"  {entry.name:{width}}  {entry.metadata['meaning']} [{format_value(getattr(defaults, entry.name))}]"
+        for entry in dataclasses.fields(RunConfig)
+    )
+
 
 CONFIGS = Path(__file__).parent / "configs"
 HELP = f"""usage: python -m train.run [config.yaml] [key=value ...] [--dry-run] [--debug] [--help]
 
-Trains a SmolLM2. Without a file: train/configs/quickstart.yaml (or, when model= is given, the defaults below).
+Trains a SmolLM2. Without a file: train/configs/quickstart.yaml, or, when model= is given, the defaults below.
   --dry-run  build everything and say what would run, without training or writing; where the data cannot be
              read, the estimate of memory and time alone
   --debug    show the traceback of an error
@@ -36,7 +50,8 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     if len(files) > 1 or any(name.startswith("-") for name in files):
         wrong = next((name for name in files if name.startswith("-")), files[-1])
         raise UsageError(
-            f"expected one YAML file and key=value pairs, got {wrong!r}; for example: python -m train.run steps=60"
+            f"expected one YAML file and key=value pairs, got {wrong!r}; for example: python -m train.run "
+            "steps=60"
         )
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     file = Path(files[0]) if files else None if "model" in given else CONFIGS / "quickstart.yaml"
@@ -54,7 +69,8 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
         from omegaconf.errors import OmegaConfBaseException
     except ModuleNotFoundError:
         raise LoadError(
-            "the command line of train.run needs omegaconf; install it with: pip install 'smollm2-kernels[train]'"
+            "the command line of train.run needs omegaconf; install it with: pip install "
+            "'smollm2-kernels[train]'"
         ) from None
 
     hints = typing.get_type_hints(RunConfig)
@@ -79,16 +95,26 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
             raise UsageError(f"{file}: not a readable YAML file ({' '.join(str(error).split())})") from None
         if not isinstance(content, dict):
             raise UsageError(f"{file}: expected keys and values, got {type(content).__name__}")
-        check_keys(map(str, content), str(file))
+        _check_keys(map(str, content), str(file))
         for key, value in content.items():
             set_value(str(file), str(key), value)
-    check_keys(given, "command line")
+    _check_keys(given, "command line")
     for key, text in given.items():
         set_value("command line", key, _from_text(text, hints[key]))
     try:
         return typing.cast(RunConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise UsageError(f"configuration: {str(error).splitlines()[0]}") from None
+
+
+def _check_keys(names: typing.Iterable[str], where: str) -> None:
+    """Raises UsageError for a key that RunConfig does not have, with the closest one that it has."""
+    known = [entry.name for entry in dataclasses.fields(RunConfig)]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "python -m train.run --help lists them"
+            raise UsageError(f"{where}: unknown key {name!r}; {hint}")
 
 
 def _from_text(text: str, hint: Any) -> Any:

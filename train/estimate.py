@@ -19,7 +19,12 @@ import torch
 from kernels.eager.loss import CHUNK_TOKENS
 from kernels.products import tokens_per_chunk
 from smollm2.config import SmolLM2Config
+from smollm2.errors import LoadError
+from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
+from train.data.source import Source
+from train.data.token_cache import Caches, TokenCache
+from train.data.worker_pool import WorkerPool
 from train.display import duration
 from train.metrics import flops_per_token, peak_flops
 from train.sharding import group_size
@@ -35,9 +40,7 @@ MATMUL_EFFICIENCY = 0.6
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. They do not all peak at the same time, so that their sum is a little more than
-    will be seen.
-    """
+    """Bytes on one device. Not all peak at the same time: a run takes a little less than their sum."""
 
     parameters: int  # fp32
     gradients: int  # fp32
@@ -135,7 +138,7 @@ def _backend(name: str, device: torch.device) -> str:
     return base if base != "auto" else "triton" if device.type in ("cuda", "xpu") else "torch"
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def memory_of(
@@ -246,7 +249,7 @@ def _joined_copies(model: SmolLM2Config, size: int) -> int:
     return size * model.hidden_size * (q + 2 * k + 2 * model.intermediate_size)
 
 
-# ---- time -----------------------------------------------------------------------------------------------------------------
+# ---- time --------------------------------------------------------------------------------------------------
 
 
 def expected_rate(
@@ -260,19 +263,22 @@ def expected_rate(
     peak = peak_flops(device)
     if peak is not None and dtype == "bf16":
         name = torch.cuda.get_device_name(device)
-        source = f"{times}{name}, {peak / 1e12:,.0f} TFLOP/s, assuming an MFU of {ASSUMED_MFU:.0%}; the first lines of the run will tell"
+        assumed = f"assuming an MFU of {ASSUMED_MFU:.0%}; the first lines of the run will tell"
+        source = f"{times}{name}, {peak / 1e12:,.0f} TFLOP/s, {assumed}"
         return Rate(devices * peak * ASSUMED_MFU, source)
     measured = matmul_rate(model, device, torch.bfloat16 if dtype == "bf16" else torch.float32, tokens)
-    source = f"{times}{device.type}, {measured / 1e9:,.0f} GFLOP/s measured in a matrix product, assuming {MATMUL_EFFICIENCY:.0%} of it"
+    rate = f"{measured / 1e9:,.0f} GFLOP/s measured in a matrix product"
+    source = f"{times}{device.type}, {rate}, assuming {MATMUL_EFFICIENCY:.0%} of it"
     return Rate(devices * measured * MATMUL_EFFICIENCY, source)
 
 
 def matmul_rate(
     model: SmolLM2Config, device: torch.device, dtype: torch.dtype, tokens: int, seconds: float = 0.3
 ) -> float:
-    """FLOP/s of the projection to gate and up [tokens, hidden] x [hidden, 2F], the fastest within `seconds`: what the device does when
-    nothing else wants it. (On a CPU that is shared, other processes make most repetitions several times slower.)"""
-    # the host must not be the limit
+    """FLOP/s of the projection to gate and up, [tokens, hidden] x [hidden, 2F]: the fastest repetition within
+    `seconds`, because other processes on a shared CPU make most of them several times slower.
+    """
+    # On a GPU, enough work that the host is not the limit.
     rows, repeats = (min(tokens, 2048), 1) if device.type == "cpu" else (min(tokens, 16384), 20)
     x = torch.randn(rows, model.hidden_size, device=device, dtype=dtype)
     weight = torch.randn(2 * model.intermediate_size, model.hidden_size, device=device, dtype=dtype)
@@ -294,7 +300,7 @@ def matmul_rate(
     return work / min(taken)
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
 
 def lines(found: Estimate) -> list[str]:
@@ -307,30 +313,23 @@ def lines(found: Estimate) -> list[str]:
         activations, other = checkpointed, f"{plain} without"
     else:
         activations, other = plain, f"{checkpointed} with"
+    moments = "Muon and AdamW" if memory.optimizer == "muon" else "AdamW"
+    work_on = f"{rows} x {length} tokens, {found.backend}, {found.dtype}"
     parts = [
         (_gb(memory.parameters), f"parameters, fp32{share}"),
         (_gb(memory.gradients), f"gradients, fp32{share}"),
-        (
-            _gb(memory.moments),
-            f"{'Muon and AdamW' if memory.optimizer == 'muon' else 'AdamW'}'s moments, fp32{share}",
-        ),
-        *(
-            [(_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way")]
-            if memory.gathered
-            else []
-        ),
-        *([(_gb(memory.weight_copies), f"copies of weights, {found.dtype}")] if memory.weight_copies else []),
-        (
-            activations,
-            f"activations of {rows} x {length} tokens, {found.backend}, {found.dtype} ({other} gradient_checkpointing)",
-        ),
+        (_gb(memory.moments), f"{moments}'s moments, fp32{share}"),
+        (_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way"),
+        (_gb(memory.weight_copies), f"copies of weights, {found.dtype}"),
+        (activations, f"activations of {work_on} ({other} gradient_checkpointing)"),
         (_gb(memory.loss_gradients), "gradients of the loss"),
         (_gb(memory.logits), "a chunk of logits"),
     ]
     facts = [
         (
             "size",
-            f"{found.parameters:,} parameters: embedding (also the head) {found.embedding:,}, blocks {found.blocks:,}",
+            f"{found.parameters:,} parameters: embedding (also the head) {found.embedding:,}, blocks "
+            f"{found.blocks:,}",
         ),
         ("tokens", f"{found.tokens_per_step:,} a step, {found.tokens:,} in {found.steps:,} steps"),
         (
@@ -338,7 +337,7 @@ def lines(found: Estimate) -> list[str]:
             f"{_flop(found.flops_per_token)} a token, {_flop(work)} in all (causal attention counted half)",
         ),
         ("memory", f"about {_gb(memory.total)} per device, without the framework's own:"),
-        *(("", f"{size:>8} {what}") for size, what in parts),
+        *(("", f"{size:>8} {what}") for size, what in parts if size != NOTHING),
         (
             "time",
             f"about {_time(found.seconds)} at {found.tokens_per_second:,.0f} tokens/s, without evaluations",
@@ -346,6 +345,9 @@ def lines(found: Estimate) -> list[str]:
         ("", f"({found.rate.source})"),
     ]
     return [f"{name:10}{fact}" for name, fact in facts]
+
+
+NOTHING = "0.0 MB"
 
 
 def _gb(count: int) -> str:
@@ -362,3 +364,54 @@ def _flop(count: float) -> str:
 def _time(seconds: float) -> str:
     days = seconds / 86400
     return f"{days:.1f} days" if days >= 2 else duration(seconds)
+
+
+# ---- mixture -----------------------------------------------------------------------------------------------
+
+
+def mixture_lines(source: Source, config: RunConfig, tokenizer: Tokenizer, cache: Caches) -> list[str]:
+    """A line for every source of a mixture: its share, the tokens that the run reads of it, and, where the
+    size of the source is known, its epochs. A size is counted where the token cache has all of the source,
+    else estimated from its first block.
+    """
+    width = max(len(part.name) for part in source.parts)
+    lines: list[str] = []
+    for part, own in zip(source.parts, cache.parts, strict=True):
+        if not part.name:
+            continue
+        share = config.steps * config.tokens_per_step * float(part.weight)
+        size, about = own.tokens_of(part.source.num_shards) if own is not None else None, ""
+        if size is None:
+            size, about = estimated_tokens(part.source, tokenizer, own), "about "
+        extent = (
+            f"of {about}{size:,}: {about}{share / size:,.2f} epochs"
+            if size
+            else "of a source of unknown size"
+        )
+        name = f"{'mixture' if not lines else '':10}{part.name:{width}}"
+        lines.append(f"{name}  {float(part.weight):7.2%}  {share:,.0f} tokens {extent}")
+    return lines
+
+
+SOME_DOCUMENTS = 200  # tokenised for an estimate
+
+
+def estimated_tokens(source: Source, tokenizer: Tokenizer, cache: TokenCache | None = None) -> int | None:
+    """The tokens of a source, from its first block, or the first documents of it, and the part of the source
+    that the block is; None if that is not known, or the block cannot be read.
+
+    Off by as much as other documents are longer or shorter.
+    """
+    begin, end = source.span(0, 0)
+    part = (end - begin) * source.sizes[0] / (sum(source.sizes) or 1.0)
+    stored = cache.get(0, 0) if cache is not None else None
+    if stored is not None and part > 0:
+        return round(len(stored.tokens) / part)
+    try:
+        block = next(source.read(0), []) if part > 0 else []
+    except LoadError:
+        return None
+    if not block:
+        return None
+    tokens = len(WorkerPool(tokenizer, 0).encode(block[:SOME_DOCUMENTS]).tokens)
+    return round(tokens * len(block) / len(block[:SOME_DOCUMENTS]) / part)

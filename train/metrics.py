@@ -3,14 +3,15 @@ and the terminal.
 
 metrics.jsonl is the record: one JSON object a line, each with its `step`.
 
-    loss, lr, gradient_norm      of that one step: nats per token, the rate used, the global norm before clipping
-    tokens_per_second, mfu       since the line before; training alone; absent while it warms up, and mfu where the peak is not known
+    loss, lr, gradient_norm      of that step: nats per token, the rate used, the global norm before clipping
+    tokens_per_second, mfu       of training alone since the line before; absent in the first steps, and mfu
+                                 where the peak is not known
     wait_ms                      milliseconds that a step waited for its batch, mean since the line before
     memory_gb, memory_peak_gb    in 1e9 bytes, see `memory`
     tokens, epochs, documents, unique_examples, invalid_documents, skipped_steps     since the run began
-    share/NAME, epochs/NAME, unique_examples/NAME     the same for each source of a mixture; its share of all tokens
-    eta_seconds                  until the last step at the pace so far, with evaluations, samples and checkpoints
-    held_out_loss, held_out_bits_per_byte, unigram_entropy                           lines of evaluations
+    share/NAME, epochs/NAME, unique_examples/NAME    of each source of a mixture; share: of all tokens
+    eta_seconds                  to the last step at the pace so far, evaluations and checkpoints included
+    held_out_loss, held_out_bits_per_byte, unigram_entropy    lines of evaluations
     resumed, ...                 lines of events, `Reporter.note`
 
 MFU is tokens/s x FLOPs per token / (peak x devices): 6 FLOPs per weight and token, causal attention counted
@@ -62,7 +63,7 @@ def flops_per_token(config: SmolLM2Config, length: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 FLOP/s of a device, or None when the table does not have it: a wrong MFU is worse than none."""
+    """Peak bf16 FLOP/s of a device; None if the table lacks it: a wrong MFU is worse than none."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -101,7 +102,8 @@ def too_good(loss: float, tokens: int, epochs: float, held_out: float | None) ->
     expected = 1.69 + 410.7 / max(tokens, 1) ** 0.28
     floor = min(expected / 3, 3.0)
     if epochs < 2 and loss < floor:
-        return f"a training loss of {loss:.2f} after {tokens:,} tokens is implausibly low (healthy: above {floor:.2f})"
+        healthy = f"(healthy: above {floor:.2f})"
+        return f"a training loss of {loss:.2f} after {tokens:,} tokens is implausibly low {healthy}"
     if held_out is not None and loss < held_out - 1.0:
         cause = f"{epochs:.1f} epochs: it is memorising" if epochs >= 2 else "less than two epochs"
         return f"the training loss {loss:.2f} is {held_out - loss:.2f} below the held-out loss ({cause})"
@@ -291,7 +293,7 @@ class Reporter:
         self._peak = peak * devices if peak else None
 
     def advance(self, tokens: int, wait_seconds: float = 0.0) -> None:
-        """Counts one step of `tokens` tokens that waited so long for its batch. Never waits for the device."""
+        """Counts one step, and the seconds that it waited for its batch. Never waits for the device."""
         self._display.advance()
         self.throughput.add(tokens)
         self._waited += wait_seconds
@@ -299,8 +301,9 @@ class Reporter:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Evaluations, samples and checkpoints belong inside: their time is not training time. Waits for the device, so enter it only
-        when one of them is due."""
+        """Evaluations, samples and checkpoints belong inside, so that their time does not count. Waits for
+        the device: enter it only when one of them is due.
+        """
         with self.throughput.excluded():
             yield
 
@@ -345,7 +348,8 @@ class Reporter:
         if self._log.error is not None and not self._disk_warned:
             self._disk_warned = True
             self._display.line(
-                f"warning: {METRICS_FILE} cannot be written ({self._log.error}); training goes on; free some space"
+                f"warning: {METRICS_FILE} cannot be written ({self._log.error}); training goes on; free some "
+                "space"
             )
 
     def _doubt(self) -> None:

@@ -1,8 +1,5 @@
-"""AdamW, and Muon beside it; learning-rate schedules as pure functions of the step; gradient clipping and
-skipped steps without host synchronisation.
-
-A schedule that is a function of the step alone needs no state: a resumed run computes the same learning
-rates.
+"""AdamW and Muon; learning-rate schedules as pure functions of the step, so that a resumed run computes the
+same rates; gradient clipping and skipped steps, for which the host never waits.
 """
 
 from __future__ import annotations
@@ -10,17 +7,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.fused_adamw import FusedAdamW
+from smollm2.model import SmolLM2ForCausalLM
+from smollm2.working_copies import WorkingCopies
 from train.config import RunConfig
-
-if TYPE_CHECKING:
-    from smollm2.model import SmolLM2ForCausalLM
-    from smollm2.working_copies import WorkingCopies
 
 
 def parameter_groups(
@@ -46,7 +41,7 @@ def parameter_groups(
 
 
 def _obstacle(model: nn.Module, config: RunConfig, device: torch.device | None) -> str | None:
-    """Why AdamW's launch of this project does not serve a run, or None if it does."""
+    """Why a run cannot use this project's own AdamW, or None if it can."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kind = (device or parameters[0].device).type
     backend = getattr(getattr(model, "backend", None), "name", "torch").partition(",")[0]
@@ -54,7 +49,7 @@ def _obstacle(model: nn.Module, config: RunConfig, device: torch.device | None) 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     obstacles = {
         "asked for": config.optimizer == "adamw,torch",
-        f"sharding={config.sharding} cuts the parameters": config.sharding != "none",
+        f"sharding={config.sharding} cuts the parameters": config.sharded,
         f"the backend is {backend}": backend != "triton",
         f"the device is {kind}": kind != "cpu" if interpreted else kind not in ("cuda", "xpu"),
         "a parameter is not contiguous fp32": not all(
@@ -79,16 +74,13 @@ def describe_optimizer(model: nn.Module, config: RunConfig, device: torch.device
 def working_copies(
     model: SmolLM2ForCausalLM, config: RunConfig, device: torch.device
 ) -> WorkingCopies | None:
-    """Copies of the weights in the dtype of the activations, or None where they are one dtype, or where a
-    forward pass cannot use them: a trace casts as it likes, shards have no whole weights, and on a CPU
-    nothing is launched that could be saved.
+    """Copies of the weights in the dtype of the activations, or None where that is fp32 or copies are of no
+    use: torch.compile casts by itself, a shard has no whole weights, and a CPU saves no launches.
     """
-    from smollm2.working_copies import WorkingCopies
-
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and model.backend.name.startswith("triton")
     if (
         config.dtype != "bf16"
-        or config.sharding != "none"
+        or config.sharded
         or config.compile
         or not (device.type == "cuda" or interpreted)
     ):
@@ -203,13 +195,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
-    """The learning rate of step 0, 1, ..., steps - 1; above 0 at each of them (unless lr is below min_lr =
-    0).
+    """The learning rate of step 0, 1, ..., steps - 1, above 0 at each of them.
 
     Linear warm-up to lr over warmup_steps, then
       constant  lr
-      wsd       lr, then down to min_lr over the last decay_fraction of all steps, linearly (SmolLM2's schedule) or as
-                1 - sqrt(progress), which falls faster at first (both: Haegele et al. 2024, arXiv 2405.18392)
+      wsd       lr, then down to min_lr over the last decay_fraction of all steps, linearly (SmolLM2's
+                schedule) or as 1 - sqrt(progress), which falls faster at first (both: Haegele et al. 2024,
+                arXiv 2405.18392)
       cosine    half a cosine from lr to min_lr (arXiv 1608.03983)
     """
     if step < config.warmup_steps:
@@ -304,7 +296,7 @@ class StepGuard:
         return {name: value.cpu().clone() for name, value in self._tensors().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Continues from `state()`; a row of skipped steps, which may have ended the run before, begins anew."""
+        """Continues from `state()`. A row of skipped steps, which may have ended the run, begins anew."""
         for name, value in self._tensors().items():
             value.copy_(state[name])
 

@@ -23,7 +23,7 @@ from train.metrics import METRICS_FILE, read_metrics
 
 PICTURE = "training_metrics.png"
 SMOOTHING_WINDOW = 1 / 20  # of the logged points
-FEW = 20  # logged points: so many are drawn as points, since a line would hide that they are few
+FEW = 20  # logged points: fewer are drawn as points, since a line would hide how few there are
 LONGEST_NAME = 40  # characters of a run's name in legends and titles
 
 
@@ -57,31 +57,23 @@ class Colours:
 
 
 SINGLE = Colours(train="tab:blue", held_out="tab:red", unique="tab:green", throughput="tab:purple")
-PALETTE = (
-    "tab:blue",
-    "tab:orange",
-    "tab:green",
-    "tab:red",
-    "tab:purple",
-    "tab:brown",
-    "tab:pink",
-    "tab:olive",
-    "tab:cyan",
-    "black",
-)
+TAB = "blue orange green red purple brown pink olive cyan"
+PALETTE = (*(f"tab:{name}" for name in TAB.split()), "black")
 
 
 def read_run(run: Path) -> Series:
     """Raises LoadError when there is nothing to draw."""
     if not run.is_dir():
         raise LoadError(
-            f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}; runs are output_dir=..."
+            f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}; runs are "
+            "output_dir=..."
         )
     lines = read_metrics(run)
     train = [line for line in lines if isinstance(line.get("loss"), float)]
     if not train:
         raise LoadError(
-            f"{run / METRICS_FILE}: expected lines with a loss, found none; name the folder of a run that has trained"
+            f"{run / METRICS_FILE}: expected lines with a loss, found none; name the folder of a run that "
+            "has trained"
         )
     held_out = [line for line in lines if isinstance(line.get("held_out_loss"), float)]
     return Series(
@@ -111,11 +103,9 @@ def draw_runs(runs: Sequence[Path], path: Path) -> Path:
 
     series = [_renamed(one, name) for one, name in zip(found, _labels(runs), strict=True)]
     several = len(series) > 1
-    colours = (
-        [Colours(*[PALETTE[index % len(PALETTE)]] * 4) for index in range(len(series))]
-        if several
-        else [SINGLE]
-    )
+    colours = [SINGLE]
+    if several:
+        colours = [Colours(*[PALETTE[index % len(PALETTE)]] * 4) for index in range(len(series))]
     figure = Figure(figsize=(18, 5.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
     loss, unique, throughput = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
@@ -139,7 +129,8 @@ def draw_runs(runs: Sequence[Path], path: Path) -> Path:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise LoadError(
-            f"{path}: the picture cannot be written ({error.strerror or error}); name another file with --output"
+            f"{path}: the picture cannot be written ({error.strerror or error}); name another file with "
+            "--output"
         ) from None
     return path
 
@@ -171,7 +162,7 @@ def _title(series: list[Series]) -> str:
     return f"{series[0].name}: {', '.join(facts)}"
 
 
-# ---- panels ---------------------------------------------------------------------------------------------------------------
+# ---- panels ------------------------------------------------------------------------------------------------
 
 
 def _draw_loss(panel: Any, series: list[Series], colours: list[Colours]) -> None:
@@ -188,14 +179,8 @@ def _draw_loss(panel: Any, series: list[Series], colours: list[Colours]) -> None
         if several and held_out:
             label += f", held out {held_out[-1]:.2f}"
         panel.plot(steps, losses, color=colour.train, alpha=0.15 if several else 0.3, linewidth=1)
-        panel.plot(
-            steps,
-            smooth,
-            color=colour.train,
-            linewidth=1.5 if several else 2,
-            label=label,
-            marker="." if len(losses) < FEW else None,
-        )
+        width, marker = 1.5 if several else 2, "." if len(losses) < FEW else None
+        panel.plot(steps, smooth, color=colour.train, linewidth=width, label=label, marker=marker)
         if held_out:
             panel.plot(
                 [line["step"] for line in one.held_out], held_out, "o", color=colour.held_out, markersize=6,
@@ -247,28 +232,15 @@ def _draw_throughput(panel: Any, series: list[Series], colours: list[Colours]) -
         if not rates:
             continue
         measured = True
-        panel.plot(
-            steps,
-            rates,
-            ".-",
-            color=colour.throughput,
-            linewidth=0.8,
-            markersize=8 if len(rates) < FEW else 3,
-        )
+        size = 8 if len(rates) < FEW else 3
+        panel.plot(steps, rates, ".-", color=colour.throughput, linewidth=0.8, markersize=size)
         if len(series) == 1:
             title = f"Throughput: {statistics.median(rates):,.0f} tokens/s"
             shares = one.points("mfu")[1]
             title += f", MFU {statistics.median(shares):.0%}" if shares else ""
     if not measured:  # the first steps are left out of it
-        panel.text(
-            0.5,
-            0.5,
-            "too few steps to measure",
-            transform=panel.transAxes,
-            ha="center",
-            va="center",
-            color="gray",
-        )
+        where = dict(transform=panel.transAxes, ha="center", va="center")
+        panel.text(0.5, 0.5, "too few steps to measure", color="gray", **where)
     panel.set_ylim(bottom=0, top=None if measured else 1)
     panel.yaxis.set_major_formatter(_thousands())
     panel.set_ylabel("tokens per second")
@@ -289,10 +261,11 @@ def _mark_resumes(
                 continue
             right = step < last / 2
             panel.annotate(
-                "resumed", (step, 0.5), xycoords=("data", "axes fraction"), xytext=(3 if right else -3, 0), textcoords="offset points",
-                rotation=90, ha="left" if right else "right", va="center", color=line_colour, fontsize="small",
+                "resumed", (step, 0.5), xycoords=("data", "axes fraction"), xytext=(3 if right else -3, 0),
+                textcoords="offset points", rotation=90, ha="left" if right else "right", va="center",
+                color=line_colour, fontsize="small", zorder=4,
                 # it may lie on a curve
-                zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.5},
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.5},
             )  # fmt: skip
 
 
@@ -335,7 +308,8 @@ def main(argv: Sequence[str]) -> int:
     output = options.output or (runs[0] / PICTURE if len(runs) == 1 else Path(PICTURE))
     if output.is_dir():
         raise UsageError(
-            f"--output: expected the name of a picture, got the folder {output}; for example --output {output / PICTURE}"
+            f"--output: expected the name of a picture, got the folder {output}; for example --output "
+            f"{output / PICTURE}"
         )
     print(draw_runs(runs, output))
     return 0

@@ -18,23 +18,24 @@ from typing import Any
 from smollm2.cli import run_command
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
+from train.build import tokenizer_for
 from train.command_line import parse
 from train.config import RunConfig
 from train.data.batches import held_out_rows
-from train.data.blocks import EpochEnd, Prefetch, StoredBlock, epoch_order, stored_blocks, tokenised
-from train.data.corpus import Source, open_source
-from train.data.mixture import MixtureCache, MixtureSource, order_key
+from train.data.blocks import EpochEnd, StoredBlock, epoch_order, tokenised
+from train.data.open import open_source
+from train.data.source import Source
 from train.data.token_cache import TokenCache, open_caches
 from train.data.tokenise import TokenBlock, is_held_out
 from train.data.worker_pool import WorkerPool
-from train.run import tokenizer_for
 
-HELP = """usage: python -m train.prepare [config.yaml] [key=value ...] [--tokens N] [--verify] [--debug] [--help]
+HELP = """usage: python -m train.prepare [config.yaml] [key=value ...] [--tokens N] [--verify] [--debug]
 
-Downloads and tokenises what a run will read, in the order in which it reads it, into its token cache: the held-out documents, then
-the training documents of its first epoch. Takes the arguments of python -m train.run; the run must have the same data, tokenizer and
-seed. What is there already is verified and skipped, so that an interrupted command continues when it is given again. Of a mixture,
-every source is filled in turn, with its share of the tokens.
+Downloads and tokenises what a run will read, in the order in which it reads it, into its token cache: the
+held-out documents, then the training documents of its first epoch. Takes the arguments of python -m
+train.run; the run must have the same data, tokenizer and seed. What is there already is verified and skipped,
+so that an interrupted command continues when it is given again. Of a mixture, every source is filled in turn,
+with its share of the tokens.
   --tokens N  stop at this many training tokens (default: what all steps of the run read, at most one epoch)
   --verify    store nothing, and check every block in the cache; exit code 1 if one is damaged
   --debug     show the traceback of an error
@@ -68,7 +69,7 @@ class Filling:
 
     source: Source
     cache: TokenCache
-    seed: int | str
+    seed: str
     share: Fraction
 
 
@@ -123,13 +124,11 @@ def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int
     print(f"{source.fingerprint}: {first}{wanted:,} training tokens, into {cache.folder}", flush=True)
     begin = time.monotonic()
     held_out_rows(source, tokenizer, fraction, rows, config.sequence_length, cache, config.workers)
-    stored = Prefetch(
-        stored_blocks(source, epoch_order(source, filling.seed), cache, stop), stop, 2, config.workers > 0
-    )
+    order = epoch_order(source, filling.seed)
     try:
         with (
             closing(ProgressLine(wanted)) as progress,
-            closing(tokenised(stored, pool, cache, stop)) as blocks,
+            closing(tokenised(source, order, pool, cache, stop)) as blocks,
         ):
             for item in blocks:
                 if isinstance(item, EpochEnd) or totals.training_tokens >= wanted:
@@ -141,7 +140,6 @@ def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int
         raise
     finally:
         stop.set()
-        stored.close()
         pool.close()
         cache.close()
     seconds = time.monotonic() - begin
@@ -155,7 +153,8 @@ def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int
         print("all of it was there already, and is sound", flush=True)
     if totals.lost:
         raise LoadError(
-            f"{cache.folder}: {totals.lost} blocks could not be stored (see above); run the command again when that is settled"
+            f"{cache.folder}: {totals.lost} blocks could not be stored (see above); run the command again "
+            "when that is settled"
         )
     return totals
 
@@ -187,8 +186,8 @@ def verify(config: RunConfig) -> int:
 
 def print_totals(totals: Totals, cache: TokenCache) -> None:
     print(
-        f"{totals.blocks:,} blocks, {totals.documents:,} documents ({totals.unusable:,} of them unusable), {totals.tokens:,} tokens; "
-        f"{cache.size():,} bytes in {cache.folder}",
+        f"{totals.blocks:,} blocks, {totals.documents:,} documents ({totals.unusable:,} of them unusable), "
+        f"{totals.tokens:,} tokens; {cache.size():,} bytes in {cache.folder}",
         flush=True,
     )
 
@@ -196,16 +195,12 @@ def print_totals(totals: Totals, cache: TokenCache) -> None:
 def _open(config: RunConfig) -> tuple[list[Filling], Tokenizer]:
     source = open_source(config)
     tokenizer = tokenizer_for(config, source)
-    cache = open_caches(config, source, tokenizer)
-    if isinstance(source, MixtureSource) and isinstance(cache, MixtureCache):
-        opened = zip(source.parts, cache.parts, strict=True)
-        found = [
-            Filling(part.source, own, order_key(config.seed, part.name), part.weight)
-            for part, own in opened
-            if own is not None
-        ]
-    else:
-        found = [Filling(source, cache, config.seed, Fraction(1))] if isinstance(cache, TokenCache) else []
+    opened = zip(source.parts, open_caches(config, source, tokenizer).parts, strict=True)
+    found = [
+        Filling(part.source, own, part.order_key(config.seed), part.weight)
+        for part, own in opened
+        if own is not None
+    ]
     if not found:
         raise UsageError(
             f"token_cache: expected a folder to fill, got {config.token_cache} with data={config.data}; "

@@ -32,12 +32,12 @@ from smollm2.model import SmolLM2ForCausalLM
 from train.config import RunConfig
 from train.distributed import World
 
-# ---- configuration --------------------------------------------------------------------------------------------------------
+# ---- configuration -----------------------------------------------------------------------------------------
 
 
 def group_size(config: RunConfig, world_size: int) -> int:
     """Ranks that hold one copy of the model together; 1 without sharding."""
-    if config.sharding == "none":
+    if not config.sharded:
         return 1
     if config.sharding == "full":
         return world_size
@@ -46,19 +46,19 @@ def group_size(config: RunConfig, world_size: int) -> int:
 
 def check(config: RunConfig, world: World) -> None:
     """Raises UsageError when this number of processes cannot be sharded as asked."""
-    if config.sharding == "none":
+    if not config.sharded:
         return
     if world.size == 1:
         raise UsageError(
-            f"sharding: {config.sharding} needs several processes (torchrun --nproc-per-node N -m train.run ...), got one; "
-            "use sharding=none, which continues a sharded run as well"
+            f"sharding: {config.sharding} needs several processes (torchrun --nproc-per-node N -m train.run "
+            "...), got one; use sharding=none, which continues a sharded run as well"
         )
     group = group_size(config, world.size)
     if config.sharding == "hybrid" and (group < 2 or group >= world.size or world.size % group):
         source = "shard_size" if config.shard_size else "shard_size=0: the processes of a node"
         raise UsageError(
-            f"shard_size: expected a divisor of the {world.size} processes, at least 2 and below {world.size}, got {group} ({source}); "
-            "give another, or use sharding=full"
+            f"shard_size: expected a divisor of the {world.size} processes, at least 2 and below "
+            f"{world.size}, got {group} ({source}); give another, or use sharding=full"
         )
 
 
@@ -72,7 +72,7 @@ def describe(config: RunConfig, world: World) -> str:
     )
 
 
-# ---- model and gradients --------------------------------------------------------------------------------------------------
+# ---- model and gradients -----------------------------------------------------------------------------------
 
 
 def shard(model: SmolLM2ForCausalLM, config: RunConfig, world: World) -> SmolLM2ForCausalLM:
@@ -137,8 +137,8 @@ def whole_weights(model: SmolLM2ForCausalLM, *, keep: bool) -> dict[str, Tensor]
     """The fp32 weights, whole, on the CPU of the ranks that `keep` them; an empty dictionary on the others.
     Every rank must call it.
 
-    Takes 4 bytes a parameter of host memory there (1.7B: 6.8 GB), and on every device the largest parameter
-    at a time.
+    Takes 4 bytes of host memory a parameter (1.7B: 6.8 GB), and on every device room for the largest
+    parameter.
     """
     cast(Any, model).reshard()  # after an evaluation the embedding is still whole
     weights = {}
@@ -165,7 +165,7 @@ def whole_model(model: SmolLM2ForCausalLM, world: World) -> SmolLM2ForCausalLM |
     return copy
 
 
-# ---- torch.distributed.checkpoint -----------------------------------------------------------------------------------------
+# ---- torch.distributed.checkpoint --------------------------------------------------------------------------
 
 
 def writers(world: World) -> World:
@@ -198,8 +198,9 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGr
 
 
 def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`parameter name/entry` -> tensor, whichever number of ranks wrote them: whole, or cut as the sharded parameter of that name in
-    `like` is. A rank reads only its own parts. Raises LoadError."""
+    """`parameter name/entry` -> tensor, whichever number of ranks wrote them: whole, or cut as the sharded
+    parameter of that name in `like` is. A rank reads only its own parts. Raises LoadError.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.tensor import DTensor

@@ -1,8 +1,7 @@
 """One optimizer step: micro-batches forward and backward, one norm, one decision, one update; eager, or
 captured in a CUDA graph.
 
-Nothing here waits for the device: the learning rate is set before, the loss and the norm stay on the device,
-and whether a step is left out is decided there.
+Nothing here waits for the device: the loss and the norm stay there, and it decides whether a step is skipped.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from train.data.batches import Batch
 from train.distributed import World
 from train.optim import FusedAdamW, StepGuard, clip_gradients, update
 
-# Before a capture memory is allocated and kernels are compiled; these steps train like any other. DDP lays
-# its buckets out anew and keeps statistics in its first ten, and torch asks for eleven.
+# Steps before the capture, in which memory is allocated and kernels are compiled. They train like any other.
+# DDP changes its buckets and keeps statistics in its first ten, and torch asks for eleven.
 EAGER_STEPS, EAGER_STEPS_OF_DDP = 2, 11
 
 
 def capture_choice(config: RunConfig, world: World) -> tuple[bool, str]:
     """(Whether the step is captured in a CUDA graph, why). Raises UsageError where cuda_graph=true cannot be.
 
-    With several processes the sums over the ranks are captured too, which torch allows; auto leaves that to
-    those who ask for it, because it was never run on more than one GPU.
+    With several processes the sums over the ranks are captured too, which torch allows. auto does not do so,
+    because it was never run on more than one GPU.
     """
     if config.cuda_graph == "true" and world.device.type != "cuda":
         raise UsageError(f"cuda_graph: needs a CUDA device, got {world.device.type}; drop cuda_graph=true")
@@ -52,9 +51,7 @@ def capture_choice(config: RunConfig, world: World) -> tuple[bool, str]:
 
 @contextlib.contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on that stream, after what was asked for before and before what is asked for afterwards; None: on
-    the one that there is.
-    """
+    """Work on that stream, in the order of the calls with what the present stream does. None: no change."""
     if stream is None:
         yield
         return
@@ -83,37 +80,26 @@ class TrainStep:
         """forward: the model, compiled and wrapped as the run wants it. copies: 16-bit copies of its weights,
         which it reads.
         """
-        self._copies = copies
-        self._forward, self._optimizer, self._guard, self._config, self._world = (
-            forward,
-            optimizer,
-            guard,
-            config,
-            world,
-        )
+        self._forward, self._copies, self._optimizer, self._guard = forward, copies, optimizer, guard
+        self._config, self._world = config, world
         self._parameters = [parameter for parameter in forward.parameters() if parameter.requires_grad]
-        self._sharded = config.sharding != "none"
+        self._sharded = config.sharded
         # DDP takes the mean over ranks where the sum is wanted.
         self._factor = 1 if self._sharded else world.size
         self._targets = torch.ones((), device=world.device)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         self._targets.fill_(self._count_targets(batch))
-        doc_start = batch.doc_start if self._config.document_masking else None
-        return self._compute(
-            self._to_device(batch.input_ids), None if doc_start is None else self._to_device(doc_start)
-        )
+        starts = self._to_device(batch.doc_start) if self._config.document_masking else None
+        return self._compute(self._to_device(batch.input_ids), starts)
 
     def _count_targets(self, batch: Batch) -> int:
         """Valid targets of the step over all ranks: all tokens but the last of each row and, with masking, of
         each document.
         """
         rows, length = batch.input_ids.shape
-        return max(
-            1,
-            rows * self._world.size * (length - 1)
-            - (batch.inner_starts if self._config.document_masking else 0),
-        )
+        hidden = batch.inner_starts if self._config.document_masking else 0
+        return max(1, rows * self._world.size * (length - 1) - hidden)
 
     def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self._world.device, non_blocking=True)
@@ -138,9 +124,8 @@ class TrainStep:
         if isinstance(self._optimizer, FusedAdamW):
             gradient_norm = self._optimizer.clip(self._config.grad_clip)
         else:
-            gradient_norm = (sharding.clip_gradients if self._sharded else clip_gradients)(
-                self._parameters, self._config.grad_clip
-            )
+            clip = sharding.clip_gradients if self._sharded else clip_gradients
+            gradient_norm = clip(self._parameters, self._config.grad_clip)
         update(self._optimizer, self._guard.judge(loss, gradient_norm))
         self._optimizer.zero_grad(set_to_none=True)
         return loss, gradient_norm
@@ -183,16 +168,14 @@ class CapturedStep(TrainStep):
 
     def _capture(self, batch: Batch) -> None:
         """Records a step; recording computes nothing, so the weights stay as they are."""
-        self._ids, self._starts = (
-            values.to(self._world.device) for values in (batch.input_ids, batch.doc_start)
-        )
+        device = self._world.device
+        self._ids, self._starts = batch.input_ids.to(device), batch.doc_start.to(device)
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that pins the next batches may ask the driver for memory meanwhile, which
         # would end a global capture.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._loss, self._norm = self._compute(
-                self._ids, self._starts if self._config.document_masking else None
-            )
+            starts = self._starts if self._config.document_masking else None
+            self._loss, self._norm = self._compute(self._ids, starts)
 
 
 def _micro_batches(
@@ -201,3 +184,21 @@ def _micro_batches(
     """Pieces of `rows` rows."""
     starts = doc_start.split(rows) if doc_start is not None else itertools.repeat(None)
     return zip(ids.split(rows), starts, strict=False)
+
+
+@contextlib.contextmanager
+def memory_advice(config: RunConfig) -> Iterator[None]:
+    """Out of memory: says which keys need less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        raise UsageError(
+            f"out of memory ({str(error).partition(chr(10))[0] or 'in Python'}); lower "
+            f"batch_size={config.batch_size} and raise grad_accumulation={config.grad_accumulation} by the "
+            "same factor, or set gradient_checkpointing=true or dtype=bf16, or lower "
+            f"sequence_length={config.sequence_length}; python -m train.run ... --dry-run estimates the "
+            "memory; a run that has saved continues with resume=auto"
+        ) from error

@@ -23,7 +23,7 @@ REMOTES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # where trackio would send
 
 
 class Tracker(Protocol):
-    """Anything may be raised: `Guarded` takes care of it."""
+    """May raise anything, since `Guarded` calls it."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -51,19 +51,13 @@ class Trackio:
 
     def __init__(self, run: Path, config: RunConfig) -> None:
         self._library = _library("trackio")
-        hidden = (
-            {}
-            if config.tracker_online
-            else {name: os.environ.pop(name) for name in REMOTES if name in os.environ}
-        )
+        names = [] if config.tracker_online else [name for name in REMOTES if name in os.environ]
+        hidden = {name: os.environ.pop(name) for name in names}
         try:
             self._library.init(
-                project=config.tracker_project,
-                name=run_name(run),
-                config=asdict(config),
-                resume="allow",
+                project=config.tracker_project, name=run_name(run), config=asdict(config), resume="allow",
                 embed=False,
-            )
+            )  # fmt: skip
         finally:
             os.environ.update(hidden)
 
@@ -112,11 +106,7 @@ class Guarded:
         """Sends what is a number; texts, flags and None are left out."""
         tracker = self._tracker
         if tracker is not None:
-            numbers = {
-                name: value
-                for name, value in values.items()
-                if isinstance(value, (int, float)) and not isinstance(value, bool)
-            }
+            numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
             if numbers:
                 self._attempt(lambda: tracker.log(step, numbers))
 
@@ -132,7 +122,8 @@ class Guarded:
             self._tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self._warn(
-                f"warning: {self._name} failed ({reason[:200]}); training goes on without it, metrics.jsonl has everything"
+                f"warning: {self._name} failed ({reason[:200]}); training goes on without it, metrics.jsonl "
+                "has everything"
             )
             return None
 
@@ -189,6 +180,5 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
-        raise UsageError(
-            f"tracker={name} needs the package {name}; install it with: pip install {name}"
-        ) from None
+        remedy = f"install it with: pip install {name}"
+        raise UsageError(f"tracker={name} needs the package {name}; {remedy}") from None

@@ -41,11 +41,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("tokens_per_second", "mfu", "wait_ms", "memory_gb", "memory_peak_gb", "eta_seconds")
 
 
-# ---- in the runs ----------------------------------------------------------------------------------------------------------
+# ---- in the runs -------------------------------------------------------------------------------------------
 
 
-def _die() -> None:
+def _die(files: object = None) -> str:
     os.kill(os.getpid(), signal.SIGKILL)
+    return "not reached"
 
 
 def _record_batches(folder: Path) -> None:
@@ -73,7 +74,7 @@ def _set_trap(where: str, number: int, folder: Path) -> None:
     nothing would be resumed.
     """
     if where == "save":
-        setattr(checkpoint, "_manifest", lambda _: _die())  # noqa: B010 - a plain assignment would not pass the type checker
+        checkpoint.manifest = _die
         return
     original, done = step.update, itertools.count(1)
     last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1
@@ -101,7 +102,7 @@ def _child(arguments: Sequence[str]) -> int:
     return run.main(keys)
 
 
-# ---- around the runs ------------------------------------------------------------------------------------------------------
+# ---- around the runs ---------------------------------------------------------------------------------------
 
 
 class Trial:
@@ -115,23 +116,11 @@ class Trial:
 
     def start(self, trap: str = "none:0") -> subprocess.Popen[bytes]:
         """A process of its own group, whose output goes to log.txt."""
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
-            if self.ranks > 1
-            else []
-        )
+        torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={self.ranks}".split()
+        launcher = torchrun if self.ranks > 1 else []
         resume = ["resume=auto"] if (self.run / "config.yaml").is_file() else []
-        command = [
-            sys.executable,
-            *launcher,
-            "-m",
-            "train.verify_resume",
-            "--child",
-            trap,
-            str(self.folder),
-            *self._keys,
-            *resume,
-        ]
+        child = ["-m", "train.verify_resume", "--child", trap, str(self.folder)]
+        command = [sys.executable, *launcher, *child, *self._keys, *resume]
         with (self.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
                 command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -149,20 +138,17 @@ class Trial:
         """
         code = self.start(trap).wait()
         if code == 0 or (self.ranks == 1 and code != -signal.SIGKILL):
-            raise LoadError(
-                f"a run that was to be killed at {trap} ended with exit code {code}: {self._tail()}"
-            )
+            what = f"a run that was to be killed at {trap} ended with exit code {code}"
+            raise LoadError(f"{what}: {self._tail()}")
         newest = newest_checkpoint(self.run, print)
         if newest is None:
-            raise LoadError(
-                f"a run that was killed at {trap} had no checkpoint to resume from: {self._tail()}"
-            )
+            what = f"a run that was killed at {trap} had no checkpoint to resume from"
+            raise LoadError(f"{what}: {self._tail()}")
         return newest.name
 
     def _tail(self) -> str:
-        return " | ".join(
-            (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-        )
+        log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        return " | ".join(log.strip().splitlines()[-3:])
 
 
 def _kill_at_random(trial: Trial, kills: int, seed: int, straight_seconds: float) -> list[float]:
@@ -186,24 +172,22 @@ def _kill_at_random(trial: Trial, kills: int, seed: int, straight_seconds: float
             if sys.stdout.isatty() or len(delays) % 5 == 0:
                 newest = checkpoints(trial.run)[-1:] if trial.run.is_dir() else []
                 print(
-                    f"killed {len(delays)} of {kills} times, newest checkpoint {newest[0].name if newest else 'none'}",
+                    f"killed {len(delays)} of {kills} times, newest checkpoint "
+                    f"{newest[0].name if newest else 'none'}",
                     flush=True,
                 )
     trial.finish()
     return delays
 
 
-# ---- comparison -----------------------------------------------------------------------------------------------------------
+# ---- comparison --------------------------------------------------------------------------------------------
 
 
 def _same(one: Any, other: Any) -> bool:
     """Equality to the last bit, through dictionaries and lists."""
     if isinstance(one, torch.Tensor):
-        return (
-            isinstance(other, torch.Tensor)
-            and one.dtype == other.dtype
-            and torch.equal(one.view(-1), other.view(-1))
-        )
+        same_type = isinstance(other, torch.Tensor) and one.dtype == other.dtype
+        return same_type and torch.equal(one.view(-1), other.view(-1))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
@@ -246,12 +230,8 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
     for name, load in loaders.items():
         one, other = load(ends[0]), load(ends[1])
         tensors = [value for value in one.values() if isinstance(value, torch.Tensor)]
-        size = (
-            f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} values"
-            if tensors
-            else f"{len(one)} entries"
-        )
-        rows.append((name, _same(one, other), size))
+        values = f"{len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors):,} values"
+        rows.append((name, _same(one, other), values if tensors else f"{len(one)} entries"))
     records = [json.loads((end / RECORD).read_text(encoding="utf-8")) for end in ends if end is not None]
     for record in records:
         for key in ("output_dir", "resume"):
@@ -266,37 +246,28 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m train.verify_resume",
-        description="Proves that a run killed with SIGKILL and resumed equals one that was never interrupted, bit for bit.",
+        description="Proves, bit for bit, that a run killed and resumed equals one never interrupted.",
         epilog="Without a config: train/configs/tiny.yaml. Exit code 0 if all is equal, 1 if not.",
     )
     parser.add_argument(
         "keys", nargs="*", metavar="config.yaml | key=value", help="the run, as for train.run"
     )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=4,
-        metavar="N",
-        help="steps between checkpoints, and before the first kill (default 4)",
-    )
+    between = "steps between checkpoints, and before the first kill (default 4)"
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help=between)
     parser.add_argument("--more", type=int, default=6, metavar="M", help="steps after them (default 6)")
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="R", help="processes, started by torchrun (default 1)"
     )
-    parser.add_argument(
-        "--kills",
-        type=int,
-        default=0,
-        metavar="K",
-        help="instead of the three traps: kill K times at random moments",
-    )
+    at_random = "instead of the three traps: kill K times at random moments"
+    parser.add_argument("--kills", type=int, default=0, metavar="K", help=at_random)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default 0)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs in this folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_intermixed_args(argv)
     if min(options.steps, options.ranks) < 1 or options.more < 3 or options.kills < 0:
         raise UsageError(
-            f"expected --steps and --ranks of at least 1 and --more of at least 3, got {options.steps}, {options.ranks}, {options.more}"
+            f"expected --steps and --ranks of at least 1 and --more of at least 3, got {options.steps}, "
+            f"{options.ranks}, {options.more}"
         )
     if options.kills and options.ranks > 1:
         raise UsageError(f"--kills: expected one process, got --ranks {options.ranks}; leave one of them out")
@@ -310,18 +281,15 @@ def main(argv: Sequence[str]) -> int:
         return _child(argv[1:])
     options = parse_arguments(argv)
     total = options.steps + options.more
-    given = (
-        options.keys
-        if any("=" not in key for key in options.keys)
-        else [str(CONFIGS / "tiny.yaml"), *options.keys]
-    )
-    keys = [*given, f"steps={total}", f"checkpoint_every={options.steps}", "log_every=1"]
+    file = [] if any("=" not in key for key in options.keys) else [str(CONFIGS / "tiny.yaml")]
+    keys = [*file, *options.keys, f"steps={total}", f"checkpoint_every={options.steps}", "log_every=1"]
     config, _ = parse(keys)  # wrong keys are refused before anything starts
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as temporary:
         folder = options.keep or Path(temporary)
         straight, killed = (Trial(keys, folder / name, options.ranks) for name in ("straight", "killed"))
         print(
-            f"{total} steps of {config.tokens_per_step:,} tokens, {config.dtype}, {options.ranks} process(es), backend {config.backend}",
+            f"{total} steps of {config.tokens_per_step:,} tokens, {config.dtype}, {options.ranks} "
+            f"process(es), backend {config.backend}",
             flush=True,
         )
         began = time.monotonic()
@@ -331,21 +299,22 @@ def main(argv: Sequence[str]) -> int:
             if not delays:
                 raise LoadError("--kills: the run came to its end before it was killed once; raise --more")
             print(
-                f"killed {len(delays)} times, {min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})",
+                f"killed {len(delays)} times, {min(delays):.1f} to {max(delays):.1f} s after the start (seed "
+                f"{options.seed})",
                 flush=True,
             )
             if len(delays) < options.kills:
                 print(
-                    f"it came to its end before all {options.kills} kills; a larger --more leaves time for them",
+                    f"it came to its end before all {options.kills} kills; a larger --more leaves time for "
+                    "them",
                     flush=True,
                 )
         else:
             newest = killed.die(f"step:{options.steps + 2}")
             print(f"killed in step {options.steps + 2}; newest checkpoint {newest}", flush=True)
             newest = killed.die("save:0")
-            print(
-                f"resumed, killed while writing the next checkpoint; newest checkpoint {newest}", flush=True
-            )
+            killed_at = "resumed, killed while writing the next checkpoint"
+            print(f"{killed_at}; newest checkpoint {newest}", flush=True)
             newest = killed.die(f"step:{options.more}")
             print(f"resumed, killed in the last step; newest checkpoint {newest}", flush=True)
             killed.finish()

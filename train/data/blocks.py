@@ -1,5 +1,5 @@
-"""Stored blocks in the order in which an epoch reads them, as token arrays: from the cache where it has them,
-else tokenised.
+"""The blocks of a source in the order in which an epoch reads them, as tokens: from the cache where it has
+them, else tokenised.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from train.data.corpus import Block, Source
-from train.data.packing import START, Cursor
+from train.data.source import START, Block, Cursor, Source
 from train.data.token_cache import TokenCache
 from train.data.tokenise import TokenBlock
 from train.data.worker_pool import Pending, Stopped, WorkerPool
@@ -47,7 +46,7 @@ class StoredBlock:
 
 @dataclass(frozen=True)
 class ShardEnd:
-    """Behind the last block of a shard, of which it has so many."""
+    """After the last block of a shard. blocks: how many it has."""
 
     shard: int
     blocks: int
@@ -55,7 +54,7 @@ class ShardEnd:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """Behind the last block of an epoch. whole: all of it was read."""
+    """After the last block of an epoch. whole: all of it was read."""
 
     whole: bool
 
@@ -77,11 +76,8 @@ def epoch_order(source: Source, seed: int | str | None, cursor: Cursor = START) 
     total = sum(sizes) or 1.0
     while True:
         whole, done = cursor == Cursor(epoch=cursor.epoch), 0.0
-        order = (
-            range(source.num_shards)
-            if seed is None
-            else shuffled(source.num_shards, f"{seed}/{cursor.epoch}")
-        )
+        count = source.num_shards
+        order = range(count) if seed is None else shuffled(count, f"{seed}/{cursor.epoch}")
         for position, shard in enumerate(order):
             if position >= cursor.shard:
                 block = cursor.block if position == cursor.shard else 0
@@ -96,11 +92,8 @@ def epoch_order(source: Source, seed: int | str | None, cursor: Cursor = START) 
 def epochs_of(source: Source, cursor: Cursor, shard: int, epoch_part: float, parts: np.ndarray) -> np.ndarray:
     """Passes over the corpus up to the documents that lie at `parts` (0 to 1) of a block."""
     begin, end = source.span(shard, cursor.block)
-    return (
-        cursor.epoch
-        + epoch_part
-        + source.sizes[shard] / (sum(source.sizes) or 1.0) * (begin + (end - begin) * parts)
-    )
+    share = source.sizes[shard] / (sum(source.sizes) or 1.0)
+    return cursor.epoch + epoch_part + share * (begin + (end - begin) * parts)
 
 
 def stored_blocks(
@@ -136,11 +129,19 @@ def stored_blocks(
 
 
 def tokenised(
-    stored: Prefetch[Any], pool: WorkerPool, cache: TokenCache | None, stop: threading.Event
+    source: Source,
+    order: Iterable[Visit | EpochEnd],
+    pool: WorkerPool,
+    cache: TokenCache | None,
+    stop: threading.Event,
 ) -> Generator[StoredBlock | EpochEnd, None, None]:
-    """The same blocks in the same order, each with its tokens; several are with the workers at a time. Fills
+    """The blocks of every shard in turn, each with its tokens; several are with the workers at a time. Fills
     the cache.
+
+    With workers a thread reads ahead, so that a slow network does not delay the tokenising while a block is
+    at hand.
     """
+    stored = Prefetch(stored_blocks(source, order, cache, stop), stop, 2, pool.workers > 0)
     pending: deque[tuple[Any, Pending | None]] = deque()
     exhausted = False
     try:
@@ -154,8 +155,8 @@ def tokenised(
                 if item is None:
                     exhausted = True
                 else:
-                    waits = isinstance(item, StoredBlock) and item.tokens is None
-                    pending.append((item, pool.submit(item.documents) if waits else None))
+                    absent = item.documents if isinstance(item, StoredBlock) and item.tokens is None else None
+                    pending.append((item, None if absent is None else pool.submit(absent)))
             if not pending:
                 return
             item, work = pending.popleft()
@@ -176,8 +177,8 @@ def tokenised(
 
 def _wants_more(pending: deque[tuple[Any, Pending | None]], workers: int, ready: bool) -> bool:
     head = pending[0][1]
-    if head is None or (head.done and not ready) or len(pending) > 64:
-        return False  # it can be handed on now
+    if head is None or (head.chunks == 0 and not ready) or len(pending) > 64:
+        return False  # the first block can be handed on now
     return len(pending) < 2 or sum(work.chunks for _, work in pending if work is not None) < 2 * workers
 
 

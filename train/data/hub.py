@@ -1,5 +1,5 @@
-"""A dataset on the hub, streamed: through time-outs, failures and, where the token cache knows it, the hub's
-absence.
+"""A dataset on the hub, streamed. Time-outs and failures are retried; without the hub, a dataset that the
+token cache knows is read from there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smollm2.errors import LoadError
+from train.data.source import SingleSource
 from train.data.source_record import find_source_record
 
 HUB_BLOCK = 1024  # rows
@@ -24,13 +25,13 @@ RETRY_PAUSES = (1, 4, 15, 60, 120)
 READ_TIMEOUT = 180.0  # seconds for the next block, opening its file included
 
 
-class HubSource:
-    """A dataset on the hub (or a folder of files that `datasets` reads): only the text column, one file per
-    shard.
+class HubSource(SingleSource):
+    """The text column of a dataset on the hub, or of a folder of files that `datasets` reads. A shard is a
+    file.
 
-    Blocks of 1024 rows in the order of the file. HF_TOKEN is used when set; public data need none. A read
-    that fails, or gives nothing for three minutes, is tried again after 1 s to 2 min, from the block where it
-    stopped.
+    Blocks of 1024 rows in the order of the file. HF_TOKEN is used when it is set; public data need none. A
+    read that fails, or that gives nothing for three minutes, is tried again after 1 s to 2 min, from the
+    block where it stopped.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class HubSource:
         text_column: str,
         cache: Path | None = None,
     ) -> None:
-        """cache: root of the token cache. If the hub cannot be reached and the cache has this dataset at this revision, it is read from
-        there. Raises LoadError when neither has it, or it lacks the column."""
+        """cache: root of the token cache, from which the dataset is read if the hub cannot be reached and the
+        cache has it at this revision. Raises LoadError when neither has it, or it lacks the column.
+        """
         self.local = Path(dataset).expanduser().is_dir()
         self.name = dataset if self.local else f"{dataset} {configuration}".strip()
         self.text_column = text_column
@@ -64,12 +66,13 @@ class HubSource:
             )
             if known is None:
                 raise LoadError(
-                    f"dataset {self.name}: cannot be read ({reason}); check dataset, dataset_config, dataset_split and the "
-                    "network, or train on files with data=local paths=..."
+                    f"dataset {self.name}: cannot be read ({reason}); check dataset, dataset_config, "
+                    "dataset_split and the network, or train on files with data=local paths=..."
                 ) from error
             folder, record = known
             print(
-                f"dataset {self.name}: the hub cannot be reached ({reason[:120]}); reading the token cache in {folder}",
+                f"dataset {self.name}: the hub cannot be reached ({reason[:120]}); reading the token cache "
+                f"in {folder}",
                 flush=True,
             )
             self._unreachable, self.revision = reason, record["revision"]
@@ -82,7 +85,8 @@ class HubSource:
         self.columns = self._rows.column_names
         if self.columns is not None and text_column not in self.columns:
             raise LoadError(
-                f"dataset {self.name}: expected a column {text_column!r}, got {', '.join(self.columns)}; set text_column"
+                f"dataset {self.name}: expected a column {text_column!r}, got {', '.join(self.columns)}; set "
+                "text_column"
             )
         self._rows = self._rows.select_columns([text_column])
         self.num_shards = int(self._rows.num_shards)
@@ -143,7 +147,8 @@ class HubSource:
     def read(self, shard: int, first_block: int = 0) -> Iterator[list[Any]]:
         if self._rows is None:
             raise LoadError(
-                f"dataset {self.name}: shard {shard}, block {first_block} is not in the token cache, and the hub cannot be reached "
+                f"dataset {self.name}: shard {shard}, block {first_block} is not in the token cache, and the "
+                "hub cannot be reached "
                 f"({self._unreachable}); connect, or fill the cache before with python -m train.prepare"
             )
         rows = self._rows.shard(num_shards=self.num_shards, index=shard)
@@ -156,7 +161,10 @@ class HubSource:
                     failures = 0
                 return
             except Exception as error:  # see above
-                what = f"dataset {self.name}: reading shard {shard}, block {first_block} failed ({type(error).__name__}: {error})"
+                what = (
+                    f"dataset {self.name}: reading shard {shard}, block {first_block} failed "
+                    f"({type(error).__name__}: {error})"
+                )
                 if failures == len(RETRY_PAUSES):
                     raise LoadError(
                         f"{what} {failures + 1} times; continue later with resume=auto"
@@ -182,17 +190,15 @@ def _commit(dataset: str, revision: str | None) -> str:
 
 
 def _retry_here(config: Any) -> None:
-    """`datasets` would try again in silence, 20 times: it is left one attempt more than none, and the rest is
-    said and done here.
-    """
+    """`datasets` would retry in silence, 20 times. It keeps one retry; the others are made here, and said."""
     config.STREAMING_READ_MAX_RETRIES = 2
     for kind in ("", "SERVER_UNAVAILABLE_", "RATE_LIMIT_"):
         setattr(config, f"STREAMING_READ_{kind}RETRY_INTERVAL", 1)
 
 
 def _pause(what: str, seconds: float) -> None:
-    """Says what failed, and waits. Not for exactly so long: many processes that failed together should not
-    come back together.
+    """Says what failed, and waits, for a random time around `seconds`: processes that failed together should
+    not come back together.
     """
     seconds *= random.uniform(0.75, 1.25)
     print(f"{what}; trying again in {seconds:.1f} s", flush=True)
@@ -233,8 +239,8 @@ def _may_pass(error: BaseException) -> bool:
 def _with_deadline(items: Iterator[Any]) -> Iterator[Any]:
     """The same items; TimeoutError where the next one takes more than READ_TIMEOUT seconds.
 
-    Time-outs of sockets do not end a server that sends a byte a second. A thread that hangs is left behind:
-    it ends with the process.
+    The time-out of a socket never ends a server that sends a byte a second. A thread that hangs is left
+    behind, and ends with the process.
     """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
     left = threading.Event()

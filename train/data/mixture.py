@@ -1,48 +1,31 @@
 """Several sources as one: which of them each row of a run comes from, and how far each of them has been read.
 
-A source is read as if it were alone, in its own seeded order, into rows of its own; a row never holds
-documents of two sources. The schedule says which source gives the next row. It is a function of the weights
-and of the number of the row alone, and keeps the shares exact: after any number of rows n, a source of share
-w has given n * w rows, off by at most 1 - 1 / (2 * sources - 2), so that any window of n rows, wherever it
-begins, is off by less than 2. (Tijdeman 1980, "The chairman assignment problem", which is this one; no
-schedule has a smaller bound.) A random choice would be off by about sqrt(n).
+Each source is read in its own seeded order, into rows of its own; a row never holds documents of two sources.
+The schedule says which source gives the next row. It is a function of the weights and of the number of the
+row alone, and keeps the shares exact: after any number of rows n, a source of share w has given n * w rows,
+off by at most 1 - 1 / (2 * sources - 2), so that any window of n rows, wherever it begins, is off by less
+than 2. (Tijdeman 1980, "The chairman assignment problem", which is this one; no schedule has a smaller
+bound.) A random choice would be off by about sqrt(n).
 
 A source that comes to its end begins again, in another order, as often as its weight asks for: its epochs are
-counted.
+counted. A single source is a mixture of one (train/data/source.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from math import lcm
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from smollm2.errors import LoadError
-from train.data.packing import START, Batch, Cursor
-from train.data.worker_pool import WorkerPool
-
-if TYPE_CHECKING:
-    from smollm2.pretrained.tokenizer import Tokenizer
-    from train.config import MixturePart, RunConfig
-    from train.data.corpus import Block, Source
-    from train.data.token_cache import TokenCache
-
-# the pinned commit of a source, or those of a mixture's sources by their names
-Revision = str | Mapping[str, str | None] | None
-
-
-@dataclass(frozen=True)
-class MixtureCursor:
-    """How many rows each source has given, and its first token that has not been read yet."""
-
-    rows: tuple[int, ...]
-    sources: tuple[Cursor, ...]
+from train.data.packing import Batch, Packer, Rows, tensors
+from train.data.source import Block, Cursor, MixtureCursor, Part, Position, Revision, Source
 
 
 class Schedule(Iterator[int]):
@@ -77,57 +60,31 @@ class Schedule(Iterator[int]):
         self.given[chosen] += 1
         return chosen
 
-
-@dataclass(frozen=True)
-class Share:
-    """What one source gave to a step: how many rows, and as in Batch. Without rows, epochs is 0."""
-
-    rows: int
-    cursor: Cursor
-    digests: np.ndarray
-    invalid: int
-    epochs: float
-
-
-@dataclass(frozen=True)
-class MixedBatch(Batch):
-    """A batch of rows of several sources. epochs: the most of those that are in it."""
-
-    cursor: MixtureCursor  # type: ignore[assignment]  # of all sources, where Batch has that of one
-    shares: tuple[Share, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One source of a mixture."""
-
-    name: str
-    weight: Fraction  # of all weights together, which are 1
-    source: Source
-    key: MixturePart  # what the configuration says of it
+    def take(self, rows: int) -> list[int]:
+        """The sources of the next rows."""
+        if len(self._weights) > 1:
+            return list(islice(self, rows))
+        self._row, self.given = self._row + rows, [self.given[0] + rows]
+        return [0] * rows
 
 
 class MixtureSource:
-    """The sources of a mixture, which is also a source: its shards are theirs, one source after the other. That is for what wants the
-    documents in stored order; training reads each source by itself."""
+    """The sources of a mixture, which is also a source: its shards are theirs, one source after the other.
+    That is for what wants the documents in stored order; training reads each source by itself.
+    """
 
-    def __init__(self, keys: Sequence[MixturePart], sources: Sequence[Source]) -> None:
-        total = sum(key.weight for key in keys)
-        self.parts = [
-            Part(key.name, key.weight / total, one, key) for key, one in zip(keys, sources, strict=True)
-        ]
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """parts: with names, each another, and weights in any unit."""
+        total = sum(part.weight for part in parts)
+        self.parts: Sequence[Part] = [replace(part, weight=part.weight / total) for part in parts]
 
-    @property
-    def weights(self) -> list[Fraction]:
-        return [part.weight for part in self.parts]
-
-    @property
-    def start(self) -> MixtureCursor:
-        return MixtureCursor((0,) * len(self.parts), (START,) * len(self.parts))
+    def position(self, rows: Sequence[int], sources: Sequence[Cursor]) -> Position:
+        return MixtureCursor(tuple(rows), tuple(sources))
 
     @property
     def revision(self) -> Revision:
-        return {part.name: _single(part.source.revision) for part in self.parts}
+        # none of them is a mixture
+        return {part.name: part.source.revision for part in self.parts}  # type: ignore[misc]
 
     @property
     def num_shards(self) -> int:
@@ -172,134 +129,54 @@ class MixtureSource:
         raise IndexError(f"shard: expected below {self.num_shards}, got {shard + self.num_shards}")
 
 
-def _single(revision: Revision) -> str | None:
-    return revision if isinstance(revision, str) else None
-
-
-class MixtureCache:
-    """The token caches of a mixture's sources, in their order; None for a source without one."""
-
-    def __init__(self, parts: Sequence[TokenCache | None]) -> None:
-        self.parts = list(parts)
-
-    def release(self) -> None:
-        for cache in self.parts:
-            if cache is not None:
-                cache.release()
-
-    def close(self) -> None:
-        for cache in self.parts:
-            if cache is not None:
-                cache.close()
-
-
-def order_key(seed: int, name: str) -> str:
-    """What the order of a source's documents depends on: not on its place in the mixture, nor on what else is
-    in it.
-    """
-    return f"{seed}/{name}"
-
-
 def mix(
-    source: MixtureSource,
-    streams: Sequence[Generator[Batch, None, None]],
-    cursor: MixtureCursor,
+    source: Source,
+    packers: Sequence[Packer],
+    position: Position,
     rows: int,
     rank: int = 0,
     world: int = 1,
     pin: bool = False,
-) -> Generator[MixedBatch, None, None]:
-    """Steps of `rows` rows, put together from the sources' streams of single rows, which begin at `cursor`.
+) -> Generator[Batch, None, None]:
+    """Steps of `rows` rows, put together from the rows of the source's parts, which begin at `position`.
 
     Of each, rank r of world gets rows [r * rows / world, (r + 1) * rows / world). pin: in page-locked memory,
-    for a GPU. Raises LoadError with the name of the source that cannot be read.
+    for a GPU. Ends when a packer has no more. Raises LoadError with the name of the source that cannot be
+    read.
     """
-    schedule = Schedule(source.weights, cursor.rows)
-    cursors = cursor.sources
-    own = slice(rank * rows // world, (rank + 1) * rows // world)
+    schedule = Schedule([part.weight for part in source.parts], position.rows)
+    cursors = position.sources
     while True:
-        chosen = list(islice(schedule, rows))
-        step: list[Batch] = []
-        for index in chosen:
+        chosen = schedule.take(rows)
+        found: list[Rows] = []
+        for index, (part, packer) in enumerate(zip(source.parts, packers, strict=True)):
             try:
-                row = next(streams[index], None)
+                taken = packer.take(chosen.count(index), cursors[index])
             except LoadError as error:
-                raise LoadError(f"mixture: {source.parts[index].name}: {error}") from error
-            if row is None:  # closed meanwhile
+                if not part.name:
+                    raise
+                raise LoadError(f"mixture: {part.name}: {error}") from error
+            if taken is None:  # closed meanwhile
                 return
-            step.append(row)
-        shares = tuple(
-            _share([row for at, row in zip(chosen, step, strict=True) if at == index], before)
-            for index, before in enumerate(cursors)
-        )
+            found.append(taken)
+        shares = tuple(one.share for one in found)
         cursors = tuple(share.cursor for share in shares)
-        ids, starts = (
-            torch.cat([row.input_ids for row in step[own]]),
-            torch.cat([row.doc_start for row in step[own]]),
-        )
+        # The rows lie source by source: where each of the step's is, and of those this rank's.
+        places = np.argsort(np.argsort(chosen, kind="stable"))[
+            rank * rows // world : (rank + 1) * rows // world
+        ]
+        starts = np.concatenate([one.starts for one in found])
+        ids, doc_start = tensors(np.concatenate([one.tokens for one in found])[places], starts[places])
         if pin and torch.cuda.is_available():
-            ids, starts = ids.pin_memory(), starts.pin_memory()
-        yield MixedBatch(
-            ids, starts, sum(row.inner_starts for row in step), sum(row.tokens for row in step),
-            MixtureCursor(tuple(schedule.given), cursors), np.concatenate([row.digests for row in step]),
-            sum(row.invalid for row in step), max(row.epochs for row in step), shares,
-        )  # fmt: skip
-
-
-def _share(rows: Sequence[Batch], before: Cursor) -> Share:
-    """The rows of one source in a step; without any it stays where it was."""
-    if not rows:
-        return Share(0, before, np.empty(0, np.uint64), 0, 0.0)
-    cursor, digests = rows[-1].cursor, np.concatenate([row.digests for row in rows])
-    assert isinstance(cursor, Cursor)  # of a single source
-    return Share(len(rows), cursor, digests, sum(row.invalid for row in rows), rows[-1].epochs)
-
-
-def mixture_lines(
-    source: MixtureSource, config: RunConfig, tokenizer: Tokenizer, cache: TokenCache | MixtureCache | None
-) -> list[str]:
-    """For --dry-run, a line for every source: its share, the tokens that the run reads of it, and, where the
-    size of the source is known, its epochs. A size is counted where the token cache has all of the source,
-    else estimated from its first block.
-    """
-    caches = cache.parts if isinstance(cache, MixtureCache) else [None] * len(source.parts)
-    width = max(len(part.name) for part in source.parts)
-    lines: list[str] = []
-    for part, own in zip(source.parts, caches, strict=True):
-        share = config.steps * config.tokens_per_step * float(part.weight)
-        size, about = own.tokens_of(part.source.num_shards) if own is not None else None, ""
-        if size is None:
-            size, about = estimated_tokens(part.source, tokenizer, own), "about "
-        extent = (
-            f"of {about}{size:,}: {about}{share / size:,.2f} epochs"
-            if size
-            else "of a source of unknown size"
+            ids, doc_start = ids.pin_memory(), doc_start.pin_memory()
+        yield Batch(
+            ids,
+            doc_start,
+            inner_starts=int(np.count_nonzero(starts)),
+            tokens=starts.size,
+            cursor=source.position(schedule.given, cursors),
+            digests=np.concatenate([share.digests for share in shares]),
+            invalid=sum(share.invalid for share in shares),
+            epochs=max(share.epochs for share in shares),
+            shares=shares,
         )
-        lines.append(
-            f"{'mixture' if not lines else '':10}{part.name:{width}}  {float(part.weight):7.2%}  {share:,.0f} tokens {extent}"
-        )
-    return lines
-
-
-SOME_DOCUMENTS = 200  # tokenised for an estimate
-
-
-def estimated_tokens(source: Source, tokenizer: Tokenizer, cache: TokenCache | None = None) -> int | None:
-    """The tokens of a source, from its first block, or the first documents of it, and the part of the source
-    that the block is; None if that is not known, or the block cannot be read.
-
-    Off by as much as other documents are longer or shorter.
-    """
-    begin, end = source.span(0, 0)
-    part = (end - begin) * source.sizes[0] / (sum(source.sizes) or 1.0)
-    stored = cache.get(0, 0) if cache is not None else None
-    if stored is not None and part > 0:
-        return round(len(stored.tokens) / part)
-    try:
-        block = next(source.read(0), []) if part > 0 else []
-    except LoadError:
-        return None
-    if not block:
-        return None
-    tokens = len(WorkerPool(tokenizer, 0).encode(block[:SOME_DOCUMENTS]).tokens)
-    return round(tokens * len(block) / len(block[:SOME_DOCUMENTS]) / part)

@@ -1,55 +1,34 @@
 """Tokenised documents on disk: filled while a run streams, read by later epochs and runs without network and
 without tokenising.
 
-    ROOT/<source>/<revision or content>/source.json         what the source is, so that it opens without the hub
-    ROOT/<source>/<revision or content>/<tokenizer>/
-        shard-00012.tokens       ids of all stored blocks, raw uint16 or uint32, in the order in which they were stored
-        shard-00012.docs         per document its digest (uint64) and its length (uint32), likewise
-        shard-00012.jsonl        a line per block: where its tokens and documents lie, and their sha256; a line with the number of blocks
+    ROOT/<source>/<revision or content>/source.json     what the source is, so that it opens without the hub
+    ROOT/<source>/<revision or content>/<tokenizer>/    its shards (train/data/shards.py)
 
-Files only grow. A block counts once its line is written, and a later line for the same block wins: a process
-may be killed at any moment, and what it left half written is cut off by the next one that writes the shard.
-One process writes a shard at a time (flock); whoever finds it locked tokenises without storing. Every block
-is verified when it is read, and a damaged one is tokenised again.
+A process may be killed at any moment. One process writes a shard at a time; whoever finds it locked tokenises
+without storing. Every block is verified when it is read, and a damaged one is tokenised again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
-from train.data.corpus import Source
-from train.data.mixture import MixtureCache, MixtureSource
+from train.data.shards import Locked, Shard, ShardWriter
+from train.data.source import Source
 from train.data.source_record import cache_root, source_folder, write_source_record
 from train.data.tokenise import TokenBlock
 from train.data.worker_pool import token_dtype
 
-DOCUMENT = np.dtype([("digest", "<u8"), ("length", "<u4")])
 # seconds that the other ranks of a node wait for the leader's block
 WAIT_NOTE, WAIT_TIMEOUT, WAIT_POLL = 15.0, 120.0, 0.05
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a block lies: first byte and count of its tokens and of its documents."""
-
-    tokens: int
-    token_count: int
-    docs: int
-    doc_count: int
-    sha256: str
 
 
 def open_cache(
@@ -57,9 +36,9 @@ def open_cache(
 ) -> TokenCache | None:
     """The cache of a source and tokenizer, or None where config wants none.
 
-    leader: this process stores what it tokenises; others of the node (local_rank > 0) wait for it. Raises
-    UsageError when the folder that token_cache names cannot be written; the one of auto is done without,
-    after a line that says so.
+    leader: this process stores what it tokenises; others of the node (local_rank > 0) wait for it. Where the
+    folder cannot be written, token_cache=auto says so in a line and keeps no cache. Raises UsageError when it
+    is one that token_cache names.
     """
     root = cache_root(config)
     if root is None:
@@ -79,14 +58,44 @@ def open_cache(
     return TokenCache(folder, token_dtype(tokenizer), leader=leader)
 
 
+class Caches(Protocol):
+    """The caches of a source's parts. A TokenCache is that of a single source."""
+
+    @property
+    def parts(self) -> Sequence[TokenCache | None]: ...
+
+    def release(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MixtureCache:
+    """The token caches of a mixture's sources, in their order; None for a source without one."""
+
+    def __init__(self, parts: Sequence[TokenCache | None]) -> None:
+        self.parts = parts
+
+    def release(self) -> None:
+        for cache in self.parts:
+            if cache is not None:
+                cache.release()
+
+    def close(self) -> None:
+        for cache in self.parts:
+            if cache is not None:
+                cache.close()
+
+
 def open_caches(
     config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True
-) -> TokenCache | MixtureCache | None:
-    """As open_cache; of a mixture, the caches of its sources."""
-    if not isinstance(source, MixtureSource):
-        return open_cache(config, source, tokenizer, leader=leader)
+) -> MixtureCache:
+    """As open_cache, for each part of the source that config names."""
+    keys = config.mixture_parts()
     return MixtureCache(
-        [open_cache(part.key.config, part.source, tokenizer, leader=leader) for part in source.parts]
+        [
+            open_cache(one.config, part.source, tokenizer, leader=leader)
+            for one, part in zip(keys, source.parts, strict=True)
+        ]
     )
 
 
@@ -98,12 +107,16 @@ class TokenCache:
     def __init__(self, folder: Path, dtype: str, *, leader: bool = True) -> None:
         self.folder, self.dtype, self.leader = folder, np.dtype(dtype).newbyteorder("<"), leader
         self._lock = threading.RLock()
-        self._shards: dict[int, _Shard] = {}
-        self._writer: _Writer | None = None
+        self._shards: dict[int, Shard] = {}
+        self._writer: ShardWriter | None = None
         self._full = False
         self._refused: set[int] = set()  # shards that another process was writing
         self._patience = WAIT_TIMEOUT
         self.stored_tokens = 0  # by this object
+
+    @property
+    def parts(self) -> Sequence[TokenCache | None]:
+        return [self]
 
     def has(self, shard: int, block: int) -> bool:
         """Whether the block is stored, as far as its manifest says."""
@@ -132,32 +145,29 @@ class TokenCache:
                 self._patience = WAIT_TIMEOUT
                 return found
             waited = time.monotonic() - begin
-            if waited > self._patience:
-                print(
-                    f"token cache: {self._name(shard, block)} did not appear in {waited:.0f} s; tokenising it here",
-                    flush=True,
-                )
-                self._patience = min(1.0, self._patience)  # the next one is not waited for as long again
-                return None
             if waited > WAIT_NOTE and not noted:
                 noted = True
                 print(
                     f"token cache: waiting for {self._name(shard, block)} from the first rank of this node",
                     flush=True,
                 )
+            if waited > self._patience:
+                print(
+                    f"token cache: {self._name(shard, block)} did not appear in {waited:.0f} s; tokenising "
+                    "it here",
+                    flush=True,
+                )
+                self._patience = min(1.0, self._patience)  # the next one is not waited for as long again
+                return None
             time.sleep(WAIT_POLL)
         return None
 
     def put(self, shard: int, block: int, tokens: TokenBlock) -> None:
-        """Stores a block, unless it is there, another process writes the shard, or the disk was found full."""
+        """Stores a block, unless it is there, another process writes its shard, or the disk is full."""
         with self._lock:
             if not self.has(shard, block) and (writer := self._writer_of(shard)) is not None:
-                self._store(
-                    shard,
-                    lambda: writer.append(
-                        block, tokens.tokens.astype(self.dtype), tokens.lengths, tokens.digests
-                    ),
-                )
+                ids = tokens.tokens.astype(self.dtype)
+                self._store(shard, lambda: writer.append(block, ids, tokens.lengths, tokens.digests))
                 self.stored_tokens += len(tokens.tokens)
 
     def finish(self, shard: int, blocks: int) -> None:
@@ -223,14 +233,14 @@ class TokenCache:
                 )
             return found
 
-    def _shard(self, shard: int) -> _Shard:
+    def _shard(self, shard: int) -> Shard:
         if shard not in self._shards:
             while len(self._shards) >= 4:  # files and maps held open; runs read one or two shards at a time
                 self._shards.pop(next(iter(self._shards)))
-            self._shards[shard] = _Shard(self.folder / f"shard-{shard:05d}", self.dtype)
+            self._shards[shard] = Shard(self.folder / f"shard-{shard:05d}", self.dtype)
         return self._shards[shard]
 
-    def _writer_of(self, shard: int) -> _Writer | None:
+    def _writer_of(self, shard: int) -> ShardWriter | None:
         if self._full and shard not in self._refused:
             self._give_up(shard)
         if not self.leader or shard in self._refused:
@@ -241,7 +251,7 @@ class TokenCache:
         self.release()
 
         def begin() -> None:
-            self._writer = _Writer(stem, self.dtype)
+            self._writer = ShardWriter(stem, self.dtype)
 
         try:
             self._store(shard, begin)
@@ -262,7 +272,8 @@ class TokenCache:
             raise
         except OSError as error:
             print(
-                f"token cache: {self.folder} cannot be written ({error.strerror}); training goes on, nothing more is stored",
+                f"token cache: {self.folder} cannot be written ({error.strerror}); training goes on, nothing "
+                "more is stored",
                 flush=True,
             )
             self._full = True
@@ -275,187 +286,10 @@ class TokenCache:
         try:
             self._marker(shard).touch()
         except OSError:
-            pass  # they will find out by waiting
+            pass  # they wait until they lose patience
 
     def _marker(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.unstored"
 
     def _name(self, shard: int, block: int) -> str:
         return f"shard {shard}, block {block} in {self.folder}"
-
-
-class _Shard:
-    """Reads the three files of a shard, which may grow meanwhile."""
-
-    def __init__(self, stem: Path, dtype: np.dtype) -> None:
-        self.stem, self.dtype = stem, dtype
-        self.damaged: set[Entry] = set()
-        self._blocks: int | None = None
-        self._entries: dict[int, Entry] = {}
-        self._read_to = 0
-        self._maps: dict[str, np.ndarray] = {}
-
-    def path(self, suffix: str) -> Path:
-        return self.stem.with_name(self.stem.name + suffix)
-
-    @property
-    def blocks(self) -> int | None:
-        self._refresh()
-        return self._blocks
-
-    def entry(self, block: int) -> Entry | None:
-        if block not in self._entries or self._entries[block] in self.damaged:
-            self._refresh()
-        entry = self._entries.get(block)
-        return None if entry in self.damaged else entry
-
-    def stored(self) -> list[int]:
-        self._refresh()
-        return sorted(self._entries)
-
-    def read(self, entry: Entry) -> TokenBlock | None:
-        """The documents of an entry; None if they are not what was stored."""
-        tokens = self._slice(".tokens", self.dtype, entry.tokens, entry.token_count)
-        docs = self._slice(".docs", DOCUMENT, entry.docs, entry.doc_count)
-        if tokens is None or docs is None or _checksum(tokens, docs) != entry.sha256:
-            return None
-        return TokenBlock(tokens, docs["length"].astype(np.int64), docs["digest"].astype(np.uint64))
-
-    def _slice(self, suffix: str, dtype: np.dtype, offset: int, count: int) -> np.ndarray | None:
-        end = offset + count * dtype.itemsize
-        if count == 0:
-            return np.empty(0, dtype)
-        try:
-            if suffix not in self._maps or len(self._maps[suffix]) < end:
-                self._maps[suffix] = np.memmap(self.path(suffix), np.uint8, mode="r")
-        except (OSError, ValueError):  # not there, or empty
-            return None
-        data = self._maps[suffix]
-        return np.frombuffer(data, dtype, count, offset) if len(data) >= end else None
-
-    def _refresh(self) -> None:
-        """Takes in the lines that were added to the manifest since."""
-        try:
-            with self.path(".jsonl").open("rb") as stream:
-                if os.fstat(stream.fileno()).st_size <= self._read_to:
-                    return
-                stream.seek(self._read_to)
-                for line in stream:
-                    record = _parse(line)
-                    if record is None:
-                        return
-                    self._read_to += len(line)
-                    if "block" in record:
-                        (tokens, count), (docs, documents) = record["tokens"], record["docs"]
-                        self._entries[record["block"]] = Entry(
-                            tokens, count, docs, documents, record["sha256"]
-                        )
-                    else:
-                        self._blocks = record["blocks"]
-        except FileNotFoundError:
-            return
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A manifest line; None for one that was not written to its end."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return (
-        record
-        if isinstance(record, dict)
-        and ("blocks" in record or {"block", "tokens", "docs", "sha256"} <= record.keys())
-        else None
-    )
-
-
-def _checksum(tokens: np.ndarray, docs: np.ndarray) -> str:
-    digest = hashlib.sha256(tokens.view(np.uint8).data)
-    digest.update(docs.view(np.uint8).data)
-    return digest.hexdigest()
-
-
-class Locked(OSError):
-    """Another process is writing the shard."""
-
-
-class _Writer:
-    """Appends to a shard that no other process writes meanwhile."""
-
-    def __init__(self, stem: Path, dtype: np.dtype) -> None:
-        """Raises Locked, or OSError when the files cannot be written."""
-        self.stem = stem
-        self._files = [
-            stem.with_name(stem.name + suffix).open("ab", buffering=0)
-            for suffix in (".jsonl", ".tokens", ".docs")
-        ]
-        try:
-            self._lock()
-            self._cut_torn_tail(dtype)
-        except BaseException:
-            self.close()
-            raise
-
-    def append(self, block: int, tokens: np.ndarray, lengths: np.ndarray, digests: np.ndarray) -> None:
-        docs = np.empty(len(lengths), DOCUMENT)
-        docs["digest"], docs["length"] = digests, lengths
-        places = [self._write(1, tokens.view(np.uint8)), self._write(2, docs.view(np.uint8))]
-        self.line(
-            {
-                "block": block,
-                "tokens": [places[0], len(tokens)],
-                "docs": [places[1], len(docs)],
-                "sha256": _checksum(tokens, docs),
-            }
-        )
-
-    def line(self, record: dict[str, Any]) -> None:
-        self._write(0, memoryview(json.dumps(record).encode() + b"\n"))
-
-    def close(self) -> None:
-        for file in reversed(self._files):  # the manifest, which holds the lock, last
-            file.close()
-
-    def _write(self, index: int, data: Any) -> int:
-        """Appends all of data, or nothing: -> where it begins."""
-        file, view = self._files[index], memoryview(data)
-        begin = os.fstat(file.fileno()).st_size
-        try:
-            while len(view):
-                view = view[file.write(view) :]
-        except OSError:
-            file.truncate(begin)
-            raise
-        return begin
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ModuleNotFoundError:
-            raise OSError(0, "this system has no flock") from None
-        try:
-            fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Locked from None
-
-    def _cut_torn_tail(self, dtype: np.dtype) -> None:
-        """Cuts off what a process that was killed did not finish: half a line, and data that no line names."""
-        whole = 0
-        ends = [0, 0]
-        with open(self._files[0].name, "rb") as stream:
-            for line in stream:
-                record = _parse(line)
-                if record is None:
-                    break
-                whole += len(line)
-                if "block" in record:
-                    for index, (key, size) in enumerate(
-                        (("tokens", dtype.itemsize), ("docs", DOCUMENT.itemsize))
-                    ):
-                        ends[index] = max(ends[index], record[key][0] + record[key][1] * size)
-        for file, end in zip(self._files, (whole, *ends), strict=True):
-            if os.fstat(file.fileno()).st_size > end:
-                file.truncate(end)

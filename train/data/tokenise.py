@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 PIECE = 1 << 20  # characters tokenised at once: bounds the memory that one enormous document takes
-# What a training process asks for: the share of the documents that is held out, and whether those or the
-# others are wanted.
+# Which documents are tokenised: the fraction that is held out, and whether those or the others are wanted.
 Select = tuple[float, bool]
 
 
@@ -24,7 +23,7 @@ Select = tuple[float, bool]
 class TokenBlock:
     """The documents of one stored block, in stored order.
 
-    tokens: all ids behind one another, uint16 where the vocabulary fits, else uint32. lengths [n] int64: ids
+    tokens: all ids, uint16 where the vocabulary fits, else uint32. lengths [n] int64: ids
     of each document, its end-of-text included; 0 where there are none. digests [n] uint64: what identifies
     its text; 0 for an unusable document. (A document that was not asked for has its digest, and no tokens.)
     """
@@ -51,7 +50,7 @@ def join(blocks: Sequence[TokenBlock], dtype: str) -> TokenBlock:
 
 
 def digest(text: str) -> int:
-    """A 64-bit number that identifies a text, the same in every process and on every machine (unlike hash())."""
+    """A 64-bit number that identifies a text, the same on every machine (unlike hash())."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -1,8 +1,8 @@
 """What a worker process runs first, in the place of the program's main module (train/data/worker_pool.py).
 
-`import train` imports smollm2, and that torch: seconds of start and hundreds of megabytes for each worker,
-which needs numpy and tokenizers. So the package is entered here without its __init__.py; what the worker
-imports of it afterwards is found as usual.
+`import train` would import smollm2, and so torch: seconds of start and hundreds of megabytes for each worker,
+which needs only numpy and tokenizers. So the package is entered without its __init__.py; the worker then
+imports its modules as usual.
 """
 
 import sys

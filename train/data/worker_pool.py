@@ -1,10 +1,9 @@
-"""Processes that tokenise: started when the first block needs them, ended with the training process whatever
-ends it.
+"""Processes that tokenise. They start when the first block needs them, and end with the training process.
 
-They are spawned, not forked (a process with threads and a GPU must not fork), and `concurrent.futures` hands
-out the work. What it leaves open is settled here: a spawned worker would import the program's main module,
-and with it torch; it would take a Ctrl-C that is meant for the training loop; and it would outlive a training
-process that is killed.
+They are spawned, not forked, since a process with threads and a GPU must not fork; `concurrent.futures` hands
+out the work. Three things it does not do are done here: a worker does not import the program's main module,
+and with it torch; it ignores a Ctrl-C, which is meant for the training loop; and it ends when the training
+process is killed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from smollm2.pretrained.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS, CHUNK_DOCUMENTS = 1 << 18, 1 << 12  # of a block, for one worker: a few tenths of a second
-FAREWELL = 2.0  # seconds that workers have to finish their chunk when the pool is closed
+SHUTDOWN_TIMEOUT = 2.0  # seconds that workers have to finish their chunk when the pool is closed
 _QUIET = {signal.SIGINT, signal.SIGTERM}
 _starting = threading.Lock()
 _encoder: Encoder | None = None  # of this worker process
@@ -43,9 +42,8 @@ class _WorkerProcess(SpawnProcess):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        # Spawning runs the parent's main module in the child, to find functions of it; the work here is found
-        # in this file. With worker_main.py in its place, the child starts without torch, and programs need no
-        # `if __name__ == "__main__"`.
+        # Spawning runs the parent's main module in the child. With worker_main.py in its place, the child
+        # starts without torch, and programs need no `if __name__ == "__main__"`.
         with _starting:
             main = sys.modules["__main__"]
             sys.modules["__main__"] = types.ModuleType("__main__")
@@ -95,14 +93,10 @@ def _tokenise(documents: list[Any], select: Select | None) -> TokenBlock:
 
 
 class Pending:
-    """A block that is being tokenised, or that will be when its result is asked for."""
+    """A block that is being tokenised, in parts."""
 
-    def __init__(self, pool: WorkerPool, parts: list[Future[TokenBlock]], documents: Sequence[Any]) -> None:
-        self._pool, self._parts, self._documents = pool, parts, documents
-
-    @property
-    def done(self) -> bool:
-        return all(part.done() for part in self._parts)
+    def __init__(self, pool: WorkerPool, parts: list[Future[TokenBlock]]) -> None:
+        self._pool, self._parts = pool, parts
 
     @property
     def chunks(self) -> int:
@@ -111,8 +105,6 @@ class Pending:
 
     def result(self, stop: threading.Event) -> TokenBlock:
         """Waits for the block. Raises LoadError when a worker died, and Stopped when `stop` is set first."""
-        if not self._pool.workers:
-            return self._pool.encode(self._documents)
         return join([self._pool.wait(part, stop) for part in self._parts], self._pool.dtype)
 
 
@@ -121,7 +113,7 @@ class Stopped(Exception):
 
 
 class WorkerPool:
-    """Tokenises blocks with `workers` processes; with 0, in the calling thread when a result is asked for."""
+    """Tokenises blocks with `workers` processes; with 0, in the calling thread at once."""
 
     def __init__(self, tokenizer: Tokenizer, workers: int, select: Select | None = None) -> None:
         """Raises LoadError when the tokenizer has no token to put between documents."""
@@ -130,7 +122,8 @@ class WorkerPool:
         end = tokenizer.eot_token_id
         if end is None:
             raise LoadError(
-                "tokenizer: expected an end-of-text or end-of-sequence token to put between documents, found none"
+                "tokenizer: expected an end-of-text or end-of-sequence token to put between documents, found "
+                "none"
             )
         self.workers, self.dtype, self._select = workers, token_dtype(tokenizer), select
         self._start = (tokenizer.to_json(), end, self.dtype)
@@ -147,16 +140,16 @@ class WorkerPool:
         they are dead.
         """
         if not self.workers:
-            return Pending(self, [], documents)
+            done: Future[TokenBlock] = Future()
+            done.set_result(self.encode(documents))
+            return Pending(self, [done])
         if self._executor is None:
             self._executor = ProcessPoolExecutor(
                 self.workers, mp_context=_Context(), initializer=_start_worker, initargs=self._start
             )  # fmt: skip
         try:
             return Pending(
-                self,
-                [self._executor.submit(_tokenise, part, self._select) for part in _chunks(documents)],
-                (),
+                self, [self._executor.submit(_tokenise, part, self._select) for part in _chunks(documents)]
             )
         except (BrokenProcessPool, OSError) as error:
             raise self._dead(error) from None
@@ -183,7 +176,7 @@ class WorkerPool:
         processes = self.processes
         self._executor.shutdown(wait=False, cancel_futures=True)
         for process in processes:
-            process.join(FAREWELL)
+            process.join(SHUTDOWN_TIMEOUT)
             if process.is_alive():
                 process.terminate()
         self._executor = None
@@ -191,13 +184,13 @@ class WorkerPool:
     def _dead(self, error: Exception) -> Exception:
         from smollm2.errors import LoadError
 
-        end = time.monotonic() + FAREWELL  # the executor kills the others: then all have an exit code
+        end = time.monotonic() + SHUTDOWN_TIMEOUT  # the executor kills the others: then all have an exit code
         while time.monotonic() < end and any(process.exitcode is None for process in self.processes):
             time.sleep(0.01)
         codes = [process.exitcode for process in self.processes if process.exitcode]
         return LoadError(
-            f"data: a worker process that tokenises ended unexpectedly ({_reason(codes) or error}); "
-            "continue with resume=auto, with fewer of them (workers=1, or workers=0 for none) if memory ran out"
+            f"data: a worker process that tokenises ended unexpectedly ({_reason(codes) or error}); continue "
+            "with resume=auto, with fewer of them (workers=1, or workers=0 for none) if memory ran out"
         )
 
 
@@ -207,7 +200,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 
 
 def _reason(codes: list[int]) -> str:
-    """The first one's end. Those that were killed because of it do not hide it."""
+    """How the first of them ended; those that the executor killed because of it are passed over."""
     if not codes:
         return ""
     code = next((code for code in codes if code != -signal.SIGKILL), codes[0])
@@ -221,7 +214,7 @@ def _chunks(documents: Sequence[Any]) -> Iterator[list[Any]]:
     chunk: list[Any] = []
     size = 0
     for document in documents:
-        # whatever else there is need not travel
+        # what is not text need not travel
         usable = document if isinstance(document, (str, bytes)) else None
         chunk.append(usable)
         size += len(usable or "")

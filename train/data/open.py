@@ -1,0 +1,46 @@
+"""Opens the documents that a configuration names: Python's own documentation, local files, a dataset on the
+hub, or a mixture of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from smollm2.errors import UsageError
+from train.config import RunConfig
+from train.data.embedded import EmbeddedSource
+from train.data.hub import HubSource
+from train.data.local import LocalSource
+from train.data.mixture import MixtureSource
+from train.data.source import Part, Revision, Source
+from train.data.source_record import cache_root
+
+
+def open_source(config: RunConfig, revision: Revision = None) -> Source:
+    """The source that config.data names. revision: what the checkpoint of a resumed run pinned, as
+    `Source.revision` was. Raises UsageError for paths that name no files, LoadError for what cannot be read.
+    """
+    if config.data == "mixture":
+        pinned = revision if isinstance(revision, Mapping) else {}
+        return MixtureSource(
+            [
+                Part(one.name, one.weight, open_source(one.config, pinned.get(one.name)))
+                for one in config.mixture_parts()
+            ]
+        )
+    if config.data == "embedded":
+        return EmbeddedSource()
+    root = cache_root(config)
+    if config.data == "local":
+        folders = [Path(path).expanduser().resolve() for path in config.paths]
+        if root is not None and any(root.resolve().is_relative_to(folder) for folder in folders):
+            raise UsageError(
+                "token_cache: expected a folder outside of paths, where its files would be taken for "
+                f"documents, got {root}"
+            )
+        return LocalSource(config.paths, config.text_column, config.validation_paths)
+    commit = revision if isinstance(revision, str) else config.dataset_revision
+    return HubSource(
+        config.dataset, config.dataset_config, config.dataset_split, commit, config.text_column, root
+    )

@@ -1,0 +1,134 @@
+"""What a source of documents is, and where in it a run has come to.
+
+A source is a list of shards; a shard is a sequence of blocks; a block is a list of documents that is read at
+once. So every document has an address (shard, block, index), and a reader can start anywhere. Nothing here
+depends on a seed: train/data/batches.py chooses the order. A document is whatever was stored; the reader
+leaves out, and counts, what is not text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
+
+Block = list[Any]
+# the pinned commit of a source, or those of a mixture's sources by their names
+Revision = str | Mapping[str, str | None] | None
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The first token of a source that has not been read yet. shard and document count in the shuffled order,
+    block in the stored one.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    block: int = 0
+    document: int = 0
+    token: int = 0
+
+    @property
+    def sources(self) -> tuple[Cursor, ...]:
+        """As of a mixture of one."""
+        return (self,)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """As of a mixture of one, which gives every row and need not count them."""
+        return (0,)
+
+
+START = Cursor()
+
+
+@dataclass(frozen=True)
+class MixtureCursor:
+    """How many rows each source of a mixture has given, and its first token that has not been read yet."""
+
+    rows: tuple[int, ...]
+    sources: tuple[Cursor, ...]
+
+
+Position = Cursor | MixtureCursor
+
+
+class Source(Protocol):
+    """What train/data/batches.py reads.
+
+    revision: the pinned version of the documents, where they have one. sizes: of each shard in documents or
+    bytes, which is what parts of an epoch are measured in. fingerprint: changes when the documents do.
+    """
+
+    @property
+    def revision(self) -> Revision: ...
+
+    @property
+    def num_shards(self) -> int: ...
+
+    @property
+    def sizes(self) -> Sequence[float]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def cache_key(self) -> tuple[str, str]:
+        """What the source is called, and which version of it this is: no two may have the same."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the token cache notes about the source, for readers and for opening it without the hub."""
+        ...
+
+    def span(self, shard: int, block: int) -> tuple[float, float]:
+        """The parts (0 to 1) of the shard before and after a block."""
+        ...
+
+    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
+        """Raises LoadError when documents cannot be read. A shard without the block has no more blocks."""
+        ...
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The sources that take turns; of a single source, that one."""
+        ...
+
+    def position(self, rows: Sequence[int], sources: Sequence[Cursor]) -> Position:
+        """As it is saved: rows given by each of the parts, and how far each has been read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture, whose weights are 1 together. name: "" for a single source, which is not a
+    mixture to its user.
+    """
+
+    name: str
+    weight: Fraction
+    source: Source
+
+    def order_key(self, seed: int | str) -> str:
+        """What the order of the source's documents depends on: not on its place in the mixture, nor on what
+        else is in it.
+        """
+        return f"{seed}/{self.name}" if self.name else str(seed)
+
+
+class SingleSource:
+    """What makes a source a mixture of one."""
+
+    @property
+    def parts(self: Source) -> Sequence[Part]:
+        return [Part("", Fraction(1), self)]
+
+    def position(self, rows: Sequence[int], sources: Sequence[Cursor]) -> Position:
+        return sources[0]
+
+
+def start_of(source: Source) -> Position:
+    """Before the first document."""
+    return source.position([0] * len(source.parts), [START] * len(source.parts))
