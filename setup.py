@@ -1,8 +1,9 @@
 """The wheel: what lies beside each other in a checkout lies under one name in site-packages.
 
-`kernels`, `train` and `bench` are names that others use too; Hugging Face's `kernels` is one. So the wheel has
-smollm2.kernels, smollm2.train and smollm2.bench, and every mention of their modules is rewritten on the way,
-as vendored packages are. A checkout, also one installed with `pip install -e`, keeps its folders and names.
+`kernels`, `train` and `bench` are names that others use too; Hugging Face's `kernels` is one. So the wheel
+has smollm2.kernels, smollm2.train and smollm2.bench, and every mention of their modules is rewritten on the
+way, as vendored packages are. A checkout, also one installed with `pip install -e`, keeps its folders and
+names.
 """
 
 import ast

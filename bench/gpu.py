@@ -126,7 +126,7 @@ def run_stage(
     # the part stops itself then, if it can
     soft = max(1.0, limit - GRACE) if limit > 2 * GRACE else limit / 2
     flags = ("--device", options.device, "--seconds", f"{soft:.0f}", "--json", folder / stage.file)
-    command = python(f"bench.{stage.module}", *flags, *(["--tiny"] if options.tiny else []), *more)
+    command = python(f"{__package__}.{stage.module}", *flags, *(["--tiny"] if options.tiny else []), *more)
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL,

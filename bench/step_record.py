@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+import kernels
 from bench.launches import NO_KERNEL
 from bench.stand_in import standing_in_for_cuda
 from bench.step import TrainingStep
@@ -150,7 +151,9 @@ def recording(arch: str = "sm_90") -> Iterator[list[Launch]]:
 
     with ExitStack() as stack:
         stack.enter_context(standing_in_for_cuda(StandIn(target_for(arch)), "meta"))
-        for module in [value for name, value in sys.modules.items() if name.startswith("kernels.")]:
+        for module in [
+            value for name, value in sys.modules.items() if name.startswith(f"{kernels.__name__}.")
+        ]:
             for name, many in (("multiprocessors", PROCESSORS), ("programs", 8 * PROCESSORS)):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, lambda _, many=many: many))

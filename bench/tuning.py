@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import kernels
 from bench import timing
 from bench.case import Case, Shapes
 from bench.kernels import ERROR_BOUND, FULL, OURS, SET_BYTES, Variant, error
@@ -25,101 +26,83 @@ from bench.ops import cases
 from bench.record import Part, one_line, parser
 from bench.weight_ops import optimizer_step
 from kernels import select_backend
-from kernels.launch_config import Launch, launch_config
+from kernels.launch_config import LaunchConfig, launch_config
 from smollm2.cli import run_command
 
 MODULES = (
     "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding", "launch_config",
     "linear_cross_entropy", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
-SWIGLU = (Launch(1, 512, 1), Launch(2, 512, 2), Launch(1, 512, 2), Launch(2, 512, 4), Launch(8, 512, 8))
+SWIGLU = ((1, 512, 1), (2, 512, 2), (1, 512, 2), (2, 512, 4), (8, 512, 8))
 # the interpreter takes a quarter of a minute for some of the others
 TINY = ("attention_fwd", "swiglu", "rms_norm_bwd", "mlp_fwd")
 SETS = 24  # of inputs at most, so that each is cold when its turn comes again
 # Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Those of
 # attention have among them the lines that the table had before it was measured; one that the table has now is
 # timed once.
-CANDIDATES: dict[str, tuple[str, str, tuple[Launch, ...]]] = {
+_LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
     "attention_bwd_dkv": (
         "attention", "backward",
-        (
-            Launch(64, 64, 4, 1, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True),
-            Launch(64, 64, 4, 1, False),
-            Launch(64, 64, 4, 2, False), Launch(32, 64, 4, 2, True),
-        ),
+        ((64, 64, 4, 1, True), (64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 64, 4, 1, False),
+         (64, 64, 4, 2, False), (32, 64, 4, 2, True)),
     ),
     "attention_bwd_dq": (
         "attention", "backward",
-        (
-            Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 1, True),
-            Launch(128, 64, 8, 2, True),
-            Launch(128, 64, 8, 3, True),
-        ),
+        ((64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 64, 4, 1, True), (128, 64, 8, 2, True),
+         (128, 64, 8, 3, True)),
     ),
     "attention_fwd": (
         "attention", "forward",
-        (
-            Launch(64, 64, 4, 3, True), Launch(64, 64, 4, 2, True), Launch(64, 64, 4, 4, True),
-            Launch(128, 64, 8, 2, True),
-            Launch(128, 64, 8, 3, True),
-        ),
+        ((64, 64, 4, 3, True), (64, 64, 4, 2, True), (64, 64, 4, 4, True), (128, 64, 8, 2, True),
+         (128, 64, 8, 3, True)),
     ),
     "linear_cross_entropy": (
         "linear_cross_entropy", "forward+backward",
-        (Launch(1, 4096, 8), Launch(1, 8192, 8), Launch(1, 16384, 16), Launch(1, 16384, 32),
-            Launch(1, 4096, 16)),
+        ((1, 4096, 8), (1, 8192, 8), (1, 16384, 16), (1, 16384, 32), (1, 4096, 16)),
     ),
-    "mlp_fwd": ("mlp", "forward", (Launch(128, 128, 8, 4), Launch(128, 128, 8, 2), Launch(128, 64, 8, 4),
-        Launch(128, 64, 4, 4))),
-    "mlp_bwd": ("mlp", "backward", (Launch(128, 128, 8, 3), Launch(128, 64, 4, 4), Launch(64, 256, 8, 3))),
-    "embedding_fwd": ("tied_embedding", "forward",
-        (Launch(1, 1024, 4), Launch(1, 256, 1), Launch(1, 512, 2))),
-    "embedding_bwd": ("tied_embedding", "backward",
-        (Launch(4, 1024, 4), Launch(16, 1024, 8), Launch(8, 256, 1), Launch(8, 1024, 8))),
-    "adamw": ("adamw", "forward", (Launch(8, 512, 4), Launch(32, 512, 4), Launch(8, 1024, 8))),
-    "adamw_squares": ("adamw", "forward", (Launch(0, 1024, 4), Launch(0, 4096, 4), Launch(0, 2048, 8))),
-    "adamw_norm": ("adamw", "forward", (Launch(0, 8192, 16),)),
+    "mlp_fwd": ("mlp", "forward", ((128, 128, 8, 4), (128, 128, 8, 2), (128, 64, 8, 4), (128, 64, 4, 4))),
+    "mlp_bwd": ("mlp", "backward", ((128, 128, 8, 3), (128, 64, 4, 4), (64, 256, 8, 3))),
+    "embedding_fwd": ("tied_embedding", "forward", ((1, 1024, 4), (1, 256, 1), (1, 512, 2))),
+    "embedding_bwd": ("tied_embedding", "backward", ((4, 1024, 4), (16, 1024, 8), (8, 256, 1), (8, 1024, 8))),
+    "adamw": ("adamw", "forward", ((8, 512, 4), (32, 512, 4), (8, 1024, 8))),
+    "adamw_squares": ("adamw", "forward", ((0, 1024, 4), (0, 4096, 4), (0, 2048, 8))),
+    "adamw_norm": ("adamw", "forward", ((0, 8192, 16),)),
     "swiglu": ("swiglu", "forward", SWIGLU),
     "swiglu backward": ("swiglu", "backward", SWIGLU),
-    "rms_norm_fwd": ("add_rms_norm", "forward", (Launch(1, 0, 1), Launch(4, 0, 1), Launch(4, 0, 2),
-        Launch(4, 0, 4), Launch(8, 0, 4))),
-    "rms_norm_bwd": ("add_rms_norm", "backward",
-        (Launch(1, 0, 1), Launch(4, 0, 2), Launch(4, 0, 4), Launch(8, 0, 4))),
-    "rms_norm_dw": ("add_rms_norm", "backward",
-        (Launch(256, 8, 4), Launch(1024, 8, 8), Launch(512, 16, 8), Launch(256, 4, 4))),
-    "rope": ("rope_qkv", "forward", (Launch(4, 0, 1), Launch(16, 0, 1), Launch(16, 0, 2), Launch(32, 0, 4),
-        Launch(8, 0, 2))),
+    "rms_norm_fwd": ("add_rms_norm", "forward", ((1, 0, 1), (4, 0, 1), (4, 0, 2), (4, 0, 4), (8, 0, 4))),
+    "rms_norm_bwd": ("add_rms_norm", "backward", ((1, 0, 1), (4, 0, 2), (4, 0, 4), (8, 0, 4))),
+    "rms_norm_dw": ("add_rms_norm", "backward", ((256, 8, 4), (1024, 8, 8), (512, 16, 8), (256, 4, 4))),
+    "rope": ("rope_qkv", "forward", ((4, 0, 1), (16, 0, 1), (16, 0, 2), (32, 0, 4), (8, 0, 2))),
     "decode_attention": (
         "decode_attention", "forward",
-        (Launch(16, 32, 4, 2), Launch(16, 128, 4, 2), Launch(16, 64, 4, 3), Launch(16, 64, 2, 2),
-            Launch(16, 128, 8, 2)),
+        ((16, 32, 4, 2), (16, 128, 4, 2), (16, 64, 4, 3), (16, 64, 2, 2), (16, 128, 8, 2)),
     ),
-    "decode_norm_matmul": ("decode_layer", "forward",
-        (Launch(1, 1, 1), Launch(1, 4, 1), Launch(1, 4, 2), Launch(1, 8, 4))),
-    "decode_o": ("decode_layer", "forward",
-        (Launch(4, 2, 4), Launch(4, 4, 4), Launch(8, 4, 8), Launch(4, 8, 8))),
-    "decode_down": ("decode_layer", "forward",
-        (Launch(1, 2, 4), Launch(1, 1, 2), Launch(1, 1, 4), Launch(1, 4, 4))),
-    "decode_head": ("decode_head", "forward",
-        (Launch(1, 2, 1), Launch(1, 8, 1), Launch(1, 8, 2), Launch(1, 16, 4))),
+    "decode_norm_matmul": ("decode_layer", "forward", ((1, 1, 1), (1, 4, 1), (1, 4, 2), (1, 8, 4))),
+    "decode_o": ("decode_layer", "forward", ((4, 2, 4), (4, 4, 4), (8, 4, 8), (4, 8, 8))),
+    "decode_down": ("decode_layer", "forward", ((1, 2, 4), (1, 1, 2), (1, 1, 4), (1, 4, 4))),
+    "decode_head": ("decode_head", "forward", ((1, 2, 1), (1, 8, 1), (1, 8, 2), (1, 16, 4))),
 }  # fmt: skip
+CANDIDATES = {
+    op: (case, phase, tuple(LaunchConfig(*line) for line in lines))
+    for op, (case, phase, lines) in _LINES.items()
+}
 
 
 @contextmanager
-def forced(op: str, launch: Launch | None) -> Iterator[list[Launch]]:
+def forced(op: str, launch: LaunchConfig | None) -> Iterator[list[LaunchConfig]]:
     """The kernels launch `op` with `launch`; None: as the table says. Yields a list that receives what the
     table says.
     """
-    found: list[Launch] = []
+    found: list[LaunchConfig] = []
 
-    def chosen(name: str, dtype: torch.dtype, device: torch.device, size: int) -> Launch:
+    def chosen(name: str, dtype: torch.dtype, device: torch.device, size: int) -> LaunchConfig:
         line = launch_config(name, dtype, device, size)
         if name != op:
             return line
         found[:] = [line]
         return launch or line
 
-    modules = [import_module(f"kernels.{name}") for name in MODULES]
+    modules = [import_module(f"{kernels.__name__}.{name}") for name in MODULES]
     for module in modules:
         module.launch_config = chosen  # type: ignore[attr-defined]
     try:
@@ -130,7 +113,7 @@ def forced(op: str, launch: Launch | None) -> Iterator[list[Launch]]:
 
 
 def measure(
-    case: Case, op: str, phase: str, candidates: Sequence[Launch], shapes: Shapes, tiny: bool
+    case: Case, op: str, phase: str, candidates: Sequence[LaunchConfig], shapes: Shapes, tiny: bool
 ) -> list[dict[str, Any]]:
     """One row per launch, the table's first. All are timed in turns."""
     rows: list[dict[str, Any]] = []

@@ -36,7 +36,7 @@ DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
 FUSED_MLP: tuple[str, ...] = ()
 
 
-class Launch(NamedTuple):
+class LaunchConfig(NamedTuple):
     """Block sizes (their meaning is the kernel's) and the compiler's options of one launch."""
 
     block_m: int
@@ -52,62 +52,62 @@ class Row(NamedTuple):
     """
 
     size: int
-    launch: Launch
+    launch: LaunchConfig
     itemsizes: tuple[int, ...] = (2, 4)
     architectures: tuple[str, ...] = ()  # empty: all
 
 
 # The interpreter takes milliseconds a program, whatever its size: in the decode layer, where the programs are
 # many and small, it gets larger ones. (tests/test_kernel_decode_layer.py runs those of the GPUs as well.)
-INTERPRETED_COLUMNS = Row(1 << 14, Launch(1, 16, num_warps=1), architectures=(INTERPRETER,))
+INTERPRETED_COLUMNS = Row(1 << 14, LaunchConfig(1, 16, num_warps=1), architectures=(INTERPRETER,))
 
 # The first line that fits serves. block_m and block_n: see the kernels.
 TABLE: dict[str, tuple[Row, ...]] = {
     # block_m: rows of a program (one warp works on a row up to a width of 1024)
     "rms_norm_fwd": (
-        Row(1024, Launch(2, 0, num_warps=1)),
-        Row(4096, Launch(1, 0, num_warps=4)),
-        Row(1 << 17, Launch(1, 0, num_warps=16)),
+        Row(1024, LaunchConfig(2, 0, num_warps=1)),
+        Row(4096, LaunchConfig(1, 0, num_warps=4)),
+        Row(1 << 17, LaunchConfig(1, 0, num_warps=16)),
     ),
     # The backward pass holds dw too: two rows of 960 columns spill on sm_80, two rows of any width on
     # gfx1100, and with four warps, fp32 weights and Triton 3.7 rows of 2,048 on sm_100 and sm_120.
     "rms_norm_bwd": (
-        Row(1024, Launch(1, 0, num_warps=1), architectures=("gfx1100",)),
-        Row(640, Launch(2, 0, num_warps=1)),
-        Row(1024, Launch(1, 0, num_warps=2)),
-        Row(4096, Launch(1, 0, num_warps=8), architectures=("sm_100", "sm_120")),
-        Row(4096, Launch(1, 0, num_warps=4)),
-        Row(1 << 17, Launch(1, 0, num_warps=16)),
+        Row(1024, LaunchConfig(1, 0, num_warps=1), architectures=("gfx1100",)),
+        Row(640, LaunchConfig(2, 0, num_warps=1)),
+        Row(1024, LaunchConfig(1, 0, num_warps=2)),
+        Row(4096, LaunchConfig(1, 0, num_warps=8), architectures=("sm_100", "sm_120")),
+        Row(4096, LaunchConfig(1, 0, num_warps=4)),
+        Row(1 << 17, LaunchConfig(1, 0, num_warps=16)),
     ),
     # block_m: partial sums added at a time, block_n: columns. A thread has four loads of 16 bytes under way,
     # and the thousand shares of an H100 are read in two such waits; with 32 at a time they were 32 waits, one
     # after the other.
     "rms_norm_dw": (
-        Row(1 << 17, Launch(32, 32, num_warps=4), architectures=(INTERPRETER,)),
-        Row(1 << 17, Launch(512, 8, num_warps=8)),
+        Row(1 << 17, LaunchConfig(32, 32, num_warps=4), architectures=(INTERPRETER,)),
+        Row(1 << 17, LaunchConfig(512, 8, num_warps=8)),
     ),
     # block_m: rows, block_n: columns of a tile
-    "swiglu": (Row(1 << 20, Launch(4, 512, num_warps=4)),),
+    "swiglu": (Row(1 << 20, LaunchConfig(4, 512, num_warps=4)),),
     # The same of the fused MLP, whose sums take 64 elements at a time, twice as many columns of them in the
     # forward pass; the size is the ffn width. sm_80's lines fit the 99 KB of shared memory of sm_86 and
     # sm_89. One program a multiprocessor: it may use all registers, and does on sm_90 (backward) and sm_100
     # (forward), without a spill. On sm_120 128 x 64 spills 16 bytes backward at Triton 3.6.
     "mlp_fwd": (
-        Row(1 << 20, Launch(64, 128, num_warps=4), architectures=(INTERPRETER,)),
-        Row(1 << 20, Launch(128, 128, num_warps=8, num_stages=3), (2,), WARPGROUP),
-        Row(1 << 20, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
-        Row(1 << 20, Launch(128, 64, num_warps=8, num_stages=2), (2,), ("gfx942",)),
-        Row(1 << 20, Launch(64, 64, num_warps=8), (2,), ("gfx1100",)),
-        Row(1 << 20, Launch(32, 32, num_warps=8), (4,)),
+        Row(1 << 20, LaunchConfig(64, 128, num_warps=4), architectures=(INTERPRETER,)),
+        Row(1 << 20, LaunchConfig(128, 128, num_warps=8, num_stages=3), (2,), WARPGROUP),
+        Row(1 << 20, LaunchConfig(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
+        Row(1 << 20, LaunchConfig(128, 64, num_warps=8, num_stages=2), (2,), ("gfx942",)),
+        Row(1 << 20, LaunchConfig(64, 64, num_warps=8), (2,), ("gfx1100",)),
+        Row(1 << 20, LaunchConfig(32, 32, num_warps=8), (4,)),
     ),
     "mlp_bwd": (
-        Row(1 << 20, Launch(64, 128, num_warps=4), architectures=(INTERPRETER,)),
-        Row(1 << 20, Launch(128, 128, num_warps=8, num_stages=4), (2,), WARPGROUP),
-        Row(1 << 20, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80",)),
-        Row(1 << 20, Launch(64, 128, num_warps=8, num_stages=2), (2,), ("sm_120",)),
-        Row(1 << 20, Launch(128, 64, num_warps=8, num_stages=2), (2,), ("gfx942",)),
-        Row(1 << 20, Launch(64, 64, num_warps=8), (2,), ("gfx1100",)),
-        Row(1 << 20, Launch(32, 32, num_warps=8), (4,)),
+        Row(1 << 20, LaunchConfig(64, 128, num_warps=4), architectures=(INTERPRETER,)),
+        Row(1 << 20, LaunchConfig(128, 128, num_warps=8, num_stages=4), (2,), WARPGROUP),
+        Row(1 << 20, LaunchConfig(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80",)),
+        Row(1 << 20, LaunchConfig(64, 128, num_warps=8, num_stages=2), (2,), ("sm_120",)),
+        Row(1 << 20, LaunchConfig(128, 64, num_warps=8, num_stages=2), (2,), ("gfx942",)),
+        Row(1 << 20, LaunchConfig(64, 64, num_warps=8), (2,), ("gfx1100",)),
+        Row(1 << 20, LaunchConfig(32, 32, num_warps=8), (4,)),
     ),
     # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions:
     # small tiles, or they spill. sm_90, measured at 512 tokens on kernels before these: forward 44.8 us (two
@@ -125,113 +125,113 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # operands then pass through shared memory, or registers spill. (In the interpreter fp32 has it, 16 bits
     # have not: the tests run both.)
     "attention_fwd": (
-        Row(64, Launch(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
-        Row(64, Launch(64, 64, num_warps=4, num_stages=3, branch=True), (2,), WARPGROUP),
-        Row(64, Launch(128, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
-        Row(64, Launch(128, 64, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(128, Launch(64, 32, num_warps=4, num_stages=2), (2,), ("sm_80",)),
-        Row(128, Launch(128, 32, num_warps=8, num_stages=2), (2,), ("sm_120",)),
-        Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
-        Row(128, Launch(128, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(128, Launch(128, 64, num_warps=8, num_stages=3, branch=True), (2,), WARPGROUP),
-        Row(128, Launch(128, 64, num_warps=8, num_stages=2), (2,), (INTERPRETER,)),
-        Row(128, Launch(32, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
-        Row(128, Launch(32, 32, num_warps=8, num_stages=1)),
+        Row(64, LaunchConfig(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
+        Row(64, LaunchConfig(64, 64, num_warps=4, num_stages=3, branch=True), (2,), WARPGROUP),
+        Row(64, LaunchConfig(128, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
+        Row(64, LaunchConfig(128, 64, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(128, LaunchConfig(64, 32, num_warps=4, num_stages=2), (2,), ("sm_80",)),
+        Row(128, LaunchConfig(128, 32, num_warps=8, num_stages=2), (2,), ("sm_120",)),
+        Row(128, LaunchConfig(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(128, LaunchConfig(128, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(128, LaunchConfig(128, 64, num_warps=8, num_stages=3, branch=True), (2,), WARPGROUP),
+        Row(128, LaunchConfig(128, 64, num_warps=8, num_stages=2), (2,), (INTERPRETER,)),
+        Row(128, LaunchConfig(32, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
+        Row(128, LaunchConfig(32, 32, num_warps=8, num_stages=1)),
     ),
     "attention_bwd_dq": (
-        Row(64, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
-        Row(64, Launch(64, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(64, Launch(64, 64, num_warps=4, num_stages=2, branch=True), (2,), ("sm_90",)),
-        Row(64, Launch(128, 64, num_warps=8, num_stages=3, branch=True), (2,), ("sm_100",)),
-        Row(64, Launch(128, 64, num_warps=8, num_stages=2), (2,)),
-        Row(128, Launch(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
-        Row(128, Launch(64, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(128, Launch(64, 64, num_warps=8, num_stages=1, branch=True), (2,), ("sm_90",)),
-        Row(128, Launch(64, 64, num_warps=8, num_stages=1), (2,)),
-        Row(128, Launch(32, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
-        Row(128, Launch(32, 32, num_warps=8, num_stages=1)),
+        Row(64, LaunchConfig(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(64, LaunchConfig(64, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(64, LaunchConfig(64, 64, num_warps=4, num_stages=2, branch=True), (2,), ("sm_90",)),
+        Row(64, LaunchConfig(128, 64, num_warps=8, num_stages=3, branch=True), (2,), ("sm_100",)),
+        Row(64, LaunchConfig(128, 64, num_warps=8, num_stages=2), (2,)),
+        Row(128, LaunchConfig(128, 32, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(128, LaunchConfig(64, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(128, LaunchConfig(64, 64, num_warps=8, num_stages=1, branch=True), (2,), ("sm_90",)),
+        Row(128, LaunchConfig(64, 64, num_warps=8, num_stages=1), (2,)),
+        Row(128, LaunchConfig(32, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
+        Row(128, LaunchConfig(32, 32, num_warps=8, num_stages=1)),
     ),
     "attention_bwd_dkv": (
-        Row(64, Launch(32, 64, num_warps=4, num_stages=2), (2,), ("sm_80", "sm_120")),
-        Row(64, Launch(32, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
-        Row(64, Launch(64, 64, num_warps=8, num_stages=1), (2,), ("sm_100",)),
-        Row(64, Launch(16, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(64, Launch(64, 64, num_warps=4, num_stages=2, branch=True), (2,), ("sm_90",)),
-        Row(128, Launch(16, 64, num_warps=8, num_stages=1), (2,), ("gfx942",)),
-        Row(128, Launch(16, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
-        Row(128, Launch(64, 64, num_warps=8, num_stages=1, branch=True), (2,), WARPGROUP),
-        Row(128, Launch(64, 64, num_warps=8, num_stages=1), (2,)),
-        Row(128, Launch(16, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
-        Row(128, Launch(16, 32, num_warps=8, num_stages=1)),
+        Row(64, LaunchConfig(32, 64, num_warps=4, num_stages=2), (2,), ("sm_80", "sm_120")),
+        Row(64, LaunchConfig(32, 64, num_warps=4, num_stages=1), (2,), ("gfx942",)),
+        Row(64, LaunchConfig(64, 64, num_warps=8, num_stages=1), (2,), ("sm_100",)),
+        Row(64, LaunchConfig(16, 32, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(64, LaunchConfig(64, 64, num_warps=4, num_stages=2, branch=True), (2,), ("sm_90",)),
+        Row(128, LaunchConfig(16, 64, num_warps=8, num_stages=1), (2,), ("gfx942",)),
+        Row(128, LaunchConfig(16, 16, num_warps=8, num_stages=1), (2,), ("gfx1100",)),
+        Row(128, LaunchConfig(64, 64, num_warps=8, num_stages=1, branch=True), (2,), WARPGROUP),
+        Row(128, LaunchConfig(64, 64, num_warps=8, num_stages=1), (2,)),
+        Row(128, LaunchConfig(16, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
+        Row(128, LaunchConfig(16, 32, num_warps=8, num_stages=1)),
     ),
     # block_n: keys of a tile (its rows are the queries of a group, padded to 16); the size is the head dim
-    "decode_attention": (Row(128, Launch(16, 64, num_warps=4, num_stages=2)),),
+    "decode_attention": (Row(128, LaunchConfig(16, 64, num_warps=4, num_stages=2)),),
     # The fused decode layer. block_n: columns of a program, whose whole weight rows lie in its registers; the
     # size is their length. Two such tiles (a head's halves, gate and up), with the norm:
     "decode_norm_matmul": (
         INTERPRETED_COLUMNS,
-        Row(1024, Launch(1, 2, num_warps=1)),
-        Row(2048, Launch(1, 2, num_warps=4)),
-        Row(4096, Launch(1, 2, num_warps=8)),
-        Row(1 << 14, Launch(1, 1, num_warps=16)),
+        Row(1024, LaunchConfig(1, 2, num_warps=1)),
+        Row(2048, LaunchConfig(1, 2, num_warps=4)),
+        Row(4096, LaunchConfig(1, 2, num_warps=8)),
+        Row(1 << 14, LaunchConfig(1, 1, num_warps=16)),
     ),
     # one tile, and the splits of all heads, which each program adds up itself; block_m: splits that it asks
     # for at a time. With four warps it spills on sm_100 and sm_120, with eight and rows of 2048 on sm_120 at
     # Triton 3.6, and with four columns of 2048 on all but sm_100.
     "decode_o": (
-        Row(1 << 14, Launch(4, 16, num_warps=1), architectures=(INTERPRETER,)),
-        Row(1024, Launch(4, 4, num_warps=8)),
-        Row(2048, Launch(4, 2, num_warps=16), architectures=("sm_120",)),
-        Row(2048, Launch(4, 2, num_warps=8)),
-        Row(4096, Launch(4, 2, num_warps=16)),
-        Row(1 << 14, Launch(1, 1, num_warps=16)),
+        Row(1 << 14, LaunchConfig(4, 16, num_warps=1), architectures=(INTERPRETER,)),
+        Row(1024, LaunchConfig(4, 4, num_warps=8)),
+        Row(2048, LaunchConfig(4, 2, num_warps=16), architectures=("sm_120",)),
+        Row(2048, LaunchConfig(4, 2, num_warps=8)),
+        Row(4096, LaunchConfig(4, 2, num_warps=16)),
+        Row(1 << 14, LaunchConfig(1, 1, num_warps=16)),
     ),
     # few columns and long rows: two columns, so that 576 of them are 288 programs. A warp has 1,024 elements
     # of each: with half as many it spills 8 bytes on sm_90 and sm_100 at Triton 3.6, and is no faster on an
     # H100.
     "decode_down": (
         INTERPRETED_COLUMNS,
-        Row(2048, Launch(1, 2, num_warps=2)),
-        Row(4096, Launch(1, 2, num_warps=4)),
-        Row(8192, Launch(1, 2, num_warps=8)),
-        Row(1 << 14, Launch(1, 2, num_warps=16)),
+        Row(2048, LaunchConfig(1, 2, num_warps=2)),
+        Row(4096, LaunchConfig(1, 2, num_warps=4)),
+        Row(8192, LaunchConfig(1, 2, num_warps=8)),
+        Row(1 << 14, LaunchConfig(1, 2, num_warps=16)),
     ),
     "decode_head": (
         INTERPRETED_COLUMNS,
-        Row(1024, Launch(1, 4, num_warps=1)),
-        Row(2048, Launch(1, 4, num_warps=4)),
-        Row(4096, Launch(1, 4, num_warps=8)),
-        Row(1 << 14, Launch(1, 2, num_warps=16)),
+        Row(1024, LaunchConfig(1, 4, num_warps=1)),
+        Row(2048, LaunchConfig(1, 4, num_warps=4)),
+        Row(4096, LaunchConfig(1, 4, num_warps=8)),
+        Row(1 << 14, LaunchConfig(1, 2, num_warps=16)),
     ),
     # block_n: columns of the vocabulary at a time. 16 warps, because the rows that are between their two
     # readings must fit in L2. More than one stage loads the next columns ahead; not measured.
-    "linear_cross_entropy": (Row(1 << 20, Launch(1, 8192, num_warps=16)),),
+    "linear_cross_entropy": (Row(1 << 20, LaunchConfig(1, 8192, num_warps=16)),),
     # block_n: columns of a program; block_m: tokens of equal id, or sums of them, that it asks for at a time
-    "embedding_fwd": (Row(1 << 20, Launch(1, 1024, num_warps=1)),),
-    "embedding_bwd": (Row(1 << 20, Launch(8, 1024, num_warps=4)),),
+    "embedding_fwd": (Row(1 << 20, LaunchConfig(1, 1024, num_warps=1)),),
+    "embedding_bwd": (Row(1 << 20, LaunchConfig(8, 1024, num_warps=4)),),
     # A chunk is block_m blocks of block_n elements, for both kernels that own one; adamw_norm: partial sums
     # at a time.
     # A thread has one 16-byte load of each tensor under way and 56 registers on sm_90; two (1,024 elements)
     # take 72 and spill on sm_120.
     "adamw": (
-        Row(1, Launch(16, 1024, num_warps=4), architectures=(INTERPRETER,)),
-        Row(1, Launch(8, 1024, num_warps=4), architectures=("gfx942",)),
-        Row(1, Launch(16, 512, num_warps=4)),
+        Row(1, LaunchConfig(16, 1024, num_warps=4), architectures=(INTERPRETER,)),
+        Row(1, LaunchConfig(8, 1024, num_warps=4), architectures=("gfx942",)),
+        Row(1, LaunchConfig(16, 512, num_warps=4)),
     ),
-    "adamw_squares": (Row(1, Launch(0, 2048, num_warps=4)),),
-    "adamw_norm": (Row(1, Launch(0, 4096, num_warps=8)),),
+    "adamw_squares": (Row(1, LaunchConfig(0, 2048, num_warps=4)),),
+    "adamw_norm": (Row(1, LaunchConfig(0, 4096, num_warps=8)),),
     # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes: as many tokens again for
     # 16-byte accesses.
     "rope": (
-        Row(64, Launch(16, 0, num_warps=1), architectures=("gfx942",)),
-        Row(64, Launch(8, 0, num_warps=1)),
-        Row(1 << 10, Launch(8, 0, num_warps=2)),
+        Row(64, LaunchConfig(16, 0, num_warps=1), architectures=("gfx942",)),
+        Row(64, LaunchConfig(8, 0, num_warps=1)),
+        Row(1 << 10, LaunchConfig(8, 0, num_warps=2)),
     ),
 }
 
 
 @functools.cache
-def launch_config(op: str, dtype: torch.dtype, device: torch.device, size: int) -> Launch:
+def launch_config(op: str, dtype: torch.dtype, device: torch.device, size: int) -> LaunchConfig:
     """The configuration of a kernel for a dtype, a device and a size. Raises ValueError when the table has no
     line for it.
     """

@@ -17,8 +17,8 @@ import kernels  # noqa: E402
 
 if not hasattr(kernels, "select_backend"):
     raise ImportError(
-        f"`import kernels` finds {getattr(kernels, '__file__', kernels)}, not the kernels/ of this project: start from "
-        "its root, or install it as a wheel (pip install .), or pip uninstall kernels"
+        f"`import kernels` finds {getattr(kernels, '__file__', kernels)}, not the kernels/ of this project: "
+        "start from its root, or install it as a wheel (pip install .), or pip uninstall kernels"
     )
 
 from smollm2.config import SmolLM2Config  # noqa: E402

@@ -74,10 +74,11 @@ def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(
     for record, (index, (identity, prompt, seed, new)) in zip(found, enumerate(expected), strict=True):
         tokens = alone(model, tokenizer.encode(prompt, special=False), seed, new)
         ended = tokens[-1] == 0
+        text = b"".join(map(tokenizer.token_bytes, tokens[: len(tokens) - ended]))
         assert record == {
             "id": identity, "index": index, "prompt": prompt, "tokens": tokens,
             "finish_reason": "stop" if ended else "length",
-            "text": b"".join(map(tokenizer.token_bytes, tokens[: len(tokens) - ended])).decode(errors="replace"),
+            "text": text.decode(errors="replace"),
         }  # fmt: skip
     assert (summary.rows, summary.resumed, summary.tokens) == (
         3,

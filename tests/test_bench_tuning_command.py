@@ -15,7 +15,7 @@ from bench.ops import cases
 from bench.weight_ops import mlp, optimizer_step
 from bench.work import Cost, Work
 from kernels import TORCH
-from kernels.launch_config import TABLE, Launch, launch_config
+from kernels.launch_config import TABLE, LaunchConfig, launch_config
 from smollm2.config import SmolLM2Config
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def test_every_line_of_the_table_has_candidates_and_a_case() -> None:
 
 
 def test_every_module_that_asks_the_table_is_told() -> None:
-    launch = Launch(7, 7, 7)
+    launch = LaunchConfig(7, 7, 7)
     with tuning.forced("swiglu", launch) as table:
         for name in tuning.MODULES:
             module = import_module(f"kernels.{name}")
@@ -48,7 +48,7 @@ def test_the_candidates_of_the_fused_form_are_timed_in_it(monkeypatch: pytest.Mo
     kernel = import_module("kernels.mlp")
     plan = kernel._plan
     monkeypatch.setattr(kernel, "_plan", lambda *given: asked.append(found := plan(*given)) or found)
-    first, second = tuning.measure(case, "mlp_fwd", "forward", [Launch(32, 64, 4)], shapes, tiny=True)
+    first, second = tuning.measure(case, "mlp_fwd", "forward", [LaunchConfig(32, 64, 4)], shapes, tiny=True)
     assert first["of_table"] and {(64, 128, 64), (32, 64, 64)} == {found.block for found in asked}
     assert "us" in second and second["distance"] < 1e-5
 
@@ -63,7 +63,12 @@ def test_the_line_of_the_table_is_timed_once() -> None:
     )
     known = launch_config("swiglu", torch.float32, CPU, 8)
     rows = tuning.measure(
-        case, "swiglu", "forward", [known, Launch(4, 512, 4, 1), Launch(2, 512, 2)], shapes, tiny=True
+        case,
+        "swiglu",
+        "forward",
+        [known, LaunchConfig(4, 512, 4, 1), LaunchConfig(2, 512, 2)],
+        shapes,
+        tiny=True,
     )
     assert [row["of_table"] for row in rows] == [True, False]
 
@@ -93,6 +98,8 @@ def test_a_launch_with_another_result_is_not_timed(stages: int, wrong: bool) -> 
         lambda seed: [torch.ones(4, requires_grad=True)],
         {"triton": Plus.apply},
     )
-    first, second = tuning.measure(case, "swiglu", "forward", [Launch(2, 512, 4, stages)], shapes, tiny=True)
+    first, second = tuning.measure(
+        case, "swiglu", "forward", [LaunchConfig(2, 512, 4, stages)], shapes, tiny=True
+    )
     assert first["of_table"] and "us" in first
     assert ("failed" in second) == wrong and ("us" in second) != wrong

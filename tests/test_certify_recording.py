@@ -56,7 +56,7 @@ found = {
     "step": [{p: {op: n for (q, op), n in counted.items() if p == q} for p in composed}, composed],
     "decode": [record(lambda run: cases.decode(run, ops, *shape)) for shape in shapes],
 }
-row = launch_config.Row(1 << 20, launch_config.Launch(2, 256, 8), architectures=("gfx1100",))
+row = launch_config.Row(1 << 20, launch_config.LaunchConfig(2, 256, 8), architectures=("gfx1100",))
 launch_config.TABLE["swiglu"] = (row, *launch_config.TABLE["swiglu"])
 found["targets"] = [record(swiglu, target)[0] for target in ("sm_90", "gfx1100")]
 print(json.dumps(found))

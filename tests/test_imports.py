@@ -160,8 +160,8 @@ KERNELS = {
 }
 # Of smollm2, from the bottom to the top: a room imports those before it.
 SMOLLM2 = (
-    "errors", "config", "working_copies", "projections", "sampling", "model", "pretrained", "engine", "generation",
-    "cli", "commands",
+    "errors", "config", "working_copies", "projections", "sampling", "model", "pretrained", "engine",
+    "generation", "cli", "commands",
 )  # fmt: skip
 # The public names, the oracle, and what no backend replaces.
 PUBLIC = {"kernels", "kernels.reference", "kernels.eager", "kernels.products", "kernels.types"}
@@ -307,7 +307,7 @@ def fake_distribution(folder: Path, version: str) -> None:
 def test_the_hugging_face_package_of_the_same_name_is_detected(tmp_path: Path, version: str) -> None:
     fake_distribution(tmp_path, version)
     done = run_python(
-        "import sys, os; sys.path.append(os.environ['FAKE']); import kernels; print(kernels.check_name_clash())",
+        "import sys, os, kernels; sys.path.append(os.environ['FAKE']); print(kernels.check_name_clash())",
         FAKE=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
@@ -354,7 +354,9 @@ def file_tree() -> dict[str, str]:
     tree: dict[str, str] = {}
     folders: list[str] = []
     for line in block[1].splitlines():
-        indent, name, comment = re.fullmatch(r"( *)(\S+)(?: {2,}(.*))?", line).groups()  # type: ignore[union-attr]
+        found = re.fullmatch(r"( *)(\S+)(?: {2,}(.*))?", line)
+        assert found, line
+        indent, name, comment = found.groups()
         del folders[len(indent) // 2 :]
         tree["".join(folders) + name] = comment or ""
         if name.endswith("/"):

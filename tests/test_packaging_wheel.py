@@ -1,4 +1,4 @@
-"""The wheel: all of it under the one name smollm2, beside a stranger's `kernels`, and working from any folder."""
+"""The wheel: all of it under the one name smollm2, beside a stranger's `kernels`, working from any folder."""
 
 from __future__ import annotations
 
@@ -96,19 +96,21 @@ def test_all_of_it_imports_beside_a_strangers_kernels_each_module_once(site: Pat
         assert callable(smollm2.generate), "the function, though the command was imported first"
         from transformers import LlamaForCausalLM
 
-        own = ("litgpt_worker", "conftest", "__main__")  # they run elsewhere: in litgpt's environment, in pytest, as a command
+        # They run elsewhere: in litgpt's environment, in pytest, as a command.
+        own = ("litgpt_worker", "conftest", "__main__")
         suites = "smollm2.bench.bench_"
         names = [one.name for one in pkgutil.walk_packages(smollm2.__path__, "smollm2.")]
         for name in names:
             if name.rpartition(".")[2] not in own and not name.startswith(suites):
                 importlib.import_module(name)
-        for root in ("kernels", "train", "bench"):
-            assert not [name for name in sys.modules if name == root != "kernels" or name.startswith(root + ".")], root
+        roots = {name.split(".")[0] for name in sys.modules if name != "kernels"}
+        assert roots.isdisjoint({"kernels", "train", "bench"}), "no module twice"
         assert callable(smollm2.generate)
 
         import torch
         model = smollm2.SmolLM2ForCausalLM(smollm2.SmolLM2Config.preset("tiny"), backend="auto")
-        print(len(names), smollm2.generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=2, eos_token_id=[]).shape)
+        ids = smollm2.generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=2, eos_token_id=[])
+        print(len(names), ids.shape)
     """))  # fmt: skip
     assert out.split(maxsplit=1)[1] == "torch.Size([1, 5])\n"
     assert int(out.split()[0]) > 100
@@ -148,7 +150,7 @@ def test_a_checkout_keeps_its_names_beside_a_strangers_kernels(site: Path, impor
 def test_a_checkouts_commands_and_bare_pytest_run_beside_a_strangers_kernels(site: Path) -> None:
     done = checkout(site, sys.executable, "-m", "train.run", "tiny.yaml", "backend=triton", "--dry-run")
     assert done.returncode == 0, done.stderr
-    bare = "import sys; sys.path = [one for one in sys.path if one]; import pytest; sys.exit(pytest.console_main())"
+    bare = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.console_main())"
     done = checkout(
         site, sys.executable, "-c", bare, "--collect-only", "-q", "tests/test_backend_selection.py"
     )

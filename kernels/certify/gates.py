@@ -35,7 +35,7 @@ MATRIX_BOUND = {
     "_mlp_bwd_kernel",
 }
 
-# a Launch without its repetitions, and its Figures by version of Triton: one line of certificate.json
+# a launch without its repetitions, and its Figures by version of Triton: one line of certificate.json
 Row = dict[str, Any]
 
 

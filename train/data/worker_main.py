@@ -10,6 +10,8 @@ import types
 from pathlib import Path
 
 if __name__ == "__mp_main__":
-    package = types.ModuleType("train")
-    package.__path__ = [str(Path(__file__).parent.parent)]
-    sys.modules.setdefault("train", package)
+    names = "train.data".split(".")
+    for depth in range(1, len(names)):  # one package, or two where a wheel has train under another name
+        package = types.ModuleType(".".join(names[:depth]))
+        package.__path__ = [str(Path(__file__).parents[len(names) - depth])]
+        sys.modules.setdefault(package.__name__, package)
