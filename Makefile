@@ -18,7 +18,7 @@ train: $(STAMP)
 	$(PY) -m train.run $(ARGS)
 
 test: $(STAMP) lint
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -36,6 +36,20 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.install()
 
 
+# Files that take a minute or more by themselves: begun first, so that no process is left alone with one.
+LONG = (
+    "bench_gpu_command",
+    "planted_faults",
+    "bench_suites_collect",
+    "parity_real_weights",
+    "verify_resume_command",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.stem.endswith(LONG))
+
+
 @pytest.fixture(scope="session")
 def project_root() -> Path:
     """The folder that holds pyproject.toml."""

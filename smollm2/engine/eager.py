@@ -1,8 +1,10 @@
 """The model as it is, operation by operation, and what every engine offers.
 
-cache  = engine.allocate(batch, capacity)
-logits = engine.prefill(input_ids, lengths, cache)        # then, token by token:
-logits = engine.decode(tokens, cache)
+    cache  = engine.allocate(batch, capacity)
+    logits = engine.prefill(input_ids, lengths, cache)        # then, token by token:
+    logits = engine.decode(tokens, cache)
+
+Letters: B rows, T tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
