@@ -1,8 +1,7 @@
 """pytest-benchmark suite of the data pipeline: `pytest bench/bench_data.py`.
 
 Documents to packed batches of 32 x 512 tokens, by `python -m train.data_speed` in a process of its own, which
-goes
-through every way in each round: the rate of each is in extra_info.
+goes through every way in each round: the rate of each is in extra_info.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """pytest-benchmark suite of generation: `pytest bench/bench_generate.py`.
 
 The variants are those of bench/generate.py: its defaults with --full or on a GPU, else one and eight rows
-after a
-short prompt, and nothing that would have to be compiled first. `python -m bench.generate` measures them in
-turns.
+after a short prompt, and nothing that would have to be compiled first. `python -m bench.generate` measures
+them in turns.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
 """pytest-benchmark suite of the operations: `pytest bench/bench_kernels.py`.
 
 Every operation, forward and backward, by every implementation that bench/ops.py knows. On a GPU: 32 x 512
-tokens of
-the 135M model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and torch.compile are
-measured in
-fp32, on 64 tokens (--full: 2 x 512), and Triton's interpreter is not; a small tensor stays in the cache, and
-so the
-roof there is a copy of as many bytes as the operation moves, over and over. `test_loss_memory` has the memory
-of the
-loss by number of tokens, which is exact and needs no clock.
+tokens of the 135M model in bf16, one CUDA graph replay with a cold L2 a round. On a CPU torch and
+torch.compile are measured in fp32, on 64 tokens (--full: 2 x 512), and Triton's interpreter is not; a small
+tensor stays in the cache, and so the roof there is a copy of as many bytes as the operation moves, over and
+over. `test_loss_memory` has the memory of the loss by number of tokens, which is exact and needs no clock.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """pytest-benchmark suite of starting up: `pytest bench/bench_startup.py`.
 
 A round is a fresh process, from its start to its first token or to the end of its first training step
-(import, the
-135M model, one step on 1 x 128 tokens), files in the page cache; its phases, as bench/startup.py has them,
-are in
-extra_info. CPU only. Peak memory is that of the process, its libraries included.
+(import, the 135M model, one step on 1 x 128 tokens), files in the page cache; its phases, as bench/startup.py
+has them, are in extra_info. CPU only. Peak memory is that of the process, its libraries included.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
 """pytest-benchmark suite of the optimizer step: `pytest bench/bench_train.py`.
 
 A step is forward, backward, clipping and AdamW, of all variants from the same weights and on the same tokens;
-the
-losses of the first steps must agree. On a CPU the variants are those of bench/step_peers.py, transformers
-among them,
-at three sizes that are quick; --full adds 2 x 512 tokens of the 135M model, where a step takes seconds, and
-the
-compiled variants, each of which compiles for a minute. On a GPU they are those of bench/train_step.py and the
-peers
-of bench/peers/choice.py at 8 x 512 and 32 x 512.
+the losses of the first steps must agree. On a CPU the variants are those of bench/step_peers.py, transformers
+among them, at three sizes that are quick; --full adds 2 x 512 tokens of the 135M model, where a step takes
+seconds, and the compiled variants, each of which compiles for a minute. On a GPU they are those of
+bench/train_step.py and the peers of bench/peers/choice.py at 8 x 512 and 32 x 512.
 """
 
 from __future__ import annotations

@@ -101,8 +101,7 @@ def timed(benchmark: Any) -> Timed:
     """timed(call, group, rounds, setup=None, **facts) -> seconds of every round, the real call's.
 
     `facts` go to extra_info; of bench.suite.FACTS those that are not given stand there as None. More are
-    added
-    by `benchmark.extra_info`. setup: what happens before each round, beside the clock.
+    added by `benchmark.extra_info`. setup: what happens before each round, beside the clock.
     """
 
     def time(

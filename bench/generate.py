@@ -20,8 +20,7 @@ variants
 one after the other. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin for a
 while
 before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is half as fast.
-So torch,
-which reads the variable, is imported first here.
+So torch, which reads the variable, is imported first here.
 """
 
 from __future__ import annotations

@@ -141,8 +141,7 @@ class Plan:
 
     def facts(self, name: str, case: Case, phase: str) -> dict[str, Any]:
         """What a figure must carry to be worth anything. peak_memory_bytes and launches are measured now,
-        beside the
-        clock, and None of what runs outside torch or compiled.
+        beside the clock, and None of what runs outside torch or compiled.
         """
         row, (batch, prompt) = self._rows[case][name], case
         assert row.tokens is not None, "a variant that failed has no facts"

@@ -1,10 +1,8 @@
 """Every operation of a training step and of a decoded token, measured alone: for `python -m bench.roofline`.
 
 An operation is a Case of bench/ops.py, or one that is only here: a matrix product, the embedding, the casts
-of the
-weights, the optimizer. It is measured on several sets of tensors in turn, so that each finds its inputs
-outside the
-caches, as a floor in bytes supposes.
+of the weights, the optimizer. It is measured on several sets of tensors in turn, so that each finds its
+inputs outside the caches, as a floor in bytes supposes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 from.
 
 A section is saved whenever there is something new, by replacing the file, so that a part that is stopped
-leaves
-what it had.
+leaves what it had.
 """
 
 from __future__ import annotations

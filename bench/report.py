@@ -2,13 +2,11 @@
 800 pixels.
 
     generation.*     prefill and decode of every way to generate, beside the peers; a mark is the limit of the
-                     memory: weights
-                     and cache read once per step, as fast as that run could read
+                     memory: weights and cache read once per step, as fast as that run could read
     step.*           optimizer steps beside the peers; a mark is the limit of the processor: the matrix
                      products alone
     roofline.*       time of every operation against the least it could take on that machine: of bench.kernels
-                     as bars
-                     beside the alternatives, of bench.roofline as points
+                     as bars beside the alternatives, of bench.roofline as points
     attention.*      TFLOP/s of attention by length of a row, beside the alternatives
     ladder.*         from plain eager to everything on, one change a row
     loss_memory.*    what the loss holds at one time, by number of tokens
@@ -16,8 +14,7 @@
                      variants have the same
 
 Which files are read is said in bench/figures.py; another one is named and left out. Every picture says
-device,
-dtype, date and commit. --markdown prints the figures as tables.
+device, dtype, date and commit. --markdown prints the figures as tables.
 """
 
 from __future__ import annotations

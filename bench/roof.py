@@ -27,8 +27,7 @@ def bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
     """Bytes per second, read plus written, of a copy, of reading and of an update in place.
 
     The best of them is the roof of what both reads and writes: a CPU reads what a copy is about to overwrite,
-    and
-    the count leaves that out.
+    and the count leaves that out.
     """
     numbers = torch.ones(1 << 18 if tiny else 1 << 28, device=device)
     target = torch.empty_like(numbers)

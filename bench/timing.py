@@ -142,8 +142,7 @@ def in_turns(
     all alike.
 
     left: no round but the first begins when it is below 0. A call that raises is left out from then on; the
-    second
-    result says why.
+    second result says why.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
@@ -166,8 +165,7 @@ def alternate(
     holds.
 
     The first two rounds do not count. On a GPU a replay is repeated until it lasts a millisecond: calls must
-    then
-    be so many that none finds its inputs in the L2, where the one before the last left them.
+    then be so many that none finds its inputs in the L2, where the one before the last left them.
     """
     flush = flush_buffer(device)
     values: dict[str, list[float]] = {name: [] for name in replays}

@@ -1,11 +1,10 @@
 """litgpt, in a process and a virtual environment of its own (`python -m bench.litgpt_peer setup`): its step
-and its
-generation.
+and its generation.
 
 It wants another huggingface_hub than transformers does. A variant is a process that holds one model and is
-asked
-for one step, a prefill or some tokens at a time, so that it takes turns with the variants of this process;
-meanwhile it sleeps, threads included. Its time is that of the whole exchange, a fraction of a millisecond.
+asked for one step, a prefill or some tokens at a time, so that it takes turns with the variants of this
+process; meanwhile it sleeps, threads included. Its time is that of the whole exchange, a fraction of a
+millisecond.
 """
 
 from __future__ import annotations
