@@ -57,7 +57,7 @@ COPY_NAMES = {None: "", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @triton.jit
 def _span(sizes_ptr, owner_ptr, chunk_ptr, CHUNK: tl.constexpr):
-    """(tensor, first element, end) of this program."""
+    """The (tensor, first element, end) that this program owns."""
     program = tl.program_id(0)
     begin = tl.load(chunk_ptr + program).to(tl.int64) * CHUNK
     tensor = tl.load(owner_ptr + program)
@@ -69,7 +69,7 @@ def _sum_of_squares_kernel(
     table_ptr, sizes_ptr, owner_ptr, chunk_ptr, partial_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     TAIL: tl.constexpr
 ):  # fmt: skip
-    """A program owns a chunk of a gradient and one partial sum. Grid: programs of the plan."""
+    """A program owns a chunk of a gradient and one partial sum. Grid: the plan's programs."""
     tensor, begin, end = _span(sizes_ptr, owner_ptr, chunk_ptr, CHUNK)
     address = tl.load(table_ptr + tensor)
     end = tl.where(address == 0, begin, end)
@@ -90,7 +90,9 @@ def _sum_of_squares_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def _norm_kernel(partial_ptr, found_ptr, parts, max_norm, BLOCK: tl.constexpr):
-    """The one program adds the partial sums and writes found [2]: the norm, and the gradients' factor."""
+    """The only program adds the partial sums and writes found [2]: the norm, and the factor for the
+    gradients.
+    """
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, parts, BLOCK):
         part = start + tl.arange(0, BLOCK)
@@ -105,8 +107,8 @@ def _norm_kernel(partial_ptr, found_ptr, parts, max_norm, BLOCK: tl.constexpr):
 def _scalars_kernel(
     table_ptr, settings_ptr, group_ptr, steps_ptr, scalars_ptr, found_inf_ptr, tensors, BLOCK: tl.constexpr
 ):
-    """A program owns BLOCK tensors: their step counts, which it advances, and rows of scalars. settings_ptr:
-    the table again, as fp64.
+    """A program owns BLOCK tensors: it advances their step counts and fills their rows of scalars.
+    settings_ptr: the table again, as fp64.
     """
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < tensors
@@ -125,11 +127,8 @@ def _scalars_kernel(
     tl.store(row_ptr + 1, decay.to(tl.float32), mask=mask)
     tl.store(row_ptr + 2, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
     for index in tl.static_range(4, 7):
-        tl.store(
-            row_ptr + index - 1,
-            tl.load(settings_ptr + word + index, mask=mask, other=0.0).to(tl.float32),
-            mask=mask,
-        )
+        setting = tl.load(settings_ptr + word + index, mask=mask, other=0.0).to(tl.float32)
+        tl.store(row_ptr + index - 1, setting, mask=mask)
 
 
 @triton.jit
@@ -142,8 +141,8 @@ def _adamw_block(
     g_ptr, p_ptr, m_ptr, v_ptr, copy_ptr, mask, update, copied, factor, step_size, decay, root, weight1,
     weight2, eps, COPY: tl.constexpr
 ):  # fmt: skip
-    """One block of one tensor. Pointers and mask: [BLOCK]. update: write more than the copy; copied: write
-    that.
+    """One block of one tensor. Pointers and mask are [BLOCK]. update: write p, m and v; copied: write the
+    copy.
     """
     p = tl.load(p_ptr, mask=mask, other=0.0)
     if update:
@@ -165,10 +164,9 @@ def _adamw_kernel(
     table_ptr, sizes_ptr, owner_ptr, chunk_ptr, scalars_ptr, found_inf_ptr, factor_ptr, tensors,
     COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a chunk of a parameter, of its averages and of its copy (COPY: "bf16", "fp16", or "" for
-    none).
+    """A program owns a chunk of a parameter, of its averages and of its copy. Grid: the plan's programs.
 
-    Grid: programs of the plan. factor_ptr: what the gradients are multiplied by.
+    COPY: "bf16", "fp16", or "" for none. factor_ptr points to the factor for the gradients.
     """
     tensor, begin, end = _span(sizes_ptr, owner_ptr, chunk_ptr, CHUNK)
     g, p = tl.load(table_ptr + tensor), tl.load(table_ptr + tensors + tensor)
@@ -182,8 +180,7 @@ def _adamw_kernel(
     copy_type = tl.pointer_type(tl.float16 if COPY == "fp16" else tl.bfloat16)
     fp32 = tl.pointer_type(tl.float32)
 
-    # The copy is written 8 bytes a thread, so that a thread has four elements and a warp's fp32 accesses are
-    # contiguous.
+    # A thread has four elements, so a warp's fp32 accesses are contiguous; it writes 8 bytes of the copy.
     aligned = ((g | p | m | v) % 16 == 0) & (copy % 8 == 0)
     wide = tl.where(aligned, begin + (end - begin) // BLOCK * BLOCK, begin)
     g_ptr, p_ptr = tl.multiple_of(g.to(fp32), 16), tl.multiple_of(p.to(fp32), 16)

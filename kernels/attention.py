@@ -66,7 +66,7 @@ LENGTHS = ["queries", "keys"]
 
 @triton.jit
 def _visible(key, first_key, last_key, HAS_DOCS: tl.constexpr):
-    """Which keys lie between the first and the last one of a query; shapes broadcast."""
+    """Whether a query sees a key: first_key <= key <= last_key. The shapes broadcast."""
     visible = key <= last_key
     if HAS_DOCS:
         visible &= key >= first_key
@@ -75,11 +75,11 @@ def _visible(key, first_key, last_key, HAS_DOCS: tl.constexpr):
 
 @triton.jit
 def _rows(key, keys, WIDE: tl.constexpr):
-    """Which rows to read for a block of keys. Past the end the last one is read again: that takes no mask,
+    """The rows to load for a block of keys. Past the end the last row is loaded again: this needs no mask,
     and no query sees those keys.
 
-    WIDE: the offsets within a head need int64. In int32 they are recomputed for every block; int64 ones would
-    take 16 registers a thread.
+    WIDE: offsets within a head need int64. int32 offsets are recomputed for every block; int64 offsets would
+    hold 16 registers a thread.
     """
     row = tl.minimum(key, keys - 1)
     return row.to(tl.int64) if WIDE else row
@@ -87,11 +87,11 @@ def _rows(key, keys, WIDE: tl.constexpr):
 
 @triton.jit
 def _add_product(a, b, total):
-    """total + a b. In fp32 the product is summed by itself first: one chain of additions over all queries of
-    all heads rounds too often.
+    """total + a b. An fp32 product is summed on its own first: a single chain of additions over all queries
+    of all heads would round too often.
     """
     if a.dtype == tl.float32:
-        # not +, which the compiler would fold into the product
+        # fma and not +, which the compiler would fold back into the product
         total = tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)
     else:
         total = tl.dot(a, b, total, input_precision="ieee")
@@ -104,12 +104,11 @@ def _key_blocks(
     SCALE: tl.constexpr, MASK: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key blocks [first, last). doc, query: the first and the last key that each row
-    sees, [BLOCK_M].
+    """Online softmax over the keys [first, last). doc, query [BLOCK_M]: the first and last key each row sees.
 
-    m is the maximum of q k^T, scaled and rounded once: what was added up relative to it must be shrunk
-    relative to it. With m * SCALE in a GPU's multiply-add instead, every block would be off by that rounding.
-    MASK: "all" blocks, "none", or "branch", those that do not lie within [clear, diagonal).
+    m is the maximum of q k^T, already scaled and rounded: p and shrink must both use the same rounded value.
+    If m * SCALE were part of a fused multiply-add, every block would be off by that rounding.
+    MASK: "all" blocks, "none", or "branch": those that are not within [clear, diagonal).
     """
     lane = tl.arange(0, HEAD_DIM)
     for start in range(first, last, BLOCK_N):
@@ -127,7 +126,7 @@ def _key_blocks(
                 _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf")
             )
         new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
-        # a row that has seen no key yet: (-inf) - (-inf) is NaN
+        # For a row that has seen no key yet, (-inf) - (-inf) would be NaN.
         pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
         p = tl.exp2(scores * SCALE - pivot[:, None])
         shrink = tl.exp2(m - pivot)
@@ -146,10 +145,11 @@ def _attention_fwd_kernel(
     HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries of one head of one row. Grid: (ceil(T / BLOCK_M), B * H). out [B, T, H,
-    D] is contiguous.
+    """A program owns BLOCK_M queries of one head of one row. Grid: (ceil(T / BLOCK_M), B * H).
+
+    out [B, T, H, D] and lse [B, H, T] are contiguous.
     """
-    # The last block has the most keys: it starts first, so that the short ones fill the end.
+    # The last block has the most keys. It starts first, so that short blocks fill the end of the launch.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
@@ -165,8 +165,7 @@ def _attention_fwd_kernel(
     offset = keys - queries
     last_key = time + offset  # [BLOCK_M]
     end = tl.minimum((block + 1) * BLOCK_M + offset, keys)
-    # Keys below `diagonal` are visible to all rows of the block as far as causality goes, those from `clear`
-    # on as far as documents go.
+    # Causality lets every row of the block see the keys before `diagonal`; documents, the keys from `clear`.
     diagonal = (block * BLOCK_M + offset + 1) // BLOCK_N * BLOCK_N
     begin, clear = 0, 0
     doc = tl.zeros([BLOCK_M], tl.int32)
@@ -197,7 +196,7 @@ def _attention_fwd_kernel(
 
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
-    # +inf makes exp2(S - lse) zero in the backward pass of a row that sees no key.
+    # For a row that sees no key, +inf makes exp2(S - lse) zero in the backward pass.
     lse = tl.where(empty, float("inf"), m + tl.log2(tl.where(empty, 1.0, total)))
     out_rows = out_ptr + ((batch * queries + row) * HEADS + head)[:, None] * HEAD_DIM
     tl.store(out_rows + lane[None, :], out.to(q.dtype), mask=inside[:, None])
@@ -214,7 +213,7 @@ def _attention_bwd_dq_kernel(
 ):  # fmt: skip
     """A program owns dq and delta of BLOCK_M queries of one head. Grid as in the forward pass.
 
-    out, do, dq [B, T, H, D] contiguous. rows [B, H, T, 2] receives lse and delta side by side.
+    out, do, dq [B, T, H, D] are contiguous. rows [B, H, T, 2] receives the pairs (lse, delta).
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
@@ -267,7 +266,7 @@ def _attention_bwd_dq_kernel(
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
-    dq *= SCALE * 0.6931471805599453  # SCALE carries log2(e) for exp2; the gradient does not
+    dq *= SCALE * 0.6931471805599453  # ln 2 takes out the log2(e) that SCALE contains for exp2
     tl.store(dq_ptr + dense, dq.to(q.dtype), mask=inside[:, None])
 
 
@@ -281,8 +280,8 @@ def _attention_bwd_dkv_kernel(
 ):  # fmt: skip
     """A program owns dk and dv of BLOCK_N keys of one key head, summed over its GROUP query heads.
 
-    Grid: (ceil(S / BLOCK_N), B * K); the first blocks see the most queries and start first. rows [B, H, T, 2]
-    as the dq kernel leaves it, do [B, T, H, D], dk and dv [B, S, K, D] contiguous.
+    Grid: (ceil(S / BLOCK_N), B * K). The first blocks are seen by the most queries, and they start first.
+    rows [B, H, T, 2] comes from the dq kernel; do [B, T, H, D], dk and dv [B, S, K, D] are contiguous.
     """
     block = tl.program_id(0)
     batch = (tl.program_id(1) // KEY_HEADS).to(tl.int64)
@@ -296,16 +295,15 @@ def _attention_bwd_dkv_kernel(
     k = tl.load(k_rows + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
     v = tl.load(v_rows + lane[None, :], mask=inside[:, None], other=0.0)
 
-    # The first query whose last key reaches this block, rounded down to a block of queries.
+    # The first query that reaches this block, rounded down to a block of queries.
     begin = tl.maximum(block * BLOCK_N - (keys - queries), 0) // BLOCK_M * BLOCK_M
     end = queries
-    # Queries from `diagonal` on see all keys of the block as far as causality goes, those before `clear` as
-    # far as documents go.
+    # Causality lets queries from `diagonal` on see all keys of the block; documents, queries before `clear`.
     diagonal, clear = (block + 1) * BLOCK_N - 1 - (keys - queries), queries + BLOCK_M
     doc_row = doc_ptr + batch * doc_batch_stride
     if HAS_DOCS:
-        # One past the last query that may see any key of this block, and the first that may not see its first
-        # key.
+        # reach: one past the last query that sees a key of this block; short: the first query that does not
+        # see the block's first key.
         reach, short = tl.zeros([256], tl.int32), tl.zeros([256], tl.int32) + queries
         for start in range(begin, queries, 256):
             time = start + tl.arange(0, 256)
@@ -319,29 +317,27 @@ def _attention_bwd_dkv_kernel(
     q_ptr += batch * q_batch_stride + key_head * GROUP * q_head_stride
     do_ptr += (batch * queries * KEY_HEADS + key_head) * GROUP * HEAD_DIM
     rows_ptr += (batch * KEY_HEADS + key_head) * GROUP * queries * 2
-    # One loop over all blocks of all heads of the group, so that loads ahead are not interrupted where a head
-    # ends.
+    # One loop over the query blocks of all heads of the group, so that prefetching goes on from head to head.
     start, member = begin, 0
     for _ in range(0, GROUP * tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)):
         time = start + tl.arange(0, BLOCK_M)
         row, head = time, member
         if WIDE:
             row, head = time.to(tl.int64), tl.cast(member, tl.int64)
-        # the others are zero and add nothing, whatever their probabilities
-        present = (time < queries)[:, None]
+        present = (time < queries)[:, None]  # other rows load as zeros and add nothing
         q_tile = row[:, None] * q_time_stride + (head * q_head_stride + lane[None, :])
         q = tl.load(q_ptr + q_tile, mask=present, other=0.0)  # [BLOCK_M, HEAD_DIM]
         do_tile = row[:, None] * (KEY_HEADS * GROUP * HEAD_DIM) + (head * HEAD_DIM + lane[None, :])
         do = tl.load(do_ptr + do_tile, mask=present, other=0.0)
-        # Two numbers a query: of one, Triton 3.6 would load a copy for every thread that needs it, 16 a
-        # thread.
+        # Loaded in pairs: Triton 3.6 would load a single number once for every thread that needs it, 16
+        # loads a thread.
         pair = tl.load(
             rows_ptr + (head * queries + row)[:, None] * 2 + tl.arange(0, 2)[None, :], mask=present, other=0.0
         )
         lse, delta = tl.split(pair)
         doc = time
         if HAS_DOCS:
-            # as above
+            # a pair for the same reason
             twice = tl.load(doc_row + time[:, None] + tl.zeros([1, 2], tl.int32), mask=present, other=0)
             doc, _ = tl.split(twice.to(tl.int32))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [BLOCK_N, BLOCK_M]

@@ -43,9 +43,11 @@ def _decode_attention_split_kernel(
     SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns SPLIT keys of one key head of one row, for all queries that read them: row i of the tile
-    is query i // GROUP, head i % GROUP of the group. Grid: (splits, B * K). Parts are [B, T, H, splits(, D)]
-    in fp32; with ONE_SPLIT out is written at once.
+    """A program owns SPLIT keys of one key head of one row, for all queries that read them. Grid:
+    (splits, B * K).
+
+    Row i of the tile is query i // GROUP, head i % GROUP of the group. Parts are [B, T, H, splits(, D)] in
+    fp32. With ONE_SPLIT the program writes out itself.
     """
     split = tl.program_id(0)
     batch = (tl.program_id(1) // KEY_HEADS).to(tl.int64)
@@ -97,9 +99,7 @@ def _decode_attention_split_kernel(
 def _decode_attention_combine_kernel(
     part_ptr, part_max_ptr, part_sum_ptr, out_ptr, splits, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """A program owns one query head of one query and adds its splits from the first to the last. Grid: B * T
-    * H.
-    """
+    """A program owns one head of one query and adds its splits in ascending order. Grid: B * T * H."""
     first = tl.program_id(0).to(tl.int64) * splits
     lane = tl.arange(0, HEAD_DIM)
     acc = tl.zeros([HEAD_DIM], tl.float32)

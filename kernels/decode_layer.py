@@ -68,28 +68,26 @@ MAX_WIDTH = TABLE["decode_norm_matmul"][-1].size  # a whole weight row must fit 
 
 @triton.jit
 def _weights(w_ptr, column, columns, k, WIDTH: tl.constexpr):
-    """Rows `column` [N] of a contiguous matrix [columns, WIDTH] -> [N, BLOCK_K], zero beyond either end."""
+    """Rows `column` [N] of a contiguous matrix [columns, WIDTH] -> [N, BLOCK_K], zero past either end."""
     mask = (column < columns)[:, None] & (k < WIDTH)[None, :]
     return tl.load(w_ptr + column.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _row(x_ptr, row, k, WIDTH: tl.constexpr):
-    """Elements k of one row of a contiguous x [R, WIDTH]; widened only where they are used, so that nothing
-    waits for them here.
-    """
+    """Elements k of one row of a contiguous x [R, WIDTH], not widened, so that nothing waits for them yet."""
     return tl.load(x_ptr + tl.cast(row, tl.int64) * WIDTH + k, mask=k < WIDTH, other=0.0)
 
 
 @triton.jit
 def _rstd(x, WIDTH: tl.constexpr, EPS: tl.constexpr):
-    """1 / rms of a row in fp32, zero beyond its end."""
+    """1 / rms of an fp32 row x [BLOCK_K], which is zero past its end."""
     return tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS)
 
 
 @triton.jit
 def _project(x, w):
-    """x [BLOCK_K], w [N, BLOCK_K] -> w x [N]"""
+    """x [BLOCK_K], w [N, BLOCK_K] -> w x [N]."""
     return tl.sum(w * x[None, :], axis=1)
 
 
@@ -100,12 +98,11 @@ def _norm_qkv_rope_kernel(
     v_head_stride, EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program owns PAIRS pairs of columns (i, i + HALF) of one head, which rope turns into each other, for
-    all rows.
+    """A program owns PAIRS pairs of columns (i, i + HALF) of one head, the pairs that rope rotates, for all
+    rows. Grid: (HALF / PAIRS, H + 2K).
 
-    Grid: (HALF / PAIRS, H + 2K). q [R, H, 2 HALF] is contiguous; tables are [B or 1, T, HALF] with contiguous
-    rows. The new keys and values go to position lengths[b] - T + t of the caches; a position outside of them
-    is not written.
+    q [R, H, 2 HALF] is contiguous; tables are [B or 1, T, HALF] with contiguous rows. New keys and values go
+    to position lengths[b] - T + t of the caches, and nowhere if that lies outside.
     """
     head = tl.program_id(1)
     lane = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -130,7 +127,7 @@ def _norm_qkv_rope_kernel(
         rstd = _rstd(wide, WIDTH, EPS)
         a = (_project(wide, first) * rstd).to(x.dtype)  # [PAIRS]
         b = (_project(wide, second) * rstd).to(x.dtype)
-        if head < HEADS + KEY_HEADS:  # queries and keys turn, values do not
+        if head < HEADS + KEY_HEADS:  # queries and keys are rotated, values are not
             wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
             a = (wide_a * cos - wide_b * sin).to(a.dtype)
             b = (wide_b * cos + wide_a * sin).to(b.dtype)
@@ -139,12 +136,9 @@ def _norm_qkv_rope_kernel(
             tl.store(target, a)
             tl.store(target + HALF, b)
         elif head < HEADS + KEY_HEADS:
+            key_head = tl.cast(head - HEADS, tl.int64)
             target = (
-                k_ptr
-                + batch * k_batch_stride
-                + position * k_time_stride
-                + tl.cast(head - HEADS, tl.int64) * k_head_stride
-                + lane
+                k_ptr + batch * k_batch_stride + position * k_time_stride + key_head * k_head_stride + lane
             )
             tl.store(target, a, mask=there)
             tl.store(target + HALF, b, mask=there)
@@ -164,9 +158,10 @@ def _combined(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The mixed heads of a row, rounded to dtype, [BLOCK_H * HEAD_DIM]: its splits added from the first to
-    the last that it has, AT_ONCE loads at a time. The sum of `_decode_attention_combine_kernel`, where those
-    that it does not have add exact zeros.
+    """The attention output of one row, rounded to dtype, [BLOCK_H * HEAD_DIM].
+
+    Adds the splits within the row's length in ascending order, AT_ONCE loads at a time. The result is that of
+    `_decode_attention_combine_kernel`, where the other splits add exact zeros.
     """
     head = tl.arange(0, BLOCK_H)
     lane = tl.arange(0, HEAD_DIM)
@@ -201,8 +196,9 @@ def _combine_o_kernel(
     WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_H: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the residual stream for all rows, and adds the splits of all heads
-    itself: those of the first row while the weights are on their way. Grid: ceil(WIDTH / COLUMNS).
+    """A program owns COLUMNS columns of the residual stream for all rows. Grid: ceil(WIDTH / COLUMNS).
+
+    Every program adds the splits of all heads itself, those of the first row while its weights are loading.
     """
     dtype: tl.constexpr = sum_ptr.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -230,7 +226,7 @@ def _norm_gate_up_kernel(
     x_ptr, scale_ptr, w_ptr, act_ptr, rows,
     EPS: tl.constexpr, WIDTH: tl.constexpr, FFN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the activations [R, FFN], with their gate and up rows, for all rows.
+    """A program owns COLUMNS columns of the activations [R, FFN] for all rows, with the gate and up weights.
     Grid: ceil(FFN / COLUMNS).
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

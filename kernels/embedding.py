@@ -54,10 +54,10 @@ HELD = 2 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12) else 1
 def _embedding_fwd_kernel(
     ids_ptr, weight_ptr, x_ptr, known_ptr, vocabulary, weight_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A program owns BLOCK columns of one token. Grid: (tokens, ceil(WIDTH / BLOCK)). x is contiguous;
-    columns of the weight have stride 1.
+    """A program owns BLOCK columns of one token. Grid: (tokens, ceil(WIDTH / BLOCK)).
 
-    known_ptr: points to 1, which becomes 0 if an id is out of range; whoever writes it writes the same.
+    x is contiguous; the weight has a column stride of 1. known_ptr points to 1, which becomes 0 if an id is
+    out of range: every program that writes it writes 0.
     """
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids_ptr + token).to(tl.int64)
@@ -73,19 +73,11 @@ def _embedding_fwd_kernel(
 
 @triton.jit
 def _sum_of_piece(
-    dx_ptr,
-    order_ptr,
-    ids_ptr,
-    first,
-    stop,
-    row,
-    dx_stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """[BLOCK] in fp32: the dx of the positions from `first` on whose id is `row`, up to `stop` at most, added
-    up in their order.
+    dx_ptr, order_ptr, ids_ptr, first, stop, row, dx_stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK] in fp32: the sum, in order, of the dx of the positions from `first` on whose id is `row`, up to
+    `stop` at most.
     """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -93,8 +85,8 @@ def _sum_of_piece(
     more = True
     while more:
         positions = position + tl.arange(0, ROWS)
-        # [ROWS]
-        mine = (positions < stop) & (tl.load(ids_ptr + positions, mask=positions < stop, other=-1) == row)
+        ids = tl.load(ids_ptr + positions, mask=positions < stop, other=-1)  # [ROWS]
+        mine = (positions < stop) & (ids == row)
         token = tl.load(order_ptr + positions, mask=mine, other=0)
         mask = mine[:, None] & (column < WIDTH)[None, :]  # [ROWS, BLOCK]
         total += tl.sum(
@@ -110,11 +102,11 @@ def _embedding_bwd_piece_kernel(
     dx_ptr, order_ptr, ids_ptr, piece_ptr, tokens, dx_stride,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK columns of one window, the first one excepted, and of one row of piece [windows,
-    WIDTH].
+    """A program owns BLOCK columns of one window (any but the first) and of its row of piece
+    [windows, WIDTH]. Grid: (windows - 1, ceil(WIDTH / BLOCK)).
 
-    Grid: (windows - 1, ceil(WIDTH / BLOCK)). Of a run that began before the window it sums up what lies in
-    the window. Where none did, nothing is written, nor read later.
+    If a run continues into the window, the program sums the part of the run that lies in the window. If none
+    does, it writes nothing, and the second kernel reads nothing there.
     """
     window = tl.program_id(0).to(tl.int64) + 1
     first = window * SPAN
@@ -131,11 +123,10 @@ def _embedding_bwd_kernel(
     dx_ptr, order_ptr, ids_ptr, piece_ptr, dweight_ptr, tokens, vocabulary, dx_stride,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK columns of one position of the sorted ids; where a run begins there, it adds the
-    run to its row of dweight.
+    """A program owns BLOCK columns of one position of the sorted ids. If a run begins there, it adds the run
+    to its row of dweight. Grid: (tokens, ceil(WIDTH / BLOCK)).
 
-    Grid: (tokens, ceil(WIDTH / BLOCK)). dweight is contiguous; an id out of range has no row and is passed
-    over.
+    dweight is contiguous. An id out of range has no row and is skipped.
     """
     first = tl.program_id(0).to(tl.int64)
     row = tl.load(ids_ptr + first).to(tl.int64)
@@ -145,7 +136,7 @@ def _embedding_bwd_kernel(
         stop = tl.minimum(window * SPAN, tokens)
         total = _sum_of_piece(dx_ptr, order_ptr, ids_ptr, first, stop, row, dx_stride, WIDTH, ROWS, BLOCK)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        # The windows whose first id is this one hold the rest of the run.
+        # The rest of the run lies in the windows that begin with the same id.
         more = (stop < tokens) & (tl.load(ids_ptr + stop, mask=stop < tokens, other=-1) == row)
         while more:
             windows = window + tl.arange(0, ROWS).to(tl.int64)

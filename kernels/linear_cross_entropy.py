@@ -77,14 +77,12 @@ def _softmax_gradient_kernel(
     Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
-    """A program owns one token: its loss and, with GRADIENT, d loss / d logits in place of its logits. Grid:
-    tokens.
+    """A program owns one token: its loss and, with GRADIENT, d loss / d logits, written over its logits.
+    Grid: tokens.
 
-    STAGES: of blocks that are loaded ahead. No block is read after it was written.
-
-    scale_ptr points to the one factor of all gradients. Two passes over the row: maximum and sum, then the
-    gradient. VECTOR neighbouring logits are what a thread loads at once: their maximum needs no other thread,
-    and their sum is rescaled once.
+    Two passes over the row: maximum and sum, then the gradient. A thread loads VECTOR neighbouring logits at
+    a time, so their maximum needs no other thread and their sum is rescaled once. scale_ptr points to the
+    factor of all gradients. STAGES: how many blocks are loaded ahead; no block is read after it was written.
     """
     token = tl.program_id(0).to(tl.int64)
     row = logits_ptr + token * logits_stride
@@ -92,14 +90,13 @@ def _softmax_gradient_kernel(
     valid = target != ignore_index
     # [BLOCK / VECTOR, VECTOR]
     column = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    # Read before the reductions below, whose barriers keep it ahead of the other warps' stores to the same
-    # row.
-    # A target out of range reads nothing and gives NaN.
+    # Loaded here because the barriers of the reductions below keep this load ahead of the other warps' stores
+    # to the same row. A target out of range reads nothing and gives NaN.
     picked = tl.load(row + target, mask=valid & (target >= 0) & (target < vocabulary), other=float("nan")).to(
         tl.float32
     )
 
-    # Each thread keeps a maximum and a sum of its own columns; they meet once, after the loop.
+    # Each thread keeps the maximum and the sum of its own columns; they are combined once, after the loop.
     m = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK // VECTOR], tl.float32)
     plain = tl.zeros([BLOCK // VECTOR], tl.float32)
@@ -124,23 +121,21 @@ def _softmax_gradient_kernel(
         weight = factor * (1.0 + 2.0 * Z_LOSS * lse)
         blocks = tl.cdiv(vocabulary, BLOCK)
         for block in tl.range(0, blocks, num_stages=STAGES):
-            start = (blocks - 1 - block) * BLOCK  # backwards: what was read last is still near
+            start = (blocks - 1 - block) * BLOCK  # backwards: what was read last is still in the cache
             index = start + column
             logit = tl.load(row + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
             grad = tl.exp2((logit - lse) * LOG2_E) * weight
             if SMOOTHING > 0:
                 grad -= factor * SMOOTHING / vocabulary
-            if (target >= start) & (target < start + BLOCK):  # one block of them all
+            if (target >= start) & (target < start + BLOCK):  # true for one block only
                 grad -= tl.where(index == target, factor * (1.0 - SMOOTHING), 0.0)
             tl.store(row + index, grad.to(logits_ptr.dtype.element_ty), mask=index < vocabulary)
 
 
 @triton.jit
 def _rescale_kernel(dhidden_ptr, dweight_ptr, upstream_ptr, hidden_size, weight_size, BLOCK: tl.constexpr):
-    """Multiplies both gradients, of that many elements, by the upstream gradient; nothing is read if that is
-    1.
-
-    A program owns every grid-th block of BLOCK elements. Any grid.
+    """Multiplies both gradients by the upstream gradient; if that is 1, reads and writes nothing. The sizes
+    are in elements. A program owns every grid-th block of BLOCK elements. Any grid.
     """
     upstream = tl.load(upstream_ptr)
     if upstream != 1.0:
@@ -148,11 +143,8 @@ def _rescale_kernel(dhidden_ptr, dweight_ptr, upstream_ptr, hidden_size, weight_
         for start in range(first, hidden_size, step):
             index = start + tl.arange(0, BLOCK)
             value = tl.load(dhidden_ptr + index, mask=index < hidden_size, other=0.0).to(tl.float32)
-            tl.store(
-                dhidden_ptr + index,
-                (value * upstream).to(dhidden_ptr.dtype.element_ty),
-                mask=index < hidden_size,
-            )
+            value = (value * upstream).to(dhidden_ptr.dtype.element_ty)
+            tl.store(dhidden_ptr + index, value, mask=index < hidden_size)
         for start in range(first, weight_size, step):
             index = start + tl.arange(0, BLOCK)
             value = tl.load(dweight_ptr + index, mask=index < weight_size, other=0.0)

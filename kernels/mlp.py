@@ -56,7 +56,7 @@ BLOCK_K = 64  # of 16 bits: the 128 bytes of a swizzled row
 def _tile(
     index, rows, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
 ):
-    """First row and first column of a tile: down GROUP tiles of rows, then to the next tile of columns."""
+    """First row and column of a tile. Order: GROUP tiles of rows, then the next tile of columns."""
     band: tl.constexpr = GROUP * tl.cdiv(COLUMNS, BLOCK_N)
     first = index // band * GROUP
     height = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP)
@@ -65,25 +65,18 @@ def _tile(
 
 @triton.jit
 def _inside(row, column, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Rows [M, 1] and columns [1, N] of a tile, and which of its elements the matrix has."""
+    """Rows [M, 1] and columns [1, N] of a tile, and the mask of its elements that lie in the matrix."""
     m, n = row + tl.arange(0, M)[:, None], column + tl.arange(0, N)[None, :]
     return m.to(tl.int64), n, (m < rows) & (n < COLUMNS) if COLUMNS % N else m < rows
 
 
 @triton.jit
 def _load(
-    matrix,
-    stride,
-    row,
-    column,
-    rows,
-    COLUMNS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """[M, N] of a matrix [rows, COLUMNS] from (row, column) on, zeros outside. With TMA the matrix is a
-    descriptor, else a pointer.
+    matrix, stride, row, column, rows,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile [M, N] at (row, column) of a matrix [rows, COLUMNS], zero outside of it. The matrix is a
+    descriptor with TMA, a pointer without.
     """
     if TMA:
         tile = matrix.load([row, column])
@@ -95,18 +88,11 @@ def _load(
 
 @triton.jit
 def _load_halves(
-    matrix,
-    stride,
-    row,
-    column,
-    HALF: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """[2 M, N]: M rows of each half of a matrix [2 HALF, COLUMNS], of which a descriptor is one of [2, HALF,
-    COLUMNS]; else as _load.
+    matrix, stride, row, column,
+    HALF: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[2 M, N]: the same M rows of both halves of a matrix [2 HALF, COLUMNS]; as `_load` otherwise. Its
+    descriptor has the shape [2, HALF, COLUMNS].
     """
     if TMA:
         tile = matrix.load([0, row, column]).reshape(2 * M, N)
@@ -120,18 +106,10 @@ def _load_halves(
 
 @triton.jit
 def _store(
-    matrix,
-    stride,
-    tile,
-    row,
-    column,
-    rows,
-    COLUMNS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """The reverse; nothing is written outside."""
+    matrix, stride, tile, row, column, rows,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `_load`: elements outside of the matrix are not written."""
     if TMA:
         matrix.store([row, column], tile)
     else:
@@ -145,11 +123,10 @@ def _mlp_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """A program owns tiles of BLOCK_M rows by BLOCK_N columns of gate, up and act. Grid: any size; the tiles
-    go round.
+    """A program owns every grid-th tile, BLOCK_M rows by BLOCK_N columns of gate, up and act. Any grid.
 
-    x [rows, WIDTH], weight [2 FFN, WIDTH]; gate and up [rows, FFN], halves of one buffer; act [rows, FFN],
-    contiguous.
+    x [rows, WIDTH], weight [2 FFN, WIDTH]; gate and up [rows, FFN] are the halves of one buffer; act
+    [rows, FFN] is contiguous.
     """
     dtype: tl.constexpr = act.dtype if TMA else act.dtype.element_ty
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(FFN, BLOCK_N)
@@ -177,11 +154,10 @@ def _mlp_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """A program owns tiles of BLOCK_M rows by BLOCK_N columns of dgate and dup. Grid: any size; the tiles go
-    round.
+    """A program owns every grid-th tile, BLOCK_M rows by BLOCK_N columns of dgate and dup. Any grid.
 
-    dy [rows, WIDTH], weight [WIDTH, FFN]; gate and up, dgate and dup [rows, FFN], each pair the halves of one
-    buffer.
+    dy [rows, WIDTH], weight [WIDTH, FFN]; gate and up [rows, FFN] are the halves of one buffer, dgate and
+    dup those of another.
     """
     dtype: tl.constexpr = dup.dtype if TMA else dup.dtype.element_ty
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(FFN, BLOCK_N)

@@ -48,8 +48,8 @@ def _rms_norm_fwd_kernel(
     WIDTH: tl.constexpr, EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows. Grid: ceil(rows / ROWS). Outputs are contiguous; columns of the inputs have
-    stride 1.
+    """A program owns ROWS rows. Grid: ceil(rows / ROWS). Outputs are contiguous; inputs have a column stride
+    of 1.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -74,17 +74,14 @@ def _rms_norm_bwd_dx_kernel(
     rows, rows_per_program, dy_stride, dsum_stride, sum_stride,
     WIDTH: tl.constexpr, HAS_DSUM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns rows_per_program consecutive rows, ROWS at a time, and one row of partial [programs,
-    WIDTH].
+    """A program owns rows_per_program consecutive rows, ROWS at a time, and one row of partial
+    [programs, WIDTH].
     """
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     column = tl.arange(0, BLOCK)
-    weight = (
-        tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0)
-        .to(sum_ptr.dtype.element_ty)
-        .to(tl.float32)
-    )
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0)
+    weight = weight.to(sum_ptr.dtype.element_ty).to(tl.float32)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
@@ -108,7 +105,7 @@ def _rms_norm_bwd_dx_kernel(
 def _rms_norm_bwd_dw_kernel(
     partial_ptr, dw_ptr, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A program owns BLOCK columns of dw and adds the parts from the first to the last, PARTS at a time."""
+    """A program owns BLOCK columns of dw and adds all parts in ascending order, PARTS at a time."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PARTS, BLOCK], tl.float32)
     for start in range(0, parts, PARTS):

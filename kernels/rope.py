@@ -36,12 +36,13 @@ def _rotate_heads(
     x_ptr, y_ptr, x_row, y_row, x_head_stride, cos, sin, mask,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one tensor for a tile of tokens. x_row and y_row [TOKENS] are offsets; cos, sin and mask
-    [TOKENS, HALF].
+    """Rotates (or copies) all heads of one tensor for a tile of tokens. x_row, y_row [TOKENS] are offsets;
+    cos, sin, mask [TOKENS, HALF].
     """
     lane = tl.arange(0, HALF)[None, :]
-    # unrolled as a whole, 96 heads take the compiler ten seconds
-    for head in tl.range(HEADS, loop_unroll_factor=4):
+    for head in tl.range(
+        HEADS, loop_unroll_factor=4
+    ):  # fully unrolled, 96 heads would compile for 10 seconds
         source = x_row[:, None] + tl.cast(head, tl.int64) * x_head_stride + lane
         target = y_row[:, None] + head * (2 * HALF) + lane
         a = tl.load(x_ptr + source, mask=mask, other=0.0)  # [TOKENS, HALF]
@@ -62,12 +63,11 @@ def _rope_kernel(
     KEY_HEADS: tl.constexpr, HALF: tl.constexpr, COPY_V: tl.constexpr, INVERSE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """A program owns TOKENS tokens with all their heads, so the tables are read once. Grid: ceil(tokens /
-    TOKENS).
+    """A program owns TOKENS tokens with all their heads, so it reads the tables once. Grid:
+    ceil(tokens / TOKENS).
 
-    Tables are [B or 1, T, HALF] with contiguous rows; out strides are those of a token, its heads lie side by
-    side.
-    COPY_V copies the value heads as well (k and v then share an out stride).
+    Tables are [B or 1, T, HALF] with contiguous rows. An out stride is that of a token; its heads are
+    contiguous. COPY_V copies the value heads too (k and v then share an out stride).
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     batch, time = token // length, token % length
@@ -77,10 +77,8 @@ def _rope_kernel(
     sin = tl.load(sin_ptr + table, mask=mask, other=0.0).to(tl.float32)
     if INVERSE:
         sin = -sin
-    q_row, k_row = (
-        batch * q_batch_stride + time * q_time_stride,
-        batch * k_batch_stride + time * k_time_stride,
-    )
+    q_row = batch * q_batch_stride + time * q_time_stride
+    k_row = batch * k_batch_stride + time * k_time_stride
     _rotate_heads(
         q_ptr, q_out_ptr, q_row, token * q_out_stride, q_head_stride, cos, sin, mask, HEADS, HALF, True
     )
@@ -90,18 +88,9 @@ def _rope_kernel(
     if COPY_V:
         v_row = batch * v_batch_stride + time * v_time_stride
         _rotate_heads(
-            v_ptr,
-            v_out_ptr,
-            v_row,
-            token * k_out_stride,
-            v_head_stride,
-            cos,
-            sin,
-            mask,
-            KEY_HEADS,
-            HALF,
+            v_ptr, v_out_ptr, v_row, token * k_out_stride, v_head_stride, cos, sin, mask, KEY_HEADS, HALF,
             False,
-        )
+        )  # fmt: skip
 
 
 def _lanes(x: Tensor) -> Tensor:

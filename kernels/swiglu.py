@@ -37,8 +37,8 @@ def _swiglu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, rows, gate_stride, up_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of ROWS rows and BLOCK columns. Grid: ceil(rows / ROWS) * ceil(WIDTH / BLOCK),
-    columns first.
+    """A program owns a tile of ROWS rows and BLOCK columns. Grid: ceil(rows / ROWS) * ceil(WIDTH / BLOCK);
+    the tiles of a row block are neighbours.
     """
     tiles: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -55,8 +55,8 @@ def _swiglu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, dy_stride, gate_stride, up_stride, grad_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of both gradients, as in the forward pass; dgate and dup share the row stride
-    grad_stride.
+    """A program owns a tile of both gradients. Grid as in the forward pass. The rows of dgate and of dup are
+    grad_stride apart.
     """
     tiles: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
