@@ -7,37 +7,33 @@ any strides.
     backward   P = exp2(S - lse),  delta = sum(do * out) over D
                dv = P^T do,  dP = do v^T,  dS = P * (dP - delta),  dq = dS k * scale,  dk = dS^T q * scale
 
-Three kernels. The first owns a block of queries of one query head. In the backward pass the dq kernel owns
-the same block and computes delta on the way in, so that no pre-pass reads `out` and `do` on its own, and
-leaves it beside lse for the dk/dv kernel, which comes after. That owns a block of keys of one key head and
-goes through the blocks of queries of the G = H / K query heads that share it, one head after the other, in
-one loop. No atomics: gradients are bit-identical from run to run.
+Letters as in kernels/reference.py. Three kernels, without atomics: gradients are bit-identical from run to
+run. The forward kernel owns a block of queries of one head. So does the dq kernel; it computes delta itself,
+which saves a pass over `out` and `do`, and stores it next to lse for the dk/dv kernel, which runs after it.
+The dk/dv kernel owns a block of keys of one key head and loops over the query blocks of all G heads that
+share it.
 
-Skipped: key blocks above the diagonal, and key blocks (query blocks in dk/dv) that lie outside every document
-of the block at hand, for any doc_start, sorted or not. Masked element by element: blocks that the diagonal or
-the beginning of a document crosses. A block that needs no mask jumps over it (BRANCH), which saves it a fifth
-to a third of the loop's instructions; where the compiler answers a branch with spills or detours through
-shared memory (launch_config.py says where), all are masked, except by the forward pass without documents,
-which has a loop of its own for them. A sliding window is doc_start = max(doc_start, t - window + 1): it needs
-no parameter of its own.
+Skipped: key blocks above the diagonal, and key blocks (in dk/dv query blocks) outside every document of the
+block at hand, for any doc_start, sorted or not. Masked element by element: blocks that the diagonal or the
+start of a document crosses. With BRANCH, other blocks jump over the mask, which saves a fifth to a third of
+the loop's instructions. Where a branch causes spills or detours through shared memory (see launch_config.py)
+every block is masked, except in the forward pass without documents, which has an unmasked loop. A sliding
+window is doc_start = max(doc_start, t - window + 1) and needs no parameter.
 
-Saved: q, k, v, out (all of which exist anyway) and lse, 4 bytes per query and head.
-FLOPs (causal, half of the square): forward 2 B H T S D, backward 5 B H T S D, and 7 as written, since S and
-dP are formed in both of its kernels. At 32 x 512 of the 135M model: 9.7 and 24.2 GFLOP a layer, 12 and 30 us
-at 800 TFLOP/s; bytes 50 MB and 126 MB in 16 bits, 17 and 42 us at 3.0 TB/s: at this length memory is the
-floor. What the matrix units do not do is counted too: all instructions of the innermost loop, sm_90, for a
-score of a block without mask: forward 9.7, dq 7.8, dk/dv 10 (14.2, 12.6 and 15.3 with a mask for documents).
-Triton 3.6 has up to 0.2 fewer, but 0.4 fewer for dq's mask.
+Saved: q, k, v, out (all of which exist anyway) and lse, 4 bytes per query and head. FLOP of the causal half:
+2 B H T S D forward, 5 B H T S D backward (7 as implemented: both backward kernels compute S and dP). 32 x 512
+tokens of the 135M model are 9.7 and 24.2 GFLOP a layer, 12 and 30 us at 800 TFLOP/s, and 50 and 126 MB in 16
+bits, 17 and 42 us at 3.0 TB/s: at this length memory is the floor. Instructions of the innermost loop on
+sm_90, all kinds, for a score without a mask: forward 9.7, dq 7.8, dk/dv 10 (with a mask for documents 14.2,
+12.6 and 15.3); at Triton 3.6 up to 0.2 fewer, 0.4 fewer for dq with a mask.
 
-P is computed again from S and lse, each of which is rounded by about L * 6e-8 at logits of size L. The
-rounding of S cancels, because all three kernels sum q k^T in the same order: a probability that is nearly one
-stays so. (A forward pass that read k as [D, S] had numpy, hence the interpreter, sum it in another: at logits
-of 35 the fp32 errors of dk and dv were up to 3.6 and 4.2 times those of torch.) That of lse remains: the
-errors of dq and dk are at most 1.2 times, that of dv at most 1.7 times what an exact lse gives, at logits of
-35 and of 100.
-
-Dots are in "ieee" precision: left to itself, tl.dot rounds fp32 operands to tf32. For 16-bit operands the
-word changes nothing.
+The backward pass computes P again from S and lse, each rounded by about L * 6e-8 at logits of size L. The
+rounding of S cancels, because all three kernels sum q k^T in the same order: a probability near one stays
+near one. (When the forward kernel read k as [D, S], numpy, hence the interpreter, summed in another order: at
+logits of 35 the fp32 errors of dk and dv were up to 3.6 and 4.2 times torch's.) The rounding of lse remains:
+at logits of 35 and of 100 the errors of dq and dk are at most 1.2 times, that of dv at most 1.7 times those
+with an exact lse. Products are in "ieee" precision, because tl.dot rounds fp32 operands to tf32 by default;
+for 16-bit operands the option changes nothing.
 
 Source: Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
 Check: pytest tests -k kernel_attention
@@ -46,6 +42,7 @@ Check: pytest tests -k kernel_attention
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,13 +51,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.launch_config import launch_config
+from kernels.launch_config import LaunchConfig, launch_config
+from kernels.layout import dense_lanes
 from kernels.tracing import traceable
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E = 1.4426950408889634
-# Not compiled anew for lengths that happen to be 1 or a multiple of 16: a prompt of another length must not
-# mean another compilation.
+# Never specialised: a prompt whose length is 1 or a multiple of 16 must not mean another compilation.
 LENGTHS = ["queries", "keys"]
 
 
@@ -118,13 +115,11 @@ def _key_blocks(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASK == "branch":
             if start < clear or start + BLOCK_N > diagonal:
-                scores = tl.where(
-                    _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf")
-                )
+                visible = _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS)
+                scores = tl.where(visible, scores, float("-inf"))
         elif MASK == "all":
-            scores = tl.where(
-                _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf")
-            )
+            visible = _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS)
+            scores = tl.where(visible, scores, float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
         # For a row that has seen no key yet, (-inf) - (-inf) would be NaN.
         pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
@@ -145,10 +140,7 @@ def _attention_fwd_kernel(
     HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries of one head of one row. Grid: (ceil(T / BLOCK_M), B * H).
-
-    out [B, T, H, D] and lse [B, H, T] are contiguous.
-    """
+    """A program owns BLOCK_M queries of a head. Grid: (ceil(T / BLOCK_M), B * H). Outputs are contiguous."""
     # The last block has the most keys. It starts first, so that short blocks fill the end of the launch.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
@@ -258,11 +250,8 @@ def _attention_bwd_dq_kernel(
             if start < clear or start + BLOCK_N > diagonal:
                 p = tl.where(_visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS), p, 0.0)
         else:
-            p = tl.where(
-                _visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS),
-                tl.exp2(scores - lse[:, None]),
-                0.0,
-            )
+            visible = _visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS)
+            p = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
@@ -331,9 +320,8 @@ def _attention_bwd_dkv_kernel(
         do = tl.load(do_ptr + do_tile, mask=present, other=0.0)
         # Loaded in pairs: Triton 3.6 would load a single number once for every thread that needs it, 16
         # loads a thread.
-        pair = tl.load(
-            rows_ptr + (head * queries + row)[:, None] * 2 + tl.arange(0, 2)[None, :], mask=present, other=0.0
-        )
+        pairs = rows_ptr + (head * queries + row)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        pair = tl.load(pairs, mask=present, other=0.0)
         lse, delta = tl.split(pair)
         doc = time
         if HAS_DOCS:
@@ -361,74 +349,50 @@ def _attention_bwd_dkv_kernel(
     tl.store(dv_ptr + dense, dv.to(k.dtype), mask=inside[:, None])
 
 
-def _lanes(x: Tensor) -> Tensor:
-    """The tensor with a last stride of 1; a copy only if it has another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _arguments(
+    op: str, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float, walked: Sequence[Tensor]
+) -> tuple[LaunchConfig, tuple[int, ...], dict[str, Any]]:
+    """A kernel's launch configuration, and what all three kernels take: strides and lengths; options.
 
-
-def _wide(rows: int, heads: int, *strides: tuple[int, ...]) -> bool:
-    """Whether offsets within a row of the batch may not fit into int32, of tensors with at most so many rows
-    and heads.
+    walked: the tensors that its loop reads, in int64 where offsets within a batch row may exceed int32.
     """
-    return max([rows * time + heads * head for _, time, head, _ in strides]) >= 2**31
+    config = launch_config(op, q.dtype, q.device, q.shape[3])
+    doc_stride = 0 if doc_start is None else doc_start.stride(0)
+    sizes = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], doc_stride, q.shape[1], k.shape[1]
+    wide = max([k.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) for x in walked]) >= 2**31
+    return config, sizes, dict(
+        SCALE=scale * LOG2_E, GROUP=q.shape[2] // k.shape[2], HAS_DOCS=doc_start is not None, WIDE=wide,
+        HEAD_DIM=q.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-@traceable(_fake_forward)
+@traceable(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q[..., 0].mT.shape, dtype=torch.float32)))
 def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q [B, T, H, D], k, v [B, S, K, D] -> out [B, T, H, D], lse [B, H, T]."""
     if scale <= 0:  # the kernel takes the maximum before it scales
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    batch, queries, heads, head_dim = q.shape
-    keys, key_heads = k.shape[1:3]
+    batch, queries, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    config = launch_config("attention_fwd", q.dtype, q.device, head_dim)
     if out.numel():
+        config, sizes, options = _arguments("attention_fwd", q, k, v, doc_start, scale, (k, v))
+        docs = q if doc_start is None else doc_start
         _attention_fwd_kernel[(triton.cdiv(queries, config.block_m), batch * heads)](
-            q, k, v, q if doc_start is None else doc_start, out, lse, *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], 0 if doc_start is None else doc_start.stride(0), queries, keys,
-            SCALE=scale * LOG2_E, HEADS=heads, GROUP=heads // key_heads, HAS_DOCS=doc_start is not None,
-            WIDE=_wide(keys, key_heads, k.stride(), v.stride()), HEAD_DIM=head_dim, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )  # fmt: skip
+            q, k, v, docs, out, lse, *sizes, HEADS=heads, **options
+        )
     return out, lse
 
 
-def _fake_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    doc_start: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@traceable(_fake_backward)
+@traceable(lambda do, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
 def _attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    doc_start: Tensor | None,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, doc_start: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """do, out [B, T, H, D] -> dq, dk, dv in the shapes of q, k, v, contiguous."""
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, heads, _ = q.shape
     keys, key_heads = k.shape[1:3]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel() == 0:
@@ -437,34 +401,15 @@ def _attention_backward(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
-    docs = q if doc_start is None else doc_start
-    sizes = (
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        0 if doc_start is None else doc_start.stride(0),
-        queries,
-        keys,
-    )
-    shared: dict[str, Any] = {
-        "SCALE": scale * LOG2_E,
-        "GROUP": heads // key_heads,
-        "HAS_DOCS": doc_start is not None,
-        "WIDE": _wide(keys, heads, q.stride(), k.stride(), v.stride(), do.stride()),
-        "HEAD_DIM": head_dim,
-    }
-    config = launch_config("attention_bwd_dq", q.dtype, q.device, head_dim)
+    docs, walked = q if doc_start is None else doc_start, (q, k, v, do)
+    config, sizes, options = _arguments("attention_bwd_dq", q, k, v, doc_start, scale, walked)
     _attention_bwd_dq_kernel[(triton.cdiv(queries, config.block_m), batch * heads)](
-        q, k, v, docs, out, lse, do, dq, rows, *sizes, HEADS=heads, **shared, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )  # fmt: skip
-    config = launch_config("attention_bwd_dkv", q.dtype, q.device, head_dim)
+        q, k, v, docs, out, lse, do, dq, rows, *sizes, HEADS=heads, **options
+    )
+    config, sizes, options = _arguments("attention_bwd_dkv", q, k, v, doc_start, scale, walked)
     _attention_bwd_dkv_kernel[(triton.cdiv(keys, config.block_n), batch * key_heads)](
-        q, k, v, docs, rows, do, dk, dv, *sizes, KEY_HEADS=key_heads, **shared, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )  # fmt: skip
+        q, k, v, docs, rows, do, dk, dv, *sizes, KEY_HEADS=key_heads, **options
+    )
     return dq, dk, dv
 
 
@@ -483,38 +428,23 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_start: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0,
     scale: float | None = None,
-) -> Tensor:
-    """Causal grouped-query attention, aligned to the bottom right: query t sees keys doc_start[t] .. t + S -
-    T.
+) -> Tensor:  # fmt: skip
+    """Causal grouped-query attention, aligned to the bottom right: query t sees the keys from doc_start[t] to
+    t + S - T.
 
     q [B, T, H, D], k and v [B, S, K, D] with S >= T, H a multiple of K, D 32, 64 or 128; float32, float16 or
-    bfloat16; any strides (the tensor is copied if its last dimension is not contiguous). doc_start [B, T]
-    integer, None means 0. A query that may see no key gives zeros. scale: default 1 / sqrt(D). -> [B, T, H,
-    D], contiguous. Same semantics as `kernels.reference.attention`. Raises ValueError naming what was
-    expected; dropout is not supported.
+    bfloat16; any strides (a tensor whose last dimension is not contiguous is copied). doc_start [B, T]
+    integer, None means 0. scale: default 1 / sqrt(D). -> [B, T, H, D], contiguous; zeros for a query that
+    sees no key. Raises ValueError naming what was expected; dropout is not supported. Same semantics as
+    `kernels.reference.attention`.
     """
     checks.attention("attention", q, k, v, doc_start)
     checks.kernel_dtype("attention", q)
-    checks.require(q.shape[3] in HEAD_DIMS, "attention", f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
-    checks.require(
-        dropout_p == 0.0,
-        "attention",
-        "dropout_p = 0 (for dropout use backend 'triton,attention=torch')",
-        dropout_p,
-    )
-    if doc_start is not None:
-        doc_start = _lanes(doc_start)
-    return _Attention.apply(
-        _lanes(q),
-        _lanes(k),
-        _lanes(v),
-        doc_start,
-        1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
-    )
+    (q.shape[3] in HEAD_DIMS) or checks.refuse("attention", f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
+    wanted = "dropout_p = 0 (for dropout use backend 'triton,attention=torch')"
+    (dropout_p == 0.0) or checks.refuse("attention", wanted, dropout_p)
+    starts = None if doc_start is None else dense_lanes(doc_start)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    return _Attention.apply(dense_lanes(q), dense_lanes(k), dense_lanes(v), starts, scale)
