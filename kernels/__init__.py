@@ -1,8 +1,8 @@
-"""Operations of the Llama family for SmolLM2's shapes, as plain PyTorch and as Triton kernels behind one
+"""Operations of the Llama family for SmolLM2's shapes, in plain PyTorch and as Triton kernels, behind one
 switch.
 
-`kernels` is also the name of a distribution by Hugging Face that transformers looks for; the version number
-below keeps transformers from taking this package for that one.
+`kernels` is also the name of a Hugging Face distribution that transformers looks for. The version number
+below keeps transformers from mistaking this package for that one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ __all__ = ["TORCH", "Backend", "LayerWeights", "check_name_clash", "select_backe
 
 
 def check_name_clash() -> str | None:
-    """One line with the remedy if Hugging Face's distribution `kernels` is installed beside this package,
-    else None.
+    """One line with the remedy if Hugging Face's distribution `kernels` is installed too, else None.
 
     transformers reads that distribution's version, then imports `kernels` and, started from this project's
-    root, meets this package instead: with some versions of both its import then fails, far away from the
-    cause. A wheel has this package as smollm2.kernels, where nobody meets it by mistake.
+    root, gets this package instead: with some versions of both its import then fails, far from the cause. In
+    a wheel this package is smollm2.kernels, which nobody imports by mistake.
     """
     if __name__ != "kernels":
         return None

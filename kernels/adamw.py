@@ -1,5 +1,5 @@
-"""AdamW, all parameters by one launch, which also writes the 16-bit copies that the next forward pass reads;
-and the clip norm.
+"""AdamW for all parameters in one launch, which also writes their 16-bit copies for the next forward pass;
+and the norm for gradient clipping.
 
     norm       |g| = sqrt(sum of g^2 over all tensors), factor = min(1, max_norm / (|g| + 1e-6))
     scalars    t += 1, step_size = lr / (1 - beta1^t), root = 1 / sqrt(1 - beta2^t), decay = lr * weight_decay
@@ -10,26 +10,26 @@ and the clip norm.
                p  = p - step_size * m / (sqrt(v) * root + eps)
                copy = round(p)
 
-In this order, each operation rounded to fp32; a compiler may keep a product and the sum that follows in one
-rounding. Square root and quotient are IEEE's. The scalars are computed in fp64, once a tensor, and rounded;
-torch's fused AdamW differs in the last place of m, v and p, for it writes beta * m + (1 - beta) * g and
-divides by sqrt(1 - beta2^t).
+The operations are done in this order, and each is rounded to fp32, except that a compiler may fuse a product
+with the sum that follows. Square root and quotient are IEEE's. The scalars are computed in fp64, once for
+each tensor, and rounded. torch's fused AdamW differs in the last bit of m, v and p, because it computes
+beta * m + (1 - beta) * g and divides by sqrt(1 - beta2^t).
 
-Bytes a parameter: norm 4 (g); AdamW 16 read (g, p, m, v), 12 written (p, m, v), 2 written (copy): 34. Apart
-they are 46: norm 4, scaling of the gradients 8, AdamW 28, casting of the weights 6. At 134.5M parameters and
-3.0 TB/s that predicts 1.52 ms instead of 2.06. (Casting of 16-bit gradients to fp32, another 6, is not part
-of it.)
+Bytes a parameter: norm 4 (g); AdamW 16 read (g, p, m, v), 12 written (p, m, v) and 2 written (copy): 34. In
+separate passes it is 46: norm 4, scaling the gradients 8, AdamW 28, casting the weights 6. At 134.5M
+parameters and 3.0 TB/s that predicts 1.52 ms instead of 2.06. (Casting 16-bit gradients to fp32, 6 more, is
+not included.)
 
-The tensors are reached through a table of their addresses in memory of the device, int64 [5 * N + 8 * G]:
-    N words each of gradients, parameters, m, v, copies   0: there is none; without a gradient nothing is done
+The kernels find the tensors in a table of addresses in device memory, int64 [5 * N + 8 * G]:
+    N words each for gradients, parameters, m, v, copies   0: none; a tensor without a gradient is left alone
     8 words for each of G groups   address of lr (fp32), and as fp64 weight_decay, log beta1, log beta2,
                                    1 - beta1, 1 - beta2, eps, 0
-A program owns one chunk of one tensor, which a static table names. Its blocks of 16-byte accesses come first,
-if all five addresses allow them; what is left, or all of it, goes through masked ones. Every sum has a fixed
-order: results are bit-identical from run to run.
+A static table gives each program one chunk of one tensor. If all five addresses allow it, the chunk is read
+in blocks of 16-byte accesses; the rest, or all of it, is read with a mask. Every sum has a fixed order:
+results are bit-identical from run to run.
 
-found_inf = 1 leaves out the step on the device: p, m, v and t are not written, the gradient is not even read,
-and the copy becomes that of the p that stayed.
+found_inf = 1 skips the step on the device: p, m, v and t are not written, the gradient is not read, and the
+copy is written from the unchanged p.
 
 Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); addresses as in Triton's tutorial 08, grouped GEMM.
 Check: pytest tests -k adamw
@@ -51,13 +51,13 @@ from kernels.launch_config import launch_config
 
 GROUP_WORDS = 8
 SCALARS = 8  # a tensor's row of `scalars`: step_size, decay, root, 1 - beta1, 1 - beta2, eps
-TAIL = 128  # elements of a masked block: one a thread, so that it costs no registers
+TAIL = 128  # elements of a masked block: one a thread, which takes no more registers
 COPY_NAMES = {None: "", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @triton.jit
 def _span(sizes_ptr, owner_ptr, chunk_ptr, CHUNK: tl.constexpr):
-    """(tensor, first element, end) of this program."""
+    """The (tensor, first element, end) that this program owns."""
     program = tl.program_id(0)
     begin = tl.load(chunk_ptr + program).to(tl.int64) * CHUNK
     tensor = tl.load(owner_ptr + program)
@@ -69,7 +69,7 @@ def _sum_of_squares_kernel(
     table_ptr, sizes_ptr, owner_ptr, chunk_ptr, partial_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     TAIL: tl.constexpr
 ):  # fmt: skip
-    """A program owns a chunk of a gradient and one partial sum. Grid: programs of the plan."""
+    """A program owns a chunk of a gradient and one partial sum. Grid: the plan's programs."""
     tensor, begin, end = _span(sizes_ptr, owner_ptr, chunk_ptr, CHUNK)
     address = tl.load(table_ptr + tensor)
     end = tl.where(address == 0, begin, end)
@@ -90,7 +90,9 @@ def _sum_of_squares_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def _norm_kernel(partial_ptr, found_ptr, parts, max_norm, BLOCK: tl.constexpr):
-    """The one program adds the partial sums and writes found [2]: the norm, and the gradients' factor."""
+    """The only program adds the partial sums and writes found [2]: the norm, and the factor for the
+    gradients.
+    """
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, parts, BLOCK):
         part = start + tl.arange(0, BLOCK)
@@ -105,8 +107,8 @@ def _norm_kernel(partial_ptr, found_ptr, parts, max_norm, BLOCK: tl.constexpr):
 def _scalars_kernel(
     table_ptr, settings_ptr, group_ptr, steps_ptr, scalars_ptr, found_inf_ptr, tensors, BLOCK: tl.constexpr
 ):
-    """A program owns BLOCK tensors: their step counts, which it advances, and rows of scalars. settings_ptr:
-    the table again, as fp64.
+    """A program owns BLOCK tensors: it advances their step counts and fills their rows of scalars.
+    settings_ptr: the table again, as fp64.
     """
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tensor < tensors
@@ -125,11 +127,8 @@ def _scalars_kernel(
     tl.store(row_ptr + 1, decay.to(tl.float32), mask=mask)
     tl.store(row_ptr + 2, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
     for index in tl.static_range(4, 7):
-        tl.store(
-            row_ptr + index - 1,
-            tl.load(settings_ptr + word + index, mask=mask, other=0.0).to(tl.float32),
-            mask=mask,
-        )
+        setting = tl.load(settings_ptr + word + index, mask=mask, other=0.0).to(tl.float32)
+        tl.store(row_ptr + index - 1, setting, mask=mask)
 
 
 @triton.jit
@@ -142,8 +141,8 @@ def _adamw_block(
     g_ptr, p_ptr, m_ptr, v_ptr, copy_ptr, mask, update, copied, factor, step_size, decay, root, weight1,
     weight2, eps, COPY: tl.constexpr
 ):  # fmt: skip
-    """One block of one tensor. Pointers and mask: [BLOCK]. update: write more than the copy; copied: write
-    that.
+    """One block of one tensor. Pointers and mask are [BLOCK]. update: write p, m and v; copied: write the
+    copy.
     """
     p = tl.load(p_ptr, mask=mask, other=0.0)
     if update:
@@ -165,10 +164,9 @@ def _adamw_kernel(
     table_ptr, sizes_ptr, owner_ptr, chunk_ptr, scalars_ptr, found_inf_ptr, factor_ptr, tensors,
     COPY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a chunk of a parameter, of its averages and of its copy (COPY: "bf16", "fp16", or "" for
-    none).
+    """A program owns a chunk of a parameter, of its averages and of its copy. Grid: the plan's programs.
 
-    Grid: programs of the plan. factor_ptr: what the gradients are multiplied by.
+    COPY: "bf16", "fp16", or "" for none. factor_ptr points to the factor for the gradients.
     """
     tensor, begin, end = _span(sizes_ptr, owner_ptr, chunk_ptr, CHUNK)
     g, p = tl.load(table_ptr + tensor), tl.load(table_ptr + tensors + tensor)
@@ -182,8 +180,7 @@ def _adamw_kernel(
     copy_type = tl.pointer_type(tl.float16 if COPY == "fp16" else tl.bfloat16)
     fp32 = tl.pointer_type(tl.float32)
 
-    # The copy is written 8 bytes a thread, so that a thread has four elements and a warp's fp32 accesses are
-    # contiguous.
+    # A thread has four elements, so a warp's fp32 accesses are contiguous; it writes 8 bytes of the copy.
     aligned = ((g | p | m | v) % 16 == 0) & (copy % 8 == 0)
     wide = tl.where(aligned, begin + (end - begin) // BLOCK * BLOCK, begin)
     g_ptr, p_ptr = tl.multiple_of(g.to(fp32), 16), tl.multiple_of(p.to(fp32), 16)
@@ -206,14 +203,12 @@ def _adamw_kernel(
 
 
 class Plan(NamedTuple):
-    """Which program does what, for N tensors that stay of the same size; and what is computed for each. All
-    on the device.
-    """
+    """Which program owns what, for N tensors of fixed sizes, and the launches' buffers, all on the device."""
 
     sizes: Tensor  # int64 [N]: elements
     group: Tensor  # int32 [N]: group of a tensor
     owner: Tensor  # int32 [programs]: tensor of a program
-    chunk: Tensor  # int32 [programs]: its chunk of that tensor
+    chunk: Tensor  # int32 [programs]: which chunk of that tensor
     partial: Tensor  # fp32 [programs]: sums of squares
     scalars: Tensor  # fp32 [N, SCALARS]
     elements: int  # of a chunk
@@ -224,9 +219,7 @@ class Plan(NamedTuple):
 
 
 def plan(sizes: Sequence[int], group: Sequence[int], device: torch.device) -> Plan:
-    """sizes: elements of each tensor; group: index of its group of settings -> the plan of their launches, on
-    the device.
-    """
+    """sizes: elements of each tensor; group: index of its group of settings."""
     config = launch_config("adamw", torch.float32, device, 1)
     elements, of_chunk = torch.tensor(sizes, dtype=torch.int64), config.block_m * config.block_n
     chunks = -(-elements // of_chunk)
@@ -247,7 +240,7 @@ def table_words(
     addresses: Sequence[Sequence[int]], settings: Sequence[tuple[int, float, float, float, float]]
 ) -> array[int]:
     """The words of a table. addresses: its five rows; settings: (address of lr, beta1, beta2, eps,
-    weight_decay) of each group.
+    weight_decay) for each group.
     """
     words = array("q")
     for row in addresses:
@@ -264,27 +257,26 @@ def _capturing(device: torch.device) -> bool:
 
 
 class AddressTable:
-    """The table in memory of the device, sent there without waiting, by an eager step only when its words
-    changed.
+    """The table in device memory. It is sent without waiting, by eager steps only when its words changed.
 
-    An eager step sends from pinned memory of torch's own allocator, which does not give it out again before
-    the copy was done. A captured step repeats its copy at every replay: it gets a pinned buffer and a table
-    of its own, which nobody writes to afterwards, so that an eager step in between does not change them. Both
-    are made ready beforehand, for memory cannot be pinned during a capture.
+    An eager step sends from pinned memory of torch's allocator, which does not reuse it before the copy is
+    done. A captured step repeats its copy at every replay, so it gets a pinned buffer and a table of its own,
+    which no later eager step writes. Both are allocated in advance, because memory cannot be pinned during a
+    capture.
     """
 
     def __init__(self, words: int, device: torch.device) -> None:
         self._words, self._device = words, device
         self._table, self._content = self._empty(), array("q")
-        self._kept: list[tuple[Tensor, Tensor]] = []  # those of captured steps
+        self._kept: list[tuple[Tensor, Tensor]] = []  # buffers and tables of captured steps
         self._spare: tuple[Tensor, Tensor] | None = None
 
     def _empty(self) -> Tensor:
         return torch.empty(self._words, dtype=torch.int64, device=self._device)
 
     def send(self, content: array[int]) -> Tensor:
-        """The table with that content. Raises RuntimeError in a capture before which no step has run since
-        the last capture.
+        """The table with that content. Raises RuntimeError in a capture if no eager step has run since the
+        previous one.
         """
         if _capturing(self._device):
             if self._spare is None:
@@ -307,8 +299,8 @@ class AddressTable:
 
 
 def gradient_norm(table: Tensor, work: Plan, max_norm: float) -> Tensor:
-    """fp32 [2] on the device: the norm of all gradients together, and the factor that brings it to max_norm
-    (0: 1). Reads them once.
+    """fp32 [2] on the device: the norm of all gradients, and the factor that clips it to max_norm (1 if
+    max_norm is 0). Reads the gradients once.
     """
     found = torch.empty(2, dtype=torch.float32, device=table.device)
     config = launch_config("adamw_squares", torch.float32, table.device, 1)
@@ -323,33 +315,22 @@ def gradient_norm(table: Tensor, work: Plan, max_norm: float) -> Tensor:
 
 
 def adamw(
-    table: Tensor,
-    work: Plan,
-    steps: Tensor,
-    found_inf: Tensor,
-    factor: Tensor,
+    table: Tensor, work: Plan, steps: Tensor, found_inf: Tensor, factor: Tensor,
     copy_dtype: torch.dtype | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """One step of AdamW for all tensors of the table, in place: parameters, averages, step counts, copies.
 
     table: int64, see above. steps: fp32 [N], advanced by one where there is a gradient. found_inf: fp32
-    scalar, 1 leaves the step out. factor: fp32 scalar that gradients are multiplied by. copy_dtype: of the
-    copies, torch.bfloat16 or torch.float16; None: there are none.
+    scalar; 1 skips the step. factor: fp32 scalar that multiplies the gradients. copy_dtype: torch.bfloat16 or
+    torch.float16, None without copies.
     """
     config, block = launch_config("adamw", torch.float32, table.device, 1), 128
     if not work.tensors:
         return
     _scalars_kernel[(triton.cdiv(work.tensors, block),)](
-        table,
-        table.view(torch.float64),
-        work.group,
-        steps,
-        work.scalars,
-        found_inf,
-        work.tensors,
-        BLOCK=block,
-        num_warps=4,
-    )
+        table, table.view(torch.float64), work.group, steps, work.scalars, found_inf, work.tensors,
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
     if programs := len(work.owner):
         _adamw_kernel[(programs,)](
             table, work.sizes, work.owner, work.chunk, work.scalars, found_inf, factor, work.tensors,

@@ -7,37 +7,33 @@ any strides.
     backward   P = exp2(S - lse),  delta = sum(do * out) over D
                dv = P^T do,  dP = do v^T,  dS = P * (dP - delta),  dq = dS k * scale,  dk = dS^T q * scale
 
-Three kernels. The first owns a block of queries of one query head. In the backward pass the dq kernel owns
-the same block and computes delta on the way in, so that no pre-pass reads `out` and `do` on its own, and
-leaves it beside lse for the dk/dv kernel, which comes after. That owns a block of keys of one key head and
-goes through the blocks of queries of the G = H / K query heads that share it, one head after the other, in
-one loop. No atomics: gradients are bit-identical from run to run.
+Letters as in kernels/reference.py. Three kernels, without atomics: gradients are bit-identical from run to
+run. The forward kernel owns a block of queries of one head. So does the dq kernel; it computes delta itself,
+which saves a pass over `out` and `do`, and stores it next to lse for the dk/dv kernel, which runs after it.
+The dk/dv kernel owns a block of keys of one key head and loops over the query blocks of all G heads that
+share it.
 
-Skipped: key blocks above the diagonal, and key blocks (query blocks in dk/dv) that lie outside every document
-of the block at hand, for any doc_start, sorted or not. Masked element by element: blocks that the diagonal or
-the beginning of a document crosses. A block that needs no mask jumps over it (BRANCH), which saves it a fifth
-to a third of the loop's instructions; where the compiler answers a branch with spills or detours through
-shared memory (launch_config.py says where), all are masked, except by the forward pass without documents,
-which has a loop of its own for them. A sliding window is doc_start = max(doc_start, t - window + 1): it needs
-no parameter of its own.
+Skipped: key blocks above the diagonal, and key blocks (in dk/dv query blocks) outside every document of the
+block at hand, for any doc_start, sorted or not. Masked element by element: blocks that the diagonal or the
+start of a document crosses. With BRANCH, other blocks jump over the mask, which saves a fifth to a third of
+the loop's instructions. Where a branch causes spills or detours through shared memory (see launch_config.py)
+every block is masked, except in the forward pass without documents, which has an unmasked loop. A sliding
+window is doc_start = max(doc_start, t - window + 1) and needs no parameter.
 
-Saved: q, k, v, out (all of which exist anyway) and lse, 4 bytes per query and head.
-FLOPs (causal, half of the square): forward 2 B H T S D, backward 5 B H T S D, and 7 as written, since S and
-dP are formed in both of its kernels. At 32 x 512 of the 135M model: 9.7 and 24.2 GFLOP a layer, 12 and 30 us
-at 800 TFLOP/s; bytes 50 MB and 126 MB in 16 bits, 17 and 42 us at 3.0 TB/s: at this length memory is the
-floor. What the matrix units do not do is counted too: all instructions of the innermost loop, sm_90, for a
-score of a block without mask: forward 9.7, dq 7.8, dk/dv 10 (14.2, 12.6 and 15.3 with a mask for documents).
-Triton 3.6 has up to 0.2 fewer, but 0.4 fewer for dq's mask.
+Saved: q, k, v, out (all of which exist anyway) and lse, 4 bytes per query and head. FLOP of the causal half:
+2 B H T S D forward, 5 B H T S D backward (7 as implemented: both backward kernels compute S and dP). 32 x 512
+tokens of the 135M model are 9.7 and 24.2 GFLOP a layer, 12 and 30 us at 800 TFLOP/s, and 50 and 126 MB in 16
+bits, 17 and 42 us at 3.0 TB/s: at this length memory is the floor. Instructions of the innermost loop on
+sm_90, all kinds, for a score without a mask: forward 9.7, dq 7.8, dk/dv 10 (with a mask for documents 14.2,
+12.6 and 15.3); at Triton 3.6 up to 0.2 fewer, 0.4 fewer for dq with a mask.
 
-P is computed again from S and lse, each of which is rounded by about L * 6e-8 at logits of size L. The
-rounding of S cancels, because all three kernels sum q k^T in the same order: a probability that is nearly one
-stays so. (A forward pass that read k as [D, S] had numpy, hence the interpreter, sum it in another: at logits
-of 35 the fp32 errors of dk and dv were up to 3.6 and 4.2 times those of torch.) That of lse remains: the
-errors of dq and dk are at most 1.2 times, that of dv at most 1.7 times what an exact lse gives, at logits of
-35 and of 100.
-
-Dots are in "ieee" precision: left to itself, tl.dot rounds fp32 operands to tf32. For 16-bit operands the
-word changes nothing.
+The backward pass computes P again from S and lse, each rounded by about L * 6e-8 at logits of size L. The
+rounding of S cancels, because all three kernels sum q k^T in the same order: a probability near one stays
+near one. (When the forward kernel read k as [D, S], numpy, hence the interpreter, summed in another order: at
+logits of 35 the fp32 errors of dk and dv were up to 3.6 and 4.2 times torch's.) The rounding of lse remains:
+at logits of 35 and of 100 the errors of dq and dk are at most 1.2 times, that of dv at most 1.7 times those
+with an exact lse. Products are in "ieee" precision, because tl.dot rounds fp32 operands to tf32 by default;
+for 16-bit operands the option changes nothing.
 
 Source: Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
 Check: pytest tests -k kernel_attention
@@ -46,6 +42,7 @@ Check: pytest tests -k kernel_attention
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,19 +51,19 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.launch_config import launch_config
+from kernels.launch_config import LaunchConfig, launch_config
+from kernels.layout import dense_lanes
 from kernels.tracing import traceable
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E = 1.4426950408889634
-# Not compiled anew for lengths that happen to be 1 or a multiple of 16: a prompt of another length must not
-# mean another compilation.
+# Never specialised: a prompt whose length is 1 or a multiple of 16 must not mean another compilation.
 LENGTHS = ["queries", "keys"]
 
 
 @triton.jit
 def _visible(key, first_key, last_key, HAS_DOCS: tl.constexpr):
-    """Which keys lie between the first and the last one of a query; shapes broadcast."""
+    """Whether a query sees a key: first_key <= key <= last_key. The shapes broadcast."""
     visible = key <= last_key
     if HAS_DOCS:
         visible &= key >= first_key
@@ -75,11 +72,11 @@ def _visible(key, first_key, last_key, HAS_DOCS: tl.constexpr):
 
 @triton.jit
 def _rows(key, keys, WIDE: tl.constexpr):
-    """Which rows to read for a block of keys. Past the end the last one is read again: that takes no mask,
+    """The rows to load for a block of keys. Past the end the last row is loaded again: this needs no mask,
     and no query sees those keys.
 
-    WIDE: the offsets within a head need int64. In int32 they are recomputed for every block; int64 ones would
-    take 16 registers a thread.
+    WIDE: offsets within a head need int64. int32 offsets are recomputed for every block; int64 offsets would
+    hold 16 registers a thread.
     """
     row = tl.minimum(key, keys - 1)
     return row.to(tl.int64) if WIDE else row
@@ -87,11 +84,11 @@ def _rows(key, keys, WIDE: tl.constexpr):
 
 @triton.jit
 def _add_product(a, b, total):
-    """total + a b. In fp32 the product is summed by itself first: one chain of additions over all queries of
-    all heads rounds too often.
+    """total + a b. An fp32 product is summed on its own first: a single chain of additions over all queries
+    of all heads would round too often.
     """
     if a.dtype == tl.float32:
-        # not +, which the compiler would fold into the product
+        # fma and not +, which the compiler would fold back into the product
         total = tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)
     else:
         total = tl.dot(a, b, total, input_precision="ieee")
@@ -104,12 +101,11 @@ def _key_blocks(
     SCALE: tl.constexpr, MASK: tl.constexpr, HAS_DOCS: tl.constexpr, WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key blocks [first, last). doc, query: the first and the last key that each row
-    sees, [BLOCK_M].
+    """Online softmax over the keys [first, last). doc, query [BLOCK_M]: the first and last key each row sees.
 
-    m is the maximum of q k^T, scaled and rounded once: what was added up relative to it must be shrunk
-    relative to it. With m * SCALE in a GPU's multiply-add instead, every block would be off by that rounding.
-    MASK: "all" blocks, "none", or "branch", those that do not lie within [clear, diagonal).
+    m is the maximum of q k^T, already scaled and rounded: p and shrink must both use the same rounded value.
+    If m * SCALE were part of a fused multiply-add, every block would be off by that rounding.
+    MASK: "all" blocks, "none", or "branch": those that are not within [clear, diagonal).
     """
     lane = tl.arange(0, HEAD_DIM)
     for start in range(first, last, BLOCK_N):
@@ -119,15 +115,13 @@ def _key_blocks(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASK == "branch":
             if start < clear or start + BLOCK_N > diagonal:
-                scores = tl.where(
-                    _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf")
-                )
+                visible = _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS)
+                scores = tl.where(visible, scores, float("-inf"))
         elif MASK == "all":
-            scores = tl.where(
-                _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS), scores, float("-inf")
-            )
+            visible = _visible(key[None, :], doc[:, None], query[:, None], HAS_DOCS)
+            scores = tl.where(visible, scores, float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1) * SCALE)
-        # a row that has seen no key yet: (-inf) - (-inf) is NaN
+        # For a row that has seen no key yet, (-inf) - (-inf) would be NaN.
         pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
         p = tl.exp2(scores * SCALE - pivot[:, None])
         shrink = tl.exp2(m - pivot)
@@ -146,10 +140,8 @@ def _attention_fwd_kernel(
     HAS_DOCS: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries of one head of one row. Grid: (ceil(T / BLOCK_M), B * H). out [B, T, H,
-    D] is contiguous.
-    """
-    # The last block has the most keys: it starts first, so that the short ones fill the end.
+    """A program owns BLOCK_M queries of a head. Grid: (ceil(T / BLOCK_M), B * H). Outputs are contiguous."""
+    # The last block has the most keys. It starts first, so that short blocks fill the end of the launch.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
@@ -165,8 +157,7 @@ def _attention_fwd_kernel(
     offset = keys - queries
     last_key = time + offset  # [BLOCK_M]
     end = tl.minimum((block + 1) * BLOCK_M + offset, keys)
-    # Keys below `diagonal` are visible to all rows of the block as far as causality goes, those from `clear`
-    # on as far as documents go.
+    # Causality lets every row of the block see the keys before `diagonal`; documents, the keys from `clear`.
     diagonal = (block * BLOCK_M + offset + 1) // BLOCK_N * BLOCK_N
     begin, clear = 0, 0
     doc = tl.zeros([BLOCK_M], tl.int32)
@@ -197,7 +188,7 @@ def _attention_fwd_kernel(
 
     empty = total == 0.0
     out = acc / tl.where(empty, 1.0, total)[:, None]
-    # +inf makes exp2(S - lse) zero in the backward pass of a row that sees no key.
+    # For a row that sees no key, +inf makes exp2(S - lse) zero in the backward pass.
     lse = tl.where(empty, float("inf"), m + tl.log2(tl.where(empty, 1.0, total)))
     out_rows = out_ptr + ((batch * queries + row) * HEADS + head)[:, None] * HEAD_DIM
     tl.store(out_rows + lane[None, :], out.to(q.dtype), mask=inside[:, None])
@@ -214,7 +205,7 @@ def _attention_bwd_dq_kernel(
 ):  # fmt: skip
     """A program owns dq and delta of BLOCK_M queries of one head. Grid as in the forward pass.
 
-    out, do, dq [B, T, H, D] contiguous. rows [B, H, T, 2] receives lse and delta side by side.
+    out, do, dq [B, T, H, D] are contiguous. rows [B, H, T, 2] receives the pairs (lse, delta).
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // HEADS).to(tl.int64)
@@ -259,15 +250,12 @@ def _attention_bwd_dq_kernel(
             if start < clear or start + BLOCK_N > diagonal:
                 p = tl.where(_visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS), p, 0.0)
         else:
-            p = tl.where(
-                _visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS),
-                tl.exp2(scores - lse[:, None]),
-                0.0,
-            )
+            visible = _visible(key[None, :], doc[:, None], last_key[:, None], HAS_DOCS)
+            p = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
-    dq *= SCALE * 0.6931471805599453  # SCALE carries log2(e) for exp2; the gradient does not
+    dq *= SCALE * 0.6931471805599453  # ln 2 takes out the log2(e) that SCALE contains for exp2
     tl.store(dq_ptr + dense, dq.to(q.dtype), mask=inside[:, None])
 
 
@@ -281,8 +269,8 @@ def _attention_bwd_dkv_kernel(
 ):  # fmt: skip
     """A program owns dk and dv of BLOCK_N keys of one key head, summed over its GROUP query heads.
 
-    Grid: (ceil(S / BLOCK_N), B * K); the first blocks see the most queries and start first. rows [B, H, T, 2]
-    as the dq kernel leaves it, do [B, T, H, D], dk and dv [B, S, K, D] contiguous.
+    Grid: (ceil(S / BLOCK_N), B * K). The first blocks are seen by the most queries, and they start first.
+    rows [B, H, T, 2] comes from the dq kernel; do [B, T, H, D], dk and dv [B, S, K, D] are contiguous.
     """
     block = tl.program_id(0)
     batch = (tl.program_id(1) // KEY_HEADS).to(tl.int64)
@@ -296,16 +284,15 @@ def _attention_bwd_dkv_kernel(
     k = tl.load(k_rows + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_N, HEAD_DIM]
     v = tl.load(v_rows + lane[None, :], mask=inside[:, None], other=0.0)
 
-    # The first query whose last key reaches this block, rounded down to a block of queries.
+    # The first query that reaches this block, rounded down to a block of queries.
     begin = tl.maximum(block * BLOCK_N - (keys - queries), 0) // BLOCK_M * BLOCK_M
     end = queries
-    # Queries from `diagonal` on see all keys of the block as far as causality goes, those before `clear` as
-    # far as documents go.
+    # Causality lets queries from `diagonal` on see all keys of the block; documents, queries before `clear`.
     diagonal, clear = (block + 1) * BLOCK_N - 1 - (keys - queries), queries + BLOCK_M
     doc_row = doc_ptr + batch * doc_batch_stride
     if HAS_DOCS:
-        # One past the last query that may see any key of this block, and the first that may not see its first
-        # key.
+        # reach: one past the last query that sees a key of this block; short: the first query that does not
+        # see the block's first key.
         reach, short = tl.zeros([256], tl.int32), tl.zeros([256], tl.int32) + queries
         for start in range(begin, queries, 256):
             time = start + tl.arange(0, 256)
@@ -319,29 +306,26 @@ def _attention_bwd_dkv_kernel(
     q_ptr += batch * q_batch_stride + key_head * GROUP * q_head_stride
     do_ptr += (batch * queries * KEY_HEADS + key_head) * GROUP * HEAD_DIM
     rows_ptr += (batch * KEY_HEADS + key_head) * GROUP * queries * 2
-    # One loop over all blocks of all heads of the group, so that loads ahead are not interrupted where a head
-    # ends.
+    # One loop over the query blocks of all heads of the group, so that prefetching goes on from head to head.
     start, member = begin, 0
     for _ in range(0, GROUP * tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)):
         time = start + tl.arange(0, BLOCK_M)
         row, head = time, member
         if WIDE:
             row, head = time.to(tl.int64), tl.cast(member, tl.int64)
-        # the others are zero and add nothing, whatever their probabilities
-        present = (time < queries)[:, None]
+        present = (time < queries)[:, None]  # other rows load as zeros and add nothing
         q_tile = row[:, None] * q_time_stride + (head * q_head_stride + lane[None, :])
         q = tl.load(q_ptr + q_tile, mask=present, other=0.0)  # [BLOCK_M, HEAD_DIM]
         do_tile = row[:, None] * (KEY_HEADS * GROUP * HEAD_DIM) + (head * HEAD_DIM + lane[None, :])
         do = tl.load(do_ptr + do_tile, mask=present, other=0.0)
-        # Two numbers a query: of one, Triton 3.6 would load a copy for every thread that needs it, 16 a
-        # thread.
-        pair = tl.load(
-            rows_ptr + (head * queries + row)[:, None] * 2 + tl.arange(0, 2)[None, :], mask=present, other=0.0
-        )
+        # Loaded in pairs: Triton 3.6 would load a single number once for every thread that needs it, 16
+        # loads a thread.
+        pairs = rows_ptr + (head * queries + row)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        pair = tl.load(pairs, mask=present, other=0.0)
         lse, delta = tl.split(pair)
         doc = time
         if HAS_DOCS:
-            # as above
+            # a pair for the same reason
             twice = tl.load(doc_row + time[:, None] + tl.zeros([1, 2], tl.int32), mask=present, other=0)
             doc, _ = tl.split(twice.to(tl.int32))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE  # [BLOCK_N, BLOCK_M]
@@ -365,74 +349,50 @@ def _attention_bwd_dkv_kernel(
     tl.store(dv_ptr + dense, dv.to(k.dtype), mask=inside[:, None])
 
 
-def _lanes(x: Tensor) -> Tensor:
-    """The tensor with a last stride of 1; a copy only if it has another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _arguments(
+    op: str, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float, walked: Sequence[Tensor]
+) -> tuple[LaunchConfig, tuple[int, ...], dict[str, Any]]:
+    """A kernel's launch configuration, and what all three kernels take: strides and lengths; options.
 
-
-def _wide(rows: int, heads: int, *strides: tuple[int, ...]) -> bool:
-    """Whether offsets within a row of the batch may not fit into int32, of tensors with at most so many rows
-    and heads.
+    walked: the tensors that its loop reads, in int64 where offsets within a batch row may exceed int32.
     """
-    return max([rows * time + heads * head for _, time, head, _ in strides]) >= 2**31
+    config = launch_config(op, q.dtype, q.device, q.shape[3])
+    doc_stride = 0 if doc_start is None else doc_start.stride(0)
+    sizes = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], doc_stride, q.shape[1], k.shape[1]
+    wide = max([k.shape[1] * x.stride(1) + x.shape[2] * x.stride(2) for x in walked]) >= 2**31
+    return config, sizes, dict(
+        SCALE=scale * LOG2_E, GROUP=q.shape[2] // k.shape[2], HAS_DOCS=doc_start is not None, WIDE=wide,
+        HEAD_DIM=q.shape[3], BLOCK_M=config.block_m, BLOCK_N=config.block_n, BRANCH=config.branch,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-@traceable(_fake_forward)
+@traceable(lambda q, *_: (q.new_empty(q.shape), q.new_empty(q[..., 0].mT.shape, dtype=torch.float32)))
 def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q [B, T, H, D], k, v [B, S, K, D] -> out [B, T, H, D], lse [B, H, T]."""
     if scale <= 0:  # the kernel takes the maximum before it scales
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    batch, queries, heads, head_dim = q.shape
-    keys, key_heads = k.shape[1:3]
+    batch, queries, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    config = launch_config("attention_fwd", q.dtype, q.device, head_dim)
     if out.numel():
+        config, sizes, options = _arguments("attention_fwd", q, k, v, doc_start, scale, (k, v))
+        docs = q if doc_start is None else doc_start
         _attention_fwd_kernel[(triton.cdiv(queries, config.block_m), batch * heads)](
-            q, k, v, q if doc_start is None else doc_start, out, lse, *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], 0 if doc_start is None else doc_start.stride(0), queries, keys,
-            SCALE=scale * LOG2_E, HEADS=heads, GROUP=heads // key_heads, HAS_DOCS=doc_start is not None,
-            WIDE=_wide(keys, key_heads, k.stride(), v.stride()), HEAD_DIM=head_dim, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )  # fmt: skip
+            q, k, v, docs, out, lse, *sizes, HEADS=heads, **options
+        )
     return out, lse
 
 
-def _fake_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    doc_start: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-@traceable(_fake_backward)
+@traceable(lambda do, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
 def _attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    doc_start: Tensor | None,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, doc_start: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """do, out [B, T, H, D] -> dq, dk, dv in the shapes of q, k, v, contiguous."""
-    batch, queries, heads, head_dim = q.shape
+    batch, queries, heads, _ = q.shape
     keys, key_heads = k.shape[1:3]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel() == 0:
@@ -441,34 +401,15 @@ def _attention_backward(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     rows = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
-    docs = q if doc_start is None else doc_start
-    sizes = (
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        0 if doc_start is None else doc_start.stride(0),
-        queries,
-        keys,
-    )
-    shared: dict[str, Any] = {
-        "SCALE": scale * LOG2_E,
-        "GROUP": heads // key_heads,
-        "HAS_DOCS": doc_start is not None,
-        "WIDE": _wide(keys, heads, q.stride(), k.stride(), v.stride(), do.stride()),
-        "HEAD_DIM": head_dim,
-    }
-    config = launch_config("attention_bwd_dq", q.dtype, q.device, head_dim)
+    docs, walked = q if doc_start is None else doc_start, (q, k, v, do)
+    config, sizes, options = _arguments("attention_bwd_dq", q, k, v, doc_start, scale, walked)
     _attention_bwd_dq_kernel[(triton.cdiv(queries, config.block_m), batch * heads)](
-        q, k, v, docs, out, lse, do, dq, rows, *sizes, HEADS=heads, **shared, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )  # fmt: skip
-    config = launch_config("attention_bwd_dkv", q.dtype, q.device, head_dim)
+        q, k, v, docs, out, lse, do, dq, rows, *sizes, HEADS=heads, **options
+    )
+    config, sizes, options = _arguments("attention_bwd_dkv", q, k, v, doc_start, scale, walked)
     _attention_bwd_dkv_kernel[(triton.cdiv(keys, config.block_n), batch * key_heads)](
-        q, k, v, docs, rows, do, dk, dv, *sizes, KEY_HEADS=key_heads, **shared, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BRANCH=config.branch, num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )  # fmt: skip
+        q, k, v, docs, rows, do, dk, dv, *sizes, KEY_HEADS=key_heads, **options
+    )
     return dq, dk, dv
 
 
@@ -487,38 +428,23 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_start: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0,
     scale: float | None = None,
-) -> Tensor:
-    """Causal grouped-query attention, aligned to the bottom right: query t sees keys doc_start[t] .. t + S -
-    T.
+) -> Tensor:  # fmt: skip
+    """Causal grouped-query attention, aligned to the bottom right: query t sees the keys from doc_start[t] to
+    t + S - T.
 
     q [B, T, H, D], k and v [B, S, K, D] with S >= T, H a multiple of K, D 32, 64 or 128; float32, float16 or
-    bfloat16; any strides (the tensor is copied if its last dimension is not contiguous). doc_start [B, T]
-    integer, None means 0. A query that may see no key gives zeros. scale: default 1 / sqrt(D). -> [B, T, H,
-    D], contiguous. Same semantics as `kernels.reference.attention`. Raises ValueError naming what was
-    expected; dropout is not supported.
+    bfloat16; any strides (a tensor whose last dimension is not contiguous is copied). doc_start [B, T]
+    integer, None means 0. scale: default 1 / sqrt(D). -> [B, T, H, D], contiguous; zeros for a query that
+    sees no key. Raises ValueError naming what was expected; dropout is not supported. Same semantics as
+    `kernels.reference.attention`.
     """
     checks.attention("attention", q, k, v, doc_start)
     checks.kernel_dtype("attention", q)
-    checks.require(q.shape[3] in HEAD_DIMS, "attention", f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
-    checks.require(
-        dropout_p == 0.0,
-        "attention",
-        "dropout_p = 0 (for dropout use backend 'triton,attention=torch')",
-        dropout_p,
-    )
-    if doc_start is not None:
-        doc_start = _lanes(doc_start)
-    return _Attention.apply(
-        _lanes(q),
-        _lanes(k),
-        _lanes(v),
-        doc_start,
-        1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
-    )
+    (q.shape[3] in HEAD_DIMS) or checks.refuse("attention", f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
+    wanted = "dropout_p = 0 (for dropout use backend 'triton,attention=torch')"
+    (dropout_p == 0.0) or checks.refuse("attention", wanted, dropout_p)
+    starts = None if doc_start is None else dense_lanes(doc_start)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    return _Attention.apply(dense_lanes(q), dense_lanes(k), dense_lanes(v), starts, scale)

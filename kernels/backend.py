@@ -1,10 +1,9 @@
-"""The switch: which implementation of each operation a model calls. The only dispatch of the project.
+"""The switch: which implementation of each operation a model calls. The project has no other dispatch.
 
     backend = select_backend("triton,attention=torch", device="cuda")
     y = backend.rms_norm(x, weight, 1e-5)
 
-A Backend is chosen once and handed to the model. There is no global state and no fallback behind the user's
-back.
+A Backend is chosen once and passed to the model. There is no global state and no silent fallback.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from kernels.eager import attention as eager_attention
 from kernels.eager import linear, loss, pointwise
 from kernels.types import OPS, Backend, LayerWeights
 
-# What reference.decode_layer composes, and the fused decode layer does in kernels of its own. Where one of
-# these was replaced, the composition serves: the one that was asked for would otherwise never be called.
+# The operations of reference.decode_layer that the fused decode layer does in kernels of its own. If one of
+# them was replaced, the composition runs: the fused layer would never call the replacement.
 LAYER_OPS = frozenset({"rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu"})
 
 
@@ -47,7 +46,7 @@ TORCH = Backend(
 
 @functools.cache
 def load_triton() -> Backend:
-    """The Triton backend, the same record every time. Imports the kernels, and with them triton, only now."""
+    """The Triton backend, always the same record. Triton and the kernels are imported here, not before."""
     from kernels import (
         attention,
         decode_attention,
@@ -62,19 +61,11 @@ def load_triton() -> Backend:
     )
 
     def layer(
-        x: Tensor,
-        weights: LayerWeights,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        lengths: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        eps: float,
-        ops: Backend,
-    ) -> Tensor:
-        """Five kernels where they serve (at most 16 rows) and contain nothing that `ops` has from elsewhere,
-        else the composition.
+        x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor,
+        cos: Tensor, sin: Tensor, *, eps: float, ops: Backend,
+    ) -> Tensor:  # fmt: skip
+        """Five kernels if they support the layer (at most 16 rows) and `ops` replaces none of their
+        operations, else the composition.
         """
         if decode_layer.supports(x, weights) and not ops.replaced & LAYER_OPS:
             return decode_layer.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps)
@@ -88,8 +79,8 @@ def load_triton() -> Backend:
     def gated(
         x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None
     ) -> Tensor:
-        """SwiGLU inside its products where the launch table says so, else the kernel of swiglu between the
-        library's.
+        """SwiGLU inside its products where the launch table says so, else the swiglu kernel between library
+        products.
         """
         if mlp.supports(x):
             return mlp.mlp(x, gate_up, down, copies=copies)
@@ -115,9 +106,9 @@ def load_triton() -> Backend:
 def with_ops(backend: Backend, **replacements: Backend) -> Backend:
     """A copy in which single operations come from another backend: with_ops(TRITON, attention=TORCH).
 
-    Every replacement has its effect in decode_layer too: the fused layer gives way to the composition if it
-    contains one (LAYER_OPS). One of swiglu has its effect in mlp, which then composes it, unless mlp is
-    replaced itself.
+    A replacement takes effect in decode_layer too: the composition runs if the fused layer contains the
+    operation (LAYER_OPS). A replacement of swiglu takes effect in mlp too, which then composes it, unless mlp
+    itself is replaced.
     """
     name = ",".join([backend.name, *(f"{op}={other.name}" for op, other in replacements.items())])
     changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}
@@ -144,29 +135,26 @@ def _single(name: str, device: torch.device) -> Backend:
         if obstacle:
             raise ValueError(f"backend 'triton' {obstacle}; use 'torch' or 'auto'")
         return load_triton()
-    raise ValueError(
-        f"unknown backend {name!r}; known are 'auto', 'torch', 'triton', and single replacements as "
-        "'triton,attention=torch'"
-    )
+    known = "'auto', 'torch', 'triton', and single replacements as 'triton,attention=torch'"
+    raise ValueError(f"unknown backend {name!r}; known are {known}")
 
 
 def select_backend(name: str | Backend = "auto", device: str | torch.device = "cpu") -> Backend:
     """The backend of that name for that device.
 
-    name: "torch", "triton", "auto" (triton on a GPU that has it, else torch; `.why` says which and why), or
-    one of them followed by replacements of single operations, "triton,attention=torch,swiglu=torch". A
-    Backend is returned as it is. Raises ValueError for an unknown name or operation, and when an explicit
-    name cannot run on the device.
+    name: "torch", "triton", "auto" (triton on a GPU that has it, else torch; `.why` gives the reason), or one
+    of these followed by replacements of single operations, "triton,attention=torch,swiglu=torch". A Backend
+    is returned unchanged. Raises ValueError for an unknown name or operation, and when an explicit name
+    cannot run on the device.
     """
     if isinstance(name, Backend):
         return name
     device = torch.device(device)
     base_name, *replacements = (part.strip() for part in name.split(","))
     if base_name == "auto":
-        # The interpreter is for tests: a thousand times slower than torch, so it is never chosen unasked.
-        obstacle = (
-            _triton_obstacle(device) if device.type in ("cuda", "xpu") else f"the device is {device.type}"
-        )
+        # Triton's interpreter is for tests. It is a thousand times slower than torch, so auto never picks it.
+        gpu = device.type in ("cuda", "xpu")
+        obstacle = _triton_obstacle(device) if gpu else f"the device is {device.type}"
         backend = TORCH if obstacle else load_triton()
         backend = dataclasses.replace(backend, why=f"auto: {obstacle or f'triton runs on {device.type}'}")
     else:

@@ -1,8 +1,8 @@
-"""What every implementation of an operation accepts: the reference and the kernels refuse the same input in
-the same words.
+"""What every implementation of an operation accepts. The reference and the kernels refuse the same input with
+the same message.
 
-A check looks at shapes, dtypes and devices only. It never reads a value of a tensor, so it costs no
-synchronisation.
+A check looks at shapes, dtypes and devices only. It never reads a tensor's values, so it never waits for the
+device.
 """
 
 from __future__ import annotations
@@ -16,22 +16,16 @@ from torch import Tensor
 from kernels.types import LayerWeights
 
 
-def require(condition: bool, op: str, expected: str, got: object) -> None:
-    """Raises ValueError `op: expected ..., got ...` unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{op}: expected {expected}, got {got}")
-
-
 def refuse(op: str, expected: str, got: object) -> NoReturn:
     """Raises ValueError `op: expected ..., got ...`.
 
-    Behind an `or` its words are put together only when needed: a step makes some three thousand checks.
+    It stands behind an `or`, so that a message is built only when needed: a step makes some 3,000 checks.
     """
     raise ValueError(f"{op}: expected {expected}, got {got}")
 
 
 def shape(tensor: Tensor) -> list[int]:
-    """The shape as a plain list, as it is printed in messages."""
+    """The shape as a plain list, as messages print it."""
     return list(tensor.shape)
 
 
@@ -46,6 +40,13 @@ def same_kind(op: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
         tensor.device == first.device or refuse(
             op, f"{name} on {first.device} as {first_name}", tensor.device
         )
+
+
+def _indices(op: str, name: str, tensor: Tensor, wanted: list[int], like: Tensor, like_name: str) -> None:
+    """An integer tensor of the wanted shape, on the device of `like`."""
+    shape(tensor) == wanted or refuse(op, f"{name} of shape {wanted}", shape(tensor))
+    not tensor.is_floating_point() or refuse(op, f"{name} of an integer dtype", tensor.dtype)
+    tensor.device == like.device or refuse(op, f"{name} on {like.device} as {like_name}", tensor.device)
 
 
 def kernel_dtype(op: str, given: Tensor | torch.dtype) -> None:
@@ -79,23 +80,21 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         "rope", f"k of shape [{batch}, {length}, K, {head_dim}]", shape(k)
     )
     same_kind("rope", [("q", q), ("k", k)])
-    _tables("rope", cos, sin, batch, length, head_dim, q, "q")
+    _tables("rope", cos, sin, batch, length, head_dim // 2, q, "q")
 
 
 def _tables(
-    op: str, cos: Tensor, sin: Tensor, batch: int, length: int, head_dim: int, like: Tensor, name_of_like: str
+    op: str, cos: Tensor, sin: Tensor, batch: int, length: int, half: int, like: Tensor, like_name: str
 ) -> None:
-    """cos and sin of one shape, [T, D/2] or [B, T, D/2], of one floating-point dtype, on the device of
+    """cos and sin of one shape, [T, half] or [B, T, half], and one floating-point dtype, on the device of
     `like`.
     """
     for name, table in (("cos", cos), ("sin", sin)):
         # Compared one by one: Dynamo is wrong about `in` where two dynamic sizes happen to be equal.
-        (table.shape == (length, head_dim // 2) or table.shape == (batch, length, head_dim // 2)) or refuse(
-            op,
-            f"{name} of shape [{length}, {head_dim // 2}] or [{batch}, {length}, {head_dim // 2}]",
-            shape(table),
+        (table.shape == (length, half) or table.shape == (batch, length, half)) or refuse(
+            op, f"{name} of shape [{length}, {half}] or [{batch}, {length}, {half}]", shape(table)
         )
-        table.device == like.device or refuse(op, f"{name} on {like.device} as {name_of_like}", table.device)
+        table.device == like.device or refuse(op, f"{name} on {like.device} as {like_name}", table.device)
         (table.dtype == cos.dtype and table.is_floating_point()) or refuse(
             op, "cos and sin of one floating-point dtype", table.dtype
         )
@@ -125,74 +124,46 @@ def attention(op: str, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None
     k.shape[1] >= length or refuse(op, f"at least as many keys as the {length} queries", k.shape[1])
     same_kind(op, [("q", q), ("k", k), ("v", v)])
     if doc_start is not None:
-        shape(doc_start) == [batch, length] or refuse(
-            op, f"doc_start of shape [{batch}, {length}]", shape(doc_start)
-        )
-        not doc_start.is_floating_point() or refuse(op, "doc_start of an integer dtype", doc_start.dtype)
-        doc_start.device == q.device or refuse(op, f"doc_start on {q.device} as q", doc_start.device)
+        _indices(op, "doc_start", doc_start, [batch, length], q, "q")
 
 
 def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
     """q [B, T, H, D], caches [B, S, K, D], lengths [B] integer."""
     attention("decode_attention", q, key_cache, value_cache)
-    shape(lengths) == [q.shape[0]] or refuse(
-        "decode_attention", f"lengths of shape [{q.shape[0]}]", shape(lengths)
-    )
-    not lengths.is_floating_point() or refuse(
-        "decode_attention", "lengths of an integer dtype", lengths.dtype
-    )
-    lengths.device == q.device or refuse("decode_attention", f"lengths on {q.device} as q", lengths.device)
+    _indices("decode_attention", "lengths", lengths, [q.shape[0]], q, "q")
 
 
 def decode_layer(
-    x: Tensor,
-    weights: LayerWeights,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    lengths: Tensor,
-    cos: Tensor,
+    x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor,
     sin: Tensor,
-) -> None:
-    """x [B, T, E], packed weights, caches [B, S, K, D], lengths [B] integer, cos and sin [B, T, D/2] or [T,
-    D/2] in fp32 (or fp64).
+) -> None:  # fmt: skip
+    """x [B, T, E], packed weights, caches [B, S, K, D], lengths [B] integer, cos and sin [B, T, D/2] or
+    [T, D/2] in fp32 (or fp64).
     """
     op = "decode_layer"
     x.dim() == 3 or refuse(op, "x of shape [B, T, hidden]", shape(x))
     batch, length, width = x.shape
-    (
-        key_cache.dim() == 4
-        and key_cache.shape[0] == batch
-        and key_cache.shape[1] >= length
-        and key_cache.shape[2] > 0
-    ) or refuse(op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache))
+    fits = key_cache.dim() == 4 and key_cache.shape[0] == batch
+    (fits and key_cache.shape[1] >= length and key_cache.shape[2] > 0) or refuse(
+        op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache)
+    )
     value_cache.shape == key_cache.shape or refuse(
         op, f"value cache of shape {shape(key_cache)} as the key cache", shape(value_cache)
     )
     key_heads, head_dim = key_cache.shape[2:]
-    # How many query heads and how wide an MLP, the weights say themselves; from there on all of them must
-    # agree.
+    # Two weights tell the number of query heads and the width of the MLP; all others must agree with them.
     heads, ffn = weights.o.shape[-1] // max(1, head_dim), weights.down.shape[-1]
     (heads > 0 and heads % key_heads == 0) or refuse(
         op, f"query heads (columns of o / {head_dim}) that are a multiple of {key_heads}", heads
     )
-    wanted = {
-        "input_norm": [width],
-        "qkv": [(heads + 2 * key_heads) * head_dim, width],
-        "o": [width, heads * head_dim],
-        "post_norm": [width],
-        "gate_up": [2 * ffn, width],
-        "down": [width, ffn],
-    }
-    for name, expected in wanted.items():
-        shape(getattr(weights, name)) == expected or refuse(
-            op, f"weights.{name} of shape {expected}", shape(getattr(weights, name))
-        )
-    shape(lengths) == [batch] or refuse(op, f"lengths of shape [{batch}]", shape(lengths))
-    not lengths.is_floating_point() or refuse(op, "lengths of an integer dtype", lengths.dtype)
-    lengths.device == x.device or refuse(op, f"lengths on {x.device} as x", lengths.device)
+    qkv, o = [(heads + 2 * key_heads) * head_dim, width], [width, heads * head_dim]
+    wanted = [width], qkv, o, [width], [2 * ffn, width], [width, ffn]
+    for name, tensor, expected in zip(weights._fields, weights, wanted, strict=True):
+        shape(tensor) == expected or refuse(op, f"weights.{name} of shape {expected}", shape(tensor))
+    _indices(op, "lengths", lengths, [batch], x, "x")
     named = [(f"weights.{name}", tensor) for name, tensor in weights._asdict().items()]
     same_kind(op, [("x", x), *named, ("key cache", key_cache), ("value cache", value_cache)])
-    _tables(op, cos, sin, batch, length, head_dim, x, "x")
+    _tables(op, cos, sin, batch, length, head_dim // 2, x, "x")
 
 
 def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor) -> None:
@@ -221,15 +192,15 @@ def swiglu(gate: Tensor, up: Tensor | None) -> None:
 
 
 def first_derivative(op: str) -> None:
-    """Called in a backward pass that has no derivative itself: refuses create_graph=True, which would leave
-    terms out in silence.
+    """Called in a backward pass that cannot be differentiated: refuses create_graph=True, which would leave
+    terms out silently.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op} has first derivatives only; leave create_graph=True out")
 
 
 def _copy(op: str, weight: Tensor, copy: Tensor | None, dtype: torch.dtype) -> None:
-    """The weight as it is multiplied or read: of its shape, in `dtype`."""
+    """The copy of a weight: of the weight's shape, in `dtype`, on its device."""
     if copy is not None:
         copy.shape == weight.shape or refuse(
             op, f"weight_copy of shape {shape(weight)} as the weight", shape(copy)
@@ -259,9 +230,7 @@ def tied_embedding(input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight
 
 
 def mlp(x: Tensor, gate_up: Tensor, down: Tensor, copies: tuple[Tensor | None, Tensor | None] | None) -> None:
-    """x [..., D], gate_up [2F, D] and down [D, F] of any floating dtypes, copies of these two in the dtype of
-    x.
-    """
+    """x [..., D], gate_up [2F, D] and down [D, F] of any floating dtypes, copies of both in x's dtype."""
     x.dim() >= 1 or refuse("mlp", "x of shape [..., D]", shape(x))
     width = x.shape[-1]
     (gate_up.dim() == 2 and gate_up.shape[1] == width) or refuse(
@@ -283,18 +252,11 @@ def mlp(x: Tensor, gate_up: Tensor, down: Tensor, copies: tuple[Tensor | None, T
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    reduction: str,
-    z_loss: float,
-    label_smoothing: float,
-    scale: Tensor | None,
-    weight_copy: Tensor | None,
-    chunk_tokens: int | None,
-) -> None:
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, z_loss: float, label_smoothing: float,
+    scale: Tensor | None, weight_copy: Tensor | None, chunk_tokens: int | None,
+) -> None:  # fmt: skip
     """hidden [N, D], weight [V, D] (any floating dtype), targets [N] int64 or int32, scale [] in fp32,
-    weight_copy as hidden.
+    weight_copy [V, D] in the dtype of hidden.
     """
     op = "linear_cross_entropy"
     hidden.dim() == 2 or refuse(op, "hidden of shape [N, D]", shape(hidden))

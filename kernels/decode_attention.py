@@ -3,14 +3,14 @@
     split i  S = q k^T * scale over its keys;  m_i = max S,  l_i = sum exp2(S - m_i),  a_i = exp2(S - m_i) v
     combine  m = max m_i,  out = sum_i exp2(m_i - m) a_i / sum_i exp2(m_i - m) l_i,  splits in ascending order
 
-A decode step reads the whole cache and computes almost nothing, so what counts is that every key is read once
-and that enough programs read at the same time. The G query heads of a key head, times the T new queries, are
-the rows of one tile: each key block serves all of them. The keys are cut into splits of a fixed size,
-whatever the batch and the cache; a split beyond a row's length adds an exact zero. So a row's result is
-bit-identical alone, in any batch, and in a cache of any capacity.
+q, out [B, T, H, D], caches [B, S, K, D], lengths [B]. A decode step reads the whole cache and computes almost
+nothing. So every key should be read once, and enough programs must read at the same time. The rows of a tile
+are the T new queries of all G query heads of a key head: one load of a key block serves all of them. The keys
+are cut into splits of a fixed size, whatever the batch and the cache; a split past a row's length adds an
+exact zero. So a row's result is bit-identical alone, in any batch, and in a cache of any capacity.
 
-Bytes per row and layer: 2 S K D elements; at 1,024 keys of the 135M model 786 kB in 16 bits. Floor of the 30
-layers at batch 1 and 3.0 TB/s: 7.9 us; at batch 256: 2.0 ms. No backward pass: the cache has no gradient.
+Bytes per row and layer: 2 S K D elements, 786 kB in 16 bits at 1,024 keys of the 135M model. Floor of the 30
+layers at 3.0 TB/s: 7.9 us at batch 1, 2.0 ms at batch 256. No backward pass: the cache has no gradient.
 
 Source: Dao et al. 2023, Flash-Decoding (pytorch.org/blog/flash-decoding).
 Check: pytest tests -k decode_attention
@@ -31,7 +31,7 @@ from kernels.tracing import traceable
 
 HEAD_DIMS = (32, 64, 128)
 MAX_QUERIES = 16
-KEYS_PER_SPLIT = 128  # part of the result's rounding, hence not a tuning parameter
+KEYS_PER_SPLIT = 128  # changes the rounding of the result, so it is not a tuning parameter
 LOG2_E = 1.4426950408889634
 
 
@@ -43,9 +43,11 @@ def _decode_attention_split_kernel(
     SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns SPLIT keys of one key head of one row, for all queries that read them: row i of the tile
-    is query i // GROUP, head i % GROUP of the group. Grid: (splits, B * K). Parts are [B, T, H, splits(, D)]
-    in fp32; with ONE_SPLIT out is written at once.
+    """A program owns SPLIT keys of one key head of one row, for all queries that read them. Grid:
+    (splits, B * K).
+
+    Row i of the tile is query i // GROUP, head i % GROUP of the group. Parts are [B, T, H, splits(, D)] in
+    fp32. With ONE_SPLIT the program writes out itself.
     """
     split = tl.program_id(0)
     batch = (tl.program_id(1) // KEY_HEADS).to(tl.int64)
@@ -97,9 +99,7 @@ def _decode_attention_split_kernel(
 def _decode_attention_combine_kernel(
     part_ptr, part_max_ptr, part_sum_ptr, out_ptr, splits, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """A program owns one query head of one query and adds its splits from the first to the last. Grid: B * T
-    * H.
-    """
+    """A program owns one head of one query and adds its splits in ascending order. Grid: B * T * H."""
     first = tl.program_id(0).to(tl.int64) * splits
     lane = tl.arange(0, HEAD_DIM)
     acc = tl.zeros([HEAD_DIM], tl.float32)
@@ -121,13 +121,13 @@ def _decode_attention_combine_kernel(
 def split_attention(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first launch: q [B, T, H, D], caches [B, S, K, D], lengths [B], not empty -> the parts of every
-    split, in fp32.
+    """The first launch: q [B, T, H, D], caches [B, S, K, D], lengths [B], none of them empty -> the parts of
+    all splits in fp32.
 
-    Parts are sums [B * T * H, splits, D] weighted by exp2(score - maximum), the maxima and the sums of
-    weights [B * T * H, splits]; a split without a visible key has zeros and -inf. With `out` [B, T, H, D], a
-    single split is the result: it goes there, and parts are empty. decode_layer.py starts the same kernel, so
-    that the layer and the operation alone agree bit for bit.
+    The parts are sums of values weighted by exp2(score - maximum) [B * T * H, splits, D], the maxima and the
+    sums of weights [B * T * H, splits]; a split without a visible key has zeros and -inf. If there is only
+    one split and `out` [B, T, H, D] is given, the result is written there and the parts are empty.
+    decode_layer.py launches the same kernel, so the layer and the operation alone agree bit for bit.
     """
     batch, queries, heads, head_dim = q.shape
     keys, key_heads = key_cache.shape[1:3]
@@ -165,21 +165,16 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
     """Attention of 1 to 16 new queries per row over a cache whose rows are filled to different lengths.
 
     q [B, T, H, D] (D 32, 64 or 128; float32, float16, bfloat16), caches [B, S, K, D] with H a multiple of K,
-    any strides, lengths [B] integer (the new keys included): query t of row b sees the first lengths[b] - T +
-    t + 1 keys. -> [B, T, H, D], contiguous. A row's result does not depend on the other rows or on S. Raises
-    ValueError naming what was expected.
-    Same semantics as `kernels.reference.decode_attention`.
+    each with a last stride of 1; lengths [B] integer, the new keys included: query t of row b sees the first
+    lengths[b] - T + t + 1 keys. -> [B, T, H, D], contiguous. A row's result does not depend on the other rows
+    or on S. Raises ValueError naming what was expected. Same semantics as
+    `kernels.reference.decode_attention`.
     """
+    op = "decode_attention"
     checks.decode_attention(q, key_cache, value_cache, lengths)
-    checks.kernel_dtype("decode_attention", q)
-    checks.require(
-        q.shape[3] in HEAD_DIMS, "decode_attention", f"a head dim in {list(HEAD_DIMS)}", q.shape[3]
-    )
-    checks.require(
-        q.shape[1] <= MAX_QUERIES, "decode_attention", f"at most {MAX_QUERIES} new queries", q.shape[1]
-    )
+    checks.kernel_dtype(op, q)
+    (q.shape[3] in HEAD_DIMS) or checks.refuse(op, f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
+    (q.shape[1] <= MAX_QUERIES) or checks.refuse(op, f"at most {MAX_QUERIES} new queries", q.shape[1])
     for name, tensor in (("q", q), ("key cache", key_cache), ("value cache", value_cache)):
-        checks.require(
-            tensor.stride(3) == 1, "decode_attention", f"{name} with a last stride of 1", tensor.stride(3)
-        )
+        (tensor.stride(3) == 1) or checks.refuse(op, f"{name} with a last stride of 1", tensor.stride(3))
     return _decode_attention(q, key_cache, value_cache, lengths.contiguous())

@@ -2,18 +2,18 @@
 
     logits = x (w * scale)^T * rstd,   rstd = 1 / sqrt(mean(x^2) + eps)
 
-N rows (1 to 16), E hidden width, V vocabulary. Nothing is saved: no backward pass.
+x [N, E], norm weight scale [E], head w [V, E], logits [N, V]; N rows (1 to 16), E hidden width, V vocabulary.
+No backward pass.
 
-Reads the head once, whatever the rows: V E elements, 56.6 MB of the 135M model in 16 bits, 19 us at 3.0 TB/s,
-the largest single read of a decode step (12 us of its floor of 98 would be saved by a head in 8 bits). A
-program owns four columns and keeps their weights in registers while it loops over the rows: 12,288 programs
-of one warp, 4.6 kB each, sixteen or so of them on a multiprocessor at a time, which is 70 kB in flight where
-20 suffice. The norm, two reads of a row that L1 holds, is done again by each of them. At 16 rows an H100 took
-78 us.
+The kernel reads the head once, whatever N is: V E elements, 56.6 MB of the 135M model in 16 bits, 19 us at
+3.0 TB/s, the largest single read of a decode step (an 8-bit head would save 12 us of the step's floor of 98).
+A program owns four columns and keeps their weights in registers while it loops over the rows: 12,288 programs
+of one warp, 4.6 kB each. About sixteen run on a multiprocessor at a time, so 70 kB are in flight, where 20
+suffice. Each program computes the norm again, from a row that L1 holds. At 16 rows an H100 took 78 us.
 
-Rounding: none but that of the result to fp32. The composition rounds the normalised row, and the logits to
-the model's dtype: in bfloat16 those near 20 are then 1/8 apart, and the largest may be several. Batch
-invariance as in decode_layer.py: one compiled kernel for every N.
+Rounding: only that of the result to fp32. The composition rounds the normalised row, and the logits to the
+model's dtype: bfloat16 logits near 20 are 1/8 apart, so several may share the maximum. Batch invariance as in
+decode_layer.py: one compiled kernel for every N.
 
 Check: pytest tests -k decode_head
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.launch_config import launch_config
+from kernels.layout import dense_rows
 from kernels.tracing import traceable
 
 MAX_ROWS = 16
@@ -59,7 +60,7 @@ def _norm_head_kernel(
 
 @traceable(lambda x, scale, weight, eps: x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32))
 def _decode_head(x: Tensor, scale: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [N, E], scale [E], weight [V, E], columns side by side -> [N, V] in fp32."""
+    """x [N, E], scale [E], weight [V, E], each with a column stride of 1 -> [N, V] in fp32."""
     rows, width = x.shape
     vocabulary = weight.shape[0]
     logits = torch.empty((rows, vocabulary), dtype=torch.float32, device=x.device)
@@ -73,30 +74,23 @@ def _decode_head(x: Tensor, scale: Tensor, weight: Tensor, eps: float) -> Tensor
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the kernel takes so many rows: x [..., E]."""
+    """Whether x [..., E] has few enough rows for the kernel."""
     return x.numel() <= MAX_ROWS * x.shape[-1]
 
 
 def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
-    """fp32 logits of the last block's output: rms_norm(x, norm_weight, eps) @ head_weight.T, the norm not
-    rounded in between.
+    """fp32 logits of the last block's output: rms_norm(x, norm_weight, eps) @ head_weight.T, without rounding
+    the norm.
 
     x [..., E] of at most 16 rows (float32, float16, bfloat16), norm_weight [E], head_weight [V, E] with a
     last stride of 1, all of one dtype; E up to 16384 -> [..., V] in float32, contiguous. A row's logits do
     not depend on the other rows. No gradient. Raises ValueError naming what was expected.
     """
+    op = "decode_head"
     checks.decode_head(x, norm_weight, head_weight)
-    checks.kernel_dtype("decode_head", x)
-    rows = x.numel() // max(1, x.shape[-1])
-    checks.require(supports(x), "decode_head", f"at most {MAX_ROWS} rows", rows)
-    checks.require(
-        head_weight.stride(1) == 1,
-        "decode_head",
-        "head_weight with a last stride of 1",
-        head_weight.stride(1),
-    )
-    flat = x.reshape(-1, x.shape[-1])
-    flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    return _decode_head(flat, norm_weight.contiguous(), head_weight, eps).view(
-        *x.shape[:-1], head_weight.shape[0]
-    )
+    checks.kernel_dtype(op, x)
+    stride = head_weight.stride(1)
+    supports(x) or checks.refuse(op, f"at most {MAX_ROWS} rows", x.numel() // max(1, x.shape[-1]))
+    (stride == 1) or checks.refuse(op, "head_weight with a last stride of 1", stride)
+    logits = _decode_head(dense_rows(x), norm_weight.contiguous(), head_weight, eps)
+    return logits.view(*x.shape[:-1], head_weight.shape[0])

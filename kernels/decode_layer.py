@@ -1,21 +1,21 @@
 """One whole block for 1 to 16 new tokens in five launches, each weight read once.
 
-    1  norm, qkv, rope, cache    a = x (w * scale)^T * rstd,  rstd = 1 / sqrt(mean(x^2) + eps);  q, k turned;
+    1  norm, qkv, rope, cache    a = x (w * scale)^T * rstd,  rstd = 1 / sqrt(mean(x^2) + eps);  q, k rotated;
                                  k, v into the cache
     2  split attention           the kernel of decode_attention.py
-    3  combine, o, residual      m = mixed from the splits;  s = x + m w^T
+    3  combine, o, residual      m = sum of the splits, weighted;  s = x + m w^T
     4  norm, gate and up, SiLU   g, u = s (w * scale)^T * rstd as in 1;  h = silu(g) * u
     5  down, residual            y = s + h w^T
 
-R = B * T rows, E hidden width, F ffn width; other letters as in reference.py. No backward pass: the cache has
-no gradient.
+R = B * T rows, E hidden width, F ffn width; other letters as in reference.py. x, s, y [R, E], m [R, H * D],
+h [R, F]; w are the weights of LayerWeights. No backward pass: the cache has no gradient.
 
-A decode step is a chain of memory reads too short to hide each other's latency, so what counts is the number
-of launches and that each of them asks for all of its bytes at once. A program owns a few output columns and
-their whole weight rows, in registers: it issues every load, that of the first row included, before it needs
-one. Then it loops over the R rows with the weights where they are, and asks for the next row before it works
-on one. The products are elementwise with a sum over the width, not `tl.dot`: a matrix instruction wants 16
-columns, and 36 programs do not feed 132 multiprocessors.
+A decode step is a chain of memory reads too short to hide each other's latency. What counts is the number of
+launches, and that each launch requests all of its bytes at once. A program owns a few output columns and
+keeps their whole weight rows in registers: it issues every load, including that of the first row, before it
+needs one. Then it loops over the R rows, and loads the next row before it works on the current one. The
+products are elementwise with a sum over the width, not `tl.dot`: a matrix instruction needs 16 columns, and
+36 programs cannot occupy 132 multiprocessors.
 
 The 135M model in 16 bits (E 576, F 1536, 9 + 3 + 3 heads of 64), batch 1, by launch:
 
@@ -26,27 +26,26 @@ The 135M model in 16 bits (E 576, F 1536, 9 + 3 + 3 heads of 64), batch 1, by la
     4 gate and up      3.54 MB   2 and 2                768 x 1            4.6 kB
     5 down             1.77 MB   2                      288 x 4            6.1 kB
 
-7.08 MB a layer, 2.36 us at 3.0 TB/s; 30 layers 212 MB, 71 us. Keys and values add 768 bytes a key and layer
-(7.9 us a token at 1,024 keys), the head 56.6 MB (19 us): a floor of 98 us a token. An H100 took 580 us a
-token at one row (151 launch boundaries of 1.3 us would be 196), and 2,584 us at sixteen, 82 us a layer: the
-weights are read once all the same, but the rows are multiplied one after the other, 452 instructions a row
-and warp in launch 1. Every program of launch 3 adds up all splits itself. That saves a sixth launch, and
-makes it read R * splits * 2.3 kB from L2 (those beyond a row's length are left out): 18 kB at 1,024 keys and
-one row, 295 kB at sixteen, where a sixth launch may be the better choice.
+A layer reads 7.08 MB, 2.36 us at 3.0 TB/s; 30 layers 212 MB, 71 us. Keys and values add 768 bytes a key and
+layer (7.9 us a token at 1,024 keys), the head 56.6 MB (19 us): a floor of 98 us a token. An H100 took 580 us
+a token at one row (151 launch boundaries of 1.3 us would be 196), and 2,584 us at sixteen, 82 us a layer: the
+weights are still read once, but the rows are multiplied one after the other, 452 instructions a row and warp
+in launch 1. Every program of launch 3 adds all splits itself. That saves a sixth launch, but every program
+reads R * splits * 2.3 kB from L2 (splits past a row's length are left out): 18 kB at 1,024 keys and one row,
+295 kB at sixteen, where a sixth launch may be the better choice.
 
-Batch invariance: one compiled kernel serves every R (the row count is an ordinary argument and never
-specialised), and each row passes through the same instructions. So a row's bits do not depend on the other
-rows, on their number, or on the cache's capacity. (The tile of launch 2 grows with T: tokens decoded together
-may differ in the last bit from the same ones decoded one by one.)
+Batch invariance: one compiled kernel serves every R (the row count is an ordinary argument, never
+specialised), and each row takes the same instructions. So a row's bits do not depend on the other rows, on
+their number, or on the cache's capacity. (The tile of launch 2 grows with T: tokens decoded together may
+differ in the last bit from the same tokens decoded one by one.)
 
-Rounding. As the composition: qkv before rope, queries, keys and values; the mixed heads; the projections o,
-gate, up and down; both residual sums; h once, as swiglu.py. Otherwise than it: the normalised row is never
-rounded, since its scale is folded into the weights and its rstd applied to the sum, which saves two roundings
-an element. All sums in fp32.
+Rounded as in the composition: qkv before rope, then queries, keys and values; the attention output; the
+projections o, gate, up and down; both residual sums; h once, as in swiglu.py. Unlike the composition, the
+normalised row is never rounded: its scale is folded into the weights and its rstd is applied to the sum,
+which saves two roundings an element. All sums are in fp32.
 
-Source: the fused decoding step of Hazy Research 2025, "Look Ma, No Bubbles", cut at its barriers
+Source: the fused decoding step of Hazy Research 2025, "Look Ma, No Bubbles", split at its barriers
 (kernels/PERSISTENT.md).
-
 Check: pytest tests -k decode_layer
 """
 
@@ -68,28 +67,26 @@ MAX_WIDTH = TABLE["decode_norm_matmul"][-1].size  # a whole weight row must fit 
 
 @triton.jit
 def _weights(w_ptr, column, columns, k, WIDTH: tl.constexpr):
-    """Rows `column` [N] of a contiguous matrix [columns, WIDTH] -> [N, BLOCK_K], zero beyond either end."""
+    """Rows `column` [N] of a contiguous matrix [columns, WIDTH] -> [N, BLOCK_K], zero past either end."""
     mask = (column < columns)[:, None] & (k < WIDTH)[None, :]
     return tl.load(w_ptr + column.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _row(x_ptr, row, k, WIDTH: tl.constexpr):
-    """Elements k of one row of a contiguous x [R, WIDTH]; widened only where they are used, so that nothing
-    waits for them here.
-    """
+    """Elements k of one row of a contiguous x [R, WIDTH], not widened, so that nothing waits for them yet."""
     return tl.load(x_ptr + tl.cast(row, tl.int64) * WIDTH + k, mask=k < WIDTH, other=0.0)
 
 
 @triton.jit
 def _rstd(x, WIDTH: tl.constexpr, EPS: tl.constexpr):
-    """1 / rms of a row in fp32, zero beyond its end."""
+    """1 / rms of an fp32 row x [BLOCK_K], which is zero past its end."""
     return tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS)
 
 
 @triton.jit
 def _project(x, w):
-    """x [BLOCK_K], w [N, BLOCK_K] -> w x [N]"""
+    """x [BLOCK_K], w [N, BLOCK_K] -> w x [N]."""
     return tl.sum(w * x[None, :], axis=1)
 
 
@@ -100,12 +97,11 @@ def _norm_qkv_rope_kernel(
     v_head_stride, EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program owns PAIRS pairs of columns (i, i + HALF) of one head, which rope turns into each other, for
-    all rows.
+    """A program owns PAIRS pairs of columns (i, i + HALF) of one head, the pairs that rope rotates, for all
+    rows. Grid: (HALF / PAIRS, H + 2K).
 
-    Grid: (HALF / PAIRS, H + 2K). q [R, H, 2 HALF] is contiguous; tables are [B or 1, T, HALF] with contiguous
-    rows. The new keys and values go to position lengths[b] - T + t of the caches; a position outside of them
-    is not written.
+    q [R, H, 2 HALF] is contiguous; tables are [B or 1, T, HALF] with contiguous rows. New keys and values go
+    to position lengths[b] - T + t of the caches, and nowhere if that lies outside.
     """
     head = tl.program_id(1)
     lane = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -130,7 +126,7 @@ def _norm_qkv_rope_kernel(
         rstd = _rstd(wide, WIDTH, EPS)
         a = (_project(wide, first) * rstd).to(x.dtype)  # [PAIRS]
         b = (_project(wide, second) * rstd).to(x.dtype)
-        if head < HEADS + KEY_HEADS:  # queries and keys turn, values do not
+        if head < HEADS + KEY_HEADS:  # queries and keys are rotated, values are not
             wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
             a = (wide_a * cos - wide_b * sin).to(a.dtype)
             b = (wide_b * cos + wide_a * sin).to(b.dtype)
@@ -164,9 +160,10 @@ def _combined(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The mixed heads of a row, rounded to dtype, [BLOCK_H * HEAD_DIM]: its splits added from the first to
-    the last that it has, AT_ONCE loads at a time. The sum of `_decode_attention_combine_kernel`, where those
-    that it does not have add exact zeros.
+    """The attention output of one row, rounded to dtype, [BLOCK_H * HEAD_DIM].
+
+    Adds the splits within the row's length in ascending order, AT_ONCE loads at a time. The result is that of
+    `_decode_attention_combine_kernel`, where the other splits add exact zeros.
     """
     head = tl.arange(0, BLOCK_H)
     lane = tl.arange(0, HEAD_DIM)
@@ -201,8 +198,9 @@ def _combine_o_kernel(
     WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_H: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the residual stream for all rows, and adds the splits of all heads
-    itself: those of the first row while the weights are on their way. Grid: ceil(WIDTH / COLUMNS).
+    """A program owns COLUMNS columns of the residual stream for all rows. Grid: ceil(WIDTH / COLUMNS).
+
+    Every program adds the splits of all heads itself, those of the first row while its weights are loading.
     """
     dtype: tl.constexpr = sum_ptr.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -230,7 +228,7 @@ def _norm_gate_up_kernel(
     x_ptr, scale_ptr, w_ptr, act_ptr, rows,
     EPS: tl.constexpr, WIDTH: tl.constexpr, FFN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the activations [R, FFN], with their gate and up rows, for all rows.
+    """A program owns COLUMNS columns of the activations [R, FFN] for all rows, with the gate and up weights.
     Grid: ceil(FFN / COLUMNS).
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -315,7 +313,7 @@ def _decode_layer(
     return out
 
 
-# As kernels/tracing.py, for a launcher that writes into two of its arguments.
+# As in kernels/tracing.py, but for a launcher that writes into two of its arguments.
 _OPERATION = torch.library.custom_op(
     "smollm2::decode_layer", _decode_layer, mutates_args=("key_cache", "value_cache")
 )
@@ -323,61 +321,40 @@ _OPERATION.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
 def supports(x: Tensor, weights: LayerWeights) -> bool:
-    """Whether this layer is one for the five kernels: 1 to 16 rows (a batch of none included), and weight
-    rows that fit registers.
+    """Whether the five kernels can run this layer: at most 16 rows (an empty batch included), and weight rows
+    that fit in registers.
     """
     widths = (weights.qkv.shape[-1], triton.next_power_of_2(weights.o.shape[-1]), weights.down.shape[-1])
     return x.dim() == 3 and x.shape[0] * x.shape[1] <= MAX_ROWS and max(widths) <= MAX_WIDTH
 
 
 def decode_layer(
-    x: Tensor,
-    weights: LayerWeights,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    lengths: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    eps: float,
-) -> Tensor:
-    """One whole block for at most 16 rows: norm, qkv, rope, cache write, attention, projection, norm, SwiGLU
-    MLP; five launches.
+    x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor,
+    sin: Tensor, *, eps: float,
+) -> Tensor:  # fmt: skip
+    """One whole block for at most 16 rows in five launches: norm, qkv, rope, cache write, attention,
+    projection, norm, SwiGLU MLP.
 
     x [B, T, E] with 1 <= T and B * T <= 16 (float32, float16, bfloat16), contiguous weights of one dtype,
-    widths up to 16384; caches [B, S, K, D] with D 32, 64 or 128 and a last stride of 1, lengths [B] integer
-    (the new tokens included), cos and sin [B, T, D/2] or [T, D/2] -> [B, T, E], contiguous. Writes the new
-    keys and values into the caches at positions lengths[b] - T .. lengths[b] - 1, as far as these lie in the
-    cache. Reads nothing on the host: what is launched depends on shapes only, so a CUDA graph can hold it. A
-    row's result does not depend on the other rows or on S. Raises ValueError naming what was expected.
-    Otherwise `kernels.reference.decode_layer`, which also takes the operations to compose; which of the two
-    serves is decided in backend.py.
+    widths up to 16384; caches [B, S, K, D] with D 32, 64 or 128 and a last stride of 1; lengths [B] integer,
+    the new tokens included; cos and sin [B, T, D/2] or [T, D/2] -> [B, T, E], contiguous. Writes the new keys
+    and values into the caches at positions lengths[b] - T .. lengths[b] - 1, as far as these exist. The host
+    reads no value: what is launched depends on shapes only, so a CUDA graph can hold it. A row's result does
+    not depend on the other rows or on S. Raises ValueError naming what was expected. Same semantics as
+    `kernels.reference.decode_layer`, which composes given operations; backend.py chooses between the two.
     """
     op = "decode_layer"
     checks.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin)
     checks.kernel_dtype(op, x)
     head_dim = key_cache.shape[3]
-    checks.require(head_dim in HEAD_DIMS, op, f"a head dim in {list(HEAD_DIMS)}", head_dim)
-    checks.require(
-        supports(x, weights),
-        op,
-        f"B * T <= {MAX_ROWS} rows and widths of at most {MAX_WIDTH}",
-        checks.shape(x),
-    )
+    (head_dim in HEAD_DIMS) or checks.refuse(op, f"a head dim in {list(HEAD_DIMS)}", head_dim)
+    wanted = f"B * T <= {MAX_ROWS} rows and widths of at most {MAX_WIDTH}"
+    supports(x, weights) or checks.refuse(op, wanted, checks.shape(x))
     for name, tensor in (("key cache", key_cache), ("value cache", value_cache)):
-        checks.require(tensor.stride(3) == 1, op, f"{name} with a last stride of 1", tensor.stride(3))
+        (tensor.stride(3) == 1) or checks.refuse(op, f"{name} with a last stride of 1", tensor.stride(3))
     for name, tensor in weights._asdict().items():
-        checks.require(
-            tensor.is_contiguous(), op, f"contiguous weights ({name}.contiguous())", tensor.stride()
-        )
+        wanted = f"contiguous weights ({name}.contiguous())"
+        tensor.is_contiguous() or checks.refuse(op, wanted, tensor.stride())
     run = _OPERATION if torch.compiler.is_compiling() else _decode_layer
-    return run(
-        x.contiguous(),
-        *weights,
-        key_cache,
-        value_cache,
-        lengths.contiguous(),
-        cos.contiguous(),
-        sin.contiguous(),
-        eps,
-    )
+    lengths, cos, sin = lengths.contiguous(), cos.contiguous(), sin.contiguous()
+    return run(x.contiguous(), *weights, key_cache, value_cache, lengths, cos, sin, eps)

@@ -1,29 +1,28 @@
-"""The embedding that is the head too: its rows for the ids, and both its gradients in one tensor.
+"""The tied embedding: its rows for the ids, the embedding itself as the head, and one gradient for both uses.
 
     x[n] = round(W[id_n]),  head = W
     dW = dhead + E,  E[v] = sum of dx[n] over the tokens n with id_n = v, in fp32
 
-dhead is the gradient that linear_cross_entropy gives, [V, D] in fp32: 113 MB for the 135M model. As an output
-of this operation the head brings it to the same backward pass as dx, and the rows of E are added into it
-where it lies. On its own, the gradient of an embedding is another tensor of that size, zeroed, filled and
-then added. Measured so on an H100 at 16,384 tokens, with torch's kernels: 46 us forward (rows in fp32, then
-cast) and 416 us backward, among them 30 for dx in fp32, 70 for sorting, 34 for the zeros, 156 for the sums,
-111 for the addition. Predicted here: 20 us forward and 80 us backward, 40 of them for sorting (ids in 32 bits
-take 4 of 8 passes) and 40 for two kernels that read and write 94 MB at most.
+ids [N]; x, dx [N, D]; W, head, dhead, E [V, D]. dhead comes from linear_cross_entropy in fp32: 113 MB for the
+135M model. Because the head is an output of this operation, dhead arrives in the same backward pass as dx,
+and the rows of E are added to it in place. A separate embedding gradient would be another tensor of that
+size, to be zeroed, filled and added. On an H100 at 16,384 tokens torch's kernels took 46 us forward (rows in
+fp32, then a cast) and 416 us backward, of which 30 for dx in fp32, 70 for sorting, 34 for the zeros, 156 for
+the sums and 111 for the addition. Predicted here: 20 us forward and 80 us backward, 40 of them for sorting
+(32-bit ids take 4 of 8 passes) and 40 for two kernels that read and write 94 MB at most.
 
 Forward: an id out of range stops the process with an assertion on the device, as torch's embedding does; its
-row of x is NaN. Bytes: 2 D written a token, and 4 D read, or 2 D where the weight is there in 16 bits
-(`weight_copy`).
+row of x is NaN. Bytes a token: 2 D written and 4 D read, or 2 D read where a 16-bit `weight_copy` exists.
 
-Backward, without atomics, so that the gradient is bit-identical from run to run: the ids are sorted (stable),
-and a run of equal ids belongs to one row. A program adds up a run, ROWS tokens at a time in their order. A
-token that makes up the whole batch must not take much longer: a run is cut where a window of WINDOW positions
-ends. A first kernel sums up the pieces that begin with a window, and the second one adds those sums to a
-run's first piece. With N tokens a program has WINDOW + N / WINDOW rows at most, 256 of 16,384. No sum depends
-on the number of multiprocessors.
-Bytes a token: 2 D of dx once, 12 of order and ids; 8 D a distinct token for the row of dW, read and written.
+Backward, without atomics, so the gradient is bit-identical from run to run: the ids are sorted (stably), and
+a run of equal ids belongs to one row of W. A program adds up one run, ROWS tokens at a time, in order. So
+that a token that fills the whole batch does not take much longer, runs are cut at the ends of windows of
+WINDOW positions: a first kernel sums the pieces that begin with a window, and a second one adds these sums to
+the run's first piece. With N tokens a program adds at most WINDOW + N / WINDOW rows, 256 at 16,384. No sum
+depends on the number of multiprocessors.
+Bytes: a token 2 D of dx and 12 of order and ids; a distinct token 8 D for its row of dW, read and written.
 
-Whose dhead is: autograd gives it to the node and may have given it to others, too (a hook that keeps it,
+Who owns dhead: autograd passes it to this node and may have passed it to others too (a hook that keeps it,
 `torch.autograd.grad` that asks for it, several heads). It is written only where nobody else can see it, and
 copied otherwise; see `_is_ours`.
 
@@ -42,10 +41,11 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.launch_config import launch_config
+from kernels.layout import dense_lanes, dense_rows
 from kernels.tracing import traceable
 
 WINDOW = 128
-# References to a gradient in C++ while autograd calls a node's backward pass: that of its Python object, and
+# C++ references to a gradient while autograd calls a node's backward pass: that of its Python object, and
 # in torch 2.11 autograd's own.
 HELD = 2 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12) else 1
 
@@ -54,10 +54,10 @@ HELD = 2 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12) else 1
 def _embedding_fwd_kernel(
     ids_ptr, weight_ptr, x_ptr, known_ptr, vocabulary, weight_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A program owns BLOCK columns of one token. Grid: (tokens, ceil(WIDTH / BLOCK)). x is contiguous;
-    columns of the weight have stride 1.
+    """A program owns BLOCK columns of one token. Grid: (tokens, ceil(WIDTH / BLOCK)).
 
-    known_ptr: points to 1, which becomes 0 if an id is out of range; whoever writes it writes the same.
+    x is contiguous; the weight has a column stride of 1. known_ptr points to 1, which becomes 0 if an id is
+    out of range: every program that writes it writes 0.
     """
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids_ptr + token).to(tl.int64)
@@ -73,19 +73,11 @@ def _embedding_fwd_kernel(
 
 @triton.jit
 def _sum_of_piece(
-    dx_ptr,
-    order_ptr,
-    ids_ptr,
-    first,
-    stop,
-    row,
-    dx_stride,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """[BLOCK] in fp32: the dx of the positions from `first` on whose id is `row`, up to `stop` at most, added
-    up in their order.
+    dx_ptr, order_ptr, ids_ptr, first, stop, row, dx_stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK] in fp32: the sum, in order, of the dx of the positions from `first` on whose id is `row`, up to
+    `stop` at most.
     """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -93,8 +85,8 @@ def _sum_of_piece(
     more = True
     while more:
         positions = position + tl.arange(0, ROWS)
-        # [ROWS]
-        mine = (positions < stop) & (tl.load(ids_ptr + positions, mask=positions < stop, other=-1) == row)
+        ids = tl.load(ids_ptr + positions, mask=positions < stop, other=-1)  # [ROWS]
+        mine = (positions < stop) & (ids == row)
         token = tl.load(order_ptr + positions, mask=mine, other=0)
         mask = mine[:, None] & (column < WIDTH)[None, :]  # [ROWS, BLOCK]
         total += tl.sum(
@@ -110,11 +102,11 @@ def _embedding_bwd_piece_kernel(
     dx_ptr, order_ptr, ids_ptr, piece_ptr, tokens, dx_stride,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK columns of one window, the first one excepted, and of one row of piece [windows,
-    WIDTH].
+    """A program owns BLOCK columns of one window (any but the first) and of its row of piece
+    [windows, WIDTH]. Grid: (windows - 1, ceil(WIDTH / BLOCK)).
 
-    Grid: (windows - 1, ceil(WIDTH / BLOCK)). Of a run that began before the window it sums up what lies in
-    the window. Where none did, nothing is written, nor read later.
+    If a run continues into the window, the program sums the part of the run that lies in the window. If none
+    does, it writes nothing, and the second kernel reads nothing there.
     """
     window = tl.program_id(0).to(tl.int64) + 1
     first = window * SPAN
@@ -131,11 +123,10 @@ def _embedding_bwd_kernel(
     dx_ptr, order_ptr, ids_ptr, piece_ptr, dweight_ptr, tokens, vocabulary, dx_stride,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK columns of one position of the sorted ids; where a run begins there, it adds the
-    run to its row of dweight.
+    """A program owns BLOCK columns of one position of the sorted ids. If a run begins there, it adds the run
+    to its row of dweight. Grid: (tokens, ceil(WIDTH / BLOCK)).
 
-    Grid: (tokens, ceil(WIDTH / BLOCK)). dweight is contiguous; an id out of range has no row and is passed
-    over.
+    dweight is contiguous. An id out of range has no row and is skipped.
     """
     first = tl.program_id(0).to(tl.int64)
     row = tl.load(ids_ptr + first).to(tl.int64)
@@ -145,7 +136,7 @@ def _embedding_bwd_kernel(
         stop = tl.minimum(window * SPAN, tokens)
         total = _sum_of_piece(dx_ptr, order_ptr, ids_ptr, first, stop, row, dx_stride, WIDTH, ROWS, BLOCK)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        # The windows whose first id is this one hold the rest of the run.
+        # The rest of the run lies in the windows that begin with the same id.
         more = (stop < tokens) & (tl.load(ids_ptr + stop, mask=stop < tokens, other=-1) == row)
         while more:
             windows = window + tl.arange(0, ROWS).to(tl.int64)
@@ -172,23 +163,16 @@ def _fake_forward(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _embedding_forward(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """ids [...], weight [V, D] -> x [..., D]."""
     width = weight.shape[1]
-    ids, weight = ids.contiguous(), weight if weight.stride(1) == 1 else weight.contiguous()
+    ids, weight = ids.contiguous(), dense_lanes(weight)
     x = torch.empty((*ids.shape, width), dtype=dtype, device=weight.device)
     if x.numel():
         known = torch.ones((), dtype=torch.int32, device=weight.device)
         config = launch_config("embedding_fwd", weight.dtype, weight.device, width)
         block = min(config.block_n, triton.next_power_of_2(width))
         _embedding_fwd_kernel[(ids.numel(), triton.cdiv(width, block))](
-            ids,
-            weight,
-            x,
-            known,
-            weight.shape[0],
-            weight.stride(0),
-            WIDTH=width,
-            BLOCK=block,
-            num_warps=config.num_warps,
-        )
+            ids, weight, x, known, weight.shape[0], weight.stride(0),
+            WIDTH=width, BLOCK=block, num_warps=config.num_warps,
+        )  # fmt: skip
         torch._assert_async(known, f"tied_embedding: expected ids in [0, {weight.shape[0]})")
     return x
 
@@ -196,8 +180,7 @@ def _embedding_forward(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tenso
 def _add_rows(dweight: Tensor, dx: Tensor, ids: Tensor) -> None:
     """dweight [V, D] += the rows dx [..., D], each at its id."""
     vocabulary, width = dweight.shape
-    dx = dx.reshape(-1, width)
-    dx = dx if dx.stride(1) == 1 else dx.contiguous()
+    dx = dense_rows(dx)
     tokens = dx.shape[0]
     if not dx.numel():
         return
@@ -207,15 +190,14 @@ def _add_rows(dweight: Tensor, dx: Tensor, ids: Tensor) -> None:
     config = launch_config("embedding_bwd", dx.dtype, dx.device, width)
     block = min(config.block_n, triton.next_power_of_2(width))
     columns = triton.cdiv(width, block)
+    options = dict(WIDTH=width, SPAN=WINDOW, ROWS=config.block_m, BLOCK=block, num_warps=config.num_warps)
     if windows > 1:
         _embedding_bwd_piece_kernel[(windows - 1, columns)](
-            dx, order, rows, piece, tokens, dx.stride(0),
-            WIDTH=width, SPAN=WINDOW, ROWS=config.block_m, BLOCK=block, num_warps=config.num_warps,
-        )  # fmt: skip
+            dx, order, rows, piece, tokens, dx.stride(0), **options
+        )
     _embedding_bwd_kernel[(tokens, columns)](
-        dx, order, rows, piece, dweight, tokens, vocabulary, dx.stride(0),
-        WIDTH=width, SPAN=WINDOW, ROWS=config.block_m, BLOCK=block, num_warps=config.num_warps,
-    )  # fmt: skip
+        dx, order, rows, piece, dweight, tokens, vocabulary, dx.stride(0), **options
+    )
 
 
 def _fake_backward(dx: Tensor, ids: Tensor, vocabulary: int, dtype: torch.dtype) -> Tensor:
@@ -231,11 +213,11 @@ def _embedding_backward(dx: Tensor, ids: Tensor, vocabulary: int, dtype: torch.d
 
 
 def _is_ours(gradient: Tensor, fresh: Tensor) -> bool:
-    """Whether nobody but the backward pass that runs can see a gradient, so that it may be written.
+    """Whether only the running backward pass can see a gradient, so that it may be written.
 
-    No reference from C++ besides those of autograd's own call, none from Python besides those that `fresh`
-    has, which came the same way and is nobody else's, and no other tensor in its memory. An unknown holder
-    makes the numbers larger, never smaller.
+    That is so if C++ holds no reference besides those of autograd's own call, if Python holds none besides
+    those that it holds to `fresh`, which came the same way and is nobody else's, and if no other tensor
+    shares its memory. An unknown holder makes the counts larger, never smaller.
     """
     held = gradient._use_count()  # type: ignore[attr-defined]
     if (
@@ -245,13 +227,13 @@ def _is_ours(gradient: Tensor, fresh: Tensor) -> bool:
     ):
         return False
     storage = gradient.untyped_storage()
-    # the tensor's and `storage`
+    # 2: the gradient's reference and that of `storage`
     return torch._C._storage_Use_Count(storage._cdata) == 2 and gradient.is_contiguous()
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """The third output has no use: its gradient, which autograd makes, shows how many references one has that
-    nobody else holds.
+    """The third output exists for its gradient, which autograd makes: it shows how many references a
+    gradient has that nobody else holds.
     """
 
     @staticmethod
@@ -259,15 +241,12 @@ class _TiedEmbedding(torch.autograd.Function):
         ctx: Any, weight: Tensor, ids: Tensor, dtype: torch.dtype, weight_copy: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(ids)
-        return (
-            _embedding_forward(ids, weight if weight_copy is None else weight_copy, dtype),
-            weight,
-            torch.empty(0),
-        )
+        x = _embedding_forward(ids, weight if weight_copy is None else weight_copy, dtype)
+        return x, weight, torch.empty(0)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dhead: Tensor, fresh: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients that do not exist arrive as zeros.
+        # A gradient that does not exist arrives as zeros.
         checks.first_derivative("tied_embedding")
         (ids,) = ctx.saved_tensors
         dweight = dhead if _is_ours(dhead, fresh) else dhead.clone(memory_format=torch.contiguous_format)
@@ -276,7 +255,7 @@ class _TiedEmbedding(torch.autograd.Function):
 
 
 class _EmbeddingTraced(torch.autograd.Function):
-    """The rows alone, for torch.compile, in whose graphs nothing is written in place: the two gradients are
+    """The rows alone, for torch.compile, whose graphs write nothing in place: there the two gradients are
     added.
     """
 
@@ -297,15 +276,14 @@ class _EmbeddingTraced(torch.autograd.Function):
 def tied_embedding(
     input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the embedding, and the embedding as the head, whose gradients become one tensor.
+    """The rows of the embedding, and the embedding as the head; their gradients become one tensor.
 
     input_ids [...] int64 or int32, weight [V, D] (any floating dtype) -> (x [..., D] in `dtype`: float32,
-    float16 or bfloat16; head [V, D]: the weight itself, to be given to `linear_cross_entropy`). The gradient
-    has the weight's dtype; each row is summed up in fp32, in a fixed order. weight_copy: the weight in
-    `dtype`; x is read from it, and it has no gradient.
-    An id out of range is an assertion on the device, RuntimeError in the interpreter. Raises ValueError
-    naming what was expected, and RuntimeError for create_graph=True. Same semantics as
-    `kernels.reference.tied_embedding`.
+    float16 or bfloat16; head [V, D]: the weight itself, for `linear_cross_entropy`). The gradient has the
+    weight's dtype; each row is summed in fp32, in a fixed order. weight_copy: the weight in `dtype`; x is
+    read from it, and it has no gradient. An id out of range is an assertion on the device, in the interpreter
+    a RuntimeError. Raises ValueError naming what was expected, and RuntimeError for create_graph=True. Same
+    semantics as `kernels.reference.tied_embedding`.
     """
     checks.tied_embedding(input_ids, weight, dtype, weight_copy)
     checks.kernel_dtype("tied_embedding", weight)

@@ -1,4 +1,4 @@
-"""FusedAdamW: the launches of kernels/adamw.py as a torch.optim.AdamW, whose state it shares.
+"""FusedAdamW: the launches of kernels/adamw.py as an optimizer with the state of torch.optim.AdamW.
 
 Check: pytest tests -k adamw
 """
@@ -14,37 +14,35 @@ from torch import Tensor
 
 
 class Copies(Protocol):
-    """16-bit copies of parameters that a step writes too, as smollm2/working_copies.py has them."""
+    """16-bit copies of parameters, which a step writes too (smollm2/working_copies.py)."""
 
     dtype: torch.dtype
-    generation: int  # the same as long as the copies lie where they did
+    generation: int  # changes when a copy moves to another address
 
     def target(self, parameter: Tensor) -> Tensor | None:
-        """Where the copy of a parameter is to be written, or None."""
+        """The tensor that is to hold the copy of a parameter, or None."""
 
     def written(self, parameters: Iterable[Tensor]) -> None:
-        """Told after the launch that writes these parameters and their copies."""
+        """Called after the launch that writes these parameters and their copies."""
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW(fused=True) in the launches of kernels/adamw.py: it clips and writes the working
-    copies in passing.
+    """torch.optim.AdamW(fused=True) by the launches of kernels/adamw.py, which also clip and write copies.
 
     params: as torch's, all fp32, contiguous and on one device. lr becomes an fp32 tensor on the device, one a
     group. copies: written by every step. The state is torch's, entry by entry (`step` fp32 and 0-dimensional,
     `exp_avg`, `exp_avg_sq`), and so are the keys of the groups: a state_dict of either loads into the other.
-    Nothing waits for the device. A CUDA graph may be captured of a step after an eager one; after
-    load_state_dict, add_param_group or a move of the parameters it must be captured anew. Raises ValueError
-    for other parameters, for settings that torch's AdamW refuses, and for amsgrad or maximize in a loaded
-    state.
+    Nothing waits for the device. A step can be captured in a CUDA graph after an eager step, and must be
+    captured again after load_state_dict, add_param_group or a move of the parameters. Raises ValueError for
+    other parameters, for settings that torch's AdamW refuses, and for amsgrad or maximize in a loaded state.
     """
 
-    # What a pickle does not have.
+    # Not part of a pickle.
     copies: Copies | None = None
-    found_inf: Tensor | None = None  # fp32 scalar on the device: 1 leaves the step out
+    found_inf: Tensor | None = None  # fp32 scalar on the device: 1 skips the step
     _bound: _Bound | None = None
-    # Until the next step: (which gradients were given, these as kernels read them, what the table depends on,
-    # table, [norm, factor])
+    # What clip leaves for the next step: (stamps of the gradients, the gradients as the kernels read them,
+    # what the table depends on, the table, [norm, factor])
     _clipped: tuple[list[tuple[int, int]], list[Tensor | None], Any, Tensor, Tensor] | None = None
 
     def __init__(
@@ -59,22 +57,11 @@ class FusedAdamW(torch.optim.Optimizer):
             if not holds:
                 wanted = "numbers in [0, 1)" if name == "betas" else "at least 0"
                 raise ValueError(f"FusedAdamW: {name}: expected {wanted}, got {value}")
-        switches = {
-            "amsgrad": False,
-            "maximize": False,
-            "foreach": None,
-            "capturable": True,
-            "differentiable": False,
-            "fused": True,
-        }
-        settings = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": True,
-        }
-        super().__init__(params, {**settings, **switches})
+        settings = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True,
+            amsgrad=False, maximize=False, foreach=None, capturable=True, differentiable=False, fused=True,
+        )  # fmt: skip
+        super().__init__(params, settings)
         self.copies = copies
         self._bind()
 
@@ -83,7 +70,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self._bound = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # load_state_dict comes here too: it has made new groups and new states
+        super().__setstate__(state)  # load_state_dict calls this too, with new groups and new states
         self._bound = self._clipped = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -91,12 +78,12 @@ class FusedAdamW(torch.optim.Optimizer):
         self._clipped = None
 
     def _bind(self) -> _Bound:
-        """Everything that holds until parameters, groups or states are replaced."""
+        """What stays valid until parameters, groups or states are replaced."""
         self._bound = _Bound(self.param_groups, self.state)
         return self._bound
 
     def _begin(self, bound: _Bound, gradients: list[Tensor | None]) -> None:
-        """Makes the states of parameters that have a gradient for the first time."""
+        """Creates the state of each parameter that has a gradient for the first time."""
         for index, (parameter, gradient) in enumerate(zip(bound.parameters, gradients, strict=True)):
             if gradient is not None and not bound.entries[index]:
                 average, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
@@ -119,8 +106,8 @@ class FusedAdamW(torch.optim.Optimizer):
         return found
 
     def _prepare(self) -> tuple[_Bound, list[tuple[int, int]], list[Tensor | None], Any]:
-        """(what the step works on, which gradients it was given, these as kernels read them, all that its
-        table depends on)
+        """(what stays valid, stamps of the gradients, the gradients as the kernels read them, what the table
+        depends on).
         """
         bound = self._bound
         if bound is None or not bound.holds(self.param_groups, self.state):
@@ -128,17 +115,17 @@ class FusedAdamW(torch.optim.Optimizer):
         given = [parameter.grad for parameter in bound.parameters]
         stamps = [(0, 0) if gradient is None else (id(gradient), gradient._version) for gradient in given]
         if self._clipped is not None and self._clipped[0] == stamps:
-            gradients = self._clipped[1]  # a gradient that had to be copied has been
+            gradients = self._clipped[1]  # clip has copied those that had to be
         else:
             gradients = [_dense(gradient) for gradient in given]
         self._begin(bound, gradients)
-        # A tensor without elements has no address; it has a gradient all the same.
+        # An empty tensor has no address, but it does have a gradient.
         addresses = [0 if gradient is None else gradient.data_ptr() or 16 for gradient in gradients]
         generation = None if self.copies is None else self.copies.generation
         return bound, stamps, gradients, (bound, addresses, generation, self._settings(bound.device))
 
     def _send(self, key: Any) -> Tensor:
-        """The table in memory of the device."""
+        """The table in device memory."""
         from kernels.adamw import table_words
 
         bound, addresses, _, settings = key
@@ -146,19 +133,18 @@ class FusedAdamW(torch.optim.Optimizer):
             [one[name].data_ptr() if one else 0 for one in bound.entries]
             for name in ("exp_avg", "exp_avg_sq")
         ]
-        targets = [
-            self.copies.target(parameter) if self.copies is not None else None
-            for parameter in bound.parameters
-        ]
-        copies = [0 if target is None else target.data_ptr() for target in targets]
+        copies = [0] * len(bound.parameters)
+        if self.copies is not None:
+            targets = map(self.copies.target, bound.parameters)
+            copies = [0 if target is None else target.data_ptr() for target in targets]
         return bound.table.send(table_words((addresses, bound.addresses, *moments, copies), settings))
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """The norm of all gradients, fp32 scalar on the device; not finite if any gradient is not.
+        """The norm of all gradients, an fp32 scalar on the device; not finite if any gradient is not.
 
-        The gradients stay as they are: the next step multiplies by the factor that brings their norm to
-        max_norm (0: by 1).
+        The gradients are not changed: the next step multiplies them by the factor that clips their norm to
+        max_norm (by 1 if max_norm is 0).
         """
         from kernels.adamw import gradient_norm
 
@@ -170,7 +156,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step, or none if found_inf says so. Takes no closure: the gradients are there."""
+        """One step, which found_inf can skip. Takes no closure: the gradients must exist."""
         from kernels.adamw import adamw
 
         if closure is not None:
@@ -178,7 +164,7 @@ class FusedAdamW(torch.optim.Optimizer):
         bound, stamps, gradients, key = self._prepare()
         clipped, self._clipped = self._clipped, None
         if clipped is not None and [which for which, _ in stamps] != [which for which, _ in clipped[0]]:
-            clipped = None  # the factor was that of other gradients
+            clipped = None  # the factor belongs to other gradients
         table = clipped[3] if clipped is not None and clipped[2] == key else self._send(key)
         factor = bound.one if clipped is None else clipped[4][1]
         adamw(
@@ -195,9 +181,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 class _Bound:
-    """What FusedAdamW's launches need of a set of parameters: their plan and table, and the step counts in
-    one tensor.
-    """
+    """What the launches need for a set of parameters: plan, table, and the step counts in one tensor."""
 
     def __init__(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
         from kernels.adamw import GROUP_WORDS, AddressTable, plan
@@ -207,13 +191,9 @@ class _Bound:
             raise ValueError("FusedAdamW: expected at least one parameter, got none")
         self.device = self.parameters[0].device
         for parameter in self.parameters:
-            if (
-                parameter.dtype != torch.float32
-                or not parameter.is_contiguous()
-                or parameter.device != self.device
-            ):
-                layout = "" if parameter.is_contiguous() else ", not contiguous"
-                form = f"{parameter.dtype} on {parameter.device}{layout}"
+            dense = parameter.is_contiguous()
+            if parameter.dtype != torch.float32 or parameter.device != self.device or not dense:
+                form = f"{parameter.dtype} on {parameter.device}{'' if dense else ', not contiguous'}"
                 raise ValueError(
                     f"FusedAdamW: expected contiguous fp32 parameters on {self.device}, got {form}"
                 )
@@ -222,7 +202,7 @@ class _Bound:
         self.plan = plan([parameter.numel() for parameter in self.parameters], numbers, self.device)
         self.table = AddressTable(5 * len(self.parameters) + GROUP_WORDS * len(groups), self.device)
         self.zero, self.one = (torch.full((), value, device=self.device) for value in (0.0, 1.0))
-        # One launch advances all counts, and each is torch's own entry: a view.
+        # One launch advances all counts. Each count is a view, which is the state's own entry.
         self.steps = torch.zeros(len(self.parameters), device=self.device)
         self.counts = list(self.steps.unbind())
         self._state, self.known = state, len(state)
@@ -240,13 +220,11 @@ class _Bound:
                 self.moments[index] = entries["exp_avg"], entries["exp_avg_sq"]
 
     def holds(self, groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> bool:
-        """Whether parameters and state are the same tensors as before, and lie where they did."""
+        """Whether parameters and state are still the same tensors, at the same addresses."""
         if state is not self._state or len(state) != self.known:
             return False
         now = [parameter for group in groups for parameter in group["params"]]
-        if len(now) != len(self.parameters) or any(
-            one is not other for one, other in zip(now, self.parameters, strict=True)
-        ):
+        if len(now) != len(self.parameters) or any(map(operator.is_not, now, self.parameters)):
             return False
         for parameter, address, shape in zip(now, self.addresses, self._shapes, strict=True):
             if parameter.data_ptr() != address or parameter.shape != shape:
@@ -259,7 +237,7 @@ class _Bound:
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:
-    """A gradient as the kernels read it, a copy only where it is not that already."""
+    """A gradient as the kernels read it, fp32 and contiguous; a copy only if it is not that already."""
     if gradient is not None and gradient.is_sparse:
         raise ValueError("FusedAdamW: expected dense gradients, got a sparse one; use torch.optim.SparseAdam")
     if gradient is None or (gradient.is_contiguous() and gradient.dtype == torch.float32):

@@ -1,18 +1,18 @@
 """Frozen launch configurations by (operation, dtype, architecture). Nothing is tuned at run time.
 
 An autotuner looks like a hang at first use, recompiles for every new length, and may choose differently from
-run to run, which changes the order of sums. Here every choice is a line of a table that can be read, compiled
-ahead of time for targets that are not at hand (`python -m kernels.certify` does, and gates on spills), and
-overruled in a diff.
+run to run, which changes the order of sums. Here every choice is a line of a table. It can be read, compiled
+ahead of time for GPUs that are not present (`python -m kernels.certify`, which gates on spills), and changed
+in a diff.
 
-Provenance of the entries: chosen by registers, spills, shared memory and the instructions in the compiled
-code, at both versions of Triton that the certificate has: on NVIDIA no line spills at either in 16 bits.
-Those of sm_90 were timed at the shapes of the 135M model, 32 x 512 tokens in bf16, on an H100 with Triton 3.6
-(`python -m bench.tuning`, figures in bench/results/h100/tuning.json): attention took the fastest of its
-candidates then; its kernels have changed since, and dk/dv its line. The others kept their lines, which were
-within 3 % of the best but for decode_o and decode_head; decode_down has a new one that was as fast. Those of
-decoding were timed at 16 rows only. The lines of mlp, embedding and adamw are newer, and no other target was
-measured.
+Provenance: the lines were chosen by registers, spills, shared memory and instructions of the compiled code,
+at both versions of Triton in the certificate: on NVIDIA no line spills at either in 16 bits. The lines of
+sm_90 were timed at the shapes of the 135M model, 32 x 512 tokens in bf16, on an H100 with Triton 3.6
+(`python -m bench.tuning`, figures in bench/results/h100/tuning.json). Attention took the fastest of its
+candidates; its kernels have changed since, and so has the line of dk/dv. The others kept their lines, which
+were within 3 % of the best, except for decode_o and decode_head; decode_down has a new line that was as fast.
+Decoding was timed at 16 rows only. The lines of mlp, embedding and adamw are newer than these timings, and no
+other target was measured.
 """
 
 from __future__ import annotations
@@ -24,53 +24,50 @@ from typing import NamedTuple
 import torch
 
 INTERPRETER = "interpreter"
-# Every target that the certificate covers. Other NVIDIA parts use the newest entry that is not newer than
-# they are.
+# The targets that the certificate covers. Another NVIDIA GPU uses the newest of these that is not newer.
 NVIDIA = (80, 90, 100, 120)
 AMD = ("gfx942", "gfx1100")
 WARPGROUP = ("sm_90", "sm_100")  # wgmma and tcgen05: four warps multiply together, out of shared memory
-# TMA: tiles of a matrix that a tensor descriptor describes are copied as wholes
+# TMA: whole tiles of a matrix are copied through a tensor descriptor.
 DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
-# Where backend "triton" has SwiGLU inside its products (kernels/mlp.py) instead of between the library's.
-# Measured on none.
+# Where backend "triton" computes SwiGLU inside its products (kernels/mlp.py) and not between the library's.
+# None has been measured.
 FUSED_MLP: tuple[str, ...] = ()
 
 
 class LaunchConfig(NamedTuple):
-    """Block sizes (their meaning is the kernel's) and the compiler's options of one launch."""
+    """Block sizes, whose meaning depends on the kernel, and the compiler's options of one launch."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int = 1
-    branch: bool = False  # attention: blocks that need no mask jump over it
+    branch: bool = False  # attention: blocks that need no mask skip it
 
 
 class Row(NamedTuple):
-    """One line of the table: serves sizes up to `size` (width, or head dim), of these element sizes, on these
-    architectures.
-    """
+    """One line of the table: for sizes (a width or a head dim) up to `size`."""
 
     size: int
     launch: LaunchConfig
     itemsizes: tuple[int, ...] = (2, 4)
-    architectures: tuple[str, ...] = ()  # empty: all
+    architectures: tuple[str, ...] = ()  # all, if empty
 
 
-# The interpreter takes milliseconds a program, whatever its size: in the decode layer, where the programs are
-# many and small, it gets larger ones. (tests/test_kernel_decode_layer.py runs those of the GPUs as well.)
+# The interpreter takes milliseconds a program of any size. The decode layer has many small programs, so
+# the interpreter gets larger ones. (tests/test_kernel_decode_layer.py runs the GPUs' lines too.)
 INTERPRETED_COLUMNS = Row(1 << 14, LaunchConfig(1, 16, num_warps=1), architectures=(INTERPRETER,))
 
-# The first line that fits serves. block_m and block_n: see the kernels.
+# The first line that fits is used.
 TABLE: dict[str, tuple[Row, ...]] = {
-    # block_m: rows of a program (one warp works on a row up to a width of 1024)
+    # block_m: rows at a time; up to a width of 1024 one warp works on a row
     "rms_norm_fwd": (
         Row(1024, LaunchConfig(2, 0, num_warps=1)),
         Row(4096, LaunchConfig(1, 0, num_warps=4)),
         Row(1 << 17, LaunchConfig(1, 0, num_warps=16)),
     ),
-    # The backward pass holds dw too: two rows of 960 columns spill on sm_80, two rows of any width on
-    # gfx1100, and with four warps, fp32 weights and Triton 3.7 rows of 2,048 on sm_100 and sm_120.
+    # The backward pass also holds dw. Two rows of 960 columns spill on sm_80, and two rows of any width on
+    # gfx1100. With four warps, fp32 weights and Triton 3.7, rows of 2,048 spill on sm_100 and sm_120.
     "rms_norm_bwd": (
         Row(1024, LaunchConfig(1, 0, num_warps=1), architectures=("gfx1100",)),
         Row(640, LaunchConfig(2, 0, num_warps=1)),
@@ -79,19 +76,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, LaunchConfig(1, 0, num_warps=4)),
         Row(1 << 17, LaunchConfig(1, 0, num_warps=16)),
     ),
-    # block_m: partial sums added at a time, block_n: columns. A thread has four loads of 16 bytes under way,
-    # and the thousand shares of an H100 are read in two such waits; with 32 at a time they were 32 waits, one
-    # after the other.
+    # block_m: partial sums added at a time, block_n: columns. A thread has four 16-byte loads in flight, so
+    # the thousand shares of an H100 take two waits for memory; at 32 at a time it was 32 waits in a row.
     "rms_norm_dw": (
         Row(1 << 17, LaunchConfig(32, 32, num_warps=4), architectures=(INTERPRETER,)),
         Row(1 << 17, LaunchConfig(512, 8, num_warps=8)),
     ),
     # block_m: rows, block_n: columns of a tile
     "swiglu": (Row(1 << 20, LaunchConfig(4, 512, num_warps=4)),),
-    # The same of the fused MLP, whose sums take 64 elements at a time, twice as many columns of them in the
-    # forward pass; the size is the ffn width. sm_80's lines fit the 99 KB of shared memory of sm_86 and
-    # sm_89. One program a multiprocessor: it may use all registers, and does on sm_90 (backward) and sm_100
-    # (forward), without a spill. On sm_120 128 x 64 spills 16 bytes backward at Triton 3.6.
+    # As swiglu, of the fused MLP; the size is the ffn width. Its products take 64 elements of k at a time, in
+    # the forward pass for twice as many columns. sm_80's lines fit the 99 KB of shared memory of sm_86 and
+    # sm_89. One program runs on a multiprocessor: it may use all registers, and does on sm_90 (backward) and
+    # sm_100 (forward), without a spill. On sm_120 128 x 64 spills 16 bytes backward at Triton 3.6.
     "mlp_fwd": (
         Row(1 << 20, LaunchConfig(64, 128, num_warps=4), architectures=(INTERPRETER,)),
         Row(1 << 20, LaunchConfig(128, 128, num_warps=8, num_stages=3), (2,), WARPGROUP),
@@ -109,21 +105,21 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(1 << 20, LaunchConfig(64, 64, num_warps=8), (2,), ("gfx1100",)),
         Row(1 << 20, LaunchConfig(32, 32, num_warps=8), (4,)),
     ),
-    # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions:
-    # small tiles, or they spill. sm_90, measured at 512 tokens on kernels before these: forward 44.8 us (two
-    # stages 46.9; 128 queries and eight warps 53.4); the whole backward pass 174 us with this dq (174.6 with
-    # three stages, for which only three programs fit instead of four) and, with one stage of this dk/dv, 161
-    # instead of 186 with two, which spilled at Triton 3.6, drained at the end of each head and copied lse and
-    # delta number by number. Now two stages take 222 to 234 registers without a spill, as many programs fit
-    # (two), and loads go on from head to head; a third stage takes 254 with documents. Not measured. dq of
-    # sm_100 and the forward pass of 128 columns have three stages, dk/dv of sm_80 and sm_120 two: by
-    # compilation, no spill, no program less. dk/dv of sm_100 keeps one: two take a third more instructions at
-    # Triton 3.6. So does dq of 128 columns on sm_90: with two, ptxas serializes its products.
-    # sm_80, sm_120: mma.sync keeps the accumulators in registers, which leaves dk/dv room for 32 queries
-    # only. On gfx loads ahead spill. A branch around the mask costs sm_90 nothing; on sm_100 dk/dv of 64
-    # columns is better without it, and dq of 128 spills 8 bytes with it at Triton 3.6; elsewhere the matrix
-    # operands then pass through shared memory, or registers spill. (In the interpreter fp32 has it, 16 bits
-    # have not: the tests run both.)
+    # block_m: queries, block_n: keys of a tile; the size is the head dim. fp32 has no matrix instructions and
+    # needs small tiles, or it spills. Measured on sm_90 at 512 tokens, on older versions of these kernels:
+    # forward 44.8 us (two stages 46.9; 128 queries and eight warps 53.4); the whole backward pass 174 us with
+    # this dq (174.6 with three stages, which fit three programs instead of four), and 161 with one stage of
+    # this dk/dv instead of 186 with two. Two stages then spilled at Triton 3.6, drained at the end of each
+    # head and copied lse and delta number by number. Now they take 222 to 234 registers without a spill, as
+    # many programs fit (two), and loads continue from head to head; three stages take 254 with documents. Not
+    # measured. dq of sm_100 and forward at 128 columns have three stages, dk/dv of sm_80 and sm_120 two: when
+    # compiled, they spill nothing and fit no fewer programs. dk/dv of sm_100 keeps one: two take a third more
+    # instructions at Triton 3.6. dq of 128 columns on sm_90 keeps one: with two, ptxas serializes its
+    # products. On sm_80 and sm_120 mma.sync keeps the accumulators in registers, which leaves dk/dv room for
+    # 32 queries only. On gfx a prefetch spills. A branch around the mask costs sm_90 nothing. On sm_100 dk/dv
+    # of 64 columns is better without it, and dq of 128 spills 8 bytes with it at Triton 3.6. Elsewhere it
+    # sends the matrix operands through shared memory, or spills. (In the interpreter fp32 has the branch and
+    # 16 bits have not, so that the tests run both.)
     "attention_fwd": (
         Row(64, LaunchConfig(128, 64, num_warps=8, num_stages=3), (2,), ("sm_80", "sm_120")),
         Row(64, LaunchConfig(64, 64, num_warps=4, num_stages=3, branch=True), (2,), WARPGROUP),
@@ -164,10 +160,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(128, LaunchConfig(16, 32, num_warps=8, num_stages=1, branch=True), (4,), (INTERPRETER,)),
         Row(128, LaunchConfig(16, 32, num_warps=8, num_stages=1)),
     ),
-    # block_n: keys of a tile (its rows are the queries of a group, padded to 16); the size is the head dim
+    # block_n: keys of a tile, whose rows are the queries of a group, padded to 16; the size is the head dim
     "decode_attention": (Row(128, LaunchConfig(16, 64, num_warps=4, num_stages=2)),),
-    # The fused decode layer. block_n: columns of a program, whose whole weight rows lie in its registers; the
-    # size is their length. Two such tiles (a head's halves, gate and up), with the norm:
+    # The fused decode layer. block_n: columns of a program, which holds their whole weight rows in registers;
+    # the size is the length of a row. With the norm, a program has two such tiles (a head's halves, or gate
+    # and up):
     "decode_norm_matmul": (
         INTERPRETED_COLUMNS,
         Row(1024, LaunchConfig(1, 2, num_warps=1)),
@@ -175,9 +172,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, LaunchConfig(1, 2, num_warps=8)),
         Row(1 << 14, LaunchConfig(1, 1, num_warps=16)),
     ),
-    # one tile, and the splits of all heads, which each program adds up itself; block_m: splits that it asks
-    # for at a time. With four warps it spills on sm_100 and sm_120, with eight and rows of 2048 on sm_120 at
-    # Triton 3.6, and with four columns of 2048 on all but sm_100.
+    # One tile, and the splits of all heads, which each program adds itself; block_m: splits loaded at a time.
+    # Four warps spill on sm_100 and sm_120, eight with rows of 2048 on sm_120 at Triton 3.6, and four columns
+    # of 2048 on all but sm_100.
     "decode_o": (
         Row(1 << 14, LaunchConfig(4, 16, num_warps=1), architectures=(INTERPRETER,)),
         Row(1024, LaunchConfig(4, 4, num_warps=8)),
@@ -186,9 +183,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, LaunchConfig(4, 2, num_warps=16)),
         Row(1 << 14, LaunchConfig(1, 1, num_warps=16)),
     ),
-    # few columns and long rows: two columns, so that 576 of them are 288 programs. A warp has 1,024 elements
-    # of each: with half as many it spills 8 bytes on sm_90 and sm_100 at Triton 3.6, and is no faster on an
-    # H100.
+    # Few columns and long rows: at two columns a program, 576 columns are 288 programs. A warp has 1,024
+    # elements of each: 512 spill 8 bytes on sm_90 and sm_100 at Triton 3.6, and are no faster on an H100.
     "decode_down": (
         INTERPRETED_COLUMNS,
         Row(2048, LaunchConfig(1, 2, num_warps=2)),
@@ -203,16 +199,15 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, LaunchConfig(1, 4, num_warps=8)),
         Row(1 << 14, LaunchConfig(1, 2, num_warps=16)),
     ),
-    # block_n: columns of the vocabulary at a time. 16 warps, because the rows that are between their two
-    # readings must fit in L2. More than one stage loads the next columns ahead; not measured.
+    # block_n: columns of the vocabulary at a time. 16 warps, because all rows between their two passes must
+    # fit in L2. More than one stage would prefetch the next columns; not measured.
     "linear_cross_entropy": (Row(1 << 20, LaunchConfig(1, 8192, num_warps=16)),),
-    # block_n: columns of a program; block_m: tokens of equal id, or sums of them, that it asks for at a time
+    # block_n: columns of a program; block_m: tokens of equal id, or sums of them, loaded at a time
     "embedding_fwd": (Row(1 << 20, LaunchConfig(1, 1024, num_warps=1)),),
     "embedding_bwd": (Row(1 << 20, LaunchConfig(8, 1024, num_warps=4)),),
-    # A chunk is block_m blocks of block_n elements, for both kernels that own one; adamw_norm: partial sums
-    # at a time.
-    # A thread has one 16-byte load of each tensor under way and 56 registers on sm_90; two (1,024 elements)
-    # take 72 and spill on sm_120.
+    # A chunk is block_m blocks of block_n elements in both kernels that own one; in adamw_norm block_n is the
+    # number of partial sums at a time. A thread has one 16-byte load of each tensor in flight and 56
+    # registers on sm_90; two loads (1,024 elements) take 72 and spill on sm_120.
     "adamw": (
         Row(1, LaunchConfig(16, 1024, num_warps=4), architectures=(INTERPRETER,)),
         Row(1, LaunchConfig(8, 1024, num_warps=4), architectures=("gfx942",)),
@@ -220,8 +215,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "adamw_squares": (Row(1, LaunchConfig(0, 2048, num_warps=4)),),
     "adamw_norm": (Row(1, LaunchConfig(0, 4096, num_warps=8)),),
-    # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes: as many tokens again for
-    # 16-byte accesses.
+    # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes, so 16-byte accesses need
+    # twice as many tokens.
     "rope": (
         Row(64, LaunchConfig(16, 0, num_warps=1), architectures=("gfx942",)),
         Row(64, LaunchConfig(8, 0, num_warps=1)),
@@ -232,23 +227,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
 
 @functools.cache
 def launch_config(op: str, dtype: torch.dtype, device: torch.device, size: int) -> LaunchConfig:
-    """The configuration of a kernel for a dtype, a device and a size. Raises ValueError when the table has no
-    line for it.
-    """
+    """The launch of a kernel for a dtype, a device and a size. Raises ValueError if the table has no line."""
     target = architecture(device)
     for row in TABLE[op]:
-        if (
-            size <= row.size
-            and dtype.itemsize in row.itemsizes
-            and (not row.architectures or target in row.architectures)
-        ):
+        there = not row.architectures or target in row.architectures
+        if there and size <= row.size and dtype.itemsize in row.itemsizes:
             return row.launch
     raise ValueError(f"{op}: expected a size of at most {TABLE[op][-1].size}, got {size}")
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ... of a device, or "interpreter" when Triton runs in numpy."""
+    """The name of a device's target, "sm_90" or "gfx942", or "interpreter" when Triton runs in numpy."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return INTERPRETER
     if torch.version.hip:
@@ -257,30 +247,28 @@ def architecture(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{max((target for target in NVIDIA if target <= 10 * major + minor), default=NVIDIA[0])}"
-    return f"sm_{NVIDIA[0]}"  # XPU and whatever comes: the most modest entry
+    return f"sm_{NVIDIA[0]}"  # XPU, and any other device: the most modest target
 
 
 def has_descriptors(device: torch.device) -> bool:
-    """Whether kernels take matrices as tensor descriptors there."""
+    """Whether kernels use tensor descriptors for matrices on that device."""
     return architecture(device) in DESCRIPTORS
 
 
 def fuses_mlp(device: torch.device) -> bool:
-    """Whether the table has the fused form of the MLP for that device."""
+    """Whether the fused form of the MLP is used on that device."""
     return architecture(device) in FUSED_MLP
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs the device runs at a time if each fills a multiprocessor."""
+    """How many programs the device runs at a time if each of them fills a multiprocessor."""
     if architecture(device) == INTERPRETER:
-        return 3  # few, so that a program owns several rows in small tests too
+        return 3  # few, so that programs own several rows even in small tests
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
 @functools.cache
 def programs(device: torch.device) -> int:
-    """How many programs keep the device busy in a kernel whose programs loop over the rows: eight a
-    multiprocessor.
-    """
+    """How many programs a kernel that loops over rows needs to keep the device busy: 8 a multiprocessor."""
     return multiprocessors(device) * (1 if architecture(device) == INTERPRETER else 8)

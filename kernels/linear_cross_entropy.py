@@ -1,54 +1,54 @@
-"""The tied head and its cross entropy in one operation: the logits of a chunk of tokens exist, those of the
-batch never do.
+"""The tied head and its cross entropy in one operation, a chunk of tokens at a time: the logits of the whole
+batch never exist.
 
     z = h W^T                                            matrix product in the dtype of h, a chunk of tokens
     loss = lse - (1 - e) z_t - e mean(z) + c lse^2       lse = log sum exp z;  e smoothing, c z-loss, t target
     dz = g (p (1 + 2 c lse) - (1 - e) onehot_t - e / V)  p = exp(z - lse);  g = 1 / valid tokens, or 1 (sum)
     dh = dz W,  dW += dz^T h                             two matrix products; dW is accumulated in fp32
 
-    g is multiplied by `scale` where one is given
+h [N, D], W [V, D], z [n, V] for a chunk of n tokens. If `scale` is given, g is multiplied by it.
 
-Both gradients are formed in the forward pass, while the chunk is there, and multiplied by all that is known
-then: a training step that passes 1 / targets as `scale` has an upstream gradient of 1. The backward pass
-gives them away, multiplied in place unless that is 1, which the kernel sees on the device: 264 MB that are
-neither read nor written (118 us on an H100). dz overwrites the chunk of logits, in the one buffer that all
-chunks share.
+Both gradients are computed in the forward pass, while the chunk's logits exist, and scaled by every factor
+known then: a training step that passes 1 / targets as `scale` has an upstream gradient of 1. The backward
+pass hands the gradients over. It multiplies them in place unless the upstream gradient is 1, which the kernel
+checks on the device: that saves reading and writing 264 MB (118 us on an H100). dz overwrites the chunk's
+logits, in one buffer that all chunks share.
 
-One fused kernel, or library products around a softmax-gradient kernel? The products are 6 N V D FLOP = 2.78
-TFLOP at 16,384 tokens of the 135M model, 3.5 ms at 800 TFLOP/s. A fused kernel that never writes z must
-compute z twice (once for lse, once for dz), 4.6 ms of products at the same rate, and adds up dh or dW across
-programs with atomics, which gives up reproducible gradients. The unfused chunk writes and reads 2 V bytes a
+Why library products around a softmax-gradient kernel, and not one fused kernel? The products are 6 N V D FLOP
+= 2.78 TFLOP at 16,384 tokens of the 135M model, 3.5 ms at 800 TFLOP/s. A fused kernel that never writes z
+must compute z twice (for lse and for dz), 4.6 ms of products at the same rate, and must add dh or dW across
+programs with atomics, so gradients would not be reproducible. The unfused chunk writes and reads 2 V bytes a
 token five times in all: 8.1 GB, 2.7 ms at 3.0 TB/s, most of it inside products that are bound by arithmetic.
-The softmax-gradient kernel itself adds one read and one write, 3.2 GB, 1.1 ms. So: library products, 3.5 +
-1.1 ms, with a reproducible sum.
+The softmax-gradient kernel itself adds one read and one write, 3.2 GB, 1.1 ms. So library products take
+3.5 + 1.1 ms, and their sums are reproducible.
 
-That the memory sets this 1.1 ms takes care in two things. A row of 98 kB is read twice, and the second time
-should find it in L2: three programs of 16 warps a multiprocessor keep 39 MB between their two readings on an
-H100 (of 50 MB), 32 MB on an A100 (of 40 MB), and the second reading goes backwards, so that it begins with
-what was read last. And the arithmetic must stay below: 17 instructions a logit on sm_90 (counted in the
-SASS), 2 1/8 of them exponentials; with a running maximum of each column they would be 37 and 3.
+Two conditions must hold for memory to be the limit of this 1.1 ms. A row of 98 kB is read twice, and the
+second pass should find it in L2: three programs of 16 warps a multiprocessor hold 39 MB between the two
+passes on an H100 (L2: 50 MB), 32 MB on an A100 (40 MB), and the second pass runs backwards, so that it begins
+with what was read last. And the arithmetic must take less time than the memory: 17 instructions a logit on
+sm_90 (counted in the SASS), 2 1/8 of them exponentials; with a running maximum for each column it would be 37
+and 3.
 
-How many tokens a chunk has: `products.tokens_per_chunk`, 5,632 on an H100 at 576 columns. Each chunk but the
-first reads dW as well as writing it, 22 us of 336 there. At 4,096 tokens cuBLAS fills the 132 multiprocessors
-by splitting the sums of dh in two (22 x 3 tiles of 192 x 192, twice), at 778 TFLOP/s, and adds the halves up
-in 8 us.
+The number of tokens in a chunk is `products.tokens_per_chunk`, 5,632 on an H100 at 576 columns. Every chunk
+but the first reads dW as well as writing it, 22 of 336 us there. At 4,096 tokens cuBLAS fills the 132
+multiprocessors by splitting the sums of dh in two (22 x 3 tiles of 192 x 192, twice), at 778 TFLOP/s, and
+adds the halves in 8 us.
 
 Measured on an H100 at 16,384 tokens in four chunks, with the gradients scaled afterwards: 5.58 ms, 1.37 times
 the products alone (4.06 ms). The products of a chunk take 352 (z), 298 (dh) and 336 us (dW), the kernel 346
-us (2.3 TB/s), the cast of the weight 59 us. Half or twice the warps or columns of the kernel change the whole
-by 3 % at most, so it is not the L2 that bounds it.
-Predicted for three chunks and no scaling: 5.58 - 0.118 - 0.030 = 5.43 ms, 1.34 times; with `weight_copy` 5.37
-ms. For 1.28 times (5.19 ms) the kernel must reach 2.8 TB/s. More loads under way may do it: with more than
-one of `num_stages` in the launch table, blocks are loaded ahead (cp.async; on sm_90 49 registers with two of
-8,192 logits, 32 with three of 4,096). Not measured, so it is one.
+us (2.3 TB/s), the cast of the weight 59 us. Halving or doubling the kernel's warps or columns changes the
+whole by 3 % at most, so L2 is not its limit. Predicted for three chunks without scaling: 5.58 - 0.118 - 0.030
+= 5.43 ms, 1.34 times; with `weight_copy` 5.37 ms. For 1.28 times (5.19 ms) the kernel must reach 2.8 TB/s.
+More loads in flight may help: with `num_stages` above one in the launch table, blocks are prefetched
+(cp.async; on sm_90 49 registers with two stages of 8,192 logits, 32 with three of 4,096). Not measured, so it
+is one.
 
-Peak extra memory at 16,384 tokens: 5,632 x 49,152 logits in 16 bits, 554 MB, dW in fp32, 113 MB, dh, 19 MB,
-and without `weight_copy` the weight in 16 bits, 57 MB; all logits in fp32 would be 3.2 GB.
-No value is read back to the host: the number of valid tokens stays on the device.
+Peak extra memory at 16,384 tokens: 5,632 x 49,152 logits in 16 bits, 554 MB; dW in fp32, 113 MB; dh, 19 MB;
+without `weight_copy` the weight in 16 bits, 57 MB. All logits in fp32 would be 3.2 GB. The host reads no
+value back: the number of valid tokens stays on the device.
 
 Source: Wijmans et al. 2024 (arXiv 2411.09009) for the problem; z-loss: Chowdhery et al. 2022 (arXiv
 2204.02311).
-
 Check: pytest tests -k linear_cross_entropy
 """
 
@@ -66,7 +66,7 @@ from kernels.launch_config import launch_config, multiprocessors, programs
 from kernels.products import add_weight_gradient, tokens_per_chunk
 from kernels.tracing import traceable
 
-CHUNK_TOKENS = 4096  # where multiprocessors are not counted: in the interpreter
+CHUNK_TOKENS = 4096  # in the interpreter, which has no multiprocessors to fill
 RESCALED = 1024  # elements that a program multiplies at a time
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -77,14 +77,12 @@ def _softmax_gradient_kernel(
     Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
-    """A program owns one token: its loss and, with GRADIENT, d loss / d logits in place of its logits. Grid:
-    tokens.
+    """A program owns one token: its loss and, with GRADIENT, d loss / d logits, written over its logits.
+    Grid: tokens.
 
-    STAGES: of blocks that are loaded ahead. No block is read after it was written.
-
-    scale_ptr points to the one factor of all gradients. Two passes over the row: maximum and sum, then the
-    gradient. VECTOR neighbouring logits are what a thread loads at once: their maximum needs no other thread,
-    and their sum is rescaled once.
+    Two passes over the row: maximum and sum, then the gradient. A thread loads VECTOR neighbouring logits at
+    a time, so their maximum needs no other thread and their sum is rescaled once. scale_ptr points to the
+    factor of all gradients. STAGES: how many blocks are loaded ahead; no block is read after it was written.
     """
     token = tl.program_id(0).to(tl.int64)
     row = logits_ptr + token * logits_stride
@@ -92,14 +90,13 @@ def _softmax_gradient_kernel(
     valid = target != ignore_index
     # [BLOCK / VECTOR, VECTOR]
     column = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    # Read before the reductions below, whose barriers keep it ahead of the other warps' stores to the same
-    # row.
-    # A target out of range reads nothing and gives NaN.
+    # Loaded here because the barriers of the reductions below keep this load ahead of the other warps' stores
+    # to the same row. A target out of range reads nothing and gives NaN.
     picked = tl.load(row + target, mask=valid & (target >= 0) & (target < vocabulary), other=float("nan")).to(
         tl.float32
     )
 
-    # Each thread keeps a maximum and a sum of its own columns; they meet once, after the loop.
+    # Each thread keeps the maximum and the sum of its own columns; they are combined once, after the loop.
     m = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK // VECTOR], tl.float32)
     plain = tl.zeros([BLOCK // VECTOR], tl.float32)
@@ -124,23 +121,21 @@ def _softmax_gradient_kernel(
         weight = factor * (1.0 + 2.0 * Z_LOSS * lse)
         blocks = tl.cdiv(vocabulary, BLOCK)
         for block in tl.range(0, blocks, num_stages=STAGES):
-            start = (blocks - 1 - block) * BLOCK  # backwards: what was read last is still near
+            start = (blocks - 1 - block) * BLOCK  # backwards: what was read last is still in the cache
             index = start + column
             logit = tl.load(row + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
             grad = tl.exp2((logit - lse) * LOG2_E) * weight
             if SMOOTHING > 0:
                 grad -= factor * SMOOTHING / vocabulary
-            if (target >= start) & (target < start + BLOCK):  # one block of them all
+            if (target >= start) & (target < start + BLOCK):  # true for one block only
                 grad -= tl.where(index == target, factor * (1.0 - SMOOTHING), 0.0)
             tl.store(row + index, grad.to(logits_ptr.dtype.element_ty), mask=index < vocabulary)
 
 
 @triton.jit
 def _rescale_kernel(dhidden_ptr, dweight_ptr, upstream_ptr, hidden_size, weight_size, BLOCK: tl.constexpr):
-    """Multiplies both gradients, of that many elements, by the upstream gradient; nothing is read if that is
-    1.
-
-    A program owns every grid-th block of BLOCK elements. Any grid.
+    """Multiplies both gradients by the upstream gradient; if that is 1, reads and writes nothing. The sizes
+    are in elements. A program owns every grid-th block of BLOCK elements. Any grid.
     """
     upstream = tl.load(upstream_ptr)
     if upstream != 1.0:
@@ -148,11 +143,8 @@ def _rescale_kernel(dhidden_ptr, dweight_ptr, upstream_ptr, hidden_size, weight_
         for start in range(first, hidden_size, step):
             index = start + tl.arange(0, BLOCK)
             value = tl.load(dhidden_ptr + index, mask=index < hidden_size, other=0.0).to(tl.float32)
-            tl.store(
-                dhidden_ptr + index,
-                (value * upstream).to(dhidden_ptr.dtype.element_ty),
-                mask=index < hidden_size,
-            )
+            value = (value * upstream).to(dhidden_ptr.dtype.element_ty)
+            tl.store(dhidden_ptr + index, value, mask=index < hidden_size)
         for start in range(first, weight_size, step):
             index = start + tl.arange(0, BLOCK)
             value = tl.load(dweight_ptr + index, mask=index < weight_size, other=0.0)
@@ -160,19 +152,10 @@ def _rescale_kernel(dhidden_ptr, dweight_ptr, upstream_ptr, hidden_size, weight_
 
 
 def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: Tensor | None,
-    weight_copy: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    z_loss: float,
-    label_smoothing: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    chunk_tokens: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None,
+    ignore_index: int, reduction: str, z_loss: float, label_smoothing: float, needs_hidden: bool,
+    needs_weight: bool, chunk_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     loss = hidden.new_empty(hidden.shape[0] if reduction == "none" else (), dtype=torch.float32)
     dweight = weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32)
     return loss, hidden.new_empty(hidden.shape if needs_hidden else 0), dweight
@@ -180,20 +163,11 @@ def _fake(
 
 @traceable(_fake)
 def _linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: Tensor | None,
-    weight_copy: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    z_loss: float,
-    label_smoothing: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    chunk_tokens: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss, d loss / d hidden (empty if not needed), d loss / d weight in fp32 (likewise)."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None,
+    ignore_index: int, reduction: str, z_loss: float, label_smoothing: float, needs_hidden: bool,
+    needs_weight: bool, chunk_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> loss, d loss / d hidden, d loss / d weight in fp32; a gradient that is not needed is empty."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     head = weight.to(hidden.dtype) if weight_copy is None else weight_copy
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
@@ -203,7 +177,7 @@ def _linear_cross_entropy(
         dweight.zero_()
     factor = torch.ones((), dtype=torch.float32, device=hidden.device) if scale is None else scale
     if reduction == "mean":
-        # No valid target: the sum is 0, and so is the mean.
+        # Without a valid target the mean is 0, as the sum is.
         factor = factor / (targets != ignore_index).sum().clamp(min=1).to(torch.float32)
     config = launch_config("linear_cross_entropy", hidden.dtype, hidden.device, vocabulary)
     chunk = chunk_tokens or CHUNK_TOKENS
@@ -227,23 +201,16 @@ def _linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The first backward pass gives both gradients away, scaled in place. A second one (retain_graph)
-    computes them again.
+    """The first backward pass scales both gradients in place and hands them over. A second one (retain_graph)
+    computes them again. `what`: the other arguments of the launcher.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor | None,
-        weight_copy: Tensor | None,
-        what: tuple[Any, ...],
-    ) -> Tensor:
-        loss, *gradients = _linear_cross_entropy(hidden, weight, targets, scale, weight_copy, *what)
-        ctx.save_for_backward(hidden, weight, targets, scale, weight_copy)
-        ctx.what, ctx.gradients, ctx.weight_dtype = what, gradients, weight.dtype
+    def forward(ctx: Any, *tensors_and_what: Any) -> Tensor:
+        *tensors, ctx.what = tensors_and_what
+        loss, *ctx.gradients = _linear_cross_entropy(*tensors, *ctx.what)
+        ctx.save_for_backward(*tensors)
+        ctx.weight_dtype = tensors[1].dtype
         return loss
 
     @staticmethod
@@ -270,20 +237,10 @@ class _LinearCrossEntropyTraced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor | None,
-        weight_copy: Tensor | None,
-        ignore_index: int,
-        reduction: str,
-        z_loss: float,
-        label_smoothing: float,
-        needs_hidden: bool,
-        needs_weight: bool,
-        chunk_tokens: int | None,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None,
+        weight_copy: Tensor | None, ignore_index: int, reduction: str, z_loss: float, label_smoothing: float,
+        needs_hidden: bool, needs_weight: bool, chunk_tokens: int | None,
+    ) -> Tensor:  # fmt: skip
         ctx.needs = needs_hidden, needs_weight
         loss, dhidden, dweight = _linear_cross_entropy(
             hidden, weight, targets, scale, weight_copy, ignore_index, reduction, z_loss, label_smoothing,
@@ -305,40 +262,31 @@ class _LinearCrossEntropyTraced(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    scale: Tensor | None = None,
-    weight_copy: Tensor | None = None,
-    chunk_tokens: int | None = None,
-) -> Tensor:
-    """Cross entropy of the logits hidden @ weight.T, without the logits.
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    z_loss: float = 0.0, label_smoothing: float = 0.0, scale: Tensor | None = None,
+    weight_copy: Tensor | None = None, chunk_tokens: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Cross entropy of the logits hidden @ weight.T, without the logits of the whole batch.
 
     hidden [N, D] (float32, float16 or bfloat16), weight [V, D] (any floating dtype; it is cast to hidden's,
     its gradient keeps its own), targets [N] integer in [0, V) or ignore_index -> fp32 scalar in nats ("mean"
-    over valid targets, 0 if there is none, or "sum"), or [N] losses ("none", no gradient). A target out of
-    range gives a loss of NaN; nothing is read out of bounds.
+    over valid targets, 0 if there is none, or "sum"), or [N] losses ("none", without a gradient). A target
+    out of range gives a loss of NaN; nothing is read out of bounds.
     scale: fp32 scalar on the device that multiplies the loss and all gradients. weight_copy: the weight in
     hidden's dtype, which saves the cast. Neither has a gradient. chunk_tokens: how many tokens' logits exist
-    at one time, `products.tokens_per_chunk` unless given. Raises ValueError naming what was expected, and
+    at a time; default `products.tokens_per_chunk`. Raises ValueError naming what was expected, and
     RuntimeError for create_graph=True. Same semantics as `kernels.reference.linear_cross_entropy`.
     """
     checks.linear_cross_entropy(
         hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens
     )
     checks.kernel_dtype("linear_cross_entropy", hidden)
-    # Decided here: inside an autograd.Function, ctx.needs_input_grad is true under no_grad as well.
+    # Decided here, because in an autograd.Function ctx.needs_input_grad is true under no_grad too.
     trains = torch.is_grad_enabled() and reduction != "none"
     needs = trains and hidden.requires_grad, trains and weight.requires_grad
     what = (ignore_index, reduction, z_loss, label_smoothing, *needs, chunk_tokens)
+    tensors = hidden, weight, targets.contiguous(), scale, weight_copy
     with torch.set_grad_enabled(trains):
         if torch.compiler.is_compiling():
-            return _LinearCrossEntropyTraced.apply(
-                hidden, weight, targets.contiguous(), scale, weight_copy, *what
-            )
-        return _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), scale, weight_copy, what)
+            return _LinearCrossEntropyTraced.apply(*tensors, *what)
+        return _LinearCrossEntropy.apply(*tensors, what)

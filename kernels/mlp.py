@@ -1,33 +1,33 @@
-"""SwiGLU inside its matrix products: the up and gate projections write silu(gate) * up themselves.
+"""SwiGLU inside its matrix products: the gate and up projection writes silu(gate) * up itself.
 
     forward    gate, up = x Wg^T, x Wu^T      one kernel; act = silu(gate) * up in its epilogue
                y = act Wd^T                   library product
-    backward   dact = dy Wd                   one kernel; dgate and dup in its epilogue, dact is never written
+    backward   dact = dy Wd                   one kernel; dgate and dup in its epilogue, dact is never stored
                dx = [dgate dup] Wgu           library products, as dWgu = [dgate dup]^T x and dWd = dy^T act
 
-Saved: x, the weights in the dtype of x, gate and up side by side [N, 2F], and act [N, F]. act could be formed
-again in the epilogue of the backward pass, but would have to be written there to be multiplied: saving it
-costs no bytes, and the composed form saves it too.
+x, y [N, D], Wgu = [Wg; Wu] [2F, D], Wd [D, F], gate, up, act [N, F]. Saved: x, the weights in the dtype of x,
+gate and up side by side [N, 2F], and act. The backward epilogue could compute act again, but would have to
+store it for the product dWd: saving it costs no extra bytes, and the composed form saves it too.
 
-Bytes: against products around kernels/swiglu.py, 2F elements a token are read less in the forward pass and F
-written and F read less in the backward pass, 4F in all. At 16,384 tokens of the 135M model in 16 bits that is
-201 MB a layer, 67 us at 3.0 TB/s. Predicted, not measured: 30 layers gain 2.0 ms a step if the products are
-as fast as the library's; each tenth by which they are slower takes 0.45 ms of it (the library's are expected
-to take 98 us and 53 us a layer). Until a GPU has timed both, `launch_config.FUSED_MLP` names no target.
+Bytes a token, against products around kernels/swiglu.py: 2F elements fewer are read in the forward pass, F
+fewer read and F fewer written in the backward pass, 4F in all. At 16,384 tokens of the 135M model in 16 bits
+that is 201 MB a layer, 67 us at 3.0 TB/s. Predicted, not measured: 30 layers gain 2.0 ms a step if the
+products are as fast as the library's; every 10 % by which they are slower costs 0.45 ms of it (the library's
+should take 98 us and 53 us a layer). Until a GPU has timed both, `launch_config.FUSED_MLP` names no target.
 
-Gate and up of a tile are one product with twice as many columns, whose sum is cut in registers. With a sum
-for each, the loop over tiles and sums, which Triton flattens into one so that the next tile's loads run
-during an epilogue, sets one to zero while the other's product is under way: ptxas then makes all products of
-sm_90 wait for each other (its note C7515).
+Gate and up of a tile are one product with twice as many columns; its accumulator is split in registers.
+Triton flattens the loops over tiles and over k into one, so that the next tile's loads run during an
+epilogue. With an accumulator each for gate and up, that loop would clear one while the other's product is
+running, and ptxas then serializes all products of sm_90 (its note C7515).
 
-Rounding: gate and up are rounded to the dtype and act is computed from the rounded values, as in the composed
-form. dact stays in fp32, where the composed form rounds it. Sums run over the whole row in one program: no
+Rounding: gate and up are rounded to the dtype, and act is computed from the rounded values, as in the
+composed form. dact stays in fp32, where the composed form rounds it. A program sums over the whole of k: no
 atomics, the same bits in every run.
 
-The grid is one program a multiprocessor; tiles go round. They are ordered in bands of GROUP tiles of rows and
-all tiles of columns, so that those that run at a time share rows and columns in L2. Where the GPU has TMA,
-tiles move through tensor descriptors that the host makes. It wants rows that begin at multiples of 16 bytes:
-a tensor with others is copied, and widths that cannot have them take the masked loads and stores of all other
+The grid is one program a multiprocessor. Tiles are ordered in bands, GROUP tiles of rows by all tiles of
+columns, so that concurrent tiles share rows and columns in L2. Where the GPU has TMA, tiles are copied
+through tensor descriptors made on the host. TMA needs rows that begin at multiples of 16 bytes: a tensor with
+other strides is copied, and widths that cannot have such rows use the masked loads and stores of all other
 GPUs.
 
 Source: Shazeer 2020 (arXiv 2002.05202); persistent products with tensor descriptors: Triton's tutorial 09.
@@ -36,7 +36,7 @@ Check: pytest tests -k mlp
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -45,18 +45,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import checks, launch_config
+from kernels.layout import dense_rows
 from kernels.products import weight_gradient
 from kernels.tracing import traceable
 
-GROUP = 8  # tiles of rows
-BLOCK_K = 64  # of 16 bits: the 128 bytes of a swizzled row
+GROUP = 8  # tiles of rows in a band
+BLOCK_K = 64  # in 16 bits 128 bytes: one swizzled row of shared memory
 
 
 @triton.jit
 def _tile(
     index, rows, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
 ):
-    """First row and first column of a tile: down GROUP tiles of rows, then to the next tile of columns."""
+    """First row and column of a tile. Order: GROUP tiles of rows, then the next tile of columns."""
     band: tl.constexpr = GROUP * tl.cdiv(COLUMNS, BLOCK_N)
     first = index // band * GROUP
     height = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP)
@@ -65,25 +66,18 @@ def _tile(
 
 @triton.jit
 def _inside(row, column, rows, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Rows [M, 1] and columns [1, N] of a tile, and which of its elements the matrix has."""
+    """Rows [M, 1] and columns [1, N] of a tile, and the mask of its elements that lie in the matrix."""
     m, n = row + tl.arange(0, M)[:, None], column + tl.arange(0, N)[None, :]
     return m.to(tl.int64), n, (m < rows) & (n < COLUMNS) if COLUMNS % N else m < rows
 
 
 @triton.jit
 def _load(
-    matrix,
-    stride,
-    row,
-    column,
-    rows,
-    COLUMNS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """[M, N] of a matrix [rows, COLUMNS] from (row, column) on, zeros outside. With TMA the matrix is a
-    descriptor, else a pointer.
+    matrix, stride, row, column, rows,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile [M, N] at (row, column) of a matrix [rows, COLUMNS], zero outside of it. The matrix is a
+    descriptor with TMA, a pointer without.
     """
     if TMA:
         tile = matrix.load([row, column])
@@ -95,18 +89,11 @@ def _load(
 
 @triton.jit
 def _load_halves(
-    matrix,
-    stride,
-    row,
-    column,
-    HALF: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """[2 M, N]: M rows of each half of a matrix [2 HALF, COLUMNS], of which a descriptor is one of [2, HALF,
-    COLUMNS]; else as _load.
+    matrix, stride, row, column,
+    HALF: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[2 M, N]: the same M rows of both halves of a matrix [2 HALF, COLUMNS]; as `_load` otherwise. Its
+    descriptor has the shape [2, HALF, COLUMNS].
     """
     if TMA:
         tile = matrix.load([0, row, column]).reshape(2 * M, N)
@@ -120,18 +107,10 @@ def _load_halves(
 
 @triton.jit
 def _store(
-    matrix,
-    stride,
-    tile,
-    row,
-    column,
-    rows,
-    COLUMNS: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """The reverse; nothing is written outside."""
+    matrix, stride, tile, row, column, rows,
+    COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `_load`: elements outside of the matrix are not written."""
     if TMA:
         matrix.store([row, column], tile)
     else:
@@ -145,11 +124,10 @@ def _mlp_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """A program owns tiles of BLOCK_M rows by BLOCK_N columns of gate, up and act. Grid: any size; the tiles
-    go round.
+    """A program owns every grid-th tile, BLOCK_M rows by BLOCK_N columns of gate, up and act. Any grid.
 
-    x [rows, WIDTH], weight [2 FFN, WIDTH]; gate and up [rows, FFN], halves of one buffer; act [rows, FFN],
-    contiguous.
+    x [rows, WIDTH], weight [2 FFN, WIDTH]; gate and up [rows, FFN] are the halves of one buffer; act
+    [rows, FFN] is contiguous.
     """
     dtype: tl.constexpr = act.dtype if TMA else act.dtype.element_ty
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(FFN, BLOCK_N)
@@ -177,11 +155,10 @@ def _mlp_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """A program owns tiles of BLOCK_M rows by BLOCK_N columns of dgate and dup. Grid: any size; the tiles go
-    round.
+    """A program owns every grid-th tile, BLOCK_M rows by BLOCK_N columns of dgate and dup. Any grid.
 
-    dy [rows, WIDTH], weight [WIDTH, FFN]; gate and up, dgate and dup [rows, FFN], each pair the halves of one
-    buffer.
+    dy [rows, WIDTH], weight [WIDTH, FFN]; gate and up [rows, FFN] are the halves of one buffer, dgate and
+    dup those of another.
     """
     dtype: tl.constexpr = dup.dtype if TMA else dup.dtype.element_ty
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(FFN, BLOCK_N)
@@ -202,15 +179,9 @@ def _mlp_bwd_kernel(
         _store(dup, 2 * FFN, (dact * silu).to(dtype), row, column, rows, FFN, BLOCK_M, BLOCK_N, TMA)
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    """[..., D] -> [rows, D] with columns of stride 1; a copy only where no such view exists."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-
-
 def _operand(matrix: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
-    """What a kernel takes for a matrix: itself, or a descriptor of its tiles. What TMA cannot address is
-    copied.
+    """A matrix as a kernel takes it: itself, or with TMA a descriptor of its tiles. A matrix that TMA cannot
+    address is copied.
     """
     if not tma:
         return matrix
@@ -220,32 +191,17 @@ def _operand(matrix: Tensor, block: list[int], tma: bool) -> Tensor | TensorDesc
     return TensorDescriptor.from_tensor(matrix, block)
 
 
-class _Plan(NamedTuple):
-    """How one of the two kernels is launched for [rows, width] and ffn columns."""
-
-    tma: bool
-    block: tuple[int, int, int]  # rows, columns, and elements of a sum at a time
-    grid: tuple[int]
-    options: dict[str, Any]
-
-
-def _plan(op: str, x: Tensor, ffn: int) -> _Plan:
+def _plan(op: str, x: Tensor, ffn: int) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the options of a launch for x [rows, width] and ffn columns."""
     rows, width = x.shape
     config = launch_config.launch_config(op, x.dtype, x.device, ffn)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(ffn, config.block_n)
-    tma = launch_config.has_descriptors(x.device) and all(
-        n * x.element_size() % 16 == 0 for n in (width, ffn)
-    )
-    options = dict(
+    aligned = all(n * x.element_size() % 16 == 0 for n in (width, ffn))
+    return (min(tiles, launch_config.multiprocessors(x.device)),), dict(
         WIDTH=width, FFN=ffn, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=BLOCK_K, GROUP=GROUP,
-        TMA=tma, num_warps=config.num_warps, num_stages=config.num_stages,
+        TMA=aligned and launch_config.has_descriptors(x.device), num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
-    return _Plan(
-        tma,
-        (config.block_m, config.block_n, BLOCK_K),
-        (min(tiles, launch_config.multiprocessors(x.device)),),
-        options,
-    )
 
 
 @traceable(
@@ -260,7 +216,8 @@ def _mlp_forward(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     packed = torch.empty((rows, 2 * ffn), dtype=x.dtype, device=x.device)
     act = torch.empty((rows, ffn), dtype=x.dtype, device=x.device)
     if act.numel():
-        tma, (m, n, k), grid, options = _plan("mlp_fwd", x, ffn)
+        grid, options = _plan("mlp_fwd", x, ffn)
+        m, n, k, tma = (options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TMA"))
         outputs = (_operand(out, [m, n], tma) for out in (packed[:, :ffn], packed[:, ffn:], act))
         _mlp_fwd_kernel[grid](
             _operand(x, [m, k], tma), _operand(gate_up.unflatten(0, (2, ffn)), [2, n, k], tma), *outputs,
@@ -275,27 +232,20 @@ def _mlp_backward(dy: Tensor, down: Tensor, packed: Tensor) -> Tensor:
     rows, ffn = dy.shape[0], down.shape[1]
     grads = torch.empty_like(packed)
     if grads.numel():
-        tma, (m, n, k), grid, options = _plan("mlp_bwd", dy, ffn)
-        halves = (
-            _operand(half, [m, n], tma)
-            for buffer in (packed, grads)
-            for half in (buffer[:, :ffn], buffer[:, ffn:])
-        )
+        grid, options = _plan("mlp_bwd", dy, ffn)
+        m, n, k, tma = (options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TMA"))
+        halves = (half for buffer in (packed, grads) for half in (buffer[:, :ffn], buffer[:, ffn:]))
         _mlp_bwd_kernel[grid](
-            _operand(dy, [m, k], tma),
-            _operand(down, [k, n], tma),
-            *halves,
-            rows,
-            dy.stride(0),
-            down.stride(0),
-            **options,
-        )
+            _operand(dy, [m, k], tma), _operand(down, [k, n], tma),
+            *(_operand(half, [m, n], tma) for half in halves),
+            rows, dy.stride(0), down.stride(0), **options,
+        )  # fmt: skip
     return grads
 
 
 class _MLP(torch.autograd.Function):
-    """x [rows, D]; gate_up and down are multiplied as their copies in x's dtype, and get gradients in their
-    own.
+    """x [rows, D]. The copies of gate_up and down, in x's dtype, are multiplied; the gradients go to the
+    weights, in their own dtypes.
     """
 
     @staticmethod
@@ -311,7 +261,7 @@ class _MLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         checks.first_derivative("mlp")
         x, gate_up, down, packed, act = ctx.saved_tensors
-        dy = _dense_rows(dy)
+        dy = dense_rows(dy)
         dpacked = _mlp_backward(dy, down, packed)
         dx = torch.mm(dpacked, gate_up) if ctx.needs_input_grad[0] else None
         dgate_up = weight_gradient(dpacked, x, ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
@@ -320,7 +270,9 @@ class _MLP(torch.autograd.Function):
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the launch table wants this form for x: in 16 bits, where it was measured to be faster."""
+    """Whether the launch table wants this form for x: in 16 bits, on a target where it was measured to be
+    faster.
+    """
     return x.element_size() == 2 and launch_config.fuses_mlp(x.device)
 
 
@@ -331,14 +283,14 @@ def mlp(
 
     x [..., D] (float32, float16 or bfloat16), gate_up [2F, D] and down [D, F] of the same or another floating
     dtype, any strides -> [..., D] in x's dtype, contiguous. A weight of another dtype (fp32 masters) is cast;
-    its gradient has its own dtype, on CUDA without a rounding to 16 bits. copies: the weights in x's dtype
-    where they exist already; these are multiplied then.
-    Raises ValueError naming what was expected. Same semantics as `kernels.reference.mlp`.
+    its gradient has its own dtype, on CUDA without a rounding to 16 bits. copies: the weights in x's dtype,
+    where they exist already; the product then reads these. Raises ValueError naming what was expected. Same
+    semantics as `kernels.reference.mlp`.
     """
     checks.mlp(x, gate_up, down, copies)
     checks.kernel_dtype("mlp", x)
     cast = (
-        _dense_rows(weight.detach().to(x.dtype) if copy is None else copy)
+        dense_rows(weight.detach().to(x.dtype) if copy is None else copy)
         for weight, copy in zip((gate_up, down), copies or (None, None), strict=True)
     )
-    return _MLP.apply(_dense_rows(x), gate_up, down, *cast).view(x.shape)
+    return _MLP.apply(dense_rows(x), gate_up, down, *cast).view(x.shape)

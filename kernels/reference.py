@@ -1,10 +1,10 @@
-"""Every operation of a SmolLM2 block as its formula, in plain differentiable PyTorch: the specification, and
+"""Every operation of a SmolLM2 block as a formula in plain, differentiable PyTorch: the specification, and
 the oracle of the tests.
 
 Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width,
-F ffn width, N tokens, V vocabulary. What is summed is summed in fp32, or in fp64 for fp64 inputs, which the
-tests take as the truth. Results are rounded to the input's dtype. No formula is fast: whole matrices of
-scores and of logits exist. kernels/eager/ is what backend=torch runs.
+F ffn width, N tokens, V vocabulary. Sums are in fp32, or in fp64 for fp64 inputs, which the tests take as the
+truth. Results are rounded to the input's dtype. The formulas are not fast: they form whole matrices of scores
+and of logits. backend=torch runs kernels/eager/.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from kernels.types import Backend, LayerWeights
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in fp32, or as it is in fp64."""
+    """x in fp32, or in fp64 if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _in_dtype(weight: Tensor, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight in dtype: the values of the copy, if there is one, with the gradient of the weight."""
+    """The weight in dtype. If there is a copy, its values count, and the gradient goes to the weight."""
     return weight.to(dtype) if copy is None else copy + (weight - weight.detach()).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = round(x / sqrt(mean(x^2) + eps)) * weight, over the last dimension.
 
-    x [..., E], weight [E] of the same dtype, or in fp32: it is rounded to that of x -> [..., E]. Rounds as
-    Hugging Face Llama does: normalise in fp32, round to the dtype of x, then scale. Source: Zhang and
-    Sennrich 2019 (arXiv 1910.07467).
+    x [..., E]; weight [E] in the dtype of x, or in fp32 and rounded to it -> [..., E]. Rounds as Hugging Face
+    Llama does: normalise in fp32, round to the dtype of x, then scale. Source: Zhang and Sennrich 2019 (arXiv
+    1910.07467).
     """
     checks.rms_norm("rms_norm", x, weight)
     wide = _wide(x)
@@ -55,11 +55,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding, rotate-half layout: the pair (x[i], x[i + D/2]) turns by the angle of
+    """Rotary position embedding, rotate-half layout: the pair (x[i], x[i + D/2]) is rotated by the angle of
     frequency i.
 
-    q [B, T, H, D], k [B, T, K, D]; cos and sin [T, D/2], or [B, T, D/2] when rows have positions of their
-    own.
+    q [B, T, H, D], k [B, T, K, D]; cos and sin [T, D/2], or [B, T, D/2] if each row has its own positions.
     Computed in fp32 from fp32 tables, rounded once. Source: Su et al. 2021 (arXiv 2104.09864).
     """
     checks.rope(q, k, cos, sin)
@@ -75,9 +74,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Splits a packed projection into queries, keys and values, and rotates the first two.
 
-    qkv [B, T, H + 2K, D]; cos and sin as in `rope` -> q [B, T, H, D], k and v [B, T, K, D]. An operation of
-    its own, because its gradient can then be written into one packed buffer, where three separate ones would
-    have to be concatenated.
+    qkv [B, T, H + 2K, D]; cos and sin as in `rope` -> q [B, T, H, D], k and v [B, T, K, D]. As one operation
+    its gradient can be written into one packed buffer; three separate gradients would be concatenated.
     """
     checks.rope_qkv(qkv, cos, sin, key_heads)
     q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
@@ -85,21 +83,15 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Ten
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_start: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0,
     scale: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Causal grouped-query attention, aligned to the bottom right: query t sees keys up to t + S - T.
 
     q [B, T, H, D], k and v [B, S, K, D] with S >= T -> [B, T, H, D]. Query head h reads key head h // G.
-    doc_start [B, T]: the first key that each query may see; None means 0. A query that may see no key gives
-    zeros.
-    scale: default 1 / sqrt(D). Source: Vaswani et al. 2017 (arXiv 1706.03762), Ainslie et al. 2023 (arXiv
-    2305.13245).
+    doc_start [B, T]: the first key that each query sees; None means 0. The result of a query that sees no key
+    is zero. scale: default 1 / sqrt(D). Source: Vaswani et al. 2017 (arXiv 1706.03762), Ainslie et al. 2023
+    (arXiv 2305.13245).
     """
     checks.attention("attention", q, k, v, doc_start)
     length, keys = q.shape[1], k.shape[1]
@@ -113,7 +105,7 @@ def attention(
 def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> Tensor:
     """Attention of a few new queries over a cache whose rows are filled to different lengths.
 
-    q [B, T, H, D], caches [B, S, K, D], lengths [B] (the new keys included): query t of row b sees the first
+    q [B, T, H, D], caches [B, S, K, D], lengths [B], the new keys included: query t of row b sees the first
     lengths[b] - T + t + 1 keys. -> [B, T, H, D].
     """
     checks.decode_attention(q, key_cache, value_cache, lengths)
@@ -128,7 +120,7 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout_p: float, scale:
     group = q.shape[2] // k.shape[2]
     k, v = (_wide(x).repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", _wide(q), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    # The lowest number instead of -inf, because a query that sees nothing would divide zero by zero.
+    # The lowest finite number instead of -inf: a query that sees no key would divide zero by zero.
     weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~seen, 0.0)
     return torch.einsum("bhts,bshd->bthd", F.dropout(weights, dropout_p), v).to(q.dtype)
 
@@ -136,7 +128,7 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, dropout_p: float, scale:
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up with silu(x) = x * sigmoid(x). Source: Shazeer 2020 (arXiv 2002.05202).
 
-    gate and up [..., F] -> [..., F]. Without `up`, gate is the packed buffer [..., 2F] with the gate in its
+    gate and up [..., F] -> [..., F]. Without `up`, gate is a packed buffer [..., 2F] with the gate in its
     first half.
     """
     checks.swiglu(gate, up)
@@ -150,9 +142,9 @@ def mlp(
 ) -> Tensor:
     """down @ (silu(gate @ x) * (up @ x)), with gate and up the two halves of gate_up.
 
-    x [..., E], gate_up [2F, E], down [E, F] -> [..., E] in x's dtype, in which the products run. A weight of
-    another floating dtype (fp32 masters) is cast, and its gradient has its own; copies: the weights in x's
-    dtype where they exist already.
+    x [..., E], gate_up [2F, E], down [E, F] -> [..., E]. The products run in x's dtype. A weight of another
+    floating dtype (fp32 masters) is cast, and its gradient has its own dtype. copies: the weights in x's
+    dtype, where they exist already.
     """
     checks.mlp(x, gate_up, down, copies)
     gate_up, down = (
@@ -164,40 +156,31 @@ def mlp(
 def tied_embedding(
     input_ids: Tensor, weight: Tensor, dtype: torch.dtype, weight_copy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The rows of the embedding, and the embedding as the head: one operation, so that both their gradients
+    """The rows of the embedding, and the embedding as the head: one operation, so that the gradients of both
     can become one tensor.
 
     input_ids [...] int64 or int32, weight [V, E] -> (x [..., E] in `dtype`, head [V, E]: the weight itself).
-    weight_copy: the weight in `dtype`, from which a kernel may read the same bits; there is no need of it
-    here. An id out of range raises.
+    weight_copy: the weight in `dtype`, from which a kernel may read the same bits; it is not needed here. An
+    id out of range raises an error.
     """
     checks.tied_embedding(input_ids, weight, dtype, weight_copy)
     return F.embedding(input_ids, weight).to(dtype), weight
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    scale: Tensor | None = None,
-    weight_copy: Tensor | None = None,
-    chunk_tokens: int | None = None,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    z_loss: float = 0.0, label_smoothing: float = 0.0, scale: Tensor | None = None,
+    weight_copy: Tensor | None = None, chunk_tokens: int | None = None,
+) -> Tensor:  # fmt: skip
     """Cross entropy of the logits hidden @ weight.T.
 
     hidden [N, E], weight [V, E], targets [N] in [0, V) or ignore_index -> fp32 scalar in nats ("mean" over
-    valid targets, or "sum"), or [N] losses ("none", which has no gradient). The products run in hidden's
-    dtype; a weight of another dtype (fp32 masters) is cast, and its gradient comes back in its own dtype. No
-    valid target: 0.
-    z_loss adds z_loss * logsumexp(logits)^2 per token (PaLM, arXiv 2204.02311); label_smoothing as torch's
-    cross_entropy. scale: fp32 scalar on the device that multiplies the loss and all gradients. weight_copy:
-    the weight in hidden's dtype, which saves the cast. Neither has a gradient. chunk_tokens: how many tokens'
-    logits may exist at a time; all of them do here.
+    valid targets, 0 if there is none, or "sum"), or [N] losses ("none", without a gradient). The product runs
+    in hidden's dtype; a weight of another dtype (fp32 masters) is cast, and its gradient has its own dtype.
+    z_loss adds z_loss * logsumexp(logits)^2 per token (PaLM, arXiv 2204.02311); label_smoothing is that of
+    torch's cross_entropy. scale: fp32 scalar on the device that multiplies the loss and all gradients.
+    weight_copy: the weight in hidden's dtype, which saves the cast. Neither has a gradient. chunk_tokens: how
+    many tokens' logits may exist at a time; here all of them do.
     """
     checks.linear_cross_entropy(
         hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens
@@ -218,24 +201,15 @@ def linear_cross_entropy(
 
 
 def decode_layer(
-    x: Tensor,
-    weights: LayerWeights,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    lengths: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    eps: float,
-    ops: Backend,
-    linear: Callable[[Tensor, Any], Tensor] = F.linear,
-) -> Tensor:
+    x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor,
+    sin: Tensor, *, eps: float, ops: Backend, linear: Callable[[Tensor, Any], Tensor] = F.linear,
+) -> Tensor:  # fmt: skip
     """One whole block for a few new tokens: norm, qkv, rope, cache write, attention, projection, norm, SwiGLU
     MLP.
 
     x [B, T, E] -> [B, T, E]. Writes the new keys and values into the caches [B, S, K, D] at positions
-    lengths[b] - T .. lengths[b] - 1. cos and sin [B, T, D/2] belong to those positions. `ops` are the
-    operations composed; `linear` multiplies by the matrices, and may know other forms of them.
+    lengths[b] - T .. lengths[b] - 1, to which cos and sin [B, T, D/2] belong. `ops` are the operations that
+    are composed. `linear` multiplies by the matrices, which may have another form than a Tensor.
     """
     batch, length, _ = x.shape
     key_heads, head_dim = key_cache.shape[2:]

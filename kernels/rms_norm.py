@@ -1,28 +1,29 @@
-"""RMSNorm, alone and fused with the addition of the residual stream; forward and backward.
+"""RMSNorm, alone or fused with the addition of the residual stream; forward and backward.
 
     forward    s = x + r  (rounded to the dtype; without a residual s = x)
                rstd = 1 / sqrt(mean(s^2) + eps)             fp32, one per row, saved
                y = round(s * rstd) * w                      rounds as Hugging Face Llama does
     backward   n = s * rstd,  g = dy * w
-               ds = rstd * (g - n * mean(g * n)) + dsum     dsum: what reaches s along the residual stream
+               ds = rstd * (g - n * mean(g * n)) + dsum     dsum: the gradient of s along the residual stream
                dw = sum over rows of dy * round(n)
                dx = dr = ds
 
-w is rounded to the dtype of x on the way in, so that fp32 masters need no cast before and get their gradient
-as it was summed, in fp32.
+x, r, s, y [rows, D], w [D]. The kernels round w to the dtype of x as they load it, so fp32 master weights
+need no cast, and their gradient keeps the fp32 in which it was summed.
 
-Saved: s (it is an output, so it costs nothing), w, rstd.
-Bytes per element of a 16-bit tensor: rms_norm 4 forward, 6 backward; add_rms_norm 8 forward (2 read, 2
-written), 8 backward. Floor at 16,384 tokens x 576 and 3.0 TB/s: 13 us and 19 us; with the residual 25 us
+Saved: s (an output anyway), w, rstd.
+Bytes per element of a 16-bit tensor: rms_norm 4 forward, 6 backward; add_rms_norm 8 forward (2 reads, 2
+writes), 8 backward. Floor at 16,384 tokens x 576 and 3.0 TB/s: 13 us and 19 us; with the residual 25 us
 each.
 
-One warp works on a row, so a row's sum needs no shared memory and no barrier. The width is padded to a power
-of two, but the width is a compile-time constant and the compiler drops the loads that are masked as a whole:
-576 columns of 16 bits are three 16-byte loads a lane, 192 instructions a row (176 with two rows a program),
-against 264 for a 512 + 64 split and 336 for a four-warp program (sm_90, counted in the SASS). The backward
-pass is persistent: a program owns a range of rows, keeps its share of dw in registers, and writes it once; a
-second kernel adds the shares in a fixed order, hundreds at a time: what it reads lies in L2, and it takes as
-long as the loads that wait for one another. Gradients are bit-identical from run to run.
+One warp works on a row, so a row's sum needs no shared memory and no barrier. The block is the width padded
+to a power of two. The width is a compile-time constant, so the compiler drops loads that are masked as a
+whole: 576 columns of 16 bits are three 16-byte loads a lane and 192 instructions a row (176 with two rows a
+program), against 264 for a 512 + 64 split and 336 for a four-warp program (sm_90, counted in the SASS).
+
+The backward pass is persistent: a program owns a range of rows, keeps its share of dw in registers and
+writes it once. A second kernel adds the shares in a fixed order, so gradients are bit-identical from run to
+run. It reads them from L2 and is bound by load latency, so it adds hundreds of shares at a time.
 
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
 Check: pytest tests -k rms_norm
@@ -39,6 +40,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.launch_config import launch_config, programs
+from kernels.layout import dense_rows
 from kernels.tracing import traceable
 
 
@@ -48,8 +50,8 @@ def _rms_norm_fwd_kernel(
     WIDTH: tl.constexpr, EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS rows. Grid: ceil(rows / ROWS). Outputs are contiguous; columns of the inputs have
-    stride 1.
+    """A program owns ROWS rows. Grid: ceil(rows / ROWS). Outputs are contiguous; inputs have a column stride
+    of 1.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -74,17 +76,14 @@ def _rms_norm_bwd_dx_kernel(
     rows, rows_per_program, dy_stride, dsum_stride, sum_stride,
     WIDTH: tl.constexpr, HAS_DSUM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns rows_per_program consecutive rows, ROWS at a time, and one row of partial [programs,
-    WIDTH].
+    """A program owns rows_per_program consecutive rows, ROWS at a time, and one row of partial
+    [programs, WIDTH].
     """
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     column = tl.arange(0, BLOCK)
-    weight = (
-        tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0)
-        .to(sum_ptr.dtype.element_ty)
-        .to(tl.float32)
-    )
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0)
+    weight = weight.to(sum_ptr.dtype.element_ty).to(tl.float32)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
@@ -108,7 +107,7 @@ def _rms_norm_bwd_dx_kernel(
 def _rms_norm_bwd_dw_kernel(
     partial_ptr, dw_ptr, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A program owns BLOCK columns of dw and adds the parts from the first to the last, PARTS at a time."""
+    """A program owns BLOCK columns of dw and adds all parts in ascending order, PARTS at a time."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PARTS, BLOCK], tl.float32)
     for start in range(0, parts, PARTS):
@@ -118,16 +117,10 @@ def _rms_norm_bwd_dw_kernel(
     tl.store(dw_ptr + column, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """[..., D] -> [rows, D] with columns of stride 1; a copy only where no such view exists."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-
-
 def _fake_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = x.new_empty(x.shape if residual is not None else 0)
+    total = x.new_empty(0 if residual is None else x.shape)
     return x.new_empty(x.shape), total, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
@@ -138,7 +131,7 @@ def _rms_norm_forward(
     """x, residual [rows, D] -> y, sum (empty without a residual), rstd [rows]."""
     rows, width = x.shape
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    total = torch.empty((rows, width) if residual is not None else 0, dtype=x.dtype, device=x.device)
+    total = torch.empty(0 if residual is None else (rows, width), dtype=x.dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     config = launch_config("rms_norm_fwd", x.dtype, x.device, width)
     if rows and width:
@@ -168,8 +161,7 @@ def _rms_norm_backward(
         return dx, torch.zeros_like(weight)
     dw = torch.empty(width, dtype=weight.dtype, device=weight.device)
     config = launch_config("rms_norm_bwd", total.dtype, total.device, width)
-    # The grid and the buffer of partial sums come from one number; a program may own no row and then writes
-    # zeros.
+    # The grid and the buffer of partial sums have one size; a program that owns no row writes zeros.
     rows_per_program = config.block_m * triton.cdiv(rows, config.block_m * programs(total.device))
     parts = triton.cdiv(rows, rows_per_program)
     partial = torch.empty((parts, width), dtype=torch.float32, device=total.device)
@@ -181,14 +173,9 @@ def _rms_norm_backward(
     )  # fmt: skip
     config = launch_config("rms_norm_dw", torch.float32, total.device, width)
     _rms_norm_bwd_dw_kernel[(triton.cdiv(width, config.block_n),)](
-        partial,
-        dw,
-        parts,
-        WIDTH=width,
-        PARTS=config.block_m,
-        BLOCK=config.block_n,
-        num_warps=config.num_warps,
-    )
+        partial, dw, parts,
+        WIDTH=width, PARTS=config.block_m, BLOCK=config.block_n, num_warps=config.num_warps,
+    )  # fmt: skip
     return dx, dw
 
 
@@ -202,46 +189,43 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        dx, dw = _rms_norm_backward(_as_rows(dy), None, x, weight, rstd)
+        dx, dw = _rms_norm_backward(dense_rows(dy), None, x, weight, rstd)
         return dx, dw, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, total, rstd = _rms_norm_forward(_as_rows(x), _as_rows(residual), weight, eps)
+        y, total, rstd = _rms_norm_forward(dense_rows(x), dense_rows(residual), weight, eps)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.set_materialize_grads(False)  # the last norm's sum has no gradient: then none is read
+        ctx.set_materialize_grads(False)  # the last norm's sum has no gradient: no zeros are read for it
         return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:  # only the residual stream is used
+        if dy is None:  # only the sum was used
             return dsum, dsum, None, None
         total, weight, rstd = ctx.saved_tensors
-        dx, dw = _rms_norm_backward(
-            _as_rows(dy), None if dsum is None else _as_rows(dsum), total, weight, rstd
-        )
-        # one tensor twice: autograd then copies it if x and residual both keep it as .grad
-        dx = dx.view(dy.shape)
+        dsum = None if dsum is None else dense_rows(dsum)
+        dx, dw = _rms_norm_backward(dense_rows(dy), dsum, total, weight, rstd)
+        dx = dx.view(dy.shape)  # returned twice: autograd copies it if x and residual both keep it as .grad
         return dx, dx, dw, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = round(x / sqrt(mean(x^2) + eps)) * weight over the last dimension.
 
-    x [..., D] in float32, float16 or bfloat16 with any strides, weight [D] of the same dtype or in float32,
-    rounded to that of x -> [..., D], contiguous; the gradient of the weight has the weight's dtype. Raises
+    x [..., D] in float32, float16 or bfloat16 with any strides; weight [D] in the dtype of x, or in float32
+    and rounded to it -> [..., D], contiguous. The gradient of the weight has the weight's dtype. Raises
     ValueError naming what was expected. Same semantics as `kernels.reference.rms_norm`.
     """
     checks.rms_norm("rms_norm", x, weight)
     checks.kernel_dtype("rms_norm", x)
-    return _RMSNorm.apply(_as_rows(x), weight.contiguous(), eps).view(x.shape)
+    return _RMSNorm.apply(dense_rows(x), weight.contiguous(), eps).view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) with s = x + residual, in one launch forward and, for all three gradients, two
-    backward.
+    """(rms_norm(s), s) with s = x + residual, in one launch; all three gradients take two launches.
 
     x, residual [..., D] with any strides, weight [D] as in `rms_norm` -> two tensors [..., D], contiguous.
     Raises ValueError naming what was expected. Same semantics as `kernels.reference.add_rms_norm`.

@@ -1,17 +1,17 @@
-"""Rotary position embedding of queries and keys in one launch, rotate-half layout; the backward pass is the
-same kernel.
+"""Rotary position embedding of queries and keys in one launch, rotate-half layout, forward and backward.
 
     forward    a' = a cos - b sin,   b' = b cos + a sin         a = x[..., :D/2], b = x[..., D/2:]
-    backward   the same with -sin, since the inverse of a rotation is the rotation back
+    backward   the same kernel with -sin: the gradient is rotated back
 
-Saved: cos and sin (shared by all layers), nothing else. Computed in fp32 from fp32 tables, rounded once.
-Bytes per token of 12 heads of 64 in 16 bits: 3,072 read and written (and the values' 384 copied in the packed
-backward). Floor at 16,384 tokens and 3.0 TB/s: 17 us each way.
+q [B, T, H, D], k [B, T, K, D], cos and sin [(B,) T, D/2]. Saved: cos and sin only, which all layers share.
+The arithmetic is fp32, from fp32 tables, and rounds once. Bytes per token of 12 heads of 64 in 16 bits: 3,072
+read and written (and in the packed backward pass the values' 384 copied). Floor at 16,384 tokens and
+3.0 TB/s: 17 us each way.
 
-q and k are read by their strides wherever they lie: separate tensors or slices of a packed projection [B, T,
-(H + 2K) * D]. Nothing is transposed or copied first. `rope_qkv` takes the packed projection itself; its
-backward kernel gathers dq, dk and dv and writes the packed gradient in the same launch, where autograd would
-concatenate three tensors.
+The kernel reads q and k by their strides, whether they are tensors of their own or slices of a packed
+projection [B, T, (H + 2K) * D]; nothing is transposed or copied first. `rope_qkv` takes the packed projection
+itself. Its backward kernel writes the gradients of q, k and v into one packed buffer in the same launch,
+where autograd would concatenate three tensors.
 
 Source: Su et al. 2021 (arXiv 2104.09864); layout of Hugging Face Llama.
 Check: pytest tests -k rope
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.launch_config import launch_config
+from kernels.layout import dense_lanes
 from kernels.tracing import traceable
 
 
@@ -36,12 +37,13 @@ def _rotate_heads(
     x_ptr, y_ptr, x_row, y_row, x_head_stride, cos, sin, mask,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one tensor for a tile of tokens. x_row and y_row [TOKENS] are offsets; cos, sin and mask
-    [TOKENS, HALF].
+    """Rotates (or copies) all heads of one tensor for a tile of tokens. x_row, y_row [TOKENS] are offsets;
+    cos, sin, mask [TOKENS, HALF].
     """
     lane = tl.arange(0, HALF)[None, :]
-    # unrolled as a whole, 96 heads take the compiler ten seconds
-    for head in tl.range(HEADS, loop_unroll_factor=4):
+    for head in tl.range(
+        HEADS, loop_unroll_factor=4
+    ):  # fully unrolled, 96 heads would compile for 10 seconds
         source = x_row[:, None] + tl.cast(head, tl.int64) * x_head_stride + lane
         target = y_row[:, None] + head * (2 * HALF) + lane
         a = tl.load(x_ptr + source, mask=mask, other=0.0)  # [TOKENS, HALF]
@@ -62,12 +64,11 @@ def _rope_kernel(
     KEY_HEADS: tl.constexpr, HALF: tl.constexpr, COPY_V: tl.constexpr, INVERSE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """A program owns TOKENS tokens with all their heads, so the tables are read once. Grid: ceil(tokens /
-    TOKENS).
+    """A program owns TOKENS tokens with all their heads, so it reads the tables once. Grid:
+    ceil(tokens / TOKENS).
 
-    Tables are [B or 1, T, HALF] with contiguous rows; out strides are those of a token, its heads lie side by
-    side.
-    COPY_V copies the value heads as well (k and v then share an out stride).
+    Tables are [B or 1, T, HALF] with contiguous rows. An out stride is that of a token; its heads are
+    contiguous. COPY_V copies the value heads too (k and v then share an out stride).
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     batch, time = token // length, token % length
@@ -77,10 +78,8 @@ def _rope_kernel(
     sin = tl.load(sin_ptr + table, mask=mask, other=0.0).to(tl.float32)
     if INVERSE:
         sin = -sin
-    q_row, k_row = (
-        batch * q_batch_stride + time * q_time_stride,
-        batch * k_batch_stride + time * k_time_stride,
-    )
+    q_row = batch * q_batch_stride + time * q_time_stride
+    k_row = batch * k_batch_stride + time * k_time_stride
     _rotate_heads(
         q_ptr, q_out_ptr, q_row, token * q_out_stride, q_head_stride, cos, sin, mask, HEADS, HALF, True
     )
@@ -90,34 +89,15 @@ def _rope_kernel(
     if COPY_V:
         v_row = batch * v_batch_stride + time * v_time_stride
         _rotate_heads(
-            v_ptr,
-            v_out_ptr,
-            v_row,
-            token * k_out_stride,
-            v_head_stride,
-            cos,
-            sin,
-            mask,
-            KEY_HEADS,
-            HALF,
+            v_ptr, v_out_ptr, v_row, token * k_out_stride, v_head_stride, cos, sin, mask, KEY_HEADS, HALF,
             False,
-        )
-
-
-def _lanes(x: Tensor) -> Tensor:
-    """The tensor with a last stride of 1; a copy only if it has another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+        )  # fmt: skip
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    outs: tuple[Tensor, Tensor, Tensor],
-    inverse: bool,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor | None, cos: Tensor, sin: Tensor,
+    outs: tuple[Tensor, Tensor, Tensor], inverse: bool,
+) -> None:  # fmt: skip
     batch, length, heads, head_dim = q.shape
     tokens = batch * length
     if tokens == 0:
@@ -147,13 +127,11 @@ def _fake_gather(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> T
 
 @traceable(_fake_gather)
 def _rope_gather_gradient(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """dq [B, T, H, D], dk, dv [B, T, K, D] -> [B, T, H + 2K, D]: the first two rotated back, the third
-    copied.
-    """
-    heads, key_heads = dq.shape[2], dk.shape[2]
-    packed = torch.empty(
-        (*dq.shape[:2], heads + 2 * key_heads, dq.shape[3]), dtype=dq.dtype, device=dq.device
-    )
+    """dq [B, T, H, D], dk, dv [B, T, K, D] -> [B, T, H + 2K, D]: dq and dk rotated back, dv copied."""
+    batch, length, heads, head_dim = dq.shape
+    key_heads = dk.shape[2]
+    shape = batch, length, heads + 2 * key_heads, head_dim
+    packed = torch.empty(shape, dtype=dq.dtype, device=dq.device)
     _launch(dq, dk, dv, cos, sin, packed.split((heads, key_heads, key_heads), dim=2), True)
     return packed
 
@@ -167,7 +145,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return *_rope_rotate(_lanes(dq), _lanes(dk), cos, sin, True), None, None
+        return *_rope_rotate(dense_lanes(dq), dense_lanes(dk), cos, sin, True), None, None
 
 
 class _RopeQKV(torch.autograd.Function):
@@ -182,34 +160,35 @@ class _RopeQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return (_rope_gather_gradient(_lanes(dq), _lanes(dk), _lanes(dv), cos, sin), None, None, None)
+        packed = _rope_gather_gradient(dense_lanes(dq), dense_lanes(dk), dense_lanes(dv), cos, sin)
+        return packed, None, None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates queries and keys by the angles of their positions.
 
     q [B, T, H, D], k [B, T, K, D] of one dtype (float32, float16, bfloat16), D a power of two, any strides;
-    cos and sin [T, D/2] (row t is position t: pass a slice for an offset) or [B, T, D/2] (gathered by
+    cos and sin [T, D/2] (row t belongs to position t: pass a slice for an offset) or [B, T, D/2] (gathered by
     position, for packed documents) -> two contiguous tensors. Raises ValueError naming what was expected.
     Same semantics as `kernels.reference.rope`.
     """
     checks.rope(q, k, cos, sin)
     _check_kernel("rope", q)
-    return _Rope.apply(_lanes(q), _lanes(k), cos.contiguous(), sin.contiguous())
+    return _Rope.apply(dense_lanes(q), dense_lanes(k), cos.contiguous(), sin.contiguous())
 
 
 def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits a packed projection and rotates queries and keys; the gradient arrives packed, from one launch.
+    """Splits a packed projection and rotates queries and keys. Its gradient is packed, from one launch.
 
-    qkv [B, T, H + 2K, D], otherwise as `rope` -> q [B, T, H, D] and k [B, T, K, D], contiguous, and v [B, T,
-    K, D], a view of qkv.
+    qkv [B, T, H + 2K, D], otherwise as `rope` -> q [B, T, H, D] and k [B, T, K, D], contiguous, and
+    v [B, T, K, D], a view of qkv.
     """
     checks.rope_qkv(qkv, cos, sin, key_heads)
     _check_kernel("rope_qkv", qkv)
-    return _RopeQKV.apply(_lanes(qkv), cos.contiguous(), sin.contiguous(), key_heads)
+    return _RopeQKV.apply(dense_lanes(qkv), cos.contiguous(), sin.contiguous(), key_heads)
 
 
 def _check_kernel(op: str, q: Tensor) -> None:
     checks.kernel_dtype(op, q)
     head_dim = q.shape[3]
-    checks.require(head_dim & (head_dim - 1) == 0, op, "a head dim that is a power of two", head_dim)
+    (head_dim & (head_dim - 1) == 0) or checks.refuse(op, "a head dim that is a power of two", head_dim)

@@ -1,18 +1,16 @@
-"""SwiGLU: silu(gate) * up, forward and backward, on separate tensors or on the two halves of one packed
-buffer.
+"""SwiGLU, silu(gate) * up, forward and backward, on two tensors or on the two halves of one packed buffer.
 
     forward    s = sigmoid(gate),  y = gate * s * up
     backward   dup = dy * gate * s
                dgate = dy * up * s * (1 + gate * (1 - s))
 
-Saved: the inputs, nothing else; sigmoid is computed again. Everything in fp32, rounded once (the reference
-rounds silu(gate) first). Bytes per output element of a 16-bit tensor: 6 forward, 10 backward. Floor at 16,384
-tokens x 1536 and 3.0 TB/s: 50 us and 84 us.
+gate, up, y [rows, F]. Saved: the inputs only; the sigmoid is computed again. The arithmetic is fp32 and
+rounds once (the reference rounds silu(gate) first). Bytes per output element of a 16-bit tensor: 6 forward,
+10 backward. Floor at 16,384 tokens x 1536 and 3.0 TB/s: 50 us and 84 us.
 
-The grid is flat over tiles of a few rows by 512 columns: 1536 = 3 x 512, so nothing is padded to 2048. With a
-packed input [.., 2F], as one matrix product leaves it, the gradient is written into one packed buffer, which
-is what the next product reads: two separate gradients would first have to be concatenated, another 8 bytes
-per output element.
+A program owns a tile of a few rows by 512 columns: 1536 = 3 x 512, so nothing is padded to 2048. A packed
+input [.., 2F], the result of one matrix product, gets a packed gradient, which the next product reads as it
+is. Two separate gradients would have to be concatenated first: another 8 bytes per output element.
 
 Source: Shazeer 2020 (arXiv 2002.05202).
 Check: pytest tests -k swiglu
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.launch_config import launch_config
+from kernels.layout import dense_rows
 from kernels.tracing import traceable
 
 
@@ -37,8 +36,8 @@ def _swiglu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, rows, gate_stride, up_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of ROWS rows and BLOCK columns. Grid: ceil(rows / ROWS) * ceil(WIDTH / BLOCK),
-    columns first.
+    """A program owns a tile of ROWS rows and BLOCK columns. Grid: ceil(rows / ROWS) * ceil(WIDTH / BLOCK);
+    the tiles of a row block are neighbours.
     """
     tiles: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -55,8 +54,8 @@ def _swiglu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, dy_stride, gate_stride, up_stride, grad_stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a tile of both gradients, as in the forward pass; dgate and dup share the row stride
-    grad_stride.
+    """A program owns a tile of both gradients. Grid as in the forward pass. The rows of dgate and of dup are
+    grad_stride apart.
     """
     tiles: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -71,12 +70,6 @@ def _swiglu_bwd_kernel(
     grad = row * grad_stride + column
     tl.store(dup_ptr + grad, (dy * silu).to(gate.dtype), mask=mask)
     tl.store(dgate_ptr + grad, (dy * up * (sigmoid + silu * (1.0 - sigmoid))).to(gate.dtype), mask=mask)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[..., F] -> [rows, F] with columns of stride 1; a copy only where no such view exists."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def _grid(rows: int, width: int, block_m: int, block_n: int) -> tuple[int]:
@@ -120,7 +113,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        dgate, dup = _swiglu_backward(_as_rows(dy), gate, up).chunk(2, dim=1)
+        dgate, dup = _swiglu_backward(dense_rows(dy), gate, up).chunk(2, dim=1)
         return dgate, dup
 
 
@@ -133,18 +126,18 @@ class _SwiGLUPacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (packed,) = ctx.saved_tensors
-        return _swiglu_backward(_as_rows(dy), *packed.chunk(2, dim=1))
+        return _swiglu_backward(dense_rows(dy), *packed.chunk(2, dim=1))
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up with silu(x) = x * sigmoid(x).
 
     gate, up [..., F] of one dtype (float32, float16, bfloat16), any strides -> [..., F], contiguous. Without
-    `up`, gate is the packed buffer [..., 2F] with the gate in its first half, and its gradient is one packed
-    buffer too. Raises ValueError naming what was expected. Same semantics as `kernels.reference.swiglu`.
+    `up`, gate is a packed buffer [..., 2F] with the gate in its first half, and its gradient is packed too.
+    Raises ValueError naming what was expected. Same semantics as `kernels.reference.swiglu`.
     """
     checks.swiglu(gate, up)
     checks.kernel_dtype("swiglu", gate)
     if up is None:
-        return _SwiGLUPacked.apply(_as_rows(gate)).view(*gate.shape[:-1], gate.shape[-1] // 2)
-    return _SwiGLU.apply(_as_rows(gate), _as_rows(up)).view(gate.shape)
+        return _SwiGLUPacked.apply(dense_rows(gate)).view(*gate.shape[:-1], gate.shape[-1] // 2)
+    return _SwiGLU.apply(dense_rows(gate), dense_rows(up)).view(gate.shape)

@@ -1,4 +1,4 @@
-"""How a launcher of kernels appears to torch.compile: as one opaque operation with a known output shape."""
+"""How torch.compile sees a launcher of kernels: as one opaque operation with a known output shape."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def traceable(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
     """Decorates a launcher: a plain call in eager mode, the operation `smollm2::<name>` while torch.compile
     traces.
 
-    fake: same arguments -> empty outputs of the right shape, dtype and strides; it runs instead of the
-    launcher during tracing. Calling through the registered operation always would be simpler, but costs 12 us
-    more a call (15 against 27 us for an operation of three small tensors on a CPU), and a step makes some
-    five hundred calls. A raw launch inside an autograd.Function, on the other hand, is refused by Dynamo
-    where there is no GPU. The operation is kept as `.op` for opcheck.
+    fake: same arguments -> empty outputs of the right shape, dtype and strides; it replaces the launcher
+    during tracing. Always calling the registered operation would be simpler, but costs 12 us more a call (15
+    against 27 us for an operation of three small tensors on a CPU), and a step makes some 500 calls. A raw
+    launch inside an autograd.Function is no alternative: without a GPU, Dynamo refuses it. The operation is
+    kept as `.op` for opcheck.
     """
 
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:

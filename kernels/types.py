@@ -1,5 +1,4 @@
-"""What every backend provides: the operations of a SmolLM2 block, their signatures, and the weights of a
-packed block.
+"""What every backend provides: the operations of a SmolLM2 block and their signatures; and a block's weights.
 
 Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width,
 F ffn width, N tokens, V vocabulary. kernels/reference.py says what each operation computes.
@@ -7,20 +6,17 @@ F ffn width, N tokens, V vocabulary. kernels/reference.py says what each operati
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-Matrix = TypeVar("Matrix")  # a Tensor, or another form of a matrix that the caller's product knows
+Matrix = TypeVar("Matrix")  # a Tensor, or another form of a matrix that the caller can multiply by
 
 
 class LayerWeights(NamedTuple, Generic[Matrix]):
-    """The weights of one block, packed for inference: three projections as one matrix, gate and up as
-    another.
-    """
+    """The weights of one block, packed for inference: q, k and v as one matrix, gate and up as another."""
 
     input_norm: Tensor  # [E]
     qkv: Matrix  # [(H + 2K) * D, E]
@@ -60,15 +56,9 @@ class Attention(Protocol):
     """(q [B, T, H, D], k and v [B, S, K, D], doc_start [B, T]) -> [B, T, H, D]."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        doc_start: Tensor | None = None,
-        *,
-        dropout_p: float = 0.0,
+        self, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0,
         scale: float | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
 
 
 class DecodeAttention(Protocol):
@@ -78,7 +68,7 @@ class DecodeAttention(Protocol):
 
 
 class SwiGLU(Protocol):
-    """(gate and up [..., F]), or (gate and up in one buffer [..., 2F]) -> [..., F]."""
+    """(gate and up [..., F]), or (both in one buffer [..., 2F]) -> [..., F]."""
 
     def __call__(self, gate: Tensor, up: Tensor | None = None) -> Tensor: ...
 
@@ -87,13 +77,9 @@ class MLP(Protocol):
     """(x [..., E], gate_up [2F, E], down [E, F]) -> [..., E]."""
 
     def __call__(
-        self,
-        x: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        *,
+        self, x: Tensor, gate_up: Tensor, down: Tensor, *,
         copies: tuple[Tensor | None, Tensor | None] | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
 
 
 class TiedEmbedding(Protocol):
@@ -108,39 +94,19 @@ class LinearCrossEntropy(Protocol):
     """(hidden [N, E], weight [V, E], targets [N]) -> fp32 loss, a scalar or [N]."""
 
     def __call__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        z_loss: float = 0.0,
-        label_smoothing: float = 0.0,
-        scale: Tensor | None = None,
-        weight_copy: Tensor | None = None,
-        chunk_tokens: int | None = None,
-    ) -> Tensor: ...
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100,
+        reduction: str = "mean", z_loss: float = 0.0, label_smoothing: float = 0.0,
+        scale: Tensor | None = None, weight_copy: Tensor | None = None, chunk_tokens: int | None = None,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class DecodeLayer(Protocol):
-    """(x [B, T, E], caches [B, S, K, D], lengths [B], cos and sin [B, T, D/2]) -> [B, T, E]. Writes the
-    caches.
-    """
+    """(x [B, T, E], caches [B, S, K, D], lengths [B], cos, sin [B, T, D/2]) -> [B, T, E]. Writes caches."""
 
     def __call__(
-        self,
-        x: Tensor,
-        weights: LayerWeights[Tensor],
-        key_cache: Tensor,
-        value_cache: Tensor,
-        lengths: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        eps: float,
-        ops: Backend,
-    ) -> Tensor: ...
+        self, x: Tensor, weights: LayerWeights[Tensor], key_cache: Tensor, value_cache: Tensor,
+        lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, ops: Backend,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class DecodeHead(Protocol):
@@ -166,10 +132,8 @@ class Backend:
     linear_cross_entropy: LinearCrossEntropy
     decode_layer: DecodeLayer
     decode_head: DecodeHead
-    why: str = "asked for"  # how the choice came about, for the run's first lines
+    why: str = "asked for"  # the reason for the choice, printed when a run starts
     replaced: frozenset[str] = frozenset()  # the operations that with_ops took from another backend
 
 
-OPS = tuple(
-    field.name for field in dataclasses.fields(Backend) if field.name not in ("name", "why", "replaced")
-)
+OPS = tuple(name for name in Backend.__annotations__ if name not in ("name", "why", "replaced"))

@@ -1,8 +1,7 @@
 """What the kernel tests share: device and dtypes, layouts of tensors in memory, and the comparison of one
 call on three implementations.
 
-The same files run in Triton's interpreter on a CPU (set by conftest.py where there is no GPU) and compiled on
-a GPU.
+The same tests run compiled on a GPU, or in Triton's interpreter on a CPU (set by conftest.py without a GPU).
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +19,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import TORCH, Backend, reference, select_backend
+from kernels import TORCH, Backend, launch_config, reference, select_backend
 from kernels.eager import linear
 from kernels.eager.attention import library_attention
 from kernels.types import OPS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+PLACE = torch.empty(0, device=DEVICE).device  # as a tensor names it: "cuda:0" where DEVICE is "cuda"
 TRITON = select_backend("triton", DEVICE)
 ORACLE = Backend(name="reference", **{op: getattr(reference, op) for op in OPS})
-# The base has the library's products in the MLP, as what is tested has. In 16 bits the formula of attention
-# rounds once where every attention that never holds its scores rounds three times:
-# there torch's own is the base.
+# The base has the library's products in the MLP, as the tested code has. In 16 bits the formula of attention
+# rounds once, but any attention that does not keep its scores rounds three times: the base is torch's own.
 BASE = dataclasses.replace(ORACLE, attention=library_attention, mlp=linear.mlp)
 
 LENGTHS = [1, 7, 63, 64, 65, 127, 200, 257]
@@ -38,35 +38,42 @@ EPS = 1e-5
 
 Layout = Callable[[Tensor], Tensor]
 
-
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.float16, id="fp16"),
     pytest.param(torch.bfloat16, id="bf16"),
 ]
-# Where a case takes ten seconds: smaller ones hold fp16, whose code is bf16's, to the same.
+# Where a case takes ten seconds: smaller cases test fp16, which has the same code as bf16.
 WITHOUT_FP16 = [DTYPES[0], DTYPES[2]]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """Normal noise from the global CPU generator (seeded per test), the same numbers on every device."""
+    """Normal noise from the global CPU generator (seeded for each test), the same on every device."""
     return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
 
 
 def angles(*shape: int) -> tuple[Tensor, Tensor]:
-    """cos and sin in fp32 of random angles."""
+    """fp32 cos and sin of random angles."""
     angle = torch.rand(shape) * 6.3
     return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
 
 
-# Layouts: the same values, laid out otherwise in memory. What lies between them is NaN (or huge), so that a
-# wrong address shows.
+@contextmanager
+def configured_for(target: str) -> Iterator[None]:
+    """In this context the launch table is read for another target."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch_config, "architecture", lambda device: target)
+        launch_config.launch_config.cache_clear()
+        yield
+    launch_config.launch_config.cache_clear()
+
+
+# Layouts: the same values at other addresses, with NaN (or a huge number) in between to show a wrong address.
 
 
 def _poison(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.full(
-        shape, float("nan") if like.is_floating_point() else 10**9, dtype=like.dtype, device=like.device
-    )
+    value = float("nan") if like.is_floating_point() else 10**9
+    return torch.full(shape, value, dtype=like.dtype, device=like.device)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -89,7 +96,7 @@ def inner(x: Tensor, before: int = 3, after: int = 2) -> Tensor:
 
 
 def swapped(x: Tensor, a: int = 0, b: int = 1) -> Tensor:
-    """Stored with two dimensions the other way round."""
+    """Stored with two dimensions swapped."""
     return x.transpose(a, b).contiguous().transpose(a, b)
 
 
@@ -98,7 +105,26 @@ def expanded(x: Tensor, dim: int = 0) -> Tensor:
     return x.narrow(dim, 0, 1).expand(x.shape)
 
 
-# Of [rows, columns], and of [B, T, H, D].
+def far(x: Tensor, dim: int) -> Tensor:
+    """fp16 x with its three slices along `dim` more than 2^30 elements apart, so that int32 cannot index it.
+
+    The view starts in the middle of its buffer (8 GiB, of which few pages are touched): an offset that wraps
+    around to -2^31 reads the same buffer and gives a wrong result, not a crash.
+    """
+    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    stride, middle = 2**30 + 64, 2**31 + 2**12
+    assert x.shape[dim] == 3
+    strides = list(torch.empty([n for d, n in enumerate(x.shape) if d != dim]).stride())
+    strides.insert(dim, stride)
+    try:  # not by torch.empty: where that is poisoned, all of it would be touched
+        buffer = torch.zeros(0, dtype=torch.float16, device=DEVICE).resize_(2 * middle + stride)
+    except RuntimeError as error:
+        pytest.skip(f"no 10 GiB of address space: {error}")
+    return buffer.as_strided(x.shape, strides, middle).copy_(x)
+
+
+# Layouts of [rows, columns], and of [B, T, H, D].
 ROW_LAYOUTS = {
     "dense": dense,
     "columns of a wider buffer": inner,
@@ -153,7 +179,7 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
 
     def double(self) -> Call:
-        """The same call on float64 copies, and for a result in float64: it is the truth."""
+        """The same call on float64 copies, with a float64 result: the truth."""
         call = self._converted(lambda x: x.double() if x.is_floating_point() else x)
         call.rest = [torch.float64 if isinstance(x, torch.dtype) else x for x in call.rest]
         return call
@@ -188,10 +214,8 @@ class Call:
 def agree(
     op: str, tensors: Sequence[Tensor], *rest: Any, upstream: Layout = dense, **options: Any
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Holds both backends to the numerics contract: the outputs and the gradients of `tensors`, for random
-    upstream gradients.
-
-    upstream: the layout of those. Returns the kernel's outputs and gradients.
+    """Holds both backends to the numerics contract: outputs, and gradients of `tensors` for random upstream
+    gradients of that layout. Returns the kernel's outputs and gradients.
     """
     call = Call(op, tensors, rest, options)
     gradients = call.upstream(upstream)
@@ -215,26 +239,21 @@ def assert_same(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def small_calls(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
-    """One small call of every operation, with a tail in every dimension that has tiles; all tensors are
-    strided views where they may be.
-    """
+    """A small call of every operation, with tails in tiled dimensions, on strided views where possible."""
     tables = angles(2, 19, 16)
     qkv = draw(2, 70, 5, 32, dtype=dtype)
     doc_start = torch.tensor([[0] * 33 + [33] * 37, [0] * 70], dtype=torch.int32, device=DEVICE)
     targets = torch.randint(0, 101, (9,))
     targets[::4] = -100
     d = functools.partial(draw, dtype=dtype)
+    keys, lengths = gap(d(2, 140, 1, 32), dim=1), torch.tensor([140, 33], device=DEVICE)
     return {
         "rms_norm": Call("rms_norm", (gap(d(7, 96)), d(96)), (EPS,)),
         "add_rms_norm": Call("add_rms_norm", (d(7, 96), gap(d(7, 96)), d(96)), (EPS,)),
         "rope": Call("rope", (inner(d(2, 19, 3, 32)), d(2, 19, 1, 32)), tables),
         "rope_qkv": Call("rope_qkv", (inner(d(2, 19, 5, 32)),), (*tables, 1)),
         "attention": Call("attention", qkv.split((3, 1, 1), dim=2), (doc_start,)),
-        "decode_attention": Call(
-            "decode_attention",
-            (d(2, 2, 3, 32), gap(d(2, 140, 1, 32), dim=1), d(2, 140, 1, 32)),
-            (torch.tensor([140, 33], device=DEVICE),),
-        ),
+        "decode_attention": Call("decode_attention", (d(2, 2, 3, 32), keys, d(2, 140, 1, 32)), (lengths,)),
         "swiglu": Call("swiglu", (gap(d(5, 513)), inner(d(5, 513)))),
         "swiglu packed": Call("swiglu", (inner(d(5, 2 * 513)),)),
         "mlp": Call("mlp", (gap(d(37, 72)), inner(d(80, 72)), d(72, 40, scale=0.1))),

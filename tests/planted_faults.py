@@ -2,9 +2,9 @@
 
     python tests/planted_faults.py NAME...      -> last line of stdout: {name: [[error, report] of each test]}
 
-The bugs are in planted_faults.txt. This process imports and collects the tests once, and runs none itself.
-Every fault is planted in a fork of it, in the functions that the tests have imported. "control" plants every
-file as it is and runs one test of each test file.
+The bugs are in planted_faults.txt. This process imports and collects the tests once, but runs none. A fork of
+it for each fault plants the fault in the imported functions and runs the tests. "control" replaces every file
+by itself and runs one test of each test file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CONTROL = "control"
 
 @dataclass(frozen=True)
 class Fault:
-    """In `file`, `old` (which stands there `count` times) becomes `new`. The first of `tests` must notice,
-    the others must not.
+    """In `file`, `old` (which occurs `count` times) becomes `new`. The first of `tests` must fail, the others
+    must not.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Fault:
 
 
 def read_faults() -> Iterator[Fault]:
-    """Those of planted_faults.txt: under the name of a file, for each fault
+    """The faults of planted_faults.txt: under the name of a file, for each fault
 
     NAME: TEST (COUNT times)
     unnoticed by TEST        any number of these
     -OLD
     +NEW                     without it, OLD is deleted
 
-    COUNT is 1 if it is not given. A test is one of tests/test_kernel_FILE, or FILE::TEST of another file.
+    COUNT is 1 by default. TEST belongs to tests/test_kernel_FILE; FILE::TEST names another file.
     """
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
     for section in re.split(r"^== ", text, flags=re.MULTILINE)[1:]:
@@ -102,7 +102,7 @@ def replaced(fault: Fault, text: str) -> str:
 
 
 def in_a_fork(function: Callable[[], Any]) -> Any:
-    """What it returns, which JSON can hold, or how the fork ended."""
+    """The function's result, passed as JSON, or how the fork ended."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -168,14 +168,8 @@ def main(names: list[str]) -> int:
     torch.set_num_threads(1)  # and no thread pool before a fork
     planter = Planter(names)
     tests = {test for fault in FAULTS if fault.name in names or CONTROL in names for test in fault.tests}
-    options = [
-        "--no-header",
-        "--disable-warnings",
-        "--tb=native",
-        "-p",
-        "no:cacheprovider",
-        f"--rootdir={ROOT}",
-    ]
+    options = ["--no-header", "--disable-warnings", "--tb=native", "-p", "no:cacheprovider"]
+    options.append(f"--rootdir={ROOT}")
     code = pytest.main([*options, *sorted(tests)], plugins=[planter])
     print(json.dumps(planter.outcomes))
     return 0 if planter.outcomes else int(code) or 1

@@ -1,7 +1,5 @@
-"""A Triton cache filled without a GPU: what is in it is found, what has changed since is not, and looking
-leaves no trace.
-
-What compiles or looks runs in processes where Triton is not interpreted.
+"""A Triton cache filled without a GPU: what it holds is found, what has changed since is not, and looking
+leaves no trace. Compiling and looking run in processes where Triton is not interpreted.
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("gcc", "clang")),
     reason="Triton's own C library has to be compiled, and there is no C compiler",
 )
-# Asked for steps on its standard input, so that torch is imported once for all of them. A module, because the
-# processes that compile import it where they are spawned; forked ones are as good and four seconds faster.
+# Reads steps from its standard input, so that torch is imported once for all of them. It is a module, because
+# spawned processes import it; forked ones do the same four seconds faster.
 STEPS = """
 import json, multiprocessing, platform, sys
 from pathlib import Path
@@ -59,7 +57,7 @@ if __name__ == "__main__":
 
 
 def python(root: Path, *arguments: str, **variables: str) -> dict[str, Any]:
-    """For subprocess: Python with that folder's kernels and without Triton's interpreter."""
+    """Arguments of subprocess: Python with that folder's kernels and without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(root), **variables}
     return {"args": [sys.executable, *arguments], "cwd": root, "env": environment, "text": True}
@@ -78,7 +76,7 @@ def copied(project_root: Path, root: Path) -> Path:
 
 @contextmanager
 def running(root: Path) -> Iterator[Steps]:
-    """A process with that folder's kernels, which fills caches and looks into them."""
+    """A process with that folder's kernels that fills caches and looks them up."""
     errors = root / "errors"
     with (
         errors.open("w") as log,
@@ -90,7 +88,7 @@ def running(root: Path) -> Iterator[Steps]:
         def ask(
             step: str, cache: Path, arch: str = "sm_90", method: str = "fork", linkage: str | None = None
         ) -> dict[str, int]:
-            """What that function of cache_fill counted."""
+            """The counts that the function `step` of cache_fill returns."""
             print(json.dumps([step, arch, str(cache), method, linkage]), file=process.stdin, flush=True)
             answer = process.stdout.readline()
             assert answer, errors.read_text()
@@ -112,7 +110,7 @@ def steps(root: Path) -> Iterator[Steps]:
 
 @pytest.fixture(scope="module")
 def cache(steps: Steps, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that was filled for sm_90; whoever changes it puts it right again."""
+    """A cache filled for sm_90; a test that changes it restores it."""
     cache = tmp_path_factory.mktemp("filled") / "cache"
     assert steps("verify", cache) == {"missing": 3}  # two kernels, and the C library
     assert steps("fill", cache, method="spawn") == {"compiled": 3}
@@ -147,16 +145,14 @@ def test_what_is_damaged_is_not_believed_and_made_again(steps: Steps, cache: Pat
 
 @needs_compiler
 def test_a_machine_without_the_command_file_finds_the_libraries_too(steps: Steps, cache: Path) -> None:
-    """Python asks that command of what kind its own executable is, and Triton's names of libraries depend on
-    the answer.
-    """
+    """Python asks that command for the kind of its executable; Triton's names of libraries depend on it."""
     for linkage in ("", "ELF"):
         assert steps("verify", cache, linkage=linkage) == {"there already": 3}
 
 
 @needs_compiler
 def test_a_launch_finds_what_was_filled(root: Path, cache: Path) -> None:
-    """Triton itself, told to use that cache, compiles nothing: with a compiler that is not allowed to run."""
+    """Triton itself, told to use that cache, compiles nothing: here its compiler raises."""
     script = """
 import steps, triton
 from triton import knobs
@@ -234,12 +230,9 @@ def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(projec
     ],
 )
 def test_wrong_arguments_are_refused(
-    tmp_path: Path,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cache_fill, "launched_by", lambda *_: pytest.fail("something was recorded"))
     given = [argument.format(tmp_path / "cache") for argument in arguments]

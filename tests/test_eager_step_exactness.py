@@ -1,6 +1,4 @@
-"""The decode step on the CPU: what the composition of the reference gives, for every shape of a step, from
-current weights.
-"""
+"""The decode step on the CPU gives what the composition of the reference gives, for every shape of a step."""
 
 from __future__ import annotations
 
@@ -30,11 +28,8 @@ LENGTHS = [[9], [9, 9, 9], [9, 2, 17], [1, 1]]  # of the prompts
 
 def model_of(dtype: torch.dtype = torch.float32, **changes: Any) -> SmolLM2ForCausalLM:
     torch.manual_seed(0)
-    return (
-        SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", initializer_range=0.3, **changes), backend="torch")
-        .to(dtype)
-        .eval()
-    )
+    config = SmolLM2Config.preset("tiny", initializer_range=0.3, **changes)
+    return SmolLM2ForCausalLM(config, backend="torch").to(dtype).eval()
 
 
 def composed(model: SmolLM2ForCausalLM) -> SmolLM2ForCausalLM:
@@ -47,8 +42,8 @@ def composed(model: SmolLM2ForCausalLM) -> SmolLM2ForCausalLM:
 def run(
     model: SmolLM2ForCausalLM, lengths: list[int], steps: list[int], engine: Engine | None = None
 ) -> tuple[Tensor, KVCache]:
-    """Prefills prompts of those lengths, then reads steps of so many tokens each -> the logits of all of them
-    [B, sum of steps, V].
+    """Prefills prompts of those lengths, then decodes steps of so many tokens -> their logits
+    [B, sum of steps, V], and the cache.
     """
     engine, generator = engine or Engine(model), torch.Generator().manual_seed(1)
     cache = engine.allocate(len(lengths), max(lengths) + sum(steps))
@@ -64,14 +59,11 @@ def run(
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_in_float64_it_is_the_composition(lengths: list[int]) -> None:
-    """One token, several at once, rows of one length and of several: no rounding to hide behind."""
+    """One token, several at once, rows of equal and of different lengths; no rounding can hide an error."""
     model = model_of(torch.float64)
     other = composed(model)
     assert supports(model, Engine(model).allocate(1, 4)) and not supports(other, Engine(other).allocate(1, 4))
-    (ours, cache), (expected, other_cache) = (
-        run(model, lengths, [1, 1, 3, 1]),
-        run(other, lengths, [1, 1, 3, 1]),
-    )
+    (ours, cache), (expected, other_cache) = (run(each, lengths, [1, 1, 3, 1]) for each in (model, other))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # logits come in float32
     for row, length in enumerate(lengths):
         for name in ("keys", "values"):
@@ -88,24 +80,17 @@ def test_in_the_models_dtype_it_errs_no_more_than_the_composition(
     lengths: list[int], dtype: torch.dtype
 ) -> None:
     model = model_of(dtype)
-    truth = run(composed(copy.deepcopy(model).double()), lengths, [1, 2])[0].double()
-    check(
-        "decode step",
-        "logits",
-        run(model, lengths, [1, 2])[0],
-        run(composed(model), lengths, [1, 2])[0],
-        truth,
-        dtype,
-    )
+    models = model, composed(model), composed(copy.deepcopy(model).double())
+    ours, base, truth = (run(each, lengths, [1, 2])[0] for each in models)
+    check("decode step", "logits", ours, base, truth.double(), dtype)
 
 
 def test_heads_in_groups_of_one_and_of_five() -> None:
     for heads, key_heads in ((2, 2), (5, 1)):
         sizes = dict(hidden_size=64 * heads, num_attention_heads=heads, num_key_value_heads=key_heads)
         model = model_of(torch.float64, **sizes)
-        torch.testing.assert_close(
-            run(model, [5, 8], [1, 2])[0], run(composed(model), [5, 8], [1, 2])[0], rtol=1e-5, atol=1e-6
-        )
+        ours, expected = (run(each, [5, 8], [1, 2])[0] for each in (model, composed(model)))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -118,9 +103,7 @@ def test_the_norm_is_the_references_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 16])
 @pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (31, 50)])
 def test_products_are_right_to_rounding(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
-    """The bound is that of a sum in fp32 in any order: oneDNN adds one product after the other, other
-    libraries keep several sums.
-    """
+    """The bound holds for an fp32 sum in any order: oneDNN adds products one by one, others do not."""
     weight, x = torch.randn(shape).to(dtype), torch.randn(rows, 1, shape[1]).to(dtype)
     exact = torch.nn.functional.linear(x.double(), weight.double())
     magnitude = torch.nn.functional.linear(x.double().abs(), weight.double().abs())

@@ -132,6 +132,7 @@ KERNEL = {
     "kernels.types",
     "kernels.checks",
     "kernels.launch_config",
+    "kernels.layout",
     "kernels.products",
     "kernels.tracing",
 }

@@ -1,6 +1,4 @@
-"""The AdamW kernels on their own: numbers against float64, tails and alignment, skipped steps, copies, the
-table of addresses.
-"""
+"""The AdamW kernels alone: accuracy, tails, alignment, skipped steps, copies, the table of addresses."""
 
 import copy
 import math
@@ -21,25 +19,15 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 CONFIG = launch_config("adamw", torch.float32, DEVICE, 1)
 BLOCK, CHUNK = CONFIG.block_n, CONFIG.block_m * CONFIG.block_n
 SIZES = (
-    1,
-    7,
-    adamw.TAIL + 1,
-    BLOCK - 1,
-    BLOCK,
-    BLOCK + adamw.TAIL,
-    CHUNK,
-    CHUNK + 1,
-    2 * CHUNK + 2 * BLOCK + 3,
-    0,
-)
+    1, 7, adamw.TAIL + 1, BLOCK - 1, BLOCK, BLOCK + adamw.TAIL, CHUNK, CHUNK + 1,
+    2 * CHUNK + 2 * BLOCK + 3, 0,
+)  # fmt: skip
 EPSILON = 2.0**-24  # half a unit in the last place of 1: one rounding
 
 
 @dataclass
 class Tensors:
-    """N parameters, their gradients and averages, in float32 or, for the truth, in float64; and the settings
-    of their groups.
-    """
+    """N parameters, their gradients and averages, in float64 for the truth, and their groups' settings."""
 
     gradients: list[Tensor | None]
     parameters: list[Tensor]
@@ -48,10 +36,9 @@ class Tensors:
     steps: Tensor
     group: list[int]
     lr: list[float] = field(default_factory=lambda: [0.1])
-    # betas, eps, decay
-    settings: list[tuple[float, float, float, float]] = field(
+    settings: list[tuple[float, ...]] = field(
         default_factory=lambda: [(0.9, 0.95, 1e-8, 0.1)]
-    )
+    )  # + eps, decay
     copies: list[Tensor | None] = field(default_factory=list)
 
     def run(
@@ -59,17 +46,11 @@ class Tensors:
     ) -> Tensor:
         """One step of the kernels, in place -> [norm, factor]."""
         rates = [torch.tensor(lr, dtype=torch.float32, device=DEVICE) for lr in self.lr]
-        tensors = (
-            self.gradients,
-            self.parameters,
-            self.averages,
-            self.squares,
-            self.copies or [None] * len(self.parameters),
-        )
+        copies = self.copies or [None] * len(self.parameters)
+        tensors = self.gradients, self.parameters, self.averages, self.squares, copies
         rows = [[0 if one is None else one.data_ptr() or 16 for one in row] for row in tensors]
-        words = adamw.table_words(
-            rows, [(lr.data_ptr(), *settings) for lr, settings in zip(rates, self.settings, strict=True)]
-        )
+        settings = [(lr.data_ptr(), *one) for lr, one in zip(rates, self.settings, strict=True)]
+        words = adamw.table_words(rows, settings)
         table = adamw.AddressTable(len(words), DEVICE).send(words)
         work = adamw.plan([one.numel() for one in self.parameters], self.group, DEVICE)
         found = adamw.gradient_norm(table, work, max_norm)
@@ -77,18 +58,14 @@ class Tensors:
         return found
 
     def fused(self, max_norm: float = 0.0) -> "Tensors":
-        """The same step by torch's fused AdamW, on copies of these tensors and in their dtype, after clipping
-        as train/optim.py does.
-        """
+        """The same step by torch's fused AdamW, clipped as in train/optim.py, on copies in their dtype."""
         other = copy.deepcopy(self)
         for index, parameter in enumerate(other.parameters):
             if other.gradients[index] is None:
                 continue
-            beta1, beta2, eps, decay = self.settings[self.group[index]]
+            lr, (beta1, beta2, eps, decay) = self.lr[self.group[index]], self.settings[self.group[index]]
             leaf = torch.nn.Parameter(parameter)
-            optimizer = torch.optim.AdamW(
-                [leaf], self.lr[self.group[index]], (beta1, beta2), eps, decay, fused=True
-            )
+            optimizer = torch.optim.AdamW([leaf], lr, (beta1, beta2), eps, decay, fused=True)
             optimizer.state[leaf] = {
                 "step": other.steps[index].clone(), "exp_avg": other.averages[index],
                 "exp_avg_sq": other.squares[index],
@@ -105,7 +82,7 @@ class Tensors:
         wide = copy.deepcopy(self)
         for name in ("gradients", "parameters", "averages", "squares"):
             setattr(wide, name, [None if one is None else one.double() for one in getattr(wide, name)])
-        # what the kernels are given
+        # rounded as the kernels get them
         wide.lr = [torch.tensor(lr, dtype=torch.float32).item() for lr in wide.lr]
         return wide
 
@@ -114,27 +91,17 @@ class Tensors:
 
 
 def tensors(sizes: tuple[int, ...] = SIZES, **options: object) -> Tensors:
-    """Averages as after some steps: m^2 <= v; values near 1, so that an error in the last place is one."""
-    n = len(sizes)
-    steps = torch.arange(n, dtype=torch.float32, device=DEVICE)
+    """Averages as after some steps: m^2 <= v. Values are near 1, where an error in the last place shows."""
+    steps = torch.arange(len(sizes), dtype=torch.float32, device=DEVICE)
     made = [[draw(size) for size in sizes] for _ in range(3)]
-    return Tensors(
-        made[0],
-        made[1],
-        made[2],
-        [draw(one.numel()).square() + one.square() for one in made[2]],
-        steps,
-        [0] * n,
-        **options,
-    )
+    squares = [draw(one.numel()).square() + one.square() for one in made[2]]
+    return Tensors(*made, squares, steps, [0] * len(sizes), **options)
 
 
 def hold(ours: Tensors, base: Tensors, truth: Tensors) -> None:
-    for name, found in ours.results().items():
-        for index, one in enumerate(found):
-            numerics.check(
-                "adamw", f"{name} {index}", one, base.results()[name][index], truth.results()[name][index]
-            )
+    for name, *found in zip("pmv", *(each.results().values() for each in (ours, base, truth)), strict=True):
+        for index, three in enumerate(zip(*found, strict=True)):
+            numerics.check("adamw", f"{name} {index}", *three)
     assert torch.equal(ours.steps, base.steps)
 
 
@@ -150,21 +117,19 @@ def test_sizes_with_every_kind_of_tail(max_norm):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("eps", [1e-8, 1e-2])
 def test_one_step_is_right_to_the_rounding_of_each_operation(betas, decay, eps):
-    """Held to the size of the operands of m, v and p, which the general contract is not."""
+    """Bounds by the size of the operands of m, v and p, which the general contract does not use."""
     ours = tensors((BLOCK + 77, 300), settings=[(*betas, eps, decay)])
     before, truth = copy.deepcopy(ours), ours.double().fused()
     ours.run()
     for index in range(2):
         m, v, p = (getattr(ours, name)[index].double() for name in ("averages", "squares", "parameters"))
-        m0, g, p0 = (
-            getattr(before, name)[index].double() for name in ("averages", "gradients", "parameters")
-        )
+        m0, g, p0 = (x[index].double() for x in (before.averages, before.gradients, before.parameters))
         error = {
-            name: (one - truth.results()[name][index]).abs() for name, one in (("m", m), ("v", v), ("p", p))
+            name: (x - truth.results()[name][index]).abs() for name, x in zip("mvp", (m, v, p), strict=True)
         }
         assert (error["m"] <= 4 * EPSILON * (m0.abs() + g.abs())).all()
         assert (error["v"] <= 4 * EPSILON * (before.squares[index].double() + g.square())).all()
-        # The update inherits a relative error of m, which cancellation may make large, and half of that of v.
+        # The update inherits the relative error of m, which cancellation may enlarge, and half of that of v.
         step, root = ours.lr[0] / (1 - betas[0] ** (index + 1)), math.sqrt(1 - betas[1] ** (index + 1))
         size = step * (m0.abs() + g.abs()) / (truth.squares[index].sqrt() / root + eps)
         assert (error["p"] <= 2 * EPSILON * p0.abs() + 12 * EPSILON * size).all()
@@ -226,14 +191,10 @@ def test_addresses_of_any_alignment(offset, dtype):
         setattr(moved, name, [place(one) for one in getattr(plain, name)])
     plain.copies = [torch.empty_like(one, dtype=dtype) for one in plain.parameters]
     moved.copies = [place(torch.zeros_like(one), dtype) for one in plain.parameters]
-    assert (
-        torch.equal(plain.run(max_norm=1.0, copy_dtype=dtype), moved.run(max_norm=1.0, copy_dtype=dtype))
-        or offset
-    )
-    for name, found in plain.results().items():
-        for one, other in zip(found, moved.results()[name], strict=True):
-            # the order of the norm's sum is another one
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    found, other = (each.run(max_norm=1.0, copy_dtype=dtype) for each in (plain, moved))
+    assert torch.equal(found, other) or offset
+    # The order of the norm's sum differs.
+    torch.testing.assert_close(plain.results(), moved.results(), rtol=1e-6, atol=1e-6)
     for one, other in zip(moved.copies, moved.parameters, strict=True):
         assert torch.equal(one, other.to(dtype))
     for buffer in buffers:
@@ -243,10 +204,8 @@ def test_addresses_of_any_alignment(offset, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_copies_are_the_rounded_parameters(dtype):
     ours = tensors()
-    ours.copies = [
-        torch.empty_like(one, dtype=dtype) if index != 2 else None
-        for index, one in enumerate(ours.parameters)
-    ]
+    ours.copies = [torch.empty_like(one, dtype=dtype) for one in ours.parameters]
+    ours.copies[2] = None
     ours.run(copy_dtype=dtype)
     for copied, one in zip(ours.copies, ours.parameters, strict=True):
         assert copied is None or torch.equal(copied, one.to(dtype))
@@ -271,10 +230,8 @@ def test_a_tensor_without_a_gradient_stays_as_it_is():
     ours.gradients[0] = None
     before = copy.deepcopy(ours)
     ours.run(max_norm=1.0)
-    for name, found in ours.results().items():
-        assert torch.equal(found[0], before.results()[name][0]) and not torch.equal(
-            found[1], before.results()[name][1]
-        )
+    for now, then in zip(ours.results().values(), before.results().values(), strict=True):
+        assert torch.equal(now[0], then[0]) and not torch.equal(now[1], then[1])
     assert (ours.steps - before.steps).tolist() == [0.0, 1.0, 1.0]
 
 
@@ -290,7 +247,7 @@ def test_a_plan_covers_every_chunk_once():
     work = adamw.plan(SIZES, [0] * len(SIZES), torch.device("cpu"))
     chunks = [(index, chunk) for index, size in enumerate(SIZES) for chunk in range(-(-size // CHUNK))]
     assert list(zip(work.owner.tolist(), work.chunk.tolist(), strict=True)) == chunks
-    # more elements than 32 bits count
+    # more elements than 32 bits can count
     assert not adamw.plan([2**33], [0], torch.device("cpu")).chunk.diff().sub(1).any()
 
 
@@ -299,11 +256,8 @@ def test_the_table_is_sent_only_when_it_changed():
     first = table.send(array("q", [1, 2, 3]))
     version = first._version
     assert table.send(array("q", [1, 2, 3])) is first and first._version == version
-    assert (
-        table.send(array("q", [1, 2, 4])) is first
-        and first.tolist() == [1, 2, 4]
-        and first._version == version + 1
-    )
+    assert table.send(array("q", [1, 2, 4])) is first
+    assert first.tolist() == [1, 2, 4] and first._version == version + 1
 
 
 def test_a_capture_has_a_table_and_a_source_that_nothing_else_writes(monkeypatch):

@@ -1,6 +1,4 @@
-"""attention against the numerics contract, and what it promises besides: causality, isolated documents,
-grouped heads.
-"""
+"""attention: the numerics contract, causality, isolated documents, grouped heads."""
 
 import numerics
 import pytest
@@ -16,18 +14,18 @@ from kernel_cases import (
     assert_same,
     dense,
     draw,
+    far,
     over,
     swapped,
 )
-from test_kernel_offsets import buffer, far  # noqa: F401
 
 from kernels import reference
 from kernels.eager.attention import library_attention
 
 pytestmark = [
-    # what a kernel does not write is NaN, and not by luck the right value of an earlier run
+    # Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
     pytest.mark.usefixtures("poison_empty"),
-    # in the interpreter: what overflows is masked right after
+    # In the interpreter, what overflows is masked right after.
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 
@@ -43,11 +41,8 @@ def qkv(batch, queries, keys, heads, key_heads, head_dim=32, dtype=torch.float32
 
 def starts(*lengths):
     """doc_start of one row packed with documents of these lengths."""
-    return (
-        torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)])
-        .to(torch.int32)[None]
-        .to(DEVICE)
-    )
+    first = [torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)]
+    return torch.cat(first).to(torch.int32)[None].to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,7 +249,7 @@ def test_a_row_alone_is_the_row_in_a_batch():
 
 
 @pytest.mark.parametrize("tensor", [0, 1, 2])
-def test_heads_of_a_group_far_apart(tensor, buffer):  # noqa: F811
+def test_heads_of_a_group_far_apart(tensor):
     """Offsets past 2^31 elements between the query heads of one key head, and between keys that three query
     heads read.
     """
@@ -263,7 +258,7 @@ def test_heads_of_a_group_far_apart(tensor, buffer):  # noqa: F811
         [draw(1, 3, 3, 32, dtype=torch.float16)],
     )
     expected, gradients = Call("attention", tensors).run(TRITON, upstream)
-    tensors[tensor] = far(tensors[tensor], 1 if tensor else 2, buffer)
+    tensors[tensor] = far(tensors[tensor], 1 if tensor else 2)
     ours, our_gradients = Call("attention", tensors).run(TRITON, upstream)
     assert_same([*ours, *our_gradients], [*expected, *gradients])
 

@@ -10,7 +10,7 @@ from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TRITON, agree, a
 from kernels import reference
 from kernels.eager.attention import library_attention
 
-# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+# Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 

@@ -1,5 +1,5 @@
-"""Final norm and head in one launch: the numerics contract, fp32 logits, and that a row's logits are the
-row's own.
+"""Final norm and head in one launch: the numerics contract, fp32 logits, and that a row's logits do not
+depend on other rows.
 """
 
 import re
@@ -8,10 +8,21 @@ import numerics
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DEVICE, DTYPES, EPS, INTERPRETED, assert_same, draw
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    EPS,
+    INTERPRETED,
+    PLACE,
+    assert_same,
+    configured_for,
+    draw,
+    far,
+    gap,
+)  # fmt: skip
 
-from kernels import launch_config, reference
-from kernels.decode_head import decode_head
+from kernels import reference
+from kernels.decode_head import _decode_head, decode_head
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -82,43 +93,29 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype):
 def test_views(first, width, aligned):
     """A stream with gaps, and a head that is part of a wider matrix.
 
-    Aligned, its address and its stride are multiples of 16 as those of a dense one are: the same compiled
-    kernel, and the same bits. Otherwise the compiler lays the columns out in another way and adds them up in
-    another order: the contract holds. (The interpreter has one order.)
+    If the head's address and stride are multiples of 16, as those of a dense one are, the compiled kernel and
+    the bits are the same. Otherwise the compiler lays the columns out differently and sums them in another
+    order; the contract holds. (The interpreter has one order.)
     """
     x, scale, weight = inputs(3)
     wide = torch.full((101, width), float("nan"), device=DEVICE)
     wide[:, first : first + 96] = weight
-    gaps = torch.full((3, 192), float("nan"), device=DEVICE)
-    gaps[:, ::2] = x
-    ours = agree(gaps[:, ::2], scale, wide[:, first : first + 96])
+    ours = agree(gap(x, dim=1), scale, wide[:, first : first + 96])
     if aligned or INTERPRETED:
         assert_same([ours], [decode_head(x, scale, weight, EPS)])
 
 
 def test_a_head_far_apart():
     """Offsets past 2^31 elements; see test_kernel_offsets.py."""
-    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GiB of free GPU memory")
     x, scale, weight = inputs(2, vocabulary=3, dtype=torch.float16)
-    stride, middle = 2**30 + 64, 2**31 + 2**12
-    try:
-        buffer = torch.zeros(0, dtype=torch.float16, device=DEVICE).resize_(2 * middle + stride)
-    except RuntimeError as error:
-        pytest.skip(f"no 10 GiB of address space: {error}")
-    far = buffer.as_strided((3, 96), (stride, 1), middle).copy_(weight)
-    assert_same([decode_head(x, scale, far, EPS)], [decode_head(x, scale, weight, EPS)])
+    assert_same([decode_head(x, scale, far(weight, 0), EPS)], [decode_head(x, scale, weight, EPS)])
 
 
-def test_the_gpus_configuration_agrees(monkeypatch):
+def test_the_gpus_configuration_agrees():
     tensors = inputs(3, width=97, vocabulary=51)
     ours = agree(*tensors)
-    monkeypatch.setattr(launch_config, "architecture", lambda device: "sm_90")
-    launch_config.launch_config.cache_clear()
-    try:
+    with configured_for("sm_90"):
         torch.testing.assert_close(agree(*tensors), ours, rtol=1e-5, atol=1e-5)
-    finally:
-        launch_config.launch_config.cache_clear()
 
 
 def test_no_rows_and_no_vocabulary():
@@ -132,8 +129,6 @@ def test_inputs_are_not_written():
     decode_head(*tensors, EPS)
     assert_same(tensors, before)
 
-
-PLACE = torch.empty(0, device=DEVICE).device  # as a tensor names it: "cuda:0" where DEVICE is "cuda"
 
 BAD = [
     (lambda x, n, w: (x, n[1:], w), "norm_weight of shape [96], got [95]"),
@@ -157,6 +152,4 @@ def test_bad_input_is_refused(change, message):
 
 
 def test_torch_compile_sees_one_operation():
-    from kernels import decode_head as module
-
-    torch.library.opcheck(module._decode_head.op, (*inputs(3), EPS))
+    torch.library.opcheck(_decode_head.op, (*inputs(3), EPS))

@@ -1,5 +1,5 @@
 """The fused decode layer: the numerics contract against the composition, what it writes, and that a row's
-bits are the row's own.
+bits do not depend on other rows.
 """
 
 import dataclasses
@@ -14,25 +14,30 @@ from kernel_cases import (
     EPS,
     LENGTHS,
     ORACLE,
+    PLACE,
     TORCH,
     TRITON,
     WITHOUT_FP16,
     angles,
     assert_same,
+    configured_for,
     draw,
-)
+    far,
+    gap,
+    swapped,
+)  # fmt: skip
 
 from kernels import LayerWeights, decode_layer, launch_config, with_ops
 from kernels.backend import LAYER_OPS
 
-# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+# Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 MODELS = {"135M": (576, 1536, 9, 3, 64), "360M": (960, 2560, 15, 5, 64), "1.7B": (2048, 8192, 32, 32, 64)}
 
 
 def weights_of(hidden, ffn, heads, key_heads, head_dim, dtype):
-    """Of a size that keeps every activation near 1."""
+    """Weights of a size that keeps every activation near 1."""
     return LayerWeights(
         input_norm=1 + draw(hidden, dtype=dtype, scale=0.2),
         qkv=draw((heads + 2 * key_heads) * head_dim, hidden, dtype=dtype, scale=hidden**-0.5),
@@ -60,23 +65,22 @@ def layer(
     )
 
 
-def run(arguments, ops=TRITON):
-    """(out, key cache, value cache) on copies of the caches."""
-    caches = {name: arguments[name].clone() for name in ("key_cache", "value_cache")}
+CACHES = ("key_cache", "value_cache")
+
+
+def run(arguments, ops=TRITON, **caches):
+    """(out, key cache, value cache), by default with copies of the caches of arguments."""
+    caches = caches or {name: arguments[name].clone() for name in CACHES}
     return ops.decode_layer(**{**arguments, **caches}, eps=EPS, ops=ops), *caches.values()
 
 
 def doubled(arguments):
-    weights = LayerWeights(*(weight.double() for weight in arguments["weights"]))
-    return {
-        **arguments,
-        "weights": weights,
-        **{name: arguments[name].double() for name in ("x", "key_cache", "value_cache")},
-    }
+    doubles = {name: arguments[name].double() for name in ("x", *CACHES)}
+    return {**arguments, **doubles, "weights": LayerWeights(*(w.double() for w in arguments["weights"]))}
 
 
 def agree(arguments):
-    """Holds output and caches to the contract; returns the kernels' results."""
+    """Holds output and caches to the contract -> the kernels' results."""
     ours, base, truth = run(arguments), run(arguments, ORACLE), run(doubled(arguments), ORACLE)
     for name, *three in zip(("out", "keys", "values"), ours, base, truth, strict=True):
         numerics.check("decode_layer", name, *three)
@@ -166,19 +170,15 @@ def test_an_empty_batch():
 
 
 def test_only_the_new_positions_are_written():
-    """In one layer of a whole cache [layers, B, capacity, K, D] that is cut to the keys in use, every other
-    byte stays.
-    """
+    """The caches are a layer of [layers, B, capacity, K, D], cut to the keys in use: the rest stays."""
     arguments = layer((5, 60, 64), 3, 64, heads=6, key_heads=2)
     new = torch.zeros(3, 64, dtype=torch.bool, device=DEVICE)
     for row, length in enumerate((5, 60, 64)):
         new[row, length - 3 : length] = True
     _, *expected = run(arguments, TORCH)
-    caches = {name: draw(2, 3, 100, 2, 32) for name in ("key_cache", "value_cache")}
+    caches = {name: draw(2, 3, 100, 2, 32) for name in CACHES}
     before = {name: cache.clone() for name, cache in caches.items()}
-    TRITON.decode_layer(
-        **{**arguments, **{name: cache[1, :, :64] for name, cache in caches.items()}}, eps=EPS, ops=TRITON
-    )
+    run(arguments, **{name: cache[1, :, :64] for name, cache in caches.items()})
     for name, wanted in zip(caches, expected, strict=True):
         written = caches[name][1, :, :64]
         torch.testing.assert_close(written[new], wanted[new], rtol=1e-5, atol=1e-5)
@@ -188,27 +188,17 @@ def test_only_the_new_positions_are_written():
 
 def test_inputs_are_not_written():
     arguments = layer((9, 40))
-    tensors = [
-        arguments["x"],
-        *arguments["weights"],
-        arguments["lengths"],
-        arguments["cos"],
-        arguments["sin"],
-    ]
+    tensors = [*(arguments[name] for name in ("x", "lengths", "cos", "sin")), *arguments["weights"]]
     before = [tensor.clone() for tensor in tensors]
     run(arguments)
     assert_same(tensors, before)
 
 
 def test_positions_outside_of_the_cache_are_not_written():
-    """A row that is fuller than the cache, and one that is emptier than the new tokens: their memory belongs
-    to others.
-    """
+    """A row with more keys than the cache, and one with fewer keys than new tokens: the memory is others'."""
     arguments = layer((42, 1, 30), 2, 40)
-    around = {name: torch.full((5, 60, 1, 32), 7.0, device=DEVICE) for name in ("key_cache", "value_cache")}
-    TRITON.decode_layer(
-        **{**arguments, **{name: cache[1:4, 10:50] for name, cache in around.items()}}, eps=EPS, ops=TRITON
-    )
+    around = {name: torch.full((5, 60, 1, 32), 7.0, device=DEVICE) for name in CACHES}
+    run(arguments, **{name: cache[1:4, 10:50] for name, cache in around.items()})
     for cache in around.values():
         changed = (cache != 7.0).any(-1).any(-1)
         assert changed.nonzero().tolist() == [[2, 10], [3, 38], [3, 39]]
@@ -217,51 +207,34 @@ def test_positions_outside_of_the_cache_are_not_written():
 def test_what_lies_beyond_the_length_is_not_read():
     arguments = layer((130, 5), capacity=270)
     out, *_ = run(arguments)
-    for name in ("key_cache", "value_cache"):
+    for name in CACHES:
         arguments[name][0, 130:], arguments[name][1, 5:] = float("nan"), float("inf")
     assert_same(run(arguments)[:1], [out])
 
 
 LAYOUTS = {
-    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "positions first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "every second position": lambda x: torch.stack((x, torch.full_like(x, float("nan"))), 2).flatten(1, 2)[
-        :, ::2
-    ],
+    "heads first": lambda x: swapped(x, 1, 2),
+    "positions first": swapped,
+    "every second position": lambda x: gap(x, dim=1),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+@pytest.mark.parametrize("name", CACHES)
 def test_layouts_of_a_cache(name, layout):
     arguments = layer((9, 40), 2, heads=6, key_heads=2)
-    expected = run(arguments)
-    laid = {"key_cache": arguments["key_cache"].clone(), "value_cache": arguments["value_cache"].clone()}
-    laid[name] = layout(laid[name])
-    out = TRITON.decode_layer(**{**arguments, **laid}, eps=EPS, ops=TRITON)
-    assert_same([out, *laid.values()], expected)
+    laid = {cache: (layout if cache == name else torch.clone)(arguments[cache]) for cache in CACHES}
+    assert_same(run(arguments, **laid), run(arguments))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
-@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+@pytest.mark.parametrize("name", CACHES)
 def test_caches_far_apart(name, dim):
     """Offsets past 2^31 elements; see test_kernel_offsets.py."""
-    if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GiB of free GPU memory")
     arguments = layer((3, 2, 3), 1, 3, heads=3, key_heads=3, dtype=torch.float16)
-    expected = run(arguments)
-    stride, middle = 2**30 + 64, 2**31 + 2**12
-    try:
-        # not poisoned: that would touch it all
-        buffer = torch.zeros(0, dtype=torch.float16, device=DEVICE).resize_(2 * middle + stride)
-    except RuntimeError as error:
-        pytest.skip(f"no 10 GiB of address space: {error}")
-    strides = [288, 96, 32, 1]
-    strides[dim] = stride
-    caches = {name: arguments[name].clone() for name in ("key_cache", "value_cache")}
-    caches[name] = buffer.as_strided((3, 3, 3, 32), strides, middle).copy_(caches[name])
-    out = TRITON.decode_layer(**{**arguments, **caches}, eps=EPS, ops=TRITON)
-    assert_same([out, *caches.values()], expected)
+    caches = {cache: arguments[cache].clone() for cache in CACHES}
+    caches[name] = far(caches[name], dim)
+    assert_same(run(arguments, **caches), run(arguments))
 
 
 # Batch invariance
@@ -270,11 +243,7 @@ def test_caches_far_apart(name, dim):
 def rows_of(arguments, rows, capacity):
     """The same layer with some of its rows, and caches of another capacity."""
     chosen = {name: arguments[name][rows] for name in ("x", "lengths", "cos", "sin")}
-    return {
-        **arguments,
-        **chosen,
-        **{name: arguments[name][rows, :capacity] for name in ("key_cache", "value_cache")},
-    }
+    return {**arguments, **chosen, **{name: arguments[name][rows, :capacity] for name in CACHES}}
 
 
 @pytest.mark.parametrize("dtype", WITHOUT_FP16)
@@ -286,10 +255,7 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype):
     for row in (0, 2, 3, 15):
         for capacity in {lengths[row], min(lengths[row] + 1, 420), 128 * ((lengths[row] + 127) // 128), 420}:
             alone = run(rows_of(arguments, [row], capacity))
-            assert_same(
-                [alone[0], alone[1][0], alone[2][0]],
-                [batch[0][[row]], *(cache[row, :capacity] for cache in batch[1:])],
-            )
+            assert_same(alone, [batch[0][[row]], *(cache[[row], :capacity] for cache in batch[1:])])
     some = run(rows_of(arguments, [9, 3, 0], 420))
     assert_same([some[0]], [batch[0][[9, 3, 0]]])
 
@@ -304,9 +270,7 @@ def test_a_later_token_does_not_change_an_earlier_one():
 
 
 def test_tokens_at_once_are_tokens_one_by_one():
-    """Four new tokens are the same four decoded in four steps; not promised bitwise, for the attention's tile
-    is another.
-    """
+    """Four new tokens at once or in four steps; not bitwise, because the attention's tile differs."""
     arguments = layer((140, 20), 4, 150)
     together = run(arguments)
     keys, values = arguments["key_cache"].clone(), arguments["value_cache"].clone()
@@ -318,17 +282,12 @@ def test_tokens_at_once_are_tokens_one_by_one():
     torch.testing.assert_close((torch.cat(steps, 1), keys, values), together, rtol=1e-5, atol=1e-5)
 
 
-def test_the_gpus_configuration_agrees(monkeypatch):
-    """Two columns a program where the interpreter takes sixteen: the tails of both."""
+def test_the_gpus_configuration_agrees():
+    """Two columns a program instead of the interpreter's sixteen: the tails of both."""
     arguments = layer((30, 12), hidden=97, ffn=51)
     ours = agree(arguments)
-    monkeypatch.setattr(launch_config, "architecture", lambda device: "sm_90")
-    launch_config.launch_config.cache_clear()
-    try:
-        for one, other in zip(agree(arguments), ours, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    finally:
-        launch_config.launch_config.cache_clear()
+    with configured_for("sm_90"):
+        torch.testing.assert_close(agree(arguments), ours, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_splits_grow_with_the_cache(monkeypatch):
@@ -345,11 +304,11 @@ def test_only_the_splits_grow_with_the_cache(monkeypatch):
     assert grown == [((3, 1, 32), (3, 8, 32)), ((3, 1), (3, 8)), ((3, 1), (3, 8))]
 
 
-# Which of the two serves
+# Which of the two runs
 
 
 def counting(op):
-    """(TORCH whose operation counts its calls, the list that grows by one a call)."""
+    """(TORCH with an operation that counts its calls, the list that grows with each call)."""
     calls = []
 
     def counted(*args, **kwargs):
@@ -369,7 +328,7 @@ def test_a_replaced_operation_has_its_effect(op):
 
 
 def test_an_operation_that_a_layer_does_not_contain_changes_nothing(monkeypatch):
-    monkeypatch.delattr("kernels.reference.decode_layer")  # the composition is not to be called
+    monkeypatch.delattr("kernels.reference.decode_layer")  # the composition must not be called
     arguments = layer((9, 40))
     assert_same(run(arguments, with_ops(TRITON, attention=TORCH)), run(arguments))
 
@@ -385,88 +344,65 @@ def test_the_layer_itself_replaced():
 
 @pytest.mark.parametrize("batch, new", [(17, 1), (3, 6), (2, 16)])
 def test_more_rows_are_composed(batch, new, monkeypatch):
-    """Of the kernels of the single operations, within the contract as well."""
-    monkeypatch.setattr(decode_layer, "decode_layer", None)  # the fused layer is not to be called
+    """By the kernels of the single operations, within the contract too."""
+    monkeypatch.setattr(decode_layer, "decode_layer", None)  # the fused layer must not be called
     agree(layer([new + row for row in range(batch)], new))
 
 
 # Bad input
 
-PLACE = torch.empty(0, device=DEVICE).device  # as a tensor names it: "cuda:0" where DEVICE is "cuda"
-
 
 def changed(**changes):
-    """Arguments of which some are other; a callable makes one of what was there."""
+    """Arguments, some of them (or of the weights) replaced by a function of themselves."""
     arguments = layer((9, 40), 2)
-    return {**arguments, **{name: change(arguments[name]) for name, change in changes.items()}}
+    for name, change in changes.items():
+        if name in LayerWeights._fields:
+            weight = change(getattr(arguments["weights"], name))
+            arguments["weights"] = arguments["weights"]._replace(**{name: weight})
+        else:
+            arguments[name] = change(arguments[name])
+    return arguments
 
 
-def other_weight(name, change):
-    return changed(weights=lambda weights: weights._replace(**{name: change(getattr(weights, name))}))
-
-
+SHAPE = "key cache of shape [2, S, K, D] with S >= 2 and K > 0"
+DOUBLE = "float32, float16 or bfloat16 (the torch backend also takes float64), got torch.float64"
+half = torch.Tensor.half
 BAD = [
-    (lambda: changed(x=lambda x: x[0]), "x of shape [B, T, hidden], got [2, 96]"),
+    (dict(x=lambda x: x[0]), "x of shape [B, T, hidden], got [2, 96]"),
+    (dict(key_cache=lambda x: x[:1]), f"{SHAPE}, got [1, 40, 1, 32]"),
+    (dict(key_cache=lambda x: x[:, :1]), f"{SHAPE}, got [2, 1, 1, 32]"),
     (
-        lambda: changed(key_cache=lambda x: x[:1]),
-        "key cache of shape [2, S, K, D] with S >= 2 and K > 0, got [1, 40, 1, 32]",
-    ),
-    (
-        lambda: changed(key_cache=lambda x: x[:, :1]),
-        "key cache of shape [2, S, K, D] with S >= 2 and K > 0, got [2, 1, 1, 32]",
-    ),
-    (
-        lambda: changed(value_cache=lambda x: x[:, :39]),
+        dict(value_cache=lambda x: x[:, 1:]),
         "value cache of shape [2, 40, 1, 32] as the key cache, got [2, 39, 1, 32]",
     ),
-    (lambda: changed(lengths=lambda x: x[:1]), "lengths of shape [2], got [1]"),
-    (lambda: changed(lengths=lambda x: x.float()), "lengths of an integer dtype, got torch.float32"),
-    (lambda: changed(lengths=lambda x: x.to("meta")), f"lengths on {PLACE} as x, got meta"),
-    (lambda: changed(cos=lambda x: x[:, :1]), "cos of shape [2, 16] or [2, 2, 16], got [2, 1, 16]"),
-    (lambda: changed(sin=lambda x: x[0]), "sin of shape [2, 2, 16] as cos, got [2, 16]"),
-    (lambda: changed(sin=lambda x: x.half()), "cos and sin of one floating-point dtype, got torch.float16"),
-    (
-        lambda: changed(x=lambda x: x.half()),
-        "weights.input_norm of dtype torch.float16 as x, got torch.float32",
-    ),
-    (
-        lambda: changed(key_cache=lambda x: x.half()),
-        "key cache of dtype torch.float32 as x, got torch.float16",
-    ),
-    (lambda: changed(x=lambda x: x.repeat(1, 1, 2)), "weights.input_norm of shape [192], got [96]"),
-    (lambda: other_weight("qkv", lambda w: w[:-32]), "weights.qkv of shape [160, 96], got [128, 96]"),
-    (lambda: other_weight("o", lambda w: w[:, :-1]), "weights.qkv of shape [128, 96], got [160, 96]"),
-    (
-        lambda: other_weight("o", lambda w: w[:, :0]),
-        "query heads (columns of o / 32) that are a multiple of 1, got 0",
-    ),
-    (lambda: other_weight("post_norm", lambda w: w[1:]), "weights.post_norm of shape [96], got [95]"),
-    (lambda: other_weight("gate_up", lambda w: w[:144]), "weights.gate_up of shape [288, 96], got [144, 96]"),
-    (
-        lambda: other_weight("down", lambda w: w.half()),
-        "weights.down of dtype torch.float32 as x, got torch.float16",
-    ),
-    (
-        lambda: other_weight("down", lambda w: w.t().contiguous().t()),
-        "contiguous weights (down.contiguous()), got (1, 96)",
-    ),
-    (
-        lambda: changed(key_cache=lambda x: torch.stack((x, x), -1)[..., 0]),
-        "key cache with a last stride of 1, got 2",
-    ),
+    (dict(lengths=lambda x: x[:1]), "lengths of shape [2], got [1]"),
+    (dict(lengths=lambda x: x.float()), "lengths of an integer dtype, got torch.float32"),
+    (dict(lengths=lambda x: x.to("meta")), f"lengths on {PLACE} as x, got meta"),
+    (dict(cos=lambda x: x[:, :1]), "cos of shape [2, 16] or [2, 2, 16], got [2, 1, 16]"),
+    (dict(sin=lambda x: x[0]), "sin of shape [2, 2, 16] as cos, got [2, 16]"),
+    (dict(sin=half), "cos and sin of one floating-point dtype, got torch.float16"),
+    (dict(x=half), "weights.input_norm of dtype torch.float16 as x, got torch.float32"),
+    (dict(key_cache=half), "key cache of dtype torch.float32 as x, got torch.float16"),
+    (dict(x=lambda x: x.repeat(1, 1, 2)), "weights.input_norm of shape [192], got [96]"),
+    (dict(qkv=lambda w: w[:-32]), "weights.qkv of shape [160, 96], got [128, 96]"),
+    (dict(o=lambda w: w[:, :-1]), "weights.qkv of shape [128, 96], got [160, 96]"),
+    (dict(o=lambda w: w[:, :0]), "query heads (columns of o / 32) that are a multiple of 1, got 0"),
+    (dict(post_norm=lambda w: w[1:]), "weights.post_norm of shape [96], got [95]"),
+    (dict(gate_up=lambda w: w[:144]), "weights.gate_up of shape [288, 96], got [144, 96]"),
+    (dict(down=half), "weights.down of dtype torch.float32 as x, got torch.float16"),
+    (dict(down=lambda w: w.t().contiguous().t()), "contiguous weights (down.contiguous()), got (1, 96)"),
+    (dict(key_cache=lambda x: gap(x, dim=3)), "key cache with a last stride of 1, got 2"),
     (lambda: layer((9, 40), head_dim=16), "a head dim in [32, 64, 128], got 16"),
-    (
-        lambda: doubled(layer((9, 40))),
-        "float32, float16 or bfloat16 (the torch backend also takes float64), got torch.float64",
-    ),
+    (lambda: doubled(layer((9, 40))), DOUBLE),
     (lambda: layer([9] * 17), "B * T <= 16 rows and widths of at most 16384, got [17, 1, 96]"),
 ]
 
 
-@pytest.mark.parametrize("arguments, message", BAD, ids=[message for _, message in BAD])
-def test_bad_input_is_refused(arguments, message):
+@pytest.mark.parametrize("bad, message", BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_refused(bad, message):
+    arguments = changed(**bad) if isinstance(bad, dict) else bad()
     with pytest.raises(ValueError, match=re.escape(f"decode_layer: expected {message}")):
-        decode_layer.decode_layer(**arguments(), eps=EPS)
+        decode_layer.decode_layer(**arguments, eps=EPS)
 
 
 # In graphs
@@ -474,11 +410,8 @@ def test_bad_input_is_refused(arguments, message):
 
 def test_torch_compile_sees_one_operation_that_writes_the_caches():
     arguments = layer((9, 40), 2)
-    flat = [
-        arguments["x"],
-        *arguments["weights"],
-        *(arguments[name] for name in ("key_cache", "value_cache", "lengths", "cos", "sin")),
-    ]
+    names = "key_cache", "value_cache", "lengths", "cos", "sin"
+    flat = [arguments["x"], *arguments["weights"], *(arguments[name] for name in names)]
     torch.library.opcheck(torch.ops.smollm2.decode_layer.default, (*flat, EPS))
 
 
@@ -487,8 +420,7 @@ def test_torch_compile_sees_one_operation_that_writes_the_caches():
 def test_a_captured_layer_replays(monkeypatch):
     """With other lengths and another stream in the same memory, as a generation does."""
     arguments = layer((9, 40), capacity=300, dtype=torch.bfloat16)
-    keys, values = arguments["key_cache"].clone(), arguments["value_cache"].clone()
-    static = {**arguments, "key_cache": keys, "value_cache": values}
+    static = {**arguments, **{name: arguments[name].clone() for name in CACHES}}
     TRITON.decode_layer(**static, eps=EPS, ops=TRITON)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -499,4 +431,4 @@ def test_a_captured_layer_replays(monkeypatch):
         static[name].copy_(other[name])
     expected = run(other)
     graph.replay()
-    assert_same([out, keys, values], expected)
+    assert_same([out, *(static[name] for name in CACHES)], expected)

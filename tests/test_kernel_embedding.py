@@ -1,6 +1,4 @@
-"""tied_embedding against the numerics contract, with all ways in which equal ids may lie, and what it may
-write.
-"""
+"""tied_embedding: the numerics contract, all kinds of runs of equal ids, and which gradients it may write."""
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from kernel_cases import (
 
 from kernels import embedding
 
-# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+# Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
 WINDOW = embedding.WINDOW
 
@@ -33,7 +31,7 @@ def some_ids(*shape, vocabulary=23):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [576, 960, 2048])
 def test_models_widths(width, dtype):
-    """fp32 masters: the gradient is in fp32, and not rounded on the way."""
+    """fp32 masters: the gradient is fp32 and never rounded to 16 bits."""
     _, (dweight,) = agree("tied_embedding", (some_ids(2, 9), draw(23, width)), dtype)
     assert dweight.dtype == torch.float32
 
@@ -50,12 +48,9 @@ def test_numbers_of_tokens(tokens, dtype):
     (WINDOW, WINDOW, 1), (1,) * 40,
 ], ids=str)  # fmt: skip
 def test_runs_of_equal_ids(runs):
-    """In the sorted ids: within a window, across its end, over whole windows, and more windows than are added
-    at a time.
-    """
-    ids = torch.repeat_interleave(torch.randperm(len(runs)) + 2, torch.tensor(runs))[
-        torch.randperm(sum(runs))
-    ]
+    """Within a window, across its end, over whole windows, and more windows than are added at a time."""
+    ids = torch.repeat_interleave(torch.randperm(len(runs)) + 2, torch.tensor(runs))
+    ids = ids[torch.randperm(sum(runs))]
     _, (dweight,) = agree("tied_embedding", (ids.to(DEVICE), draw(len(runs) + 3, 8)), torch.float32)
     assert dweight.isfinite().all()
 
@@ -79,7 +74,7 @@ def test_layouts_of_gradients(layout):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_the_weights_own_dtype(dtype):
-    """Rows that are summed up in fp32 and rounded once, however many tokens there are."""
+    """Rows are summed in fp32 and rounded once, however many tokens there are."""
     ids, weight = some_ids(300, vocabulary=2), draw(3, 33, dtype=dtype)
     _, (dweight,) = agree("tied_embedding", (ids, weight), dtype)
     assert dweight.dtype == dtype
@@ -88,9 +83,8 @@ def test_the_weights_own_dtype(dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_copy_of_the_weight_gives_the_same_bits(dtype):
     ids, weight = some_ids(2, 9), draw(23, 33).requires_grad_()
-    plain, copied = (
-        TRITON.tied_embedding(ids, weight, dtype, copy)[0] for copy in (None, weight.detach().to(dtype))
-    )
+    plain, _ = TRITON.tied_embedding(ids, weight, dtype)
+    copied, _ = TRITON.tied_embedding(ids, weight, dtype, weight.detach().to(dtype))
     assert_same([copied], [plain])
     changed, _ = TRITON.tied_embedding(ids, weight, dtype, torch.zeros_like(weight, dtype=dtype))
     assert (changed == 0).all() and torch.autograd.grad(changed.float().sum(), weight)[0].sum() == 18 * 33
@@ -145,9 +139,7 @@ def test_without_a_gradient_the_head_is_the_weight(frozen):
 
 
 class Case:
-    """A model of an embedding and a head, and what becomes of the head's gradient on its way to the
-    embedding.
-    """
+    """A model of an embedding and a head. kept: gradients that others keep; in_place: answers of _is_ours."""
 
     def __init__(self, monkeypatch, backend=TRITON):
         torch.manual_seed(5)
@@ -155,12 +147,12 @@ class Case:
         self.x, self.head = backend.tied_embedding(self.ids, self.weight, torch.float32)
         self.loss = backend.linear_cross_entropy(self.x, self.head, self.ids.roll(-1))
         is_ours = embedding._is_ours
-        monkeypatch.setattr(
-            embedding, "_is_ours", lambda *args: self.in_place.append(is_ours(*args)) or self.in_place[-1]
-        )
 
-    def node(self):
-        return self.loss.grad_fn
+        def recorded(*arguments):
+            self.in_place.append(is_ours(*arguments))
+            return self.in_place[-1]
+
+        monkeypatch.setattr(embedding, "_is_ours", recorded)
 
 
 def backward(case):
@@ -183,45 +175,39 @@ def retain_grad(case):
     case.kept.append(case.head.grad)
 
 
-def hook_that_looks(case):
-    case.head.register_hook(lambda dhead: None)
-    case.loss.backward()
+def hooked(name, register):
+    """A backward pass after `register(case)`."""
+
+    def way(case):
+        register(case)
+        case.loss.backward()
+
+    way.__name__ = name
+    return way
 
 
-def hook_that_keeps(case):
-    case.head.register_hook(case.kept.append)
-    case.loss.backward()
-
-
-def hook_that_keeps_a_view(case):
-    case.head.register_hook(lambda dhead: case.kept.append(dhead.view(-1).view(23, 16)))
-    case.loss.backward()
-
-
-def hook_that_keeps_an_alias(case):
-    case.head.register_hook(lambda dhead: case.kept.append(dhead.detach()))
-    case.loss.backward()
-
-
-def hook_that_replaces(case):
+def register_a_replacement(case):
     case.kept.append(torch.zeros(23, 16, device=DEVICE))
     case.head.register_hook(lambda dhead: case.kept[0].copy_(dhead))
-    case.loss.backward()
 
 
-def hook_of_the_losss_node(case):
-    case.node().register_hook(lambda gradients, _: case.kept.append(gradients[1]))
-    case.loss.backward()
+def keep_what(change):
+    return lambda case: case.head.register_hook(lambda dhead: case.kept.append(change(dhead)))
 
 
-def hook_of_the_embeddings_node(case):
-    case.head.grad_fn.register_prehook(lambda gradients: case.kept.append(gradients[1]))
-    case.loss.backward()
-
-
-def hook_after_the_embeddings_node(case):
-    case.head.grad_fn.register_hook(lambda _, gradients: case.kept.append(gradients[1]))
-    case.loss.backward()
+hook_that_looks = hooked("hook_that_looks", lambda case: case.head.register_hook(lambda dhead: None))
+HOOKS = [
+    hooked("hook_that_keeps", keep_what(lambda x: x)),
+    hooked("hook_that_keeps_a_view", keep_what(lambda x: x.view(-1).view(23, 16))),
+    hooked("hook_that_keeps_an_alias", keep_what(lambda x: x.detach())),
+    hooked("hook_that_replaces", register_a_replacement),
+    hooked("hook_of_the_losss_node", lambda case: case.loss.grad_fn.register_hook(
+        lambda gradients, _: case.kept.append(gradients[1]))),
+    hooked("hook_of_the_embeddings_node", lambda case: case.head.grad_fn.register_prehook(
+        lambda gradients: case.kept.append(gradients[1]))),
+    hooked("hook_after_the_embeddings_node", lambda case: case.head.grad_fn.register_hook(
+        lambda _, gradients: case.kept.append(gradients[1]))),
+]  # fmt: skip
 
 
 def asked_for(case):
@@ -236,17 +222,12 @@ def given(case):
 
 
 IN_PLACE = [backward, retained, retained_and_repeated, retain_grad, hook_that_looks]
-COPIED = [
-    hook_that_keeps, hook_that_keeps_a_view, hook_that_keeps_an_alias, hook_that_replaces,
-    hook_of_the_losss_node, hook_of_the_embeddings_node, hook_after_the_embeddings_node, asked_for, given,
-]  # fmt: skip
+COPIED = [*HOOKS, asked_for, given]
 
 
 @pytest.mark.parametrize("way", [*IN_PLACE, *COPIED], ids=lambda way: way.__name__)
 def test_who_may_write_the_heads_gradient(way, monkeypatch):
-    """In place where the backward pass alone has it, a copy otherwise: what others keep is the head's
-    gradient, and stays it.
-    """
+    """Written in place where only the backward pass has it, else copied: what others keep does not change."""
     case, alone, expected = Case(monkeypatch), Case(monkeypatch), Case(monkeypatch, TORCH)
     (dhead,) = torch.autograd.grad(alone.loss, alone.head)
     backward(expected)
@@ -259,13 +240,13 @@ def test_who_may_write_the_heads_gradient(way, monkeypatch):
 
 def test_the_gradient_is_the_tensor_that_the_loss_made(monkeypatch):
     case = Case(monkeypatch)
-    made = case.node().gradients[1].data_ptr()
+    made = case.loss.grad_fn.gradients[1].data_ptr()
     backward(case)
     assert case.weight.grad.data_ptr() == made
 
 
 def test_two_heads(monkeypatch):
-    """Their sum is autograd's own."""
+    """autograd owns the sum of their gradients."""
     case, expected = Case(monkeypatch), Case(monkeypatch, TORCH)
     for one, ops in ((case, TRITON), (expected, TORCH)):
         (one.loss + 2 * ops.linear_cross_entropy(one.x, one.head, one.ids.roll(1))).backward()
@@ -300,10 +281,8 @@ def test_a_second_derivative_is_refused(monkeypatch):
     (dict(weight_copy=torch.zeros(5, 4, device="meta")), "weight_copy on cpu as the weight, got meta"),
 ])  # fmt: skip
 def test_bad_input(change, message):
-    call = (
-        dict(input_ids=torch.zeros(3, dtype=torch.int64), weight=torch.zeros(5, 4), dtype=torch.float32)
-        | change
-    )
+    call = dict(input_ids=torch.zeros(3, dtype=torch.int64), weight=torch.zeros(5, 4), dtype=torch.float32)
+    call |= change
     for ops in (TRITON, TORCH):
         with pytest.raises(ValueError, match=f"tied_embedding: expected {message}"):
             ops.tied_embedding(**call)
@@ -327,7 +306,7 @@ def test_opcheck():
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="a graph is captured on a GPU")
 @pytest.mark.parametrize("same", [False, True])
 def test_captured_in_a_graph(same):
-    """Nothing waits for the device, and a batch of one token alone takes its place in the same graph."""
+    """Nothing waits for the device, and the same graph serves a batch that repeats one token."""
     ids, weight = some_ids(16384, vocabulary=49152), draw(49152, 576).requires_grad_()
     dx, dhead = draw(16384, 576, dtype=torch.bfloat16), draw(49152, 576)
 

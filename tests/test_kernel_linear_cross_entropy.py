@@ -1,6 +1,4 @@
-"""linear_cross_entropy against the numerics contract: loss, gradient of the hidden states, gradient of the
-head.
-"""
+"""linear_cross_entropy against the numerics contract: the loss and both gradients."""
 
 import math
 
@@ -24,16 +22,14 @@ from kernel_cases import (
 from kernels import linear_cross_entropy
 from kernels.products import tokens_per_chunk
 
-# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+# Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
 def inputs(tokens, width, vocabulary, dtype=torch.float32):
-    """Logits of size 2 or so."""
-    hidden, weight = (
-        draw(tokens, width, dtype=dtype),
-        draw(vocabulary, width, dtype=dtype, scale=2 * width**-0.5),
-    )
+    """((hidden, weight), targets), for logits of size 2 or so."""
+    hidden = draw(tokens, width, dtype=dtype)
+    weight = draw(vocabulary, width, dtype=dtype, scale=2 * width**-0.5)
     return (hidden, weight), torch.randint(0, vocabulary, (tokens,)).to(DEVICE)
 
 
@@ -43,9 +39,7 @@ def some_ignored(targets):
 
 
 def times(factor):
-    """An upstream gradient of about that factor. The mean's gradients are of size 1/N: as small as atol,
-    where it would hide an error.
-    """
+    """An upstream gradient of about that factor: at the mean's gradients, of size 1/N, atol hides errors."""
     return lambda dy: dy.abs().clamp(min=0.5) * factor
 
 
@@ -86,16 +80,10 @@ def test_losses(reduction, z_loss, label_smoothing, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [32, 34, 63])
 def test_chunks(tokens, dtype):
-    """dW is added up over chunks, the last of them ragged and not ignored."""
+    """dW is summed over chunks; the last chunk is ragged and counts."""
     tensors, targets = inputs(tokens, 48, 101, dtype)
-    agree(
-        "linear_cross_entropy",
-        tensors,
-        some_ignored(targets),
-        z_loss=0.01,
-        chunk_tokens=16,
-        upstream=times(tokens),
-    )
+    options = dict(z_loss=0.01, chunk_tokens=16, upstream=times(tokens))
+    agree("linear_cross_entropy", tensors, some_ignored(targets), **options)
 
 
 def test_chunks_do_not_change_the_losses():
@@ -112,9 +100,7 @@ def test_chunks_do_not_change_the_losses():
     "width, across", [(1, 1), (64, 1), (192, 1), (576, 3), (640, 5), (768, 3), (960, 5), (1024, 4), (2048, 8)]
 )
 def test_the_rule_of_the_chunk(width, across, vocabulary):
-    """The first of all numbers of tokens that fills its waves as far as whole rows of tiles can, or the most
-    that is allowed.
-    """
+    """The fewest tokens that fill their waves as far as whole rows of tiles can, or the most allowed."""
     most = max(128, min(8192, 2**29 // vocabulary) // 128 * 128)
     for processors in (1, 16, 46, 78, 84, 96, 108, 114, 132, 144, 148, 170, 188, 304):
 
@@ -128,14 +114,10 @@ def test_the_rule_of_the_chunk(width, across, vocabulary):
 
 
 def test_the_chunks_of_the_models():
-    """On 132, 108 and 148 multiprocessors (H100, A100, B200): at most half of the logits of 16,384 tokens
-    exist.
-    """
-    chunks = {
-        width: [tokens_per_chunk(width, 49152, processors) for processors in (132, 108, 148)]
-        for width in (576, 960, 2048)
-    }
-    assert chunks == {576: [5632, 4608, 6272], 960: [6656, 5504, 7552], 2048: [4224, 5120, 4736]}
+    """On H100, A100 and B200: at most half of the logits of 16,384 tokens exist."""
+    expected = {576: [5632, 4608, 6272], 960: [6656, 5504, 7552], 2048: [4224, 5120, 4736]}
+    for width, chunks in expected.items():
+        assert [tokens_per_chunk(width, 49152, processors) for processors in (132, 108, 148)] == chunks
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,28 +125,15 @@ def test_the_chunks_of_the_models():
 def test_scale(reduction, dtype):
     """It multiplies the loss and both gradients."""
     tensors, targets = inputs(9, 48, 101, dtype)
-    scale, upstream = torch.tensor(0.3, device=DEVICE), times(9 if reduction == "mean" else 1)
-    scaled = agree(
-        "linear_cross_entropy",
-        tensors,
-        some_ignored(targets),
-        reduction=reduction,
-        scale=scale,
-        upstream=upstream,
-    )
+    options = dict(reduction=reduction, upstream=times(9 if reduction == "mean" else 1))
+    scale = torch.tensor(0.3, device=DEVICE)
+    scaled = agree("linear_cross_entropy", tensors, some_ignored(targets), scale=scale, **options)
     torch.manual_seed(1234)
-    plain = agree(
-        "linear_cross_entropy",
-        *inputs(9, 48, 101, dtype)[:1],
-        targets,
-        reduction=reduction,
-        upstream=upstream,
-    )
+    plain = agree("linear_cross_entropy", *inputs(9, 48, 101, dtype)[:1], targets, **options)
     for ours, expected in zip((*scaled[0], *scaled[1]), (*plain[0], *plain[1]), strict=True):
         atol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[ours.dtype]
-        torch.testing.assert_close(
-            ours, expected * 0.3, rtol=0, atol=atol * max(1.0, expected.abs().max().item())
-        )
+        atol *= max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(ours, expected * 0.3, rtol=0, atol=atol)
 
 
 def test_scale_of_the_mean_and_of_each_token():
@@ -174,9 +143,8 @@ def test_scale_of_the_mean_and_of_each_token():
         of_sum = ops.linear_cross_entropy(*tensors, targets, reduction="sum", scale=scale)
         assert_same([of_sum], [ops.linear_cross_entropy(*tensors, targets)])
         losses = ops.linear_cross_entropy(*tensors, targets, reduction="none")
-        assert_same(
-            [ops.linear_cross_entropy(*tensors, targets, reduction="none", scale=scale)], [losses * scale]
-        )
+        scaled = ops.linear_cross_entropy(*tensors, targets, reduction="none", scale=scale)
+        assert_same([scaled], [losses * scale])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -191,16 +159,13 @@ def test_a_copy_of_the_weight_gives_the_same_bits(dtype):
             loss = ops.linear_cross_entropy(hidden, weight, targets, weight_copy=copy, chunk_tokens=16)
             found.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
         assert_same(found[1], found[0])
-        zeros = ops.linear_cross_entropy(
-            hidden, weight, targets, weight_copy=torch.zeros_like(weight, dtype=dtype)
-        )
+        copy = torch.zeros_like(weight, dtype=dtype)
+        zeros = ops.linear_cross_entropy(hidden, weight, targets, weight_copy=copy)
         torch.testing.assert_close(zeros.item(), math.log(97), rtol=1e-5, atol=0)
 
 
 def test_the_gradients_are_given_away():
-    """An upstream gradient of 1 copies and reads nothing: what no multiplication would leave as it is stays,
-    where it was made.
-    """
+    """An upstream gradient of 1 copies and reads nothing: even a signalling NaN stays, at its address."""
     (hidden, weight), targets = inputs(9, 32, 97)
     tensors = hidden.requires_grad_(), weight.requires_grad_()
     loss = TRITON.linear_cross_entropy(*tensors, targets)
@@ -208,9 +173,8 @@ def test_the_gradients_are_given_away():
     made[1].view(torch.int32)[3, 5] = 0x7F800001  # a signalling NaN: arithmetic makes it a quiet one
     addresses = [x.data_ptr() for x in made]
     gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
-    assert [x.data_ptr() for x in gradients] == addresses and gradients[1].view(torch.int32)[
-        3, 5
-    ] == 0x7F800001
+    assert [x.data_ptr() for x in gradients] == addresses
+    assert gradients[1].view(torch.int32)[3, 5] == 0x7F800001
     again = torch.autograd.grad(loss, tensors)  # computed again
     assert again[1].isfinite().all() and not {x.data_ptr() for x in again} & set(addresses)
     assert_same([again[0]], [gradients[0]])
@@ -220,16 +184,15 @@ def test_the_gradients_are_given_away():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rescaling(dtype):
-    """More elements than the programs have at a time, with a tail, in fp32 and rounded once."""
-    sizes = (7 * linear_cross_entropy.RESCALED + 3, 4 * linear_cross_entropy.RESCALED + 5)
+    """More elements than the programs multiply at a time, with a tail, in fp32 and rounded once."""
+    block = linear_cross_entropy.RESCALED
+    sizes = 7 * block + 3, 4 * block + 5
     dhidden, dweight = draw(sizes[0] + 1, dtype=dtype), draw(sizes[1] + 1)
     expected = [(dhidden.float() * 0.7).to(dtype), dweight * 0.7]
     for whole, ours in zip(expected, (dhidden, dweight), strict=True):
         whole[-1] = ours[-1]
     upstream = torch.tensor(0.7, device=DEVICE)
-    linear_cross_entropy._rescale_kernel[(3,)](
-        dhidden, dweight, upstream, *sizes, BLOCK=linear_cross_entropy.RESCALED
-    )
+    linear_cross_entropy._rescale_kernel[(3,)](dhidden, dweight, upstream, *sizes, BLOCK=block)
     assert_same([dhidden, dweight], expected)
 
 
@@ -258,12 +221,9 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_reduction(dtype):
     tensors, targets = inputs(9, 48, 101, dtype)
-    losses = TRITON.linear_cross_entropy(
-        *tensors, some_ignored(targets), reduction="none", label_smoothing=0.1
-    )
-    truth = F.cross_entropy(
-        tensors[0].double() @ tensors[1].double().t(), targets, reduction="none", label_smoothing=0.1
-    )
+    options = dict(reduction="none", label_smoothing=0.1)
+    losses = TRITON.linear_cross_entropy(*tensors, some_ignored(targets), **options)
+    truth = F.cross_entropy(tensors[0].double() @ tensors[1].double().t(), targets, **options)
     assert losses.dtype == torch.float32 and not losses.requires_grad
     torch.testing.assert_close(losses.double(), truth, rtol=0, atol={torch.float32: 1e-5}.get(dtype, 2e-2))
 
@@ -280,9 +240,8 @@ def test_other_ignored_index(ignore_index):
     """Also an index of the vocabulary: such a token has no loss, whatever its logits."""
     tensors, targets = inputs(8, 32, 97)
     targets[::3] = ignore_index
-    (_, gradients) = agree(
-        "linear_cross_entropy", tensors, targets, ignore_index=ignore_index, upstream=times(8)
-    )
+    options = dict(ignore_index=ignore_index, upstream=times(8))
+    _, gradients = agree("linear_cross_entropy", tensors, targets, **options)
     assert (gradients[0][::3] == 0).all() and (gradients[0][1] != 0).any()
 
 
@@ -301,13 +260,10 @@ def test_layouts_of_inputs(layout):
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, id="fp16"), DTYPES[2]])
 def test_master_weights(dtype):
-    """A head in fp32 under 16-bit activations is cast on the way in; its gradient comes back in fp32 and is
-    not rounded on the way.
-    """
+    """An fp32 head under 16-bit activations is cast; its gradient is fp32 and never rounded to 16 bits."""
     (hidden, weight), targets = inputs(40, 32, 97)
-    _, (dhidden, dweight) = agree(
-        "linear_cross_entropy", (hidden.to(dtype), weight), targets, upstream=times(40)
-    )
+    tensors = hidden.to(dtype), weight
+    _, (dhidden, dweight) = agree("linear_cross_entropy", tensors, targets, upstream=times(40))
     assert dhidden.dtype == dtype and dweight.dtype == torch.float32
     assert not torch.equal(dweight, dweight.to(dtype).float())
 
@@ -318,9 +274,8 @@ def test_only_one_gradient_is_wanted(wanted):
     both = [x.clone().requires_grad_() for x in tensors]
     expected = torch.autograd.grad(TRITON.linear_cross_entropy(*both, targets), both)[wanted]
     tensors[wanted].requires_grad_()
-    assert_same(
-        torch.autograd.grad(TRITON.linear_cross_entropy(*tensors, targets), tensors[wanted]), [expected]
-    )
+    loss = TRITON.linear_cross_entropy(*tensors, targets)
+    assert_same(torch.autograd.grad(loss, tensors[wanted]), [expected])
 
 
 def test_large_logits():
@@ -370,10 +325,7 @@ def test_empty_batch():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    DEVICE.type != "cuda",
-    reason="thousands of tokens with the whole vocabulary take minutes in the interpreter",
-)
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="4,099 tokens take minutes in the interpreter")
 def test_whole_vocabulary_in_bf16():
     tensors, targets = inputs(4099, 576, 49152, torch.bfloat16)
     agree("linear_cross_entropy", tensors, targets, upstream=times(4099))

@@ -21,7 +21,7 @@ from kernel_cases import (
 
 from kernels import rms_norm
 
-# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+# Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 WIDTHS = [576, 960, 2048]

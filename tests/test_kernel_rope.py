@@ -18,7 +18,7 @@ from kernel_cases import (
     over,
 )
 
-# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+# Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 HEADS = [(9, 3), (15, 5), (32, 32)]

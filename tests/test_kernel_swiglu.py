@@ -16,7 +16,7 @@ from kernel_cases import (
     swapped,
 )
 
-# What a kernel does not write is NaN, and not by luck the right value of an earlier run.
+# Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 WIDTHS = [1536, 2560, 8192]

@@ -1,4 +1,4 @@
-"""The certificate's own honesty: every bug on the list makes a test fail, by an assertion, and without a bug
+"""The tests of the kernels can fail: every planted bug makes one fail, by an assertion, and without a bug
 tests of the same files pass.
 """
 
@@ -17,37 +17,26 @@ NAMES = [fault.name for fault in FAULTS]
 
 @pytest.fixture(scope="module")
 def outcomes(request, project_root):
-    """{name: [error or nothing, report] of its tests} of the faults that this session asks for, in the
-    interpreter.
-    """
+    """{name: [error or "", report] of each test} of the faults of this session, in the interpreter."""
     asked = [
         item.callspec.params["name"]
         for item in request.session.items
         if item.module is request.module and hasattr(item, "callspec")
     ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(project_root),
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
-    for name in ("PYTEST_ADDOPTS", "SMOLLM2_NUMERICS"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "tests/planted_faults.py", CONTROL, *asked],
-        cwd=project_root,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    removed = ("PYTEST_ADDOPTS", "SMOLLM2_NUMERICS")
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
+    environment |= {
+        "PYTHONPATH": str(project_root), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }  # fmt: skip
+    command = [sys.executable, "tests/planted_faults.py", CONTROL, *asked]
+    done = subprocess.run(command, cwd=project_root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_without_a_fault_the_tests_pass(outcomes):
-    """One of each file, whose functions were planted anew as they are; the others run outside of here."""
+    """One test of each file, whose functions were replaced by themselves."""
     assert [error for error, _ in outcomes[CONTROL] if error] == [], outcomes[CONTROL]
 
 

@@ -1,18 +1,18 @@
-"""`python -m kernels.certify`: compiles every launch of every kernel for six GPUs that need not be there.
+"""`python -m kernels.certify`: compiles every launch of every kernel for six GPUs that need not be present.
 
     python -m kernels.certify                     compiles what changed, writes certificate.json and
                                                   CERTIFICATE.md, applies the gates
-    python -m kernels.certify --check             compiles nothing; fails when the committed table is not that
-                                                  of this source
+    python -m kernels.certify --check             compiles nothing; fails if the committed table does not
+                                                  belong to this source
     python -m kernels.certify --target sm_90 --op attention    compiles these again and prints them; writes
                                                   nothing
     python -m kernels.certify --fill DIR --arch sm_90          fills a Triton cache for that GPU (fill.py)
     python -m kernels.certify --verify DIR --arch sm_90        how much of it would be found
 
-What is compiled is what would be launched (cases.py, recorder.py); what the figures mean stands in
-measure.py, the limits they are held against in gates.py. The table holds the figures of two versions of
-Triton, the newest that is tested and the oldest that is allowed. A run adds those of the version that it
-finds, so that a change of a kernel or of a launch takes two:
+The launches are recorded, not listed (cases.py, recorder.py); measure.py says what the figures mean, gates.py
+the limits they must keep. The table holds the figures of two versions of Triton, the newest that is tested
+and the oldest that is allowed. A run adds those of the installed version, so a change of a kernel or of a
+launch takes two runs:
 
     python -m kernels.certify
     pip install --no-deps --target /tmp/triton-3.6.0 triton==3.6.0
@@ -45,11 +45,8 @@ from kernels.certify.recorder import RecordedLaunch
 from kernels.certify.targets import TARGETS
 
 VERSIONS = ("3.7.1", "3.6.0")  # of Triton: that of constraints.txt, and the oldest that pyproject.toml allows
-
 JSON_FILE = Path(__file__).parent.with_name("certificate.json")
-
 TABLE_FILE = Path(__file__).parent.with_name("CERTIFICATE.md")
-
 PARTS = {
     "embedding": EMBEDDING, "layer": LAYER, "last norm": LAST_NORM, "loss": LOSS, "optimizer": OPTIMIZER,
     "decode layer": DECODE,
@@ -57,7 +54,7 @@ PARTS = {
 
 
 def rows_of(launches: Iterable[RecordedLaunch]) -> dict[str, tuple[RecordedLaunch, Row]]:
-    """key -> one launch that has it, and the row that all of them share, without figures yet."""
+    """key -> the first launch that has it, and the row of all that have it, still without figures."""
     rows: dict[str, tuple[RecordedLaunch, Row]] = {}
     for launch in launches:
         if launch.key in rows:
@@ -65,28 +62,16 @@ def rows_of(launches: Iterable[RecordedLaunch]) -> dict[str, tuple[RecordedLaunc
             if launch.case not in cases:
                 cases.append(launch.case)
             continue
-        rows[launch.key] = (
-            launch,
-            {
-                "key": launch.key,
-                "target": launch.target,
-                "dtype": launch.dtype,
-                "op": launch.op,
-                "phase": launch.phase,
-                "kernel": launch.kernel,
-                "cases": [launch.case],
-                "constants": launch.constants,
-                "not_divisible": [  # of what could be: a descriptor is aligned, or could not have been made
-                    name
-                    for index, (name, kind) in enumerate(launch.signature.items())
-                    if name not in launch.constants
-                    and index not in launch.attributes
-                    and not kind.startswith("tensordesc")
-                ],
-                "options": launch.options,
-                "figures": {},
-            },
-        )
+        row: Row = {
+            name: getattr(launch, name) for name in ("key", "target", "dtype", "op", "phase", "kernel")
+        }
+        row |= {"cases": [launch.case], "constants": launch.constants}
+        row["not_divisible"] = [  # of arguments that could be: a descriptor is always aligned
+            name
+            for index, (name, kind) in enumerate(launch.signature.items())
+            if not (name in launch.constants or index in launch.attributes or kind.startswith("tensordesc"))
+        ]
+        rows[launch.key] = launch, row | {"options": launch.options, "figures": {}}
     return rows
 
 
@@ -94,16 +79,14 @@ def launch_counts(launches: Sequence[RecordedLaunch]) -> dict[str, dict[str, dic
     """Triton launches by part of the work, phase and op: {"layer": {"forward": {"rms_norm": 2, ...}, ...},
     "step": ..., ...}.
 
-    A step is the embedding, LAYERS layers, the last norm and the loss; the optimizer comes on top. (The first
-    norm of the first layer has no residual and as many launches.)
+    A step is the embedding, LAYERS layers, the last norm and the loss; the optimizer is not included. (The
+    first norm of the first layer has no residual, but the same number of launches.)
     """
-    parts: dict[str, Counter[tuple[str, str]]] = {}
-    for part, case in PARTS.items():
-        parts[part] = Counter(
-            (launch.phase, launch.op)
-            for launch in launches
-            if launch.case == case and launch.dtype == "bfloat16"
-        )
+    bf16 = [launch for launch in launches if launch.dtype == "bfloat16"]
+    parts = {
+        part: Counter((launch.phase, launch.op) for launch in bf16 if launch.case == case)
+        for part, case in PARTS.items()
+    }
     parts["step"] = parts["embedding"] + parts["last norm"] + parts["loss"]
     for key, count in parts["layer"].items():
         parts["step"][key] += LAYERS * count
@@ -116,7 +99,7 @@ def launch_counts(launches: Sequence[RecordedLaunch]) -> dict[str, dict[str, dic
 
 
 def dump(certificate: dict[str, Any]) -> str:
-    """JSON with one row a line, so that a change shows in a diff."""
+    """JSON with one row a line, for readable diffs."""
     rows = ",\n".join(json.dumps(row) for row in certificate["rows"])
     head = json.dumps({name: value for name, value in certificate.items() if name != "rows"}, indent=1)
     return f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n'
@@ -130,7 +113,7 @@ def load() -> dict[str, Any]:
 
 
 def merge_numerics(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries {op, dtype, worst}; a new one replaces the old one of the same op and dtype."""
+    """Entries {op, dtype, worst}; a new entry replaces an old one of the same op and dtype."""
     merged = {(entry["op"], entry["dtype"]): entry for entry in [*old, *new]}
     return [merged[key] for key in sorted(merged)]
 
@@ -138,7 +121,7 @@ def merge_numerics(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list
 def check(
     rows: dict[str, tuple[RecordedLaunch, Row]], counts: dict[str, Any], committed: dict[str, Any]
 ) -> list[str]:
-    """Why the committed files are not those of this source and this table, one line each."""
+    """Why the committed files do not belong to this source, one line each."""
     known = {row["key"]: row for row in committed["rows"]}
 
     def name(row: Row) -> str:
@@ -160,14 +143,14 @@ def check(
 
 
 def folder(text: str) -> Path:
-    """A path of the command line; an empty one is a variable of the shell that was not set."""
+    """A path of the command line. An empty one comes from a shell variable that was not set."""
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, got nothing")
     return Path(text).expanduser()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when all is well, 1 when a gate or the check fails, 2 when it cannot run."""
+    """0 if all is well, 1 if a gate or the check fails, 2 if it cannot run."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.certify",
         description=__doc__,
@@ -185,12 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--target", nargs="+", choices=list(TARGETS), help="only these targets; print, write nothing")
     add("--op", nargs="+", metavar="OP", help="only these ops (attention, ...); print, write nothing")
     add("--fresh", action="store_true", help="compile unchanged rows too")
-    add(
-        "--numerics",
-        type=Path,
-        metavar="FILE",
-        help="JSON list of {op, dtype, worst} to enter into the table",
-    )
+    text = "JSON list of {op, dtype, worst} to enter into the table"
+    add("--numerics", type=Path, metavar="FILE", help=text)
     add("--arch", help="--fill, --verify: the GPU, as sm_90 or sm_86 (default: the one here, or sm_90)")
     text = "whose launches; model (training and generation of every preset; default), tests, bench"
     add("--from", nargs="+", dest="sources", choices=SOURCES, help=f"--fill, --verify: {text}")
@@ -198,23 +177,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {options.jobs}")
-    of_the_table = ("target", "op", "fresh", "numerics")
-    of_a_cache = ("arch", "sources")
-    for name in of_the_table if options.fill or options.verify else of_a_cache:
+    cache = options.fill or options.verify
+    for name in ("target", "op", "fresh", "numerics") if cache else ("arch", "sources"):
         if getattr(options, name):
-            parser.error(
-                f"--{'from' if name == 'sources' else name}: not with the other arguments given; see --help"
-            )
+            flag = "from" if name == "sources" else name
+            parser.error(f"--{flag}: not with the other arguments given; see --help")
     if knobs.runtime.interpret:
         print(
             "kernels.certify needs the compiler, but TRITON_INTERPRET=1 replaces it: unset that variable",
             file=sys.stderr,
         )
         return 2
-    if options.fill or options.verify:
+    if cache:
         try:
-            cache, sources = options.fill or options.verify, options.sources or ["model"]
-            arch = options.arch or present_gpu()
+            arch, sources = options.arch or present_gpu(), options.sources or ["model"]
             return report(options.fill is not None, cache, arch, sources, options.jobs)
         except (OSError, RuntimeError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -255,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {**known.get(key, {}), **({version: fresh[key]} if key in fresh else {})}
         row["figures"] = {name: found[name] for name in sorted(found, reverse=True)}
     measured = json.loads(options.numerics.read_text()) if options.numerics else []
-    kernels_only = [entry for entry in measured if not entry["op"].endswith(", torch")]  # the other backend's
+    kernels_only = [entry for entry in measured if not entry["op"].endswith(", torch")]
     certificate = {
         "triton": list(VERSIONS if kept else [version]),
         "launches": counts,

@@ -1,7 +1,7 @@
-"""The launches that the certificate is about: recorded from the public functions, not listed by hand.
+"""The launches that are certified: recorded from the public functions, not listed by hand.
 
 Each case calls public functions, forward and backward, on tensors of the "meta" device at the models' own
-shapes (kernels/certify/recorder.py). What is certified is therefore what would be launched.
+shapes (kernels/certify/recorder.py). So what is certified is what would be launched.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from kernels.mlp import mlp
 from kernels.types import Backend, LayerWeights
 
 EPS = 1e-5
-
 HEAD_DIM = 64
-
 LAYERS = 30  # of the 135M model
-
 VOCABULARY = 49152
 
 
@@ -59,18 +56,13 @@ def _layer_weights(size: Sizes, dtype: torch.dtype, head_dim: int = HEAD_DIM) ->
 
 
 def layer(
-    run: Recorder,
-    ops: Backend,
-    model: str,
-    docs: bool = False,
-    batch: int = 32,
-    length: int = 512,
+    run: Recorder, ops: Backend, model: str, docs: bool = False, batch: int = 32, length: int = 512,
     train: bool = True,
-) -> None:
-    """One block as smollm2/model.py composes it; without `train` a prefill, with keys from a cache."""
+) -> None:  # fmt: skip
+    """One block as smollm2/model.py composes it; without `train` a prefill, whose keys come from a cache."""
     size, dtype = MODELS[model], run.dtype
     weights = _layer_weights(size, dtype)
-    if train:  # masters, which the kernel rounds itself
+    if train:  # fp32 masters, which the kernel rounds itself
         norm = tensor(size.hidden, dtype=torch.float32)
         weights = weights._replace(input_norm=norm, post_norm=norm)
     x, stream = (tensor(batch, length, size.hidden, dtype=dtype) for _ in range(2))
@@ -112,7 +104,7 @@ def swiglu_separate(run: Recorder, ops: Backend) -> None:
 
 
 def fused_mlp(run: Recorder, ops: Backend, model: str) -> None:
-    """SwiGLU inside its products, whether or not the table has it for this target."""
+    """SwiGLU inside its products, whether or not the launch table uses it on this target."""
     size, dtype = MODELS[model], run.dtype
     shapes = (32, 512, size.hidden), (2 * size.ffn, size.hidden), (size.hidden, size.ffn)
     run.backward(mlp(*(tensor(*shape, dtype=dtype) for shape in shapes)))
@@ -134,7 +126,7 @@ def attention_chunk(run: Recorder, ops: Backend) -> None:
 
 
 def embedding(run: Recorder, ops: Backend, model: str, copy: bool = False) -> None:
-    """fp32 masters, read as they are or from their copy in the run's dtype."""
+    """fp32 masters, read themselves or through their copy in the run's dtype."""
     ids, width = tensor(32, 512, dtype=torch.int64, grad=False), MODELS[model].hidden
     weight = tensor(VOCABULARY, width, dtype=torch.float32)
     shadow = tensor(VOCABULARY, width, dtype=run.dtype, grad=False) if copy else None
@@ -150,15 +142,10 @@ def loss(run: Recorder, ops: Backend, train: bool = True, **options: Any) -> Non
 
 
 def decode(
-    run: Recorder,
-    ops: Backend,
-    batch: int = 1,
-    new: int = 1,
-    keys: int = 1000,
-    model: str = "135M",
+    run: Recorder, ops: Backend, batch: int = 1, new: int = 1, keys: int = 1000, model: str = "135M",
     head_dim: int = HEAD_DIM,
-) -> None:
-    """One block for a few new tokens over a cache of 2048 that is filled to `keys`."""
+) -> None:  # fmt: skip
+    """One block for a few new tokens, over a cache of 2048 of which `keys` are filled."""
     size, dtype = MODELS[model], run.dtype
     key_cache, value_cache = (
         tensor(batch, 2048, size.key_heads, head_dim, dtype=dtype, grad=False)[:, :keys] for _ in range(2)
@@ -173,10 +160,8 @@ def decode(
 def head(run: Recorder, ops: Backend, model: str) -> None:
     """The final norm and the head of a decode step."""
     width = MODELS[model].hidden
-    x, scale, weight = (
-        tensor(*shape, dtype=run.dtype, grad=False)
-        for shape in ((1, 1, width), (width,), (VOCABULARY, width))
-    )
+    shapes = (1, 1, width), (width,), (VOCABULARY, width)
+    x, scale, weight = (tensor(*shape, dtype=run.dtype, grad=False) for shape in shapes)
     decode_head(x, scale, weight, EPS)
 
 
@@ -189,20 +174,18 @@ def optimizer(run: Recorder, ops: Backend) -> None:
     elements = [weight.numel() for weight in weights]
     work = adamw.plan(elements, [0] * len(elements), device)
     table = tensor(5 * work.tensors + adamw.GROUP_WORDS, dtype=torch.int64, grad=False)
-    found, steps = (
-        adamw.gradient_norm(table, work, 1.0),
-        tensor(work.tensors, dtype=torch.float32, grad=False),
-    )
+    found = adamw.gradient_norm(table, work, 1.0)
+    steps = tensor(work.tensors, dtype=torch.float32, grad=False)
     adamw.adamw(table, work, steps, found[0], found[1], None if run.dtype == torch.float32 else run.dtype)
 
 
 class Case(NamedTuple):
-    """label, what to call, and whether fp16 and fp32 are certified too (on two targets)."""
+    """What to call with what, and its label in the table."""
 
     label: str
     run: Callable[..., None]
     arguments: dict[str, Any]
-    every_dtype: bool = False
+    every_dtype: bool = False  # certified in fp16 and fp32 too (on two targets)
 
 
 LAYER, FIRST_NORM, LAST_NORM, LOSS = "layer 135M", "first norm", "last norm", "loss"
@@ -241,7 +224,7 @@ CASES = (
     Case("decode 1x1, 1.7B", decode, {"model": "1.7B"}),
     Case("decode 1x1, head dim 32", decode, {"head_dim": 32}),
     Case("decode 1x1, head dim 128", decode, {"head_dim": 128}),
-    # more rows than the fused layer takes: the composition
+    # more rows than the fused layer supports: the composition
     Case("decode 32x1, 1000 keys", decode, {"batch": 32}, every_dtype=True),
     Case("decode 32x1, 100 keys", decode, {"batch": 32, "keys": 100}),
     Case("head 135M", head, {"model": "135M"}, every_dtype=True),

@@ -1,19 +1,19 @@
-"""Triton's cache, filled for a GPU that need not be there: `python -m kernels.certify --fill DIR`, and what
-it is worth: `--verify DIR`.
+"""Fills Triton's cache for a GPU that need not be present (`python -m kernels.certify --fill DIR`), and says
+how much of it would be used (`--verify DIR`).
 
     recorder = Specialisations(target)            # records what is launched while it stands in for the driver
     with standing_in(recorder): ...
     fill(recorder.found, target, folder, jobs)    # compiles all of it in several processes
     verify(recorder.found, target, folder, jobs)  # how much of it Triton would find there; compiles nothing
 
-A kernel is found by a key of all that its machine code depends on: the installed Triton (the wheel, which is
-one for each CPython and processor, and the version of ptxas), the text of the kernel and of what it calls
-with the line at which it begins, types and compile-time constants, which arguments are 1 or multiples of 16,
-warps and stages, the compute capability, and a few environment variables, as TRITON_DEBUG. PyTorch and the
-place of this project are no part of it. Beside the kernels there are libraries in C, found by their text and
-by what Python says of the platform: one for all kernels, and with Triton 3.6 a launcher for each kind of
-signature. A cache stays where it was filled: its index holds absolute paths. What is not found is compiled
-when it is needed, so a stale cache costs time and nothing else.
+Triton finds a kernel by a key of everything that its machine code depends on: the installed Triton (the
+wheel, which differs for each CPython and processor, and the version of ptxas), the text of the kernel and of
+what it calls with the line at which it begins, types and compile-time constants, which arguments are 1 or
+multiples of 16, warps and stages, the compute capability, and a few environment variables such as
+TRITON_DEBUG. PyTorch and the folder of this project are not part of it. The cache also holds libraries in C,
+found by their text and by what Python says about the platform: one for all kernels, and with Triton 3.6 a
+launcher for each kind of signature. A cache must stay where it was filled, because its index holds absolute
+paths. What is not found is compiled when it is needed: a stale cache costs only time.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ from kernels.certify.targets import Target, target_for
 SOURCES = ("model", "tests", "bench")
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARIES = (".cubin", ".hsaco")
-# What becomes of a kernel.
+# What a visit of a kernel ends with.
 NEW, THERE, MISSING, LAUNCHER = "compiled", "there already", "missing", "without their launcher"
-KNOWN = (THERE, MISSING, LAUNCHER)  # what can be said of one that is looked up
+KNOWN = (THERE, MISSING, LAUNCHER)  # the possible ends of one that is only looked up
 
 
 class Specialisation(NamedTuple):
@@ -69,7 +69,7 @@ class Specialisation(NamedTuple):
     data: str
 
 
-LIBRARY = Specialisation("triton.backends.nvidia.driver", "CudaUtils", "")  # what all kernels share, in C
+LIBRARY = Specialisation("triton.backends.nvidia.driver", "CudaUtils", "")  # in C, shared by all kernels
 
 
 @dataclass
@@ -79,11 +79,9 @@ class Specialisations(StandIn):
     found: dict[Specialisation, None] = field(default_factory=dict)
 
     def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        function = fn.jit_function
+        function, data = fn.jit_function, compile["specialization_data"]
         if function.module.startswith(f"{kernels.__name__}."):
-            self.found[Specialisation(function.module, function.__name__, compile["specialization_data"])] = (
-                None
-            )
+            self.found[Specialisation(function.module, function.__name__, data)] = None
         return True
 
 
@@ -96,23 +94,14 @@ def present_gpu() -> str:
 
 def launched_by(source: str, target: str) -> list[Specialisation]:
     """What one of SOURCES launches on a target, recorded in a process of its own (bench/gpu_launches.py).
-    Raises RuntimeError.
+    Raises RuntimeError if that fails.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "launches.json"
-        command = [
-            sys.executable,
-            *(["-O"] if source == "tests" else []),
-            "-m",
-            "bench.gpu_launches",
-            source,
-            "--arch",
-            target,
-        ]
-        done = subprocess.run(
-            [*command, "--out", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        command = [sys.executable, *(["-O"] if source == "tests" else []), "-m", "bench.gpu_launches", source]
+        command += ["--arch", target, "--out", str(file)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode or not file.exists():
             said = " ".join((done.stdout + done.stderr).split())[-400:]
             raise RuntimeError(f"recording the launches of {source} failed: {said}")
@@ -120,15 +109,15 @@ def launched_by(source: str, target: str) -> list[Specialisation]:
 
 
 class Missing(Exception):
-    """Triton asked the cache for what it does not hold."""
+    """Triton asked for something that the cache does not hold."""
 
 
 class Found(Exception):
-    """Triton asked the cache for a library that it holds."""
+    """Triton asked for a library that the cache holds."""
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of the cache can be used: JSON that can be read, machine code to the end of its ELF
+    """Whether a file of the cache is usable: valid JSON, or machine code that reaches to the end of its ELF
     section table.
     """
     try:
@@ -137,53 +126,49 @@ def is_whole(path: Path) -> bool:
             return isinstance(json.loads(content), dict)
         if path.suffix not in (*BINARIES, ".so"):
             return True
-        (table,), (size, count) = (
-            struct.unpack_from("<Q", content, 0x28),
-            struct.unpack_from("<HH", content, 0x3A),
-        )
+        (table,) = struct.unpack_from("<Q", content, 0x28)
+        size, count = struct.unpack_from("<HH", content, 0x3A)
     except (OSError, ValueError, struct.error):
         return False
     return content.startswith(b"\x7fELF") and table + size * count <= len(content)
 
 
 class CheckedCache(FileCacheManager):
-    """Triton's cache, but that a kernel or library of which a file is lost or cut off counts as missing, and
-    is made again.
+    """Triton's cache, in which a kernel or library counts as missing, and is made again, if a file of it is
+    lost or truncated.
     """
 
     def get_group(self, filename: str) -> dict[str, str] | None:
         try:
             group = super().get_group(filename)
-        except ValueError:  # Triton 3.6, of an index that is no JSON
+        except ValueError:  # Triton 3.6, if the index is not JSON
             return None
         files = [Path(path) for path in (group or {}).values()]
         return group if any(file.suffix in BINARIES for file in files) and all(map(is_whole, files)) else None
 
     def get_file(self, filename: str) -> str | None:
-        """The path of a library; half of one, once loaded, would end the process."""
+        """The path of a library. Loading a truncated one would end the process."""
         path = super().get_file(filename)
         return path if path is not None and is_whole(Path(path)) else None
 
 
 class ReadOnlyCache(CheckedCache):
-    """A cache that is looked into: no folder is made, and a library of it is neither built nor loaded."""
+    """A cache that is only looked up: makes no folder, and neither builds nor loads a library."""
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
         self.key, self.lock_path, self.cache_dir = key, None, os.path.join(knobs.cache.dir, key)
 
     def get_file(self, filename: str) -> str | None:
-        """Raises Found or Missing, so that nobody goes on to load a library, or to build one."""
+        """Raises Found or Missing, so that the caller neither loads nor builds the library."""
         raise Found if super().get_file(filename) is not None else Missing
 
     def put(self, data: Any, filename: str, binary: bool = True) -> str:
-        """Raises Missing: what is put there has just been compiled."""
+        """Raises Missing: something was compiled, so it was not there."""
         raise Missing
 
 
 class _Driver(StandIn):
-    """The stand-in in a process that compiles: launchers ask a driver for the functions of Triton's C
-    library.
-    """
+    """The stand-in in a process that compiles. Launchers ask it for the functions of Triton's C library."""
 
     utils: Any = None
 
@@ -192,13 +177,10 @@ _built: list[str] = []  # the libraries that this process has built
 
 
 def _prepare(folder: Path, target: Target, libcuda: Path | None) -> None:
-    """Makes this process one that compiles for the target into the folder; without libcuda, one that only
-    looks into it.
-    """
+    """Sets this process up to compile for the target into the folder; without libcuda, only to look up."""
     if sys.platform == "linux":
-        # PR_SET_PDEATHSIG: should the parent be killed, this process goes too
-        CDLL(None).prctl(1, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
+        CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
     stand_in = _Driver(target)
     driver.set_active(stand_in)
     knobs.cache.dir, knobs.cache.manager_class = str(folder), CheckedCache
@@ -206,9 +188,9 @@ def _prepare(folder: Path, target: Target, libcuda: Path | None) -> None:
     if libcuda is None:
         knobs.cache.manager_class = ReadOnlyCache
         return
-    knobs.compilation.store_binary_only = True  # what is launched is the binary
+    knobs.compilation.store_binary_only = True  # only the binary is launched
     if target.nvidia:
-        CDLL(str(libcuda), RTLD_GLOBAL)  # what is linked against libcuda finds one that is loaded
+        CDLL(str(libcuda), RTLD_GLOBAL)  # libraries linked against libcuda find the loaded one
         original = build._build
 
         def counted(name: str, *arguments: Any) -> str:
@@ -220,13 +202,12 @@ def _prepare(folder: Path, target: Target, libcuda: Path | None) -> None:
 
 @contextmanager
 def _linkage(name: str) -> Iterator[None]:
-    """Triton names libraries as where Python calls its own linkage `name`: "ELF", or "" for want of the
-    command `file`, which it asks.
+    """Triton then names libraries as where Python says that its linkage is `name`: "ELF", or "" where the
+    command `file`, which Python asks, is missing.
     """
     before = build.platform_key
-    build.platform_key = lambda: ",".join(
-        [platform.machine(), platform.system(), platform.architecture()[0], name]
-    )
+    parts = platform.machine(), platform.system(), platform.architecture()[0], name
+    build.platform_key = lambda: ",".join(parts)
     try:
         yield
     finally:
@@ -234,15 +215,13 @@ def _linkage(name: str) -> Iterator[None]:
 
 
 def _visit(item: Specialisation) -> str:
-    """Compiles one specialisation with its launcher, or looks both up: NEW, THERE, MISSING, or what the
-    compiler says.
+    """Compiles one specialisation with its launcher, or looks both up -> NEW, THERE, MISSING, LAUNCHER, or
+    the error of the compiler.
     """
     from triton.backends.nvidia import driver as nvidia
 
-    reads, nvidia_gpu = (
-        knobs.cache.manager_class is ReadOnlyCache,
-        driver.active.get_current_target().backend == "cuda",
-    )
+    reads = knobs.cache.manager_class is ReadOnlyCache
+    nvidia_gpu = driver.active.get_current_target().backend == "cuda"
     hits: list[bool] = []
     knobs.compilation.listener = lambda **known: hits.append(known["cache_hit"])
     _built.clear()
@@ -259,7 +238,7 @@ def _visit(item: Specialisation) -> str:
         return THERE
     except Missing:
         return LAUNCHER if hits and item != LIBRARY else MISSING
-    except Exception as error:  # whatever the compiler raises
+    except Exception as error:  # any error of the compiler
         return f"{item.kernel}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return THERE if all(hits) and not _built else NEW
 
@@ -267,7 +246,7 @@ def _visit(item: Specialisation) -> str:
 def _run(
     found: Iterable[Specialisation], target: Target, jobs: int, prepare: Callable[[], None]
 ) -> Counter[str]:
-    """Visits all in several processes, the library of all kernels too; counts what became of them."""
+    """Visits all of them, and the library that they share, in several processes; counts the ends."""
     items = [*([LIBRARY] if target.nvidia else []), *sorted(found)]
     ends: Counter[str] = Counter()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=prepare) as pool:
@@ -279,10 +258,8 @@ def _run(
 
 
 def _stub_libcuda(folder: Path) -> Path:
-    """A library with the names of libcuda that Triton's own C code asks for, so that this can be linked
-    without a driver.
-
-    Raises RuntimeError when there is no C compiler, or it fails.
+    """A library with the names of libcuda that Triton's C code uses: it can be linked without a driver.
+    Raises RuntimeError if there is no C compiler, or it fails.
     """
     from triton.backends.nvidia import driver as nvidia
 
@@ -305,7 +282,7 @@ def _stub_libcuda(folder: Path) -> Path:
 
 def fill(found: Iterable[Specialisation], target: Target, folder: Path, jobs: int) -> Counter[str]:
     """Compiles what the folder does not hold yet -> how many were NEW, THERE, or failed, by their message.
-    Raises RuntimeError.
+    Raises RuntimeError without a C compiler.
     """
     with tempfile.TemporaryDirectory() as stub:
         libcuda = _stub_libcuda(Path(stub))
@@ -315,13 +292,13 @@ def fill(found: Iterable[Specialisation], target: Target, folder: Path, jobs: in
 
 def verify(found: Iterable[Specialisation], target: Target, folder: Path, jobs: int) -> Counter[str]:
     """Compiles nothing -> how many of these Triton would find in the folder on this machine, and how many
-    not, as KNOWN has it.
+    not, by the ends in KNOWN.
     """
     return _run(found, target, jobs, partial(_prepare, folder.resolve(), target, None))
 
 
 def moved_from(folder: Path) -> Path | None:
-    """Where the cache was filled, if that is not where it lies now: Triton looks for its files there."""
+    """The folder where the cache was filled, if it lies elsewhere now: Triton looks for its files there."""
     for index in folder.glob("*/__grp__*.json"):
         with suppress(ValueError):
             for path in json.loads(index.read_text()).get("child_paths", {}).values():
@@ -331,10 +308,8 @@ def moved_from(folder: Path) -> Path | None:
 
 
 def report(fill_it: bool, folder: Path, arch: str, sources: Iterable[str], jobs: int) -> int:
-    """`--fill` and `--verify`: prints what was done or found. Returns 0, or 1 if something failed or is
-    missing.
-
-    Raises RuntimeError, OSError and ValueError for what cannot be begun.
+    """`--fill` and `--verify`: prints what was done or found -> 0, or 1 if something failed or is missing.
+    Raises RuntimeError, OSError and ValueError if it cannot begin.
     """
     if not folder.is_dir() and (folder.exists() or not fill_it):
         raise ValueError(f"expected a folder, got {folder}")
@@ -357,10 +332,8 @@ def report(fill_it: bool, folder: Path, arch: str, sources: Iterable[str], jobs:
         print(f"  {count} x {failure}")
     if not fill_it:
         if moved := moved_from(folder):
-            print(
-                f"it was filled as {moved}, and Triton looks for its files there: put it there, or fill it "
-                "where it lies"
-            )
+            remedy = "put it there, or fill it where it lies"
+            print(f"it was filled as {moved}, and Triton looks for its files there: {remedy}")
         return int(bool(failures or ends[MISSING] or ends[LAUNCHER] or moved))
     if not target.nvidia:
         print("the C libraries are left to the machine that has the GPU: they are built against its ROCm")

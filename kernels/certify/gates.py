@@ -1,4 +1,4 @@
-"""The limits that a certificate's figures are held against."""
+"""The limits that the figures of a certificate must keep."""
 
 from __future__ import annotations
 
@@ -9,38 +9,25 @@ from kernels.certify.targets import TARGETS
 
 # Kernels that only move data: each must read and write 16 bytes at a time.
 MEMORY_BOUND = {
-    "_rms_norm_fwd_kernel",
-    "_rms_norm_bwd_dx_kernel",
-    "_rope_kernel",
-    "_swiglu_fwd_kernel",
-    "_swiglu_bwd_kernel",
-    "_softmax_gradient_kernel",
-    "_adamw_kernel",
-    "_norm_qkv_rope_kernel",
-    "_norm_gate_up_kernel",
-    "_down_kernel",
-    "_norm_head_kernel",
-}
-
-# Of a decode step, what is read are weights and what is written are single rows.
+    "_rms_norm_fwd_kernel", "_rms_norm_bwd_dx_kernel", "_rope_kernel", "_swiglu_fwd_kernel",
+    "_swiglu_bwd_kernel", "_softmax_gradient_kernel", "_adamw_kernel", "_norm_qkv_rope_kernel",
+    "_norm_gate_up_kernel", "_down_kernel", "_norm_head_kernel",
+}  # fmt: skip
+# The ops of a decode step, which read weights but write only single rows.
 READS_ONLY = {"decode_layer", "decode_head"}
-
-# Kernels that must use the matrix instruction that their target is built for. Decoding is not among them: its
-# tiles have 16 rows.
+# Kernels that must use their target's own matrix instruction. Decoding is not among them: its tiles have 16
+# rows.
 MATRIX_BOUND = {
-    "_attention_fwd_kernel",
-    "_attention_bwd_dq_kernel",
-    "_attention_bwd_dkv_kernel",
-    "_mlp_fwd_kernel",
+    "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel", "_mlp_fwd_kernel",
     "_mlp_bwd_kernel",
-}
+}  # fmt: skip
 
-# a launch without its repetitions, and its Figures by version of Triton: one line of certificate.json
+# One line of certificate.json: a launch, without its repetitions, and its Figures by version of Triton.
 Row = dict[str, Any]
 
 
 def faults(rows: Iterable[Row]) -> list[str]:
-    """What the gates object to, one line each."""
+    """The violations of the gates, one line each."""
     found = []
     for row in rows:
         target, kernel, dtype = TARGETS[row["target"]], row["kernel"], row["dtype"]
@@ -52,7 +39,7 @@ def faults(rows: Iterable[Row]) -> list[str]:
             if figures["shared"] > (limit := target.shared_limit):
                 found.append(f"{name}: {figures['shared']} bytes of shared memory, the target has {limit}")
             if dtype == "float32":
-                continue  # ieee products run on the ordinary units, for tests: reported only
+                continue  # for tests, without matrix instructions: reported only
             if figures["spill_bytes"] and target.nvidia:
                 found.append(f"{name}: spills {figures['spill_bytes']} bytes")
             if figures.get("serialized"):
@@ -67,7 +54,7 @@ def faults(rows: Iterable[Row]) -> list[str]:
 
 
 def _stores_rows(row: Row) -> bool:
-    """Whether the kernel writes tensors as large as those it reads; the loss without its gradient does not,
-    nor does a decode step.
+    """Whether the kernel writes tensors as large as those it reads. A decode step and the loss without its
+    gradient do not.
     """
     return row["op"] not in READS_ONLY and bool(row["constants"].get("GRADIENT", True))

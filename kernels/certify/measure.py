@@ -1,8 +1,7 @@
-"""What can be read off a kernel compiled for a GPU that is not there: registers, spills, instructions,
-occupancy.
+"""What a kernel compiled for an absent GPU tells: registers, spills, instructions, occupancy.
 
-How many waves the registers of an AMD GPU leave room for is LLVM's own figure, which stands in the assembly.
-Tensor memory of sm_100: 512 columns a multiprocessor (PTX ISA, tcgen05.alloc).
+On AMD, LLVM states in the assembly how many waves the registers allow. sm_100 has 512 columns of tensor
+memory a multiprocessor (PTX ISA, tcgen05.alloc).
 """
 
 from __future__ import annotations
@@ -35,22 +34,17 @@ MATRIX = {
     "v_mfma": r"\bv_mfma_\w+",
     "v_wmma": r"\bv_wmma_\w+",
 }
-
 # PTX: 16 bytes or more in one access, from registers or as an asynchronous copy to shared memory.
 VECTOR = r"[\w.:]*\.(?:v4\.[bfsu]32|v8\.[bfsu]32|v2\.[bfsu]64|v4\.[bfsu]64)\b"
-
 WIDE_LOAD = rf"\bld\.global{VECTOR}|\bcp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (?:16|0x10)\b"
-
 WIDE_STORE = rf"\bst\.global{VECTOR}"
-
 AMD_WIDE_LOAD = r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)\b"
-
 AMD_WIDE_STORE = r"\b(?:global|buffer|flat)_store_(?:dwordx4|b128)\b"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the compiled code says about itself."""
+    """What can be read from the compiled code."""
 
     registers: int  # a thread; AMD: vector registers, accumulation registers included
     spill_bytes: int  # a thread: NVIDIA spill stores + loads, AMD scratch memory
@@ -60,13 +54,13 @@ class Figures:
     matrix: dict[str, int]  # matrix instructions by kind
     wide_loads: int  # global loads of 16 bytes a thread
     wide_stores: int
-    occupancy: float  # part of the warps of a multiprocessor that can be resident
+    occupancy: float  # part of a multiprocessor's warps that can be resident
     limited_by: str
-    serialized: int = 0  # notes of ptxas that it made asynchronous matrix instructions wait for one another
+    serialized: int = 0  # notes of ptxas that it serialized asynchronous matrix instructions
 
 
 def _occupancy(target: Target, warps: int, shared: int, limits: dict[str, int]) -> tuple[float, str]:
-    """limits: how many programs a resource leaves room for, beyond the two that every target has."""
+    """limits: how many programs each further resource allows, besides warps and shared memory."""
     limits = {"warps": min(target.blocks, target.warps // warps), **limits}
     if shared:
         limits["shared memory"] = target.shared // (-(-shared // 128) * 128 + target.reserved)
@@ -77,7 +71,7 @@ def _occupancy(target: Target, warps: int, shared: int, limits: dict[str, int]) 
 def nvidia_occupancy(
     target: Target, registers: int, warps: int, shared: int, tensor_columns: int = 0
 ) -> tuple[float, str]:
-    """Registers are allotted to warps in units of 256; each of the four schedulers has 16,384 of them."""
+    """Warps get registers in units of 256; each of the four schedulers has 16,384 of them."""
     limits = {"registers": 16384 // (-(-max(registers, 1) * 32 // 256) * 256) * 4 // warps}
     if tensor_columns:
         limits["tensor memory"] = 512 // tensor_columns
@@ -85,14 +79,12 @@ def nvidia_occupancy(
 
 
 def amd_occupancy(target: Target, waves: int, warps: int, shared: int) -> tuple[float, str]:
-    """waves: LLVM's occupancy, waves that the registers leave room for on each of the four SIMDs."""
+    """waves: LLVM's occupancy, the waves that the registers allow on each of the four SIMDs."""
     return _occupancy(target, warps, shared, {"registers": waves * 4 // warps})
 
 
 def _number(pattern: str, text: str) -> int:
-    """The largest number that the pattern finds: a kernel stands alone in its assembly, but a helper may
-    stand beside it.
-    """
+    """The largest number that the pattern finds: the assembly may contain a helper beside the kernel."""
     found = re.findall(pattern, text)
     if not found:
         raise RuntimeError(f"no match for {pattern!r} in the compiler's output; has its wording changed?")
@@ -104,63 +96,47 @@ def _count(pattern: str, text: str) -> int:
 
 
 def measure(launch: RecordedLaunch) -> dict[str, Any]:
-    """Compiles one launch and returns its Figures as a dictionary, or {"error": ...}. Runs in a worker
-    process.
-    """
+    """Compiles one launch, in a worker process -> its Figures as a dictionary, or {"error": ...}."""
     target = TARGETS[launch.target]
     function = getattr(import_module(f"{kernels.__name__}.{launch.op}"), launch.kernel)
     attributes = {(index,): value for index, value in launch.attributes.items()}
     source = ASTSource(fn=function, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
-    knobs.compilation.always_compile = True  # the log of ptxas exists only when ptxas runs
+    knobs.compilation.always_compile = True  # without ptxas there is no log of ptxas
     knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     try:
         with redirect_stdout(log):
             compiled = triton.compile(source, target=target.gpu, options=dict(launch.options))
-    except Exception as error:  # whatever the compiler raises is the row's result, and fails the certificate
+    except Exception as error:  # any error of the compiler is the row's result, and fails the certificate
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         return {"error": f"{type(cause).__name__}: {str(cause).strip()[:200]}"}
     shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
     text = compiled.asm["ptx" if target.nvidia else "amdgcn"]
+    notes = log.getvalue()
     if target.nvidia:
-        registers, scalar_spills = _number(r"Used (\d+) registers", log.getvalue()), 0
-        spill = _number(r"(\d+) bytes spill stores", log.getvalue()) + _number(
-            r"(\d+) bytes spill loads", log.getvalue()
-        )
-        occupancy, limited_by = nvidia_occupancy(
-            target, registers, warps, shared, getattr(compiled.metadata, "tmem_size", 0) or 0
-        )
+        registers, scalar_spills = _number(r"Used (\d+) registers", notes), 0
+        spill = sum(_number(rf"(\d+) bytes spill {way}", notes) for way in ("stores", "loads"))
+        tensor_columns = getattr(compiled.metadata, "tmem_size", 0) or 0
+        occupancy, limited_by = nvidia_occupancy(target, registers, warps, shared, tensor_columns)
     else:
-        registers, scalar_spills = (
-            _number(r"\.vgpr_count: *(\d+)", text),
-            _number(r"\.sgpr_spill_count: *(\d+)", text),
-        )
+        registers = _number(r"\.vgpr_count: *(\d+)", text)
+        scalar_spills = _number(r"\.sgpr_spill_count: *(\d+)", text)
         spill = _number(r"\.private_segment_fixed_size: *(\d+)", text)
         occupancy, limited_by = amd_occupancy(target, _number(r"; Occupancy: *(\d+)", text), warps, shared)
     kinds = Counter({kind: _count(pattern, text) for kind, pattern in MATRIX.items()})
-    return asdict(
-        Figures(
-            registers=registers,
-            spill_bytes=spill,
-            scalar_spills=scalar_spills,
-            shared=shared,
-            warps=warps,
-            matrix=dict(+kinds),
-            wide_loads=_count(WIDE_LOAD if target.nvidia else AMD_WIDE_LOAD, text),
-            wide_stores=_count(WIDE_STORE if target.nvidia else AMD_WIDE_STORE, text),
-            occupancy=occupancy,
-            limited_by=limited_by,
-            serialized=_count("instructions are serialized", log.getvalue()),
-        )
-    )
+    figures = Figures(
+        registers=registers, spill_bytes=spill, scalar_spills=scalar_spills, shared=shared, warps=warps,
+        matrix=dict(+kinds), wide_loads=_count(WIDE_LOAD if target.nvidia else AMD_WIDE_LOAD, text),
+        wide_stores=_count(WIDE_STORE if target.nvidia else AMD_WIDE_STORE, text), occupancy=occupancy,
+        limited_by=limited_by, serialized=_count("instructions are serialized", notes),
+    )  # fmt: skip
+    return asdict(figures)
 
 
 def compile_rows(launches: Sequence[RecordedLaunch], jobs: int) -> list[dict[str, Any]]:
-    """The figures of each launch. Several processes, in a cache folder of their own: the compiler must really
-    run.
-    """
+    """The figures of each launch, from several processes with a fresh cache folder: the compiler must run."""
     if not launches:
         return []
     results = []

@@ -12,12 +12,9 @@ from kernels.certify.targets import TARGETS
 
 
 def _differences(rows: Sequence[Row]) -> list[str]:
-    """For rows of one kernel: what of its constants, or else of its arguments, sets each row apart from the
-    others.
-    """
+    """For the rows of one kernel: the constants, or else the arguments, in which each row differs."""
     traits = [{**row["constants"], **dict.fromkeys(row["not_divisible"], "any")} for row in rows]
-    # it goes with HEAD_DIM
-    names = [name for name in dict.fromkeys(name for trait in traits for name in trait) if name != "SCALE"]
+    names = dict.fromkeys(name for trait in traits for name in trait if name != "SCALE")  # follows HEAD_DIM
     varying = [name for name in names if len({json.dumps(trait.get(name)) for trait in traits}) > 1]
 
     def text(trait: dict[str, Any], wanted: Iterable[str]) -> str:
@@ -42,6 +39,9 @@ def _line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
+GLANCE = (
+    "target", "Triton", "rows", "registers", "rows that spill", "spill B", "shared B", "limit", "faults",
+)  # fmt: skip
 COLUMNS = (
     "kernel", "case", "what differs", "dtype", "warps x stages", "registers", "spill B", "shared B", "matrix",
     "16 B ld/st", "occupancy",
@@ -52,20 +52,17 @@ def _cells(row: Row, figures: dict[str, Any]) -> list[str]:
     """The columns of one version's figures."""
     if "error" in figures:
         return ["", figures["error"].replace("|", "/").replace("\n", " "), *[""] * 4]
-    spill = str(figures["spill_bytes"]) + (
-        f" + {figures['scalar_spills']} scalars" if figures["scalar_spills"] else ""
-    )
+    scalars = f" + {figures['scalar_spills']} scalars" if figures["scalar_spills"] else ""
+    spill = f"{figures['spill_bytes']}{scalars}"
     matrix = " ".join(f"{kind} {count}" for kind, count in figures["matrix"].items())
-    wide, occupancy = (
-        f"{figures['wide_loads']}/{figures['wide_stores']}",
-        f"{figures['occupancy']:.0%} ({figures['limited_by']})",
-    )
+    wide = f"{figures['wide_loads']}/{figures['wide_stores']}"
+    occupancy = f"{figures['occupancy']:.0%} ({figures['limited_by']})"
     return [str(figures["registers"]), spill, str(figures["shared"]), matrix, wide, occupancy]
 
 
 def target_table(rows: Sequence[Row]) -> list[str]:
-    """A Markdown table of the rows of one target: the figures of the first version, and in brackets those
-    that another one changes.
+    """A Markdown table of the rows of one target. Where versions of Triton differ, their figures follow each
+    other.
     """
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -85,13 +82,8 @@ def target_table(rows: Sequence[Row]) -> list[str]:
 def summary(certificate: dict[str, Any]) -> list[str]:
     """The first part of the page: launches, targets at a glance, numerics."""
     counts, rows = certificate["launches"], certificate["rows"]
-    lines = [
-        "## Launches",
-        "",
-        "Triton kernels only; matrix products and copies of PyTorch come on top. "
-        f"135M model, {LAYERS} layers.",
-        "",
-    ]
+    text = "Triton kernels only; matrix products and copies of PyTorch come on top."
+    lines = ["## Launches", "", f"{text} 135M model, {LAYERS} layers.", ""]
     lines += [_line(("", "forward", "backward", "which")), _line(["---"] * 4)]
     for part in counts:
         forward, backward = counts[part]["forward"], counts[part]["backward"]
@@ -100,64 +92,25 @@ def summary(certificate: dict[str, Any]) -> list[str]:
         )
         lines.append(_line((part, sum(forward.values()), sum(backward.values()), which)))
     lines += ["", "## Targets", "", "Worst over the rows in bf16 and fp16.", ""]
-    head = (
-        "target",
-        "Triton",
-        "rows",
-        "registers",
-        "rows that spill",
-        "spill B",
-        "shared B",
-        "limit",
-        "faults",
-    )
-    lines += [_line(head), _line(["---"] * len(head))]
+    lines += [_line(GLANCE), _line(["---"] * len(GLANCE))]
     for name, target in TARGETS.items():
         mine = [row for row in rows if row["target"] == name]
         for version in certificate["triton"]:
-            own = [
-                {**row, "figures": {version: row["figures"][version]}}
-                for row in mine
-                if version in row["figures"]
-            ]
-            sixteen = [
-                row["figures"][version]
-                for row in own
-                if row["dtype"] != "float32" and "error" not in row["figures"][version]
-            ]
+            found = [(row, row["figures"][version]) for row in mine if version in row["figures"]]
+            own = [{**row, "figures": {version: figures}} for row, figures in found]
+            sixteen = [each for row, each in found if row["dtype"] != "float32" and "error" not in each]
             if sixteen:
-                registers, spill, shared = (
-                    max(figures[name] for figures in sixteen)
-                    for name in ("registers", "spill_bytes", "shared")
-                )
                 spilling = sum(figures["spill_bytes"] > 0 for figures in sixteen)
-                lines.append(
-                    _line(
-                        (
-                            name,
-                            version,
-                            len(own),
-                            registers,
-                            spilling,
-                            spill,
-                            shared,
-                            target.shared_limit,
-                            len(faults(own)),
-                        )
-                    )
+                registers, spill, shared = (
+                    max(figures[which] for figures in sixteen)
+                    for which in ("registers", "spill_bytes", "shared")
                 )
-    if certificate["numerics"]:
-        lines += [
-            "",
-            "## Numerics",
-            "",
-            "Worst error as a part of its budget (tests/numerics.py); 1 would fail.",
-            "",
-        ]
-        lines += [_line(("op", "dtype", "worst")), _line(["---"] * 3)]
-        lines += [
-            _line((entry["op"], entry["dtype"], f"{entry['worst']:.3f}")) for entry in certificate["numerics"]
-        ]
+                cells = name, version, len(own), registers, spilling, spill, shared
+                lines.append(_line((*cells, target.shared_limit, len(faults(own)))))
+    if entries := certificate["numerics"]:
+        text = "Worst error as a part of its budget (tests/numerics.py); 1 would fail."
+        lines += ["", "## Numerics", "", text, "", _line(("op", "dtype", "worst")), _line(["---"] * 3)]
+        lines += [_line((entry["op"], entry["dtype"], f"{entry['worst']:.3f}")) for entry in entries]
     return lines
 
 
@@ -177,10 +130,6 @@ def page(certificate: dict[str, Any]) -> str:
         *summary(certificate),
     ]
     for name in TARGETS:
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            *target_table([row for row in certificate["rows"] if row["target"] == name]),
-        ]
+        rows = [row for row in certificate["rows"] if row["target"] == name]
+        lines += ["", f"## {name}", "", *target_table(rows)]
     return "\n".join(lines) + "\n"

@@ -1,9 +1,8 @@
-"""Records what would be launched on a GPU that is not there: a stand-in for Triton's driver, and its notes.
+"""Records what would be launched on a GPU that is not present, by a stand-in for Triton's driver.
 
-Triton's own launch path runs up to the point where it would compile. The stand-in names the target, and the
-hook that Triton offers for caches of compiled kernels receives the signature, the constants, the
-specialisation (alignment, divisibility by 16, arguments equal to 1) and the options of every launch, and
-declines to compile.
+Triton's own launch path runs up to the point where it would compile. The stand-in names the target. Triton's
+hook for caches of compiled kernels receives the signature, the constants, the specialisation (alignment,
+divisibility by 16, arguments equal to 1) and the options of every launch, and declines to compile.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ KERNEL_MODULES = (
     "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 
-# What a launcher may ask of the compiler; everything else follows from the target and the version of Triton.
+# The options that a launcher may set; the others follow from the target and the version of Triton.
 OPTIONS = (
     "num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu",
     "matrix_instr_nonkdim", "kpack",
@@ -40,7 +39,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class RecordedLaunch:
-    """One compilation that a launch asks for. Plain data, so that another process can do it."""
+    """The compilation that a launch needs, as plain data, so that another process can do it."""
 
     target: str
     dtype: str
@@ -56,14 +55,14 @@ class RecordedLaunch:
 
     @property
     def key(self) -> str:
-        """Equal keys mean equal machine code, with the same Triton."""
+        """Equal keys mean equal machine code with the same Triton."""
         parts = (self.source, self.signature, self.constants, self.attributes, self.options, self.target)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
 class StandIn:
-    """Stands in for the driver of a GPU that need not be there."""
+    """Stands in for the driver of a GPU that need not be present."""
 
     target: Target
 
@@ -71,21 +70,19 @@ class StandIn:
         return self.target.gpu
 
     def get_current_device(self) -> str:
-        return self.target.name  # Triton keeps what it knows of a kernel per device
+        return self.target.name  # Triton keeps its compiled kernels by device
 
     def get_current_stream(self, device: object) -> int:
         return 0
 
     def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Called by Triton before it compiles. True: do not compile and do not launch, somebody else does."""
+        """Called by Triton before it compiles. True: neither compile nor launch."""
         return True
 
 
 @contextmanager
 def standing_in(device: StandIn) -> Iterator[None]:
-    """While this is open, Triton kernels are handed to the stand-in instead of launched, with the table's
-    launches for its target.
-    """
+    """In this context Triton kernels, configured for its target, go to the stand-in and are not launched."""
     before = driver._active, knobs.runtime.jit_cache_hook, launch_config.architecture
     driver.set_active(device)
     knobs.runtime.jit_cache_hook = device.hook
@@ -100,7 +97,7 @@ def standing_in(device: StandIn) -> Iterator[None]:
 
 @dataclass
 class Recorder(StandIn):
-    """Keeps the launches of the case that runs, in order."""
+    """Keeps the launches in order, with the case that they belong to."""
 
     dtype: torch.dtype = torch.bfloat16
     case: str = ""
@@ -138,7 +135,7 @@ class Recorder(StandIn):
 
 
 def forget_lines() -> None:
-    """Takes a kernel's line number out of its hash: text above a kernel does not change its code."""
+    """Takes a kernel's line number out of its hash, because text above a kernel does not change its code."""
     for name in KERNEL_MODULES:
         for value in vars(import_module(f"{kernels.__name__}.{name}")).values():
             if isinstance(value, JITCallable) and value.hash is None:
@@ -147,7 +144,7 @@ def forget_lines() -> None:
 
 @contextmanager
 def recording(target: Target) -> Iterator[Recorder]:
-    """While this is open, Triton kernels are recorded for that target instead of launched."""
+    """In this context Triton kernels are recorded for that target instead of being launched."""
     forget_lines()
     recorder = Recorder(target)
     with standing_in(recorder):
@@ -155,5 +152,5 @@ def recording(target: Target) -> Iterator[Recorder]:
 
 
 def tensor(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-    """A tensor without memory. Its address counts as aligned, that of a slice as its offset says."""
+    """A tensor without memory. Its address counts as aligned; that of a slice depends on its offset."""
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)

@@ -19,12 +19,12 @@ class Target:
 
     name: str
     gpu: GPUTarget
-    matrix: str  # its own matrix instruction, as it begins in the assembly
+    matrix: str  # its own matrix instruction: the beginning of its name in the assembly
     shared_limit_kb: int  # shared memory that one program may have
-    shared_kb: int  # of a multiprocessor
-    warps: int  # that a multiprocessor holds
-    blocks: int = 32  # likewise
-    reserved: int = 0  # bytes of shared memory that the driver takes from each program
+    shared_kb: int  # shared memory of a multiprocessor
+    warps: int  # that a multiprocessor can hold
+    blocks: int = 32  # programs that a multiprocessor can hold
+    reserved: int = 0  # bytes of shared memory that the driver uses for each program
     every_dtype: bool = False  # fp16 and fp32 are certified too
 
     @property
@@ -52,14 +52,12 @@ TARGETS = {
     )
 }
 
-OTHERS = ("sm_86", "sm_87", "sm_89", "sm_103", "sm_121")  # which both versions of Triton can compile for
+OTHERS = ("sm_86", "sm_87", "sm_89", "sm_103", "sm_121")  # both versions of Triton can compile for these
 
 
 def target_for(name: str) -> Target:
     """The target of that name. One of OTHERS has the launches and limits of the newest target that is not
-    newer, as in launch_config.py.
-
-    Raises ValueError for any other name.
+    newer, as in launch_config.py. Raises ValueError for any other name.
     """
     if name in TARGETS:
         return TARGETS[name]

@@ -1,26 +1,26 @@
-"""Causal grouped-query attention: torch's own kernel, and for training on a CPU in bf16 batched matrix
-products over blocks of queries.
+"""Causal grouped-query attention: torch's own kernel, or, for bf16 training on a CPU, batched matrix products
+over blocks of queries.
 
     S = scale Q K^T, masked    P = exp(S - lse)    O = P V          lse [B K, T G]: log-sum-exp of a row of S
     dV = P^T dO    dP = dO V^T    dS = P (dP - delta)               delta = sum of dO O over D
     dQ = scale dS K    dK = scale dS^T Q
 
-Letters as in kernels/reference.py, whose `attention` is the specification. In bf16 torch's own CPU kernel
-reaches a fifth of the rate of a matrix product, so here the products are the library's, and large: the G
-query heads of a key head are G rows of one matrix per query, a block of n queries is [B K, n G, D] against [B
-K, W, D], and dK and dV of a key head are one product. Keys that no query of the block may see, those after it
-and those of earlier documents, are left out of all five products.
+Letters as in kernels/reference.py, whose `attention` is the specification. In bf16 torch's CPU kernel reaches
+a fifth of the rate of a matrix product. So here the products are the library's, and large: the G query heads
+of a key head are G rows of one matrix per query, a block of n queries is [B K, n G, D] against [B K, W, D],
+and dK and dV of a key head are one product. All five products leave out the keys that no query of the block
+may see: those after it and those of earlier documents.
 
-Saved: q, k, v, O, lse and doc_start; never a mask or a score. The scores of one block live in buffers that a
+Saved: q, k, v, O, lse and doc_start, but no masks or scores. The scores of one block lie in buffers that a
 thread keeps from call to call, because the first touch of fresh memory (a page fault per 4 KiB) costs as much
-as a pass over the scores. The backward pass works on S^T [B K, W, n G]: two of its three narrow products then
-read their matrices row by row.
+as a pass over the scores. The backward pass works on S^T [B K, W, n G], so that two of its three narrow
+products read their matrices row by row.
 
-Rounding: S, dP, P, lse and delta in fp32, powers of two (exp2 takes a third of the time of exp). P and dS are
-rounded before they are multiplied, as in torch's kernel, and the shares of the blocks in dK and dV before
-they are added up in fp32. No atomics: the same numbers every time. Only bf16: in fp32 the products are twice
-as slow, and powers of two miss the numerics contract where scores are large. Source: Dao 2023 (arXiv
-2307.08691), the loop over queries outermost.
+Rounding: S, dP, P, lse and delta are fp32, in base 2 (exp2 takes a third of the time of exp). P and dS are
+rounded before they are multiplied, as in torch's kernel, and each block's share of dK and dV before it is
+added in fp32. No atomics: the same numbers every time. Only bf16: in fp32 the products are twice as slow, and
+base 2 misses the numerics contract where scores are large. Source: Dao 2023 (arXiv 2307.08691), with the loop
+over queries outermost.
 """
 
 from __future__ import annotations
@@ -37,21 +37,20 @@ from torch import Tensor
 
 from kernels import checks
 
-# Queries of a block. More leave less to skip above the diagonal; fewer make small products, and more of them,
-# each of which two threads must begin and end together.
+# Queries of a block. With more, less is skipped above the diagonal; with fewer, products are smaller and more
+# numerous, and threads synchronise at each of them.
 BLOCK_QUERIES = 128
-# Scores of a block: above this, rows of the batch are taken apart, and then the block gets fewer queries,
+# Scores of a block. To stay below, batch rows are computed separately, and then the block gets fewer queries,
 # down to MIN_QUERIES.
 MAX_SCORES = 1 << 21
 MIN_QUERIES = 32
 LOG2_E = math.log2(math.e)
-# Maximum and sum of a row that sees no key: its scores, all -inf, stay -inf when the log-sum-exp of these two
-# is subtracted.
+# Maximum and sum of a row that sees no key: its scores stay -inf when their log-sum-exp is subtracted.
 LOWEST, TINY = -1e30, torch.finfo(torch.float32).tiny
 
 
 def _trains_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the blocks serve: eager training in bf16 on a CPU whose library multiplies that."""
+    """Whether to use blocks: for eager bf16 training on a CPU whose library has bf16 products."""
     if q.device.type != "cpu" or q.numel() == 0 or torch.compiler.is_compiling():
         return False
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
@@ -60,18 +59,11 @@ def _trains_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_start: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0,
     scale: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`kernels.reference.attention`: q [B, T, H, D], k and v [B, S, K, D] with S >= T, doc_start [B, T] ->
-    [B, T, H, D].
-
-    In blocks there are first derivatives only.
+    [B, T, H, D]. In blocks it has first derivatives only.
     """
     if dropout_p > 0.0 or not _trains_in_bf16(q, k, v):
         return library_attention(q, k, v, doc_start, dropout_p=dropout_p, scale=scale)
@@ -81,35 +73,29 @@ def attention(
 
 
 def library_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_start: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, dropout_p: float = 0.0,
     scale: float | None = None,
-) -> Tensor:
-    """`attention` by torch's own kernels, whatever the device and the dtype."""
+) -> Tensor:  # fmt: skip
+    """`attention` by torch's own kernels, for any device and dtype."""
     checks.attention("attention", q, k, v, doc_start)
     length, keys = q.shape[1], k.shape[1]
     queries, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if not (q.is_cuda or torch.is_grad_enabled()):
-        # a fifth faster on the CPU; training gains nothing by it
+        # A fifth faster on the CPU without gradients; training does not gain by it.
         queries, k, v = queries.contiguous(), k.contiguous(), v.contiguous()
     mask = None
     if doc_start is not None or length != keys:
-        # SDPA's own is_causal aligns to the top left, which is another thing when S > T.
+        # SDPA's is_causal aligns to the top left, which differs when S > T.
         key = torch.arange(keys, device=q.device)
         last = torch.arange(keys - length, keys, device=q.device)
         mask = (key <= last[:, None])[None, None]
         if doc_start is not None:
             mask = mask & (key >= doc_start[:, None, :, None])
         if q.is_cuda:
-            # With a mask only the memory-efficient CUDA kernel avoids a [T, S] score tensor, and it wants
+            # With a mask only the memory-efficient CUDA kernel avoids a [T, S] score tensor, and it needs
             # equal head counts.
             k, v = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    # A branch, because under torch.compile a comparison of dynamic sizes is not a bool until something
-    # depends on it.
+    # A branch, because under torch.compile a comparison of dynamic sizes only becomes a bool in a condition.
     grouped = {"enable_gqa": True} if queries.shape[1] != k.shape[1] else {}
     out = F.scaled_dot_product_attention(
         queries, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout_p, scale=scale, **grouped
@@ -143,15 +129,15 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
 
 
 class _Buffers(threading.local):
-    """Memory that a thread keeps for its next call: one flat tensor per purpose and dtype, as large as the
-    largest call wanted it.
+    """Memory that a thread keeps for its next call: one flat tensor per purpose and dtype, of the size that
+    the largest call needed.
     """
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Contiguous, with whatever was in it."""
+        """A contiguous tensor with arbitrary content."""
         size = math.prod(shape)
         flat = self.kept.get((purpose, dtype))
         if flat is None or flat.numel() < size:
@@ -164,12 +150,11 @@ _buffers = _Buffers()
 
 @dataclass(frozen=True)
 class _Block:
-    """Some queries of some rows of the batch, and the keys that any of those may see."""
+    """Some queries of some batch rows, and the keys that any of them may see."""
 
-    rows: slice  # of T G, the queries with the group folded
+    rows: slice  # of T G, queries times heads of the group
     keys: slice
-    # [1 or b, n G, last columns]: 0 where a query may see the key, else -inf; the columns before these are
-    # seen by all
+    # [1 or b, n G, last columns]: 0 where a query may see the key, else -inf; all queries see the keys before
     bias: Tensor
 
     def mask(self, scores: Tensor, *, transposed: bool = False) -> None:
@@ -201,19 +186,19 @@ class _Sizes:
 
     @property
     def queries(self) -> int:
-        """Of a block."""
+        """Queries of a block."""
         fit = MAX_SCORES // (self.key_heads * self.group * self.keys) // MIN_QUERIES * MIN_QUERIES
         return min(self.length, BLOCK_QUERIES, max(MIN_QUERIES, fit))
 
     def batches(self) -> Iterator[slice]:
-        """Rows of the batch that are computed together."""
+        """The batch rows that are computed together."""
         rows = max(1, MAX_SCORES // (self.key_heads * self.group * self.queries * self.keys))
         for first in range(0, self.batch, rows):
             yield slice(first, min(first + rows, self.batch))
 
     def blocks(self, doc_start: Tensor | None, *, transposed: bool) -> Iterator[_Block]:
-        """The blocks of queries of the rows whose doc_start [b, T] it is, in order."""
-        size, before = self.queries, self.keys - self.length  # keys that the first query sees besides its own
+        """The blocks of queries, in order, of the batch rows to which doc_start [b, T] belongs."""
+        size, before = self.queries, self.keys - self.length  # before: keys ahead of the first query's own
         layout = torch.empty(1, size * self.group, size)
         diagonal = layout.copy_(torch.full((size, size), -math.inf).triu_(1).repeat_interleave(self.group, 0))
         if transposed:
@@ -245,10 +230,8 @@ class _Sizes:
     def unfold(self, x: Tensor, into: Tensor) -> None:
         """Writes x [b K, n G, ...] to into [b, n, H, ...], rounded to its dtype."""
         b, n, heads, *rest = into.shape
-        group = heads // self.key_heads
-        into.unflatten(2, (self.key_heads, group)).copy_(
-            x.view(b, self.key_heads, n, group, *rest).transpose(1, 2)
-        )
+        shape = self.key_heads, heads // self.key_heads
+        into.unflatten(2, shape).copy_(x.view(b, shape[0], n, shape[1], *rest).transpose(1, 2))
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -308,22 +291,11 @@ class _BlockedAttention(torch.autograd.Function):
                 rows, seen = block.rows, block.keys
                 shape = queries.shape[0], seen.stop - seen.start, rows.stop - rows.start
                 p, ds = get("scores", shape), get("dscores", shape)
-                torch.baddbmm(
-                    bias[..., rows],
-                    wide_keys[:, seen],
-                    wide_queries[:, rows].transpose(1, 2),
-                    alpha=scale * LOG2_E,
-                    out=p,
-                )
+                q_rows, do_rows = (x[:, rows].transpose(1, 2) for x in (wide_queries, wide_upstream))
+                torch.baddbmm(bias[..., rows], wide_keys[:, seen], q_rows, alpha=scale * LOG2_E, out=p)
                 block.mask(p, transposed=True)
                 p.exp2_()
-                torch.baddbmm(
-                    delta[..., rows],
-                    values[:, seen],
-                    wide_upstream[:, rows].transpose(1, 2),
-                    alpha=scale,
-                    out=ds,
-                )
+                torch.baddbmm(delta[..., rows], values[:, seen], do_rows, alpha=scale, out=ds)
                 ds.mul_(p)
                 p, ds = get("weights", shape, narrow).copy_(p), get("dweights", shape, narrow).copy_(ds)
                 dvalues[:, seen].add_(torch.bmm(p, upstream[:, rows]))

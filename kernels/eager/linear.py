@@ -1,21 +1,21 @@
-"""Matrix products: in fp32 on a CPU by oneDNN where that is faster than MKL, and of 16-bit activations with
-fp32 master weights.
+"""Matrix products: fp32 on a CPU by oneDNN where that is faster than MKL, and 16-bit activations with fp32
+master weights.
 
-Torch's own products in fp32 go to MKL. On AMD processors MKL leaves its AVX-512 kernels out.
-GFLOP/s on two cores of an EPYC 9004 (Zen 4), torch 2.13, where 237 are the limit:
+torch's own fp32 products use MKL, which does not use its AVX-512 kernels on AMD processors. GFLOP/s on two
+cores of an EPYC 9004 (Zen 4), torch 2.13, where the limit is 237:
 
     [rows, 576] @ [576, N]      rows 1024: N = 3072    N = 49152       rows 16: N = 3072    N = 49152
     MKL                                         183          145                      97           47
     oneDNN                                      211          172                     115           96
 
-and in a training step, where caches are cold, more than that. At one row MKL's matrix-vector product is the
-faster one; gradients of weights, g.T @ x, are as fast in MKL. In 16 bits torch takes oneDNN by itself.
+In a training step, where caches are cold, the difference is larger. At one row MKL's matrix-vector product is
+faster; gradients of weights, g.T @ x, are as fast in MKL. In 16 bits torch uses oneDNN by itself.
 
-oneDNN is reached through the operator that Inductor uses. A 1x1 convolution over channels_last is the public
-way to the same library, but brings it another algorithm, which is no faster than MKL below 512 rows.
+oneDNN is called through the operator that Inductor uses. A 1x1 convolution over channels_last is the public
+way to the same library, but selects another algorithm, which is no faster than MKL below 512 rows.
 
-Which library it is follows from the processor, never from a clock: two processes on one machine give the same
-bits, which an exact resume needs. `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+The processor decides the library, never a timing: two processes on one machine give the same bits, which an
+exact resume needs. `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ from kernels.eager import pointwise
 from kernels.products import weight_gradient
 from kernels.types import SwiGLU
 
-ROWS = 2  # of the left factor, from which oneDNN is the faster one
+ROWS = 2  # rows of the left factor from which oneDNN is faster
 
 
 def _vendor() -> str:
-    """The processor's maker as it names itself, "AuthenticAMD" or "GenuineIntel"; "" where that cannot be
-    found out.
-    """
+    """The processor's vendor, "AuthenticAMD" or "GenuineIntel"; "" if it cannot be found."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -51,14 +49,12 @@ def _vendor() -> str:
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this build of torch has both libraries, on a processor on which oneDNN was measured to be the
-    faster one.
-    """
+    """Whether torch has both libraries here, on a processor where oneDNN was measured to be faster."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not both or torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() != "AuthenticAMD":
         return False
     one = torch.ones(2, 2)
-    try:  # the operator is private: another torch may have another one
+    try:  # the operator is private and may differ in another version of torch
         return torch.equal(_onednn(one, one), one + one)
     except (AttributeError, RuntimeError):
         return False
@@ -71,8 +67,8 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def supports(x: Tensor, weight: Tensor) -> bool:
-    """Whether x [..., K] times a matrix is for oneDNN. Not in a trace, where Inductor chooses, nor where
-    autocast changes dtypes.
+    """Whether oneDNN multiplies x [..., K] by this matrix. It does not in a trace, where Inductor chooses, or
+    under autocast, which changes dtypes.
     """
     return (
         x.dtype == weight.dtype == torch.float32
@@ -87,8 +83,8 @@ def supports(x: Tensor, weight: Tensor) -> bool:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`torch.mm`: a [M, K] @ b [K, N] -> [M, N], without a gradient. Any device and dtype. Into `out`
-    oneDNN's product is copied.
+    """`torch.mm`: a [M, K] @ b [K, N] -> [M, N], without a gradient. Any device and dtype. oneDNN's product
+    is copied into `out`.
     """
     if not supports(a, b):
         return torch.mm(a, b, out=out)
@@ -96,9 +92,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """x @ weight.T by oneDNN, and the gradient of x likewise; that of the weight by torch, where MKL is as
-    fast.
-    """
+    """x @ weight.T and the gradient of x by oneDNN; the weight's gradient by torch, where MKL is as fast."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -111,7 +105,7 @@ class _OneDNNLinear(torch.autograd.Function):
         rows = dy.flatten(0, -2)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            # With create_graph=True this is differentiated itself, which the operator is not.
+            # With create_graph=True this product is differentiated, but the operator has no derivative.
             dx = (torch.mm if torch.is_grad_enabled() else mm)(rows, weight).view(x.shape)
         if ctx.needs_input_grad[1]:
             dweight = rows.t() @ x.flatten(0, -2)
@@ -119,9 +113,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` without a bias for two tensors of one dtype, and its gradients. Any device; raises what
-    F.linear raises.
-    """
+    """`F.linear` and its gradients for two tensors of one dtype, on any device. Raises what it raises."""
     if not supports(x, weight) or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -131,9 +123,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _MasterLinear(torch.autograd.Function):
-    """x @ copy.T, where copy is the weight in the dtype of x. The gradient of the weight has the weight's
-    dtype.
-    """
+    """x @ copy.T, where copy is the weight in x's dtype. The weight's gradient has the weight's dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
@@ -145,21 +135,18 @@ class _MasterLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         checks.first_derivative("linear")
         x, copy = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        dweight = (
-            weight_gradient(rows, x.reshape(-1, x.shape[-1]), ctx.dtype) if ctx.needs_input_grad[1] else None
-        )
+        rows, inputs = (each.reshape(-1, each.shape[-1]) for each in (dy, x))
+        dweight = weight_gradient(rows, inputs, ctx.dtype) if ctx.needs_input_grad[1] else None
         dx = torch.mm(rows, copy).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, dweight, None
 
 
 def linear(x: Tensor, weight: Tensor, copy: Tensor | None = None) -> Tensor:
-    """x [..., K] @ weight [N, K].T -> [..., N], in the dtype of x, to which a weight of another one is cast.
-    Any device.
+    """x [..., K] @ weight [N, K].T -> [..., N] in the dtype of x, to which the weight is cast. Any device.
 
-    copy: the weight in the dtype of x, if it exists already; what it holds is multiplied, and the gradient
-    goes to the weight. A trace of a training step casts the weight instead. Raises what F.linear raises, and
-    RuntimeError for create_graph=True where a copy is used.
+    copy: the weight in the dtype of x, if it exists already; it is multiplied, and the gradient goes to the
+    weight. A trace of a training step casts the weight instead. Raises what F.linear raises, and RuntimeError
+    for create_graph=True where a copy is used.
     """
     if not torch.is_grad_enabled():
         return _linear(x, weight.to(x.dtype) if copy is None else copy)
@@ -170,14 +157,10 @@ def linear(x: Tensor, weight: Tensor, copy: Tensor | None = None) -> Tensor:
 
 
 def mlp(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    *,
-    copies: tuple[Tensor | None, Tensor | None] | None = None,
-    swiglu: SwiGLU = pointwise.swiglu,
-) -> Tensor:
-    """`kernels.reference.mlp`: x [..., E], gate_up [2F, E], down [E, F] -> [..., E]. `swiglu` is composed."""
+    x: Tensor, gate_up: Tensor, down: Tensor, *,
+    copies: tuple[Tensor | None, Tensor | None] | None = None, swiglu: SwiGLU = pointwise.swiglu,
+) -> Tensor:  # fmt: skip
+    """`kernels.reference.mlp`: x [..., E], gate_up [2F, E], down [E, F] -> [..., E]. It calls `swiglu`."""
     checks.mlp(x, gate_up, down, copies)
     gate_up_copy, down_copy = copies or (None, None)
     return linear(swiglu(linear(x, gate_up, gate_up_copy)), down, down_copy)

@@ -1,5 +1,5 @@
-"""The loss over a large vocabulary in PyTorch: chunks of tokens, whose logits never exist as a whole, and
-both gradients on the way.
+"""The loss over a large vocabulary in PyTorch, a chunk of tokens at a time, with both gradients computed on
+the way: the logits of the whole batch never exist.
 """
 
 from __future__ import annotations
@@ -12,21 +12,17 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.eager import linear
+from kernels.eager.pointwise import wider
 
-# Tokens whose logits exist at one time: 1024 x 49152 fp32 logits are 201 MB.
+# Tokens whose logits exist at a time: 1024 x 49152 fp32 logits are 201 MB.
 CHUNK_TOKENS = 1024
-# Of the rows of a chunk that become probabilities together, in fp32: a cache holds them from one pass to the
-# next.
+# Rows of a chunk that become probabilities together, in fp32: few enough to stay in a cache between passes.
 TILE_BYTES = 6 << 20
-
-
-def _wider(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """What linear_cross_entropy computes besides its three tensors, and what of it."""
+    """The options of linear_cross_entropy, and the gradients that are needed."""
 
     ignore_index: int
     reduction: str
@@ -37,16 +33,15 @@ class _Loss:
     chunk_tokens: int | None
 
     def rows(self, logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        """Losses [rows] of logits [rows, V], which become d (sum of losses * scale) / d logits where a
-        gradient is needed.
+        """Losses [rows] of logits [rows, V]. If a gradient is needed, the logits are overwritten with
+        d (sum of losses * scale) / d logits.
         """
-        wide = logits.to(_wider(logits.dtype))
+        wide = logits.to(wider(logits.dtype))
         valid = targets != self.ignore_index
         safe = torch.where(valid, targets, 0).long()[:, None]
         lse = wide.logsumexp(-1)
-        loss = (
-            lse - (1.0 - self.label_smoothing) * wide.gather(1, safe).squeeze(1) + self.z_loss * lse.square()
-        )
+        picked = wide.gather(1, safe).squeeze(1)
+        loss = lse - (1.0 - self.label_smoothing) * picked + self.z_loss * lse.square()
         if self.label_smoothing:
             loss = loss - self.label_smoothing * wide.mean(-1)
         if self.needs_hidden or self.needs_weight:
@@ -63,26 +58,20 @@ class _Loss:
     def compute(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, weight_copy: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(loss, its gradient by hidden, by weight)."""
-        wide, tokens = _wider(hidden.dtype), hidden.shape[0]
+        """(loss, its gradient with respect to hidden, and to weight)."""
+        wide, tokens = wider(hidden.dtype), hidden.shape[0]
         head = weight.to(hidden.dtype) if weight_copy is None else weight_copy
-        one = torch.ones((), dtype=wide, device=hidden.device)
-        # With no valid target the sum is 0 and so is the mean, instead of 0 / 0.
-        scale = (
-            one / (targets != self.ignore_index).sum().clamp(min=1).to(wide)
-            if self.reduction == "mean"
-            else one
-        )
-        dhidden = (
-            torch.empty_like(hidden, memory_format=torch.contiguous_format) if self.needs_hidden else None
-        )
-        dweight = None
+        scale = torch.ones((), dtype=wide, device=hidden.device)
+        if self.reduction == "mean":  # without a valid target the mean is 0, as the sum is
+            scale = scale / (targets != self.ignore_index).sum().clamp(min=1).to(wide)
+        dhidden = dweight = None
+        if self.needs_hidden:
+            dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         losses = torch.empty(tokens, dtype=wide, device=hidden.device)
         size = self.chunk_tokens or CHUNK_TOKENS
-        # One buffer for the logits of all chunks; oneDNN brings a tensor of its own.
-        buffer = (
-            None if linear.supports(hidden, head) else hidden.new_empty(min(tokens, size), weight.shape[0])
-        )
+        buffer = None  # for the logits of all chunks; oneDNN allocates its results itself
+        if not linear.supports(hidden, head):
+            buffer = hidden.new_empty(min(tokens, size), weight.shape[0])
         whole = hidden.is_cuda or torch.compiler.is_compiling()
         tile = size if whole else max(1, TILE_BYTES // (wide.itemsize * weight.shape[0]))
         for start in range(0, tokens, size):
@@ -94,10 +83,10 @@ class _Loss:
             if dhidden is not None:
                 linear.mm(logits, head, out=dhidden[start : start + size])
             if self.needs_weight:
-                dweight = _accumulate(dweight, logits.t(), chunk, _wider(weight.dtype))
+                dweight = _accumulate(dweight, logits.t(), chunk, wider(weight.dtype))
             del logits  # before those of the next chunk are allocated
         if self.needs_weight and dweight is None:
-            dweight = torch.zeros_like(weight, dtype=_wider(weight.dtype))
+            dweight = torch.zeros_like(weight, dtype=wider(weight.dtype))
         return losses if self.reduction == "none" else losses.sum() * scale, dhidden, dweight
 
 
@@ -109,23 +98,18 @@ def _accumulate(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Both gradients are formed in the forward pass, chunk by chunk, while the chunk's logits exist: three
+    """The forward pass computes both gradients, chunk by chunk, while the chunk's logits exist: three
     products in all, and no [N, V] tensor.
 
-    The backward pass scales them by the upstream gradient in place and gives them away, because a copy of
+    The backward pass scales them in place by the upstream gradient and hands them over, because a copy of
     [V, D] would cost as much as a layer. A second backward pass (retain_graph) computes them again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor | None,
-        weight_copy: Tensor | None,
-        what: _Loss,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None,
+        weight_copy: Tensor | None, what: _Loss,
+    ) -> Tensor:  # fmt: skip
         loss, *gradients = what.compute(hidden, weight, targets, weight_copy)
         ctx.save_for_backward(hidden, weight, targets, scale, weight_copy)
         ctx.what, ctx.gradients = what, gradients
@@ -150,20 +134,10 @@ class _LinearCrossEntropyTraced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor | None,
-        weight_copy: Tensor | None,
-        ignore_index: int,
-        reduction: str,
-        z_loss: float,
-        label_smoothing: float,
-        needs_hidden: bool,
-        needs_weight: bool,
-        chunk_tokens: int | None,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None,
+        weight_copy: Tensor | None, ignore_index: int, reduction: str, z_loss: float, label_smoothing: float,
+        needs_hidden: bool, needs_weight: bool, chunk_tokens: int | None,
+    ) -> Tensor:  # fmt: skip
         what = _Loss(
             ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight, chunk_tokens
         )
@@ -184,23 +158,15 @@ class _LinearCrossEntropyTraced(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    scale: Tensor | None = None,
-    weight_copy: Tensor | None = None,
-    chunk_tokens: int | None = None,
-) -> Tensor:
-    """`reference.linear_cross_entropy`, for 1024 tokens at a time unless chunk_tokens says otherwise."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
+    z_loss: float = 0.0, label_smoothing: float = 0.0, scale: Tensor | None = None,
+    weight_copy: Tensor | None = None, chunk_tokens: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`reference.linear_cross_entropy`, 1024 tokens at a time unless chunk_tokens is given."""
     checks.linear_cross_entropy(
         hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens
     )
-    # Decided here: inside an autograd.Function, ctx.needs_input_grad is true under no_grad as well.
+    # Decided here, because in an autograd.Function ctx.needs_input_grad is true under no_grad too.
     trains = torch.is_grad_enabled() and reduction != "none"
     needs = trains and hidden.requires_grad, trains and weight.requires_grad
     what = (ignore_index, reduction, z_loss, label_smoothing, *needs, chunk_tokens)

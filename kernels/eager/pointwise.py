@@ -1,8 +1,8 @@
-"""Norm, rotary embedding and SwiGLU in PyTorch, each with a backward pass of its own.
+"""Norm, rotary embedding and SwiGLU in PyTorch, each with its own backward pass.
 
-Where a gradient is wanted in eager mode, an autograd.Function stands in for the formula: the same values bit
-for bit, but fewer passes over memory and fewer fresh tensors. torch.compile is given the formula, which it
-fuses by itself.
+If a gradient is needed in eager mode, an autograd.Function replaces the formula of kernels/reference.py: it
+gives the same bits, with fewer passes over memory and fewer fresh tensors. torch.compile gets the formula,
+which it fuses itself.
 """
 
 from __future__ import annotations
@@ -17,27 +17,25 @@ from kernels import checks, reference
 
 
 def _differentiated(*tensors: Tensor) -> bool:
-    """Whether a backward pass of this file will run: eager mode, and something here wants a gradient."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and any(tensor.requires_grad for tensor in tensors)
-    )
+    """Whether a backward pass of this file will run: in eager mode, if one of these needs a gradient."""
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return eager and any(tensor.requires_grad for tensor in tensors)
 
 
-def _wider(dtype: torch.dtype) -> torch.dtype:
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are formed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The sum with the residual, if there is one, and its norm. Saves the sum and 1 / rms; the normalised
-    values are formed again.
+    """The sum with the residual, if there is one, and its norm. Saves the sum and 1 / rms, and computes the
+    normalised values again.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
         total = x if residual is None else x + residual
-        wide = total.to(_wider(total.dtype))
+        wide = total.to(wider(total.dtype))
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         y = (wide * rstd).to(total.dtype) * weight
         ctx.save_for_backward(total, weight, rstd)
@@ -54,14 +52,10 @@ class _RMSNorm(torch.autograd.Function):
         wide = rstd.dtype
         dy, scale = dy.to(wide), weight.to(wide)
         normed = total.to(wide) * rstd
-        # As the formula has it: the weight meets the rounded values, the statistics belong to the unrounded
-        # ones.
-        product = dy * normed.to(total.dtype)
-        dweight = (
-            product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
-            if ctx.needs_input_grad[2]
-            else None
-        )
+        # As in the formula, the weight multiplies rounded values; the statistics are of the unrounded ones.
+        product, dweight = dy * normed.to(total.dtype), None
+        if ctx.needs_input_grad[2]:
+            dweight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
         mean = torch.mul(dy, normed, out=product).matmul(scale).unsqueeze_(-1).div_(scale.shape[0])
         dx = torch.mul(dy, scale, out=product).sub_(normed.mul_(mean)).mul_(rstd).to(total.dtype)
         if dtotal is not None:
@@ -88,7 +82,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Writes x [B, T, heads, D], rotated, to out of the same shape; cos and sin [(B,) T, 1, D/2]."""
-    wide = torch.promote_types(_wider(x.dtype), cos.dtype)
+    wide = torch.promote_types(wider(x.dtype), cos.dtype)
     first, second = x.to(wide).chunk(2, dim=-1)
     rotated = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
     one, two = rotated.chunk(2, dim=-1)
@@ -101,9 +95,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 class _RopePacked(torch.autograd.Function):
-    """`rope_qkv`. Queries and keys are rotated together, and all three gradients are written into one packed
-    buffer.
-    """
+    """`rope_qkv`. Rotates queries and keys together; writes all three gradients into one packed buffer."""
 
     @staticmethod
     def forward(
@@ -123,7 +115,7 @@ class _RopePacked(torch.autograd.Function):
         shape, dtype, device = ctx.like
         dqkv = torch.empty(shape, dtype=dtype, device=device)
         into_q, into_k, into_v = dqkv.split((dq.shape[2], dk.shape[2], dv.shape[2]), dim=2)
-        back = -sin  # the transpose of a rotation is the rotation back
+        back = -sin  # the gradient is rotated back
         _rotate(dq, cos, back, into_q)
         _rotate(dk, cos, back, into_k)
         into_v.copy_(dv)
@@ -139,8 +131,8 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Ten
 
 
 class _SwiGLUPacked(torch.autograd.Function):
-    """`swiglu` of a packed buffer. Saves only the buffer: silu(gate) is formed again, and both gradients fill
-    one buffer.
+    """`swiglu` of a packed buffer. Saves only that buffer, computes silu(gate) again, and writes both
+    gradients into one buffer.
     """
 
     @staticmethod
