@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.data.blocks import EpochEnd, Prefetch, epoch_order, epochs_of, shuffled, tokenised
 from train.data.mixture import Schedule, mix
-from train.data.packing import Batch, Packer, Rows, Segment, gather, tensors
+from train.data.packing import Batch, Packer, Rows, Segment, tensors
 from train.data.source import Cursor, Position, Source, start_of
 from train.data.token_cache import Caches, TokenCache
 from train.data.tokenise import TokenBlock, as_text, digest, is_held_out
@@ -185,7 +186,9 @@ def _segment(
         begins, lengths = begins.copy(), lengths.copy()
         begins[0], lengths[0], inside = begins[0] + token, lengths[0] - token, inside - token
     epochs = epochs_of(source, item.cursor, item.shard, item.epoch_part, index / max(1, len(order)))
-    tokens = gather(block.tokens, begins, lengths)
+    runs = zip(begins.tolist(), (begins + lengths).tolist(), strict=True)
+    # Copying run by run is several times faster than one index of every token.
+    tokens = np.concatenate([block.tokens[:0], *(block.tokens[begin:end] for begin, end in runs)])
     return Segment(item.cursor, tokens, inside, index, block.digests[chosen], unusable, epochs), trailing
 
 
@@ -219,11 +222,10 @@ def held_out_rows(
         _held_out_rows(part.source, tokenizer, fraction, count, length, own, workers)
         for part, own, count in zip(source.parts, caches_of(source, cache), schedule.given, strict=True)
     ]
-    tokens, starts = ([np.empty((0, length), np.int32)], [np.empty((0, length), np.int32)])
-    for row in itertools.chain.from_iterable(found):
-        tokens.append(row.tokens)
-        starts.append(row.starts)
-    return tensors(np.concatenate(tokens), np.concatenate(starts))
+    kept = list(itertools.chain.from_iterable(found))
+    if not kept:
+        return torch.empty((0, length), dtype=torch.int64), torch.empty((0, length), dtype=torch.int32)
+    return tensors(kept)
 
 
 def _held_out_rows(

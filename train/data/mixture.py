@@ -161,19 +161,17 @@ def mix(
             found.append(taken)
         shares = tuple(one.share for one in found)
         cursors = tuple(share.cursor for share in shares)
-        # The rows lie source by source: where each of the step's is, and of those this rank's.
-        places = np.argsort(np.argsort(chosen, kind="stable"))[
-            rank * rows // world : (rank + 1) * rows // world
-        ]
-        starts = np.concatenate([one.starts for one in found])
-        ids, doc_start = tensors(np.concatenate([one.tokens for one in found])[places], starts[places])
+        own: slice | np.ndarray = slice(rank * rows // world, (rank + 1) * rows // world)
+        if len(found) > 1:  # the rows lie source by source: where this rank's of the step are
+            own = np.argsort(np.argsort(chosen, kind="stable"))[own]
+        ids, doc_start = tensors(found, own)
         if pin and torch.cuda.is_available():
             ids, doc_start = ids.pin_memory(), doc_start.pin_memory()
         yield Batch(
             ids,
             doc_start,
-            inner_starts=int(np.count_nonzero(starts)),
-            tokens=starts.size,
+            inner_starts=sum(one.inner_starts for one in found),
+            tokens=sum(one.tokens.size for one in found),
             cursor=source.position(schedule.given, cursors),
             digests=np.concatenate([share.digests for share in shares]),
             invalid=sum(share.invalid for share in shares),
