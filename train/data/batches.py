@@ -30,10 +30,11 @@ from torch import Tensor
 
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
-from train.data.blocks import EpochEnd, Prefetch, epoch_order, epochs_of, shuffled, tokenised
+from train.data.blocks import EpochEnd, epoch_order, epochs_of, shuffled, tokenised
 from train.data.mixture import Schedule, mix
 from train.data.packing import Batch, Packer, Rows, Segment, tensors
-from train.data.source import Cursor, Position, Source, start_of
+from train.data.prefetch import Prefetch
+from train.data.source import Cursor, Position, Single, Source, start_of
 from train.data.token_cache import Caches, TokenCache
 from train.data.tokenise import TokenBlock, as_text, digest, is_held_out
 from train.data.worker_pool import WorkerPool
@@ -61,7 +62,7 @@ def read_stored(source: Source, fraction: float, held_out: bool = False) -> Iter
                 yield document
 
 
-def _documents(source: Source, fraction: float, held_out: bool) -> Iterator[Document]:
+def _documents(source: Single, fraction: float, held_out: bool) -> Iterator[Document]:
     for shard in range(source.num_shards):
         for block in source.read(shard):
             for stored in block:
@@ -134,7 +135,7 @@ def _ahead(
 
 
 def training_segments(
-    source: Source, blocks: Iterable[Any], seed: str, fraction: float, cursor: Cursor
+    source: Single, blocks: Iterable[Any], seed: str, fraction: float, cursor: Cursor
 ) -> Iterator[Segment]:
     """The training documents of each block in seeded order. Raises LoadError when a whole epoch has none."""
     usable = invalid = carried = 0
@@ -160,7 +161,7 @@ def training_segments(
 
 
 def _segment(
-    source: Source, item: Any, order: np.ndarray, keep: np.ndarray, first: int, token: int, carried: int
+    source: Single, item: Any, order: np.ndarray, keep: np.ndarray, first: int, token: int, carried: int
 ) -> tuple[Segment, int]:
     """The documents of a block at `order` that are kept, from place `first` and its token `token` on.
 
@@ -192,7 +193,7 @@ def _segment(
     return Segment(item.cursor, tokens, inside, index, block.digests[chosen], unusable, epochs), trailing
 
 
-def held_out_segments(source: Source, blocks: Iterable[Any], fraction: float) -> Iterator[Segment]:
+def held_out_segments(source: Single, blocks: Iterable[Any], fraction: float) -> Iterator[Segment]:
     """The held-out documents of each block, in stored order."""
     for item in blocks:
         if not isinstance(item, EpochEnd):
@@ -229,7 +230,7 @@ def held_out_rows(
 
 
 def _held_out_rows(
-    source: Source,
+    source: Single,
     tokenizer: Tokenizer,
     fraction: float,
     rows: int,

@@ -127,7 +127,7 @@ def _rows(parts: Sequence[tuple[Segment, int, int]], rows: int, length: int, cur
         cursor, epochs = segment.cursor_after(end)
     # A document begins where one is stored, and at the first column of every row.
     edges = np.union1d(np.concatenate(begins), np.arange(0, filled, length))
-    doc_start = np.repeat((edges % length).astype(np.int32), np.diff(edges, append=filled))
+    doc_start = np.repeat((edges % length).astype(np.int32), np.append(edges[1:], filled) - edges)
     share = Share(rows, cursor, np.concatenate(digests), invalid, epochs)
     shape = (rows, length)
     return Rows(np.concatenate(tokens).reshape(shape), doc_start.reshape(shape), len(edges) - rows, share)
