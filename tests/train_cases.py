@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
 
 
+def wait_for(event: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not event():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def wait_for_steps(config: RunConfig, steps: int, process: subprocess.Popen[str]) -> None:
     """Returns when the running process has logged so many steps."""
-    end = time.monotonic() + DEADLINE
-    while len(curve(config)) < steps:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: len(curve(config)) >= steps or process.poll() is not None)
+    assert process.poll() is None
 
 
 def write_corpus(path: Path) -> str:
