@@ -72,20 +72,10 @@ def _documents(source: Single, fraction: float, held_out: bool) -> Iterator[Docu
 
 
 def training_batches(
-    source: Source,
-    tokenizer: Tokenizer,
-    *,
-    rows: int,
-    length: int,
-    seed: int | str = 0,
-    validation_fraction: float = 0.0,
-    cursor: Position | None = None,
-    workers: int = 0,
-    cache: Caches | None = None,
-    rank: int = 0,
-    world: int = 1,
-    pin: bool = False,
-) -> Generator[Batch, None, None]:
+    source: Source, tokenizer: Tokenizer, *, rows: int, length: int, seed: int | str = 0,
+    validation_fraction: float = 0.0, cursor: Position | None = None, workers: int = 0,
+    cache: Caches | None = None, rank: int = 0, world: int = 1, pin: bool = False,
+) -> Generator[Batch, None, None]:  # fmt: skip
     """Endless batches of the training documents from `cursor` (default: the first) on: this rank's rows /
     world rows of every step's `rows`.
 
@@ -96,10 +86,9 @@ def training_batches(
     comes in place of the batch.
     """
     if rows % world or not 0 <= rank < world:
-        raise UsageError(
-            "rows of a step (batch_size x grad_accumulation): expected a multiple of the "
-            f"{world} processes, got {rows} (rank {rank}); change batch_size or grad_accumulation"
-        )
+        got = f"expected a multiple of the {world} processes, got {rows} (rank {rank})"
+        remedy = "change batch_size or grad_accumulation"
+        raise UsageError(f"rows of a step (batch_size x grad_accumulation): {got}; {remedy}")
     at, caches = cursor or start_of(source), caches_of(source, cache)
     # A cache keeps whole blocks; without one, held-out documents need not be tokenised.
     pool = WorkerPool(tokenizer, workers, None if any(caches) else (validation_fraction, False))
@@ -108,9 +97,8 @@ def training_batches(
     for part, own, place in zip(source.parts, caches, at.sources, strict=True):
         key = part.order_key(seed)
         blocks = tokenised(part.source, epoch_order(part.source, key, place), pool, own, stop)
-        packers.append(
-            Packer(training_segments(part.source, blocks, key, validation_fraction, place), length)
-        )
+        segments = training_segments(part.source, blocks, key, validation_fraction, place)
+        packers.append(Packer(segments, length))
     return _ahead(mix(source, packers, at, rows, rank, world, pin), pool, cache, stop)
 
 
@@ -142,10 +130,9 @@ def training_segments(
     for item in blocks:
         if isinstance(item, EpochEnd):
             if item.whole and not usable:
-                raise LoadError(
-                    f"data: expected documents to train on, found none ({invalid} empty or not text, the "
-                    "others held out); check the files and text_column, or lower validation_fraction"
-                )
+                found = f"found none ({invalid} empty or not text, the others held out)"
+                remedy = "check the files and text_column, or lower validation_fraction"
+                raise LoadError(f"data: expected documents to train on, {found}; {remedy}")
             usable = invalid = 0
             continue
         where, block = item.cursor, item.tokens
@@ -180,10 +167,8 @@ def _segment(
     inside = np.cumsum(lengths) - lengths
     if token and len(index):
         if index[0] != first or token >= lengths[0]:
-            raise LoadError(
-                f"data: the position to continue from ({item.cursor}, document {first}, token {token}) is "
-                "not in the data"
-            )
+            where = f"({item.cursor}, document {first}, token {token})"
+            raise LoadError(f"data: the position to continue from {where} is not in the data")
         begins, lengths = begins.copy(), lengths.copy()
         begins[0], lengths[0], inside = begins[0] + token, lengths[0] - token, inside - token
     epochs = epochs_of(source, item.cursor, item.shard, item.epoch_part, index / max(1, len(order)))
@@ -202,14 +187,9 @@ def held_out_segments(source: Single, blocks: Iterable[Any], fraction: float) ->
 
 
 def held_out_rows(
-    source: Source,
-    tokenizer: Tokenizer,
-    fraction: float,
-    rows: int,
-    length: int,
-    cache: Caches | None = None,
-    workers: int = 0,
-) -> tuple[Tensor, Tensor]:
+    source: Source, tokenizer: Tokenizer, fraction: float, rows: int, length: int,
+    cache: Caches | None = None, workers: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Up to `rows` rows of held-out documents: ids [R, length] int64 and doc_start [R, length] int32, with R
     <= rows.
 
@@ -230,14 +210,9 @@ def held_out_rows(
 
 
 def _held_out_rows(
-    source: Single,
-    tokenizer: Tokenizer,
-    fraction: float,
-    rows: int,
-    length: int,
-    cache: TokenCache | None,
-    workers: int,
-) -> list[Rows]:
+    source: Single, tokenizer: Tokenizer, fraction: float, rows: int, length: int,
+    cache: TokenCache | None, workers: int,
+) -> list[Rows]:  # fmt: skip
     """As held_out_rows, of a single source, each row for itself."""
     found: list[Rows] = []
     if fraction <= 0 or rows <= 0:

@@ -127,12 +127,9 @@ def stored_blocks(
 
 
 def tokenised(
-    source: Single,
-    order: Iterable[Visit | EpochEnd],
-    pool: WorkerPool,
-    cache: TokenCache | None,
+    source: Single, order: Iterable[Visit | EpochEnd], pool: WorkerPool, cache: TokenCache | None,
     stop: threading.Event,
-) -> Generator[StoredBlock | EpochEnd, None, None]:
+) -> Generator[StoredBlock | EpochEnd, None, None]:  # fmt: skip
     """The blocks of every shard in turn, each with its tokens; several are with the workers at a time. Fills
     the cache.
 

@@ -36,14 +36,9 @@ class HubSource(SingleSource):
     """
 
     def __init__(
-        self,
-        dataset: str,
-        configuration: str,
-        split: str,
-        revision: str | None,
-        text_column: str,
+        self, dataset: str, configuration: str, split: str, revision: str | None, text_column: str,
         cache: Path | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """cache: root of the token cache, from which the dataset is read if the hub cannot be reached and the
         cache has it at this revision. Raises LoadError when neither has it, or it lacks the column.
         """
@@ -66,24 +61,20 @@ class HubSource(SingleSource):
             if cache is not None and not self.local:
                 known = find_source_record(cache, self._identity, revision)
             if known is None:
-                raise LoadError(
-                    f"dataset {self.name}: cannot be read ({reason}); check dataset, dataset_config, "
-                    "dataset_split and the network, or train on files with data=local paths=..."
-                ) from error
+                check = "check dataset, dataset_config, dataset_split and the network"
+                remedy = f"{check}, or train on files with data=local paths=..."
+                raise LoadError(f"dataset {self.name}: cannot be read ({reason}); {remedy}") from error
             folder, record = known
-            print(
-                f"dataset {self.name}: the hub cannot be reached ({reason[:120]}); reading the token cache "
-                f"in {folder}",
-                flush=True,
-            )
+            away = f"the hub cannot be reached ({reason[:120]})"
+            print(f"dataset {self.name}: {away}; reading the token cache in {folder}", flush=True)
             self._unreachable, self.revision, self.columns = reason, record["revision"], record["columns"]
             self.num_shards, self._examples = int(record["num_shards"]), record["examples"]
             return
         self.columns = self._rows.column_names
         if self.columns is not None and text_column not in self.columns:
+            got = ", ".join(self.columns)
             raise LoadError(
-                f"dataset {self.name}: expected a column {text_column!r}, got {', '.join(self.columns)}; set "
-                "text_column"
+                f"dataset {self.name}: expected a column {text_column!r}, got {got}; set text_column"
             )
         self._rows = self._rows.select_columns([text_column])
         self.num_shards = int(self._rows.num_shards)
@@ -143,11 +134,10 @@ class HubSource(SingleSource):
 
     def read(self, shard: int, first_block: int = 0) -> Iterator[list[Any]]:
         if self._rows is None:
-            raise LoadError(
-                f"dataset {self.name}: shard {shard}, block {first_block} is not in the token cache, and the "
-                "hub cannot be reached "
-                f"({self._unreachable}); connect, or fill the cache before with python -m train.prepare"
-            )
+            missing = f"shard {shard}, block {first_block} is not in the token cache"
+            away = f"the hub cannot be reached ({self._unreachable})"
+            remedy = "connect, or fill the cache before with python -m train.prepare"
+            raise LoadError(f"dataset {self.name}: {missing}, and {away}; {remedy}")
         rows = self._rows.shard(num_shards=self.num_shards, index=shard)
         failures = 0
         while True:

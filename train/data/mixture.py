@@ -92,14 +92,9 @@ class MixtureSource:
 
 
 def mix(
-    source: Source,
-    packers: Sequence[Packer],
-    position: Position,
-    rows: int,
-    rank: int = 0,
-    world: int = 1,
+    source: Source, packers: Sequence[Packer], position: Position, rows: int, rank: int = 0, world: int = 1,
     pin: bool = False,
-) -> Generator[Batch, None, None]:
+) -> Generator[Batch, None, None]:  # fmt: skip
     """Steps of `rows` rows, put together from the rows of the source's parts, which begin at `position`.
 
     Of each, rank r of world gets rows [r * rows / world, (r + 1) * rows / world). pin: in page-locked memory,
