@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from train.config import RunConfig
 from train.metrics import read_metrics
 
@@ -82,3 +84,16 @@ def curve(config: RunConfig) -> list[tuple[int, float, float]]:
         for line in read_metrics(Path(config.output_dir))
         if "loss" in line
     ]
+
+
+# The same global batch, summed in another order: fp32 rounding, which AdamW's division by small second
+# moments magnifies.
+TOLERANCE = 2e-4
+
+
+def assert_same_curve(one: RunConfig, other: RunConfig) -> None:
+    """Of six steps each, but for the order of sums."""
+    assert [step for step, _, _ in curve(one)] == [step for step, _, _ in curve(other)] == [1, 2, 3, 4, 5, 6]
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(curve(one), curve(other), strict=True):
+        assert other_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert other_norm == pytest.approx(norm, rel=10 * TOLERANCE)
