@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from train_cases import (
     DEADLINE,
     arguments,
@@ -21,8 +22,11 @@ from train_cases import (
     wait_for_steps,
 )
 
+from smollm2.errors import UsageError
+from train.build import build
 from train.checkpoint import newest_checkpoint
 from train.config import RunConfig
+from train.distributed import World
 from train.run import train
 
 
@@ -65,13 +69,19 @@ def test_the_curve_of_several_processes_is_that_of_one(
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_resumes_on_another_number_of_processes(
-    tmp_path: Path, project_root: Path, before: int, after: int
+    tmp_path: Path, project_root: Path, capsys: pytest.CaptureFixture[str], before: int, after: int
 ) -> None:
+    def run(config: RunConfig, ranks: int) -> str:
+        if ranks > 1:
+            return finished(config, ranks, project_root)
+        train(config)
+        return capsys.readouterr().out
+
     straight = run_config(tmp_path, "straight", batch_size=4)
     train(straight)
     first = run_config(tmp_path, "parts", batch_size=4, steps=3)
-    finished(first, before, project_root)
-    out = finished(run_config(tmp_path, "parts", batch_size=4, resume="auto"), after, project_root)
+    run(first, before)
+    out = run(run_config(tmp_path, "parts", batch_size=4, resume="auto"), after)
     assert f"ranks: {before} -> {after}; the rows of every step stay the same" in out
     assert_same_curve(straight, first)
     assert record(straight)["data"] == record(first)["data"]
@@ -96,12 +106,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoi
     assert curve(config)[-1][0] == int(newest.name.removeprefix("step-"))
 
 
-def test_a_number_of_processes_that_does_not_divide_the_rows_is_refused(
-    tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process = started(run_config(tmp_path, batch_size=3), 2, project_root)
-    _, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode != 0
-    rows = "the 3 rows of a step (batch_size x grad_accumulation)"
-    assert f"expected a number of processes that divides {rows}, got 2" in err
-    assert not Path(run_config(tmp_path).output_dir).exists()
+def test_a_number_of_processes_that_does_not_divide_the_rows_is_refused(tmp_path: Path) -> None:
+    config = run_config(tmp_path, batch_size=3)
+    rows = r"the 3 rows of a step \(batch_size x grad_accumulation\)"
+    with pytest.raises(UsageError, match=f"expected a number of processes that divides {rows}, got 2"):
+        build(config, World(torch.device("cpu"), size=2))
+    assert not Path(config.output_dir).exists()
