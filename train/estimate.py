@@ -209,7 +209,7 @@ def layer_bytes_per_token(
     rotated = size * (q + k)
     output = size * q + 4 * heads  # the next projection keeps the same tensor; log-sum-exp in fp32
     if masked and not triton:
-        # SDPA gets keys and values repeated for every query head: those are kept, and not the projection
+        # SDPA gets keys and values repeated for every query head, and keeps these instead of the projection
         if cuda:
             projection = size * 2 * q
         if cuda or size == 4:  # in bf16 on a CPU, kernels/eager/attention.py keeps none

@@ -14,7 +14,7 @@ metrics.jsonl is the record: one JSON object a line, each with its `step`.
     resumed, ...                 lines of events, `Reporter.note`
 
 MFU is tokens/s x FLOPs per token / (peak x devices): 6 FLOPs per weight and token, causal attention counted
-half, and the vendors' dense bf16 peak whatever the dtype of the run.
+half, and the vendors' dense bf16 peak for every dtype of a run.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class Reporter:
         self, folder: Path, config: RunConfig, progress: Progress, model: SmolLM2Config, device: torch.device,
         *, devices: int = 1,
     ) -> None:  # fmt: skip
-        """devices: how many train together; MFU is relative to the peak of them all."""
+        """devices: how many train together; MFU is relative to the sum of their peaks."""
         self.held_out_loss: float | None = None
         self._folder, self._config, self._progress, self._device = folder, config, progress, device
         self.throughput = Throughput(device)

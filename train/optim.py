@@ -86,7 +86,7 @@ def build_optimizer(
     last place.
 
     Each takes `found_inf`, with which a step is skipped on the device; see `update`. captured: the learning
-    rate is then a tensor on the device, which a captured step reads anew at every replay. copies: what
+    rate is then a tensor on the device, which a captured step reads at every replay. copies: what
     FusedAdamW writes too; with the others the caller refreshes them.
     """
     if config.optimizer == "muon":

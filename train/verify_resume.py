@@ -207,7 +207,7 @@ def _stream(path: Path) -> dict[str, set[str]]:
 
 
 def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
-    """(what, whether it is equal, how much of it) for everything that a run leaves behind."""
+    """(what, whether it is equal, its size) for everything that a run leaves behind."""
     rows = []
     names = {name for line in read_metrics(straight.run) for name in line}
     for name in sorted(names - {"step", "resumed", *TIMED}):

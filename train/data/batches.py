@@ -79,8 +79,8 @@ def training_batches(
     """Endless batches of the training documents from `cursor` (default: the first) on: this rank's rows /
     world rows of every step's `rows`.
 
-    The same whatever the number of workers, and with or without a cache; the steps are the same whatever the
-    number of ranks. Closing the generator ends its threads and processes. With workers=0 there are none, and
+    They depend neither on the number of workers nor on a cache, and the steps do not depend on the number of
+    ranks. Closing the generator ends its threads and processes. With workers=0 there are none, and
     everything is done when a batch is asked for. Raises UsageError when the ranks cannot share the rows
     equally. Where a document cannot be read, a worker died or a whole epoch has no usable document, LoadError
     comes in place of the batch.

@@ -133,16 +133,15 @@ def tokenised(
     """The blocks of every shard in turn, each with its tokens; several are with the workers at a time. Fills
     the cache.
 
-    With workers a thread reads ahead, so that a slow network does not delay the tokenising while a block is
-    at hand.
+    With workers a thread reads ahead, so that the workers need not wait for a slow network.
     """
     stored = Prefetch(stored_blocks(source, order, cache, stop), stop, 2, pool.workers > 0)
     pending: deque[tuple[Any, Pending | None]] = deque()
     exhausted = False
     try:
         while pending or not exhausted:
-            # Enough for every worker to have a chunk at hand and one waiting, and no more: what is ahead is
-            # held in memory.
+            # Each worker should have one chunk in work and one waiting. No more, since blocks that are read
+            # ahead are held in memory.
             while not exhausted and (
                 not pending or (pool.workers and _wants_more(pending, pool.workers, stored.ready))
             ):
