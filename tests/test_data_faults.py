@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from train.config import RunConfig
 from train.data import hub
 from train.data.batches import training_batches
 from train.data.open import open_source
+from train.data.prefetch import Prefetch
 
 STEPS = 400  # of 4 x 512 tokens: more than two epochs
 
@@ -152,16 +153,16 @@ def test_a_hub_that_stays_away_is_given_up_with_what_to_do(
     assert "failed (" in errors and "6 times; continue later with resume=auto" in errors
 
 
-def test_a_reader_that_gives_nothing_is_left_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_gives_nothing_is_left_after_the_deadline() -> None:
     over = threading.Event()
 
-    def trickle() -> Iterator[int]:
+    def trickle() -> Generator[int, None, None]:
         yield 1
         over.wait()
 
-    items = hub._with_deadline(trickle())
+    items = Prefetch(trickle(), threading.Event(), 1, deadline=DEADLINE)
     assert next(items) == 1
-    monkeypatch.setattr(hub, "READ_TIMEOUT", 0.2)
+    items.deadline = 0.2
     with pytest.raises(TimeoutError, match="nothing came for 0"):
         next(items)
     over.set()

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train.data.batches import held_out_rows, read_stored, training_batches
-from train.data.blocks import Prefetch, shuffled
+from train.data.blocks import shuffled
+from train.data.prefetch import Prefetch
 from train.data.state import DataState, UniqueCounter
 from train.data.tokenise import digest, is_held_out
 
@@ -116,11 +117,11 @@ def test_batches_prepared_ahead_are_the_same_and_the_state_is_of_the_consumed_on
 
 
 def test_an_error_in_the_background_arrives_in_the_loop() -> None:
-    def failing() -> Iterator[int]:
+    def failing() -> Generator[int, None, None]:
         yield 1
         raise OSError("disk gone")
 
-    items = Prefetch(failing(), threading.Event())
+    items = Prefetch(failing(), threading.Event(), 4)
     assert next(items) == 1
     with pytest.raises(OSError, match="disk gone"):
         next(items)

@@ -4,7 +4,6 @@ schedules and an exact resume.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from pathlib import Path
@@ -35,11 +34,6 @@ def give_gradients(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-
-
-def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    kept = [value for entries in optimizer.state_dict()["state"].values() for value in entries.values()]
-    return [tensor.detach().clone() for tensor in (*model.parameters(), *kept)]
 
 
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -122,12 +116,11 @@ def test_the_decision_on_the_device_gives_the_same_bits() -> None:
         with torch.no_grad():
             guarded._step_unless(torch.tensor(bad))
         assert equal(list(model.parameters()), list(other.parameters()))
-    assert equal(
-        *(
-            list(one.state[p]["momentum_buffer"] for p in one.param_groups[0]["params"])
-            for one in (plain, guarded)
-        )
-    )
+    averages = [
+        [one.state[matrix]["momentum_buffer"] for matrix in one.param_groups[0]["params"]]
+        for one in (plain, guarded)
+    ]
+    assert equal(*averages)
 
 
 def test_the_schedule_is_that_of_both_each_from_its_own_peak() -> None:
@@ -136,31 +129,8 @@ def test_the_schedule_is_that_of_both_each_from_its_own_peak() -> None:
     for step in range(20):
         set_learning_rate(optimizer, learning_rate(step, config))
         muon, *adamw = (group["lr"] for group in optimizer.param_groups)
-        assert (
-            muon == pytest.approx(20 * learning_rate(step, config))
-            and adamw == [learning_rate(step, config)] * 2
-        )
-
-
-def test_state_that_is_put_back_goes_on_to_the_same_bits() -> None:
-    model = model_with_gradients()
-    optimizer = build_optimizer(model, CONFIG)
-    update(optimizer, torch.zeros(()))
-    again = model_with_gradients()
-    again.load_state_dict(model.state_dict())
-    other = build_optimizer(again, CONFIG)
-    other.load_state_dict(
-        {
-            "state": copy.deepcopy(optimizer.state_dict()["state"]),
-            "param_groups": other.state_dict()["param_groups"],
-        }
-    )
-    for seed in (5, 6):
-        for one in (model, again):
-            give_gradients(one, seed)
-        update(optimizer, torch.zeros(()))
-        update(other, torch.zeros(()))
-    assert equal(state_of(model, optimizer), state_of(again, other))
+        rate = learning_rate(step, config)
+        assert muon == pytest.approx(20 * rate) and adamw == [rate, rate]
 
 
 @pytest.mark.parametrize(
@@ -179,20 +149,13 @@ def test_three_steps_and_three_more_are_six_steps(tmp_path: Path, changes: dict[
     for file in ("model.safetensors", checkpoint.MOMENTS):
         one, other = (load_file(checkpoint_folder(config, 6) / file) for config in (straight, parts))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    moments = {key.rpartition("/")[2] for key in one if "proj" in key}
-    assert moments == {"momentum_buffer"} and {key.rpartition("/")[2] for key in one} == {
-        "momentum_buffer",
-        "exp_avg",
-        "exp_avg_sq",
-        "step",
-    }
+    assert {key.rpartition("/")[2] for key in one if "proj" in key} == {"momentum_buffer"}
+    assert {key.rpartition("/")[2] for key in one if "proj" not in key} == {"exp_avg", "exp_avg_sq", "step"}
 
 
 def test_a_resume_with_the_other_optimizer_is_refused_with_both(tmp_path: Path) -> None:
     train(run_config(tmp_path, steps=1, optimizer="muon"))
-    with pytest.raises(
-        UsageError, match=r"resume: the checkpoint was made with optimizer=muon \(got adamw\)"
-    ):
+    with pytest.raises(UsageError, match=r"checkpoint was made with optimizer=muon \(got adamw\)"):
         train(run_config(tmp_path, steps=2, resume="auto"))
     record = checkpoint_folder(run_config(tmp_path), 1) / checkpoint.RECORD
     assert json.loads(record.read_text(encoding="utf-8"))["config"]["optimizer"] == "muon"

@@ -29,35 +29,21 @@ def rates(**keys: object) -> list[float]:
 
 
 def test_constant_schedule_after_a_linear_warmup() -> None:
-    assert rates(schedule="constant", lr=1.0, steps=8, warmup_steps=4) == [
-        0.25,
-        0.5,
-        0.75,
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-    ]
+    found = rates(schedule="constant", lr=1.0, steps=8, warmup_steps=4)
+    assert found == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
-def test_wsd_is_constant_and_then_falls_linearly_to_the_end() -> None:
-    values = rates(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4)
+@pytest.mark.parametrize(
+    ("shape", "end"),
+    [("linear", [0.8, 0.6, 0.4]), ("1-sqrt", [1 - 0.8 * math.sqrt(part) for part in (0.25, 0.5, 0.75)])],
+)
+def test_wsd_is_constant_and_then_falls_to_the_end(shape: str, end: list[float]) -> None:
+    keys = dict(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4)
+    values = rates(**keys, decay_shape=shape)
     assert values[:7] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert values[7:] == pytest.approx([0.8, 0.6, 0.4])
-    assert learning_rate(
-        10, RunConfig(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2)
-    ) == pytest.approx(0.2)
-
-
-def test_the_other_decay_falls_with_the_root_of_its_progress() -> None:
-    values = rates(
-        schedule="wsd", decay_shape="1-sqrt", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4
-    )
-    assert values[:7] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert values[7:] == pytest.approx(
-        [0.2 + 0.8 * (1 - math.sqrt(progress)) for progress in (0.25, 0.5, 0.75)]
-    )
+    assert values[7:] == pytest.approx(end)
+    after_the_end = learning_rate(10, RunConfig(**keys, decay_shape=shape))  # type: ignore[arg-type]
+    assert after_the_end == pytest.approx(0.2)
 
 
 def test_cosine_is_half_way_down_in_the_middle() -> None:
@@ -89,10 +75,8 @@ def test_norms_are_not_decayed_and_the_tied_matrix_is_updated_once() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(names[id(parameter)].endswith("norm.weight") for parameter in plain["params"])
     assert sum(parameter is model.lm_head.weight for parameter in decayed["params"]) == 1
-    assert (
-        sum(parameter.numel() for group in (decayed, plain) for parameter in group["params"])
-        == model.num_parameters()
-    )
+    everything = [*decayed["params"], *plain["params"]]
+    assert sum(parameter.numel() for parameter in everything) == model.num_parameters()
 
 
 def test_clipping_returns_the_norm_before_and_bounds_it_after(generator: torch.Generator) -> None:
@@ -129,12 +113,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
     step(broken=True)
     step(broken=True)
-    assert all(torch.equal(one, other) for one, other in zip(weights, layer.parameters(), strict=True))
-    assert all(
-        torch.equal(one, state["exp_avg"])
-        for one, state in zip(moments, optimizer.state.values(), strict=True)
-    )
-    assert all(state["step"] == 1 for state in optimizer.state.values())
+    assert all(torch.equal(*pair) for pair in zip(weights, layer.parameters(), strict=True))
+    for moment, state in zip(moments, optimizer.state.values(), strict=True):
+        assert torch.equal(moment, state["exp_avg"]) and state["step"] == 1
     step(broken=False)
     step(broken=True)
     assert not torch.equal(weights[0], layer.weight)
@@ -177,9 +158,7 @@ def test_a_guard_continues_where_it_was(generator: torch.Generator) -> None:
 def test_all_parameters_are_decayed_on_request() -> None:
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"))
     decayed, plain = parameter_groups(model, 0.1, "all")
-    assert (
-        plain["params"] == []
-        and sum(parameter.numel() for parameter in decayed["params"]) == model.num_parameters()
-    )
+    assert plain["params"] == []
+    assert sum(parameter.numel() for parameter in decayed["params"]) == model.num_parameters()
     optimizer = build_optimizer(model, RunConfig(weight_decay_on="all"))
     assert [group["weight_decay"] for group in optimizer.param_groups if group["params"]] == [0.01]

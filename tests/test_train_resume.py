@@ -9,8 +9,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_cases import DEADLINE, arguments, checkpoint_folder, curve, run_config, wait_for_steps
+from train_cases import arguments, checkpoint_folder, curve, run_config, wait_for
 
+from smollm2.cli import run_command
 from smollm2.errors import UsageError
 from smollm2.pretrained.load import load_model
 from train import checkpoint
@@ -29,22 +29,13 @@ from train.checkpoint import newest_checkpoint
 from train.config import RunConfig
 from train.distributed import StopRequest, World
 from train.rng import rng_states, seed_generators, set_rng_states
-from train.run import train
+from train.run import main, train
+from train.verify_resume import _same
 
 
 @pytest.fixture
 def configured(tmp_path: Path) -> Callable[..., RunConfig]:
     return functools.partial(run_config, tmp_path)
-
-
-def same_state(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same_state(*pair) for pair in zip(one, other, strict=True))
-    return bool(one == other)
 
 
 @pytest.mark.parametrize(
@@ -62,33 +53,21 @@ def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(
 ) -> None:
     straight, parts = configured("straight", **changes), configured("parts", **changes, checkpoint_every=3)
     train(straight)
-    parts.steps, total = 3, parts.steps
-    # depends on the number of steps: stop at step 3 of 6 by taking its checkpoint
-    if parts.schedule != "constant":
-        parts.steps = total
-        train(parts)
-        parts.resume = str(checkpoint_folder(parts, 3))
-    else:
-        train(parts)
-        parts.steps, parts.resume = total, "auto"
+    # a schedule depends on the number of steps: then the run goes back to its checkpoint of step 3
+    whole = parts.schedule != "constant"
+    parts.steps, total = parts.steps if whole else 3, parts.steps
+    train(parts)
+    parts.steps, parts.resume = total, str(checkpoint_folder(parts, 3)) if whole else "auto"
     torch.manual_seed(99)  # whatever the process did in between
     train(parts)
     assert curve(parts) == curve(straight)
-    one, other = (load_model(checkpoint_folder(config, 6)).state_dict() for config in (straight, parts))
-    assert same_state(one, other)
-    saved = [
-        torch.load(checkpoint_folder(config, 6) / checkpoint.STATE, weights_only=True)
-        for config in (straight, parts)
-    ]
-    assert same_state(*saved)
-    moments = [load_file(checkpoint_folder(config, 6) / checkpoint.MOMENTS) for config in (straight, parts)]
-    assert (
-        same_state(*moments) and len(moments[0]) == 3 * len(one) - 3
-    )  # exp_avg, exp_avg_sq, step; the tied head is no parameter of its own
-    records = [
-        json.loads((checkpoint_folder(config, 6) / checkpoint.RECORD).read_text(encoding="utf-8"))
-        for config in (straight, parts)
-    ]
+    ends = [checkpoint_folder(config, 6) for config in (straight, parts)]
+    weights = [load_model(end).state_dict() for end in ends]
+    moments = [load_file(end / checkpoint.MOMENTS) for end in ends]
+    assert len(moments[0]) == 3 * len(weights[0]) - 3  # exp_avg, exp_avg_sq, step; the head is the embedding
+    states = [torch.load(end / checkpoint.STATE, weights_only=True) for end in ends]
+    assert _same(*weights) and _same(*moments) and _same(*states)
+    records = [json.loads((end / checkpoint.RECORD).read_text(encoding="utf-8")) for end in ends]
     assert records[0]["data"] == records[1]["data"] and records[0]["tokens"] == records[1]["tokens"]
 
 
@@ -175,20 +154,19 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch: 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(
-    configured: Callable[..., RunConfig], project_root: Path, number: int, code: int
+    configured: Callable[..., RunConfig], number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configured(steps=100_000)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train.run", *arguments(config)],
-        cwd=project_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        wait_for_steps(config, 2, process)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=DEADLINE)
-    finally:
-        process.kill()
-    assert process.returncode == code, err
+
+    def send() -> None:
+        wait_for(lambda: len(curve(config)) >= 2)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert run_command(main, arguments(config)) == code
+    sender.join()
+    out, err = capsys.readouterr()
     assert "finishing the step, then saving" in err and "continue with resume=auto" in out
     newest = newest_checkpoint(Path(config.output_dir), print)
     assert newest is not None

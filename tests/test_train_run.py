@@ -4,6 +4,7 @@ not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import subprocess
@@ -41,14 +42,8 @@ TINY: dict[str, Any] = dict(
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("corpus") / "animals.jsonl"
     animals, verbs = ("cat", "dog", "owl", "fox", "hen"), ("sees", "likes", "meets", "follows")
-    texts = [
-        f"The {a} {v} the {b}. Then the {b} {v} the {c}."
-        for a in animals
-        for v in verbs
-        for b in animals
-        for c in animals
-        if a != b
-    ]
+    drawn = itertools.product(animals, verbs, animals, animals)
+    texts = [f"The {a} {v} the {b}. Then the {b} {v} the {c}." for a, v, b, c in drawn if a != b]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return str(path)
 
@@ -97,49 +92,41 @@ def test_samples_evaluations_and_workers_do_not_change_the_curve(
     configured: Callable[..., RunConfig],
 ) -> None:
     plain = configured("plain", attention_dropout=0.1)
-    busy = configured(
-        "busy",
-        attention_dropout=0.1,
-        sample_every=1,
-        sample_prompts=["The cat ", ""],
-        eval_every=1,
-        workers=2,
-        checkpoint_every=1,
-        keep_checkpoints=1,
-    )
+    every_step = dict(sample_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1)
+    prompts = ["The cat ", ""]
+    busy = configured("busy", attention_dropout=0.1, workers=2, sample_prompts=prompts, **every_step)
     train(plain)
     train(busy)
     assert losses(plain) == losses(busy)
     assert (Path(busy.output_dir) / "samples.txt").read_text(encoding="utf-8").count("sample: The cat ") == 4
 
 
-def test_gradient_accumulation_is_the_same_step_in_pieces(configured: Callable[..., RunConfig]) -> None:
-    whole, pieces = configured("whole", batch_size=4), configured("pieces", batch_size=1, grad_accumulation=4)
-    train(whole)
-    train(pieces)
-    assert list(losses(whole).values()) == pytest.approx(list(losses(pieces).values()), rel=1e-5)
-
-
-def test_gradient_checkpointing_does_not_change_the_curve(configured: Callable[..., RunConfig]) -> None:
-    plain, saving = (
-        configured("plain", attention_dropout=0.1),
-        configured("saving", attention_dropout=0.1, gradient_checkpointing=True),
-    )
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [
+        (dict(batch_size=4), dict(batch_size=1, grad_accumulation=4)),
+        (dict(attention_dropout=0.1), dict(attention_dropout=0.1, gradient_checkpointing=True)),
+    ],
+    ids=["accumulation", "checkpointing"],
+)
+def test_the_same_step_in_pieces_or_recomputed(
+    configured: Callable[..., RunConfig], changes: dict[str, Any], other: dict[str, Any]
+) -> None:
+    plain, saving = configured("plain", **changes), configured("saving", **other)
     train(plain)
     train(saving)
-    assert list(losses(plain).values()) == pytest.approx(list(losses(saving).values()), rel=1e-6)
+    precision = 1e-5 if "grad_accumulation" in other else 1e-6
+    assert list(losses(plain).values()) == pytest.approx(list(losses(saving).values()), rel=precision)
 
 
 def test_the_first_loss_is_the_models_own_on_the_first_batch(configured: Callable[..., RunConfig]) -> None:
     for masking in (True, False):
         config = configured(f"masking-{masking}", document_masking=masking, steps=1)
         built = build(config, World(torch.device("cpu")))
-        batch = next(
-            training_batches(built.source, built.tokenizer, rows=4, length=48, validation_fraction=0.2)
-        )
-        expected = built.model(
-            batch.input_ids, labels=batch.input_ids, doc_start=batch.doc_start if masking else None
-        ).loss.item()
+        data = built.source, built.tokenizer
+        batch = next(training_batches(*data, rows=4, length=48, validation_fraction=0.2))
+        ids, starts = batch.input_ids, batch.doc_start if masking else None
+        expected = built.model(ids, labels=ids, doc_start=starts).loss.item()
         train(config)
         assert losses(config)[1] == pytest.approx(expected, rel=1e-6)
 
@@ -164,10 +151,8 @@ def test_training_continues_from_the_weights_in_a_folder(configured: Callable[..
     checkpoint = Path(first.output_dir) / "checkpoints" / "step-000020"
     second = configured("second", model=str(checkpoint), tokenizer="auto", steps=2)
     train(second)
-    assert (
-        load_tokenizer(checkpoint).fingerprint()
-        == load_tokenizer(Path(second.output_dir) / "tokenizer").fingerprint()
-    )
+    tokenizers = [load_tokenizer(folder) for folder in (checkpoint, Path(second.output_dir) / "tokenizer")]
+    assert tokenizers[0].fingerprint() == tokenizers[1].fingerprint()
     assert losses(second)[1] < losses(first)[1] - 1.0
 
 
@@ -235,12 +220,8 @@ def test_dry_run_estimates_from_the_configuration_alone_when_the_data_cannot_be_
         train(config, dry_run=True)
     assert not Path(config.output_dir).exists()
     out = capsys.readouterr().out
-    assert (
-        "for a vocabulary of 512:" in out
-        and "AdamW's moments" in out
-        and "tokens/s" in out
-        and "keep_every: 0\n" in out
-    )
+    for part in ("for a vocabulary of 512:", "AdamW's moments", "tokens/s", "keep_every: 0\n"):
+        assert part in out
     with pytest.raises(LoadError):
         train(config)
     assert capsys.readouterr().out == "", "an estimate is only printed when it is asked for"
@@ -287,33 +268,22 @@ def test_the_command_line_trains_and_its_last_line_generates(
     corpus: str, tmp_path: Path, project_root: Path
 ) -> None:
     keys = [f"{name}={value}".replace("True", "true") for name, value in TINY.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "train.run",
-        *keys,
-        f"paths={corpus}",
-        f"output_dir={tmp_path / 'run'}",
-        "steps=2",
-        "eval_every=2",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=project_root, timeout=DEADLINE)
-    assert done.returncode == 0, done.stderr
+    keys += [f"paths={corpus}", f"output_dir={tmp_path / 'run'}", "steps=2", "eval_every=2"]
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, cwd=project_root, timeout=DEADLINE
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = run("-m", "train.run", *keys)
     assert (tmp_path / "run" / "training_metrics.png").stat().st_size > 10_000
-    assert "step 2/2  loss" in done.stdout and "ETA" in done.stdout
-    last = done.stdout.splitlines()[-1]
+    assert "step 2/2  loss" in out and "ETA" in out
+    last = out.splitlines()[-1]
     assert last.startswith("generate: python -m smollm2.generate --model ")
-    generate = [
-        sys.executable,
-        *shlex.split(last.removeprefix("generate: "))[1:],
-        "--max-new-tokens",
-        "3",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(generate, capture_output=True, text=True, cwd=project_root, timeout=DEADLINE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("The")
+    command = shlex.split(last.removeprefix("generate: python "))
+    assert run(*command, "--max-new-tokens", "3", "--device", "cpu").startswith("The")
 
 
 def test_errors_on_the_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,19 +311,12 @@ def test_the_full_recipe_runs_on_a_folder_of_its_corpus_layout(tmp_path: Path) -
             pa.table(columns).slice(number * 750, 750),
             tmp_path / "data" / f"train-{number:05d}-of-00002.parquet",
         )
-    small = dict(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        vocab_size=400,
+    keys = (
+        "hidden_size=64 intermediate_size=64 num_hidden_layers=2 num_attention_heads=1 num_key_value_heads=1 "
+        "vocab_size=400 batch_size=2 sequence_length=64 tokenizer=train eval_every=2 log_every=1 device=cpu"
     )
-    keys = dict(
-        small, batch_size=2, sequence_length=64, tokenizer="train", eval_every=2, log_every=1, device="cpu"
-    )
-    keys |= dict(dataset=tmp_path / "data", output_dir=tmp_path / "run")
-    arguments = ["smollm2_135m.yaml", *(f"{name}={value}" for name, value in keys.items()), "steps=2"]
+    folders = [f"dataset={tmp_path / 'data'}", f"output_dir={tmp_path / 'run'}"]
+    arguments = ["smollm2_135m.yaml", *keys.split(), *folders, "steps=2"]
     assert main(arguments) == 0
     last = [line for line in read_metrics(tmp_path / "run") if "loss" in line][-1]
     assert (last["step"], last["tokens"]) == (2, 256)

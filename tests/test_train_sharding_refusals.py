@@ -17,6 +17,8 @@ from train.distributed import World
 from train.run import train
 
 CPU = torch.device("cpu")
+RANKS = "expected 0, or with sharding=hybrid a number of processes"
+TORCHRUN = "torchrun --nproc-per-node N -m train.run ..."
 
 
 @pytest.mark.parametrize(
@@ -24,24 +26,14 @@ CPU = torch.device("cpu")
     [
         (dict(sharding="some"), "sharding: expected one of none, full, hybrid, got 'some'"),
         (dict(sharding="full", compile=True), "compile: expected false with sharding=full, got true"),
-        (
-            dict(sharding="hybrid", cuda_graph=True),
-            "cuda_graph: expected false with sharding=hybrid, got true",
-        ),
+        (dict(sharding="hybrid", cuda_graph=True), "cuda_graph: expected false with sharding=hybrid"),
+        (dict(cuda_graph=True), "cuda_graph: needs a CUDA device, got cpu"),
+        (dict(cuda_graph=True, gradient_checkpointing=True), "a captured step cannot recompute activations"),
         (dict(sharding="full", optimizer="muon"), "optimizer: expected adamw with sharding=full, got muon"),
-        (
-            dict(sharding="full", shard_size=2),
-            "shard_size: expected 0, or with sharding=hybrid a number of processes, got 2",
-        ),
-        (
-            dict(sharding="hybrid", shard_size=-1),
-            "shard_size: expected 0, or with sharding=hybrid a number of processes, got -1",
-        ),
+        (dict(sharding="full", shard_size=2), f"shard_size: {RANKS}, got 2"),
+        (dict(sharding="hybrid", shard_size=-1), f"shard_size: {RANKS}, got -1"),
         (dict(shard_size=2), "shard_size: only read with sharding=hybrid, got sharding=none"),
-        (
-            dict(sharding="full"),
-            "sharding: full needs several processes (torchrun --nproc-per-node N -m train.run ...), got one",
-        ),
+        (dict(sharding="full"), f"sharding: full needs several processes ({TORCHRUN}), got one"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -84,13 +76,10 @@ def test_the_estimate_divides_what_is_sharded(tmp_path: Path) -> None:
     whole, shards = (estimate.memory_of(config, model, torch.device("cuda"), 4, parts) for parts in (1, 8))
     fixed = [memory.parameters + memory.gradients + memory.moments for memory in (whole, shards)]
     assert fixed[0] == 16 * model.num_parameters() and fixed[1] == pytest.approx(fixed[0] / 8, rel=1e-6)
-    embedding, layer = (
-        model.vocab_size * model.hidden_size,
-        (model.num_parameters() - model.vocab_size * model.hidden_size) // 24,
-    )
+    embedding = model.vocab_size * model.hidden_size
+    layer = (model.num_parameters() - embedding) // 24
     assert whole.gathered == 0
-    assert (
-        shards.gathered == 8 * embedding + (2 * 2 + 2 + 4) * layer
-    )  # weights and a second gradient; two layers; a gradient in bf16 and fp32
+    # weights and a second gradient; two layers; a gradient in bf16 and fp32
+    assert shards.gathered == 8 * embedding + (2 * 2 + 2 + 4) * layer
     assert whole.activations_checkpointed == shards.activations_checkpointed
     assert shards.total < 20e9 < whole.total

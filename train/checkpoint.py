@@ -111,8 +111,7 @@ def take_snapshot(
     model: SmolLM2ForCausalLM, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress,
     state: dict[str, Any], *, sharded: bool = False, main: bool = True,
 ) -> Snapshot:  # fmt: skip
-    """Copies a run into host memory. state: tensors and plain values to come back from `load_progress`,
-    beside the digests.
+    """Copies a run into host memory. state: tensors and plain values, which `load_progress` gives back.
 
     sharded: every rank must call it; the weights are gathered on the `main` one, the moments stay in parts.
     """
@@ -142,13 +141,9 @@ def _moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, copy: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """The optimizer's state as `parameter name/entry` -> tensor, on the CPU."""
-    entries = optimizer.state_dict()["state"]
-    names = _names(model, optimizer)
-    return {
-        f"{names[index]}/{entry}": copy(value)
-        for index, values in entries.items()
-        for entry, value in values.items()
-    }
+    names, state = _names(model, optimizer), optimizer.state_dict()["state"]
+    entries = ((names[index], entry, value) for index, one in state.items() for entry, value in one.items())
+    return {f"{name}/{entry}": copy(value) for name, entry, value in entries}
 
 
 def write_snapshot(
@@ -189,15 +184,11 @@ def write_snapshot(
         pointer.write_text(folder.name + "\n", encoding="utf-8")
         pointer.replace(folder.with_name(LATEST))
     except (OSError, RuntimeError, SafetensorError) as error:
-        left = checkpoints(run)
-        remedy = (
-            f"then continue from {left[-1].name} with resume=auto"
-            if left
-            else "then start again: there is no earlier checkpoint"
-        )
-        raise SaveError(
-            f"{folder}: the checkpoint cannot be saved ({error}); free some space, {remedy}"
-        ) from error
+        remedy = "then start again: there is no earlier checkpoint"
+        if left := checkpoints(run):
+            remedy = f"then continue from {left[-1].name} with resume=auto"
+        what = f"{folder}: the checkpoint cannot be saved ({error})"
+        raise SaveError(f"{what}; free some space, {remedy}") from error
     finally:
         if writers.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -206,9 +197,7 @@ def write_snapshot(
 
 
 def _begin(temporary: Path) -> None:
-    """Makes an empty folder to write into. Raises LoadError, which reaches all ranks, where OSError would
-    not.
-    """
+    """Makes an empty folder to write into. Raises LoadError: unlike OSError it reaches all ranks."""
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         _remove_temporary(temporary.parent)
@@ -223,10 +212,9 @@ def _write_shards(temporary: Path, snapshot: Snapshot, writers: World) -> dict[s
     """
     sharding.write_shards(temporary / SHARDS, snapshot.moments, writers.control)
     own = sorted((temporary / SHARDS).glob(f"__{writers.rank}_*"))
+    own += [temporary / SHARDS / ".metadata"] if writers.main else []
     try:
-        found: dict[str, Any] | str = file_entries(
-            temporary, own + ([temporary / SHARDS / ".metadata"] if writers.main else [])
-        )
+        found: dict[str, Any] | str = file_entries(temporary, own)
     except OSError as error:
         found = str(error)
     files: dict[str, Any] = {}
@@ -241,7 +229,7 @@ class Saver:
     """Writes the snapshots of a run, in the background if asked: one at a time, in their order.
 
     A checkpoint that cannot be written does not end the training: the next call of `failure` returns the
-    error, and the checkpoint before is intact. last: the error of the newest finished write, or None.
+    error, and earlier checkpoints are intact. last: the error of the newest write that is over, or None.
     """
 
     def __init__(
@@ -292,9 +280,7 @@ def _remove_temporary(folder: Path) -> None:
 
 
 def _rotate(run: Path, current: int, keep: int, keep_every: int) -> None:
-    """Removes old checkpoints; later steps than the newest save come from before the run went back, and count
-    as older.
-    """
+    """Removes old checkpoints. Steps after `current` were saved before the run went back: they are older."""
     by_age = sorted(checkpoints(run), key=lambda path: (_step(path) <= current, _step(path)))
     for path in by_age[:-keep] if keep else []:
         if not keep_every or _step(path) % keep_every:
@@ -315,9 +301,8 @@ def _step(folder: Path) -> int:
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, sound or not, by their steps."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted(
-        (path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir()), key=_step
-    )
+    named = [path for path in found if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(named, key=_step)
 
 
 def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
@@ -337,10 +322,8 @@ def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
         except LoadError as error:
             report(f"skipped a damaged checkpoint: {error}")
     if candidates:
-        raise LoadError(
-            f"{run / 'checkpoints'}: expected a sound checkpoint, all {len(candidates)} are damaged; start "
-            "again with another output_dir"
-        )
+        found = f"expected a sound checkpoint, all {len(candidates)} are damaged"
+        raise LoadError(f"{run / 'checkpoints'}: {found}; start again with another output_dir")
     return None
 
 
@@ -409,22 +392,18 @@ def read_moments(folder: Path, parameters: Mapping[str, Tensor] | None = None) -
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="python -m train.checkpoint", description="Checks checkpoints against their manifests."
-    )
-    parser.add_argument(
-        "command", choices=["verify"], help="compare every file with the size and sha256 in the manifest"
-    )
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="a checkpoint, or the folder of a run: all its checkpoints"
-    )
+    described = "Checks checkpoints against their manifests."
+    parser = Parser(prog="python -m train.checkpoint", description=described)
+    compares = "compare every file with the size and sha256 in the manifest"
+    parser.add_argument("command", choices=["verify"], help=compares)
+    which = "a checkpoint, or the folder of a run: all its checkpoints"
+    parser.add_argument("folder", type=Path, metavar="DIR", help=which)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     folder: Path = parser.parse_args(argv).folder
     found = checkpoints(folder) if (folder / "checkpoints").is_dir() else [folder]
     if not folder.is_dir() or not found:
-        raise UsageError(
-            f"{folder}: expected a checkpoint or the folder of a run with checkpoints, found none"
-        )
+        expected = "a checkpoint or the folder of a run with checkpoints"
+        raise UsageError(f"{folder}: expected {expected}, found none")
     damaged = 0
     for path in found:
         try:

@@ -1,6 +1,4 @@
-"""The command line of train.run: a YAML file, then key=value, checked key by key. The only file that needs
-OmegaConf.
-"""
+"""The command line of train.run: a YAML file, then key=value. The only file that needs OmegaConf."""
 
 from __future__ import annotations
 
@@ -18,11 +16,11 @@ from train.keys import format_value
 
 def describe_keys() -> str:
     """Every key with its meaning and default, one line each, for --help."""
-    width = max(len(entry.name) for entry in dataclasses.fields(RunConfig))
-    defaults = RunConfig()
+    keys, defaults = dataclasses.fields(RunConfig), RunConfig()
+    width = max(len(key.name) for key in keys)
     return "\n".join(
-        f"  {entry.name:{width}}  {entry.metadata['meaning']} [{format_value(getattr(defaults, entry.name))}]"
-        for entry in dataclasses.fields(RunConfig)
+        f"  {key.name:{width}}  {key.metadata['meaning']} [{format_value(getattr(defaults, key.name))}]"
+        for key in keys
     )
 
 
@@ -49,10 +47,8 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     files = [argument for argument in arguments if "=" not in argument]
     if len(files) > 1 or any(name.startswith("-") for name in files):
         wrong = next((name for name in files if name.startswith("-")), files[-1])
-        raise UsageError(
-            f"expected one YAML file and key=value pairs, got {wrong!r}; for example: python -m train.run "
-            "steps=60"
-        )
+        example = "for example: python -m train.run steps=60"
+        raise UsageError(f"expected one YAML file and key=value pairs, got {wrong!r}; {example}")
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     file = Path(files[0]) if files else None if "model" in given else CONFIGS / "quickstart.yaml"
     if file is not None and not file.is_file() and (CONFIGS / file.name).is_file():
@@ -68,10 +64,8 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
     except ModuleNotFoundError:
-        raise LoadError(
-            "the command line of train.run needs omegaconf; install it with: pip install "
-            "'smollm2-kernels[train]'"
-        ) from None
+        install = "install it with: pip install 'smollm2-kernels[train]'"
+        raise LoadError(f"the command line of train.run needs omegaconf; {install}") from None
 
     hints = typing.get_type_hints(RunConfig)
     merged = OmegaConf.structured(RunConfig)
@@ -80,10 +74,8 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
         try:
             OmegaConf.update(merged, key, value)
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(
-                f"{where}: {key}: expected {_type_name(hints[key])}, got {format_value(value)!r} ({reason})"
-            ) from None
+            wanted, got = _type_name(hints[key]), f"{format_value(value)!r} ({str(error).splitlines()[0]})"
+            raise UsageError(f"{where}: {key}: expected {wanted}, got {got}") from None
 
     if file is not None:
         try:
@@ -108,7 +100,7 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
 
 
 def _check_keys(names: typing.Iterable[str], where: str) -> None:
-    """Raises UsageError for a key that RunConfig does not have, with the closest one that it has."""
+    """Raises UsageError for a key that RunConfig does not have, and names the closest one that it has."""
     known = [entry.name for entry in dataclasses.fields(RunConfig)]
     for name in names:
         if name not in known:
@@ -118,29 +110,20 @@ def _check_keys(names: typing.Iterable[str], where: str) -> None:
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """The value of key=text, as far as the text alone decides it: lists are [a,b] or a,b, and null is the
-    absence of a number.
-    """
+    """The value of key=text before its type is checked: [a,b] or a,b is a list, null stands for no value."""
     if hint == list[dict[str, Any]]:
-        return _from_yaml(text)
+        import yaml
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text  # refused by its type
     if typing.get_origin(hint) is list:
         inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
         return [part.strip().strip("'\"") for part in inner.split(",")] if inner else []
     if text.lower() in ("null", "none") and type(None) in typing.get_args(hint):
         return None
     return text
-
-
-def _from_yaml(text: str) -> Any:
-    """The value of key=[{name: a, weight: 0.5}, ...]; text that is not YAML as it is, to be refused by its
-    type.
-    """
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _type_name(hint: Any) -> str:

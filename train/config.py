@@ -28,11 +28,6 @@ def _key(default: Any, meaning: str, *, fixed: bool = False) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def _refuse(wrong: object, message: str) -> None:
-    if wrong:
-        raise UsageError(message)
-
-
 _fixed = functools.partial(_key, fixed=True)  # keys of the model, the data and the tokenizer
 
 
@@ -228,46 +223,47 @@ class RunConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise UsageError(f"{name}: expected {allowed}, got {value!r}")
-        graph, sharded, muon = self.cuda_graph == "true", self.sharded, self.optimizer == "muon"
-        hint = "for example paths=corpus/*.parquet"
-        _refuse(
-            self.data == "local" and not self.paths,
-            f"paths: expected files, folders or globs for data=local, got none; {hint}",
-        )
-        hint = "drop it, or optimizer=muon"
-        _refuse(graph and muon, f"cuda_graph: torch's Muon cannot be captured in a CUDA graph; {hint}")
-        names = [name for name in ("muon_lr", "muon_weight_decay") if getattr(self, name) is not None]
-        hint = f"got optimizer={self.optimizer}; add it or drop them"
-        _refuse(names and not muon, f"{', '.join(names)}: only read with optimizer=muon, {hint}")
-        hint = "got sharding=none; add sharding=hybrid or drop it"
-        _refuse(self.shard_size and not sharded, f"shard_size: only read with sharding=hybrid, {hint}")
-        hint = f"0, or with sharding=hybrid a number of processes, got {self.shard_size}; drop it"
-        _refuse(
-            self.shard_size < 0 or (self.shard_size and self.sharding != "hybrid"),
-            f"shard_size: expected {hint}",
-        )
-        # Gathering the parameters is neither compiled nor captured, and Muon needs whole matrices.
-        where = f"with sharding={self.sharding}"
-        _refuse(sharded and self.compile, f"compile: expected false {where}, got true; drop one of them")
-        _refuse(sharded and graph, f"cuda_graph: expected false {where}, got true; drop one of them")
-        _refuse(sharded and muon, f"optimizer: expected adamw {where}, got muon; it updates whole matrices")
-        hint = "drop it, or gradient_checkpointing=true"
-        _refuse(
-            graph and self.gradient_checkpointing,
-            f"cuda_graph: a captured step cannot recompute activations; {hint}",
-        )
-        mixed, hint = self.data == "mixture", "got an empty one; see configs/smollm2_135m_mixture.yaml"
-        _refuse(mixed and not self.mixture, f"mixture: expected a list of sources for data=mixture, {hint}")
-        hint = f"got data={self.data}; add data=mixture or mixture=[]"
-        _refuse(self.mixture and not mixed, f"mixture: only read with data=mixture, {hint}")
+        for wrong, message in self._conflicts():
+            if wrong:
+                raise UsageError(message)
         self.mixture_parts()
-        hint = f"got data={self.data}; add data=local or drop paths"
-        _refuse(self.paths and self.data != "local", f"paths: only read with data=local, {hint}")
-        names = [name for name in SHAPE_KEYS if getattr(self, name) is not None]
-        hint = f"only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape"
-        _refuse(names and not self.from_scratch, f"{', '.join(names)}: {hint}")
         if self.from_scratch:
             self.model_config(self.vocab_size)
+
+    def _conflicts(self) -> list[tuple[Any, str]]:
+        """(whether keys contradict each other, what to say then)."""
+        graph, sharded, muon = self.cuda_graph == "true", self.sharded, self.optimizer == "muon"
+        mixed, size, where = self.data == "mixture", self.shard_size, f"with sharding={self.sharding}"
+        of_muon = [name for name in ("muon_lr", "muon_weight_decay") if getattr(self, name) is not None]
+        of_shape = [name for name in SHAPE_KEYS if getattr(self, name) is not None]
+        files = (
+            "expected files, folders or globs for data=local, got none; for example paths=corpus/*.parquet"
+        )
+        add_muon = f"only read with optimizer=muon, got optimizer={self.optimizer}; add it or drop them"
+        hybrid = "only read with sharding=hybrid, got sharding=none; add sharding=hybrid or drop it"
+        ranks = f"expected 0, or with sharding=hybrid a number of processes, got {size}; drop it"
+        sources = "expected a list of sources for data=mixture, got an empty one"
+        not_mixed = f"only read with data=mixture, got data={self.data}; add data=mixture or mixture=[]"
+        not_local = f"only read with data=local, got data={self.data}; add data=local or drop paths"
+        shape = f"only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape"
+        again = "a captured step cannot recompute activations; drop it, or gradient_checkpointing=true"
+        no_muon = "torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon"
+        # Gathering the parameters is neither compiled nor captured, and Muon needs whole matrices.
+        return [
+            (self.data == "local" and not self.paths, f"paths: {files}"),
+            (graph and muon, f"cuda_graph: {no_muon}"),
+            (of_muon and not muon, f"{', '.join(of_muon)}: {add_muon}"),
+            (size and not sharded, f"shard_size: {hybrid}"),
+            (size < 0 or (size and self.sharding != "hybrid"), f"shard_size: {ranks}"),
+            (sharded and self.compile, f"compile: expected false {where}, got true; drop one of them"),
+            (sharded and graph, f"cuda_graph: expected false {where}, got true; drop one of them"),
+            (sharded and muon, f"optimizer: expected adamw {where}, got muon; it updates whole matrices"),
+            (graph and self.gradient_checkpointing, f"cuda_graph: {again}"),
+            (mixed and not self.mixture, f"mixture: {sources}; see configs/smollm2_135m_mixture.yaml"),
+            (self.mixture and not mixed, f"mixture: {not_mixed}"),
+            (self.paths and self.data != "local", f"paths: {not_local}"),
+            (of_shape and not self.from_scratch, f"{', '.join(of_shape)}: {shape}"),
+        ]
 
     def mixture_parts(self) -> list[MixturePart]:
         """The sources of data=mixture, each with the configuration of a run on it alone. Of other data, the
@@ -302,15 +298,11 @@ class RunConfig:
             check_type(f"{where}: name", part.name, str)
             for other, before in enumerate(parts):
                 if before.name == part.name:
-                    raise UsageError(
-                        f"{where}: name: expected one that no other source has, got {part.name!r}, as "
-                        f"mixture[{other}]"
-                    )
+                    unique = f"expected one that no other source has, got {part.name!r}, as mixture[{other}]"
+                    raise UsageError(f"{where}: name: {unique}")
                 if before.documents == part.documents:
-                    raise UsageError(
-                        f"{where}: the same documents as mixture[{other}]; give one of them the weight of "
-                        "both"
-                    )
+                    remedy = "give one of them the weight of both"
+                    raise UsageError(f"{where}: the same documents as mixture[{other}]; {remedy}")
             parts.append(part)
         return parts
 
@@ -330,13 +322,8 @@ class RunConfig:
         overrides = {name: getattr(self, name) for name in SHAPE_KEYS if getattr(self, name) is not None}
         if self.hidden_size is not None:
             overrides["initializer_range"] = self.hidden_size**-0.5
-        config = SmolLM2Config.preset(
-            self.model,
-            vocab_size=vocab_size,
-            attention_dropout=self.attention_dropout,
-            **overrides,
-            **special_ids,
-        )
+        overrides |= {"vocab_size": vocab_size, "attention_dropout": self.attention_dropout, **special_ids}
+        config = SmolLM2Config.preset(self.model, **overrides)
         if self.sequence_length > config.max_position_embeddings:
             raise UsageError(
                 f"sequence_length: expected at most {config.max_position_embeddings} "

@@ -39,9 +39,8 @@ def measure(
     source: Source, tokenizer: Tokenizer, steps: int, workers: int, cache: TokenCache | None
 ) -> float:
     """Tokens per second over the first `steps` batches."""
-    with closing(
-        training_batches(source, tokenizer, rows=ROWS, length=LENGTH, workers=workers, cache=cache)
-    ) as batches:
+    opened = training_batches(source, tokenizer, rows=ROWS, length=LENGTH, workers=workers, cache=cache)
+    with closing(opened) as batches:
         begin = time.perf_counter()
         tokens = sum(batch.tokens for batch in itertools.islice(batches, steps))
         return tokens / (time.perf_counter() - begin)
@@ -68,9 +67,8 @@ def some_tokenizer() -> tuple[Tokenizer, str]:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m train.data_speed", description=__doc__)
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="measurements, of which the median counts (default 3)"
-    )
+    repeats = "measurements, of which the median counts (default 3)"
+    parser.add_argument("--repeats", type=int, default=3, help=repeats)
     parser.add_argument("--mebibytes", type=int, default=12, help="size of the corpus (default 12)")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,5 +1,6 @@
-"""What a run shows while it trains: a tqdm bar where stderr is a terminal, plain lines elsewhere. The record
-is metrics.jsonl.
+"""What a run shows while it trains: a tqdm bar where stderr is a terminal, plain lines elsewhere.
+
+The record is metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-# The bar is narrow, so that the figures after it fit on a usual terminal; tqdm cuts what does not.
+# The bar is narrow, so that the figures after it fit on a usual terminal; tqdm cuts off what does not fit.
 BAR = "{n_fmt}/{total_fmt} |{bar:10}| ETA {remaining}{postfix}"
 
 
 def columns(values: Mapping[str, Any]) -> list[str]:
-    """The figures of one step, from most to least asked for; what is None or missing is left out.
+    """The figures of one step, the most useful first, without those that are missing or None.
 
-    values: the names and units of metrics.jsonl.
+    values: as in metrics.jsonl.
     """
 
     def shown(name: str, write: str, factor: float = 1.0) -> list[str]:
@@ -45,45 +46,34 @@ def duration(seconds: float) -> str:
 
 
 def _has_terminal() -> bool:
-    """Whether stderr can show a bar. Pseudo-terminals that nobody sized, as in some containers, have no
-    columns to show it in.
-    """
+    """Whether stderr can show a bar. The pseudo-terminals of some containers have no columns for it."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 class Display:
-    """The terminal of a run that goes from step `done` to step `steps`."""
+    """The progress of a run from step `done` to step `steps`."""
 
     def __init__(self, steps: int, done: int) -> None:
         from tqdm import tqdm
 
         self._steps = steps
-        show = _has_terminal()
-        self._bar = (
-            tqdm(total=steps, initial=done, dynamic_ncols=True, smoothing=0.1, bar_format=BAR)
-            if show
-            else None
-        )
+        self._bar: tqdm | None = None
+        if _has_terminal():
+            self._bar = tqdm(total=steps, initial=done, dynamic_ncols=True, smoothing=0.1, bar_format=BAR)
 
     def advance(self) -> None:
-        """One step is done."""
         if self._bar is not None:
             self._bar.update()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """The figures of one step: after the bar, which has its own ETA, or on a line."""
+        """The figures of one step: behind the bar, which has an ETA of its own, or on a line."""
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(columns(values)))
             return
         left = values.get("eta_seconds")
-        # numbers of steps are as wide as the last, so that the columns stay where they are
-        width = len(str(self._steps))
-        parts = [
-            f"step {step:{width}}/{self._steps}",
-            *columns(values),
-            *([] if left is None else [f"ETA {duration(left)}"]),
-        ]
-        print("  ".join(parts), flush=True)
+        width = len(str(self._steps))  # of every step's number, so that the columns stay in line
+        eta = [] if left is None else [f"ETA {duration(left)}"]
+        print("  ".join([f"step {step:{width}}/{self._steps}", *columns(values), *eta]), flush=True)
 
     def line(self, text: str) -> None:
         """Text of its own, above the bar."""

@@ -1,11 +1,11 @@
-"""Several processes, one model: what torchrun started, how they agree, and how gradients are summed (DDP).
+"""Several processes, one model: how those that torchrun started agree, and how gradients are summed (DDP).
 
     torchrun --nproc-per-node 8 -m train.run ...
 
-The number of ranks never changes what is trained, only how fast: the rows of a step are a function of (seed,
-step), each rank takes its share of them, and gradients and losses are sums over all ranks divided by the
-valid targets of the whole step. Host-side messages (signals, objects, the exit) go over gloo, so that the
-device never waits for them. Ranks that share one copy of the model: sharding.py.
+The number of ranks does not change what is trained: the rows of a step are a function of (seed, step), each
+rank takes its share of them, and gradients and losses are sums over all ranks, divided by the valid targets
+of the whole step. Messages between hosts (signals, objects, the exit) go over gloo, so that the device never
+waits for them. For ranks that share one copy of the model see sharding.py.
 """
 
 from __future__ import annotations
@@ -31,14 +31,12 @@ from smollm2.errors import LoadError, UsageError
 from train.rng import rng_states, set_rng_states
 
 T = TypeVar("T")
-ECHO = 2.0  # seconds: a Ctrl-C reaches a rank from the terminal, and again from torchrun
+ECHO = 2.0  # seconds within which one Ctrl-C reaches a rank twice: from the terminal and from torchrun
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; a run without torchrun is a world of one, in which every method is a plain
-    local operation.
-    """
+    """The processes of a run. Without torchrun it is a world of one, whose methods are local operations."""
 
     device: torch.device
     rank: int = 0
@@ -52,7 +50,7 @@ class World:
         return self.rank == 0
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make()` returns on rank 0, on every rank. What it raises there is raised everywhere."""
+        """Calls `make` on rank 0 alone and returns its result, or raises its error, on every rank."""
         if self.size == 1:
             return make()
         message: list[Any] = [None, None]
@@ -75,7 +73,7 @@ class World:
         return values
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, in place; on a GPU the host does not wait for it."""
+        """The sum over all ranks, in place. On a GPU the host does not wait for it."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
@@ -85,21 +83,17 @@ class World:
             dist.barrier(group=self.control)
 
     def wrap(self, forward: nn.Module) -> nn.Module:
-        """The module, in several processes with gradients that are averaged over the ranks in every backward
-        pass (DDP).
-        """
+        """The module; of several processes, with gradients that DDP averages in every backward pass."""
         if self.size == 1:
             return forward
         devices = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
 
     def no_sync(self, forward: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
-        """A context in which the gradients stay local, if `skip`: all but the last micro-batch of a step."""
-        return (
-            forward.no_sync()
-            if skip and isinstance(forward, DistributedDataParallel)
-            else contextlib.nullcontext()
-        )
+        """A context in which gradients stay local if `skip`, as in all but the last micro-batch of a step."""
+        if skip and isinstance(forward, DistributedDataParallel):
+            return forward.no_sync()
+        return contextlib.nullcontext()
 
 
 def join_world(device: str) -> World:
@@ -113,16 +107,12 @@ def join_world(device: str) -> World:
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     place = resolve_device(device)
     if place.type == "mps":
-        raise UsageError(
-            "device: several processes train on cuda or cpu, got mps; start one process without torchrun, or "
-            "device=cpu"
-        )
+        remedy = "start one process without torchrun, or device=cpu"
+        raise UsageError(f"device: several processes train on cuda or cpu, got mps; {remedy}")
     if place.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"torchrun: local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; lower "
-                "--nproc-per-node"
-            )
+        if local_rank >= (count := torch.cuda.device_count()):
+            reason = f"local rank {local_rank} has no GPU, there are {count}"
+            raise UsageError(f"torchrun: {reason}; lower --nproc-per-node")
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
     if not dist.is_initialized():
@@ -131,7 +121,7 @@ def join_world(device: str) -> World:
 
 
 def leave_world() -> None:
-    """Ends the communication, if there is any: without it NCCL warns at exit."""
+    """Ends the communication, if there is any. Otherwise NCCL warns at exit."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -139,8 +129,8 @@ def leave_world() -> None:
 def settle_buckets(world: World, forward: nn.Module, rows: int, length: int) -> None:
     """One forward and backward pass on zeros, whose gradients are thrown away.
 
-    DDP lays its buckets out anew after the first backward pass, and with three ranks or more the layout
-    decides the order of sums. With that behind it, a resumed run sums as the run that was not interrupted.
+    DDP changes the layout of its buckets after the first backward pass, and with three ranks or more the
+    layout decides the order of sums. After this pass a resumed run sums in the order of an uninterrupted one.
     """
     if world.size == 1:
         return
@@ -154,10 +144,9 @@ def settle_buckets(world: World, forward: nn.Module, rows: int, length: int) -> 
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is noted, and the second one ends the process at once.
+    """Inside this context the first SIGTERM or SIGINT is noted, and the second ends the process at once.
 
-    `agreed` is the signal on which all ranks stop: it reaches each of them after the same step, whichever got
-    it and when.
+    All ranks stop after the same step, whichever of them got the signal, and when.
     """
 
     def __init__(self, world: World) -> None:
@@ -196,8 +185,8 @@ class StopRequest:
     def agree(self) -> int:
         """Called by every rank once a step -> the number of the signal on which to stop now, or 0.
 
-        In several processes the answer is that of the step before: its message has travelled while this step
-        was computed.
+        Several processes agree on what was noted one step earlier: that message travels while a step is
+        computed.
         """
         if self._world.size == 1:
             self._agreed = self._noted

@@ -22,7 +22,7 @@ from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
-from train.data.source import Source
+from train.data.source import Single, Source
 from train.data.token_cache import Caches, TokenCache
 from train.data.worker_pool import WorkerPool
 from train.display import duration
@@ -65,14 +65,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """FLOP/s that all devices together are expected to reach, and where the figure comes from."""
-
-    flops: float
-    source: str
-
-
-@dataclass(frozen=True)
 class Estimate:
     """See `lines` for what each figure means."""
 
@@ -86,7 +78,8 @@ class Estimate:
     flops_per_token: float
     recomputation: float  # FLOPs done per FLOP counted: 1, or more with gradient checkpointing
     memory: Memory
-    rate: Rate
+    rate: float  # FLOP/s that all devices together are expected to reach
+    rate_source: str  # where that figure comes from
 
     @property
     def parameters(self) -> int:
@@ -98,7 +91,7 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.rate.flops / (self.flops_per_token * self.recomputation)
+        return self.rate / (self.flops_per_token * self.recomputation)
 
     @property
     def seconds(self) -> float:
@@ -116,6 +109,7 @@ def estimate(config: RunConfig, model: SmolLM2Config, device: torch.device, worl
     embedding = model.vocab_size * model.hidden_size
     flops = flops_per_token(model, config.sequence_length)
     in_blocks = 1 - 6 * embedding / flops
+    rate, rate_source = expected_rate(model, device, config.dtype, micro_batch[0] * micro_batch[1], world)
     return Estimate(
         embedding=embedding,
         blocks=model.num_parameters() - embedding,
@@ -128,7 +122,8 @@ def estimate(config: RunConfig, model: SmolLM2Config, device: torch.device, worl
         # a third is the forward pass
         recomputation=1 + in_blocks / 3 if config.gradient_checkpointing else 1.0,
         memory=memory_of(config, model, device, micro_batch[0], group_size(config, world)),
-        rate=expected_rate(model, device, config.dtype, micro_batch[0] * micro_batch[1], world),
+        rate=rate,
+        rate_source=rate_source,
     )
 
 
@@ -151,13 +146,9 @@ def memory_of(
     parameters, embedding = 4 * model.num_parameters(), model.vocab_size * hidden
 
     per_layer = layer_bytes_per_token(
-        model,
-        size,
-        triton=triton,
-        masked=config.document_masking,
-        length=config.sequence_length,
+        model, size, triton=triton, masked=config.document_masking, length=config.sequence_length,
         cuda=device.type == "cuda",
-    )
+    )  # fmt: skip
     # Besides the layers: the last norm, token ids and targets, and cosines and sines: looked up for every
     # token, or the whole tables.
     ends = tokens * (_norm_bytes(hidden, size) + 16)
@@ -197,9 +188,7 @@ def memory_of(
 
 
 def _norm_bytes(hidden: int, size: int) -> int:
-    """Per token: the input of an RMSNorm, 1 / rms in fp32, and its output, which the projection after it
-    keeps.
-    """
+    """Per token: the input of an RMSNorm, 1 / rms in fp32, and the input of the projection after it."""
     return 2 * size * hidden + 4
 
 
@@ -220,7 +209,7 @@ def layer_bytes_per_token(
     rotated = size * (q + k)
     output = size * q + 4 * heads  # the next projection keeps the same tensor; log-sum-exp in fp32
     if masked and not triton:
-        # SDPA gets keys and values repeated for every query head: those are kept, and not the projection
+        # SDPA gets keys and values repeated for every query head, and keeps these instead of the projection
         if cuda:
             projection = size * 2 * q
         if cuda or size == 4:  # in bf16 on a CPU, kernels/eager/attention.py keeps none
@@ -242,9 +231,7 @@ def _block_matrices(model: SmolLM2Config) -> int:
 
 
 def _joined_copies(model: SmolLM2Config, size: int) -> int:
-    """Bytes of one sharded block: gathered parameters are joined (q, k, v and gate, up) into copies that the
-    backward pass keeps.
-    """
+    """Bytes of one sharded block: q, k, v and gate, up are gathered, then joined for the backward pass."""
     q, k = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     return size * model.hidden_size * (q + 2 * k + 2 * model.intermediate_size)
 
@@ -254,22 +241,21 @@ def _joined_copies(model: SmolLM2Config, size: int) -> int:
 
 def expected_rate(
     model: SmolLM2Config, device: torch.device, dtype: str, tokens: int, world: int = 1
-) -> Rate:
-    """A known GPU in bf16: its peak times an assumed MFU. Anything else: the measured rate of the model's
-    largest product times an efficiency.
+) -> tuple[float, str]:
+    """FLOP/s of all devices, and where the figure comes from. A known GPU in bf16: its peak times an assumed
+    MFU. Anything else: the measured rate of the model's largest product times an efficiency.
     """
     devices = world if device.type != "cpu" else 1  # processes on a CPU share its cores
     times = f"{devices} x " if devices > 1 else ""
     peak = peak_flops(device)
     if peak is not None and dtype == "bf16":
-        name = torch.cuda.get_device_name(device)
+        name = f"{torch.cuda.get_device_name(device)}, {peak / 1e12:,.0f} TFLOP/s"
         assumed = f"assuming an MFU of {ASSUMED_MFU:.0%}; the first lines of the run will tell"
-        source = f"{times}{name}, {peak / 1e12:,.0f} TFLOP/s, {assumed}"
-        return Rate(devices * peak * ASSUMED_MFU, source)
+        return devices * peak * ASSUMED_MFU, f"{times}{name}, {assumed}"
     measured = matmul_rate(model, device, torch.bfloat16 if dtype == "bf16" else torch.float32, tokens)
     rate = f"{measured / 1e9:,.0f} GFLOP/s measured in a matrix product"
     source = f"{times}{device.type}, {rate}, assuming {MATMUL_EFFICIENCY:.0%} of it"
-    return Rate(devices * measured * MATMUL_EFFICIENCY, source)
+    return devices * measured * MATMUL_EFFICIENCY, source
 
 
 def matmul_rate(
@@ -308,11 +294,10 @@ def lines(found: Estimate) -> list[str]:
     rows, length = found.micro_batch
     memory, work = found.memory, found.flops_per_token * found.tokens
     share = f", one of {memory.shards} shards" if memory.shards > 1 else ""
-    plain, checkpointed = _gb(memory.activations), _gb(memory.activations_checkpointed)
+    activations, checkpointed = _gb(memory.activations), _gb(memory.activations_checkpointed)
+    other = f"{checkpointed} with"
     if memory.checkpointing:
-        activations, other = checkpointed, f"{plain} without"
-    else:
-        activations, other = plain, f"{checkpointed} with"
+        activations, other = checkpointed, f"{activations} without"
     moments = "Muon and AdamW" if memory.optimizer == "muon" else "AdamW"
     work_on = f"{rows} x {length} tokens, {found.backend}, {found.dtype}"
     parts = [
@@ -325,24 +310,16 @@ def lines(found: Estimate) -> list[str]:
         (_gb(memory.loss_gradients), "gradients of the loss"),
         (_gb(memory.logits), "a chunk of logits"),
     ]
+    size = f"embedding (also the head) {found.embedding:,}, blocks {found.blocks:,}"
+    flop, speed = f"{_flop(found.flops_per_token)} a token, {_flop(work)}", f"{found.tokens_per_second:,.0f}"
     facts = [
-        (
-            "size",
-            f"{found.parameters:,} parameters: embedding (also the head) {found.embedding:,}, blocks "
-            f"{found.blocks:,}",
-        ),
+        ("size", f"{found.parameters:,} parameters: {size}"),
         ("tokens", f"{found.tokens_per_step:,} a step, {found.tokens:,} in {found.steps:,} steps"),
-        (
-            "compute",
-            f"{_flop(found.flops_per_token)} a token, {_flop(work)} in all (causal attention counted half)",
-        ),
+        ("compute", f"{flop} in all (causal attention counted half)"),
         ("memory", f"about {_gb(memory.total)} per device, without the framework's own:"),
         *(("", f"{size:>8} {what}") for size, what in parts if size != NOTHING),
-        (
-            "time",
-            f"about {_time(found.seconds)} at {found.tokens_per_second:,.0f} tokens/s, without evaluations",
-        ),
-        ("", f"({found.rate.source})"),
+        ("time", f"about {_time(found.seconds)} at {speed} tokens/s, without evaluations"),
+        ("", f"({found.rate_source})"),
     ]
     return [f"{name:10}{fact}" for name, fact in facts]
 
@@ -370,9 +347,8 @@ def _time(seconds: float) -> str:
 
 
 def mixture_lines(source: Source, config: RunConfig, tokenizer: Tokenizer, cache: Caches) -> list[str]:
-    """A line for every source of a mixture: its share, the tokens that the run reads of it, and, where the
-    size of the source is known, its epochs. A size is counted where the token cache has all of the source,
-    else estimated from its first block.
+    """A line for every source of a mixture: its share, the tokens that the run reads of it, and its epochs
+    where its size is known: counted where the token cache has all of it, else estimated.
     """
     width = max(len(part.name) for part in source.parts)
     lines: list[str] = []
@@ -383,11 +359,9 @@ def mixture_lines(source: Source, config: RunConfig, tokenizer: Tokenizer, cache
         size, about = own.tokens_of(part.source.num_shards) if own is not None else None, ""
         if size is None:
             size, about = estimated_tokens(part.source, tokenizer, own), "about "
-        extent = (
-            f"of {about}{size:,}: {about}{share / size:,.2f} epochs"
-            if size
-            else "of a source of unknown size"
-        )
+        extent = "of a source of unknown size"
+        if size:
+            extent = f"of {about}{size:,}: {about}{share / size:,.2f} epochs"
         name = f"{'mixture' if not lines else '':10}{part.name:{width}}"
         lines.append(f"{name}  {float(part.weight):7.2%}  {share:,.0f} tokens {extent}")
     return lines
@@ -396,11 +370,9 @@ def mixture_lines(source: Source, config: RunConfig, tokenizer: Tokenizer, cache
 SOME_DOCUMENTS = 200  # tokenised for an estimate
 
 
-def estimated_tokens(source: Source, tokenizer: Tokenizer, cache: TokenCache | None = None) -> int | None:
-    """The tokens of a source, from its first block, or the first documents of it, and the part of the source
-    that the block is; None if that is not known, or the block cannot be read.
-
-    Off by as much as other documents are longer or shorter.
+def estimated_tokens(source: Single, tokenizer: Tokenizer, cache: TokenCache | None = None) -> int | None:
+    """The tokens of a source, extrapolated from its first block, or from that block's first documents. None
+    if the block cannot be read, or its share of the source is not known.
     """
     begin, end = source.span(0, 0)
     part = (end - begin) * source.sizes[0] / (sum(source.sizes) or 1.0)

@@ -1,4 +1,4 @@
-"""What a run looks at beside its training loss: the loss on documents that it never trains on, and samples.
+"""What a run reports besides its training loss: the loss on documents that it never trains on, and samples.
 
 Neither draws a random number.
 """

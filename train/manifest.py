@@ -24,9 +24,7 @@ def file_entries(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def manifest(files: dict[str, Any]) -> str:
-    """The text of manifest.json. Its last entry is the digest of the rest, so that damage to the manifest
-    shows as well.
-    """
+    """The text of manifest.json, whose last entry is the digest of the rest: its own damage shows too."""
     return _sealed({"schema": SCHEMA, "files": files})
 
 
@@ -44,12 +42,9 @@ def verify(folder: Path) -> int:
         found = json.loads(text)
         schema = found.get("schema")
         if schema != SCHEMA:
-            raise LoadError(
-                f"{folder / MANIFEST}: expected schema {SCHEMA}, got {schema}: written by another version of "
-                "this program"
-            )
-        # To the letter, not only in meaning: a manifest that says the same in other bytes was not written by
-        # a save.
+            wrong = f"expected schema {SCHEMA}, got {schema}"
+            raise LoadError(f"{folder / MANIFEST}: {wrong}: written by another version of this program")
+        # Byte for byte: a save would not have written the same content in another form.
         if text != _sealed({name: value for name, value in found.items() if name != "sha256"}):
             raise LoadError(f"{folder / MANIFEST}: its sha256 is not that of its content")
         for name, expected in found["files"].items():

@@ -1,5 +1,4 @@
-"""What a run reports: loss, throughput, MFU, waiting, memory and unique examples, to metrics.jsonl, trackers
-and the terminal.
+"""What a run reports, to metrics.jsonl, to trackers and on the terminal.
 
 metrics.jsonl is the record: one JSON object a line, each with its `step`.
 
@@ -15,7 +14,7 @@ metrics.jsonl is the record: one JSON object a line, each with its `step`.
     resumed, ...                 lines of events, `Reporter.note`
 
 MFU is tokens/s x FLOPs per token / (peak x devices): 6 FLOPs per weight and token, causal attention counted
-half, and the vendors' dense bf16 peak whatever the dtype of the run.
+half, and the vendors' dense bf16 peak for every dtype of a run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,7 @@ from train.tracking import Guarded, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 
-# Dense bf16 tensor-core TFLOP/s as stated by the vendors, by a part of the device's name; the first match
-# counts.
+# Dense bf16 TFLOP/s that the vendors state, by a part of the device's name; the first match counts.
 PEAK_TFLOPS = (
     ("B200", 2250), ("GB200", 2250), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989),
     ("GH200", 989), ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10G", 70), ("A10", 125),
@@ -71,33 +69,27 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def unigram_entropy(ids: Tensor) -> float:
-    """Entropy, in nats, of the token frequencies: what the best predictor that ignores context loses on these
-    tokens.
-    """
+    """Entropy of the token frequencies in nats: the loss of the best predictor that ignores context."""
     counts = torch.bincount(ids.flatten())
     probabilities = counts[counts > 0].double() / ids.numel()
     return float(-(probabilities * probabilities.log()).sum())
 
 
 def bytes_per_token(ids: Tensor, tokenizer: Tokenizer) -> float:
-    """Mean number of text bytes that a token stands for; special tokens stand for none."""
-    counts = torch.bincount(ids.flatten())
-    present = counts.nonzero().flatten().tolist()
-    total = sum(
-        int(counts[token]) * len(tokenizer.token_bytes(token))
-        for token in present
-        if token not in tokenizer.special_ids
-    )
-    return total / ids.numel()
+    """Mean number of bytes of text that a token stands for; special tokens stand for none."""
+    tokens, counts = ids.unique(return_counts=True)
+    found = zip(tokens.tolist(), counts.tolist(), strict=True)
+    plain = [(token, count) for token, count in found if token not in tokenizer.special_ids]
+    return sum(count * len(tokenizer.token_bytes(token)) for token, count in plain) / ids.numel()
 
 
 def too_good(loss: float, tokens: int, epochs: float, held_out: float | None) -> str | None:
     """Why a training loss from scratch is not to be believed, or None.
 
     tokens: trained on so far. The floor is a third of what the data term of the Chinchilla fit expects of an
-    endlessly large model, 1.69 + 410.7 / tokens^0.28 (Hoffmann et al. 2022, arXiv 2203.15556); text seen
-    twice is exempt from it, since it may be memorised. A model that sees its targets is far below; so is one
-    whose held-out documents tell another story.
+    endlessly large model, 1.69 + 410.7 / tokens^0.28 (Hoffmann et al. 2022, arXiv 2203.15556). It does not
+    hold for text seen twice, which may be memorised. A model that sees its targets is far below it. So is a
+    training loss that lies far below the held-out loss suspicious.
     """
     expected = 1.69 + 410.7 / max(tokens, 1) ** 0.28
     floor = min(expected / 3, 3.0)
@@ -111,8 +103,7 @@ def too_good(loss: float, tokens: int, epochs: float, held_out: float | None) ->
 
 
 def memory(device: torch.device) -> tuple[float | None, float | None]:
-    """Memory in use and its peak, in GB of 1e9 bytes; None where it cannot be known. Does not wait for the
-    device.
+    """Memory in use and its peak, in GB of 1e9 bytes; None where unknown. Does not wait for the device.
 
     CUDA: both are the peak of what tensors took since the process began, the figure that decides whether a
     run fits. MPS: what tensors take now. CPU: the resident set of this process and its peak; the data workers
@@ -124,11 +115,8 @@ def memory(device: torch.device) -> tuple[float | None, float | None]:
     if device.type == "mps":
         return torch.mps.current_allocated_memory() / 1e9, None
     try:
-        status = dict(
-            line.split(":", 1)
-            for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-            if ":" in line
-        )
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        status = dict(line.split(":", 1) for line in lines if ":" in line)
         # in kB of 1024 bytes
         now, peak = (int(status[name].split()[0]) * 1024 / 1e9 for name in ("VmRSS", "VmHWM"))
         return now, peak
@@ -138,22 +126,22 @@ def memory(device: torch.device) -> tuple[float | None, float | None]:
         from resource import RUSAGE_SELF, getrusage
     except ModuleNotFoundError:
         return None, None
-    peak = getrusage(RUSAGE_SELF).ru_maxrss / 1e9  # in bytes on macOS, the system that comes here
+    peak = getrusage(RUSAGE_SELF).ru_maxrss / 1e9  # macOS gives bytes
     return peak, peak
 
 
 class Throughput:
     """Tokens per second of training alone: evaluations, samples and checkpoints are excluded, and so are the
-    first steps, in which memory is allocated, kernels are compiled and graphs are captured.
+    first two steps, in which memory is allocated, kernels are compiled and graphs are captured.
 
-    A step is counted without waiting for the device. The clock is read where the device has been waited for
-    anyway: at a log line, and around what is excluded. On a device that works on its own it therefore starts
-    at the first such place after the first steps.
+    Counting a step does not wait for the device. The clock is read where the host waits for the device
+    anyway: at a log line, and around what is excluded. With a GPU it therefore starts at the first such place
+    after the first steps.
     """
 
-    def __init__(self, device: torch.device, ignored_steps: int = 2) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._ignored = ignored_steps
+        self._ignored = 2
         self._tokens = 0
         self._began: float | None = None  # None: not measuring yet
 
@@ -171,18 +159,13 @@ class Throughput:
         device.
         """
         self._wait()
-        now = time.perf_counter()
-        rate = (
-            self._tokens / max(now - self._began, 1e-9) if self._began is not None and self._tokens else None
-        )
+        now, began, tokens = time.perf_counter(), self._began, self._tokens
         self._tokens, self._began = 0, now if self._ignored == 0 else None
-        return rate
+        return tokens / max(now - began, 1e-9) if began is not None and tokens else None
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time spent inside does not count. Waits for the device before and after: enter it only when there
-        is something to do.
-        """
+        """Time spent inside does not count. Waits for the device before and after."""
         self._wait()
         entered = time.perf_counter()
         try:
@@ -213,16 +196,13 @@ class MetricsLog:
         self._trackers = trackers
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line; values that are None are left out, numbers that are not finite are written as text (JSON
-        has none).
-        """
-        line = {"step": step, **{name: value for name, value in values.items() if value is not None}}
-        plain = {
-            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
-        }
+        """One line. None is left out; a number that is not finite is written as text, since JSON has none."""
+        line: dict[str, Any] = {"step": step}
+        for name, value in values.items():
+            if value is not None:
+                line[name] = str(value) if isinstance(value, float) and not math.isfinite(value) else value
         try:
-            self._stream.write(json.dumps(plain, allow_nan=False) + "\n")
+            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
             self._stream.flush()
             self.error = None
         except OSError as error:
@@ -238,9 +218,7 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; what is not an object with a step, as a line cut by a crash, is
-    left out.
-    """
+    """The lines of a run's metrics.jsonl, without those that a crash has cut short."""
     path = run / METRICS_FILE
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -254,7 +232,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Removes lines of later steps: the run goes on from `step`, and its file must tell one story."""
+    """Removes the lines of later steps, which the run is about to do again."""
     kept = [line for line in read_metrics(run) if line["step"] <= step]
     temporary = run / f".{METRICS_FILE}.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -262,22 +240,16 @@ def forget_after(run: Path, step: int) -> None:
 
 
 class Reporter:
-    """Tells metrics.jsonl, samples.txt and the terminal what happened, and doubts what is too good.
+    """Writes metrics.jsonl and samples.txt, prints, and warns of losses that are too good to be true.
 
     With several processes the first one reports: tokens and losses are those of the global batch.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: RunConfig,
-        progress: Progress,
-        model: SmolLM2Config,
-        device: torch.device,
-        *,
-        devices: int = 1,
-    ) -> None:
-        """devices: how many train together; MFU is relative to the peak of them all."""
+        self, folder: Path, config: RunConfig, progress: Progress, model: SmolLM2Config, device: torch.device,
+        *, devices: int = 1,
+    ) -> None:  # fmt: skip
+        """devices: how many train together; MFU is relative to the sum of their peaks."""
         self.held_out_loss: float | None = None
         self._folder, self._config, self._progress, self._device = folder, config, progress, device
         self.throughput = Throughput(device)
@@ -293,19 +265,15 @@ class Reporter:
         self._peak = peak * devices if peak else None
 
     def advance(self, tokens: int, wait_seconds: float = 0.0) -> None:
-        """Counts one step, and the seconds that it waited for its batch. Never waits for the device."""
+        """Counts one step, and the seconds that it waited for its batch. Does not wait for the device."""
         self._display.advance()
         self.throughput.add(tokens)
         self._waited += wait_seconds
         self._steps += 1
 
-    @contextmanager
-    def excluded(self) -> Iterator[None]:
-        """Evaluations, samples and checkpoints belong inside, so that their time does not count. Waits for
-        the device: enter it only when one of them is due.
-        """
-        with self.throughput.excluded():
-            yield
+    def excluded(self) -> AbstractContextManager[None]:
+        """Evaluations, samples and checkpoints belong inside; see Throughput.excluded."""
+        return self.throughput.excluded()
 
     def log(self, loss: float, gradient_norm: float, lr: float) -> None:
         """The metrics of the step just done. loss: nats per target of this step; gradient_norm: before
@@ -332,25 +300,19 @@ class Reporter:
         self._doubt()
 
     def _seconds_left(self) -> float | None:
-        """From the pace since the first line, everything included; None at the first line, whose step is not
-        like the others.
-        """
+        """From the pace since the first line, everything included; None at the first line itself."""
         step, now = self._progress.step, time.perf_counter()
-        if self._first is None:
-            self._first = step, now
+        self._first = self._first or (step, now)
         first, began = self._first
-        return (
-            round((now - began) / (step - first) * (self._config.steps - step), 1) if step > first else None
-        )
+        left = self._config.steps - step
+        return round((now - began) / (step - first) * left, 1) if step > first else None
 
     def _write(self, values: dict[str, Any]) -> None:
         self._log.write(self._progress.step, values)
         if self._log.error is not None and not self._disk_warned:
             self._disk_warned = True
-            self._display.line(
-                f"warning: {METRICS_FILE} cannot be written ({self._log.error}); training goes on; free some "
-                "space"
-            )
+            warning = f"warning: {METRICS_FILE} cannot be written ({self._log.error})"
+            self._display.line(f"{warning}; training goes on; free some space")
 
     def _doubt(self) -> None:
         """Warns, once, of a training loss from scratch that is too good to be true."""
@@ -360,31 +322,23 @@ class Reporter:
         reason = too_good(mean, self._progress.tokens, self._progress.data.epochs, self.held_out_loss)
         if reason is not None:
             self._warned = True
-            model = self._folder / "checkpoints" / "step-N"
-            self._display.line(
-                f"warning: {reason}; check a checkpoint with: python -m smollm2.doctor --model {model}"
-            )
+            command = f"python -m smollm2.doctor --model {self._folder / 'checkpoints' / 'step-N'}"
+            self._display.line(f"warning: {reason}; check a checkpoint with: {command}")
 
     def evaluation(self, loss: float, entropy: float | None, bytes_a_token: float) -> None:
-        """A held-out loss in nats per target, beside the unigram entropy of the same tokens."""
+        """A held-out loss in nats per target, and the unigram entropy of the same tokens."""
         self.held_out_loss = loss
         bits = loss / math.log(2) / bytes_a_token
         step, epochs = self._progress.step, self._progress.data.epochs
-        values = {
-            "held_out_loss": loss,
-            "held_out_bits_per_byte": bits,
-            "unigram_entropy": entropy,
-            "epochs": round(epochs, 4),
-        }
-        self._write(values)
-        self._display.line(
-            f"step {step}: held-out loss {loss:.3f}, {bits:.2f} bits per byte, {epochs:.2f} epochs"
-        )
+        figures = {"held_out_loss": loss, "held_out_bits_per_byte": bits, "unigram_entropy": entropy}
+        self._write({**figures, "epochs": round(epochs, 4)})
+        found = f"held-out loss {loss:.3f}, {bits:.2f} bits per byte, {epochs:.2f} epochs"
+        self._display.line(f"step {step}: {found}")
 
     def samples(self, texts: list[str]) -> None:
         """Generated texts: to samples.txt and the terminal."""
         shown = "\n".join(f"step {self._progress.step} sample: {text}" for text in texts)
-        # a full disk: the terminal has them
+        # where the disk is full, the terminal still has them
         with suppress(OSError), (self._folder / "samples.txt").open("a", encoding="utf-8") as stream:
             stream.write(shown + "\n\n")
         self._display.line(shown)

@@ -24,20 +24,16 @@ def parameter_groups(
     """Two groups: parameters that are decayed, and those that are not.
 
     decayed: "matrices" leaves out vectors (the norms' weights); "all" decays them too, as SmolLM2's own
-    training did.
-    The tied embedding is decayed: it is the head's matrix too. `parameters()` yields it once, so it is
-    updated once.
+    training did. The tied embedding is decayed: it is the head's matrix too. `parameters()` yields it once,
+    so it is updated once.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    plain = [parameter for parameter in parameters if decayed == "matrices" and parameter.dim() < 2]
-    kept = {id(parameter) for parameter in plain}
-    return [
-        {
-            "params": [parameter for parameter in parameters if id(parameter) not in kept],
-            "weight_decay": weight_decay,
-        },
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    changed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kept = decayed == "matrices" and parameter.dim() < 2
+            (plain if kept else changed).append(parameter)
+    return [{"params": changed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def _obstacle(model: nn.Module, config: RunConfig, device: torch.device | None) -> str | None:
@@ -63,45 +59,34 @@ def describe_optimizer(model: nn.Module, config: RunConfig, device: torch.device
     """What `build_optimizer` gives, and why, for the first lines of a run."""
     if config.optimizer == "muon":
         return "Muon for the matrices of the blocks, torch's fused AdamW for embedding and norms"
-    obstacle = _obstacle(model, config, device)
-    return (
-        f"AdamW: torch's fused form ({obstacle})"
-        if obstacle
-        else "AdamW of the Triton backend, which clips and writes the working copies too"
-    )
+    if obstacle := _obstacle(model, config, device):
+        return f"AdamW: torch's fused form ({obstacle})"
+    return "AdamW of the Triton backend, which clips and writes the working copies too"
 
 
 def working_copies(
     model: SmolLM2ForCausalLM, config: RunConfig, device: torch.device
 ) -> WorkingCopies | None:
     """Copies of the weights in the dtype of the activations, or None where that is fp32 or copies are of no
-    use: torch.compile casts by itself, a shard has no whole weights, and a CPU saves no launches.
+    use: torch.compile casts by itself, a shard has no whole weights, and on a CPU there are no launches to
+    save.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and model.backend.name.startswith("triton")
-    if (
-        config.dtype != "bf16"
-        or config.sharded
-        or config.compile
-        or not (device.type == "cuda" or interpreted)
-    ):
-        return None
-    return WorkingCopies(model, torch.bfloat16)
+    of_use = config.dtype == "bf16" and not config.sharded and not config.compile
+    return WorkingCopies(model, torch.bfloat16) if of_use and (device.type == "cuda" or interpreted) else None
 
 
 def build_optimizer(
-    model: nn.Module,
-    config: RunConfig,
-    device: torch.device | None = None,
-    captured: bool = False,
+    model: nn.Module, config: RunConfig, device: torch.device | None = None, captured: bool = False,
     copies: WorkingCopies | None = None,
-) -> torch.optim.Optimizer:
+) -> torch.optim.Optimizer:  # fmt: skip
     """MuonWithAdamW with optimizer=muon, else AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101):
     FusedAdamW where the model's backend is Triton's, torch's fused form elsewhere and with
     optimizer=adamw,torch. The state of either AdamW loads into the other, and their numbers differ in the
     last place.
 
     Each takes `found_inf`, with which a step is skipped on the device; see `update`. captured: the learning
-    rate is then a tensor on the device, which a captured step reads anew at every replay. copies: what
+    rate is then a tensor on the device, which a captured step reads at every replay. copies: what
     FusedAdamW writes too; with the others the caller refreshes them.
     """
     if config.optimizer == "muon":
@@ -117,26 +102,22 @@ def build_optimizer(
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of the blocks, AdamW for the embedding (which is the head) and the norms, behind
-    the face of one optimizer.
+    """Muon for the matrices of the blocks, AdamW for the embedding (which is the head) and the norms, as one
+    optimizer.
 
     Muon orthogonalises the averaged gradient of a matrix by five Newton-Schulz iterations in bf16 (Jordan et
     al. 2024, kellerjordan.github.io/posts/muon). Its updates are scaled to the size of AdamW's, 0.2
     sqrt(max(rows, columns)) (Liu et al. 2025, arXiv 2502.16982), so that lr and weight_decay hold for both.
     It keeps one average where AdamW keeps two.
 
-    Every projection is a matrix of its own, although they lie side by side in memory: q, k and v, gate and up
-    are orthogonalised apart. The parameter groups are those of Muon, then AdamW's; the state is one
-    dictionary, so that state_dict() has all of it.
+    Every projection is orthogonalised by itself, although q, k and v, gate and up lie side by side in memory.
+    The parameter groups are Muon's, then AdamW's. The state is one dictionary, so that state_dict() has all
+    of it.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        matrices = [
-            parameter
-            for parameter in model.parameters()
-            if parameter.dim() == 2 and id(parameter) not in tables
-        ]
+        matrices = [one for one in model.parameters() if one.dim() == 2 and id(one) not in tables]
         ours = {id(parameter) for parameter in matrices}
         groups = parameter_groups(model, config.weight_decay, config.weight_decay_on)
         for group in groups:
@@ -148,9 +129,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             momentum=config.muon_momentum, nesterov=config.muon_nesterov, adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
         beta1, beta2 = config.betas
-        self._adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True
-        )
+        betas, eps = (beta1, beta2), config.eps
+        self._adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=True)
         self.found_inf: Tensor | None = None  # see `update`
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
         self._share()
@@ -170,14 +150,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         bad = self.found_inf
         if bad is None or (bad.device.type == "cpu" and not bad):
             self._muon.step()
-        elif bad.device.type != "cpu":  # there is nothing to ask on a CPU, and here nothing may be asked
+        elif bad.device.type != "cpu":  # reading the value would wait for the device
             self._step_unless(bad)
         self._adamw.found_inf = bad  # type: ignore[attr-defined]
         self._adamw.step()
 
     def _step_unless(self, bad: Tensor) -> None:
-        """Muon's step, undone on the device if `bad` is 1: torch's takes no found_inf. Needs a copy of one
-        matrix at a time.
+        """Muon's step, undone on the device if `bad` is 1, since torch's Muon has no found_inf. Takes the
+        memory of one matrix at a time.
         """
         (group,) = self._muon.param_groups
         skip = bad > 0
@@ -185,7 +165,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
-            # averaged with itself it stays what it is, to the bit
+            # an average with itself changes no bit
             parameter.grad.copy_(torch.where(skip, average, parameter.grad))
             before = parameter.clone()
             self._muon.param_groups = [{**group, "params": [parameter]}]
@@ -274,11 +254,8 @@ class StepGuard:
             deviation = loss - self._mean
             bad = bad | ((self._seen >= SPIKE_WARMUP) & (deviation > self.zscore * self._variance.sqrt()))
             weight = torch.clamp(1.0 / (self._seen + 1), min=1.0 / SPIKE_WINDOW)
-            self._variance.copy_(
-                torch.where(
-                    bad, self._variance, (1 - weight) * (self._variance + weight * deviation.square())
-                )
-            )
+            variance = (1 - weight) * (self._variance + weight * deviation.square())
+            self._variance.copy_(torch.where(bad, self._variance, variance))
             self._mean.copy_(torch.where(bad, self._mean, self._mean + weight * deviation))
             self._seen += (~bad).to(torch.int64)
         count = bad.to(torch.int64)

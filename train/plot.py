@@ -2,8 +2,8 @@
 several over each other.
 
 Three panels over the steps: the loss in nats per token on a log axis, with the held-out loss; the number of
-different documents seen, which tells a run on fresh text from one that repeats its corpus; and tokens per
-second. A dotted line marks where a run was resumed.
+different documents seen, by which a run on fresh text differs from one that repeats its corpus; and tokens
+per second. A dotted line marks where a run was resumed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import argparse
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ LONGEST_NAME = 40  # characters of a run's name in legends and titles
 
 @dataclass(frozen=True)
 class Series:
-    """The lines of one run, by what they tell."""
+    """The lines of one run, by what they record."""
 
     name: str
     train: list[dict[str, Any]]  # with a loss
@@ -46,19 +46,11 @@ class Series:
         return [line["step"] for line in found], [line[name] for line in found]
 
 
-@dataclass(frozen=True)
-class Colours:
-    """One run: a colour for each thing. Several: a colour for each run."""
-
-    train: str
-    held_out: str
-    unique: str
-    throughput: str
-
-
-SINGLE = Colours(train="tab:blue", held_out="tab:red", unique="tab:green", throughput="tab:purple")
+# One run: a colour for each thing. Several: a colour for each run.
+SINGLE = {"train": "tab:blue", "held_out": "tab:red", "unique": "tab:green", "throughput": "tab:purple"}
 TAB = "blue orange green red purple brown pink olive cyan"
 PALETTE = (*(f"tab:{name}" for name in TAB.split()), "black")
+Colours = Sequence[Mapping[str, str]]  # of each run
 
 
 def read_run(run: Path) -> Series:
@@ -76,15 +68,12 @@ def read_run(run: Path) -> Series:
             "has trained"
         )
     held_out = [line for line in lines if isinstance(line.get("held_out_loss"), float)]
-    return Series(
-        run.resolve().name, train, held_out, sorted({line["step"] for line in lines if line.get("resumed")})
-    )
+    resumed = sorted({line["step"] for line in lines if line.get("resumed")})
+    return Series(run.resolve().name, train, held_out, resumed)
 
 
 def draw(run: Path) -> Path:
-    """Draws the metrics of a run folder and returns the picture's path. Raises LoadError when there is
-    nothing to draw.
-    """
+    """As draw_runs, of one run, into its folder."""
     return draw_runs([run], run / PICTURE)
 
 
@@ -101,20 +90,17 @@ def draw_runs(runs: Sequence[Path], path: Path) -> Path:
             "drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'"
         ) from None
 
-    series = [_renamed(one, name) for one, name in zip(found, _labels(runs), strict=True)]
-    several = len(series) > 1
-    colours = [SINGLE]
-    if several:
-        colours = [Colours(*[PALETTE[index % len(PALETTE)]] * 4) for index in range(len(series))]
+    series = [replace(one, name=name) for one, name in zip(found, _labels(runs), strict=True)]
+    colours: Colours = [SINGLE]
+    if len(series) > 1:
+        colours = [dict.fromkeys(SINGLE, PALETTE[index % len(PALETTE)]) for index in range(len(series))]
     figure = Figure(figsize=(18, 5.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
-    loss, unique, throughput = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    _draw_loss(loss, series, colours)
-    _draw_unique(unique, series, colours)
-    _draw_throughput(throughput, series, colours)
     last = max(one.train[-1]["step"] for one in series)
-    for panel in (loss, unique, throughput):
-        _mark_resumes(panel, series, colours, last, labelled=panel is loss)
+    panels = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    for panel, draw_panel in zip(panels, (_draw_loss, _draw_unique, _draw_throughput), strict=True):
+        draw_panel(panel, series, colours)
+        _mark_resumes(panel, series, colours, last, labelled=draw_panel is _draw_loss)
         panel.set_xlabel("step")
         panel.set_xlim(0, last * 1.02)
         panel.xaxis.set_major_locator(_whole_numbers())
@@ -135,13 +121,9 @@ def draw_runs(runs: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def _renamed(series: Series, name: str) -> Series:
-    return Series(name, series.train, series.held_out, series.resumed)
-
-
 def _labels(runs: Sequence[Path]) -> list[str]:
-    """The folders' names, with their parents where two are the same, and without their middle where they are
-    long.
+    """The names of the folders: with the parent's where two are the same, and without the middle where they
+    are long.
     """
     paths = [run.resolve() for run in runs]
     times = Counter(path.name for path in paths)
@@ -165,8 +147,8 @@ def _title(series: list[Series]) -> str:
 # ---- panels ------------------------------------------------------------------------------------------------
 
 
-def _draw_loss(panel: Any, series: list[Series], colours: list[Colours]) -> None:
-    """Every step that was logged, thin; their running mean, thick; evaluations as points."""
+def _draw_loss(panel: Any, series: list[Series], colours: Colours) -> None:
+    """A thin line through every logged step, a thick one for their running mean, points for evaluations."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     several = len(series) > 1
@@ -178,18 +160,19 @@ def _draw_loss(panel: Any, series: list[Series], colours: list[Colours]) -> None
         label = f"{one.name}: {smooth[-1]:.2f}" if several else f"training, {smooth[-1]:.2f} at the end"
         if several and held_out:
             label += f", held out {held_out[-1]:.2f}"
-        panel.plot(steps, losses, color=colour.train, alpha=0.15 if several else 0.3, linewidth=1)
+        panel.plot(steps, losses, color=colour["train"], alpha=0.15 if several else 0.3, linewidth=1)
         width, marker = 1.5 if several else 2, "." if len(losses) < FEW else None
-        panel.plot(steps, smooth, color=colour.train, linewidth=width, label=label, marker=marker)
+        panel.plot(steps, smooth, color=colour["train"], linewidth=width, label=label, marker=marker)
         if held_out:
             panel.plot(
-                [line["step"] for line in one.held_out], held_out, "o", color=colour.held_out, markersize=6,
-                zorder=3, markeredgecolor="white", markeredgewidth=0.7, linestyle="none" if several else "-",
-                linewidth=1, label=None if several else f"held out, {held_out[-1]:.2f} at the end",
+                [line["step"] for line in one.held_out], held_out, "o", color=colour["held_out"],
+                markersize=6, zorder=3, markeredgecolor="white", markeredgewidth=0.7,
+                linestyle="none" if several else "-", linewidth=1,
+                label=None if several else f"held out, {held_out[-1]:.2f} at the end",
             )  # fmt: skip
         everything += losses + held_out
     entropies = {one.entropy for one in series}
-    # runs on other text: their lines would not compare
+    # runs on different text have no common line
     entropy = next(iter(entropies)) if len(entropies) == 1 else None
     if entropy is not None:
         panel.axhline(
@@ -198,8 +181,8 @@ def _draw_loss(panel: Any, series: list[Series], colours: list[Colours]) -> None
         everything.append(entropy)
     panel.set_yscale("log")
     positive = [value for value in everything if value > 0]
-    # Within a decade the axis' own ticks would leave it without a single number; over more, even steps would
-    # crowd its top.
+    # Within a decade, the ticks of a log axis may all lie outside of what is shown; over several decades,
+    # even steps would crowd the top.
     wide = bool(positive) and max(positive) > 15 * min(positive)
     panel.yaxis.set_major_locator(
         LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
@@ -211,11 +194,11 @@ def _draw_loss(panel: Any, series: list[Series], colours: list[Colours]) -> None
     panel.legend(loc="upper right", fontsize="small" if several else None)
 
 
-def _draw_unique(panel: Any, series: list[Series], colours: list[Colours]) -> None:
+def _draw_unique(panel: Any, series: list[Series], colours: Colours) -> None:
     counts: list[float] = []
     for one, colour in zip(series, colours, strict=True):
         steps, counts = one.points("unique_examples")
-        panel.plot(steps, counts, "o", color=colour.unique, markersize=4 if len(series) == 1 else 3)
+        panel.plot(steps, counts, "o", color=colour["unique"], markersize=4 if len(series) == 1 else 3)
     panel.set_ylim(bottom=0)
     panel.yaxis.set_major_locator(_whole_numbers())
     panel.yaxis.set_major_formatter(_thousands())
@@ -225,7 +208,7 @@ def _draw_unique(panel: Any, series: list[Series], colours: list[Colours]) -> No
     )
 
 
-def _draw_throughput(panel: Any, series: list[Series], colours: list[Colours]) -> None:
+def _draw_throughput(panel: Any, series: list[Series], colours: Colours) -> None:
     title, measured = "Throughput", False
     for one, colour in zip(series, colours, strict=True):
         steps, rates = one.points("tokens_per_second")
@@ -233,12 +216,12 @@ def _draw_throughput(panel: Any, series: list[Series], colours: list[Colours]) -
             continue
         measured = True
         size = 8 if len(rates) < FEW else 3
-        panel.plot(steps, rates, ".-", color=colour.throughput, linewidth=0.8, markersize=size)
+        panel.plot(steps, rates, ".-", color=colour["throughput"], linewidth=0.8, markersize=size)
         if len(series) == 1:
             title = f"Throughput: {statistics.median(rates):,.0f} tokens/s"
             shares = one.points("mfu")[1]
             title += f", MFU {statistics.median(shares):.0%}" if shares else ""
-    if not measured:  # the first steps are left out of it
+    if not measured:  # the first steps are not counted
         where = dict(transform=panel.transAxes, ha="center", va="center")
         panel.text(0.5, 0.5, "too few steps to measure", color="gray", **where)
     panel.set_ylim(bottom=0, top=None if measured else 1)
@@ -247,14 +230,12 @@ def _draw_throughput(panel: Any, series: list[Series], colours: list[Colours]) -
     panel.set_title(title + (" (median)" if ":" in title else ""))
 
 
-def _mark_resumes(
-    panel: Any, series: list[Series], colours: list[Colours], last: int, *, labelled: bool
-) -> None:
-    """A dotted line at every step from which a run was continued; the first one of a run is named, on the
-    side that has room.
+def _mark_resumes(panel: Any, series: list[Series], colours: Colours, last: int, *, labelled: bool) -> None:
+    """A dotted line at every step from which a run was resumed. The first of a run is labelled, on the side
+    that has room.
     """
     for one, colour in zip(series, colours, strict=True):
-        line_colour = colour.train if len(series) > 1 else "dimgray"
+        line_colour = colour["train"] if len(series) > 1 else "dimgray"
         for index, step in enumerate(one.resumed):
             panel.axvline(step, color=line_colour, linestyle=":", linewidth=1.2)
             if not labelled or index > 0:
@@ -282,8 +263,8 @@ def _thousands() -> Any:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Mean over a window of a twentieth of the points, centred, and narrower at the beginning, where the loss
-    falls too fast for it.
+    """The mean over a centred window of a twentieth of the points, which is narrower at the beginning, where
+    the loss falls fast.
     """
     widest = round(len(values) * SMOOTHING_WINDOW / 2)
     halves = (min(widest, index // 4) for index in range(len(values)))

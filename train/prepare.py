@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from smollm2.cli import run_command
@@ -22,9 +21,9 @@ from train.build import tokenizer_for
 from train.command_line import parse
 from train.config import RunConfig
 from train.data.batches import held_out_rows
-from train.data.blocks import EpochEnd, StoredBlock, epoch_order, tokenised
+from train.data.blocks import EpochEnd, epoch_order, tokenised
 from train.data.open import open_source
-from train.data.source import Source
+from train.data.source import Part
 from train.data.token_cache import TokenCache, open_caches
 from train.data.tokenise import TokenBlock, is_held_out
 from train.data.worker_pool import WorkerPool
@@ -56,21 +55,13 @@ class Totals:
     training_tokens: int = 0
     lost: int = 0  # blocks that could not be stored
 
-    def add(self, block: TokenBlock) -> None:
+    def add(self, block: TokenBlock, held_out: float) -> None:
+        """held_out: the fraction of documents that are not trained on."""
         self.blocks += 1
         self.documents += len(block.lengths)
         self.unusable += int(block.unusable.sum())
         self.tokens += len(block.tokens)
-
-
-@dataclass(frozen=True)
-class Filling:
-    """A cache to fill. seed: of the order of its documents; share: of all tokens that the run reads."""
-
-    source: Source
-    cache: TokenCache
-    seed: str
-    share: Fraction
+        self.training_tokens += int(block.lengths[~is_held_out(block.digests, held_out)].sum())
 
 
 class ProgressLine:
@@ -89,11 +80,8 @@ class ProgressLine:
             self.bar.update(min(totals.training_tokens, self.total) - self.bar.n)
         elif time.monotonic() - self.noted > PAUSE:
             self.noted = time.monotonic()
-            rate = totals.tokens / (self.noted - self.begin)
-            print(
-                f"{totals.training_tokens:,} of {self.total:,} training tokens, {rate:,.0f} tokens/s",
-                flush=True,
-            )
+            done = f"{totals.training_tokens:,} of {self.total:,} training tokens"
+            print(f"{done}, {totals.tokens / (self.noted - self.begin):,.0f} tokens/s", flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -106,25 +94,23 @@ def prepare(config: RunConfig, tokens: int | None = None) -> Totals:
 
     Raises UsageError when config keeps no cache, LoadError when documents cannot be read or stored.
     """
-    fillings, tokenizer = _open(config)
+    parts, tokenizer = _open(config)
     wanted = tokens if tokens is not None else config.steps * config.tokens_per_step
-    found = [_fill(filling, tokenizer, config, math.ceil(wanted * filling.share)) for filling in fillings]
-    return Totals(
-        *(sum(values) for values in zip(*(dataclasses.astuple(totals) for totals in found), strict=True))
-    )
+    found = [_fill(part, cache, tokenizer, config, math.ceil(wanted * part.weight)) for part, cache in parts]
+    return Totals(*map(sum, zip(*map(dataclasses.astuple, found), strict=True)))
 
 
-def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int) -> Totals:
+def _fill(part: Part, cache: TokenCache, tokenizer: Tokenizer, config: RunConfig, wanted: int) -> Totals:
     """Fills one cache, until it has `wanted` training tokens or an epoch."""
-    source, cache = filling.source, filling.cache
+    source = part.source
     fraction = config.held_out_fraction if config.eval_every else 0.0
-    rows = math.ceil(config.eval_batches * config.batch_size * filling.share)
+    rows = math.ceil(config.eval_batches * config.batch_size * part.weight)
     stop, pool, totals = threading.Event(), WorkerPool(tokenizer, config.workers), Totals()
     first = "held-out documents, then " if fraction else ""
     print(f"{source.fingerprint}: {first}{wanted:,} training tokens, into {cache.folder}", flush=True)
     begin = time.monotonic()
     held_out_rows(source, tokenizer, fraction, rows, config.sequence_length, cache, config.workers)
-    order = epoch_order(source, filling.seed)
+    order = epoch_order(source, part.order_key(config.seed))
     try:
         with (
             closing(ProgressLine(wanted)) as progress,
@@ -133,7 +119,9 @@ def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int
             for item in blocks:
                 if isinstance(item, EpochEnd) or totals.training_tokens >= wanted:
                     break
-                _count(totals, item, config, cache)
+                assert item.tokens is not None  # tokenised() gives none without
+                totals.add(item.tokens, config.held_out_fraction)
+                totals.lost += not cache.has(item.shard, item.cursor.block)
                 progress.update(totals)
     except KeyboardInterrupt:
         print("stopped; what was stored stays, and the same command continues", flush=True)
@@ -144,40 +132,27 @@ def _fill(filling: Filling, tokenizer: Tokenizer, config: RunConfig, wanted: int
         cache.close()
     seconds = time.monotonic() - begin
     print_totals(totals, cache)
-    if cache.stored_tokens:
-        print(
-            f"tokenised now: {cache.stored_tokens:,} tokens, {cache.stored_tokens / seconds:,.0f} tokens/s",
-            flush=True,
-        )
+    if new := cache.stored_tokens:
+        print(f"tokenised now: {new:,} tokens, {new / seconds:,.0f} tokens/s", flush=True)
     else:
         print("all of it was there already, and is sound", flush=True)
     if totals.lost:
-        raise LoadError(
-            f"{cache.folder}: {totals.lost} blocks could not be stored (see above); run the command again "
-            "when that is settled"
-        )
+        reason = f"{totals.lost} blocks could not be stored (see above)"
+        raise LoadError(f"{cache.folder}: {reason}; run the command again when that is settled")
     return totals
-
-
-def _count(totals: Totals, item: StoredBlock, config: RunConfig, cache: TokenCache) -> None:
-    block = item.tokens
-    assert block is not None  # tokenised() gives none without
-    totals.add(block)
-    totals.training_tokens += int(block.lengths[~is_held_out(block.digests, config.held_out_fraction)].sum())
-    totals.lost += not cache.has(item.shard, item.cursor.block)
 
 
 def verify(config: RunConfig) -> int:
     """Checks every stored block of the run's sources and tokenizer. Returns how many are damaged."""
     damaged = 0
-    for filling in _open(config)[0]:
+    for _, cache in _open(config)[0]:
         totals = Totals()
-        with closing(filling.cache) as cache:
+        with closing(cache):
             for _, _, block in cache.verify():
                 if block is None:
                     damaged += 1
                 else:
-                    totals.add(block)
+                    totals.add(block, config.held_out_fraction)
             print_totals(totals, cache)
     remedy = "; the next run, or this command without --verify, makes them anew" if damaged else ""
     print(f"{damaged} damaged blocks{remedy}", flush=True)
@@ -185,22 +160,17 @@ def verify(config: RunConfig) -> int:
 
 
 def print_totals(totals: Totals, cache: TokenCache) -> None:
-    print(
-        f"{totals.blocks:,} blocks, {totals.documents:,} documents ({totals.unusable:,} of them unusable), "
-        f"{totals.tokens:,} tokens; {cache.size():,} bytes in {cache.folder}",
-        flush=True,
-    )
+    documents = f"{totals.documents:,} documents ({totals.unusable:,} of them unusable)"
+    size = f"{totals.tokens:,} tokens; {cache.size():,} bytes in {cache.folder}"
+    print(f"{totals.blocks:,} blocks, {documents}, {size}", flush=True)
 
 
-def _open(config: RunConfig) -> tuple[list[Filling], Tokenizer]:
+def _open(config: RunConfig) -> tuple[list[tuple[Part, TokenCache]], Tokenizer]:
+    """The sources that have a cache."""
     source = open_source(config)
     tokenizer = tokenizer_for(config, source)
-    opened = zip(source.parts, open_caches(config, source, tokenizer).parts, strict=True)
-    found = [
-        Filling(part.source, own, part.order_key(config.seed), part.weight)
-        for part, own in opened
-        if own is not None
-    ]
+    caches = open_caches(config, source, tokenizer).parts
+    found = [(part, own) for part, own in zip(source.parts, caches, strict=True) if own is not None]
     if not found:
         raise UsageError(
             f"token_cache: expected a folder to fill, got {config.token_cache} with data={config.data}; "

@@ -1,9 +1,8 @@
 """`python -m train.run [config.yaml] [key=value ...]`: trains a SmolLM2. Parse (train/command_line.py), build
 (train/build.py), loop.
 
-Without a YAML file the run is train/configs/quickstart.yaml: two minutes on two CPU cores, offline. When
-model= is given, which quickstart's small shape would not fit, it starts from the defaults of train/config.py
-instead. Several processes:
+Without a YAML file the run is train/configs/quickstart.yaml: two minutes on two CPU cores, offline. With
+model=, which does not fit quickstart's small shape, it is the defaults of train/config.py. Several processes:
 `torchrun --nproc-per-node N -m train.run ...` (train/distributed.py).
 """
 
@@ -44,21 +43,18 @@ from train.step import CapturedStep, TrainStep, memory_advice
 def print_plan(run: Run, origin: str) -> None:
     """The facts of a run, before it starts."""
     config, model, rows = run.config, run.model, len(run.held_out[0])
+    origin_of_weights = "from scratch" if config.from_scratch else f"continued from {config.model}"
     if run.progress.step:
         origin_of_weights = f"resumed at step {run.progress.step:,}"
-    else:
-        origin_of_weights = "from scratch" if config.from_scratch else f"continued from {config.model}"
     compiled = ", compiled" if config.compile else ""
     backend = f"{model.backend.name} ({model.backend.why}), {config.dtype}{compiled}"
     threads = f", {torch.get_num_threads()} threads" if run.world.device.type == "cpu" else ""
-    ranks = (
-        f", {run.world.size} processes{sharding.describe(config, run.world)}" if run.world.size > 1 else ""
-    )
-    held_out = (
-        f"{rows} rows, {run.held_out[0].numel():,} tokens, unigram entropy {run.entropy:.3f} nats"
-        if rows
-        else "none: no evaluation"
-    )
+    size, sharded = run.world.size, sharding.describe(config, run.world)
+    ranks = f", {size} processes{sharded}" if size > 1 else ""
+    held_out = "none: no evaluation"
+    if rows:
+        tokens = f"{run.held_out[0].numel():,} tokens"
+        held_out = f"{rows} rows, {tokens}, unigram entropy {run.entropy:.3f} nats"
     rows_per_step = f"{config.grad_accumulation} x {config.batch_size} rows of {config.sequence_length}"
     facts = {
         "config": origin,
@@ -110,11 +106,10 @@ def loop(run: Run) -> int:
     writers = sharding.writers(world) if sharded else alone
     keep = config.keep_checkpoints, config.keep_every
     saver = Saver(run.folder, *keep, background=config.background_save, writers=writers)
-    reporter = (
-        metrics.Reporter(run.folder, config, progress, run.model.config, world.device, devices=world.size)
-        if world.main
-        else Silent()
-    )
+    reporter: metrics.Reporter | Silent = Silent()
+    if world.main:
+        facts = run.folder, config, progress, run.model.config, world.device
+        reporter = metrics.Reporter(*facts, devices=world.size)
     if progress.step:
         reporter.note(resumed=True)
     first, stopped = progress.step + 1, 0
@@ -141,11 +136,9 @@ def loop(run: Run) -> int:
                 reporter.log(float(loss), float(gradient_norm), lr)
                 if longest >= config.max_skipped_steps:
                     _save(run, saver, final=True)
-                    raise FloatingPointError(
-                        f"{longest} steps in a row had a loss or gradients that are not finite (or spikes), "
-                        f"up to step {progress.step}; those steps were left out; continue with resume=auto "
-                        "and a lower lr"
-                    )
+                    row = f"{longest} steps in a row had a loss or gradients that are not finite (or spikes)"
+                    remedy = "those steps were left out; continue with resume=auto and a lower lr"
+                    raise FloatingPointError(f"{row}, up to step {progress.step}; {remedy}")
             if not stopped and len(run.held_out[0]) and _due(config.eval_every, progress.step, last):
                 with reporter.excluded():
                     # A sharded forward pass needs all ranks, so that each of them evaluates every row.
@@ -191,14 +184,12 @@ def _checkpoint(run: Run) -> Path:
 
 
 def _next(batches: Iterator[Batch], run: Run, saver: Saver) -> tuple[Batch, float]:
-    """The next batch, and the seconds that the loop waited for it. If the data end, what was trained so far
-    is saved.
-    """
+    """The next batch, and the seconds that the loop waited for it. If the data end, the run is saved."""
     began = time.perf_counter()
     try:
         return next(batches), time.perf_counter() - began
     except LoadError:
-        # Other ranks wait in a collective operation meanwhile: only a run of one process can save here.
+        # Only a run of one process can save here: other ranks are waiting in a collective operation.
         if run.world.size == 1 and run.progress.step and not _checkpoint(run).is_dir():
             _save(run, saver, final=True)
         raise
@@ -222,12 +213,10 @@ def _save(run: Run, saver: Saver, *, final: bool) -> None:
 def print_result(run: Run, held_out_loss: float | None) -> None:
     """The last lines: what was reached, the picture, and how to use the result."""
     if held_out_loss is not None and run.entropy is not None:
-        distance = run.entropy - held_out_loss
-        print(
-            f"held-out loss {held_out_loss:.3f} nats per token after {run.progress.data.epochs:.2f} epochs: "
-            f"{abs(distance):.3f} {'below' if distance > 0 else 'above'} the unigram entropy "
-            f"{run.entropy:.3f}"
-        )
+        epochs, distance = run.progress.data.epochs, run.entropy - held_out_loss
+        reached = f"held-out loss {held_out_loss:.3f} nats per token after {epochs:.2f} epochs"
+        side = "below" if distance > 0 else "above"
+        print(f"{reached}: {abs(distance):.3f} {side} the unigram entropy {run.entropy:.3f}")
     try:
         print(f"picture: {plot.draw(run.folder)}")
     except LoadError as error:

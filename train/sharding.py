@@ -1,17 +1,16 @@
-"""Sharded training (FSDP2, `fully_shard`): each rank keeps a part of the parameters, gradients and moments
-instead of all of them.
+"""Sharded training (FSDP2, `fully_shard`): each rank keeps only a part of the parameters, gradients and
+moments.
 
     torchrun --nproc-per-node 8 -m train.run smollm2_1.7b_sharded.yaml sharding=full
 
-A decoder layer is gathered when it is needed, in the compute dtype, and let go after its forward and after
-its backward pass; the embedding, which is also the head, and the last norm are gathered in fp32 and stay for
-the step. Gradients are summed over the ranks in fp32. The parameters are fp32 as everywhere (DESIGN: fp32
-masters, cast on use): a layer's cast merely happens before the gathering instead of after it, so that what is
-computed stays the same.
+A decoder layer is gathered in the compute dtype for its forward pass and again for its backward pass, and
+freed after each. The embedding, which is also the head, and the last norm are gathered in fp32 and stay until
+the end of the step. Gradients are summed over the ranks in fp32. The parameters themselves are fp32, as in
+every run; they are cast before they are gathered instead of afterwards, which gives the same numbers.
 
-full: one copy of the model over all ranks. hybrid: one copy per group of consecutive ranks (a node),
-gradients summed over the groups. What is imported here from torch.distributed costs a second, so that only
-sharded runs import it.
+full: one copy of the model over all ranks. hybrid: one copy per group of consecutive ranks (a node), with
+gradients summed over the groups. Only sharded runs import the parts of torch.distributed used here, which
+takes a second.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def group_size(config: RunConfig, world_size: int) -> int:
 
 
 def check(config: RunConfig, world: World) -> None:
-    """Raises UsageError when this number of processes cannot be sharded as asked."""
+    """Raises UsageError when this number of processes cannot share the model as asked."""
     if not config.sharded:
         return
     if world.size == 1:
@@ -65,39 +64,33 @@ def check(config: RunConfig, world: World) -> None:
 def describe(config: RunConfig, world: World) -> str:
     """How the run is sharded, for its first lines; empty if it is not."""
     group = group_size(config, world.size)
-    return (
-        f", sharded over {group}" + (f", {world.size // group} copies" if group < world.size else "")
-        if group > 1
-        else ""
-    )
+    copies = f", {world.size // group} copies" if group < world.size else ""
+    return f", sharded over {group}{copies}" if group > 1 else ""
 
 
 # ---- model and gradients -----------------------------------------------------------------------------------
 
 
 def shard(model: SmolLM2ForCausalLM, config: RunConfig, world: World) -> SmolLM2ForCausalLM:
-    """Cuts the parameters over the ranks, in place, layer by layer: only one whole layer at a time moves to
-    the device.
+    """Cuts the parameters into shards, in place, layer by layer: the device holds one whole layer at a time.
 
-    model: whole, the same on every rank, on the CPU or the device. The optimizer is built afterwards, on the
-    shards.
+    model: whole, the same on every rank, on the CPU or the device. The optimizer is built on the shards,
+    afterwards.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    group = group_size(config, world.size)
+    group, device = group_size(config, world.size), world.device.type
     if group == world.size:
-        mesh = init_device_mesh(world.device.type, (group,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(device, (group,), mesh_dim_names=("shard",))
     else:
-        mesh = init_device_mesh(
-            world.device.type, (world.size // group, group), mesh_dim_names=("replicate", "shard")
-        )
+        mesh = init_device_mesh(device, (world.size // group, group), mesh_dim_names=("replicate", "shard"))
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     # cosines and sines stay fp32: inputs are not cast
     in_compute_dtype = dataclasses.replace(whole, param_dtype=model.compute_dtype)
     for layer in model.model.layers:
-        # Gathered parameters lie where FSDP puts them: nothing to keep side by side, and a buffer would keep
-        # the whole model alive.
+        # FSDP decides where gathered parameters lie: none are packed side by side. A packed buffer would also
+        # keep the whole model alive.
         layer.self_attn.packed = layer.mlp.packed = None  # type: ignore[union-attr]
         fully_shard(layer, mesh=mesh, mp_policy=in_compute_dtype)
     model.pack = lambda: []  # type: ignore[method-assign]
@@ -111,17 +104,17 @@ def shard(model: SmolLM2ForCausalLM, config: RunConfig, world: World) -> SmolLM2
 
 
 def sum_over_copies(model: nn.Module, last: bool) -> None:
-    """Before a micro-batch: whether its gradients are the last of the step, after which those of the copies
+    """To call before a micro-batch. last: it is the last of the step, after which the gradients of the copies
     (hybrid) are summed.
 
-    Within a copy they are summed after every micro-batch: whole gradients that wait for the last would take
-    the memory that sharding saves.
+    Within a copy they are summed after every micro-batch. Keeping whole gradients until the last one would
+    take the memory that sharding saves.
     """
     cast(Any, model).set_requires_all_reduce(last)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """train.optim.clip_gradients for shards: one norm over all parts of all ranks, by one sum of a scalar."""
+    """train.optim.clip_gradients for shards: the norm over those of all ranks takes one sum of a scalar."""
     gradients = [cast(Any, parameter.grad) for parameter in parameters if parameter.grad is not None]
     local = [gradient.to_local() for gradient in gradients]
     squares = torch.stack(torch._foreach_norm(local)).square().sum()
@@ -134,11 +127,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def whole_weights(model: SmolLM2ForCausalLM, *, keep: bool) -> dict[str, Tensor]:
-    """The fp32 weights, whole, on the CPU of the ranks that `keep` them; an empty dictionary on the others.
+    """The whole fp32 weights on the CPU of the ranks that `keep` them, an empty dictionary on the others.
     Every rank must call it.
 
-    Takes 4 bytes of host memory a parameter (1.7B: 6.8 GB), and on every device room for the largest
-    parameter.
+    Takes 4 bytes of host memory a parameter (1.7B: 6.8 GB), and the largest parameter on every device.
     """
     cast(Any, model).reshard()  # after an evaluation the embedding is still whole
     weights = {}
@@ -150,17 +142,16 @@ def whole_weights(model: SmolLM2ForCausalLM, *, keep: bool) -> dict[str, Tensor]
 
 
 def whole_model(model: SmolLM2ForCausalLM, world: World) -> SmolLM2ForCausalLM | None:
-    """A copy that rank 0 can use alone, for samples; None on the others. Every rank must call it. 4 bytes a
-    parameter on its device.
+    """On rank 0 a copy for samples, which takes 4 bytes a parameter on its device; None on the others. Every
+    rank must call it.
     """
     weights = whole_weights(model, keep=world.main)
     if not world.main:
         return None
     with torch.device("meta"):
         copy = SmolLM2ForCausalLM(model.config, model.backend, compute_dtype=model.compute_dtype)
-    copy.load_state_dict(
-        {name: weight.to(world.device) for name, weight in weights.items()}, strict=False, assign=True
-    )
+    placed = {name: weight.to(world.device) for name, weight in weights.items()}
+    copy.load_state_dict(placed, strict=False, assign=True)
     copy.tie_weights()
     return copy
 
@@ -169,20 +160,20 @@ def whole_model(model: SmolLM2ForCausalLM, world: World) -> SmolLM2ForCausalLM |
 
 
 def writers(world: World) -> World:
-    """The ranks of a run with a gloo group of their own, for checkpoints written beside the training. Every
+    """The same ranks with a second gloo group, for checkpoints that are written while training goes on. Every
     rank must call it.
     """
     return dataclasses.replace(world, control=dist.new_group(backend="gloo"))
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A shard on the CPU that still knows which part of the whole it is; or a plain tensor on the CPU."""
+    """The tensor on the CPU. A shard stays a DTensor, which knows its place in the whole."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Every rank writes its parts of the tensors into the folder, flushed to disk. Raises OSError on all
-    ranks if one of them fails.
+    """Every rank writes its parts of the tensors into the folder and flushes them to disk. If one rank fails,
+    all raise OSError.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -198,8 +189,8 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGr
 
 
 def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`parameter name/entry` -> tensor, whichever number of ranks wrote them: whole, or cut as the sharded
-    parameter of that name in `like` is. A rank reads only its own parts. Raises LoadError.
+    """`parameter name/entry` -> tensor, written by any number of ranks: whole, or cut like the sharded
+    parameter of that name in `like`. A rank reads only its own parts. Raises LoadError.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -223,7 +214,7 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cut_like(value: Tensor, parameter: Tensor | None) -> Tensor:
-    """A whole tensor in memory of its own, cut as the parameter is if that is sharded and of its shape."""
+    """A copy of a whole tensor, cut like the parameter if that is sharded and has the same shape."""
     if parameter is None or not hasattr(parameter, "placements") or parameter.shape != value.shape:
         return value.clone()
     from torch.distributed.tensor import distribute_tensor

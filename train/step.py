@@ -69,14 +69,9 @@ class TrainStep:
     """
 
     def __init__(
-        self,
-        forward: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        guard: StepGuard,
-        config: RunConfig,
-        world: World,
-        copies: WorkingCopies | None = None,
-    ) -> None:
+        self, forward: nn.Module, optimizer: torch.optim.Optimizer, guard: StepGuard, config: RunConfig,
+        world: World, copies: WorkingCopies | None = None,
+    ) -> None:  # fmt: skip
         """forward: the model, compiled and wrapped as the run wants it. copies: 16-bit copies of its weights,
         which it reads.
         """
@@ -109,7 +104,7 @@ class TrainStep:
         scale = self._factor / self._targets
         if self._copies is not None:
             if not isinstance(self._optimizer, FusedAdamW):
-                self._copies.invalidate()  # what is captured here has to copy the weights at every replay
+                self._copies.invalidate()  # so that a captured step copies the weights at every replay
             self._copies.refresh()
         pieces = list(_micro_batches(ids, doc_start, self._config.batch_size))
         for index, (piece, starts) in enumerate(pieces):
@@ -133,10 +128,9 @@ class TrainStep:
 
 class CapturedStep(TrainStep):
     """The same, as one CUDA graph: after a few eager steps the next is captured, and from then on replayed
-    without Python between kernels.
+    without Python between kernels. All batches have one shape.
 
-    Holds for one shape of batch. The first steps run on the stream of the capture, as torch asks of what is
-    captured later.
+    The first steps run on the stream of the capture, as torch demands of what is captured later.
     """
 
     def __init__(self, stream: torch.cuda.Stream, *args: Any, **kwargs: Any) -> None:
@@ -195,10 +189,10 @@ def memory_advice(config: RunConfig) -> Iterator[None]:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and "can't allocate memory" not in str(error):
             raise
+        reason = str(error).partition("\n")[0] or "in Python"
         raise UsageError(
-            f"out of memory ({str(error).partition(chr(10))[0] or 'in Python'}); lower "
-            f"batch_size={config.batch_size} and raise grad_accumulation={config.grad_accumulation} by the "
-            "same factor, or set gradient_checkpointing=true or dtype=bf16, or lower "
-            f"sequence_length={config.sequence_length}; python -m train.run ... --dry-run estimates the "
-            "memory; a run that has saved continues with resume=auto"
+            f"out of memory ({reason}); lower batch_size={config.batch_size} and raise grad_accumulation="
+            f"{config.grad_accumulation} by the same factor, or set gradient_checkpointing=true or "
+            f"dtype=bf16, or lower sequence_length={config.sequence_length}; python -m train.run ... "
+            "--dry-run estimates the memory; a run that has saved continues with resume=auto"
         ) from error

@@ -1,8 +1,8 @@
 """The figures of metrics.jsonl, sent to TensorBoard, trackio or Weights & Biases through their own libraries.
 
-metrics.jsonl stays the record. A tracker is a copy for looking at: when it fails, one line says so, and
-training goes on without it. A resumed run continues the same run there: its name lies in RUN/tracker.txt.
-Nothing uses the network unless tracker_online says so.
+metrics.jsonl stays the record. A tracker is a copy to look at: when it fails, a line says so, and training
+goes on without it. A resumed run continues its run there, whose name is in RUN/tracker.txt. Nothing uses the
+network unless tracker_online says so.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """A run of that name in trackio's database on this machine, or online in the Space or server that its
-    variables name.
-    """
+    """A run of that name in trackio's database on this machine, or online where REMOTES say."""
 
     def __init__(self, run: Path, config: RunConfig) -> None:
         self._library = _library("trackio")
@@ -69,10 +67,10 @@ class Trackio:
 
 
 class WandB:
-    """A run of that id, in RUN/wandb; `wandb sync` sends it later what was not sent online.
+    """A run of that id, in RUN/wandb; `wandb sync` sends later what was not sent online.
 
-    The step is a figure like the others, by which all are drawn: W&B's own counter never goes back, as a run
-    does that is resumed from an earlier checkpoint.
+    The step is logged as a figure, the axis of all others: W&B's own counter never goes back, as a run that
+    is resumed from an earlier checkpoint does.
     """
 
     def __init__(self, run: Path, config: RunConfig) -> None:
@@ -95,7 +93,7 @@ class WandB:
 
 
 class Guarded:
-    """A tracker that cannot stop a training run: its first failure is told, and ends it."""
+    """A tracker that cannot stop a training run: its first failure is reported, and ends the tracker."""
 
     def __init__(self, name: str, begin: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
         self._name, self._warn = name, warn
@@ -105,10 +103,9 @@ class Guarded:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Sends what is a number; texts, flags and None are left out."""
         tracker = self._tracker
-        if tracker is not None:
-            numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
-            if numbers:
-                self._attempt(lambda: tracker.log(step, numbers))
+        numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
+        if tracker is not None and numbers:
+            self._attempt(lambda: tracker.log(step, numbers))
 
     def close(self) -> None:
         tracker, self._tracker = self._tracker, None
@@ -118,13 +115,11 @@ class Guarded:
     def _attempt(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:  # whatever its library raises: the training is worth more than its picture
+        except Exception as error:  # each library raises its own
             self._tracker = None
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._warn(
-                f"warning: {self._name} failed ({reason[:200]}); training goes on without it, metrics.jsonl "
-                "has everything"
-            )
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            rest = "training goes on without it, metrics.jsonl has everything"
+            self._warn(f"warning: {self._name} failed ({reason}); {rest}")
             return None
 
 
@@ -135,9 +130,7 @@ def wanted(config: RunConfig) -> list[str]:
 
 
 def check(config: RunConfig) -> None:
-    """Raises UsageError when the package of a tracker is missing, so that it is known before anything is
-    written.
-    """
+    """Raises UsageError when the package of a tracker is missing: called before anything is written."""
     for name in wanted(config):
         if name == "tensorboard":
             summary_writer()
@@ -156,9 +149,7 @@ def open_trackers(run: Path, config: RunConfig, warn: Callable[[str], None]) -> 
 
 
 def run_name(run: Path) -> str:
-    """What the run is called in trackio and W&B: the same whenever it is resumed, another for every other
-    folder.
-    """
+    """What the run is called in trackio and W&B: the same when it is resumed, another in every folder."""
     file = run / NAME_FILE
     if not file.is_file():
         file.write_text(f"{run.resolve().name}-{secrets.token_hex(4)}\n", encoding="utf-8")

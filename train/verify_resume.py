@@ -35,7 +35,7 @@ from train.command_line import CONFIGS, parse
 from train.data.batches import Batch
 from train.metrics import read_metrics
 
-PATIENCE = 60.0  # seconds for a checkpoint to be written
+DEADLINE = 600.0  # seconds until the first checkpoint is there, on a machine however slow
 ROOT = Path(__file__).resolve().parent.parent
 # of metrics.jsonl: they tell the time
 TIMED = ("tokens_per_second", "mfu", "wait_ms", "memory_gb", "memory_peak_gb", "eta_seconds")
@@ -70,18 +70,18 @@ def _set_trap(where: str, number: int, folder: Path) -> None:
     changed, or ("save") in the write of the first checkpoint, when its files are there and its manifest not
     yet.
 
-    A step's death waits for the first checkpoint to be there: it is written in the background, and without it
-    nothing would be resumed.
+    A step's death waits until the first checkpoint is there: it is written in the background, and without it
+    nothing could be resumed.
     """
     if where == "save":
         checkpoint.manifest = _die
         return
     original, done = step.update, itertools.count(1)
-    last_rank = int(os.environ.get("WORLD_SIZE", "1")) - 1
+    last = int(os.environ.get("RANK", "0")) + 1 == int(os.environ.get("WORLD_SIZE", "1"))
 
     def trapped(optimizer: torch.optim.Optimizer, bad: torch.Tensor) -> None:
-        if next(done) == number and int(os.environ.get("RANK", "0")) == last_rank:
-            deadline = time.monotonic() + PATIENCE
+        if next(done) == number and last:
+            deadline = time.monotonic() + DEADLINE
             while not (folder / "run" / "checkpoints" / LATEST).is_file() and time.monotonic() < deadline:
                 time.sleep(0.01)
             _die()
@@ -170,12 +170,8 @@ def _kill_at_random(trial: Trial, kills: int, seed: int, straight_seconds: float
             process.wait()
             delays.append(delay)
             if sys.stdout.isatty() or len(delays) % 5 == 0:
-                newest = checkpoints(trial.run)[-1:] if trial.run.is_dir() else []
-                print(
-                    f"killed {len(delays)} of {kills} times, newest checkpoint "
-                    f"{newest[0].name if newest else 'none'}",
-                    flush=True,
-                )
+                newest = [path.name for path in checkpoints(trial.run)] or ["none"]
+                print(f"killed {len(delays)} of {kills} times, newest checkpoint {newest[-1]}", flush=True)
     trial.finish()
     return delays
 
@@ -211,12 +207,10 @@ def _stream(path: Path) -> dict[str, set[str]]:
 
 
 def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
-    """(what, whether it is equal, how much of it) for everything that a run leaves behind."""
+    """(what, whether it is equal, its size) for everything that a run leaves behind."""
     rows = []
-    names = sorted(
-        {name for line in read_metrics(straight.run) for name in line} - {"step", "resumed", *TIMED}
-    )
-    for name in names:
+    names = {name for line in read_metrics(straight.run) for name in line}
+    for name in sorted(names - {"step", "resumed", *TIMED}):
         one, other = (_metrics(trial.run, name) for trial in (straight, killed))
         rows.append((name, one == other and len(one) > 0, f"{len(one)} values"))
     ends = [newest_checkpoint(trial.run, print) for trial in (straight, killed)]
@@ -287,36 +281,26 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as temporary:
         folder = options.keep or Path(temporary)
         straight, killed = (Trial(keys, folder / name, options.ranks) for name in ("straight", "killed"))
-        print(
-            f"{total} steps of {config.tokens_per_step:,} tokens, {config.dtype}, {options.ranks} "
-            f"process(es), backend {config.backend}",
-            flush=True,
-        )
+        size = f"{total} steps of {config.tokens_per_step:,} tokens, {config.dtype}"
+        print(f"{size}, {options.ranks} process(es), backend {config.backend}", flush=True)
         began = time.monotonic()
         straight.finish()
         if options.kills:
             delays = _kill_at_random(killed, options.kills, options.seed, time.monotonic() - began)
             if not delays:
                 raise LoadError("--kills: the run came to its end before it was killed once; raise --more")
-            print(
-                f"killed {len(delays)} times, {min(delays):.1f} to {max(delays):.1f} s after the start (seed "
-                f"{options.seed})",
-                flush=True,
-            )
+            when = f"{min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})"
+            print(f"killed {len(delays)} times, {when}", flush=True)
             if len(delays) < options.kills:
-                print(
-                    f"it came to its end before all {options.kills} kills; a larger --more leaves time for "
-                    "them",
-                    flush=True,
-                )
+                few = f"it came to its end before all {options.kills} kills"
+                print(f"{few}; a larger --more leaves time for them", flush=True)
         else:
-            newest = killed.die(f"step:{options.steps + 2}")
-            print(f"killed in step {options.steps + 2}; newest checkpoint {newest}", flush=True)
-            newest = killed.die("save:0")
-            killed_at = "resumed, killed while writing the next checkpoint"
-            print(f"{killed_at}; newest checkpoint {newest}", flush=True)
-            newest = killed.die(f"step:{options.more}")
-            print(f"resumed, killed in the last step; newest checkpoint {newest}", flush=True)
+            for trap, where in (
+                (f"step:{options.steps + 2}", f"killed in step {options.steps + 2}"),
+                ("save:0", "resumed, killed while writing the next checkpoint"),
+                (f"step:{options.more}", "resumed, killed in the last step"),
+            ):
+                print(f"{where}; newest checkpoint {killed.die(trap)}", flush=True)
             killed.finish()
             print("resumed, and came to the end", flush=True)
         rows = compare(straight, killed)

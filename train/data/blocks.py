@@ -4,22 +4,20 @@ them, else tokenised.
 
 from __future__ import annotations
 
-import queue
 import random
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from train.data.source import START, Block, Cursor, Source
+from train.data.prefetch import Prefetch
+from train.data.source import START, Block, Cursor, Single
 from train.data.token_cache import TokenCache
 from train.data.tokenise import TokenBlock
 from train.data.worker_pool import Pending, Stopped, WorkerPool
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def shuffled(count: int, key: str) -> list[int]:
     return sorted(range(count), key=weights.__getitem__)
 
 
-def epoch_order(source: Source, seed: int | str | None, cursor: Cursor = START) -> Iterator[Visit | EpochEnd]:
+def epoch_order(source: Single, seed: int | str | None, cursor: Cursor = START) -> Iterator[Visit | EpochEnd]:
     """The shards from a position on, epoch after epoch, without end. seed=None: once, in stored order."""
     sizes = source.sizes
     total = sum(sizes) or 1.0
@@ -89,7 +87,7 @@ def epoch_order(source: Source, seed: int | str | None, cursor: Cursor = START) 
         cursor = Cursor(cursor.epoch + 1)
 
 
-def epochs_of(source: Source, cursor: Cursor, shard: int, epoch_part: float, parts: np.ndarray) -> np.ndarray:
+def epochs_of(source: Single, cursor: Cursor, shard: int, epoch_part: float, parts: np.ndarray) -> np.ndarray:
     """Passes over the corpus up to the documents that lie at `parts` (0 to 1) of a block."""
     begin, end = source.span(shard, cursor.block)
     share = source.sizes[shard] / (sum(source.sizes) or 1.0)
@@ -97,7 +95,7 @@ def epochs_of(source: Source, cursor: Cursor, shard: int, epoch_part: float, par
 
 
 def stored_blocks(
-    source: Source, order: Iterable[Visit | EpochEnd], cache: TokenCache | None, stop: threading.Event
+    source: Single, order: Iterable[Visit | EpochEnd], cache: TokenCache | None, stop: threading.Event
 ) -> Generator[StoredBlock | ShardEnd | EpochEnd, None, None]:
     """The blocks of every shard in turn. The source is only asked for what the cache lacks."""
     for visit in order:
@@ -129,25 +127,21 @@ def stored_blocks(
 
 
 def tokenised(
-    source: Source,
-    order: Iterable[Visit | EpochEnd],
-    pool: WorkerPool,
-    cache: TokenCache | None,
+    source: Single, order: Iterable[Visit | EpochEnd], pool: WorkerPool, cache: TokenCache | None,
     stop: threading.Event,
-) -> Generator[StoredBlock | EpochEnd, None, None]:
+) -> Generator[StoredBlock | EpochEnd, None, None]:  # fmt: skip
     """The blocks of every shard in turn, each with its tokens; several are with the workers at a time. Fills
     the cache.
 
-    With workers a thread reads ahead, so that a slow network does not delay the tokenising while a block is
-    at hand.
+    With workers a thread reads ahead, so that the workers need not wait for a slow network.
     """
     stored = Prefetch(stored_blocks(source, order, cache, stop), stop, 2, pool.workers > 0)
     pending: deque[tuple[Any, Pending | None]] = deque()
     exhausted = False
     try:
         while pending or not exhausted:
-            # Enough for every worker to have a chunk at hand and one waiting, and no more: what is ahead is
-            # held in memory.
+            # Each worker should have one chunk in work and one waiting. No more, since blocks that are read
+            # ahead are held in memory.
             while not exhausted and (
                 not pending or (pool.workers and _wants_more(pending, pool.workers, stored.ready))
             ):
@@ -180,71 +174,3 @@ def _wants_more(pending: deque[tuple[Any, Pending | None]], workers: int, ready:
     if head is None or (head.chunks == 0 and not ready) or len(pending) > 64:
         return False  # the first block can be handed on now
     return len(pending) < 2 or sum(work.chunks for _, work in pending if work is not None) < 2 * workers
-
-
-class Prefetch(Iterator[Item]):
-    """The same items, `depth` of them prepared ahead by a background thread; ahead=False: as they are, in the
-    calling thread.
-
-    An error in the thread is raised by next(), in its place in the order. Setting `stop`, or close(), ends
-    the thread, which closes `items`.
-    """
-
-    def __init__(
-        self, items: Generator[Item, None, None], stop: threading.Event, depth: int = 4, ahead: bool = True
-    ) -> None:
-        self._items, self._stop, self._closed = items, stop, threading.Event()
-        self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True) if ahead else None
-        if self._thread is not None:
-            self._thread.start()
-
-    @property
-    def ready(self) -> bool:
-        """Whether next() would not have to wait."""
-        return self._thread is None or not self._queue.empty()
-
-    def __next__(self) -> Item:
-        if self._thread is None:
-            return next(self._items)
-        while not self._over:
-            try:
-                item, error = self._queue.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if error is not None:
-                self._closed.set()
-                raise error
-            return item  # type: ignore[return-value]
-        raise StopIteration
-
-    def close(self) -> None:
-        self._closed.set()
-        if self._thread is None:
-            self._items.close()
-        else:
-            # a thread that hangs in a network call is left behind; it ends with the process
-            self._thread.join(timeout=5)
-
-    @property
-    def _over(self) -> bool:
-        return self._stop.is_set() or self._closed.is_set()
-
-    def _work(self) -> None:
-        try:
-            for item in self._items:
-                self._offer(item, None)
-                if self._over:
-                    return
-            self._offer(None, StopIteration())
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer
-            self._offer(None, error)
-        finally:
-            self._items.close()
-
-    def _offer(self, item: Item | None, error: BaseException | None) -> None:
-        while not self._over:
-            try:
-                return self._queue.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from smollm2.errors import LoadError
+from train.data.prefetch import Prefetch
 from train.data.source import SingleSource
 from train.data.source_record import find_source_record
 
@@ -35,14 +36,9 @@ class HubSource(SingleSource):
     """
 
     def __init__(
-        self,
-        dataset: str,
-        configuration: str,
-        split: str,
-        revision: str | None,
-        text_column: str,
+        self, dataset: str, configuration: str, split: str, revision: str | None, text_column: str,
         cache: Path | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """cache: root of the token cache, from which the dataset is read if the hub cannot be reached and the
         cache has it at this revision. Raises LoadError when neither has it, or it lacks the column.
         """
@@ -61,32 +57,24 @@ class HubSource(SingleSource):
             raise
         except Exception as error:  # each transport and each builder has its own errors; none of them is ours
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            known = (
-                None if cache is None or self.local else find_source_record(cache, self._identity, revision)
-            )
+            known = None
+            if cache is not None and not self.local:
+                known = find_source_record(cache, self._identity, revision)
             if known is None:
-                raise LoadError(
-                    f"dataset {self.name}: cannot be read ({reason}); check dataset, dataset_config, "
-                    "dataset_split and the network, or train on files with data=local paths=..."
-                ) from error
+                check = "check dataset, dataset_config, dataset_split and the network"
+                remedy = f"{check}, or train on files with data=local paths=..."
+                raise LoadError(f"dataset {self.name}: cannot be read ({reason}); {remedy}") from error
             folder, record = known
-            print(
-                f"dataset {self.name}: the hub cannot be reached ({reason[:120]}); reading the token cache "
-                f"in {folder}",
-                flush=True,
-            )
-            self._unreachable, self.revision = reason, record["revision"]
-            self.columns, self.num_shards, self._examples = (
-                record["columns"],
-                int(record["num_shards"]),
-                record["examples"],
-            )
+            away = f"the hub cannot be reached ({reason[:120]})"
+            print(f"dataset {self.name}: {away}; reading the token cache in {folder}", flush=True)
+            self._unreachable, self.revision, self.columns = reason, record["revision"], record["columns"]
+            self.num_shards, self._examples = int(record["num_shards"]), record["examples"]
             return
         self.columns = self._rows.column_names
         if self.columns is not None and text_column not in self.columns:
+            got = ", ".join(self.columns)
             raise LoadError(
-                f"dataset {self.name}: expected a column {text_column!r}, got {', '.join(self.columns)}; set "
-                "text_column"
+                f"dataset {self.name}: expected a column {text_column!r}, got {got}; set text_column"
             )
         self._rows = self._rows.select_columns([text_column])
         self.num_shards = int(self._rows.num_shards)
@@ -146,19 +134,20 @@ class HubSource(SingleSource):
 
     def read(self, shard: int, first_block: int = 0) -> Iterator[list[Any]]:
         if self._rows is None:
-            raise LoadError(
-                f"dataset {self.name}: shard {shard}, block {first_block} is not in the token cache, and the "
-                "hub cannot be reached "
-                f"({self._unreachable}); connect, or fill the cache before with python -m train.prepare"
-            )
+            missing = f"shard {shard}, block {first_block} is not in the token cache"
+            away = f"the hub cannot be reached ({self._unreachable})"
+            remedy = "connect, or fill the cache before with python -m train.prepare"
+            raise LoadError(f"dataset {self.name}: {missing}, and {away}; {remedy}")
         rows = self._rows.shard(num_shards=self.num_shards, index=shard)
         failures = 0
         while True:
             try:
-                for batch in _with_deadline(rows.skip(first_block * HUB_BLOCK).iter(batch_size=HUB_BLOCK)):
-                    yield batch[self.text_column]
-                    first_block += 1
-                    failures = 0
+                left = rows.skip(first_block * HUB_BLOCK).iter(batch_size=HUB_BLOCK)
+                with closing(Prefetch(left, threading.Event(), 1, deadline=READ_TIMEOUT)) as batches:
+                    for batch in batches:
+                        yield batch[self.text_column]
+                        first_block += 1
+                        failures = 0
                 return
             except Exception as error:  # see above
                 what = (
@@ -166,9 +155,8 @@ class HubSource(SingleSource):
                     f"({type(error).__name__}: {error})"
                 )
                 if failures == len(RETRY_PAUSES):
-                    raise LoadError(
-                        f"{what} {failures + 1} times; continue later with resume=auto"
-                    ) from error
+                    times = f"{failures + 1} times; continue later with resume=auto"
+                    raise LoadError(f"{what} {times}") from error
                 _pause(what, RETRY_PAUSES[failures])
                 failures += 1
 
@@ -177,13 +165,8 @@ def _commit(dataset: str, revision: str | None) -> str:
     """The commit that a revision (default: the newest) stands for now: what a resumed run reads again."""
     from huggingface_hub import HfApi
 
-    commit = (
-        HfApi()
-        .dataset_info(
-            dataset, revision=revision or None, timeout=30, token=os.environ.get("HF_TOKEN") or None
-        )
-        .sha
-    )
+    token = os.environ.get("HF_TOKEN") or None
+    commit = HfApi().dataset_info(dataset, revision=revision or None, timeout=30, token=token).sha
     if commit is None:
         raise LoadError(f"dataset {dataset}: the hub names no commit for revision {revision!r}")
     return commit
@@ -224,55 +207,8 @@ def _may_pass(error: BaseException) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in (408, 429) or status >= 500
-    if (
-        os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        or type(error).__name__ == "OfflineModeIsEnabled"
-    ):
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if offline or type(error).__name__ == "OfflineModeIsEnabled":
         return False
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in (
-        "httpx",
-        "httpx2",
-        "httpcore",
-    )
-
-
-def _with_deadline(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items; TimeoutError where the next one takes more than READ_TIMEOUT seconds.
-
-    The time-out of a socket never ends a server that sends a byte a second. A thread that hangs is left
-    behind, and ends with the process.
-    """
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
-    left = threading.Event()
-
-    def offer(item: Any, error: BaseException | None) -> None:
-        while not left.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                offer(item, None)
-                if left.is_set():
-                    return
-            offer(None, StopIteration())
-        except BaseException as error:  # noqa: BLE001 - handed on
-            offer(None, error)
-
-    threading.Thread(target=work, name="hub", daemon=True).start()
-    try:
-        while True:
-            try:
-                item, error = ready.get(timeout=READ_TIMEOUT)
-            except queue.Empty:
-                raise TimeoutError(f"nothing came for {READ_TIMEOUT:.0f} s") from None
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        left.set()
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, (ConnectionError, TimeoutError)) or library in ("httpx", "httpx2", "httpcore")

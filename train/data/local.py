@@ -26,9 +26,7 @@ END_OF_TEXT_LINE = b"<|endoftext|>"  # separates documents in some published .tx
 
 @dataclass(frozen=True)
 class _Part:
-    """One shard of local files: a row group or a stretch of one file, or several whole .py files. size: rows,
-    or bytes.
-    """
+    """A shard: a row group or a stretch of one file, or several whole .py files. size: rows, or bytes."""
 
     files: tuple[Path, ...]
     number: int
@@ -120,9 +118,8 @@ class LocalSource(SingleSource):
             elif first_block == 0:
                 yield list(self._documents(part))
         except OSError as error:
-            raise LoadError(
-                f"{part.files[0]}: cannot be read ({error}); restore the file and continue with resume=auto"
-            ) from error
+            remedy = "restore the file and continue with resume=auto"
+            raise LoadError(f"{part.files[0]}: cannot be read ({error}); {remedy}") from error
 
     def _documents(self, part: _Part) -> Iterator[Any]:
         file = part.files[0]
@@ -138,11 +135,9 @@ class LocalSource(SingleSource):
             begins = range(0, size := file.stat().st_size, BYTE_BLOCK)
             return [_Part((file,), n, min(BYTE_BLOCK, size - begin)) for n, begin in enumerate(begins)]
         parquet = _open_parquet(file)
-        if self.text_column not in parquet.schema_arrow.names:
-            raise LoadError(
-                f"{file}: expected a column {self.text_column!r}, got "
-                f"{', '.join(parquet.schema_arrow.names)}; set text_column"
-            )
+        if self.text_column not in (columns := parquet.schema_arrow.names):
+            got = ", ".join(columns)
+            raise LoadError(f"{file}: expected a column {self.text_column!r}, got {got}; set text_column")
         rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
         return [_Part((file,), number, size) for number, size in enumerate(rows) if size]
 
@@ -153,19 +148,15 @@ class LocalSource(SingleSource):
         except (ValueError, RecursionError):
             if not line.endswith(b"\n") and file not in self._noted:
                 self._noted.add(file)
-                print(
-                    f"{file}: the last line is cut off (no line end, not JSON), and passed over; is the file "
-                    "complete?",
-                    flush=True,
-                )
+                cut = "the last line is cut off (no line end, not JSON), and passed over"
+                print(f"{file}: {cut}; is the file complete?", flush=True)
             return None
         return value.get(self.text_column) if isinstance(value, dict) else value
 
     @staticmethod
     def _digest(lines: Iterable[str]) -> str:
-        return hashlib.blake2b(
-            "\n".join((LAYOUT, *lines)).encode(errors="surrogateescape"), digest_size=16
-        ).hexdigest()
+        content = "\n".join((LAYOUT, *lines)).encode(errors="surrogateescape")
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _expand(paths: Sequence[str], key: str = "paths") -> list[Path]:
@@ -175,16 +166,13 @@ def _expand(paths: Sequence[str], key: str = "paths") -> list[Path]:
         path = Path(name).expanduser()
         matches = [] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
         files = _walk(path) if path.is_dir() else [match for match in matches if match.is_file()]
+        known = ", ".join(SUFFIXES)
         if not files:
-            raise UsageError(
-                f"{key}: {name}: expected a file, folder or glob with {', '.join(SUFFIXES)}, found none"
-            )
-        unknown = [file for file in files if file.suffix not in SUFFIXES]
-        if unknown:
-            raise UsageError(
-                f"{key}: {unknown[0]}: expected one of {', '.join(SUFFIXES)}, got "
-                f"{unknown[0].suffix or 'no suffix'}"
-            )
+            raise UsageError(f"{key}: {name}: expected a file, folder or glob with {known}, found none")
+        for file in files:
+            if file.suffix not in SUFFIXES:
+                got = file.suffix or "no suffix"
+                raise UsageError(f"{key}: {file}: expected one of {known}, got {got}")
         found.update(files)
     return sorted(found)
 
@@ -216,14 +204,14 @@ def _open_parquet(file: Path) -> Any:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise LoadError(
-            f"{file}: reading .parquet needs pyarrow; install it with: pip install 'smollm2-kernels[train]'"
-        ) from None
+        install = "install it with: pip install 'smollm2-kernels[train]'"
+        raise LoadError(f"{file}: reading .parquet needs pyarrow; {install}") from None
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
         raise LoadError(
-            f"{file}: not a readable parquet file ({' '.join(str(error).split())}); copy or download it again"
+            f"{file}: not a readable parquet file ({reason}); copy or download it again"
         ) from None
 
 
@@ -244,18 +232,14 @@ def _row_blocks(part: _Part, column: str, first_block: int) -> Iterator[Block]:
                     yield waiting[:ROW_BLOCK]
                     waiting = waiting[ROW_BLOCK:]
     except (OSError, pyarrow.ArrowException) as error:
-        raise LoadError(
-            f"{file}: row group {part.number} is damaged ({' '.join(str(error).split())}); copy or download "
-            "the file again"
-        ) from error
+        what = f"row group {part.number} is damaged ({' '.join(str(error).split())})"
+        raise LoadError(f"{file}: {what}; copy or download the file again") from error
     if waiting:
         yield waiting
 
 
 def column_values(column: Any) -> Block:
-    """The values of an arrow column. Text that is not UTF-8 comes as bytes, so that it costs one document and
-    not the whole block.
-    """
+    """The values of an arrow column: bytes where one is not UTF-8, so that only that document is lost."""
     import pyarrow
 
     try:
@@ -266,9 +250,7 @@ def column_values(column: Any) -> Block:
 
 
 def _lines(file: Path, part: int) -> Iterator[bytes]:
-    """The lines whose first byte lies in the part-th stretch of BYTE_BLOCK bytes: every line belongs to
-    exactly one stretch.
-    """
+    """The lines whose first byte lies in the part-th stretch of BYTE_BLOCK bytes."""
     begin, end = part * BYTE_BLOCK, (part + 1) * BYTE_BLOCK
     with file.open("rb") as stream:
         if begin > 0:
@@ -279,9 +261,7 @@ def _lines(file: Path, part: int) -> Iterator[bytes]:
 
 
 def _paragraph_runs(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Groups lines into documents that end at a blank line after TEXT_DOCUMENT bytes, or at an end-of-text
-    line.
-    """
+    """Documents of lines: each ends at a blank line after TEXT_DOCUMENT bytes, or at an end-of-text line."""
     run: list[bytes] = []
     size = 0
     for line in lines:

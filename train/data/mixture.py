@@ -18,14 +18,13 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from math import lcm
-from typing import Any
 
 import numpy as np
 import torch
 
 from smollm2.errors import LoadError
 from train.data.packing import Batch, Packer, Rows, tensors
-from train.data.source import Block, Cursor, MixtureCursor, Part, Position, Revision, Source
+from train.data.source import Cursor, MixtureCursor, Part, Position, Revision, Source
 
 
 class Schedule(Iterator[int]):
@@ -69,9 +68,7 @@ class Schedule(Iterator[int]):
 
 
 class MixtureSource:
-    """The sources of a mixture, which is also a source: its shards are theirs, one source after the other.
-    That is for what wants the documents in stored order; training reads each source by itself.
-    """
+    """The sources of a mixture."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         """parts: with names, each another, and weights in any unit."""
@@ -87,57 +84,17 @@ class MixtureSource:
         return {part.name: part.source.revision for part in self.parts}  # type: ignore[misc]
 
     @property
-    def num_shards(self) -> int:
-        return sum(part.source.num_shards for part in self.parts)
-
-    @property
-    def sizes(self) -> Sequence[float]:
-        """Of each shard, as a part of all that is read."""
-        found: list[float] = []
-        for part in self.parts:
-            total = sum(part.source.sizes) or 1.0
-            found += [float(part.weight) * size / total for size in part.source.sizes]
-        return found
-
-    @property
     def fingerprint(self) -> str:
         listed = "; ".join(
             f"{float(part.weight):.4g} {part.name}: {part.source.fingerprint}" for part in self.parts
         )
         return f"mixture of {len(self.parts)} ({listed})"
 
-    @property
-    def cache_key(self) -> tuple[str, str]:
-        raise TypeError("a mixture has no cache of its own: its sources have")
-
-    def describe(self) -> dict[str, Any]:
-        return {part.name: part.source.describe() for part in self.parts}
-
-    def span(self, shard: int, block: int) -> tuple[float, float]:
-        source, shard = self._place(shard)
-        return source.span(shard, block)
-
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
-        source, shard = self._place(shard)
-        return source.read(shard, first_block)
-
-    def _place(self, shard: int) -> tuple[Source, int]:
-        for part in self.parts:
-            if shard < part.source.num_shards:
-                return part.source, shard
-            shard -= part.source.num_shards
-        raise IndexError(f"shard: expected below {self.num_shards}, got {shard + self.num_shards}")
-
 
 def mix(
-    source: Source,
-    packers: Sequence[Packer],
-    position: Position,
-    rows: int,
-    rank: int = 0,
-    world: int = 1,
+    source: Source, packers: Sequence[Packer], position: Position, rows: int, rank: int = 0, world: int = 1,
     pin: bool = False,
-) -> Generator[Batch, None, None]:
+) -> Generator[Batch, None, None]:  # fmt: skip
     """Steps of `rows` rows, put together from the rows of the source's parts, which begin at `position`.
 
     Of each, rank r of world gets rows [r * rows / world, (r + 1) * rows / world). pin: in page-locked memory,
@@ -161,19 +118,17 @@ def mix(
             found.append(taken)
         shares = tuple(one.share for one in found)
         cursors = tuple(share.cursor for share in shares)
-        # The rows lie source by source: where each of the step's is, and of those this rank's.
-        places = np.argsort(np.argsort(chosen, kind="stable"))[
-            rank * rows // world : (rank + 1) * rows // world
-        ]
-        starts = np.concatenate([one.starts for one in found])
-        ids, doc_start = tensors(np.concatenate([one.tokens for one in found])[places], starts[places])
+        own: slice | np.ndarray = slice(rank * rows // world, (rank + 1) * rows // world)
+        if len(found) > 1:  # the rows lie source by source: where this rank's of the step are
+            own = np.argsort(np.argsort(chosen, kind="stable"))[own]
+        ids, doc_start = tensors(found, own)
         if pin and torch.cuda.is_available():
             ids, doc_start = ids.pin_memory(), doc_start.pin_memory()
         yield Batch(
             ids,
             doc_start,
-            inner_starts=int(np.count_nonzero(starts)),
-            tokens=starts.size,
+            inner_starts=sum(one.inner_starts for one in found),
+            tokens=sum(one.tokens.size for one in found),
             cursor=source.position(schedule.given, cursors),
             digests=np.concatenate([share.digests for share in shares]),
             invalid=sum(share.invalid for share in shares),

@@ -13,7 +13,7 @@ from train.data.embedded import EmbeddedSource
 from train.data.hub import HubSource
 from train.data.local import LocalSource
 from train.data.mixture import MixtureSource
-from train.data.source import Part, Revision, Source
+from train.data.source import Part, Revision, Single, Source
 from train.data.source_record import cache_root
 
 
@@ -21,14 +21,16 @@ def open_source(config: RunConfig, revision: Revision = None) -> Source:
     """The source that config.data names. revision: what the checkpoint of a resumed run pinned, as
     `Source.revision` was. Raises UsageError for paths that name no files, LoadError for what cannot be read.
     """
-    if config.data == "mixture":
-        pinned = revision if isinstance(revision, Mapping) else {}
-        return MixtureSource(
-            [
-                Part(one.name, one.weight, open_source(one.config, pinned.get(one.name)))
-                for one in config.mixture_parts()
-            ]
-        )
+    if config.data != "mixture":
+        return _open_single(config, revision)
+    pinned = revision if isinstance(revision, Mapping) else {}
+    parts = config.mixture_parts()
+    return MixtureSource(
+        [Part(one.name, one.weight, _open_single(one.config, pinned.get(one.name))) for one in parts]
+    )
+
+
+def _open_single(config: RunConfig, revision: Revision) -> Single:
     if config.data == "embedded":
         return EmbeddedSource()
     root = cache_root(config)

@@ -1,4 +1,4 @@
-"""Runs of documents to rows of tokens, with numpy: no loop of Python goes over tokens or documents.
+"""Runs of documents to rows of tokens, with numpy: no loop of Python goes over tokens.
 
 Rows are cut from one long stream of tokens: nothing is padded and nothing is thrown away. A document may
 continue in the next row, where it counts as a new one that begins at 0. Rows are a function of the stream
@@ -60,10 +60,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one source. starts: 0, and where a document begins, its column."""
+    """Rows of one source. doc_start, inner_starts: as in Batch, of these rows."""
 
     tokens: np.ndarray  # [rows, T] uint16 or uint32
-    starts: np.ndarray  # [rows, T] int32
+    doc_start: np.ndarray  # [rows, T] int32
+    inner_starts: int
     share: Share
 
 
@@ -112,13 +113,11 @@ class Packer:
 
 
 def _rows(parts: Sequence[tuple[Segment, int, int]], rows: int, length: int, cursor: Cursor) -> Rows:
-    starts = np.zeros(rows * length, np.int32)
-    tokens, digests = [np.empty(0, np.uint16)], [np.empty(0, np.uint64)]
+    tokens, digests, begins = [np.empty(0, np.uint16)], [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     filled, invalid, epochs = 0, 0, 0.0
     for segment, start, end in parts:
         first, last = np.searchsorted(segment.begins, (start, end))
-        begins = segment.begins[first:last] - start + filled
-        starts[begins] = begins % length
+        begins.append(segment.begins[first:last] - start + filled)
         tokens.append(segment.tokens[start:end])
         digests.append(segment.digests[first:last])
         invalid += int(segment.invalid[first:last].sum())
@@ -126,18 +125,16 @@ def _rows(parts: Sequence[tuple[Segment, int, int]], rows: int, length: int, cur
     if parts:
         segment, _, end = parts[-1]
         cursor, epochs = segment.cursor_after(end)
+    # A document begins where one is stored, and at the first column of every row.
+    edges = np.union1d(np.concatenate(begins), np.arange(0, filled, length))
+    doc_start = np.repeat((edges % length).astype(np.int32), np.append(edges[1:], filled) - edges)
     share = Share(rows, cursor, np.concatenate(digests), invalid, epochs)
-    return Rows(np.concatenate(tokens).reshape(rows, length), starts.reshape(rows, length), share)
+    shape = (rows, length)
+    return Rows(np.concatenate(tokens).reshape(shape), doc_start.reshape(shape), len(edges) - rows, share)
 
 
-def tensors(tokens: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Rows as the model takes them: ids [R, T] int64 and doc_start [R, T] int32."""
-    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(np.maximum.accumulate(starts, axis=1))
-
-
-def gather(tokens: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The runs tokens[begin : begin + length], one after the other."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    # The index of each token is its place in the result, moved by the same amount for all tokens of a run.
-    return np.asarray(tokens[np.arange(total) + np.repeat(begins - (ends - lengths), lengths)])
+def tensors(rows: Sequence[Rows], chosen: slice | np.ndarray = slice(None)) -> tuple[Tensor, Tensor]:
+    """Rows as the model takes them, or those chosen: ids [R, T] int64 and doc_start [R, T] int32."""
+    tokens = np.concatenate([one.tokens for one in rows])[chosen]
+    doc_start = np.concatenate([one.doc_start for one in rows])[chosen]
+    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(doc_start)

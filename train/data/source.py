@@ -56,23 +56,34 @@ Position = Cursor | MixtureCursor
 
 
 class Source(Protocol):
-    """What train/data/batches.py reads.
+    """What a run reads: one source of documents, or a mixture of several.
 
-    revision: the pinned version of the documents, where they have one. sizes: of each shard in documents or
-    bytes, which is what parts of an epoch are measured in. fingerprint: changes when the documents do.
+    revision: the pinned version of the documents, where they have one. fingerprint: changes when the
+    documents do. parts: the sources that take turns; of a single source, that one.
     """
 
     @property
     def revision(self) -> Revision: ...
 
     @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def parts(self) -> Sequence[Part]: ...
+
+    def position(self, rows: Sequence[int], sources: Sequence[Cursor]) -> Position:
+        """As it is saved: rows given by each of the parts, and how far each has been read."""
+        ...
+
+
+class Single(Source, Protocol):
+    """One source. sizes: of each shard in documents or bytes, in which parts of an epoch are measured."""
+
+    @property
     def num_shards(self) -> int: ...
 
     @property
     def sizes(self) -> Sequence[float]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
 
     @property
     def cache_key(self) -> tuple[str, str]:
@@ -91,15 +102,6 @@ class Source(Protocol):
         """Raises LoadError when documents cannot be read. A shard without the block has no more blocks."""
         ...
 
-    @property
-    def parts(self) -> Sequence[Part]:
-        """The sources that take turns; of a single source, that one."""
-        ...
-
-    def position(self, rows: Sequence[int], sources: Sequence[Cursor]) -> Position:
-        """As it is saved: rows given by each of the parts, and how far each has been read."""
-        ...
-
 
 @dataclass(frozen=True)
 class Part:
@@ -109,7 +111,7 @@ class Part:
 
     name: str
     weight: Fraction
-    source: Source
+    source: Single
 
     def order_key(self, seed: int | str) -> str:
         """What the order of the source's documents depends on: not on its place in the mixture, nor on what
@@ -122,7 +124,7 @@ class SingleSource:
     """What makes a source a mixture of one."""
 
     @property
-    def parts(self: Source) -> Sequence[Part]:
+    def parts(self: Single) -> Sequence[Part]:
         return [Part("", Fraction(1), self)]
 
     def position(self, rows: Sequence[int], sources: Sequence[Cursor]) -> Position:

@@ -17,14 +17,10 @@ from train.config import RunConfig
 
 
 def cache_root(config: RunConfig) -> Path | None:
-    """The folder that token_cache names, or None. auto: one in the user's cache for data=hub, none for files,
-    which are at hand.
-    """
-    if config.token_cache == "none" or (config.token_cache == "auto" and config.data != "hub"):
-        return None
-    return (
-        cache_folder() / "tokens" if config.token_cache == "auto" else Path(config.token_cache).expanduser()
-    )
+    """The folder that token_cache names, or None. auto: one in the user's cache for data=hub, else none."""
+    if config.token_cache == "auto":
+        return cache_folder() / "tokens" if config.data == "hub" else None
+    return None if config.token_cache == "none" else Path(config.token_cache).expanduser()
 
 
 def source_folder(root: Path, identity: str, version: str) -> Path:
@@ -41,21 +37,18 @@ def slug(text: str) -> str:
 
 
 def write_source_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes source.json in one piece. The revision names by which the commit was asked for are added to
-    those that are known.
-    """
+    """Writes source.json in one piece, with all names by which its commit was ever asked for."""
     known = (_read(path) or {}).get("wanted", [])
     wanted = [*known, *(name for name in record.get("wanted", []) if name not in known)]
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(
-        json.dumps({**record, "wanted": wanted, "opened": time.time()}, indent=1) + "\n", encoding="utf-8"
-    )
+    content = {**record, "wanted": wanted, "opened": time.time()}
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def find_source_record(root: Path, identity: str, wanted: str | None) -> tuple[Path, dict[str, Any]] | None:
-    """The folder and record of a source whose commit is `wanted`, or was what `wanted` (None: the newest)
-    stood for; the last opened.
+    """The folder and record of the last opened source whose commit is `wanted`, or was asked for by that name
+    (None: the newest).
     """
     found = [(path.parent, _read(path) or {}) for path in root.glob(f"{slug(identity)}/*/source.json")]
     matching = [

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
 from train.data.shards import Locked, Shard, ShardWriter
-from train.data.source import Source
+from train.data.source import Single, Source
 from train.data.source_record import cache_root, source_folder, write_source_record
 from train.data.tokenise import TokenBlock
 from train.data.worker_pool import token_dtype
@@ -32,7 +33,7 @@ WAIT_NOTE, WAIT_TIMEOUT, WAIT_POLL = 15.0, 120.0, 0.05
 
 
 def open_cache(
-    config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True
+    config: RunConfig, source: Single, tokenizer: Tokenizer, *, leader: bool = True
 ) -> TokenCache | None:
     """The cache of a source and tokenizer, or None where config wants none.
 
@@ -90,12 +91,9 @@ def open_caches(
     config: RunConfig, source: Source, tokenizer: Tokenizer, *, leader: bool = True
 ) -> MixtureCache:
     """As open_cache, for each part of the source that config names."""
-    keys = config.mixture_parts()
+    pairs = zip(config.mixture_parts(), source.parts, strict=True)
     return MixtureCache(
-        [
-            open_cache(one.config, part.source, tokenizer, leader=leader)
-            for one, part in zip(keys, source.parts, strict=True)
-        ]
+        [open_cache(one.config, part.source, tokenizer, leader=leader) for one, part in pairs]
     )
 
 
@@ -147,16 +145,9 @@ class TokenCache:
             waited = time.monotonic() - begin
             if waited > WAIT_NOTE and not noted:
                 noted = True
-                print(
-                    f"token cache: waiting for {self._name(shard, block)} from the first rank of this node",
-                    flush=True,
-                )
+                _say(f"waiting for {self._name(shard, block)} from the first rank of this node")
             if waited > self._patience:
-                print(
-                    f"token cache: {self._name(shard, block)} did not appear in {waited:.0f} s; tokenising "
-                    "it here",
-                    flush=True,
-                )
+                _say(f"{self._name(shard, block)} did not appear in {waited:.0f} s; tokenising it here")
                 self._patience = min(1.0, self._patience)  # the next one is not waited for as long again
                 return None
             time.sleep(WAIT_POLL)
@@ -227,10 +218,7 @@ class TokenCache:
             found = None if entry is None else one.read(entry)
             if entry is not None and found is None:
                 one.damaged.add(entry)
-                print(
-                    f"token cache: {one.path('.tokens')}: block {block} is damaged; it is tokenised again",
-                    flush=True,
-                )
+                _say(f"{one.path('.tokens')}: block {block} is damaged; it is tokenised again")
             return found
 
     def _shard(self, shard: int) -> Shard:
@@ -256,26 +244,19 @@ class TokenCache:
         try:
             self._store(shard, begin)
         except Locked:
-            print(
-                f"token cache: {stem.name} is being written by another process; it is not stored from here",
-                flush=True,
-            )
+            _say(f"{stem.name} is being written by another process; it is not stored from here")
             self._give_up(shard)
         return self._writer
 
-    def _store(self, shard: int, action: Any) -> None:
+    def _store(self, shard: int, action: Callable[[], None]) -> None:
         try:
             action()
-            if self._marker(shard).exists():
-                self._marker(shard).unlink(missing_ok=True)
+            self._marker(shard).unlink(missing_ok=True)
         except Locked:
             raise
         except OSError as error:
-            print(
-                f"token cache: {self.folder} cannot be written ({error.strerror}); training goes on, nothing "
-                "more is stored",
-                flush=True,
-            )
+            rest = "training goes on, nothing more is stored"
+            _say(f"{self.folder} cannot be written ({error.strerror}); {rest}")
             self._full = True
             self.release()
             self._give_up(shard)
@@ -283,13 +264,15 @@ class TokenCache:
     def _give_up(self, shard: int) -> None:
         """Tells the other ranks of the node not to wait for blocks of this shard."""
         self._refused.add(shard)
-        try:
+        with suppress(OSError):  # they wait until they lose patience
             self._marker(shard).touch()
-        except OSError:
-            pass  # they wait until they lose patience
 
     def _marker(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.unstored"
 
     def _name(self, shard: int, block: int) -> str:
         return f"shard {shard}, block {block} in {self.folder}"
+
+
+def _say(text: str) -> None:
+    print(f"token cache: {text}", flush=True)

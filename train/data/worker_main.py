@@ -1,8 +1,8 @@
 """What a worker process runs first, in the place of the program's main module (train/data/worker_pool.py).
 
-`import train` would import smollm2, and so torch: seconds of start and hundreds of megabytes for each worker,
-which needs only numpy and tokenizers. So the package is entered without its __init__.py; the worker then
-imports its modules as usual.
+A worker needs only numpy and tokenizers; torch would cost it seconds of start and hundreds of megabytes. The
+program's main module imports torch, and so does the package smollm2, in which train lies in a wheel. So the
+packages above this one are entered as empty ones; the worker then imports its modules as usual.
 """
 
 import sys

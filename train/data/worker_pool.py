@@ -48,17 +48,13 @@ class _WorkerProcess(SpawnProcess):
             main = sys.modules["__main__"]
             sys.modules["__main__"] = types.ModuleType("__main__")
             sys.modules["__main__"].__file__ = str(Path(__file__).with_name("worker_main.py"))
-            # inherited
-            before = (
-                signal.pthread_sigmask(signal.SIG_BLOCK, _QUIET)
-                if hasattr(signal, "pthread_sigmask")
-                else None
-            )
+            masks = hasattr(signal, "pthread_sigmask")
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _QUIET) if masks else set()  # inherited
             try:
                 return SpawnProcess._Popen(process_obj)
             finally:
                 sys.modules["__main__"] = main
-                if before is not None:
+                if masks:
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
@@ -121,10 +117,8 @@ class WorkerPool:
 
         end = tokenizer.eot_token_id
         if end is None:
-            raise LoadError(
-                "tokenizer: expected an end-of-text or end-of-sequence token to put between documents, found "
-                "none"
-            )
+            wanted = "an end-of-text or end-of-sequence token to put between documents"
+            raise LoadError(f"tokenizer: expected {wanted}, found none")
         self.workers, self.dtype, self._select = workers, token_dtype(tokenizer), select
         self._start = (tokenizer.to_json(), end, self.dtype)
         self._encoder: Encoder | None = None
@@ -148,9 +142,8 @@ class WorkerPool:
                 self.workers, mp_context=_Context(), initializer=_start_worker, initargs=self._start
             )  # fmt: skip
         try:
-            return Pending(
-                self, [self._executor.submit(_tokenise, part, self._select) for part in _chunks(documents)]
-            )
+            parts = [self._executor.submit(_tokenise, part, self._select) for part in _chunks(documents)]
+            return Pending(self, parts)
         except (BrokenProcessPool, OSError) as error:
             raise self._dead(error) from None
 
@@ -188,10 +181,9 @@ class WorkerPool:
         while time.monotonic() < end and any(process.exitcode is None for process in self.processes):
             time.sleep(0.01)
         codes = [process.exitcode for process in self.processes if process.exitcode]
-        return LoadError(
-            f"data: a worker process that tokenises ended unexpectedly ({_reason(codes) or error}); continue "
-            "with resume=auto, with fewer of them (workers=1, or workers=0 for none) if memory ran out"
-        )
+        what = f"data: a worker process that tokenises ended unexpectedly ({_reason(codes) or error})"
+        fewer = "with fewer of them (workers=1, or workers=0 for none) if memory ran out"
+        return LoadError(f"{what}; continue with resume=auto, {fewer}")
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
