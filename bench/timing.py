@@ -197,13 +197,14 @@ def event_time(replay: Callable[[], object], flush: torch.Tensor, times: int = 1
     return start.elapsed_time(end) * 1e3 / times
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call by the wall clock, with a wait for the device at both ends."""
+def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Of one call by the wall clock: of several in a row, with a wait for the device at both ends."""
     synchronize(device)
     began = time.perf_counter()
-    call()
+    for _ in range(calls):
+        call()
     synchronize(device)
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / calls
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -212,16 +213,6 @@ def median_seconds(call: Callable[[], object], device: torch.device, rounds: int
 
 
 def eager(call: Callable[[], object], device: torch.device, budget: float, rounds: int) -> Sample:
-    """Microseconds per plain call, host included: several calls in a row, then one wait. budget: seconds per
-    round, about.
-    """
-
-    def several(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            call()
-        synchronize(device)
-        return (time.perf_counter() - began) * 1e6 / count
-
-    count = max(1, min(100, int(budget * 1e6 / several(1))))
-    return Sample.of([several(count) for _ in range(rounds)])
+    """Microseconds per plain call, host included: as many in a row as take about `budget` seconds a round."""
+    count = max(1, min(100, int(budget / seconds(call, device))))
+    return Sample.of([1e6 * seconds(call, device, count) for _ in range(rounds)])
