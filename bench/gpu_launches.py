@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 
 from bench import generation, kernels, ladder, memcheck, tuning
+from bench.case import Shapes, Variant
 from bench.correctness import PATTERNS
-from bench.ops import Shapes
 from bench.record import ROOT
 from bench.stand_in import standing_in_for_cuda
 from bench.step import TrainingStep
@@ -128,7 +128,7 @@ def record_bench() -> None:
     def call(op: str) -> None:
         for name in found[op].variants:
             if name.startswith("triton"):  # each form of ours
-                variant = kernels.Variant(found[op], name, 1)
+                variant = Variant(found[op], name, 1)
                 variant.call()
                 if variant.differentiable:
                     variant.through_autograd()

@@ -27,12 +27,7 @@ DECODE_ROWS = 16
 
 def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:
     """All operations. compiler: backend of torch.compile, "inductor" where times count."""
-    makers = (
-        _add_rms_norm, _swiglu, _attention, weight_ops.linear_cross_entropy, weight_ops.mlp,
-        weight_ops.tied_embedding, _rms_norm, _rope_qkv, _decode_attention, _decode_layer, _decode_head,
-        _rope,
-    )  # fmt: skip
-    return [make(shapes, backend, compile_with(compiler)) for make in makers]
+    return [make(shapes, backend, compile_with(compiler)) for make in MAKERS.values()]
 
 
 # The peer behind a variant; "torch.compile" is that of the reference.
@@ -380,3 +375,12 @@ def _swiglu(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
             "liger": lambda packed: from_liger(shapes, "liger_swiglu")(*packed.chunk(2, dim=-1)),
         },
     )
+
+
+MAKERS: dict[str, Callable[[Shapes, Backend, Compile], Case]] = {
+    "add_rms_norm": _add_rms_norm, "swiglu": _swiglu, "attention": _attention,
+    "linear_cross_entropy": weight_ops.linear_cross_entropy, "mlp": weight_ops.mlp,
+    "tied_embedding": weight_ops.tied_embedding, "rms_norm": _rms_norm, "rope_qkv": _rope_qkv,
+    "decode_attention": _decode_attention, "decode_layer": _decode_layer, "decode_head": _decode_head,
+    "rope": _rope,
+}  # fmt: skip

@@ -26,6 +26,7 @@ from bench.record import one_line
 # Read before every measurement: larger than any L2, and it gives the host time to queue what follows. Read,
 # not written: the lines that a write leaves in the L2 have to be written back in the time of the next kernel.
 FLUSH_BYTES = 256 << 20
+K = TypeVar("K")
 T = TypeVar("T")
 LEAST_US = 1000.0  # of one measurement on a GPU, by repeated replays
 
@@ -159,8 +160,8 @@ def in_turns(
 
 
 def alternate(
-    replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30
-) -> dict[str, Sample]:
+    replays: Mapping[K, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30
+) -> dict[K, Sample]:
     """Microseconds per call of each variant, in turns. calls: how many calls of the operation one replay
     holds.
 
@@ -168,7 +169,7 @@ def alternate(
     then be so many that none finds its inputs in the L2, where the one before the last left them.
     """
     flush = flush_buffer(device)
-    values: dict[str, list[float]] = {name: [] for name in replays}
+    values: dict[K, list[float]] = {name: [] for name in replays}
     times = dict.fromkeys(replays, 1)
     for turn in range(rounds + 2):
         for name, replay in replays.items():

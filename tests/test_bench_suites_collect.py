@@ -18,7 +18,8 @@ import torch
 from bench import bench_kernels, bench_train, figures, startup, step_peers, train_step
 from bench.bench_kernels import CASES, NOT_HERE, Operations, rates
 from bench.conftest import joined, pytest_benchmark_update_machine_info
-from bench.kernels import COMPILED, OPS
+from bench.kernels import COMPILED
+from bench.ops import MAKERS
 from bench.peak_memory import peak_memory
 from bench.peers import choice
 from bench.peers import status as peers
@@ -45,11 +46,11 @@ def run(project_root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_every_operation_has_its_phases_and_backends() -> None:
     found = {(op, phase) for op, _, phase in CASES}
-    assert {op for op, _ in found} == set(OPS)
+    assert {op for op, _ in found} == set(MAKERS)
     without = ("decode_attention", "decode_layer", "decode_head")
     assert {op for op, phase in found if phase == "backward"}.isdisjoint(without)
     assert {("attention", "backward"), ("rope", "backward")} <= found
-    for op in OPS:
+    for op in MAKERS:
         assert {"triton", "reference", "compile"} <= {variant for name, variant, _ in CASES if name == op}
 
 
