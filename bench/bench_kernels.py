@@ -57,9 +57,8 @@ def shapes(tiny: bool, batch: int, length: int, dtype: torch.dtype) -> Shapes:
 
 
 def phases_of(case: Case) -> tuple[str, ...]:
-    if case.cost.backward == work.Work():
-        return ("forward",)
-    return ("forward", "forward+backward" if case.joint else "backward")
+    backward = () if case.cost.backward == work.Work() else ("backward",)
+    return ("forward", "forward+backward") if case.joint else ("forward", *backward)
 
 
 # What there is to test; the inputs and the kernels are made when a test wants them. All phases of a variant
@@ -184,11 +183,9 @@ def test_operation(
         timing.synchronize(DEVICE)
 
     where = operations.facts
-    group = f"{op} {phase}, {where['batch']} x {where['length']}"
+    group, rounds = f"{op} {phase}, {where['batch']} x {where['length']}", operations.rounds(call)
     before = None if flush is None else flush.sum
-    seconds = timed(
-        call, group, operations.rounds(call), setup=before, op=op, phase=phase, variant=variant, **where
-    )
+    seconds = timed(call, group, rounds, setup=before, op=op, phase=phase, variant=variant, **where)
     typical = statistics.median(seconds) / SETS
     benchmark.extra_info.update(**facts, **operations.more(op, variant, phase, ready, typical))
 

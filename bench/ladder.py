@@ -84,22 +84,27 @@ class Shared:
         step.optimizer.state = self._state
 
 
-def build(
-    setup: Setup,
-    config: SmolLM2Config,
-    dtype: torch.dtype,
-    device: torch.device,
-    compiler: str,
-    shared: Shared | None = None,
-) -> TrainingStep:
-    """The step of a rung, from weights of its own, or from shared ones. compiler: that of torch.compile."""
-    model = build_model(setup, config, dtype, device if shared is None else torch.device("meta"))
-    if shared is not None:
-        shared.lend(model)
-    forward = torch.compile(model, backend=compiler, dynamic=False) if setup.compiled else model
+@dataclass(frozen=True)
+class Size:
+    """What all rungs have in common. compiler: the backend of torch.compile. shared: on a CPU."""
+
+    config: SmolLM2Config
+    dtype: torch.dtype  # of the activations
+    ids: Tensor  # [B, T]
+    compiler: str
+    shared: Shared | None = None
+
+
+def build(setup: Setup, size: Size) -> TrainingStep:
+    """The step of a rung, from weights of its own, or from shared ones."""
+    device = size.ids.device if size.shared is None else torch.device("meta")
+    model = build_model(setup, size.config, size.dtype, device)
+    if size.shared is not None:
+        size.shared.lend(model)
+    forward = torch.compile(model, backend=size.compiler, dynamic=False) if setup.compiled else model
     step = TrainingStep(model, forward, setup.own_optimizer, setup.fused_optimizer)
-    if shared is not None:
-        shared.begin(step)
+    if size.shared is not None:
+        size.shared.begin(step)
     return step
 
 
@@ -129,17 +134,10 @@ class Running:
         return seconds or sum(self.phases[-1].values())
 
 
-def start(
-    setup: Setup,
-    config: SmolLM2Config,
-    dtype: torch.dtype,
-    ids: Tensor,
-    compiler: str,
-    shared: Shared | None = None,
-) -> Running:
+def start(setup: Setup, size: Size) -> Running:
     """Builds a rung and takes its first steps."""
-    began = time.perf_counter()
-    step = build(setup, config, dtype, ids.device, compiler, shared)
+    began, ids = time.perf_counter(), size.ids
+    step = build(setup, size)
     call: Callable[[Tensor], Tensor] = step
     losses: list[Tensor] = []
     if setup.captured:
@@ -267,7 +265,8 @@ def main(argv: Sequence[str]) -> int:
     ids = part.ids(config, batch, length)
     rounds = 1 if part.tiny else options.rounds or (SLOW_ROUNDS if large else ROUNDS)
     compiled = not large if options.compile is None else options.compile
-    alone, shared = cuda or options.alone, None if cuda else Shared(config)
+    alone, compiler = cuda or options.alone, "aot_eager" if part.tiny else "inductor"
+    common = Size(config, dtype, ids, compiler, None if cuda else Shared(config))
     part.save(
         model=size, batch=batch, length=length, dtype=short, backend=best.name,
         threads=torch.get_num_threads(),
@@ -289,7 +288,6 @@ def main(argv: Sequence[str]) -> int:
     rows: dict[str, dict[str, Any]] = {}
     every = setups(best, cuda)
     chosen = {name: setup for name, setup in every.items() if not options.rung or name in options.rung}
-    compiler = "aot_eager" if part.tiny else "inductor"
     for names in [[name] for name in chosen] if alone else [list(chosen)]:  # what is in memory at one time
         running: dict[str, Running] = {}
         for name in names:
@@ -298,7 +296,7 @@ def main(argv: Sequence[str]) -> int:
             else:
                 row = rows.setdefault(name, {})
                 with failure_noted(row, "failed"):
-                    running[name] = start(chosen[name], config, dtype, ids, compiler, shared)
+                    running[name] = start(chosen[name], common)
                     rows[name] = running[name].found
                 if "failed" in row:
                     gc.collect()

@@ -108,10 +108,9 @@ def build(
 
 def chosen(dtype: str, names: Sequence[str], compiled: bool, among: Sequence[str] = VARIANTS) -> list[str]:
     """The variants of that dtype, in the order of `among`. names: only these; none means all."""
-    fits = [name for name in among if (dtype == "bf16" or not name.startswith("transformers bf16"))]
-    return [
-        name for name in fits if (not names or name in names) and (compiled or not name.endswith("+compile"))
-    ]
+    fits = [name for name in among if dtype == "bf16" or not name.startswith("transformers bf16")]
+    asked = [name for name in fits if not names or name in names]
+    return [name for name in asked if compiled or not name.endswith("+compile")]
 
 
 def build_all(
@@ -208,21 +207,18 @@ def show(dtype: str, name: str, row: dict[str, Any], ratio: float | None) -> str
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser(
-        "step_peers", "Times one optimizer step on a CPU beside transformers' Llama and litgpt."
-    )
+    description = "Times one optimizer step on a CPU beside transformers' Llama and litgpt."
+    arguments, names = parser("step_peers", description), (*VARIANTS, *ELSEWHERE)
     add = arguments.add_argument
     add("--dtype", action="append", choices=tuple(DTYPES), help="only this one; may be repeated")
-    names = (*VARIANTS, *ELSEWHERE)
     add("--variant", action="append", choices=names, help="only this one; may be repeated")
     minutes = "leave the compiled variants out: each takes a minute or more"
     add("--no-compile", action="store_true", help=minutes)
     add("--rounds", type=int, default=7, metavar="N", help="timed steps of each variant (default 7)")
     options = arguments.parse_args(argv)
     if options.device == "cuda":
-        raise UsageError(
-            "--device cuda: these peers are compared on a CPU; python -m bench.train_step measures a GPU"
-        )
+        elsewhere = "these peers are compared on a CPU; python -m bench.train_step measures a GPU"
+        raise UsageError(f"--device cuda: {elsewhere}")
     if options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
     options.device = "cpu"

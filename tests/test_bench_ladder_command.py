@@ -19,6 +19,7 @@ from smollm2.model import rotary_tables
 TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
 CPU = torch.device("cpu")
 IDS = torch.arange(16).view(2, 8)
+SIZE = ladder.Size(TINY, torch.float32, IDS, "eager")
 
 
 def drawn(generator, *sizes):
@@ -86,10 +87,7 @@ def test_a_row_has_all_that_the_rows_above_it_have():
 
 def test_separate_projections_are_the_same_model():
     setups = ladder.setups(TORCH, cuda=False)
-    separate, packed = (
-        ladder.build(setups[name], TINY, torch.float32, CPU, "eager")
-        for name in ("plain eager", "packed projections")
-    )
+    separate, packed = (ladder.build(setups[name], SIZE) for name in ("plain eager", "packed projections"))
     kinds = {type(block.self_attn) for block in separate.model.model.layers} | {
         type(block.mlp) for block in separate.model.model.layers
     }
@@ -109,10 +107,7 @@ def test_separate_projections_are_the_same_model():
 
 def test_the_plain_optimizer_makes_the_same_update():
     setups = ladder.setups(TORCH, cuda=False)
-    plain, fused = (
-        ladder.build(setups[name], TINY, torch.float32, CPU, "eager")
-        for name in ("fused loss", "fused optimizer")
-    )
+    plain, fused = (ladder.build(setups[name], SIZE) for name in ("fused loss", "fused optimizer"))
     for step in (plain, fused):
         step(IDS)
     for one, other in zip(plain.model.parameters(), fused.model.parameters(), strict=True):
