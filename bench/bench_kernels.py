@@ -61,8 +61,7 @@ def phases_of(case: Case) -> tuple[str, ...]:
     return ("forward", "forward+backward") if case.joint else ("forward", *backward)
 
 
-# What there is to test; the inputs and the kernels are made when a test wants them. All phases of a variant
-# together.
+# What there is to test, all phases of a variant together. A test makes its inputs and kernels when it runs.
 CASES = [
     (case.op, variant, phase)
     for case in cases(shapes(True, 1, 8, DTYPE), TORCH, "eager")

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # In the order in which they run, of which the time may allow a part only.
 PATTERNS = (
     "test_kernel_*.py", "test_train_cuda_graph.py", "test_captured_gpu.py", "test_bench_kernels_command.py",
-    "test_backend_*.py", "test_model_*.py", "test_optim_adamw.py",
+    "test_bench_timing.py", "test_backend_*.py", "test_model_*.py", "test_optim_adamw.py",
 )  # fmt: skip
 ALONE = ("test_kernel_offsets.py",)
 TINY_FILE, TINY_TESTS = "test_kernel_swiglu.py", "test_packed_is_separate or test_large_gates"

@@ -47,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         max_position_embeddings=1024, vocab_size=4096
     ),
 }  # fmt: skip
-# one row, the fused layer's few, its most, and the composition with and without a multiple of 16
+# one row, a few, the most that the fused layer takes, and more than that, with and without a multiple of 16
 BATCHES = (1, 2, 16, 17, 32)
 KEYS = (100, 1000)  # of a cache that grows step by step; those of captured loops are powers of two
 NEW = (2, 4, 8, 16)  # tokens that speculative decoding looks at together

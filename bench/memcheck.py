@@ -35,7 +35,7 @@ from smollm2.working_copies import WorkingCopies
 TOKENS, HEADS, KEY_HEADS, HEAD_DIM, WIDTH, EPS = 65, 9, 3, 64, 577, 1e-5
 ERRORS_FOUND = 99
 GROUP, PROCESSES = 3, 4  # operations of a process, processes at a time
-# What racecheck, which is slow, looks at: all that a program's threads share.
+# What racecheck, which is slow, is run on: the operations whose threads share memory.
 RACES = ("attention", "rms_norm", "linear_cross_entropy", "mlp")
 ONE_OF = "in one of:"
 OUT_OF_TIME = {"result": "no result: out of time"}

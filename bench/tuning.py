@@ -37,9 +37,8 @@ SWIGLU = ((1, 512, 1), (2, 512, 2), (1, 512, 2), (2, 512, 4), (8, 512, 8))
 # the interpreter takes a quarter of a minute for some of the others
 TINY = ("attention_fwd", "swiglu", "rms_norm_bwd", "mlp_fwd")
 SETS = 24  # of inputs at most, so that each is cold when its turn comes again
-# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Those of
-# attention have among them the lines that the table had before it was measured; one that the table has now is
-# timed once.
+# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Attention's
+# include the lines that the table had before it was measured. A line that the table has now is timed once.
 _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
     "attention_bwd_dkv": (
         "attention", "backward",
