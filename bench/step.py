@@ -15,7 +15,7 @@ from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
 
 COMPARED_STEPS = 3  # whose losses must agree between variants: nobody wins by computing less
-ADAMW: dict[str, Any] = {"betas": (0.9, 0.95)}
+BETAS = (0.9, 0.95)
 
 
 def training_model(
@@ -55,18 +55,20 @@ class TrainingStep:
         if own is None:
             own = forward is None and getattr(model, "backend", TORCH).name.startswith("triton")
         self.optimizer: torch.optim.Optimizer
+        rate = self.lr
         if own:
             from kernels.fused_adamw import FusedAdamW
             from smollm2.working_copies import WorkingCopies
 
             copies = None if model.compute_dtype is None else WorkingCopies(model, model.compute_dtype)
             model.use_working_copies(copies)
-            self.optimizer = FusedAdamW(groups, lr=self.lr, copies=copies, **ADAMW)
+            self.optimizer = FusedAdamW(groups, lr=rate, copies=copies, betas=BETAS)
         elif fused:
-            capturable = device.type == "cuda"
-            self.optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True, capturable=capturable, **ADAMW)
+            on_gpu = device.type == "cuda"
+            self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True, capturable=on_gpu)
         else:  # this form would read a tensor back from the device
-            self.optimizer = torch.optim.AdamW(groups, lr=float(self.lr), foreach=False, fused=False, **ADAMW)
+            number = float(rate)
+            self.optimizer = torch.optim.AdamW(groups, lr=number, betas=BETAS, foreach=False, fused=False)
 
     def __call__(self, ids: Tensor, doc_start: Tensor | None = None) -> Tensor:
         """ids, doc_start [B, T] -> loss in nats."""

@@ -47,6 +47,11 @@ def cases(generator):
     }
 
 
+def naming(name):
+    """What assert_close says, with the name of what differs."""
+    return lambda text: f"{name}: {text}"
+
+
 def test_plain_operations_compute_what_the_specification_says(generator):
     for name, (inputs, rest) in cases(generator).items():
         op = name.split()[0]
@@ -54,15 +59,11 @@ def test_plain_operations_compute_what_the_specification_says(generator):
         for backend in (PLAIN, TORCH):
             outputs = getattr(backend, op)(*inputs, *rest)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            upstream = [
-                torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape) + 0.5
-                for output in outputs
-            ]
+            ramps = (torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape) for out in outputs)
+            upstream = [ramp + 0.5 for ramp in ramps]
             results.append([*outputs, *torch.autograd.grad(outputs, inputs, upstream)])
         for plain, specified in zip(*results, strict=True):
-            torch.testing.assert_close(
-                plain, specified, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(plain, specified, rtol=1e-6, atol=1e-6, msg=naming(name))
 
 
 def test_a_row_has_all_that_the_rows_above_it_have():
@@ -76,10 +77,8 @@ def test_a_row_has_all_that_the_rows_above_it_have():
     assert not any(setup.own_optimizer for _, setup in found)  # there is none for backend torch
     changing = [one for one in found if one[0] != "optimizer + copies"]
     for (_, before), (name, after) in zip(changing, changing[1:], strict=False):
-        changes = [
-            getattr(before, field) != getattr(after, field)
-            for field in ("packed", "fused_optimizer", "captured", "compiled")
-        ]
+        fields = ("packed", "fused_optimizer", "captured", "compiled")
+        changes = [getattr(before, field) != getattr(after, field) for field in fields]
         assert sum(changes) + (before.backend != after.backend) == 1, name
         assert before.backend.replaced <= after.backend.replaced
     assert not any(setup.captured for setup in ladder.setups(TORCH, cuda=False).values())
@@ -88,10 +87,9 @@ def test_a_row_has_all_that_the_rows_above_it_have():
 def test_separate_projections_are_the_same_model():
     setups = ladder.setups(TORCH, cuda=False)
     separate, packed = (ladder.build(setups[name], SIZE) for name in ("plain eager", "packed projections"))
-    kinds = {type(block.self_attn) for block in separate.model.model.layers} | {
-        type(block.mlp) for block in separate.model.model.layers
-    }
-    assert kinds == {SeparateAttention, SeparateMLP}
+    blocks = separate.model.model.layers
+    assert {type(block.self_attn) for block in blocks} == {SeparateAttention}
+    assert {type(block.mlp) for block in blocks} == {SeparateMLP}
     assert separate.model.state_dict().keys() == packed.model.state_dict().keys()
     losses = []
     for step in (separate, packed):
@@ -100,9 +98,7 @@ def test_separate_projections_are_the_same_model():
     torch.testing.assert_close(losses[0], losses[1])
     ours, theirs = (dict(step.model.named_parameters()) for step in (separate, packed))
     for name, parameter in ours.items():
-        torch.testing.assert_close(
-            parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=naming(name))
 
 
 def test_the_plain_optimizer_makes_the_same_update():
@@ -135,10 +131,7 @@ def test_every_rung_has_its_row(measured):
 
 def test_all_rungs_compute_the_same_losses(measured):
     _, section = measured
-    assert set(section["loss_distance"]) == set(RUNGS) - {
-        "graph capture",
-        "optimizer + copies",
-    }
+    assert set(section["loss_distance"]) == set(RUNGS) - {"graph capture", "optimizer + copies"}
     assert max(section["loss_distance"].values()) < 1e-4
 
 
@@ -221,9 +214,8 @@ def test_alone_a_rung_is_freed_before_the_next_is_built(ladder_here, monkeypatch
 
 def test_the_compiled_rung_begins_only_with_time_left(ladder_here, monkeypatch):
     monkeypatch.setattr(ladder.Part, "left", lambda self: -1.0)
-    assert ladder_here("--rung", "compile of the rest")["rungs"]["compile of the rest"] == {
-        "failed": "no time was left"
-    }
+    rows = ladder_here("--rung", "compile of the rest")["rungs"]
+    assert rows["compile of the rest"] == {"failed": "no time was left"}
 
 
 def test_wrong_usage_is_refused():
