@@ -175,7 +175,7 @@ def test_a_rung_that_fails_costs_itself_only(ladder_here, monkeypatch, alone, wh
             out_of_memory()
         step = original(setup, *rest)
         if not setup.packed:
-            step.update = out_of_memory
+            step.phases = out_of_memory
         return step
 
     monkeypatch.setattr(ladder, "build", build)
