@@ -1,5 +1,5 @@
-"""The rungs of `python -m bench.ladder`: what is on at each. The bottom is kernels/reference.py, but for what
-that computes in fp32 to be exact.
+"""The rungs of `python -m bench.ladder`: what is on at each. The bottom has the norms and SwiGLU of
+kernels/reference.py, and rope, attention and loss as transformers computes them without fused kernels.
 """
 
 from __future__ import annotations
@@ -34,6 +34,23 @@ RUNGS: dict[str, tuple[str, ...]] = {
 }
 
 
+def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x * cos + rotate_half(x) * sin, with tables as wide as a head: as transformers writes it."""
+    cos, sin = (torch.cat((table, table), -1).unsqueeze(-2) for table in (cos, sin))
+
+    def rotate(x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        first, second = wide.chunk(2, -1)
+        return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def plain_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), 2)
+    return *plain_rope(q, k, cos, sin), v
+
+
 def plain_attention(
     q: Tensor,
     k: Tensor,
@@ -61,7 +78,7 @@ def plain_attention(
 
 PLAIN = dataclasses.replace(
     TORCH, name="plain", rms_norm=reference.rms_norm, add_rms_norm=reference.add_rms_norm,
-    rope=reference.rope, rope_qkv=reference.rope_qkv, attention=plain_attention, swiglu=reference.swiglu,
+    rope=plain_rope, rope_qkv=plain_rope_qkv, attention=plain_attention, swiglu=reference.swiglu,
     mlp=partial(mlp, swiglu=reference.swiglu), linear_cross_entropy=all_logits,
 )  # fmt: skip
 
