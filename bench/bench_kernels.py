@@ -22,8 +22,8 @@ import torch
 import torch._functorch.config
 
 from bench import launches, roof, timing, work
-from bench.case import Case, Shapes
-from bench.kernels import COMPILED, ERROR_BOUND, FULL, OURS, Variant, error, kernel_status
+from bench.case import Case, Shapes, Variant, checked, exact_results
+from bench.kernels import COMPILED, FULL, OURS, kernel_status
 from bench.ops import cases
 from bench.peak_memory import peak_memory
 from bench.record import TINY_NOTE, digits, one_line, provenance
@@ -31,6 +31,7 @@ from bench.suite import digest
 from bench.weight_ops import CHUNKS
 from kernels import TORCH, select_backend
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -56,13 +57,11 @@ def shapes(tiny: bool, batch: int, length: int, dtype: torch.dtype) -> Shapes:
 
 
 def phases_of(case: Case) -> tuple[str, ...]:
-    if case.cost.backward == work.Work():
-        return ("forward",)
-    return ("forward", "forward+backward" if case.joint else "backward")
+    backward = () if case.cost.backward == work.Work() else ("backward",)
+    return ("forward", "forward+backward") if case.joint else ("forward", *backward)
 
 
-# What there is to test; the inputs and the kernels are made when a test wants them. All phases of a variant
-# together.
+# What there is to test, all phases of a variant together. A test makes its inputs and kernels when it runs.
 CASES = [
     (case.op, variant, phase)
     for case in cases(shapes(True, 1, 8, DTYPE), TORCH, "eager")
@@ -86,16 +85,18 @@ class Operations:
         }  # fmt: skip
         self._rate = roof.matmul_rate(DTYPE, DEVICE, tiny)
         self._bandwidth = roof.bandwidths(DEVICE, tiny)["copy"] if ON_GPU else None
-        self._truth: tuple[str, list[torch.Tensor]] | None = None
+        self._truth: tuple[str, list[torch.Tensor] | None] | None = None
         self._ready: tuple[str, str, Variant | None, dict[str, Any]] | None = None
         self.rows: list[dict[str, Any]] = []
 
     def ready(self, op: str, name: str) -> tuple[Variant | None, dict[str, Any]]:
         """A variant that computes the right thing, and its facts; or none, and {"failed": why}."""
         if self._ready is None or self._ready[:2] != (op, name):
-            self._ready = None
-            gc.collect()
-            torch.compiler.reset()
+            before, self._ready = self._ready, None
+            if ON_GPU or not self.tiny:
+                gc.collect()
+            if before is not None and before[1] in COMPILED:
+                torch.compiler.reset()
             try:
                 self._ready = (op, name, *self._made(self.cases[op], name))
             except Exception as failure:  # noqa: BLE001 - a result like any other
@@ -103,20 +104,14 @@ class Operations:
             self.rows.append({"variant": name, **self._ready[3]})
         return self._ready[2:]
 
-    def _made(self, case: Case, name: str) -> tuple[Variant | None, dict[str, Any]]:
+    def _made(self, case: Case, name: str) -> tuple[Variant, dict[str, Any]]:
         if name.startswith(OURS) and not ON_GPU:
-            return None, {"failed": NOT_HERE}
+            raise UsageError(NOT_HERE)
         if self._truth is None or self._truth[0] != case.op:
-            exact = torch.float64 if DTYPE == torch.float32 else torch.float32
-            self._truth = case.op, Variant(case, "reference", 1).results(exact)
-        variant = Variant(case, name, SETS)
-        results = variant.results()
-        facts: dict[str, Any] = {"output_hash": digest(results)}
-        if name not in case.unchecked:
-            facts["error"] = error(results, self._truth[1])
-            if facts["error"] > ERROR_BOUND[DTYPE]:
-                return None, {"failed": f"wrong: relative error {facts['error']:.1e}"}
-        return variant, facts
+            self._truth = case.op, exact_results(case, DTYPE)
+        variant, results, distance = checked(case, name, SETS, self._truth[1], DTYPE)
+        known = {} if distance is None else {"error": distance}
+        return variant, {"output_hash": digest(results), **known}
 
     def more(self, op: str, name: str, phase: str, variant: Variant, seconds: float) -> dict[str, Any]:
         """What a call of the operation does, how fast, and what it holds and launches."""
@@ -127,9 +122,8 @@ class Operations:
             **rates(todo, seconds, self._bandwidth or cached_copy_bandwidth(todo.bytes), self._rate),
             "tokens_per_second": round(tokens / seconds), "peak_memory_bytes": peak_memory(call, DEVICE),
         }  # fmt: skip
-        if ON_GPU or (
-            name not in COMPILED and find_spec("triton")
-        ):  # on a CPU counting switches the compiler off
+        # on a CPU counting switches the compiler off
+        if ON_GPU or (name not in COMPILED and find_spec("triton")):
             found["launches"] = launches.count(call, DEVICE).total()
         return found | ({"note": TINY_NOTE} if self.tiny else {})
 
@@ -188,11 +182,9 @@ def test_operation(
         timing.synchronize(DEVICE)
 
     where = operations.facts
-    group = f"{op} {phase}, {where['batch']} x {where['length']}"
+    group, rounds = f"{op} {phase}, {where['batch']} x {where['length']}", operations.rounds(call)
     before = None if flush is None else flush.sum
-    seconds = timed(
-        call, group, operations.rounds(call), setup=before, op=op, phase=phase, variant=variant, **where
-    )
+    seconds = timed(call, group, rounds, setup=before, op=op, phase=phase, variant=variant, **where)
     typical = statistics.median(seconds) / SETS
     benchmark.extra_info.update(**facts, **operations.more(op, variant, phase, ready, typical))
 

@@ -25,7 +25,7 @@ from bench import launches, roof, step_peers, train_step, work
 from bench.peak_memory import peak_memory
 from bench.peers import choice
 from bench.record import TINY_NOTE, one_line, provenance
-from bench.step import CapturedStep, TrainingStep
+from bench.step import COMPARED_STEPS
 from bench.suite import digest
 from bench.timing import synchronize
 from smollm2.config import SmolLM2Config
@@ -91,26 +91,13 @@ Step = Callable[[], Tensor]
 
 
 def build(variant: str, config: SmolLM2Config, dtype: str, ids: Tensor, compiler: str) -> Step:
-    """The step of a variant as a call that returns the loss."""
+    """The step of a variant as a call that returns the loss. Raises Unavailable, with the version and the
+    reason, for a peer that cannot be measured here.
+    """
     if ids.device.type == "cpu":
         return step_peers.build(variant, config, step_peers.DTYPES[dtype], ids, compiler)
-    return gpu_step(variant, config, ids, compiler)
-
-
-def gpu_step(variant: str, config: SmolLM2Config, ids: Tensor, compiler: str) -> Step:
-    """The same of a GPU's variants. Raises Unavailable, with the version and the reason, for a peer that
-    cannot be measured here.
-    """
-    if variant in choice.VARIANTS:
-        weights = train_step.build(config, "torch", ids.device).state_dict()
-        peer = choice.peer_step(variant, config, weights, ids, True, compiler)
-        return lambda: peer(ids)
-    backend, *extras = variant.split("+")
-    model = train_step.build(config, f"{backend}+fused-mlp" if "fused-mlp" in extras else backend, ids.device)
-    forward = torch.compile(model, backend=compiler) if "compile" in extras else None
-    step = TrainingStep(model, forward, own=False if "torch-adamw" in extras else None)
-    call: Callable[[Tensor], Tensor] = CapturedStep(step, ids) if "graph" in extras else step
-    return lambda: call(ids)
+    step = train_step.build_step(variant, config, ids, compiler)
+    return lambda: step(ids)
 
 
 class Steps:
@@ -130,45 +117,35 @@ class Steps:
         """Why a variant that computes another loss has no time; the first variant's losses are the truth."""
         base = self.base.setdefault((size, dtype), losses)
         distance = max(abs(a - b) for a, b in zip(losses, base, strict=True))
-        if (
-            variant == "ours+doc_start" or distance <= step_peers.LOSS_TOLERANCE[dtype]
-        ):  # documents: other losses
-            return ""
-        return f"first losses are {distance:.1e} nats from the first variant's"
+        near = distance <= step_peers.LOSS_TOLERANCE[dtype] or variant == "ours+doc_start"  # another loss
+        return "" if near else f"first losses are {distance:.1e} nats from the first variant's"
 
     def _floor(self, size: str, dtype: str) -> tuple[str, float]:
         """What no step is faster than, and its seconds on this machine."""
         config, ids = SIZES[size].config(self.tiny), SIZES[size].ids(self.tiny)
         if DEVICE.type == "cpu":
             milliseconds = step_peers.matmul_floor(config, step_peers.DTYPES[dtype], ids.numel())
-            return (
-                "the step's matrix products alone, each at the rate it reaches by itself",
-                milliseconds / 1e3,
-            )
-        rates = (
-            roof.bandwidths(DEVICE, self.tiny)["copy"],
-            roof.matmul_rate(torch.bfloat16, DEVICE, self.tiny),
-        )
-        seconds = work.step_floor(config, ids.shape[0], ids.shape[1], 2, *rates)
-        return "every operation at the speed of a copy or of a large product", seconds
+            what = "the step's matrix products alone, each at the rate it reaches by itself"
+            return what, milliseconds / 1e3
+        bandwidth = roof.bandwidths(DEVICE, self.tiny)["copy"]
+        rate = roof.matmul_rate(torch.bfloat16, DEVICE, self.tiny)
+        what = "every operation at the speed of a copy or of a large product"
+        return what, work.step_floor(config, ids.shape[0], ids.shape[1], 2, bandwidth, rate)
 
     def facts(self, size: str, dtype: str, seconds: float) -> dict[str, Any]:
-        config, ids, floor = (
-            SIZES[size].config(self.tiny),
-            SIZES[size].ids(self.tiny),
-            self.floor(size, dtype),
-        )
-        flops, peak = work.flops_per_token(config, ids.shape[1]) * ids.numel(), work.peak_flops(DEVICE)
-        parts = work.step(config, ids.shape[0], ids.shape[1], step_peers.DTYPES[dtype].itemsize)
+        config, ids = SIZES[size].config(self.tiny), SIZES[size].ids(self.tiny)
+        (batch, length), (what, floor) = ids.shape, self.floor(size, dtype)
+        flops, peak = work.flops_per_token(config, length) * ids.numel(), work.peak_flops(DEVICE)
+        parts = work.step(config, batch, length, step_peers.DTYPES[dtype].itemsize)
         facts = {
-            **self.origin, "threads": torch.get_num_threads(), "batch": ids.shape[0],
-            "length": ids.shape[1], "parameters": config.num_parameters(),
-            "tokens_per_second": round(ids.numel() / seconds, 1), "flops": round(flops),
+            **self.origin, "threads": torch.get_num_threads(), "batch": batch, "length": length,
+            "parameters": config.num_parameters(), "tokens_per_second": round(ids.numel() / seconds, 1),
+            "flops": round(flops),
             "bytes": sum(cost.forward.bytes + cost.backward.bytes for cost in parts.values()),
             "tflops": round(flops / seconds / 1e12, 5),
             "mfu": round(flops / seconds / peak, 4) if peak else None,
-            "mfu_convention": work.MFU_CONVENTION, "floor": floor[0], "floor_ms": round(floor[1] * 1e3, 2),
-            "percent_of_roof": round(100 * floor[1] / seconds, 1),
+            "mfu_convention": work.MFU_CONVENTION, "floor": what, "floor_ms": round(floor * 1e3, 2),
+            "percent_of_roof": round(100 * floor / seconds, 1),
         }  # fmt: skip
         return facts | ({"note": TINY_NOTE} if self.tiny else {})
 
@@ -211,15 +188,17 @@ def test_step(timed: Any, benchmark: Any, steps: Steps, size: str, dtype: str, v
         synchronize(DEVICE)
         losses.append(float(loss))
 
-    rounds = ROUNDS if DEVICE.type == "cuda" or steps.full else step_peers.COMPARED_STEPS - 1
+    rounds = ROUNDS if DEVICE.type == "cuda" or steps.full else COMPARED_STEPS - 1
     facts = {"size": size, "phase": "step", "dtype": dtype, "variant": variant}
     seconds = timed(call, f"step {dtype}, {size}", rounds, **facts)
-    first = losses[: step_peers.COMPARED_STEPS]
+    first = losses[:COMPARED_STEPS]
     far = steps.far(size, dtype, variant, first)
     assert not far, far
     benchmark.extra_info.update(
         **steps.facts(size, dtype, statistics.median(seconds)), losses=first,
         output_hash=digest([torch.tensor(first)]), **beside(variant, step),
     )  # fmt: skip
-    gc.collect()
-    torch.compiler.reset()
+    if DEVICE.type == "cuda" or steps.full:  # whose memory the next one needs
+        gc.collect()
+    if "compile" in variant:
+        torch.compiler.reset()

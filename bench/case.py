@@ -10,6 +10,7 @@ called (bench/peers/status.py).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 from collections.abc import Callable
@@ -22,6 +23,10 @@ from torch import Tensor
 from bench import work
 from bench.peers import status
 from smollm2.config import SmolLM2Config
+from smollm2.errors import UsageError
+
+# Largest ||ours - truth|| / ||truth|| over outputs and gradients.
+ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,8 @@ class Variant:
         if self._wanted:
             outputs = self._outputs(self._sets[0])
             generator = torch.Generator(outputs[0].device).manual_seed(12345)
-            self._upstream = [
-                torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype) for y in outputs
-            ]
+            draws = (torch.randn(y.shape, generator=generator, device=y.device) for y in outputs)
+            self._upstream = [draw.to(y.dtype) for draw, y in zip(draws, outputs, strict=True)]
 
     def results(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Outputs and gradients of the first set, computed from inputs converted to dtype."""
@@ -124,10 +128,8 @@ class Variant:
                 for x in inputs
             ]
         outputs = self._outputs(inputs)
-        return [
-            *(output.detach() for output in outputs),
-            *(self._gradients(outputs, inputs) if self._wanted else []),
-        ]
+        gradients = self._gradients(outputs, inputs) if self._wanted else []
+        return [*(output.detach() for output in outputs), *gradients]
 
     def phases(self) -> dict[str, Callable[[], Callable[[], object]]]:
         """Phase -> a function that prepares it and returns the call to be timed."""
@@ -158,14 +160,9 @@ class Variant:
     def _gradients(
         self, outputs: tuple[Tensor, ...], inputs: list[Tensor], keep: bool = False
     ) -> list[Tensor]:
-        upstream = [
-            gradient.to(output.dtype) for gradient, output in zip(self._upstream, outputs, strict=True)
-        ]
-        return list(
-            torch.autograd.grad(
-                outputs, [inputs[index] for index in self._wanted], upstream, retain_graph=keep
-            )
-        )
+        upstream = [given.to(output.dtype) for given, output in zip(self._upstream, outputs, strict=True)]
+        wanted = [inputs[index] for index in self._wanted]
+        return list(torch.autograd.grad(outputs, wanted, upstream, retain_graph=keep))
 
     def _forward(self) -> object:
         with torch.no_grad():
@@ -185,9 +182,32 @@ def error(found: list[Tensor], truth: list[Tensor]) -> float:
     """
     worst = 0.0
     for ours, exact in zip(found, truth, strict=True):
-        wide = exact.to(torch.float64 if exact.dtype == torch.float64 else torch.float32)
-        distance = torch.linalg.vector_norm(ours.to(wide.dtype) - wide) / torch.linalg.vector_norm(
-            wide
-        ).clamp(min=1e-30)
+        wide = exact.to(torch.promote_types(exact.dtype, torch.float32))
+        norms = [torch.linalg.vector_norm(x) for x in (ours.to(wide.dtype) - wide, wide)]
+        distance = norms[0] / norms[1].clamp(min=1e-30)
         worst = max(worst, distance.item() if distance.isfinite() else math.inf)
     return worst
+
+
+def exact_results(case: Case, dtype: torch.dtype) -> list[Tensor] | None:
+    """What the reference gives in fp32 (in fp64 for fp32); None where that does not fit into memory, as long
+    attention without a fused kernel.
+    """
+    with contextlib.suppress(torch.OutOfMemoryError):
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
+        return Variant(case, "reference", 1).results(wide)
+    return None
+
+
+def checked(
+    case: Case, name: str, sets: int, truth: list[Tensor] | None, dtype: torch.dtype
+) -> tuple[Variant, list[Tensor], float | None]:
+    """A variant, its results, and their distance from the truth, where that is known and the variant computes
+    it. Raises UsageError for a variant that is wrong, and whatever the variant raises.
+    """
+    variant = Variant(case, name, sets)
+    results = variant.results()
+    distance = None if name in case.unchecked or truth is None else error(results, truth)
+    if (distance or 0.0) > ERROR_BOUND[dtype]:
+        raise UsageError(f"wrong: relative error {distance:.1e}")
+    return variant, results, distance

@@ -2,9 +2,8 @@
 machine.
 
 pytest-benchmark times the real call of every test, one test after the other. On a CPU a plain `pytest bench
---benchmark-only` is a plan of small cases and few rounds: some minutes on two cores. --full adds the large
-cases,
-whatever compiles for a minute, and more rounds: much longer. On a GPU both are the whole.
+--benchmark-only` runs small cases for a few rounds: some minutes on two cores. --full adds the large cases,
+those that compile for a minute, and more rounds: much longer. A GPU measures all of them either way.
 
 `peers` of the JSON says which libraries were measured, with their versions, and why each other was not; the
 session ends with a line for each of the latter.
@@ -23,6 +22,10 @@ from bench.peers.status import NOT_ASKED, not_measured
 from bench.suite import FACTS, PROJECT, machine_facts
 
 QUICK = "bench: small cases and few rounds on a CPU; --full adds the large cases and the compiled ones"
+FLAGS = {
+    "--tiny": "toy sizes in the suites of bench/: exercises the code, measures nothing",
+    "--full": "also the large and the compiled cases of the suites of bench/ on a CPU",
+}
 
 Timed = Callable[..., list[float]]
 Status = dict[str, dict[str, Any]]  # of bench.peers.status.peer_status
@@ -30,10 +33,8 @@ STATUSES = pytest.StashKey[list[Callable[[], Status]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    tiny = "toy sizes in the suites of bench/: exercises the code, measures nothing"
-    parser.addoption("--tiny", action="store_true", help=tiny)
-    full = "also the large and the compiled cases of the suites of bench/ on a CPU"
-    parser.addoption("--full", action="store_true", help=full)
+    for flag, what in FLAGS.items():
+        parser.addoption(flag, action="store_true", help=what)
 
 
 def pytest_configure(config: pytest.Config) -> None:

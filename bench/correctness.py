@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # In the order in which they run, of which the time may allow a part only.
 PATTERNS = (
     "test_kernel_*.py", "test_train_cuda_graph.py", "test_captured_gpu.py", "test_bench_kernels_command.py",
-    "test_backend_*.py", "test_model_*.py", "test_optim_adamw.py",
+    "test_bench_timing.py", "test_backend_*.py", "test_model_*.py", "test_optim_adamw.py",
 )  # fmt: skip
 ALONE = ("test_kernel_offsets.py",)
 TINY_FILE, TINY_TESTS = "test_kernel_swiglu.py", "test_packed_is_separate or test_large_gates"
@@ -53,9 +53,8 @@ _worst_sent: dict[tuple[str, str], float] = {}
 def pytest_configure(config: pytest.Config) -> None:
     path = os.environ.get("SMOLLM2_OUTCOMES")
     if path and not hasattr(config, "workerinput"):  # xdist's workers report to the process that started them
-        config.pluginmanager.register(
-            DistributedRecorder(path) if config.getoption("numprocesses", None) else Recorder(path)
-        )
+        distributed = config.getoption("numprocesses", None)
+        config.pluginmanager.register(DistributedRecorder(path) if distributed else Recorder(path))
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
@@ -75,9 +74,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
                 torch.cuda.empty_cache()
         except RuntimeError as error:
             if path := os.environ.get("SMOLLM2_OUTCOMES"):
-                Recorder(path).write(
-                    id=item.nodeid, outcome="failed", seconds=0.0, message=f"the GPU is lost: {error}"[:1500]
-                )
+                message = f"the GPU is lost: {error}"[:1500]
+                Recorder(path).write(id=item.nodeid, outcome="failed", seconds=0.0, message=message)
             os._exit(GPU_LOST)
 
 
@@ -99,13 +97,8 @@ class Recorder:
         if hasattr(report, "wasxfail"):
             outcome = "xfail"
         more = {"message": report.longreprtext[-1500:]} if report.failed else {}
-        self.write(
-            id=report.nodeid,
-            outcome=outcome,
-            seconds=report.duration,
-            worst=dict(report.user_properties).get("worst", []),
-            **more,
-        )
+        worst = dict(report.user_properties).get("worst", [])
+        self.write(id=report.nodeid, outcome=outcome, seconds=report.duration, worst=worst, **more)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -213,8 +206,7 @@ def start(files: list[Path], expression: str | None, workers: int, folder: Path)
     options = (
         "-p bench.correctness --tb=short -p no:cacheprovider -o addopts= --continue-on-collection-errors"
     )
-    chosen = ["-k", expression] if expression else []
-    command = python("pytest", *options.split(), *chosen, *files)
+    command = python("pytest", *options.split(), *(["-k", expression] if expression else []), *files)
     if workers:
         command += ["-n", str(workers), "--dist", "load", "--max-worker-restart", "100"]
     environment = {**os.environ, "SMOLLM2_OUTCOMES": str(records), "OMP_NUM_THREADS": "1"}
@@ -256,9 +248,8 @@ def save(part: Part, sessions: list[Session]) -> None:
                 messages.setdefault(record["id"], record["message"])
         for op, dtype, value in (row for record in records for row in record.get("worst", [])):
             worst[op, dtype] = max(value, worst.get((op, dtype), 0.0))
-    waiting = [
-        name for name, outcome in files.items() if not outcome["counts"] and outcome["end"] != "complete"
-    ]
+    empty = (name for name, outcome in files.items() if not outcome["counts"])
+    waiting = [name for name in empty if files[name]["end"] != "complete"]
     rows = [{"op": op, "dtype": dtype, "worst": value} for (op, dtype), value in sorted(worst.items())]
     part.save(files=files, not_started=waiting, numerics=rows, messages=messages)
 
@@ -280,29 +271,17 @@ def run_sessions(part: Part, sessions: list[Session]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("correctness", "Runs the kernels' tests, spread over processes.")
-    arguments.add_argument(
-        "--numerics",
-        type=Path,
-        metavar="FILE",
-        help="write the worst error of each operation and dtype there",
-    )
-    arguments.add_argument("--tests", metavar="EXPRESSION", help="only tests that match, as pytest -k")
-    arguments.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="processes (default: on a GPU two fewer than processors, at most 12)",
-    )
+    add, worst = arguments.add_argument, "write the worst error of each operation and dtype there"
+    add("--numerics", type=Path, metavar="FILE", help=worst)
+    add("--tests", metavar="EXPRESSION", help="only tests that match, as pytest -k")
+    processes = "processes (default: on a GPU two fewer than processors, at most 12)"
+    add("--jobs", type=int, metavar="N", help=processes)
     options = arguments.parse_args(argv)
     part = Part("tests", options)
-    patterns, expression = (
-        ((TINY_FILE,), options.tests or TINY_TESTS) if part.tiny else (PATTERNS, options.tests)
-    )
-    files = [
-        path
-        for pattern in patterns
-        for path in sorted((ROOT / "tests").glob(pattern), key=lambda path: -path.stat().st_size)
-    ]
+    expression = options.tests or (TINY_TESTS if part.tiny else None)
+    files: list[Path] = []
+    for pattern in (TINY_FILE,) if part.tiny else PATTERNS:  # of each the largest first
+        files += sorted((ROOT / "tests").glob(pattern), key=lambda path: -path.stat().st_size)
     if importlib.util.find_spec("pytest") is None or not files:
         reason = "pytest is not installed" if files else "no kernel tests in this checkout"
         print(f"skipped: {reason}")

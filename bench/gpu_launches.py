@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 
 from bench import generation, kernels, ladder, memcheck, tuning
+from bench.case import Shapes, Variant
 from bench.correctness import PATTERNS
-from bench.ops import Shapes
 from bench.record import ROOT
 from bench.stand_in import standing_in_for_cuda
 from bench.step import TrainingStep
@@ -47,7 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         max_position_embeddings=1024, vocab_size=4096
     ),
 }  # fmt: skip
-# one row, the fused layer's few, its most, and the composition with and without a multiple of 16
+# one row, a few, the most that the fused layer takes, and more than that, with and without a multiple of 16
 BATCHES = (1, 2, 16, 17, 32)
 KEYS = (100, 1000)  # of a cache that grows step by step; those of captured loops are powers of two
 NEW = (2, 4, 8, 16)  # tokens that speculative decoding looks at together
@@ -101,11 +101,7 @@ def record_model() -> None:
     for name, dtype in product(MODELS, (torch.bfloat16, torch.float16, torch.float32)):
         model = built(name, dtype).eval()
         longest = model.config.max_position_embeddings
-        capacities = [
-            SMALLEST_CAPACITY << doublings
-            for doublings in range(8)
-            if SMALLEST_CAPACITY << doublings <= longest
-        ]
+        capacities = [SMALLEST_CAPACITY << doublings for doublings in range(8)]
         for batch, keys in product(BATCHES, (*KEYS, *capacities)):
             if keys <= longest:
                 decoding(model, batch, keys)
@@ -114,9 +110,8 @@ def record_model() -> None:
         decoding(model, 1, 128, prompt=16)
         with torch.inference_mode():  # as smollm2.perplexity asks
             hidden = model.lm_head.weight.new_empty(77, model.config.hidden_size)
-            model.backend.linear_cross_entropy(
-                hidden, model.lm_head.weight, ids(77, 1)[:, 0], reduction="none"
-            )
+            targets = ids(77, 1)[:, 0]
+            model.backend.linear_cross_entropy(hidden, model.lm_head.weight, targets, reduction="none")
 
 
 def record_bench() -> None:
@@ -128,7 +123,7 @@ def record_bench() -> None:
     def call(op: str) -> None:
         for name in found[op].variants:
             if name.startswith("triton"):  # each form of ours
-                variant = kernels.Variant(found[op], name, 1)
+                variant = Variant(found[op], name, 1)
                 variant.call()
                 if variant.differentiable:
                     variant.through_autograd()
@@ -153,11 +148,8 @@ def record_bench() -> None:
         for batch, keys in {*sizes.first, *sizes.others, (sizes.agreement[0], sum(sizes.agreement[1:]))}:
             decoding(model, batch, keys)
             decoding(model, batch, keys + 1)  # the bytes of the last key of a cache that is not yet full
-        for batch, length in (
-            *sizes.prefills,
-            sizes.agreement[:2],
-            (PREFILL_TOKENS // sizes.many[1], sizes.many[1]),
-        ):
+        many = (PREFILL_TOKENS // sizes.many[1], sizes.many[1])
+        for batch, length in (*sizes.prefills, sizes.agreement[:2], many):
             decoding(model, batch, length + 1, prompt=length)
 
 
@@ -177,21 +169,9 @@ def record_tests() -> None:
 
     files = [str(path) for pattern in PATTERNS for path in sorted((ROOT / "tests").glob(pattern))]
     if not files:
-        raise UsageError(
-            "tests: there are none beside this package; they are part of the repository, not of an "
-            "installation"
-        )
-    options = [
-        "--assert=plain",
-        "--tb=line",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-o",
-        "addopts=",
-    ]
+        absent = "there are none beside this package; they are part of the repository, not of an installation"
+        raise UsageError(f"tests: {absent}")
+    options = "--assert=plain --tb=line -q -p no:cacheprovider -p no:xdist -o addopts=".split()
     # which takes minutes to count what a CPU does
     with mock.patch.object(torch.profiler, "profile", mock.MagicMock()):
         code = pytest.main([*options, *files], plugins=[NoComparisons()])
@@ -209,18 +189,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_launches", description="Lists the kernels that a GPU would be asked for."
     )
-    parser.add_argument(
-        "source", choices=SOURCES, help="training and generation, the kernels' tests, or the benchmarks"
-    )
-    parser.add_argument("--arch", default="sm_90", help="of the GPU (default sm_90)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSON: a module, a kernel and its specialisation a row",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add, what = parser.add_argument, "training and generation, the kernels' tests, or the benchmarks"
+    add("source", choices=SOURCES, help=what)
+    add("--arch", default="sm_90", help="of the GPU (default sm_90)")
+    rows = "JSON: a module, a kernel and its specialisation a row"
+    add("--out", type=Path, required=True, metavar="FILE", help=rows)
+    add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     recorder = Specialisations(target_for(options.arch))
     record, device = RECORDED[options.source]

@@ -17,20 +17,18 @@ Then kernel launches and bytes of one layer and one step.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 import torch._functorch.config
-from torch import Tensor
 
 from bench import launches, roof, timing, work
-from bench.case import Case, Shapes, Variant, error
+from bench.case import Case, Shapes, Variant, checked, exact_results
 from bench.long_attention import document_attention, long_attention
-from bench.ops import PEER_OF, cases
+from bench.ops import MAKERS, PEER_OF, cases
 from bench.peak_memory import peak_memory
 from bench.peers import status
 from bench.record import Part, digits, one_line, parser
@@ -42,31 +40,18 @@ from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2Block, rotary_tables
 
-# Largest ||ours - truth|| / ||truth|| over outputs and gradients; the truth is the reference in fp32 (in fp64
-# for fp32).
-ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 FULL = (32, 512)  # rows and tokens a row of a training step
 LENGTHS = (512, 2048, 8192)  # tokens a row, for attention
 SET_BYTES = 20e9  # of all inputs, outputs and gradients that are held for one operation
-OPS = (
-    "add_rms_norm", "swiglu", "attention", "linear_cross_entropy", "mlp", "tied_embedding", "rms_norm",
-    "rope_qkv", "decode_attention", "decode_layer", "decode_head", "rope",
-)  # fmt: skip
 OURS = "triton"
 COMPILED = ("compile", "flex", "flex decode")  # by torch.compile: the second pass
 # at toy size, where the first chunk holds all tokens: measured at full size only
 ALIKE = {f"{OURS} {chunk}" for chunk in CHUNKS[1:]}
 # What is measured first, because a training step spends most on it or there is a choice to make.
 STEP = (
-    "attention",
-    "linear_cross_entropy",
-    "mlp",
-    "swiglu",
-    "add_rms_norm",
-    "adamw",
-    "tied_embedding",
+    "attention", "linear_cross_entropy", "mlp", "swiglu", "add_rms_norm", "adamw", "tied_embedding",
     "rope_qkv",
-)
+)  # fmt: skip
 
 
 def measure(
@@ -85,38 +70,22 @@ def measure(
     whole = case.cost.forward + case.cost.backward
     most = SET_BYTES / len(case.variants) / max(1, whole.bytes)
     sets = 1 if tiny else max(1, min(24, round(4e-4 / case.cost.forward.floor(bandwidth, rate)), int(most)))
-    truth: list[Tensor] | None = None
-    # long attention without a fused fp32 kernel; then the errors stay unknown
-    with contextlib.suppress(torch.OutOfMemoryError):
-        truth = Variant(case, "reference", 1).results(
-            torch.float64 if shapes.dtype == torch.float32 else torch.float32
-        )
+    truth = exact_results(case, shapes.dtype)
     ready: dict[str, Variant] = {}
     errors: dict[str, float | None] = {}
     rows: list[dict[str, Any]] = []
     for name in case.variants if names is None else [name for name in case.variants if name in names]:
         try:
-            variant = Variant(case, name, sets)
-            errors[name] = (
-                None if name in case.unchecked or truth is None else error(variant.results(), truth)
-            )
+            ready[name], _, errors[name] = checked(case, name, sets, truth, shapes.dtype)
         except Exception as failure:  # noqa: BLE001 - a result like any other
             rows.append({"op": case.op, "variant": name, "failed": one_line(failure)})
-            continue
-        if (errors[name] or 0.0) > ERROR_BOUND[shapes.dtype]:
-            rows.append(
-                {"op": case.op, "variant": name, "failed": f"wrong: relative error {errors[name]:.1e}"}
-            )
-            continue
-        ready[name] = variant
     del truth
     for phase in next(iter(ready.values())).phases() if ready else ():
         replays, captured = {}, {}
         for name, variant in ready.items():
+            prepare = variant.phases()[phase]
             try:
-                replays[name], captured[name] = timing.replayable_or_plain(
-                    variant.phases()[phase], shapes.device
-                )
+                replays[name], captured[name] = timing.replayable_or_plain(prepare, shapes.device)
             except Exception as failure:  # noqa: BLE001 - as above
                 rows.append({"op": case.op, "phase": phase, "variant": name, "failed": one_line(failure)})
         samples = timing.alternate(replays, shapes.device, calls=sets, rounds=1 if tiny else 30)
@@ -125,19 +94,17 @@ def measure(
         for name, sample in samples.items():
             call = ready[name].call if phase == "forward" else ready[name].through_autograd
             plain = timing.eager(call, shapes.device, *((0.001, 1) if tiny else (0.02, 5)))
-            rows.append(
-                {
-                    "op": case.op, "phase": phase, "variant": name, "us": round(sample.us, 2),
-                    "spread": round(sample.spread, 3),
-                    "gb_per_s": round(todo.bytes / sample.us / 1e3, 1),
-                    "tflops": round(todo.flops / sample.us / 1e6, 3),
-                    "percent_of_roof": round(100 * todo.floor(bandwidth, rate) * 1e6 / sample.us, 1),
-                    "plain_us" if phase == "forward" else "autograd_us": round(plain.us, 1),
-                    "captured": captured[name], "error": errors[name],
-                }
-            )  # fmt: skip
+            row = {
+                "op": case.op, "phase": phase, "variant": name, "us": round(sample.us, 2),
+                "spread": round(sample.spread, 3), "gb_per_s": round(todo.bytes / sample.us / 1e3, 1),
+                "tflops": round(todo.flops / sample.us / 1e6, 3),
+                "percent_of_roof": round(100 * todo.floor(bandwidth, rate) * 1e6 / sample.us, 1),
+                "plain_us" if phase == "forward" else "autograd_us": round(plain.us, 1),
+                "captured": captured[name], "error": errors[name],
+            }  # fmt: skip
             if phase != "forward":
-                rows[-1]["peak_mb"] = round(peak_memory(call, shapes.device) / 1e6, 3)
+                row["peak_mb"] = round(peak_memory(call, shapes.device) / 1e6, 3)
+            rows.append(row)
     return rows
 
 
@@ -146,12 +113,11 @@ def measure_compiled(
 ) -> list[dict[str, Any]]:
     """The rows of what torch.compile makes, each with what ours took in turns with it."""
     rows = measure(case, shapes, bandwidth, rate, tiny, {OURS, *COMPILED})
-    ours = {row["phase"]: {"triton_us": row["us"]} for row in rows if row["variant"] == OURS and "us" in row}
-    return [
-        row if "failed" in row else {**row, **ours.get(row["phase"], {})}
-        for row in rows
-        if row["variant"] != OURS
-    ]
+    ours = {row["phase"]: row["us"] for row in rows if row["variant"] == OURS and "us" in row}
+    for row in rows:
+        if "us" in row and row["phase"] in ours:
+            row["triton_us"] = ours[row["phase"]]
+    return [row for row in rows if row["variant"] != OURS]
 
 
 def every_case(shapes: Shapes, backend: Backend, compiler: str, tiny: bool) -> list[Case]:
@@ -215,31 +181,25 @@ def layer_launches(shapes: Shapes, backend_name: str) -> dict[str, Any]:
     backend = select_backend(backend_name, shapes.device)
     # the casts of the weights are launches too
     dtype = shapes.dtype if shapes.device.type == "cuda" else torch.float16
+    size = (shapes.batch, shapes.length, shapes.config.hidden_size)
     with torch.device(shapes.device):
         block = SmolLM2Block(shapes.config, backend)
-        block.input_layernorm.weight.data.fill_(1.0)
-        block.post_attention_layernorm.weight.data.fill_(1.0)
-        stream = [
-            torch.randn(shapes.batch, shapes.length, shapes.config.hidden_size).to(dtype) for _ in range(4)
-        ]
-    x, residual = (tensor.requires_grad_() for tensor in stream[:2])
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.weight.data.fill_(1.0)
+        x, residual, *upstream = (torch.randn(size).to(dtype).requires_grad_() for _ in range(4))
     cos, sin = (table[: shapes.length] for table in rotary_tables(shapes.config, shapes.device))
     outputs = block(x, residual, cos, sin)
     wanted = [x, residual, *block.parameters()]
-    found = {
-        "forward": launches.count(lambda: block(x, residual, cos, sin), shapes.device),
-        "backward": launches.count(
-            lambda: torch.autograd.grad(outputs, wanted, stream[2:], retain_graph=True), shapes.device
-        ),
+    calls: dict[str, Callable[[], object]] = {
+        "forward": lambda: block(x, residual, cos, sin),
+        "backward": lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True),
     }
-    return {
-        phase: {
-            "launches": sum(names.values()),
-            "triton": launches.triton_part(names),
-            "names": dict(names.most_common()),
-        }
-        for phase, names in found.items()
-    }
+    found = {}
+    for phase, call in calls.items():
+        names = launches.count(call, shapes.device)
+        ours = launches.triton_part(names)
+        found[phase] = {"launches": names.total(), "triton": ours, "names": dict(names.most_common())}
+    return found
 
 
 def work_table(config: SmolLM2Config) -> dict[str, dict[str, list[int]]]:
@@ -262,24 +222,18 @@ def show_work(table: dict[str, dict[str, list[int]]], unit: str) -> str:
     entries = table[unit]
     total = [sum(column) for column in zip(*entries.values(), strict=True)]
     for name, numbers in [*entries.items(), ("total", total)]:
-        moved, done, moved_back, done_back = (
-            number / scale for number, scale in zip(numbers, (1e6, 1e9, 1e6, 1e9), strict=True)
-        )
-        lines.append(f"  {name:26}{moved:12,.1f}{done:10,.1f}{moved_back:13,.1f}{done_back:10,.1f}")
+        cells = zip(numbers, (12, 10, 13, 10), (1e6, 1e9, 1e6, 1e9), strict=True)
+        lines.append(f"  {name:26}" + "".join(f"{done / unit:{width},.1f}" for done, width, unit in cells))
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("kernels", "Times every operation beside what one would use instead.")
-    arguments.add_argument(
-        "--op", action="append", choices=(*OPS, "adamw"), help="only this operation; may be repeated"
-    )
-    arguments.add_argument(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="default: bf16, and fp32 on a CPU (the interpreter has no bf16 product)",
-    )
-    arguments.add_argument("--model", default="135M", help="preset whose shapes are used")
+    add = arguments.add_argument
+    add("--op", action="append", choices=(*MAKERS, "adamw"), help="only this operation; may be repeated")
+    default = "default: bf16, and fp32 on a CPU (the interpreter has no bf16 product)"
+    add("--dtype", choices=tuple(DTYPES), help=default)
+    add("--model", default="135M", help="preset whose shapes are used")
     options = arguments.parse_args(argv)
     part = Part("kernels", options)
     if part.device.type == "cpu" and options.dtype == "bf16":
@@ -289,47 +243,35 @@ def main(argv: Sequence[str]) -> int:
     shapes = Shapes(part.model(options.model), *((1, 8) if part.tiny else FULL), DTYPES[dtype], part.device)
     torch._functorch.config.donated_buffer = False  # a compiled backward pass may otherwise run only once
 
-    bandwidths, rate = (
-        roof.bandwidths(part.device, part.tiny),
-        roof.matmul_rate(shapes.dtype, part.device, part.tiny),
-    )
-    bandwidth = max(bandwidths.values())
-    speeds = {
-        f"{name}_gb_per_s": digits(speed / 1e9)
-        for name, speed in (*bandwidths.items(), ("memory", bandwidth))
-    }
+    bandwidths = roof.bandwidths(part.device, part.tiny)
+    rate = roof.matmul_rate(shapes.dtype, part.device, part.tiny)
+    bandwidths["memory"] = bandwidth = max(bandwidths.values())
+    speeds = {f"{name}_gb_per_s": digits(speed / 1e9) for name, speed in bandwidths.items()}
     part.save(
         model=options.model, dtype=dtype, batch=shapes.batch, length=shapes.length,
         roof={**speeds, "matmul_tflops": digits(rate / 1e12)}, rows=[],
     )  # fmt: skip
-    print(
-        f"{shapes.batch} x {shapes.length} tokens, {dtype}; roof {bandwidth / 1e9:,.0f} GB/s, "
-        f"{rate / 1e12:,.1f} TFLOP/s"
-    )
+    reached = f"roof {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.1f} TFLOP/s"
+    print(f"{shapes.batch} x {shapes.length} tokens, {dtype}; {reached}")
     print(HEADER, flush=True)
 
     part.save(work=work_table(full))
     backend = select_backend("triton", part.device)
-    chosen = [
-        case
-        for case in every_case(shapes, backend, "aot_eager" if part.tiny else "inductor", part.tiny)
-        if not options.op or case.op.partition(" ")[0] in options.op
-    ]
+    made = every_case(shapes, backend, "aot_eager" if part.tiny else "inductor", part.tiny)
+    chosen = [case for case in made if not options.op or case.op.partition(" ")[0] in options.op]
+    compiled = [case for case in chosen if case.variants.keys() & {*COMPILED}]
+    measured_later = {*COMPILED, *(ALIKE if part.tiny else ())}
     left_out = []
-    for number, case in [(1, case) for case in chosen] + [
-        (2, case) for case in chosen if case.variants.keys() & {*COMPILED}
-    ]:
+    for number, case in [*((1, case) for case in chosen), *((2, case) for case in compiled)]:
         if part.left() < 0:
             left_out.append(case.op if number == 1 else f"{case.op}, compiled")
             continue
+        given = (case, shapes, bandwidth, rate, part.tiny)
         try:
             if number == 1:
-                left_to_others = {*COMPILED, *(ALIKE if part.tiny else ())}
-                rows = measure(
-                    case, shapes, bandwidth, rate, part.tiny, case.variants.keys() - left_to_others
-                )
+                rows = measure(*given, case.variants.keys() - measured_later)
             else:
-                rows = measure_compiled(case, shapes, bandwidth, rate, part.tiny)
+                rows = measure_compiled(*given)
         except Exception as failure:  # noqa: BLE001 - a result like any other
             rows = [{"op": case.op, "variant": "reference", "failed": one_line(failure)}]
         print(show(rows), flush=True)
@@ -352,7 +294,7 @@ def main(argv: Sequence[str]) -> int:
     part.save(launches=counted_launches)
     for name, phases in counted_launches.items():
         counted = ", ".join(
-            f"{phase} {entry['launches']} ({entry['triton']} of ours)" for phase, entry in phases.items()
+            f"{phase} {one['launches']} ({one['triton']} of ours)" for phase, one in phases.items()
         )
         print(f"launches per layer, {name}: {counted}")
     print(f"{options.model} at {FULL[0]} x {FULL[1]} tokens, 16-bit activations, from the shapes alone:")

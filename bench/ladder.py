@@ -25,16 +25,14 @@ itself, only with --compile there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
-import os
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -42,56 +40,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import launches
+from bench import launches, timing
 from bench.ladder_rungs import RUNGS, Setup, build_model, setups
 from bench.peak_memory import peak_memory
 from bench.record import Part, one_line, parser
 from bench.roof import DTYPES
-from bench.step import CapturedStep, TrainingStep
-from bench.timing import synchronize
+from bench.step import COMPARED_STEPS, CapturedStep, TrainingStep, loss_distances, rates
 from kernels import TORCH, select_backend
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
-COMPARED_STEPS = 3
 # Nats over the first steps, from those of the first row. Adam's first updates have the sign of a gradient,
 # however small.
 LOSS_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1}
 BLOCK_SECONDS = 0.2  # a timed block holds as many steps as fit
-# batch, length
-ROWS = {
-    ("tiny", "cpu"): (8, 128),
-    ("135M", "cpu"): (2, 256),
-    ("tiny", "cuda"): (32, 512),
-    ("135M", "cuda"): (32, 512),
-}
 ROUNDS, SLOW_ROUNDS = 7, 3  # timed blocks of each rung; the second where a step takes seconds
 COMPILE_SECONDS = 60.0  # the compiled rung of a real model needs about that: with less left it does not begin
-
-
-class PhasedStep(TrainingStep):
-    """A TrainingStep whose phases can be called one by one."""
-
-    def __init__(
-        self, model: SmolLM2ForCausalLM, forward: Callable[..., Any], fused: bool, own: bool
-    ) -> None:
-        super().__init__(model, forward, own=own)
-        if not fused:
-            # One parameter after the other; the learning rate as a number, which that form would otherwise
-            # read back from the device.
-            groups = [
-                {"params": group["params"], "weight_decay": group["weight_decay"]}
-                for group in self.optimizer.param_groups
-            ]
-            self.optimizer = torch.optim.AdamW(
-                groups, lr=float(self.lr), betas=(0.9, 0.95), foreach=False, fused=False
-            )
-
-    def forward(self, ids: Tensor) -> Tensor:
-        loss: Tensor = self._forward(ids, ids, None).loss
-        return loss
 
 
 class Shared:
@@ -110,7 +76,7 @@ class Shared:
         model.load_state_dict(self._model.state_dict(keep_vars=True), assign=True)
 
     @torch.no_grad()
-    def begin(self, step: PhasedStep) -> None:
+    def begin(self, step: TrainingStep) -> None:
         """The first weights again, and an optimizer that has seen no step."""
         for parameter, first in zip(self._model.parameters(), self._first, strict=True):
             parameter.copy_(first)
@@ -118,144 +84,90 @@ class Shared:
         step.optimizer.state = self._state
 
 
-def build(
-    setup: Setup,
-    config: SmolLM2Config,
-    dtype: torch.dtype,
-    device: torch.device,
-    compiler: str,
-    shared: Shared | None = None,
-) -> PhasedStep:
-    """The step of a rung, from weights of its own, or from shared ones. compiler: that of torch.compile."""
-    model = build_model(setup, config, dtype, device if shared is None else torch.device("meta"))
-    if shared is not None:
-        shared.lend(model)
-    forward = torch.compile(model, backend=compiler, dynamic=False) if setup.compiled else model
-    step = PhasedStep(model, forward, setup.fused_optimizer, setup.own_optimizer)
-    if shared is not None:
-        shared.begin(step)
+@dataclass(frozen=True)
+class Size:
+    """What all rungs have in common. compiler: the backend of torch.compile. shared: on a CPU."""
+
+    config: SmolLM2Config
+    dtype: torch.dtype  # of the activations
+    ids: Tensor  # [B, T]
+    compiler: str
+    shared: Shared | None = None
+
+
+def build(setup: Setup, size: Size) -> TrainingStep:
+    """The step of a rung, from weights of its own, or from shared ones."""
+    device = size.ids.device if size.shared is None else torch.device("meta")
+    model = build_model(setup, size.config, size.dtype, device)
+    if size.shared is not None:
+        size.shared.lend(model)
+    forward = torch.compile(model, backend=size.compiler, dynamic=False) if setup.compiled else model
+    step = TrainingStep(model, forward, setup.own_optimizer, setup.fused_optimizer)
+    if size.shared is not None:
+        size.shared.begin(step)
     return step
-
-
-def count_launches(step: PhasedStep, ids: Tensor) -> dict[str, int]:
-    """Phase -> launches of an uncaptured step."""
-    kept: list[Tensor] = []
-    step.begin()
-    phases = {
-        "forward": lambda: kept.append(step.forward(ids)),
-        "backward": lambda: kept[0].backward(),
-        "update": step.update,
-    }
-    return {name: sum(launches.count(phase, ids.device).values()) for name, phase in phases.items()}
-
-
-def time_phases(step: PhasedStep, ids: Tensor) -> dict[str, float]:
-    """Phase -> seconds of an uncaptured step, each with a wait at its end."""
-    kept: list[Tensor] = []
-    step.begin()
-    found = {}
-    phases = {
-        "forward": lambda: kept.append(step.forward(ids)),
-        "backward": lambda: kept[0].backward(),
-        "update": step.update,
-    }
-    for name, phase in phases.items():
-        synchronize(ids.device)
-        began = time.perf_counter()
-        phase()
-        synchronize(ids.device)
-        found[name] = time.perf_counter() - began
-    return found
 
 
 @dataclass
 class Running:
     """A rung that works: its step, and what it has been found to do."""
 
-    step: PhasedStep
+    step: TrainingStep
     call: Callable[[Tensor], Tensor]
     found: dict[str, Any]
-    # a step takes longer than a block, and is timed phase by phase only: the waits between them are nothing
-    # to it
+    # A step takes longer than a block, and is timed phase by phase only: the waits between them are nothing
+    # to it.
     slow: bool
-    blocks: list[float] = dataclasses.field(default_factory=list)
-    phases: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    count: int = 1  # steps of the next block
+    phases: list[dict[str, float]] = field(default_factory=list)
+
+    def time(self, ids: Tensor) -> float:
+        """Seconds of a step, from as many as fit into a block, and the phases of one."""
+        device, seconds = ids.device, 0.0
+        if not self.slow:
+            seconds = timing.seconds(lambda: self.call(ids), device, self.count)
+            if self.count == 1:
+                self.count = max(1, int(BLOCK_SECONDS / seconds))
+        if self.call is self.step:
+            phases = self.step.phases(ids)
+            self.phases.append({name: timing.seconds(phase, device) for name, phase in phases.items()})
+        return seconds or sum(self.phases[-1].values())
 
 
-def start(
-    setup: Setup,
-    config: SmolLM2Config,
-    dtype: torch.dtype,
-    ids: Tensor,
-    compiler: str,
-    shared: Shared | None = None,
-) -> Running:
+def start(setup: Setup, size: Size) -> Running:
     """Builds a rung and takes its first steps."""
-    began = time.perf_counter()
-    step = build(setup, config, dtype, ids.device, compiler, shared)
+    began, ids = time.perf_counter(), size.ids
+    step = build(setup, size)
     call: Callable[[Tensor], Tensor] = step
     losses: list[Tensor] = []
     if setup.captured:
         call = captured = CapturedStep(step, ids)
         losses += captured.first_losses
-    for _ in range(COMPARED_STEPS - len(losses)):
-        synchronize(ids.device)
-        last = time.perf_counter()
-        losses.append(call(ids))
+    while len(losses) < COMPARED_STEPS:
+        last = timing.seconds(lambda: losses.append(call(ids)), ids.device)
     found: dict[str, Any] = {"backend": setup.backend.name, "losses": [float(loss) for loss in losses]}
-    ended = time.perf_counter()
-    found["first_steps_seconds"] = round(ended - began, 2)
-    return Running(
-        step,
-        call,
-        found,
-        slow=not setup.captured and not setup.compiled and ended - last > 10 * BLOCK_SECONDS,
-    )
+    found["first_steps_seconds"] = round(time.perf_counter() - began, 2)
+    return Running(step, call, found, not (setup.captured or setup.compiled) and last > 10 * BLOCK_SECONDS)
 
 
 def measure(running: dict[str, Running], ids: Tensor, rounds: int, left: Callable[[], float]) -> None:
-    """Blocks of whole steps, and one step phase by phase, of each rung in turns; adds what that gives to
-    `found`.
-    """
-    for turn in range(rounds):
-        if turn and left() < 0:
-            break
-        for rung in running.values():
-            if "failed" not in rung.found:
-                with failure_noted(rung.found, "failed"):
-                    time_block(rung, ids)
-    for rung in running.values():
-        if "failed" in rung.found:
+    """Times the rungs in turns; adds what that gives to `found`."""
+    blocks, failed = timing.in_turns(running, rounds, lambda rung: rung.time(ids), left)
+    for name, rung in running.items():
+        if name in failed:
+            rung.found["failed"] = failed[name]
             continue
-        seconds = statistics.median(rung.blocks)
-        rung.found |= {
-            "step_ms": round(1e3 * seconds, 3),
-            "tokens_per_second": round(ids.numel() / seconds, 1),
-            "rounds": len(rung.blocks),
-        }
-        rung.found["spread"] = round((max(rung.blocks) - min(rung.blocks)) / seconds, 3)
+        rung.found |= {**rates(blocks[name], ids.numel()), "rounds": len(blocks[name])}
         if rung.phases:
             rung.found["phases_ms"] = {
-                name: round(1e3 * statistics.median(one[name] for one in rung.phases), 3)
-                for name in rung.phases[0]
+                phase: round(1e3 * statistics.median(one[phase] for one in rung.phases), 3)
+                for phase in rung.phases[0]
             }
 
 
-def time_block(rung: Running, ids: Tensor) -> None:
-    """As many steps as fit into a block, and the phases of one."""
-    if rung.slow:
-        rung.phases.append(time_phases(rung.step, ids))
-        rung.blocks.append(sum(rung.phases[-1].values()))
-        return
-    count = 1 if not rung.blocks else max(1, int(BLOCK_SECONDS / rung.blocks[0]))
-    synchronize(ids.device)
-    began = time.perf_counter()
-    for _ in range(count):
-        rung.call(ids)
-    synchronize(ids.device)
-    rung.blocks.append((time.perf_counter() - began) / count)
-    if rung.call is rung.step:
-        rung.phases.append(time_phases(rung.step, ids))
+def count_launches(step: TrainingStep, ids: Tensor) -> dict[str, int]:
+    """Phase -> launches of an uncaptured step."""
+    return {name: launches.count(phase, ids.device).total() for name, phase in step.phases(ids).items()}
 
 
 def examine(running: dict[str, Running], compiled: Sequence[str], ids: Tensor) -> None:
@@ -288,19 +200,11 @@ def free(device: torch.device) -> None:
     """Gives back the memory of rungs that nobody holds any more, and leaves the stream of a capture that
     failed.
     """
-    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         with suppress(RuntimeError):  # the GPU may be lost, as the rows will say
             torch.cuda.set_stream(torch.cuda.default_stream())
             torch.cuda.empty_cache()
-
-
-def distances(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Rung -> largest distance of its first losses from those of the lowest rung that ran."""
-    rows = {name: row["losses"] for name, row in found.items() if "losses" in row}
-    base: list[float] = next(iter(rows.values()), [])
-    return {name: max(abs(a - b) for a, b in zip(losses, base, strict=True)) for name, losses in rows.items()}
 
 
 HEADER = (
@@ -315,120 +219,103 @@ def show(name: str, row: dict[str, Any], base: float) -> str:
         return f"{name:22}{row['failed']}"
     phases, counted = row.get("phases_ms", {}), row.get("launches", {})
     cells = "".join(
-        f"{phases[phase]:{width}.2f}" if phases else f"{'':{width}}"
+        f"{phases[phase]:{width}.2f}" if phases else " " * width
         for phase, width in (("forward", 10), ("backward", 10), ("update", 9))
     )
     memory = f"{row['peak_mb']:10,.1f}" if "peak_mb" in row else f"{'':10}"
     times = " + ".join(str(count) for count in counted.values())
     return (
-        f"{name:22}{row['step_ms']:10.2f}"
-        f"{row['tokens_per_second']:12,.0f}{base / row['step_ms']:7.2f}{cells}{memory}  {times}"
+        f"{name:22}{row['step_ms']:10.2f}{row['tokens_per_second']:12,.0f}{base / row['step_ms']:7.2f}"
+        f"{cells}{memory}  {times}"
     )
 
 
-def main(argv: Sequence[str]) -> int:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser("ladder", "What each optimisation of a training step is worth, one change a row.")
-    arguments.add_argument(
-        "--size", choices=("tiny", "135M"), help="model (default: 135M on a GPU, tiny on a CPU)"
-    )
-    arguments.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="of the activations (default: bf16 on a GPU, fp32 on a CPU)"
-    )
-    arguments.add_argument(
-        "--backend",
-        default="auto",
-        help="where the fused operations come from, as for every command (default auto)",
-    )
-    arguments.add_argument(
-        "--rung",
-        action="append",
-        choices=[rung.name for rung in RUNGS],
-        help="only this one; may be repeated",
-    )
-    arguments.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="the compiled rung too (default: yes, but for 135M on a CPU)",
-    )
-    arguments.add_argument(
-        "--rounds",
-        type=int,
-        metavar="N",
-        help=f"timed blocks of each rung (default {ROUNDS}; for 135M on a CPU {SLOW_ROUNDS})",
-    )
-    arguments.add_argument(
-        "--alone", action="store_true", help="on a CPU too, each rung by itself, freed before the next"
-    )
+    add = arguments.add_argument
+    add("--size", choices=("tiny", "135M"), help="model (default: 135M on a GPU, tiny on a CPU)")
+    activations = "of the activations (default: bf16 on a GPU, fp32 on a CPU)"
+    add("--dtype", choices=("fp32", "bf16"), help=activations)
+    where = "where the fused operations come from, as for every command (default auto)"
+    add("--backend", default="auto", help=where)
+    add("--rung", action="append", choices=list(RUNGS), help="only this one; may be repeated")
+    too = "the compiled rung too (default: yes, but for 135M on a CPU)"
+    add("--compile", action=argparse.BooleanOptionalAction, help=too)
+    blocks = f"timed blocks of each rung (default {ROUNDS}; for 135M on a CPU {SLOW_ROUNDS})"
+    add("--rounds", type=int, metavar="N", help=blocks)
+    alone = "on a CPU too, each rung by itself, freed before the next"
+    add("--alone", action="store_true", help=alone)
     options = arguments.parse_args(argv)
     if options.rounds is not None and options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself otherwise
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
     part = Part("ladder", options, cpu=True)
     cuda = part.device.type == "cuda"
     size = "tiny" if part.tiny else options.size or ("135M" if cuda else "tiny")
-    config = part.model(size)
-    batch, length = (1, 8) if part.tiny else ROWS[size, part.device.type]
+    config, large = part.model(size), size == "135M" and not cuda
+    batch, length = (1, 8) if part.tiny else (32, 512) if cuda else (2, 256) if large else (8, 128)
     dtype = DTYPES[options.dtype or ("bf16" if cuda else "fp32")]
-    best = select_backend(
-        "torch" if part.tiny and options.backend == "auto" else options.backend, part.device
-    )
-    ids = part.ids(config, batch, length)
     short = str(dtype).removeprefix("torch.")
-    large = size == "135M" and not cuda
+    here = "torch" if part.tiny and options.backend == "auto" else options.backend
+    best = select_backend(here, part.device)
+    ids = part.ids(config, batch, length)
     rounds = 1 if part.tiny else options.rounds or (SLOW_ROUNDS if large else ROUNDS)
     compiled = not large if options.compile is None else options.compile
-    alone, shared = cuda or options.alone, None if cuda else Shared(config)
+    alone, compiler = cuda or options.alone, "aot_eager" if part.tiny else "inductor"
+    common = Size(config, dtype, ids, compiler, None if cuda else Shared(config))
     part.save(
-        model=size,
-        batch=batch,
-        length=length,
-        dtype=short,
-        backend=best.name,
+        model=size, batch=batch, length=length, dtype=short, backend=best.name,
         threads=torch.get_num_threads(),
-    )
-    print(
-        f"{size} model, {batch} x {length} tokens, {short}, fused operations from {best.name}, {part.device}",
-        flush=True,
-    )
-
+    )  # fmt: skip
+    tokens = f"{batch} x {length} tokens"
+    print(f"{size} model, {tokens}, {short}, fused operations from {best.name}, {part.device}", flush=True)
     print(HEADER, flush=True)
+
+    def obstacle(name: str, setup: Setup) -> str | None:
+        if name == "graph capture" and not cuda:
+            return "needs a GPU"
+        if name == "optimizer + copies" and not setup.own_optimizer:
+            return "needs Triton kernels"
+        if setup.compiled and not compiled:
+            return "left out: compiles for minutes; add --compile"
+        enough = part.left() >= (COMPILE_SECONDS if setup.compiled and not part.tiny else 0)
+        return None if enough else "no time was left"
+
     rows: dict[str, dict[str, Any]] = {}
-    chosen = {
-        name: setup for name, setup in setups(best, cuda).items() if not options.rung or name in options.rung
-    }
+    every = setups(best, cuda)
+    chosen = {name: setup for name, setup in every.items() if not options.rung or name in options.rung}
     for names in [[name] for name in chosen] if alone else [list(chosen)]:  # what is in memory at one time
         running: dict[str, Running] = {}
         for name in names:
-            setup, row = chosen[name], rows.setdefault(name, {})
-            if name == "graph capture" and not cuda:
-                row["failed"] = "needs a GPU"
-            elif name == "optimizer + copies" and not setup.own_optimizer:
-                row["failed"] = "needs Triton kernels"
-            elif setup.compiled and not compiled:
-                row["failed"] = "left out: compiles for minutes; add --compile"
-            elif part.left() < (COMPILE_SECONDS if setup.compiled and not part.tiny else 0):
-                row["failed"] = "no time was left"
+            if why := obstacle(name, chosen[name]):
+                rows[name] = {"failed": why}
             else:
+                row = rows.setdefault(name, {})
                 with failure_noted(row, "failed"):
-                    running[name] = start(
-                        setup, config, dtype, ids, "aot_eager" if part.tiny else "inductor", shared
-                    )
+                    running[name] = start(chosen[name], common)
                     rows[name] = running[name].found
-            gc.collect()
+                if "failed" in row:
+                    gc.collect()
             part.save(rungs=rows)
         measure(running, ids, rounds, part.left)
         part.save(rungs=rows)
         examine(running, [name for name, setup in chosen.items() if setup.compiled], ids)
         running.clear()
-        apart = distances(rows)
+        apart = loss_distances(rows)
         part.save(rungs=rows, loss_distance=apart)
         base = next((row["step_ms"] for row in rows.values() if "step_ms" in row), 0.0)
         for name in names:
             print(show(name, rows[name], base), flush=True)
+        if any(chosen[name].compiled for name in names):
+            torch.compiler.reset()
         if alone:
             free(part.device)
-    far = {name: distance for name, distance in apart.items() if not distance <= LOSS_TOLERANCE[dtype]}
     print(f"first losses are within {max(apart.values(), default=0.0):.1e} nats of the first row's")
+    far = {name: distance for name, distance in apart.items() if not distance <= LOSS_TOLERANCE[dtype]}
     for name, distance in far.items():
         print(f"{name}: first losses are {distance:.1e} nats from the first row's: TOO FAR")
     part.finish()

@@ -1,5 +1,5 @@
-"""The rungs of `python -m bench.ladder`: what is on at each, and the bottom of the ladder, which no backend
-has.
+"""The rungs of `python -m bench.ladder`: what is on at each. The bottom has the norms and SwiGLU of
+kernels/reference.py, and rope, attention and loss as transformers computes them without fused kernels.
 """
 
 from __future__ import annotations
@@ -12,53 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.step import all_logits
-from kernels import TORCH, Backend, with_ops
+from bench.step import all_logits, training_model
+from kernels import TORCH, Backend, reference, with_ops
 from kernels.eager.linear import mlp
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
 
-
-@dataclass(frozen=True)
-class Rung:
-    """One change. ops: the operations that come from the best backend from here on."""
-
-    name: str
-    ops: tuple[str, ...] = ()
-
-
-RUNGS = (
-    Rung("plain eager"),
-    Rung("packed projections"),
-    Rung("fused add+norm", ("rms_norm", "add_rms_norm")),
-    Rung("fused rope", ("rope", "rope_qkv")),
-    Rung("fused attention", ("attention",)),
-    Rung("fused SwiGLU", ("swiglu", "mlp")),
-    Rung("fused loss", ("tied_embedding", "linear_cross_entropy")),
-    Rung("fused optimizer"),
-    Rung("optimizer + copies"),
-    Rung("graph capture"),
-    Rung("compile of the rest"),
-)
-
-
-# the bottom of the ladder: what no backend has
-
-
-def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As transformers writes it: one operation of torch after the other."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
-
-
-def plain_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return plain_rms_norm(total, weight, eps), total
+# What changes at each, and the operations that come from the best backend from there on.
+RUNGS: dict[str, tuple[str, ...]] = {
+    "plain eager": (),
+    "packed projections": (),
+    "fused add+norm": ("rms_norm", "add_rms_norm"),
+    "fused rope": ("rope", "rope_qkv"),
+    "fused attention": ("attention",),
+    "fused SwiGLU": ("swiglu", "mlp"),
+    "fused loss": ("tied_embedding", "linear_cross_entropy"),
+    "fused optimizer": (),
+    "optimizer + copies": (),
+    "graph capture": (),
+    "compile of the rest": (),
+}
 
 
 def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """x * cos + rotate_half(x) * sin, with tables as wide as a head."""
+    """x * cos + rotate_half(x) * sin, with tables as wide as a head: as transformers writes it."""
     cos, sin = (torch.cat((table, table), -1).unsqueeze(-2) for table in (cos, sin))
 
     def rotate(x: Tensor) -> Tensor:
@@ -99,16 +76,10 @@ def plain_attention(
     return (F.dropout(wide.softmax(-1).to(q.dtype), dropout_p) @ v).transpose(1, 2)
 
 
-def plain_swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    if up is None:
-        gate, up = gate.chunk(2, -1)
-    return F.silu(gate) * up
-
-
 PLAIN = dataclasses.replace(
-    TORCH, name="plain", rms_norm=plain_rms_norm, add_rms_norm=plain_add_rms_norm, rope=plain_rope,
-    rope_qkv=plain_rope_qkv, attention=plain_attention, swiglu=plain_swiglu,
-    mlp=partial(mlp, swiglu=plain_swiglu), linear_cross_entropy=all_logits,
+    TORCH, name="plain", rms_norm=reference.rms_norm, add_rms_norm=reference.add_rms_norm,
+    rope=plain_rope, rope_qkv=plain_rope_qkv, attention=plain_attention, swiglu=reference.swiglu,
+    mlp=partial(mlp, swiglu=reference.swiglu), linear_cross_entropy=all_logits,
 )  # fmt: skip
 
 
@@ -158,15 +129,15 @@ class Setup:
 
 def setups(best: Backend, cuda: bool) -> dict[str, Setup]:
     """Rung -> what is on there: its own change and all those before it. A capture needs a GPU."""
-    found, ops = {}, dict[str, Backend]()
-    names = [rung.name for rung in RUNGS]
-    for index, rung in enumerate(RUNGS):
-        ops |= {op: best for op in rung.ops}
-        on = set(names[: index + 1])
-        found[rung.name] = Setup(
+    found: dict[str, Setup] = {}
+    ops: dict[str, Backend] = {}
+    for name, changed in RUNGS.items():
+        ops |= dict.fromkeys(changed, best)
+        on = {*found, name}
+        compiled, own = "compile of the rest" in on, "optimizer + copies" in on
+        found[name] = Setup(
             with_ops(PLAIN, **ops) if ops else PLAIN, "packed projections" in on, "fused optimizer" in on,
-            best.name.startswith("triton") and "optimizer + copies" in on and "compile of the rest" not in on,
-            cuda and "graph capture" in on, "compile of the rest" in on,
+            own and best.name.startswith("triton") and not compiled, cuda and "graph capture" in on, compiled,
         )  # fmt: skip
     return found
 
@@ -175,11 +146,8 @@ def build_model(
     setup: Setup, config: SmolLM2Config, dtype: torch.dtype, device: torch.device
 ) -> SmolLM2ForCausalLM:
     """The model of a rung, with the weights that seed 0 gives on this device."""
-    torch.manual_seed(0)
+    model = training_model(config, setup.backend, device, dtype)
     with torch.device(device):
-        model = SmolLM2ForCausalLM(
-            config, setup.backend, compute_dtype=None if dtype == torch.float32 else dtype
-        )
         for block in model.model.layers if not setup.packed else ():
             for name, kind in (("self_attn", SeparateAttention), ("mlp", SeparateMLP)):
                 separate = kind(config, setup.backend)

@@ -27,7 +27,12 @@ def count(call: Callable[[], object], device: torch.device) -> Counter[str]:
     """Name -> launches during one call, which should not be the first of its kind. Triton kernels carry their
     own names.
     """
-    return Counter(name for name, _, _ in trace(call)) if device.type == "cuda" else _count_here(call)
+    if device.type == "cuda":
+        return Counter(name for name, _, _ in trace(call))
+    found: Counter[str] = Counter()
+    with _triton_launches(found), _Operations(found):
+        call()
+    return found
 
 
 def trace(call: Callable[[], object]) -> list[tuple[str, float, float]]:
@@ -40,30 +45,34 @@ def trace(call: Callable[[], object]) -> list[tuple[str, float, float]]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    on_gpu = [
-        event for event in profiler.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
+    cuda = torch.autograd.DeviceType.CUDA
     # the optimizer marks its step as a span on the GPU too
-    events = [event for event in on_gpu if not event.is_user_annotation]
+    events = [
+        one for one in profiler.events() or [] if one.device_type == cuda and not one.is_user_annotation
+    ]
     spans = sorted((event.time_range.start, event.time_range.elapsed_us(), event.name) for event in events)
     return [(name, begin - spans[0][0], duration) for begin, duration, name in spans]
+
+
+def kernel_of(func: Any) -> str | None:
+    """The name of an operation of torch that computes; None of one that launches nothing."""
+    if isinstance(func, HigherOrderOperator):
+        return str(func.name())  # FlexAttention is one: a kernel, where it is compiled
+    space, _, name = func._schema.name.partition("::")
+    return name if space == "aten" and not func.is_view and name not in NO_KERNEL else None
 
 
 class _Operations(TorchDispatchMode):
     """Counts operations that compute."""
 
-    supports_higher_order_operators = True  # FlexAttention is one: a kernel, where it is compiled
+    supports_higher_order_operators = True
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
         self._found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if isinstance(func, HigherOrderOperator):
-            self._found[func.name()] += 1
-            return func(*args, **(kwargs or {}))
-        space, _, name = func._schema.name.partition("::")
-        if space == "aten" and not func.is_view and name not in NO_KERNEL:
+        if name := kernel_of(func):
             self._found[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -87,13 +96,6 @@ def _triton_launches(found: Counter[str]) -> Iterator[None]:
         yield
     finally:
         InterpretedFunction.run = original
-
-
-def _count_here(call: Callable[[], object]) -> Counter[str]:
-    found: Counter[str] = Counter()
-    with _triton_launches(found), _Operations(found):
-        call()
-    return found
 
 
 def triton_part(found: Counter[str]) -> int:

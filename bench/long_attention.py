@@ -80,9 +80,8 @@ def document_attention(shapes: Shapes, backend: Backend, compiler: str, length: 
         from torch.nn.attention.varlen import varlen_attn
 
         # torch 2.11 takes fewer key heads than query heads without being told.
-        grouped: Any = (
-            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        )
+        known = inspect.signature(varlen_attn).parameters
+        grouped: Any = {"enable_gqa": True} if "enable_gqa" in known else {}
         flat, keys, values = (x.flatten(0, 1) for x in (q, k, v))
         out = varlen_attn(
             flat, keys, values, borders, borders, longest, longest, window_size=(-1, 0), **grouped

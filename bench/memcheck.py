@@ -32,10 +32,10 @@ from kernels import TORCH, Backend, LayerWeights, select_backend
 from smollm2.cli import run_command
 from smollm2.working_copies import WorkingCopies
 
-TOKENS, HEADS, KEY_HEADS, HEAD_DIM, WIDTH = 65, 9, 3, 64, 577
+TOKENS, HEADS, KEY_HEADS, HEAD_DIM, WIDTH, EPS = 65, 9, 3, 64, 577, 1e-5
 ERRORS_FOUND = 99
 GROUP, PROCESSES = 3, 4  # operations of a process, processes at a time
-# What racecheck, which is slow, looks at: all that a program's threads share.
+# What racecheck, which is slow, is run on: the operations whose threads share memory.
 RACES = ("attention", "rms_norm", "linear_cross_entropy", "mlp")
 ONE_OF = "in one of:"
 OUT_OF_TIME = {"result": "no result: out of time"}
@@ -47,52 +47,47 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
 
     def draw(*size: int) -> Tensor:
         """Drawn on the CPU: the tool slows the kernels of torch too."""
-        return torch.randn(size).to(dtype).to(device).requires_grad_()
+        return torch.randn(size).to(dtype).to(device)
 
-    def both(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:
-        outputs = function(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        upstream = [torch.randn(output.shape).to(output.dtype).to(device) for output in outputs]
-        torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], upstream)
+    def forward(function: Callable[..., object], *sizes: tuple[int, ...]) -> Callable[[], object]:
+        return lambda: function(*(draw(*size) for size in sizes))
 
-    def decode_layer() -> Tensor:
+    def both(
+        function: Callable[..., Tensor | tuple[Tensor, ...]], *sizes: tuple[int, ...]
+    ) -> Callable[[], object]:
+        def call() -> object:
+            inputs = [draw(*size).requires_grad_() for size in sizes]
+            outputs = function(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            upstream = [torch.randn(output.shape).to(output.dtype).to(device) for output in outputs]
+            return torch.autograd.grad(outputs, inputs, upstream)
+
+        return call
+
+    def decode_layer(x: Tensor, key_cache: Tensor, value_cache: Tensor, *weights: Tensor) -> Tensor:
         """Two new tokens for each of three rows: the first of its row, some in between, and those that fill
         the cache to its end.
         """
-        width, ffn, attended = 97, 131, HEADS * HEAD_DIM
-        sizes = (
-            (width,),
-            (attended + 2 * KEY_HEADS * HEAD_DIM, width),
-            (width, attended),
-            (width,),
-            (2 * ffn, width),
-            (width, ffn),
-        )
         lengths = torch.tensor([2, 33, TOKENS])
-        x, key_cache, value_cache = (
-            draw(3, *size).detach() for size in ((2, width), *[(TOKENS, KEY_HEADS, HEAD_DIM)] * 2)
-        )
-        tables = [angles[lengths[:, None] - 2 + torch.arange(2)].to(device)] * 2
-        weights = LayerWeights(*(draw(*size).detach() for size in sizes))
-        return backend.decode_layer(
-            x, weights, key_cache, value_cache, lengths.to(device), *tables, eps=1e-5, ops=backend
-        )
+        cos = angles[lengths[:, None] - 2 + torch.arange(2)].to(device)
+        caches = key_cache, value_cache, lengths.to(device)
+        return backend.decode_layer(x, LayerWeights(*weights), *caches, cos, cos, eps=EPS, ops=backend)
 
-    def mlp(width: int, ffn: int) -> None:
+    def mlp(*inputs: Tensor) -> Tensor:
         """The form with SwiGLU in its products, wherever the other is the default, which is products and
         swiglu.
         """
         op = backend.mlp
         if backend.name == "triton":
             from kernels.mlp import mlp as op
-        both(op, draw(TOKENS, width), draw(2 * ffn, width), draw(width, ffn))
+        return op(*inputs)
 
     def adamw() -> None:
         """Parameters of several chunks, of a part of one, and at an odd address; two of them have no copy."""
         from kernels.fused_adamw import FusedAdamW
 
-        matrices = [torch.nn.Parameter(draw(*size).detach().float()) for size in ((TOKENS, WIDTH), (3, 5))]
-        vectors = [torch.nn.Parameter(draw(size).detach().float()[1:]) for size in (WIDTH, 2)]
+        matrices = [torch.nn.Parameter(draw(*size).float()) for size in ((TOKENS, WIDTH), (3, 5))]
+        vectors = [torch.nn.Parameter(draw(size).float()[1:]) for size in (WIDTH, 2)]
         for parameter in (*matrices, *vectors):
             parameter.grad = torch.ones_like(parameter)
         copies = WorkingCopies(torch.nn.ParameterList(matrices), torch.bfloat16)
@@ -107,49 +102,42 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
     targets = torch.arange(TOKENS).to(device)
     count = torch.arange(5 * TOKENS)
     ids = (count // 7 * (count % 2)).to(device)  # half of them one, for which several programs add up
-    heads = (TOKENS, HEADS, HEAD_DIM), (TOKENS, KEY_HEADS, HEAD_DIM), (TOKENS, KEY_HEADS, HEAD_DIM)
-    cache = 2, 2 * TOKENS, KEY_HEADS, HEAD_DIM
+    rows, heads = (TOKENS, WIDTH), [(1, TOKENS, many, HEAD_DIM) for many in (HEADS, KEY_HEADS, KEY_HEADS)]
+    cache, full_cache = (TOKENS, KEY_HEADS, HEAD_DIM), (2, 2 * TOKENS, KEY_HEADS, HEAD_DIM)
+    width, ffn, attended = 97, 131, HEADS * HEAD_DIM
+    qkv, gate_up = (attended + 2 * KEY_HEADS * HEAD_DIM, width), (2 * ffn, width)
+    layer = [(width,), qkv, (width, attended), (width,), gate_up, (width, ffn)]
     return {
-        "rms_norm": lambda: both(lambda x, w: backend.rms_norm(x, w, 1e-5), draw(TOKENS, WIDTH), draw(WIDTH)),
-        "add_rms_norm": lambda: both(
-            lambda x, r, w: backend.add_rms_norm(x, r, w, 1e-5), draw(TOKENS, WIDTH), draw(TOKENS, WIDTH),
-            draw(WIDTH)
-        ),
-        "rope_qkv": lambda: both(lambda x: backend.rope_qkv(x, table, table, KEY_HEADS),
-            draw(1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
-        "rope": lambda: both(
-            lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table),
-            draw(1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)
-        ),
-        "attention": lambda: both(backend.attention, *(draw(1, *size) for size in heads)),
-        "attention with documents": lambda: both(lambda q, k, v: backend.attention(q, k, v, starts),
-            *(draw(1, *size) for size in heads)),
-        "decode_attention": lambda: backend.decode_attention(
-            draw(2, 3, HEADS, HEAD_DIM).detach(), draw(*cache).detach(), draw(*cache).detach(), full
-        ),
-        "decode_layer": decode_layer,
-        "decode_head": lambda: backend.decode_head(draw(3, WIDTH).detach(), draw(WIDTH).detach(),
-            draw(101, WIDTH).detach(), 1e-5),
-        "swiglu": lambda: both(backend.swiglu, draw(TOKENS, 2 * WIDTH)),
-        "mlp": lambda: mlp(97, 131),
-        "mlp with descriptors": lambda: mlp(104, 136),  # which want rows of whole 16 bytes
-        "tied_embedding": lambda: both(lambda weight: backend.tied_embedding(ids, weight, dtype),
-            draw(101, WIDTH)),
+        "rms_norm": both(lambda x, w: backend.rms_norm(x, w, EPS), rows, (WIDTH,)),
+        "add_rms_norm": both(lambda x, r, w: backend.add_rms_norm(x, r, w, EPS), rows, rows, (WIDTH,)),
+        "rope_qkv": both(lambda x: backend.rope_qkv(x, table, table, KEY_HEADS),
+            (1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
+        "rope": both(lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table),
+            (1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)),
+        "attention": both(backend.attention, *heads),
+        "attention with documents": both(lambda q, k, v: backend.attention(q, k, v, starts), *heads),
+        "decode_attention": forward(lambda q, k, v: backend.decode_attention(q, k, v, full),
+            (2, 3, HEADS, HEAD_DIM), full_cache, full_cache),
+        "decode_layer": forward(decode_layer, (3, 2, width), (3, *cache), (3, *cache), *layer),
+        "decode_head": forward(lambda x, norm, w: backend.decode_head(x, norm, w, EPS),
+            (3, WIDTH), (WIDTH,), (101, WIDTH)),
+        "swiglu": both(backend.swiglu, (TOKENS, 2 * WIDTH)),
+        "mlp": both(mlp, (TOKENS, width), gate_up, (width, ffn)),
+        # which want rows of whole 16 bytes
+        "mlp with descriptors": both(mlp, (TOKENS, 104), (2 * 136, 104), (104, 136)),
+        "tied_embedding": both(lambda weight: backend.tied_embedding(ids, weight, dtype), (101, WIDTH)),
         "adamw": adamw,
-        "linear_cross_entropy": lambda: both(
-            lambda x, w: backend.linear_cross_entropy(x, w, targets), draw(TOKENS, 96), draw(TOKENS + 36, 96)
-        ),
+        "linear_cross_entropy": both(lambda x, w: backend.linear_cross_entropy(x, w, targets),
+            (TOKENS, 96), (TOKENS + 36, 96)),
     }  # fmt: skip
 
 
 def find_tool() -> str | None:
     """compute-sanitizer on the path, or in a CUDA toolkit where toolkits are."""
-    homes = [
-        os.environ.get("CUDA_HOME", "/usr/local/cuda"),
-        *sorted(str(path) for path in Path("/usr/local").glob("cuda-*")),
-    ]
-    paths = (shutil.which("compute-sanitizer", path=os.path.join(home, "bin")) for home in homes)
-    return shutil.which("compute-sanitizer") or next((path for path in paths if path), None)
+    toolkits = sorted(str(path) for path in Path("/usr/local").glob("cuda-*"))
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), *toolkits]
+    folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes)]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
 def run_operations(names: Sequence[str]) -> None:
@@ -235,11 +223,12 @@ def check(tool: str, kind: str, names: Sequence[str], part: Part, folder: Path) 
     count = 0
 
     def learn(found: dict[str, dict[str, Any]]) -> None:
-        for op, result in found.items():
-            if results.get(op) != result:
-                results[op] = result
-                print(f"{op}: {result['result']}", *result.get("report", []), sep="\n  ", flush=True)
-        part.save(results=results)
+        news = {op: result for op, result in found.items() if results.get(op) != result}
+        results.update(news)
+        for op, result in news.items():
+            print(f"{op}: {result['result']}", *result.get("report", []), sep="\n  ", flush=True)
+        if news:
+            part.save(results=results)
 
     try:
         while part.left() > 0 and (running or waiting):
@@ -250,15 +239,13 @@ def check(tool: str, kind: str, names: Sequence[str], part: Part, folder: Path) 
                 code = process.process.poll()
                 lines = process.log.read_text(encoding="utf-8", errors="replace").splitlines()
                 found = judge(kind, process.ops, lines, code)
-                if any(results.get(op) != result for op, result in found.items()):
-                    learn(found)
+                learn(found)
                 if code is not None:
                     running.remove(process)
                     rest = [op for op in process.ops if op not in found]
                     waiting += [rest] if rest else []
-                    if found and all(
-                        "".join(result.get("report", [])[:1]).startswith(ONE_OF) for result in found.values()
-                    ):
+                    first = ["".join(result.get("report", [])[:1]) for result in found.values()]
+                    if found and all(line.startswith(ONE_OF) for line in first):
                         waiting += [[op] for op in found]
             time.sleep(0.2)
     finally:
@@ -270,13 +257,9 @@ def check(tool: str, kind: str, names: Sequence[str], part: Part, folder: Path) 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("memcheck", "Runs every operation under compute-sanitizer.")
-    arguments.add_argument(
-        "--tool",
-        choices=("memcheck", "racecheck"),
-        default="memcheck",
-        help="of compute-sanitizer (default memcheck)",
-    )
-    arguments.add_argument("--op", action="append", help="run this operation once and leave; may be repeated")
+    add, kinds = arguments.add_argument, ("memcheck", "racecheck")
+    add("--tool", choices=kinds, default=kinds[0], help="of compute-sanitizer (default memcheck)")
+    add("--op", action="append", help="run this operation once and leave; may be repeated")
     options = arguments.parse_args(argv)
     if options.op is not None:
         run_operations(options.op)

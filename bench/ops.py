@@ -27,12 +27,7 @@ DECODE_ROWS = 16
 
 def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:
     """All operations. compiler: backend of torch.compile, "inductor" where times count."""
-    makers = (
-        _add_rms_norm, _swiglu, _attention, weight_ops.linear_cross_entropy, weight_ops.mlp,
-        weight_ops.tied_embedding, _rms_norm, _rope_qkv, _decode_attention, _decode_layer, _decode_head,
-        _rope,
-    )  # fmt: skip
-    return [make(shapes, backend, compile_with(compiler)) for make in makers]
+    return [make(shapes, backend, compile_with(compiler)) for make in MAKERS.values()]
 
 
 # The peer behind a variant; "torch.compile" is that of the reference.
@@ -42,17 +37,22 @@ PEER_OF = {
 }  # fmt: skip
 
 
+def forms(
+    op: str, backend: Backend, compiled: Compile, given: Callable[[Any], Any] = lambda call: call
+) -> dict[str, Callable[..., Any]]:
+    """The three forms that every operation has. given: adds the arguments that are no tensors of a case."""
+    ours, reference = given(getattr(backend, op)), given(getattr(TORCH, op))
+    return {"triton": ours, "reference": reference, "compile": compiled(reference)}
+
+
 def _rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     hidden = shapes.config.hidden_size
-    reference = _with_eps(TORCH.rms_norm)
     return Case(
         "rms_norm",
         work.rms_norm(shapes.tokens, hidden, shapes.dtype.itemsize),
         lambda seed: normal(shapes, seed, (shapes.batch, shapes.length, hidden), (hidden,)),
         {
-            "triton": _with_eps(backend.rms_norm),
-            "reference": reference,
-            "compile": compiled(reference),
+            **forms("rms_norm", backend, compiled, _with_eps),
             "F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
             "liger": lambda x, weight: from_liger(shapes, "liger_rms_norm")(x, weight, EPS, in_place=False),
             "quack": lambda x, weight: from_quack(shapes, "quack", "rmsnorm")(x, weight, eps=EPS),
@@ -63,7 +63,6 @@ def _rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 def _add_rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     hidden = shapes.config.hidden_size
     stream = (shapes.batch, shapes.length, hidden)
-    reference = _with_eps(TORCH.add_rms_norm)
 
     def aten(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
@@ -74,9 +73,7 @@ def _add_rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         work.add_rms_norm(shapes.tokens, hidden, shapes.dtype.itemsize),
         lambda seed: normal(shapes, seed, stream, stream, (hidden,)),
         {
-            "triton": _with_eps(backend.add_rms_norm),
-            "reference": reference,
-            "compile": compiled(reference),
+            **forms("add_rms_norm", backend, compiled, _with_eps),
             "F.rms_norm": aten,
             "liger": lambda *given: from_liger(shapes, "liger_fused_add_rms_norm")(
                 *given, EPS, in_place=False
@@ -109,12 +106,7 @@ def _rope_qkv(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         "rope_qkv",
         work.rope_qkv(shapes.tokens, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
         lambda seed: normal(shapes, seed, (shapes.batch, shapes.length, heads + 2 * key_heads, head_dim)),
-        {
-            "triton": with_tables(backend.rope_qkv),
-            "reference": with_tables(TORCH.rope_qkv),
-            "compile": compiled(with_tables(TORCH.rope_qkv)),
-            "liger": liger,
-        },
+        {**forms("rope_qkv", backend, compiled, with_tables), "liger": liger},
     )
 
 
@@ -129,12 +121,11 @@ def _rope(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         return lambda q, k: function(q, k, cos, sin)
 
     sizes = [(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads)]
-    reference = with_tables(TORCH.rope)
     return Case(
         "rope",
         work.rope(shapes.tokens, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
         lambda seed: normal(shapes, seed, *sizes),
-        {"triton": with_tables(backend.rope), "reference": reference, "compile": compiled(reference)},
+        forms("rope", backend, compiled, with_tables),
     )
 
 
@@ -145,9 +136,7 @@ def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         work.attention(shapes.batch, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
         lambda seed: random_qkv(shapes, seed),
         {
-            "triton": backend.attention,
-            "reference": TORCH.attention,
-            "compile": compiled(TORCH.attention),
+            **forms("attention", backend, compiled),
             "math": sdpa(shapes, SDPBackend.MATH),
             **attention_peers(shapes, compiled),
         },
@@ -156,11 +145,8 @@ def _attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
 def random_qkv(shapes: Shapes, seed: int) -> list[Tensor]:
     heads, key_heads, head_dim = shapes.heads
-    return normal(
-        shapes,
-        seed,
-        *[(shapes.batch, shapes.length, count, head_dim) for count in (heads, key_heads, key_heads)],
-    )
+    counts = (heads, key_heads, key_heads)
+    return normal(shapes, seed, *[(shapes.batch, shapes.length, count, head_dim) for count in counts])
 
 
 def sdpa(shapes: Shapes, kind: SDPBackend, mask: Callable[[], Tensor] | None = None) -> Callable[..., Tensor]:
@@ -250,11 +236,9 @@ def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Ca
     batch, keys = 2 * shapes.batch, 2 * shapes.length
 
     def inputs(seed: int) -> list[Tensor]:
-        tensors = normal(shapes, seed, (batch, 1, heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2)
-        return [
-            *(tensor.requires_grad_(False) for tensor in tensors),
-            torch.full((batch,), keys, device=shapes.device),
-        ]
+        sizes = [(batch, 1, heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2]
+        tensors = [tensor.requires_grad_(False) for tensor in normal(shapes, seed, *sizes)]
+        return [*tensors, torch.full((batch,), keys, device=shapes.device)]
 
     def flex_decode(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         """The kernel that FlexAttention has for one query. It wants groups of a power of two: at 9 heads over
@@ -273,9 +257,7 @@ def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Ca
         work.decode_attention(batch, keys, heads, key_heads, head_dim, shapes.dtype.itemsize),
         inputs,
         {
-            "triton": backend.decode_attention,
-            "reference": TORCH.decode_attention,
-            "compile": compiled(TORCH.decode_attention),
+            **forms("decode_attention", backend, compiled),
             # all caches are full; which kernel, it decides by itself
             "flex": lambda q, k, v, lengths: flex(q, k, v, causal=False),
             "flex decode": flex_decode,
@@ -301,18 +283,13 @@ def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     last = min(keys, config.max_position_embeddings) - 1
     position = torch.full((rows, 1), last, device=shapes.device)
     cos, sin = (table[position] for table in rotary_tables(config, shapes.device))
-    matrices = [
-        ((heads + 2 * key_heads) * head_dim, hidden),
-        (hidden, heads * head_dim),
-        (2 * width, hidden),
-        (hidden, width),
-    ]
+    qkv_size, o_size = ((heads + 2 * key_heads) * head_dim, hidden), (hidden, heads * head_dim)
+    matrices = [qkv_size, o_size, (2 * width, hidden), (hidden, width)]
 
     def inputs(seed: int) -> list[Tensor]:
         sizes = [(rows, 1, hidden), (hidden,), (hidden,), *matrices, *[(rows, keys, key_heads, head_dim)] * 2]
-        x, norm, post_norm, *weights, key_cache, value_cache = (
-            tensor.detach() for tensor in normal(shapes, seed, *sizes)
-        )
+        drawn = (tensor.detach() for tensor in normal(shapes, seed, *sizes))
+        x, norm, post_norm, *weights, key_cache, value_cache = drawn
         qkv, o, gate_up, down = (weight * weight.shape[1] ** -0.5 for weight in weights)
         lengths = torch.full((rows,), keys, device=shapes.device)
         return [x, *LayerWeights(norm, qkv, o, post_norm, gate_up, down), key_cache, value_cache, lengths]
@@ -344,25 +321,19 @@ def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
 def _decode_head(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     """The final norm and the logits of one new token of min(B, 16) rows."""
-    hidden, vocabulary, rows = (
-        shapes.config.hidden_size,
-        shapes.config.vocab_size,
-        min(shapes.batch, DECODE_ROWS),
-    )
+    config, rows = shapes.config, min(shapes.batch, DECODE_ROWS)
+    hidden, vocabulary = config.hidden_size, config.vocab_size
 
     def inputs(seed: int) -> list[Tensor]:
-        x, norm, head = (
-            tensor.detach()
-            for tensor in normal(shapes, seed, (rows, 1, hidden), (hidden,), (vocabulary, hidden))
-        )
+        sizes = ((rows, 1, hidden), (hidden,), (vocabulary, hidden))
+        x, norm, head = (tensor.detach() for tensor in normal(shapes, seed, *sizes))
         return [x, norm, head * hidden**-0.5]
 
-    reference = _with_eps(TORCH.decode_head)
     return Case(
         "decode_head",
         work.decode_head(rows, hidden, vocabulary, shapes.dtype.itemsize),
         inputs,
-        {"triton": _with_eps(backend.decode_head), "reference": reference, "compile": compiled(reference)},
+        forms("decode_head", backend, compiled, _with_eps),
         tokens=rows,
     )
 
@@ -374,9 +345,16 @@ def _swiglu(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         work.swiglu(shapes.tokens, width, shapes.dtype.itemsize),
         lambda seed: normal(shapes, seed, (shapes.batch, shapes.length, 2 * width)),
         {
-            "triton": backend.swiglu,
-            "reference": TORCH.swiglu,
-            "compile": compiled(TORCH.swiglu),
+            **forms("swiglu", backend, compiled),
             "liger": lambda packed: from_liger(shapes, "liger_swiglu")(*packed.chunk(2, dim=-1)),
         },
     )
+
+
+MAKERS: dict[str, Callable[[Shapes, Backend, Compile], Case]] = {
+    "add_rms_norm": _add_rms_norm, "swiglu": _swiglu, "attention": _attention,
+    "linear_cross_entropy": weight_ops.linear_cross_entropy, "mlp": weight_ops.mlp,
+    "tied_embedding": weight_ops.tied_embedding, "rms_norm": _rms_norm, "rope_qkv": _rope_qkv,
+    "decode_attention": _decode_attention, "decode_layer": _decode_layer, "decode_head": _decode_head,
+    "rope": _rope,
+}  # fmt: skip

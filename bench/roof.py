@@ -1,7 +1,6 @@
 """What a device can do: the bandwidth of its memory, and the rate of a large matrix product.
 
-One number is the limit of the memory wherever it is only read, as a decode step reads its weights and its
-cache:
+Where memory is only read, as a decode step reads its weights and its cache, one number is the limit:
 `read_bandwidth`, of a buffer far larger than the caches, in order, measured in the run whose figures it
 limits.
 """

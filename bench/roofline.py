@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 
-from bench import ops, timing, work
-from bench.case import Case
+from bench import timing, work
+from bench.case import Case, Shapes
 from bench.probes import measure_all, step_cases, token_cases
 from bench.record import Part, digits, one_line, parser, rounded
 from bench.roof import DTYPES, bandwidths, matmul_rate
-from bench.step import CapturedStep, TrainingStep
+from bench.step import CapturedStep, TrainingStep, training_model
 from kernels import Backend, select_backend
 from smollm2.cli import resolve_dtype, run_command
 from smollm2.engine.compiled import find_package
@@ -61,44 +61,30 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if shutil.which("nvidia-smi"):
         names = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
-        answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+        command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
         if answer.returncode == 0:
-            found.update(
-                zip(
-                    names.split(","),
-                    (value.strip() for value in answer.stdout.splitlines()[0].split(",")),
-                    strict=True,
-                )
-            )
+            values = [value.strip() for value in answer.stdout.splitlines()[0].split(",")]
+            found |= dict(zip(names.split(","), values, strict=True))
     return found
 
 
 # the whole
 
 
-def whole_step(shapes: ops.Shapes, backend: Backend, rounds: int, captured: bool = False) -> float:
+def whole_step(shapes: Shapes, backend: Backend, rounds: int, captured: bool = False) -> float:
     """Seconds of an optimizer step, as plain calls or as one CUDA graph."""
-    torch.manual_seed(0)
-    with torch.device(shapes.device):
-        model = SmolLM2ForCausalLM(
-            shapes.config, backend, compute_dtype=None if shapes.dtype == torch.float32 else shapes.dtype
-        ).train()
-    ids = torch.randint(
-        shapes.config.vocab_size, (shapes.batch, shapes.length), generator=torch.Generator().manual_seed(0)
-    )
-    ids, step = ids.to(shapes.device), TrainingStep(model)
+    step = TrainingStep(training_model(shapes.config, backend, shapes.device, shapes.dtype))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(shapes.config.vocab_size, (shapes.batch, shapes.length), generator=generator)
+    ids = ids.to(shapes.device)
     call = CapturedStep(step, ids) if captured else step
     return timing.median_seconds(lambda: call(ids), shapes.device, rounds)
 
 
 @torch.inference_mode()
 def whole_token(
-    shapes: ops.Shapes,
+    shapes: Shapes,
     keys: int,
     backend: Backend,
     rounds: int,
@@ -125,9 +111,8 @@ def whole_token(
         cache.longest = keys - 1
         return engine.decode(tokens, cache)
 
-    return timing.median_seconds(
-        timing.replayable(lambda: step, shapes.device) if captured else step, shapes.device, rounds
-    )
+    call = timing.replayable(lambda: step, shapes.device) if captured else step
+    return timing.median_seconds(call, shapes.device, rounds)
 
 
 # what it comes to
@@ -136,25 +121,18 @@ def whole_token(
 def show_parts(title: str, parts: dict[str, dict[str, float]], whole: dict[str, float]) -> str:
     """The table of a step or a token: milliseconds, and percent of the floor reached."""
     backends = list(dict.fromkeys(name for row in parts.values() for name in row if name != "floor"))
-    floor = sum(row["floor"] for row in parts.values())
-    lines = [
-        f"\n{title}",
-        f"  {'':16}{'floor ms':>11}" + "".join(f"{name + ' ms':>14}{'of floor':>10}" for name in backends),
-    ]
-    total = {
-        "floor": floor,
-        **{name: sum(row.get(name, math.nan) for row in parts.values()) for name in backends},
-    }
+    names = "".join(f"{name + ' ms':>14}{'of floor':>10}" for name in backends)
+    lines = [f"\n{title}", f"  {'':16}{'floor ms':>11}{names}"]
+    total = {name: sum(row.get(name, math.nan) for row in parts.values()) for name in ("floor", *backends)}
     for name, row in [*parts.items(), ("sum of parts", total)]:
         cells = "".join(
             f"{row[b]:14.3f}{100 * row['floor'] / row[b]:9.1f}%" if b in row else f"{'-':>14}{'':10}"
             for b in backends
         )
         lines.append(f"  {name:16}{row['floor']:11.3f}{cells}")
-    lines += [
-        f"  whole, {name}: {1e3 * seconds:.3f} ms, {100 * floor / 1e3 / seconds:.1f} % of the floor"
-        for name, seconds in whole.items()
-    ]
+    for name, seconds in whole.items():
+        reached = 100 * total["floor"] / 1e3 / seconds
+        lines.append(f"  whole, {name}: {1e3 * seconds:.3f} ms, {reached:.1f} % of the floor")
     return "\n".join(lines)
 
 
@@ -163,10 +141,8 @@ def show_losses(title: str, rows: list[dict[str, Any]]) -> str:
     lines = [f"  next to optimise, {title}: milliseconds above the floor"]
     for rank, row in enumerate(rows[:LISTED], 1):
         what = f"{row['operation']} {row['phase']}".strip()
-        lines.append(
-            f"  {rank:3}. {what:36}{row['loses_ms']:11.3f}   ({row['ms']:.3f} of which "
-            f"{row['floor_ms']:.3f} must be)"
-        )
+        split = f"({row['ms']:.3f} of which {row['floor_ms']:.3f} must be)"
+        lines.append(f"  {rank:3}. {what:36}{row['loses_ms']:11.3f}   {split}")
     return "\n".join(lines)
 
 
@@ -199,32 +175,28 @@ def report(
     }
     best = list(cases)[-1]  # what "auto" takes: the one to improve
     print(show_losses(f"{unit}, {best}", lists[best]), flush=True)
-    operations = {
-        name: {backend: {phase: 1e3 * s for phase, s in of.items()} for backend, of in measured[name].items()}
-        for name in items
-    }
-    floors = {
-        name: {phase: 1e3 * s for phase, s in item.floors(*roof).items()} for name, item in items.items()
-    }
     part.save(**{unit: rounded({
         "parts_ms": parts, "floor_ms": sum(row["floor"] for row in parts.values()),
-        "operations_ms": operations, "floors_ms": floors,
-        "whole_ms": {name: 1e3 * s for name, s in seconds.items()}, "next": lists, "not_measured": missing,
+        "operations_ms": {name: {of: in_ms(row) for of, row in measured[name].items()} for name in items},
+        "floors_ms": {name: in_ms(item.floors(*roof)) for name, item in items.items()},
+        "whole_ms": in_ms(seconds), "next": lists, "not_measured": missing,
     })})  # fmt: skip
 
 
+def in_ms(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
 def main(argv: Sequence[str]) -> int:
-    arguments = parser(
-        "roofline", "The roof of this machine, and how far a training step and a decoded token are from it."
-    )
-    arguments.add_argument("--model", default="135M", help="preset whose shapes are used")
-    arguments.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="of the activations; default: bf16 where the device has it"
-    )
-    arguments.add_argument(
-        "--context", type=int, default=512, metavar="N", help="keys that a decoded token sees (default 512)"
-    )
-    arguments.add_argument("--roof-only", action="store_true", help="bandwidth and matmul rate, nothing else")
+    description = "The roof of this machine, and how far a training step and a decoded token are from it."
+    arguments = parser("roofline", description)
+    add = arguments.add_argument
+    add("--model", default="135M", help="preset whose shapes are used")
+    activations = "of the activations; default: bf16 where the device has it"
+    add("--dtype", choices=("fp32", "bf16"), help=activations)
+    seen = "keys that a decoded token sees (default 512)"
+    add("--context", type=int, default=512, metavar="N", help=seen)
+    add("--roof-only", action="store_true", help="bandwidth and matmul rate, nothing else")
     options = arguments.parse_args(argv)
     if options.context < 2:
         raise UsageError(f"--context: expected at least 2 keys, got {options.context}")
@@ -247,32 +219,26 @@ def main(argv: Sequence[str]) -> int:
     short = next(name for name, known in DTYPES.items() if known == dtype)
     batch, length = (1, 8) if part.tiny else SIZES[part.device.type]
     keys = min(options.context, 8 if part.tiny else config.max_position_embeddings)
-    backends = [
-        select_backend("torch"),
-        *([select_backend("triton", part.device)] if part.device.type == "cuda" else []),
-    ]
+    cuda = part.device.type == "cuda"
+    backends = [select_backend("torch"), *([select_backend("triton", part.device)] if cuda else [])]
     roof = max(measured.values()), rates[short] * 1e12
     reading = measured["read"], rates[short] * 1e12
     rounds = 1 if part.tiny else 3
     shapes_of = "a tiny model" if part.tiny else options.model
     part.save(model=options.model, dtype=short, batch=batch, length=length, context=keys)
 
-    shapes, row = (
-        ops.Shapes(config, batch, length, dtype, part.device),
-        ops.Shapes(config, 1, 1, dtype, part.device),
-    )
+    shapes, row = (Shapes(config, *size, dtype, part.device) for size in ((batch, length), (1, 1)))
     steps: dict[str, Callable[[], float]] = {}
     tokens: dict[str, Callable[[], float]] = {}
     for backend in backends:
-        steps[backend.name] = partial(whole_step, shapes, backend, rounds)
-        tokens[backend.name] = partial(whole_token, row, keys, backend, 10 * rounds)
-        if part.device.type == "cuda":
-            steps[f"{backend.name}+graph"] = partial(whole_step, shapes, backend, rounds, captured=True)
-            tokens[f"{backend.name}+graph"] = partial(
-                whole_token, row, keys, backend, 10 * rounds, captured=True
-            )
+        step = partial(whole_step, shapes, backend, rounds)
+        token = partial(whole_token, row, keys, backend, 10 * rounds)
+        steps[backend.name], tokens[backend.name] = step, token
+        if cuda:
+            steps[f"{backend.name}+graph"] = partial(step, captured=True)
+            tokens[f"{backend.name}+graph"] = partial(token, captured=True)
         else:
-            tokens["compiled"] = partial(whole_token, row, keys, backend, 10 * rounds, compiled=True)
+            tokens["compiled"] = partial(token, compiled=True)
     with torch.device(part.device):
         model = SmolLM2ForCausalLM(config, "torch").train()
     report(

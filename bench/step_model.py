@@ -12,13 +12,15 @@ before it.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.record import write_json
 from bench.step_record import host_times, recording
 from smollm2.cli import Parser, run_command
 from smollm2.errors import LoadError
@@ -63,26 +65,12 @@ OWN = {
 # Parts of the names of kernels, of torch's operations where a step was recorded.
 PRODUCTS = ("nvjet", "gemm", "cutlass", "xmma", "mm")
 EMBEDDING = (
-    "gather",
-    "cub",
-    "segment",
-    "compute_grad_weight",
-    "sum_and_scatter",
-    "arange",
-    "embedding",
-    "sort",
-)
+    "gather", "cub", "segment", "compute_grad_weight", "sum_and_scatter", "arange", "embedding", "sort",
+)  # fmt: skip
 UPDATE = (
-    "multi_tensor_apply",
-    "lpnorm",
-    "fused_adamw",
-    "foreach",
-    "vector_norm",
-    "adamw",
-    "_sum_of_squares",
-    "_norm_kernel",
-    "_scalars",
-)
+    "multi_tensor_apply", "lpnorm", "fused_adamw", "foreach", "vector_norm", "adamw", "_sum_of_squares",
+    "_norm_kernel", "_scalars",
+)  # fmt: skip
 CASTS = ("copy_kernel", "_to_copy")
 
 
@@ -107,9 +95,7 @@ def lines(names: Iterable[str]) -> Iterator[str]:
         elif any(part in name for part in CASTS):
             last = "casts of gradients" if backward else "casts of weights"
         else:
-            last = (
-                "head: softmax gradient, scaling" if after == "head: softmax gradient, scaling" else "other"
-            )
+            last = after if after == OWN["_softmax_gradient_kernel"] else "other"
         yield last
 
 
@@ -129,24 +115,21 @@ def _product(after: str, norms: int, products: int) -> str:
 
 def work(launches: Iterable[tuple[str, float, float]]) -> dict[str, Work]:
     """Launches (name, bytes, FLOPs) in order -> what each line of the step does."""
-    found: dict[str, Work] = {}
+    found = defaultdict[str, Work](Work)
     listed = list(launches)
     for line, (_, moved, flops) in zip(lines(name for name, _, _ in listed), listed, strict=True):
-        entry = found.setdefault(line, Work())
-        entry.launches, entry.bytes, entry.flops = (
-            entry.launches + 1,
-            entry.bytes + moved,
-            entry.flops + flops,
-        )
-    return found
+        found[line].launches += 1
+        found[line].bytes += moved
+        found[line].flops += flops
+    return dict(found)
 
 
 def spent(kernels: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Kernels (name, microseconds) of a trace -> milliseconds of each line."""
-    found: dict[str, float] = {}
+    found = defaultdict[str, float](float)
     for line, (_, us) in zip(lines(name for name, _ in kernels), kernels, strict=True):
-        found[line] = found.get(line, 0.0) + us / 1e3
-    return found
+        found[line] += us / 1e3
+    return dict(found)
 
 
 def predicted(now: dict[str, Work], then: dict[str, Work], took: dict[str, float]) -> dict[str, float]:
@@ -167,42 +150,26 @@ def table(
     now: dict[str, Work], then: dict[str, Work], took: dict[str, float], takes: dict[str, float] | None = None
 ) -> str:
     """Markdown: launches, bytes and FLOPs of a step then and now, by group and by line; milliseconds measured
-    then, predicted now and,
-    with `takes`, measured now."""
-    expected = predicted(now, then, took)
-    head = [
-        "",
-        "launches",
-        "MB",
-        "GFLOP",
-        "ms then",
-        "ms predicted",
-        *(["ms now"] if takes is not None else []),
-    ]
+    then, predicted now and, with `takes`, measured now.
+    """
+    times = [took, predicted(now, then, took), *([] if takes is None else [takes])]
+    head = ["", "launches", "MB", "GFLOP", *("ms then", "ms predicted", "ms now")[: len(times)]]
     rows = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
 
-    def row(title: str, names: Iterable[str], mark: str = "") -> str:
-        names = list(names)
+    def total(works: dict[str, Work], names: Sequence[str], unit: str, scale: float) -> str:
+        return f"{sum(getattr(works[name], unit) for name in names if name in works) / scale:,.0f}"
 
-        def of(works: dict[str, Work], unit: str, scale: float) -> str:
-            return f"{sum(getattr(works[name], unit) for name in names if name in works) / scale:,.0f}"
-
-        pairs = [
-            (of(then, *unit), of(now, *unit)) for unit in (("launches", 1), ("bytes", 1e6), ("flops", 1e9))
-        ]
+    def row(title: str, names: Sequence[str], mark: str = "") -> str:
+        units = (("launches", 1), ("bytes", 1e6), ("flops", 1e9))
+        pairs = [(total(then, names, *unit), total(now, names, *unit)) for unit in units]
         cells = [old if old == new else f"{old} > {new}" for old, new in pairs]
-        times = [
-            f"{sum(found.get(name, 0.0) for name in names):.2f}"
-            for found in (took, expected, takes)
-            if found is not None
-        ]
-        return "| " + " | ".join(f"{mark}{cell}{mark}" for cell in (title, *cells, *times)) + " |"
+        cells += [f"{sum(found.get(name, 0.0) for name in names):.2f}" for found in times]
+        return "| " + " | ".join(f"{mark}{cell}{mark}" for cell in (title, *cells)) + " |"
 
     for group, names in GROUPS.items():
         rows.append(row(group, names, "**"))
         rows += [row(name, [name]) for name in names if any(name in found for found in (now, then, took))]
-    every = [name for names in GROUPS.values() for name in names]
-    return "\n".join([*rows, row("a step", every, "**")])
+    return "\n".join([*rows, row("a step", [name for names in GROUPS.values() for name in names], "**")])
 
 
 def record() -> dict[str, Work]:
@@ -238,38 +205,25 @@ def read(path: Path) -> list[tuple[str, float]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser: argparse.ArgumentParser = Parser(
+    parser = Parser(
         prog="python -m bench.step_model",
         description="Predicts a step of this code, and holds a trace of it against the prediction.",
     )
-    parser.add_argument(
-        "trace",
-        type=Path,
-        nargs="?",
-        metavar="TRACE",
-        help="trace-triton.json of bench.train_step --traces DIR",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the launches, bytes and FLOPs of each line there"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add, trace = parser.add_argument, "trace-triton.json of bench.train_step --traces DIR"
+    add("trace", type=Path, nargs="?", metavar="TRACE", help=trace)
+    add("--json", type=Path, metavar="FILE", help="write the launches, bytes and FLOPs of each line there")
+    add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     takes = spent(read(options.trace)) if options.trace else None
     now = record()
     then = {line: Work(*entry) for line, entry in json.loads(RECORDED.read_text(encoding="utf-8")).items()}
     if options.json:
-        rows = (
-            f"{json.dumps(line)}: {json.dumps([entry.launches, entry.bytes, entry.flops])}"
-            for line, entry in now.items()
-        )
-        options.json.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+        write_json(options.json, {line: dataclasses.astuple(entry) for line, entry in now.items()})
     print(table(now, then, spent(read(MEASURED)), takes))
     host = host_times()
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in host.items())
-    print(
-        f"\nhost, without a graph and Triton's launches left out: {sum(host.values()):.1f} ms of CPU "
-        f"time here ({parts})"
-    )
+    spoken = "host, without a graph and Triton's launches left out"
+    print(f"\n{spoken}: {sum(host.values()):.1f} ms of CPU time here ({parts})")
     return 0
 
 

@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from bench import work
 from bench.peers import choice, status
 from bench.peers.transformers import autocast_forward, transformers_llama
 from bench.record import TINY_NOTE, Part, one_line, parser
-from bench.step import TrainingStep
+from bench.step import COMPARED_STEPS, TrainingStep, loss_distances, training_model
 from bench.timing import in_turns, seconds
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
@@ -48,7 +49,7 @@ VARIANTS = (
 )  # fmt: skip
 ELSEWHERE = ("litgpt", "liger", "litgpt+compile")  # peers that do not run in this process, or not on a CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-COMPARED_STEPS = 3
+CPU = torch.device("cpu")
 # nats over the first steps; Adam's first updates have the sign of a gradient, however small
 LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 0.1}
 EAGER_BAR, COMPILED_BAR = 1.3, 1.0  # what the main peer's time over ours is to reach
@@ -56,19 +57,16 @@ EAGER_BAR, COMPILED_BAR = 1.3, 1.0  # what the main peer's time over ours is to 
 Step = Callable[[], Tensor]
 
 
-def ours(config: SmolLM2Config, dtype: torch.dtype, seed: int = 0) -> SmolLM2ForCausalLM:
-    """The model with the weights of that seed, backend torch, fp32 parameters, in training mode."""
-    torch.manual_seed(seed)
-    return SmolLM2ForCausalLM(
-        config, "torch", compute_dtype=None if dtype == torch.float32 else dtype
-    ).train()
+def ours(config: SmolLM2Config, dtype: torch.dtype) -> SmolLM2ForCausalLM:
+    """The model with backend torch, fp32 parameters, in training mode."""
+    return training_model(config, "torch", CPU, dtype)
 
 
-def theirs(config: SmolLM2Config, seed: int = 0) -> nn.Module:
+def theirs(config: SmolLM2Config) -> nn.Module:
     """transformers' Llama with the weights of `ours`, fp32. Raises NotInstalled, a UsageError, where
     transformers is not installed.
     """
-    llama: nn.Module = transformers_llama(config, ours(config, torch.float32, seed).state_dict())
+    llama: nn.Module = transformers_llama(config, ours(config, torch.float32).state_dict())
     return llama
 
 
@@ -90,30 +88,29 @@ def build(
     Raises UsageError, with the version and the reason, for a peer that cannot be measured here.
     """
     kind, _, extra = variant.partition("+")
+    compiled = extra == "compile"
     if kind == "ours":
         model = ours(config, dtype)
-        forward = torch.compile(model, backend=compiler, fullgraph=True) if extra == "compile" else model
-        step = TrainingStep(model, forward)
+        step = TrainingStep(
+            model, torch.compile(model, backend=compiler, fullgraph=True) if compiled else model
+        )
         doc_start = documents(ids) if extra == "doc_start" else None
         return lambda: step(ids, doc_start)
-
-    autocast = dtype == torch.bfloat16
-    if kind != "transformers bf16":
-        weights = ours(config, torch.float32).state_dict()
-        peer = choice.peer_step(variant, config, weights, ids, autocast, compiler)
-        return lambda: peer(ids)
-    llama: Any = theirs(config).to(torch.bfloat16)  # what TrainingStep needs of a model, it has
-    called = torch.compile(llama, backend=compiler) if extra == "compile" else llama
-    step_theirs = TrainingStep(llama, autocast_forward(called, ids.device, autocast=False))
-    return lambda: step_theirs(ids)
+    if kind == "transformers bf16":
+        llama: Any = theirs(config).to(torch.bfloat16)  # what TrainingStep needs of a model, it has
+        called = torch.compile(llama, backend=compiler) if compiled else llama
+        in_bf16 = TrainingStep(llama, autocast_forward(called, ids.device, autocast=False))
+        return lambda: in_bf16(ids)
+    weights = ours(config, torch.float32).state_dict()
+    peer = choice.peer_step(variant, config, weights, ids, dtype == torch.bfloat16, compiler)
+    return lambda: peer(ids)
 
 
 def chosen(dtype: str, names: Sequence[str], compiled: bool, among: Sequence[str] = VARIANTS) -> list[str]:
     """The variants of that dtype, in the order of `among`. names: only these; none means all."""
-    fits = [name for name in among if (dtype == "bf16" or not name.startswith("transformers bf16"))]
-    return [
-        name for name in fits if (not names or name in names) and (compiled or not name.endswith("+compile"))
-    ]
+    fits = [name for name in among if dtype == "bf16" or not name.startswith("transformers bf16")]
+    asked = [name for name in fits if not names or name in names]
+    return [name for name in asked if compiled or not name.endswith("+compile")]
 
 
 def build_all(
@@ -141,20 +138,18 @@ def measure(steps: dict[str, Step], rounds: int, left: Callable[[], float]) -> d
         began = time.perf_counter()
         try:
             losses = [float(step()) for _ in range(COMPARED_STEPS)]
+            found[name] = {"losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}
         except Exception as failure:  # noqa: BLE001 - a result like any other
             found[name] = {"failed": one_line(failure)}
-            continue
-        found[name] = {"losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}
     running = {name: step for name, step in steps.items() if "failed" not in found[name]}
-    cpu = torch.device("cpu")
-    times, failed = in_turns(running, rounds, lambda step: 1e3 * seconds(step, cpu), left)
-    for name in running:
+    times, failed = in_turns(running, rounds, lambda step: 1e3 * seconds(step, CPU), left)
+    for name, milliseconds in times.items():
         if name in failed:
             found[name] = {"failed": failed[name]}
             continue
         found[name] |= {
-            "step_ms": round(statistics.median(times[name]), 1), "fastest_ms": round(min(times[name]), 1),
-            "rounds": len(times[name]),
+            "step_ms": round(statistics.median(milliseconds), 1), "fastest_ms": round(min(milliseconds), 1),
+            "rounds": len(milliseconds),
         }  # fmt: skip
     return found
 
@@ -174,23 +169,17 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def distances(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Variant -> largest distance of its first losses from those of `ours`; without document boundaries,
-    which change the loss.
+    """`loss_distances` from `ours`; without document boundaries, which change the loss.
 
     Parameters in bf16 lose most of an update of 3e-4 to rounding, so that peer is on another path after its
     first step: of its losses only the first, which no update has touched, is compared.
     """
-    base = found.get("ours", {}).get("losses")
-    if base is None:
-        return {}
     rows = {
-        name: row["losses"] for name, row in found.items() if "losses" in row and name != "ours+doc_start"
+        name: {"losses": row["losses"][: 1 if name.startswith("transformers bf16") else None]}
+        for name, row in found.items()
+        if "losses" in row and name != "ours+doc_start"
     }
-    compared = {name: 1 if name.startswith("transformers bf16") else COMPARED_STEPS for name in rows}
-    return {
-        name: max(abs(a - b) for a, b in zip(losses[: compared[name]], base, strict=False))
-        for name, losses in rows.items()
-    }
+    return loss_distances(rows, "ours")
 
 
 def matmul_floor(config: SmolLM2Config, dtype: torch.dtype, tokens: int) -> float:
@@ -200,18 +189,12 @@ def matmul_floor(config: SmolLM2Config, dtype: torch.dtype, tokens: int) -> floa
     sizes = [(columns, rows, config.num_hidden_layers) for rows, columns in work.projections(config).values()]
     total = 0.0
     for rows, columns, count in [*sizes, (config.vocab_size, config.hidden_size, 1)]:
-        x, weight, dy = (
-            torch.randn(shape).to(dtype) for shape in ((tokens, columns), (rows, columns), (tokens, rows))
-        )
+        shapes = (tokens, columns), (rows, columns), (tokens, rows)
+        x, weight, dy = (torch.randn(shape).to(dtype) for shape in shapes)
         y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
-        products = ((x, weight.t(), y), (dy, weight, dx), (dy.t(), x, dw))
-        for a, b, out in products:
-            times = []
-            for _ in range(4):
-                began = time.perf_counter()
-                torch.mm(a, b, out=out)
-                times.append(time.perf_counter() - began)
-            total += count * min(times[1:])
+        for a, b, out in ((x, weight.t(), y), (dy, weight, dx), (dy.t(), x, dw)):
+            product = partial(torch.mm, a, b, out=out)
+            total += count * min([seconds(product, CPU) for _ in range(4)][1:])
     return round(total * 1e3, 1)
 
 
@@ -224,21 +207,18 @@ def show(dtype: str, name: str, row: dict[str, Any], ratio: float | None) -> str
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser(
-        "step_peers", "Times one optimizer step on a CPU beside transformers' Llama and litgpt."
-    )
+    description = "Times one optimizer step on a CPU beside transformers' Llama and litgpt."
+    arguments, names = parser("step_peers", description), (*VARIANTS, *ELSEWHERE)
     add = arguments.add_argument
     add("--dtype", action="append", choices=tuple(DTYPES), help="only this one; may be repeated")
-    names = (*VARIANTS, *ELSEWHERE)
     add("--variant", action="append", choices=names, help="only this one; may be repeated")
     minutes = "leave the compiled variants out: each takes a minute or more"
     add("--no-compile", action="store_true", help=minutes)
     add("--rounds", type=int, default=7, metavar="N", help="timed steps of each variant (default 7)")
     options = arguments.parse_args(argv)
     if options.device == "cuda":
-        raise UsageError(
-            "--device cuda: these peers are compared on a CPU; python -m bench.train_step measures a GPU"
-        )
+        elsewhere = "these peers are compared on a CPU; python -m bench.train_step measures a GPU"
+        raise UsageError(f"--device cuda: {elsewhere}")
     if options.rounds < 1:
         raise UsageError(f"--rounds: expected at least 1, got {options.rounds}")
     options.device = "cpu"

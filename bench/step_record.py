@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -23,14 +24,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import kernels
-from bench.launches import NO_KERNEL
+from bench.launches import kernel_of
 from bench.stand_in import standing_in_for_cuda
-from bench.step import TrainingStep
+from bench.step import TrainingStep, training_model
 from kernels import backend
 from kernels.certify.recorder import StandIn, standing_in
 from kernels.certify.targets import target_for
 from smollm2.config import SmolLM2Config
-from smollm2.model import SmolLM2ForCausalLM
 
 PROCESSORS = 132  # multiprocessors of an H100
 
@@ -87,15 +87,13 @@ def _bytes(values: list[Any]) -> float:
     """Of the tensors among them: what is given twice counts once, and views of one storage at most as much as
     that.
     """
-    views = {
-        (x.untyped_storage()._cdata, x.storage_offset(), x.numel()): x
-        for x in values
-        if isinstance(x, Tensor)
-    }
-    found: dict[int, tuple[int, int]] = {}
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    views = {(x.untyped_storage()._cdata, x.storage_offset(), x.numel()): x for x in tensors}
+    viewed, stored = Counter[int](), dict[int, int]()
     for (storage, _, _), x in views.items():
-        found[storage] = found.get(storage, (0, 0))[0] + x.nbytes, x.untyped_storage().nbytes()
-    return float(sum(min(sizes) for sizes in found.values()))
+        viewed[storage] += x.nbytes
+        stored[storage] = x.untyped_storage().nbytes()
+    return float(sum(min(viewed[storage], stored[storage]) for storage in viewed))
 
 
 def _read_too(name: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
@@ -104,11 +102,8 @@ def _read_too(name: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
         return [args[0]] if kwargs.get("beta", 1) else []
     if name == "_fused_adamw_":
         return [args[0], args[2:4]]  # parameters and averages; the gradients are read alone
-    return (
-        list(args[:1])
-        if name.endswith("_") and name not in ("copy_", "fill_", "zero_", "_foreach_copy_")
-        else []
-    )
+    written_only = not name.endswith("_") or name in ("copy_", "fill_", "zero_", "_foreach_copy_")
+    return [] if written_only else list(args[:1])
 
 
 class _Operations(TorchDispatchMode):
@@ -123,8 +118,7 @@ class _Operations(TorchDispatchMode):
             return 1.0  # a learning rate that is looked at once
         # what returns nothing would only write
         result = func(*args, **(kwargs or {})) if func._schema.returns else None
-        space, _, name = func._schema.name.partition("::")
-        if space == "aten" and not func.is_view and name not in NO_KERNEL:
+        if name := kernel_of(func):
             product = {"mm": args[:2], "addmm": args[1:3]}.get(name)
             flops = 2.0 * product[0].shape[0] * product[0].shape[1] * product[1].shape[1] if product else 0.0
             # of the table only as many rows as come out
@@ -144,16 +138,14 @@ def recording(arch: str = "sm_90") -> Iterator[list[Launch]]:
     def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         name = kernel.fn.__name__
-        moved = (
-            BYTES[name](arguments) if name in BYTES else MOVES.get(name, 1) * _bytes(list(arguments.values()))
-        )
+        times = MOVES.get(name, 1)
+        moved = BYTES[name](arguments) if name in BYTES else times * _bytes(list(arguments.values()))
         found.append(Launch(name, moved, FLOPS.get(name, lambda _: 0.0)(arguments)))
 
     with ExitStack() as stack:
         stack.enter_context(standing_in_for_cuda(StandIn(target_for(arch)), "meta"))
-        for module in [
-            value for name, value in sys.modules.items() if name.startswith(f"{kernels.__name__}.")
-        ]:
+        prefix = f"{kernels.__name__}."
+        for module in [value for name, value in sys.modules.items() if name.startswith(prefix)]:
             for name, many in (("multiprocessors", PROCESSORS), ("programs", 8 * PROCESSORS)):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, lambda _, many=many: many))
@@ -174,7 +166,7 @@ def host_times(rounds: int = 20) -> dict[str, float]:
     Of a model with the 135M model's layers and next to no width, on the CPU, with Triton's launches left out:
     what is left is the host's work, but for some 7 us a launch.
     """
-    spent: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
+    spent = defaultdict[str, list[float]](list)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # threads that wait for one another would count
@@ -182,29 +174,12 @@ def host_times(rounds: int = 20) -> dict[str, float]:
         stack.enter_context(mock.patch.object(backend, "_triton_obstacle", lambda *_: None))
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(mock.patch.object(kind, "run", lambda *_, **__: None))
-        config = SmolLM2Config.preset(
-            "135M",
-            hidden_size=64,
-            intermediate_size=64,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            vocab_size=64,
-        )
-        step = TrainingStep(SmolLM2ForCausalLM(config, "triton", compute_dtype=torch.bfloat16).train())
-        ids, kept = torch.zeros(1, 2, dtype=torch.int64), list[Tensor]()
-
-        def forward() -> None:
-            step.begin()
-            loss = step.model(ids, ids).loss
-            assert loss is not None
-            kept[:] = [loss]
-
+        small = dict(hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1)
+        config = SmolLM2Config.preset("135M", vocab_size=64, **small)
+        step = TrainingStep(training_model(config, "triton", torch.device("cpu"), torch.bfloat16))
+        ids = torch.zeros(1, 2, dtype=torch.int64)
         for _ in range(rounds):
-            for name, phase in (
-                ("forward", forward),
-                ("backward", lambda: kept[0].backward()),
-                ("update", step.update),
-            ):
+            for name, phase in step.phases(ids).items():
                 began = time.process_time()
                 phase()
                 spent[name].append(1e3 * (time.process_time() - began))

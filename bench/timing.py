@@ -26,6 +26,7 @@ from bench.record import one_line
 # Read before every measurement: larger than any L2, and it gives the host time to queue what follows. Read,
 # not written: the lines that a write leaves in the L2 have to be written back in the time of the next kernel.
 FLUSH_BYTES = 256 << 20
+K = TypeVar("K")
 T = TypeVar("T")
 LEAST_US = 1000.0  # of one measurement on a GPU, by repeated replays
 
@@ -159,8 +160,8 @@ def in_turns(
 
 
 def alternate(
-    replays: dict[str, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30
-) -> dict[str, Sample]:
+    replays: Mapping[K, Callable[[], object]], device: torch.device, calls: int = 1, rounds: int = 30
+) -> dict[K, Sample]:
     """Microseconds per call of each variant, in turns. calls: how many calls of the operation one replay
     holds.
 
@@ -168,7 +169,7 @@ def alternate(
     then be so many that none finds its inputs in the L2, where the one before the last left them.
     """
     flush = flush_buffer(device)
-    values: dict[str, list[float]] = {name: [] for name in replays}
+    values: dict[K, list[float]] = {name: [] for name in replays}
     times = dict.fromkeys(replays, 1)
     for turn in range(rounds + 2):
         for name, replay in replays.items():
@@ -197,13 +198,14 @@ def event_time(replay: Callable[[], object], flush: torch.Tensor, times: int = 1
     return start.elapsed_time(end) * 1e3 / times
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call by the wall clock, with a wait for the device at both ends."""
+def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Of one call by the wall clock: of several in a row, with a wait for the device at both ends."""
     synchronize(device)
     began = time.perf_counter()
-    call()
+    for _ in range(calls):
+        call()
     synchronize(device)
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / calls
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -212,16 +214,6 @@ def median_seconds(call: Callable[[], object], device: torch.device, rounds: int
 
 
 def eager(call: Callable[[], object], device: torch.device, budget: float, rounds: int) -> Sample:
-    """Microseconds per plain call, host included: several calls in a row, then one wait. budget: seconds per
-    round, about.
-    """
-
-    def several(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            call()
-        synchronize(device)
-        return (time.perf_counter() - began) * 1e6 / count
-
-    count = max(1, min(100, int(budget * 1e6 / several(1))))
-    return Sample.of([several(count) for _ in range(rounds)])
+    """Microseconds per plain call, host included: as many in a row as take about `budget` seconds a round."""
+    count = max(1, min(100, int(budget / seconds(call, device))))
+    return Sample.of([1e6 * seconds(call, device, count) for _ in range(rounds)])

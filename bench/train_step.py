@@ -6,8 +6,8 @@ activations. Every variant starts from the same weights and sees the same tokens
 steps must agree: nobody wins by computing less. The peers are those of bench/peers/choice.py, under autocast;
 one that cannot be measured here is named with its version and the reason.
 Rates are medians over blocks of steps with one wait per block, as in training. MFU counts 6 operations per
-weight and token and causal attention half, against the vendor's dense bf16 peak; no MFU for a device that the
-table does not have.
+weight and token and causal attention half, against the vendor's dense bf16 peak; a device that the table does
+not have has no MFU.
 """
 
 from __future__ import annotations
@@ -17,229 +17,188 @@ import gc
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import launches, work
+from bench import launches, timing, work
 from bench.peers import choice, status
 from bench.peers.litgpt import LitgptStep
 from bench.record import Part, one_line, parser, write_json
-from bench.step import CapturedStep, TrainingStep, all_logits
-from bench.timing import alone, synchronize
+from bench.step import (
+    COMPARED_STEPS,
+    CapturedStep,
+    TrainingStep,
+    all_logits,
+    loss_distances,
+    rates,
+    training_model,
+)
 from kernels import TORCH, Backend, select_backend, with_ops
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.model import SmolLM2ForCausalLM
 
-# Our own ways. "torch,all-logits" is backend torch with a loss that holds all logits, as torch.compile likes
-# it best; "torch-adamw" has torch's AdamW and casts the weights on use, "fused-mlp" the SwiGLU inside its
-# products, whatever the launch table says.
+# Our own ways. "torch,all-logits" is backend torch with a loss that holds all logits, which torch.compile
+# handles best; "torch-adamw" has torch's AdamW and casts the weights on use; "fused-mlp" has SwiGLU inside
+# its products, whatever the launch table says.
 VARIANTS = (
     "triton", "triton+graph", "triton+torch-adamw+graph", "triton+fused-mlp+graph", "torch", "torch+graph",
     "torch,all-logits+compile", "torch+compile", "triton+compile",
 )  # fmt: skip
-COMPARED_STEPS = 3
 LOSS_TOLERANCE = 0.02  # nats, between backends, in bf16
 PEER_TOLERANCE = 0.1  # the same for peers, which keep the residual stream in fp32; see bench.step_peers
+NAMED = 40  # kernels whose launches and time are listed by name
 
 
 def build(config: SmolLM2Config, name: str, device: torch.device) -> SmolLM2ForCausalLM:
-    """The model with the weights that seed 0 gives on this device, in training mode, bf16 activations (fp32
-    on a CPU).
+    """The model in training mode, with bf16 activations on a GPU and fp32 on a CPU.
 
     name: of a backend, or of one of VARIANTS without what follows a "+".
     """
     backend: Backend | str = name
     if name == "torch,all-logits":
-        backend = with_ops(
-            TORCH,
-            linear_cross_entropy=dataclasses.replace(
-                TORCH, name="all-logits", linear_cross_entropy=all_logits
-            ),
-        )
+        plain = dataclasses.replace(TORCH, name="all-logits", linear_cross_entropy=all_logits)
+        backend = with_ops(TORCH, linear_cross_entropy=plain)
     elif name == "triton+fused-mlp":
         from kernels.mlp import mlp
 
         ours = select_backend("triton", device)
         backend = with_ops(ours, mlp=dataclasses.replace(ours, name="fused", mlp=mlp))
-    torch.manual_seed(0)
-    with torch.device(device):
-        return SmolLM2ForCausalLM(
-            config, backend, compute_dtype=torch.bfloat16 if device.type == "cuda" else None
-        ).train()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return training_model(config, backend, device, dtype)
 
 
-def measure(
-    variant: str,
-    config: SmolLM2Config,
-    ids: Tensor,
-    tiny: bool,
-    lock: Path | None = None,
-    traces: Path | None = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One variant, of VARIANTS or a peer, from its first step to its rate: yields (name, row) as soon as it
-    is there.
+def build_step(
+    variant: str, config: SmolLM2Config, ids: Tensor, compiler: str
+) -> TrainingStep | CapturedStep | LitgptStep:
+    """The step of one of VARIANTS or of a peer. compiler: the backend of torch.compile.
 
-    On a GPU what is compiled gets a second row: the same step, from the same weights, as a CUDA graph. lock:
-    see `bench.timing.alone`. traces: folder for the kernels of a step, one by one.
+    Raises Unavailable, with the version and the reason, for a peer that cannot be measured here.
     """
-    device = ids.device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    name, *extras = variant.split("+")
-    compiler = "aot_eager" if tiny else "inductor"
-    began = time.perf_counter()
     if variant in choice.VARIANTS:
-        weights = build(config, "torch", device).state_dict()
-        peer = choice.peer_step(variant, config, weights, ids, device.type == "cuda", compiler)
-        del weights
-        # a step in another process, which has the tokens already
-        if isinstance(peer, LitgptStep):
-            yield variant, _timed(lambda _: peer(), [], began, config, ids, tiny, lock, peer)
-            return
-        step = peer
-    else:
-        model = build(config, f"{name}+fused-mlp" if "fused-mlp" in extras else name, device)
-        forward = torch.compile(model, backend=compiler) if "compile" in extras else None
-        step = TrainingStep(model, forward, own=False if "torch-adamw" in extras else None)
-    if "graph" in extras:
-        yield variant, _graphed(step, config, ids, tiny, lock)
-        return
-    again = "compile" in extras and device.type == "cuda"
-    first = {key: value.clone() for key, value in step.model.state_dict().items()} if again else {}
-    found = _timed(step, [], began, config, ids, tiny, lock)
-    if "compile" not in extras or device.type == "cuda":  # on a CPU counting switches the compiler off
-        found |= _launches(step, ids, None if traces is None else traces / f"trace-{variant}.json")
-    yield variant, found
-    if again:
-        step.model.load_state_dict(first)
-        yield f"{variant}+graph", _graphed(TrainingStep(step.model, step._forward), config, ids, tiny, lock)
+        weights = build(config, "torch", ids.device).state_dict()
+        return choice.peer_step(variant, config, weights, ids, ids.device.type == "cuda", compiler)
+    name, *extras = variant.split("+")
+    model = build(config, f"{name}+fused-mlp" if "fused-mlp" in extras else name, ids.device)
+    forward = torch.compile(model, backend=compiler) if "compile" in extras else None
+    step = TrainingStep(model, forward, own=False if "torch-adamw" in extras else None)
+    return CapturedStep(step, ids) if "graph" in extras else step
 
 
-def _graphed(
-    step: TrainingStep, config: SmolLM2Config, ids: Tensor, tiny: bool, lock: Path | None
-) -> dict[str, Any]:
-    began = time.perf_counter()
-    captured = CapturedStep(step, ids)
-    return _timed(captured, captured.first_losses, began, config, ids, tiny, lock)
-
-
-def _timed(
-    step: Callable[[Tensor], Tensor],
-    first: list[Tensor],
-    began: float,
-    config: SmolLM2Config,
-    ids: Tensor,
-    tiny: bool,
-    lock: Path | None,
-    elsewhere: LitgptStep | None = None,
-) -> dict[str, Any]:
-    """The row of a step: its first losses (`first` and what is missing of them), then blocks of steps.
-
-    began: when its making began. elsewhere: the process in which it takes place.
+@dataclass(frozen=True)
+class Bench:
+    """What all variants have in common. lock: see `bench.timing.alone`. traces: folder for the kernels of a
+    step, one by one.
     """
-    device = ids.device
-    losses = [float(loss) for loss in [*first, *(step(ids) for _ in range(COMPARED_STEPS - len(first)))]]
-    found: dict[str, Any] = {"losses": losses, "first_steps_seconds": round(time.perf_counter() - began, 2)}
-    blocks, length = (1, 1) if tiny else (8, 5)
-    seconds, queued = [], []
-    with alone(lock):
-        for _ in range(blocks):
-            synchronize(device)
+
+    config: SmolLM2Config
+    ids: Tensor
+    part: Part
+    lock: Path | None = None
+    traces: Path | None = None
+
+    def attempt(self, variant: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rows of `measure`, or one that says why there is none."""
+        if self.part.left() < 0:
+            yield variant, {"failed": "no time was left"}
+        elif variant.endswith("+graph") and self.part.device.type != "cuda":
+            yield variant, {"failed": "needs a GPU"}
+        else:
+            name = variant
+            try:
+                for name, found in self.measure(variant):
+                    yield name, found
+                    name = f"{name}+graph"  # what fails next
+            except Exception as failure:  # noqa: BLE001 - a result like any other
+                yield name, {"failed": one_line(failure)}
+
+    def measure(self, variant: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """One variant, of VARIANTS or a peer, from its first step to its rate: yields (name, row) as soon as
+        it is there.
+
+        On a GPU what is compiled gets a second row: the same step, from the same weights, as a CUDA graph.
+        """
+        cuda, compiled = self.ids.device.type == "cuda", "+compile" in variant
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        step = build_step(variant, self.config, self.ids, "aot_eager" if self.part.tiny else "inductor")
+        if not isinstance(step, TrainingStep):
+            yield variant, self.timed(step, began)
+            return
+        again = compiled and cuda
+        first = {key: value.clone() for key, value in step.model.state_dict().items()} if again else {}
+        found = self.timed(step, began)
+        if cuda or not compiled:  # on a CPU counting switches the compiler off
+            try:
+                found["launches"] = self.launches(step, variant)
+            except Exception as failure:  # noqa: BLE001 - what was timed stays
+                found["launches_failed"] = one_line(failure)
+        yield variant, found
+        if again:
+            step.model.load_state_dict(first)
             began = time.perf_counter()
-            if elsewhere is not None:
-                peak_elsewhere = elsewhere.steps(length)["peak_memory_bytes"]
+            captured = CapturedStep(TrainingStep(step.model, step._forward), self.ids)
+            yield f"{variant}+graph", self.timed(captured, began)
+
+    def timed(self, step: TrainingStep | CapturedStep | LitgptStep, began: float) -> dict[str, Any]:
+        """The row of a step: its first losses, then blocks of steps. began: when its making began."""
+        ids, device, queued = self.ids, self.ids.device, list[float]()
+        first = step.first_losses if isinstance(step, CapturedStep) else []
+        losses = [float(one) for one in [*first, *(step(ids) for _ in range(COMPARED_STEPS - len(first)))]]
+        first_seconds = time.perf_counter() - began
+        blocks, length = (1, 1) if self.part.tiny else (8, 5)
+        peaks: list[int] = []
+
+        def block() -> None:
+            since = time.perf_counter()
+            if isinstance(step, LitgptStep):  # in another process, which has the tokens already
+                peaks.append(step.steps(length)["peak_memory_bytes"])
             else:
                 for _ in range(length):
                     step(ids)
-            queued.append((time.perf_counter() - began) / length)
-            synchronize(device)
-            seconds.append((time.perf_counter() - began) / length)
-    typical = statistics.median(seconds)
-    rate, peak = ids.numel() / typical, work.peak_flops(device)
-    found["step_ms"] = round(typical * 1e3, 3)
-    found["spread"] = round((max(seconds) - min(seconds)) / typical, 3)
-    found["tokens_per_second"] = round(rate, 1)
-    found["mfu"] = round(rate * work.flops_per_token(config, ids.shape[1]) / peak, 4) if peak else None
-    if device.type == "cuda":
-        # as long as step_ms: the device waits for the host
-        found["host_ms"] = round(statistics.median(queued) * 1e3, 3)
-        found["peak_memory_gb"] = round(
-            (peak_elsewhere if elsewhere is not None else torch.cuda.max_memory_allocated()) / 1e9, 2
-        )
-    return found
+            queued.append((time.perf_counter() - since) / length)
+
+        with timing.alone(self.lock):
+            seconds = [timing.seconds(block, device) / length for _ in range(blocks)]
+        found: dict[str, Any] = {"losses": losses, "first_steps_seconds": round(first_seconds, 2)}
+        found |= rates(seconds, ids.numel())
+        flops, peak = work.flops_per_token(self.config, ids.shape[1]), work.peak_flops(device)
+        found["mfu"] = round(found["tokens_per_second"] * flops / peak, 4) if peak else None
+        if device.type == "cuda":
+            # as long as step_ms: the device waits for the host
+            found["host_ms"] = round(statistics.median(queued) * 1e3, 3)
+            found["peak_memory_gb"] = round((peaks or [torch.cuda.max_memory_allocated()])[-1] / 1e9, 2)
+        return found
+
+    def launches(self, step: TrainingStep, variant: str) -> dict[str, Any]:
+        """Launches of a step by name and, on a GPU, the milliseconds that they take; a trace has all of them
+        in order.
+        """
+        if self.ids.device.type != "cuda":
+            return _named(launches.count(lambda: step(self.ids), self.ids.device))
+        kernels = launches.trace(lambda: step(self.ids))
+        names, spent = Counter(name for name, _, _ in kernels), defaultdict[str, float](float)
+        for name, _, us in kernels:
+            spent[name] += us
+        if self.traces is not None:
+            places = {name: place for place, name in enumerate(names)}
+            rows = [[places[name], round(begin, 1), round(us, 2)] for name, begin, us in kernels]
+            write_json(self.traces / f"trace-{variant}.json", {"names": list(names), "kernels": rows})
+        longest = sorted(spent.items(), key=lambda item: -item[1])[:NAMED]
+        return {**_named(names), "device_ms": {name: round(us / 1e3, 4) for name, us in longest}}
 
 
-def _launches(step: TrainingStep, ids: Tensor, path: Path | None) -> dict[str, Any]:
-    """Launches of a step by name and, on a GPU, the milliseconds that they take. path: where all of them are
-    written, in order.
-    """
-    found: dict[str, Any] = {}
-    try:
-        if ids.device.type == "cuda":
-            kernels = launches.trace(lambda: step(ids))
-            names = Counter(name for name, _, _ in kernels)
-            spent = {name: sum(duration for other, _, duration in kernels if other == name) for name in names}
-            found = {
-                "device_ms": {
-                    name: round(us / 1e3, 4)
-                    for name, us in sorted(spent.items(), key=lambda item: -item[1])[:40]
-                }
-            }
-            if path is not None:
-                places = {name: place for place, name in enumerate(names)}
-                rows = [
-                    [places[name], round(begin, 1), round(duration, 2)] for name, begin, duration in kernels
-                ]
-                write_json(path, {"names": list(names), "kernels": rows})
-        else:
-            names = launches.count(lambda: step(ids), ids.device)
-    except Exception as failure:  # noqa: BLE001 - what was timed stays
-        return {"launches_failed": one_line(failure)}
-    return {
-        "launches": {
-            "all": sum(names.values()),
-            "ours": launches.triton_part(names),
-            "names": dict(names.most_common(40)),
-            **found,
-        }
-    }
-
-
-def attempt(
-    variant: str, config: SmolLM2Config, ids: Tensor, part: Part, lock: Path | None, traces: Path | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of `measure`, or one that says why there is none."""
-    if part.left() < 0:
-        yield variant, {"failed": "no time was left"}
-    elif variant.endswith("+graph") and part.device.type != "cuda":
-        yield variant, {"failed": "needs a GPU"}
-    else:
-        name = variant
-        try:
-            for name, found in measure(variant, config, ids, part.tiny, lock, traces):
-                yield name, found
-                name = f"{name}+graph"  # what fails next
-        except Exception as failure:  # noqa: BLE001 - a result like any other
-            yield name, {"failed": one_line(failure)}
-
-
-def agreement(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Variant -> largest distance of its first losses from those of the torch backend."""
-    base = results.get("torch", {}).get("losses")
-    if base is None:
-        return {}
-    return {
-        name: max(abs(a - b) for a, b in zip(found["losses"], base, strict=True))
-        for name, found in results.items()
-        if "losses" in found
-    }
+def _named(names: Counter[str]) -> dict[str, Any]:
+    ours = launches.triton_part(names)
+    return {"all": names.total(), "ours": ours, "names": dict(names.most_common(NAMED))}
 
 
 def show(name: str, found: dict[str, Any]) -> str:
@@ -257,22 +216,13 @@ def show(name: str, found: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("train_step", "Times one optimizer step per backend, beside other libraries.")
-    arguments.add_argument("--model", default="135M", help="preset")
-    arguments.add_argument(
-        "--variant",
-        action="append",
-        choices=(*VARIANTS, *choice.VARIANTS),
-        help="only this one; may be repeated",
-    )
-    arguments.add_argument(
-        "--lock",
-        type=Path,
-        metavar="FILE",
-        help="hold this file's lock while timing: processes that share a GPU take turns",
-    )
-    arguments.add_argument(
-        "--traces", type=Path, metavar="DIR", help="on a GPU: write the kernels of a step there, one by one"
-    )
+    add, names = arguments.add_argument, (*VARIANTS, *choice.VARIANTS)
+    add("--model", default="135M", help="preset")
+    add("--variant", action="append", choices=names, help="only this one; may be repeated")
+    turns = "hold this file's lock while timing: processes that share a GPU take turns"
+    add("--lock", type=Path, metavar="FILE", help=turns)
+    one_by_one = "on a GPU: write the kernels of a step there, one by one"
+    add("--traces", type=Path, metavar="DIR", help=one_by_one)
     options = arguments.parse_args(argv)
     part = Part("step", options)
     config = part.model(options.model)
@@ -283,24 +233,23 @@ def main(argv: Sequence[str]) -> int:
         peak_flops=work.peak_flops(part.device),
         mfu_convention="6 per weight and token, causal attention counted half, dense bf16 peak of the vendor",
     )  # fmt: skip
+    bench = Bench(config, ids, part, options.lock, options.traces)
     results: dict[str, dict[str, Any]] = {}
+    distances: dict[str, float] = {}
     # What compiles for a minute must not cost the others their turn.
-    for variant in options.variant or sorted(
-        (*VARIANTS, *choice.VARIANTS), key=lambda name: "+compile" in name
-    ):
-        for name, found in attempt(variant, config, ids, part, options.lock, options.traces):
+    for variant in options.variant or sorted(names, key=lambda name: "+compile" in name):
+        for name, found in bench.attempt(variant):
             results[name] = found
             print(show(name, found), flush=True)
-            part.save(variants=results, loss_distance=agreement(results), peers=choice.step_status(results))
+            distances = loss_distances(results, "torch")
+            part.save(variants=results, loss_distance=distances, peers=choice.step_status(results))
         gc.collect()
         torch.compiler.reset()
-    for name, distance in agreement(results).items():
+    for name, distance in distances.items():
         losses = ", ".join(f"{loss:.4f}" for loss in results[name]["losses"])
-        bound = PEER_TOLERANCE if name in choice.VARIANTS else LOSS_TOLERANCE
-        print(
-            f"{name}: first losses {losses}, within {distance:.1e} of torch's"
-            + ("" if distance <= bound else ": TOO FAR")
-        )
+        far = distance > (PEER_TOLERANCE if name in choice.VARIANTS else LOSS_TOLERANCE)
+        end = ": TOO FAR" if far else ""
+        print(f"{name}: first losses {losses}, within {distance:.1e} of torch's{end}")
     print(*status.not_measured(part.data["peers"]), sep="\n")
     return part.finish()
 

@@ -20,8 +20,8 @@ import torch
 
 import kernels
 from bench import timing
-from bench.case import Case, Shapes
-from bench.kernels import ERROR_BOUND, FULL, OURS, SET_BYTES, Variant, error
+from bench.case import ERROR_BOUND, Case, Shapes, Variant, error
+from bench.kernels import FULL, OURS, SET_BYTES
 from bench.ops import cases
 from bench.record import Part, one_line, parser
 from bench.weight_ops import optimizer_step
@@ -37,9 +37,8 @@ SWIGLU = ((1, 512, 1), (2, 512, 2), (1, 512, 2), (2, 512, 4), (8, 512, 8))
 # the interpreter takes a quarter of a minute for some of the others
 TINY = ("attention_fwd", "swiglu", "rms_norm_bwd", "mlp_fwd")
 SETS = 24  # of inputs at most, so that each is cold when its turn comes again
-# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Those of
-# attention have among them the lines that the table had before it was measured; one that the table has now is
-# timed once.
+# Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Attention's
+# include the lines that the table had before it was measured. A line that the table has now is timed once.
 _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
     "attention_bwd_dkv": (
         "attention", "backward",
@@ -139,28 +138,23 @@ def measure(
                 replays[len(rows) - 1] = timing.replayable(variant.phases()[phase], shapes.device)
             except Exception as failure:  # noqa: BLE001 - a launch that does not compile is a result
                 row |= {"launch": list(launch) if launch else None, "failed": one_line(failure)}
-    samples = timing.alternate(
-        {str(index): replay for index, replay in replays.items()}, shapes.device, sets, 1 if tiny else 20
-    )
+    samples = timing.alternate(replays, shapes.device, sets, 1 if tiny else 20)
     for index, sample in samples.items():
-        rows[int(index)] |= {"us": round(sample.us, 2), "spread": round(sample.spread, 3)}
+        rows[index] |= {"us": round(sample.us, 2), "spread": round(sample.spread, 3)}
     return rows
 
 
 def show(row: dict[str, Any]) -> str:
     """One line of the table."""
     result = row.get("failed") or f"{row['us']:10.1f} us  {100 * row['spread']:.1f} %"
-    return (
-        f"{row['op']:22}"
-        f"{row['phase']:18}{row['launch']!s:28}{'table ' if row.get('of_table') else '      '}{result}"
-    )
+    mark = "table " if row.get("of_table") else "      "
+    return f"{row['op']:22}{row['phase']:18}{row['launch']!s:28}{mark}{result}"
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = parser("tuning", "Times candidates for the launch table.")
-    arguments.add_argument(
-        "--op", action="append", choices=tuple(CANDIDATES), help="only this one; may be repeated"
-    )
+    only = "only this one; may be repeated"
+    arguments.add_argument("--op", action="append", choices=tuple(CANDIDATES), help=only)
     options = arguments.parse_args(argv)
     part = Part("tuning", options)
     dtype = torch.float32 if part.device.type == "cpu" else torch.bfloat16
@@ -173,14 +167,8 @@ def main(argv: Sequence[str]) -> int:
         if part.left() < 0:
             part.save(left_out=[*part.data.get("left_out", []), op])
             continue
-        rows = measure(
-            found[case],
-            op.partition(" ")[0],
-            phase,
-            candidates[:1] if part.tiny else candidates,
-            shapes,
-            part.tiny,
-        )
+        launches = candidates[:1] if part.tiny else candidates
+        rows = measure(found[case], op.partition(" ")[0], phase, launches, shapes, part.tiny)
         print(*map(show, rows), sep="\n", flush=True)
         part.save(rows=[*part.data["rows"], *rows])
         gc.collect()

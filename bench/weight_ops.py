@@ -49,15 +49,17 @@ def linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) ->
         return F.cross_entropy(F.linear(states, weight.to(states.dtype)).float(), targets)
 
     def liger(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = from_liger(shapes, "liger_fused_linear_cross_entropy")(
-            states, weight.to(states.dtype), targets
-        )
+        function = from_liger(shapes, "liger_fused_linear_cross_entropy")
+        loss: Tensor = function(states, weight.to(states.dtype), targets)
         return loss
 
     def quack(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         function = from_quack(shapes, "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
         loss: Tensor = function(states, weight.to(states.dtype), targets, chunk_size=QUACK_CHUNK)
         return loss
+
+    def chunked(chunk: int) -> Callable[..., Tensor]:
+        return functools.partial(backend.linear_cross_entropy, chunk_tokens=chunk)
 
     # Random numbers, because a product of zeros runs faster.
     head = functools.cache(lambda: scaled(normal(shapes, 1, (vocabulary, hidden))[0]))
@@ -67,10 +69,7 @@ def linear_cross_entropy(shapes: Shapes, backend: Backend, compiled: Compile) ->
         inputs,
         {
             "triton": backend.linear_cross_entropy,
-            **{
-                f"triton {chunk}": functools.partial(backend.linear_cross_entropy, chunk_tokens=chunk)
-                for chunk in CHUNKS
-            },
+            **{f"triton {chunk}": chunked(chunk) for chunk in CHUNKS},
             "reference": TORCH.linear_cross_entropy,
             "all logits": plain,
             "compile": compiled(plain),
@@ -112,9 +111,8 @@ def mlp(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     hidden, width = shapes.config.hidden_size, shapes.config.intermediate_size
 
     def inputs(seed: int) -> list[Tensor]:
-        x, *weights = normal(
-            shapes, seed, (shapes.batch, shapes.length, hidden), (2 * width, hidden), (hidden, width)
-        )
+        sizes = ((shapes.batch, shapes.length, hidden), (2 * width, hidden), (hidden, width))
+        x, *weights = normal(shapes, seed, *sizes)
         return [x, *((weight.detach() * weight.shape[1] ** -0.5).requires_grad_() for weight in weights)]
 
     def fused(*tensors: Tensor) -> Tensor:
@@ -210,15 +208,10 @@ class _Updates:
                 parameter.grad = gradient
             step = self._make(parameters)
             step.call()
-            averages = [
-                step.optimizer.state[parameter][name]
-                for parameter in parameters
-                for name in ("exp_avg", "exp_avg_sq")
-            ]
-            self._made[first] = (
-                step,
-                (*(parameter.detach() for parameter in parameters), *averages, *step.copies),
-            )
+            states = [step.optimizer.state[parameter] for parameter in parameters]
+            averages = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+            updated = [parameter.detach() for parameter in parameters]
+            self._made[first] = (step, (*updated, *averages, *step.copies))
         else:
             self._made[first][0].call()
         written: tuple[Tensor, ...] = self._made[first][1]
@@ -240,10 +233,8 @@ def optimizer_step(shapes: Shapes) -> Case:
 
     def of_torch(parameters: list[nn.Parameter]) -> _Step:
         device = parameters[0].device
-        rate = torch.tensor(LEARNING_RATE, device=device)
-        optimizer = torch.optim.AdamW(
-            parameters, lr=rate, fused=True, capturable=device.type == "cuda", **SETTINGS
-        )
+        rate, on_gpu = torch.tensor(LEARNING_RATE, device=device), device.type == "cuda"
+        optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=on_gpu, **SETTINGS)
         matrices: list[Tensor] = [parameter for parameter in parameters if dtype and parameter.dim() > 1]
         copies = [torch.empty_like(matrix, dtype=dtype, requires_grad=False) for matrix in matrices]
 
@@ -269,9 +260,8 @@ def optimizer_step(shapes: Shapes) -> Case:
         return _Step(optimizer, step, [target for target in targets if target is not None])
 
     def inputs(seed: int) -> list[Tensor]:
-        return [
-            tensor.detach() for tensor in normal(replace(shapes, dtype=torch.float32), seed, *sizes, *sizes)
-        ]
+        drawn = normal(replace(shapes, dtype=torch.float32), seed, *sizes, *sizes)
+        return [tensor.detach() for tensor in drawn]
 
     parameters = sum(size.numel() for size in sizes)
     return Case(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.kernels import Variant
+from bench.case import Variant
 from bench.ops import Shapes, cases
 from bench.peak_memory import peak_memory
 from kernels import TORCH, Backend, select_backend

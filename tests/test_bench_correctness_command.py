@@ -77,31 +77,18 @@ def run(folder: Path, seconds: float, workers: int, **files: str) -> dict:
 
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="pytest-xdist is not installed")
 def test_a_worker_that_dies_loses_one_test(tmp_path):
-    section = run(
-        tmp_path,
-        3600,
-        1,
-        several=CASES,
-        unreadable="import no_such_package\n",
-        fine="def test_fine():\n    pass\n",
-    )
-    several, unreadable, fine = (
-        section["files"][f"test_{name}.py"] for name in ("several", "unreadable", "fine")
-    )
-    assert (
-        several["counts"] == {"passed": 12, "failed": 3, "error": 1, "skipped": 1}
-        and several["end"] == "complete"
-    )
+    others = {"unreadable": "import no_such_package\n", "fine": "def test_fine():\n    pass\n"}
+    section = run(tmp_path, 3600, 1, several=CASES, **others)
+    several, unreadable, fine = (section["files"][f"test_{name}.py"] for name in ("several", *others))
+    assert several["counts"] == {"passed": 12, "failed": 3, "error": 1, "skipped": 1}
+    assert several["end"] == "complete"
     names = {test.partition("::")[2] for test in several["failures"]}
     assert names == {"test_fails", "test_error", "test_loses_the_gpu", "test_crashes"}
     assert fine == {"counts": {"passed": 1}, "failures": [], "end": "complete", "seconds": fine["seconds"]}
     assert unreadable["counts"] == {"error": 1} and unreadable["end"] == "complete"
     said = {test.partition("::")[2]: text for test, text in section["messages"].items()}
-    assert (
-        "1 + 1" in said["test_fails"]
-        and "illegal memory access" in said["test_loses_the_gpu"]
-        and "no_such_package" in said[""]
-    )
+    assert "1 + 1" in said["test_fails"] and "no_such_package" in said[""]
+    assert "illegal memory access" in said["test_loses_the_gpu"]
 
 
 def test_worst_errors_come_with_the_tests_and_not_those_of_a_replaced_table(tmp_path):
@@ -115,9 +102,8 @@ def test_worst_errors_come_with_the_tests_and_not_those_of_a_replaced_table(tmp_
         def test_replaces(monkeypatch):
             monkeypatch.setattr(numerics, "WORST", {("op", "float32"): 1.5})
     """
-    assert run(tmp_path, 3600, 0, checked=checked)["numerics"] == [
-        {"op": "rope", "dtype": "float32", "worst": 0.5}
-    ]
+    worst = {"op": "rope", "dtype": "float32", "worst": 0.5}
+    assert run(tmp_path, 3600, 0, checked=checked)["numerics"] == [worst]
 
 
 def test_without_xdist_a_lost_gpu_ends_the_process_and_its_file(tmp_path):
@@ -133,36 +119,24 @@ def test_what_is_finished_stays_when_time_is_over(tmp_path, monkeypatch):
     monkeypatch.setattr(Part, "left", lambda part: 1.0 - bool(counted(part, "test_slow.py")))
     section = run(tmp_path, 3600, 0, slow=slow, later="def test_later():\n    pass\n")
     assert time.monotonic() - began < 600
-    assert section["files"]["test_slow.py"]["counts"] == {"passed": 1}
-    assert (
-        section["files"]["test_slow.py"]["end"]
-        == "stopped: out of time"
-        == section["files"]["test_later.py"]["end"]
-    )
+    slow, later = (section["files"][f"test_{name}.py"] for name in ("slow", "later"))
+    assert slow["counts"] == {"passed": 1} and slow["end"] == later["end"] == "stopped: out of time"
     assert section["not_started"] == ["test_later.py"]
 
 
 def test_a_file_is_complete_when_all_that_was_collected_has_an_outcome():
+    a, b = "tests/a.py::one[x::y]", "tests/b.py::one"
     records = [
-        {"collected": ["tests/a.py::one[x::y]", "tests/a.py::two", "tests/b.py::one"]},
-        {"id": "tests/a.py::one[x::y]", "outcome": None, "seconds": 0.5},
-        {
-            "id": "tests/a.py::one[x::y]",
-            "outcome": "passed",
-            "seconds": 1.0,
-            "worst": [["rope", "float32", 0.5]],
-        },
-        {"id": "tests/a.py::one[x::y]", "outcome": "error", "seconds": 0.0},
-        {"id": "tests/b.py::one", "outcome": "failed", "seconds": 0.0},
-        {"id": "tests/b.py::one", "outcome": "passed", "seconds": 0.0},
+        {"collected": [a, "tests/a.py::two", b]},
+        {"id": a, "outcome": None, "seconds": 0.5},
+        {"id": a, "outcome": "passed", "seconds": 1.0, "worst": [["rope", "float32", 0.5]]},
+        {"id": a, "outcome": "error", "seconds": 0.0},
+        {"id": b, "outcome": "failed", "seconds": 0.0},
+        {"id": b, "outcome": "passed", "seconds": 0.0},
     ]
     found = correctness.outcomes(["a.py", "b.py", "c.py"], records, "running")
-    assert found["a.py"] == {
-        "counts": {"error": 1},
-        "failures": ["tests/a.py::one[x::y]"],
-        "end": "running",
-        "seconds": 1.5,
-    }
+    known = {"counts": {"error": 1}, "failures": [a], "end": "running", "seconds": 1.5}
+    assert found["a.py"] == known
     assert found["b.py"]["counts"] == {"failed": 1} and found["b.py"]["end"] == "complete"
     assert found["c.py"]["end"] == "complete", "nothing of it was selected"
     assert correctness.outcomes(["a.py"], [], "exit code 4: ")["a.py"]["end"] == "exit code 4: "
@@ -185,9 +159,7 @@ def test_files_are_dealt_out_and_large_ones_run_alone():
 def test_every_file_with_tests_for_a_gpu_runs(project_root):
     folder = project_root / "tests"
     ran = {path for pattern in correctness.PATTERNS for path in folder.glob(pattern)}
-    marked = {
-        path
-        for path in folder.glob("test_*.py")
-        if "@pytest.mark.gpu" in path.read_text() or "[pytest.mark.gpu" in path.read_text()
-    }
+    marks = ("@pytest.mark.gpu", "[pytest.mark.gpu")
+    texts = {path: path.read_text() for path in folder.glob("test_*.py")}
+    marked = {path for path, text in texts.items() if any(mark in text for mark in marks)}
     assert marked - {Path(__file__).resolve()} <= ran and {folder / name for name in correctness.ALONE} <= ran

@@ -1,6 +1,5 @@
 """`python -m bench.kernels` on a CPU at toy size, and the pieces that its figures are made of."""
 
-import contextlib
 import dataclasses
 import gc
 import json
@@ -12,9 +11,8 @@ import torch
 from in_process import printed
 from torch.nn.attention import SDPBackend
 
-from bench import kernels, launches, long_attention, memcheck, ops, timing, weight_ops
-from bench.case import Case
-from bench.kernels import Variant, error
+from bench import kernels, launches, long_attention, memcheck, ops, weight_ops
+from bench.case import Case, Shapes, Variant, compile_with, error
 from bench.record import INTERPRETER_NOTE
 from bench.summary import kernels_lines
 from bench.work import Cost, Work
@@ -44,26 +42,19 @@ def test_rows_say_all_that_is_needed(measured):
     for phase in ("forward", "backward"):
         for variant in ("triton", "reference", "compile", "F.rms_norm"):
             row = found["add_rms_norm", phase, variant]
-            assert (
-                row["us"] > 0 and row["gb_per_s"] >= 0 and row["percent_of_roof"] >= 0 and row["error"] < 5e-3
-            )
+            assert row["us"] > 0 and row["gb_per_s"] >= 0 and row["percent_of_roof"] >= 0
+            assert row["error"] < 5e-3
             assert row["plain_us" if phase == "forward" else "autograd_us"] > 0
     assert ("decode_attention", "forward", "triton") in found
     assert ("decode_attention", "backward", "triton") not in found  # a cache has no gradient
-    assert {
-        ("decode_head", "forward", variant) for variant in ("triton", "reference", "compile")
-    } <= found.keys()
+    for variant in ("triton", "reference", "compile"):
+        assert ("decode_head", "forward", variant) in found
 
 
 def test_the_roof_is_the_best_of_three_bandwidths(measured):
     roof = measured[1]["roof"]
-    assert set(roof) == {
-        "copy_gb_per_s",
-        "read_gb_per_s",
-        "in_place_gb_per_s",
-        "memory_gb_per_s",
-        "matmul_tflops",
-    }
+    every = ("copy", "read", "in_place", "memory")
+    assert set(roof) == {*(f"{name}_gb_per_s" for name in every), "matmul_tflops"}
     assert roof["memory_gb_per_s"] == max(roof[f"{name}_gb_per_s"] for name in ("copy", "read", "in_place"))
 
 
@@ -74,11 +65,8 @@ def test_what_torch_compile_makes_comes_last_and_beside_ours(measured):
     assert all((row["variant"] in kernels.COMPILED) == (row["pass"] == 2) for row in rows)
     timed = [row for row in rows if "us" in row]
     assert all(("triton_us" in row) == (row["pass"] == 2) and not row["captured"] for row in timed)
-    assert {row["op"] for row in timed if row["pass"] == 2} == {
-        "add_rms_norm",
-        "decode_attention",
-        "decode_head",
-    }
+    compiled = {row["op"] for row in timed if row["pass"] == 2}
+    assert compiled == {"add_rms_norm", "decode_attention", "decode_head"}
     figures = [(row["op"], row["phase"], row["variant"]) for row in timed]
     assert len(figures) == len(set(figures))
 
@@ -93,9 +81,8 @@ def test_without_time_nothing_of_either_pass_is_forgotten(tmp_path):
 def test_libraries_that_were_not_measured_are_named(measured):
     stdout, section = measured
     found = section["peers"]
-    assert (
-        found["torch.compile"]["used"] and found["torch FlexAttention"]["used"]
-    )  # its kernel for a decode step has no backward pass to miss
+    # FlexAttention's kernel for a decode step has no backward pass to miss
+    assert found["torch.compile"]["used"] and found["torch FlexAttention"]["used"]
     for name in ("liger-kernel", "quack-kernels", "flash-attn"):
         assert not found[name]["used"] and found[name]["why"]
         assert f"not measured: {name}" in stdout and found[name]["why"] in stdout
@@ -125,12 +112,18 @@ def test_what_cannot_be_measured_here_is_refused(arguments, message):
 
 def case(**variants) -> Case:
     """y = 2 x, with a reference and other variants."""
-    return Case(
-        "double",
-        Cost(Work(8, 4), Work(8, 4)),
-        lambda seed: [torch.ones(4, requires_grad=True)],
-        {"reference": lambda x: x + x, **variants},
-    )
+    cost, every = Cost(Work(8, 4), Work(8, 4)), {"reference": lambda x: x + x, **variants}
+    return Case("double", cost, lambda seed: [torch.ones(4, requires_grad=True)], every)
+
+
+def operation(op, shapes=None, compiler="eager") -> Case:
+    """One of bench/ops.py, by the reference."""
+    return ops.MAKERS[op](small() if shapes is None else shapes, TORCH, compile_with(compiler))
+
+
+def measured_rows(case, shapes=None, **options):
+    """The rows of bench.kernels at toy size."""
+    return kernels.measure(case, small() if shapes is None else shapes, 1e10, 1e10, tiny=True, **options)
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -150,15 +143,11 @@ def test_a_wrong_variant_is_named_and_not_timed():
     def absent(x):
         raise ModuleNotFoundError("No module named 'nothing'", name="nothing")
 
-    shapes = kernels.Shapes(None, 1, 4, torch.float32, CPU)
     wrong = case(
-        triton=_WrongGradient.apply,
-        nan=lambda x: x * math.nan,
-        broken=broken,
-        absent=absent,
+        triton=_WrongGradient.apply, nan=lambda x: x * math.nan, broken=broken, absent=absent,
         right=lambda x: 2 * x,
-    )
-    rows = kernels.measure(wrong, shapes, 1e9, 1e9, tiny=True)
+    )  # fmt: skip
+    rows = measured_rows(wrong)
     timed = {row["variant"] for row in rows if "us" in row}
     assert timed == {"reference", "right"}
     failed = {row["variant"]: row["failed"] for row in rows if "failed" in row}
@@ -172,21 +161,17 @@ def test_a_wrong_variant_is_named_and_not_timed():
 
 
 def small(batch=2, length=8):
-    return kernels.Shapes(
-        SmolLM2Config.preset("tiny", num_hidden_layers=1), batch, length, torch.float32, CPU
-    )
+    return Shapes(SmolLM2Config.preset("tiny", num_hidden_layers=1), batch, length, torch.float32, CPU)
 
 
 def test_every_operation_of_the_switch_is_timed_compiled_and_checked_for_its_memory():
-    assert set(kernels.OPS) == set(switch.OPS)
     cases = ops.cases(small(), TORCH, "eager")
-    assert [case.op for case in cases] == list(kernels.OPS)
+    assert [case.op for case in cases] == list(ops.MAKERS) and set(ops.MAKERS) == set(switch.OPS)
     assert all({"triton", "reference", "compile"} <= case.variants.keys() for case in cases)
     assert {name.split()[0] for name in memcheck.operations(TORCH, CPU)} == {*switch.OPS, "adamw"}
     every = [case.op for case in kernels.every_case(small(), TORCH, "eager", True)]
-    assert {op.split()[0] for op in every} == {*switch.OPS, "adamw"} and tuple(
-        op for op in every if " " not in op
-    )[:8] == kernels.STEP
+    assert {op.split()[0] for op in every} == {*switch.OPS, "adamw"}
+    assert tuple(op for op in every if " " not in op)[:8] == kernels.STEP
 
 
 def test_the_calls_of_the_memory_check_run_on_the_reference():
@@ -196,7 +181,7 @@ def test_the_calls_of_the_memory_check_run_on_the_reference():
 
 @pytest.mark.parametrize("op", ["rope", "decode_layer", "decode_head"])
 def test_what_torch_compile_makes_is_compared_with_the_truth(op):
-    case = {case.op: case for case in ops.cases(small(), TORCH, "aot_eager")}[op]
+    case = operation(op, compiler="aot_eager")
     truth = Variant(case, "reference", 1).results(torch.float64)
     assert error(Variant(case, "compile", 1).results(), truth) < 1e-6
     # rope has gradients, the layer what it wrote
@@ -204,7 +189,7 @@ def test_what_torch_compile_makes_is_compared_with_the_truth(op):
 
 
 def test_a_layer_writes_the_last_position_of_its_own_caches_and_nothing_else():
-    case = {case.op: case for case in ops.cases(small(), TORCH, "eager")}["decode_layer"]
+    case = operation("decode_layer")
     inputs, untouched = case.inputs(0), case.inputs(0)
     first = case.variants["reference"](*inputs)
     for cache, before, written in zip(inputs[7:9], untouched[7:9], first[1:], strict=True):
@@ -217,30 +202,30 @@ def test_a_layer_writes_the_last_position_of_its_own_caches_and_nothing_else():
 
 def test_rows_longer_than_the_rotary_tables_have_a_layer_too():
     shapes = small(batch=1, length=300)  # of 512 positions, for a cache of 600
-    case = {case.op: case for case in ops.cases(shapes, TORCH, "eager")}["decode_layer"]
+    case = operation("decode_layer", shapes)
     inputs = case.inputs(0)
     assert inputs[7].shape[1] == 600 > shapes.config.max_position_embeddings
     assert all(output.isfinite().all() for output in case.variants["reference"](*inputs))
 
 
 def test_a_layer_that_writes_a_wrong_key_is_wrong():
-    case = {case.op: case for case in ops.cases(small(), TORCH, "eager")}["decode_layer"]
+    case = operation("decode_layer")
 
     def broken(*inputs):
         output, key, value = case.variants["reference"](*inputs)
         return output, key.roll(1, dims=-1), value
 
     case.variants["triton"] = broken
-    rows = kernels.measure(case, small(), 1e10, 1e10, tiny=True)
+    rows = measured_rows(case)
     assert [row["failed"].partition(":")[0] for row in rows if row["variant"] == "triton"] == ["wrong"]
 
 
 def test_a_decode_step_has_at_most_the_rows_of_the_fused_kernels():
     for batch, rows in ((2, 2), (32, 16)):
-        cases = {case.op: case for case in ops.cases(small(batch), TORCH, "eager")}
         for op in ("decode_layer", "decode_head"):
-            assert cases[op].tokens == rows == cases[op].inputs(0)[0].shape[0]
-        assert cases["decode_attention"].tokens == 2 * batch
+            case = operation(op, small(batch))
+            assert case.tokens == rows == case.inputs(0)[0].shape[0]
+        assert operation("decode_attention", small(batch)).tokens == 2 * batch
 
 
 def test_a_mask_of_all_pairs_is_the_same_attention_within_documents():
@@ -254,7 +239,7 @@ def test_a_mask_of_all_pairs_is_the_same_attention_within_documents():
 @pytest.mark.parametrize("length", [512, 2048, 8192])
 def test_flash_and_cudnn_take_documents_with_the_heads_as_they_are(length):
     config = SmolLM2Config.preset("135M")
-    shapes = kernels.Shapes(config, 16384 // 512, 512, torch.bfloat16, torch.device("meta"))
+    shapes = Shapes(config, 16384 // 512, 512, torch.bfloat16, torch.device("meta"))
     case = long_attention.document_attention(shapes, TORCH, "eager", length)
     q, k, v = (
         torch.empty(16384 // length, length, heads, 64, dtype=shapes.dtype, device="meta", requires_grad=True)
@@ -268,8 +253,8 @@ def test_flash_and_cudnn_take_documents_with_the_heads_as_they_are(length):
 
 def test_every_loss_says_how_much_memory_it_takes():
     shapes = small(batch=4, length=64)
-    loss = {case.op: case for case in ops.cases(shapes, TORCH, "aot_eager")}["linear_cross_entropy"]
-    rows = kernels.measure(loss, shapes, 1e10, 1e10, tiny=True)
+    loss = operation("linear_cross_entropy", shapes, "aot_eager")
+    rows = measured_rows(loss, shapes)
     peaks = {row["variant"]: row["peak_mb"] for row in rows if "peak_mb" in row}
     absent = {row["variant"] for row in rows if "failed" in row}
     assert peaks.keys() | absent == loss.variants.keys() and absent == {"liger", "quack"}
@@ -285,10 +270,8 @@ def test_the_loss_is_measured_at_several_sizes_of_its_chunk():
         asked.append(chunk_tokens)
         return TORCH.linear_cross_entropy(*tensors, chunk_tokens=chunk_tokens)
 
-    shapes = small()
-    case = weight_ops.linear_cross_entropy(
-        shapes, dataclasses.replace(TORCH, linear_cross_entropy=loss), lambda function: function
-    )
+    backend = dataclasses.replace(TORCH, linear_cross_entropy=loss)
+    case = weight_ops.linear_cross_entropy(small(), backend, lambda function: function)
     for name in [name for name in case.variants if name.startswith(kernels.OURS)]:
         Variant(case, name, 1).call()
     assert [*dict.fromkeys(asked)] == [None, 4096, 5632, 8192, 16384]
@@ -297,73 +280,65 @@ def test_the_loss_is_measured_at_several_sizes_of_its_chunk():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_bare_products_are_three_of_all_tokens_and_nothing_else(dtype):
     shapes = dataclasses.replace(small(), dtype=dtype)
-    case = weight_ops.linear_cross_entropy(shapes, TORCH, lambda function: function)
+    case = operation("linear_cross_entropy", shapes)
     variant = Variant(case, "products only", 1)
     (states, weight, _), products = case.inputs(0), []
 
+    def product(a, b):
+        products.append((a.shape, b.shape))
+        return torch.mm(a, b)
+
     def record(call):
-        with mock.patch.object(
-            torch.Tensor, "__matmul__", lambda a, b: products.append((a.shape, b.shape)) or torch.mm(a, b)
-        ):
+        with mock.patch.object(torch.Tensor, "__matmul__", product):
             return launches.count(call, CPU)
 
     hidden, vocabulary = shapes.config.hidden_size, shapes.config.vocab_size
     forward, both = record(variant.call), record(variant.through_autograd)
     assert forward["mm"] == 1 and both["mm"] == 3
-    assert set(products) == {
-        ((shapes.tokens, hidden), (hidden, vocabulary)),
-        ((shapes.tokens, vocabulary), (vocabulary, hidden)),
-    }
+    logits, dstates = ((shapes.tokens, n) for n in (hidden, vocabulary))
+    assert set(products) == {(logits, (hidden, vocabulary)), (dstates, (vocabulary, hidden))}
     # the last, where torch has no product in fp32
     assert both.keys() <= {"mm", "new_zeros", "zeros", "fill_", "_to_copy"}
     _, dstates, dweight = variant.results()
-    assert (dstates.shape, dstates.dtype, dweight.shape, dweight.dtype) == (
-        states.shape,
-        dtype,
-        weight.shape,
-        torch.float32,
-    )
+    assert (dstates.shape, dstates.dtype) == (states.shape, dtype)
+    assert (dweight.shape, dweight.dtype) == (weight.shape, torch.float32)
 
 
 def test_both_forms_of_the_mlp_are_held_to_the_truth():
-    case = weight_ops.mlp(small(), TORCH, lambda function: function)
+    case, wrong = operation("mlp"), operation("mlp").variants["reference"]
     truth = Variant(case, "reference", 1).results(torch.float64)
     assert len(truth) == 4
     for name in ("triton", "triton fused", "triton composed"):
         assert error(Variant(case, name, 1).results(), truth) < 1e-5
-    case.variants["triton fused"] = lambda x, gate_up, down: case.variants["reference"](
-        x, gate_up.roll(1, 0), down
-    )
-    rows = kernels.measure(case, small(), 1e10, 1e10, tiny=True, names={"triton fused"})
-    assert rows[0]["failed"].startswith("wrong")
+    case.variants["triton fused"] = lambda x, gate_up, down: wrong(x, gate_up.roll(1, 0), down)
+    assert measured_rows(case, names={"triton fused"})[0]["failed"].startswith("wrong")
 
 
 def test_the_embedding_adds_its_rows_where_the_gradient_of_the_head_lies():
     case = weight_ops.tied_embedding(small(), switch.load_triton(), lambda function: function)
     given = []
-    with mock.patch(
-        "kernels.embedding._is_ours",
-        side_effect=lambda *gradients: given.append(found := is_ours(*gradients)) or found,
-    ):
+
+    def noted(*gradients):
+        given.append(is_ours(*gradients))
+        return given[-1]
+
+    with mock.patch("kernels.embedding._is_ours", noted):
         found = Variant(case, "triton", 1).results()
     assert given == [True], "what is measured is the way of a training step"
     x, head, dweight = found
-    ids = torch.unique(
-        torch.stack([(row == case.inputs(0)[0]).all(1).nonzero().squeeze() for row in x.flatten(0, 1)])
-    )
+    table = case.inputs(0)[0]
+    ids = torch.stack([(row == table).all(1).nonzero().squeeze() for row in x.flatten(0, 1)]).unique()
     assert case.cost.backward.bytes == 4 * 96 * (512 + 2 * len(ids)) + 16 * (4 * 96 + 8) and head == 0
     looked_up = torch.zeros(512, dtype=torch.bool).index_fill(0, ids, True)
-    assert (dweight[~looked_up] == dweight[~looked_up][0, 0]).all() and (
-        dweight[looked_up] != dweight[~looked_up][0, 0]
-    ).any(1).all()
+    of_head = dweight[~looked_up][0, 0]
+    assert (dweight[~looked_up] == of_head).all() and (dweight[looked_up] != of_head).any(1).all()
     whole = case.variants["reference"]
     for broken in (
         lambda x, head, nothing: (x, head.detach() + nothing),
         lambda x, head, nothing: (x.detach() + nothing, head),
     ):
         case.variants["triton"] = lambda weight, broken=broken: broken(*whole(weight), 0 * weight.sum())
-        rows = kernels.measure(case, small(), 1e10, 1e10, tiny=True, names={"triton"})
-        assert rows[0]["failed"].startswith("wrong")
+        assert measured_rows(case, names={"triton"})[0]["failed"].startswith("wrong")
 
 
 @pytest.mark.parametrize("dtype, copies", [(torch.float32, 0), (torch.float16, 8)])
@@ -371,10 +346,9 @@ def test_a_step_of_the_optimizer_is_clipped_compared_and_forgotten(dtype, copies
     shapes = dataclasses.replace(small(), dtype=dtype)
     case = weight_ops.optimizer_step(shapes)
     parameters = len(case.inputs(0)) // 2
-    rows = kernels.measure(case, shapes, 1e10, 1e10, tiny=True)
-    assert {row["variant"] for row in rows if "us" in row} == {"triton", "reference"} and {
-        row["phase"] for row in rows
-    } == {"forward"}
+    rows = measured_rows(case, shapes)
+    assert {row["variant"] for row in rows if "us" in row} == {"triton", "reference"}
+    assert {row["phase"] for row in rows} == {"forward"}
     matrices = 96 * (96 * 2 + 32 * 2 + 256 * 3 + 512)
     assert case.cost.forward.bytes == 32 * shapes.config.num_parameters() + 2 * matrices * bool(copies)
     gc.collect()
@@ -384,29 +358,22 @@ def test_a_step_of_the_optimizer_is_clipped_compared_and_forgotten(dtype, copies
     assert len(first) == 3 * parameters + copies
     assert error(one.results(), first) > 0.1, "it is the next step"
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
-    rows = kernels.measure(case, shapes, 1e10, 1e10, tiny=True, names={"triton"})
-    assert rows[0]["failed"].startswith("wrong")
+    assert measured_rows(case, shapes, names={"triton"})[0]["failed"].startswith("wrong")
 
 
 def test_the_summary_compares_with_others_and_lists_the_forms_of_ours_apart():
     times = {
-        "triton": 128.0,
-        "triton 4096": 130.0,
-        "triton 8192": 120.0,
-        "all logits": 256.0,
-        "compile": 192.0,
+        "triton": 128.0, "triton 4096": 130.0, "triton 8192": 120.0, "all logits": 256.0, "compile": 192.0,
         "products only": 100.0,
-    }
+    }  # fmt: skip
     rows = [
         {"op": "loss", "phase": "forward", "variant": name, "us": us, "percent_of_roof": 70.0}
         for name, us in times.items()
     ]
     title, ours = kernels_lines({"rows": rows, "batch": 32, "length": 512, "dtype": "bf16"})
     forms = "; forward as 4096 130.0, 8192 120.0 us"
-    assert ours.split(maxsplit=1) == [
-        "loss",
-        f"forward 128.0 us 70.0 % (1.50x compile), 1.28x its bare products{forms}",
-    ]
+    said = f"forward 128.0 us 70.0 % (1.50x compile), 1.28x its bare products{forms}"
+    assert ours.split(maxsplit=1) == ["loss", said]
 
 
 def test_a_gradient_is_compared_too():
@@ -421,109 +388,3 @@ def test_launches_are_counted():
     found = launches.count(lambda: torch.empty_like(x).copy_((x @ x).t().reshape(16)[:4] + 1.0), CPU)
     assert found == {"mm": 1, "clone": 1, "add": 1, "copy_": 1}
     assert launches.triton_part(found) == 0
-
-
-def test_a_replay_on_a_gpu_lasts_a_millisecond_and_finds_a_cache_that_was_read_over(monkeypatch):
-    """The first turn, by itself, says how often the others repeat the replay. What was written would have to
-    be written back.
-    """
-    replays, flush = [], torch.ones(8)
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = len(replays)
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, end):
-            return 0.01 * (end.at - self.at)  # ten microseconds a replay
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(timing, "flush_buffer", lambda device: flush)
-    found = timing.alternate({"one": lambda: replays.append(1)}, torch.device("cuda"), calls=2, rounds=3)
-    assert len(replays) == 1 + 4 * 100
-    assert found["one"].us == pytest.approx(5)
-    assert flush._version == 0
-
-
-def test_a_sample_is_a_median_with_its_spread():
-    sample = timing.Sample.of([10.0, 11.0, 12.0, 13.0, 100.0])
-    assert sample.us == 12.0 and 0 < sample.spread < 5
-    assert timing.Sample.of([7.0]) == timing.Sample(7.0, 0.0)
-
-
-class FakeGraphs:
-    """What `bench.timing` asks torch.cuda for, without a GPU. ends: what ends every capture."""
-
-    def __init__(self, monkeypatch, ends=None):
-        self.log, self.mode, self._ends = [], "default", ends
-        nothing = dict.fromkeys(
-            ("Stream", "CUDAGraph", "current_stream", "default_stream", "synchronize"),
-            lambda *args: mock.MagicMock(),
-        )
-        for name, fake in nothing.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "graph", self.graph)
-        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: self.log.append("stream"))
-        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
-        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream):
-        self.log.append("capture")
-        yield
-        if self._ends:
-            raise self._ends
-
-
-CUDA = torch.device("cuda")
-
-
-def test_a_call_that_waits_for_the_device_is_not_captured_but_timed(monkeypatch):
-    fake = FakeGraphs(monkeypatch)
-
-    def call():
-        if fake.mode == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-        return "ran"
-
-    timed, captured = timing.replayable_or_plain(lambda: call, CUDA)
-    assert timed() == "ran" and not captured
-    assert fake.log == [] and fake.mode == "default"  # nothing was begun that would have to be taken back
-    with pytest.raises(timing.NotCapturable, match="synchronizing"):
-        timing.replayable(lambda: call, CUDA)
-
-
-def test_after_a_failed_capture_the_call_is_timed_on_the_stream_of_all_others(monkeypatch):
-    fake = FakeGraphs(monkeypatch, ends=RuntimeError("invalidated"))
-    timed, captured = timing.replayable_or_plain(lambda: lambda: "ran", CUDA)
-    assert timed() == "ran" and not captured
-    assert fake.log == ["capture", "stream"]
-
-
-def test_a_call_that_can_be_captured_is_and_one_that_fails_fails(monkeypatch):
-    fake = FakeGraphs(monkeypatch)
-    assert timing.replayable_or_plain(lambda: lambda: None, CUDA)[1] and fake.log == ["capture"]
-
-    def broken():
-        raise RuntimeError("no kernel image")
-
-    with pytest.raises(RuntimeError, match="no kernel image"):
-        timing.replayable_or_plain(lambda: broken, CUDA)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_after_a_call_that_reads_a_value_the_process_goes_on():
-    x = torch.ones(4, device="cuda")
-    timed, captured = timing.replayable_or_plain(lambda: lambda: x * x.sum().item(), CUDA)
-    assert not captured and torch.equal(timed(), 4 * x)
-    assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    good, captured = timing.replayable_or_plain(lambda: lambda: x.mul_(2.0), CUDA)
-    assert captured
-    assert timing.alternate({"good": good, "plain": timed}, CUDA, rounds=2)["plain"].us > 0

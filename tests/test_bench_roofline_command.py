@@ -34,9 +34,8 @@ def test_the_roof_is_measured(measured):
     _, section = measured
     assert section["status"] == "complete" and section["note"] == INTERPRETER_NOTE
     assert all(section[f"{name}_gb_per_s"] > 0 for name in ("copy", "read", "in_place"))
-    assert set(section["matmul_tflops"]) == {"fp32", "fp16", "bf16"} and all(
-        rate > 0 for rate in section["matmul_tflops"].values()
-    )
+    assert set(section["matmul_tflops"]) == {"fp32", "fp16", "bf16"}
+    assert all(rate > 0 for rate in section["matmul_tflops"].values())
 
 
 def test_every_part_of_a_step_and_of_a_token_has_a_floor_and_a_time(measured):
@@ -48,15 +47,11 @@ def test_every_part_of_a_step_and_of_a_token_has_a_floor_and_a_time(measured):
     for unit, parts in wanted.items():
         found = section[unit]
         assert set(found["parts_ms"]) == parts
-        assert [
-            line
-            for line in found["not_measured"]
-            if not line.startswith("whole, compiled: there is no compiled step")
-        ] == []
+        no_package = "whole, compiled: there is no compiled step"
+        assert [line for line in found["not_measured"] if not line.startswith(no_package)] == []
         assert all(row["floor"] > 0 and row["torch"] > 0 for row in found["parts_ms"].values())
-        assert math.isclose(
-            sum(row["floor"] for row in found["parts_ms"].values()), found["floor_ms"], rel_tol=1e-2
-        )
+        floor = sum(row["floor"] for row in found["parts_ms"].values())
+        assert math.isclose(floor, found["floor_ms"], rel_tol=1e-2)
         assert found["whole_ms"]["torch"] > 0
 
 
@@ -81,27 +76,22 @@ def test_the_operations_of_a_step_are_the_step():
         parts = work.step(CONFIG, 32, 512, size)
         assert total(work.step_items(CONFIG, 32, 512, size)) == sum(parts.values(), work.Cost(work.Work()))
     floors = [item.floors(*ROOF) for item in work.step_items(CONFIG, 32, 512, 2).values()]
-    assert sum(sum(floor.values()) for floor in floors) == pytest.approx(
-        work.step_floor(CONFIG, 32, 512, 2, *ROOF)
-    )
+    whole = work.step_floor(CONFIG, 32, 512, 2, *ROOF)
+    assert sum(sum(floor.values()) for floor in floors) == pytest.approx(whole)
 
 
 def test_weights_are_cast_only_to_sixteen_bits_and_the_tied_matrix_is_counted_with_the_loss():
     assert "weights" not in work.step_items(CONFIG, 2, 512, 4)
     cast = work.step_items(CONFIG, 2, 512, 2)["weights"].cost
-    assert (
-        cast.forward.bytes
-        == cast.backward.bytes
-        == 6 * (CONFIG.num_parameters() - CONFIG.vocab_size * CONFIG.hidden_size)
-    )
+    tied = CONFIG.vocab_size * CONFIG.hidden_size
+    assert cast.forward.bytes == cast.backward.bytes == 6 * (CONFIG.num_parameters() - tied)
 
 
 def test_a_token_reads_every_weight_once_and_the_cache_once():
     items = work.token_items(CONFIG, 1, 512, 2)
     norms = (2 * CONFIG.num_hidden_layers + 1) * CONFIG.hidden_size
-    matrices = total(
-        {name: item for name, item in items.items() if item.part in ("weights", "logits")}
-    ).forward
+    products = {name: item for name, item in items.items() if item.part in ("weights", "logits")}
+    matrices = total(products).forward
     assert matrices.flops == 2 * (CONFIG.num_parameters() - norms)
     weights = 2 * (CONFIG.num_parameters() - norms)
     assert weights < matrices.bytes < 1.01 * weights
@@ -141,16 +131,14 @@ def test_the_list_has_phases_apart_and_what_the_parts_do_not_explain():
 
 
 def test_a_backend_without_an_operation_has_no_figure_for_its_part():
-    items = {
-        name: work.Item("norms", 1, work.Cost(work.Work(30_000_000))) for name in ("rms_norm", "add_rms_norm")
-    }
+    norm = work.Item("norms", 1, work.Cost(work.Work(30_000_000)))
+    items = {"rms_norm": norm, "add_rms_norm": norm}
     measured = {
         "rms_norm": {"torch": {"forward": 0.002}, "triton": {"forward": 0.001}},
         "add_rms_norm": {"torch": {"forward": 0.003}},
     }
-    assert work.by_part(items, measured, ROOF) == {
-        "norms": {"floor": pytest.approx(2.0), "torch": pytest.approx(5.0)}
-    }
+    norms = {"floor": pytest.approx(2.0), "torch": pytest.approx(5.0)}
+    assert work.by_part(items, measured, ROOF) == {"norms": norms}
 
 
 def test_a_cpu_is_measured_at_full_size_without_the_interpreter(monkeypatch):
@@ -168,10 +156,8 @@ def test_a_probe_that_fails_is_a_line_and_not_the_end():
 
     part = argparse.Namespace(left=lambda: 1.0, device=torch.device("cpu"), tiny=True)
     item = work.Item("norms", 1, work.Cost(work.Work(8)))
-    broken_probes = {
-        "torch": {"rms_norm": Case("rms_norm", item.cost, lambda seed: [torch.ones(2)], {"triton": broken})}
-    }
-    found, missing = probes.measure_all({"rms_norm": item}, broken_probes, part, ROOF)
+    case = Case("rms_norm", item.cost, lambda seed: [torch.ones(2)], {"triton": broken})
+    found, missing = probes.measure_all({"rms_norm": item}, {"torch": {"rms_norm": case}}, part, ROOF)
     assert found == {"rms_norm": {}} and missing == ["rms_norm, torch: RuntimeError: no such kernel"]
 
 

@@ -28,16 +28,11 @@ def recorded(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     while it records.
     """
     path = tmp_path_factory.mktemp("step") / "launches.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.step_model", "--json", str(path)],
-        cwd=project_root,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "bench.step_model", "--json", str(path)]
+    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout, {
-        line: Work(*entry) for line, entry in json.loads(path.read_text(encoding="utf-8")).items()
-    }
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return done.stdout, {line: Work(*entry) for line, entry in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +42,10 @@ def now(recorded: tuple[str, dict[str, Work]]) -> dict[str, Work]:
 
 def test_every_layer_has_every_product_once(trace: list[tuple[str, float]]) -> None:
     names = [name for name, _ in trace]
-    products = [
-        line
-        for name, line in zip(names, step_model.lines(names), strict=True)
-        if any(p in name for p in step_model.PRODUCTS[:4])
-    ]
-    assert Counter(products) == {
-        **dict.fromkeys(GROUPS["products of the body"], LAYERS),
-        "head: products": 12,
-    }
+    every = zip(names, step_model.lines(names), strict=True)
+    products = [line for name, line in every if any(part in name for part in step_model.PRODUCTS[:4])]
+    body = dict.fromkeys(GROUPS["products of the body"], LAYERS)
+    assert Counter(products) == {**body, "head: products": 12}
 
 
 def test_the_lines_add_up_to_the_step(trace: list[tuple[str, float]]) -> None:
@@ -69,11 +59,8 @@ def test_the_lines_add_up_to_the_step(trace: list[tuple[str, float]]) -> None:
 def test_the_recorded_step_has_the_work_that_its_shapes_say(now: dict[str, Work]) -> None:
     tokens, hidden, ffn, heads = 32 * 512, 576, 1536, 15 * 64
     assert now.keys() <= {name for names in GROUPS.values() for name in names}
-    for line, rows, columns in (
-        ("qkv", heads, hidden),
-        ("down dW", hidden, ffn),
-        ("gate_up dX", 2 * ffn, hidden),
-    ):
+    products = (("qkv", heads, hidden), ("down dW", hidden, ffn), ("gate_up dX", 2 * ffn, hidden))
+    for line, rows, columns in products:
         assert (now[line].launches, now[line].flops) == (LAYERS, LAYERS * 2 * tokens * rows * columns), line
     assert now["head: products"].flops == 6 * tokens * 49152 * hidden
     assert now["attention forward"].flops == LAYERS * 2 * 32 * 9 * 512**2 * 64
@@ -83,11 +70,8 @@ def test_the_recorded_step_has_the_work_that_its_shapes_say(now: dict[str, Work]
 
 def test_a_line_is_scaled_by_its_work_and_a_new_one_has_the_rate_of_the_memory() -> None:
     then = {"gate_up": Work(1, 10.0, 100.0), "rope forward": Work(1, 10.0)}
-    now = {
-        "gate_up": Work(2, 5.0, 200.0),
-        "rope forward": Work(1, 5.0),
-        "embedding": Work(1, step_model.MEMORY_RATE / 1e3),
-    }
+    new = Work(1, step_model.MEMORY_RATE / 1e3)
+    now = {"gate_up": Work(2, 5.0, 200.0), "rope forward": Work(1, 5.0), "embedding": new}
     found = step_model.predicted(now, then, {"gate_up": 3.0, "rope forward": 2.0})
     assert found == pytest.approx({"gate_up": 6.0, "rope forward": 1.0, "embedding": 1.0})
 

@@ -19,11 +19,8 @@ def measured(tmp_path_factory):
     """(stdout, section of the JSON file) of all eager variants and of ours compiled."""
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     path = tmp_path_factory.mktemp("peers") / "peers.json"
-    eager = [
-        word
-        for name in ("ours", "ours+doc_start", "ours+compile", "transformers", "transformers bf16")
-        for word in ("--variant", name)
-    ]
+    names = ("ours", "ours+doc_start", "ours+compile", "transformers", "transformers bf16")
+    eager = [word for name in names for word in ("--variant", name)]
     stdout = printed(step_peers.main, "--tiny", "--json", path, *eager)
     return stdout, json.loads(path.read_text(encoding="utf-8"))
 
@@ -51,11 +48,8 @@ def test_a_library_that_was_not_measured_has_a_line_and_a_reason(measured):
     stdout, content = measured
     found = content["step_peers"]["peers"]
     assert set(found) == {"transformers", "liger-kernel", "litgpt", "torch.compile"}
-    assert found["transformers"] == {
-        "version": content["versions"]["transformers"],
-        "used": True,
-        "why": None,
-    }
+    used = {"version": content["versions"]["transformers"], "used": True, "why": None}
+    assert found["transformers"] == used
     assert found["torch.compile"]["used"]
     for name in ("liger-kernel", "litgpt"):
         assert not found[name]["used"] and found[name]["why"]
@@ -87,35 +81,23 @@ def test_a_peer_in_bf16_keeps_the_precision_that_its_row_names():
 
 def test_the_ratio_against_a_compiled_peer_takes_the_better_of_ours():
     times = {
-        "ours": 100.0,
-        "ours+compile": 80.0,
-        "transformers": 130.0,
-        "transformers+compile": 88.0,
+        "ours": 100.0, "ours+compile": 80.0, "transformers": 130.0, "transformers+compile": 88.0,
         "transformers bf16": 90.0,
-    }
-    found = {name: {"step_ms": time} for name, time in times.items()} | {
-        "transformers bf16+compile": {"failed": "no compiler"}
-    }
-    assert step_peers.ratios(found) == {
-        "transformers": 1.3,
-        "transformers+compile": 1.1,
-        "transformers bf16": 0.9,
-    }
+    }  # fmt: skip
+    found = {name: {"step_ms": time} for name, time in times.items()}
+    found["transformers bf16+compile"] = {"failed": "no compiler"}
+    ratios = {"transformers": 1.3, "transformers+compile": 1.1, "transformers bf16": 0.9}
+    assert step_peers.ratios(found) == ratios
     assert step_peers.ratios({"transformers": {"step_ms": 1.0}}) == {}
 
 
 def test_a_variant_that_computes_another_loss_is_far():
-    found = {
-        "ours": {"losses": [3.0, 2.0]},
-        "other": {"losses": [3.0, 2.5]},
-        "ours+doc_start": {"losses": [9.0, 9.0]},
-    }
-    assert step_peers.distances(found) == {"ours": 0.0, "other": 0.5}
-
-
-def test_of_a_peer_whose_updates_are_rounded_the_first_loss_is_compared():
-    found = {"ours": {"losses": [3.0, 2.0]}, "transformers bf16": {"losses": [3.25, 2.75]}}
-    assert step_peers.distances(found)["transformers bf16"] == 0.25
+    """With document boundaries it is another one; of a peer whose updates are rounded the first is
+    compared.
+    """
+    losses = {"ours": [3.0, 2.0], "other": [3.0, 2.5], "ours+doc_start": [9.0, 9.0]}
+    found = {name: {"losses": of} for name, of in {**losses, "transformers bf16": [3.25, 2.75]}.items()}
+    assert step_peers.distances(found) == {"ours": 0.0, "other": 0.5, "transformers bf16": 0.25}
 
 
 def test_a_variant_that_raises_is_a_result_among_others():

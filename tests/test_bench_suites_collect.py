@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_kernels, bench_train, figures, startup, step_peers
+from bench import bench_kernels, bench_train, figures, startup, step_peers, train_step
 from bench.bench_kernels import CASES, NOT_HERE, Operations, rates
 from bench.conftest import joined, pytest_benchmark_update_machine_info
-from bench.kernels import COMPILED, OPS
+from bench.kernels import COMPILED
+from bench.ops import MAKERS
 from bench.peak_memory import peak_memory
 from bench.peers import choice
 from bench.peers import status as peers
@@ -27,12 +28,11 @@ from bench.work import Work
 
 SUITES = ("bench_data", "bench_generate", "bench_kernels", "bench_startup", "bench_train")
 ORIGIN = {"device", "versions", "commit", "date", "sources"}
-# Of every suite a few: what compiles takes seconds each.
+# Of every suite a few, and of each kind one that is compiled, which takes seconds.
 CHOSEN = (
-    "pipeline or (generation and (fp32 or int8) and not litgpt) or (first_token and fp32) or (command "
-    "and fp32)"
-    " or (first_step and fp32) or (step and (ours or transformers or liger) and not (bf16 and compile))"
-    " or add_rms_norm or rope or cudnn or loss_memory"
+    "pipeline or (generation and (fp32 or int8) and not litgpt) or ((first_token or command or first_step)"
+    " and fp32) or add_rms_norm or (rope_qkv and not compile) or cudnn or loss_memory"
+    " or (step and (ours or transformers or liger) and not (compile and (bf16 or transformers)))"
 )
 
 
@@ -46,11 +46,11 @@ def run(project_root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_every_operation_has_its_phases_and_backends() -> None:
     found = {(op, phase) for op, _, phase in CASES}
-    assert {op for op, _ in found} == set(OPS)
+    assert {op for op, _ in found} == set(MAKERS)
     without = ("decode_attention", "decode_layer", "decode_head")
     assert {op for op, phase in found if phase == "backward"}.isdisjoint(without)
     assert {("attention", "backward"), ("rope", "backward")} <= found
-    for op in OPS:
+    for op in MAKERS:
         assert {"triton", "reference", "compile"} <= {variant for name, variant, _ in CASES if name == op}
 
 
@@ -84,11 +84,11 @@ def test_a_step_of_a_gpu_is_that_of_its_variant() -> None:
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     size = bench_train.CPU_SIZES["tiny, 8 x 128"]
     config, ids = size.config(tiny=True), size.ids(tiny=True).cpu()
-    ours, theirs = (bench_train.gpu_step(name, config, ids, "eager") for name in ("torch", "transformers"))
-    for _ in range(2):  # theirs is under autocast to bf16
-        assert float(theirs()) == pytest.approx(float(ours()), abs=step_peers.LOSS_TOLERANCE["bf16"])
+    ours, theirs = (train_step.build_step(name, config, ids, "eager") for name in ("torch", "transformers"))
+    for _ in range(2):
+        assert float(theirs(ids)) == pytest.approx(float(ours(ids)), abs=step_peers.LOSS_TOLERANCE["fp32"])
     with pytest.raises(peers.Unavailable, match="liger-kernel"):
-        bench_train.gpu_step("liger", config, ids, "eager")
+        train_step.build_step("liger", config, ids, "eager")
 
 
 def test_another_loss_is_far_but_for_documents() -> None:

@@ -16,6 +16,7 @@ import torch
 from bench import launches, train_step
 from bench.peers import choice
 from bench.record import Part, read_json
+from bench.step import COMPARED_STEPS, TrainingStep, loss_distances
 from bench.timing import alone
 from smollm2.config import SmolLM2Config
 
@@ -31,7 +32,7 @@ def part(tmp_path: Path) -> Part:
 
 
 def rows(part: Part, variant: str) -> dict[str, dict[str, Any]]:
-    return dict(train_step.attempt(variant, CONFIG, IDS, part, None, None))
+    return dict(train_step.Bench(CONFIG, IDS, part).attempt(variant))
 
 
 def test_a_profiler_error_costs_the_launches_only(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +42,7 @@ def test_a_profiler_error_costs_the_launches_only(part: Part, monkeypatch: pytes
     monkeypatch.setattr(launches, "count", broken)
     row = rows(part, "torch")["torch"]
     assert row["launches_failed"] == "RuntimeError: CUPTI is busy"
-    assert row["step_ms"] > 0 and len(row["losses"]) == train_step.COMPARED_STEPS
+    assert row["step_ms"] > 0 and len(row["losses"]) == COMPARED_STEPS
 
 
 def test_a_variant_that_fails_is_a_row_with_its_message(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,14 +59,24 @@ def test_a_graph_needs_a_gpu_and_time_may_run_out(part: Part, monkeypatch: pytes
     assert rows(part, "torch") == {"torch": {"failed": "no time was left"}}
 
 
+def test_a_variant_that_computes_another_loss_is_far() -> None:
+    found: dict[str, dict[str, Any]] = {
+        "first": {"losses": [3.0, 2.0]}, "graph": {"failed": "needs a GPU"}, "other": {"losses": [3.0, 2.5]},
+        "short": {"losses": [3.25]},
+    }  # fmt: skip
+    assert loss_distances(found) == {"first": 0.0, "other": 0.5, "short": 0.25}
+    assert loss_distances(found, "other")["first"] == 0.5
+    assert loss_distances(found, "graph") == loss_distances({}) == {}
+
+
 def test_what_compiles_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def attempt(variant: str, *_: object) -> list[tuple[str, dict[str, Any]]]:
+    def attempt(_: object, variant: str) -> list[tuple[str, dict[str, Any]]]:
         asked.append(variant)
         return [(variant, {"failed": "not tried"})]
 
-    monkeypatch.setattr(train_step, "attempt", attempt)
+    monkeypatch.setattr(train_step.Bench, "attempt", attempt)
     assert train_step.main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "step.json")]) == 0
     compiled = [index for index, name in enumerate(asked) if "+compile" in name]
     assert compiled == list(range(len(asked) - len(compiled), len(asked)))
@@ -77,14 +88,13 @@ def test_what_compiles_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_both_attentions_of_transformers_compute_our_losses(part: Part) -> None:
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     results = {name: rows(part, name)[name] for name in ("torch", "transformers", "transformers eager")}
-    assert max(train_step.agreement(results).values()) < 1e-4 and len(train_step.agreement(results)) == 3
+    distances = loss_distances(results, "torch")
+    assert max(distances.values()) < 1e-4 and len(distances) == 3
     assert choice.step_status(results)["transformers"]["used"]
     weights = train_step.build(CONFIG, "torch", IDS.device).state_dict()
     for name, attention in (("transformers", "sdpa"), ("transformers eager", "eager")):
         step = choice.peer_step(name, CONFIG, weights, IDS, False, "eager")
-        assert (
-            isinstance(step, train_step.TrainingStep) and step.model.config._attn_implementation == attention
-        )
+        assert isinstance(step, TrainingStep) and step.model.config._attn_implementation == attention
         assert all(torch.equal(value, weights[key]) for key, value in step.model.state_dict().items())
         assert type(step.optimizer) is torch.optim.AdamW and step.optimizer.defaults["fused"]
 

@@ -5,6 +5,7 @@ is named, not timed.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +35,8 @@ def test_every_module_that_asks_the_table_is_told() -> None:
         for name in tuning.MODULES:
             module = import_module(f"kernels.{name}")
             assert module.launch_config("swiglu", torch.float32, CPU, 8) == launch
-            assert module.launch_config("rope", torch.float32, CPU, 8) == launch_config(
-                "rope", torch.float32, CPU, 8
-            )
+            other = ("rope", torch.float32, CPU, 8)
+            assert module.launch_config(*other) == launch_config(*other)
     assert table == [launch_config("swiglu", torch.float32, CPU, 8)]
     assert import_module("kernels.swiglu").launch_config is launch_config
 
@@ -53,53 +53,35 @@ def test_the_candidates_of_the_fused_form_are_timed_in_it(monkeypatch: pytest.Mo
     assert "us" in second and second["distance"] < 1e-5
 
 
-def test_the_line_of_the_table_is_timed_once() -> None:
-    shapes = Shapes(SmolLM2Config.preset("tiny"), 1, 4, torch.float32, CPU)
-    case = Case(
-        "double",
-        Cost(Work(1, 1), Work(1, 1)),
-        lambda seed: [torch.ones(4, requires_grad=True)],
-        {"triton": Plus.apply},
-    )
-    known = launch_config("swiglu", torch.float32, CPU, 8)
-    rows = tuning.measure(
-        case,
-        "swiglu",
-        "forward",
-        [known, LaunchConfig(4, 512, 4, 1), LaunchConfig(2, 512, 2)],
-        shapes,
-        tiny=True,
-    )
-    assert [row["of_table"] for row in rows] == [True, False]
-
-
 class Plus(torch.autograd.Function):
     """2 x + what the forced launch says: a stand-in for a kernel whose launch changes its result."""
 
     @staticmethod
     def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-        return (
-            2 * x
-            + import_module("kernels.swiglu").launch_config("swiglu", x.dtype, x.device, 8).num_stages
-            - 1
-        )
+        chosen = import_module("kernels.swiglu").launch_config("swiglu", x.dtype, x.device, 8)
+        return 2 * x + chosen.num_stages - 1
 
     @staticmethod
     def backward(ctx: object, dy: torch.Tensor) -> torch.Tensor:
         return 2 * dy
 
 
+def rows_of(*candidates: LaunchConfig) -> list[dict[str, Any]]:
+    """The rows of bench.tuning for `Plus`, timed as an operation that asks for the launch of swiglu."""
+    shapes = Shapes(SmolLM2Config.preset("tiny"), 1, 4, torch.float32, CPU)
+    cost, variants = Cost(Work(1, 1), Work(1, 1)), {"triton": Plus.apply}
+    case = Case("double", cost, lambda seed: [torch.ones(4, requires_grad=True)], variants)
+    return tuning.measure(case, "swiglu", "forward", candidates, shapes, tiny=True)
+
+
+def test_the_line_of_the_table_is_timed_once() -> None:
+    known = launch_config("swiglu", torch.float32, CPU, 8)
+    rows = rows_of(known, LaunchConfig(4, 512, 4, 1), LaunchConfig(2, 512, 2))
+    assert [row["of_table"] for row in rows] == [True, False]
+
+
 @pytest.mark.parametrize("stages, wrong", [(1, False), (100, True)])
 def test_a_launch_with_another_result_is_not_timed(stages: int, wrong: bool) -> None:
-    shapes = Shapes(SmolLM2Config.preset("tiny"), 1, 4, torch.float32, CPU)
-    case = Case(
-        "double",
-        Cost(Work(1, 1), Work(1, 1)),
-        lambda seed: [torch.ones(4, requires_grad=True)],
-        {"triton": Plus.apply},
-    )
-    first, second = tuning.measure(
-        case, "swiglu", "forward", [LaunchConfig(2, 512, 4, stages)], shapes, tiny=True
-    )
+    first, second = rows_of(LaunchConfig(2, 512, 4, stages))
     assert first["of_table"] and "us" in first
     assert ("failed" in second) == wrong and ("us" in second) != wrong

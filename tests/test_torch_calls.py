@@ -92,18 +92,14 @@ def dotted(node: ast.AST, names: dict[str, str]) -> str:
 def read() -> tuple[list[Call], dict[str, str]]:
     """All calls of torch and Triton in the four packages, and all their names -> where one of them stands."""
     calls, places = [], {}
-    for path in sorted(
-        path
-        for package in ("kernels", "smollm2", "train", "bench")
-        for path in (ROOT / package).rglob("*.py")
-    ):
+    packages = [ROOT / package for package in ("kernels", "smollm2", "train", "bench")]
+    for path in sorted(path for package in packages for path in package.rglob("*.py")):
         tree, names = ast.parse(path.read_text(encoding="utf-8")), dict[str, str]()
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                names |= {
-                    one.asname or one.name.split(".")[0]: one.name if one.asname else one.name.split(".")[0]
-                    for one in node.names
-                }
+                for one in node.names:
+                    first = one.name.split(".")[0]
+                    names |= {one.asname: one.name} if one.asname else {first: first}
             elif isinstance(node, ast.ImportFrom):
                 names |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
         names = {name: full for name, full in names.items() if full.split(".")[0] in ("torch", "triton")}
@@ -114,17 +110,13 @@ def read() -> tuple[list[Call], dict[str, str]]:
             if not isinstance(node, ast.Call):
                 continue
             name = dotted(node.func, names)
-            method = [
-                one
-                for one in METHODS
-                if not name and isinstance(node.func, ast.Attribute) and one.endswith(f".{node.func.attr}")
-            ]
+            attribute = f".{node.func.attr}" if isinstance(node.func, ast.Attribute) and not name else None
+            method = [one for one in METHODS if attribute and one.endswith(attribute)]
             plain = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
             words = tuple(keyword.arg for keyword in node.keywords if keyword.arg)
             more = len(plain) + len(words) < len(node.args) + len(node.keywords)
-            calls += [
-                Call(place, one, len(plain) + len(method), words, more) for one in method or [name] if one
-            ]
+            given = len(plain) + len(method), words, more
+            calls += [Call(place, one, *given) for one in method or [name] if one]
     return calls, places
 
 
@@ -150,14 +142,10 @@ def fits(schema: Any, call: Call) -> bool:
     """
     by_place = [argument for argument in schema.arguments if not argument.kwarg_only]
     several = bool(by_place) and str(by_place[0].type) in ("List[int]", "List[SymInt]")
-    needed = {
-        argument.name for argument in schema.arguments[call.positional :] if not argument.has_default_value()
-    }
+    rest = schema.arguments[call.positional :]
+    needed = {argument.name for argument in rest if not argument.has_default_value()}
     enough = several or call.more or (call.positional <= len(by_place) and needed <= set(call.keywords))
-    return enough and set(call.keywords) <= {
-        "requires_grad",
-        *(argument.name for argument in schema.arguments),
-    }
+    return enough and set(call.keywords) <= {"requires_grad", *(one.name for one in schema.arguments)}
 
 
 def refusal(call: Call) -> str | None:
@@ -165,23 +153,18 @@ def refusal(call: Call) -> str | None:
     try:
         signature = inspect.signature(find(call.name))
     except (TypeError, ValueError):
-        schemas = torch._C._jit_get_schemas_for_operator(
-            "aten::" + call.name.removeprefix("torch.").split("functional.")[-1].replace(".", "_")
-        )
+        name = call.name.removeprefix("torch.").split("functional.")[-1].replace(".", "_")
+        schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
         taken = call.name in BUILT_IN or any(fits(schema, call) for schema in schemas)
         given = f"{call.positional} arguments and {', '.join(call.keywords)}"
         return None if taken else f"{call.place}: {call.name}: no overload for {given}"
     # What falls into a function's own ** is a misspelling.
-    named = [
-        one
-        for one in signature.parameters.values()
-        if one.kind != one.VAR_KEYWORD and one.name not in LATER.get(call.name, ())
-    ]
-    bind = signature.replace(parameters=named)
+    later = LATER.get(call.name, ())
+    named = [one for one in signature.parameters.values() if one.kind != one.VAR_KEYWORD]
+    bind = signature.replace(parameters=[one for one in named if one.name not in later])
+    bound = bind.bind_partial if call.more else bind.bind
     try:
-        (bind.bind_partial if call.more else bind.bind)(
-            *[None] * call.positional, **dict.fromkeys(call.keywords)
-        )
+        bound(*[None] * call.positional, **dict.fromkeys(call.keywords))
     except TypeError as failure:
         return f"{call.place}: {call.name}: {failure}"
     return None
@@ -209,10 +192,8 @@ def test_a_call_that_one_version_does_not_take_is_refused(
 
 def test_every_name_exists() -> None:
     places = read()[1]
-    assert {
-        "triton.knobs.nvidia.dump_ptxas_log",
-        "torch.nn.attention.SDPBackend.CUDNN_ATTENTION",
-    } <= places.keys()
+    some = {"triton.knobs.nvidia.dump_ptxas_log", "torch.nn.attention.SDPBackend.CUDNN_ATTENTION"}
+    assert some <= places.keys()
     for name, place in places.items():
         try:
             find(name)
@@ -224,9 +205,8 @@ def test_every_name_exists() -> None:
 @pytest.mark.skipif(VERSION == (2, 12), reason="between the two")
 def test_what_is_said_of_the_older_torch_is_true() -> None:
     for name, later in LATER.items():
-        assert ({*later} & inspect.signature(find(name)).parameters.keys()) == (
-            set() if VERSION < (2, 12) else {*later}
-        ), name
+        known = {*later} & inspect.signature(find(name)).parameters.keys()
+        assert known == (set() if VERSION < (2, 12) else {*later}), name
     there = [name for name in ABSENT if hasattr(find(name.rpartition(".")[0]), name.rpartition(".")[2])]
     assert there == ([] if VERSION < (2, 12) else ABSENT)
 
@@ -244,6 +224,5 @@ def test_flex_attention_is_called_with_arguments_that_exist() -> None:
         return bound.arguments["query"]
 
     q, k = torch.ones(1, 4, 3, 8), torch.ones(1, 4, 1, 8)
-    assert (
-        FlexAttention(lambda function: check, BACKEND="TRITON_DECODE")(q, k, k, causal=True).shape == q.shape
-    )
+    flex = FlexAttention(lambda function: check, BACKEND="TRITON_DECODE")
+    assert flex(q, k, k, causal=True).shape == q.shape
