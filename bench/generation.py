@@ -40,6 +40,7 @@ from torch import Tensor
 
 from bench import launches, work
 from bench.decode_steps import EagerSteps, LlamaSteps, LoopSteps, build_llama, clock, tokens_for
+from bench.generate_modes import EngineTurns, all_tokens
 from bench.peers.status import require
 from bench.record import Part, one_line, parser
 from bench.roof import read_bandwidth
@@ -224,14 +225,10 @@ class Bench:
         prompts, found = tokens_for(batch, length, self.config.vocab_size, device), []
         for backend in BACKENDS:
             model = build(self.source, self.config, backend, device, torch.float32)
-            found.append(greedy(model, prompts, new_tokens))
+            found.append(all_tokens(EngineTurns(Engine(model), prompts, new_tokens), new_tokens))
         share = round((found[0] == found[1]).double().mean().item(), 4)
-        return {
-            "rows": batch,
-            "tokens": new_tokens,
-            "share": share,
-            "output_hash": dict(zip(BACKENDS, map(digest, found), strict=True)),
-        }
+        hashes = dict(zip(BACKENDS, map(digest, found), strict=True))
+        return {"rows": batch, "tokens": new_tokens, "share": share, "output_hash": hashes}
 
     def prefill(self, backend: str, batch: int, length: int) -> Row:
         """Rate of a prompt's way through the model, to the logits of its last token."""
@@ -308,21 +305,6 @@ class Bench:
             "triton": ours,
             "launches_per_token": round(found.total() / batch, 2),
         }
-
-
-@torch.inference_mode()
-def greedy(model: SmolLM2ForCausalLM, prompts: Tensor, new_tokens: int) -> Tensor:
-    """prompts [B, T] -> the new tokens [B, new_tokens], step by step from Python."""
-    engine, (batch, length) = Engine(model), prompts.shape
-    cache = engine.allocate(batch, length + new_tokens)
-    tokens = [
-        engine.prefill(prompts, torch.full((batch,), length, device=prompts.device), cache).argmax(
-            -1, keepdim=True
-        )
-    ]
-    while len(tokens) < new_tokens:
-        tokens.append(engine.decode(tokens[-1], cache)[:, -1].argmax(-1, keepdim=True))
-    return torch.cat(tokens, 1)
 
 
 def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str | None, sizes: Sizes) -> None:
