@@ -38,7 +38,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,19 +137,15 @@ def run_stage(
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Asks the part to end as Ctrl-C does, waits a little, then kills it and all that it started."""
     process.send_signal(signal.SIGINT)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        pass
     _kill_group(process)
     process.wait()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the part leads a group of its own
-    except ProcessLookupError:
-        pass
 
 
 @contextmanager
@@ -245,10 +241,8 @@ def main(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     present = [name for name in RESULTS if (folder / name).exists()]
     if present:
-        raise UsageError(
-            f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name "
-            "another"
-        )
+        found = f"found {', '.join(present)}; name another"
+        raise UsageError(f"--out {options.out}: expected a folder without results, {found}")
     # both end a run in the same way: what is finished stays
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stages = [stage for stage in STAGES if not options.only or stage.section in options.only]

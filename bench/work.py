@@ -12,17 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from smollm2.config import SmolLM2Config
 
-# Dense bf16 tensor-core TFLOP/s as stated by the vendors, by a part of the device's name; the first match
-# counts.
-PEAK_TFLOPS = (
-    ("B200", 2250), ("GB200", 2250), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989),
-    ("GH200", 989), ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10G", 70), ("A10", 125),
-    ("RTX 4090", 165), ("RTX 5090", 209), ("MI300X", 1307), ("MI250X", 383),
-)  # fmt: skip
+# what an MFU is made of: that of a benchmark is that of a training run
+from train.metrics import flops_per_token as flops_per_token
+from train.metrics import peak_flops as peak_flops
 
 MFU_CONVENTION = (
     "6 per weight and token, causal attention counted half, dense bf16 peak of the vendor; none on a CPU"
@@ -367,24 +361,3 @@ def by_part(
             if all(backend in measured[name] for name in names):
                 parts[part][backend] = 1e3 * sum(sum(measured[name][backend].values()) for name in names)
     return parts
-
-
-def flops_per_token(config: SmolLM2Config, length: int) -> float:
-    """Floating-point operations to train on one token of rows of that length, by the convention of MFU.
-
-    6 for each weight that multiplies (the tied matrix once: the embedding is a look-up; norms are left out),
-    and 6 x layers x H x D x T for attention: causal, so half of the square is counted.
-    """
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    attended = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6.0 * (config.num_parameters() - norms) + attended
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, or None when the table does not have it: a wrong MFU is worse than
-    none.
-    """
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS if part in name), None)
