@@ -16,11 +16,9 @@ that others use too only their ratios mean something.
     torch.compile  the same loop, with what torch.compile makes of the step on backend torch
 
 --json FILE writes what `pytest-benchmark compare` reads. Its suite, bench/bench_generate.py, times the same
-variants
-one after the other. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin for a
-while
-before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is half as fast.
-So torch, which reads the variable, is imported first here.
+variants one after the other. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin
+for a while before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is
+half as fast. So torch, which reads the variable, is imported first here.
 """
 
 from __future__ import annotations

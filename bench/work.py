@@ -119,10 +119,8 @@ def linear(tokens: int, inputs: int, outputs: int, size: int) -> Cost:
     """Forward e (N i + i o + N o); backward e (N o + i o + N i) for the input's and e (N o + N i + i o) for
     the weight's gradient.
     """
-    moved, product = (
-        size * (tokens * inputs + inputs * outputs + tokens * outputs),
-        2 * tokens * inputs * outputs,
-    )
+    moved = size * (tokens * inputs + inputs * outputs + tokens * outputs)
+    product = 2 * tokens * inputs * outputs
     return Cost(Work(moved, product), Work(2 * moved, 2 * product))
 
 
@@ -130,13 +128,11 @@ def mlp(tokens: int, hidden: int, width: int, size: int) -> Cost:
     """Both products as of `linear`, with SwiGLU in them: the activations N F e are written by the first and
     read by the second.
 
-    Backward their gradient is not: read are gate and up, 2 N F e, written their gradients, 2 N F e, and N F e
-    less of the product.
+    Backward, the gradient of the activations need not reach memory: gate and up are read (2 N F e) and their
+    gradients written (2 N F e), and the second product moves N F e less.
     """
-    products, activations = (
-        linear(tokens, hidden, 2 * width, size) + linear(tokens, width, hidden, size),
-        tokens * width * size,
-    )
+    products = linear(tokens, hidden, 2 * width, size) + linear(tokens, width, hidden, size)
+    activations = tokens * width * size
     return products + Cost(Work(activations), Work(3 * activations))
 
 
@@ -240,23 +236,14 @@ def prefill_flops(config: SmolLM2Config, batch: int, length: int) -> int:
     return config.num_hidden_layers * one + 2 * batch * config.hidden_size * config.vocab_size
 
 
-def step_floor(
-    config: SmolLM2Config,
-    batch: int,
-    length: int,
-    size: int,
-    bytes_per_second: float,
-    flops_per_second: float,
-) -> float:
-    """Seconds of a step in which every operation runs at the roof, one after the other."""
+def step_floor(config: SmolLM2Config, batch: int, length: int, size: int, *roof: float) -> float:
+    """Seconds of a step in which every operation runs at the roof (bytes, FLOP per second), one after the
+    other.
+    """
     parts = step(config, batch, length, size)
     del parts["layers"]
     costs = [*layer(config, batch, length, size).values()] * config.num_hidden_layers + [*parts.values()]
-    return sum(
-        one.floor(bytes_per_second, flops_per_second)
-        for cost in costs
-        for one in (cost.forward, cost.backward)
-    )
+    return sum(one.floor(*roof) for cost in costs for one in (cost.forward, cost.backward))
 
 
 @dataclass(frozen=True)
@@ -315,10 +302,7 @@ def token_items(config: SmolLM2Config, batch: int, keys: int, size: int) -> dict
         "rope_qkv": ("KV", layers, rope_qkv(batch, batch, heads, key_heads, head_dim, size)),
         "decode_attention": ("KV", layers, decode_attention(batch, keys, heads, key_heads, head_dim, size)),
         "swiglu": ("swiglu", layers, swiglu(batch, config.intermediate_size, size)),
-        **{
-            name: ("weights", layers, linear(batch, *sides, size))
-            for name, sides in projections(config).items()
-        },
+        **{name: ("weights", layers, linear(batch, *at, size)) for name, at in projections(config).items()},
         "logits": ("logits", 1, linear(batch, hidden, config.vocab_size, size)),
     }
     return {name: Item(part, times, Cost(cost.forward)) for name, (part, times, cost) in costs.items()}
