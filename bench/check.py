@@ -166,7 +166,7 @@ class Contests:
         return Contest(together, alone, difference, times=8)
 
     def _data(self) -> float:
-        """The pipeline is measured by its own command: bench knows nothing of training."""
+        """The pipeline is measured by its own command, in a process of its own."""
         with tempfile.TemporaryDirectory() as folder:
             size = ("--mebibytes", self.sizes.mebibytes, "--repeats", self.sizes.rounds)
             figures = speed_of_data(Path(folder), *size)["tokens_per_second"]
