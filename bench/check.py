@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench import step_peers
+from bench.generate_modes import EngineTurns, all_tokens
 from bench.record import Part, one_line, parser, speed_of_data
 from bench.timing import in_turns, seconds
 from smollm2.cli import run_command
@@ -74,28 +75,6 @@ class Contest:
     times: int = 1  # how often `other` must be called to do what `ours` does once
 
 
-class Decoding:
-    """A few greedy decode steps after a prompt that was read once: prompts [B, T] -> tokens [B, new] at every
-    call.
-    """
-
-    def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
-        self._engine, self._new_tokens = engine, new_tokens
-        batch, self._length = prompts.shape
-        self._cache = engine.allocate(batch, self._length + new_tokens)
-        lengths = torch.full((batch,), self._length)
-        self.first = engine.prefill(prompts, lengths, self._cache).argmax(-1, keepdim=True)
-
-    @torch.inference_mode()
-    def __call__(self) -> Tensor:
-        self._cache.lengths.fill_(self._length)
-        self._cache.longest = self._length
-        found = [self.first]
-        for _ in range(self._new_tokens):
-            found.append(self._engine.decode(found[-1], self._cache)[:, -1].argmax(-1, keepdim=True))
-        return torch.cat(found[1:], 1)
-
-
 class Contests:
     """Everything that can be compared, at one size. Models are built when first asked for."""
 
@@ -125,9 +104,8 @@ class Contests:
         return SmolLM2ForCausalLM(self.config, "torch").to(dtype).eval()
 
     def _ids(self, batch: int, length: int) -> Tensor:
-        return torch.randint(
-            self.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.config.vocab_size, (batch, length), generator=generator)
 
     def _step(self, dtype: str) -> Contest:
         config = self.config.replace(num_hidden_layers=self.sizes.layers)
@@ -139,8 +117,17 @@ class Contests:
         far = distance > step_peers.LOSS_TOLERANCE[dtype]
         return Contest(ours, other, f"first losses are {distance:.1e} nats apart" if far else "")
 
-    def _decoding(self, engine: Engine, batch: int = 1) -> Decoding:
-        return Decoding(engine, self._ids(batch, self.sizes.prompt), self.sizes.new_tokens)
+    def _decoding(self, engine: Engine, batch: int = 1) -> Callable[[], Tensor]:
+        """Greedy decode steps after a prompt that was read once: a call gives their tokens [B, new]."""
+        length, new_tokens = self.sizes.prompt, self.sizes.new_tokens
+        turns = EngineTurns(engine, self._ids(batch, length), new_tokens)
+        first = turns.prefill()
+
+        def decode() -> Tensor:
+            turns.rewind(length)
+            return turns.decode(first, new_tokens)
+
+        return decode
 
     def _int8(self) -> Contest:
         engine = select_engine(self._bf16, quantize="int8", compiled=False)
@@ -148,29 +135,25 @@ class Contests:
 
     def _compiled(self) -> Contest:
         if find_package(Engine(self._bf16)) is None:
-            raise UsageError(
-                "no compiled step for these sizes; python -m smollm2.compile --dtype bf16 makes one"
-            )
+            how = "python -m smollm2.compile --dtype bf16 makes one"
+            raise UsageError(f"no compiled step for these sizes; {how}")
         return Contest(self._decoding(select_engine(self._bf16)), self._decoding(Engine(self._bf16)))
 
     def _cached(self) -> Contest:
         model, prompt = self._fp32, self._ids(1, self.sizes.prompt)
         engine = Engine(model)
 
-        @torch.inference_mode()
         def cached() -> Tensor:
-            found = Decoding(engine, prompt, self.sizes.new_tokens - 1)
-            return torch.cat([prompt, found.first, found()], 1)
+            new_tokens = self.sizes.new_tokens
+            return torch.cat([prompt, all_tokens(EngineTurns(engine, prompt, new_tokens), new_tokens)], 1)
 
         @torch.inference_mode()
         def uncached() -> Tensor:
             ids = prompt
             for _ in range(self.sizes.new_tokens):
                 cache = engine.allocate(1, ids.shape[1])
-                ids = torch.cat(
-                    [ids, prefill(model, ids, torch.tensor([ids.shape[1]]), cache).argmax(-1, keepdim=True)],
-                    1,
-                )
+                logits = prefill(model, ids, torch.tensor([ids.shape[1]]), cache)
+                ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
             return ids
 
         return Contest(cached, uncached, "" if torch.equal(cached(), uncached()) else "the tokens differ")
@@ -179,15 +162,11 @@ class Contests:
         engine = Engine(self._fp32)
         together, alone = self._decoding(engine, 8), self._decoding(engine)
         same = torch.equal(together()[:1], alone())
-        return Contest(
-            together,
-            alone,
-            "" if same else "the first row's tokens differ from those of its prompt alone",
-            times=8,
-        )
+        difference = "" if same else "the first row's tokens differ from those of its prompt alone"
+        return Contest(together, alone, difference, times=8)
 
     def _data(self) -> float:
-        """The pipeline is measured by its own command: bench knows nothing of training."""
+        """The pipeline is measured by its own command, in a process of its own."""
         with tempfile.TemporaryDirectory() as folder:
             size = ("--mebibytes", self.sizes.mebibytes, "--repeats", self.sizes.rounds)
             figures = speed_of_data(Path(folder), *size)["tokens_per_second"]
@@ -199,11 +178,8 @@ def busy() -> str:
     anything.
     """
     load, processors = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
-    return (
-        f"NOTE: load {load:.1f} on {processors} processors: beside other work ratios are unreliable"
-        if load > 0.5 * processors
-        else ""
-    )
+    note = f"NOTE: load {load:.1f} on {processors} processors: beside other work ratios are unreliable"
+    return note if load > 0.5 * processors else ""
 
 
 def measure(contest: Contest, rounds: int) -> dict[str, Any]:
@@ -242,23 +218,17 @@ def read_expected(path: Path) -> dict[str, dict[str, Any]]:
     try:
         ratios = json.loads(path.read_text(encoding="utf-8"))["ratios"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadError(
-            f"{path}: expected a JSON object with 'ratios' ({type(error).__name__}: {error})"
-        ) from None
+        why = f"{type(error).__name__}: {error}"
+        raise LoadError(f"{path}: expected a JSON object with 'ratios' ({why})") from None
     for name, bound in ratios.items():
-        if (
-            not isinstance(bound, dict)
-            or not bound.get("reason")
-            or not isinstance(bound.get("at_least"), (int, float))
-        ):
-            raise LoadError(f"{path}: {name!r} needs 'at_least' (a number) and a 'reason', got {bound!r}")
-        if not bound.get("measured") or not all(
-            isinstance(ratio, (int, float)) for ratio in bound["measured"]
-        ):
-            raise LoadError(
-                f"{path}: {name!r} needs 'measured' (a list of ratios that the bound is made from), got "
-                f"{bound!r}"
-            )
+        known, missing = bound if isinstance(bound, dict) else {}, ""
+        measured = known.get("measured")
+        if not known.get("reason") or not isinstance(known.get("at_least"), (int, float)):
+            missing = "'at_least' (a number) and a 'reason'"
+        elif not measured or not all(isinstance(ratio, (int, float)) for ratio in measured):
+            missing = "'measured' (a list of ratios that the bound is made from)"
+        if missing:
+            raise LoadError(f"{path}: {name!r} needs {missing}, got {bound!r}")
     return dict(ratios)
 
 
@@ -268,10 +238,8 @@ def verdict(found: dict[str, Any], bound: dict[str, Any]) -> str:
     """
     if "missing" in found:
         return f"not measured: {found['missing']}"
-    if "failed" in found:
-        return f"VIOLATED: {found['failed']}"
-    if "difference" in found:
-        return f"VIOLATED: {found['difference']}"
+    if wrong := found.get("failed") or found.get("difference"):
+        return f"VIOLATED: {wrong}"
     ratio, least, most = found["ratio"], bound["at_least"], bound.get("at_most")
     before = f"before it was {min(bound['measured'])} to {max(bound['measured'])}"
     if not ratio >= least:
@@ -283,18 +251,16 @@ def verdict(found: dict[str, Any], bound: dict[str, Any]) -> str:
 
 def conclusion(rows: dict[str, dict[str, Any]]) -> str:
     """The last line: how many hold, and what to do about those that do not."""
-    counts = {
-        word: [name for name, row in rows.items() if row["verdict"].startswith(word)]
-        for word in ("holds", "VIOLATED", "not measured")
-    }
-    parts = [f"{len(counts['holds'])} of {len(rows)} hold"]
-    if counts["not measured"]:
-        parts.append(f"{len(counts['not measured'])} not measured")
-    if counts["VIOLATED"]:
-        again = " ".join(f"--only '{name}'" for name in counts["VIOLATED"])
-        parts.append(
-            f"{len(counts['VIOLATED'])} violated; on a quiet machine once more: python -m bench.check {again}"
-        )
+    words = ("holds", "not measured", "VIOLATED")
+    holding, missing, violated = (
+        [name for name, row in rows.items() if row["verdict"].startswith(word)] for word in words
+    )
+    parts = [f"{len(holding)} of {len(rows)} hold"]
+    if missing:
+        parts.append(f"{len(missing)} not measured")
+    if violated:
+        again = " ".join(f"--only '{name}'" for name in violated)
+        parts.append(f"{len(violated)} violated; on a quiet machine once more: python -m bench.check {again}")
     return ", ".join(parts)
 
 
@@ -326,10 +292,9 @@ def main(argv: Sequence[str]) -> int:
     part.save(quick=options.quick, threads=threads, busy=note)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
-        late = part.left() < 0
-        rows[name] = (
-            {"missing": "no time was left"} if late else run(contests.makers[name], contests.sizes.rounds)
-        )
+        rows[name] = {"missing": "no time was left"}
+        if part.left() >= 0:
+            rows[name] = run(contests.makers[name], contests.sizes.rounds)
         judged = verdict(rows[name], expected[name])
         if part.tiny and "ratio" in rows[name] and "difference" not in rows[name]:
             judged = "not judged"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
 
-from bench.figures import Figure
+from bench.figures import Figure, grouped
 from smollm2.errors import LoadError
 
 WIDTH, DPI = 8.0, 150  # inches; shown at 100 pixels an inch
@@ -86,11 +86,16 @@ def plain_axes(axes: Any, grid: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
+def note(axes: Any, text: str, at: tuple[float, float], shift: tuple[float, float], **style: Any) -> None:
+    """Text at a point, shifted by points of a font."""
+    axes.annotate(text, at, shift, textcoords="offset points", **style)
+
+
 def bars(
     axes: Any, title: str, figures: list[Figure], names: list[str], scale: float = 1.0, cut: float = 0.0
 ) -> None:
     """Horizontal bars in the order of `names`, each with its number, its limit as a line and its columns to
-    the right; none is invisible.
+    the right.
 
     cut: no bar is longer than this times the shortest; one that would be is broken near its end.
     """
@@ -108,16 +113,8 @@ def bars(
         end = min(value, widest)
         axes.barh(place, end, height=0.72, color=colour(name))
         if end < value:
-            axes.text(
-                0.93 * widest,
-                place,
-                "//",
-                va="center",
-                ha="center",
-                fontsize=11,
-                color="white",
-                fontweight="bold",
-            )
+            broken = {"va": "center", "ha": "center", "fontsize": 11, "fontweight": "bold"}
+            axes.text(0.93 * widest, place, "//", color="white", **broken)
         beside = not limit or limit > 1.5 * value or value > 0.98 * limit
         number = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
         if beside:  # else the number would lie on the line
@@ -126,20 +123,16 @@ def bars(
             axes.text(end - 0.012 * widest, place, number, va="center", ha="right", fontsize=8, color="white")
         if limit:
             axes.plot([limit] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.6)
-        columns = (
-            {"of limit": f"{limit / value:.0%}"}
-            if figure.kind == "operation"
-            else figure.facts.get("columns", {})
-        )
-        style = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
+        columns = figure.facts.get("columns", {})
+        if figure.kind == "operation":
+            columns = {"of limit": f"{limit / value:.0%}"}
+        right = {"ha": "right", "fontsize": 8}
         for index, (heading, text) in enumerate(columns.items(), 1):
-            axes.annotate(
-                text, (1, place), (38 * index, 0), xycoords=axes.get_yaxis_transform(), va="center", **style
-            )
+            at_row = axes.get_yaxis_transform()
+            note(axes, text, (1, place), (38 * index, 0), xycoords=at_row, va="center", **right)
             if figure is figures[0]:
-                axes.annotate(
-                    heading, (1, 1), (38 * index, 4), xycoords="axes fraction", color="dimgray", **style
-                )
+                above = {"xycoords": "axes fraction", "color": "dimgray"}
+                note(axes, heading, (1, 1), (38 * index, 4), **above, **right)
     axes.set_title(title, loc="left")
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, (1.2 if cut else 1.14) * widest)
@@ -154,11 +147,8 @@ def legend_of_families(picture: Any, figures: Sequence[Figure], limit: str) -> N
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    names = {
-        OURS: "this project",
-        PLAIN: "torch",
-        **{value: LABELS.get(name, name) for name, value in FAMILIES.items()},
-    }
+    names = {OURS: "this project", PLAIN: "torch"}
+    names |= {value: LABELS.get(name, name) for name, value in FAMILIES.items()}
     used = dict.fromkeys(colour(figure.variant) for figure in figures)
     handles: list[Any] = [Patch(color=one, label=names[one]) for one in used]
     if any(figure.limit for figure in figures):
@@ -170,45 +160,33 @@ def legend_of_families(picture: Any, figures: Sequence[Figure], limit: str) -> N
 
 
 def scatter(axes: Any, panel: str, figures: list[Figure]) -> None:
-    """Measured time against the least time: a point on the lowest line is at the roof. Of figures those of
-    the panel.
+    """The panel's figures: measured time against the least time. A point on the lowest line is at the roof.
+
+    figures: of all panels, which share the marks of the variants.
     """
     from matplotlib.lines import Line2D
 
-    shapes = dict(zip(dict.fromkeys(figure.variant for figure in figures), cycle(MARKERS), strict=False))
+    shapes = dict(zip(grouped(figures, lambda figure: figure.variant), cycle(MARKERS), strict=False))
     here = [figure for figure in figures if figure.facts["panel"] == panel]
-    operations = list(dict.fromkeys(figure.facts["op"] for figure in here))
-    shades = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(operations)}
-    for figure in here:
+    shades = dict(zip(grouped(here, lambda figure: figure.facts["op"]), cycle(PALETTE), strict=False))
+    least = [1e3 * (figure.limit or 0.0) for figure in here]
+    backward = [figure.facts["phase"].endswith("backward") for figure in here]
+    for figure, x, hollow in zip(here, least, backward, strict=True):
         shade = shades[figure.facts["op"]]
         axes.loglog(
-            1e3 * (figure.limit or 0.0), 1e3 * figure.value, linestyle="none", marker=shapes[figure.variant],
-            markersize=6.5, markeredgecolor=shade,
-            markerfacecolor="white" if figure.facts["phase"].endswith("backward") else shade,
+            x, 1e3 * figure.value, linestyle="none", marker=shapes[figure.variant], markersize=6.5,
+            markeredgecolor=shade, markerfacecolor="white" if hollow else shade,
         )  # fmt: skip
-    low, high = (bound(1e3 * (figure.limit or 0.0) for figure in here) for bound in (min, max))
-    ends = [low / 1.6, high * 1.6]
+    ends = [min(least) / 1.6, max(least) * 1.6]
     for factor, style in ((1, "-"), (2, "--"), (10, ":")):
         axes.plot(ends, [factor * end for end in ends], style, color="black", linewidth=1, zorder=1)
         label = "the roof" if factor == 1 else f"{factor} x"
-        axes.annotate(
-            label,
-            (ends[1], factor * ends[1]),
-            xytext=(3, 0),
-            textcoords="offset points",
-            fontsize=8,
-            va="center",
-        )
+        note(axes, label, (ends[1], factor * ends[1]), (3, 0), fontsize=8, va="center")
     axes.set_xlabel("least time, ms")
     axes.set_ylabel("measured time, ms")
-    backward = any(figure.facts["phase"].endswith("backward") for figure in here)
-    axes.set_title(panel + (" (hollow: backward)" if backward else ""), loc="left")
-    handles = [
-        Line2D([], [], color=shades[name], marker="s", linestyle="none", label=name) for name in operations
-    ]
-    used = dict.fromkeys(figure.variant for figure in here)
-    handles += [
-        Line2D([], [], color="dimgray", marker=shapes[name], linestyle="none", label=name) for name in used
-    ]
+    axes.set_title(panel + (" (hollow: backward)" if any(backward) else ""), loc="left")
+    marks = [(name, shade, "s") for name, shade in shades.items()]
+    marks += [(name, "dimgray", shapes[name]) for name in grouped(here, lambda figure: figure.variant)]
+    handles = [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for name, c, m in marks]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.09, 1.03), fontsize=8, frameon=False)
     plain_axes(axes)

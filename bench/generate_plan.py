@@ -108,13 +108,8 @@ class Plan:
         began = self.prepare()
         left = self.seconds - (time.monotonic() - began)
         deadline = time.monotonic() + left / (len(self.cases) - len(self._rows))
-        measured = measure(
-            self.variants,
-            self.prompt_ids(case),
-            self.new_tokens,
-            self.rounds,
-            lambda: deadline - time.monotonic(),
-        )
+        prompts, remaining = self.prompt_ids(case), lambda: deadline - time.monotonic()
+        measured = measure(self.variants, prompts, self.new_tokens, self.rounds, remaining)
         missing = {name: Row(failed=f"not available: {why}") for name, why in self.unavailable.items()}
         self._rows[case] = {name: {**missing, **measured}[name] for name in self.names}
         return self._rows[case]
@@ -180,10 +175,8 @@ class Plan:
             items = work.token_items(config, batch, prompt + self.new_tokens // 2, 2).values()
             flops = sum(item.times * item.cost.forward.flops for item in items)
             return work.Work(round(self.step_bytes(name, case)), flops)
-        return work.Work(
-            variant.weight_bytes + batch * prompt * variant.cache_bytes,
-            work.prefill_flops(config, batch, prompt),
-        )
+        moved = variant.weight_bytes + batch * prompt * variant.cache_bytes
+        return work.Work(moved, work.prefill_flops(config, batch, prompt))
 
     @torch.inference_mode()
     def _beside(self, name: str, case: Case, phase: str) -> dict[str, Any]:
@@ -218,9 +211,8 @@ class Plan:
         self._bandwidth = read_bandwidth(self.device, self.tiny)
         weights = self._load("auto", torch.float32)
         self._config = weights.config
-        self._prompt_ids = prompt_ids(
-            self.model, weights.config, max(self.batches), max(self.prompts), self.tiny
-        )
+        largest = max(self.batches), max(self.prompts)
+        self._prompt_ids = prompt_ids(self.model, weights.config, *largest, self.tiny)
         with tempfile.TemporaryDirectory() as folder:
             weights.save_pretrained(folder)
             for name in self.names:
@@ -256,9 +248,8 @@ class Plan:
             return engine_variant(Engine(model), captured=True)
         engine = select_engine(model, quantize=quantize, compiled=False)
         if kind == "compiled" and not self.compiles and find_package(engine) is None:
-            raise UsageError(
-                "not compiled yet, which takes a minute; add --full, or python -m smollm2.compile"
-            )
+            how = "add --full, or python -m smollm2.compile"
+            raise UsageError(f"not compiled yet, which takes a minute; {how}")
         return engine_variant(select_engine(model, quantize=quantize, compiled=kind == "compiled"))
 
 
@@ -266,11 +257,8 @@ def _is_left_out(name: str, libraries: str) -> bool:
     """Whether toy sizes do without a library: one that starts a process or writes files, and one that
     compiles for half a minute.
     """
-    return (
-        name.startswith("llama.cpp")
-        or "+compile" in name
-        or (libraries != "all" and name.startswith("litgpt"))
-    )
+    asked = libraries == "all"
+    return name.startswith("llama.cpp" if asked else ("llama.cpp", "litgpt")) or "+compile" in name
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -294,10 +282,8 @@ def prompt_ids(model: str, config: SmolLM2Config, batch: int, length: int, tiny:
     texts = sorted(topics.values(), key=len, reverse=True)[:batch]
     ids = [tokenizer.encode(text[: 20 * length])[:length] for text in texts]
     if len(ids) < batch or min(map(len, ids)) < length:
-        raise UsageError(
-            f"--batch {batch} --prompt {length}: Python's help has no {batch} texts of that many tokens; "
-            "ask for less"
-        )
+        why = f"Python's help has no {batch} texts of that many tokens; ask for less"
+        raise UsageError(f"--batch {batch} --prompt {length}: {why}")
     return torch.tensor(ids)
 
 
@@ -366,6 +352,5 @@ def agreement(tokens: Tensor, reference: Tensor) -> float:
 
 def digest(tokens: Tensor) -> str:
     """The first 12 hex digits of the sha256 of the ids [B, new], as little-endian int64."""
-    return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()[
-        :12
-    ]
+    ids = tokens.to(torch.int64).contiguous().numpy().astype("<i8")
+    return hashlib.sha256(ids.tobytes()).hexdigest()[:12]

@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from bench import launches, work
 from bench.decode_steps import EagerSteps, LlamaSteps, LoopSteps, build_llama, clock, tokens_for
+from bench.generate_modes import EngineTurns, all_tokens
 from bench.peers.status import require
 from bench.record import Part, one_line, parser
 from bench.roof import read_bandwidth
@@ -170,10 +172,8 @@ class Bench:
             if how == "eager":
                 return EagerSteps(model, batch, keys, self.sizes.calls)
             return LoopSteps(model, batch, keys, self.sizes.chunk, captured)
-        compiler = self.sizes.compiler if "+compile" in variant else None
-        return LlamaSteps(
-            self.model("transformers"), batch, keys, self.sizes.calls, compiler, variant.endswith("+graph")
-        )
+        compiler, graph = self.sizes.compiler if "+compile" in variant else None, variant.endswith("+graph")
+        return LlamaSteps(self.model("transformers"), batch, keys, self.sizes.calls, compiler, graph)
 
     def decode(self, variant: str, batch: int, keys: int) -> Row:
         """Rate of a variant's steps, and whether they compute what those of the others compute."""
@@ -182,28 +182,20 @@ class Bench:
             logits = steps.first()
             other, expected = self.logits.setdefault((batch, keys), (variant, logits))
             if other != variant:
-                largest, root = (
-                    (logits - expected).norm(p=p) / expected.norm(p=p) for p in (float("inf"), 2)
-                )
-                found |= {
-                    "logits_distance": digits(largest),
-                    "logits_rms_distance": digits(root),
-                    "compared_with": other,
-                }
+                for name, p in (("logits_distance", math.inf), ("logits_rms_distance", 2)):
+                    found[name] = digits((logits - expected).norm(p=p) / expected.norm(p=p))
+                found["compared_with"] = other
             found["finite"] = bool(logits.isfinite().all())
             if isinstance(steps, LoopSteps):
                 found["same_tokens"] = steps.same_tokens(logits)
                 found["captured"] = steps.loop.captures
             if variant.endswith("+graph"):
                 found["graphs_skipped"] = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-            sample, timed = clock(
-                steps, self.part.device, repeats=self.sizes.repeats, seconds=self.sizes.seconds
-            )
+            repeats, seconds = self.sizes.repeats, self.sizes.seconds
+            sample, timed = clock(steps, self.part.device, repeats=repeats, seconds=seconds)
         read = keys - (steps.chunk - 1) / 2  # keys of a timed step, on average
-        moved = (
-            self.config.num_parameters() * self.dtype.itemsize
-            + cache_bytes(self.config, batch, 1, self.dtype) * read
-        )
+        weights = self.config.num_parameters() * self.dtype.itemsize
+        moved = weights + cache_bytes(self.config, batch, 1, self.dtype) * read
         rate = moved / sample.us * 1e6
         return {
             "step_us": round(sample.us, 1), "spread": round(sample.spread, 4),
@@ -224,22 +216,16 @@ class Bench:
         prompts, found = tokens_for(batch, length, self.config.vocab_size, device), []
         for backend in BACKENDS:
             model = build(self.source, self.config, backend, device, torch.float32)
-            found.append(greedy(model, prompts, new_tokens))
+            found.append(all_tokens(EngineTurns(Engine(model), prompts, new_tokens), new_tokens))
         share = round((found[0] == found[1]).double().mean().item(), 4)
-        return {
-            "rows": batch,
-            "tokens": new_tokens,
-            "share": share,
-            "output_hash": dict(zip(BACKENDS, map(digest, found), strict=True)),
-        }
+        hashes = dict(zip(BACKENDS, map(digest, found), strict=True))
+        return {"rows": batch, "tokens": new_tokens, "share": share, "output_hash": hashes}
 
     def prefill(self, backend: str, batch: int, length: int) -> Row:
         """Rate of a prompt's way through the model, to the logits of its last token."""
         model, device = self.model(backend), self.part.device
-        prompts, lengths = (
-            tokens_for(batch, length, self.config.vocab_size, device),
-            torch.full((batch,), length, device=device),
-        )
+        prompts = tokens_for(batch, length, self.config.vocab_size, device)
+        lengths = torch.full((batch,), length, device=device)
         with torch.inference_mode():
             engine = Engine(model)
             cache = engine.allocate(batch, length)
@@ -299,30 +285,11 @@ class Bench:
             steps.rewind(1)
             synchronize(self.part.device)
             found = launches.count(lambda: steps.go(1), self.part.device)
-        ours = launches.triton_part(found)
+        counted = {"launches": found.total(), "launches_per_token": round(found.total() / batch, 2)}
         for row in self.found["rows"]:
             if (row["variant"], row["batch"], row["keys"]) == (variant, batch, keys) and "failed" not in row:
-                row |= {"launches": found.total(), "launches_per_token": round(found.total() / batch, 2)}
-        return {
-            "launches": found.total(),
-            "triton": ours,
-            "launches_per_token": round(found.total() / batch, 2),
-        }
-
-
-@torch.inference_mode()
-def greedy(model: SmolLM2ForCausalLM, prompts: Tensor, new_tokens: int) -> Tensor:
-    """prompts [B, T] -> the new tokens [B, new_tokens], step by step from Python."""
-    engine, (batch, length) = Engine(model), prompts.shape
-    cache = engine.allocate(batch, length + new_tokens)
-    tokens = [
-        engine.prefill(prompts, torch.full((batch,), length, device=prompts.device), cache).argmax(
-            -1, keepdim=True
-        )
-    ]
-    while len(tokens) < new_tokens:
-        tokens.append(engine.decode(tokens[-1], cache)[:, -1].argmax(-1, keepdim=True))
-    return torch.cat(tokens, 1)
+                row |= counted
+        return {**counted, "triton": launches.triton_part(found)}
 
 
 def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str | None, sizes: Sizes) -> None:
@@ -335,25 +302,16 @@ def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str |
         import transformers  # noqa: F401 - an installation that cannot be imported is as good as none
     except Exception as failure:  # noqa: BLE001 - a result like any other
         main = MAIN[:-1]
-        row = {
-            "variant": "transformers",
-            "backend": "transformers",
-            "batch": None,
-            "keys": None,
-            "failed": one_line(failure),
-        }
+        row = {"variant": "transformers", "backend": "transformers", "batch": None, "keys": None}
+        row["failed"] = one_line(failure)
         bench.found["rows"].append(row)
         print(f"transformers: {row['failed']}", flush=True)
 
     def decode(variants: Sequence[str], points: Sequence[tuple[int, int]]) -> None:
         for batch, keys in points:
             for variant in variants:
-                label = {
-                    "variant": variant,
-                    "backend": variant.split()[0].split("+")[0],
-                    "batch": batch,
-                    "keys": keys,
-                }
+                backend = variant.split()[0].split("+")[0]
+                label = {"variant": variant, "backend": backend, "batch": batch, "keys": keys}
                 bench.add("rows", label, partial(bench.decode, variant, batch, keys))
 
     decode(main, sizes.first)
@@ -361,11 +319,8 @@ def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str |
     bench.add("fp32_agreement", {}, bench.agreement)
     for batch, length in sizes.prefills:
         for backend in BACKENDS:
-            bench.add(
-                "prefill",
-                {"backend": backend, "batch": batch, "tokens": length},
-                partial(bench.prefill, backend, batch, length),
-            )
+            label = {"backend": backend, "batch": batch, "tokens": length}
+            bench.add("prefill", label, partial(bench.prefill, backend, batch, length))
     decode(main, sizes.others)
     decode([EAGER], sizes.called)
     names = dict(zip(("prompts", "prompt_tokens", "new_tokens", "slots"), sizes.many, strict=True))

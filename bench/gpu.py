@@ -18,13 +18,13 @@ tokenised beside the parts that come before it, at the lowest priority and on a 
 `--tokenizer` spares the run the time to learn a tokenizer.
 
 Needs torch, triton, numpy, safetensors and tokenizers; the tests need pytest, the training run omegaconf, the
-peers what `pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises all
-of it in Triton's interpreter, in two minutes, and tests/test_gpu_rehearsal.py takes the parts and a captured
-training run through the branches that only a GPU has.
+peers what `pip install -e '.[peers]'` brings. What is missing is named. `--device cpu --tiny` exercises every
+part in Triton's interpreter, in a minute or two, and tests/test_gpu_rehearsal.py takes the parts and a
+captured training run through the branches that only a GPU has.
 
-What neither can see, the shortest first: any number; clocks and power; how much memory is held at a time;
-whether a capture meets a call that waits; what the profiler and compute-sanitizer report; what Inductor makes
-for a GPU, and in how long a time; which of torch's kernels for attention take these shapes and dtypes.
+Neither can see any number; clocks and power; how much memory is held at a time; whether a capture meets a
+call that waits; what the profiler and compute-sanitizer report; what Inductor makes for a GPU, and in how
+long a time; which of torch's kernels for attention take these shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import text, train_run
-from bench.record import ROOT, python, read_json, resolve_device, write_json
+from bench.record import ROOT, add_device, command_line, python, read_json, resolve_device, write_json
 from bench.summary import summarise
 from smollm2.cli import run_command
 from smollm2.errors import UsageError
@@ -82,36 +82,25 @@ STAGES = (
     Stage("roofline", "roofline", "kernels.json", 40),
 )
 RESULTS = sorted({stage.file for stage in STAGES} | {"numerics.json", "summary.txt", "logs.tgz"})
+# At toy size a few operations stand for all: the interpreter takes a second or two for each.
+TINY_OPERATIONS = "--op=swiglu --op=linear_cross_entropy --op=decode_attention".split()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description="Measures everything in one command."
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder for the results; it must not hold any yet",
-    )
-    parser.add_argument("--minutes", type=float, default=9.0, help="time budget")
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one"
-    )
-    parser.add_argument("--tiny", action="store_true", help="toy sizes: exercises the code, measures nothing")
+    parser = command_line("gpu", "Measures everything in one command.")
+    add = parser.add_argument
+    out = "folder for the results; it must not hold any yet"
+    add("--out", type=Path, required=True, metavar="DIR", help=out)
+    add("--minutes", type=float, default=9.0, help="time budget")
+    add_device(parser)
+    add("--tiny", action="store_true", help="toy sizes: exercises the code, measures nothing")
     learned = (
         "of the training run: tokenizer.json, its folder, or what train.run takes (default: the run learns "
         "one in its own time)"
     )
-    parser.add_argument("--tokenizer", default="train", metavar="PATH", help=learned)
-    parser.add_argument(
-        "--only",
-        action="append",
-        choices=[stage.section for stage in STAGES],
-        help="only this part; may be repeated",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add("--tokenizer", default="train", metavar="PATH", help=learned)
+    sections = [stage.section for stage in STAGES]
+    add("--only", action="append", choices=sections, help="only this part; may be repeated")
     return parser.parse_args(argv)
 
 
@@ -148,19 +137,15 @@ def run_stage(
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Asks the part to end as Ctrl-C does, waits a little, then kills it and all that it started."""
     process.send_signal(signal.SIGINT)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        pass
     _kill_group(process)
     process.wait()
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the part leads a group of its own
-    except ProcessLookupError:
-        pass
 
 
 @contextmanager
@@ -256,10 +241,8 @@ def main(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     present = [name for name in RESULTS if (folder / name).exists()]
     if present:
-        raise UsageError(
-            f"--out {options.out}: expected a folder without results, found {', '.join(present)}; name "
-            "another"
-        )
+        found = f"found {', '.join(present)}; name another"
+        raise UsageError(f"--out {options.out}: expected a folder without results, {found}")
     # both end a run in the same way: what is finished stays
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stages = [stage for stage in STAGES if not options.only or stage.section in options.only]
@@ -271,6 +254,7 @@ def main(argv: Sequence[str]) -> int:
         more = {
             "tests": ["--numerics", str(folder / "numerics.json")],
             "run": ["--tokenizer", options.tokenizer, "--scratch", str(scratch)],
+            "kernels": TINY_OPERATIONS if options.tiny else [],
         }
         with preparation(options, stages, logs / "prepare.log", scratch) as preparing:
             for index, stage in enumerate(stages):

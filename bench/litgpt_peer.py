@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from bench.generate_modes import EngineTurns
+from bench.generate_modes import EngineTurns, all_tokens
 from bench.peers.litgpt import VENV_VARIABLE, LitgptStep, default_venv, litgpt_variant, litgpt_version, setup
+from bench.record import command_line
 from bench.step import TrainingStep
-from smollm2.cli import Parser, run_command
+from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.engine.eager import Engine
 from smollm2.model import SmolLM2ForCausalLM
@@ -37,37 +38,27 @@ def check() -> int:
     config = SmolLM2Config.preset("tiny")
     model = SmolLM2ForCausalLM(config, "torch")
     ids = torch.randint(config.vocab_size, (2, 24))
-    tokens = []
-    for turns in (
-        EngineTurns(Engine(model.eval()), ids, 12),
-        litgpt_variant(model, torch.float32, ids.device).begin(ids, 12),
-    ):
-        first = turns.prefill()
-        tokens.append(torch.cat([first, turns.decode(first, 11)], 1))
+    peer = litgpt_variant(model, torch.float32, ids.device)
+    both = EngineTurns(Engine(model.eval()), ids, 12), peer.begin(ids, 12)
+    tokens = [all_tokens(turns, 12) for turns in both]
     theirs = LitgptStep(model.state_dict(), config, ids, autocast=False)
     ours = TrainingStep(model.train())
     losses = [(float(ours(ids)), float(theirs())) for _ in range(3)]
     apart, same = max(abs(a - b) for a, b in losses), torch.equal(*tokens)
-    print(
-        f"litgpt {theirs.facts['litgpt']}, torch {theirs.facts['torch']}, {theirs.facts['threads']} threads"
-    )
+    facts = theirs.facts
+    print(f"litgpt {facts['litgpt']}, torch {facts['torch']}, {facts['threads']} threads")
     verdict = "" if apart <= LOSS_TOLERANCE else ": TOO FAR"
     print(f"losses {', '.join(f'{loss:.5f}' for _, loss in losses)}: within {apart:.1e} of ours{verdict}")
-    print(
-        "the same tokens as ours"
-        if same
-        else f"OTHER TOKENS: {tokens[1].tolist()}, ours {tokens[0].tolist()}"
-    )
+    other = f"OTHER TOKENS: {tokens[1].tolist()}, ours {tokens[0].tolist()}"
+    print("the same tokens as ours" if same else other)
     return 0 if same and not verdict else 1
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="python -m bench.litgpt_peer", description="litgpt in an environment of its own.")
+    parser = command_line("litgpt_peer", "litgpt in an environment of its own.")
     parser.add_argument("command", choices=("setup", "check"))
-    parser.add_argument(
-        "--venv", type=Path, help=f"its folder (default: {VENV_VARIABLE}, or one in the cache folder)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    folder = f"its folder (default: {VENV_VARIABLE}, or one in the cache folder)"
+    parser.add_argument("--venv", type=Path, help=folder)
     options = parser.parse_args(argv)
     if options.venv is not None:
         os.environ[VENV_VARIABLE] = str(options.venv)

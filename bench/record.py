@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smollm2.cli import Parser
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 
@@ -35,24 +36,28 @@ INTERPRETER_NOTE = "interpreter: times mean nothing"
 TINY_NOTE = "tiny sizes: times mean nothing"
 
 
+def command_line(module: str, description: str) -> argparse.ArgumentParser:
+    """The command line of a module, with what every one has."""
+    result = Parser(prog=f"python -m bench.{module}", description=description)
+    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return result
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    chosen = "auto takes the GPU if there is one"
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help=chosen)
+
+
 def parser(module: str, description: str) -> argparse.ArgumentParser:
     """The command line that all parts have in common."""
-    result = argparse.ArgumentParser(prog=f"python -m bench.{module}", description=description)
-    result.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the GPU if there is one"
-    )
-    result.add_argument(
-        "--tiny",
-        action="store_true",
-        help="toy sizes that run anywhere: exercises the code, measures nothing",
-    )
-    result.add_argument(
-        "--seconds", type=float, default=600.0, metavar="S", help="start nothing new after S seconds"
-    )
-    result.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the results there, beside what other parts wrote"
-    )
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    result = command_line(module, description)
+    add_device(result)
+    add = result.add_argument
+    tiny = "toy sizes that run anywhere: exercises the code, measures nothing"
+    add("--tiny", action="store_true", help=tiny)
+    add("--seconds", type=float, default=600.0, metavar="S", help="start nothing new after S seconds")
+    beside = "write the results there, beside what other parts wrote"
+    add("--json", type=Path, metavar="FILE", help=beside)
     return result
 
 
@@ -137,11 +142,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     sources = hashlib.sha256()
-    for path in sorted(
-        path
-        for package in ("kernels", "smollm2", "train", "bench")
-        for path in (ROOT / package).rglob("*.py")
-    ):
+    packages = ("kernels", "smollm2", "train", "bench")
+    for path in sorted(path for package in packages for path in (ROOT / package).rglob("*.py")):
         sources.update(path.read_bytes())
     return {
         "device": device_name(device),

@@ -36,7 +36,9 @@ class _Redirected(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.device:
-            return function(*args, **(kwargs or {}))  # a name is a name: what lies there is elsewhere
+            return function(
+                *args, **(kwargs or {})
+            )  # a device keeps its name; only its tensors lie elsewhere
         args = [self._elsewhere(value) for value in args]
         kwargs = {name: self._elsewhere(value) for name, value in (kwargs or {}).items()}
         if function is torch.Tensor.cuda:
@@ -91,16 +93,12 @@ SILENT = (
 
 def _of_cuda(target: Target) -> dict[str, Any]:
     """What takes the place of names in torch.cuda."""
-    # AMD's GPUs are called cuda too
+    # torch calls AMD's GPUs cuda too
     capability = divmod(int(target.gpu.arch), 10) if target.nvidia else (9, 4)
     properties = SimpleNamespace(
-        name=target.name,
-        major=capability[0],
-        minor=capability[1],
-        multi_processor_count=132,
-        total_memory=80 * GB,
-        L2_cache_size=GB // 20,
-    )
+        name=target.name, major=capability[0], minor=capability[1], multi_processor_count=132,
+        total_memory=80 * GB, L2_cache_size=GB // 20,
+    )  # fmt: skip
     answers = {
         "is_available": True, "is_initialized": False, "is_current_stream_capturing": False,
         "device_count": 1, "current_device": 0, "get_device_name": target.name,

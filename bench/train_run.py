@@ -60,8 +60,11 @@ def missing() -> str | None:
 def collect(folder: Path) -> dict[str, Any]:
     """What a run has written so far, as values of the section."""
     lines: list[dict[str, Any]] = []
-    metrics, samples = folder / "metrics.jsonl", folder / "samples.txt"
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+    metrics, samples = (
+        path.read_text(encoding="utf-8") if path.is_file() else ""
+        for path in (folder / "metrics.jsonl", folder / "samples.txt")
+    )
+    for line in metrics.splitlines():
         with suppress(ValueError):  # half written
             lines.append(json.loads(line))
     trained = [line for line in lines if "loss" in line]
@@ -73,14 +76,10 @@ def collect(folder: Path) -> dict[str, Any]:
     for key in ("tokens_per_second", "mfu"):
         if values := [line[key] for line in trained if key in line]:
             found[key] = statistics.median(values)
-    parts = re.split(
-        r"^step (\d+) sample: ",
-        samples.read_text(encoding="utf-8") if samples.is_file() else "",
-        flags=re.MULTILINE,
-    )
-    return found | (
-        {"sample": {"step": int(parts[-2]), "text": parts[-1].rstrip("\n")}} if len(parts) > 2 else {}
-    )
+    parts = re.split(r"^step (\d+) sample: ", samples, flags=re.MULTILINE)
+    if len(parts) > 2:
+        found["sample"] = {"step": int(parts[-2]), "text": parts[-1].rstrip("\n")}
+    return found
 
 
 def follow(part: Part, process: subprocess.Popen[bytes], folder: Path) -> bool:
@@ -106,23 +105,15 @@ def follow(part: Part, process: subprocess.Popen[bytes], folder: Path) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parser(
-        "train_run", "Runs train.run on the Python files of this installation, for as long as there is time."
-    )
-    arguments.add_argument(
-        "keys", nargs="*", metavar="key=value", help="keys of train.run, which replace those of the recipe"
-    )
-    arguments.add_argument(
-        "--tokenizer",
-        default="train",
-        help="tokenizer.json, its folder, or what train.run takes; default: learn one",
-    )
-    arguments.add_argument(
-        "--scratch",
-        type=Path,
-        metavar="DIR",
-        help="for tokens and checkpoints (default: a folder that is removed)",
-    )
+    what = "Runs train.run on the Python files of this installation, for as long as there is time."
+    arguments = parser("train_run", what)
+    add = arguments.add_argument
+    keys_of_run = "keys of train.run, which replace those of the recipe"
+    add("keys", nargs="*", metavar="key=value", help=keys_of_run)
+    learned = "tokenizer.json, its folder, or what train.run takes; default: learn one"
+    add("--tokenizer", default="train", help=learned)
+    removed = "for tokens and checkpoints (default: a folder that is removed)"
+    add("--scratch", type=Path, metavar="DIR", help=removed)
     options = arguments.parse_args(argv)
     part = Part("run", options)
     if reason := missing():
@@ -133,14 +124,9 @@ def main(argv: Sequence[str]) -> int:
         scratch = (options.scratch or Path(temporary)).resolve()
         keys = [
             *text.configuration(part.tiny, options.tokenizer, scratch / "tokens"),
-            *(TINY if part.tiny else FULL),
-            "backend=triton",
-        ]
-        keys += [
-            f"device={part.device.type}",
-            f"workers={max(1, min(8, (os.cpu_count() or 1) // 2))}",
-            *options.keys,
-        ]
+            *(TINY if part.tiny else FULL), "backend=triton", f"device={part.device.type}",
+            f"workers={max(1, min(8, (os.cpu_count() or 1) // 2))}", *options.keys,
+        ]  # fmt: skip
         part.save(arguments=keys)
         command = python("train.run", *keys, f"output_dir={scratch / 'run'}")
         stopped = follow(part, subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL), scratch / "run")
@@ -149,9 +135,8 @@ def main(argv: Sequence[str]) -> int:
         return 1  # the last line of the output, which the run wrote, says why
     if stopped and code:
         where = f"after step {points[-1]['step']}" if points else "before the first step"
-        part.save(
-            end=f"the time was up {where}" + (", and saving took too long" if code == -signal.SIGKILL else "")
-        )
+        late = ", and saving took too long" if code == -signal.SIGKILL else ""
+        part.save(end=f"the time was up {where}{late}")
     return part.finish()
 
 

@@ -12,17 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from smollm2.config import SmolLM2Config
 
-# Dense bf16 tensor-core TFLOP/s as stated by the vendors, by a part of the device's name; the first match
-# counts.
-PEAK_TFLOPS = (
-    ("B200", 2250), ("GB200", 2250), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989),
-    ("GH200", 989), ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10G", 70), ("A10", 125),
-    ("RTX 4090", 165), ("RTX 5090", 209), ("MI300X", 1307), ("MI250X", 383),
-)  # fmt: skip
+# what an MFU is made of: that of a benchmark is that of a training run
+from train.metrics import flops_per_token as flops_per_token
+from train.metrics import peak_flops as peak_flops
 
 MFU_CONVENTION = (
     "6 per weight and token, causal attention counted half, dense bf16 peak of the vendor; none on a CPU"
@@ -125,10 +119,8 @@ def linear(tokens: int, inputs: int, outputs: int, size: int) -> Cost:
     """Forward e (N i + i o + N o); backward e (N o + i o + N i) for the input's and e (N o + N i + i o) for
     the weight's gradient.
     """
-    moved, product = (
-        size * (tokens * inputs + inputs * outputs + tokens * outputs),
-        2 * tokens * inputs * outputs,
-    )
+    moved = size * (tokens * inputs + inputs * outputs + tokens * outputs)
+    product = 2 * tokens * inputs * outputs
     return Cost(Work(moved, product), Work(2 * moved, 2 * product))
 
 
@@ -136,13 +128,11 @@ def mlp(tokens: int, hidden: int, width: int, size: int) -> Cost:
     """Both products as of `linear`, with SwiGLU in them: the activations N F e are written by the first and
     read by the second.
 
-    Backward their gradient is not: read are gate and up, 2 N F e, written their gradients, 2 N F e, and N F e
-    less of the product.
+    Backward, the gradient of the activations need not reach memory: gate and up are read (2 N F e) and their
+    gradients written (2 N F e), and the second product moves N F e less.
     """
-    products, activations = (
-        linear(tokens, hidden, 2 * width, size) + linear(tokens, width, hidden, size),
-        tokens * width * size,
-    )
+    products = linear(tokens, hidden, 2 * width, size) + linear(tokens, width, hidden, size)
+    activations = tokens * width * size
     return products + Cost(Work(activations), Work(3 * activations))
 
 
@@ -246,23 +236,14 @@ def prefill_flops(config: SmolLM2Config, batch: int, length: int) -> int:
     return config.num_hidden_layers * one + 2 * batch * config.hidden_size * config.vocab_size
 
 
-def step_floor(
-    config: SmolLM2Config,
-    batch: int,
-    length: int,
-    size: int,
-    bytes_per_second: float,
-    flops_per_second: float,
-) -> float:
-    """Seconds of a step in which every operation runs at the roof, one after the other."""
+def step_floor(config: SmolLM2Config, batch: int, length: int, size: int, *roof: float) -> float:
+    """Seconds of a step in which every operation runs at the roof (bytes, FLOP per second), one after the
+    other.
+    """
     parts = step(config, batch, length, size)
     del parts["layers"]
     costs = [*layer(config, batch, length, size).values()] * config.num_hidden_layers + [*parts.values()]
-    return sum(
-        one.floor(bytes_per_second, flops_per_second)
-        for cost in costs
-        for one in (cost.forward, cost.backward)
-    )
+    return sum(one.floor(*roof) for cost in costs for one in (cost.forward, cost.backward))
 
 
 @dataclass(frozen=True)
@@ -321,10 +302,7 @@ def token_items(config: SmolLM2Config, batch: int, keys: int, size: int) -> dict
         "rope_qkv": ("KV", layers, rope_qkv(batch, batch, heads, key_heads, head_dim, size)),
         "decode_attention": ("KV", layers, decode_attention(batch, keys, heads, key_heads, head_dim, size)),
         "swiglu": ("swiglu", layers, swiglu(batch, config.intermediate_size, size)),
-        **{
-            name: ("weights", layers, linear(batch, *sides, size))
-            for name, sides in projections(config).items()
-        },
+        **{name: ("weights", layers, linear(batch, *at, size)) for name, at in projections(config).items()},
         "logits": ("logits", 1, linear(batch, hidden, config.vocab_size, size)),
     }
     return {name: Item(part, times, Cost(cost.forward)) for name, (part, times, cost) in costs.items()}
@@ -367,24 +345,3 @@ def by_part(
             if all(backend in measured[name] for name in names):
                 parts[part][backend] = 1e3 * sum(sum(measured[name][backend].values()) for name in names)
     return parts
-
-
-def flops_per_token(config: SmolLM2Config, length: int) -> float:
-    """Floating-point operations to train on one token of rows of that length, by the convention of MFU.
-
-    6 for each weight that multiplies (the tied matrix once: the embedding is a look-up; norms are left out),
-    and 6 x layers x H x D x T for attention: causal, so half of the square is counted.
-    """
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    attended = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6.0 * (config.num_parameters() - norms) + attended
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, or None when the table does not have it: a wrong MFU is worse than
-    none.
-    """
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS if part in name), None)

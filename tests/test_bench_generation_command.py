@@ -1,11 +1,9 @@
-"""`python -m bench.generation` at toy size, and the steps that it times: same cache, same logits; a row that
-fails is a row.
+"""The steps that `python -m bench.generation` times: same cache, same logits; a row that fails is a row. The
+whole command runs in test_bench_gpu_command.py.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -42,40 +40,6 @@ def bench(tmp_path):
 
 def saved(tmp_path):
     return json.loads((tmp_path / "generation.json").read_text(encoding="utf-8"))["generation"]
-
-
-@pytest.mark.slow
-def test_the_whole_command(tmp_path, project_root):
-    path = tmp_path / "generation.json"
-    command = [sys.executable, "-m", "bench.generation", "--device", "cpu", "--tiny", "--json", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=project_root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = saved(tmp_path)
-    assert (
-        found["status"] == "complete"
-        and found["fp32_agreement"]["share"] == 1.0
-        and found["bandwidth"]["read_gb_per_s"] > 0
-    )
-    rows = {(row["variant"], row["keys"]): row for row in found["rows"] if row["batch"] is not None}
-    ours = {
-        ("triton captured", 16),
-        ("torch captured", 16),
-        ("triton eager", 16),
-        ("triton captured", 8),
-        ("torch captured", 8),
-    }
-    assert set(rows) >= ours
-    for at in ours:
-        assert rows[at]["step_us"] > 0 and rows[at]["finite"], rows[at]
-        assert rows[at].get("logits_distance", 0.0) < 1e-5 and rows[at].get("same_tokens", 1.0) == 1.0
-    assert rows["triton captured", 16]["launches"] < rows["torch captured", 16]["launches"]
-    assert {row["backend"] for row in found["prefill"]} == {"triton", "torch"}
-    assert found["many"][0]["engine"] == "eager" and found["many"][0]["tokens_per_second"] > 0
-    if ("transformers", 16) in rows:
-        assert max(row.get("logits_distance", 0.0) for row in found["rows"]) < 1e-5
-    else:
-        assert [row["variant"] for row in found["rows"] if "failed" in row] == ["transformers"]
 
 
 @torch.inference_mode()

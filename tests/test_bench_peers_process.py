@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -41,18 +40,14 @@ for line in sys.stdin:
     print(json.dumps({"result": result}), flush=True)
 """
 BROKEN = {
-    "crash": (
-        "import sys; sys.stdin.readline(); sys.exit('no memory left')",
-        "ended with exit code 1: no memory left",
-    ),
-    "garbage": (
-        "print('hello', flush=True); input(); input()",
-        "expected an answer to 'load' in JSON, got b'hello",
-    ),
+    "crash": ("import sys; sys.stdin.readline(); sys.exit('no memory left')",
+        "ended with exit code 1: no memory left"),
+    "garbage": ("print('hello', flush=True); input(); input()",
+        "expected an answer to 'load' in JSON, got b'hello"),
     "no answer": ("print('[]', flush=True); input(); input()", "expected an answer to 'load' in JSON"),
     "error": ('print(\'{"error": "KeyError: name"}\', flush=True); input(); input()', "KeyError: name"),
     "silence": ("import time; time.sleep(60)", "no answer to 'load' within 1 s"),
-}
+}  # fmt: skip
 
 
 def peer(source, seconds=60.0):
@@ -121,10 +116,8 @@ def test_a_peer_that_dies_between_two_rounds_is_a_result_among_others(stand_in):
     )
     stand_in(dies)
     found = measured(3)
-    assert (
-        found["litgpt"] == {"failed": "PeerFailed: ended with exit code 1: killed"}
-        and found["ours"]["rounds"] == 3
-    )
+    assert found["litgpt"] == {"failed": "PeerFailed: ended with exit code 1: killed"}
+    assert found["ours"]["rounds"] == 3
 
 
 def test_a_step_and_a_generation_go_through_the_process(stand_in):
@@ -167,9 +160,8 @@ def test_setup_installs_the_torch_that_runs_here_and_says_what_failed(monkeypatc
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(litgpt.subprocess, "run", run)
-    with pytest.raises(
-        UsageError, match="pip install .* failed; remove .*, or name another folder with --venv"
-    ):
+    message = "pip install .* failed; remove .*, or name another folder with --venv"
+    with pytest.raises(UsageError, match=message):
         litgpt.setup(tmp_path / "venv")
     assert len(seen) == 2 and litgpt.LITGPT in seen[1]
 
@@ -180,32 +172,22 @@ def test_the_worker_answers_every_line_and_an_exception_is_an_answer():
             return {"y": 2 * x}
 
     answers = io.StringIO()
-    requests = [
-        json.dumps({"call": "double", "x": 4}),
-        json.dumps({"call": "nothing"}),
-        "no json",
-        json.dumps({"call": "double", "z": 1}),
-    ]
+    asked = {"call": "double", "x": 4}, {"call": "nothing"}, {"call": "double", "z": 1}
+    requests = [*map(json.dumps, asked), "no json"]
     litgpt_worker.serve(Fake(), io.StringIO("\n".join(requests) + "\n"), answers)
     found = [json.loads(line) for line in answers.getvalue().splitlines()]
     assert found[0] == {"result": {"y": 8}}
-    assert [one["error"].partition(":")[0] for one in found[1:]] == [
-        "AttributeError",
-        "JSONDecodeError",
-        "TypeError",
-    ]
+    kinds = [one["error"].partition(":")[0] for one in found[1:]]
+    assert kinds == ["AttributeError", "TypeError", "JSONDecodeError"]
 
 
 def test_the_worker_imports_nothing_of_this_project_and_keeps_its_answers_apart(project_root):
     """As it is started: isolated, from another folder. What a library prints goes to stderr."""
     source = project_root / "bench" / "peers" / "litgpt_worker.py"
     done = subprocess.run(
-        [sys.executable, "-I", source],
-        input='{"call": "load"}\n',
-        capture_output=True,
-        text=True,
+        [sys.executable, "-I", source], input='{"call": "load"}\n', capture_output=True, text=True,
         cwd=project_root.parent,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "TypeError" in json.loads(done.stdout)["error"]
     assert not any(
@@ -213,13 +195,6 @@ def test_the_worker_imports_nothing_of_this_project_and_keeps_its_answers_apart(
         for verb in ("import", "from")
         for package in ("bench", "smollm2", "kernels")
     )
-
-
-def test_silence_costs_no_more_than_it_may():
-    began = time.monotonic()
-    with pytest.raises(PeerFailed, match="no answer to 'steps' within"):
-        peer("import time; time.sleep(60)", seconds=0.2).ask("steps", count=1)
-    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow

@@ -22,12 +22,6 @@ def test_flops_per_token():
     assert work.flops_per_token(CONFIG, 2048) == pytest.approx(1019e6, rel=1e-3)
 
 
-def test_mfu_is_that_of_training_runs():
-    metrics = pytest.importorskip("train.metrics")
-    assert work.PEAK_TFLOPS == metrics.PEAK_TFLOPS
-    assert work.flops_per_token(CONFIG, 512) == metrics.flops_per_token(CONFIG, 512)
-
-
 def test_a_steps_operations_are_those_of_the_convention():
     """The sum over the parts of a step against 6 operations per weight and token; attention backward is 5/4
     of twice its forward.
@@ -122,12 +116,8 @@ def test_training_text_leaves_out_what_is_held_out(tmp_path, monkeypatch):
     the held-out packages.
     """
     library, site = tmp_path / "lib", tmp_path / "lib" / "site-packages"
-    for name in (
-        "json/decoder",
-        "site-packages/torch/__init__",
-        "site-packages/jinja2/loaders",
-        "site-packages/patsy/nested/build",
-    ):
+    of_packages = ("torch/__init__", "jinja2/loaders", "patsy/nested/build")
+    for name in ("json/decoder", *(f"site-packages/{module}" for module in of_packages)):
         (library / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
         (library / f"{name}.py").write_text(f"# {name}\n", encoding="utf-8")
     (site / "optax").mkdir()  # has no Python file
@@ -157,12 +147,7 @@ def test_a_tokenizers_path_holds_in_every_folder(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
     monkeypatch.chdir(tmp_path)
     folder = str((tmp_path / "tok").resolve())
-    assert (
-        text.tokenizer_source("tok")
-        == text.tokenizer_source("tok/tokenizer.json")
-        == text.tokenizer_source(folder)
-        == folder
-    )
+    assert {text.tokenizer_source(name) for name in ("tok", "tok/tokenizer.json", folder)} == {folder}
     assert text.tokenizer_source("train") == "train"  # learn one, whatever the folder is called
     assert text.tokenizer_source("HuggingFaceTB/cosmo2-tokenizer") == "HuggingFaceTB/cosmo2-tokenizer"
 
@@ -179,12 +164,8 @@ def test_the_preparation_means_the_tokens_of_the_run(tmp_path, tiny):
 
 
 def write(folder: Path, name: str, **sections) -> None:
-    head = {
-        "device": "NVIDIA H100",
-        "versions": {"torch": "2.11.0", "triton": "3.6.0"},
-        "commit": "0123456789abcdef",
-        "date": "2026-01-01",
-    }
+    versions = {"torch": "2.11.0", "triton": "3.6.0"}
+    head = {"device": "NVIDIA H100", "versions": versions, "commit": "0123456789abcdef", "date": "2026-01-01"}
     (folder / name).write_text(json.dumps({**head, **sections}), encoding="utf-8")
 
 
@@ -193,12 +174,8 @@ def row(variant: str, us: float, phase: str = "forward") -> dict[str, object]:
 
 
 def test_summary_compares_with_the_fastest_other_and_names_what_is_missing(tmp_path):
-    rows = [
-        row("triton", 50.0),
-        row("reference", 200.0),
-        row("compile", 60.0),
-        {"op": "swiglu", "variant": "liger", "failed": "absent"},
-    ]
+    rows = [row("triton", 50.0), row("reference", 200.0), row("compile", 60.0)]
+    rows.append({"op": "swiglu", "variant": "liger", "failed": "absent"})
     write(tmp_path, "kernels.json", kernels={"status": "stopped after 9 s", "rows": rows})
     lines = summary.summarise(tmp_path).splitlines()
     assert lines[0] == "NVIDIA H100; torch 2.11.0, triton 3.6.0; commit 0123456789ab; 2026-01-01"
@@ -209,27 +186,17 @@ def test_summary_compares_with_the_fastest_other_and_names_what_is_missing(tmp_p
 
 
 def test_summary_names_failures_and_stays_short(tmp_path):
-    outcome = {
-        "counts": {"passed": 3, "failed": 60},
-        "failures": [f"tests/test_x.py::test_{i}" for i in range(60)],
-        "end": "complete",
-    }
+    failures = [f"tests/test_x.py::test_{i}" for i in range(60)]
+    outcome = {"counts": {"passed": 3, "failed": 60}, "failures": failures, "end": "complete"}
     crashed = {"counts": {}, "failures": [], "end": "exit code -11: Segmentation fault"}
     numerics = [
         {"op": "swiglu", "dtype": "bfloat16", "worst": 0.7},
         {"op": "attention", "dtype": "float32", "worst": 1.2},
     ]
-    tests = {
-        "status": "complete",
-        "files": {"test_x.py": outcome, "test_y.py": crashed},
-        "numerics": numerics,
-    }
-    write(tmp_path, "tests.json", tests=tests)
-    write(
-        tmp_path,
-        "kernels.json",
-        kernels={"status": "complete", "rows": [{**row("triton", 1.0), "op": f"op {i}"} for i in range(60)]},
-    )
+    files, rows = {"test_x.py": outcome, "test_y.py": crashed}, [row("triton", 1.0) for _ in range(60)]
+    write(tmp_path, "tests.json", tests={"status": "complete", "files": files, "numerics": numerics})
+    numbered = [{**one, "op": f"op {i}"} for i, one in enumerate(rows)]
+    write(tmp_path, "kernels.json", kernels={"status": "complete", "rows": numbered})
     found = summary.summarise(tmp_path)
     assert len(found.splitlines()) == summary.LINES and "more lines" in found.splitlines()[-1]
     assert "tests: 3 passed, 60 failed in 2 files" in found
@@ -239,44 +206,28 @@ def test_summary_names_failures_and_stays_short(tmp_path):
 
 
 def test_summary_of_a_training_run(tmp_path):
+    def told(**run):
+        write(tmp_path, "training.json", run=run)
+        return summary.summarise(tmp_path).splitlines()
+
     points = [{"step": step, "loss": 11.0 - step / 100} for step in range(10, 510, 10)]
     held = [
         {"step": step, "held_out_loss": loss, "unigram_entropy": 6.36}
         for step, loss in ((100, 7.5), (500, 6.25))
     ]
-    found = {
-        "status": "complete",
-        "points": points,
-        "held_out": held,
-        "epochs": 0.07,
-        "tokens_per_second": 371000.4,
-        "mfu": 0.331,
-    }
-    write(tmp_path, "training.json", run=found)
+    rates = {"epochs": 0.07, "tokens_per_second": 371000.4, "mfu": 0.331}
     line = (
         "training run: 500 steps, loss 10.90 -> 6.45, held-out 7.50 -> 6.25, unigram entropy 6.36, 0.07 "
         "epochs, 371,000 tok/s, MFU 33.1 %"
     )
-    assert line in summary.summarise(tmp_path).splitlines()
-    write(
-        tmp_path,
-        "training.json",
-        run={
-            "status": "stopped after 9 s",
-            "points": [{"step": 1, "loss": "nan"}],
-            "held_out": [],
-            "epochs": 0.0,
-        },
-    )
-    assert "training run: 1 steps, loss nan -> nan, 0.00 epochs" in summary.summarise(tmp_path)
-    write(
-        tmp_path,
-        "training.json",
-        run={"status": "complete", "points": [], "end": "the time was up before the first step"},
-    )
-    assert "training run: no points: the time was up before the first step" in summary.summarise(tmp_path)
-    write(tmp_path, "training.json", run={"status": "complete", "skipped": "omegaconf is not installed"})
-    assert "training run: skipped, omegaconf is not installed" in summary.summarise(tmp_path).splitlines()
+    assert line in told(status="complete", points=points, held_out=held, **rates)
+    one = [{"step": 1, "loss": "nan"}]
+    line = "training run: 1 steps, loss nan -> nan, 0.00 epochs"
+    assert line in told(status="stopped after 9 s", points=one, held_out=[], epochs=0.0)
+    line = "training run: no points: the time was up before the first step"
+    assert line in told(status="complete", points=[], end="the time was up before the first step")
+    line = "training run: skipped, omegaconf is not installed"
+    assert line in told(status="complete", skipped="omegaconf is not installed")
 
 
 def test_summary_of_nothing(tmp_path):

@@ -41,21 +41,37 @@ EXCUSED = re.compile(
     r"|No viable backend for scaled_dot_product_attention"
     r"|Could not run 'aten::_flash_attention_forward'|FlexAttention does not support backward on CPU"
 )
+# [names of the parts, folder]: every part in one process, each on a GPU of its own.
 STAND_IN = """
-import importlib, json, sys
+import importlib, json, sys, traceback
+from pathlib import Path
 from bench import launches, timing
 from bench.stand_in import standing_in_for_cuda
 from kernels.certify.fill import Specialisations
 from kernels.certify.targets import target_for
-module, out, *arguments = sys.argv[1:]
-main = importlib.import_module(module).main
 timing.FLUSH_BYTES = 1 << 20  # there is no L2 to flush, and a CPU reads a quarter of a gigabyte in no hurry
 launches.trace = lambda call: [call()] * 0  # torch's profiler would look for kernels again and again
+for name in sys.argv[1].split():
+    recorder, path = Specialisations(target_for("sm_90")), Path(sys.argv[2], f"{name}.json")
+    try:
+        with standing_in_for_cuda(recorder):
+            arguments = ["--device", "cuda", "--tiny", "--json", str(path)]
+            end = importlib.import_module(f"bench.{name}").main(arguments)
+    except BaseException:
+        end = traceback.format_exc()
+    launched = sorted({kernel for _, kernel, _ in recorder.found})
+    path.with_suffix(".end").write_text(json.dumps([end, launched]))
+"""
+TRAINING = """
+import json, sys
+from bench.stand_in import standing_in_for_cuda
+from kernels.certify.fill import Specialisations
+from kernels.certify.targets import target_for
+from train.run import main
 recorder = Specialisations(target_for("sm_90"))
 with standing_in_for_cuda(recorder):
-    code = main(arguments)
-with open(out, "w") as file:
-    json.dump(list(recorder.found), file)
+    code = main(sys.argv[1:])
+print(json.dumps(sorted({kernel for _, kernel, _ in recorder.found})))
 sys.exit(code)
 """
 
@@ -72,10 +88,12 @@ def run(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def on_stand_in(root: Path, folder: Path, module: str, *arguments: str) -> set[str]:
-    """Runs a command as if there were a GPU -> the kernels that it launched."""
-    run(root, "-c", STAND_IN, module, str(folder / "launched.json"), *arguments)
-    return {kernel for _, kernel, _ in json.loads((folder / "launched.json").read_text(encoding="utf-8"))}
+@pytest.fixture(scope="module")
+def on_stand_in(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the results of all parts, run as if there were a GPU."""
+    folder = tmp_path_factory.mktemp("parts")
+    run(project_root, "-c", STAND_IN, " ".join(PARTS), str(folder))
+    return folder
 
 
 def failures(value: Any) -> list[str]:
@@ -89,12 +107,10 @@ def failures(value: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_takes_its_way_on_a_gpu(project_root: Path, tmp_path: Path, part: str) -> None:
-    file = tmp_path / "results.json"
-    launched = on_stand_in(
-        project_root, tmp_path, f"bench.{part}", "--device", "cuda", "--tiny", "--json", str(file)
-    )
-    content = json.loads(file.read_text(encoding="utf-8"))
+def test_a_part_takes_its_way_on_a_gpu(on_stand_in: Path, part: str) -> None:
+    end, launched = json.loads((on_stand_in / f"{part}.end").read_text(encoding="utf-8"))
+    assert end == 0, end
+    content = json.loads((on_stand_in / f"{part}.json").read_text(encoding="utf-8"))
     assert content["device"] == "sm_90", "the part believed that there was a GPU"
     assert [text for text in failures(content) if not EXCUSED.search(text)] == []
     assert launched or part == "ladder", "its small size takes backend torch"
@@ -107,10 +123,9 @@ def test_a_captured_training_run(project_root: Path, tmp_path: Path) -> None:
         "device=cuda backend=triton cuda_graph=true dtype=bf16 steps=6 eval_every=3 sample_every=0 "
         "checkpoint_every=3 workers=1"
     )
-    launched = on_stand_in(
-        project_root, tmp_path, "train.run", "train/configs/tiny.yaml", f"output_dir={out}", *keys.split()
-    )
-    assert launched == OF_TRAINING - {"_embedding_bwd_piece_kernel"}  # for more tokens than a window has
+    printed = run(project_root, "-c", TRAINING, "train/configs/tiny.yaml", f"output_dir={out}", *keys.split())
+    # for more tokens than a window has
+    assert {*json.loads(printed.splitlines()[-1])} == OF_TRAINING - {"_embedding_bwd_piece_kernel"}
     assert (out / "checkpoints" / "step-000006").is_dir()
     assert len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 6
 

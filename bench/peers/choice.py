@@ -32,22 +32,14 @@ from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
-VARIANTS = (
-    "transformers",
-    "liger",
-    "litgpt",
-    "transformers eager",
-    "transformers+compile",
-    "litgpt+compile",
-)  # of a step
+VARIANTS = (  # of a step
+    "transformers", "liger", "litgpt", "transformers eager", "transformers+compile", "litgpt+compile",
+)  # fmt: skip
 # The library behind a variant, by the first word of its name up to a "+".
 LIBRARY = {
-    "transformers": "transformers",
-    "liger": "liger-kernel",
-    "litgpt": "litgpt",
-    "llama.cpp": "llama-cpp-python",
-    "torch.compile": "torch.compile",
-}
+    "transformers": "transformers", "liger": "liger-kernel", "litgpt": "litgpt",
+    "llama.cpp": "llama-cpp-python", "torch.compile": "torch.compile",
+}  # fmt: skip
 OF_STEPS = ("transformers", "liger-kernel", "litgpt", "torch.compile")
 OF_GENERATION = ("transformers", "litgpt", "llama-cpp-python", "torch.compile")
 
@@ -70,12 +62,12 @@ def peer_step(
         return LitgptStep(weights, config, ids, autocast, compiler if extra else None)
     if kind == "liger":
         require("liger-kernel", ids.device)
-    llama = transformers_llama(
-        config, weights, ids.device, "eager" if kind == "transformers eager" else "sdpa"
-    )
-    called = (
-        with_liger(llama) if kind == "liger" else torch.compile(llama, backend=compiler) if extra else llama
-    )
+    attention = "eager" if kind == "transformers eager" else "sdpa"
+    called = llama = transformers_llama(config, weights, ids.device, attention)
+    if kind == "liger":
+        called = with_liger(llama)
+    elif extra:
+        called = torch.compile(llama, backend=compiler)
     return TrainingStep(llama, autocast_forward(called, ids.device, autocast))
 
 

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,8 +38,8 @@ from smollm2.pretrained.load import stored_tensors
 
 LITGPT = "litgpt==0.5.13"
 VENV_VARIABLE = "SMOLLM2_LITGPT_VENV"
-# of constraints.txt; litgpt needs other versions of the rest
-SHARED = ("torch", "triton", "numpy", "safetensors")
+# of constraints.txt, beside the torch that runs here; litgpt needs other versions of the rest
+SHARED = ("triton", "numpy", "safetensors")
 ANSWER_SECONDS = 600.0  # for one request: a first step may compile
 
 
@@ -58,13 +59,8 @@ class PeerProcess:
         """environment: what is added to ours. seconds: how long an answer may take."""
         self._seconds = seconds
         self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**os.environ, **(environment or {})},
-        )
+        pipe, variables = subprocess.PIPE, {**os.environ, **(environment or {})}
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, env=variables)
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         assert self._process.stdout is not None
         threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
@@ -144,38 +140,21 @@ def litgpt_version(venv: Path | None = None) -> str | None:
 
 def setup(venv: Path) -> None:
     """Makes the environment, or completes it. Raises UsageError where pip does not succeed."""
-    pins = [
-        line
-        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if line.partition("==")[0] in SHARED
-    ]
-    pins = [line for line in pins if not line.startswith("torch==")] + [
-        f"torch=={torch.__version__.partition('+')[0]}"
-    ]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line.partition("==")[0] in SHARED]
+    pins.append(f"torch=={torch.__version__.partition('+')[0]}")
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("\n".join(pins) + "\n", encoding="utf-8")
+        pip: list[str | Path] = [venv_python(venv), "-m", "pip", "install", "-c", constraints]
         commands: list[list[str | Path]] = [
             [sys.executable, "-m", "venv", venv],
-            [
-                venv_python(venv),
-                "-m",
-                "pip",
-                "install",
-                "-c",
-                constraints,
-                LITGPT,
-                "torch",
-                "numpy",
-                "safetensors",
-            ],
+            [*pip, LITGPT, "torch", "numpy", "safetensors"],
         ]
         for command in commands:
             if subprocess.run(command).returncode != 0:
-                raise UsageError(
-                    f"setup: {' '.join(map(str, command))} failed; remove {venv}, or name another folder "
-                    "with --venv"
-                )
+                told = " ".join(map(str, command))
+                raise UsageError(f"setup: {told} failed; remove {venv}, or name another folder with --venv")
 
 
 # the peer
@@ -196,18 +175,16 @@ def start(
     process = PeerProcess([python, "-I", worker], {"OMP_WAIT_POLICY": "PASSIVE"})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_file(
-            {name: weight.contiguous() for name, weight in weights.items() if name != "lm_head.weight"}, path
-        )
+        stored = {name: weight.contiguous() for name, weight in weights.items() if name != "lm_head.weight"}
+        save_file(stored, path)
         facts = process.ask(
             "load", config=litgpt_config(config), weights=str(path), dtype=str(dtype).removeprefix("torch."),
             device=str(device), threads=torch.get_num_threads(),
         )  # fmt: skip
     if facts["parameters"] != config.num_parameters():
         process.close()
-        raise PeerFailed(
-            f"expected {config.num_parameters():,} parameters, with a tied head, got {facts['parameters']:,}"
-        )
+        wanted = f"{config.num_parameters():,} parameters, with a tied head"
+        raise PeerFailed(f"expected {wanted}, got {facts['parameters']:,}")
     return process, facts
 
 
@@ -258,7 +235,7 @@ def litgpt_variant(model: SmolLM2ForCausalLM, dtype: torch.dtype, device: torch.
     process, facts = start(weights, model.config, dtype, device)
     return Variant(
         str(dtype).removeprefix("torch."), facts["weight_bytes"], cache_bytes(model.config, 1, 1, dtype),
-        lambda prompts, new_tokens: LitgptTurns(process, prompts, new_tokens),
+        partial(LitgptTurns, process),
     )  # fmt: skip
 
 
@@ -273,6 +250,5 @@ class LitgptTurns:
         return torch.tensor(self._process.ask("prefill")["tokens"], device=self._device)
 
     def decode(self, tokens: Tensor, steps: int) -> Tensor:
-        return torch.tensor(
-            self._process.ask("decode", tokens=tokens.tolist(), steps=steps)["tokens"], device=self._device
-        )
+        found = self._process.ask("decode", tokens=tokens.tolist(), steps=steps)
+        return torch.tensor(found["tokens"], device=self._device)

@@ -8,6 +8,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cache_folder
 from smollm2.pretrained.load import stored_tensors
 
-GGUF_KINDS = ("F16", "Q8_0")
 N_BATCH = 512  # tokens that llama.cpp takes in one call
 # Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of
 # smollm2/pretrained/gguf.py.
@@ -62,19 +62,15 @@ def write_gguf(path: Path, config: SmolLM2Config, weights: Mapping[str, Tensor],
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    for field, value in {
+        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers,
+        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim, "value_length": config.head_dim,
+        "rope_dimension_count": config.head_dim, "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": config.rope_theta, "vocab_size": config.vocab_size, "tokenizer_model": "no_vocab",
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{field}")(value)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     quantisation = gguf.GGMLQuantizationType[kind]
     for name, weight in weights.items():
@@ -85,12 +81,10 @@ def write_gguf(path: Path, config: SmolLM2Config, weights: Mapping[str, Tensor],
         if values.dim() == 1:
             writer.add_tensor(gguf_name(name), values.numpy())
         else:
-            writer.add_tensor(
-                gguf_name(name), gguf.quants.quantize(values.numpy(), quantisation), raw_dtype=quantisation
-            )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+            packed = gguf.quants.quantize(values.numpy(), quantisation)
+            writer.add_tensor(gguf_name(name), packed, raw_dtype=quantisation)
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
     writer.close()
 
 
@@ -124,21 +118,17 @@ def llama_cpp_variant(path: Path, config: SmolLM2Config, kind: str, threads: int
     parameters.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if model is None:
-        raise UsageError(
-            f"llama.cpp {require('llama-cpp-python')} does not load {path}; remove it, and it is written "
-            "again"
-        )
-    return Variant(
-        kind, llama_cpp.llama_model_size(model), cache_bytes(config, 1, 1, torch.float16), lambda prompts,
-        new_tokens: LlamaCppTurns(llama_cpp, model, config.vocab_size, prompts, new_tokens, threads),
-    )  # fmt: skip
+        known = require("llama-cpp-python")
+        raise UsageError(f"llama.cpp {known} does not load {path}; remove it, and it is written again")
+    begin = partial(LlamaCppTurns, llama_cpp, model, config.vocab_size, threads)
+    return Variant(kind, llama_cpp.llama_model_size(model), cache_bytes(config, 1, 1, torch.float16), begin)
 
 
 class LlamaCppTurns:
     """One llama.cpp context with a sequence per row."""
 
     def __init__(
-        self, library: Any, model: Any, vocabulary: int, prompts: Tensor, new_tokens: int, threads: int
+        self, library: Any, model: Any, vocabulary: int, threads: int, prompts: Tensor, new_tokens: int
     ) -> None:
         self._library, self._vocabulary = library, vocabulary
         self._prompts: list[list[int]] = prompts.tolist()
@@ -178,9 +168,8 @@ class LlamaCppTurns:
     def decode(self, tokens: Tensor, steps: int) -> Tensor:
         found = [tokens[:, 0].tolist()]
         for _ in range(steps):
-            found.append(
-                self._decode([(token, self._position, row, True) for row, token in enumerate(found[-1])])
-            )
+            last = enumerate(found[-1])
+            found.append(self._decode([(token, self._position, row, True) for row, token in last]))
             self._position += 1
         return torch.tensor(found[1:]).T
 

@@ -19,16 +19,17 @@ from smollm2.errors import UsageError
 EXTRA = "pip install -e '.[peers]'"
 # Distribution -> how to get it. Those of torch itself are there with torch.
 INSTALL = {
-    "transformers": EXTRA,
-    "liger-kernel": EXTRA,
-    "llama-cpp-python": EXTRA,
-    "gguf": EXTRA,
+    **dict.fromkeys(("transformers", "liger-kernel", "llama-cpp-python", "gguf"), EXTRA),
     "litgpt": "python -m bench.litgpt_peer setup",
     "flash-attn": "pip install flash-attn --no-build-isolation",
     "quack-kernels": "pip install quack-kernels",
 }
 OF_TORCH = ("torch.compile", "torch flash attention", "torch cuDNN attention", "torch FlexAttention")
 NOT_ASKED = "not asked for"
+
+
+def how_to_get(peer: str) -> str:
+    return INSTALL.get(peer, f"pip install {peer}")
 
 
 class Unavailable(UsageError):
@@ -39,7 +40,7 @@ class NotInstalled(Unavailable, ModuleNotFoundError):
     """A peer that is not here; the message says how to install it."""
 
     def __init__(self, peer: str) -> None:
-        super().__init__(f"{peer} is not installed; {INSTALL.get(peer, f'pip install {peer}')}")
+        super().__init__(f"{peer} is not installed; {how_to_get(peer)}")
         self.name = peer
 
 
@@ -88,9 +89,7 @@ def peer_status(
 def _reason(peer: str, said: list[str], known: str | None) -> str:
     """The first reason, without the name of the peer, which stands before it."""
     if not said:
-        return (
-            NOT_ASKED if known is not None else f"not installed; {INSTALL.get(peer, f'pip install {peer}')}"
-        )
+        return NOT_ASKED if known is not None else f"not installed; {how_to_get(peer)}"
     text = said[0].removeprefix("not available: ")
     for head in (f"{peer} {known}: ", f"{peer} is "):
         _, found, tail = text.partition(head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def transformers_variant(
     config = SmolLM2Config.from_file(folder / "config.json")
     return Variant(
         str(dtype).removeprefix("torch."), sum(weights.values()), cache_bytes(config, 1, 1, dtype),
-        lambda prompts, new_tokens: TransformersTurns(llama, step, static or compiled, prompts, new_tokens),
+        partial(TransformersTurns, llama, step, static or compiled),
     )  # fmt: skip
 
 
@@ -116,9 +117,8 @@ class TransformersTurns:
         from transformers import StaticCache
 
         self._llama, self._step, self._prompts = llama, step, prompts
-        self._static = (
-            StaticCache(llama.config, max_cache_len=prompts.shape[1] + new_tokens) if static else None
-        )
+        capacity = prompts.shape[1] + new_tokens
+        self._static = StaticCache(llama.config, max_cache_len=capacity) if static else None
         self._cache: Any = self._static
         # of the next token, in every row
         self._position = torch.zeros(1, 1, dtype=torch.int64, device=prompts.device)
@@ -132,7 +132,7 @@ class TransformersTurns:
         else:
             self._cache = DynamicCache()
         self._position.fill_(self._prompts.shape[1])
-        return self._most_likely(
+        return _most_likely(
             self._llama(self._prompts, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         )
 
@@ -141,13 +141,12 @@ class TransformersTurns:
         found = [tokens]
         for _ in range(steps):
             place = {} if self._static is None else {"position_ids": self._position}
-            found.append(
-                self._most_likely(self._step(found[-1], past_key_values=self._cache, use_cache=True, **place))
-            )
+            result = self._step(found[-1], past_key_values=self._cache, use_cache=True, **place)
+            found.append(_most_likely(result))
             self._position += 1
         return torch.cat(found[1:], 1)
 
-    @staticmethod
-    def _most_likely(result: Any) -> Tensor:
-        tokens: Tensor = result.logits[:, -1].argmax(-1, keepdim=True)
-        return tokens
+
+def _most_likely(result: Any) -> Tensor:
+    tokens: Tensor = result.logits[:, -1].argmax(-1, keepdim=True)
+    return tokens
