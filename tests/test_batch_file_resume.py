@@ -172,7 +172,6 @@ def begun(loaded, undisturbed, prompts, tmp_path) -> Path:
             r"with temperature \(1.0, now 0.5\)",
         ),
         (dict(made_with={"quantize": "int8"}), r'with quantize \(null, now "int8"\)'),
-        (dict(resume=False), "is not empty; choose another --output, or delete it"),
     ],
 )
 def test_other_options_are_refused_by_name(loaded, prompts, begun, change, message) -> None:

@@ -56,7 +56,7 @@ def test_a_replay_computes_the_step(model: SmolLM2ForCausalLM) -> None:
     plain._step = replace(plain._step, graph=None)
     for loop in (captured, plain):
         loop.run(16)
-    assert torch.equal(captured.read_back(16).wait(), plain.read_back(16).wait())
+    assert torch.equal(captured.read_back(16)(), plain.read_back(16)())
     assert torch.equal(captured.cache.lengths, plain.cache.lengths)
 
 
@@ -72,7 +72,7 @@ def test_nothing_waits_for_the_device_in_a_chunk(model: SmolLM2ForCausalLM, para
         second = loop.read_back(16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not torch.equal(first.wait(), second.wait())
+    assert not torch.equal(first(), second())
 
 
 def test_a_token_is_one_launch(model: SmolLM2ForCausalLM) -> None:

@@ -11,10 +11,11 @@ from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
 from smollm2.compile import main
 from smollm2.engine.compiled import CompiledEngine, build_package, find_package, package_path, step_weights
 from smollm2.engine.eager import Engine
-from smollm2.engine.eager_step import MATRICES
-from smollm2.engine.exported_step import DecodeStep, Matrix, StepWeights
+from smollm2.engine.eager_step import Weights, linear
+from smollm2.engine.exported_step import DecodeStep
 from smollm2.engine.quantized import QuantizedEngine, dequantize
 from smollm2.engine.select import select_engine
+from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
 
 
@@ -46,23 +47,21 @@ def ids(batch, length, seed=1):
 
 
 def eager_step(engine, prompt, token):
-    """(logits [V], keys and values that the step added [layers, 2, K, D], what DecodeStep takes) of one more
-    token.
-    """
+    """One more token: (logits [V], its keys and values [layers, 2, K, D], what DecodeStep takes)."""
     length = prompt.shape[1]
     cache = engine.allocate(1, length + 1)
     engine.prefill(prompt, torch.tensor([length]), cache)
     old = [[layer[0, :length].clone() for layer in tensor] for tensor in (cache.keys, cache.values)]
     logits = engine.decode(torch.tensor([[token]]), cache)[0, 0]
     new = torch.stack((cache.keys[:, 0, length], cache.values[:, 0, length]), 1)
-    return logits, new, (torch.tensor([token]), torch.tensor([length]), step_weights(engine).flat(), *old)
+    return logits, new, (torch.tensor([token]), torch.tensor([length]), step_weights(engine), *old)
 
 
 @pytest.mark.parametrize("length", [2, 17, 300])
 @torch.inference_mode()
 def test_the_step_is_the_eager_step(model, length):
     logits, new, arguments = eager_step(Engine(model), ids(1, length), 7)
-    ours, ours_new = DecodeStep(model.config, torch.float32, quantized=False)(*arguments)
+    ours, ours_new = DecodeStep(model.config, torch.float32)(*arguments)
     torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(ours_new, new, rtol=1e-5, atol=1e-4)
 
@@ -71,29 +70,12 @@ def test_the_step_is_the_eager_step(model, length):
 def test_the_int8_step_is_the_step_with_the_dequantised_weights(model):
     engine = QuantizedEngine(model, "int8")
     *_, arguments = eager_step(engine, ids(1, 9), 7)
-    weights = StepWeights.from_flat(arguments[2], model.config.num_hidden_layers, quantized=True)
-    blocks = []
-    for layer, quantised in zip(weights.layers, engine.layers, strict=True):
-        matrices = {name: Matrix(dequantize(getattr(quantised, name))) for name in MATRICES}
-        blocks.append(layer._replace(**matrices))
-    plain = weights._replace(head=Matrix(dequantize(engine.head)), layers=blocks)
-    ours, _ = DecodeStep(model.config, torch.float32, quantized=True)(*arguments)
-    expected, _ = DecodeStep(model.config, torch.float32, quantized=False)(
-        *arguments[:2], plain.flat(), *arguments[3:]
+    engine.few = Weights(engine.layers, engine.head, linear).changed(dequantize)
+    step, plain = (
+        DecodeStep(model.config, torch.float32),
+        (*arguments[:2], step_weights(engine), *arguments[3:]),
     )
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
-
-
-def test_weights_come_back_from_the_flat_list(model):
-    for engine in (Engine(model), QuantizedEngine(model, "int8")):
-        weights = step_weights(engine)
-        again = StepWeights.from_flat(
-            weights.flat(), model.config.num_hidden_layers, isinstance(engine, QuantizedEngine)
-        )
-        assert all(ours is theirs for ours, theirs in zip(again.flat(), weights.flat(), strict=True))
-        assert [layer.down.values.data_ptr() for layer in again.layers] == [
-            layer.down.values.data_ptr() for layer in weights.layers
-        ]
+    torch.testing.assert_close(step(*arguments)[0], step(*plain)[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -153,6 +135,17 @@ def test_no_compiler_is_said_before_any_work(model, cache, monkeypatch):
                 )
             )
         )
+
+
+def test_int4_is_refused_where_it_is_asked_for(model, capsys):
+    """The step takes no int4: --help does not offer it, and the function says so."""
+    with pytest.raises(UsageError, match="argument --quantize: invalid choice: 'int4'"):
+        main(["--quantize", "int4"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--quantize {none,int8}" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="plain or int8 weights, got int4"):
+        build_package(QuantizedEngine(model, "int4"))
 
 
 @pytest.mark.slow
