@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,13 @@ needs_gguf = pytest.mark.skipif(
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def gguf_file(tmp_path: Path) -> Path:
+def gguf_file(tmp_path):
     import gguf_files
 
     gguf_files.write_gguf(tmp_path / "model.gguf", kind="Q8_0")
@@ -43,7 +42,7 @@ def gguf_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     save_model(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch"), tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -59,11 +58,11 @@ def is_mapped_from(model: SmolLM2ForCausalLM, path: Path) -> bool:
     return len(storages) == 1 and tensors[0].untyped_storage().nbytes() == path.stat().st_size
 
 
-def test_a_folder_written_here_is_mapped_and_packed_without_a_copy(folder: Path) -> None:
+def test_a_folder_written_here_is_mapped_and_packed_without_a_copy(folder):
     assert is_mapped_from(load_model(folder, "torch"), folder / "model.safetensors")
 
 
-def test_a_file_in_another_order_is_packed_by_a_copy_and_gives_the_same_model(folder: Path) -> None:
+def test_a_file_in_another_order_is_packed_by_a_copy_and_gives_the_same_model(folder):
     expected = load_model(folder, "torch")
     save_file(
         load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"}
@@ -78,7 +77,7 @@ def test_a_file_in_another_order_is_packed_by_a_copy_and_gives_the_same_model(fo
     )
 
 
-def test_the_writer_gives_what_safetensors_reads(tmp_path: Path) -> None:
+def test_the_writer_gives_what_safetensors_reads(tmp_path):
     tensors = {
         "z": torch.randint(-128, 128, (3, 5), dtype=torch.int8), "empty": torch.empty(0, 4),
         "a": torch.randn(7, dtype=torch.float64), "half": torch.randn(4, 3).t().half(),
@@ -96,21 +95,19 @@ def test_the_writer_gives_what_safetensors_reads(tmp_path: Path) -> None:
     assert next(iter(ours.values())).data_ptr() % 64 == 0
 
 
-def test_a_map_is_private_to_the_process(tmp_path: Path) -> None:
+def test_a_map_is_private_to_the_process(tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(4)})
     map_safetensors(tmp_path / "x.safetensors")["a"].fill_(1)
     assert map_safetensors(tmp_path / "x.safetensors")["a"].tolist() == [0.0] * 4
 
 
-def test_dtypes_that_are_not_mapped_are_read_by_safetensors(tmp_path: Path) -> None:
+def test_dtypes_that_are_not_mapped_are_read_by_safetensors(tmp_path):
     save_file({"a": torch.arange(5)}, tmp_path / "x.safetensors")
     assert map_safetensors(tmp_path / "x.safetensors")["a"].tolist() == [0, 1, 2, 3, 4]
 
 
 @needs_gguf
-def test_another_dtype_is_converted_once_and_then_mapped(
-    gguf_file: Path, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_dtype_is_converted_once_and_then_mapped(gguf_file, cache, caplog):
     original = load_model(gguf_file, "torch")
     assert is_mapped_from(original, resolve(gguf_file) / "model.safetensors")
     first = load_model(gguf_file, "torch", dtype="bf16")
@@ -126,16 +123,14 @@ def test_another_dtype_is_converted_once_and_then_mapped(
         )
 
 
-def test_a_local_folder_is_converted_in_memory_alone(folder: Path, cache: Path) -> None:
+def test_a_local_folder_is_converted_in_memory_alone(folder, cache):
     assert load_model(folder, "torch", dtype="bf16").lm_head.weight.dtype == torch.bfloat16
     assert not cache.exists()
 
 
 @needs_gguf
 @pytest.mark.parametrize("damage", ["shorten", "remove", "manifest"])
-def test_a_damaged_entry_is_made_anew(
-    damage: str, gguf_file: Path, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_entry_is_made_anew(damage, gguf_file, cache, caplog):
     expected = load_model(gguf_file, "torch")
     entry = resolve(gguf_file)
     target = entry / ("manifest.json" if damage == "manifest" else "model.safetensors")
@@ -153,9 +148,7 @@ def test_a_damaged_entry_is_made_anew(
 
 
 @needs_gguf
-def test_what_was_made_of_a_file_before_it_changed_is_removed(
-    gguf_file: Path, tmp_path: Path, cache: Path
-) -> None:
+def test_what_was_made_of_a_file_before_it_changed_is_removed(gguf_file, tmp_path, cache):
     import gguf_files
 
     gguf_files.write_gguf(tmp_path / "other.gguf", kind="Q8_0")
@@ -170,7 +163,7 @@ def test_what_was_made_of_a_file_before_it_changed_is_removed(
     assert len(set(before) & set(after)) == 2, "those of the other file stay"
 
 
-def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path: Path, cache: Path) -> None:
+def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path, cache):
     old, young = cache / ".making-old", cache / ".making-young"
     for left in (old, young):
         left.mkdir(parents=True)
@@ -180,9 +173,7 @@ def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path: Path, cac
     assert young.exists() and not old.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cache_that_cannot_be_written_is_said_and_is_none(tmp_path, monkeypatch, caplog):
     (tmp_path / "source").write_text("x")
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "source"))
     assert cached([tmp_path / "source"], "thing", lambda: lambda folder: folder.mkdir()) is None
@@ -191,9 +182,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_is_none(
 
 @needs_gguf
 @pytest.mark.slow
-def test_processes_that_start_together_share_one_entry(
-    gguf_file: Path, cache: Path, project_root: Path
-) -> None:
+def test_processes_that_start_together_share_one_entry(gguf_file, cache, project_root):
     code = (
         "import sys; from smollm2.pretrained.load import load_model; "
         "print(load_model(sys.argv[1], 'torch', dtype='bf16').lm_head.weight.sum().item())"
@@ -225,9 +214,7 @@ def assign_others(model: SmolLM2ForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("change", [add_to_norm, step, assign_others])
-def test_a_model_has_an_origin_until_it_is_changed(
-    folder: Path, change: Callable[[SmolLM2ForCausalLM], None]
-) -> None:
+def test_a_model_has_an_origin_until_it_is_changed(folder, change):
     assert origin(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")) is None
     model = load_model(folder, "torch")
     model(torch.arange(8).view(1, 8))
@@ -236,7 +223,7 @@ def test_a_model_has_an_origin_until_it_is_changed(
     assert origin(model) is None
 
 
-def test_a_start_imports_nothing_slow_that_it_does_not_need(folder: Path, project_root: Path) -> None:
+def test_a_start_imports_nothing_slow_that_it_does_not_need(folder, project_root):
     """torch._dynamo takes a second, and a single operation on the meta device imports it."""
     code = (
         "import json, sys; from smollm2.pretrained.load import load_model; load_model(sys.argv[1], 'torch'); "

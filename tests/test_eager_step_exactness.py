@@ -63,7 +63,7 @@ def run(
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_in_float64_it_is_the_composition(lengths: list[int]) -> None:
+def test_in_float64_it_is_the_composition(lengths):
     """One token, several at once, rows of one length and of several: no rounding to hide behind."""
     model = model_of(torch.float64)
     other = composed(model)
@@ -84,9 +84,7 @@ def test_in_float64_it_is_the_composition(lengths: list[int]) -> None:
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=BFLOAT16)]
 )
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_in_the_models_dtype_it_errs_no_more_than_the_composition(
-    lengths: list[int], dtype: torch.dtype
-) -> None:
+def test_in_the_models_dtype_it_errs_no_more_than_the_composition(lengths, dtype):
     model = model_of(dtype)
     truth = run(composed(copy.deepcopy(model).double()), lengths, [1, 2])[0].double()
     check(
@@ -99,7 +97,7 @@ def test_in_the_models_dtype_it_errs_no_more_than_the_composition(
     )
 
 
-def test_heads_in_groups_of_one_and_of_five() -> None:
+def test_heads_in_groups_of_one_and_of_five():
     for heads, key_heads in ((2, 2), (5, 1)):
         sizes = dict(hidden_size=64 * heads, num_attention_heads=heads, num_key_value_heads=key_heads)
         model = model_of(torch.float64, **sizes)
@@ -109,7 +107,7 @@ def test_heads_in_groups_of_one_and_of_five() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_norm_is_the_references_bit_for_bit(dtype: torch.dtype) -> None:
+def test_the_norm_is_the_references_bit_for_bit(dtype):
     x, weight = (3 * torch.randn(64, 576)).to(dtype), torch.randn(576).to(dtype)
     assert torch.equal(eager_step._normed(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
 
@@ -117,7 +115,7 @@ def test_the_norm_is_the_references_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BFLOAT16)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 16])
 @pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (31, 50)])
-def test_products_are_right_to_rounding(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+def test_products_are_right_to_rounding(shape, rows, dtype):
     """The bound is that of a sum in fp32 in any order: oneDNN adds one product after the other, other
     libraries keep several sums.
     """
@@ -131,9 +129,7 @@ def test_products_are_right_to_rounding(shape: tuple[int, int], rows: int, dtype
         assert bool(((product.double() - exact).abs() <= allowed).all())
 
 
-def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(monkeypatch):
     model = model_of()
     cache = Engine(model).allocate(1, 4)
     assert supports(model, cache)
@@ -147,7 +143,7 @@ def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(
     "op",
     ["rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu", "decode_layer", "decode_head"],
 )
-def test_a_replaced_operation_is_called(op: str) -> None:
+def test_a_replaced_operation_is_called(op):
     model, calls = model_of(), []
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -161,7 +157,7 @@ def test_a_replaced_operation_is_called(op: str) -> None:
 
 
 @BFLOAT16
-def test_a_packed_copy_is_shared_and_goes_with_its_model() -> None:
+def test_a_packed_copy_is_shared_and_goes_with_its_model():
     model = model_of(torch.bfloat16)
     first, again = packed_weights(model), packed_weights(model)
     assert first.head is again.head and first.head.is_mkldnn and first.layers[0].qkv.is_mkldnn
@@ -174,7 +170,7 @@ def test_a_packed_copy_is_shared_and_goes_with_its_model() -> None:
 
 @BFLOAT16
 @pytest.mark.parametrize("change", ["in place", "assigned"])
-def test_a_changed_weight_is_packed_anew(change: str) -> None:
+def test_a_changed_weight_is_packed_anew(change):
     """A bf16 model that trains and samples in turns."""
     model, ids = model_of(torch.bfloat16), torch.arange(1, 10)[None]
     engine = Engine(model)
@@ -194,7 +190,7 @@ def test_a_changed_weight_is_packed_anew(change: str) -> None:
 
 
 @BFLOAT16
-def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch):
     monkeypatch.setattr(eager_step, "free_memory", lambda device: 1000)
     model = model_of(torch.bfloat16)
     weights = packed_weights(model)
@@ -203,7 +199,7 @@ def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch: pyt
     assert batch_weights(engine.few).head is engine.head
 
 
-def test_fp32_needs_no_copy() -> None:
+def test_fp32_needs_no_copy():
     model = model_of()
     assert (
         packed_weights(model).head.data_ptr() == model.lm_head.weight.data_ptr()
@@ -212,7 +208,7 @@ def test_fp32_needs_no_copy() -> None:
 
 
 @BFLOAT16
-def test_a_quantised_batch_multiplies_by_the_same_values() -> None:
+def test_a_quantised_batch_multiplies_by_the_same_values():
     model = model_of(torch.bfloat16)
     engine = QuantizedEngine(model, "int8")
     many = batch_weights(engine.few)
@@ -233,7 +229,7 @@ def test_a_quantised_batch_multiplies_by_the_same_values() -> None:
 
 @BFLOAT16
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantised_batch_is_its_rows_to_rounding(kind: str) -> None:
+def test_a_quantised_batch_is_its_rows_to_rounding(kind):
     model = model_of(torch.bfloat16)
     engine = QuantizedEngine(model, kind)
     lengths = [6] * INT8_PACKED_ROWS

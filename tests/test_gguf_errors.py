@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from smollm2.pretrained.gguf import open_gguf  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def intact(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     tokens = [f"token{i}" for i in range(300)]
     gguf_files.write_gguf(path, metadata={"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.model": "gpt2"})
@@ -29,7 +27,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Callable[..., Any]:
+def model(tmp_path):
     """Writes a model with something changed and reads it."""
 
     def read(**changes: Any) -> Any:
@@ -41,7 +39,7 @@ def model(tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("kept", [0, 3, 4, 7, 12, 23, 24, 60, 200, 1000, 5000, 9000, 10000, 0.3, 0.9, -1])
-def test_a_file_cut_short_is_reported_as_truncated(tmp_path: Path, intact: bytes, kept: int | float) -> None:
+def test_a_file_cut_short_is_reported_as_truncated(tmp_path, intact, kept):
     length = int(kept * len(intact)) if isinstance(kept, float) else kept % len(intact)
     path = tmp_path / "cut.gguf"
     path.write_bytes(intact[:length])
@@ -50,7 +48,7 @@ def test_a_file_cut_short_is_reported_as_truncated(tmp_path: Path, intact: bytes
     assert "\n" not in str(caught.value)
 
 
-def test_flipped_bits_in_the_header_never_hang_or_crash(tmp_path: Path, intact: bytes) -> None:
+def test_flipped_bits_in_the_header_never_hang_or_crash(tmp_path, intact):
     """Counts and lengths are where a reader runs on for ever: every high byte of the first 24 and some later
     ones.
     """
@@ -71,7 +69,7 @@ def test_flipped_bits_in_the_header_never_hang_or_crash(tmp_path: Path, intact: 
     assert "refused" in outcomes
 
 
-def test_what_is_no_gguf_file(tmp_path: Path) -> None:
+def test_what_is_no_gguf_file(tmp_path):
     (tmp_path / "text.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(LoadError, match=r"not a GGUF file: expected it to begin with b'GGUF', got b'vers'"):
         open_gguf(tmp_path / "text.gguf")
@@ -81,7 +79,7 @@ def test_what_is_no_gguf_file(tmp_path: Path) -> None:
         open_gguf(tmp_path)
 
 
-def test_another_architecture_is_refused(model: Callable[..., Any]) -> None:
+def test_another_architecture_is_refused(model):
     with pytest.raises(LoadError, match="expected general.architecture 'llama' .*, got 'gpt2'"):
         model(architecture="gpt2")
 
@@ -106,14 +104,12 @@ def test_another_architecture_is_refused(model: Callable[..., Any]) -> None:
         ),
     ],
 )
-def test_metadata_that_do_not_describe_a_smollm2(
-    model: Callable[..., Any], metadata: dict[str, Any], message: str
-) -> None:
+def test_metadata_that_do_not_describe_a_smollm2(model, metadata, message):
     with pytest.raises(LoadError, match=message):
         model(metadata=metadata)
 
 
-def test_missing_and_unexpected_tensors_are_named(model: Callable[..., Any]) -> None:
+def test_missing_and_unexpected_tensors_are_named(model):
     with pytest.raises(
         LoadError, match=re.escape("tensors missing: blk.1.ffn_up.weight; the file is incomplete")
     ):
@@ -124,13 +120,13 @@ def test_missing_and_unexpected_tensors_are_named(model: Callable[..., Any]) -> 
         model(extra={"blk.0.attn_q.bias": np.zeros(256, np.float32)})
 
 
-def test_a_type_that_cannot_be_dequantised_is_named(model: Callable[..., Any]) -> None:
+def test_a_type_that_cannot_be_dequantised_is_named(model):
     integers = np.zeros((256, 512), np.int32)
     with pytest.raises(LoadError, match=r"blk\.1\.ffn_down\.weight is of type I32, .* use a file in F32"):
         model(drop=["blk.1.ffn_down.weight"], extra={"blk.1.ffn_down.weight": integers})
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     kinds = [1, 1, 3]
     gguf_files.write_gguf(
         tmp_path / "model.gguf",
@@ -147,16 +143,14 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         open_gguf(tmp_path / "none.gguf").tokenizer()
 
 
-def test_without_the_gguf_package_the_message_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_gguf_package_the_message_names_it(tmp_path, monkeypatch):
     gguf_files.write_gguf(tmp_path / "model.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(LoadError, match="pip install gguf"):
         open_gguf(tmp_path / "model.gguf")
 
 
-def test_the_test_files_are_sound(tmp_path: Path) -> None:
+def test_the_test_files_are_sound(tmp_path):
     """The changes above are refused because of the change: unchanged, the same writer gives a file that
     reads.
     """

@@ -5,7 +5,6 @@ supported type.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ DOWN, QUERY, KEY = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_type_is_dequantised_as_ggml_defines_it(tmp_path: Path, kind: str) -> None:
+def test_every_type_is_dequantised_as_ggml_defines_it(tmp_path, kind):
     raw = gguf_files.write_gguf(tmp_path / "model.gguf", kind=kind)
     tensors = open_gguf(tmp_path / "model.gguf").tensors()
     assert set(tensors) == set(gguf_files.random_weights())
@@ -38,7 +37,7 @@ def test_every_type_is_dequantised_as_ggml_defines_it(tmp_path: Path, kind: str)
         )
 
 
-def test_unquantised_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_unquantised_weights_come_back_bit_for_bit(tmp_path):
     weights = gguf_files.random_weights()
     gguf_files.write_gguf(tmp_path / "model.gguf", weights)
     tensors = open_gguf(tmp_path / "model.gguf").tensors()
@@ -46,9 +45,7 @@ def test_unquantised_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(tensors[name], weight), name
 
 
-def test_rotate_half_on_our_rows_gives_the_scores_of_interleaved_rotation_on_the_stored_rows(
-    tmp_path: Path,
-) -> None:
+def test_rotate_half_on_our_rows_gives_the_scores_of_interleaved_rotation_on_the_stored_rows(tmp_path):
     """The reason for the permutation: attention scores are the same under either convention."""
     raw = gguf_files.write_gguf(tmp_path / "model.gguf")
     tensors = open_gguf(tmp_path / "model.gguf").tensors()
@@ -82,7 +79,7 @@ def test_rotate_half_on_our_rows_gives_the_scores_of_interleaved_rotation_on_the
         assert math.isclose(ours.item(), theirs.item(), rel_tol=1e-9)
 
 
-def test_a_bf16_file_stays_bf16_only_when_the_norms_lose_nothing(tmp_path: Path) -> None:
+def test_a_bf16_file_stays_bf16_only_when_the_norms_lose_nothing(tmp_path):
     weights = gguf_files.random_weights()
     gguf_files.write_gguf(tmp_path / "fp32_norms.gguf", weights, "BF16")
     assert {tensor.dtype for tensor in open_gguf(tmp_path / "fp32_norms.gguf").tensors().values()} == {
@@ -95,13 +92,13 @@ def test_a_bf16_file_stays_bf16_only_when_the_norms_lose_nothing(tmp_path: Path)
     assert all(torch.equal(tensors[name].float(), weight) for name, weight in rounded.items())
 
 
-def test_configuration_is_read_from_the_metadata(tmp_path: Path) -> None:
+def test_configuration_is_read_from_the_metadata(tmp_path):
     gguf_files.write_gguf(tmp_path / "model.gguf")
     # eps = 1e-5 too, although the file holds 9.999999747e-06
     assert open_gguf(tmp_path / "model.gguf").config == gguf_files.CONFIG
 
 
-def test_configuration_defaults_follow_the_format(tmp_path: Path) -> None:
+def test_configuration_defaults_follow_the_format(tmp_path):
     absent = (
         "llama.rope.freq_base",
         "llama.rope.dimension_count",
@@ -117,7 +114,7 @@ def test_configuration_defaults_follow_the_format(tmp_path: Path) -> None:
     assert read.vocab_size == 300, "the embedding's rows, whatever the metadata say"
 
 
-def test_an_output_matrix_is_accepted_only_if_it_is_the_embedding(tmp_path: Path) -> None:
+def test_an_output_matrix_is_accepted_only_if_it_is_the_embedding(tmp_path):
     weights = gguf_files.random_weights()
     head = weights["model.embed_tokens.weight"].numpy().copy()
     gguf_files.write_gguf(tmp_path / "tied.gguf", weights, extra={"output.weight": head})

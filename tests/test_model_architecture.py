@@ -244,9 +244,7 @@ def test_configuration_round_trip():
     ("stored", "computed"),
     [(torch.float64, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.bfloat16)],
 )
-def test_parameters_of_any_dtype_are_cast_to_that_of_the_activations(
-    stored: torch.dtype, computed: torch.dtype
-) -> None:
+def test_parameters_of_any_dtype_are_cast_to_that_of_the_activations(stored, computed):
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), "torch", compute_dtype=computed).to(stored)
     ids = torch.arange(9)[None]
     loss = model(ids, ids).loss

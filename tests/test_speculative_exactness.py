@@ -74,12 +74,12 @@ def random_model(seed: int, backend: str = "torch", **overrides) -> SmolLM2ForCa
 
 
 @pytest.fixture(scope="module")
-def model() -> SmolLM2ForCausalLM:
+def model():
     return random_model(0)
 
 
 @pytest.fixture(scope="module")
-def looping() -> SmolLM2ForCausalLM:
+def looping():
     """A model that greedily falls into a short circle."""
     return random_model(0, initializer_range=0.05)
 

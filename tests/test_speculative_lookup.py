@@ -23,7 +23,7 @@ from smollm2.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
-def model() -> SmolLM2ForCausalLM:
+def model():
     torch.manual_seed(0)
     return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch").eval()
 

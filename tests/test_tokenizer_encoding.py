@@ -27,12 +27,12 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return train_tokenizer(CORPUS, 400)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(tokenizer.token_bytes(token_id) for token_id in ids) == text.encode()
@@ -41,19 +41,19 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text())
-def test_every_text_survives_as_ordinary_text(tokenizer: Tokenizer, text: str) -> None:
+def test_every_text_survives_as_ordinary_text(tokenizer, text):
     ids = tokenizer.encode(text, special=False)
     assert tokenizer.decode(ids) == text
     assert not tokenizer.special_ids.intersection(ids)
 
 
-def test_digits_are_single_tokens_and_words_keep_their_space(tokenizer: Tokenizer) -> None:
+def test_digits_are_single_tokens_and_words_keep_their_space(tokenizer):
     assert [tokenizer.token_bytes(i) for i in tokenizer.encode("1969")] == [b"1", b"9", b"6", b"9"]
     assert tokenizer.encode("the the")[-1] != tokenizer.encode("the")[0]
     assert [tokenizer.decode([i]) for i in tokenizer.encode(" the dog")] == [" the", " dog"]
 
 
-def test_special_tokens_of_a_trained_tokenizer(tokenizer: Tokenizer) -> None:
+def test_special_tokens_of_a_trained_tokenizer(tokenizer):
     assert tokenizer.special_ids == {0, 1, 2}
     assert (
         tokenizer.bos_token_id,
@@ -73,37 +73,37 @@ def test_special_tokens_of_a_trained_tokenizer(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([0, *tokenizer.encode("dog"), 2]) == "<|endoftext|>dog<|im_end|>"
 
 
-def test_special_strings_can_be_read_as_ordinary_text(tokenizer: Tokenizer) -> None:
+def test_special_strings_can_be_read_as_ordinary_text(tokenizer):
     ids = tokenizer.encode("<|im_end|>", special=False)
     assert 2 not in ids and len(ids) > 1
     assert tokenizer.decode(ids) == "<|im_end|>"
     assert tokenizer.encode("<|im_end|>") == [2], "the choice lasts for one call"
 
 
-def test_a_batch_is_each_text_alone(tokenizer: Tokenizer) -> None:
+def test_a_batch_is_each_text_alone(tokenizer):
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
     assert tokenizer.encode_batch([]) == []
 
 
-def test_a_character_cut_in_two_is_a_replacement_character(tokenizer: Tokenizer) -> None:
+def test_a_character_cut_in_two_is_a_replacement_character(tokenizer):
     ids = tokenizer.encode("🧊")
     assert len(ids) > 1
     assert "\ufffd" in tokenizer.decode(ids[:1])
 
 
-def test_ids_out_of_range_are_refused(tokenizer: Tokenizer) -> None:
+def test_ids_out_of_range_are_refused(tokenizer):
     for token_id in (-1, 400, 2**40):
         for call in (lambda i: tokenizer.decode([1, i]), tokenizer.token_bytes):
             with pytest.raises(UsageError, match=rf"expected token ids in \[0, 400\), got {token_id}"):
                 call(token_id)
 
 
-def test_text_that_utf8_cannot_hold_is_refused(tokenizer: Tokenizer) -> None:
+def test_text_that_utf8_cannot_hold_is_refused(tokenizer):
     with pytest.raises(UsageError, match="expected text that UTF-8 can encode"):
         tokenizer.encode("half a pair: \ud83d")
 
 
-def test_training_is_reproducible_and_honours_the_size() -> None:
+def test_training_is_reproducible_and_honours_the_size():
     first, second = (train_tokenizer(iter(CORPUS), 300) for _ in range(2))
     assert first.fingerprint() == second.fingerprint()
     assert first.vocab_size == 300
@@ -115,7 +115,7 @@ def test_training_is_reproducible_and_honours_the_size() -> None:
         train_tokenizer(CORPUS, 258)
 
 
-def test_a_small_corpus_gives_fewer_tokens_than_asked_for() -> None:
+def test_a_small_corpus_gives_fewer_tokens_than_asked_for():
     tokenizer = train_tokenizer(["ab ab"], 5000)
     assert 259 < tokenizer.vocab_size < 300
 
@@ -126,7 +126,7 @@ CHATML = """{% for message in messages %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + bos_token }}{% endif %}"""
 
 
-def test_chat_template_is_rendered_as_transformers_does(tokenizer: Tokenizer) -> None:
+def test_chat_template_is_rendered_as_transformers_does(tokenizer):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     ours = Tokenizer(tokenizer._backend, tokenizer.special_tokens, CHATML)
     theirs = transformers.PreTrainedTokenizerFast(
@@ -140,7 +140,7 @@ def test_chat_template_is_rendered_as_transformers_does(tokenizer: Tokenizer) ->
         assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == expected
 
 
-def test_chat_templates_that_fail_give_one_line(tokenizer: Tokenizer) -> None:
+def test_chat_templates_that_fail_give_one_line(tokenizer):
     with pytest.raises(UsageError, match="no chat template; use an instruct model"):
         tokenizer.apply_chat_template([])
     failures = {

@@ -23,14 +23,14 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def trained() -> Tokenizer:
+def trained():
     tokenizer = train_tokenizer(TEXTS * 10, 350)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
 
 
 @pytest.fixture
-def folder(trained: Tokenizer, tmp_path: Path) -> Path:
+def folder(trained, tmp_path):
     trained.save(tmp_path)
     return tmp_path
 
@@ -47,7 +47,7 @@ def assert_same_tokenizer(first: Tokenizer, second: Tokenizer) -> None:
     assert first.fingerprint() == second.fingerprint()
 
 
-def test_save_and_load_give_the_same_tokenizer(trained: Tokenizer, folder: Path) -> None:
+def test_save_and_load_give_the_same_tokenizer(trained, folder):
     assert sorted(path.name for path in folder.iterdir()) == [
         "special_tokens_map.json",
         "tokenizer.json",
@@ -57,7 +57,7 @@ def test_save_and_load_give_the_same_tokenizer(trained: Tokenizer, folder: Path)
 
 
 @pytest.mark.parametrize("auto", [True, False])
-def test_transformers_opens_the_folder_and_agrees(trained: Tokenizer, folder: Path, auto: bool) -> None:
+def test_transformers_opens_the_folder_and_agrees(trained, folder, auto):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     theirs = (transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast).from_pretrained(
         folder
@@ -71,7 +71,7 @@ def test_transformers_opens_the_folder_and_agrees(trained: Tokenizer, folder: Pa
     assert theirs.apply_chat_template(messages, tokenize=False) == trained.apply_chat_template(messages)
 
 
-def test_what_transformers_saves_we_load(trained: Tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_what_transformers_saves_we_load(trained, folder, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
     loaded = load_tokenizer(tmp_path / "theirs")
@@ -80,7 +80,7 @@ def test_what_transformers_saves_we_load(trained: Tokenizer, folder: Path, tmp_p
     assert loaded.chat_template == trained.chat_template
 
 
-def test_special_tokens_are_read_in_every_spelling(folder: Path) -> None:
+def test_special_tokens_are_read_in_every_spelling(folder):
     config = {
         "bos_token": {"content": "<|im_start|>", "lstrip": False},
         "eos_token": None,
@@ -110,14 +110,14 @@ def test_special_tokens_are_read_in_every_spelling(folder: Path) -> None:
         (None, None),
     ],
 )
-def test_chat_template_in_every_spelling(folder: Path, entry: Any, expected: str | None) -> None:
+def test_chat_template_in_every_spelling(folder, entry, expected):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
     assert load_tokenizer(folder).chat_template == expected
     (folder / "chat_template.jinja").write_text("{{ from a file }}")
     assert load_tokenizer(folder).chat_template == "{{ from a file }}"
 
 
-def test_limits_of_a_trainer_are_not_inherited(trained: Tokenizer, folder: Path) -> None:
+def test_limits_of_a_trainer_are_not_inherited(trained, folder):
     data = json.loads((folder / "tokenizer.json").read_text())
     data["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     data["padding"] = {
@@ -141,7 +141,7 @@ def test_limits_of_a_trainer_are_not_inherited(trained: Tokenizer, folder: Path)
         ("tokenizer_config.json", '{"eos_token": "</s>"}', r"eos_token '</s>' is not in the vocabulary"),
     ],
 )
-def test_broken_folders_are_reported(folder: Path, name: str, content: str | None, message: str) -> None:
+def test_broken_folders_are_reported(folder, name, content, message):
     if content is None:
         (folder / name).unlink()
     else:
@@ -172,7 +172,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, pre: str = "smollm") -> dict[str, A
 
 
 @pytest.fixture
-def write_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def write_gguf(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
     import gguf_files
 
@@ -186,9 +186,7 @@ def write_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_gguf_file_gives_the_same_tokenizer(
-    trained: Tokenizer, write_gguf: Any, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_gives_the_same_tokenizer(trained, write_gguf, cached, tmp_path, monkeypatch):
     path = write_gguf(tokenizer_metadata(trained))
     if not cached:
         (tmp_path / "occupied").write_text("")
@@ -196,7 +194,7 @@ def test_a_gguf_file_gives_the_same_tokenizer(
     assert_same_tokenizer(trained, load_tokenizer(path))
 
 
-def test_gpt2s_pre_tokenizer_keeps_digits_together(trained: Tokenizer, write_gguf: Any) -> None:
+def test_gpt2s_pre_tokenizer_keeps_digits_together(trained, write_gguf):
     metadata = tokenizer_metadata(trained, "gpt-2")
     metadata["tokenizer.ggml.tokens"] += ["12"]
     metadata["tokenizer.ggml.token_type"] += [1]
@@ -204,9 +202,7 @@ def test_gpt2s_pre_tokenizer_keeps_digits_together(trained: Tokenizer, write_ggu
     assert load_tokenizer(write_gguf(metadata)).encode("12") == [350]
 
 
-def test_user_defined_tokens_are_found_in_text_but_are_not_special(
-    trained: Tokenizer, write_gguf: Any
-) -> None:
+def test_user_defined_tokens_are_found_in_text_but_are_not_special(trained, write_gguf):
     metadata = tokenizer_metadata(trained)
     metadata["tokenizer.ggml.tokens"] += ["<fact>"]
     metadata["tokenizer.ggml.token_type"] += [4]
@@ -228,9 +224,7 @@ def test_user_defined_tokens_are_found_in_text_but_are_not_special(
         ({"tokenizer.ggml.tokens": None}, "metadata tokenizer.ggml.tokens missing"),
     ],
 )
-def test_a_gguf_file_without_a_usable_tokenizer_still_has_weights(
-    trained: Tokenizer, write_gguf: Any, changes: dict[str, Any], message: str
-) -> None:
+def test_a_gguf_file_without_a_usable_tokenizer_still_has_weights(trained, write_gguf, changes, message):
     from smollm2.pretrained.load import load_model
 
     path = write_gguf({**tokenizer_metadata(trained), **changes})

@@ -53,7 +53,7 @@ def assert_right(model: nn.Module, copies: WorkingCopies) -> None:
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_copies_are_the_rounded_weights_side_by_side(dtype: torch.dtype, pack: bool) -> None:
+def test_copies_are_the_rounded_weights_side_by_side(dtype, pack):
     model = small_model(pack)
     copies = WorkingCopies(model, dtype)
     assert outdated(model, copies) == set(matrices(model))  # nothing is copied yet
@@ -71,7 +71,7 @@ def test_copies_are_the_rounded_weights_side_by_side(dtype: torch.dtype, pack: b
     assert copies.of(model.model.norm.weight) is None
 
 
-def test_only_what_was_written_is_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_was_written_is_copied_again(monkeypatch):
     model = small_model()
     copies = refreshed(model)
     sizes = []
@@ -141,7 +141,7 @@ WRITES = {
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_a_write_from_outside_outdates_the_copies(write: Callable[[nn.Module], None], pack: bool) -> None:
+def test_a_write_from_outside_outdates_the_copies(write, pack):
     model = small_model(pack)
     copies = refreshed(model)
     before = model.lm_head.weight.detach().clone()
@@ -160,7 +160,7 @@ def test_a_write_from_outside_outdates_the_copies(write: Callable[[nn.Module], N
     assert_right(model, copies)
 
 
-def test_another_dtype_has_no_copies_until_it_is_fp32_again() -> None:
+def test_another_dtype_has_no_copies_until_it_is_fp32_again():
     model = small_model()
     copies = refreshed(model)
     model.to(torch.bfloat16)
@@ -171,7 +171,7 @@ def test_another_dtype_has_no_copies_until_it_is_fp32_again() -> None:
     assert_right(model, copies)
 
 
-def test_another_device_gets_other_buffers() -> None:
+def test_another_device_gets_other_buffers():
     model = small_model()
     copies = refreshed(model)
     model.to("meta")
@@ -180,7 +180,7 @@ def test_another_device_gets_other_buffers() -> None:
     assert copies.of(model.lm_head.weight).is_meta
 
 
-def test_memory_of_a_replaced_parameter_is_given_to_nothing_else() -> None:
+def test_memory_of_a_replaced_parameter_is_given_to_nothing_else():
     """It could come back under the parameter, with other values at the address that was copied."""
     layer = nn.Linear(33, 65, bias=False)
     copies = refreshed(layer)
@@ -192,7 +192,7 @@ def test_memory_of_a_replaced_parameter_is_given_to_nothing_else() -> None:
         copies.refresh()
 
 
-def test_an_untied_head_gets_a_copy_of_its_own() -> None:
+def test_an_untied_head_gets_a_copy_of_its_own():
     model = small_model()
     copies = refreshed(model)
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
@@ -202,7 +202,7 @@ def test_an_untied_head_gets_a_copy_of_its_own() -> None:
     assert copies.of(model.lm_head.weight) is not copies.of(model.model.embed_tokens.weight)
 
 
-def test_a_transposed_view_of_the_same_memory_is_another_parameter() -> None:
+def test_a_transposed_view_of_the_same_memory_is_another_parameter():
     layer = nn.Linear(16, 16, bias=False)
     copies = refreshed(layer)
     layer.weight.data = layer.weight.data.t()
@@ -211,7 +211,7 @@ def test_a_transposed_view_of_the_same_memory_is_another_parameter() -> None:
     assert torch.equal(copies.of(layer.weight), layer.weight.detach().bfloat16())
 
 
-def test_a_copy_of_the_model_has_none() -> None:
+def test_a_copy_of_the_model_has_none():
     model = small_model()
     model.copies = refreshed(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -223,7 +223,7 @@ def test_a_copy_of_the_model_has_none() -> None:
     assert_right(model, model.copies)
 
 
-def test_a_write_through_data_goes_unnoticed_and_invalidate_helps() -> None:
+def test_a_write_through_data_goes_unnoticed_and_invalidate_helps():
     """The limit that the docstring names: torch does not count writes through .data."""
     model = small_model()
     copies = refreshed(model)
@@ -237,7 +237,7 @@ def test_a_write_through_data_goes_unnoticed_and_invalidate_helps() -> None:
     assert copies.target(model.lm_head.weight) is buffer  # a captured graph may read it
 
 
-def test_what_the_optimizer_has_written_is_current() -> None:
+def test_what_the_optimizer_has_written_is_current():
     model = small_model()
     copies = refreshed(model)
     head, other = model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight
@@ -253,12 +253,12 @@ def test_what_the_optimizer_has_written_is_current() -> None:
     assert_right(model, copies)
 
 
-def test_only_16_bit_copies() -> None:
+def test_only_16_bit_copies():
     with pytest.raises(ValueError, match=r"expected torch\.bfloat16 or torch\.float16, got torch\.float32"):
         WorkingCopies(small_model(), torch.float32)
 
 
-def test_copies_that_are_gone_leave_no_hook() -> None:
+def test_copies_that_are_gone_leave_no_hook():
     gc.collect()  # those of other tests
     layer, before = nn.Linear(3, 5), len(_global_optimizer_post_hooks)
     copies = WorkingCopies(layer, torch.bfloat16)
@@ -268,7 +268,7 @@ def test_copies_that_are_gone_leave_no_hook() -> None:
     assert len(_global_optimizer_post_hooks) == before
 
 
-def test_a_projection_that_was_replaced_alone_is_not_read_from_the_old_buffer() -> None:
+def test_a_projection_that_was_replaced_alone_is_not_read_from_the_old_buffer():
     model = small_model()
     copies = refreshed(model)
     attention = model.model.layers[0].self_attn
@@ -280,7 +280,7 @@ def test_a_projection_that_was_replaced_alone_is_not_read_from_the_old_buffer() 
     assert buffer is not None and torch.equal(buffer, torch.cat(projections).bfloat16())
 
 
-def test_a_shorter_view_of_the_same_memory_is_another_parameter() -> None:
+def test_a_shorter_view_of_the_same_memory_is_another_parameter():
     model = small_model()
     copies = refreshed(model)
     weight = model.model.layers[0].mlp.down_proj.weight
