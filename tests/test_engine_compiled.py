@@ -1,13 +1,13 @@
-"""The compiled decode step: the eager step in other words, in fp32 the same tokens, and found again by what
-it depends on.
-"""
+"""The compiled decode step: in fp32 the tokens of the eager one; a package is found by what it depends on."""
 
 import shutil
 
 import pytest
 import torch
+from generation_cases import alone, tiny_model
+from generation_cases import random_ids as ids
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2 import generate
 from smollm2.compile import main
 from smollm2.engine.compiled import CompiledEngine, build_package, find_package, package_path, step_weights
 from smollm2.engine.eager import Engine
@@ -21,9 +21,7 @@ from smollm2.generation.batch import generate_many
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = SmolLM2Config.preset("tiny", initializer_range=0.3)
-    return SmolLM2ForCausalLM(config, backend="torch").eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +38,6 @@ def compiled(model, cache):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     return select_engine(model, compiled=True)
-
-
-def ids(batch, length, seed=1):
-    return torch.randint(0, 512, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def eager_step(engine, prompt, token):
@@ -98,18 +92,14 @@ def test_a_batch_on_the_compiled_engine_is_its_rows(model, compiled):
     prompts = [row.tolist() for row in ids(3, 12)]
     together = dict(generate_many(model, prompts, max_new_tokens=[5, 30, 9], slots=3, engine=compiled))
     for index, (prompt, budget) in enumerate(zip(prompts, (5, 30, 9), strict=True)):
-        alone = generate(
-            model, torch.tensor([prompt]), max_new_tokens=budget, eos_token_id=[], engine=Engine(model)
-        )
-        assert together[index] == alone[0, 12:].tolist()
+        assert together[index] == alone(model, prompt, new=budget)
 
 
 @pytest.mark.slow
 def test_a_package_is_used_by_itself_from_then_on(model, compiled, cache):
     assert isinstance(compiled, CompiledEngine) and "loaded in" in str(compiled)
-    assert find_package(Engine(model)) == package_path(Engine(model)) and str(cache) in str(
-        package_path(Engine(model))
-    )
+    path = package_path(Engine(model))
+    assert find_package(Engine(model)) == path and cache in path.parents
     assert isinstance(select_engine(model), CompiledEngine)
     assert type(select_engine(model, compiled=False)) is Engine
 
@@ -117,24 +107,17 @@ def test_a_package_is_used_by_itself_from_then_on(model, compiled, cache):
 def test_the_name_of_a_package_holds_what_it_depends_on(model, cache, monkeypatch):
     here = package_path(Engine(model))
     assert package_path(QuantizedEngine(model, "int8")) != here
-    other = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", rms_norm_eps=1e-6), backend="torch")
-    assert package_path(Engine(other)) != here
-    same_sizes = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", pad_token_id=3), backend="torch")
-    assert package_path(Engine(same_sizes)) == here
+    assert package_path(Engine(tiny_model(rms_norm_eps=1e-6))) != here
+    assert package_path(Engine(tiny_model(pad_token_id=3))) == here, "the sizes are the same"
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert package_path(Engine(model)) != here
 
 
 def test_no_compiler_is_said_before_any_work(model, cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    small = tiny_model(hidden_size=32, num_attention_heads=1, num_key_value_heads=1)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, 'no-such-compiler' was not found"):
-        build_package(
-            Engine(
-                SmolLM2ForCausalLM(
-                    SmolLM2Config.preset("tiny", hidden_size=32, num_attention_heads=1, num_key_value_heads=1)
-                )
-            )
-        )
+        build_package(Engine(small))
 
 
 def test_int4_is_refused_where_it_is_asked_for(model, capsys):
