@@ -1,6 +1,4 @@
-"""The cache: what is converted is converted once, mapped and not copied, made anew when its source changes or
-it is damaged.
-"""
+"""The cache: converted once, mapped and not copied, made anew when its source changes or it is damaged."""
 
 from __future__ import annotations
 
@@ -64,17 +62,13 @@ def test_a_folder_written_here_is_mapped_and_packed_without_a_copy(folder):
 
 def test_a_file_in_another_order_is_packed_by_a_copy_and_gives_the_same_model(folder):
     expected = load_model(folder, "torch")
-    save_file(
-        load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"}
-    )
+    path = folder / "model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt"})
     loaded = load_model(folder, "torch")
     assert not is_mapped_from(loaded, folder / "model.safetensors")
     ids = torch.arange(12).view(1, 12)
     assert torch.equal(loaded(ids).logits, expected(ids).logits)
-    assert all(
-        torch.equal(ours, theirs)
-        for ours, theirs in zip(loaded.parameters(), expected.parameters(), strict=True)
-    )
+    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
 
 
 def test_the_writer_gives_what_safetensors_reads(tmp_path):
@@ -87,11 +81,8 @@ def test_the_writer_gives_what_safetensors_reads(tmp_path):
     theirs, ours = load_file(tmp_path / "x.safetensors"), map_safetensors(tmp_path / "x.safetensors")
     assert set(theirs) == set(ours) == set(tensors)
     for name, tensor in tensors.items():
-        assert (
-            ours[name].dtype == tensor.dtype
-            and torch.equal(ours[name], tensor)
-            and torch.equal(theirs[name], tensor)
-        ), name
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor) and torch.equal(theirs[name], tensor), name
     assert next(iter(ours.values())).data_ptr() % 64 == 0
 
 
@@ -117,10 +108,7 @@ def test_another_dtype_is_converted_once_and_then_mapped(gguf_file, cache, caplo
     assert caplog.text == "" and len(entries(cache)) == 2
     for model in (first, second):
         assert is_mapped_from(model, converted / "model.safetensors")
-        assert all(
-            torch.equal(ours, wide.bfloat16())
-            for ours, wide in zip(model.parameters(), original.parameters(), strict=True)
-        )
+        assert all(map(torch.equal, model.parameters(), (wide.bfloat16() for wide in original.parameters())))
 
 
 def test_a_local_folder_is_converted_in_memory_alone(folder, cache):
@@ -140,10 +128,7 @@ def test_a_damaged_entry_is_made_anew(damage, gguf_file, cache, caplog):
         target.write_bytes(whole[: len(whole) // 2])
     loaded = load_model(gguf_file, "torch")
     assert "is damaged: made anew" in caplog.text
-    assert all(
-        torch.equal(ours, theirs)
-        for ours, theirs in zip(loaded.parameters(), expected.parameters(), strict=True)
-    )
+    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
     assert entries(cache) == [entry.name] and target.read_bytes() == whole
 
 
@@ -188,9 +173,8 @@ def test_processes_that_start_together_share_one_entry(gguf_file, cache, project
         "print(load_model(sys.argv[1], 'torch', dtype='bf16').lm_head.weight.sum().item())"
     )
     command = [sys.executable, "-c", code, str(gguf_file)]
-    started = [
-        subprocess.Popen(command, cwd=project_root, stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
+    options = dict(cwd=project_root, stdout=subprocess.PIPE, text=True)
+    started = [subprocess.Popen(command, **options) for _ in range(2)]
     answers = {process.communicate(timeout=600)[0] for process in started}
     assert all(process.returncode == 0 for process in started)
     assert len(answers) == 1 and len(entries(cache)) == 2

@@ -17,10 +17,7 @@ CORPUS = [
 ] * 20
 TEXTS = [
     *CORPUS[:4],
-    "",
-    " ",
-    "\n\n\t  x",
-    "1234567890",
+    *("", " ", "\n\n\t  x", "1234567890"),
     "👩‍👩‍👧‍👦 e\u0301 \u0000\x04\uffff\U0010ffff",
     "a" * 2000,
 ]
@@ -55,19 +52,11 @@ def test_digits_are_single_tokens_and_words_keep_their_space(tokenizer):
 
 def test_special_tokens_of_a_trained_tokenizer(tokenizer):
     assert tokenizer.special_ids == {0, 1, 2}
-    assert (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.eot_token_id,
-    ) == (0, 0, None, 0)
+    ids = [getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "eot")]
+    assert ids == [0, 0, None, 0]
     assert tokenizer.vocab_size == len(tokenizer) == 400
-    assert tokenizer.encode("a<|im_start|>b<|endoftext|>") == [
-        *tokenizer.encode("a"),
-        1,
-        *tokenizer.encode("b"),
-        0,
-    ]
+    first, second = tokenizer.encode("a"), tokenizer.encode("b")
+    assert tokenizer.encode("a<|im_start|>b<|endoftext|>") == [*first, 1, *second, 0]
     assert tokenizer.token_bytes(2) == b"<|im_end|>"
     assert tokenizer.decode([0, *tokenizer.encode("dog"), 2], skip_special_tokens=True) == "dog"
     assert tokenizer.decode([0, *tokenizer.encode("dog"), 2]) == "<|endoftext|>dog<|im_end|>"
@@ -113,11 +102,9 @@ def test_training_is_reproducible_and_honours_the_size():
     assert sorted(smallest.token_bytes(i)[0] for i in range(3, 259)) == list(range(256))
     with pytest.raises(UsageError, match=r"vocab_size: expected at least 259 .*, got 258"):
         train_tokenizer(CORPUS, 258)
-
-
-def test_a_small_corpus_gives_fewer_tokens_than_asked_for():
-    tokenizer = train_tokenizer(["ab ab"], 5000)
-    assert 259 < tokenizer.vocab_size < 300
+    assert 259 < train_tokenizer(["ab ab"], 5000).vocab_size < 300, (
+        "a small corpus gives fewer than asked for"
+    )
 
 
 CHATML = """{% for message in messages %}
@@ -129,15 +116,13 @@ CHATML = """{% for message in messages %}
 def test_chat_template_is_rendered_as_transformers_does(tokenizer):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     ours = Tokenizer(tokenizer._backend, tokenizer.special_tokens, CHATML)
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._backend, bos_token="<|endoftext|>"
-    )
+    parts = dict(tokenizer_object=tokenizer._backend, bos_token="<|endoftext|>")
+    theirs = transformers.PreTrainedTokenizerFast(**parts)
     messages = [{"role": "user", "content": "Hi <b>&"}, {"role": "assistant", "content": "Hello"}]
     for prompt in (True, False):
-        expected = theirs.apply_chat_template(
-            messages, chat_template=CHATML, tokenize=False, add_generation_prompt=prompt
-        )
-        assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == expected
+        options = dict(add_generation_prompt=prompt)
+        expected = theirs.apply_chat_template(messages, chat_template=CHATML, tokenize=False, **options)
+        assert ours.apply_chat_template(messages, **options) == expected
 
 
 def test_chat_templates_that_fail_give_one_line(tokenizer):
@@ -150,7 +135,6 @@ def test_chat_templates_that_fail_give_one_line(tokenizer):
         "{{ ''.__class__.__mro__ }}": "chat template: ",
     }
     for template, message in failures.items():
+        broken = Tokenizer(tokenizer._backend, {}, template)
         with pytest.raises(UsageError, match=message):
-            Tokenizer(tokenizer._backend, {}, template).apply_chat_template(
-                [{"role": "user", "content": "Hi"}]
-            )
+            broken.apply_chat_template([{"role": "user", "content": "Hi"}])

@@ -1,6 +1,4 @@
-"""Tokenizers from and to files: folders that transformers opens, GGUF files, and what is said about broken
-ones.
-"""
+"""Tokenizers from and to files: folders that transformers opens, GGUF files, and what broken ones give."""
 
 from __future__ import annotations
 
@@ -38,30 +36,22 @@ def folder(trained, tmp_path):
 def assert_same_tokenizer(first: Tokenizer, second: Tokenizer) -> None:
     assert first.encode_batch(TEXTS) == second.encode_batch(TEXTS)
     assert first.encode_batch(TEXTS, special=False) == second.encode_batch(TEXTS, special=False)
-    assert (first.special_tokens, first.special_ids, first.vocab_size) == (
-        second.special_tokens,
-        second.special_ids,
-        second.vocab_size,
-    )
-    assert first.chat_template == second.chat_template
+    for name in ("special_tokens", "special_ids", "vocab_size", "chat_template"):
+        assert getattr(first, name) == getattr(second, name)
     assert first.fingerprint() == second.fingerprint()
 
 
 def test_save_and_load_give_the_same_tokenizer(trained, folder):
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    names = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert_same_tokenizer(trained, load_tokenizer(folder))
 
 
 @pytest.mark.parametrize("auto", [True, False])
 def test_transformers_opens_the_folder_and_agrees(trained, folder, auto):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
-    theirs = (transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast).from_pretrained(
-        folder
-    )
+    kind = transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast
+    theirs = kind.from_pretrained(folder)
     assert theirs(TEXTS)["input_ids"] == trained.encode_batch(TEXTS)
     for ids in trained.encode_batch(TEXTS):
         assert theirs.decode(ids) == trained.decode(ids)
@@ -81,22 +71,13 @@ def test_what_transformers_saves_we_load(trained, folder, tmp_path):
 
 
 def test_special_tokens_are_read_in_every_spelling(folder):
-    config = {
-        "bos_token": {"content": "<|im_start|>", "lstrip": False},
-        "eos_token": None,
-        "unk_token": "<|endoftext|>",
-    }
+    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": None, "unk_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(
-        '{"eos_token": "<|im_end|>", "bos_token": "ignored: the configuration comes first"}'
-    )
+    others = {"eos_token": "<|im_end|>", "bos_token": "ignored: the configuration comes first"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(others))
     loaded = load_tokenizer(folder)
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.eot_token_id) == (
-        1,
-        2,
-        None,
-        0,
-    )
+    ids = [getattr(loaded, f"{role}_token_id") for role in ("bos", "eos", "pad", "eot")]
+    assert ids == [1, 2, None, 0]
     (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").unlink()
     assert load_tokenizer(folder).special_tokens == {}
@@ -120,13 +101,8 @@ def test_chat_template_in_every_spelling(folder, entry, expected):
 def test_limits_of_a_trainer_are_not_inherited(trained, folder):
     data = json.loads((folder / "tokenizer.json").read_text())
     data["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    data["padding"] = {
-        "strategy": "BatchLongest",
-        "direction": "Right",
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "<|endoftext|>",
-    }
+    padding = dict(strategy="BatchLongest", direction="Right", pad_id=0, pad_type_id=0)
+    data["padding"] = {**padding, "pad_token": "<|endoftext|>"}
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert load_tokenizer(folder).encode_batch(TEXTS) == trained.encode_batch(TEXTS)
 
@@ -155,20 +131,16 @@ def tokenizer_metadata(tokenizer: Tokenizer, pre: str = "smollm") -> dict[str, A
     """What a converter writes into a GGUF file for this tokenizer."""
     data = json.loads(tokenizer._backend.to_str())
     tokens = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in data["model"]["merges"]],
-        "tokenizer.ggml.token_type": [
-            3 if index in tokenizer.special_ids else 1 for index in range(len(tokens))
-        ],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 0,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.padding_token_id": None,
-        "tokenizer.chat_template": tokenizer.chat_template,
-    }
+    parts = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "merges": [" ".join(merge) for merge in data["model"]["merges"]],
+        "token_type": [3 if index in tokenizer.special_ids else 1 for index in range(len(tokens))],
+        "bos_token_id": 0, "eos_token_id": 0, "unknown_token_id": 0, "padding_token_id": None,
+    }  # fmt: skip
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in parts.items()}
+    return {**metadata, "tokenizer.chat_template": tokenizer.chat_template}
 
 
 @pytest.fixture
@@ -214,10 +186,7 @@ def test_user_defined_tokens_are_found_in_text_but_are_not_special(trained, writ
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"tokenizer.ggml.model": "llama"},
-            "expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2, got llama/smollm",
-        ),
+        ({"tokenizer.ggml.model": "llama"}, "of kind gpt2/smollm or gpt2/gpt-2, got llama/smollm"),
         ({"tokenizer.ggml.pre": "qwen2"}, "got gpt2/qwen2"),
         ({"tokenizer.ggml.merges": ["zz qq"]}, "the merges of the tokenizer do not fit its tokens"),
         ({"tokenizer.ggml.tokens": ["a"] * 350}, "349 tokens of the tokenizer occur twice"),
