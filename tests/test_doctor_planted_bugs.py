@@ -29,9 +29,7 @@ def failures(model: SmolLM2ForCausalLM) -> set[str]:
 
 
 def planted(**operations: Callable[..., Any]) -> Backend:
-    """The reference with some operations replaced; a rotation and a SwiGLU are planted in both forms that the
-    switch has.
-    """
+    """The reference with operations replaced; rotation and SwiGLU in both forms that the switch has."""
     if swiglu := operations.get("swiglu"):
         operations["mlp"] = partial(mlp, swiglu=swiglu)
     if rope := operations.get("rope"):
@@ -44,19 +42,21 @@ def planted(**operations: Callable[..., Any]) -> Backend:
     return dataclasses.replace(TORCH, name="planted", **operations)
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, **_: Any) -> Tensor:
     """The bug that this project began with: scaled dot product attention without a causal mask."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(
-        1, 2
-    )
+    return sdpa(q, k, v)
 
 
 def one_too_far(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, **_: Any) -> Tensor:
     """Every query also sees the next key: an off-by-one in a mask."""
-    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1] + 1)
-    return F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
-    ).transpose(1, 2)
+    return sdpa(
+        q, k, v, torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1] + 1)
+    )
 
 
 def ignores_documents(
@@ -81,14 +81,11 @@ def without_sine(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates neighbours instead of halves: a right rotation, for other weights."""
 
-    def halves(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    def regrouped(x: Tensor, sizes: tuple[int, int]) -> Tensor:
+        return x.unflatten(-1, sizes).transpose(-1, -2).flatten(-2)
 
-    def neighbours(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-    q, k = reference.rope(halves(q), halves(k), cos, sin)
-    return neighbours(q), neighbours(k)
+    q, k = reference.rope(regrouped(q, (-1, 2)), regrouped(k, (-1, 2)), cos, sin)
+    return regrouped(q, (2, -1)), regrouped(k, (2, -1))
 
 
 def dead_gate(packed: Tensor) -> Tensor:
@@ -168,9 +165,8 @@ def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch
     monkeypatch.setattr(doctor, "_fresh", lambda preset, device, backend: tiny(backend))
     rows = list(doctor.diagnose([(CPU, planted(swiglu=broken))]))
     by_check = {row.check: row.finding for row in rows if row.subject.startswith("fresh tiny")}
-    assert by_check["causality"] == doctor.Finding(
-        "RuntimeError: no kernel image is available", "no error", False
-    )
+    figure = "RuntimeError: no kernel image is available"
+    assert by_check["causality"] == doctor.Finding(figure, "no error", False)
     assert by_check["tied head"].passed and by_check["rotary shift"].passed
 
 

@@ -1,6 +1,4 @@
-"""The score of a text: the definition token by token, transformers on the same windows, and windows that
-score every token once.
-"""
+"""The score of a text: the definition token by token, transformers on the same windows, each token once."""
 
 from __future__ import annotations
 
@@ -9,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from generation_cases import tiny_model
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.perplexity import Score, perplexity, windows
@@ -18,8 +16,7 @@ from smollm2.perplexity import Score, perplexity, windows
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", initializer_range=0.1), backend="torch").eval()
+    return tiny_model(initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +67,7 @@ def theirs(model, tmp_path_factory):
     [(700, 512, 256), (700, 64, 32), (700, 64, 64), (699, 100, 7), (100, 128, 50), (2, 2, 1)],
 )
 def test_the_score_is_that_of_transformers_on_the_same_windows(model, theirs, ids, tokens, window, stride):
-    """The loop of Hugging Face's guide to perplexity, its mean losses weighted by the labels that they are
-    means of.
-    """
+    """The loop of Hugging Face's guide to perplexity, its mean losses weighted by their labels."""
     nats, scored, reached = 0.0, 0, 0
     for begin in range(0, tokens, stride):
         end = min(begin + window, tokens)
@@ -97,15 +92,16 @@ def test_the_score_is_that_of_transformers_on_the_same_windows(model, theirs, id
     ("tokens", "window", "stride"), [(150, 64, 32), (64, 64, 64), (20, 8, 3), (2, 2, 1), (150, 64, 1)]
 )
 def test_an_engine_scores_by_its_own_steps_what_the_model_scores(model, ids, tokens, window, stride):
-    ours, engines = (
+    found = (
         perplexity(model, ids[:tokens], window, stride, engine=engine) for engine in (None, Engine(model))
     )
+    ours, engines = found
     assert engines.nats == pytest.approx(ours.nats, rel=1e-5)
     assert (engines.scored, engines.windows) == (ours.scored, ours.windows)
 
 
 def test_a_model_that_knows_nothing_scores_ln_of_the_vocabulary(ids):
-    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch").eval()
+    model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight.zero_()
     score = perplexity(model, ids, 128, 64)
@@ -117,11 +113,8 @@ def test_a_list_is_as_good_as_a_tensor_and_scores_add_up(model, ids):
     first, second = perplexity(model, ids[:50].tolist(), 32, 16), perplexity(model, ids[50:90], 32, 16)
     assert first == perplexity(model, ids[:50], 32, 16)
     total = first + second
-    assert (total.nats, total.scored, total.windows) == (
-        first.nats + second.nats,
-        49 + 39,
-        first.windows + second.windows,
-    )
+    assert (total.nats, total.scored) == (first.nats + second.nats, 49 + 39)
+    assert total.windows == first.windows + second.windows
     assert total.bits_per_byte is None
     assert (Score(math.log(2) * 8, 3, 2, 1, 4) + Score(0.0, 2, 1, 1, 4)).bits_per_byte == pytest.approx(1.0)
     assert Score(1e6, 2, 1, 1).perplexity == math.inf
@@ -146,7 +139,7 @@ def test_wrong_arguments_are_named(model, tokens, window, stride, message):
 
 
 def test_a_score_that_is_no_number_is_an_error(ids):
-    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch").eval()
+    model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight[3] = math.nan
     with pytest.raises(UsageError, match="score: expected a finite number, got nan"):
