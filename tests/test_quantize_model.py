@@ -9,12 +9,12 @@ import torch
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.engine import quantized
+from smollm2.engine.eager_step import MATRICES
 from smollm2.engine.quantized import Int4Weight, Int8Weight, dequantize, quantized_layers
 from smollm2.errors import UsageError
 from smollm2.pretrained.load import load_model, save_model
 
 CONFIG = SmolLM2Config.preset("tiny")
-MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 @pytest.fixture
@@ -43,9 +43,8 @@ def test_each_matrix_is_quantised_and_the_norms_are_not(kind, cls, folder):
     assert len(layers) == CONFIG.num_hidden_layers and isinstance(head, Int8Weight)
     step = 1 / 127 if kind == "int8" else 2 / 15  # of the largest weight
     for plain, layer in zip(model.pack(), layers, strict=True):
-        assert torch.equal(layer.input_norm, plain.input_norm) and torch.equal(
-            layer.post_norm, plain.post_norm
-        )
+        assert torch.equal(layer.input_norm, plain.input_norm)
+        assert torch.equal(layer.post_norm, plain.post_norm)
         for matrix in MATRICES:
             weight, quantised = getattr(plain, matrix), getattr(layer, matrix)
             assert isinstance(quantised, cls)
@@ -61,9 +60,8 @@ def test_a_second_start_maps_what_the_first_one_made(folder, tmp_path):
         layers, head = quantized_layers(model, kind)
         (entry,) = (tmp_path / "cache").glob(f"{kind}-*")
         tensors = [*head, *layers[0].qkv, *layers[1].down]
-        assert {tensor.untyped_storage().nbytes() for tensor in tensors} == {
-            (entry / "model.safetensors").stat().st_size
-        }
+        size = (entry / "model.safetensors").stat().st_size
+        assert {tensor.untyped_storage().nbytes() for tensor in tensors} == {size}
         assert torch.equal(head[0], quantized.quantize_rows(model.lm_head.weight.detach())[0])
 
 
@@ -103,8 +101,6 @@ def test_other_devices_and_unknown_kinds_are_refused():
     model = SmolLM2ForCausalLM(CONFIG, backend="torch")
     with pytest.raises(UsageError, match="quantize: expected one of none, int8, int4, got 'int2'"):
         quantized_layers(model, "int2")
-    with pytest.raises(
-        UsageError,
-        match="quantize=int8 runs on the CPU only, the model is on meta; use quantize=none there, or device",
-    ):
+    message = "quantize=int8 runs on the CPU only, the model is on meta; use quantize=none there, or device"
+    with pytest.raises(UsageError, match=message):
         quantized_layers(model.to("meta"))

@@ -24,10 +24,8 @@ ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def assert_close_to_exact(got: Tensor, x: Tensor, exact_weight: Tensor, weight_rounding: float = 0.0) -> None:
-    """exact_weight in float64. Two roundings to the dtype (the product, and its scaling) and one of the fp32
-    sum per addend.
-
-    weight_rounding: what a kernel may lose of each weight.
+    """exact_weight in float64. Two roundings to the dtype (the product, and its scaling), one of the fp32 sum
+    per addend, and `weight_rounding` of each weight.
     """
     expected = x.double() @ exact_weight.t()
     magnitude = x.double().abs() @ exact_weight.abs().t()

@@ -1,6 +1,4 @@
-"""Sampling on the device: the same noise as on the host, the same token for lists and tensors, alone and in a
-batch.
-"""
+"""Sampling on the device: the noise of the host, one token for lists and tensors, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -36,16 +34,10 @@ def test_noise_is_pinned():
 
 
 def test_noise_of_tensors_is_that_of_integers_bit_for_bit(generator):
-    seeds = torch.cat(
-        (torch.tensor(EXTREMES), torch.randint(-(1 << 63), (1 << 63) - 1, (500,), generator=generator))
-    )
-    positions = torch.cat(
-        (
-            torch.arange(10),
-            torch.randint(0, 8192, (30,), generator=generator),
-            torch.tensor([(1 << 63) - 1, -1]),
-        )
-    )
+    drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (500,), generator=generator)
+    seeds = torch.cat((torch.tensor(EXTREMES), drawn))
+    drawn = torch.randint(0, 8192, (30,), generator=generator)
+    positions = torch.cat((torch.arange(10), drawn, torch.tensor([(1 << 63) - 1, -1])))
     table = uniforms(seeds[:, None], positions)
     assert table.dtype == torch.float32 and table.shape == (len(seeds), len(positions))
     pairs = itertools.product(seeds.tolist(), positions.tolist())
@@ -91,16 +83,12 @@ def test_the_ends_of_the_noise_give_the_first_and_the_last_token_that_is_kept(no
 def test_the_border_between_two_tokens_belongs_to_the_second():
     rows = torch.tensor([[1.0, 1.0, -9.0]]).expand(2, 3)
     first, second = rows[0].topk(2).indices.tolist()
-    drawn = Sampler(SamplingParams(temperature=1.0, top_k=2), rows.device)(
-        rows, torch.tensor([0.5 - 2**-24, 0.5])
-    )
-    assert drawn.tolist() == [first, second]
+    sampler = Sampler(SamplingParams(temperature=1.0, top_k=2), rows.device)
+    assert sampler(rows, torch.tensor([0.5 - 2**-24, 0.5])).tolist() == [first, second]
 
 
 def test_tokens_without_a_chance_are_never_drawn():
-    """Below 2^-32 of the most likely one, suppressed, or of logit -inf: also at the top of the noise, and for
-    every size of total.
-    """
+    """Below 2^-32 of the most likely one, suppressed, or of logit -inf: also at the top of the noise."""
     rows = torch.full((1, 50), -30.0)
     rows[:, 7], rows[:, 9], rows[:, 11] = 0.0, -math.inf, 5.0
     sampler = Sampler(SamplingParams((11,), temperature=1.0, top_k=0), rows.device)
@@ -108,19 +96,12 @@ def test_tokens_without_a_chance_are_never_drawn():
     assert sampler(rows.expand(1001, 50), noise).unique().tolist() == [7]
 
 
-def test_a_tiny_temperature_is_greedy():
-    rows = logits(20)
-    assert torch.equal(
-        sample(rows, SamplingParams(temperature=1e-30, top_k=0), [0] * 20, range(20)), rows.argmax(-1)
-    )
-
-
-def test_half_precision_logits_are_widened():
-    rows = logits(40).bfloat16()
-    params = SamplingParams(temperature=0.9)
-    assert torch.equal(
-        sample(rows, params, range(40), [1] * 40), sample(rows.float(), params, range(40), [1] * 40)
-    )
+def test_a_tiny_temperature_is_greedy_and_half_precision_is_widened():
+    rows, params = logits(40), SamplingParams(temperature=1e-30, top_k=0)
+    assert torch.equal(sample(rows, params, [0] * 40, range(40)), rows.argmax(-1))
+    half, params = rows.bfloat16(), SamplingParams(temperature=0.9)
+    drawn, expected = (sample(each, params, range(40), [1] * 40) for each in (half, half.float()))
+    assert torch.equal(drawn, expected)
 
 
 def test_the_suppressed_tokens_serve_where_gradients_are_recorded():
