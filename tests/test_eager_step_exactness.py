@@ -1,4 +1,4 @@
-"""The decode step on the CPU: what the reference's composition gives, in every shape, from current weights."""
+"""The decode step on the CPU: what the reference's composition gives, for every shape and current weights."""
 
 from __future__ import annotations
 
