@@ -50,17 +50,25 @@ def build_parser() -> Parser:
     add("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     parser.add("--device", "--dtype", "--backend", "--quantize")
-    words = "compile the decode step for this machine, once: a minute; later runs use it"
+    words = "compile the decode step for this machine once (about a minute); later runs use it"
     add("--compile", action="store_true", help=words)
     words = "guess N tokens ahead (1 to 15) from the text so far: the same text sooner"
     add("--speculate", type=int, default=0, metavar="N", help=words)
-    words = "let a smaller model of the same vocabulary guess instead, 4 tokens unless --speculate says"
+    words = (
+        "let a smaller model of the same vocabulary guess instead: 4 tokens, or as many as --speculate says"
+    )
     add("--draft", metavar="MODEL", help=words)
     words = 'prompts: .jsonl with {"prompt"} or {"messages"}, or .txt, one a line'
     add("--prompts", type=Path, metavar="FILE", help=words)
     words = "where the answers go (.jsonl); the same command again continues it"
     add("--output", type=Path, metavar="FILE", help=words)
-    add("--slots", type=int, default=8, metavar="N", help="prompts of a file at work at once (%(default)s)")
+    add(
+        "--slots",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts of a file that run at the same time (%(default)s)",
+    )
     add("--verbose", action="store_true", help="say on stderr what was loaded and chosen")
     parser.add("--debug")
     return parser

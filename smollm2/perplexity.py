@@ -186,7 +186,7 @@ def compare(source: str | Path, kinds: Sequence[str], windows: Tensor) -> list[Q
     return found
 
 
-def build_parser() -> Parser:
+def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m smollm2.perplexity",
         description="How well a model predicts a text; each file is a text of its own.",
@@ -199,15 +199,10 @@ def build_parser() -> Parser:
     add("--window", type=int, metavar="N", help=words)
     add("--stride", type=int, metavar="N", help="tokens from one window to the next (half the window)")
     parser.add("--device", "--dtype", "--backend", "--quantize")
-    words = "a table of fp32 and of weights as bf16,int8,int4; without a text, on Python's language reference"
+    words = "print a table of fp32 and, say, bf16,int8,int4; without a text, for Python's language reference"
     add("--compare", metavar="KINDS", help=words)
     add("--json", action="store_true", help="print one JSON object")
     parser.add("--debug")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = build_parser()
     args = parser.parse_args(argv)
     if not args.files and not args.text and not args.compare:
         raise UsageError("text: expected files, - for standard input, or --text, got none")

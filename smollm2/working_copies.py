@@ -30,8 +30,7 @@ class _Copy:
     def __init__(self, holder: dict[str, Any], name: str, copy: Tensor) -> None:
         self.holder, self.name, self.copy = holder, name, copy
         self.parameter: nn.Parameter = holder[name]
-        # keeps the memory that was copied, so that its address is given to nothing else
-        self.source: Tensor | None = None
+        self.source: Tensor | None = None  # keeps the memory that was copied: nothing else gets its address
 
     def mark(self) -> None:
         """Says that the copy was made of the parameter as it is now."""

@@ -64,8 +64,8 @@ def generate_many(
     seeds = [seed + index for index in range(count)] if isinstance(seed, int) else list(seed)
     for name, given in (("max_new_tokens", budgets), ("seed", seeds)):
         if len(given) != count:
-            expected = f"expected one number or {count} of them, one per prompt"
-            raise UsageError(f"{name}: {expected}, got {len(given)}")
+            one = f"one number or {count} of them, one per prompt"
+            raise UsageError(f"{name}: expected {one}, got {len(given)}")
     if slots < 1:
         raise UsageError(f"slots: expected a number >= 1, got {slots}")
     params.validate(config.vocab_size)
