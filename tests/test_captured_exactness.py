@@ -125,16 +125,6 @@ def test_an_empty_batch_yields_nothing_and_seeds_may_be_a_tensor(model):
     assert found == eager(model, ids, mask, [4, -5], **options)
 
 
-def test_a_row_alone_is_the_row_in_the_batch(model):
-    ids, mask = prompts(LENGTHS)
-    loops = DecodeLoops(Engine(model), 4)
-    options = dict(params=EVERYTHING, max_new_tokens=20)
-    batch = looped(loops, ids, mask, SEEDS, **options)
-    for row, length in enumerate(LENGTHS):
-        one = (rows[row : row + 1, :length] for rows in (ids, mask))
-        assert [step[0] for step in looped(loops, *one, [SEEDS[row]], **options)] == [s[row] for s in batch]
-
-
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
 def test_nothing_leaks_from_the_prompt_before(model, params):
     """One loop: a long text whose rows all ended, NaN and other tokens left everywhere, then a short one."""

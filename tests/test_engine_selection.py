@@ -46,16 +46,6 @@ def test_quantised_weights_give_nearly_the_same_logits(model, kind):
     assert 0 < error < {"int8": 0.03, "int4": 0.4}[kind]
 
 
-def test_rows_of_a_quantised_batch_are_the_rows_alone(model):
-    engine = select_engine(model, quantize="int8", compiled=False)
-    batch = torch.randint(0, 512, (3, 9), generator=torch.Generator().manual_seed(2))
-    together = generate(model, batch, max_new_tokens=8, eos_token_id=[], engine=engine)
-    for row in range(3):
-        one = batch[row : row + 1]
-        alone = generate(model, one, max_new_tokens=8, eos_token_id=[], engine=engine)
-        assert torch.equal(alone[0], together[row])
-
-
 def test_the_captured_engine_gives_the_same_tokens(model):
     """Its loop runs uncaptured on the CPU."""
     ours, expected = (
