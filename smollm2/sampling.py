@@ -1,6 +1,4 @@
-"""From logits to the next token: penalties, filters, and a draw whose noise depends on the row's seed and
-position alone.
-"""
+"""From logits to the next token: penalties, filters, and noise that the row's seed and position determine."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ _MASK = (1 << 64) - 1
 # The constants of SplitMix64: the increment, then (shift, factor) of its two multiplications.
 _INCREMENT = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-# One in the fixed-point weights that `Sampler` adds up: 2^30 of them fit int64, and 2^-32 is finer than the
-# noise.
+# 1 in the fixed-point weights that `Sampler` adds up: 2^30 of them fit int64; the noise is coarser than 2^-32
 _ONE = 1 << 32
 
 
@@ -143,9 +140,7 @@ class Sampler:
         return self.params.repetition_penalty != 1.0
 
     def __call__(self, logits: Tensor, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
-        """logits [B, V] -> next tokens [B] int64. noise [B]: fp32 in [0, 1), needed unless greedy; seen [B,
-        V] bool as in `sample`.
-        """
+        """logits [B, V] -> tokens [B] int64. noise [B]: fp32 in [0, 1), unless greedy; seen: see `sample`."""
         params, logits = self.params, logits.float()
         if self._suppressed is not None:
             logits = logits.index_fill(1, self._suppressed, -math.inf)

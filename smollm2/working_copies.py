@@ -30,8 +30,7 @@ class _Copy:
     def __init__(self, holder: dict[str, Any], name: str, copy: Tensor) -> None:
         self.holder, self.name, self.copy = holder, name, copy
         self.parameter: nn.Parameter = holder[name]
-        # keeps the memory that was copied, so that its address is given to nothing else
-        self.source: Tensor | None = None
+        self.source: Tensor | None = None  # keeps the memory that was copied: nothing else gets its address
 
     def mark(self) -> None:
         """Says that the copy was made of the parameter as it is now."""
@@ -61,8 +60,7 @@ class _Copy:
 
 
 class WorkingCopies:
-    """Copies of all fp32 matrices of a model in `dtype`, torch.bfloat16 or torch.float16; vectors (norm
-    weights) have none.
+    """Copies of all fp32 matrices of a model in `dtype`, torch.bfloat16 or torch.float16; vectors have none.
 
     The copies of a module's `projections()` lie side by side in one buffer [sum of rows, in]; any other
     matrix has a buffer of its own, a tied one a single one. Nothing is copied before the first `refresh`. The
@@ -77,8 +75,7 @@ class WorkingCopies:
         self._copies: dict[int, _Copy] = {}  # by id of the parameter, which a _Copy keeps alive
         self._groups: dict[int, tuple[Tensor, list[_Copy]]] = {}  # by id of the first parameter
         self._buffers: list[Tensor] = []
-        # where the model has matrices; a tied one has two
-        self._places: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self._places: list[tuple[dict[str, Any], str, nn.Parameter]] = []  # of matrices; a tied one has two
         self._build()
         stepped = weakref.WeakMethod(self._stepped)
         handle = register_optimizer_step_post_hook(lambda optimizer, *_: (stepped() or _nothing)(optimizer))
@@ -113,9 +110,7 @@ class WorkingCopies:
                         self._add([module._parameters], name)
 
     def _add(self, holders: Sequence[dict[str, Any]], name: str) -> None:
-        """One buffer for the parameters of that name, unless one of them has a copy already, or differs in
-        kind.
-        """
+        """One buffer for the parameters of that name, unless one has a copy or they differ in kind."""
         parameters = [holder[name] for holder in holders]
         first = parameters[0]
         kinds = {(parameter.shape[1:], parameter.device, parameter.dtype) for parameter in parameters}
@@ -125,9 +120,8 @@ class WorkingCopies:
         rows = [parameter.shape[0] for parameter in parameters]
         buffer = torch.empty((sum(rows), *first.shape[1:]), dtype=self.dtype, device=first.device)
         self._buffers.append(buffer)
-        members = [
-            _Copy(holder, name, part) for holder, part in zip(holders, buffer.split(rows), strict=True)
-        ]
+        parts = zip(holders, buffer.split(rows), strict=True)
+        members = [_Copy(holder, name, part) for holder, part in parts]
         self._copies.update({id(member.parameter): member for member in members})
         self._groups[id(first)] = buffer, members
 
@@ -151,9 +145,8 @@ class WorkingCopies:
             one.mark()
 
     def _stale(self) -> list[_Copy]:
-        return [
-            one for one in self._copies.values() if not one.current() and one.parameter.dtype == torch.float32
-        ]
+        outdated = (one for one in self._copies.values() if not one.current())
+        return [one for one in outdated if one.parameter.dtype == torch.float32]
 
     def invalidate(self) -> None:
         """No copy is current any more, until the next `refresh`. The buffers stay where they are."""
@@ -166,9 +159,7 @@ class WorkingCopies:
         return one.copy if one is not None and one.current() else None
 
     def of_group(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        """The buffer [sum of rows, in] that the copies of exactly these parameters fill, in this order; None
-        unless all are current.
-        """
+        """The buffer [sum of rows, in] of the copies of these parameters, if all are current; else None."""
         buffer, members = self._groups.get(id(parameters[0]), (None, []))
         if len(members) != len(parameters):
             return None
@@ -178,15 +169,12 @@ class WorkingCopies:
         return buffer
 
     def target(self, parameter: Tensor) -> Tensor | None:
-        """Where an optimizer may write the copy of a parameter, current or not; None if there is no place
-        that fits.
-        """
+        """Where an optimizer may write the copy of a parameter, current or not; None where none fits."""
         one = self._copies.get(id(parameter))
         return one.copy if one is not None and one.fits() else None
 
     def written(self, parameters: Iterable[Tensor]) -> None:
-        """Marks the copies current that an optimizer has just written, as `target`s, along with the
-        parameters.
+        """Marks the copies current that an optimizer has just written, as `target`s, with the parameters.
 
         Counts the write for autograd, so that a backward pass which still needs the old copies raises an
         error.

@@ -1,5 +1,4 @@
-"""Small GGUF files for tests, written with gguf's own writer; and what a reader must find in them, computed
-independently.
+"""Small GGUF files for tests, by gguf's own writer, and what a reader must find in them.
 
 The permutation and the dequantisation here are loops over single rows and elements, from llama.cpp's
 definitions; they share no code with smollm2/pretrained/gguf.py or with the `gguf` package.
@@ -36,17 +35,13 @@ NAMES = {
 def random_weights(config: SmolLM2Config = CONFIG, seed: int = 0) -> dict[str, Tensor]:
     """Weights under Hugging Face's names, fp32, norms near one."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, heads, kv = (
-        config.hidden_size,
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
+    heads, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    hidden, inner = config.hidden_size, config.intermediate_size
     layer = {
         "input_layernorm": (hidden,), "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, heads),
-        "post_attention_layernorm": (hidden,), "mlp.gate_proj": (config.intermediate_size, hidden),
-        "mlp.up_proj": (config.intermediate_size, hidden),
-        "mlp.down_proj": (hidden, config.intermediate_size),
+        "post_attention_layernorm": (hidden,), "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
     }  # fmt: skip
     shapes = {"model.embed_tokens": (config.vocab_size, hidden), "model.norm": (hidden,)}
     for index in range(config.num_hidden_layers):
@@ -68,12 +63,10 @@ def interleave_rows(weight: Tensor, heads: int) -> Tensor:
     """What llama.cpp's converter does to q and k: rows i and i + D/2 of a head become rows 2i and 2i + 1."""
     head_dim = weight.shape[0] // heads
     result = torch.empty_like(weight)
-    for head in range(heads):
+    for head in range(0, len(weight), head_dim):
         for pair in range(head_dim // 2):
             for half in range(2):
-                result[head * head_dim + 2 * pair + half] = weight[
-                    head * head_dim + half * (head_dim // 2) + pair
-                ]
+                result[head + 2 * pair + half] = weight[head + half * (head_dim // 2) + pair]
     return result
 
 
@@ -127,10 +120,10 @@ def write_gguf(
         target = gguf_name(name)
         if target in drop:
             continue
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = interleave_rows(
-                weight, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            )
+        if heads := {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+            name.split(".")[-2]
+        ):
+            weight = interleave_rows(weight, heads)
         if weight.dim() == 1:
             writer.add_tensor(target, weight.numpy())
         else:
@@ -146,9 +139,7 @@ def write_gguf(
 
 
 def encode(weight: np.ndarray, kind: str) -> np.ndarray:
-    """Rows of a matrix in a GGUF type. gguf cannot quantise to k-quants: those are random blocks with
-    sensible scales.
-    """
+    """Rows of a matrix in a GGUF type. k-quants, which gguf cannot write, are random with sensible scales."""
     if kind not in ("Q4_K", "Q6_K"):
         return gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
     rows, columns = weight.shape
@@ -197,12 +188,8 @@ def _decode_q4_k(block: bytes) -> list[float]:
 
 def _decode_q6_k(block: bytes) -> list[float]:
     """ggml's dequantize_row_q6_K: 4 low bits in ql, 2 high bits in qh, 16 signed scales."""
-    low, high, scales, scale = (
-        block[:128],
-        block[128:192],
-        np.frombuffer(block, np.int8, 16, 192).tolist(),
-        _half(block, 208),
-    )
+    low, high, scale = block[:128], block[128:192], _half(block, 208)
+    scales = np.frombuffer(block, np.int8, 16, 192).tolist()
     values = [0.0] * 256
     for half in range(2):
         for lane in range(32):
@@ -211,20 +198,16 @@ def _decode_q6_k(block: bytes) -> list[float]:
                 byte = low[64 * half + lane + 32 * (quarter % 2)]
                 nibble = byte & 15 if quarter < 2 else byte >> 4
                 quant = (nibble | (((bits >> (2 * quarter)) & 3) << 4)) - 32
-                values[128 * half + 32 * quarter + lane] = (
-                    scale * scales[8 * half + 2 * quarter + lane // 16] * quant
-                )
+                group = scales[8 * half + 2 * quarter + lane // 16]
+                values[128 * half + 32 * quarter + lane] = scale * group * quant
     return values
 
 
 # bytes of a block, its decoder
-_BLOCKS = {
-    "Q8_0": (34, _decode_q8_0),
-    "Q4_0": (18, _decode_q4_0),
-    "Q4_1": (20, _decode_q4_1),
-    "Q4_K": (144, _decode_q4_k),
-    "Q6_K": (210, _decode_q6_k),
-}
+_BLOCKS = dict(
+    Q8_0=(34, _decode_q8_0), Q4_0=(18, _decode_q4_0), Q4_1=(20, _decode_q4_1), Q4_K=(144, _decode_q4_k),
+    Q6_K=(210, _decode_q6_k),
+)  # fmt: skip
 
 
 def decode(raw: np.ndarray, kind: str) -> Tensor:
@@ -234,8 +217,5 @@ def decode(raw: np.ndarray, kind: str) -> Tensor:
     if kind in ("F32", "F16"):
         return torch.from_numpy(raw.copy()).double()
     size, decoder = _BLOCKS[kind]
-    rows = [
-        [value for start in range(0, len(row), size) for value in decoder(row[start : start + size])]
-        for row in map(bytes, raw)
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    rows = [decoder(bytes(block)) for row in raw for block in row.reshape(-1, size)]
+    return torch.tensor(rows, dtype=torch.float64).view(len(raw), -1)

@@ -21,7 +21,7 @@ GOOD = [[1, 2, 3]] * 3
 
 
 @pytest.fixture(scope="module")
-def model() -> SmolLM2ForCausalLM:
+def model():
     return SmolLM2ForCausalLM(TINY, backend="torch").eval()
 
 
@@ -40,38 +40,34 @@ def model() -> SmolLM2ForCausalLM:
         (GOOD, dict(params=SamplingParams(top_k=513)), "^top_k"),
     ],
 )  # fmt: skip
-def test_wrong_arguments_are_refused_at_the_call(model, monkeypatch, prompts, options, message) -> None:
+def test_wrong_arguments_are_refused_at_the_call(model, monkeypatch, prompts, options, message):
     monkeypatch.setattr(KVCache, "allocate", None)  # any work would begin with it
     with pytest.raises(UsageError, match=message):
         generate_many(model, prompts, **options)
 
 
-def test_the_line_states_what_the_slots_and_one_prefill_take() -> None:
+def test_the_line_states_what_the_slots_and_one_prefill_take():
     cache = KVCache.allocate(TINY, 1, 1, torch.device("cpu"), torch.float32)
     assert cache.keys.nbytes + cache.values.nbytes == TOKEN
-    fitting, line = fit_slots(TINY, 8, 300, torch.float32, None)
-    assert (fitting, line) == (8, f"cache: 8 x 300 tokens, {2 * 8 * 300 * TOKEN / 1e6:.2f} MB")
+    line = f"cache: 8 x 300 tokens, {2 * 8 * 300 * TOKEN / 1e6:.2f} MB"
+    assert fit_slots(TINY, 8, 300, torch.float32, None) == (8, line)
     # The prefill of 100 rows is done in parts, of at most 4,096 tokens each.
-    assert (
-        fit_slots(TINY, 100, 300, torch.float32, None)[1]
-        == f"cache: 100 x 300 tokens, {(30_000 + 4096) * TOKEN / 1e6:,.0f} MB"
-    )
+    line = f"cache: 100 x 300 tokens, {(30_000 + 4096) * TOKEN / 1e6:,.0f} MB"
+    assert fit_slots(TINY, 100, 300, torch.float32, None)[1] == line
 
 
-def test_slots_are_lowered_to_what_fits_and_one_that_does_not_is_refused() -> None:
+def test_slots_are_lowered_to_what_fits_and_one_that_does_not_is_refused():
     enough = int((8 + 8) * 300 * TOKEN / 0.9) + 1
     assert fit_slots(TINY, 8, 300, torch.float32, enough)[0] == 8
     fitting, line = fit_slots(TINY, 8, 300, torch.float32, enough - enough // 16 - 1)
     assert fitting == 7 and "slots lowered to 7" in line
     assert fit_slots(TINY, 8, 300, torch.float32, int(2 * 300 * TOKEN / 0.9) + 1)[0] == 1
-    with pytest.raises(
-        UsageError,
-        match=r"one slot of 300 tokens needs .* MB, but .* MB can be had .*; shorten the longest prompt",
-    ):
+    message = "one slot of 300 tokens needs .* MB, but .* MB can be had .*; shorten the longest prompt"
+    with pytest.raises(UsageError, match=message):
         fit_slots(TINY, 8, 300, torch.float32, 300 * TOKEN)
 
 
-def test_fewer_slots_are_reported_or_warned_of_and_change_no_token(model, monkeypatch) -> None:
+def test_fewer_slots_are_reported_or_warned_of_and_change_no_token(model, monkeypatch):
     options = dict(max_new_tokens=5, params=SamplingParams(temperature=1.0), seed=9, slots=3)
     expected = dict(generate_many(model, GOOD, **options))
     monkeypatch.setattr(batch, "free_memory", lambda device: int(4 * 8 * TOKEN / 0.9) + 1)

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from generation_cases import GREEDY, alone, tiny_model
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine.eager import Engine
 from smollm2.engine.select import select_engine
 from smollm2.generation.batch import PREFILL_TOKENS, generate_many
@@ -15,7 +16,6 @@ from smollm2.sampling import SamplingParams
 
 LENGTHS = (1, 200, 17, 3, 64, 65, 1, 120, 33, 8, 199)  # of the prompts, out of order
 NEW, SEED, ENDS = 24, 100, tuple(range(30))  # of 512 random tokens, every 17th ends its row
-GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9, repetition_penalty=1.3)
 FULL = SamplingParams(temperature=1.2, top_k=0, min_p=0.01, suppress_tokens=(5, 6))
 
@@ -25,21 +25,10 @@ def prompts_of(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [torch.randint(30, 512, (length,), generator=generator).tolist() for length in lengths]
 
 
-def alone(
-    model: SmolLM2ForCausalLM,
-    prompt: list[int],
-    params: SamplingParams,
-    seed: int,
-    ends: tuple[int, ...] = ENDS,
-    new: int = NEW,
-):
-    """The new tokens of one prompt, with its end token, by `generate`."""
-    out = generate(
-        model, torch.tensor([prompt]), max_new_tokens=new, eos_token_id=list(ends), seed=seed,
-        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty, suppress_tokens=params.suppress_tokens,
-    )  # fmt: skip
-    return out[0, len(prompt) :].tolist()
+def many(model: SmolLM2ForCausalLM, prompts: list[list[int]], **options) -> list[list[int]]:
+    """What generate_many yields, in the order of the prompts."""
+    found = dict(generate_many(model, prompts, **{"max_new_tokens": NEW, "seed": SEED, **options}))
+    return [found[index] for index in range(len(prompts))]
 
 
 class Recorder(Engine):
@@ -67,36 +56,25 @@ class Recorder(Engine):
 
 
 @pytest.fixture(scope="module")
-def model() -> SmolLM2ForCausalLM:
-    torch.manual_seed(0)
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", initializer_range=0.3), backend="torch").eval()
+def model():
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
-def expected(model: SmolLM2ForCausalLM) -> dict[SamplingParams, list[list[int]]]:
+def expected(model):
+    prompts = list(enumerate(prompts_of(), SEED))
     return {
-        params: [alone(model, prompt, params, SEED + index) for index, prompt in enumerate(prompts_of())]
+        params: [alone(model, prompt, params, seed, ENDS, NEW) for seed, prompt in prompts]
         for params in (GREEDY, SAMPLED, FULL)
     }
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8, 50])
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, FULL], ids=["greedy", "sampled", "full"])
-def test_a_row_is_the_prompt_alone_with_any_number_of_slots(model, expected, params, slots) -> None:
+def test_a_row_is_the_prompt_alone_with_any_number_of_slots(model, expected, params, slots):
     engine = Recorder(model)
-    found = dict(
-        generate_many(
-            model,
-            prompts_of(),
-            max_new_tokens=NEW,
-            params=params,
-            seed=SEED,
-            eos_token_ids=ENDS,
-            slots=slots,
-            engine=engine,
-        )
-    )
-    assert [found[index] for index in range(len(LENGTHS))] == expected[params]
+    options = dict(params=params, eos_token_ids=ENDS, slots=slots, engine=engine)
+    assert many(model, prompts_of(), **options) == expected[params]
     lengths = {len(tokens) for tokens in expected[params]}
     assert len(lengths) > 3 and NEW in lengths, "the prompts were to end at different times"
     # Every token but a row's first comes from one decode of that row, and nothing else is decoded.
@@ -107,27 +85,22 @@ def test_a_row_is_the_prompt_alone_with_any_number_of_slots(model, expected, par
     assert max(rows for rows, _ in engine.decoded) <= at_work
 
 
-def test_the_order_of_the_prompts_decides_seeds_and_nothing_else(model) -> None:
+def test_the_order_of_the_prompts_decides_seeds_and_nothing_else(model):
     prompts, seeds = prompts_of(), [7 * index for index in range(len(LENGTHS))]
-    options = dict(max_new_tokens=NEW, params=SAMPLED, eos_token_ids=ENDS, slots=3)
-    found = dict(generate_many(model, prompts, seed=seeds, **options))
-    turned = dict(generate_many(model, prompts[::-1], seed=seeds[::-1], **options))
-    assert [turned[len(prompts) - 1 - index] for index in range(len(prompts))] == [
-        found[index] for index in range(len(prompts))
-    ]
+    options = dict(params=SAMPLED, eos_token_ids=ENDS, slots=3)
+    turned = many(model, prompts[::-1], **options, seed=seeds[::-1])
+    assert turned[::-1] == many(model, prompts, **options, seed=seeds)
 
 
-def test_every_row_may_have_a_budget_of_its_own(model) -> None:
+def test_every_row_may_have_a_budget_of_its_own(model):
     budgets = [1, 5, 24, 2, 1, 9, 24, 3, 1, 1, 12]
-    found = dict(
-        generate_many(model, prompts_of(), max_new_tokens=budgets, params=SAMPLED, seed=SEED, slots=3)
-    )
-    for index, (prompt, budget) in enumerate(zip(prompts_of(), budgets, strict=True)):
-        assert found[index] == alone(model, prompt, SAMPLED, SEED + index, (), budget)
-        assert len(found[index]) == budget
+    found = many(model, prompts_of(), max_new_tokens=budgets, params=SAMPLED, slots=3)
+    assert [len(tokens) for tokens in found] == budgets
+    rows = enumerate(zip(prompts_of(), budgets, strict=True), SEED)
+    assert found == [alone(model, prompt, SAMPLED, seed, (), budget) for seed, (prompt, budget) in rows]
 
 
-def test_a_callback_ends_a_row_and_sees_every_token_once(model, expected) -> None:
+def test_a_callback_ends_a_row_and_sees_every_token_once(model, expected):
     seen: dict[int, list[int]] = {}
 
     def stop(index: int, tokens: list[int]) -> bool:
@@ -135,18 +108,12 @@ def test_a_callback_ends_a_row_and_sees_every_token_once(model, expected) -> Non
         assert seen[index] == tokens
         return index % 2 == 0 and len(tokens) == 4
 
-    found = dict(
-        generate_many(
-            model, prompts_of(), max_new_tokens=NEW, params=GREEDY, eos_token_ids=ENDS, slots=3, stop=stop
-        )
-    )
-    assert found == {
-        index: tokens[:4] if index % 2 == 0 else tokens for index, tokens in enumerate(expected[GREEDY])
-    }
-    assert seen == found
+    found = many(model, prompts_of(), params=GREEDY, eos_token_ids=ENDS, slots=3, stop=stop)
+    assert found == [tokens[: None if index % 2 else 4] for index, tokens in enumerate(expected[GREEDY])]
+    assert seen == dict(enumerate(found))
 
 
-def test_rows_are_yielded_as_they_end(model) -> None:
+def test_rows_are_yielded_as_they_end(model):
     """The short row comes while the long one, which went in with it, still runs."""
     engine = Recorder(model)
     results = generate_many(model, prompts_of((9, 5)), max_new_tokens=[20, 3], slots=2, engine=engine)
@@ -157,13 +124,13 @@ def test_rows_are_yielded_as_they_end(model) -> None:
     assert next(results, None) is None
 
 
-def test_keys_are_read_only_as_far_as_the_longest_row_at_work(model) -> None:
+def test_keys_are_read_only_as_far_as_the_longest_row_at_work(model):
     engine = Recorder(model)
     list(generate_many(model, prompts_of((150, 4)), max_new_tokens=[2, 10], slots=2, engine=engine))
     assert engine.decoded == [(2, 151), *((1, 4 + step) for step in range(2, 10))]
 
 
-def test_prompts_of_like_length_are_prefilled_together_up_to_a_limit(model) -> None:
+def test_prompts_of_like_length_are_prefilled_together_up_to_a_limit(model):
     lengths = (400, 10, 400) + (300,) * 20
     engine = Recorder(model)
     list(generate_many(model, prompts_of(lengths), max_new_tokens=1, slots=16, engine=engine))
@@ -172,42 +139,29 @@ def test_prompts_of_like_length_are_prefilled_together_up_to_a_limit(model) -> N
     assert [len(group) for group in engine.prefilled] == [10, 13]
 
 
-def test_an_empty_list_and_a_prompt_that_fills_the_context(model) -> None:
+def test_an_empty_list_and_a_prompt_that_fills_the_context(model):
     assert list(generate_many(model, [], max_new_tokens=4)) == []
     [prompt] = prompts_of((510,))
-    assert list(generate_many(model, [prompt], max_new_tokens=2)) == [
-        (0, alone(model, prompt, GREEDY, 0, (), 2))
-    ]
+    assert many(model, [prompt], max_new_tokens=2) == [alone(model, prompt, new=2)]
 
 
-def test_an_abandoned_iterator_leaves_gradients_on(model) -> None:
+def test_an_abandoned_iterator_leaves_gradients_on(model):
     results = generate_many(model, prompts_of((5, 6)), max_new_tokens=3, slots=1)
     next(results)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     results.close()
 
 
-def test_rows_alone_and_in_slots_agree_with_quantised_weights(model) -> None:
+def test_rows_alone_and_in_slots_agree_with_quantised_weights(model):
     engine = select_engine(model, quantize="int8", compiled=False)
-    options = dict(max_new_tokens=NEW, params=SAMPLED, seed=SEED, eos_token_ids=ENDS, engine=engine)
-    found = [dict(generate_many(model, prompts_of(), slots=slots, **options)) for slots in (1, 3, 8)]
+    options = dict(params=SAMPLED, eos_token_ids=ENDS, engine=engine)
+    found = [many(model, prompts_of(), slots=slots, **options) for slots in (1, 3, 8)]
     assert found[0] == found[1] == found[2]
 
 
-def test_rows_alone_and_in_slots_agree_on_the_triton_decode_path() -> None:
-    torch.manual_seed(0)
+def test_rows_alone_and_in_slots_agree_on_the_triton_decode_path():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # one layer: the interpreter is slow
-    config = SmolLM2Config.preset("tiny", num_hidden_layers=1, initializer_range=0.3)
-    with torch.device(device):
-        model = SmolLM2ForCausalLM(config, backend="triton").eval()
-    found = [
-        dict(
-            generate_many(
-                model, prompts_of((7, 2, 19)), max_new_tokens=[2, 3, 2], params=SAMPLED, slots=slots
-            )
-        )
-        for slots in (1, 3)
-    ]
-    assert found[0] == found[1]
-    assert [len(found[0][index]) for index in range(3)] == [2, 3, 2]
+    model = tiny_model("triton", device, num_hidden_layers=1)  # the interpreter is slow
+    options = dict(max_new_tokens=[2, 3, 2], params=SAMPLED)
+    first, second = (many(model, prompts_of((7, 2, 19)), slots=slots, **options) for slots in (1, 3))
+    assert first == second and [len(tokens) for tokens in first] == [2, 3, 2]

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from generation_cases import alone, tiny_model, tiny_tokenizer
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
 from smollm2.errors import LoadError, UsageError
 from smollm2.generation.batch_file import parse_prompts, run_file
-from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from smollm2.sampling import SamplingParams
 
 CHATML = (
@@ -22,43 +20,31 @@ PARAMS = SamplingParams(temperature=1.0, top_k=50)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
+def tokenizer():
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Tokenizer) -> SmolLM2ForCausalLM:
-    torch.manual_seed(0)
-    return SmolLM2ForCausalLM(
-        SmolLM2Config.preset("tiny", vocab_size=tokenizer.vocab_size, initializer_range=0.3), "torch"
-    ).eval()
+def model(tokenizer):
+    return tiny_model(vocab_size=tokenizer.vocab_size)
 
 
 def write(path: Path, *lines: object) -> Path:
-    path.write_text(
-        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines),
-        encoding="utf-8",
-    )
+    texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text("".join(text + "\n" for text in texts), encoding="utf-8")
     return path
 
 
-def records(path: Path) -> list[dict]:
-    """The lines of an output, in the order of the prompts."""
-    return sorted(
-        (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()),
-        key=lambda record: record["index"],
-    )
+def answers(model, tokenizer, prompts: Path, **options) -> list[dict]:
+    """The lines of the output, in the order of the prompts."""
+    output = prompts.with_suffix(".out")
+    output.unlink(missing_ok=True)
+    run_file(model, tokenizer, prompts, output, **{"params": PARAMS, "max_new_tokens": 12, **options})
+    lines = map(json.loads, output.read_text(encoding="utf-8").splitlines())
+    return sorted(lines, key=lambda record: record["index"])
 
 
-def alone(model: SmolLM2ForCausalLM, ids: list[int], seed: int, new: int) -> list[int]:
-    return generate(model, torch.tensor([ids]), max_new_tokens=new, temperature=1.0, top_k=50, seed=seed)[
-        0, len(ids) :
-    ].tolist()
-
-
-def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(
-    model, tokenizer, tmp_path, capsys
-) -> None:
+def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(model, tokenizer, tmp_path, capsys):
     prompts = write(
         tmp_path / "prompts.jsonl",
         {"prompt": "the quick", "id": "first"},
@@ -66,115 +52,63 @@ def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(
         {"prompt": "brown fox", "seed": 77},
         {"prompt": "the lazy <|im_end|>", "max_new_tokens": 3, "category": 5},
     )
-    summary = run_file(
-        model, tokenizer, prompts, tmp_path / "out.jsonl", params=PARAMS, max_new_tokens=12, seed=40, slots=2
-    )
-    found = records(tmp_path / "out.jsonl")
+    found = answers(model, tokenizer, prompts, seed=40, slots=2)
     expected = [("first", "the quick", 40, 12), (1, "brown fox", 77, 12), (2, "the lazy <|im_end|>", 42, 3)]
     for record, (index, (identity, prompt, seed, new)) in zip(found, enumerate(expected), strict=True):
-        tokens = alone(model, tokenizer.encode(prompt, special=False), seed, new)
+        tokens = alone(model, tokenizer.encode(prompt, special=False), PARAMS, seed, (0,), new)
         ended = tokens[-1] == 0
         text = b"".join(map(tokenizer.token_bytes, tokens[: len(tokens) - ended]))
         assert record == {
             "id": identity, "index": index, "prompt": prompt, "tokens": tokens,
-            "finish_reason": "stop" if ended else "length",
-            "text": text.decode(errors="replace"),
+            "finish_reason": "stop" if ended else "length", "text": text.decode(errors="replace"),
         }  # fmt: skip
-    assert (summary.rows, summary.resumed, summary.tokens) == (
-        3,
-        0,
-        sum(len(record["tokens"]) for record in found),
-    )
-    error = capsys.readouterr().err
+    error, count = capsys.readouterr().err, sum(len(record["tokens"]) for record in found)
     assert "cache: 2 x " in error
-    assert f"3 rows, {summary.tokens} tokens in" in error and error.rstrip().endswith("tok/s")
+    assert f"3 rows, {count} tokens in" in error and error.rstrip().endswith("tok/s")
 
 
-def test_plain_text_is_one_prompt_a_line_and_equals_json_lines(model, tokenizer, tmp_path) -> None:
-    run_file(
-        model,
-        tokenizer,
-        write(tmp_path / "p.txt", "the quick", '{"a": 1}'),
-        tmp_path / "text.jsonl",
-        params=PARAMS,
-    )
+def test_plain_text_is_one_prompt_a_line_and_equals_json_lines(model, tokenizer, tmp_path):
+    as_text = write(tmp_path / "p.txt", "the quick", '{"a": 1}')
     as_json = write(tmp_path / "p.jsonl", {"prompt": "the quick"}, {"prompt": '{"a": 1}'})
-    run_file(model, tokenizer, as_json, tmp_path / "json.jsonl", params=PARAMS)
-    assert records(tmp_path / "text.jsonl") == records(tmp_path / "json.jsonl")
+    assert answers(model, tokenizer, as_text) == answers(model, tokenizer, as_json)
 
 
-def test_messages_go_through_the_chat_template_and_chat_wraps_plain_prompts(model, tmp_path) -> None:
-    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
+def test_messages_go_through_the_chat_template_and_chat_wraps_plain_prompts(model, tmp_path):
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML
     messages = [{"role": "user", "content": "the fox"}]
-    run_file(
-        model,
-        tokenizer,
-        write(tmp_path / "m.jsonl", {"messages": messages}),
-        tmp_path / "m.out",
-        params=PARAMS,
-        max_new_tokens=9,
-    )
-    run_file(
-        model,
-        tokenizer,
-        write(tmp_path / "c.txt", "the fox"),
-        tmp_path / "c.out",
-        params=PARAMS,
-        max_new_tokens=9,
-        chat=True,
-    )
-    [by_messages], [by_chat] = records(tmp_path / "m.out"), records(tmp_path / "c.out")
+    [by_messages] = answers(model, tokenizer, write(tmp_path / "m.jsonl", {"messages": messages}))
+    [by_chat] = answers(model, tokenizer, write(tmp_path / "c.txt", "the fox"), chat=True)
     ids = tokenizer.encode("<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n")
-    assert by_messages["tokens"] == by_chat["tokens"] == alone(model, ids, 0, 9)
+    assert by_messages["tokens"] == by_chat["tokens"] == alone(model, ids, PARAMS, 0, (0,), 12)
     assert (by_messages["prompt"], by_chat["prompt"]) == (messages, "the fox")
 
 
-def test_a_stop_text_ends_a_row_before_it_even_across_tokens(model, tokenizer, tmp_path) -> None:
+def test_a_stop_text_ends_a_row_before_it_even_across_tokens(model, tokenizer, tmp_path):
     prompts = write(tmp_path / "p.txt", *["the quick", "brown", "fox jumps", "over the lazy dog"])
-    run_file(model, tokenizer, prompts, tmp_path / "free.jsonl", params=PARAMS, max_new_tokens=40)
-    free = records(tmp_path / "free.jsonl")
+    free = answers(model, tokenizer, prompts, max_new_tokens=40)
     pairs = [record["tokens"][at : at + 2] for record in free for at in range(3, len(record["tokens"]) - 4)]
-    pieces = [
-        "".join(tokenizer.token_bytes(token).decode("utf-8", "replace") for token in pair) for pair in pairs
-    ]
+    pieces = [b"".join(map(tokenizer.token_bytes, pair)).decode("utf-8", "replace") for pair in pairs]
     stop = next(piece for piece in pieces if "\ufffd" not in piece and len(piece) > 1)
-    run_file(
-        model,
-        tokenizer,
-        prompts,
-        tmp_path / "stopped.jsonl",
-        params=PARAMS,
-        max_new_tokens=40,
-        stop=[stop, "never seen"],
-    )
-    stopped = records(tmp_path / "stopped.jsonl")
-    assert any(
-        len(after["tokens"]) < len(before["tokens"]) for before, after in zip(free, stopped, strict=True)
-    )
+    stopped = answers(model, tokenizer, prompts, max_new_tokens=40, stop=[stop, "never seen"])
+    assert sum(len(record["tokens"]) for record in stopped) < sum(len(record["tokens"]) for record in free)
     for before, after in zip(free, stopped, strict=True):
         if stop in before["text"]:
-            assert (
-                after["text"] == before["text"][: before["text"].index(stop)]
-                and after["finish_reason"] == "stop"
-            )
+            text = before["text"][: before["text"].index(stop)]
+            assert (after["text"], after["finish_reason"]) == (text, "stop")
             assert after["tokens"] == before["tokens"][: len(after["tokens"])]
         else:
             assert after == before
 
 
-def test_a_byte_order_mark_carriage_returns_and_line_separators_are_no_trouble() -> None:
+def test_a_byte_order_mark_carriage_returns_and_line_separators_are_no_trouble():
     text = '\ufeff{"prompt": "a\u2028b"}\r\n\r\n{"prompt": "c"}\r\n'.encode()
     for name in ("p.jsonl", "prompts"):
         found = parse_prompts(Path(name), text)
-        assert [(prompt.index, prompt.line, prompt.content) for prompt in found] == [
-            (0, 1, "a\u2028b"),
-            (1, 3, "c"),
-        ]
-    assert [prompt.content for prompt in parse_prompts(Path("p.txt"), b"\xef\xbb\xbfone \r\n\n two")] == [
-        "one ",
-        " two",
-    ]
+        parts = [(prompt.index, prompt.line, prompt.content) for prompt in found]
+        assert parts == [(0, 1, "a\u2028b"), (1, 3, "c")]
+    plain = parse_prompts(Path("p.txt"), b"\xef\xbb\xbfone \r\n\n two")
+    assert [prompt.content for prompt in plain] == ["one ", " two"]
 
 
 @pytest.mark.parametrize(
@@ -191,10 +125,7 @@ def test_a_byte_order_mark_carriage_returns_and_line_separators_are_no_trouble()
         ('{"messages": "hello"}', 'expected "messages" to be a list'),
         ('{"messages": [{"role": "user"}]}', 'expected "messages" to be a list'),
         ('{"prompt": "a", "seed": "x"}', "expected \"seed\" to be a whole number, got 'x'"),
-        (
-            '{"prompt": "a", "max_new_tokens": true}',
-            'expected "max_new_tokens" to be a whole number, got True',
-        ),
+        ('{"prompt": "a", "max_new_tokens": true}', '"max_new_tokens" to be a whole number, got True'),
         (r'{"prompt": "\ud800"}', "surrogates not allowed"),
         ('{"prompt": "a", "max_new_tokens": 0}', "expected max_new_tokens >= 1, got 0"),
         ('{"prompt": ""}', "expected at least one token, got none"),
@@ -202,14 +133,14 @@ def test_a_byte_order_mark_carriage_returns_and_line_separators_are_no_trouble()
         ('{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
     ],
 )
-def test_a_bad_line_is_named_and_nothing_is_written(model, tokenizer, tmp_path, line, message) -> None:
+def test_a_bad_line_is_named_and_nothing_is_written(model, tokenizer, tmp_path, line, message):
     prompts = write(tmp_path / "p.jsonl", {"prompt": "good"}, "", line)
     with pytest.raises((LoadError, UsageError), match=r"p\.jsonl, line 3: .*" + message):
         run_file(model, tokenizer, prompts, tmp_path / "out.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]
 
 
-def test_bytes_that_are_no_utf8_and_a_file_without_prompts_are_refused(model, tokenizer, tmp_path) -> None:
+def test_bytes_that_are_no_utf8_and_a_file_without_prompts_are_refused(model, tokenizer, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"good\n\xff\xfe\n")
     with pytest.raises(LoadError, match=r"p\.txt, line 2: .*utf-8"):
         run_file(model, tokenizer, tmp_path / "p.txt", tmp_path / "out.jsonl")
@@ -217,8 +148,9 @@ def test_bytes_that_are_no_utf8_and_a_file_without_prompts_are_refused(model, to
         run_file(model, tokenizer, write(tmp_path / "empty.jsonl", "", " "), tmp_path / "out.jsonl")
 
 
-def test_wrong_paths_are_named(model, tokenizer, tmp_path) -> None:
+def test_wrong_paths_are_named(model, tokenizer, tmp_path):
     prompts = write(tmp_path / "p.txt", "the")
+    (tmp_path / "link").symlink_to(prompts)
     for arguments, error, message in (
         ((tmp_path / "nothing.txt", tmp_path / "out"), LoadError, "nothing.txt: no such file"),
         ((tmp_path, tmp_path / "out"), LoadError, "no such file"),
@@ -226,12 +158,10 @@ def test_wrong_paths_are_named(model, tokenizer, tmp_path) -> None:
         ((prompts, tmp_path), LoadError, "is a folder"),
         ((prompts, prompts), UsageError, "the output would overwrite the prompts"),
         ((prompts, tmp_path / "." / "p.txt"), UsageError, "the output would overwrite the prompts"),
+        ((prompts, tmp_path / "link"), UsageError, "the output would overwrite the prompts"),
     ):
         with pytest.raises(error, match=message):
             run_file(model, tokenizer, *arguments)
-    (tmp_path / "link").symlink_to(prompts)
-    with pytest.raises(UsageError, match="overwrite the prompts"):
-        run_file(model, tokenizer, prompts, tmp_path / "link")
     with pytest.raises(UsageError, match="stop: expected texts that are not empty"):
         run_file(model, tokenizer, prompts, tmp_path / "out", stop=[""])
     assert prompts.read_text() == "the\n" and not (tmp_path / "out").exists()

@@ -4,8 +4,10 @@ other options is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from generation_cases import write_checkpoint
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, load_tokenizer
+from smollm2 import SmolLM2ForCausalLM, load_tokenizer
 from smollm2.errors import LoadError, UsageError
 from smollm2.generation.batch_file import run_file
-from smollm2.pretrained.tokenizer import train_tokenizer
 from smollm2.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = SamplingParams(temperature=1.0, top_k=50, suppress_tokens=(1, 2))
+OPTIONS = dict(params=PARAMS, max_new_tokens=40)
 COMMAND = """
 import signal, sys
 from smollm2.cli import run_command
@@ -56,19 +59,12 @@ sys.exit(run_command(main))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
-    torch.manual_seed(0)
-    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=300, initializer_range=0.3)).save_pretrained(
-        folder
-    )
-    tokenizer.save(folder)
-    return folder
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     lines = [{"prompt": "the quick brown fox " * (1 + index % 5) + str(index)} for index in range(16)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -76,16 +72,21 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path):
+def loaded(checkpoint):
     return SmolLM2ForCausalLM.from_pretrained(checkpoint, "torch", "cpu").eval(), load_tokenizer(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(loaded, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The lines of an undisturbed run, in the order of the prompts."""
+def whole(loaded, prompts, tmp_path_factory):
+    """The output of an undisturbed run."""
     output = tmp_path_factory.mktemp("whole") / "out.jsonl"
-    run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=40, slots=8)
-    return in_order(output)
+    run_file(*loaded, prompts, output, **OPTIONS)
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole):
+    return in_order(whole)
 
 
 def in_order(path: Path) -> list[str]:
@@ -109,9 +110,7 @@ def wait_until_paused(process: subprocess.Popen[str], output: Path) -> None:
     marker.unlink()
 
 
-def test_killed_and_given_again_the_lines_are_those_of_an_undisturbed_run(
-    checkpoint, prompts, undisturbed, tmp_path
-) -> None:
+def test_killed_and_given_again_it_gives_the_undisturbed_lines(checkpoint, prompts, undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     for before, lines in ((0, 2), (2, 5)):
         process = start(checkpoint, prompts, output, lines - before)
@@ -128,9 +127,7 @@ def test_killed_and_given_again_the_lines_are_those_of_an_undisturbed_run(
     assert in_order(output) == undisturbed
 
 
-def test_interrupted_it_says_how_to_go_on_and_exits_with_130(
-    checkpoint, prompts, undisturbed, loaded, tmp_path
-) -> None:
+def test_interrupted_it_says_how_to_go_on(checkpoint, prompts, undisturbed, loaded, tmp_path):
     output = tmp_path / "out.jsonl"
     process = start(checkpoint, prompts, output, 2)
     wait_until_paused(process, output)
@@ -138,27 +135,29 @@ def test_interrupted_it_says_how_to_go_on_and_exits_with_130(
     _, error = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in error
     assert f"2 of 16 prompts are answered in {output}; the same command goes on from there" in error
-    summary = run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=40, slots=3)
+    summary = run_file(*loaded, prompts, output, slots=3, **OPTIONS)
     assert (summary.resumed, summary.rows) == (2, 14)
     assert in_order(output) == undisturbed
 
 
-def test_a_finished_output_is_left_as_it_is(loaded, prompts, undisturbed, tmp_path, capsys) -> None:
-    output = tmp_path / "out.jsonl"
-    for number in range(2):
-        summary = run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=40)
-        assert (summary.rows, summary.resumed) == ((16, 0) if number == 0 else (0, 16))
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of it, with its record."""
+    return Path(shutil.copytree(whole.parent, tmp_path / "finished")) / whole.name
+
+
+def test_a_finished_output_is_left_as_it_is(loaded, prompts, finished, undisturbed, capsys):
+    summary = run_file(*loaded, prompts, finished, **OPTIONS)
+    assert (summary.rows, summary.resumed) == (0, 16)
     assert "16 of 16 prompts are answered; going on with 0" in capsys.readouterr().err
-    assert in_order(output) == undisturbed
+    assert in_order(finished) == undisturbed
 
 
 @pytest.fixture
-def begun(loaded, undisturbed, prompts, tmp_path) -> Path:
+def begun(finished, undisturbed):
     """An output with three of the sixteen lines."""
-    output = tmp_path / "out.jsonl"
-    run_file(*loaded, prompts, output, params=PARAMS, max_new_tokens=40)
-    output.write_text("".join(line + "\n" for line in undisturbed[3:6]), encoding="utf-8")
-    return output
+    finished.write_text("".join(line + "\n" for line in undisturbed[3:6]), encoding="utf-8")
+    return finished
 
 
 @pytest.mark.parametrize(
@@ -167,69 +166,58 @@ def begun(loaded, undisturbed, prompts, tmp_path) -> Path:
         (dict(max_new_tokens=41), r"with max_new_tokens \(40, now 41\)"),
         (dict(seed=1), r"with seed \(0, now 1\)"),
         (dict(stop=["x"]), r'with stop \(\[\], now \["x"\]\)'),
-        (
-            dict(params=SamplingParams(temperature=0.5, top_k=50, suppress_tokens=(1, 2))),
-            r"with temperature \(1.0, now 0.5\)",
-        ),
+        (dict(params=dataclasses.replace(PARAMS, temperature=0.5)), r"with temperature \(1.0, now 0.5\)"),
         (dict(made_with={"quantize": "int8"}), r'with quantize \(null, now "int8"\)'),
-        (dict(resume=False), "is not empty; choose another --output, or delete it"),
     ],
 )
-def test_other_options_are_refused_by_name(loaded, prompts, begun, change, message) -> None:
+def test_other_options_are_refused_by_name(loaded, prompts, begun, change, message):
     before = begun.read_bytes()
     with pytest.raises(UsageError, match=message):
-        run_file(*loaded, prompts, begun, **{"params": PARAMS, "max_new_tokens": 40, **change})
+        run_file(*loaded, prompts, begun, **OPTIONS | change)
     assert begun.read_bytes() == before
 
 
-def test_other_prompts_and_another_model_are_refused(loaded, prompts, begun, tmp_path) -> None:
+def test_other_prompts_and_another_model_are_refused(loaded, prompts, begun, tmp_path):
     model, tokenizer = loaded
     other = tmp_path / "other.jsonl"
     other.write_bytes(prompts.read_bytes() + b'{"prompt": "one more"}\n')
-    with pytest.raises(
-        UsageError,
-        match=r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output",
-    ):
-        run_file(model, tokenizer, other, begun, params=PARAMS, max_new_tokens=40)
+    message = r"with other prompts \(\w{16}, now \w{16}\); go on as it was begun, choose another --output"
+    with pytest.raises(UsageError, match=message):
+        run_file(model, tokenizer, other, begun, **OPTIONS)
     torch.manual_seed(1)
     another = SmolLM2ForCausalLM(model.config, "torch").eval()
     with pytest.raises(UsageError, match="with another model"):
-        run_file(another, tokenizer, prompts, begun, params=PARAMS, max_new_tokens=40)
+        run_file(another, tokenizer, prompts, begun, **OPTIONS)
 
 
-def test_an_output_that_is_not_ours_or_is_damaged_is_refused(
-    loaded, prompts, begun, undisturbed, tmp_path
-) -> None:
-    options = dict(params=PARAMS, max_new_tokens=40)
+def test_an_output_that_is_not_ours_or_is_damaged_is_refused(loaded, prompts, begun, undisturbed, tmp_path):
     foreign = tmp_path / "notes.jsonl"
     foreign.write_text("mine\n")
-    with pytest.raises(
-        UsageError, match=r"is not empty, and without notes\.jsonl\.run\.json it cannot be continued"
-    ):
-        run_file(*loaded, prompts, foreign, **options)
+    with pytest.raises(UsageError, match=r"not empty, and without notes\.jsonl\.run\.json it cannot be"):
+        run_file(*loaded, prompts, foreign, **OPTIONS)
     assert foreign.read_text() == "mine\n"
     for line in ("\0\0\0", '{"index": 99}', '{"index": "3"}', "[]", undisturbed[3]):
         begun.write_text(f"{undisturbed[3]}\n{line}\n{undisturbed[4]}\n", encoding="utf-8")
         with pytest.raises(LoadError, match=r"out\.jsonl, line 2: not a line of this command"):
-            run_file(*loaded, prompts, begun, **options)
+            run_file(*loaded, prompts, begun, **OPTIONS)
 
 
-def test_a_deleted_output_begins_anew_with_other_options(loaded, prompts, begun) -> None:
+def test_a_deleted_output_begins_anew_with_other_options(loaded, prompts, begun):
     begun.unlink()
     summary = run_file(*loaded, prompts, begun, params=SamplingParams(), max_new_tokens=2)
     assert (summary.rows, summary.resumed) == (16, 0)
 
 
-def test_two_commands_cannot_write_one_output(loaded, prompts, begun) -> None:
+def test_two_commands_cannot_write_one_output(loaded, prompts, begun):
     fcntl = pytest.importorskip("fcntl", reason="this system has no file locks of this kind")
     with begun.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another command is writing to it"):
-            run_file(*loaded, prompts, begun, params=PARAMS, max_new_tokens=40)
+            run_file(*loaded, prompts, begun, **OPTIONS)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-def test_a_full_disk_is_said(loaded, prompts, tmp_path, monkeypatch) -> None:
+def test_a_full_disk_is_said(loaded, prompts, tmp_path, monkeypatch):
     full = os.open("/dev/full", os.O_WRONLY)
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(full, data))

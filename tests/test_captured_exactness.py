@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
+from generation_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
 
-from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine.captured import DecodeLoop, DecodeLoops, captured_steps
 from smollm2.engine.eager import Engine
 from smollm2.sampling import SamplingParams
@@ -21,7 +20,7 @@ SEEDS = [7, -3, 7, 1 << 70]
 
 
 @pytest.fixture(scope="module")
-def model() -> SmolLM2ForCausalLM:
+def model():
     return tiny_model()
 
 
@@ -37,9 +36,7 @@ def model() -> SmolLM2ForCausalLM:
     ],
     ids=["greedy", "sampled", "everything", "penalty", "suppressed"],
 )
-def test_tokens_are_those_of_the_eager_loop(
-    model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int
-) -> None:
+def test_tokens_are_those_of_the_eager_loop(model, params, chunk):
     ids, mask = prompts(LENGTHS)
     expected = eager(model, ids, mask, SEEDS, params=params, max_new_tokens=23)  # no multiple of a chunk
     found = looped(DecodeLoops(Engine(model), chunk), ids, mask, SEEDS, params=params, max_new_tokens=23)
@@ -47,27 +44,26 @@ def test_tokens_are_those_of_the_eager_loop(
     assert found == expected
 
 
+def with_ends(model, ids, mask, options, new):
+    """(options with several end tokens, so that rows end apart and inside of chunks, the eager tokens)."""
+    free = eager(model, ids, mask, SEEDS, max_new_tokens=new, **options)
+    ends = [free[2][0], free[6][1], free[13][2], free[21][3]]
+    options = dict(options, max_new_tokens=new, eos_token_ids=ends, pad_token_id=511)  # no token of the text
+    expected = eager(model, ids, mask, SEEDS, **options)
+    assert 2 < len(expected) < new and sum(511 in step for step in expected) > 1
+    return options, free, expected
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
-def test_rows_end_where_the_eager_loop_ends_them(
-    model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int
-) -> None:
-    """Several end tokens, so that rows end at different steps, in the middle of chunks; the pad is no token
-    of the text.
-    """
+def test_rows_end_where_the_eager_loop_ends_them(model, params, chunk):
     ids, mask = prompts(LENGTHS)
-    free = eager(model, ids, mask, SEEDS, params=params, max_new_tokens=40)
-    ends = [free[2][0], free[6][1], free[13][2], free[21][3]]
-    options = dict(params=params, max_new_tokens=40, eos_token_ids=ends, pad_token_id=511)
-    expected = eager(model, ids, mask, SEEDS, **options)
-    assert 2 < len(expected) < 40 and sum(511 in step for step in expected) > 1, (
-        "the case must have rows that end apart"
-    )
+    options, _, expected = with_ends(model, ids, mask, dict(params=params), 40)
     assert looped(DecodeLoops(Engine(model), chunk), ids, mask, SEEDS, **options) == expected
 
 
 @pytest.fixture
-def as_if_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_if_captured(monkeypatch):
     """The host's part of a captured loop without a GPU: what is replayed is the step itself, and a chunk is
     read when the next has run.
     """
@@ -91,23 +87,17 @@ def as_if_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
-def test_reading_a_chunk_behind_gives_the_same_tokens(
-    model: SmolLM2ForCausalLM, as_if_captured: None, params: SamplingParams, chunk: int
-) -> None:
+def test_reading_a_chunk_behind_gives_the_same_tokens(model, as_if_captured, params, chunk):
     loops = DecodeLoops(Engine(model), chunk)
     for seed in (1, 2):
         ids, mask = prompts(LENGTHS, seed)
-        free = eager(model, ids, mask, SEEDS, params=params, max_new_tokens=39)
-        assert looped(loops, ids, mask, SEEDS, params=params, max_new_tokens=39) == free
-        ends = [free[2][0], free[6][1], free[13][2], free[21][3]]
-        options = dict(params=params, max_new_tokens=39, eos_token_ids=ends, pad_token_id=511)
-        expected = eager(model, ids, mask, SEEDS, **options)
-        assert len(expected) < 39
+        options, free, expected = with_ends(model, ids, mask, dict(params=params), 23 if seed == 1 else 25)
+        assert looped(loops, ids, mask, SEEDS, params=params, max_new_tokens=len(free)) == free
         assert looped(loops, ids, mask, SEEDS, **options) == expected
     assert len(loops.idle) == 1
 
 
-def test_the_pad_may_be_the_end_token_and_the_first_token_may_end_a_row(model: SmolLM2ForCausalLM) -> None:
+def test_the_pad_may_be_the_end_token_and_the_first_token_may_end_a_row(model):
     ids, mask = prompts((5, 8))
     first = eager(model, ids, mask, [0, 1], params=GREEDY, max_new_tokens=1)[0]
     options = dict(params=GREEDY, max_new_tokens=20, eos_token_ids=[first[0]], pad_token_id=first[0])
@@ -119,59 +109,24 @@ def test_the_pad_may_be_the_end_token_and_the_first_token_may_end_a_row(model: S
 
 
 @pytest.mark.parametrize("new_tokens", [0, 1, 2, 4, 5, 16, 17])
-def test_any_number_of_new_tokens(model: SmolLM2ForCausalLM, new_tokens: int) -> None:
+def test_any_number_of_new_tokens(model, new_tokens):
     ids, mask = prompts((5, 8))
     options = dict(params=SAMPLED, max_new_tokens=new_tokens)
-    assert looped(DecodeLoops(Engine(model), 4), ids, mask, [0, 1], **options) == eager(
-        model, ids, mask, [0, 1], **options
-    )
+    found = looped(DecodeLoops(Engine(model), 4), ids, mask, [0, 1], **options)
+    assert found == eager(model, ids, mask, [0, 1], **options)
 
 
-def test_an_empty_batch_yields_nothing(model: SmolLM2ForCausalLM) -> None:
+def test_an_empty_batch_yields_nothing_and_seeds_may_be_a_tensor(model):
     none = torch.empty(0, 3, dtype=torch.int64)
-    assert (
-        list(
-            captured_steps(
-                DecodeLoops(Engine(model)), none, none[:, 0], params=GREEDY, seeds=[], max_new_tokens=4
-            )
-        )
-        == []
-    )
-
-
-def test_seeds_may_be_a_tensor(model: SmolLM2ForCausalLM) -> None:
+    loops, options = DecodeLoops(Engine(model)), dict(params=SAMPLED, max_new_tokens=12)
+    assert list(captured_steps(loops, none, none[:, 0], seeds=[], **options)) == []
     ids, mask = prompts((5, 8))
-    steps = captured_steps(
-        DecodeLoops(Engine(model)),
-        ids,
-        mask.sum(1),
-        params=SAMPLED,
-        seeds=torch.tensor([4, -5]),
-        max_new_tokens=12,
-    )
-    assert [tokens.tolist() for tokens in steps] == eager(
-        model, ids, mask, [4, -5], params=SAMPLED, max_new_tokens=12
-    )
-
-
-def test_a_row_alone_is_the_row_in_the_batch(model: SmolLM2ForCausalLM) -> None:
-    ids, mask = prompts(LENGTHS)
-    loops = DecodeLoops(Engine(model), 4)
-    batch = looped(loops, ids, mask, SEEDS, params=EVERYTHING, max_new_tokens=20)
-    for row, length in enumerate(LENGTHS):
-        alone = looped(
-            loops,
-            ids[row : row + 1, :length],
-            mask[row : row + 1, :length],
-            [SEEDS[row]],
-            params=EVERYTHING,
-            max_new_tokens=20,
-        )
-        assert [step[0] for step in alone] == [step[row] for step in batch]
+    found = looped(loops, ids, mask, torch.tensor([4, -5]), **options)
+    assert found == eager(model, ids, mask, [4, -5], **options)
 
 
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
-def test_nothing_leaks_from_the_prompt_before(model: SmolLM2ForCausalLM, params: SamplingParams) -> None:
+def test_nothing_leaks_from_the_prompt_before(model, params):
     """One loop: a long text whose rows all ended, NaN and other tokens left everywhere, then a short one."""
     loops = DecodeLoops(Engine(model), 4)
     long_ids, long_mask = prompts((40, 33), seed=5)
@@ -187,7 +142,7 @@ def test_nothing_leaks_from_the_prompt_before(model: SmolLM2ForCausalLM, params:
     assert found == eager(model, ids, mask, [3, 4], params=params, max_new_tokens=50)
 
 
-def test_a_generation_that_is_given_up_leaves_nothing_behind(model: SmolLM2ForCausalLM) -> None:
+def test_a_generation_that_is_given_up_leaves_nothing_behind(model):
     loops = DecodeLoops(Engine(model), 4)
     ids, mask = prompts((5, 8))
     steps = captured_steps(loops, ids, mask.sum(1), params=SAMPLED, seeds=[0, 1], max_new_tokens=40)
@@ -195,35 +150,28 @@ def test_a_generation_that_is_given_up_leaves_nothing_behind(model: SmolLM2ForCa
         next(steps)
     steps.close()
     assert len(loops.idle) == 1
-    assert looped(loops, ids, mask, [0, 1], params=GREEDY, max_new_tokens=40) == eager(
-        model, ids, mask, [0, 1], params=GREEDY, max_new_tokens=40
-    )
+    options = dict(params=GREEDY, max_new_tokens=40)
+    assert looped(loops, ids, mask, [0, 1], **options) == eager(model, ids, mask, [0, 1], **options)
     assert len(loops.idle) == 1
 
 
-def test_two_generations_may_take_turns(model: SmolLM2ForCausalLM) -> None:
-    loops = DecodeLoops(Engine(model), 4)
+def test_two_generations_may_take_turns(model):
+    loops, options = DecodeLoops(Engine(model), 4), dict(params=SAMPLED, max_new_tokens=20)
     cases = [prompts((5, 8), seed=seed) for seed in (1, 2)]
-    turns = zip(
-        *(
-            captured_steps(loops, ids, mask.sum(1), params=SAMPLED, seeds=[0, 1], max_new_tokens=20)
-            for ids, mask in cases
-        ),
-        strict=True,
-    )
-    found = [[tokens.tolist() for tokens in pair] for pair in turns]
-    expected = [eager(model, ids, mask, [0, 1], params=SAMPLED, max_new_tokens=20) for ids, mask in cases]
+    steps = (captured_steps(loops, ids, mask.sum(1), seeds=[0, 1], **options) for ids, mask in cases)
+    found = [[tokens.tolist() for tokens in pair] for pair in zip(*steps, strict=True)]
+    expected = [eager(model, ids, mask, [0, 1], **options) for ids, mask in cases]
     assert found == [list(pair) for pair in zip(*expected, strict=True)]
     assert len(loops.idle) == 2
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_the_triton_backend_gives_the_same_tokens(params: SamplingParams) -> None:
-    """In the interpreter where there is no GPU, hence few tokens."""
+def test_the_triton_backend_gives_the_same_tokens():
+    """In the interpreter where there is no GPU, hence few tokens of one layer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = tiny_model("triton", device)
-    ids, mask = prompts((5, 2))
-    options = dict(params=params, max_new_tokens=4)
-    found = looped(DecodeLoops(Engine(model), 2), ids, mask, [0, 1], **options)
-    assert found == eager(model, ids, mask, [0, 1], **options)
-    assert found == eager(tiny_model("torch", device), ids, mask, [0, 1], **options)
+    model, plain = (tiny_model(name, device, num_hidden_layers=1) for name in ("triton", "torch"))
+    (ids, mask), loops = prompts((5, 2)), DecodeLoops(Engine(model), 2)
+    for params, new in ((GREEDY, 4), (SAMPLED, 3)):
+        options = dict(params=params, max_new_tokens=new)
+        found = looped(loops, ids, mask, [0, 1], **options)
+        assert found == eager(model, ids, mask, [0, 1], **options)
+        assert found == eager(plain, ids, mask, [0, 1], **options)

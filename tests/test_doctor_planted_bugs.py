@@ -29,9 +29,7 @@ def failures(model: SmolLM2ForCausalLM) -> set[str]:
 
 
 def planted(**operations: Callable[..., Any]) -> Backend:
-    """The reference with some operations replaced; a rotation and a SwiGLU are planted in both forms that the
-    switch has.
-    """
+    """The reference with operations replaced; rotation and SwiGLU in both forms that the switch has."""
     if swiglu := operations.get("swiglu"):
         operations["mlp"] = partial(mlp, swiglu=swiglu)
     if rope := operations.get("rope"):
@@ -44,19 +42,21 @@ def planted(**operations: Callable[..., Any]) -> Backend:
     return dataclasses.replace(TORCH, name="planted", **operations)
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, **_: Any) -> Tensor:
     """The bug that this project began with: scaled dot product attention without a causal mask."""
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True).transpose(
-        1, 2
-    )
+    return sdpa(q, k, v)
 
 
 def one_too_far(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, **_: Any) -> Tensor:
     """Every query also sees the next key: an off-by-one in a mask."""
-    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1] + 1)
-    return F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
-    ).transpose(1, 2)
+    return sdpa(
+        q, k, v, torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1] + 1)
+    )
 
 
 def ignores_documents(
@@ -81,14 +81,11 @@ def without_sine(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates neighbours instead of halves: a right rotation, for other weights."""
 
-    def halves(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    def regrouped(x: Tensor, sizes: tuple[int, int]) -> Tensor:
+        return x.unflatten(-1, sizes).transpose(-1, -2).flatten(-2)
 
-    def neighbours(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-    q, k = reference.rope(halves(q), halves(k), cos, sin)
-    return neighbours(q), neighbours(k)
+    q, k = reference.rope(regrouped(q, (-1, 2)), regrouped(k, (-1, 2)), cos, sin)
+    return regrouped(q, (2, -1)), regrouped(k, (2, -1))
 
 
 def dead_gate(packed: Tensor) -> Tensor:
@@ -100,7 +97,7 @@ def infinite(packed: Tensor) -> Tensor:
     return reference.swiglu(packed) / 0.0
 
 
-def test_the_reference_passes_every_check() -> None:
+def test_the_reference_passes_every_check():
     findings = {name: check(tiny()) for name, check in doctor.MODEL_CHECKS.items()}
     assert {name: finding for name, finding in findings.items() if finding.passed is False} == {}
     assert doctor.check_head_stays_tied(tiny()).passed
@@ -121,22 +118,22 @@ def test_the_reference_passes_every_check() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_planted_bug_fails_the_check_that_names_it(backend: Backend, named: str) -> None:
+def test_a_planted_bug_fails_the_check_that_names_it(backend, named):
     assert named in failures(tiny(backend))
 
 
-def test_a_right_rotation_of_the_wrong_layout_is_caught_by_transformers_alone() -> None:
+def test_a_right_rotation_of_the_wrong_layout_is_caught_by_transformers_alone():
     pytest.importorskip("transformers", reason="transformers is not installed")
     assert failures(tiny(planted(rope=interleaved))) == {"transformers"}
 
 
-def test_an_untied_head_is_caught() -> None:
+def test_an_untied_head_is_caught():
     model = tiny()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert {"tied head", "parameter count"} <= failures(model)
 
 
-def test_a_head_that_comes_untied_by_a_conversion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_comes_untied_by_a_conversion_is_caught(monkeypatch):
     def to(self: SmolLM2ForCausalLM, *args: Any) -> SmolLM2ForCausalLM:
         self.lm_head.weight = torch.nn.Parameter(self.lm_head.weight.detach().clone())
         return self
@@ -146,7 +143,7 @@ def test_a_head_that_comes_untied_by_a_conversion_is_caught(monkeypatch: pytest.
     assert (finding.figure, finding.passed) == ("two tensors after .to()", False)
 
 
-def test_a_wrong_initialisation_is_caught_by_the_first_loss() -> None:
+def test_a_wrong_initialisation_is_caught_by_the_first_loss():
     model = tiny()
     assert doctor.check_first_loss(model).passed
     with torch.no_grad():
@@ -154,29 +151,26 @@ def test_a_wrong_initialisation_is_caught_by_the_first_loss() -> None:
     assert doctor.check_first_loss(model).passed is False
 
 
-def test_nan_is_a_failure_and_not_a_pass() -> None:
+def test_nan_is_a_failure_and_not_a_pass():
     model = tiny()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     assert {"causality", "documents", "cached = uncached", "gradients"} <= failures(model)
 
 
-def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch):
     def broken(packed: Tensor) -> Tensor:
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(doctor, "_fresh", lambda preset, device, backend: tiny(backend))
     rows = list(doctor.diagnose([(CPU, planted(swiglu=broken))]))
     by_check = {row.check: row.finding for row in rows if row.subject.startswith("fresh tiny")}
-    assert by_check["causality"] == doctor.Finding(
-        "RuntimeError: no kernel image is available", "no error", False
-    )
+    figure = "RuntimeError: no kernel image is available"
+    assert by_check["causality"] == doctor.Finding(figure, "no error", False)
     assert by_check["tied head"].passed and by_check["rotary shift"].passed
 
 
-def test_a_backend_that_sees_the_future_makes_the_command_fail(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_backend_that_sees_the_future_makes_the_command_fail(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "resolve_backend", lambda name, device: planted(attention=bidirectional))
     monkeypatch.setattr(doctor, "_fresh", lambda preset, device, backend: tiny(backend))
     assert doctor.main(["--device", "cpu", "--backend", "planted"]) == 1

@@ -1,4 +1,4 @@
-"""The decode step on the CPU gives what the composition of the reference gives, for every shape of a step."""
+"""The decode step on the CPU: what the reference's composition gives, for every shape and current weights."""
 
 from __future__ import annotations
 
@@ -9,27 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from generation_cases import tiny_model
 from numerics import check
 from torch import Tensor
 
 from kernels import TORCH, reference
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2 import SmolLM2ForCausalLM, generate
 from smollm2.engine import eager_step
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import linear, onednn, pack, packed_weights, supports
 from smollm2.engine.quantized import INT8_PACKED_ROWS, QuantizedEngine, WideInt8Weight, batch_weights
 
-BFLOAT16 = pytest.mark.skipif(
-    not onednn(torch.bfloat16), reason="oneDNN has no bfloat16 product for this processor"
-)
+BFLOAT16 = pytest.mark.skipif(not onednn(torch.bfloat16), reason="oneDNN has no bfloat16 product here")
 LENGTHS = [[9], [9, 9, 9], [9, 2, 17], [1, 1]]  # of the prompts
 
 
 def model_of(dtype: torch.dtype = torch.float32, **changes: Any) -> SmolLM2ForCausalLM:
-    torch.manual_seed(0)
-    config = SmolLM2Config.preset("tiny", initializer_range=0.3, **changes)
-    return SmolLM2ForCausalLM(config, backend="torch").to(dtype).eval()
+    return tiny_model(**changes).to(dtype)
 
 
 def composed(model: SmolLM2ForCausalLM) -> SmolLM2ForCausalLM:
@@ -42,28 +40,25 @@ def composed(model: SmolLM2ForCausalLM) -> SmolLM2ForCausalLM:
 def run(
     model: SmolLM2ForCausalLM, lengths: list[int], steps: list[int], engine: Engine | None = None
 ) -> tuple[Tensor, KVCache]:
-    """Prefills prompts of those lengths, then decodes steps of so many tokens -> their logits
-    [B, sum of steps, V], and the cache.
-    """
-    engine, generator = engine or Engine(model), torch.Generator().manual_seed(1)
-    cache = engine.allocate(len(lengths), max(lengths) + sum(steps))
-    prompts = torch.randint(512, (len(lengths), max(lengths)), generator=generator)
+    """Prefills prompts of those lengths, then reads steps of so many tokens -> all logits [B, sum, V]."""
+    engine, batch = engine or Engine(model), len(lengths)
+    generator = torch.Generator().manual_seed(1)
+    cache = engine.allocate(batch, max(lengths) + sum(steps))
+    prompts = torch.randint(512, (batch, max(lengths)), generator=generator)
     engine.prefill(prompts, torch.tensor(lengths), cache)
     cache.longest = max(lengths)
-    logits = [
-        engine.decode(torch.randint(512, (len(lengths), count), generator=generator), cache)
-        for count in steps
-    ]
-    return torch.cat(logits, 1), cache
+    tokens = [torch.randint(512, (batch, count), generator=generator) for count in steps]
+    return torch.cat([engine.decode(part, cache) for part in tokens], 1), cache
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_in_float64_it_is_the_composition(lengths: list[int]) -> None:
-    """One token, several at once, rows of equal and of different lengths; no rounding can hide an error."""
+def test_in_float64_it_is_the_composition(lengths):
+    """One token, several at once, rows of one length and of several: no rounding to hide behind."""
     model = model_of(torch.float64)
     other = composed(model)
     assert supports(model, Engine(model).allocate(1, 4)) and not supports(other, Engine(other).allocate(1, 4))
-    (ours, cache), (expected, other_cache) = (run(each, lengths, [1, 1, 3, 1]) for each in (model, other))
+    results = [run(each, lengths, [1, 1, 3, 1]) for each in (model, other)]
+    (ours, cache), (expected, other_cache) = results
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)  # logits come in float32
     for row, length in enumerate(lengths):
         for name in ("keys", "values"):
@@ -76,16 +71,14 @@ def test_in_float64_it_is_the_composition(lengths: list[int]) -> None:
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=BFLOAT16)]
 )
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_in_the_models_dtype_it_errs_no_more_than_the_composition(
-    lengths: list[int], dtype: torch.dtype
-) -> None:
+def test_in_the_models_dtype_it_errs_no_more_than_the_composition(lengths, dtype):
     model = model_of(dtype)
-    models = model, composed(model), composed(copy.deepcopy(model).double())
-    ours, base, truth = (run(each, lengths, [1, 2])[0] for each in models)
-    check("decode step", "logits", ours, base, truth.double(), dtype)
+    truth = run(composed(copy.deepcopy(model).double()), lengths, [1, 2])[0].double()
+    ours, base = (run(each, lengths, [1, 2])[0] for each in (model, composed(model)))
+    check("decode step", "logits", ours, base, truth, dtype)
 
 
-def test_heads_in_groups_of_one_and_of_five() -> None:
+def test_heads_in_groups_of_one_and_of_five():
     for heads, key_heads in ((2, 2), (5, 1)):
         sizes = dict(hidden_size=64 * heads, num_attention_heads=heads, num_key_value_heads=key_heads)
         model = model_of(torch.float64, **sizes)
@@ -94,7 +87,7 @@ def test_heads_in_groups_of_one_and_of_five() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_norm_is_the_references_bit_for_bit(dtype: torch.dtype) -> None:
+def test_the_norm_is_the_references_bit_for_bit(dtype):
     x, weight = (3 * torch.randn(64, 576)).to(dtype), torch.randn(576).to(dtype)
     assert torch.equal(eager_step._normed(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
 
@@ -102,11 +95,11 @@ def test_the_norm_is_the_references_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BFLOAT16)])
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 16])
 @pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (31, 50)])
-def test_products_are_right_to_rounding(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
-    """The bound holds for an fp32 sum in any order: oneDNN adds products one by one, others do not."""
+def test_products_are_right_to_rounding(shape, rows, dtype):
+    """The bound is that of a sum in fp32 in any order, in which libraries differ."""
     weight, x = torch.randn(shape).to(dtype), torch.randn(rows, 1, shape[1]).to(dtype)
-    exact = torch.nn.functional.linear(x.double(), weight.double())
-    magnitude = torch.nn.functional.linear(x.double().abs(), weight.double().abs())
+    exact = F.linear(x.double(), weight.double())
+    magnitude = F.linear(x.double().abs(), weight.double().abs())
     allowed = (2**-8 if dtype == torch.bfloat16 else 2**-24) * exact.abs() + shape[1] * 2**-24 * magnitude
     for matrix in (weight, pack(weight)) if onednn(dtype) and rows else (weight,):
         product = linear(x, matrix)
@@ -114,9 +107,7 @@ def test_products_are_right_to_rounding(shape: tuple[int, int], rows: int, dtype
         assert bool(((product.double() - exact).abs() <= allowed).all())
 
 
-def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(monkeypatch):
     model = model_of()
     cache = Engine(model).allocate(1, 4)
     assert supports(model, cache)
@@ -127,10 +118,9 @@ def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(
 
 
 @pytest.mark.parametrize(
-    "op",
-    ["rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu", "decode_layer", "decode_head"],
+    "op", "rms_norm add_rms_norm rope_qkv decode_attention swiglu decode_layer decode_head".split()
 )
-def test_a_replaced_operation_is_called(op: str) -> None:
+def test_a_replaced_operation_is_called(op):
     model, calls = model_of(), []
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -144,7 +134,7 @@ def test_a_replaced_operation_is_called(op: str) -> None:
 
 
 @BFLOAT16
-def test_a_packed_copy_is_shared_and_goes_with_its_model() -> None:
+def test_a_packed_copy_is_shared_and_goes_with_its_model():
     model = model_of(torch.bfloat16)
     first, again = packed_weights(model), packed_weights(model)
     assert first.head is again.head and first.head.is_mkldnn and first.layers[0].qkv.is_mkldnn
@@ -157,7 +147,7 @@ def test_a_packed_copy_is_shared_and_goes_with_its_model() -> None:
 
 @BFLOAT16
 @pytest.mark.parametrize("change", ["in place", "assigned"])
-def test_a_changed_weight_is_packed_anew(change: str) -> None:
+def test_a_changed_weight_is_packed_anew(change):
     """A bf16 model that trains and samples in turns."""
     model, ids = model_of(torch.bfloat16), torch.arange(1, 10)[None]
     engine = Engine(model)
@@ -167,9 +157,8 @@ def test_a_changed_weight_is_packed_anew(change: str) -> None:
             for parameter in model.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
     else:
-        model.load_state_dict(
-            {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}, assign=True
-        )
+        others = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+        model.load_state_dict(others, assign=True)
         model.tie_weights()
     after = generate(model, ids, max_new_tokens=12, eos_token_id=[], engine=engine)
     fresh = generate(copy.deepcopy(model), ids, max_new_tokens=12, eos_token_id=[])
@@ -177,7 +166,7 @@ def test_a_changed_weight_is_packed_anew(change: str) -> None:
 
 
 @BFLOAT16
-def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch):
     monkeypatch.setattr(eager_step, "free_memory", lambda device: 1000)
     model = model_of(torch.bfloat16)
     weights = packed_weights(model)
@@ -186,37 +175,28 @@ def test_without_memory_for_a_copy_the_models_own_weights_serve(monkeypatch: pyt
     assert batch_weights(engine.few).head is engine.head
 
 
-def test_fp32_needs_no_copy() -> None:
+def test_fp32_needs_no_copy():
     model = model_of()
-    assert (
-        packed_weights(model).head.data_ptr() == model.lm_head.weight.data_ptr()
-        and model not in eager_step._packed
-    )
+    assert packed_weights(model).head.data_ptr() == model.lm_head.weight.data_ptr()
+    assert model not in eager_step._packed
 
 
 @BFLOAT16
-def test_a_quantised_batch_multiplies_by_the_same_values() -> None:
+def test_a_quantised_batch_multiplies_by_the_same_values():
     model = model_of(torch.bfloat16)
     engine = QuantizedEngine(model, "int8")
     many = batch_weights(engine.few)
     x = torch.randn(INT8_PACKED_ROWS, model.config.hidden_size).bfloat16()
     for wide, weight in ((many.head, engine.head), (many.layers[1].qkv, engine.layers[1].qkv)):
         assert isinstance(wide, WideInt8Weight) and wide.scales is weight.scales
-        truth = torch.nn.functional.linear(
-            x.double(), weight.values.double() * weight.scales.double()[:, None]
-        )
-        check(
-            "int8 batch",
-            "y",
-            many.linear(x, wide),
-            torch.nn.functional.linear(x, weight.values.bfloat16()) * weight.scales,
-            truth,
-        )
+        truth = F.linear(x.double(), weight.values.double() * weight.scales.double()[:, None])
+        base = F.linear(x, weight.values.bfloat16()) * weight.scales
+        check("int8 batch", "y", many.linear(x, wide), base, truth)
 
 
 @BFLOAT16
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantised_batch_is_its_rows_to_rounding(kind: str) -> None:
+def test_a_quantised_batch_is_its_rows_to_rounding(kind):
     model = model_of(torch.bfloat16)
     engine = QuantizedEngine(model, kind)
     lengths = [6] * INT8_PACKED_ROWS

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+from generation_cases import tiny_model
 
 from kernels import TORCH, select_backend
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2 import generate
 from smollm2.engine.captured import CapturedEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.quantized import QuantizedEngine
@@ -18,8 +19,7 @@ from smollm2.errors import UsageError
 @pytest.fixture
 def model(monkeypatch, tmp_path):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))
-    torch.manual_seed(0)
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", initializer_range=0.3), backend="torch").eval()
+    return tiny_model()
 
 
 def prompt():
@@ -44,17 +44,6 @@ def test_quantised_weights_give_nearly_the_same_logits(model, kind):
             logits.append(each.decode(torch.tensor([[3]]), cache)[0, 0])
     error = (logits[0] - logits[1]).norm() / logits[1].norm()
     assert 0 < error < {"int8": 0.03, "int4": 0.4}[kind]
-
-
-def test_rows_of_a_quantised_batch_are_the_rows_alone(model):
-    engine = select_engine(model, quantize="int8", compiled=False)
-    batch = torch.randint(0, 512, (3, 9), generator=torch.Generator().manual_seed(2))
-    together = generate(model, batch, max_new_tokens=8, eos_token_id=[], engine=engine)
-    for row in range(3):
-        assert torch.equal(
-            generate(model, batch[row : row + 1], max_new_tokens=8, eos_token_id=[], engine=engine)[0],
-            together[row],
-        )
 
 
 def test_the_captured_engine_gives_the_same_tokens(model):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from generation_cases import random_ids as ids
+from generation_cases import tiny_model
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2 import generate
 from smollm2.errors import UsageError
 from smollm2.generation import loop
 from smollm2.generation.loop import stream_text
@@ -21,12 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", initializer_range=0.3), backend="torch").eval()
-
-
-def ids(batch, length, seed=1):
-    return torch.randint(0, 512, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return tiny_model()
 
 
 def test_cached_is_uncached(model):
@@ -49,15 +46,12 @@ def test_a_row_in_a_ragged_batch_is_the_row_alone(model, temperature, side):
             mask[row, 21 - padding :] = 0
         else:
             mask[row, torch.randperm(21, generator=torch.Generator().manual_seed(row))[:padding]] = 0
-    options = dict(
-        max_new_tokens=12, temperature=temperature, eos_token_id=[], repetition_penalty=1.2, top_p=0.9
-    )
-    batch = generate(model, tokens, mask, seed=7, **options)
+    options = dict(max_new_tokens=12, temperature=temperature, repetition_penalty=1.2, top_p=0.9)
+    batch = generate(model, tokens, mask, seed=7, eos_token_id=[], **options)
     for row in range(4):
         prompt = tokens[row][mask[row].bool()][None]
-        assert torch.equal(
-            generate(model, prompt, seed=7 + row, **options)[0, prompt.shape[1] :], batch[row, 21:]
-        )
+        alone = generate(model, prompt, seed=7 + row, eos_token_id=[], **options)
+        assert torch.equal(alone[0, prompt.shape[1] :], batch[row, 21:])
 
 
 def test_seeds_may_be_a_list(model):
@@ -157,38 +151,33 @@ class Characters:
         return bytes([token % 256])
 
 
-def fixed(monkeypatch, data):
-    steps = lambda *args, **kwargs: (torch.tensor([byte]) for byte in data)  # noqa: E731
-    monkeypatch.setattr(loop, "generate_steps", steps)
+@pytest.fixture
+def streamed(model, monkeypatch):
+    """The pieces of text of a model that generates these bytes."""
+
+    def pieces(data, stop=()):
+        steps = lambda *args, **kwargs: (torch.tensor([byte]) for byte in data)  # noqa: E731
+        monkeypatch.setattr(loop, "generate_steps", steps)
+        options = dict(max_new_tokens=99, params=SamplingParams(), stop=stop)
+        return list(stream_text(model, Characters(), [1], **options))
+
+    return pieces
 
 
-def test_streamed_text_never_splits_a_character(model, monkeypatch):
+def test_streamed_text_never_splits_a_character(streamed):
     text = "naïve 🙂 漢字"
-    fixed(monkeypatch, text.encode())
-    pieces = list(stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams()))
-    assert "".join(pieces) == text
-    assert len(pieces) == len(text.encode())
+    pieces = streamed(text.encode())
+    assert "".join(pieces) == text and len(pieces) == len(text.encode())
     assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_an_unfinished_character_at_the_end_is_marked(model, monkeypatch):
-    fixed(monkeypatch, "a🙂".encode()[:-1])
-    assert (
-        "".join(stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams()))
-        == "a\ufffd"
-    )
+    assert "".join(streamed("a🙂".encode()[:-1])) == "a\ufffd", "one that is unfinished at the end is marked"
 
 
 @pytest.mark.parametrize(
     "stop, expected",
     [(["lo w"], "hel"), (["xyz"], "hello world"), (["world", "o"], "hell"), (["d!"], "hello world")],
 )
-def test_stop_strings_end_the_text_before_them(model, monkeypatch, stop, expected):
-    fixed(monkeypatch, b"hello world")
-    pieces = list(
-        stream_text(model, Characters(), [1], max_new_tokens=99, params=SamplingParams(), stop=stop)
-    )
-    assert "".join(pieces) == expected
+def test_stop_strings_end_the_text_before_them(streamed, stop, expected):
+    assert "".join(streamed(b"hello world", stop)) == expected
 
 
 @pytest.mark.parametrize(
@@ -220,15 +209,12 @@ def test_wrong_ids_are_named(model):
         generate(model, torch.empty(1, 0, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(
-    "first", ["import smollm2.generate", "import smollm2", "from smollm2.generation import loop"]
-)
+@pytest.mark.parametrize("first", ["smollm2.generate", "smollm2", "smollm2.generation.loop"])
 def test_generate_of_the_package_is_the_function(first):
     """Importing the command of that name leaves it so, whichever module comes first."""
-    code = f"{first}; import smollm2, smollm2.generate; from smollm2 import generate, model; "
+    code = f"import {first}; import smollm2, smollm2.generate; from smollm2 import generate, model; "
     code += "assert generate is smollm2.generate is smollm2.generation.loop.generate; "
     code += "model.SmolLM2ForCausalLM.from_pretrained('no-such-folder/x/y')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.stderr.strip().endswith("LoadError: 'no-such-folder/x/y': no such file or folder"), (
-        done.stderr
-    )
+    error = done.stderr.strip()
+    assert error.endswith("LoadError: 'no-such-folder/x/y': no such file or folder"), error

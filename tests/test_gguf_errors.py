@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 
@@ -21,27 +16,22 @@ from smollm2.pretrained.gguf import open_gguf  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def intact(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     tokens = [f"token{i}" for i in range(300)]
     gguf_files.write_gguf(path, metadata={"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.model": "gpt2"})
     return path.read_bytes()
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Callable[..., Any]:
-    """Writes a model with something changed and reads it."""
-
-    def read(**changes: Any) -> Any:
-        gguf_files.write_gguf(tmp_path / "model.gguf", **changes)
-        file = open_gguf(tmp_path / "model.gguf")
-        return file.config, file.tensors()
-
-    return read
+def changed(folder, **changes):
+    """Reads a model with something changed."""
+    gguf_files.write_gguf(folder / "model.gguf", **changes)
+    file = open_gguf(folder / "model.gguf")
+    return file.config, file.tensors()
 
 
 @pytest.mark.parametrize("kept", [0, 3, 4, 7, 12, 23, 24, 60, 200, 1000, 5000, 9000, 10000, 0.3, 0.9, -1])
-def test_a_file_cut_short_is_reported_as_truncated(tmp_path: Path, intact: bytes, kept: int | float) -> None:
+def test_a_file_cut_short_is_reported_as_truncated(tmp_path, intact, kept):
     length = int(kept * len(intact)) if isinstance(kept, float) else kept % len(intact)
     path = tmp_path / "cut.gguf"
     path.write_bytes(intact[:length])
@@ -50,10 +40,8 @@ def test_a_file_cut_short_is_reported_as_truncated(tmp_path: Path, intact: bytes
     assert "\n" not in str(caught.value)
 
 
-def test_flipped_bits_in_the_header_never_hang_or_crash(tmp_path: Path, intact: bytes) -> None:
-    """Counts and lengths are where a reader runs on for ever: every high byte of the first 24 and some later
-    ones.
-    """
+def test_flipped_bits_in_the_header_never_hang_or_crash(tmp_path, intact):
+    """Counts and lengths are where a reader runs on for ever: the first 24 bytes, and some later ones."""
     outcomes = set()
     for position in (*range(4, 24), *range(24, 9000, 331)):
         damaged = bytearray(intact)
@@ -71,7 +59,7 @@ def test_flipped_bits_in_the_header_never_hang_or_crash(tmp_path: Path, intact: 
     assert "refused" in outcomes
 
 
-def test_what_is_no_gguf_file(tmp_path: Path) -> None:
+def test_what_is_no_gguf_file(tmp_path):
     (tmp_path / "text.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(LoadError, match=r"not a GGUF file: expected it to begin with b'GGUF', got b'vers'"):
         open_gguf(tmp_path / "text.gguf")
@@ -81,14 +69,10 @@ def test_what_is_no_gguf_file(tmp_path: Path) -> None:
         open_gguf(tmp_path)
 
 
-def test_another_architecture_is_refused(model: Callable[..., Any]) -> None:
-    with pytest.raises(LoadError, match="expected general.architecture 'llama' .*, got 'gpt2'"):
-        model(architecture="gpt2")
-
-
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
+        ({}, ""),  # unchanged, the same writer gives a file that reads
         ({"llama.block_count": None}, "metadata llama.block_count missing"),
         ({"llama.block_count": "thirty"}, "llama.block_count must be of type int, got 'thirty'"),
         ({"llama.block_count": 3}, r"tensors missing: blk\.2\.attn_norm\.weight.*and 5 more"),
@@ -96,71 +80,50 @@ def test_another_architecture_is_refused(model: Callable[..., Any]) -> None:
         ({"llama.attention.head_count": 3}, "must be a multiple of"),
         ({"llama.attention.head_count": 0}, "must be a positive integer"),
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
-        (
-            {"llama.rope.dimension_count": 32},
-            r"expected rotary embeddings over the whole head \(64\), got 32",
-        ),
-        (
-            {"llama.attention.head_count_kv": 1},
-            r"k_proj.weight: expected shape \[64, 256\], got \[128, 256\]",
-        ),
+        ({"llama.rope.dimension_count": 32}, r"rotary embeddings over the whole head \(64\), got 32"),
+        ({"llama.attention.head_count_kv": 1}, r"k_proj.*: expected shape \[64, 256\], got \[128, 256\]"),
     ],
 )
-def test_metadata_that_do_not_describe_a_smollm2(
-    model: Callable[..., Any], metadata: dict[str, Any], message: str
-) -> None:
+def test_metadata_that_do_not_describe_a_smollm2(tmp_path, metadata, message):
+    if not message:
+        assert all(tensor.isfinite().all() for tensor in changed(tmp_path)[1].values())
+        return
     with pytest.raises(LoadError, match=message):
-        model(metadata=metadata)
+        changed(tmp_path, metadata=metadata)
 
 
-def test_missing_and_unexpected_tensors_are_named(model: Callable[..., Any]) -> None:
-    with pytest.raises(
-        LoadError, match=re.escape("tensors missing: blk.1.ffn_up.weight; the file is incomplete")
+DOWN = "blk.1.ffn_down.weight"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(architecture="gpt2"), "expected general.architecture 'llama' .*, got 'gpt2'"),
+        (dict(drop=["blk.1.ffn_up.weight"]), "tensors missing: blk.1.ffn_up.weight; the file is incomplete"),
+        (dict(drop=["token_embd.weight"]), "tensor token_embd.weight missing"),
+        (dict(extra={"blk.0.attn_q.bias": np.zeros(256, np.float32)}), "does not have: blk.0.attn_q.bias"),
+        (dict(drop=[DOWN], extra={DOWN: np.zeros((256, 512), np.int32)}), "of type I32, .* use a file in"),
+    ],
+    ids=["another architecture", "tensor missing", "embedding missing", "unexpected tensor", "integers"],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, changes, message):
+    with pytest.raises(LoadError, match=message):
+        changed(tmp_path, **changes)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
+    parts = {"tokens": ["a", "b"], "token_type": [1, 1, 3], "model": "gpt2"}
+    for metadata, message in (
+        ({f"tokenizer.ggml.{key}": value for key, value in parts.items()}, "must be an id below 2, got 2"),
+        ({}, "metadata tokenizer.ggml.tokens missing"),
     ):
-        model(drop=["blk.1.ffn_up.weight"])
-    with pytest.raises(LoadError, match=re.escape("tensor token_embd.weight missing")):
-        model(drop=["token_embd.weight"])
-    with pytest.raises(LoadError, match=re.escape("tensors that SmolLM2 does not have: blk.0.attn_q.bias")):
-        model(extra={"blk.0.attn_q.bias": np.zeros(256, np.float32)})
+        gguf_files.write_gguf(tmp_path / "model.gguf", metadata=metadata)
+        with pytest.raises(LoadError, match=message):
+            open_gguf(tmp_path / "model.gguf").tokenizer()
 
 
-def test_a_type_that_cannot_be_dequantised_is_named(model: Callable[..., Any]) -> None:
-    integers = np.zeros((256, 512), np.int32)
-    with pytest.raises(LoadError, match=r"blk\.1\.ffn_down\.weight is of type I32, .* use a file in F32"):
-        model(drop=["blk.1.ffn_down.weight"], extra={"blk.1.ffn_down.weight": integers})
-
-
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    kinds = [1, 1, 3]
-    gguf_files.write_gguf(
-        tmp_path / "model.gguf",
-        metadata={
-            "tokenizer.ggml.tokens": ["a", "b"],
-            "tokenizer.ggml.token_type": kinds,
-            "tokenizer.ggml.model": "gpt2",
-        },
-    )
-    with pytest.raises(LoadError, match="must be an id below 2, got 2"):
-        open_gguf(tmp_path / "model.gguf").tokenizer()
-    gguf_files.write_gguf(tmp_path / "none.gguf")
-    with pytest.raises(LoadError, match="metadata tokenizer.ggml.tokens missing"):
-        open_gguf(tmp_path / "none.gguf").tokenizer()
-
-
-def test_without_the_gguf_package_the_message_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_gguf_package_the_message_names_it(tmp_path, monkeypatch):
     gguf_files.write_gguf(tmp_path / "model.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(LoadError, match="pip install gguf"):
         open_gguf(tmp_path / "model.gguf")
-
-
-def test_the_test_files_are_sound(tmp_path: Path) -> None:
-    """The changes above are refused because of the change: unchanged, the same writer gives a file that
-    reads.
-    """
-    gguf_files.write_gguf(tmp_path / "model.gguf")
-    assert all(
-        torch.isfinite(tensor).all() for tensor in open_gguf(tmp_path / "model.gguf").tensors().values()
-    )

@@ -1,11 +1,8 @@
-"""What smollm2/pretrained/gguf.py reads equals what an independent decoder finds in the same bytes, in every
-supported type.
-"""
+"""What smollm2/pretrained/gguf.py reads is what an independent decoder and transformers find in the bytes."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +20,7 @@ DOWN, QUERY, KEY = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_type_is_dequantised_as_ggml_defines_it(tmp_path: Path, kind: str) -> None:
+def test_every_type_is_dequantised_as_ggml_defines_it(tmp_path, kind):
     raw = gguf_files.write_gguf(tmp_path / "model.gguf", kind=kind)
     tensors = open_gguf(tmp_path / "model.gguf").tensors()
     assert set(tensors) == set(gguf_files.random_weights())
@@ -33,12 +30,11 @@ def test_every_type_is_dequantised_as_ggml_defines_it(tmp_path: Path, kind: str)
     torch.testing.assert_close(tensors[DOWN].double(), expected, rtol=3e-7, atol=1e-7)
     for name, ours, heads in ((QUERY, "attn_q", 4), (KEY, "attn_k", 2)):
         stored = gguf_files.decode(raw[f"blk.1.{ours}.weight"], kind)
-        torch.testing.assert_close(
-            gguf_files.interleave_rows(tensors[name], heads).double(), stored, rtol=3e-7, atol=1e-7
-        )
+        found = gguf_files.interleave_rows(tensors[name], heads).double()
+        torch.testing.assert_close(found, stored, rtol=3e-7, atol=1e-7)
 
 
-def test_unquantised_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_unquantised_weights_come_back_bit_for_bit(tmp_path):
     weights = gguf_files.random_weights()
     gguf_files.write_gguf(tmp_path / "model.gguf", weights)
     tensors = open_gguf(tmp_path / "model.gguf").tensors()
@@ -46,48 +42,46 @@ def test_unquantised_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(tensors[name], weight), name
 
 
-def test_rotate_half_on_our_rows_gives_the_scores_of_interleaved_rotation_on_the_stored_rows(
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("kind", ["F32", "Q4_1", "Q8_0"])
+def test_weights_are_those_that_transformers_reads(tmp_path, kind):
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+    pytest.importorskip("accelerate", reason="transformers' GGUF reader needs accelerate")
+    metadata = {"llama.vocab_size": 300, "tokenizer.ggml.tokens": [f"token{index}" for index in range(300)]}
+    gguf_files.write_gguf(tmp_path / "model.gguf", kind=kind, metadata=metadata)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    for name, tensor in open_gguf(tmp_path / "model.gguf").tensors().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_our_rows_rotated_by_halves_score_as_the_stored_rows_rotated_by_pairs(tmp_path):
     """The reason for the permutation: attention scores are the same under either convention."""
     raw = gguf_files.write_gguf(tmp_path / "model.gguf")
     tensors = open_gguf(tmp_path / "model.gguf").tensors()
     x = torch.randn(2, 256, dtype=torch.float64)
-    angles = [
-        torch.tensor([position * 100000.0 ** (-2 * i / 64) for i in range(32)], dtype=torch.float64)
-        for position in (3, 11)
-    ]
+    frequencies = 100000.0 ** (-2 * torch.arange(32, dtype=torch.float64) / 64)
+    turns = [torch.polar(torch.ones_like(frequencies), place * frequencies) for place in (3, 11)]
 
-    def rotate_halves(head: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-        first, second = head[:32], head[32:]
-        return torch.cat(
-            [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()]
-        )
+    def rotated(head: torch.Tensor, turn: torch.Tensor, halves: bool) -> torch.Tensor:
+        pairs = torch.complex(*head.view(2, 32)) if halves else torch.view_as_complex(head.view(32, 2))
+        return torch.view_as_real(pairs * turn)
 
-    def rotate_pairs(head: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-        rotated = torch.view_as_complex(head.view(32, 2)) * torch.polar(torch.ones_like(angle), angle)
-        return torch.view_as_real(rotated).flatten()
-
+    stored = [torch.from_numpy(raw[f"blk.1.attn_{name}.weight"]).double() for name in "qk"]
+    ours = [tensors[name].double() for name in (QUERY, KEY)]
     for head in range(4):
-        query, key = slice(64 * head, 64 * head + 64), slice(64 * (head // 2), 64 * (head // 2) + 64)
-        ours = rotate_halves(tensors[QUERY][query].double() @ x[0], angles[0]) @ rotate_halves(
-            tensors[KEY][key].double() @ x[1], angles[1]
-        )
-        stored_query, stored_key = (
-            torch.from_numpy(raw[f"blk.1.attn_{name}.weight"]).double() for name in "qk"
-        )
-        theirs = rotate_pairs(stored_query[query] @ x[0], angles[0]) @ rotate_pairs(
-            stored_key[key] @ x[1], angles[1]
-        )
-        assert math.isclose(ours.item(), theirs.item(), rel_tol=1e-9)
+        rows = slice(64 * head, 64 * head + 64), slice(64 * (head // 2), 64 * (head // 2) + 64)
+        scores = []
+        for weights, halves in ((ours, True), (stored, False)):
+            q, k = (rotated(weights[i][rows[i]] @ x[i], turns[i], halves) for i in range(2))
+            scores.append((q * k).sum().item())
+        assert math.isclose(*scores, rel_tol=1e-9)
 
 
-def test_a_bf16_file_stays_bf16_only_when_the_norms_lose_nothing(tmp_path: Path) -> None:
+def test_a_bf16_file_stays_bf16_only_when_the_norms_lose_nothing(tmp_path):
     weights = gguf_files.random_weights()
     gguf_files.write_gguf(tmp_path / "fp32_norms.gguf", weights, "BF16")
-    assert {tensor.dtype for tensor in open_gguf(tmp_path / "fp32_norms.gguf").tensors().values()} == {
-        torch.float32
-    }
+    tensors = open_gguf(tmp_path / "fp32_norms.gguf").tensors()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     rounded = {name: weight.bfloat16().float() for name, weight in weights.items()}
     gguf_files.write_gguf(tmp_path / "bf16.gguf", rounded, "BF16")
     tensors = open_gguf(tmp_path / "bf16.gguf").tensors()
@@ -95,21 +89,17 @@ def test_a_bf16_file_stays_bf16_only_when_the_norms_lose_nothing(tmp_path: Path)
     assert all(torch.equal(tensors[name].float(), weight) for name, weight in rounded.items())
 
 
-def test_configuration_is_read_from_the_metadata(tmp_path: Path) -> None:
+def test_configuration_is_read_from_the_metadata(tmp_path):
     gguf_files.write_gguf(tmp_path / "model.gguf")
     # eps = 1e-5 too, although the file holds 9.999999747e-06
     assert open_gguf(tmp_path / "model.gguf").config == gguf_files.CONFIG
 
 
-def test_configuration_defaults_follow_the_format(tmp_path: Path) -> None:
-    absent = (
-        "llama.rope.freq_base",
-        "llama.rope.dimension_count",
-        "tokenizer.ggml.bos_token_id",
-        "tokenizer.ggml.padding_token_id",
-    )
+def test_configuration_defaults_follow_the_format(tmp_path):
+    llama, tokens = ("rope.freq_base", "rope.dimension_count", "attention.head_count_kv"), ("bos", "padding")
+    absent = [f"llama.{key}" for key in llama] + [f"tokenizer.ggml.{name}_token_id" for name in tokens]
     config = gguf_files.CONFIG.replace(num_key_value_heads=4)
-    metadata = {**dict.fromkeys(absent), "llama.attention.head_count_kv": None, "llama.vocab_size": 999}
+    metadata = {**dict.fromkeys(absent), "llama.vocab_size": 999}
     gguf_files.write_gguf(tmp_path / "model.gguf", config=config, metadata=metadata)
     read = open_gguf(tmp_path / "model.gguf").config
     assert (read.rope_theta, read.head_dim, read.num_key_value_heads) == (10000.0, 64, 4)
@@ -117,14 +107,12 @@ def test_configuration_defaults_follow_the_format(tmp_path: Path) -> None:
     assert read.vocab_size == 300, "the embedding's rows, whatever the metadata say"
 
 
-def test_an_output_matrix_is_accepted_only_if_it_is_the_embedding(tmp_path: Path) -> None:
+def test_an_output_matrix_is_accepted_only_if_it_is_the_embedding(tmp_path):
     weights = gguf_files.random_weights()
     head = weights["model.embed_tokens.weight"].numpy().copy()
     gguf_files.write_gguf(tmp_path / "tied.gguf", weights, extra={"output.weight": head})
     assert "lm_head.weight" not in open_gguf(tmp_path / "tied.gguf").tensors()
     head[7, 7] += 1
     gguf_files.write_gguf(tmp_path / "untied.gguf", weights, extra={"output.weight": head})
-    with pytest.raises(
-        RuntimeError, match=r"output.weight differs from token_embd.weight; SmolLM2's head is tied"
-    ):
+    with pytest.raises(RuntimeError, match="output.weight differs from token_embd.weight; SmolLM2's head is"):
         open_gguf(tmp_path / "untied.gguf").tensors()

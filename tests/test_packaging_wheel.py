@@ -8,17 +8,24 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MOVED = ("kernels", "train", "bench")
-MINUTES = 60
+
+
+def python(*arguments: str, cwd: Path = ROOT, path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
+    """`python arguments` in that folder, with nothing but `path` added to what can be imported."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    options = dict(capture_output=True, text=True, timeout=1800)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, **options)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory):
     pytest.importorskip("setuptools", minversion="77", reason="the build backend is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
@@ -31,62 +38,46 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stale.parent.mkdir(parents=True)
     stale.touch()
     build = "import sys, setuptools.build_meta as backend; print(backend.build_wheel(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", build, str(folder)],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        timeout=20 * MINUTES,
-    )
+    done = python("-c", build, str(folder), cwd=source)
     assert done.returncode == 0, done.stderr
     return folder / done.stdout.split()[-1]
 
 
 @pytest.fixture(scope="module")
-def site(wheel: Path) -> Path:
-    """A folder of packages with the wheel and a stranger's package `kernels` in it."""
-    folder = wheel.parent / "site"
-    zipfile.ZipFile(wheel).extractall(folder)
+def stranger(tmp_path_factory):
+    """A folder with a stranger's package `kernels` in it."""
+    folder = tmp_path_factory.mktemp("stranger")
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text("STRANGER = True\n", encoding="utf-8")
     return folder
 
 
-def run(site: Path, *arguments: str) -> str:
-    """What `python arguments` prints, from a folder that holds nothing of ours."""
-    elsewhere = site.parent / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True, text=True, timeout=30 * MINUTES,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def installed(wheel, stranger):
+    """What `python arguments` prints beside the wheel and the stranger, in a folder with nothing of ours."""
+    site, elsewhere = wheel.parent / "site", wheel.parent / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(site)
+    elsewhere.mkdir()
+
+    def run(*arguments: str) -> str:
+        done = python(*arguments, cwd=elsewhere, path=(site, stranger))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
 
 
-def stranger(site: Path) -> Path:
-    """A folder with the stranger's package alone."""
-    folder = site.parent / "stranger"
-    if not folder.exists():
-        shutil.copytree(site / "kernels", folder / "kernels")
-    return folder
-
-
-def test_everything_lies_under_one_name_and_nothing_is_missing(wheel: Path) -> None:
+def test_everything_lies_under_one_name_and_nothing_is_missing(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in names} == {"smollm2"}
-    kept = (".py", ".yaml", ".typed")
-    expected = {
-        path for package in ("smollm2", *MOVED) for path in (ROOT / package).rglob("*") if path.suffix in kept
-    }
-    expected |= {ROOT / "kernels" / "certificate.json", ROOT / "kernels" / "CERTIFICATE.md"}
-    expected |= {ROOT / "bench" / "expected.json"}
-    relative = {str(path.relative_to(ROOT)) for path in expected}
-    assert names == {name if name.startswith("smollm2/") else f"smollm2/{name}" for name in relative}
+    files = [path for package in ("smollm2", *MOVED) for path in (ROOT / package).rglob("*")]
+    expected = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".py", ".yaml", ".typed")}
+    expected |= {"kernels/certificate.json", "kernels/CERTIFICATE.md", "bench/expected.json"}
+    assert names == {name if name.startswith("smollm2/") else f"smollm2/{name}" for name in expected}
 
 
-def test_all_of_it_imports_beside_a_strangers_kernels_each_module_once(site: Path) -> None:
-    out = run(site, "-c", textwrap.dedent("""
+def test_all_of_it_imports_beside_a_strangers_kernels_each_module_once(installed):
+    out = installed("-c", textwrap.dedent("""
         import importlib, pkgutil, sys
         import kernels
         assert kernels.STRANGER
@@ -116,49 +107,34 @@ def test_all_of_it_imports_beside_a_strangers_kernels_each_module_once(site: Pat
     assert int(out.split()[0]) > 100
 
 
-def test_its_commands_train_and_name_themselves(site: Path) -> None:
-    out = run(
-        site, "-m", "smollm2.train.run", "tiny.yaml", "steps=3", "device=cpu", "workers=1", "output_dir=run"
+def test_its_commands_train_check_and_name_themselves(installed, wheel):
+    keys = "steps=3", "device=cpu", "workers=1", "output_dir=run"
+    assert "python -m smollm2.generate --model run" in installed(
+        "-m", "smollm2.train.run", "tiny.yaml", *keys
     )
-    assert "python -m smollm2.generate --model run" in out
-    assert (site.parent / "elsewhere" / "run" / "metrics.jsonl").exists()
-
-
-def test_its_check_finds_its_figures_and_its_certificate(site: Path) -> None:
+    assert (wheel.parent / "elsewhere" / "run" / "metrics.jsonl").exists()
     ratio = "cached over uncached generation"
-    assert f"{ratio}  " in run(site, "-m", "smollm2.bench.check", "--tiny", "--only", ratio)
+    assert f"{ratio}  " in installed("-m", "smollm2.bench.check", "--tiny", "--only", ratio)
     script = "from smollm2.kernels.certify.__main__ import load; print(len(load()['rows']))"
-    assert int(run(site, "-c", script)) > 100
+    assert int(installed("-c", script)) > 100
 
 
-def checkout(site: Path, *command: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(stranger(site))}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=30 * MINUTES
-    )
-
-
-@pytest.mark.parametrize(
-    "imports", ["smollm2.generate, kernels", "kernels, smollm2.generate", "smollm2, smollm2.generate"]
-)
-def test_a_checkout_keeps_its_names_beside_a_strangers_kernels(site: Path, imports: str) -> None:
+@pytest.mark.parametrize("imports", ["smollm2.generate, kernels", "kernels, smollm2.generate"])
+def test_a_checkout_keeps_its_names_beside_a_strangers_kernels(stranger, imports):
     script = f"import {imports}; import kernels; assert callable(smollm2.generate) and kernels.TORCH"
-    done = checkout(site, sys.executable, "-c", script)
+    done = python("-c", script, path=[stranger])
     assert done.returncode == 0, done.stderr
 
 
-def test_a_checkouts_commands_and_bare_pytest_run_beside_a_strangers_kernels(site: Path) -> None:
-    done = checkout(site, sys.executable, "-m", "train.run", "tiny.yaml", "backend=triton", "--dry-run")
+def test_a_checkouts_commands_and_bare_pytest_run_beside_a_strangers_kernels(stranger):
+    done = python("-m", "train.run", "tiny.yaml", "backend=triton", "--dry-run", path=[stranger])
     assert done.returncode == 0, done.stderr
     bare = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.console_main())"
-    done = checkout(
-        site, sys.executable, "-c", bare, "--collect-only", "-q", "tests/test_backend_selection.py"
-    )
+    done = python("-c", bare, "--collect-only", "-q", "tests/test_backend_selection.py", path=[stranger])
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_strangers_kernels_found_first_is_said_with_the_remedy(site: Path) -> None:
-    script = f"import sys; sys.path.append({str(ROOT)!r}); import smollm2"
-    done = checkout(site, sys.executable, "-c", script, cwd=site.parent)
+def test_a_strangers_kernels_found_first_is_said_with_the_remedy(stranger):
+    done = python("-c", f"import sys; sys.path.append({str(ROOT)!r}); import smollm2", cwd=stranger)
     assert done.returncode == 1
     assert "start from its root" in done.stderr.splitlines()[-1] and "pip uninstall kernels" in done.stderr

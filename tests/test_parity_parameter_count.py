@@ -13,18 +13,14 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 @pytest.mark.parametrize(
     ("preset", "expected"), [("135M", 134_515_008), ("360M", 361_821_120), ("1.7B", 1_711_376_384)]
 )
-def test_parameters_are_those_of_transformers(preset: str, expected: int) -> None:
+def test_parameters_are_those_of_transformers(preset, expected):
     config = SmolLM2Config.preset(preset)
     with torch.device("meta"):
         ours = SmolLM2ForCausalLM(config, backend="torch")
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_dict()))
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
-    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == {
-        name: t.shape for name, t in theirs.state_dict().items()
-    }
-    assert (
-        expected
-        == config.num_parameters()
-        == ours.num_parameters()
-        == sum(parameter.numel() for parameter in theirs.parameters())
-    )
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    counted = sum(parameter.numel() for parameter in theirs.parameters())
+    assert expected == config.num_parameters() == ours.num_parameters() == counted
+    assert f"{expected:,} parameters" in repr(ours)

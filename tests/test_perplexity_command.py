@@ -10,25 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from generation_cases import write_checkpoint
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, load_tokenizer
+from smollm2 import SmolLM2ForCausalLM, load_tokenizer
 from smollm2.cli import run_command
 from smollm2.perplexity import main, perplexity
-from smollm2.pretrained.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog, naïve 漢字 <|im_end|>\n" * 20
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)
-    torch.manual_seed(0)
-    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=304)).save_pretrained(folder)
-    tokenizer.save(folder)
-    return folder
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), vocab_size=304, initializer_range=96**-0.5)
 
 
 def run(capsys: pytest.CaptureFixture[str], checkpoint: Path, *argv: str) -> tuple[int, str, str]:
@@ -39,7 +33,7 @@ def run(capsys: pytest.CaptureFixture[str], checkpoint: Path, *argv: str) -> tup
     return code, *capsys.readouterr()
 
 
-def test_the_figures_are_those_of_the_function(checkpoint, tmp_path, capsys) -> None:
+def test_the_figures_are_those_of_the_function(checkpoint, tmp_path, capsys):
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     code, out, _ = run(capsys, checkpoint, "--dtype", "fp32", "--window", "128", "--stride", "32", str(path))
@@ -56,19 +50,14 @@ def test_the_figures_are_those_of_the_function(checkpoint, tmp_path, capsys) -> 
     ]
 
 
-def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys) -> None:
+def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    code, out, _ = run(
-        capsys, checkpoint, "--dtype", "fp32", "--json", str(tmp_path / "a.txt"), "--text", "the lazy dog"
-    )
+    texts = str(tmp_path / "a.txt"), "--text", "the lazy dog"
+    code, out, _ = run(capsys, checkpoint, "--dtype", "fp32", "--json", *texts)
     found = json.loads(out)
     assert code == 0
-    assert (found["window"], found["stride"], found["dtype"], found["quantize"]) == (
-        512,
-        256,
-        "float32",
-        "none",
-    )
+    options = dict(window=512, stride=256, dtype="float32", quantize="none")
+    assert {key: found[key] for key in options} == options
     assert [part["text"] for part in found["texts"]] == [str(tmp_path / "a.txt"), "--text 1"]
     for key in ("tokens", "scored", "bytes", "windows"):
         assert found[key] == sum(part[key] for part in found["texts"])
@@ -76,22 +65,17 @@ def test_json_has_every_text_and_the_whole(checkpoint, tmp_path, capsys) -> None
     assert found["nats_per_token"] == pytest.approx(nats / found["scored"], rel=1e-9)
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]), rel=1e-9)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"], rel=1e-9)
-    code, out, _ = run(capsys, checkpoint, str(tmp_path / "a.txt"), "--text", "the lazy dog")
-    assert (
-        code == 0
-        and out.splitlines()[0].startswith(f"{tmp_path / 'a.txt'}: ")
-        and out.splitlines()[1].startswith("--text 1: ")
-    )
+    code, out, _ = run(capsys, checkpoint, *texts)
+    first, second = out.splitlines()[:2]
+    assert code == 0 and first.startswith(f"{texts[0]}: ") and second.startswith("--text 1: ")
 
 
-def test_standard_input_is_a_text(checkpoint, capsys, monkeypatch) -> None:
+def test_standard_input_is_a_text(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     assert run(capsys, checkpoint, "-") == run(capsys, checkpoint, "--text", TEXT)
 
 
-def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(
-    checkpoint, capsys, tmp_path, monkeypatch
-) -> None:
+def test_quantised_weights_are_scored_by_their_decode_steps(checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))  # where quantised weights are kept
     options = "--json", "--dtype", "bf16", "--text", TEXT
     plain, quantised = (
@@ -102,9 +86,7 @@ def test_quantised_weights_are_scored_by_the_steps_that_generate_with_them(
     assert 0 < abs(quantised["nats_per_token"] / plain["nats_per_token"] - 1) < 0.01
 
 
-def test_the_comparison_is_a_table_of_fp32_and_the_kinds_asked_for(
-    checkpoint, capsys, tmp_path, monkeypatch
-) -> None:
+def test_the_comparison_is_a_table_of_fp32_and_the_kinds(checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))
     code, out, _ = run(capsys, checkpoint, "--compare", "bf16,int8,int4", "--window", "16", "--text", TEXT)
     head, _, *rows = out.splitlines()
@@ -125,19 +107,11 @@ def test_the_comparison_is_a_table_of_fp32_and_the_kinds_asked_for(
     assert megabytes == sorted(megabytes, reverse=True)
 
 
-def test_without_a_text_the_comparison_takes_pythons_language_reference(checkpoint, capsys) -> None:
+def test_without_a_text_the_comparison_takes_pythons_language_reference(checkpoint, capsys):
     code, out, _ = run(capsys, checkpoint, "--compare", "bf16")
     head, _, *rows = out.splitlines()
     assert code == 0 and ": 4 windows of 512 tokens of pydoc_data.topics of Python 3" in head
     assert [row.split()[0] for row in rows] == ["fp32", "bf16"]
-
-
-def test_the_command_of_before_names_the_new_one() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "smollm2.quantize"], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "python -m smollm2.perplexity --compare" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -158,7 +132,7 @@ def test_the_command_of_before_names_the_new_one() -> None:
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )
-def test_a_mistake_is_one_line_and_its_code(checkpoint, capsys, argv, code, words) -> None:
+def test_a_mistake_is_one_line_and_its_code(checkpoint, capsys, argv, code, words):
     found, out, error = run(capsys, checkpoint, *argv)
     assert (found, out) == (code, "")
     assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
@@ -166,16 +140,21 @@ def test_a_mistake_is_one_line_and_its_code(checkpoint, capsys, argv, code, word
         assert word in error
 
 
-def test_a_file_that_is_no_utf8_is_named(checkpoint, tmp_path, capsys) -> None:
+def test_a_file_that_is_no_utf8_is_named(checkpoint, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     code, _, error = run(capsys, checkpoint, str(tmp_path / "latin.txt"))
     assert code == 1 and "latin.txt: expected text in UTF-8" in error and error.count("\n") == 1
 
 
-def test_it_runs_as_a_module(checkpoint) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "smollm2.perplexity", "--model", str(checkpoint), "--text", "the quick brown"],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+def module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", name, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_it_runs_as_a_module_and_the_command_of_before_names_it(checkpoint):
+    done = module("smollm2.perplexity", "--model", str(checkpoint), "--text", "the quick brown")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("nats/token") and done.stderr == ""
+    done = module("smollm2.quantize")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "python -m smollm2.perplexity --compare" in done.stderr and done.stderr.count("\n") == 1

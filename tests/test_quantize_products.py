@@ -24,10 +24,8 @@ ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def assert_close_to_exact(got: Tensor, x: Tensor, exact_weight: Tensor, weight_rounding: float = 0.0) -> None:
-    """exact_weight in float64. Two roundings to the dtype (the product, and its scaling) and one of the fp32
-    sum per addend.
-
-    weight_rounding: what a kernel may lose of each weight.
+    """exact_weight in float64. Two roundings to the dtype (the product, and its scaling), one of the fp32 sum
+    per addend, and `weight_rounding` of each weight.
     """
     expected = x.double() @ exact_weight.t()
     magnitude = x.double().abs() @ exact_weight.abs().t()
@@ -43,14 +41,14 @@ def values_of(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [576, 575, 8, 1536, 250])
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 64])
-def test_int8_in_any_shape(rows: int, width: int, dtype: torch.dtype) -> None:
+def test_int8_in_any_shape(rows, width, dtype):
     """In bfloat16 the kernel reads past the end of a row whose width is no multiple of 16."""
     weight = quantize_rows(torch.randn(63, width).to(dtype))
     x = torch.randn(rows, width).to(dtype)
     assert_close_to_exact(linear_int8(x, weight), x, values_of(weight, dtype))
 
 
-def test_the_kernel_serves_few_rows_in_bf16_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_serves_few_rows_in_bf16_and_nothing_else(monkeypatch):
     kernel, calls = torch._weight_int8pack_mm, []
     monkeypatch.setattr(
         torch, "_weight_int8pack_mm", lambda x, *rest: (calls.append(list(x.shape)), kernel(x, *rest))[1]
@@ -64,7 +62,7 @@ def test_the_kernel_serves_few_rows_in_bf16_and_nothing_else(monkeypatch: pytest
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "group"), [(1, 32), (5, 64), (40, 128)])
-def test_int4_in_any_shape(rows: int, group: int, dtype: torch.dtype) -> None:
+def test_int4_in_any_shape(rows, group, dtype):
     weight = quantize_groups(torch.randn(48, 256), group)
     x = torch.randn(rows, 256).to(dtype)
     scales, zeros = (
@@ -79,7 +77,7 @@ def test_int4_in_any_shape(rows: int, group: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("make", [quantize_rows, quantize_groups])
-def test_leading_axes_strides_and_no_rows_at_all(make: type) -> None:
+def test_leading_axes_strides_and_no_rows_at_all(make):
     weight = make(torch.randn(32, 64).bfloat16())
     x = torch.randn(2, 3, 64).bfloat16()
     flat = linear(x.view(6, 64), weight)
@@ -90,6 +88,6 @@ def test_leading_axes_strides_and_no_rows_at_all(make: type) -> None:
     assert linear(x[:0], weight).shape == (0, 3, 32)
 
 
-def test_a_plain_weight_is_an_ordinary_product() -> None:
+def test_a_plain_weight_is_an_ordinary_product():
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
     assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from generation_cases import GREEDY, alone, tiny_model
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
+from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine.eager import Engine
 from smollm2.generation.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats, speculative_steps
 from smollm2.sampling import SamplingParams
 
 NEW, SEED = 60, 17
-GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.9, top_k=50, top_p=0.9)
 PENALISED = SamplingParams(
     temperature=0.7, top_k=0, min_p=0.01, repetition_penalty=1.3, suppress_tokens=(5, 6)
@@ -43,9 +43,7 @@ class Recorder(Engine):
 
 
 class Scripted:
-    """A draft that guesses by a function of the text and the limit: any guess at all must leave the text as
-    it is.
-    """
+    """A draft that guesses by a function of the text and the limit, any guess at all."""
 
     tokens = 6
 
@@ -66,48 +64,29 @@ class Scripted:
         return self.guess(self.text, limit)
 
 
-def random_model(seed: int, backend: str = "torch", **overrides) -> SmolLM2ForCausalLM:
-    torch.manual_seed(seed)
-    return SmolLM2ForCausalLM(
-        SmolLM2Config.preset("tiny", **{"initializer_range": 0.3, **overrides}), backend=backend
-    ).eval()
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
-def model() -> SmolLM2ForCausalLM:
-    return random_model(0)
+def plain():
+    """The new tokens by `generate`, computed once for each request."""
+    known = {}
 
+    def tokens(model, prompt, params=GREEDY, new=NEW, ends=()):
+        key = id(model), tuple(prompt), params, new, ends
+        if key not in known:
+            known[key] = model, alone(model, prompt, params, SEED, ends, new)
+        return known[key][1]
 
-@pytest.fixture(scope="module")
-def looping() -> SmolLM2ForCausalLM:
-    """A model that greedily falls into a short circle."""
-    return random_model(0, initializer_range=0.05)
-
-
-def plain(model, prompt, params=GREEDY, new=NEW, ends=()) -> list[int]:
-    """The new tokens by `generate`."""
-    out = generate(
-        model, torch.tensor([prompt]), max_new_tokens=new, eos_token_id=list(ends), seed=SEED,
-        temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty, suppress_tokens=params.suppress_tokens,
-    )  # fmt: skip
-    return out[0, len(prompt) :].tolist()
+    return tokens
 
 
 def runs(model, prompt, draft: Draft, params=GREEDY, new=NEW, ends=(), **options) -> list[list[int]]:
     """The new tokens by `speculative_steps`, step by step."""
-    return list(
-        speculative_steps(
-            model,
-            torch.tensor([prompt]),
-            draft=draft,
-            max_new_tokens=new,
-            params=params,
-            seed=SEED,
-            eos_token_ids=ends,
-            **options,
-        )
-    )
+    options |= dict(draft=draft, max_new_tokens=new, params=params, seed=SEED, eos_token_ids=ends)
+    return list(speculative_steps(model, torch.tensor([prompt]), **options))
 
 
 def flat(lists: list[list[int]]) -> list[int]:
@@ -117,18 +96,16 @@ def flat(lists: list[list[int]]) -> list[int]:
 @PARAMS
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 @pytest.mark.parametrize("lookup", [PromptLookup(), PromptLookup(15, 1), PromptLookup(3, 4, 4)], ids=str)
-def test_prompt_lookup_gives_the_tokens_of_generate(model, prompt, lookup, params):
+def test_prompt_lookup_gives_the_tokens_of_generate(model, plain, prompt, lookup, params):
     assert flat(runs(model, prompt, lookup, params)) == plain(model, prompt, params)
 
 
 @PARAMS
-def test_a_text_that_goes_in_circles_is_guessed(looping, params):
-    stats, engine = Stats(), Recorder(looping)
-    expected = plain(looping, PROMPTS["repetitive"], params)
-    assert (
-        flat(runs(looping, PROMPTS["repetitive"], PromptLookup(), params, engine=engine, stats=stats))
-        == expected
-    )
+def test_a_text_that_goes_in_circles_is_guessed(plain, params):
+    looping = tiny_model(initializer_range=0.05)  # greedily it falls into a short circle
+    stats, engine, prompt = Stats(), Recorder(looping), PROMPTS["repetitive"]
+    expected = plain(looping, prompt, params)
+    assert flat(runs(looping, prompt, PromptLookup(), params, engine=engine, stats=stats)) == expected
     assert stats.tokens == NEW - 1 and stats.steps == len(engine.rows)
     if params is GREEDY:
         assert len(set(expected[-20:])) < 10, "the model was to fall into a circle"
@@ -137,12 +114,10 @@ def test_a_text_that_goes_in_circles_is_guessed(looping, params):
 
 @PARAMS
 @pytest.mark.parametrize("tokens", [1, 4, 15])
-def test_the_model_as_its_own_draft_is_always_right(model, params, tokens):
-    stats, engine = Stats(), Recorder(model)
-    draft = DraftModel(Engine(model), tokens)
-    assert flat(runs(model, RANDOM, draft, params, engine=engine, stats=stats)) == plain(
-        model, RANDOM, params
-    )
+def test_the_model_as_its_own_draft_is_always_right(model, plain, params, tokens):
+    stats, engine, draft = Stats(), Recorder(model), DraftModel(Engine(model), tokens)
+    found = runs(model, RANDOM, draft, params, engine=engine, stats=stats)
+    assert flat(found) == plain(model, RANDOM, params)
     assert stats.acceptance == 1.0 and stats.accepted == stats.proposed == stats.tokens - stats.steps
     assert stats.steps == len(engine.rows) == -(-(NEW - 1) // (tokens + 1))
     assert max(engine.rows) <= MAX_ROWS
@@ -150,24 +125,22 @@ def test_the_model_as_its_own_draft_is_always_right(model, params, tokens):
 
 @PARAMS
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-def test_another_model_as_the_draft(model, prompt, params):
-    other = random_model(1, hidden_size=32, num_attention_heads=1, num_hidden_layers=1)
+def test_another_model_as_the_draft(model, plain, prompt, params):
+    other = tiny_model(seed=1, hidden_size=32, num_attention_heads=1, num_hidden_layers=1)
     stats = Stats()
-    assert flat(runs(model, prompt, DraftModel(Engine(other), 5), params, stats=stats)) == plain(
-        model, prompt, params
-    )
+    found = runs(model, prompt, DraftModel(Engine(other), 5), params, stats=stats)
+    assert flat(found) == plain(model, prompt, params)
     assert stats.acceptance < 0.5 and stats.proposed > NEW
 
 
 @PARAMS
-def test_a_draft_that_is_sometimes_right(model, params):
+def test_a_draft_that_is_sometimes_right(model, plain, params):
     """Weights a little off: every length of accepted run occurs; the draft's cache is truncated to each."""
-    other = random_model(0)
+    other = tiny_model()
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.mul_(
-                1 + 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-            )
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+            parameter.mul_(1 + 0.02 * noise)
     stats = Stats()
     found = runs(model, RANDOM, DraftModel(Engine(other), 3), params, new=120, stats=stats)
     assert flat(found) == plain(model, RANDOM, params, new=120)
@@ -175,12 +148,11 @@ def test_a_draft_that_is_sometimes_right(model, params):
     assert 0 < stats.accepted < stats.proposed
 
 
-def test_the_draft_model_guesses_what_it_would_generate(model):
+def test_the_draft_model_guesses_what_it_would_generate(plain):
     """After right and wrong guesses alike, its cache is that of the text."""
-    other = random_model(5)
-    drafting = DraftModel(Engine(other), 4).start(200, GREEDY, SEED)
+    other = tiny_model(seed=5)
+    drafting, text = DraftModel(Engine(other), 4).start(200, GREEDY, SEED), list(RANDOM)
     drafting.extend(RANDOM)
-    text = list(RANDOM)
     for right, own in ((0, 400), (4, 401), (2, 402), (3, 403), (4, 404)):
         guesses = drafting.propose(4)
         assert guesses == plain(other, text, new=4)
@@ -188,7 +160,7 @@ def test_the_draft_model_guesses_what_it_would_generate(model):
         drafting.extend([*guesses[:right], own])
 
 
-def test_guesses_of_every_kind_leave_the_text_as_it_is(model):
+def test_guesses_of_every_kind_leave_the_text_as_it_is(model, plain):
     expected = plain(model, RANDOM, SAMPLED)
 
     def nothing(text, limit):
@@ -219,7 +191,7 @@ def test_guesses_of_every_kind_leave_the_text_as_it_is(model):
 
 
 @pytest.mark.parametrize("place", range(12))
-def test_an_end_token_inside_an_accepted_run_ends_the_text(model, place):
+def test_an_end_token_inside_an_accepted_run_ends_the_text(model, plain, place):
     free = plain(model, RANDOM, SAMPLED)
     end = free[place]
     expected = free[: free.index(end) + 1]
@@ -231,7 +203,7 @@ def test_an_end_token_inside_an_accepted_run_ends_the_text(model, place):
 
 
 @pytest.mark.parametrize("new", range(1, 14))
-def test_max_new_tokens_inside_an_accepted_run(model, new):
+def test_max_new_tokens_inside_an_accepted_run(model, plain, new):
     stats, engine = Stats(), Recorder(model)
     found = runs(model, RANDOM, DraftModel(Engine(model), 5), new=new, engine=engine, stats=stats)
     assert flat(found) == plain(model, RANDOM)[:new]
@@ -239,21 +211,18 @@ def test_max_new_tokens_inside_an_accepted_run(model, new):
     assert all(tokens for tokens in found)
 
 
-def test_the_text_may_fill_every_position(model):
-    limit = model.config.max_position_embeddings
-    prompt = (RANDOM * 13)[: limit - 20]
+def test_the_text_may_fill_every_position(model, plain):
+    prompt = (RANDOM * 13)[: model.config.max_position_embeddings - 20]
     for draft in (PromptLookup(15, 2), DraftModel(Engine(model), 15)):
         assert flat(runs(model, prompt, draft, new=20)) == plain(model, prompt, new=20)
 
 
-def test_a_draft_serves_text_after_text(model):
+def test_a_draft_serves_text_after_text(model, plain):
     stats, draft = Stats(), DraftModel(Engine(model), 4)
-    for prompt in (RANDOM, RANDOM[:5], PROMPTS["repetitive"]):
-        before = stats.tokens
-        assert flat(runs(model, prompt, draft, SAMPLED, new=11, stats=stats)) == plain(
-            model, prompt, SAMPLED, new=11
-        )
-        assert stats.tokens == before + 10
+    for count, prompt in enumerate((RANDOM, RANDOM[:5], PROMPTS["repetitive"]), 1):
+        found = runs(model, prompt, draft, SAMPLED, new=11, stats=stats)
+        assert flat(found) == plain(model, prompt, SAMPLED, new=11)
+        assert stats.tokens == 10 * count
 
 
 def test_an_abandoned_text_has_counted_what_it_gave(model):
@@ -265,10 +234,9 @@ def test_an_abandoned_text_has_counted_what_it_gave(model):
     assert (stats.steps, stats.tokens, stats.proposed, stats.accepted) == (2, 8, 6, 6)
 
 
-def test_on_the_triton_decode_path():
+def test_on_the_triton_decode_path(plain):
     device, new = ("cuda", NEW) if torch.cuda.is_available() else ("cpu", 6)  # in the interpreter
-    with torch.device(device):
-        model = random_model(0, backend="triton", vocab_size=128, num_hidden_layers=1)
+    model = tiny_model("triton", device, vocab_size=128, num_hidden_layers=1)
     prompt = [token % 128 for token in RANDOM[:3]] * 2
     for draft in (PromptLookup(), DraftModel(Engine(model), 4)):
         assert flat(runs(model, prompt, draft, new=new)) == plain(model, prompt, new=new)

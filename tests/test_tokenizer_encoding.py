@@ -17,22 +17,19 @@ CORPUS = [
 ] * 20
 TEXTS = [
     *CORPUS[:4],
-    "",
-    " ",
-    "\n\n\t  x",
-    "1234567890",
+    *("", " ", "\n\n\t  x", "1234567890"),
     "👩‍👩‍👧‍👦 e\u0301 \u0000\x04\uffff\U0010ffff",
     "a" * 2000,
 ]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return train_tokenizer(CORPUS, 400)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(tokenizer.token_bytes(token_id) for token_id in ids) == text.encode()
@@ -41,69 +38,61 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text())
-def test_every_text_survives_as_ordinary_text(tokenizer: Tokenizer, text: str) -> None:
+def test_every_text_survives_as_ordinary_text(tokenizer, text):
     ids = tokenizer.encode(text, special=False)
     assert tokenizer.decode(ids) == text
     assert not tokenizer.special_ids.intersection(ids)
 
 
-def test_digits_are_single_tokens_and_words_keep_their_space(tokenizer: Tokenizer) -> None:
+def test_digits_are_single_tokens_and_words_keep_their_space(tokenizer):
     assert [tokenizer.token_bytes(i) for i in tokenizer.encode("1969")] == [b"1", b"9", b"6", b"9"]
     assert tokenizer.encode("the the")[-1] != tokenizer.encode("the")[0]
     assert [tokenizer.decode([i]) for i in tokenizer.encode(" the dog")] == [" the", " dog"]
 
 
-def test_special_tokens_of_a_trained_tokenizer(tokenizer: Tokenizer) -> None:
+def test_special_tokens_of_a_trained_tokenizer(tokenizer):
     assert tokenizer.special_ids == {0, 1, 2}
-    assert (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.eot_token_id,
-    ) == (0, 0, None, 0)
+    ids = [getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "eot")]
+    assert ids == [0, 0, None, 0]
     assert tokenizer.vocab_size == len(tokenizer) == 400
-    assert tokenizer.encode("a<|im_start|>b<|endoftext|>") == [
-        *tokenizer.encode("a"),
-        1,
-        *tokenizer.encode("b"),
-        0,
-    ]
+    first, second = tokenizer.encode("a"), tokenizer.encode("b")
+    assert tokenizer.encode("a<|im_start|>b<|endoftext|>") == [*first, 1, *second, 0]
     assert tokenizer.token_bytes(2) == b"<|im_end|>"
     assert tokenizer.decode([0, *tokenizer.encode("dog"), 2], skip_special_tokens=True) == "dog"
     assert tokenizer.decode([0, *tokenizer.encode("dog"), 2]) == "<|endoftext|>dog<|im_end|>"
 
 
-def test_special_strings_can_be_read_as_ordinary_text(tokenizer: Tokenizer) -> None:
+def test_special_strings_can_be_read_as_ordinary_text(tokenizer):
     ids = tokenizer.encode("<|im_end|>", special=False)
     assert 2 not in ids and len(ids) > 1
     assert tokenizer.decode(ids) == "<|im_end|>"
     assert tokenizer.encode("<|im_end|>") == [2], "the choice lasts for one call"
 
 
-def test_a_batch_is_each_text_alone(tokenizer: Tokenizer) -> None:
+def test_a_batch_is_each_text_alone(tokenizer):
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
     assert tokenizer.encode_batch([]) == []
 
 
-def test_a_character_cut_in_two_is_a_replacement_character(tokenizer: Tokenizer) -> None:
+def test_a_character_cut_in_two_is_a_replacement_character(tokenizer):
     ids = tokenizer.encode("🧊")
     assert len(ids) > 1
     assert "\ufffd" in tokenizer.decode(ids[:1])
 
 
-def test_ids_out_of_range_are_refused(tokenizer: Tokenizer) -> None:
+def test_ids_out_of_range_are_refused(tokenizer):
     for token_id in (-1, 400, 2**40):
         for call in (lambda i: tokenizer.decode([1, i]), tokenizer.token_bytes):
             with pytest.raises(UsageError, match=rf"expected token ids in \[0, 400\), got {token_id}"):
                 call(token_id)
 
 
-def test_text_that_utf8_cannot_hold_is_refused(tokenizer: Tokenizer) -> None:
+def test_text_that_utf8_cannot_hold_is_refused(tokenizer):
     with pytest.raises(UsageError, match="expected text that UTF-8 can encode"):
         tokenizer.encode("half a pair: \ud83d")
 
 
-def test_training_is_reproducible_and_honours_the_size() -> None:
+def test_training_is_reproducible_and_honours_the_size():
     first, second = (train_tokenizer(iter(CORPUS), 300) for _ in range(2))
     assert first.fingerprint() == second.fingerprint()
     assert first.vocab_size == 300
@@ -113,11 +102,9 @@ def test_training_is_reproducible_and_honours_the_size() -> None:
     assert sorted(smallest.token_bytes(i)[0] for i in range(3, 259)) == list(range(256))
     with pytest.raises(UsageError, match=r"vocab_size: expected at least 259 .*, got 258"):
         train_tokenizer(CORPUS, 258)
-
-
-def test_a_small_corpus_gives_fewer_tokens_than_asked_for() -> None:
-    tokenizer = train_tokenizer(["ab ab"], 5000)
-    assert 259 < tokenizer.vocab_size < 300
+    assert 259 < train_tokenizer(["ab ab"], 5000).vocab_size < 300, (
+        "a small corpus gives fewer than asked for"
+    )
 
 
 CHATML = """{% for message in messages %}
@@ -126,21 +113,19 @@ CHATML = """{% for message in messages %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + bos_token }}{% endif %}"""
 
 
-def test_chat_template_is_rendered_as_transformers_does(tokenizer: Tokenizer) -> None:
+def test_chat_template_is_rendered_as_transformers_does(tokenizer):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     ours = Tokenizer(tokenizer._backend, tokenizer.special_tokens, CHATML)
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._backend, bos_token="<|endoftext|>"
-    )
+    parts = dict(tokenizer_object=tokenizer._backend, bos_token="<|endoftext|>")
+    theirs = transformers.PreTrainedTokenizerFast(**parts)
     messages = [{"role": "user", "content": "Hi <b>&"}, {"role": "assistant", "content": "Hello"}]
     for prompt in (True, False):
-        expected = theirs.apply_chat_template(
-            messages, chat_template=CHATML, tokenize=False, add_generation_prompt=prompt
-        )
-        assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == expected
+        options = dict(add_generation_prompt=prompt)
+        expected = theirs.apply_chat_template(messages, chat_template=CHATML, tokenize=False, **options)
+        assert ours.apply_chat_template(messages, **options) == expected
 
 
-def test_chat_templates_that_fail_give_one_line(tokenizer: Tokenizer) -> None:
+def test_chat_templates_that_fail_give_one_line(tokenizer):
     with pytest.raises(UsageError, match="no chat template; use an instruct model"):
         tokenizer.apply_chat_template([])
     failures = {
@@ -150,7 +135,6 @@ def test_chat_templates_that_fail_give_one_line(tokenizer: Tokenizer) -> None:
         "{{ ''.__class__.__mro__ }}": "chat template: ",
     }
     for template, message in failures.items():
+        broken = Tokenizer(tokenizer._backend, {}, template)
         with pytest.raises(UsageError, match=message):
-            Tokenizer(tokenizer._backend, {}, template).apply_chat_template(
-                [{"role": "user", "content": "Hi"}]
-            )
+            broken.apply_chat_template([{"role": "user", "content": "Hi"}])

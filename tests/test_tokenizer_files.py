@@ -1,6 +1,4 @@
-"""Tokenizers from and to files: folders that transformers opens, GGUF files, and what is said about broken
-ones.
-"""
+"""Tokenizers from and to files: folders that transformers opens, GGUF files, and what broken ones give."""
 
 from __future__ import annotations
 
@@ -23,14 +21,14 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def trained() -> Tokenizer:
+def trained():
     tokenizer = train_tokenizer(TEXTS * 10, 350)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
 
 
 @pytest.fixture
-def folder(trained: Tokenizer, tmp_path: Path) -> Path:
+def folder(trained, tmp_path):
     trained.save(tmp_path)
     return tmp_path
 
@@ -38,30 +36,22 @@ def folder(trained: Tokenizer, tmp_path: Path) -> Path:
 def assert_same_tokenizer(first: Tokenizer, second: Tokenizer) -> None:
     assert first.encode_batch(TEXTS) == second.encode_batch(TEXTS)
     assert first.encode_batch(TEXTS, special=False) == second.encode_batch(TEXTS, special=False)
-    assert (first.special_tokens, first.special_ids, first.vocab_size) == (
-        second.special_tokens,
-        second.special_ids,
-        second.vocab_size,
-    )
-    assert first.chat_template == second.chat_template
+    for name in ("special_tokens", "special_ids", "vocab_size", "chat_template"):
+        assert getattr(first, name) == getattr(second, name)
     assert first.fingerprint() == second.fingerprint()
 
 
-def test_save_and_load_give_the_same_tokenizer(trained: Tokenizer, folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+def test_save_and_load_give_the_same_tokenizer(trained, folder):
+    names = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert_same_tokenizer(trained, load_tokenizer(folder))
 
 
 @pytest.mark.parametrize("auto", [True, False])
-def test_transformers_opens_the_folder_and_agrees(trained: Tokenizer, folder: Path, auto: bool) -> None:
+def test_transformers_opens_the_folder_and_agrees(trained, folder, auto):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
-    theirs = (transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast).from_pretrained(
-        folder
-    )
+    kind = transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast
+    theirs = kind.from_pretrained(folder)
     assert theirs(TEXTS)["input_ids"] == trained.encode_batch(TEXTS)
     for ids in trained.encode_batch(TEXTS):
         assert theirs.decode(ids) == trained.decode(ids)
@@ -71,7 +61,7 @@ def test_transformers_opens_the_folder_and_agrees(trained: Tokenizer, folder: Pa
     assert theirs.apply_chat_template(messages, tokenize=False) == trained.apply_chat_template(messages)
 
 
-def test_what_transformers_saves_we_load(trained: Tokenizer, folder: Path, tmp_path: Path) -> None:
+def test_what_transformers_saves_we_load(trained, folder, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
     loaded = load_tokenizer(tmp_path / "theirs")
@@ -80,23 +70,14 @@ def test_what_transformers_saves_we_load(trained: Tokenizer, folder: Path, tmp_p
     assert loaded.chat_template == trained.chat_template
 
 
-def test_special_tokens_are_read_in_every_spelling(folder: Path) -> None:
-    config = {
-        "bos_token": {"content": "<|im_start|>", "lstrip": False},
-        "eos_token": None,
-        "unk_token": "<|endoftext|>",
-    }
+def test_special_tokens_are_read_in_every_spelling(folder):
+    config = {"bos_token": {"content": "<|im_start|>"}, "eos_token": None, "unk_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(
-        '{"eos_token": "<|im_end|>", "bos_token": "ignored: the configuration comes first"}'
-    )
+    others = {"eos_token": "<|im_end|>", "bos_token": "ignored: the configuration comes first"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(others))
     loaded = load_tokenizer(folder)
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.eot_token_id) == (
-        1,
-        2,
-        None,
-        0,
-    )
+    ids = [getattr(loaded, f"{role}_token_id") for role in ("bos", "eos", "pad", "eot")]
+    assert ids == [1, 2, None, 0]
     (folder / "tokenizer_config.json").unlink()
     (folder / "special_tokens_map.json").unlink()
     assert load_tokenizer(folder).special_tokens == {}
@@ -110,23 +91,18 @@ def test_special_tokens_are_read_in_every_spelling(folder: Path) -> None:
         (None, None),
     ],
 )
-def test_chat_template_in_every_spelling(folder: Path, entry: Any, expected: str | None) -> None:
+def test_chat_template_in_every_spelling(folder, entry, expected):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
     assert load_tokenizer(folder).chat_template == expected
     (folder / "chat_template.jinja").write_text("{{ from a file }}")
     assert load_tokenizer(folder).chat_template == "{{ from a file }}"
 
 
-def test_limits_of_a_trainer_are_not_inherited(trained: Tokenizer, folder: Path) -> None:
+def test_limits_of_a_trainer_are_not_inherited(trained, folder):
     data = json.loads((folder / "tokenizer.json").read_text())
     data["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    data["padding"] = {
-        "strategy": "BatchLongest",
-        "direction": "Right",
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "<|endoftext|>",
-    }
+    padding = dict(strategy="BatchLongest", direction="Right", pad_id=0, pad_type_id=0)
+    data["padding"] = {**padding, "pad_token": "<|endoftext|>"}
     (folder / "tokenizer.json").write_text(json.dumps(data))
     assert load_tokenizer(folder).encode_batch(TEXTS) == trained.encode_batch(TEXTS)
 
@@ -141,7 +117,7 @@ def test_limits_of_a_trainer_are_not_inherited(trained: Tokenizer, folder: Path)
         ("tokenizer_config.json", '{"eos_token": "</s>"}', r"eos_token '</s>' is not in the vocabulary"),
     ],
 )
-def test_broken_folders_are_reported(folder: Path, name: str, content: str | None, message: str) -> None:
+def test_broken_folders_are_reported(folder, name, content, message):
     if content is None:
         (folder / name).unlink()
     else:
@@ -155,24 +131,20 @@ def tokenizer_metadata(tokenizer: Tokenizer, pre: str = "smollm") -> dict[str, A
     """What a converter writes into a GGUF file for this tokenizer."""
     data = json.loads(tokenizer._backend.to_str())
     tokens = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in data["model"]["merges"]],
-        "tokenizer.ggml.token_type": [
-            3 if index in tokenizer.special_ids else 1 for index in range(len(tokens))
-        ],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 0,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.padding_token_id": None,
-        "tokenizer.chat_template": tokenizer.chat_template,
-    }
+    parts = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "merges": [" ".join(merge) for merge in data["model"]["merges"]],
+        "token_type": [3 if index in tokenizer.special_ids else 1 for index in range(len(tokens))],
+        "bos_token_id": 0, "eos_token_id": 0, "unknown_token_id": 0, "padding_token_id": None,
+    }  # fmt: skip
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in parts.items()}
+    return {**metadata, "tokenizer.chat_template": tokenizer.chat_template}
 
 
 @pytest.fixture
-def write_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def write_gguf(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
     import gguf_files
 
@@ -186,9 +158,7 @@ def write_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_gguf_file_gives_the_same_tokenizer(
-    trained: Tokenizer, write_gguf: Any, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_gives_the_same_tokenizer(trained, write_gguf, cached, tmp_path, monkeypatch):
     path = write_gguf(tokenizer_metadata(trained))
     if not cached:
         (tmp_path / "occupied").write_text("")
@@ -196,7 +166,7 @@ def test_a_gguf_file_gives_the_same_tokenizer(
     assert_same_tokenizer(trained, load_tokenizer(path))
 
 
-def test_gpt2s_pre_tokenizer_keeps_digits_together(trained: Tokenizer, write_gguf: Any) -> None:
+def test_gpt2s_pre_tokenizer_keeps_digits_together(trained, write_gguf):
     metadata = tokenizer_metadata(trained, "gpt-2")
     metadata["tokenizer.ggml.tokens"] += ["12"]
     metadata["tokenizer.ggml.token_type"] += [1]
@@ -204,9 +174,7 @@ def test_gpt2s_pre_tokenizer_keeps_digits_together(trained: Tokenizer, write_ggu
     assert load_tokenizer(write_gguf(metadata)).encode("12") == [350]
 
 
-def test_user_defined_tokens_are_found_in_text_but_are_not_special(
-    trained: Tokenizer, write_gguf: Any
-) -> None:
+def test_user_defined_tokens_are_found_in_text_but_are_not_special(trained, write_gguf):
     metadata = tokenizer_metadata(trained)
     metadata["tokenizer.ggml.tokens"] += ["<fact>"]
     metadata["tokenizer.ggml.token_type"] += [4]
@@ -218,19 +186,14 @@ def test_user_defined_tokens_are_found_in_text_but_are_not_special(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"tokenizer.ggml.model": "llama"},
-            "expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2, got llama/smollm",
-        ),
+        ({"tokenizer.ggml.model": "llama"}, "of kind gpt2/smollm or gpt2/gpt-2, got llama/smollm"),
         ({"tokenizer.ggml.pre": "qwen2"}, "got gpt2/qwen2"),
         ({"tokenizer.ggml.merges": ["zz qq"]}, "the merges of the tokenizer do not fit its tokens"),
         ({"tokenizer.ggml.tokens": ["a"] * 350}, "349 tokens of the tokenizer occur twice"),
         ({"tokenizer.ggml.tokens": None}, "metadata tokenizer.ggml.tokens missing"),
     ],
 )
-def test_a_gguf_file_without_a_usable_tokenizer_still_has_weights(
-    trained: Tokenizer, write_gguf: Any, changes: dict[str, Any], message: str
-) -> None:
+def test_a_gguf_file_without_a_usable_tokenizer_still_has_weights(trained, write_gguf, changes, message):
     from smollm2.pretrained.load import load_model
 
     path = write_gguf({**tokenizer_metadata(trained), **changes})

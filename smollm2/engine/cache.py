@@ -12,8 +12,7 @@ from torch import Tensor
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 
-# Of the free memory, what a cache may take: the rest is for activations and logits, and for what other
-# programs ask for meanwhile.
+# Of the free memory, for a cache: the rest is for activations, logits and other programs.
 USABLE_PERCENT = 90
 
 
@@ -22,10 +21,10 @@ class KVCache:
     """Keys and values [layers, B, S, KV heads, head dim], and how far each row is filled.
 
     Row b holds positions 0 .. lengths[b] - 1 without gaps: prompts are compacted into it, so there is no
-    padding to mask. `longest` is an upper bound of `lengths` that the host knows, and bounds what attention
+    padding to mask. `longest` is an upper bound of `lengths` that the host knows; it bounds what attention
     reads without asking the device. `fixed`: the host does not count. Every view then spans the whole
-    capacity, so that shapes and addresses stay the same from step to step, as a captured graph needs.
-    Attention masks by `lengths`, and the caller makes sure that the capacity suffices.
+    capacity, so that shapes and addresses never change, as a captured graph needs. Attention masks by
+    `lengths`, and the caller makes sure that the capacity suffices.
     """
 
     keys: Tensor
@@ -38,38 +37,28 @@ class KVCache:
     def allocate(
         cls, config: SmolLM2Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> KVCache:
-        """An empty cache for `batch` rows of up to `capacity` tokens. Raises UsageError, before it tries, if
-        it does not fit the memory.
-        """
+        """An empty cache for `batch` rows of `capacity` tokens. Raises UsageError if it does not fit."""
         require_memory(config, batch, capacity, device, dtype)
         shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-        # zeros, not empty: attention multiplies masked positions by zero, and 0 * NaN from fresh memory is
-        # NaN.
-        return cls(
-            torch.zeros(shape, device=device, dtype=dtype),
-            torch.zeros(shape, device=device, dtype=dtype),
-            torch.zeros(batch, device=device, dtype=torch.int64),
-        )
+        # Zeros, not empty: attention multiplies masked positions by zero, and 0 * NaN is NaN.
+        keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return cls(keys, values, torch.zeros(batch, device=device, dtype=torch.int64))
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, cut to the filled part: two views [B, longest, KV heads, head dim]
-        (fixed: [B, S, ...]).
-        """
+        """Keys and values of one layer, cut to the filled part unless fixed: views [B, S, K, D]."""
         end = self.capacity if self.fixed else self.longest
         return self.keys[index, :, :end], self.values[index, :, :end]
 
     def advance(self, tokens: int) -> None:
-        """Makes room for that many more tokens in every row. Raises ValueError when the capacity does not
-        suffice (unless fixed).
-        """
+        """Counts that many more tokens in every row. Raises ValueError beyond the capacity, unless fixed."""
         if not self.fixed:
             if self.longest + tokens > self.capacity:
-                found = f"{self.longest} + {tokens}"
-                raise ValueError(f"cache: expected at most {self.capacity} tokens, got {found}")
+                room = f"expected at most {self.capacity} tokens"
+                raise ValueError(f"cache: {room}, got {self.longest} + {tokens}")
             self.longest += tokens
         self.lengths += tokens
 
@@ -90,8 +79,8 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device; None where that is unknown.
 
     CUDA: what the driver has, and what torch has reserved and does not use. MPS: the recommended limit less
-    what is allocated. CPU: what Linux calls available (page cache that it would give up included), or free
-    pages elsewhere; a container's limit if it is lower.
+    what is allocated. CPU: what Linux calls available, or free pages elsewhere; less in a container with a
+    limit.
     """
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -107,18 +96,14 @@ def free_memory(device: torch.device) -> int | None:
 def require_memory(
     config: SmolLM2Config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raises UsageError, with what is needed, what is free and what fits, if a cache of that size does not
-    fit the free memory.
-    """
+    """Raises UsageError, with what is needed and what would fit, for a cache beyond the free memory."""
     needed, free = cache_bytes(config, batch, capacity, dtype), free_memory(device)
     if free is None or needed <= (usable := free * USABLE_PERCENT // 100):
         return
     rows = usable // cache_bytes(config, 1, capacity, dtype)
     tokens = usable // cache_bytes(config, batch, 1, dtype)
-    each = (
-        f"{tokens} tokens (prompt and new ones) for each of the {batch}" if batch > 1 else f"{tokens} tokens"
-    )
-    fits = ", or ".join([f"a batch of {rows}"] * bool(rows) + [each] * bool(tokens))
+    each = f" (prompt and new ones) for each of the {batch}" if batch > 1 else ""
+    fits = ", or ".join([f"a batch of {rows}"] * bool(rows) + [f"{tokens} tokens{each}"] * bool(tokens))
     advice = f"what fits: {fits}" if fits else "not even one token fits: free some memory"
     size = f"{batch} x {capacity} tokens in {str(dtype).removeprefix('torch.')} need {megabytes(needed)}"
     share = f"{megabytes(usable)} can be had on {device} ({USABLE_PERCENT} % of what is free)"
@@ -146,14 +131,11 @@ def _host_memory() -> int | None:
 def _container_memory() -> int | None:
     """What the control group (version 2) still grants. The kernel kills a process that goes beyond it."""
     group = Path("/sys/fs/cgroup")
+    names = "memory.max", "memory.current", "memory.stat"
     try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit == "max":
-            return None
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-        statistics = dict(line.split() for line in lines)
+        limit, used, statistics = ((group / name).read_text(encoding="ascii") for name in names)
         # the page cache counts as used, and is given up first
-        return int(limit) - used + int(statistics.get("inactive_file", 0))
+        cached = dict(line.split() for line in statistics.splitlines()).get("inactive_file", 0)
+        return int(limit) - int(used) + int(cached)  # a limit "max" is none
     except (OSError, ValueError):
-        return None  # no such limit here
+        return None

@@ -1,21 +1,20 @@
-"""Decoding that lives on the device: the step from one token to the next needs nothing from the host, and is
-one CUDA graph.
+"""Decoding that lives on the device: a step from one token to the next needs nothing from the host.
 
-    embed -> layers -> norm -> lm_head -> sample -> ended? -> output      in one replay, read in chunks
+    embed -> layers -> norm -> lm_head -> sample -> ended? -> output      one CUDA graph, read back in chunks
 
 The kernels of a small model's step take less time than their launches from Python, and a host that waits for
-every token adds to that. So everything a step reads or writes lies in buffers that stay where they are
+every token adds to that. So everything that a step reads or writes lies in buffers that stay where they are
 (`DecodeLoop`): the token, the cache and how far it is filled, the noise of every position, which rows have
 ended, the tokens put out. The step is recorded once and replayed. The host looks for end tokens once per
-chunk, while the next chunk is already running. What a chunk computes beyond the end of all rows is dropped.
+chunk, while the next chunk is already running; what a chunk computes beyond the end of all rows is dropped.
 
 A graph holds for one batch, one capacity of the cache and one way to choose tokens. Capacities are powers of
-two, and loops are kept for later prompts (`DecodeLoops`), so that each is captured once; `describe` states
-what that took. Prompts are not captured: a prefill is few launches for much work. On a device without graphs
-the same step runs operation by operation.
+two, and loops are kept for later prompts (`DecodeLoops`), so that each is captured once. Prompts are not
+captured: a prefill is few launches for much work. A device without graphs runs the same step operation by
+operation.
 
-What a capacity beyond the text costs: the Triton kernels end at a row's length; torch's attention reads the
-whole capacity and masks, at most twice the keys needed.
+A capacity beyond the text costs nothing in the Triton kernels, which end at a row's length. torch's attention
+reads the whole capacity and masks, at most twice the keys needed.
 
 Source: CUDA graphs in PyTorch, pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
 """
@@ -23,7 +22,7 @@ Source: CUDA graphs in PyTorch, pytorch.org/blog/accelerating-pytorch-with-cuda-
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,9 +54,7 @@ class Choice:
 
 @dataclass
 class _Step:
-    """One way to choose tokens, on the device, and the graph of a step with it (None: the step runs
-    uncaptured).
-    """
+    """One way to choose tokens, and the graph of a step with it (None: the step runs uncaptured)."""
 
     sampler: Sampler
     ends: Tensor  # [number of end tokens]
@@ -65,26 +62,8 @@ class _Step:
     graph: torch.cuda.CUDAGraph | None = None
 
 
-@dataclass(frozen=True)
-class _ReadBack:
-    """Tokens on their way to the host."""
-
-    tokens: Tensor  # [steps, B] on the CPU
-    arrived: torch.cuda.Event | None = None
-
-    def wait(self) -> Tensor:
-        """[steps, B], a copy, because the buffer is used again."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.tokens.clone()
-
-
 def capacity_for(tokens: int, limit: int) -> int:
-    """The smallest capacity of 64, 128, 256, ... up to `limit` (the model's positions) that holds so many
-    tokens of a row.
-
-    Raises UsageError beyond the limit.
-    """
+    """The smallest of 64, 128, ... up to `limit` that holds `tokens`. Raises UsageError beyond the limit."""
     if tokens > limit:
         raise UsageError(
             f"prompt and new tokens: expected at most {limit} together, got {tokens}; "
@@ -94,8 +73,9 @@ def capacity_for(tokens: int, limit: int) -> int:
 
 
 class DecodeLoop:
-    """The buffers of a batch and the steps recorded over them, for one generation at a time: `start`, then
-    `run` and `read_back` in turn, all on one CUDA stream.
+    """The buffers of a batch and the steps recorded over them, for one generation at a time.
+
+    `start` comes first, then `run` and `read_back` in turn, all on one CUDA stream.
     """
 
     def __init__(self, engine: Engine, batch: int, capacity: int, chunk: int | None = None) -> None:
@@ -113,21 +93,19 @@ class DecodeLoop:
         self.cache = KVCache.allocate(model.config, batch, capacity, self.device, head.dtype)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)  # the next to be fed
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        # written with a penalty only
+        # `seen` is written with a penalty only
         self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=self.device)
-        # By position, made once per text: hashing in the step would take thirty launches, a look-up takes
-        # one. A cached token of the 135M model takes 6,000 times the memory.
+        # By position, made once per text: hashing in the step would take thirty launches, a look-up one.
         self.noise = torch.zeros(batch, capacity, device=self.device)
         self.output = torch.zeros(self.chunk, batch, dtype=torch.int64, device=self.device)
-        # row of `output` that the next token goes to
-        self.slot = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.slot = torch.zeros(1, dtype=torch.int64, device=self.device)  # the next row of `output`
         # Two, because one chunk is read on the host while the next is written.
         shape, buffers = self.output.shape, 2 if self.captures else 0
         self._pinned = [torch.zeros(shape, dtype=torch.int64, pin_memory=True) for _ in range(buffers)]
         self._steps: dict[Choice, _Step] = {}  # the one used last at the end
         self._step: _Step | None = None
         self._weights: tuple[int, ...] = ()
-        self._pool: Any = None  # torch's handle of the memory that the graphs compute in
+        self._pool: Any = None  # the memory that the graphs compute in, of which one runs at a time
         self._costs: list[str] = []
 
     @property
@@ -145,11 +123,10 @@ class DecodeLoop:
     def start(
         self, input_ids: Tensor, lengths: Tensor, seeds: Sequence[int] | Tensor, choice: Choice
     ) -> None:
-        """Begins a generation; nothing of the one before remains. Prefills, and chooses the first token of
-        every row, to be read back.
+        """Begins a generation: prefills, and chooses the first token of every row, to be read back.
 
-        input_ids [B, T], row b holding lengths[b] tokens and then anything; lengths [B]; seeds [B]. The first
-        use of a `choice` captures.
+        input_ids [B, T], row b holding lengths[b] tokens and then anything; lengths [B]; seeds [B]. Nothing
+        of the generation before remains. The first use of a `choice` captures.
         """
         input_ids, lengths = input_ids.to(self.device), lengths.to(self.device)
         step = self._prepare(choice)  # first, because it runs steps
@@ -171,9 +148,7 @@ class DecodeLoop:
     @torch.inference_mode()
     def run(self, steps: int) -> None:
         """Computes the next `steps` <= chunk tokens of every row. On CUDA it does not wait for them."""
-        assert self._step is not None and steps <= self.chunk, (
-            "start comes first, and the output holds a chunk"
-        )
+        assert self._step is not None and steps <= self.chunk, "start comes first; a chunk is the most"
         self.slot.zero_()
         for _ in range(steps):
             if self._step.graph is not None:
@@ -182,24 +157,33 @@ class DecodeLoop:
                 self._advance(self._step)
 
     @torch.inference_mode()
-    def read_back(self, steps: int) -> _ReadBack:
-        """Sends the tokens of the last `steps` to the host without waiting. Two may be under way at most."""
+    def read_back(self, steps: int) -> Callable[[], Tensor]:
+        """Sends the tokens of the last `steps` to the host without waiting; two may be under way at most.
+
+        The function that is returned waits, and returns a copy of them, [steps, B].
+        """
         if not self.captures:
-            return _ReadBack(self.output[:steps].cpu())
+            return self.output[:steps].cpu().clone
         self._pinned.reverse()
         buffer = self._pinned[0][:steps]
         buffer.copy_(self.output[:steps], non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self.device))
-        return _ReadBack(buffer, arrived)
+
+        def wait() -> Tensor:
+            arrived.synchronize()
+            return buffer.clone()
+
+        return wait
 
     def _advance(self, step: _Step) -> None:
         """The step that is captured."""
         self._choose(step, self.engine.decode(self.tokens, self.cache)[:, -1])
 
     def _choose(self, step: _Step, logits: Tensor) -> None:
-        """logits [B, V] -> the next token, into `tokens` and `output`. Its index in its text is
-        `cache.lengths`, the number of tokens fed so far.
+        """logits [B, V] -> the next token, into `tokens` and `output`.
+
+        Its index in its text is `cache.lengths`, the number of tokens fed so far.
         """
         noise = None
         if step.sampler.needs_noise:
@@ -214,14 +198,11 @@ class DecodeLoop:
         self.slot.add_(1)
 
     def _prepare(self, choice: Choice) -> _Step:
-        """The step of that choice, captured now unless it was used before. Runs steps on whatever the buffers
-        hold.
-        """
+        """The step of that choice, captured now unless it was used before. Overwrites the buffers."""
         # moved since, by `.to()` or assignment: the graphs would read freed memory
         if self._weights != (weights := self._addresses()):
             self._steps.clear()
-            self._pool = None
-            self._weights = weights
+            self._pool, self._weights = None, weights
         step = self._steps.pop(choice, None)
         if step is None:
             ends = torch.tensor(choice.eos_token_ids, dtype=torch.int64, device=self.device)
@@ -247,11 +228,8 @@ class DecodeLoop:
             self._advance(step)
 
     def _capture(self, step: _Step) -> None:
-        """Records a step, on a stream of its own as torch asks. Recording computes nothing; the steps that
-        warm up do.
-        """
+        """Records a step, on a stream of its own as torch asks, after steps that warm up."""
         began = time.perf_counter()
-        # one for all graphs of the loop, of which one runs at a time
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -269,8 +247,9 @@ class DecodeLoop:
 
 @dataclass
 class DecodeLoops:
-    """The loops of an engine, kept for later prompts. A generation borrows one, so that two which take turns
-    have one each. For one thread.
+    """The loops of an engine, kept for later prompts; for one thread.
+
+    A generation borrows one, so that two which take turns have one each.
     """
 
     engine: Engine
@@ -279,9 +258,7 @@ class DecodeLoops:
 
     @contextmanager
     def borrow(self, batch: int, tokens: int) -> Iterator[DecodeLoop]:
-        """A loop for that many rows of up to `tokens` tokens. Raises UsageError if they are too many for the
-        model or for the memory.
-        """
+        """A loop for that many rows of up to `tokens` tokens. Raises UsageError for too many."""
         model = self.engine.model
         capacity, head = capacity_for(tokens, model.config.max_position_embeddings), model.lm_head.weight
         kind = head.device, head.dtype
@@ -307,9 +284,7 @@ class DecodeLoops:
         return "\n".join(loop.describe() for loop in self.idle) or "no decode loop yet"
 
     def _allocate(self, batch: int, capacity: int, tokens: int) -> DecodeLoop:
-        """A new loop, in the place of the idle ones if it does not fit beside them, and for exactly `tokens`
-        if it does not fit at all.
-        """
+        """A new loop; where memory is short in the place of the idle ones, and then for exactly `tokens`."""
         try:
             return DecodeLoop(self.engine, batch, capacity, self.chunk)
         except UsageError:
@@ -321,9 +296,7 @@ class DecodeLoops:
 
 
 class CapturedEngine(Engine):
-    """The model as it is, its steps recorded as CUDA graphs: `generate` hands the loop over the tokens to the
-    device.
-    """
+    """The model as it is, its steps recorded as CUDA graphs: `generate` hands its loop to the device."""
 
     name = "captured"
 
@@ -343,8 +316,7 @@ def captured_steps(
     eos_token_ids: Sequence[int] = (),
     pad_token_id: int = 0,
 ) -> Iterator[Tensor]:
-    """Yields what `generate_steps` yields: the next token of every row [B], on the host, until all have ended
-    or the number is reached.
+    """Yields what `generate_steps` yields: the next token of every row [B], on the host.
 
     input_ids [B, T], row b holding lengths[b] >= 1 tokens and then anything; lengths [B]; seeds [B].
     Arguments are otherwise as in `generate_steps`, which checks them. Raises UsageError, before any work, for
@@ -358,26 +330,27 @@ def captured_steps(
     with loops.borrow(batch, longest + max_new_tokens) as loop:
         loop.start(input_ids[:, :longest], lengths, seeds, Choice(params, tuple(eos_token_ids), pad_token_id))
         finished = torch.zeros(batch, dtype=torch.bool)
-        # The token of the prefill is read alone: it should not wait for a chunk.
-        todo, reading = max_new_tokens - 1, loop.read_back(1)
-        while True:
-            ahead = None
-            if loop.captures and todo:  # the device goes on while the host looks at the tokens before
-                todo, ahead = _read_on(loop, todo)
-            for tokens in reading.wait():
+        for chunk in _chunks(loop, max_new_tokens):
+            for tokens in chunk:
                 yield tokens
                 finished |= torch.isin(tokens, ends)
                 if finished.all():
                     return
-            if ahead is None and todo:
-                todo, ahead = _read_on(loop, todo)
-            if ahead is None:
-                return
-            reading = ahead
 
 
-def _read_on(loop: DecodeLoop, todo: int) -> tuple[int, _ReadBack]:
-    """Runs a chunk, or what is left of `todo` steps -> (steps that are left, the tokens of these)."""
-    steps = min(loop.chunk, todo)
-    loop.run(steps)
-    return todo - steps, loop.read_back(steps)
+def _chunks(loop: DecodeLoop, tokens: int) -> Iterator[Tensor]:
+    """The tokens of the prefill, then of every chunk, [steps, B] each."""
+    # Those of the prefill are read alone: they should not wait for a chunk.
+    reading: Callable[[], Tensor] | None = loop.read_back(1)
+    tokens -= 1
+    while reading is not None:
+        if not loop.captures:
+            yield reading()
+        following, steps = None, min(loop.chunk, tokens)
+        if steps:  # a device that captures goes on while the host looks at the tokens before
+            loop.run(steps)
+            following = loop.read_back(steps)
+            tokens -= steps
+        if loop.captures:
+            yield reading()
+        reading = following

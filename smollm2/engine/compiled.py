@@ -18,16 +18,18 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from smollm2.engine import exported_step
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
-from smollm2.engine.eager_step import changed, plain_weights
-from smollm2.engine.exported_step import DecodeStep, Matrix, StepWeights
-from smollm2.engine.quantized import Int4Weight, Int8Weight, QuantizedEngine, QuantizedWeight
+from smollm2.engine.eager_step import plain_weights
+from smollm2.engine.exported_step import DecodeStep
+from smollm2.engine.quantized import Int4Weight, QuantizedEngine
 from smollm2.errors import UsageError
 from smollm2.pretrained.cache import cache_folder
 
@@ -42,11 +44,10 @@ class CompiledEngine(Engine):
         self.below = below
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
         began = time.perf_counter()
-        # What torch._inductor.aoti_load_package wraps, without the second that importing Inductor takes, and
-        # without a walk through nested lists at every step.
+        # What torch._inductor.aoti_load_package wraps, without the second that importing Inductor takes.
         self.package = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
         self.why = f"{why}, loaded in {time.perf_counter() - began:.2f} s"
-        self.weights = step_weights(below).flat()
+        self.weights = tree_leaves(step_weights(below))
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         return self.below.prefill(input_ids, lengths, cache)
@@ -64,23 +65,16 @@ class CompiledEngine(Engine):
         return logits.view(1, 1, -1)
 
 
-def step_weights(engine: Engine) -> StepWeights:
-    """The weights of an eager or int8 engine as the compiled step takes them. Raises UsageError for int4."""
+def step_weights(engine: Engine) -> tuple[Any, ...]:
+    """The `tensors` of a DecodeStep for an eager or int8 engine. Raises UsageError for int4."""
     model = engine.model
     weights = engine.few if isinstance(engine, QuantizedEngine) else plain_weights(model)
-    return StepWeights(
-        *model.model.rotary(model.lm_head.weight.device),
-        model.model.embed_tokens.weight.detach(),
-        model.model.norm.weight.detach(),
-        _matrix(weights.head),
-        [changed(layer, _matrix) for layer in weights.layers],
-    )
-
-
-def _matrix(weight: Tensor | QuantizedWeight) -> Matrix:
-    if isinstance(weight, Int4Weight):
+    if any(isinstance(matrix, Int4Weight) for matrix in weights.matrices()):
         raise UsageError("compile: the compiled step takes plain or int8 weights, got int4")
-    return Matrix(*weight) if isinstance(weight, Int8Weight) else Matrix(weight)
+    embedding, norm = model.model.embed_tokens.weight.detach(), model.model.norm.weight.detach()
+    tuples = weights.changed(lambda matrix: matrix if isinstance(matrix, Tensor) else tuple(matrix))
+    layers = [tuple(layer) for layer in tuples.layers]
+    return *model.model.rotary(embedding.device), embedding, norm, tuples.head, layers
 
 
 def package_path(engine: Engine) -> Path:
@@ -117,8 +111,7 @@ def find_package(engine: Engine) -> Path | None:
 
 
 def build_package(engine: Engine) -> Path:
-    """Compiles the step of an eager or int8 engine, says on stderr what it does, and returns the package's
-    path.
+    """Compiles the step of an eager or int8 engine, says so on stderr, and returns the package's path.
 
     Raises UsageError when there is no C++ compiler. The package appears under its name when it is complete.
     """
@@ -136,13 +129,13 @@ def build_package(engine: Engine) -> Path:
     shape, layers = (_EXAMPLE_TOKENS, config.num_key_value_heads, config.head_dim), config.num_hidden_layers
     keys, values = ([torch.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in range(2))
     tokens = torch.export.Dim("tokens", min=2, max=config.max_position_embeddings)
-    flat, grows = weights.flat(), [{0: tokens}] * layers
+    grows = [{0: tokens}] * layers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own code
         program = torch.export.export(
-            DecodeStep(config, dtype, weights.head.scales is not None),
-            (torch.tensor([0]), torch.tensor([_EXAMPLE_TOKENS]), flat, keys, values),
-            dynamic_shapes=(None, None, [None] * len(flat), grows, grows),
+            DecodeStep(config, dtype),
+            (torch.tensor([0]), torch.tensor([_EXAMPLE_TOKENS]), weights, keys, values),
+            dynamic_shapes=(None, None, tree_map(lambda _: None, weights), grows, grows),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

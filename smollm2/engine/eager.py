@@ -23,8 +23,8 @@ def prefill(model: SmolLM2ForCausalLM, input_ids: Tensor, lengths: Tensor, cache
     """Runs the prompts through the model and fills the empty cache.
 
     input_ids [B, T], row b holding lengths[b] tokens and then anything -> logits [B, V] after the last token
-    of each row. Causality makes what follows a row's tokens harmless, and the decode steps overwrite it in
-    the cache.
+    of each row. Causality makes what follows a row's tokens harmless; the decode steps overwrite it in the
+    cache.
     """
     cache.advance(input_ids.shape[1])
     cache.lengths.copy_(lengths)
@@ -35,8 +35,9 @@ def prefill(model: SmolLM2ForCausalLM, input_ids: Tensor, lengths: Tensor, cache
 
 
 class Engine:
-    """Runs a model's prompts and decode steps. Every engine fills the same cache and returns the same shapes,
-    so that a generation may begin on one and go on with another.
+    """Runs a model's prompts and decode steps.
+
+    Every engine fills the same cache and returns the same shapes, so that a generation may change engines.
     """
 
     name = "eager"
@@ -46,9 +47,7 @@ class Engine:
         self._packed: Weights | None = None  # asked for anew at every prompt: training may have changed them
 
     def allocate(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `capacity` tokens. Raises UsageError when it does not
-        fit into memory.
-        """
+        """An empty cache for `batch` rows of `capacity` tokens. Raises UsageError if it does not fit."""
         weight = self.model.lm_head.weight
         return KVCache.allocate(self.model.config, batch, capacity, weight.device, weight.dtype)
 

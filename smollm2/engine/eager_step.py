@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,8 @@ MATRICES = "qkv", "o", "gate_up", "down"
 MEMORY_SHARE = 2  # a packed copy may take one part in this many of the free memory
 
 
-class Linear(Protocol):
-    """(x [..., K], matrix [N, K]) -> [..., N], for every form of a matrix that it knows."""
-
-    def __call__(self, x: Tensor, weight: Any) -> Tensor: ...
+# (x [..., K], matrix [N, K]) -> [..., N], for every form of a matrix that it knows
+Linear = Callable[[Tensor, Any], Tensor]
 
 
 class Weights(NamedTuple):
@@ -70,10 +68,9 @@ def changed(layer: LayerWeights[Any], change: Callable[[Any], Any]) -> LayerWeig
 
 
 def supports(model: SmolLM2ForCausalLM, cache: KVCache) -> bool:
-    """Whether `decode_step` may run this model over this cache: eagerly on the CPU, with nothing replaced in
-    the backend.
+    """Whether `decode_step` may run this model over this cache: on the CPU, with torch's own operations.
 
-    A fixed cache belongs to a captured loop, whose lengths the host must not read.
+    Not over a fixed cache, which belongs to a captured loop: its lengths the host must not read.
     """
     backend = model.backend
     return (
@@ -95,20 +92,18 @@ _packed = weakref.WeakKeyDictionary()
 
 @torch.inference_mode()
 def packed_weights(model: SmolLM2ForCausalLM) -> Weights:
-    """A copy of the matrices in oneDNN's order where that is faster (bf16) and fits the memory; else
-    `plain_weights`.
+    """A copy of the matrices in oneDNN's order where that is faster (bf16) and fits; else `plain_weights`.
 
     Made once per model and used until a weight changes (a write through `.data` is not seen).
     """
     plain = plain_weights(model)
-    versions = [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+    versions = model.versions()
     known = _packed.get(model)
     if known is not None and known[0] == versions:
         return known[1]
     _packed.pop(model, None)  # before the new copy is made: never two at a time
-    if plain.head.dtype != torch.bfloat16 or not onednn(torch.bfloat16):
-        return plain
-    if not fits(sum(matrix.nbytes for matrix in plain.matrices())):
+    useful = plain.head.dtype == torch.bfloat16 and onednn(torch.bfloat16)
+    if not useful or not fits(sum(matrix.nbytes for matrix in plain.matrices())):
         return plain
     weights = plain.changed(pack)
     _packed[model] = versions, weights
@@ -123,26 +118,21 @@ def fits(size: int) -> bool:
 
 def pack(matrix: Tensor) -> Tensor:
     """A copy of a matrix [N, K] in the order that oneDNN multiplies fastest by; only `linear` can read it."""
-    # the order does not depend on the number of rows that may be given as a hint
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, None)  # whatever the number of rows
     return packed
 
 
 @functools.cache
 def onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's product is there and the better one: in fp32 as kernels/eager/linear.py decides, in
-    bf16 on AVX-512.
-    """
+    """Whether oneDNN has the faster product: fp32 as kernels/eager/linear.py decides, bf16 on AVX-512."""
     if dtype == torch.float32:
         return onednn_is_faster()
-    if (
-        dtype != torch.bfloat16
-        or not torch.backends.mkldnn.is_available()
-        or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
-        return False
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(
+        dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
@@ -156,17 +146,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_step(model: SmolLM2ForCausalLM, weights: Weights, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Appends a few tokens to every row. tokens [B, T] -> logits [B, T, V] in the model's dtype; the cache
-    grows by T.
-    """
+    """Appends T tokens to every row: tokens [B, T] -> logits [B, T, V] in the dtype of the model."""
     config, length = model.config, tokens.shape[1]
     cache.advance(length)
-    step = _Step(
-        cache,
-        length,
-        model.model.rotary(tokens.device),
-        config.num_attention_heads // config.num_key_value_heads,
-    )
+    group = config.num_attention_heads // config.num_key_value_heads
+    step = _Step(cache, length, model.model.rotary(tokens.device), group)
     keys, values = (whole[:, :, : cache.longest].unbind() for whole in (cache.keys, cache.values))
     x = F.embedding(tokens, model.model.embed_tokens.weight)
     for layer, layer_keys, layer_values in zip(weights.layers, keys, values, strict=True):
@@ -194,11 +178,8 @@ class _Step:
             self.rows = torch.arange(len(lengths))[:, None]
         if length > 1 or self.rows is not None:
             hidden = torch.arange(longest) > self.positions[..., None]  # [B or 1, T, S]
-            self.mask = (
-                torch.zeros(hidden.shape, dtype=dtype)
-                .masked_fill_(hidden, -torch.inf)
-                .repeat(1, group, 1)[:, None]
-            )
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            self.mask = mask.repeat(1, group, 1)[:, None]
         # rotate-half as x * [cos, cos] + roll(x) * [-sin, sin], one angle for all heads
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = (table[self.positions].to(wide) for table in tables)
@@ -206,13 +187,7 @@ class _Step:
         self.cos, self.sin = torch.cat((cos, cos), -1)[:, :, None], torch.cat((-sin, sin), -1)[:, :, None]
 
     def layer(
-        self,
-        x: Tensor,
-        weights: LayerWeights[Any],
-        keys: Tensor,
-        values: Tensor,
-        linear: Linear,
-        eps: float,
+        self, x: Tensor, weights: LayerWeights[Any], keys: Tensor, values: Tensor, linear: Linear, eps: float
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]; keys and values [B, S, K, D] receive the new tokens'."""
         key_heads, head_dim = keys.shape[2:]
@@ -235,18 +210,11 @@ class _Step:
     def _attention(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """`reference.decode_attention`: q [B, T, H, D] -> [B, T, H * D]."""
         batch, length, _, head_dim = q.shape
-        # The G query heads of one key head become G * T queries of one head: each key is read once, not G
-        # times.
-        folded = (
-            q.view(batch, length, -1, self.group, head_dim)
-            .permute(0, 2, 3, 1, 4)
-            .reshape(batch, -1, self.group * length, head_dim)
-        )
+        # The G query heads of a key head become G * T queries of one head, so that each key is read once.
+        folded = q.view(batch, length, -1, self.group, head_dim).permute(0, 2, 3, 1, 4)
         out = F.scaled_dot_product_attention(
-            folded, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self.mask
-        )
-        return (
-            out.view(batch, -1, self.group, length, head_dim)
-            .permute(0, 3, 1, 2, 4)
-            .reshape(batch, length, -1)
-        )
+            folded.reshape(batch, -1, self.group * length, head_dim),
+            keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self.mask,
+        )  # fmt: skip
+        out = out.view(batch, -1, self.group, length, head_dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(batch, length, -1)

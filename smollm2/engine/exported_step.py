@@ -14,8 +14,7 @@ where they are (memory-mapped). Everything between the weights and the cache is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,110 +22,68 @@ from torch import Tensor
 from kernels import LayerWeights
 from smollm2.config import SmolLM2Config
 
-
-class Matrix(NamedTuple):
-    """A weight [N, K]: in the compute dtype, or int8 with one scale a row."""
-
-    values: Tensor  # [N, K]
-    scales: Tensor | None = None  # [N]
-
-
-class StepWeights(NamedTuple):
-    """All that a step reads, beyond the token and the cache."""
-
-    cos: Tensor  # [max positions, D/2], fp32
-    sin: Tensor
-    embedding: Tensor  # [V, hidden]
-    norm: Tensor  # [hidden]
-    head: Matrix  # [V, hidden]
-    layers: list[LayerWeights[Matrix]]
-
-    def flat(self) -> list[Tensor]:
-        """The tensors in a fixed order: a package takes lists of tensors only."""
-        norms = [norm for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
-        matrices = [self.head]
-        for layer in self.layers:
-            matrices += layer.qkv, layer.o, layer.gate_up, layer.down
-        return [*self[:4], *norms, *(part for matrix in matrices for part in matrix if part is not None)]
-
-    @classmethod
-    def from_flat(cls, tensors: list[Tensor], layers: int, quantized: bool) -> StepWeights:
-        """The inverse of `flat`."""
-        rest = iter(tensors)
-        cos, sin, embedding, norm = (next(rest) for _ in range(4))
-        norms = [(next(rest), next(rest)) for _ in range(layers)]
-
-        def matrices() -> Iterator[Matrix]:
-            for values in rest:
-                yield Matrix(values, next(rest) if quantized else None)
-
-        following = matrices()
-        head = next(following)
-        blocks = [
-            LayerWeights(before, next(following), next(following), after, next(following), next(following))
-            for before, after in norms
-        ]
-        return cls(cos, sin, embedding, norm, head, blocks)
+Matrix = Tensor | tuple[Tensor, Tensor]  # [N, K] in the compute dtype; or int8, and [N] scales of its rows
 
 
 def _stored(x: Tensor) -> Tensor:
-    """x, computed once. Inductor would otherwise compute it again in every row of the product that reads
-    it.
-    """
+    """x, computed once: Inductor would compute it again in every row of the product that reads it."""
     return torch.as_strided(x, x.shape, x.stride())
 
 
 def _times(matrix: Matrix, x: Tensor) -> Tensor:
     """matrix [N, K] @ x [K] (fp32) -> [N], fp32"""
-    y = (matrix.values.float() * x).sum(-1)
-    return y if matrix.scales is None else y * matrix.scales.float()
+    if isinstance(matrix, Tensor):
+        return (matrix.float() * x).sum(-1)
+    values, scales = matrix
+    return (values.float() * x).sum(-1) * scales.float()
 
 
 class DecodeStep(torch.nn.Module):
-    """The step for the sizes of one configuration.
+    """The step for the sizes of one configuration; dtype: that of the activations."""
 
-    dtype: that of the activations, and of the weights that are not int8. quantized: whether the matrices are
-    int8.
-    """
-
-    def __init__(self, config: SmolLM2Config, dtype: torch.dtype, quantized: bool) -> None:
+    def __init__(self, config: SmolLM2Config, dtype: torch.dtype) -> None:
         super().__init__()
-        self.config, self.dtype, self.quantized = config, dtype, quantized
+        self.config, self.dtype = config, dtype
 
     def forward(
-        self, token: Tensor, position: Tensor, tensors: list[Tensor], keys: list[Tensor], values: list[Tensor]
+        self, token: Tensor, position: Tensor, tensors: Any, keys: list[Tensor], values: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """One more token of one row.
 
-        token, position [1] int64; tensors: StepWeights.flat(); keys, values: per layer [n, K, D], those of
-        the n tokens before -> logits [V] in fp32, and this token's keys and values [layers, 2, K, D], for the
-        caller to store.
+        token, position [1] int64; tensors: the tables cos and sin [max positions, D/2] in fp32, the embedding
+        [V, hidden], the last norm [hidden], the head (a Matrix) and the LayerWeights of every block, in plain
+        tuples, which torch can write into a package; keys, values: per layer [n, K, D], those of the n tokens
+        before -> logits [V] in fp32, and this token's keys and values [layers, 2, K, D], for the caller to
+        store.
         """
-        weights = StepWeights.from_flat(tensors, self.config.num_hidden_layers, self.quantized)
-        cos, sin = self._rotation(weights.cos[position], weights.sin[position])
-        x = weights.embedding[token][0].float()
+        cos, sin, embedding, norm, head, layers = tensors
+        cos, sin = self._rotation(cos[position], sin[position])
+        x = embedding[token][0].float()
         new = []
-        for layer, old_keys, old_values in zip(weights.layers, keys, values, strict=True):
+        for weights, old_keys, old_values in zip(layers, keys, values, strict=True):
+            layer: LayerWeights[Matrix] = LayerWeights(*weights)
             heads = self._heads(self._normed(x, layer.input_norm, layer.qkv), cos, sin)
             new.append(heads)
             x = _stored(x + _times(layer.o, self._attention(heads, old_keys, old_values)))
             gate, up = self._normed(x, layer.post_norm, layer.gate_up).chunk(2)
             x = _stored(x + _times(layer.down, _stored(gate * torch.sigmoid(gate) * up)))
-        logits = self._normed(x, weights.norm, weights.head)
+        logits = self._normed(x, norm, head)
         first = self.config.num_attention_heads
         keys_and_values = torch.stack(new)[:, first:].to(self.dtype).unflatten(1, (2, -1))
         return logits, keys_and_values
 
     def _normed(self, x: Tensor, weight: Tensor, matrix: Matrix) -> Tensor:
-        """x [hidden] -> matrix @ rms_norm(x) [rows], fp32. The division by the norm comes after the product:
-        one pass over x, not two.
+        """x [hidden] -> matrix @ rms_norm(x) [rows], fp32.
+
+        The division by the norm comes after the product: one pass over x, not two.
         """
         product = _times(matrix, _stored(x * weight.float()))
         return product * torch.rsqrt(x.square().mean() + self.config.rms_norm_eps)
 
     def _rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin [1, D/2] -> [H + 2K, D/2] for all heads: queries turned and scaled for the softmax, keys
-        turned, values as they are. One loop for all three instead of five.
+        """cos, sin [1, D/2] -> [H + 2K, D/2] for all heads, in one loop instead of five.
+
+        Queries are turned and scaled for the softmax, keys are turned, values stay as they are.
         """
         config = self.config
         queries, keys = config.num_attention_heads, config.num_key_value_heads

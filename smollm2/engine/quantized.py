@@ -38,14 +38,16 @@ from smollm2.engine.eager_step import MATRICES, Weights
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cached
-from smollm2.pretrained.files import WEIGHTS, read_safetensors, weight_files, write_files, write_safetensors
+from smollm2.pretrained.files import WEIGHTS, read_safetensors, weight_files, weights_writer
 from smollm2.pretrained.load import origin
 
 KINDS = ("int8", "int4")
-# above, unpacking the weights for an ordinary product is faster (measured on AVX-512: equal at 16 to 24 rows)
-INT8_KERNEL_ROWS = 16
-# from here on, values in bf16 in oneDNN's order are the faster ones, although twice as many bytes
-INT8_PACKED_ROWS = 5
+INT8_KERNEL_ROWS = (
+    16  # beyond, an ordinary product of unpacked weights is faster (AVX-512: equal at 16 to 24)
+)
+INT8_PACKED_ROWS = (
+    5  # from here on, values in bf16 in oneDNN's order are faster, although twice as many bytes
+)
 INT4_GROUP = 32
 
 
@@ -64,9 +66,7 @@ class Int4Weight(NamedTuple):
 
 
 class WideInt8Weight(NamedTuple):
-    """An int8 matrix [N, K] for batches: the same values, in bfloat16 (which holds them exactly) and packed
-    by `eager_step.pack`.
-    """
+    """An int8 matrix [N, K] for batches: its values in bfloat16 (exact), packed by `eager_step.pack`."""
 
     values: Tensor
     scales: Tensor  # [N]
@@ -76,8 +76,9 @@ QuantizedWeight = Int8Weight | Int4Weight
 
 
 def quantize_rows(weight: Tensor) -> Int8Weight:
-    """int8 of a matrix [N, K], scales in its dtype; a weight is off by at most half its row's scale. Raises
-    UsageError for NaN, inf.
+    """int8 of a matrix [N, K], scales in its dtype; a weight is off by at most half its row's scale.
+
+    Raises UsageError for NaN and inf.
     """
     _check_matrix(weight)
     # a row of zeros stays zero
@@ -87,11 +88,10 @@ def quantize_rows(weight: Tensor) -> Int8Weight:
 
 
 def quantize_groups(weight: Tensor, group: int = INT4_GROUP) -> Int4Weight:
-    """int4 of a matrix [N, K], scales and zeros in its dtype.
+    """int4 of a matrix [N, K], scales and zeros in its dtype. group: weights that share a scale, 32 to 256.
 
-    group: 32, 64, 128 or 256 weights that share a scale. Each weight is off by at most half its scale, and by
-    the rounding of zero (half a unit in its last place) where that moves the ends of the range. Raises
-    UsageError for NaN, inf, and shapes the kernel cannot take.
+    Each weight is off by at most half its scale, and by the rounding of zero (half a unit in its last place)
+    where that moves the ends of the range. Raises UsageError for NaN, inf, and shapes the kernel cannot take.
     """
     _check_matrix(weight)
     rows, width = weight.shape
@@ -145,24 +145,22 @@ def linear_int8(x: Tensor, weight: Int8Weight) -> Tensor:
 
 
 def linear_int4(x: Tensor, weight: Int4Weight) -> Tensor:
-    """x [..., K] @ weight.T -> [..., N], in the dtype of x, by torch's CPU kernel: fast in bfloat16, right in
-    float16 and float32.
-    """
+    """x [..., K] @ weight.T -> [..., N], in the dtype of x, by the CPU kernel; fast in bfloat16."""
     width, groups = x.shape[-1], weight.scales_and_zeros.shape[0]
     rows = x.reshape(-1, width).contiguous()
     scales_and_zeros = weight.scales_and_zeros.to(x.dtype)
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-    product = multiply(rows, weight.packed, width // groups, scales_and_zeros)
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        rows, weight.packed, width // groups, scales_and_zeros
+    )
     return product.view(*x.shape[:-1], len(weight.packed))
 
 
 @torch.inference_mode()
 def batch_weights(few: Weights) -> Weights:
-    """The weights of a decode step of INT8_PACKED_ROWS or more rows: int8 matrices as WideInt8Weight, which
-    takes two bytes a weight.
+    """The weights of a decode step of INT8_PACKED_ROWS or more rows: int8 matrices as WideInt8Weight.
 
-    Where that is not faster (another processor, another dtype than bfloat16) or does not fit the memory, the
-    matrices stay as they are.
+    That takes two bytes a weight. Where it is not faster (another processor, another dtype than bfloat16) or
+    does not fit the memory, the matrices stay as they are.
     """
     size = sum(2 * matrix.values.numel() for matrix in few.matrices() if isinstance(matrix, Int8Weight))
     is_bf16 = few.head.scales.dtype == torch.bfloat16
@@ -178,8 +176,9 @@ def batch_weights(few: Weights) -> Weights:
 
 
 class QuantizedEngine(Engine):
-    """Decode steps with int8 or int4 weights. Prompts use the model's own: arithmetic bounds many tokens at a
-    time, and fewer bits do not save any.
+    """Decode steps with int8 or int4 weights.
+
+    Prompts use the model's own: many tokens are bound by arithmetic, of which fewer bits save none.
     """
 
     def __init__(self, model: SmolLM2ForCausalLM, kind: str, why: str = "") -> None:
@@ -224,11 +223,10 @@ def quantized_layers(
     layers = model.pack()
 
     def prepare() -> Callable[[Path], None]:
-        tensors = quantize_all(layers, head, kind)
-        return lambda folder: write_files(folder, {WEIGHTS: lambda path: write_safetensors(path, tensors)})
+        return weights_writer(quantize_all(layers, head, kind))
 
-    entry, source = None, origin(model)
-    if source is not None:
+    entry = None
+    if source := origin(model):
         name = f"{kind}-{str(head.dtype).removeprefix('torch.')}"
         if kind == "int4":  # packed in the order of the instruction set, which torch may change
             name += f"-{torch.backends.cpu.get_cpu_capability()}-torch{torch.__version__}".lower()
@@ -246,9 +244,7 @@ def quantized_layers(
 
 @torch.no_grad()
 def quantize_all(layers: Sequence[LayerWeights], head: Tensor, kind: str) -> dict[str, Tensor]:
-    """Every matrix of a model quantised, as named tensors: layers.0.qkv.values, layers.0.qkv.scales, ...,
-    head.scales.
-    """
+    """The matrices of a model, quantised, by name: layers.0.qkv.values, layers.0.qkv.scales, ..."""
     quantize = quantize_rows if kind == "int8" else quantize_groups
     quantised: dict[str, QuantizedWeight] = {"head": quantize_rows(head)}
     for index, layer in enumerate(layers):
@@ -262,8 +258,8 @@ def quantize_all(layers: Sequence[LayerWeights], head: Tensor, kind: str) -> dic
 
 def _weight(tensors: dict[str, Tensor], name: str) -> QuantizedWeight:
     kind = Int8Weight if f"{name}.values" in tensors else Int4Weight
-    # The int8 kernel reads whole vectors: at an address that is no multiple of 16 it crashes, from four rows
-    # on (torch 2.13). In a mapped file a tensor lies wherever those before it end.
+    # The int8 kernel reads whole vectors, from four rows on only at addresses that are multiples of 16 (else
+    # torch 2.13 crashes). In a mapped file a tensor lies wherever those before it end.
     parts = (tensors[f"{name}.{field}"] for field in kind._fields)
     return kind(*(part.clone() if part.data_ptr() % 64 else part for part in parts))
 

@@ -11,12 +11,11 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 QUANTIZE = ("none", *KINDS)
+COMPILED_QUANTIZE = ("none", "int8")  # what the compiled step takes
 
 
 def default_engine(model: SmolLM2ForCausalLM) -> Engine:
-    """What `generate` uses unless it is told: captured graphs on CUDA, kept with the model for the next call;
-    else eager.
-    """
+    """What `generate` uses unless it is told: captured graphs, kept with the model, on CUDA; else eager."""
     if model.lm_head.weight.device.type != "cuda":
         return Engine(model)
     if not isinstance(model.engine, Engine):
@@ -43,8 +42,8 @@ def select_engine(
         obstacle = f"the compiled step is for the CPU, the device is {device}"
     elif model.backend.decode_layer is not TORCH.decode_layer:
         obstacle = f"the compiled step replaces backend torch, got {model.backend.name}"
-    elif quantize == "int4":
-        obstacle = "the compiled step takes plain or int8 weights, got int4"
+    elif quantize not in COMPILED_QUANTIZE:
+        obstacle = f"the compiled step takes plain or int8 weights, got {quantize}"
     if compiled is True and obstacle:
         raise UsageError(f"compile: {obstacle}")
     if compiled is False or obstacle:

@@ -32,8 +32,7 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample
 
-# prompts prefilled together, padding included: beyond, activations grow and speed does not
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 4096  # of prompts prefilled together, padding included: more costs memory and is not faster
 
 
 def generate_many(
@@ -65,8 +64,8 @@ def generate_many(
     seeds = [seed + index for index in range(count)] if isinstance(seed, int) else list(seed)
     for name, given in (("max_new_tokens", budgets), ("seed", seeds)):
         if len(given) != count:
-            expected = f"expected one number or {count} of them, one per prompt"
-            raise UsageError(f"{name}: {expected}, got {len(given)}")
+            one = f"one number or {count} of them, one per prompt"
+            raise UsageError(f"{name}: expected {one}, got {len(given)}")
     if slots < 1:
         raise UsageError(f"slots: expected a number >= 1, got {slots}")
     params.validate(config.vocab_size)
@@ -93,10 +92,7 @@ def check_prompts(
     budgets: Sequence[int],
     name: Callable[[int], str] = lambda index: f"prompt {index}",
 ) -> None:
-    """Raises UsageError for the first prompt that cannot be continued by its budget of new tokens.
-
-    name(index) is what the message calls a prompt.
-    """
+    """Raises UsageError for the first prompt that cannot be continued by its budget; name(index) names it."""
     for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
         if budget < 1:
             raise UsageError(f"{name(index)}: expected max_new_tokens >= 1, got {budget}")
@@ -193,9 +189,7 @@ class _Slots:
             yield from self._step()
 
     def _admit(self, queue: deque[_Row]) -> list[tuple[int, list[int]]]:
-        """Prefills the next prompts of the queue into free slots and draws their first tokens; returns the
-        rows that these ended.
-        """
+        """Prefills the next prompts into free slots and draws their first tokens; returns rows that ended."""
         free = [slot for slot, row in enumerate(self.rows) if row is None]
         longest = len(queue[0].prompt)  # of all that are left
         size = max(1, min(len(free), len(queue), PREFILL_TOKENS // longest))
@@ -217,14 +211,14 @@ class _Slots:
     def _step(self) -> list[tuple[int, list[int]]]:
         """Feeds every row its last token and draws the next; returns the rows that it ended."""
         rows = [row for row in self.rows if row is not None]
-        # rows came and went: only here is it known how much they filled
-        self.cache.longest = max(row.length for row in rows) - 1
+        self.cache.longest = max(row.length for row in rows) - 1  # rows came and went
         last = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
         return self._draw(self.engine.decode(last, self.cache)[:, -1], rows, list(range(len(rows))))
 
     def _draw(self, logits: Tensor, rows: list[_Row], slots: list[int]) -> list[tuple[int, list[int]]]:
-        """Draws the next token of rows [B], which are in those slots, from logits [B, V]. Frees the slots of
-        the rows that it ended, and returns these.
+        """Draws the next token of rows [B], which are in those slots, from logits [B, V].
+
+        Frees the slots of the rows that it ended, and returns these.
         """
         seen = None if self.seen is None else self.seen[slots]
         chosen = sample(logits, self.params, [row.seed for row in rows], [row.length for row in rows], seen)

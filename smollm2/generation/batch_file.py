@@ -14,6 +14,7 @@ what the lines depend on. A command that would add lines made in another way is 
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -39,13 +40,14 @@ from smollm2.sampling import SamplingParams
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PLAIN_TEXT = (".txt", ".text")
+DIGESTS = dict(
+    prompts_sha256="other prompts", model_sha256="another model", tokenizer_sha256="another tokenizer"
+)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of the prompts file. index counts prompts from 0, line counts lines of the file from 1; what the
-    line does not say is None.
-    """
+    """A line of the prompts file: index counts prompts from 0, line from 1; what it does not say is None."""
 
     index: int
     line: int
@@ -79,14 +81,12 @@ def run_file(
     slots: int = 8,
     engine: Engine | None = None,
     made_with: Mapping[str, str] | None = None,
-    resume: bool = True,
 ) -> Summary:
     """Continues every prompt of a file; progress, cache size and tokens/s go to stderr.
 
     max_new_tokens and seed are for prompts that do not name their own; prompt i takes seed + i. stop: texts
     before which an answer ends. chat: a plain prompt is a user's message. made_with: what else the answers
-    depend on ({"quantize": "int8"}); a resume with anything else is refused. resume=False refuses an output
-    that has lines.
+    depend on ({"quantize": "int8"}); a resume with anything else is refused.
 
     Raises, before any work, LoadError for files that cannot be read or written, and UsageError for prompts
     that cannot be continued (by their line) and for an output that was begun with other prompts or options.
@@ -100,7 +100,7 @@ def run_file(
     content = _read(prompts_path)
     prompts = parse_prompts(prompts_path, content)
     token_ids = _encode(tokenizer, prompts_path, prompts, chat)
-    own = [prompt.max_new_tokens for prompt in prompts]
+    own = (prompt.max_new_tokens for prompt in prompts)
     budgets = [max_new_tokens if budget is None else budget for budget in own]
     where = [f"{prompts_path}, line {prompt.line}" for prompt in prompts]
     check_prompts(model.config, token_ids, budgets, where.__getitem__)
@@ -120,7 +120,7 @@ def run_file(
 
     began = time.perf_counter()
     with _open_output(output_path) as output:
-        finished = _resume(output, output_path, options, len(prompts), resume)
+        finished = _resume(output, output_path, options, len(prompts))
         todo = [prompt for prompt in prompts if prompt.index not in finished]
         if finished:
             answered = f"{len(finished)} of {len(prompts)} prompts are answered"
@@ -134,19 +134,12 @@ def run_file(
             max_new_tokens=[budgets[prompt.index] for prompt in todo],
             params=dataclasses.replace(params, suppress_tokens=params.suppress_tokens + padding),
             seed=[seed + prompt.index if prompt.seed is None else prompt.seed for prompt in todo],
-            eos_token_ids=model.config.eos_token_ids,
-            slots=slots,
-            engine=engine,
-            stop=texts.ended,
+            eos_token_ids=model.config.eos_token_ids, slots=slots, engine=engine, stop=texts.ended,
             report=lambda line: print(line, file=sys.stderr),
-        )
-        written = 0
+        )  # fmt: skip
+        written, counts = 0, dict(total=len(prompts), initial=len(finished), unit="row")
         try:
-            # disable=None: no bar where stderr is not a terminal
-            bar = tqdm(
-                total=len(prompts), initial=len(finished), unit="row", dynamic_ncols=True, disable=None
-            )
-            with bar:
+            with tqdm(**counts, dynamic_ncols=True, disable=None) as bar:  # None: only on a terminal
                 for row, tokens in answers:
                     prompt, (text, reason) = todo[row], texts.finish(row)
                     line = dict(id=prompt.id, index=prompt.index, prompt=prompt.content, text=text)
@@ -173,13 +166,9 @@ def parse_prompts(path: Path, content: bytes) -> list[Prompt]:
     .jsonl, .ndjson and .json hold JSON lines, .txt and .text plain ones. Under any other name the first
     character decides: { is JSON.
     """
-    # Not splitlines(): JSON strings and plain prompts may contain U+2028 and the like. A byte order mark does
-    # not belong to a prompt.
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    suffix = path.suffix.lower()
-    is_json = suffix in JSON_LINES or (
-        suffix not in PLAIN_TEXT and content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
-    )
+    content, suffix = content.removeprefix(codecs.BOM_UTF8), path.suffix.lower()
+    lines = content.split(b"\n")  # not splitlines(): prompts may contain U+2028 and the like
+    is_json = suffix in JSON_LINES or (suffix not in PLAIN_TEXT and content.lstrip().startswith(b"{"))
     prompts: list[Prompt] = []
     for number, raw in enumerate(lines, 1):
         if not raw.strip():
@@ -214,21 +203,17 @@ def _from_json(text: str, index: int, line: int) -> Prompt:
         messages = content if isinstance(content, list) else []
         parts = [m.get(key) if isinstance(m, dict) else None for m in messages for key in ("role", "content")]
         if not parts or not all(isinstance(part, str) for part in parts):
-            raise ValueError(
-                'expected "messages" to be a list of {"role": text, "content": text}, at least one'
-            )
-    for key in ("seed", "max_new_tokens"):
-        value = record.get(key)
+            form = '{"role": text, "content": text}'
+            raise ValueError(f'expected "messages" to be a list of {form}, at least one')
+    numbers = {key: record.get(key) for key in ("seed", "max_new_tokens")}
+    for key, value in numbers.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise ValueError(f'expected "{key}" to be a whole number, got {value!r}')
-    seed, budget = record.get("seed"), record.get("max_new_tokens")
-    return Prompt(index, line, record.get("id", index), content, seed, budget)
+    return Prompt(index, line, record.get("id", index), content, **numbers)
 
 
 class _Texts:
-    """The bytes of every row as its tokens come, and where a stop text ends it. In UTF-8 searching bytes is
-    searching text.
-    """
+    """The bytes of every row as its tokens come, and where a stop text ends it (bytes of UTF-8 suffice)."""
 
     def __init__(self, tokenizer: Tokenizer, ends: Sequence[int], stop: Sequence[str]) -> None:
         self.tokenizer, self.ends = tokenizer, frozenset(ends)
@@ -260,9 +245,7 @@ class _Texts:
 
 
 def _encode(tokenizer: Tokenizer, path: Path, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:
-    """Token ids of every prompt. Only a chat template may write special tokens; a plain prompt cannot forge
-    one.
-    """
+    """Token ids of every prompt. Only a chat template writes special tokens, a plain prompt forges none."""
     ids: list[list[int]] = []
     for prompt in prompts:
         messages = prompt.content
@@ -287,9 +270,7 @@ def _digest(model: SmolLM2ForCausalLM) -> str:
 
 
 def check_paths(prompts: Path, output: Path) -> None:
-    """Raises LoadError or UsageError for paths with which run_file cannot work; a command line asks before it
-    loads a model.
-    """
+    """Raises LoadError or UsageError for paths with which run_file cannot work."""
     if not prompts.is_file():
         raise LoadError(f"{prompts}: no such file; --prompts takes a .jsonl or .txt file")
     if not output.parent.is_dir():
@@ -336,17 +317,13 @@ def _lock(descriptor: int, path: Path) -> None:
         return
 
 
-def _resume(output: int, path: Path, options: Mapping[str, Any], prompts: int, resume: bool) -> set[int]:
-    """Cuts off a torn last line and returns the indices that the output holds. Writes OUTPUT.run.json for an
-    empty one.
-    """
+def _resume(output: int, path: Path, options: Mapping[str, Any], prompts: int) -> set[int]:
+    """Cuts off a torn last line; returns the indices in the output. Begins OUTPUT.run.json for a new one."""
     record = path.with_name(path.name + ".run.json")
     content = _read(path)
     if not content:
         write_files(path.parent, {record.name: json_writer(options)})
         return set()
-    if not resume:
-        raise UsageError(f"{path}: is not empty; choose another --output, or delete it")
     if not record.is_file():
         obstacle = f"is not empty, and without {record.name} it cannot be continued"
         raise UsageError(f"{path}: {obstacle}; choose another --output, or delete it")
@@ -354,13 +331,8 @@ def _resume(output: int, path: Path, options: Mapping[str, Any], prompts: int, r
     for key in {**options, **begun}:
         old, new = begun.get(key), options.get(key)
         if old != new:
-            is_digest = key.endswith("sha256")
-            was, now = (str(value)[:16] if is_digest else json.dumps(value) for value in (old, new))
-            what = {
-                "prompts_sha256": "other prompts",
-                "model_sha256": "another model",
-                "tokenizer_sha256": "another tokenizer",
-            }.get(key, key)
+            was, now = (str(value)[:16] if key in DIGESTS else json.dumps(value) for value in (old, new))
+            what = DIGESTS.get(key, key)
             raise UsageError(
                 f"{path}: was begun with {what} ({was}, now {now}); go on as it was begun, choose another "
                 "--output, or delete it to begin anew"

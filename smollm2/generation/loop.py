@@ -152,8 +152,9 @@ def _checked(
     params: SamplingParams,
     seed: int | Sequence[int],
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """The tokens of every row moved to its front, in order: ids [B, T] with anything behind, lengths [B], and
-    the seed of each row. Raises UsageError for whatever `generate` cannot continue.
+    """The rows' tokens moved to the front: ids [B, T] with anything behind, lengths [B], and each row's seed.
+
+    Raises UsageError for whatever `generate` cannot continue.
     """
     if input_ids.dim() != 2 or input_ids.is_floating_point():
         found = f"{input_ids.dtype} {list(input_ids.shape)}"
@@ -176,10 +177,8 @@ def _checked(
         expected = f"expected shape {list(input_ids.shape)} as input_ids"
         raise UsageError(f"attention_mask: {expected}, got {list(attention_mask.shape)}")
     if not bool(lengths.all()):
-        raise UsageError(
-            "prompt: expected at least one token in every row, got an empty one; "
-            "start from the beginning-of-text token"
-        )
+        hint = "start from the beginning-of-text token"
+        raise UsageError(f"prompt: expected at least one token in every row, got an empty one; {hint}")
     if real.numel():
         model.config.check_ids("input_ids", *(int(bound) for bound in real.aminmax()))
     longest = int(lengths.max()) if batch else 0
@@ -204,8 +203,8 @@ def stream_text(
     draft: Draft | None = None,
     stats: Stats | None = None,
 ) -> Iterator[str]:
-    """Yields the continuation of one prompt as text, piece by piece, up to a stop token or a stop string
-    (neither is included).
+    """Yields the continuation of one prompt as text, piece by piece, up to a stop token or string (not
+    included).
 
     A character whose bytes are spread over several tokens is yielded when it is complete. Text that may be
     the beginning of a stop string is held back until that is decided. One item comes per generated token, an

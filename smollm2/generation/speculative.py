@@ -1,5 +1,4 @@
-"""Speculative decoding: several tokens from one step of the model, and the same tokens that it would have
-given one by one.
+"""Speculative decoding: several tokens from one step of the model, the same that it would give one by one.
 
     stats = Stats()
     for tokens in speculative_steps(model, input_ids, draft=PromptLookup(tokens=8), stats=stats):
@@ -23,8 +22,8 @@ is free, and good where an answer repeats its prompt (summaries, edits, code). `
 model of the same vocabulary.
 
 Where it pays depends on the engine. Against the eager step in bf16 nearly every accepted token is a gain. The
-compiled step takes one token at a time. Guesses go to the eager engine below it, whose step takes as long as
-five compiled ones, so that only nearly certain ones are worth it. `PromptLookup.suited_to(engine)` chooses.
+compiled step takes one token at a time, and guesses go to the eager engine below it, whose step takes as long
+as five compiled ones: only nearly certain ones pay. `PromptLookup.suited_to(engine)` chooses.
 
 Sources: Leviathan et al. 2022 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318); prompt look-up: Saxena
 2023, github.com/apoorvumang/prompt-lookup-decoding.
@@ -34,7 +33,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,8 +47,7 @@ from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, sample
 
 MAX_ROWS = 16  # tokens read in one step: as many as the Triton decode layer takes
-# tokens that must have occurred before, in the same order, for a guess that has to pay for five steps
-SURE_NGRAM = 8
+SURE_NGRAM = 8  # tokens that must have occurred before for a guess that has to pay for five steps
 
 
 @dataclass
@@ -79,33 +76,6 @@ class Stats:
         )
 
 
-class Proposer(Protocol):
-    """A draft at work on one text."""
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Takes the next tokens of the text, guessed or not; at the first call the prompt."""
-
-    def propose(self, limit: int) -> list[int]:
-        """At most `limit` (>= 1) tokens that may follow the text; none where there is nothing to go by."""
-        ...
-
-
-class Draft(Protocol):
-    """A way to guess, for any number of texts."""
-
-    @property
-    def tokens(self) -> int:
-        """The most tokens to guess at once, 1 to MAX_ROWS - 1."""
-        ...
-
-    def check(self, config: SmolLM2Config, capacity: int) -> None:
-        """Raises UsageError if it cannot guess for a model of these sizes, or a text of `capacity` tokens."""
-
-    def start(self, capacity: int, params: SamplingParams, seed: int) -> Proposer:
-        """Begins a text of at most `capacity` tokens that is drawn with these parameters and this seed."""
-        ...
-
-
 @dataclass(frozen=True)
 class PromptLookup:
     """Guesses from the text itself: what followed the last time that its latest tokens occurred.
@@ -126,15 +96,13 @@ class PromptLookup:
 
     @classmethod
     def suited_to(cls, engine: Engine, tokens: int = MAX_ROWS - 1) -> PromptLookup:
-        """Guesses after short matches where the engine reads several tokens in little more time than one;
-        only after long ones where it has a compiled step, which reads one token in a fifth of the time.
-        """
+        """Guesses after short matches, or only after long ones if a step for one token is a compiled one."""
         return cls(tokens, SURE_NGRAM, SURE_NGRAM) if isinstance(engine, CompiledEngine) else cls(tokens)
 
     def check(self, config: SmolLM2Config, capacity: int) -> None:
         """It can guess for every model."""
 
-    def start(self, capacity: int, params: SamplingParams, seed: int) -> Proposer:
+    def start(self, capacity: int, params: SamplingParams, seed: int) -> _Lookup:
         return _Lookup(range(self.shortest, self.ngram + 1))
 
 
@@ -148,6 +116,7 @@ class _Lookup:
         self.follower: dict[tuple[int, ...], int] = {}
 
     def extend(self, tokens: Sequence[int]) -> None:
+        """Takes the next tokens of the text, guessed or not; at the first call the prompt."""
         # An n-gram is entered when its follower arrives, so that the text's own end never finds itself.
         for token in tokens:
             for size in self.sizes:
@@ -156,6 +125,7 @@ class _Lookup:
             self.text.append(token)
 
     def propose(self, limit: int) -> list[int]:
+        """At most `limit` tokens that may follow the text; none where there is nothing to go by."""
         text = self.text
         matches = (self.follower.get(tuple(text[-size:])) for size in reversed(self.sizes))
         start = next((match for match in matches if match is not None), None)
@@ -169,8 +139,9 @@ class _Lookup:
 
 @dataclass(frozen=True, eq=False)
 class DraftModel:
-    """Guesses by a smaller model, which draws with the noise of the model that it drafts for: where the two
-    agree on the probabilities, they draw the same token, at any temperature.
+    """Guesses by a smaller model, which draws with the noise of the model that it drafts for.
+
+    Where the two agree on the probabilities, they draw the same token, at any temperature.
     """
 
     engine: Engine
@@ -192,7 +163,7 @@ class DraftModel:
                 f"together, got {capacity}; shorten the prompt, lower max_new_tokens, or use prompt look-up"
             )
 
-    def start(self, capacity: int, params: SamplingParams, seed: int) -> Proposer:
+    def start(self, capacity: int, params: SamplingParams, seed: int) -> _Drafting:
         return _Drafting(self.engine, capacity, params, seed)
 
 
@@ -238,6 +209,11 @@ class _Drafting:
         return logits
 
 
+# Both guess up to `tokens` at once, 1 to MAX_ROWS - 1, for any number of texts. `check` raises UsageError if
+# they cannot guess for a model of these sizes or a text of that capacity; `start` begins a text.
+Draft = PromptLookup | DraftModel
+
+
 def speculative_steps(
     model: SmolLM2ForCausalLM,
     input_ids: Tensor,
@@ -250,12 +226,11 @@ def speculative_steps(
     engine: Engine | None = None,
     stats: Stats | None = None,
 ) -> Iterator[list[int]]:
-    """Continues one prompt and yields its next tokens, one to draft.tokens + 1 at a time, up to an end token
-    or max_new_tokens.
+    """Continues one prompt and yields its next tokens, one to draft.tokens + 1 at a time.
 
-    input_ids [1, T] int64. The tokens are those of `generate` with the same params and seed, the end token
-    included. engine: None runs the model eagerly; a captured engine runs uncaptured here. stats is counted up
-    before each yield.
+    input_ids [1, T] int64. The tokens are those of `generate` with the same params and seed, up to an end
+    token, which is included, or max_new_tokens. engine: None runs the model eagerly; a captured engine runs
+    uncaptured here. stats is counted up before each yield.
 
     Raises UsageError, before any work, for a batch, an empty prompt, ids or arguments out of range, more
     tokens than the positions of the model or of the draft, and a draft of another vocabulary.
@@ -290,9 +265,7 @@ def _steps(
     ends: frozenset[int],
     stats: Stats,
 ) -> Iterator[list[int]]:
-    """`speculative_steps` after its checks. Between two steps the cache holds the text without its last
-    token.
-    """
+    """`speculative_steps` after its checks. Between steps the cache holds the text without its last token."""
     device, capacity = engine.model.lm_head.weight.device, len(text) + left
     proposer = draft.start(capacity, params, seed)
     proposer.extend(text)
@@ -308,8 +281,7 @@ def _steps(
         if ended:
             return
         proposer.extend(text[-len(tokens) :])
-        # A step gives one token more than was guessed, its own choice after the guesses. So the last token is
-        # never worth a guess.
+        # A step gives one token more than was guessed, so that the last token is never worth a guess.
         limit = min(draft.tokens, left - 1)
         guesses = proposer.propose(limit) if limit else []
         logits = engine.decode(torch.tensor([[text[-1], *guesses]], device=device), cache)[0]
@@ -329,9 +301,7 @@ def _steps(
 def _choose(
     logits: Tensor, params: SamplingParams, seed: int, text: Sequence[int], guesses: Sequence[int] = ()
 ) -> list[int]:
-    """The tokens that `generate` draws from logits [n + 1, V], row i after the text and the first i of n
-    guesses.
-    """
+    """What `generate` draws from logits [n + 1, V], row i after the text and the first i of n guesses."""
     rows, seen = len(logits), None
     if params.repetition_penalty != 1.0:
         seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)

@@ -1,6 +1,4 @@
-"""The files of a model folder: JSON and safetensors, read with errors that name the file, written whole or
-not at all.
-"""
+"""The files of a model folder, JSON and safetensors: errors name the file, writes are whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,14 +19,11 @@ from smollm2.errors import LoadError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-STORED_DTYPES = dict(
-    F64=torch.float64,
-    F32=torch.float32,
-    F16=torch.float16,
-    BF16=torch.bfloat16,
-    I8=torch.int8,
-    U8=torch.uint8,
-)
+TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # in generation_config.json too
+STORED_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 
 Writer = Callable[[Path], Any]  # writes the content of one file to the path that it is given
 
@@ -89,17 +84,18 @@ def model_files(config: SmolLM2Config, tensors: dict[str, Tensor]) -> dict[str, 
     """The files of a model folder for `write_files`: config.json, generation_config.json and the weights."""
     dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     data = config.to_dict()
-    ids = {
-        name: data[name]
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if data[name] is not None
-    }
+    ids = {name: data[name] for name in TOKEN_IDS if data[name] is not None}
     return {
         # transformers 4 calls dtype torch_dtype
         "config.json": json_writer({**data, "dtype": dtype, "torch_dtype": dtype}),
         "generation_config.json": json_writer(ids),
         WEIGHTS: lambda path: write_safetensors(path, tensors),
     }
+
+
+def weights_writer(tensors: Mapping[str, Tensor]) -> Callable[[Path], None]:
+    """Writes a folder with these weights alone."""
+    return lambda folder: write_files(folder, {WEIGHTS: lambda path: write_safetensors(path, tensors)})
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -125,9 +121,8 @@ def read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
     for shard in sorted(set(map(str, weight_map.values()))):
         path = folder / Path(shard).name  # the name alone: an index must not lead out of its folder
         if not path.is_file():
-            raise LoadError(
-                f"{folder / shard}: no such file, but {INDEX} names it; the download is incomplete"
-            )
+            problem = f"no such file, but {INDEX} names it"
+            raise LoadError(f"{folder / shard}: {problem}; the download is incomplete")
         tensors.update(read_safetensors(path, device))
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
@@ -136,9 +131,7 @@ def read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a file, mapped on the CPU and copied to any other device. Raises LoadError if the file
-    is not sound.
-    """
+    """The tensors of a file, mapped on the CPU, else copied. Raises LoadError if the file is not sound."""
     try:
         with safe_open(path, "pt"):  # checks the header
             pass

@@ -1,5 +1,4 @@
-"""Reads a GGUF file of the llama architecture: configuration, weights under Hugging Face's names, and the
-parts of its tokenizer.
+"""Reads a GGUF file of the llama architecture: configuration, weights under Hugging Face's names, tokenizer.
 
     file = open_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     file.config, file.tensors(), file.tokenizer()
@@ -42,8 +41,9 @@ _LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class GGUFTokenizer:
-    """What a GGUF file says about its tokenizer. Token types: 1 normal, 2 unknown, 3 control, 4 user-defined,
-    5 unused, 6 byte.
+    """What a GGUF file says about its tokenizer.
+
+    Token types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
     """
 
     model: str  # "gpt2" is byte-level BPE
@@ -51,15 +51,12 @@ class GGUFTokenizer:
     tokens: list[str]
     merges: list[str]  # "left right", most frequent first
     token_types: list[int]
-    # of "bos_token", "eos_token", "unk_token", "pad_token"; those that the file names
-    special_ids: dict[str, int]
+    special_ids: dict[str, int]  # of "bos_token", "eos_token", "unk_token", "pad_token", where named
     chat_template: str | None
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Opens a GGUF file, memory-mapped. Raises LoadError if it is missing, truncated, corrupt or of another
-    architecture.
-    """
+    """Opens a GGUF file, memory-mapped. Raises LoadError if it is missing, damaged or of another kind."""
     path = Path(path)
     try:
         with path.open("rb") as stream:
@@ -171,9 +168,7 @@ class GGUFFile:
         return self._narrowed(tensors)
 
     def tokenizer(self) -> GGUFTokenizer:
-        """The parts of the tokenizer, as stored. Raises LoadError when they are missing or do not fit
-        together.
-        """
+        """The parts of the tokenizer, as stored. Raises LoadError if any is missing or does not fit."""
         prefix = "tokenizer.ggml."
         tokens = self._metadata(prefix + "tokens", list)
         names = dict(bos_token="bos", eos_token="eos", unk_token="unknown", pad_token="padding")
@@ -221,11 +216,9 @@ class GGUFFile:
 
     def _names(self) -> dict[str, str]:
         """GGUF's name of every tensor that this configuration needs -> Hugging Face's."""
-        names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _OUTER_NAMES.items()}
-        for layer in range(self.config.num_hidden_layers):
-            for ours, theirs in _LAYER_NAMES.items():
-                names[f"blk.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
-        return names
+        layers = range(self.config.num_hidden_layers)
+        inner = {f"blk.{n}.{a}": f"model.layers.{n}.{b}" for n in layers for a, b in _LAYER_NAMES.items()}
+        return {f"{a}.weight": f"{b}.weight" for a, b in (_OUTER_NAMES | inner).items()}
 
     def _dequantise(self, name: str) -> Tensor:
         """One tensor in fp32. GGUF states dimensions fastest first; the result has rows first, as torch."""

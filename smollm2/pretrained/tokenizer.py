@@ -28,12 +28,8 @@ from smollm2.pretrained.files import json_writer, read_json, write_files
 from smollm2.pretrained.gguf import GGUFFile
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+CONFIG_FILES = "tokenizer_config.json", "special_tokens_map.json"
+TOKENIZER_FILES = "tokenizer.json", *CONFIG_FILES, "chat_template.jinja"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -119,9 +115,7 @@ class Tokenizer:
 
     @property
     def eot_token_id(self) -> int | None:
-        """The token that ends a document in training: <|endoftext|> where it exists, else eos. (Instruct
-        models end turns with another token.)
-        """
+        """The token that ends a document in training: <|endoftext|> where it exists, else eos."""
         end_of_text = self._backend.token_to_id(END_OF_TEXT)
         return self.eos_token_id if end_of_text is None else end_of_text
 
@@ -205,8 +199,8 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most vocab_size tokens, cut and merged as SmolLM2's is. The same texts give the
-    same tokenizer.
+    """A byte-level BPE of at most vocab_size tokens, cut and merged as SmolLM2's. It depends on the texts
+    alone.
 
     Its first ids are <|endoftext|> (0, which begins, ends and separates texts), <|im_start|> and <|im_end|>;
     then all 256 bytes.
@@ -228,9 +222,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
-    """The tokenizer inside a GGUF file, rebuilt with the same ids. Raises LoadError for kinds other than
-    SmolLM2's and GPT-2's.
-    """
+    """The tokenizer of a GGUF file, same ids. Raises LoadError for kinds but SmolLM2's and GPT-2's."""
     parts = file.tokenizer()
     kind = f"{parts.model}/{parts.pre}"
     if kind not in ("gpt2/smollm", "gpt2/gpt-2"):
@@ -277,8 +269,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library has no error class of its own
         raise LoadError(f"{path}: not a readable tokenizer ({error}); download it again") from None
-    beside = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    configs = [read_json(path) for path in beside if path.is_file()]
+    configs = [read_json(folder / name) for name in CONFIG_FILES if (folder / name).is_file()]
     special_tokens: dict[str, str] = {}
     for role in ROLES:
         for token in (config.get(role) for config in configs):
