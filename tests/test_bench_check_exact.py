@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ ONCE = dict.fromkeys(
 )  # fmt: skip
 
 
-def test_a_kernel_is_compiled_as_often_as_ever_whatever_the_lengths(project_root: Path) -> None:
+def test_a_kernel_is_compiled_as_often_as_ever_whatever_the_lengths(project_root):
     """A compilation takes a second, in the middle of a run: a length, a batch or a position must not become
     part of a key.
     """
@@ -106,7 +105,7 @@ def loss_memory(backend: Backend, variant: str, tokens: int, vocabulary: int, dt
 
 
 @pytest.mark.parametrize("dtype, expected", [(torch.float32, 25_442_696), (torch.bfloat16, 23_738_760)])
-def test_the_memory_of_the_loss_is_that_of_a_chunk(dtype: torch.dtype, expected: int) -> None:
+def test_the_memory_of_the_loss_is_that_of_a_chunk(dtype, expected):
     """2,048 tokens of 4,096 kinds, whose logits are 34 MB in fp32. What grows with the tokens is the gradient
     of their states.
     """
@@ -117,7 +116,7 @@ def test_the_memory_of_the_loss_is_that_of_a_chunk(dtype: torch.dtype, expected:
     assert loss_memory(TORCH, "all logits", 2048, 4096, dtype) > 1.5 * found
 
 
-def test_the_memory_of_the_triton_loss_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_the_triton_loss_is_that_of_a_chunk(monkeypatch):
     """The same with Triton, in the interpreter, with chunks of 32 tokens instead of 4,096."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():

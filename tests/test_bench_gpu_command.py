@@ -69,7 +69,7 @@ def finished(tmp_path_factory, project_root):
 
 
 @pytest.fixture(scope="module")
-def learned_tokenizer(tmp_path_factory) -> Path:
+def learned_tokenizer(tmp_path_factory):
     """The folder of a small tokenizer, as one carries it to a machine without a network."""
     folder = tmp_path_factory.mktemp("carried") / "tok"
     train_tokenizer(["def f(x):\n    return x\n"], 300).save(folder)

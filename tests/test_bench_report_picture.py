@@ -186,7 +186,7 @@ def by_key(found: list[Figure]) -> dict[tuple[str, str, str], Figure]:
     return {figure.key: figure for figure in found}
 
 
-def test_every_library_has_a_colour_of_its_own() -> None:
+def test_every_library_has_a_colour_of_its_own():
     names = (
         "transformers bf16,llama.cpp F16,liger,litgpt+compile,ours,reference,cudnn,flash,flex,compile".split(
             ","
@@ -196,9 +196,7 @@ def test_every_library_has_a_colour_of_its_own() -> None:
     assert drawing.colour("compiled bf16") == drawing.colour("triton captured") == drawing.OURS
 
 
-def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(tmp_path, capsys):
     out = tmp_path / "pictures"
     assert run_command(report.main, [str(write(tmp_path, ALL)), "--out", str(out)]) == 0
     wanted = {f"{name}.{kind}" for name in report.PICTURES for kind in ("png", "svg")}
@@ -211,13 +209,13 @@ def test_every_picture_is_drawn_as_png_and_svg_at_the_width_of_a_readme(
 
 
 @pytest.mark.parametrize("name", report.PICTURES)
-def test_no_text_lies_over_another_and_none_is_cut_off(name: str, tmp_path: Path) -> None:
+def test_no_text_lies_over_another_and_none_is_cut_off(name, tmp_path):
     found, _ = figures.gather(write(tmp_path, ALL))
     assert_legible(report.PICTURES[name][1](found))
 
 
 @pytest.mark.parametrize("name", ["generation", "step", "roofline", "attention", "decode"])
-def test_pictures_of_a_gpu_are_legible(name: str, tmp_path: Path) -> None:
+def test_pictures_of_a_gpu_are_legible(name, tmp_path):
     assert_legible(report.PICTURES[name][1](figures.gather(write(tmp_path, GPU))[0]))
 
 
@@ -244,7 +242,7 @@ def assert_legible(picture: Any) -> None:
             assert not box.padded(-1).overlaps(second.padded(-1)), f"{text!r} lies over {other!r}"
 
 
-def test_every_caption_has_device_dtype_date_and_commit(tmp_path: Path) -> None:
+def test_every_caption_has_device_dtype_date_and_commit(tmp_path):
     found, _ = figures.gather(write(tmp_path, ALL))
     for name, (kinds, make) in report.PICTURES.items():
         shown = make(found)._supxlabel.get_text()
@@ -253,7 +251,7 @@ def test_every_caption_has_device_dtype_date_and_commit(tmp_path: Path) -> None:
         assert ("bf16" in shown or "bfloat16" in shown) and kinds
 
 
-def test_a_caption_of_many_commits_has_several_lines() -> None:
+def test_a_caption_of_many_commits_has_several_lines():
     many = [
         Figure("step", str(n), "ours", 1.0, None, {**ORIGIN, "commit": f"{n}" * 40 + " with changes"})
         for n in range(9)
@@ -263,12 +261,12 @@ def test_a_caption_of_many_commits_has_several_lines() -> None:
     assert "8888888 with changes" in " ".join(lines)
 
 
-def test_toy_sizes_say_so_in_the_picture() -> None:
+def test_toy_sizes_say_so_in_the_picture():
     noted = Figure("step", "a", "ours", 1.0, None, {**ORIGIN, "note": "tiny sizes: times mean nothing"})
     assert drawing.caption([noted]).startswith("NOTE: tiny sizes: times mean nothing\n")
 
 
-def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
+def test_figures_are_those_of_the_files(tmp_path):
     found = by_key(figures.gather(write(tmp_path, ALL))[0])
     decode = found["decode", "batch 1, prompt 32", "llama.cpp F16"]
     assert (decode.value, decode.limit) == (90.0, pytest.approx(200.0))  # 20 GB/s over 0.1 GB
@@ -284,7 +282,7 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert (rung.value, rung.facts["launches"], rung.facts["peak_memory_bytes"]) == (100.0, 35, 9e8)
 
 
-def test_the_limit_of_the_memory_is_what_was_read_in_the_same_run(tmp_path: Path) -> None:
+def test_the_limit_of_the_memory_is_what_was_read_in_the_same_run(tmp_path):
     """Not a copy, and not the rate of another file, but for a run that did not measure its own."""
     runs = {f"{batch}.json": (batch, read) for batch, read in ((1, 20.0), (8, 30.0), (2, None))}
     files = {
@@ -302,7 +300,7 @@ def test_the_limit_of_the_memory_is_what_was_read_in_the_same_run(tmp_path: Path
     assert report.limit_label(decode[:1]) == f"{drawing.LIMIT}, {decode[0].facts['at']}"
 
 
-def test_figures_of_a_gpu_are_those_of_the_files(tmp_path: Path) -> None:
+def test_figures_of_a_gpu_are_those_of_the_files(tmp_path):
     found = by_key(figures.gather(write(tmp_path, GPU))[0])
     assert not [key for key in found if key[2] in ("flash-attn", "torch+compile") or "256" in key[1]], (
         "what failed"
@@ -327,7 +325,7 @@ def test_figures_of_a_gpu_are_those_of_the_files(tmp_path: Path) -> None:
     assert (rate.value, rate.facts["tokens"]) == (63.0, 2048)
 
 
-def test_a_long_bar_is_broken_and_has_its_number(tmp_path: Path) -> None:
+def test_a_long_bar_is_broken_and_has_its_number(tmp_path):
     axes = report.draw_roofline(figures.gather(write(tmp_path, GPU))[0]).axes[0]
     words = [text.get_text() for text in axes.texts]
     assert axes.get_title(loc="left") == "swiglu forward"
@@ -335,7 +333,7 @@ def test_a_long_bar_is_broken_and_has_its_number(tmp_path: Path) -> None:
     assert max(bar.get_width() for bar in axes.patches) == pytest.approx(50 * drawing.CUT)
 
 
-def test_decode_on_a_gpu_has_its_limit_and_the_numbers_of_the_fastest(tmp_path: Path) -> None:
+def test_decode_on_a_gpu_has_its_limit_and_the_numbers_of_the_fastest(tmp_path):
     panels = report.draw_decode(figures.gather(write(tmp_path, GPU))[0]).axes
     assert [axes.get_title(loc="left") for axes in panels] == ["64 keys", "1,024 keys", "batch of 1", ""]
     assert [text.get_text() for text in panels[1].texts] == ["1,500", "96,000"]
@@ -343,7 +341,7 @@ def test_decode_on_a_gpu_has_its_limit_and_the_numbers_of_the_fastest(tmp_path: 
     assert panels[3].get_legend().get_texts()[-1].get_text() == "limit of the memory, 3,000 GB/s"
 
 
-def test_what_the_interpreter_or_a_failure_left_is_no_figure(tmp_path: Path) -> None:
+def test_what_the_interpreter_or_a_failure_left_is_no_figure(tmp_path):
     found = figures.gather(write(tmp_path, ALL))[0]
     assert not [
         figure for figure in found if figure.variant in ("triton", "compile") and figure.facts.get("note")
@@ -351,7 +349,7 @@ def test_what_the_interpreter_or_a_failure_left_is_no_figure(tmp_path: Path) -> 
     assert not [figure for figure in found if figure.kind == "rung" and figure.variant == "compile"]
 
 
-def test_of_two_files_with_the_same_figure_the_later_counts(tmp_path: Path) -> None:
+def test_of_two_files_with_the_same_figure_the_later_counts(tmp_path):
     older, newer = copy.deepcopy(STEP), copy.deepcopy(STEP)
     older["date"], older["step_peers"]["results"]["bf16"]["variants"]["ours"]["step_ms"] = (
         "2025-01-01T00:00:00",
@@ -361,9 +359,7 @@ def test_of_two_files_with_the_same_figure_the_later_counts(tmp_path: Path) -> N
     assert found["step", "bf16, 135M, 2 x 512", "ours"].value == 1000.0
 
 
-def test_a_file_that_is_not_known_or_damaged_is_named_and_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_not_known_or_damaged_is_named_and_left_out(tmp_path, capsys):
     damaged = {"step_peers": {"batch": 2, "results": []}}
     folder = write(
         tmp_path, {"step.json": STEP, "other.json": {"a": 1}, "damaged.json": damaged, "list.json": [1]}
@@ -376,7 +372,7 @@ def test_a_file_that_is_not_known_or_damaged_is_named_and_left_out(
     assert (folder / "step.png").exists() and not (folder / "ladder.png").exists()
 
 
-def test_no_line_joins_two_points_and_hollow_marks_are_explained_where_there_are_some(tmp_path: Path) -> None:
+def test_no_line_joins_two_points_and_hollow_marks_are_explained_where_there_are_some(tmp_path):
     found = figures.gather(write(tmp_path, ALL))[0]
     assert {line.get_linestyle() for line in report.draw_decode(found).axes[0].lines} == {"None"}
     many = [
@@ -392,16 +388,14 @@ def test_no_line_joins_two_points_and_hollow_marks_are_explained_where_there_are
     assert titles == ["a training step, 2 x 512 tokens (hollow: backward)", "a decoded token, 512 keys"]
 
 
-def test_decode_is_drawn_only_against_what_was_varied(tmp_path: Path) -> None:
+def test_decode_is_drawn_only_against_what_was_varied(tmp_path):
     one = [figure for figure in figures.gather(write(tmp_path, ALL))[0] if figure.kind == "decode"]
     assert len(report.draw_decode(one).axes) == 2
     assert len(report.draw_decode([figure for figure in one if figure.facts["batch"] == 1]).axes) == 1
     assert report.draw_decode([figure for figure in one if figure.case == "batch 1, prompt 32"]) is None
 
 
-def test_markdown_has_a_row_per_variant_and_the_share_of_the_limit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_markdown_has_a_row_per_variant_and_the_share_of_the_limit(tmp_path, capsys):
     assert run_command(report.main, [str(write(tmp_path, ALL)), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "| ours | 1,000 (50 %) |" in lines and "| transformers | 500.0 (25 %) |" in lines
@@ -409,7 +403,7 @@ def test_markdown_has_a_row_per_variant_and_the_share_of_the_limit(
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_folder_without_figures_or_no_folder_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_figures_or_no_folder_is_an_error(tmp_path):
     with pytest.raises(LoadError, match="no figures to draw"):
         figures.gather(write(tmp_path, {"other.json": {"a": 1}}))
     with pytest.raises(UsageError, match="expected a folder of results, found nothing"):

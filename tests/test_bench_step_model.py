@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -18,12 +17,12 @@ from smollm2.errors import LoadError
 
 
 @pytest.fixture(scope="module")
-def trace() -> list[tuple[str, float]]:
+def trace():
     return step_model.read(step_model.MEASURED)
 
 
 @pytest.fixture(scope="module")
-def recorded(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Work]]:
+def recorded(project_root, tmp_path_factory):
     """What the command prints, and the work of each line. In a process of its own: it replaces much of torch
     while it records.
     """
@@ -36,11 +35,11 @@ def recorded(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.fixture(scope="module")
-def now(recorded: tuple[str, dict[str, Work]]) -> dict[str, Work]:
+def now(recorded):
     return recorded[1]
 
 
-def test_every_layer_has_every_product_once(trace: list[tuple[str, float]]) -> None:
+def test_every_layer_has_every_product_once(trace):
     names = [name for name, _ in trace]
     every = zip(names, step_model.lines(names), strict=True)
     products = [line for name, line in every if any(part in name for part in step_model.PRODUCTS[:4])]
@@ -48,7 +47,7 @@ def test_every_layer_has_every_product_once(trace: list[tuple[str, float]]) -> N
     assert Counter(products) == {**body, "head: products": 12}
 
 
-def test_the_lines_add_up_to_the_step(trace: list[tuple[str, float]]) -> None:
+def test_the_lines_add_up_to_the_step(trace):
     spent = step_model.spent(trace)
     assert len(trace) == 1381
     assert sum(spent.values()) == pytest.approx(sum(us for _, us in trace) / 1e3)
@@ -56,7 +55,7 @@ def test_the_lines_add_up_to_the_step(trace: list[tuple[str, float]]) -> None:
     assert spent.keys() <= {name for names in GROUPS.values() for name in names}
 
 
-def test_the_recorded_step_has_the_work_that_its_shapes_say(now: dict[str, Work]) -> None:
+def test_the_recorded_step_has_the_work_that_its_shapes_say(now):
     tokens, hidden, ffn, heads = 32 * 512, 576, 1536, 15 * 64
     assert now.keys() <= {name for names in GROUPS.values() for name in names}
     products = (("qkv", heads, hidden), ("down dW", hidden, ffn), ("gate_up dX", 2 * ffn, hidden))
@@ -68,7 +67,7 @@ def test_the_recorded_step_has_the_work_that_its_shapes_say(now: dict[str, Work]
     assert now["swiglu backward"].bytes == LAYERS * 5 * tokens * ffn * 2
 
 
-def test_a_line_is_scaled_by_its_work_and_a_new_one_has_the_rate_of_the_memory() -> None:
+def test_a_line_is_scaled_by_its_work_and_a_new_one_has_the_rate_of_the_memory():
     then = {"gate_up": Work(1, 10.0, 100.0), "rope forward": Work(1, 10.0)}
     new = Work(1, step_model.MEMORY_RATE / 1e3)
     now = {"gate_up": Work(2, 5.0, 200.0), "rope forward": Work(1, 5.0), "embedding": new}
@@ -76,15 +75,13 @@ def test_a_line_is_scaled_by_its_work_and_a_new_one_has_the_rate_of_the_memory()
     assert found == pytest.approx({"gate_up": 6.0, "rope forward": 1.0, "embedding": 1.0})
 
 
-def test_the_table_is_the_one_of_the_results(
-    recorded: tuple[str, dict[str, Work]], project_root: Path
-) -> None:
+def test_the_table_is_the_one_of_the_results(recorded, project_root):
     table, host = recorded[0].split("\n\n")
     assert table in (project_root / "bench" / "results" / "h100" / "README.md").read_text(encoding="utf-8")
     assert host.startswith("host, without a graph")
 
 
-def test_another_file_is_refused(tmp_path: Path) -> None:
+def test_another_file_is_refused(tmp_path):
     (tmp_path / "step.json").write_text("{}", encoding="utf-8")
     with pytest.raises(LoadError, match="step.json: not a trace of bench.train_step --traces"):
         step_model.read(tmp_path / "step.json")

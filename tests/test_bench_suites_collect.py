@@ -44,7 +44,7 @@ def run(project_root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_every_operation_has_its_phases_and_backends() -> None:
+def test_every_operation_has_its_phases_and_backends():
     found = {(op, phase) for op, _, phase in CASES}
     assert {op for op, _ in found} == set(MAKERS)
     without = ("decode_attention", "decode_layer", "decode_head")
@@ -54,7 +54,7 @@ def test_every_operation_has_its_phases_and_backends() -> None:
         assert {"triton", "reference", "compile"} <= {variant for name, variant, _ in CASES if name == op}
 
 
-def test_a_step_has_several_sizes_and_the_peer_beside_ours() -> None:
+def test_a_step_has_several_sizes_and_the_peer_beside_ours():
     assert len(bench_train.SIZES) > 1
     configs = [size.config(tiny=False) for size in bench_train.SIZES.values()]
     assert torch.cuda.is_available() or len({(c.hidden_size, c.num_hidden_layers) for c in configs}) >= 3
@@ -65,7 +65,7 @@ def test_a_step_has_several_sizes_and_the_peer_beside_ours() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_cpu_leaves_large_and_compiled_steps_out_unless_asked() -> None:
+def test_a_cpu_leaves_large_and_compiled_steps_out_unless_asked():
     large, small = bench_train.SIZES["135M, 2 x 512"], bench_train.SIZES["tiny, 8 x 128"]
     compiles = "compiles for a minute; add --full"
     assert bench_train.left_out(large, "ours", full=False, tiny=False) == "a large case; add --full"
@@ -75,12 +75,12 @@ def test_a_cpu_leaves_large_and_compiled_steps_out_unless_asked() -> None:
     assert not bench_train.left_out(small, "transformers+compile", full=False, tiny=True)
 
 
-def test_a_gpu_compares_the_peers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_compares_the_peers_too(monkeypatch):
     monkeypatch.setattr(bench_train, "DEVICE", torch.device("cuda"))
     assert {"triton", "torch", *choice.VARIANTS} <= set(bench_train.variants("bf16"))
 
 
-def test_a_step_of_a_gpu_is_that_of_its_variant() -> None:
+def test_a_step_of_a_gpu_is_that_of_its_variant():
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     size = bench_train.CPU_SIZES["tiny, 8 x 128"]
     config, ids = size.config(tiny=True), size.ids(tiny=True).cpu()
@@ -91,14 +91,14 @@ def test_a_step_of_a_gpu_is_that_of_its_variant() -> None:
         train_step.build_step("liger", config, ids, "eager")
 
 
-def test_another_loss_is_far_but_for_documents() -> None:
+def test_another_loss_is_far_but_for_documents():
     steps = bench_train.Steps(tiny=True)
     assert not steps.far("tiny", "fp32", "ours", [3.0, 2.0])
     assert not steps.far("tiny", "fp32", "ours+doc_start", [9.0, 9.0])
     assert "5.0e-01 nats" in steps.far("tiny", "fp32", "transformers", [3.0, 2.5])
 
 
-def test_a_library_is_used_where_one_of_the_suites_measured_it() -> None:
+def test_a_library_is_used_where_one_of_the_suites_measured_it():
     used, not_asked, absent = (
         {"transformers": {"version": "5.0", "used": why is None, "why": why}}
         for why in (None, peers.NOT_ASKED, "needs a GPU")
@@ -109,7 +109,7 @@ def test_a_library_is_used_where_one_of_the_suites_measured_it() -> None:
     assert joined([used, {"litgpt": absent["transformers"]}]) == {**used, "litgpt": absent["transformers"]}
 
 
-def test_peak_memory_of_a_process_is_its_own_and_not_that_of_the_one_that_started_it() -> None:
+def test_peak_memory_of_a_process_is_its_own_and_not_that_of_the_one_that_started_it():
     held = bytearray(400 << 20)  # pages of zeros are not in memory until they are written
     held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
     own = "own = bytearray(64 << 20)\nown[:: 1 << 12] = b'x' * len(own[:: 1 << 12])\n"
@@ -121,7 +121,7 @@ def test_peak_memory_of_a_process_is_its_own_and_not_that_of_the_one_that_starte
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> tuple[str, dict[str, Any]]:
+def ran(tmp_path_factory, project_root):
     """What a run of CHOSEN at toy size prints, and pytest-benchmark's JSON of it."""
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     path = tmp_path_factory.mktemp("suites") / "suites.json"
@@ -133,7 +133,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> tuple[s
 
 
 @pytest.fixture
-def measured(ran: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+def measured(ran):
     return ran[1]
 
 
@@ -155,9 +155,7 @@ MEANT = {
 
 
 @pytest.mark.slow
-def test_every_figure_of_every_suite_has_all_facts_and_those_that_mean_something_are_there(
-    measured: dict[str, Any],
-) -> None:
+def test_every_figure_of_every_suite_has_all_facts_and_those_that_mean_something_are_there(measured):
     seen = Counter[str]()
     for one in measured["benchmarks"]:
         suite, facts = Path(one["fullname"].partition("::")[0]).stem, one["extra_info"]
@@ -180,9 +178,7 @@ def test_every_figure_of_every_suite_has_all_facts_and_those_that_mean_something
 
 
 @pytest.mark.slow
-def test_the_libraries_of_all_suites_stand_together_in_the_json_and_at_the_end(
-    ran: tuple[str, dict[str, Any]],
-) -> None:
+def test_the_libraries_of_all_suites_stand_together_in_the_json_and_at_the_end(ran):
     found = ran[1]["peers"]
     libraries = {"transformers", "liger-kernel", "litgpt", "llama-cpp-python", "flash-attn", "quack-kernels"}
     assert set(peers.OF_TORCH) | libraries == set(found)
@@ -197,7 +193,7 @@ def test_the_libraries_of_all_suites_stand_together_in_the_json_and_at_the_end(
 
 
 @pytest.mark.slow
-def test_groups_hold_what_is_compared(measured: dict[str, Any]) -> None:
+def test_groups_hold_what_is_compared(measured):
     groups: dict[str, set[str]] = {}
     for one in measured["benchmarks"]:
         groups.setdefault(one["group"], set()).add(one["extra_info"]["variant"])
@@ -208,7 +204,7 @@ def test_groups_hold_what_is_compared(measured: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_time_is_that_of_the_real_call(measured: dict[str, Any]) -> None:
+def test_a_time_is_that_of_the_real_call(measured):
     for one in measured["benchmarks"]:
         facts, median = one["extra_info"], one["stats"]["median"]
         if "us" in facts and facts["device"]:
@@ -221,14 +217,14 @@ def test_a_time_is_that_of_the_real_call(measured: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_json_does_not_name_the_machine(measured: dict[str, Any]) -> None:
+def test_the_json_does_not_name_the_machine(measured):
     assert "node" not in measured["machine_info"] and measured["commit_info"]["project"] == "smollm2-kernels"
     text = json.dumps(measured)
     assert str(Path.home()) not in text and str(Path(figures.__file__).resolve().parent.parent) not in text
 
 
 @pytest.mark.slow
-def test_two_files_are_compared_by_group(measured: dict[str, Any], tmp_path: Path) -> None:
+def test_two_files_are_compared_by_group(measured, tmp_path):
     for name in ("first.json", "second.json"):
         (tmp_path / name).write_text(json.dumps(measured), encoding="utf-8")
     tool = Path(sys.executable).with_name("pytest-benchmark")
@@ -238,14 +234,14 @@ def test_two_files_are_compared_by_group(measured: dict[str, Any], tmp_path: Pat
     assert "benchmark 'step fp32, tiny, 8 x 128'" in done.stdout
 
 
-def test_of_a_machine_only_what_a_figure_needs_is_kept() -> None:
+def test_of_a_machine_only_what_a_figure_needs_is_kept():
     cpu = {"brand_raw": "A CPU", "flags": ["avx"]}
     found: dict[str, Any] = {"node": "alice-laptop", "release": "6.1", "system": "Linux", "cpu": cpu}
     pytest_benchmark_update_machine_info(config=None, machine_info=found)  # type: ignore[arg-type]
     assert found == {"system": "Linux", "cpu": {"brand_raw": "A CPU"}}
 
 
-def test_peak_memory_is_the_highest_sum_of_what_is_alive() -> None:
+def test_peak_memory_is_the_highest_sum_of_what_is_alive():
     def call() -> torch.Tensor:
         first = torch.ones(1 << 20)  # 4 MiB
         second = first * 2
@@ -255,13 +251,13 @@ def test_peak_memory_is_the_highest_sum_of_what_is_alive() -> None:
     assert peak_memory(call, torch.device("cpu")) == pytest.approx(4 * ((1 << 20) * 2 + (1 << 18)), rel=1e-3)
 
 
-def test_percent_of_roof_is_the_floor_over_the_time() -> None:
+def test_percent_of_roof_is_the_floor_over_the_time():
     found = rates(Work(bytes=10**6, flops=10**6), seconds=4e-5, bandwidth=1e11, rate=1e12)
     assert (found["percent_of_roof"], found["gb_per_s"], found["tflops"]) == (25.0, 25.0, 0.025)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_variant_that_fails_is_none_and_its_reason_is_kept_for_its_library() -> None:
+def test_a_variant_that_fails_is_none_and_its_reason_is_kept_for_its_library():
     operations = Operations(tiny=True)
     variant, facts = operations.ready("attention", "cudnn")
     assert variant is None and "needs a GPU" in facts["failed"]

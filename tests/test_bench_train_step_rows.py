@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ IDS = torch.randint(CONFIG.vocab_size, (1, 8), generator=torch.Generator().manua
 
 
 @pytest.fixture
-def part(tmp_path: Path) -> Part:
+def part(tmp_path):
     return Part(
         "step", argparse.Namespace(device="cpu", tiny=True, json=tmp_path / "step.json", seconds=600.0)
     )
@@ -35,7 +34,7 @@ def rows(part: Part, variant: str) -> dict[str, dict[str, Any]]:
     return dict(train_step.Bench(CONFIG, IDS, part).attempt(variant))
 
 
-def test_a_profiler_error_costs_the_launches_only(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profiler_error_costs_the_launches_only(part, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("CUPTI is busy")
 
@@ -45,7 +44,7 @@ def test_a_profiler_error_costs_the_launches_only(part: Part, monkeypatch: pytes
     assert row["step_ms"] > 0 and len(row["losses"]) == COMPARED_STEPS
 
 
-def test_a_variant_that_fails_is_a_row_with_its_message(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_fails_is_a_row_with_its_message(part, monkeypatch):
     def broken(*_: object) -> None:
         raise torch.OutOfMemoryError("78 of 79 GB are in use")
 
@@ -53,13 +52,13 @@ def test_a_variant_that_fails_is_a_row_with_its_message(part: Part, monkeypatch:
     assert rows(part, "torch") == {"torch": {"failed": "OutOfMemoryError: 78 of 79 GB are in use"}}
 
 
-def test_a_graph_needs_a_gpu_and_time_may_run_out(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_needs_a_gpu_and_time_may_run_out(part, monkeypatch):
     assert rows(part, "triton+graph") == {"triton+graph": {"failed": "needs a GPU"}}
     monkeypatch.setattr(part, "left", lambda: -1.0)
     assert rows(part, "torch") == {"torch": {"failed": "no time was left"}}
 
 
-def test_a_variant_that_computes_another_loss_is_far() -> None:
+def test_a_variant_that_computes_another_loss_is_far():
     found: dict[str, dict[str, Any]] = {
         "first": {"losses": [3.0, 2.0]}, "graph": {"failed": "needs a GPU"}, "other": {"losses": [3.0, 2.5]},
         "short": {"losses": [3.25]},
@@ -69,7 +68,7 @@ def test_a_variant_that_computes_another_loss_is_far() -> None:
     assert loss_distances(found, "graph") == loss_distances({}) == {}
 
 
-def test_what_compiles_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_compiles_comes_last(monkeypatch, tmp_path):
     asked: list[str] = []
 
     def attempt(_: object, variant: str) -> list[tuple[str, dict[str, Any]]]:
@@ -85,7 +84,7 @@ def test_what_compiles_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert set(read_json(tmp_path / "step.json")["step"]["variants"]) == set(asked)
 
 
-def test_both_attentions_of_transformers_compute_our_losses(part: Part) -> None:
+def test_both_attentions_of_transformers_compute_our_losses(part):
     pytest.importorskip("transformers", reason="the comparison needs transformers")
     results = {name: rows(part, name)[name] for name in ("torch", "transformers", "transformers eager")}
     distances = loss_distances(results, "torch")
@@ -99,7 +98,7 @@ def test_both_attentions_of_transformers_compute_our_losses(part: Part) -> None:
         assert type(step.optimizer) is torch.optim.AdamW and step.optimizer.defaults["fused"]
 
 
-def test_all_logits_are_the_same_loss() -> None:
+def test_all_logits_are_the_same_loss():
     ours, whole = (
         train_step.build(CONFIG, name, torch.device("cpu"))(IDS, IDS).loss
         for name in ("torch", "torch,all-logits")
@@ -107,7 +106,7 @@ def test_all_logits_are_the_same_loss() -> None:
     assert whole.item() == pytest.approx(ours.item(), rel=1e-5)
 
 
-def test_a_lock_is_waited_for_and_given_back(tmp_path: Path) -> None:
+def test_a_lock_is_waited_for_and_given_back(tmp_path):
     path = tmp_path / "lock"
     done = threading.Event()
 

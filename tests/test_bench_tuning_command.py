@@ -22,14 +22,14 @@ from smollm2.config import SmolLM2Config
 CPU = torch.device("cpu")
 
 
-def test_every_line_of_the_table_has_candidates_and_a_case() -> None:
+def test_every_line_of_the_table_has_candidates_and_a_case():
     assert {op.partition(" ")[0] for op in tuning.CANDIDATES} == set(TABLE)
     shapes = Shapes(SmolLM2Config.preset("tiny", num_hidden_layers=1), 1, 8, torch.float32, CPU)
     found = {case.op: case for case in (*cases(shapes, TORCH, "eager"), optimizer_step(shapes))}
     assert {case for case, _, _ in tuning.CANDIDATES.values()} <= found.keys()
 
 
-def test_every_module_that_asks_the_table_is_told() -> None:
+def test_every_module_that_asks_the_table_is_told():
     launch = LaunchConfig(7, 7, 7)
     with tuning.forced("swiglu", launch) as table:
         for name in tuning.MODULES:
@@ -41,7 +41,7 @@ def test_every_module_that_asks_the_table_is_told() -> None:
     assert import_module("kernels.swiglu").launch_config is launch_config
 
 
-def test_the_candidates_of_the_fused_form_are_timed_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_candidates_of_the_fused_form_are_timed_in_it(monkeypatch):
     """It asks for its line as `launch_config.launch_config`, and the default form would not ask."""
     shapes, asked = Shapes(SmolLM2Config.preset("tiny"), 1, 8, torch.float32, CPU), []
     case = mlp(shapes, TORCH, lambda function: function)
@@ -74,14 +74,14 @@ def rows_of(*candidates: LaunchConfig) -> list[dict[str, Any]]:
     return tuning.measure(case, "swiglu", "forward", candidates, shapes, tiny=True)
 
 
-def test_the_line_of_the_table_is_timed_once() -> None:
+def test_the_line_of_the_table_is_timed_once():
     known = launch_config("swiglu", torch.float32, CPU, 8)
     rows = rows_of(known, LaunchConfig(4, 512, 4, 1), LaunchConfig(2, 512, 2))
     assert [row["of_table"] for row in rows] == [True, False]
 
 
 @pytest.mark.parametrize("stages, wrong", [(1, False), (100, True)])
-def test_a_launch_with_another_result_is_not_timed(stages: int, wrong: bool) -> None:
+def test_a_launch_with_another_result_is_not_timed(stages, wrong):
     first, second = rows_of(LaunchConfig(2, 512, 4, stages))
     assert first["of_table"] and "us" in first
     assert ("failed" in second) == wrong and ("us" in second) != wrong

@@ -98,18 +98,18 @@ def running(root: Path) -> Iterator[Steps]:
 
 
 @pytest.fixture(scope="module")
-def root(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(project_root, tmp_path_factory):
     return copied(project_root, tmp_path_factory.mktemp("steps") / "project")
 
 
 @pytest.fixture(scope="module")
-def steps(root: Path) -> Iterator[Steps]:
+def steps(root):
     with running(root) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def cache(steps: Steps, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(steps, tmp_path_factory):
     """A cache filled for sm_90; a test that changes it restores it."""
     cache = tmp_path_factory.mktemp("filled") / "cache"
     assert steps("verify", cache) == {"missing": 3}  # two kernels, and the C library
@@ -118,9 +118,7 @@ def cache(steps: Steps, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
-def test_what_is_filled_is_found_until_the_source_changes(
-    steps: Steps, cache: Path, tmp_path: Path, project_root: Path
-) -> None:
+def test_what_is_filled_is_found_until_the_source_changes(steps, cache, tmp_path, project_root):
     assert steps("fill", cache) == steps("verify", cache, method="spawn") == {"there already": 3}
     assert steps("verify", cache, "sm_80") == {"there already": 1, "missing": 2}, "another architecture"
     other = copied(project_root, tmp_path / "other")
@@ -133,7 +131,7 @@ def test_what_is_filled_is_found_until_the_source_changes(
 
 
 @needs_compiler
-def test_what_is_damaged_is_not_believed_and_made_again(steps: Steps, cache: Path) -> None:
+def test_what_is_damaged_is_not_believed_and_made_again(steps, cache):
     first, second = sorted(cache.glob("*/*.cubin"))
     second.unlink()
     for path in (first, *cache.glob("*/cuda_utils*.so")):
@@ -144,14 +142,14 @@ def test_what_is_damaged_is_not_believed_and_made_again(steps: Steps, cache: Pat
 
 
 @needs_compiler
-def test_a_machine_without_the_command_file_finds_the_libraries_too(steps: Steps, cache: Path) -> None:
+def test_a_machine_without_the_command_file_finds_the_libraries_too(steps, cache):
     """Python asks that command for the kind of its executable; Triton's names of libraries depend on it."""
     for linkage in ("", "ELF"):
         assert steps("verify", cache, linkage=linkage) == {"there already": 3}
 
 
 @needs_compiler
-def test_a_launch_finds_what_was_filled(root: Path, cache: Path) -> None:
+def test_a_launch_finds_what_was_filled(root, cache):
     """Triton itself, told to use that cache, compiles nothing: here its compiler raises."""
     script = """
 import steps, triton
@@ -177,7 +175,7 @@ print(hits)
 
 
 @needs_compiler
-def test_a_cache_elsewhere_says_where_it_was_filled(steps: Steps, cache: Path, tmp_path: Path) -> None:
+def test_a_cache_elsewhere_says_where_it_was_filled(steps, cache, tmp_path):
     assert moved_from(cache) is None
     moved = shutil.move(cache, tmp_path / "moved")
     try:
@@ -191,12 +189,12 @@ def test_a_cache_elsewhere_says_where_it_was_filled(steps: Steps, cache: Path, t
 
 
 @needs_compiler
-def test_amd_kernels_are_filled_without_their_launchers(steps: Steps, tmp_path: Path) -> None:
+def test_amd_kernels_are_filled_without_their_launchers(steps, tmp_path):
     assert steps("fill", tmp_path, "gfx942") == {"compiled": 2}
     assert steps("verify", tmp_path, "gfx942") == {"there already": 2}
 
 
-def test_looking_leaves_no_trace(project_root: Path, tmp_path: Path) -> None:
+def test_looking_leaves_no_trace(project_root, tmp_path):
     """The command, from the record of training and generation to its exit code."""
     command = python(project_root, "-m", "kernels.certify", "--verify", str(tmp_path), "--arch", "sm_86")
     done = subprocess.run(**command, capture_output=True)
@@ -205,7 +203,7 @@ def test_looking_leaves_no_trace(project_root: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(project_root: Path) -> None:
+def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(project_root):
     from bench.gpu_launches import MODELS
 
     text = (project_root / "train" / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
@@ -230,9 +228,8 @@ def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(projec
     ],
 )
 def test_wrong_arguments_are_refused(
-    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    tmp_path, arguments, message, monkeypatch,
+    capsys):  # fmt: skip
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cache_fill, "launched_by", lambda *_: pytest.fail("something was recorded"))
     given = [argument.format(tmp_path / "cache") for argument in arguments]
@@ -247,6 +244,6 @@ def test_wrong_arguments_are_refused(
     ("name", "arch", "lines"),
     [("sm_90", 90, "sm_90"), ("sm_86", 86, "sm_80"), ("sm_89", 89, "sm_80"), ("sm_103", 103, "sm_100")],
 )
-def test_other_capabilities_have_the_launches_of_an_older_one(name: str, arch: int, lines: str) -> None:
+def test_other_capabilities_have_the_launches_of_an_older_one(name, arch, lines):
     target: Any = target_for(name)
     assert (target.gpu.backend, target.gpu.arch, target.name) == ("cuda", arch, lines)

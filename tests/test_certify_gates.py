@@ -34,7 +34,7 @@ def row(version: str = "3.7.1", **changes: Any) -> dict[str, Any]:
     return {**passing, "figures": {version: {**FIGURES, **changed}}, **others}
 
 
-def test_clean_row_passes() -> None:
+def test_clean_row_passes():
     assert certify.faults([row()]) == []
 
 
@@ -58,13 +58,13 @@ def test_clean_row_passes() -> None:
         ({"error": "CompilationError: no"}, "does not compile"),
     ],
 )
-def test_planted_fault_fails(changes: dict[str, Any], message: str) -> None:
+def test_planted_fault_fails(changes, message):
     (fault,) = certify.faults([row(), row(**changes)])
     assert message in fault
     assert "planted" in fault
 
 
-def test_a_fault_in_one_version_is_a_fault() -> None:
+def test_a_fault_in_one_version_is_a_fault():
     (fault,) = certify.faults([row(figures={"3.7.1": FIGURES, "3.6.0": {**FIGURES, "spill_bytes": 104}})])
     assert fault.endswith("Triton 3.6.0: spills 104 bytes")
 
@@ -78,7 +78,7 @@ def test_a_fault_in_one_version_is_a_fault() -> None:
         {"kernel": "_softmax_gradient_kernel", "wide_stores": 0, "constants": {"GRADIENT": False}},
     ],
 )
-def test_what_is_reported_only(changes: dict[str, Any]) -> None:
+def test_what_is_reported_only(changes):
     assert certify.faults([row(**changes)]) == []
 
 
@@ -93,19 +93,17 @@ def test_what_is_reported_only(changes: dict[str, Any]) -> None:
         ("sm_80", 40, 4, 0, (0.75, "registers")),
     ],
 )
-def test_occupancy_of_nvidia_targets(
-    target: str, registers: int, warps: int, shared: int, expected: tuple[float, str]
-) -> None:
+def test_occupancy_of_nvidia_targets(target, registers, warps, shared, expected):
     assert nvidia_occupancy(TARGETS[target], registers, warps, shared) == expected
 
 
-def test_occupancy_by_tensor_memory_and_of_amd() -> None:
+def test_occupancy_by_tensor_memory_and_of_amd():
     assert nvidia_occupancy(TARGETS["sm_100"], 64, 4, 0, tensor_columns=256) == (0.125, "tensor memory")
     assert amd_occupancy(TARGETS["gfx942"], waves=2, warps=8, shared=16384) == (0.25, "registers")
     assert amd_occupancy(TARGETS["gfx1100"], waves=16, warps=4, shared=65536) == (0.125, "shared memory")
 
 
-def test_numerics_are_merged_by_op_and_dtype() -> None:
+def test_numerics_are_merged_by_op_and_dtype():
     old = [{"op": "rope", "dtype": "float16", "worst": 0.5}, {"op": "rope", "dtype": "float32", "worst": 0.1}]
     merged = certify.merge_numerics(old, [{"op": "rope", "dtype": "float16", "worst": 0.7}])
     assert merged == [
@@ -114,7 +112,7 @@ def test_numerics_are_merged_by_op_and_dtype() -> None:
     ]
 
 
-def test_files_are_a_function_of_the_certificate() -> None:
+def test_files_are_a_function_of_the_certificate():
     both = {"3.7.1": FIGURES, "3.6.0": {**FIGURES, "registers": 255}}
     certificate = {
         "triton": ["3.7.1", "3.6.0"],

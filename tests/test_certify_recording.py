@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -64,7 +62,7 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def recorded(project_root: Path) -> dict[str, Any]:
+def recorded(project_root):
     """What RECORD prints."""
     changed = ("TRITON_INTERPRET", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in changed}
@@ -74,7 +72,7 @@ def recorded(project_root: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_records_both_passes_of_a_simple_op(recorded: dict[str, Any]) -> None:
+def test_records_both_passes_of_a_simple_op(recorded):
     forward, backward = recorded["swiglu"]
     assert (forward["kernel"], forward["phase"]) == ("_swiglu_fwd_kernel", "forward")
     assert (backward["kernel"], backward["phase"]) == ("_swiglu_bwd_kernel", "backward")
@@ -85,7 +83,7 @@ def test_records_both_passes_of_a_simple_op(recorded: dict[str, Any]) -> None:
     assert forward["key"] != backward["key"]
 
 
-def test_specialisation_follows_the_call(recorded: dict[str, Any]) -> None:
+def test_specialisation_follows_the_call(recorded):
     """A slice that starts at two bytes is not aligned, a stride of 1544 is no multiple of 16; the number of
     rows is never looked at.
     """
@@ -100,14 +98,14 @@ def test_specialisation_follows_the_call(recorded: dict[str, Any]) -> None:
     assert single["key"] == aligned["key"]
 
 
-def test_each_target_gets_its_own_configuration(recorded: dict[str, Any]) -> None:
+def test_each_target_gets_its_own_configuration(recorded):
     nvidia, amd = recorded["targets"]
     assert nvidia["target"] == "sm_90" and amd["target"] == "gfx1100"
     assert (amd["constants"]["ROWS"], amd["constants"]["BLOCK"], amd["options"]["num_warps"]) == (2, 256, 8)
     assert (nvidia["constants"]["ROWS"], nvidia["constants"]["BLOCK"]) != (2, 256)
 
 
-def test_launch_counts_are_those_of_the_model(recorded: dict[str, Any]) -> None:
+def test_launch_counts_are_those_of_the_model(recorded):
     """The step that the certificate composes from a layer, a norm and a loss is the step that the model
     makes.
     """
@@ -115,7 +113,7 @@ def test_launch_counts_are_those_of_the_model(recorded: dict[str, Any]) -> None:
     assert model == composed
 
 
-def test_a_decode_layer_is_five_launches_whatever_its_rows(recorded: dict[str, Any]) -> None:
+def test_a_decode_layer_is_five_launches_whatever_its_rows(recorded):
     """And the same five: one machine code for 1 to 16 rows and any capacity is what makes a row's bits its
     own.
     """
@@ -136,7 +134,7 @@ def test_a_decode_layer_is_five_launches_whatever_its_rows(recorded: dict[str, A
         assert len(other) == 5
 
 
-def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interpreter_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert certify.main(["--check"]) == 2
     error = capsys.readouterr().err

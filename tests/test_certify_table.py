@@ -45,14 +45,12 @@ def check(project_root: Path, folder: Path, *edits: tuple[str, str, str]) -> sub
     return run(folder, "-m", "kernels.certify", "--check")
 
 
-def test_committed_table_is_up_to_date_and_text_above_a_kernel_changes_nothing(
-    project_root: Path, tmp_path: Path
-) -> None:
+def test_committed_table_is_up_to_date_and_text_above_a_kernel_changes_nothing(project_root, tmp_path):
     done = check(project_root, tmp_path, ("swiglu.py", "@triton.jit(", "# one line more\n\n\n@triton.jit("))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_change_is_named(project_root: Path, tmp_path: Path) -> None:
+def test_every_change_is_named(project_root, tmp_path):
     """In a kernel, in its configuration, in the table: a line for each, and none for what did not change."""
     certificate = certify.load()
     chosen = {"target": "sm_90", "dtype": "bfloat16", "op": "attention"}
@@ -76,7 +74,7 @@ def test_every_change_is_named(project_root: Path, tmp_path: Path) -> None:
     assert "_rope_kernel" not in done.stdout and "_rms_norm_fwd_kernel" not in done.stdout
 
 
-def test_rows_compiled_again_give_the_committed_figures(project_root: Path) -> None:
+def test_rows_compiled_again_give_the_committed_figures(project_root):
     """One row of an NVIDIA target, one of an AMD target."""
     script = """
 import json, triton

@@ -42,12 +42,12 @@ class NoSource(ListSource):
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return train_tokenizer(["document 0123456789 . " * 5], 280)
 
 
 @pytest.fixture(scope="module")
-def expected(tokenizer: Tokenizer) -> list[Batch]:
+def expected(tokenizer):
     return list(itertools.islice(training_batches(some_source(), tokenizer, **SHAPE), STEPS))
 
 
@@ -74,9 +74,7 @@ def some_block(count: int = 3) -> TokenBlock:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_second_run_reads_the_same_batches_without_the_source(
-    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch], workers: int
-) -> None:
+def test_a_second_run_reads_the_same_batches_without_the_source(tmp_path, tokenizer, expected, workers):
     assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer), expected, workers)
     source = some_source()
     assert matches(NoSource(source.shards), tokenizer, opened(tmp_path, tokenizer), expected, workers)
@@ -85,7 +83,7 @@ def test_a_second_run_reads_the_same_batches_without_the_source(
     assert len(rows[0]) and [part.tolist() for part in rows] == [part.tolist() for part in cached]
 
 
-def test_held_out_documents_fill_the_cache_with_whole_blocks(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_held_out_documents_fill_the_cache_with_whole_blocks(tmp_path, tokenizer):
     cache = opened(tmp_path, tokenizer)
     held_out_rows(some_source(), tokenizer, 0.2, 1000, 16, cache)
     assert [cache.blocks(shard) for shard in range(3)] == [2, 2, 2]
@@ -93,9 +91,7 @@ def test_held_out_documents_fill_the_cache_with_whole_blocks(tmp_path: Path, tok
     assert block is not None and (block.lengths > 0).tolist() == [True, True, True, False, True]
 
 
-def test_another_tokenizer_and_another_version_of_the_source_have_another_folder(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_another_tokenizer_and_another_version_of_the_source_have_another_folder(tmp_path, tokenizer):
     other = train_tokenizer(["other words"], 290)
     folders = {opened(tmp_path, one).folder for one in (tokenizer, other)}
     source = some_source()
@@ -105,13 +101,7 @@ def test_another_tokenizer_and_another_version_of_the_source_have_another_folder
 
 
 @pytest.mark.parametrize("suffix", [".tokens", ".docs"])
-def test_a_damaged_block_is_named_and_tokenised_again(
-    tmp_path: Path,
-    tokenizer: Tokenizer,
-    expected: list[Batch],
-    suffix: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_damaged_block_is_named_and_tokenised_again(tmp_path, tokenizer, expected, suffix, capsys):
     cache = opened(tmp_path, tokenizer)
     assert matches(some_source(), tokenizer, cache, expected)
     file = cache.folder / f"shard-00001{suffix}"
@@ -127,7 +117,7 @@ def test_a_damaged_block_is_named_and_tokenised_again(
 
 
 @pytest.mark.parametrize("cut", [1, 30, 60])
-def test_what_a_killed_process_left_half_written_is_cut_off(tmp_path: Path, cut: int) -> None:
+def test_what_a_killed_process_left_half_written_is_cut_off(tmp_path, cut):
     cache = TokenCache(tmp_path, "uint16")
     for block in range(3):
         cache.put(4, block, some_block(block + 2))
@@ -147,9 +137,7 @@ def test_what_a_killed_process_left_half_written_is_cut_off(tmp_path: Path, cut:
     assert (tmp_path / "shard-00004.tokens").stat().st_size == end
 
 
-def test_a_process_killed_while_it_writes_leaves_only_whole_blocks(
-    tmp_path: Path, project_root: Path
-) -> None:
+def test_a_process_killed_while_it_writes_leaves_only_whole_blocks(tmp_path, project_root):
     program = f"""
 import itertools, numpy as np
 from train.data.token_cache import TokenCache
@@ -176,8 +164,8 @@ for block in itertools.count():
 
 
 def test_a_shard_that_another_process_writes_is_not_stored_and_training_goes_on(
-    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch], capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path, tokenizer, expected, capsys
+):
     cache = opened(tmp_path, tokenizer)
     with (cache.folder / "shard-00002.jsonl").open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -191,9 +179,7 @@ def test_a_shard_that_another_process_writes_is_not_stored_and_training_goes_on(
     assert not list(cache.folder.glob("*.unstored"))
 
 
-def test_a_full_disk_is_reported_once_and_training_goes_on(
-    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_reported_once_and_training_goes_on(tmp_path, tokenizer, expected, capsys):
     cache = opened(tmp_path, tokenizer)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     said = io.StringIO()
@@ -211,9 +197,7 @@ def test_a_full_disk_is_reported_once_and_training_goes_on(
     assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer, leader=False), expected)
 
 
-def test_a_failed_write_is_said_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_write_is_said_in_one_line(tmp_path, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -225,9 +209,7 @@ def test_a_failed_write_is_said_in_one_line(
     assert "No space left on device" in line and "training goes on" in line
 
 
-def test_the_other_ranks_of_a_node_read_what_the_leader_stores(
-    tmp_path: Path, tokenizer: Tokenizer, expected: list[Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_other_ranks_of_a_node_read_what_the_leader_stores(tmp_path, tokenizer, expected, monkeypatch):
     result: list[bool] = []
     follower = opened(tmp_path, tokenizer, leader=False)
     arguments = (NoSource(some_source().shards), tokenizer, follower, expected)
@@ -248,12 +230,8 @@ def test_the_other_ranks_of_a_node_read_what_the_leader_stores(
 
 
 def test_a_leader_that_stores_nothing_is_not_waited_for_for_ever(
-    tmp_path: Path,
-    tokenizer: Tokenizer,
-    expected: list[Batch],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path, tokenizer, expected, monkeypatch, capsys
+):
     monkeypatch.setattr(token_cache, "WAIT_TIMEOUT", 0.2)
     monkeypatch.setattr(token_cache, "WAIT_NOTE", 0.0)
     assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer, leader=False), expected[:3])
@@ -261,9 +239,7 @@ def test_a_leader_that_stores_nothing_is_not_waited_for_for_ever(
     assert "waiting for shard" in out and "did not appear" in out
 
 
-def test_no_cache_where_none_is_wanted_and_an_unwritable_folder_is_named(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_no_cache_where_none_is_wanted_and_an_unwritable_folder_is_named(tmp_path, tokenizer):
     assert open_cache(RunConfig(), some_source(), tokenizer) is None
     assert open_cache(RunConfig(data="hub", token_cache="none"), some_source(), tokenizer) is None
     (tmp_path / "file").write_text("", encoding="utf-8")

@@ -68,14 +68,14 @@ print(json.dumps([source.fingerprint, digest.hexdigest(), blocks]))
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     write_cosmopedia(folder, files=3, rows=1500, row_group=700)
     return folder
 
 
 @pytest.fixture(scope="module")
-def clean(corpus: Path) -> str:
+def clean(corpus):
     """What all batches together are, read from the files."""
     source = open_source(RunConfig(data="hub", dataset=str(corpus)))
     tokenizer = train_tokenizer(["Course unit 0123456789: why the sky is blue, part."], 300)
@@ -117,8 +117,8 @@ def run(
 
 @pytest.mark.slow
 def test_faults_of_every_kind_change_nothing_and_the_second_run_needs_no_hub(
-    tmp_path: Path, corpus: Path, clean: str, project_root: Path
-) -> None:
+    tmp_path, corpus, clean, project_root
+):
     with fake_hub(corpus) as server:
         # Seven in a row: one more than huggingface_hub tries. Then each of them once more.
         faults = ["drop", "500", "truncate", "429", "500", "drop", "truncate", *FAULTS]
@@ -144,16 +144,14 @@ def test_faults_of_every_kind_change_nothing_and_the_second_run_needs_no_hub(
     assert "shard 1, block 0 is not in the token cache" in message and "train.prepare" in message
 
 
-def test_a_hub_that_stays_away_is_given_up_with_what_to_do(
-    tmp_path: Path, corpus: Path, project_root: Path
-) -> None:
+def test_a_hub_that_stays_away_is_given_up_with_what_to_do(tmp_path, corpus, project_root):
     with fake_hub(corpus) as server:
         code, _, errors = run(server.url, tmp_path, project_root, server, ["500"] * 1000)
     assert code == 1
     assert "failed (" in errors and "6 times; continue later with resume=auto" in errors
 
 
-def test_a_reader_that_gives_nothing_is_left_after_the_deadline() -> None:
+def test_a_reader_that_gives_nothing_is_left_after_the_deadline():
     over = threading.Event()
 
     def trickle() -> Generator[int, None, None]:
@@ -168,7 +166,7 @@ def test_a_reader_that_gives_nothing_is_left_after_the_deadline() -> None:
     over.set()
 
 
-def test_opening_is_tried_again_where_that_may_help_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_is_tried_again_where_that_may_help_and_only_there(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     pauses: list[float] = []
     monkeypatch.setattr(hub.time, "sleep", pauses.append)

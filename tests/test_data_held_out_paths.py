@@ -17,7 +17,7 @@ from train.distributed import World
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def tree(tmp_path):
     """Three packages of Python files, each of which names its package in every line."""
     for package in ("alpha", "beta", "gamma"):
         (tmp_path / "tree" / package).mkdir(parents=True)
@@ -34,7 +34,7 @@ def built(tmp_path: Path, tree: Path, **changes: object) -> train_run.Run:
     return train_run.build(config, World(torch.device("cpu")))
 
 
-def test_training_reads_what_is_left_and_evaluation_what_is_named(tmp_path: Path, tree: Path) -> None:
+def test_training_reads_what_is_left_and_evaluation_what_is_named(tmp_path, tree):
     run = built(tmp_path, tree, validation_paths=[str(tree / "beta"), str(tree / "gamma" / "m0.py")])
     trained = [document.text for document in read_stored(run.source, run.config.held_out_fraction)]
     assert len(trained) == 4 + 3
@@ -43,19 +43,19 @@ def test_training_reads_what_is_left_and_evaluation_what_is_named(tmp_path: Path
     assert "beta" in held_out and "alpha" not in held_out
 
 
-def test_the_fraction_takes_nothing_besides(tmp_path: Path, tree: Path) -> None:
+def test_the_fraction_takes_nothing_besides(tmp_path, tree):
     run = built(tmp_path, tree, validation_paths=[str(tree / "beta")], validation_fraction=0.5)
     assert len(list(read_stored(run.source, run.config.held_out_fraction))) == 8
 
 
-def test_without_evaluation_the_files_stay_out_of_training(tmp_path: Path, tree: Path) -> None:
+def test_without_evaluation_the_files_stay_out_of_training(tmp_path, tree):
     config = run_config(tmp_path, paths=[str(tree)], validation_paths=[str(tree / "beta")], eval_every=0)
     run = train_run.build(config, World(torch.device("cpu")))
     assert len(run.held_out[0]) == 0 and run.source.num_shards == 1
     assert not any("beta" in document.text for document in read_stored(run.source, 0.0))
 
 
-def test_all_that_lies_in_a_held_out_folder_is_left_out(tmp_path: Path, tree: Path) -> None:
+def test_all_that_lies_in_a_held_out_folder_is_left_out(tmp_path, tree):
     """A glob follows links and enters hidden folders where the walk through a folder does not."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "linked.py").write_text("beta = 9\n" * 40, encoding="utf-8")
@@ -66,7 +66,7 @@ def test_all_that_lies_in_a_held_out_folder_is_left_out(tmp_path: Path, tree: Pa
     assert source.files and not any("beta" in file.parts for file in source.files)
 
 
-def test_a_resumed_run_wants_the_same_held_out_files(tree: Path) -> None:
+def test_a_resumed_run_wants_the_same_held_out_files(tree):
     def fingerprint() -> str:
         return LocalSource([str(tree)], "text", [str(tree / "beta")]).fingerprint
 
@@ -76,7 +76,7 @@ def test_a_resumed_run_wants_the_same_held_out_files(tree: Path) -> None:
     assert fingerprint() != before
 
 
-def test_held_out_files_that_fill_no_row_are_an_error(tmp_path: Path, tree: Path) -> None:
+def test_held_out_files_that_fill_no_row_are_an_error(tmp_path, tree):
     (tree / "beta" / "short.py").write_text("b", encoding="utf-8")
     with pytest.raises(
         UsageError, match="validation_paths: expected documents that fill a row of 40 tokens, got none"
@@ -84,7 +84,7 @@ def test_held_out_files_that_fill_no_row_are_an_error(tmp_path: Path, tree: Path
         built(tmp_path, tree, validation_paths=[str(tree / "beta" / "short.py")])
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path, tree: Path) -> None:
+def test_what_cannot_be_is_refused(tmp_path, tree):
     with pytest.raises(UsageError, match=r"validation_paths: .*nowhere: expected a file, folder or glob"):
         built(tmp_path, tree, data="embedded", paths=[], validation_paths=[str(tree / "nowhere")])
     with pytest.raises(UsageError, match=r"validation_paths: .*nowhere: expected a file, folder or glob"):

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,8 +69,8 @@ TOKENIZER: Tokenizer = train_tokenizer(["web code math 0123456789 " * 5], 280)
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=6), st.integers(0, 300))
 def test_shares_are_exact_to_less_than_a_row_after_every_row_and_to_less_than_two_in_every_window(
-    units: list[int], begin: int
-) -> None:
+    units, begin
+):
     weights = [Fraction(unit, sum(units)) for unit in units]
     bound = 1 - Fraction(1, max(1, 2 * len(units) - 2))
     given_before: list[list[int]] = [[0] * len(units)]
@@ -91,7 +90,7 @@ def test_shares_are_exact_to_less_than_a_row_after_every_row_and_to_less_than_tw
         )
 
 
-def test_the_schedule_goes_on_from_the_rows_that_were_given() -> None:
+def test_the_schedule_goes_on_from_the_rows_that_were_given():
     weights = [Fraction(5, 10), Fraction(3, 10), Fraction(2, 10)]
     whole = list(itertools.islice(Schedule(weights), 40))
     assert whole[:10] == whole[10:20] and sorted(whole[:10]) == [0] * 5 + [1] * 3 + [2] * 2
@@ -100,7 +99,7 @@ def test_the_schedule_goes_on_from_the_rows_that_were_given() -> None:
         assert list(itertools.islice(Schedule(weights, counts), 40 - split)) == whole[split:]
 
 
-def test_every_step_has_the_rows_that_its_weights_ask_for() -> None:
+def test_every_step_has_the_rows_that_its_weights_ask_for():
     rows = np.zeros(3, int)
     for number, batch in enumerate(taken(60), 1):
         rows += [share.rows for share in batch.shares]
@@ -112,7 +111,7 @@ def test_every_step_has_the_rows_that_its_weights_ask_for() -> None:
 # ---- order -------------------------------------------------------------------------------------------------
 
 
-def test_a_source_is_read_as_if_it_were_alone_and_no_row_has_two_sources() -> None:
+def test_a_source_is_read_as_if_it_were_alone_and_no_row_has_two_sources():
     mixture = some_mixture()
     alone = [
         training_batches(
@@ -130,7 +129,7 @@ def test_a_source_is_read_as_if_it_were_alone_and_no_row_has_two_sources() -> No
         assert sum(share.rows for share in batch.shares) == 4
 
 
-def test_a_source_that_comes_to_its_end_repeats_in_another_order_and_is_counted() -> None:
+def test_a_source_that_comes_to_its_end_repeats_in_another_order_and_is_counted():
     state = DataState.of(some_mixture())
     orders: dict[str, list[int]] = {name: [] for name in WEIGHTS}
     for batch in taken(80, validation_fraction=0.0):
@@ -156,7 +155,7 @@ def test_a_source_that_comes_to_its_end_repeats_in_another_order_and_is_counted(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_goes_on_from_the_saved_position_of_any_batch(workers: int) -> None:
+def test_a_run_goes_on_from_the_saved_position_of_any_batch(workers):
     whole = taken(24)
     for split in (0, 7, 13) if workers else range(24):
         state = DataState.of(some_mixture())
@@ -178,7 +177,7 @@ def test_a_run_goes_on_from_the_saved_position_of_any_batch(workers: int) -> Non
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_ranks_share_the_rows_of_one_stream(world: int) -> None:
+def test_the_ranks_share_the_rows_of_one_stream(world):
     whole = taken(12)
     shares = [taken(12, rank=rank, world=world) for rank in range(world)]
     for number, batch in enumerate(whole):
@@ -191,7 +190,7 @@ def test_the_ranks_share_the_rows_of_one_stream(world: int) -> None:
             )
 
 
-def test_the_order_of_a_source_depends_on_the_seed_and_its_name_alone() -> None:
+def test_the_order_of_a_source_depends_on_the_seed_and_its_name_alone():
     first, other = taken(8), taken(8, seed=4)
     assert not torch.equal(first[0].input_ids, other[0].input_ids)
     mixture = some_mixture()
@@ -208,7 +207,7 @@ def test_the_order_of_a_source_depends_on_the_seed_and_its_name_alone() -> None:
 # ---- split, cache, faults ----------------------------------------------------------------------------------
 
 
-def test_held_out_documents_are_never_trained_on_and_come_from_every_source() -> None:
+def test_held_out_documents_are_never_trained_on_and_come_from_every_source():
     fraction = 0.4
     mixture = some_mixture()
     held_out = {document.digest for document in read_stored(mixture, fraction, held_out=True)}
@@ -229,7 +228,7 @@ def test_held_out_documents_are_never_trained_on_and_come_from_every_source() ->
     )
 
 
-def test_documents_in_stored_order_take_turns() -> None:
+def test_documents_in_stored_order_take_turns():
     names = [document.text.split()[0] for document in read_stored(some_mixture(), 0.0)]
     assert [names[:10].count(name) for name in WEIGHTS] == [6, 3, 1]
     assert [names.count(name) for name in WEIGHTS] == list(DOCUMENTS.values())
@@ -243,7 +242,7 @@ class _NoSource(ListSource):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_every_source_has_a_cache_from_which_the_same_batches_come(tmp_path: Path, workers: int) -> None:
+def test_every_source_has_a_cache_from_which_the_same_batches_come(tmp_path, workers):
     whole = taken(40)
     entries = [
         {"name": name, "weight": weight, "data": "local", "paths": [name]} for name, weight in WEIGHTS.items()
@@ -269,7 +268,7 @@ def _texts() -> list[list[str]]:
     ]
 
 
-def test_an_error_names_the_source() -> None:
+def test_an_error_names_the_source():
     class Broken(ListSource):
         def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
             raise LoadError("the disk is gone")
@@ -284,7 +283,7 @@ def test_an_error_names_the_source() -> None:
         list(itertools.islice(training_batches(empty, TOKENIZER, **SHAPE), 20))
 
 
-def test_its_fingerprint_and_revision_name_its_sources() -> None:
+def test_its_fingerprint_and_revision_name_its_sources():
     mixture = some_mixture()
     assert mixture.fingerprint == "mixture of 3 (0.6 web: list web; 0.3 code: list code; 0.1 math: list math)"
     assert mixture.revision == {"web": None, "code": None, "math": None}

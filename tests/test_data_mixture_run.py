@@ -22,7 +22,7 @@ from train.run import train
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> dict[str, str]:
+def files(tmp_path):
     """Two .jsonl files: 60 documents and 5."""
     found = {}
     for name, count in (("many", 60), ("few", 5)):
@@ -59,9 +59,7 @@ def configured(tmp_path: Path, files: dict[str, str], name: str = "run", **chang
 @pytest.mark.parametrize(
     "changes", [dict(), dict(workers=2, grad_accumulation=2, eval_every=3)], ids=["plain", "workers"]
 )
-def test_a_resumed_run_on_a_mixture_is_the_uninterrupted_one(
-    tmp_path: Path, files: dict[str, str], changes: dict[str, Any]
-) -> None:
+def test_a_resumed_run_on_a_mixture_is_the_uninterrupted_one(tmp_path, files, changes):
     straight, parts = (configured(tmp_path, files, name, **changes) for name in ("straight", "parts"))
     train(straight)
     parts.steps, total = 3, parts.steps
@@ -90,9 +88,7 @@ def test_a_resumed_run_on_a_mixture_is_the_uninterrupted_one(
     assert logged[-1][:2] == [0.75, 0.25] and logged[-1][2] > 0.5
 
 
-def test_a_resume_with_other_weights_or_files_is_refused_with_both(
-    tmp_path: Path, files: dict[str, str]
-) -> None:
+def test_a_resume_with_other_weights_or_files_is_refused_with_both(tmp_path, files):
     train(configured(tmp_path, files, steps=1))
     with pytest.raises(
         UsageError, match=r'the checkpoint was made with mixture=\[{"weight": 3, .* \(got \[{"weight": 2, '
@@ -142,17 +138,17 @@ BAD: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("mixture", "message"), BAD)
-def test_bad_mixtures_are_refused_before_anything_is_built(mixture: Any, message: str) -> None:
+def test_bad_mixtures_are_refused_before_anything_is_built(mixture, message):
     with pytest.raises(UsageError, match=message):
         RunConfig(data="mixture", mixture=mixture).validate()
 
 
-def test_a_mixture_without_its_source_kind_is_refused() -> None:
+def test_a_mixture_without_its_source_kind_is_refused():
     with pytest.raises(UsageError, match="mixture: only read with data=mixture, got data=embedded"):
         RunConfig(mixture=[{"weight": 1}]).validate()
 
 
-def test_sources_take_what_they_do_not_say_from_the_run() -> None:
+def test_sources_take_what_they_do_not_say_from_the_run():
     config = RunConfig(
         data="mixture", dataset="some/corpus", text_column="content",
         mixture=[
@@ -175,7 +171,7 @@ def test_sources_take_what_they_do_not_say_from_the_run() -> None:
     assert first.weight / second.weight == 4 and first.config.data == "hub" and first.config.mixture == []
 
 
-def test_the_command_line_takes_a_mixture() -> None:
+def test_the_command_line_takes_a_mixture():
     config, _ = parse(
         [
             "data=mixture",
@@ -192,9 +188,7 @@ def test_the_command_line_takes_a_mixture() -> None:
             parse(["data=mixture", f"mixture={text}"])
 
 
-def test_dry_run_says_the_shares_the_tokens_and_the_epochs(
-    tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_says_the_shares_the_tokens_and_the_epochs(tmp_path, files, capsys):
     config = configured(tmp_path, files, steps=100, token_cache=str(tmp_path / "cache"))
     train(config, dry_run=True)
     out = capsys.readouterr().out

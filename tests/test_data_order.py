@@ -28,7 +28,7 @@ from train.data.tokenise import digest, is_held_out
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return tokenizer_for_order()
 
 
@@ -47,7 +47,7 @@ def tokenizer_for_order() -> Tokenizer:
     return train_tokenizer(["document 0123456789 . " * 5], 280)
 
 
-def test_every_epoch_has_every_document_once_in_another_order() -> None:
+def test_every_epoch_has_every_document_once_in_another_order():
     source = some_source()
     usable = [document.text for document in read_stored(source, 0.0, held_out=False)]
     assert len(usable) == 24
@@ -56,12 +56,12 @@ def test_every_epoch_has_every_document_once_in_another_order() -> None:
     assert first != second != usable
 
 
-def test_the_seed_alone_decides_the_order() -> None:
+def test_the_seed_alone_decides_the_order():
     assert texts(some_source(), 40, seed=1) == texts(some_source(), 40, seed=1)
     assert texts(some_source(), 40, seed=1) != texts(some_source(), 40, seed=2)
 
 
-def test_orders_and_digests_are_the_same_in_every_process() -> None:
+def test_orders_and_digests_are_the_same_in_every_process():
     # As written down once: a change would move the documents of every saved position.
     assert shuffled(8, "0/0") == [0, 3, 7, 4, 1, 5, 2, 6]
     assert digest("SmolLM2") == 11487967147309650736
@@ -82,8 +82,8 @@ def test_orders_and_digests_are_the_same_in_every_process() -> None:
     length=st.integers(2, 40), seed=st.integers(0, 5),
 )  # fmt: skip
 def test_reading_on_from_any_batch_gives_the_batches_that_would_have_come(
-    tokenizer: Tokenizer, shards: int, blocks: int, documents: int, rows: int, length: int, seed: int
-) -> None:
+    tokenizer, shards, blocks, documents, rows, length, seed
+):
     source = some_source(shards, blocks, documents)
     batches = list(
         itertools.islice(training_batches(source, tokenizer, rows=rows, length=length, seed=seed), 12)
@@ -98,9 +98,7 @@ def test_reading_on_from_any_batch_gives_the_batches_that_would_have_come(
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_prepared_ahead_are_the_same_and_the_state_is_of_the_consumed_one(
-    tokenizer: Tokenizer, workers: int
-) -> None:
+def test_batches_prepared_ahead_are_the_same_and_the_state_is_of_the_consumed_one(tokenizer, workers):
     arguments = dict(rows=2, length=16, seed=3)
     alone = list(itertools.islice(training_batches(some_source(), tokenizer, **arguments), 20))
     ahead = training_batches(some_source(), tokenizer, **arguments, workers=workers)
@@ -116,7 +114,7 @@ def test_batches_prepared_ahead_are_the_same_and_the_state_is_of_the_consumed_on
     resumed.close()
 
 
-def test_an_error_in_the_background_arrives_in_the_loop() -> None:
+def test_an_error_in_the_background_arrives_in_the_loop():
     def failing() -> Generator[int, None, None]:
         yield 1
         raise OSError("disk gone")
@@ -127,7 +125,7 @@ def test_an_error_in_the_background_arrives_in_the_loop() -> None:
         next(items)
 
 
-def test_held_out_documents_are_never_trained_on_and_their_share_is_as_asked() -> None:
+def test_held_out_documents_are_never_trained_on_and_their_share_is_as_asked():
     source = ListSource([[[f"text number {index}" for index in range(4000)]]])
     held_out = [document.text for document in read_stored(source, 0.1, held_out=True)]
     training = set(texts(source, 2 * (4000 - len(held_out)), fraction=0.1))
@@ -137,7 +135,7 @@ def test_held_out_documents_are_never_trained_on_and_their_share_is_as_asked() -
     assert not any(is_held_out(digest(text), 0.0) for text in held_out)
 
 
-def test_held_out_rows_are_whole_rows_of_held_out_documents(tokenizer: Tokenizer) -> None:
+def test_held_out_rows_are_whole_rows_of_held_out_documents(tokenizer):
     source = ListSource([[[f"text number {index}" for index in range(300)]]])
     ids, doc_start = held_out_rows(source, tokenizer, 0.2, rows=5, length=32)
     assert ids.shape == doc_start.shape == (5, 32)
@@ -147,7 +145,7 @@ def test_held_out_rows_are_whole_rows_of_held_out_documents(tokenizer: Tokenizer
     assert held_out_rows(source, tokenizer, 0.0, rows=5, length=32)[0].shape == (0, 32)
 
 
-def test_unique_documents_are_counted_exactly_and_then_estimated() -> None:
+def test_unique_documents_are_counted_exactly_and_then_estimated():
     keys = [digest(str(index)) for index in range(20_000)]
     counter = UniqueCounter(limit=30_000)
     counter.add(keys)
@@ -165,7 +163,7 @@ def test_unique_documents_are_counted_exactly_and_then_estimated() -> None:
     assert restored.count == small.count
 
 
-def test_the_part_of_an_epoch_grows_with_what_was_read_and_is_right_at_its_ends(tokenizer: Tokenizer) -> None:
+def test_the_part_of_an_epoch_grows_with_what_was_read_and_is_right_at_its_ends(tokenizer):
     source = ListSource([[["document 1. "] * 10] * 3, [["document 2. "] * 30], [["document 3. "] * 2]])
     batches = list(itertools.islice(training_batches(source, tokenizer, rows=1, length=2, seed=2), 300))
     epochs = [batch.epochs for batch in batches]
@@ -175,12 +173,12 @@ def test_the_part_of_an_epoch_grows_with_what_was_read_and_is_right_at_its_ends(
     assert epochs[-1] > 1
 
 
-def test_steps_that_ranks_cannot_share_equally_are_refused(tokenizer: Tokenizer) -> None:
+def test_steps_that_ranks_cannot_share_equally_are_refused(tokenizer):
     with pytest.raises(UsageError, match="multiple of the 2 processes, got 3"):
         training_batches(some_source(), tokenizer, rows=3, length=8, world=2)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tokenizer: Tokenizer) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(tokenizer):
     shape = dict(rows=4, length=16, seed=1, validation_fraction=0.1)
     whole = list(itertools.islice(training_batches(some_source(), tokenizer, **shape), 8))
     for world in (1, 2, 4):

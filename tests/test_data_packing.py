@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smollm2.model import shift_labels
-from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
+from smollm2.pretrained.tokenizer import train_tokenizer
 from train.data import tokenise
 from train.data.mixture import mix
 from train.data.packing import Batch, Packer, Segment
@@ -50,9 +50,7 @@ def pack(
 
 @settings(max_examples=150, deadline=None)
 @given(documents=documents_strategy, rows=st.integers(1, 3), length=st.integers(2, 17))
-def test_rows_are_the_token_stream_cut_into_pieces(
-    documents: list[list[int]], rows: int, length: int
-) -> None:
+def test_rows_are_the_token_stream_cut_into_pieces(documents, rows, length):
     batches = list(pack(stream(documents), rows, length))
     tokens = [token for document in documents for token in (*document, 0)]
     whole = len(tokens) // (rows * length)
@@ -67,9 +65,7 @@ def test_rows_are_the_token_stream_cut_into_pieces(
 
 @settings(max_examples=150, deadline=None)
 @given(documents=documents_strategy, length=st.integers(2, 17))
-def test_doc_start_is_the_first_token_of_the_document_in_its_row(
-    documents: list[list[int]], length: int
-) -> None:
+def test_doc_start_is_the_first_token_of_the_document_in_its_row(documents, length):
     owner = [index for index, document in enumerate(documents) for _ in range(len(document) + 1)]
     for number, batch in enumerate(pack(stream(documents), 1, length)):
         row = owner[number * length : (number + 1) * length]
@@ -78,9 +74,7 @@ def test_doc_start_is_the_first_token_of_the_document_in_its_row(
 
 @settings(max_examples=60, deadline=None)
 @given(documents=documents_strategy, rows=st.integers(1, 3), length=st.integers(2, 9))
-def test_every_document_is_counted_in_the_batch_where_it_begins(
-    documents: list[list[int]], rows: int, length: int
-) -> None:
+def test_every_document_is_counted_in_the_batch_where_it_begins(documents, rows, length):
     owner = [index for index, document in enumerate(documents) for _ in range(len(document) + 1)]
     size = rows * length
     for number, batch in enumerate(pack(stream(documents), rows, length)):
@@ -90,18 +84,18 @@ def test_every_document_is_counted_in_the_batch_where_it_begins(
         ]
 
 
-def test_targets_do_not_cross_documents_and_all_others_are_there() -> None:
+def test_targets_do_not_cross_documents_and_all_others_are_there():
     (batch,) = pack(stream([[5, 6], [7, 8, 9]]), 1, 7)
     assert batch.input_ids.tolist() == [[5, 6, 0, 7, 8, 9, 0]]
     assert shift_labels(batch.input_ids, batch.doc_start).tolist() == [[6, 0, -100, 8, 9, 0, -100]]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return train_tokenizer(["a tokenizer for the tests of packing " * 3], 300)
 
 
-def test_every_document_ends_with_the_end_of_text_token_and_cannot_forge_one(tokenizer: Tokenizer) -> None:
+def test_every_document_ends_with_the_end_of_text_token_and_cannot_forge_one(tokenizer):
     block = WorkerPool(tokenizer, 0).encode(["some text", "some <|endoftext|> text"])
     plain, forged = np.split(block.tokens, np.cumsum(block.lengths)[:-1])
     assert plain[-1] == forged[-1] == tokenizer.eot_token_id
@@ -113,9 +107,7 @@ def test_every_document_ends_with_the_end_of_text_token_and_cannot_forge_one(tok
 @given(
     documents=documents_strategy, share=st.integers(1, 3), world=st.integers(1, 4), length=st.integers(2, 9)
 )
-def test_ranks_share_every_step_and_know_its_targets(
-    documents: list[list[int]], share: int, world: int, length: int
-) -> None:
+def test_ranks_share_every_step_and_know_its_targets(documents, share, world, length):
     rows = share * world
     whole = list(pack(stream(documents), rows, length))
     ranks = [list(pack(stream(documents), rows, length, rank, world)) for rank in range(world)]
@@ -130,9 +122,7 @@ def test_ranks_share_every_step_and_know_its_targets(
         assert targets == rows * (length - 1) - batch.inner_starts
 
 
-def test_an_enormous_document_is_tokenised_in_pieces_and_stays_one(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_enormous_document_is_tokenised_in_pieces_and_stays_one(tokenizer, monkeypatch):
     text = "tests of packing\n" * 40 + "a" * 500 + "\nthe end"
     monkeypatch.setattr(tokenise, "PIECE", 64)
     parts = list(tokenise.pieces(text))

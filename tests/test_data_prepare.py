@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from train_cases import DEADLINE
@@ -23,7 +22,7 @@ BASE = (
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> list[str]:
+def arguments(tmp_path):
     (tmp_path / "corpus").mkdir()
     for shard in range(6):
         lines = [
@@ -33,9 +32,7 @@ def arguments(tmp_path: Path) -> list[str]:
     return [*BASE, f"paths={tmp_path / 'corpus'}", f"token_cache={tmp_path / 'cache'}"]
 
 
-def test_all_of_an_epoch_is_stored_once_and_verified(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_of_an_epoch_is_stored_once_and_verified(arguments, tmp_path, capsys):
     assert prepare.main([*arguments, "steps=100000"]) == 0
     out = capsys.readouterr().out
     assert (
@@ -56,14 +53,12 @@ def test_all_of_an_epoch_is_stored_once_and_verified(
     assert prepare.main([*arguments, "--verify"]) == 0
 
 
-def test_it_stops_at_the_tokens_that_were_asked_for(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_stops_at_the_tokens_that_were_asked_for(arguments, capsys):
     assert prepare.main([*arguments, "--tokens", "1_000"]) == 0
     assert "\n1 blocks" in capsys.readouterr().out
 
 
-def test_what_cannot_be_prepared_is_said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_prepared_is_said(arguments, capsys):
     with pytest.raises(UsageError, match="expected a folder to fill, got auto with data=local"):
         prepare.main([argument for argument in arguments if not argument.startswith("token_cache")])
     with pytest.raises(UsageError, match="token_cache: expected a folder outside of paths"):
@@ -76,7 +71,7 @@ def test_what_cannot_be_prepared_is_said(arguments: list[str], capsys: pytest.Ca
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_continues(arguments: list[str], tmp_path: Path, project_root: Path) -> None:
+def test_an_interrupted_command_continues(arguments, tmp_path, project_root):
     text = "Words of a longer corpus, which takes a while. " * 400
     lines = [json.dumps({"text": f"{index} {text}"}) + "\n" for index in range(150)]
     (tmp_path / "corpus" / "long.jsonl").write_text("".join(lines), encoding="utf-8")

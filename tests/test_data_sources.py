@@ -52,14 +52,14 @@ def stored(source: Any) -> list[Any]:
     ]
 
 
-def test_parquet_files_are_read_by_row_group(tmp_path: Path) -> None:
+def test_parquet_files_are_read_by_row_group(tmp_path):
     texts = write_cosmopedia(tmp_path)
     source = LocalSource([str(tmp_path)], "text")
     assert source.num_shards == 9
     assert stored(source) == texts
 
 
-def test_hub_code_path_reads_the_same_documents_from_a_local_folder(tmp_path: Path) -> None:
+def test_hub_code_path_reads_the_same_documents_from_a_local_folder(tmp_path):
     texts = write_cosmopedia(tmp_path, files=2, rows=2100, row_group=500)
     source = open_source(RunConfig(data="hub", dataset=str(tmp_path)))
     assert isinstance(source, HubSource)
@@ -69,9 +69,7 @@ def test_hub_code_path_reads_the_same_documents_from_a_local_folder(tmp_path: Pa
     assert next(source.read(1, first_block=2)) == texts[2100 + 2048 :]
 
 
-def test_a_stream_that_breaks_is_read_again_from_the_same_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stream_that_breaks_is_read_again_from_the_same_block(tmp_path, monkeypatch, capsys):
     texts = write_cosmopedia(tmp_path, files=1, rows=3000)
     source = HubSource(str(tmp_path), "", "train", None, "text")
     pauses: list[float] = []
@@ -104,7 +102,7 @@ def test_a_stream_that_breaks_is_read_again_from_the_same_block(
     assert pauses[2:] == list(hub.RETRY_PAUSES)
 
 
-def test_jsonl_stretches_hold_every_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jsonl_stretches_hold_every_line_once(tmp_path, monkeypatch):
     texts = [f"line {index} " + "x" * (index * 7 % 90) for index in range(200)]
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
@@ -114,9 +112,7 @@ def test_jsonl_stretches_hold_every_line_once(tmp_path: Path, monkeypatch: pytes
         assert stored(LocalSource([str(tmp_path / "*.jsonl")], "text")) == texts
 
 
-def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(tmp_path, monkeypatch):
     paragraphs = [f"Paragraph {index}, of some length. " * 5 for index in range(120)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     documents = [document.decode() for document in stored(LocalSource([str(tmp_path)], "text"))]
@@ -130,14 +126,14 @@ def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(
     )
 
 
-def test_an_end_of_text_line_separates_documents(tmp_path: Path) -> None:
+def test_an_end_of_text_line_separates_documents(tmp_path):
     (tmp_path / "stories.txt").write_text(
         "One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n<|endoftext|>\nThree.", encoding="utf-8"
     )
     assert stored(LocalSource([str(tmp_path)], "text")) == [b"One.", b"Two.", b"Three."]
 
 
-def test_documents_that_are_not_text_are_passed_over_and_counted(tmp_path: Path) -> None:
+def test_documents_that_are_not_text_are_passed_over_and_counted(tmp_path):
     lines = [
         '{"text": "good one"}',
         '{"text": ""}',
@@ -164,7 +160,7 @@ def test_documents_that_are_not_text_are_passed_over_and_counted(tmp_path: Path)
     ]
 
 
-def test_a_corpus_without_a_usable_document_is_an_error(tmp_path: Path) -> None:
+def test_a_corpus_without_a_usable_document_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
     with pytest.raises(LoadError, match="found none .1 empty or not text.*text_column"):
         next(
@@ -182,9 +178,7 @@ def test_a_corpus_without_a_usable_document_is_an_error(tmp_path: Path) -> None:
         ("data.parquet", b"not parquet", LoadError, "not a readable parquet file"),
     ],
 )
-def test_a_path_that_cannot_be_read_is_named(
-    tmp_path: Path, name: str, content: bytes | None, error: type[Exception], message: str
-) -> None:
+def test_a_path_that_cannot_be_read_is_named(tmp_path, name, content, error, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=message) as caught:
@@ -193,7 +187,7 @@ def test_a_path_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize("data", ["local", "hub"])
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, data: str) -> None:
+def test_a_missing_column_is_named_with_those_there_are(tmp_path, data):
     write_cosmopedia(tmp_path, files=1, rows=3)
     with pytest.raises(
         LoadError, match="expected a column 'content', got prompt, text, token_length.*text_column"
@@ -208,14 +202,12 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, data: st
         )
 
 
-def test_a_dataset_that_cannot_be_reached_says_what_to_do() -> None:
+def test_a_dataset_that_cannot_be_reached_says_what_to_do():
     with pytest.raises(LoadError, match="smollm-corpus cosmopedia-v2: cannot be read.*data=local"):
         open_source(RunConfig(data="hub"))
 
 
-def test_a_stream_is_pinned_to_the_commit_that_a_resumed_run_reads_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_is_pinned_to_the_commit_that_a_resumed_run_reads_again(tmp_path, monkeypatch):
     write_cosmopedia(tmp_path, files=1, rows=10)
     calls: list[dict[str, Any]] = []
 
@@ -236,7 +228,7 @@ def test_a_stream_is_pinned_to_the_commit_that_a_resumed_run_reads_again(
     assert (calls[0]["streaming"], calls[0]["revision"], calls[0]["token"]) == (True, "c0ffee", "hf_test")
 
 
-def test_the_embedded_corpus_is_large_enough_and_the_same_each_time() -> None:
+def test_the_embedded_corpus_is_large_enough_and_the_same_each_time():
     source = EmbeddedSource()
     assert source.fingerprint == EmbeddedSource().fingerprint
     assert len(source.documents) == len(set(source.documents)) > 1000
@@ -251,14 +243,14 @@ def test_the_embedded_corpus_is_large_enough_and_the_same_each_time() -> None:
     assert len(set(long)) == len(long)  # held-out text is in no training document
 
 
-def test_the_fingerprint_of_local_files_changes_with_them(tmp_path: Path) -> None:
+def test_the_fingerprint_of_local_files_changes_with_them(tmp_path):
     (tmp_path / "a.txt").write_text("some text", encoding="utf-8")
     before = LocalSource([str(tmp_path)], "text").fingerprint
     (tmp_path / "b.txt").write_text("more text", encoding="utf-8")
     assert LocalSource([str(tmp_path)], "text").fingerprint != before
 
 
-def test_a_row_group_is_read_in_bounded_blocks(tmp_path: Path) -> None:
+def test_a_row_group_is_read_in_bounded_blocks(tmp_path):
     texts = write_cosmopedia(tmp_path, files=1, rows=2500, row_group=2300)
     source = LocalSource([str(tmp_path)], "text")
     assert [len(block) for block in source.read(0)] == [1024, 1024, 252]
@@ -269,9 +261,7 @@ def test_a_row_group_is_read_in_bounded_blocks(tmp_path: Path) -> None:
     assert sum(source.sizes) == pytest.approx(source.files[0].stat().st_size)
 
 
-def test_source_trees_are_read_a_file_a_document_in_groups(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_source_trees_are_read_a_file_a_document_in_groups(tmp_path, monkeypatch):
     for name in (
         "b/one.py",
         "a/two.py",
@@ -293,7 +283,7 @@ def test_source_trees_are_read_a_file_a_document_in_groups(
     assert source.sizes == [220, 130]
 
 
-def test_bytes_that_are_not_utf8_cost_one_document_each(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_cost_one_document_each(tmp_path):
     good, bad = "sch\u00f6n".encode(), b"\xff\xfe broken"
     (tmp_path / "a.py").write_bytes(bad)
     (tmp_path / "b.txt").write_bytes(good)
@@ -311,16 +301,14 @@ def test_bytes_that_are_not_utf8_cost_one_document_each(tmp_path: Path) -> None:
     assert len(stored(source)) == 12
 
 
-def test_a_cut_off_jsonl_is_reported_once_and_its_other_lines_are_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cut_off_jsonl_is_reported_once_and_its_other_lines_are_read(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "whole"}\n{"text": "cut o', encoding="utf-8")
     source = LocalSource([str(tmp_path)], "text")
     assert stored(source) == stored(source) == ["whole", None]
     assert capsys.readouterr().out.count("the last line is cut off") == 1
 
 
-def test_a_damaged_or_vanished_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_a_damaged_or_vanished_file_is_named_with_what_to_do(tmp_path):
     write_cosmopedia(tmp_path, files=1, rows=300)
     (file,) = tmp_path.glob("*.parquet")
     source = LocalSource([str(tmp_path)], "text")

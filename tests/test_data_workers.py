@@ -16,7 +16,7 @@ from data_sources import ListSource, same, some_source
 from train_cases import DEADLINE
 
 from smollm2.errors import LoadError
-from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
+from smollm2.pretrained.tokenizer import train_tokenizer
 from train.data import worker_pool
 from train.data.batches import held_out_rows, training_batches
 from train.data.worker_pool import WorkerPool
@@ -25,7 +25,7 @@ SHAPE = dict(rows=2, length=16, seed=3, validation_fraction=0.1)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return train_tokenizer(["document 0123456789 . " * 5], 280)
 
 
@@ -44,9 +44,7 @@ def gone(pids: list[int]) -> bool:
     return not any(map(alive, pids))
 
 
-def test_the_stream_does_not_depend_on_the_workers(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stream_does_not_depend_on_the_workers(tokenizer, monkeypatch):
     monkeypatch.setattr(worker_pool, "CHUNK_DOCUMENTS", 2)  # several chunks a block
     source = some_source(shards=3, blocks=3, documents=11)
     alone = list(itertools.islice(training_batches(source, tokenizer, **SHAPE), 60))
@@ -60,7 +58,7 @@ def test_the_stream_does_not_depend_on_the_workers(
     ]
 
 
-def test_workers_start_when_they_are_needed_and_end_when_the_stream_is_closed(tokenizer: Tokenizer) -> None:
+def test_workers_start_when_they_are_needed_and_end_when_the_stream_is_closed(tokenizer):
     pool = WorkerPool(tokenizer, 2)
     assert pool.processes == []
     block = pool.submit(["some text", 5, None]).result(threading.Event())
@@ -80,7 +78,7 @@ def test_workers_start_when_they_are_needed_and_end_when_the_stream_is_closed(to
     assert {thread.name for thread in threading.enumerate() if thread.name == "prefetch"} <= threads
 
 
-def test_a_worker_that_is_killed_is_reported_and_not_waited_for(tokenizer: Tokenizer) -> None:
+def test_a_worker_that_is_killed_is_reported_and_not_waited_for(tokenizer):
     pool = WorkerPool(tokenizer, 1)
     stop = threading.Event()
     pool.submit(["warm"]).result(stop)
@@ -91,9 +89,7 @@ def test_a_worker_that_is_killed_is_reported_and_not_waited_for(tokenizer: Token
     pool.close()
 
 
-def test_the_kill_reaches_the_training_loop_with_its_signal(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kill_reaches_the_training_loop_with_its_signal(tokenizer, monkeypatch):
     pools: list[WorkerPool] = []
     create = WorkerPool.__init__
 
@@ -130,9 +126,7 @@ sys.stdin.read()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_workers_leave_when_the_training_process_is_killed_and_ignore_signals_meant_for_it(
-    project_root: Path,
-) -> None:
+def test_workers_leave_when_the_training_process_is_killed_and_ignore_signals_meant_for_it(project_root):
     # The program has no `if __name__ == "__main__"`: workers must not run it again.
     program = PROGRAM.format(tests=str(project_root / "tests"))
     parent = subprocess.Popen(

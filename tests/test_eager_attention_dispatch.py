@@ -24,14 +24,14 @@ def blocked(out: Tensor) -> bool:
     return "BlockedAttention" in type(out.grad_fn).__name__
 
 
-def test_the_torch_backend_takes_it_for_training_in_eager_mode() -> None:
+def test_the_torch_backend_takes_it_for_training_in_eager_mode():
     q, k, v = draw(20), draw(20, 1), draw(20, 1)
     assert blocked(TORCH.attention(q, k, v))
     assert blocked(TORCH.attention(q.detach(), k.detach(), v))
     assert blocked(TORCH.attention(q, k, v, torch.zeros(2, 20, dtype=torch.int32), scale=0.5))
 
 
-def test_everything_else_is_torchs() -> None:
+def test_everything_else_is_torchs():
     q, k, v = draw(20), draw(20, 1), draw(20, 1)
     assert not blocked(TORCH.attention(q, k, v, dropout_p=0.1))
     for dtype in (torch.float64, torch.float32, torch.float16):
@@ -44,7 +44,7 @@ def test_everything_else_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_graph_has_torchs(dynamic: bool) -> None:
+def test_a_compiled_graph_has_torchs(dynamic):
     q, k, v = draw(20), draw(20, 1), draw(20, 1)
     torch.compiler.reset()  # so that no other test's sizes decide which of ours are dynamic
     compiled = torch.compile(TORCH.attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -52,7 +52,7 @@ def test_a_compiled_graph_has_torchs(dynamic: bool) -> None:
     assert torch.equal(found, eager_attention.library_attention(q, k, v))
 
 
-def test_only_what_wants_a_gradient_gets_one() -> None:
+def test_only_what_wants_a_gradient_gets_one():
     q, k, v = draw(140), draw(140, 1), draw(140, 1)
     upstream = torch.randn(2, 140, 3, 32).bfloat16()
     whole = torch.autograd.grad(eager_attention.attention(q, k, v), (q, k, v), upstream)
@@ -60,7 +60,7 @@ def test_only_what_wants_a_gradient_gets_one() -> None:
     assert torch.equal(alone, whole[1])
 
 
-def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refused() -> None:
+def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refused():
     q, k, v = draw(140), draw(140, 1), draw(140, 1)
     out = eager_attention.attention(q, k, v)
     first, second = (torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True) for _ in range(2))
@@ -69,7 +69,7 @@ def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refuse
         torch.autograd.grad(out.square().sum(), (q,), create_graph=True)
 
 
-def test_results_are_not_the_buffers_of_the_next_call() -> None:
+def test_results_are_not_the_buffers_of_the_next_call():
     q, k, v = draw(140), draw(140, 1), draw(140, 1)
     out = eager_attention.attention(q, k, v)
     kept = [x.clone() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True))]
@@ -79,9 +79,7 @@ def test_results_are_not_the_buffers_of_the_next_call() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_nothing_of_the_size_of_all_scores_exists_or_is_kept(
-    masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_the_size_of_all_scores_exists_or_is_kept(masked, monkeypatch):
     batch, length, heads = 2, 512, 3
     block = heads * eager_attention.BLOCK_QUERIES * length
     monkeypatch.setattr(eager_attention, "MAX_SCORES", block)  # one row of the batch at a time

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 import numerics
 import pytest
@@ -31,7 +30,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_buffers(monkeypatch):
     """Buffers of each test are allocated in it, and so full of NaN: nothing is right because an earlier call
     left it there.
     """
@@ -72,28 +71,28 @@ def check(values: list[Tensor], doc_start: Tensor | None = None, scale: float | 
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_every_length(length: int) -> None:
+def test_every_length(length):
     check(tensors(2, length, length, 9, 3, 64))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (3, 1), (15, 5)])
-def test_every_head_dim_and_group(heads: int, key_heads: int, head_dim: int) -> None:
+def test_every_head_dim_and_group(heads, key_heads, head_dim):
     check(tensors(1, 130, 130, heads, key_heads, head_dim))
 
 
 @pytest.mark.parametrize(("length", "keys"), [(1, 200), (65, 66), (130, 257)])
-def test_more_keys_than_queries(length: int, keys: int) -> None:
+def test_more_keys_than_queries(length, keys):
     check(tensors(2, length, keys, 6, 2, 32))
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0])
-def test_a_scale_of_ones_own(scale: float) -> None:
+def test_a_scale_of_ones_own(scale):
     check(tensors(1, 100, 100, 3, 1, 32), scale=scale)
 
 
 @pytest.mark.parametrize("length", [65, 200, 257])
-def test_documents(length: int) -> None:
+def test_documents(length):
     """Rows whose documents end within a block, at its border, and after every token."""
     doc_start = torch.zeros(4, length, dtype=torch.int32)
     doc_start[0, 64:] = 64
@@ -102,19 +101,19 @@ def test_documents(length: int) -> None:
     check(tensors(4, length, length, 6, 2, 32), doc_start)
 
 
-def test_one_document_in_all_rows_leaves_out_the_keys_before_it() -> None:
+def test_one_document_in_all_rows_leaves_out_the_keys_before_it():
     doc_start = torch.zeros(2, 300, dtype=torch.int64)
     doc_start[:, 128:] = 128
     check(tensors(2, 300, 300, 3, 1, 32), doc_start)
 
 
-def test_first_keys_in_any_order_and_more_keys() -> None:
+def test_first_keys_in_any_order_and_more_keys():
     doc_start = torch.stack([torch.randperm(150)[:100], torch.arange(100), torch.full((100,), 3)])
     visible = doc_start <= torch.arange(50, 150)  # queries that see nothing have a test of their own
     check(tensors(3, 100, 150, 3, 1, 32), torch.where(visible, doc_start, 0))
 
 
-def test_queries_that_see_nothing_give_zeros_and_no_gradients() -> None:
+def test_queries_that_see_nothing_give_zeros_and_no_gradients():
     values = tensors(2, 300, 300, 6, 2, 32)
     doc_start = torch.zeros(2, 300, dtype=torch.int64)
     # one query, a whole block, a whole row of the batch
@@ -132,13 +131,13 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradients() -> None:
         torch.testing.assert_close(mine, theirs, atol=numerics.ATOL[DTYPE], rtol=numerics.ATOL[DTYPE])
 
 
-def test_scores_far_apart_neither_overflow_nor_lose_the_row() -> None:
+def test_scores_far_apart_neither_overflow_nor_lose_the_row():
     values = tensors(1, 70, 70, 3, 1, 64)
     values[0] *= 30  # scores up to a hundred and more: exp of them is no fp32 number
     check(values)
 
 
-def test_a_batch_in_parts_and_smaller_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_in_parts_and_smaller_blocks(monkeypatch):
     values = tensors(5, 200, 200, 3, 1, 32)
     monkeypatch.setattr(eager_attention, "MAX_SCORES", 2 * 3 * 128 * 200)  # two rows at a time, and a rest
     check(values)
@@ -146,7 +145,7 @@ def test_a_batch_in_parts_and_smaller_blocks(monkeypatch: pytest.MonkeyPatch) ->
     check(values)
 
 
-def test_slices_of_a_packed_projection_and_an_expanded_gradient() -> None:
+def test_slices_of_a_packed_projection_and_an_expanded_gradient():
     q, k, v = draw(2, 150, 5, 32).split((3, 1, 1), dim=2)
     values = [q, k, v, draw(1, 1, 1, 32).expand(2, 150, 3, 32)]
     check(values)
@@ -156,7 +155,7 @@ def test_slices_of_a_packed_projection_and_an_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("fault", ["mask", "lse", "delta"])
-def test_a_planted_fault_fails_the_contract(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_fails_the_contract(fault, monkeypatch):
     """The mask one key too wide, a log-sum-exp of something else, delta left out: each beyond the budget."""
     values = tensors(2, 200, 200, 3, 1, 32)
     if fault == "mask":
@@ -182,7 +181,7 @@ def test_a_planted_fault_fails_the_contract(fault: str, monkeypatch: pytest.Monk
             numerics.check("planted fault", name, *three)
 
 
-def test_the_same_bits_in_every_process_and_every_time(project_root: Path) -> None:
+def test_the_same_bits_in_every_process_and_every_time(project_root):
     """With one thread and with two."""
     program = """
         import hashlib, torch

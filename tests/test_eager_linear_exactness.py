@@ -21,7 +21,7 @@ needs_onednn = pytest.mark.skipif(
 
 
 @pytest.fixture
-def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def onednn(monkeypatch):
     """oneDNN on any processor; -> the shapes of the left factors that went to it."""
     seen: list[tuple[int, ...]] = []
     product = eager_linear._onednn
@@ -48,7 +48,7 @@ def with_gradients(function, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Ten
 @needs_onednn
 @pytest.mark.parametrize("columns, rows", WIDTHS)
 @pytest.mark.parametrize("leading", [(2,), (2, 65), (3, 1, 7)])
-def test_the_product_and_its_gradients_are_those_of_a_linear_layer(onednn, leading, columns, rows) -> None:
+def test_the_product_and_its_gradients_are_those_of_a_linear_layer(onednn, leading, columns, rows):
     x, weight, dy = draw(*leading, columns), draw(rows, columns), draw(*leading, rows)
     truth = with_gradients(F.linear, x.double(), weight.double(), dy.double())
     # sums of absolute values, to which rounding is proportional
@@ -64,7 +64,7 @@ def test_the_product_and_its_gradients_are_those_of_a_linear_layer(onednn, leadi
 
 
 @needs_onednn
-def test_factors_and_gradients_may_have_any_strides(onednn) -> None:
+def test_factors_and_gradients_may_have_any_strides(onednn):
     x, weight = draw(576, 2, 20).transpose(0, 2), draw(576, 64).t()
     dy = draw(1, 2, 64).expand(20, 2, 64)
     for mine, theirs in zip(
@@ -80,7 +80,7 @@ def test_factors_and_gradients_may_have_any_strides(onednn) -> None:
 
 
 @needs_onednn
-def test_a_row_does_not_depend_on_how_many_others_there_are(onednn) -> None:
+def test_a_row_does_not_depend_on_how_many_others_there_are(onednn):
     x, weight = draw(300, 576), draw(960, 576)
     whole = eager_linear.linear(x, weight)
     for rows in (eager_linear.ROWS, 3, 16, 65, 300):
@@ -89,7 +89,7 @@ def test_a_row_does_not_depend_on_how_many_others_there_are(onednn) -> None:
 
 
 @needs_onednn
-def test_only_the_gradients_that_are_wanted_are_formed(onednn) -> None:
+def test_only_the_gradients_that_are_wanted_are_formed(onednn):
     x, weight = draw(4, 16), draw(8, 16)
     eager_linear.linear(x, weight.clone().requires_grad_()).sum().backward()
     assert onednn == [(4, 16)]
@@ -99,7 +99,7 @@ def test_only_the_gradients_that_are_wanted_are_formed(onednn) -> None:
 
 
 @needs_onednn
-def test_second_derivatives_are_right(onednn) -> None:
+def test_second_derivatives_are_right(onednn):
     found = []
     for function in (eager_linear.linear, F.linear):
         x, weight = draw(3, 5).requires_grad_(), draw(4, 5).requires_grad_()
@@ -112,7 +112,7 @@ def test_second_derivatives_are_right(onednn) -> None:
 @pytest.mark.parametrize(
     "case", ["one row", "no rows", "fp64", "bf16", "switched off", "autocast", "other processor"]
 )
-def test_everything_else_is_torchs(onednn, case: str, monkeypatch) -> None:
+def test_everything_else_is_torchs(onednn, case, monkeypatch):
     x, weight = draw({"one row": 1, "no rows": 0}.get(case, 8), 16), draw(8, 16)
     if case in ("fp64", "bf16"):
         x, weight = (
@@ -128,7 +128,7 @@ def test_everything_else_is_torchs(onednn, case: str, monkeypatch) -> None:
 
 
 @needs_onednn
-def test_wrong_shapes_raise_what_a_linear_layer_raises(onednn) -> None:
+def test_wrong_shapes_raise_what_a_linear_layer_raises(onednn):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         eager_linear.linear(draw(4, 15), draw(8, 16))
     with pytest.raises(RuntimeError):
@@ -140,9 +140,7 @@ def test_wrong_shapes_raise_what_a_linear_layer_raises(onednn) -> None:
     ("", "AVX512", False),
 ])  # fmt: skip
 @needs_onednn
-def test_the_processor_decides_and_no_clock(
-    monkeypatch, vendor: str, capability: str, expected: bool
-) -> None:
+def test_the_processor_decides_and_no_clock(monkeypatch, vendor, capability, expected):
     monkeypatch.setattr(
         eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__)
     )
@@ -152,7 +150,7 @@ def test_the_processor_decides_and_no_clock(
     assert eager_linear.onednn_is_faster() is expected
 
 
-def test_another_torch_without_the_operator_is_served_by_torch(monkeypatch) -> None:
+def test_another_torch_without_the_operator_is_served_by_torch(monkeypatch):
     def gone(*_: Tensor) -> Tensor:
         raise AttributeError("no such operator")
 
@@ -167,7 +165,7 @@ def test_another_torch_without_the_operator_is_served_by_torch(monkeypatch) -> N
 
 
 @needs_onednn
-def test_the_loss_takes_its_products_from_here(onednn) -> None:
+def test_the_loss_takes_its_products_from_here(onednn):
     hidden, weight, targets = draw(40, 16), draw(37, 16), torch.arange(40) % 37
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     loss = TORCH.linear_cross_entropy(*leaves, targets)

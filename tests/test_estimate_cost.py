@@ -20,14 +20,14 @@ WIDE = SmolLM2Config.preset("135M", num_hidden_layers=3, vocab_size=2048)
 
 
 @pytest.fixture
-def rate_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> float:
+def rate_of_a_cpu(monkeypatch):
     """The rate of a matrix product, as if it had been measured."""
     monkeypatch.setattr(estimates, "matmul_rate", lambda *_: 200e9)
     return 200e9
 
 
 @pytest.fixture
-def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
 
 
@@ -69,9 +69,7 @@ def saved_bytes(model: SmolLM2Config, config: RunConfig) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("model", "rows", "length"), [(TINY, 4, 128), (WIDE, 2, 256)])
-def test_activations_are_what_autograd_keeps(
-    model: SmolLM2Config, rows: int, length: int, dtype: str, checkpointing: bool, masked: bool
-) -> None:
+def test_activations_are_what_autograd_keeps(model, rows, length, dtype, checkpointing, masked):
     config = RunConfig(
         batch_size=rows,
         sequence_length=length,
@@ -94,7 +92,7 @@ def test_activations_are_what_autograd_keeps(
 @pytest.mark.parametrize(
     ("name", "millions"), [("135M", 134.515008), ("360M", 361.821120), ("1.7B", 1711.376384)]
 )
-def test_parameters_of_the_released_models(name: str, millions: float, rate_of_a_cpu: float) -> None:
+def test_parameters_of_the_released_models(name, millions, rate_of_a_cpu):
     found = estimate(full_recipe(model=name), SmolLM2Config.preset(name), CPU)
     assert found.parameters == round(1e6 * millions)
     assert found.embedding + found.blocks == found.parameters
@@ -103,7 +101,7 @@ def test_parameters_of_the_released_models(name: str, millions: float, rate_of_a
     )
 
 
-def test_a_known_gpu_in_bf16_takes_its_peak_and_an_assumption_that_is_named(h100: None) -> None:
+def test_a_known_gpu_in_bf16_takes_its_peak_and_an_assumption_that_is_named(h100):
     found = estimate(full_recipe(), FULL, GPU)
     assert found.tokens == 81_920_000 and found.tokens_per_step == 16_384
     assert found.flops_per_token == pytest.approx(860e6, rel=1e-3)
@@ -113,7 +111,7 @@ def test_a_known_gpu_in_bf16_takes_its_peak_and_an_assumption_that_is_named(h100
     assert found.backend == "triton"
 
 
-def test_several_gpus_divide_the_rows_and_multiply_the_rate(h100: None) -> None:
+def test_several_gpus_divide_the_rows_and_multiply_the_rate(h100):
     alone = estimate(full_recipe(batch_size=32), FULL, GPU)
     together = estimate(full_recipe(batch_size=32), FULL, GPU, world=4)
     assert together.tokens_per_second == pytest.approx(4 * alone.tokens_per_second)
@@ -124,14 +122,12 @@ def test_several_gpus_divide_the_rows_and_multiply_the_rate(h100: None) -> None:
     assert accumulated.micro_batch == (8, 512) and accumulated.tokens_per_step == 65_536
 
 
-def test_processes_on_a_cpu_share_it(rate_of_a_cpu: float) -> None:
+def test_processes_on_a_cpu_share_it(rate_of_a_cpu):
     assert estimate(full_recipe(), FULL, CPU, world=2).rate == estimate(full_recipe(), FULL, CPU).rate
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, "fp32"), (CPU, "bf16"), (GPU, "fp32")])
-def test_everything_else_takes_a_measured_rate(
-    device: torch.device, dtype: str, rate_of_a_cpu: float, h100: None
-) -> None:
+def test_everything_else_takes_a_measured_rate(device, dtype, rate_of_a_cpu, h100):
     found = estimate(full_recipe(dtype=dtype), FULL, device)
     assert found.rate == pytest.approx(rate_of_a_cpu * MATMUL_EFFICIENCY)
     assert (
@@ -140,7 +136,7 @@ def test_everything_else_takes_a_measured_rate(
     )
 
 
-def test_checkpointing_takes_less_memory_and_more_time(rate_of_a_cpu: float) -> None:
+def test_checkpointing_takes_less_memory_and_more_time(rate_of_a_cpu):
     plain, checkpointed = (
         estimate(full_recipe(gradient_checkpointing=on), FULL, CPU) for on in (False, True)
     )
@@ -150,7 +146,7 @@ def test_checkpointing_takes_less_memory_and_more_time(rate_of_a_cpu: float) -> 
     assert checkpointed.memory.activations == plain.memory.activations
 
 
-def test_triton_keeps_no_mask_and_no_repeated_keys(h100: None) -> None:
+def test_triton_keeps_no_mask_and_no_repeated_keys(h100):
     plain, kernels = (
         estimate(full_recipe(backend=name), FULL, GPU).memory for name in ("torch", "triton,rope=torch")
     )
@@ -163,7 +159,7 @@ def test_triton_keeps_no_mask_and_no_repeated_keys(h100: None) -> None:
     assert kernels.total < plain.total
 
 
-def test_a_matrix_product_is_timed() -> None:
+def test_a_matrix_product_is_timed():
     rates = [matmul_rate(TINY, CPU, torch.float32, 64, seconds=0.01) for _ in range(3)]
     assert 1e6 < statistics.median(rates) < 1e15
 
@@ -174,7 +170,7 @@ def shown(found: Estimate) -> str:
     return text
 
 
-def test_the_text_names_every_figure(h100: None) -> None:
+def test_the_text_names_every_figure(h100):
     text = shown(estimate(full_recipe(), FULL, GPU))
     assert "134,515,008 parameters: embedding (also the head) 28,311,552, blocks 106,203,456" in text
     assert "16,384 a step, 81,920,000 in 5,000 steps" in text
@@ -191,7 +187,7 @@ def test_the_text_names_every_figure(h100: None) -> None:
     assert "time      about 3:24 at 402" in text
 
 
-def test_the_text_says_what_checkpointing_saves(rate_of_a_cpu: float) -> None:
+def test_the_text_says_what_checkpointing_saves(rate_of_a_cpu):
     assert "without gradient_checkpointing)" in shown(
         estimate(full_recipe(gradient_checkpointing=True), FULL, CPU)
     )

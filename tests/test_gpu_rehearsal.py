@@ -89,7 +89,7 @@ def run(root: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def on_stand_in(project_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def on_stand_in(project_root, tmp_path_factory):
     """The folder of the results of all parts, run as if there were a GPU."""
     folder = tmp_path_factory.mktemp("parts")
     run(project_root, "-c", STAND_IN, " ".join(PARTS), str(folder))
@@ -107,7 +107,7 @@ def failures(value: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_takes_its_way_on_a_gpu(on_stand_in: Path, part: str) -> None:
+def test_a_part_takes_its_way_on_a_gpu(on_stand_in, part):
     end, launched = json.loads((on_stand_in / f"{part}.end").read_text(encoding="utf-8"))
     assert end == 0, end
     content = json.loads((on_stand_in / f"{part}.json").read_text(encoding="utf-8"))
@@ -116,7 +116,7 @@ def test_a_part_takes_its_way_on_a_gpu(on_stand_in: Path, part: str) -> None:
     assert launched or part == "ladder", "its small size takes backend torch"
 
 
-def test_a_captured_training_run(project_root: Path, tmp_path: Path) -> None:
+def test_a_captured_training_run(project_root, tmp_path):
     """Eager steps, the capture, replays, evaluation and a checkpoint."""
     out = tmp_path / "run"
     keys = (
@@ -130,7 +130,7 @@ def test_a_captured_training_run(project_root: Path, tmp_path: Path) -> None:
     assert len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 6
 
 
-def test_what_is_launched_is_compiled_and_found(project_root: Path, tmp_path: Path) -> None:
+def test_what_is_launched_is_compiled_and_found(project_root, tmp_path):
     """What the parts of bench.gpu launch at full size; of each kernel, the first in bf16 goes through the
     compiler.
     """

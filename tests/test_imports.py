@@ -176,7 +176,7 @@ def room(module: str) -> str:
 
 
 @pytest.mark.parametrize("path", source_files(*PACKAGES), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
+def test_a_file_imports_only_what_its_layer_may(path):
     found = list(imports_of(path))
     package, name = (
         path.relative_to(ROOT).parts[0],
@@ -208,11 +208,11 @@ def test_a_file_imports_only_what_its_layer_may(path: Path) -> None:
         assert {one.root for one in found if one.root in ("train", "bench", "tests")} <= allowed
 
 
-def test_no_file_imports_what_imports_it() -> None:
+def test_no_file_imports_what_imports_it():
     assert circles() == []
 
 
-def test_every_third_party_import_is_a_declared_dependency() -> None:
+def test_every_third_party_import_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {imported_name(line) for line in project["dependencies"]}
     declared |= {imported_name(line) for extra in project["optional-dependencies"].values() for line in extra}
@@ -222,7 +222,7 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
         assert outside(imports_of(path), declared | set(PACKAGES) | own) == [], path
 
 
-def test_no_file_tests_or_imports_the_tests() -> None:
+def test_no_file_tests_or_imports_the_tests():
     assert not (ROOT / "tests" / "__init__.py").exists(), (
         "tests/ must not be a package: transformers probes a package named kernels"
     )
@@ -230,7 +230,7 @@ def test_no_file_tests_or_imports_the_tests() -> None:
         assert all(one.root != "tests" for one in imports_of(path)), path
 
 
-def test_import_smollm2_imports_no_optional_package() -> None:
+def test_import_smollm2_imports_no_optional_package():
     done = run_python(f"""
         import sys
         import smollm2
@@ -240,7 +240,7 @@ def test_import_smollm2_imports_no_optional_package() -> None:
     assert done.stdout.split() == []
 
 
-def test_import_kernels_does_not_import_triton() -> None:
+def test_import_kernels_does_not_import_triton():
     done = run_python("import sys, kernels; print('triton' in sys.modules, kernels.__version__)")
     assert done.returncode == 0, done.stderr
     imported, version = done.stdout.split()
@@ -250,7 +250,7 @@ def test_import_kernels_does_not_import_triton() -> None:
     )
 
 
-def test_without_triton_a_model_trains_and_generates() -> None:
+def test_without_triton_a_model_trains_and_generates():
     done = run_python("""
         import sys
 
@@ -284,7 +284,7 @@ def test_without_triton_a_model_trains_and_generates() -> None:
     assert done.stdout.split() == ["torch"]
 
 
-def test_transformers_llama_imports_from_the_project_root() -> None:
+def test_transformers_llama_imports_from_the_project_root():
     # At the root, `import kernels` finds this project's package; transformers must not take it for its own
     # dependency.
     if importlib.util.find_spec("transformers") is None:
@@ -305,7 +305,7 @@ def fake_distribution(folder: Path, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.2.0", "0.18.2"])
-def test_the_hugging_face_package_of_the_same_name_is_detected(tmp_path: Path, version: str) -> None:
+def test_the_hugging_face_package_of_the_same_name_is_detected(tmp_path, version):
     fake_distribution(tmp_path, version)
     done = run_python(
         "import sys, os, kernels; sys.path.append(os.environ['FAKE']); print(kernels.check_name_clash())",
@@ -315,7 +315,7 @@ def test_the_hugging_face_package_of_the_same_name_is_detected(tmp_path: Path, v
     assert version in done.stdout and "pip uninstall kernels" in done.stdout and done.stdout.count("\n") == 1
 
 
-def test_the_doctor_names_the_clash_when_transformers_cannot_be_imported(tmp_path: Path) -> None:
+def test_the_doctor_names_the_clash_when_transformers_cannot_be_imported(tmp_path):
     transformers = pytest.importorskip(
         "transformers.utils.import_utils", reason="transformers is not installed"
     )
@@ -341,7 +341,7 @@ def test_the_doctor_names_the_clash_when_transformers_cannot_be_imported(tmp_pat
     )
 
 
-def test_no_name_clash_in_this_environment() -> None:
+def test_no_name_clash_in_this_environment():
     import kernels
 
     assert kernels.check_name_clash() is None
@@ -365,7 +365,7 @@ def file_tree() -> dict[str, str]:
     return tree
 
 
-def test_the_file_tree_is_the_repository() -> None:
+def test_the_file_tree_is_the_repository():
     tree = file_tree()
     absent = [name for name in tree if not (ROOT / name).exists()]
     assert absent == [], "docs/FILES.md names files that do not exist"
@@ -378,7 +378,7 @@ def test_the_file_tree_is_the_repository() -> None:
 @pytest.mark.parametrize("statement, load, expected", [
     ("import smollm2", 0.1, "None"), ("import smollm2", 0.9, "PASSIVE"), ("import train", 0.1, "PASSIVE"),
 ])  # fmt: skip
-def test_how_idle_threads_wait_follows_the_load(statement: str, load: float, expected: str) -> None:
+def test_how_idle_threads_wait_follows_the_load(statement, load, expected):
     done = run_python(f"""
         import os
         os.environ.pop("OMP_WAIT_POLICY", None)

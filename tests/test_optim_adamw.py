@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from pathlib import Path
 from typing import Any
 
 import numerics
@@ -32,14 +31,14 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 2.0, 1e9])
-def test_the_numbers_of_torchs_fused_adamw(max_norm: float) -> None:
+def test_the_numbers_of_torchs_fused_adamw(max_norm):
     trio = Trio()
     trio.advance(range(12), max_norm)
     trio.hold()
     assert trio.model.unused not in trio.optimizer.state
 
 
-def test_clip_returns_the_norm_and_leaves_the_gradients() -> None:
+def test_clip_returns_the_norm_and_leaves_the_gradients():
     model = Small()
     optimizer = ours(model)
     model.give_gradients(1)
@@ -56,7 +55,7 @@ def test_clip_returns_the_norm_and_leaves_the_gradients() -> None:
     ("between", "clipped"),
     [("", True), ("step", False), ("zero_grad", False), ("state", False), ("new", False)],
 )
-def test_the_factor_serves_one_step_and_ends_with_its_gradients(between: str, clipped: bool) -> None:
+def test_the_factor_serves_one_step_and_ends_with_its_gradients(between, clipped):
     weight, optimizer = clipped_far()
     if between == "step":
         optimizer.step()
@@ -72,7 +71,7 @@ def test_the_factor_serves_one_step_and_ends_with_its_gradients(between: str, cl
     torch.testing.assert_close(weight, torch.full_like(weight, -gradient / (gradient + 1.0)))
 
 
-def test_gradients_that_are_not_contiguous() -> None:
+def test_gradients_that_are_not_contiguous():
     one, other = Small(), Small()
     for model in (one, other):
         model.give_gradients(1)
@@ -88,7 +87,7 @@ def test_gradients_that_are_not_contiguous() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad):
     model = Small()
     copies = WorkingCopies(model, torch.bfloat16)
     optimizer, guard = ours(model, copies), StepGuard(DEVICE)
@@ -113,7 +112,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_working_copies_are_written_with_the_weights(dtype: torch.dtype) -> None:
+def test_working_copies_are_written_with_the_weights(dtype):
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=64, num_hidden_layers=1), TRITON)
@@ -134,7 +133,7 @@ def test_working_copies_are_written_with_the_weights(dtype: torch.dtype) -> None
     assert copies.of(weights[0]) is None
 
 
-def test_a_write_is_counted_for_autograd() -> None:
+def test_a_write_is_counted_for_autograd():
     model = Small()
     optimizer = ours(model)
     model.give_gradients(0)
@@ -153,7 +152,7 @@ def test_a_write_is_counted_for_autograd() -> None:
 
 @pytest.mark.parametrize("saves", [ours, torchs])
 @pytest.mark.parametrize("loads", [ours, torchs])
-def test_moments_of_a_checkpoint_serve_both(saves: Any, loads: Any, tmp_path: Path) -> None:
+def test_moments_of_a_checkpoint_serve_both(saves, loads, tmp_path):
     model = Small()
     optimizer = saves(model)
     advance(model, optimizer, range(4))
@@ -171,7 +170,7 @@ def test_moments_of_a_checkpoint_serve_both(saves: Any, loads: Any, tmp_path: Pa
     assert [group.keys() for group in groups[0]] == [group.keys() for group in groups[1]]
 
 
-def test_a_loaded_state_is_not_that_of_the_other_optimizer() -> None:
+def test_a_loaded_state_is_not_that_of_the_other_optimizer():
     """Step counts are views of one tensor: each optimizer needs its own."""
     one, other = Small(), Small()
     first, second = ours(one), ours(other)
@@ -182,7 +181,7 @@ def test_a_loaded_state_is_not_that_of_the_other_optimizer() -> None:
     assert {int(entries["step"]) for entries in second.state.values()} == {5}
 
 
-def test_parameters_states_and_groups_may_be_replaced_between_steps() -> None:
+def test_parameters_states_and_groups_may_be_replaced_between_steps():
     model = Small()
     optimizer = ours(model)
     advance(model, optimizer, range(2))
@@ -205,7 +204,7 @@ def test_parameters_states_and_groups_may_be_replaced_between_steps() -> None:
     assert {int(entries["step"]) for entries in optimizer.state.values()} == {1}
 
 
-def test_a_copy_of_the_optimizer_goes_on_by_itself() -> None:
+def test_a_copy_of_the_optimizer_goes_on_by_itself():
     model = Small()
     optimizer = ours(model)
     advance(model, optimizer, range(2))
@@ -216,7 +215,7 @@ def test_a_copy_of_the_optimizer_goes_on_by_itself() -> None:
     assert {int(entries["step"]) for entries in optimizer.state.values()} == {2}
 
 
-def test_the_learning_rate_is_a_tensor_that_is_filled() -> None:
+def test_the_learning_rate_is_a_tensor_that_is_filled():
     model = Small()
     optimizer = ours(model)
     advance(model, optimizer, range(1))
@@ -243,9 +242,7 @@ class NoWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_asks_for_no_value_and_sends_addresses_only_when_they_change(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_asks_for_no_value_and_sends_addresses_only_when_they_change(monkeypatch):
     model = Small()
     copies = WorkingCopies(model, torch.bfloat16)
     optimizer, guard = ours(model, copies), StepGuard(DEVICE)
@@ -271,7 +268,7 @@ def test_a_step_asks_for_no_value_and_sends_addresses_only_when_they_change(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
-def test_a_captured_step_has_the_eager_numbers() -> None:
+def test_a_captured_step_has_the_eager_numbers():
     """With gradients at other addresses than those of the steps before, and an eager step between two
     replays.
     """

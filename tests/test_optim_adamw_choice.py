@@ -25,7 +25,7 @@ from train.optim import (
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
-def test_the_backend_and_the_key_choose() -> None:
+def test_the_backend_and_the_key_choose():
     def chosen(model: nn.Module, **keys: Any) -> tuple[type, str]:
         config = RunConfig(**keys)
         return type(build_optimizer(model, config, DEVICE)), describe_optimizer(model, config, DEVICE)
@@ -44,7 +44,7 @@ def test_the_backend_and_the_key_choose() -> None:
     assert mps == fused.format("the device is mps")
 
 
-def test_settings_reach_the_groups() -> None:
+def test_settings_reach_the_groups():
     model = tiny()
     copies = WorkingCopies(model, torch.bfloat16)
     config = RunConfig(weight_decay=0.2, betas=[0.8, 0.9], eps=1e-6, lr=0.1)
@@ -55,7 +55,7 @@ def test_settings_reach_the_groups() -> None:
     assert optimizer.copies is copies
 
 
-def test_what_it_cannot_update_is_refused() -> None:
+def test_what_it_cannot_update_is_refused():
     for wrong, got in (
         (torch.zeros(3, device=DEVICE, dtype=torch.bfloat16), "torch.bfloat16"),
         (torch.zeros(3, 4, device=DEVICE).t(), "torch.float32 on .*, not contiguous"),
@@ -71,7 +71,7 @@ def test_what_it_cannot_update_is_refused() -> None:
         optimizer.step()
 
 
-def test_a_run_may_go_on_with_the_other_adamw_but_not_with_muon() -> None:
+def test_a_run_may_go_on_with_the_other_adamw_but_not_with_muon():
     own, torchs_own = RunConfig(), RunConfig(optimizer="adamw,torch")
     assert compare_for_resume(asdict(own), torchs_own) == ["optimizer: adamw -> adamw,torch"]
     assert compare_for_resume(asdict(torchs_own), own) == ["optimizer: adamw,torch -> adamw"]
@@ -89,7 +89,7 @@ def test_a_run_may_go_on_with_the_other_adamw_but_not_with_muon() -> None:
         (dict(weight_decay=-1.0), "w"),
     ],
 )
-def test_settings_that_torchs_refuses_are_refused(settings: dict[str, Any], name: str) -> None:
+def test_settings_that_torchs_refuses_are_refused(settings, name):
     with pytest.raises(ValueError, match=f"FusedAdamW: {name}"):
         FusedAdamW([nn.Parameter(torch.zeros(2, device=DEVICE))], **settings)
     with pytest.raises(ValueError, match="at least one parameter"):
@@ -98,7 +98,7 @@ def test_settings_that_torchs_refuses_are_refused(settings: dict[str, Any], name
         FusedAdamW([nn.Parameter(torch.zeros(2, device=DEVICE))]).step(lambda: 0.0)  # type: ignore[arg-type]
 
 
-def test_a_gradient_that_is_changed_after_clipping_is_read_anew() -> None:
+def test_a_gradient_that_is_changed_after_clipping_is_read_anew():
     found = []
     for gradient in (torch.ones(3, 4, device=DEVICE), torch.ones(4, 3, device=DEVICE).t()):
         weight = nn.Parameter(torch.zeros(3, 4, device=DEVICE))
@@ -111,7 +111,7 @@ def test_a_gradient_that_is_changed_after_clipping_is_read_anew() -> None:
     assert torch.equal(*found)
 
 
-def test_moments_of_another_shape_are_refused_and_of_another_dtype_converted() -> None:
+def test_moments_of_another_shape_are_refused_and_of_another_dtype_converted():
     weight, optimizer = clipped_far()
     optimizer.step()
     optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].bfloat16()
@@ -122,7 +122,7 @@ def test_moments_of_another_shape_are_refused_and_of_another_dtype_converted() -
         optimizer.step()
 
 
-def test_parameters_that_join_a_group_are_trained() -> None:
+def test_parameters_that_join_a_group_are_trained():
     weight, optimizer = clipped_far()
     optimizer.step()
     other = nn.Parameter(torch.zeros(3, device=DEVICE))
@@ -135,7 +135,7 @@ def test_parameters_that_join_a_group_are_trained() -> None:
         optimizer.step()
 
 
-def test_a_sparse_gradient_is_refused() -> None:
+def test_a_sparse_gradient_is_refused():
     table = nn.Embedding(5, 2, sparse=True, device=DEVICE)
     optimizer = FusedAdamW(table.parameters())
     table(torch.tensor([1], device=DEVICE)).sum().backward()

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("decayed", ["matrices", "all"])
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(decayed: str) -> None:
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(decayed):
     model = model_with_gradients()
     optimizer = build_optimizer(
         model, RunConfig(optimizer="muon", weight_decay_on=decayed, muon_weight_decay=0.2)
@@ -59,7 +58,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(decayed: str) ->
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
-def test_a_step_is_that_of_torchs_muon_and_of_torchs_adamw() -> None:
+def test_a_step_is_that_of_torchs_muon_and_of_torchs_adamw():
     model, other = model_with_gradients(), model_with_gradients()
     optimizer = build_optimizer(model, CONFIG)
     matrices = [parameter for name, parameter in other.named_parameters() if "proj" in name]
@@ -82,7 +81,7 @@ def test_a_step_is_that_of_torchs_muon_and_of_torchs_adamw() -> None:
 
 
 @pytest.mark.parametrize("before", [0, 2])
-def test_a_step_that_is_left_out_changes_nothing(before: int) -> None:
+def test_a_step_that_is_left_out_changes_nothing(before):
     model = model_with_gradients()
     optimizer = build_optimizer(model, CONFIG)
     for seed in range(before):
@@ -100,7 +99,7 @@ def test_a_step_that_is_left_out_changes_nothing(before: int) -> None:
     )
 
 
-def test_the_decision_on_the_device_gives_the_same_bits() -> None:
+def test_the_decision_on_the_device_gives_the_same_bits():
     """Where the host must not wait the step is taken and undone: the path of a GPU, here by hand."""
     model, other = model_with_gradients(), model_with_gradients()
     optimizers = [build_optimizer(one, CONFIG) for one in (model, other)]
@@ -123,7 +122,7 @@ def test_the_decision_on_the_device_gives_the_same_bits() -> None:
     assert equal(*averages)
 
 
-def test_the_schedule_is_that_of_both_each_from_its_own_peak() -> None:
+def test_the_schedule_is_that_of_both_each_from_its_own_peak():
     config = RunConfig(optimizer="muon", lr=0.001, muon_lr=0.02, warmup_steps=4, schedule="wsd", steps=20)
     optimizer = build_optimizer(model_with_gradients(), config)
     for step in range(20):
@@ -136,7 +135,7 @@ def test_the_schedule_is_that_of_both_each_from_its_own_peak() -> None:
 @pytest.mark.parametrize(
     "changes", [dict(), dict(dtype="bf16", grad_accumulation=2, muon_lr=0.01)], ids=["fp32", "bf16"]
 )
-def test_three_steps_and_three_more_are_six_steps(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_three_steps_and_three_more_are_six_steps(tmp_path, changes):
     straight, parts = (
         run_config(tmp_path, name, optimizer="muon", **changes) for name in ("straight", "parts")
     )
@@ -153,7 +152,7 @@ def test_three_steps_and_three_more_are_six_steps(tmp_path: Path, changes: dict[
     assert {key.rpartition("/")[2] for key in one if "proj" not in key} == {"exp_avg", "exp_avg_sq", "step"}
 
 
-def test_a_resume_with_the_other_optimizer_is_refused_with_both(tmp_path: Path) -> None:
+def test_a_resume_with_the_other_optimizer_is_refused_with_both(tmp_path):
     train(run_config(tmp_path, steps=1, optimizer="muon"))
     with pytest.raises(UsageError, match=r"checkpoint was made with optimizer=muon \(got adamw\)"):
         train(run_config(tmp_path, steps=2, resume="auto"))
@@ -161,7 +160,7 @@ def test_a_resume_with_the_other_optimizer_is_refused_with_both(tmp_path: Path) 
     assert json.loads(record.read_text(encoding="utf-8"))["config"]["optimizer"] == "muon"
 
 
-def test_the_loss_falls(tmp_path: Path) -> None:
+def test_the_loss_falls(tmp_path):
     config = run_config(tmp_path, optimizer="muon", steps=40)
     train(config)
     losses = [loss for _, loss, _ in curve(config)]
@@ -182,6 +181,6 @@ def test_the_loss_falls(tmp_path: Path) -> None:
         (dict(muon_lr=0.1), "muon_lr: only read with optimizer=muon, got optimizer=adamw"),
     ],
 )
-def test_wrong_keys_are_refused(keys: dict[str, object], message: str) -> None:
+def test_wrong_keys_are_refused(keys, message):
     with pytest.raises(UsageError, match=message):
         RunConfig(**keys).validate()  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def rates(**keys: object) -> list[float]:
     return [learning_rate(step, config) for step in range(config.steps)]
 
 
-def test_constant_schedule_after_a_linear_warmup() -> None:
+def test_constant_schedule_after_a_linear_warmup():
     found = rates(schedule="constant", lr=1.0, steps=8, warmup_steps=4)
     assert found == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
 
@@ -37,7 +37,7 @@ def test_constant_schedule_after_a_linear_warmup() -> None:
     ("shape", "end"),
     [("linear", [0.8, 0.6, 0.4]), ("1-sqrt", [1 - 0.8 * math.sqrt(part) for part in (0.25, 0.5, 0.75)])],
 )
-def test_wsd_is_constant_and_then_falls_to_the_end(shape: str, end: list[float]) -> None:
+def test_wsd_is_constant_and_then_falls_to_the_end(shape, end):
     keys = dict(schedule="wsd", lr=1.0, min_lr=0.2, steps=10, warmup_steps=2, decay_fraction=0.4)
     values = rates(**keys, decay_shape=shape)
     assert values[:7] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
@@ -46,7 +46,7 @@ def test_wsd_is_constant_and_then_falls_to_the_end(shape: str, end: list[float])
     assert after_the_end == pytest.approx(0.2)
 
 
-def test_cosine_is_half_way_down_in_the_middle() -> None:
+def test_cosine_is_half_way_down_in_the_middle():
     values = rates(schedule="cosine", lr=1.0, min_lr=0.0, steps=12, warmup_steps=2)
     assert values[2] == 1.0
     assert values[7] == pytest.approx(0.5)
@@ -59,16 +59,14 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
     warmup_steps=st.integers(0, 80),
     decay_fraction=st.floats(0.01, 1.0),
 )
-def test_no_step_has_a_learning_rate_of_zero_or_above_the_peak(
-    schedule: str, steps: int, warmup_steps: int, decay_fraction: float
-) -> None:
+def test_no_step_has_a_learning_rate_of_zero_or_above_the_peak(schedule, steps, warmup_steps, decay_fraction):
     values = rates(
         schedule=schedule, lr=0.1, steps=steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction
     )
     assert all(0 < value <= 0.1 for value in values)
 
 
-def test_norms_are_not_decayed_and_the_tied_matrix_is_updated_once() -> None:
+def test_norms_are_not_decayed_and_the_tied_matrix_is_updated_once():
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"))
     decayed, plain = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -79,7 +77,7 @@ def test_norms_are_not_decayed_and_the_tied_matrix_is_updated_once() -> None:
     assert sum(parameter.numel() for parameter in everything) == model.num_parameters()
 
 
-def test_clipping_returns_the_norm_before_and_bounds_it_after(generator: torch.Generator) -> None:
+def test_clipping_returns_the_norm_before_and_bounds_it_after(generator):
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -93,9 +91,7 @@ def test_clipping_returns_the_norm_before_and_bounds_it_after(generator: torch.G
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
-    bad: float, generator: torch.Generator
-) -> None:
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad, generator):
     layer = torch.nn.Linear(4, 3)
     optimizer = build_optimizer(layer, RunConfig(lr=0.1))
     guard = StepGuard(torch.device("cpu"))
@@ -127,12 +123,12 @@ def judged(guard: StepGuard, loss: float, norm: float = 1.0) -> bool:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_is_skipped_whatever_the_gradients(bad: float) -> None:
+def test_a_loss_that_is_not_finite_is_skipped_whatever_the_gradients(bad):
     guard = StepGuard(torch.device("cpu"))
     assert judged(guard, bad) and judged(guard, 1.0, bad) and not judged(guard, 1.0)
 
 
-def test_spikes_are_skipped_once_the_mean_is_known_and_do_not_move_it(generator: torch.Generator) -> None:
+def test_spikes_are_skipped_once_the_mean_is_known_and_do_not_move_it(generator):
     guard, careless = StepGuard(torch.device("cpu"), zscore=6.0), StepGuard(torch.device("cpu"))
     noise = torch.randn(1000, generator=generator).mul_(0.1).tolist()
     # nothing to compare with yet
@@ -145,7 +141,7 @@ def test_spikes_are_skipped_once_the_mean_is_known_and_do_not_move_it(generator:
     assert (int(guard.skipped), guard.longest()) == (30, 30)
 
 
-def test_a_guard_continues_where_it_was(generator: torch.Generator) -> None:
+def test_a_guard_continues_where_it_was(generator):
     losses = (3.0 + torch.randn(120, generator=generator) * 0.1).tolist()
     one, other = StepGuard(torch.device("cpu"), 3.0), StepGuard(torch.device("cpu"), 3.0)
     for value in losses[:70]:
@@ -155,7 +151,7 @@ def test_a_guard_continues_where_it_was(generator: torch.Generator) -> None:
     assert all(torch.equal(value, other.state()[name]) for name, value in one.state().items())
 
 
-def test_all_parameters_are_decayed_on_request() -> None:
+def test_all_parameters_are_decayed_on_request():
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"))
     decayed, plain = parameter_groups(model, 0.1, "all")
     assert plain["params"] == []

@@ -64,9 +64,7 @@ def has(panel: np.ndarray, colour: str) -> bool:
 
 
 @pytest.mark.parametrize(("steps", "held_out"), [(60, True), (60, False), (1, False)])
-def test_three_panels_are_drawn(
-    tmp_path: Path, steps: int, held_out: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_three_panels_are_drawn(tmp_path, steps, held_out, capsys):
     write_metrics(tmp_path, steps, held_out)
     assert run_command(main, [str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / PICTURE)
@@ -77,9 +75,7 @@ def test_three_panels_are_drawn(
     assert has(loss, "red") == held_out
 
 
-def test_several_runs_are_drawn_over_each_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_runs_are_drawn_over_each_other(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, steps in (("first", 60), ("second", 40), ("third", 50)):
         write_metrics(tmp_path / name, steps, held_out=True)
@@ -116,9 +112,7 @@ def texts_of(runs: list[Path], monkeypatch: pytest.MonkeyPatch, output: Path) ->
     return seen
 
 
-def test_a_resume_is_marked_in_every_panel_and_named_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_is_marked_in_every_panel_and_named_once(tmp_path, monkeypatch):
     write_metrics(tmp_path / "run", 60, held_out=True, resumed=50)
     seen = texts_of([tmp_path / "run"], monkeypatch, tmp_path / "x.png")
     assert seen["marks"] == ["resumed"] and seen["dotted"] == ["50"] * 3
@@ -132,9 +126,7 @@ def test_a_resume_is_marked_in_every_panel_and_named_once(
 
 
 @pytest.mark.parametrize(("second", "shown"), [(6.2, True), (5.9, False)])
-def test_unigram_entropies_are_drawn_when_they_are_equal(
-    tmp_path: Path, second: float, shown: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unigram_entropies_are_drawn_when_they_are_equal(tmp_path, second, shown, monkeypatch):
     write_metrics(tmp_path / "a", 20, held_out=True)
     write_metrics(tmp_path / "b", 20, held_out=True, entropy=second)
     legend = texts_of([tmp_path / "a", tmp_path / "b"], monkeypatch, tmp_path / "x.png")["legend"]
@@ -144,9 +136,7 @@ def test_unigram_entropies_are_drawn_when_they_are_equal(
     )
 
 
-def test_runs_of_one_name_are_told_apart_and_long_names_are_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_of_one_name_are_told_apart_and_long_names_are_cut(tmp_path, monkeypatch):
     runs = [tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / ("long" * 30)]
     for run in runs:
         run.mkdir(parents=True)
@@ -156,7 +146,7 @@ def test_runs_of_one_name_are_told_apart_and_long_names_are_cut(
     assert "…" in third and len(third) < 60
 
 
-def test_a_steep_beginning_is_not_smoothed_away() -> None:
+def test_a_steep_beginning_is_not_smoothed_away():
     values = [10 / (1 + index) for index in range(1000)]
     assert _smoothed(values)[:4] == values[:4]
     assert _smoothed([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
@@ -164,7 +154,7 @@ def test_a_steep_beginning_is_not_smoothed_away() -> None:
     assert max(abs(value - 3.0) for value in flat[200:900]) < 0.05
 
 
-def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_metrics_is_one_line(tmp_path, capsys):
     assert run_command(main, [str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert (
@@ -174,7 +164,7 @@ def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.Cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_run_is_one_line(tmp_path, capsys):
     write_metrics(tmp_path / "run", 5, held_out=False)
     assert run_command(main, [str(tmp_path / "run"), str(tmp_path / "nothing")]) == 1
     captured = capsys.readouterr()
@@ -184,9 +174,7 @@ def test_a_missing_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     )
 
 
-def test_an_output_that_cannot_be_written_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
     write_metrics(tmp_path / "run", 5, held_out=False)
     assert run_command(main, [str(tmp_path / "run"), "--output", str(tmp_path)]) == 2
     assert run_command(main, [str(tmp_path / "run"), "--output", str(tmp_path / "no" / "x.png")]) == 1

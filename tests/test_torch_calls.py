@@ -170,7 +170,7 @@ def refusal(call: Call) -> str | None:
     return None
 
 
-def test_every_call_names_arguments_that_exist() -> None:
+def test_every_call_names_arguments_that_exist():
     found = read()[0]
     named = {"torch.addmm", "torch.cuda.graph", "torch.optim.AdamW", "torch.library.custom_op", *METHODS}
     assert named <= {call.name for call in found}
@@ -184,13 +184,11 @@ def test_every_call_names_arguments_that_exist() -> None:
     ("torch.nn.attention.varlen.varlen_attn", 7, ("enable_gqa",)),
     ("torch.cuda.graph", 1, ("check_input_liveness",)),
 ])  # fmt: skip
-def test_a_call_that_one_version_does_not_take_is_refused(
-    name: str, positional: int, keywords: tuple[str, ...]
-) -> None:
+def test_a_call_that_one_version_does_not_take_is_refused(name, positional, keywords):
     assert refusal(Call("here", name, positional, keywords))
 
 
-def test_every_name_exists() -> None:
+def test_every_name_exists():
     places = read()[1]
     some = {"triton.knobs.nvidia.dump_ptxas_log", "torch.nn.attention.SDPBackend.CUDNN_ATTENTION"}
     assert some <= places.keys()
@@ -203,7 +201,7 @@ def test_every_name_exists() -> None:
 
 
 @pytest.mark.skipif(VERSION == (2, 12), reason="between the two")
-def test_what_is_said_of_the_older_torch_is_true() -> None:
+def test_what_is_said_of_the_older_torch_is_true():
     for name, later in LATER.items():
         known = {*later} & inspect.signature(find(name)).parameters.keys()
         assert known == (set() if VERSION < (2, 12) else {*later}), name
@@ -211,13 +209,13 @@ def test_what_is_said_of_the_older_torch_is_true() -> None:
     assert there == ([] if VERSION < (2, 12) else ABSENT)
 
 
-def test_values_that_only_a_gpu_is_given_are_known() -> None:
+def test_values_that_only_a_gpu_is_given_are_known():
     assert "reduce-overhead" in torch._inductor.list_mode_options()
     assert {"inductor", "aot_eager", "eager"} <= {*torch.compiler.list_backends(())}
     assert "TRITON_DECODE" in typing.get_args(typing.get_type_hints(FlexKernelOptions)["BACKEND"])
 
 
-def test_flex_attention_is_called_with_arguments_that_exist() -> None:
+def test_flex_attention_is_called_with_arguments_that_exist():
     def check(*arguments: Any, **options: Any) -> torch.Tensor:
         bound = inspect.signature(flex_attention).bind(*arguments, **options)
         assert set(bound.arguments["kernel_options"]) <= FlexKernelOptions.__annotations__.keys()

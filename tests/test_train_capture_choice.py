@@ -5,7 +5,6 @@ against the user's word.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ GPU = World(torch.device("cuda"))
 CPU = World(torch.device("cpu"))
 
 
-def test_auto_captures_on_one_gpu() -> None:
+def test_auto_captures_on_one_gpu():
     assert capture_choice(RunConfig(), GPU) == (True, "auto: one GPU")
 
 
@@ -32,13 +31,13 @@ def test_auto_captures_on_one_gpu() -> None:
         (dict(attention_dropout=0.1), "auto: dropout draws anew in every step"),
     ],
 )
-def test_auto_names_what_is_in_the_way(changes: dict[str, Any], reason: str) -> None:
+def test_auto_names_what_is_in_the_way(changes, reason):
     config = RunConfig(**changes)
     config.validate()
     assert capture_choice(config, GPU) == (False, reason)
 
 
-def test_auto_on_other_devices_and_with_several_processes() -> None:
+def test_auto_on_other_devices_and_with_several_processes():
     assert capture_choice(RunConfig(), CPU) == (False, "auto: the device is cpu")
     several = World(torch.device("cuda"), rank=0, size=2)
     reason = "auto: there are 2 processes, which only cuda_graph=true captures"
@@ -47,7 +46,7 @@ def test_auto_on_other_devices_and_with_several_processes() -> None:
 
 
 @pytest.mark.parametrize("given", [True, "true", "True", "yes", "on", "1"])
-def test_true_is_taken_at_its_word(given: Any) -> None:
+def test_true_is_taken_at_its_word(given):
     config = RunConfig(cuda_graph=given, attention_dropout=0.1)
     config.validate()
     assert capture_choice(config, GPU) == (True, "asked for")
@@ -56,19 +55,19 @@ def test_true_is_taken_at_its_word(given: Any) -> None:
 
 
 @pytest.mark.parametrize("given", [False, "false", "no", "off", "0"])
-def test_false_is_taken_at_its_word(given: Any) -> None:
+def test_false_is_taken_at_its_word(given):
     config = RunConfig()
     config.cuda_graph = given  # what is assigned later counts once it is checked
     config.validate()
     assert capture_choice(config, GPU) == (False, "asked for")
 
 
-def test_a_checkpoint_from_when_it_was_a_boolean_is_not_a_change() -> None:
+def test_a_checkpoint_from_when_it_was_a_boolean_is_not_a_change():
     before = {**asdict(RunConfig()), "cuda_graph": False}
     assert compare_for_resume(before, RunConfig(cuda_graph="false")) == []
     assert compare_for_resume(before, RunConfig()) == ["cuda_graph: false -> auto"]
 
 
-def test_another_word_is_refused() -> None:
+def test_another_word_is_refused():
     with pytest.raises(UsageError, match="cuda_graph: expected one of auto, true, false, got 'perhaps'"):
         RunConfig(cuda_graph="perhaps").validate()

@@ -28,7 +28,7 @@ from train.run import train
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     """A run of two steps with a checkpoint after each; tests copy it."""
     folder = tmp_path_factory.mktemp("trained")
     train(run_config(folder, steps=2, checkpoint_every=1))
@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(trained: Path, tmp_path: Path) -> Path:
+def folder(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     (tmp_path / "numbers.jsonl").symlink_to(trained / "numbers.jsonl")  # a resumed run wants the same paths
     return tmp_path
@@ -59,9 +59,7 @@ def damage(path: Path, position: int | None = None) -> None:
         "manifest.json",
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_with_a_line(
-    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_line(folder, name, capsys):
     config = run_config(folder, steps=3, resume="auto")
     damage(checkpoint_folder(config, 2) / name)
     with pytest.raises(LoadError, match="step-000002"):
@@ -74,7 +72,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_line(
     verify(checkpoint_folder(config, 3))
 
 
-def test_every_flipped_byte_and_every_truncation_is_found(folder: Path) -> None:
+def test_every_flipped_byte_and_every_truncation_is_found(folder):
     generator = random.Random(2024)
     files = sorted(path for path in checkpoint_folder(run_config(folder), 2).iterdir())
     # Every file in turn, the manifest's own bytes several times over: damage there must not hide behind equal
@@ -94,21 +92,21 @@ def test_every_flipped_byte_and_every_truncation_is_found(folder: Path) -> None:
     assert verify(files[0].parent) > 1_000_000
 
 
-def test_a_manifest_that_says_the_same_in_other_bytes_is_damage(folder: Path) -> None:
+def test_a_manifest_that_says_the_same_in_other_bytes_is_damage(folder):
     path = checkpoint_folder(run_config(folder), 2) / MANIFEST
     path.write_text(path.read_text(encoding="utf-8").replace(": ", ":\t", 1), encoding="utf-8")
     with pytest.raises(LoadError, match="its sha256 is not that of its content"):
         verify(path.parent)
 
 
-def test_another_schema_is_named(folder: Path) -> None:
+def test_another_schema_is_named(folder):
     path = checkpoint_folder(run_config(folder), 2) / MANIFEST
     path.write_text('{"schema": 1}', encoding="utf-8")
     with pytest.raises(LoadError, match="expected schema 2, got 1: written by another version"):
         verify(path.parent)
 
 
-def test_a_missing_file_is_named(folder: Path) -> None:
+def test_a_missing_file_is_named(folder):
     config = run_config(folder)
     for step in (1, 2):
         (checkpoint_folder(config, step) / "model.safetensors").unlink()
@@ -119,7 +117,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"step-000099\n", b"\xff\xfe nonsense", b"step-000001\n"])
-def test_a_wrong_pointer_costs_nothing(folder: Path, content: bytes) -> None:
+def test_a_wrong_pointer_costs_nothing(folder, content):
     run = Path(run_config(folder).output_dir)
     (run / "checkpoints" / "latest").write_bytes(content)
     # it may point back: a run that went back to an earlier step
@@ -127,9 +125,7 @@ def test_a_wrong_pointer_costs_nothing(folder: Path, content: bytes) -> None:
     assert newest_checkpoint(run, print) == checkpoint_folder(run_config(folder), expected)
 
 
-def test_the_command_checks_a_checkpoint_or_a_whole_run(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_checks_a_checkpoint_or_a_whole_run(folder, capsys):
     config = run_config(folder)
     assert run_command(main, ["verify", config.output_dir]) == 0
     assert capsys.readouterr().out.count("sound") == 2
@@ -146,9 +142,7 @@ def test_the_command_checks_a_checkpoint_or_a_whole_run(
     assert run_command(main, ["repair", config.output_dir]) == 2
 
 
-def test_a_checkpoint_is_a_model_folder_for_us_and_for_transformers(
-    folder: Path, generator: torch.Generator
-) -> None:
+def test_a_checkpoint_is_a_model_folder_for_us_and_for_transformers(folder, generator):
     path = checkpoint_folder(run_config(folder), 2)
     ids = torch.randint(0, 300, (1, 12), generator=generator)
     with torch.no_grad():
@@ -169,13 +163,8 @@ def no_space(*_: Any, **__: Any) -> None:
 )
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_does_not_end_the_training_and_leaves_the_checkpoint_before(
-    folder: Path,
-    module: Any,
-    name: str,
-    background: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    folder, module, name, background, monkeypatch, capsys
+):
     config = run_config(folder, steps=5, resume="auto", checkpoint_every=1, background_save=background)
     original, calls = getattr(module, name), []
 
@@ -198,9 +187,7 @@ def test_a_full_disk_does_not_end_the_training_and_leaves_the_checkpoint_before(
     assert newest_checkpoint(Path(config.output_dir), print) == checkpoint_folder(config, 5)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(folder, monkeypatch):
     config = run_config(folder, steps=4, resume="auto")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", no_space)
@@ -216,7 +203,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
 
 
 @pytest.mark.slow
-def test_a_file_size_limit_of_the_system_is_a_full_disk(folder: Path, project_root: Path) -> None:
+def test_a_file_size_limit_of_the_system_is_a_full_disk(folder, project_root):
     keys = arguments(run_config(folder, steps=5, resume="auto", checkpoint_every=2, background_save=False))
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); "
@@ -241,14 +228,14 @@ def test_a_file_size_limit_of_the_system_is_a_full_disk(folder: Path, project_ro
 # ---- which are kept, and saving in the background ----------------------------------------------------------
 
 
-def test_milestones_are_kept_beside_the_newest(tmp_path: Path) -> None:
+def test_milestones_are_kept_beside_the_newest(tmp_path):
     config = run_config(tmp_path, steps=7, checkpoint_every=1, keep_checkpoints=2, keep_every=3)
     train(config)
     names = sorted(path.name for path in (Path(config.output_dir) / "checkpoints").iterdir())
     assert names == ["latest", "step-000003", "step-000006", "step-000007"]
 
 
-def test_what_a_killed_save_left_behind_is_removed(folder: Path) -> None:
+def test_what_a_killed_save_left_behind_is_removed(folder):
     config = run_config(folder, steps=3, resume="auto")
     leftover = checkpoint_folder(config, 1).with_name(".tmp-step-000002-1")
     leftover.mkdir()
@@ -257,9 +244,7 @@ def test_what_a_killed_save_left_behind_is_removed(folder: Path) -> None:
     assert not leftover.exists()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, monkeypatch):
     """The write of step 1 is held back until step 3 is logged; it contains step 1 all the same."""
     held, plain = (
         run_config(tmp_path, "held", steps=3, checkpoint_every=2),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +14,13 @@ from train.config import RunConfig, compare_for_resume
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_valid(path: Path) -> None:
+def test_every_shipped_configuration_is_valid(path):
     config, origin = parse([str(path)])
     assert origin == str(path)
     assert config.output_dir == f"runs/{path.stem}"
 
 
-def test_the_full_recipe_is_what_it_says() -> None:
+def test_the_full_recipe_is_what_it_says():
     config, _ = parse(["smollm2_135m.yaml"])
     assert (config.steps, config.rows_per_step, config.sequence_length) == (5000, 32, 512)
     assert (config.lr, config.warmup_steps, config.schedule, config.grad_clip) == (3e-4, 100, "constant", 1.0)
@@ -29,14 +28,14 @@ def test_the_full_recipe_is_what_it_says() -> None:
     assert config.model_config(49152).num_parameters() == 134_515_008
 
 
-def test_the_order_is_defaults_then_file_then_command_line(tmp_path: Path) -> None:
+def test_the_order_is_defaults_then_file_then_command_line(tmp_path):
     (tmp_path / "a.yaml").write_text("lr: 1e-3\nsteps: 7\npaths: [x, y]\ndata: local\n", encoding="utf-8")
     config, _ = parse([str(tmp_path / "a.yaml"), "steps=9"])
     assert (config.lr, config.steps, config.paths) == (1e-3, 9, ["x", "y"])
     assert config.batch_size == RunConfig().batch_size
 
 
-def test_without_a_file_the_run_is_quickstart_unless_a_model_is_named() -> None:
+def test_without_a_file_the_run_is_quickstart_unless_a_model_is_named():
     assert parse(["steps=3"])[0].hidden_size is not None
     config, _ = parse(["model=smollm2-135m-instruct", "data=local", "paths=notes.txt"])
     assert config == RunConfig(model="smollm2-135m-instruct", data="local", paths=["notes.txt"])
@@ -56,7 +55,7 @@ def test_without_a_file_the_run_is_quickstart_unless_a_model_is_named() -> None:
         ("hidden_size=null", "hidden_size", None),
     ],
 )
-def test_values_are_read_as_the_type_of_their_key(argument: str, key: str, value: object) -> None:
+def test_values_are_read_as_the_type_of_their_key(argument, key, value):
     extra = ["data=local"] if key == "paths" else []
     assert getattr(parse([argument, *extra])[0], key) == value
 
@@ -92,9 +91,7 @@ def test_values_are_read_as_the_type_of_their_key(argument: str, key: str, value
         (["output_dir=${nothing}"], "configuration: Interpolation key 'nothing' not found"),
     ],
 )
-def test_bad_input_is_refused_with_what_was_expected_and_what_came(
-    arguments: list[str], message: str
-) -> None:
+def test_bad_input_is_refused_with_what_was_expected_and_what_came(arguments, message):
     with pytest.raises(UsageError, match=message):
         parse(arguments)
 
@@ -108,7 +105,7 @@ def test_bad_input_is_refused_with_what_was_expected_and_what_came(
         ("steps: x\n", "steps: expected an integer, got 'x'"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_a_bad_file_is_named(tmp_path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=message) as caught:
@@ -116,7 +113,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None
     assert "bad.yaml" in str(caught.value)
 
 
-def test_a_program_gets_the_same_checks_without_omegaconf(project_root: Path) -> None:
+def test_a_program_gets_the_same_checks_without_omegaconf(project_root):
     code = (
         "import sys; sys.modules['omegaconf'] = None\n"
         "from train.config import RunConfig\nimport train.run\n"
@@ -134,13 +131,13 @@ def test_a_program_gets_the_same_checks_without_omegaconf(project_root: Path) ->
     ]  # fmt: skip
 
 
-def test_help_explains_every_key() -> None:
+def test_help_explains_every_key():
     lines = describe_keys().splitlines()
     assert [line.split()[0] for line in lines] == [entry.name for entry in dataclasses.fields(RunConfig)]
     assert all(len(line.split()) > 3 and line.endswith("]") for line in lines)
 
 
-def test_a_resume_may_change_the_schedule_but_not_the_data() -> None:
+def test_a_resume_may_change_the_schedule_but_not_the_data():
     before = dataclasses.asdict(RunConfig(steps=60, lr=1e-3))
     longer = RunConfig(steps=80, lr=1e-3, output_dir="elsewhere", resume="auto")
     assert compare_for_resume(before, longer) == ["steps: 60 -> 80"]

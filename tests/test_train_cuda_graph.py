@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need
     ],
     ids=["fp32", "bf16-triton", "bf16-accumulation-wsd"],
 )
-def test_capture_and_replay_give_the_eager_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_capture_and_replay_give_the_eager_numbers(tmp_path, changes):
     eager = run_config(tmp_path, "eager", device="cuda", steps=12, cuda_graph=False, **changes)
     captured = run_config(tmp_path, "captured", device="cuda", steps=12, cuda_graph=True, **changes)
     train(eager)
@@ -39,9 +38,7 @@ def test_capture_and_replay_give_the_eager_numbers(tmp_path: Path, changes: dict
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_nothing_waits_for_the_device_between_log_lines(
-    tmp_path: Path, cuda_graph: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_waits_for_the_device_between_log_lines(tmp_path, cuda_graph, monkeypatch):
     """torch raises at any operation that synchronises, from after one log line until before the next; a save
     follows the last.
     """

@@ -51,9 +51,7 @@ def record(config: RunConfig) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_curve_of_several_processes_is_that_of_one(
-    tmp_path: Path, project_root: Path, ranks: int
-) -> None:
+def test_the_curve_of_several_processes_is_that_of_one(tmp_path, project_root, ranks):
     changes = dict(batch_size=4, grad_accumulation=2, eval_every=3, validation_fraction=0.2, eval_batches=2)
     one, several = run_config(tmp_path, "one", **changes), run_config(tmp_path, "several", **changes)
     train(one)
@@ -68,9 +66,7 @@ def test_the_curve_of_several_processes_is_that_of_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_resumes_on_another_number_of_processes(
-    tmp_path: Path, project_root: Path, capsys: pytest.CaptureFixture[str], before: int, after: int
-) -> None:
+def test_a_run_resumes_on_another_number_of_processes(tmp_path, project_root, capsys, before, after):
     def run(config: RunConfig, ranks: int) -> str:
         if ranks > 1:
             return finished(config, ranks, project_root)
@@ -88,9 +84,7 @@ def test_a_run_resumes_on_another_number_of_processes(
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoint(
-    tmp_path: Path, project_root: Path
-) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoint(tmp_path, project_root):
     config = run_config(tmp_path, batch_size=4, steps=100_000)
     process = started(config, 2, project_root)
     try:
@@ -106,7 +100,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoi
     assert curve(config)[-1][0] == int(newest.name.removeprefix("step-"))
 
 
-def test_a_number_of_processes_that_does_not_divide_the_rows_is_refused(tmp_path: Path) -> None:
+def test_a_number_of_processes_that_does_not_divide_the_rows_is_refused(tmp_path):
     config = run_config(tmp_path, batch_size=3)
     rows = r"the 3 rows of a step \(batch_size x grad_accumulation\)"
     with pytest.raises(UsageError, match=f"expected a number of processes that divides {rows}, got 2"):

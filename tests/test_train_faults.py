@@ -32,9 +32,7 @@ from train.step import TrainStep
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_out_of_memory_names_the_keys_that_need_less(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_out_of_memory_names_the_keys_that_need_less(tmp_path, monkeypatch, error):
     def fail(*_: Any) -> None:
         raise error
 
@@ -46,7 +44,7 @@ def test_out_of_memory_names_the_keys_that_need_less(
         train(run_config(tmp_path))
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
     def fail(*_: Any) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
@@ -55,9 +53,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.Mon
         train(run_config(tmp_path))
 
 
-def test_data_that_end_leave_a_checkpoint_of_what_was_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_that_end_leave_a_checkpoint_of_what_was_trained(tmp_path, monkeypatch):
     original = run.training_batches
 
     def failing(*arguments: Any, **keys: Any) -> Iterator[Any]:
@@ -78,9 +74,7 @@ def test_data_that_end_leave_a_checkpoint_of_what_was_trained(
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_ends_the_run_with_its_state_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_dies_ends_the_run_with_its_state_saved(tmp_path, monkeypatch):
     started: list[Any] = []
     original_start = worker_pool._WorkerProcess.start
 

@@ -37,17 +37,17 @@ from train.metrics import (
 )
 
 
-def test_flops_of_the_135m_model_at_512_tokens() -> None:
+def test_flops_of_the_135m_model_at_512_tokens():
     config = SmolLM2Config.preset("135M")
     assert flops_per_token(config, 0) == pytest.approx(806.9e6, rel=1e-4)
     assert flops_per_token(config, 512) == pytest.approx(860e6, rel=1e-4)
 
 
-def test_an_unknown_device_has_no_peak() -> None:
+def test_an_unknown_device_has_no_peak():
     assert peak_flops(torch.device("cpu")) is None
 
 
-def test_unigram_entropy() -> None:
+def test_unigram_entropy():
     assert unigram_entropy(torch.arange(64)) == pytest.approx(math.log(64))
     assert unigram_entropy(torch.tensor([[3, 3], [3, 3]])) == 0.0
     assert unigram_entropy(torch.tensor([0, 0, 0, 5])) == pytest.approx(
@@ -55,7 +55,7 @@ def test_unigram_entropy() -> None:
     )
 
 
-def test_bytes_per_token_counts_text_and_not_special_tokens() -> None:
+def test_bytes_per_token_counts_text_and_not_special_tokens():
     tokenizer = train_tokenizer(["naïve text " * 20], 300)
     text = "naïve text, naïve"
     ids = tokenizer.encode(text)
@@ -76,9 +76,7 @@ def test_bytes_per_token_counts_text_and_not_special_tokens() -> None:
         (3.4, 82_000_000, 0.01, 4.6, True),
     ],
 )
-def test_a_loss_that_is_too_good_is_doubted(
-    loss: float, tokens: int, epochs: float, held_out: float | None, warns: bool
-) -> None:
+def test_a_loss_that_is_too_good_is_doubted(loss, tokens, epochs, held_out, warns):
     reason = too_good(loss, tokens, epochs, held_out)
     assert (reason is not None) == warns
     if reason is not None:
@@ -96,21 +94,21 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr("time.perf_counter", clock)
     return clock
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+def waits(monkeypatch):
     """Every wait for a device, which need not be there."""
     seen: list[torch.device] = []
     monkeypatch.setattr(torch.accelerator, "synchronize", seen.append)
     return seen
 
 
-def test_throughput_leaves_out_the_first_steps_and_what_is_excluded(clock: Clock) -> None:
+def test_throughput_leaves_out_the_first_steps_and_what_is_excluded(clock):
     meter = Throughput(torch.device("cpu"))
     for _ in range(2):
         clock.now += 50
@@ -126,9 +124,7 @@ def test_throughput_leaves_out_the_first_steps_and_what_is_excluded(clock: Clock
     assert meter.rate() is None
 
 
-def test_throughput_waits_for_the_device_only_at_log_lines_and_exclusions(
-    clock: Clock, waits: list[torch.device]
-) -> None:
+def test_throughput_waits_for_the_device_only_at_log_lines_and_exclusions(clock, waits):
     device = torch.device("cuda", 0)
     meter = Throughput(device)
     for _ in range(50):
@@ -149,9 +145,7 @@ def test_throughput_waits_for_the_device_only_at_log_lines_and_exclusions(
     assert len(waits) == 4
 
 
-def test_an_exclusion_starts_the_clock_of_a_device_as_a_log_line_does(
-    clock: Clock, waits: list[torch.device]
-) -> None:
+def test_an_exclusion_starts_the_clock_of_a_device_as_a_log_line_does(clock, waits):
     meter = Throughput(torch.device("cuda", 0))
     meter.add(1000)
     meter.add(1000)
@@ -162,7 +156,7 @@ def test_an_exclusion_starts_the_clock_of_a_device_as_a_log_line_does(
     assert meter.rate() == pytest.approx(100)
 
 
-def test_memory_of_this_process() -> None:
+def test_memory_of_this_process():
     in_use, peak = memory(torch.device("cpu"))
     assert in_use is not None and peak is not None
     assert 0.05 < in_use <= peak < 1000  # GB: torch alone takes more than 50 MB
@@ -173,7 +167,7 @@ def test_memory_of_this_process() -> None:
     assert grown is not None and grown - in_use > 0.1
 
 
-def test_memory_of_a_gpu_is_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_gpu_is_its_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 31_400_000_000)
     assert memory(torch.device("cuda", 0)) == (31.4, 31.4)
 
@@ -201,9 +195,7 @@ def train_steps(
         reporter.advance(1000, wait)
 
 
-def test_a_log_line_tells_everything_and_its_record_more(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_line_tells_everything_and_its_record_more(tmp_path, clock, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "memory", lambda device: (1.23, 1.5))
     reporter, progress = open_reporter(tmp_path)
     train_steps(reporter, progress, clock, 1, seconds=20)  # the first step, which compiles
@@ -230,13 +222,7 @@ def test_a_log_line_tells_everything_and_its_record_more(
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_mfu_is_relative_to_the_peak_of_all_devices(
-    tmp_path: Path,
-    clock: Clock,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    devices: int,
-) -> None:
+def test_mfu_is_relative_to_the_peak_of_all_devices(tmp_path, clock, monkeypatch, capsys, devices):
     flops = flops_per_token(SmolLM2Config.preset("tiny"), 64)
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 20_000 * flops)
     reporter, progress = open_reporter(tmp_path, devices=devices)
@@ -247,7 +233,7 @@ def test_mfu_is_relative_to_the_peak_of_all_devices(
     assert f"  10,000 tok/s  MFU {50 / devices:.1f}%  wait" in capsys.readouterr().out
 
 
-def test_an_unmeasured_rate_gives_no_mfu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unmeasured_rate_gives_no_mfu(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e12)
     reporter, _ = open_reporter(tmp_path)
     reporter.log(5.0, 1.0, 1e-3)
@@ -255,7 +241,7 @@ def test_an_unmeasured_rate_gives_no_mfu(tmp_path: Path, monkeypatch: pytest.Mon
     assert not {"mfu", "tokens_per_second", "eta_seconds", "wait_ms"} & set(read_metrics(tmp_path)[0])
 
 
-def test_eta_of_a_resumed_run_counts_its_own_steps(tmp_path: Path, clock: Clock) -> None:
+def test_eta_of_a_resumed_run_counts_its_own_steps(tmp_path, clock):
     reporter, progress = open_reporter(tmp_path, steps=5050, step=5000)
     for _ in range(2):
         train_steps(reporter, progress, clock, 10, seconds=2)
@@ -264,7 +250,7 @@ def test_eta_of_a_resumed_run_counts_its_own_steps(tmp_path: Path, clock: Clock)
     assert read_metrics(tmp_path)[-1]["eta_seconds"] == pytest.approx(30 * 2)
 
 
-def test_evaluations_notes_samples_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluations_notes_samples_and_lines(tmp_path, capsys):
     reporter, progress = open_reporter(tmp_path)
     reporter.note(resumed=True)
     progress.step = 100
@@ -287,7 +273,7 @@ def test_evaluations_notes_samples_and_lines(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
-def test_a_full_disk_does_not_end_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     reporter, _ = open_reporter(tmp_path)
     for _ in range(3):
@@ -315,13 +301,7 @@ def on_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch, show: Callable[[]
 
 
 @pytest.mark.parametrize("width", [160, 80, 0])
-def test_a_terminal_shows_a_bar_that_fits(
-    tmp_path: Path,
-    clock: Clock,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    width: int,
-) -> None:
+def test_a_terminal_shows_a_bar_that_fits(tmp_path, clock, monkeypatch, capsys, width):
     def show() -> None:
         reporter, progress = open_reporter(tmp_path)
         train_steps(reporter, progress, clock, 10)
@@ -342,7 +322,7 @@ def test_a_terminal_shows_a_bar_that_fits(
     )
 
 
-def test_columns_leave_out_what_is_not_known_and_mark_what_is_not_exact() -> None:
+def test_columns_leave_out_what_is_not_known_and_mark_what_is_not_exact():
     assert columns({"loss": math.inf, "mfu": None, "skipped_steps": 0}) == ["loss inf"]
     assert columns({"unique_examples": 12_000_000, "unique_examples_exact": False}) == ["~12,000,000 docs"]
 
@@ -350,14 +330,14 @@ def test_columns_leave_out_what_is_not_known_and_mark_what_is_not_exact() -> Non
 @pytest.mark.parametrize(
     ("seconds", "text"), [(7.4, "0:07"), (59.9, "1:00"), (754, "12:34"), (12_345, "3:25:45")]
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
 # ---- metrics.jsonl -----------------------------------------------------------------------------------------
 
 
-def test_metrics_are_json_lines_and_can_be_taken_back(tmp_path: Path) -> None:
+def test_metrics_are_json_lines_and_can_be_taken_back(tmp_path):
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write(step, {"loss": math.nan if step == 2 else 1.0 / step, "mfu": None})

@@ -10,10 +10,8 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +24,6 @@ from smollm2.errors import UsageError
 from smollm2.pretrained.load import load_model
 from train import checkpoint
 from train.checkpoint import newest_checkpoint
-from train.config import RunConfig
 from train.distributed import StopRequest, World
 from train.rng import rng_states, seed_generators, set_rng_states
 from train.run import main, train
@@ -34,7 +31,7 @@ from train.verify_resume import _same
 
 
 @pytest.fixture
-def configured(tmp_path: Path) -> Callable[..., RunConfig]:
+def configured(tmp_path):
     return functools.partial(run_config, tmp_path)
 
 
@@ -48,9 +45,7 @@ def configured(tmp_path: Path) -> Callable[..., RunConfig]:
     ],
     ids=["fp32", "bf16", "accumulation-dropout", "bf16-long-rows"],
 )
-def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(
-    configured: Callable[..., RunConfig], changes: dict[str, Any]
-) -> None:
+def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(configured, changes):
     straight, parts = configured("straight", **changes), configured("parts", **changes, checkpoint_every=3)
     train(straight)
     # a schedule depends on the number of steps: then the run goes back to its checkpoint of step 3
@@ -71,7 +66,7 @@ def test_three_steps_and_three_more_are_six_steps_to_the_last_bit(
     assert records[0]["data"] == records[1]["data"] and records[0]["tokens"] == records[1]["tokens"]
 
 
-def test_a_checkpoint_records_what_made_it(configured: Callable[..., RunConfig]) -> None:
+def test_a_checkpoint_records_what_made_it(configured):
     config = configured(steps=2)
     train(config)
     record = json.loads((checkpoint_folder(config, 2) / checkpoint.RECORD).read_text(encoding="utf-8"))
@@ -84,16 +79,14 @@ def test_a_checkpoint_records_what_made_it(configured: Callable[..., RunConfig])
     ).strip() == "step-000002"
 
 
-def test_only_the_newest_checkpoints_are_kept(configured: Callable[..., RunConfig]) -> None:
+def test_only_the_newest_checkpoints_are_kept(configured):
     config = configured(checkpoint_every=1, keep_checkpoints=2)
     train(config)
     names = sorted(path.name for path in (Path(config.output_dir) / "checkpoints").iterdir())
     assert names == ["latest", "step-000005", "step-000006"]
 
 
-def test_changed_keys_are_printed_or_refused(
-    configured: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_keys_are_printed_or_refused(configured, capsys):
     train(configured(steps=1))
     with pytest.raises(
         UsageError, match=r"resume: the checkpoint was made with sequence_length=40 \(got 30\)"
@@ -107,7 +100,7 @@ def test_changed_keys_are_printed_or_refused(
     assert "nothing to do: 2 of 2 steps are done" in capsys.readouterr().out
 
 
-def test_changed_files_are_refused(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_changed_files_are_refused(configured, tmp_path):
     data = tmp_path / "data.txt"
     data.write_text("some text to train on. " * 500, encoding="utf-8")
     config = configured(paths=[str(data)], steps=1, validation_fraction=0.0)
@@ -118,13 +111,13 @@ def test_changed_files_are_refused(configured: Callable[..., RunConfig], tmp_pat
         train(config)
 
 
-def test_resume_auto_without_a_checkpoint_starts_from_scratch(configured: Callable[..., RunConfig]) -> None:
+def test_resume_auto_without_a_checkpoint_starts_from_scratch(configured):
     config = configured(resume="auto", steps=1)
     assert train(config) == 0
     assert [step for step, _, _ in curve(config)] == [1]
 
 
-def test_every_generator_continues_where_it_was() -> None:
+def test_every_generator_continues_where_it_was():
     def draw() -> list[float]:
         return [torch.rand(()).item(), random.random(), float(np.random.rand())]
 
@@ -139,7 +132,7 @@ def test_every_generator_continues_where_it_was() -> None:
     assert draw() == first
 
 
-def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
@@ -153,9 +146,7 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch: 
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(
-    configured: Callable[..., RunConfig], number: int, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(configured, number, code, capsys):
     config = configured(steps=100_000)
 
     def send() -> None:

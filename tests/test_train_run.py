@@ -9,7 +9,6 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ TINY: dict[str, Any] = dict(
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "animals.jsonl"
     animals, verbs = ("cat", "dog", "owl", "fox", "hen"), ("sees", "likes", "meets", "follows")
     drawn = itertools.product(animals, verbs, animals, animals)
@@ -49,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def configured(corpus: str, tmp_path: Path) -> Callable[..., RunConfig]:
+def configured(corpus, tmp_path):
     def configure(name: str = "run", **changes: Any) -> RunConfig:
         return RunConfig(**{**TINY, "paths": [corpus], "output_dir": str(tmp_path / name), **changes})
 
@@ -61,9 +60,7 @@ def losses(config: RunConfig) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_loss_falls_below_the_unigram_entropy(
-    configured: Callable[..., RunConfig], dtype: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_loss_falls_below_the_unigram_entropy(configured, dtype, capsys):
     config = configured(steps=40, dtype=dtype, eval_every=20, log_every=10)
     assert train(config) == 0
     lines = read_metrics(Path(config.output_dir))
@@ -81,16 +78,14 @@ def test_the_loss_falls_below_the_unigram_entropy(
     assert "backend   torch (auto: the device is cpu)" in out and "unigram entropy" in out and "epochs" in out
 
 
-def test_parameters_stay_in_fp32_when_computing_in_bf16(configured: Callable[..., RunConfig]) -> None:
+def test_parameters_stay_in_fp32_when_computing_in_bf16(configured):
     config = configured(dtype="bf16", steps=1)
     train(config)
     model = load_model(Path(config.output_dir) / "checkpoints" / "step-000001")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_samples_evaluations_and_workers_do_not_change_the_curve(
-    configured: Callable[..., RunConfig],
-) -> None:
+def test_samples_evaluations_and_workers_do_not_change_the_curve(configured):
     plain = configured("plain", attention_dropout=0.1)
     every_step = dict(sample_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1)
     prompts = ["The cat ", ""]
@@ -109,9 +104,7 @@ def test_samples_evaluations_and_workers_do_not_change_the_curve(
     ],
     ids=["accumulation", "checkpointing"],
 )
-def test_the_same_step_in_pieces_or_recomputed(
-    configured: Callable[..., RunConfig], changes: dict[str, Any], other: dict[str, Any]
-) -> None:
+def test_the_same_step_in_pieces_or_recomputed(configured, changes, other):
     plain, saving = configured("plain", **changes), configured("saving", **other)
     train(plain)
     train(saving)
@@ -119,7 +112,7 @@ def test_the_same_step_in_pieces_or_recomputed(
     assert list(losses(plain).values()) == pytest.approx(list(losses(saving).values()), rel=precision)
 
 
-def test_the_first_loss_is_the_models_own_on_the_first_batch(configured: Callable[..., RunConfig]) -> None:
+def test_the_first_loss_is_the_models_own_on_the_first_batch(configured):
     for masking in (True, False):
         config = configured(f"masking-{masking}", document_masking=masking, steps=1)
         built = build(config, World(torch.device("cpu")))
@@ -131,9 +124,7 @@ def test_the_first_loss_is_the_models_own_on_the_first_batch(configured: Callabl
         assert losses(config)[1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_held_out_loss_is_the_mean_over_all_held_out_targets(
-    configured: Callable[..., RunConfig],
-) -> None:
+def test_the_held_out_loss_is_the_mean_over_all_held_out_targets(configured):
     config = configured(eval_every=1, batch_size=3)
     built = build(config, World(torch.device("cpu")))
     ids, doc_start = built.held_out
@@ -145,7 +136,7 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_targets(
     assert built.model.training
 
 
-def test_training_continues_from_the_weights_in_a_folder(configured: Callable[..., RunConfig]) -> None:
+def test_training_continues_from_the_weights_in_a_folder(configured):
     first = configured("first", steps=20, log_every=20)
     train(first)
     checkpoint = Path(first.output_dir) / "checkpoints" / "step-000020"
@@ -156,7 +147,7 @@ def test_training_continues_from_the_weights_in_a_folder(configured: Callable[..
     assert losses(second)[1] < losses(first)[1] - 1.0
 
 
-def test_a_run_that_diverges_stops_and_says_so(configured: Callable[..., RunConfig]) -> None:
+def test_a_run_that_diverges_stops_and_says_so(configured):
     config = configured(lr=1e30, warmup_steps=0, steps=50, max_skipped_steps=5)
     with pytest.raises(
         FloatingPointError, match="5 steps in a row had a loss or gradients that are not finite.*lower lr"
@@ -169,8 +160,8 @@ def test_a_run_that_diverges_stops_and_says_so(configured: Callable[..., RunConf
 
 
 def test_the_instruct_model_falls_back_to_the_package_when_the_hub_cannot_be_reached(
-    configured: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    configured, monkeypatch, capsys
+):
     weights = configured("weights", steps=1)
     train(weights)
     asked: list[str] = []
@@ -189,9 +180,7 @@ def test_the_instruct_model_falls_back_to_the_package_when_the_hub_cannot_be_rea
         train(configured("other", model="smollm2-360m", tokenizer="auto"))
 
 
-def test_a_missing_tensorboard_is_reported_before_anything_is_written(
-    configured: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_tensorboard_is_reported_before_anything_is_written(configured, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     config = configured(tensorboard=True)
     with pytest.raises(
@@ -201,9 +190,7 @@ def test_a_missing_tensorboard_is_reported_before_anything_is_written(
     assert not Path(config.output_dir).exists()
 
 
-def test_dry_run_builds_everything_and_writes_nothing(
-    configured: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_builds_everything_and_writes_nothing(configured, capsys):
     config = configured()
     assert train(config, dry_run=True) == 0
     assert not Path(config.output_dir).exists()
@@ -213,8 +200,8 @@ def test_dry_run_builds_everything_and_writes_nothing(
 
 
 def test_dry_run_estimates_from_the_configuration_alone_when_the_data_cannot_be_read(
-    configured: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    configured, tmp_path, capsys
+):
     config = configured(tokenizer=str(tmp_path / "nothing here"))
     with pytest.raises(LoadError, match="nothing here"):
         train(config, dry_run=True)
@@ -234,7 +221,7 @@ def test_dry_run_estimates_from_the_configuration_alone_when_the_data_cannot_be_
     )
 
 
-def test_a_folder_that_is_not_empty_is_refused(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(configured, tmp_path):
     config = configured()
     Path(config.output_dir).mkdir()
     (Path(config.output_dir) / "thesis.txt").write_text("mine", encoding="utf-8")
@@ -255,18 +242,14 @@ def test_a_folder_that_is_not_empty_is_refused(configured: Callable[..., RunConf
         (dict(resume="elsewhere"), UsageError, "resume: expected none, auto or the folder of a checkpoint"),
     ],
 )
-def test_what_cannot_be_built_leaves_no_folder(
-    configured: Callable[..., RunConfig], changes: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_what_cannot_be_built_leaves_no_folder(configured, changes, error, message):
     config = configured(**changes)
     with pytest.raises(error, match=message):
         train(config)
     assert not Path(config.output_dir).exists()
 
 
-def test_the_command_line_trains_and_its_last_line_generates(
-    corpus: str, tmp_path: Path, project_root: Path
-) -> None:
+def test_the_command_line_trains_and_its_last_line_generates(corpus, tmp_path, project_root):
     keys = [f"{name}={value}".replace("True", "true") for name, value in TINY.items()]
     keys += [f"paths={corpus}", f"output_dir={tmp_path / 'run'}", "steps=2", "eval_every=2"]
 
@@ -286,7 +269,7 @@ def test_the_command_line_trains_and_its_last_line_generates(
     assert run(*command, "--max-new-tokens", "3", "--device", "cpu").startswith("The")
 
 
-def test_errors_on_the_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_on_the_command_line_are_one_line(capsys):
     assert run_command(main, ["stps=3"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
@@ -295,7 +278,7 @@ def test_errors_on_the_command_line_are_one_line(capsys: pytest.CaptureFixture[s
     assert "sequence_length" in capsys.readouterr().out
 
 
-def test_the_full_recipe_runs_on_a_folder_of_its_corpus_layout(tmp_path: Path) -> None:
+def test_the_full_recipe_runs_on_a_folder_of_its_corpus_layout(tmp_path):
     rows = 1500
     texts = [
         f"Unit {row}. Plants make sugar from light, water and air, and part {row} explains how. " * 3

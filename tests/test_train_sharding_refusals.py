@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ TORCHRUN = "torchrun --nproc-per-node N -m train.run ..."
         (dict(sharding="full"), f"sharding: full needs several processes ({TORCHRUN}), got one"),
     ],
 )
-def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_go_together_is_refused(tmp_path, changes, message):
     config = run_config(tmp_path, **changes)
     with pytest.raises(UsageError) as refused:
         train(config)
@@ -48,9 +47,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str,
     ("shard_size", "got"),
     [(3, "got 3 (shard_size)"), (4, "got 4 (shard_size)"), (1, "got 1"), (0, "got 4 (shard_size=0")],
 )
-def test_groups_that_do_not_divide_the_processes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int, got: str
-) -> None:
+def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path, monkeypatch, shard_size, got):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     config = run_config(tmp_path, sharding="hybrid", shard_size=shard_size)
     with pytest.raises(
@@ -60,7 +57,7 @@ def test_groups_that_do_not_divide_the_processes_are_refused(
     assert got in str(refused.value)
 
 
-def test_by_default_a_node_holds_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_a_node_holds_one_copy(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     config = run_config(tmp_path, sharding="hybrid")
     sharding.check(config, World(CPU, size=32))
@@ -70,7 +67,7 @@ def test_by_default_a_node_holds_one_copy(tmp_path: Path, monkeypatch: pytest.Mo
     assert sharding.group_size(dataclasses.replace(config, sharding="none"), 32) == 1
 
 
-def test_the_estimate_divides_what_is_sharded(tmp_path: Path) -> None:
+def test_the_estimate_divides_what_is_sharded(tmp_path):
     model = SmolLM2Config.preset("1.7B")
     config = run_config(tmp_path, dtype="bf16", gradient_checkpointing=True, sequence_length=2048)
     whole, shards = (estimate.memory_of(config, model, torch.device("cuda"), 4, parts) for parts in (1, 8))

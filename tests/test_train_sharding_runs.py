@@ -75,7 +75,7 @@ def first_part(config: RunConfig, folder: Path, name: str, steps: int = 3) -> No
 
 
 @pytest.mark.slow
-def test_two_ranks_train_save_and_resume(tmp_path: Path, project_root: Path) -> None:
+def test_two_ranks_train_save_and_resume(tmp_path, project_root):
     changes = dict(batch_size=2, grad_accumulation=2, checkpoint_every=3, eval_every=3, eval_batches=3)
     changes |= dict(sample_every=5, sample_tokens=3)
     one = run_config(tmp_path, "one", **changes)
@@ -128,9 +128,7 @@ def test_two_ranks_train_save_and_resume(tmp_path: Path, project_root: Path) -> 
 
 
 @pytest.mark.slow
-def test_hybrid_with_four_ranks_has_the_curve_of_one_and_resumes_on_two(
-    tmp_path: Path, project_root: Path
-) -> None:
+def test_hybrid_with_four_ranks_has_the_curve_of_one_and_resumes_on_two(tmp_path, project_root):
     changes = dict(batch_size=4, grad_accumulation=2, checkpoint_every=3)
     one = run_config(tmp_path, "one", **changes)
     train(one)

@@ -90,9 +90,7 @@ def numbers(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     return [(step, values) for step, values in found if values]
 
 
-def test_trackio_gets_the_figures_and_a_resumed_run_continues_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackio_gets_the_figures_and_a_resumed_run_continues_its_run(tmp_path, monkeypatch):
     fake = FakeTrackio()
     monkeypatch.setitem(sys.modules, "trackio", fake)
     monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/space")
@@ -117,9 +115,7 @@ def test_trackio_gets_the_figures_and_a_resumed_run_continues_its_run(
     assert fake.space[-1] == "somebody/space" and fake.begun[-1]["name"] != first["name"]
 
 
-def test_wandb_gets_the_figures_offline_and_by_their_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_the_figures_offline_and_by_their_step(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -144,13 +140,7 @@ def test_wandb_gets_the_figures_offline_and_by_their_step(
 
 
 @pytest.mark.parametrize(("broken", "kept"), [("init", 0), ("log", 0), ("finish", 2)])
-def test_a_tracker_that_fails_is_told_once_and_training_goes_on(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    broken: str,
-    kept: int,
-) -> None:
+def test_a_tracker_that_fails_is_told_once_and_training_goes_on(tmp_path, monkeypatch, capsys, broken, kept):
     fake = FakeTrackio(broken)
     monkeypatch.setitem(sys.modules, "trackio", fake)
     config = run_config(tmp_path, tracker="trackio", steps=2)
@@ -168,9 +158,7 @@ def test_a_tracker_that_fails_is_told_once_and_training_goes_on(
     "keys",
     [dict(tensorboard=True), dict(tracker="tensorboard"), dict(tensorboard=True, tracker="tensorboard")],
 )
-def test_tensorboard_by_either_key_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
-) -> None:
+def test_tensorboard_by_either_key_once(tmp_path, monkeypatch, keys):
     written: list[tuple[str, str, float, int]] = []
 
     class Writer:
@@ -196,9 +184,7 @@ def test_tensorboard_by_either_key_once(
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
-def test_a_missing_package_is_reported_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_missing_package_is_reported_before_anything_is_written(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     config = run_config(tmp_path, tracker=name)
     with pytest.raises(
@@ -208,7 +194,7 @@ def test_a_missing_package_is_reported_before_anything_is_written(
     assert not Path(config.output_dir).exists()
 
 
-def test_no_tracker_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tracker_imports_nothing(tmp_path, monkeypatch):
     asked: list[str] = []
     original = importlib.import_module
     monkeypatch.setattr(

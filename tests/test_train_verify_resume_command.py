@@ -39,7 +39,7 @@ def verify(folder: Path, project_root: Path, *arguments: str) -> list[str]:
     ],
     ids=["one-process", "two-ranks"],
 )
-def test_a_killed_run_is_the_run_that_was_not_killed(tmp_path: Path, project_root: Path, keys: str) -> None:
+def test_a_killed_run_is_the_run_that_was_not_killed(tmp_path, project_root, keys):
     lines = verify(tmp_path, project_root, *keys.split())
     assert lines[1] == "killed in step 6; newest checkpoint step-000004"
     assert lines[2] == "resumed, killed while writing the next checkpoint; newest checkpoint step-000004"
@@ -50,7 +50,7 @@ def test_a_killed_run_is_the_run_that_was_not_killed(tmp_path: Path, project_roo
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments(tmp_path: Path, project_root: Path) -> None:
+def test_a_run_killed_at_random_moments(tmp_path, project_root):
     """With this seed at 0.56 and at 0.76 of the time that the undisturbed run took."""
     lines = verify(tmp_path, project_root, *"--steps 10 --more 150 --kills 2 --seed 35".split())
     assert lines[1].startswith("killed ")
@@ -82,9 +82,7 @@ class HereAndNow:
 
 
 @pytest.mark.parametrize("fault", [True, False])
-def test_a_resume_that_loses_something_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: bool
-) -> None:
+def test_a_resume_that_loses_something_is_found_out(tmp_path, monkeypatch, capsys, fault):
     """A planted fault: second moments come back as zeros, in the runs and not where they are compared."""
     original = checkpoint.load_moments
 
@@ -119,9 +117,7 @@ def test_a_resume_that_loses_something_is_found_out(
         (["lr=0"], "lr: expected a number above 0"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_runs(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_arguments_are_refused_before_anything_runs(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(verify_resume.subprocess, "Popen", lambda *_, **__: pytest.fail("a run was started"))
     assert run_command(main, arguments) == 2
     assert message in capsys.readouterr().err

@@ -4,7 +4,6 @@ never reads an outdated one.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +49,7 @@ def with_copies() -> tuple[SmolLM2ForCausalLM, WorkingCopies]:
 
 
 @interpreted
-def test_the_same_bits_as_casting() -> None:
+def test_the_same_bits_as_casting():
     model, _ = with_copies()
     assert all(
         torch.equal(ours, expected)
@@ -59,7 +58,7 @@ def test_the_same_bits_as_casting() -> None:
 
 
 @interpreted
-def test_every_copy_is_read_while_it_is_current() -> None:
+def test_every_copy_is_read_while_it_is_current():
     model, copies = with_copies()
     block: Any = model.model.layers[0]
     reference = gradients(model)
@@ -82,15 +81,13 @@ def test_every_copy_is_read_while_it_is_current() -> None:
 @pytest.mark.parametrize(
     "changes", [dict(dtype="fp32"), dict(compile=True), dict(sharding="full"), dict(backend="torch")]
 )
-def test_none_where_they_would_not_be_read(changes: dict[str, Any]) -> None:
+def test_none_where_they_would_not_be_read(changes):
     changes = {"dtype": "bf16", "backend": "triton", **changes}
     assert working_copies(build(changes["backend"]), RunConfig(**changes), torch.device("cpu")) is None
 
 
 @interpreted
-def test_a_run_trains_with_them_and_resumes_exactly(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_trains_with_them_and_resumes_exactly(tmp_path, capsys):
     """Of the kernels' AdamW, in the interpreter: one run, and one that is interrupted; and torch's goes on
     where it stopped.
     """
@@ -111,7 +108,7 @@ def test_a_run_trains_with_them_and_resumes_exactly(
     assert "optimizer: adamw -> adamw,torch" in capsys.readouterr().out
 
 
-def test_the_optimizer_writes_them() -> None:
+def test_the_optimizer_writes_them():
     model = build("triton")
     copies = working_copies(model, RunConfig(dtype="bf16", backend="triton"), next(model.parameters()).device)
     assert copies is not None
@@ -128,7 +125,7 @@ def test_the_optimizer_writes_them() -> None:
 
 
 @interpreted
-def test_a_model_in_another_dtype_than_its_copies_casts() -> None:
+def test_a_model_in_another_dtype_than_its_copies_casts():
     """Sampling in the middle of a training run: the engine's prefill is in the dtype of the parameters."""
     model, _ = with_copies()
     ids = torch.arange(9)[None]
@@ -140,7 +137,7 @@ def test_a_model_in_another_dtype_than_its_copies_casts() -> None:
 
 
 @interpreted
-def test_a_run_samples_while_it_trains(tmp_path: Path) -> None:
+def test_a_run_samples_while_it_trains(tmp_path):
     run = run_config(
         tmp_path, steps=1, dtype="bf16", backend="triton", sequence_length=16, batch_size=1, sample_every=1,
         sample_tokens=2, eval_every=1, eval_batches=1, validation_fraction=0.3,
@@ -150,7 +147,7 @@ def test_a_run_samples_while_it_trains(tmp_path: Path) -> None:
 
 
 @interpreted
-def test_projections_whose_weight_is_computed_have_no_copy() -> None:
+def test_projections_whose_weight_is_computed_have_no_copy():
     model = build()
     torch.nn.utils.prune.identity(model.model.layers[0].self_attn.q_proj, "weight")
     copies = WorkingCopies(model, torch.bfloat16)
@@ -162,7 +159,7 @@ def test_projections_whose_weight_is_computed_have_no_copy() -> None:
 
 @interpreted
 @pytest.mark.parametrize("change", ["untied", "hooked"])
-def test_an_embedding_that_is_not_just_the_heads_rows_is_called(change: str) -> None:
+def test_an_embedding_that_is_not_just_the_heads_rows_is_called(change):
     model = build()
     ids = torch.arange(9)[None]
     table = model.model.embed_tokens
