@@ -24,8 +24,14 @@ def modules(root: Path) -> list[str]:
     return sorted(names - set(MOVED), key=lambda name: (-len(name), name))
 
 
+def renamed(text: str, names: list[str]) -> str:
+    """The text with the names that the moved modules have in the wheel, but for those of files."""
+    whole = "|".join(map(re.escape, names))
+    return re.sub(rf"(?<![\w./])({whole})(?![\w/]|\.(py|json|md)\b)", rf"{HOME}.\1", text)
+
+
 def rewritten(source: str, names: list[str]) -> str:
-    """The source of a module with the names that the moved ones have in the wheel."""
+    """The same for the source of a module, with its imports."""
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
         line = lines[node.lineno - 1] if isinstance(node, ast.Import | ast.ImportFrom) else ""
@@ -37,8 +43,7 @@ def rewritten(source: str, names: list[str]) -> str:
                     line = re.sub(rf"\bimport {alias.name}\b", f"from {HOME} import {alias.name}", line)
         if line:
             lines[node.lineno - 1] = line
-    whole = "|".join(map(re.escape, names))
-    return re.sub(rf"(?<![\w./])({whole})(?![\w/]|\.(py|json|md)\b)", rf"{HOME}.\1", "".join(lines))
+    return renamed("".join(lines), names)
 
 
 class BuildWheel(build_py):
@@ -55,8 +60,9 @@ class BuildWheel(build_py):
         for name in MOVED:
             shutil.rmtree(root / HOME / name, ignore_errors=True)
             shutil.move(root / name, root / HOME / name)
-        for file in (root / HOME).rglob("*.py"):
-            file.write_text(rewritten(file.read_text(encoding="utf-8"), names), encoding="utf-8")
+        for suffix, change in ((".py", rewritten), (".md", renamed)):
+            for file in (root / HOME).rglob(f"*{suffix}"):
+                file.write_text(change(file.read_text(encoding="utf-8"), names), encoding="utf-8")
 
 
 setup(cmdclass={"build_py": BuildWheel})

@@ -164,12 +164,17 @@ class Quality(NamedTuple):
 def compare(source: str | Path, kinds: Sequence[str], windows: Tensor) -> list[Quality]:
     """fp32 and kinds of COMPARED of one source on the same token windows [B, T], on the CPU.
 
-    Every window is one decode step of the engine that generates with these weights.
+    Every window is one decode step of the engine that generates with these weights. Raises UsageError for
+    windows longer than the model's positions.
     """
     found: list[Quality] = []
     expected = torch.empty(0)
     for kind in ("fp32", *kinds):
         model = load_model(source, "torch", "cpu", "fp32" if kind == "fp32" else "bf16")
+        limit = model.config.max_position_embeddings
+        if windows.shape[1] > limit:
+            bounds = f"from 2 to {limit}, the positions of the model"
+            raise UsageError(f"--window: expected a number {bounds}, got {windows.shape[1]}")
         quantized = QuantizedEngine(model, kind) if kind in KINDS else None
         engine, weights = quantized or Engine(model), quantized.few if quantized else plain_weights(model)
         losses, choices = [], []
@@ -218,6 +223,8 @@ def main(argv: Sequence[str]) -> int:
         given = [name for name in refused if getattr(args, name) != parser.get_default(name)]
         if given:
             raise UsageError(f"--compare: cannot be combined with --{given[0]}")
+        if args.device not in ("auto", "cpu"):
+            raise UsageError(f"--compare: runs on the CPU, got --device {args.device}")
         return _print_comparison(args, texts)
 
     model, tokenizer = load(args), load_tokenizer(args.model)
@@ -257,7 +264,7 @@ def _print_comparison(args: argparse.Namespace, texts: Sequence[tuple[str, str]]
     for kind in kinds:
         if kind not in COMPARED:
             raise UsageError(f"--compare: expected some of {', '.join(COMPARED)}, got {kind!r}")
-    tokenizer, window = load_tokenizer(args.model), args.window or COMPARE_WINDOW
+    tokenizer, window = load_tokenizer(args.model), COMPARE_WINDOW if args.window is None else args.window
     name, most = ", ".join(name for name, _ in texts), None
     if not texts:  # Python's own language reference: a text that is everywhere
         topics, most = importlib.import_module("pydoc_data.topics").topics, COMPARE_TOKENS
@@ -269,9 +276,10 @@ def _print_comparison(args: argparse.Namespace, texts: Sequence[tuple[str, str]]
         raise UsageError(f"--window: expected a number {bounds}, got {window}")
     ids = ids[: len(ids) // window * window]
     digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:8]
+    rows = compare(args.model, kinds, torch.tensor(ids).view(-1, window))
     print(f"{args.model}: {len(ids) // window} windows of {window} tokens of {name} (ids {digest})")
     print("weights   nats/token   perplexity   same top token as fp32   MB read per token")
-    for row in compare(args.model, kinds, torch.tensor(ids).view(-1, window)):
+    for row in rows:
         quality = f"{row.nats:13.4f}{math.exp(row.nats):13.3f}{100 * row.agreement:23.2f} %"
         print(f"{row.kind:7}{quality}{row.bytes / 1e6:20.1f}")
     return 0

@@ -204,6 +204,17 @@ def test_the_order_of_a_source_depends_on_the_seed_and_its_name_alone():
         assert shorter and np.array_equal(one[:shorter], two[:shorter]), name
 
 
+def test_a_source_of_no_name_is_one_of_the_mixture_and_not_a_single_source():
+    """`paths: ["."]` names one so."""
+    part = some_mixture().parts[0]
+    alone, mixture = part.source, MixtureSource([replace(part, name="")])
+    counts = DataState.of(mixture)
+    batch, single = (next(training_batches(source, TOKENIZER, **SHAPE)) for source in (mixture, alone))
+    counts.consume(batch)
+    assert isinstance(batch.cursor, MixtureCursor) and counts.by_source()["share/"] == 1.0
+    assert not torch.equal(batch.input_ids, single.input_ids), "the order is that of its name"
+
+
 # ---- split, cache, faults ----------------------------------------------------------------------------------
 
 

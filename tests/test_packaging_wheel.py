@@ -115,8 +115,14 @@ def test_its_commands_train_check_and_name_themselves(installed, wheel):
     assert (wheel.parent / "elsewhere" / "run" / "metrics.jsonl").exists()
     ratio = "cached over uncached generation"
     assert f"{ratio}  " in installed("-m", "smollm2.bench.check", "--tiny", "--only", ratio)
-    script = "from smollm2.kernels.certify.__main__ import load; print(len(load()['rows']))"
-    assert int(installed("-c", script)) > 100
+    # It needs the compiler, which the interpreter of these tests replaces.
+    script = """if True:
+        import os, runpy, sys
+        os.environ.pop("TRITON_INTERPRET", None)
+        sys.argv[1:] = ["--check"]
+        runpy.run_module("smollm2.kernels.certify", run_name="__main__")
+    """
+    assert "up to date" in installed("-c", script)
 
 
 @pytest.mark.parametrize("imports", ["smollm2.generate, kernels", "kernels, smollm2.generate"])

@@ -294,21 +294,20 @@ def lines(found: Estimate) -> list[str]:
     rows, length = found.micro_batch
     memory, work = found.memory, found.flops_per_token * found.tokens
     share = f", one of {memory.shards} shards" if memory.shards > 1 else ""
-    activations, checkpointed = _gb(memory.activations), _gb(memory.activations_checkpointed)
-    other = f"{checkpointed} with"
+    activations, other = memory.activations, f"{_gb(memory.activations_checkpointed)} with"
     if memory.checkpointing:
-        activations, other = checkpointed, f"{activations} without"
+        activations, other = memory.activations_checkpointed, f"{_gb(memory.activations)} without"
     moments = "Muon and AdamW" if memory.optimizer == "muon" else "AdamW"
     work_on = f"{rows} x {length} tokens, {found.backend}, {found.dtype}"
     parts = [
-        (_gb(memory.parameters), f"parameters, fp32{share}"),
-        (_gb(memory.gradients), f"gradients, fp32{share}"),
-        (_gb(memory.moments), f"{moments}'s moments, fp32{share}"),
-        (_gb(memory.gathered), "gathered: the embedding, two layers, gradients on their way"),
-        (_gb(memory.weight_copies), f"copies of weights, {found.dtype}"),
+        (memory.parameters, f"parameters, fp32{share}"),
+        (memory.gradients, f"gradients, fp32{share}"),
+        (memory.moments, f"{moments}'s moments, fp32{share}"),
+        (memory.gathered, "gathered: the embedding, two layers, gradients on their way"),
+        (memory.weight_copies, f"copies of weights, {found.dtype}"),
         (activations, f"activations of {work_on} ({other} gradient_checkpointing)"),
-        (_gb(memory.loss_gradients), "gradients of the loss"),
-        (_gb(memory.logits), "a chunk of logits"),
+        (memory.loss_gradients, "gradients of the loss"),
+        (memory.logits, "a chunk of logits"),
     ]
     size = f"embedding (also the head) {found.embedding:,}, blocks {found.blocks:,}"
     flop, speed = f"{_flop(found.flops_per_token)} a token, {_flop(work)}", f"{found.tokens_per_second:,.0f}"
@@ -317,14 +316,11 @@ def lines(found: Estimate) -> list[str]:
         ("tokens", f"{found.tokens_per_step:,} a step, {found.tokens:,} in {found.steps:,} steps"),
         ("compute", f"{flop} in all (causal attention counted half)"),
         ("memory", f"about {_gb(memory.total)} per device, without the framework's own:"),
-        *(("", f"{size:>8} {what}") for size, what in parts if size != NOTHING),
+        *(("", f"{_gb(count):>8} {what}") for count, what in parts if count),
         ("time", f"about {_time(found.seconds)} at {speed} tokens/s, without evaluations"),
         ("", f"({found.rate_source})"),
     ]
     return [f"{name:10}{fact}" for name, fact in facts]
-
-
-NOTHING = "0.0 MB"
 
 
 def _gb(count: int) -> str:
@@ -350,10 +346,10 @@ def mixture_lines(source: Source, config: RunConfig, tokenizer: Tokenizer, cache
     """A line for every source of a mixture: its share, the tokens that the run reads of it, and its epochs
     where its size is known: counted where the token cache has all of it, else estimated.
     """
-    width = max(len(part.name) for part in source.parts)
+    width = max(len(part.name or "") for part in source.parts)
     lines: list[str] = []
     for part, own in zip(source.parts, cache.parts, strict=True):
-        if not part.name:
+        if part.name is None:
             continue
         share = config.steps * config.tokens_per_step * float(part.weight)
         size, about = own.tokens_of(part.source.num_shards) if own is not None else None, ""

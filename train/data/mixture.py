@@ -110,7 +110,7 @@ def mix(
             try:
                 taken = packer.take(chosen.count(index), cursors[index])
             except LoadError as error:
-                if not part.name:
+                if part.name is None:
                     raise
                 raise LoadError(f"mixture: {part.name}: {error}") from error
             if taken is None:  # closed meanwhile

@@ -105,11 +105,11 @@ class Single(Source, Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture, whose weights are 1 together. name: "" for a single source, which is not a
-    mixture to its user.
+    """One source of a mixture, whose weights are 1 together. name: None for a single source, which is not a
+    mixture to its user; a source of a mixture may be called "".
     """
 
-    name: str
+    name: str | None
     weight: Fraction
     source: Single
 
@@ -117,7 +117,7 @@ class Part:
         """What the order of the source's documents depends on: not on its place in the mixture, nor on what
         else is in it.
         """
-        return f"{seed}/{self.name}" if self.name else str(seed)
+        return str(seed) if self.name is None else f"{seed}/{self.name}"
 
 
 class SingleSource:
@@ -125,7 +125,7 @@ class SingleSource:
 
     @property
     def parts(self: Single) -> Sequence[Part]:
-        return [Part("", Fraction(1), self)]
+        return [Part(None, Fraction(1), self)]
 
     def position(self, rows: Sequence[int], sources: Sequence[Cursor]) -> Position:
         return sources[0]

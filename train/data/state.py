@@ -99,7 +99,7 @@ class DataState:
     def of(cls, source: Source) -> DataState:
         """Before the first batch."""
         return cls(source.fingerprint, source.revision, start_of(source))._with_sources(
-            {part.name: SourceCounts() for part in source.parts if part.name}
+            {part.name: SourceCounts() for part in source.parts if part.name is not None}
         )
 
     def _with_sources(self, sources: dict[str, SourceCounts]) -> DataState:
