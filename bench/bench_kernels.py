@@ -196,7 +196,7 @@ def test_loss_memory(
 ) -> None:
     """One call forward and backward in bf16. The memory is the figure: the time has a profiler in it."""
     if variant.startswith(OURS) and not ON_GPU:
-        pytest.skip("Triton's interpreter has no bf16 product")
+        pytest.skip("Triton's interpreter, as shipped, has no bf16 product")
     if tokens >= LARGE_LOSS and not (ON_GPU or full or tiny):
         pytest.skip("a large case; add --full")
     sized = shapes(tiny, 1, tokens // 64 if tiny else tokens, torch.bfloat16)

@@ -231,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser("kernels", "Times every operation beside what one would use instead.")
     add = arguments.add_argument
     add("--op", action="append", choices=(*MAKERS, "adamw"), help="only this operation; may be repeated")
-    default = "default: bf16, and fp32 on a CPU (the interpreter has no bf16 product)"
+    default = "default: bf16, and fp32 on a CPU (Triton's interpreter, as shipped, has no bf16 product)"
     add("--dtype", choices=tuple(DTYPES), help=default)
     add("--model", default="135M", help="preset whose shapes are used")
     options = arguments.parse_args(argv)
