@@ -227,9 +227,7 @@ def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(projec
         (["--verify", "{}"], "expected a folder, got "),
     ],
 )
-def test_wrong_arguments_are_refused(
-    tmp_path, arguments, message, monkeypatch,
-    capsys):  # fmt: skip
+def test_wrong_arguments_are_refused(tmp_path, arguments, message, monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cache_fill, "launched_by", lambda *_: pytest.fail("something was recorded"))
     given = [argument.format(tmp_path / "cache") for argument in arguments]
