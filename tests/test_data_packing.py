@@ -64,12 +64,13 @@ def test_rows_are_the_token_stream_cut_into_pieces(documents, rows, length):
 
 
 @settings(max_examples=150, deadline=None)
-@given(documents=documents_strategy, length=st.integers(2, 17))
-def test_doc_start_is_the_first_token_of_the_document_in_its_row(documents, length):
+@given(documents=documents_strategy, rows=st.integers(1, 3), length=st.integers(2, 17))
+def test_doc_start_is_the_first_token_of_the_document_in_its_row(documents, rows, length):
     owner = [index for index, document in enumerate(documents) for _ in range(len(document) + 1)]
-    for number, batch in enumerate(pack(stream(documents), 1, length)):
+    found = [row for batch in pack(stream(documents), rows, length) for row in batch.doc_start.tolist()]
+    for number, starts in enumerate(found):
         row = owner[number * length : (number + 1) * length]
-        assert batch.doc_start[0].tolist() == [row.index(document) for document in row]
+        assert starts == [row.index(document) for document in row]
 
 
 @settings(max_examples=60, deadline=None)
