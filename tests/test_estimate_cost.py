@@ -187,6 +187,14 @@ def test_the_text_names_every_figure(h100):
     assert "time      about 3:24 at 402" in text
 
 
+def test_only_memory_that_a_run_does_not_take_is_left_out(rate_of_a_cpu):
+    """Rows too small for their unit are shown as 0.0 MB."""
+    sizes = dict(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    small = SmolLM2Config(hidden_size=8, intermediate_size=8, vocab_size=16, **sizes)
+    text = shown(estimate(RunConfig(sequence_length=8, batch_size=1, device="cpu", dtype="fp32"), small, CPU))
+    assert text.count(" 0.0 MB ") == 7 and "copies of weights" not in text
+
+
 def test_the_text_says_what_checkpointing_saves(rate_of_a_cpu):
     assert "without gradient_checkpointing)" in shown(
         estimate(full_recipe(gradient_checkpointing=True), FULL, CPU)
