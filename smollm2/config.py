@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smollm2.config_fields import ARCHITECTURE, FORMAT_DEFAULTS, check_mathematics, is_number, rope_theta
 from smollm2.errors import LoadError, UsageError
+from smollm2.json_file import read_json
 
 # The first five are required in a config.json.
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
-ARCHITECTURE = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
+# Ids and positions are int32. No model comes near the limit of the other sizes, and the number of bytes in a
+# matrix of two of them fits into an int64.
+SIZE_LIMITS = {**dict.fromkeys(SIZES, 2**18), "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1}
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,22 @@ class SmolLM2Config:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in SIZES:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"config: {name} must be a positive integer, got {value!r}")
+        _check_sizes({name: getattr(self, name) for name in SIZES})
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (is_number and 0 < value < math.inf):
-                raise UsageError(f"config: {name} must be a positive number, got {value!r}")
-        if not 0.0 <= self.attention_dropout < 1.0:
-            raise UsageError(f"config: attention_dropout must be in [0, 1), got {self.attention_dropout!r}")
+            # zero and infinity in fp32, in which they are used, lie beyond these limits
+            if not (is_number(value) and 1e-37 < value < 1e37):
+                raise UsageError(f"config: {name} must be a positive number, got {value!r:.40}")
+        if not (is_number(self.attention_dropout) and 0.0 <= self.attention_dropout < 1.0):
+            raise UsageError(
+                f"config: attention_dropout must be in [0, 1), got {self.attention_dropout!r:.40}"
+            )
+        several = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        ids = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
+        for name, value in [*ids, *(("eos_token_id", token_id) for token_id in several)]:
+            # some files have -1 for an id that the model does not use
+            if value is not None and not (type(value) is int and -1 <= value < 2**31):
+                raise UsageError(f"config: {name} must be a token id, got {value!r:.40}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -72,36 +80,32 @@ class SmolLM2Config:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SmolLM2Config:
-        """From the content of a Hugging Face `config.json`; refuses what this architecture does not have.
+        """From the content of a Hugging Face `config.json`. Raises LoadError, naming the field, for what this
+        architecture does not have and for a file that contradicts itself.
 
         Both spellings of rotary parameters are understood: `rope_theta` at the top (transformers 4) and
-        `rope_parameters: {rope_theta, rope_type}` (transformers 5).
+        `rope_parameters: {rope_theta, rope_type}` (transformers 5). Fields that are not known are ignored.
         """
         model_type = data.get("model_type", "llama")
         if model_type != "llama":
             expected = "must be 'llama' (SmolLM2 uses the Llama architecture)"
-            raise LoadError(f"config: model_type {expected}, got {model_type!r}")
-        # In transformers' LlamaConfig a missing tie_word_embeddings means False; SmolLM2 always writes it.
-        for name, wanted in ARCHITECTURE.items():
-            if data.get(name, wanted) != wanted:
-                raise LoadError(f"config: {name} must be {wanted!r} for SmolLM2, got {data[name]!r}")
-        rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            hint = "SmolLM2 uses plain rotary embeddings"
-            raise LoadError(f"config: rope scaling {rope_type!r} is not supported; {hint}")
+            raise LoadError(f"config: model_type {expected}, got {model_type!r:.60}")
         names = [field.name for field in dataclasses.fields(cls)]
         fields = {name: data[name] for name in names if data.get(name) is not None}
-        if rope.get("rope_theta") is not None:
-            fields["rope_theta"] = rope["rope_theta"]
+        fields |= rope_theta(data)
         missing = [name for name in SIZES[:5] if name not in fields]
         if missing:
             raise LoadError(f"config: {', '.join(missing)} missing")
+        _check_sizes({name: fields[name] for name in SIZES if name in fields})
         fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
-        fields.setdefault("rope_theta", 10000.0)  # the default of the format, not of SmolLM2
-        for name in ("bos_token_id", "eos_token_id"):
-            fields.setdefault(name, data.get(name))
+        if "head_dim" not in fields:
+            hidden_size, heads = fields["hidden_size"], fields["num_attention_heads"]
+            if hidden_size % heads:
+                expected = f"hidden_size ({hidden_size}) must then be a multiple of num_attention_heads"
+                raise LoadError(f"config: head_dim missing; {expected} ({heads})")
+            fields["head_dim"] = hidden_size // heads
+        fields = {**FORMAT_DEFAULTS, "bos_token_id": None, "eos_token_id": None, **fields}
+        check_mathematics(data, fields)
         if isinstance(fields["eos_token_id"], list):
             fields["eos_token_id"] = tuple(fields["eos_token_id"])
         return cls(**fields)
@@ -121,18 +125,11 @@ class SmolLM2Config:
 
     @classmethod
     def from_file(cls, path: str | Path) -> SmolLM2Config:
-        """From a `config.json` on disk."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise LoadError(f"{path}: no such file") from None
-        except (ValueError, OSError) as error:
-            raise LoadError(f"{path}: not a readable JSON file ({error})") from None
-        if not isinstance(data, dict):
-            raise LoadError(f"{path}: expected a JSON object, got {type(data).__name__}")
+        """From a `config.json` on disk. Raises LoadError, naming the file and the field."""
+        data = read_json(Path(path))
         try:
             return cls.from_dict(data)
-        except (ValueError, RuntimeError) as error:
+        except (LoadError, UsageError) as error:
             raise LoadError(f"{path}: {error}") from None
 
     @property
@@ -152,11 +149,34 @@ class SmolLM2Config:
         """A copy with single fields replaced, validated again."""
         return dataclasses.replace(self, **changes)
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The name of every parameter and its shape; the head, which is the embedding, is not among them."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        heads, kv_heads = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
+        layer = {
+            "input_layernorm": (hidden,), "self_attn.q_proj": (heads, hidden),
+            "self_attn.k_proj": (kv_heads, hidden), "self_attn.v_proj": (kv_heads, hidden),
+            "self_attn.o_proj": (hidden, heads), "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }  # fmt: skip
+        shapes = {"embed_tokens": (self.vocab_size, hidden), "norm": (hidden,)}
+        for index in range(self.num_hidden_layers):
+            shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+        return {f"model.{name}.weight": shape for name, shape in shapes.items()}
+
     def num_parameters(self) -> int:
         """Parameters of the model with its head tied to the embedding, counted once."""
-        heads = (2 * self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-        layer = self.hidden_size * (heads + 3 * self.intermediate_size + 2)
-        return self.hidden_size * (self.vocab_size + 1) + self.num_hidden_layers * layer
+        return sum(map(math.prod, self.parameter_shapes().values()))
+
+
+def _check_sizes(sizes: dict[str, Any]) -> None:
+    """Raises UsageError unless every size is a positive integer within its limit."""
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UsageError(f"config: {name} must be a positive integer, got {value!r:.40}")
+        if value > SIZE_LIMITS[name]:
+            raise UsageError(f"config: {name} must be at most {SIZE_LIMITS[name]}, got {value!r:.40}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
