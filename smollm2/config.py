@@ -48,11 +48,11 @@ class SmolLM2Config:
 
     def __post_init__(self) -> None:
         _check_sizes({name: getattr(self, name) for name in SIZES})
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+        for name, limit in (("rms_norm_eps", 1), ("rope_theta", 1e37), ("initializer_range", 1e37)):
             value = getattr(self, name)
-            # zero and infinity in fp32, in which they are used, lie beyond these limits
-            if not (is_number(value) and 1e-37 < value < 1e37):
-                raise UsageError(f"config: {name} must be a positive number, got {value!r:.40}")
+            # beyond these limits lie zero and infinity in fp32, in which the numbers are used
+            if not (is_number(value) and 1e-37 < value < limit):
+                raise UsageError(f"config: {name} must be a positive number below {limit}, got {value!r:.40}")
         if not (is_number(self.attention_dropout) and 0.0 <= self.attention_dropout < 1.0):
             raise UsageError(
                 f"config: attention_dropout must be in [0, 1), got {self.attention_dropout!r:.40}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -65,8 +66,10 @@ def test_what_is_no_gguf_file(tmp_path):
         open_gguf(tmp_path / "text.gguf")
     with pytest.raises(LoadError, match="no such file"):
         open_gguf(tmp_path / "absent.gguf")
-    with pytest.raises(LoadError, match="not readable"):
-        open_gguf(tmp_path)
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path in (tmp_path, tmp_path / "pipe.gguf"):
+        with pytest.raises(LoadError, match=r"not readable \(it is a folder, a pipe or a device\)"):
+            open_gguf(path)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,24 @@ def test_what_is_no_gguf_file(tmp_path):
         ({"llama.attention.head_count": 3}, "must be a multiple of"),
         ({"llama.attention.head_count": 0}, "must be a positive integer"),
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"llama.rope.scaling.type": "linear"}, "rope scaling 'linear' is not supported"),
+        ({"llama.rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.factor must be 0 or 1 .*, got 4.0"),
+        ({"llama.rope.scale_linear": 2.0}, r"llama\.rope\.scale_linear must be 0 or 1"),
+        ({"llama.rope.scaling.yarn_beta_fast": 32.0}, "yarn_beta_fast must be absent"),
+        ({"llama.attention.scale": 0.5}, r"llama\.attention\.scale must be 0 for SmolLM2, got 0.5"),
+        ({"llama.attention.value_length": 32}, "value_length must be 64"),
+        ({"llama.attention.sliding_window": 64}, "sliding_window must be 0"),
+        ({"llama.attention.causal": 0}, "causal must be True"),
+        ({"llama.logit_scale": 8.0}, "logit_scale must be 0 or 1"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping must be 0"),
+        ({"llama.expert_count": 8}, "expert_count must be 0"),
+        ({"split.count": 2}, "split.count must be 0 or 1"),
+        (
+            {"llama.block_count": 200_000},
+            "llama.block_count is 200000, but the file has no more than 20 tens",
+        ),
+        ({"llama.block_count": 5_000_000}, "num_hidden_layers must be at most 262144, got 5000000"),
+        ({"llama.context_length": 2**32 - 1}, "max_position_embeddings must be at most 2147483647"),
         ({"llama.rope.dimension_count": 32}, r"rotary embeddings over the whole head \(64\), got 32"),
         ({"llama.attention.head_count_kv": 1}, r"k_proj.*: expected shape \[64, 256\], got \[128, 256\]"),
     ],
@@ -92,6 +113,42 @@ def test_metadata_that_do_not_describe_a_smollm2(tmp_path, metadata, message):
         changed(tmp_path, metadata=metadata)
 
 
+def test_metadata_that_change_nothing_are_accepted(tmp_path):
+    metadata = {
+        "rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scale_linear": 0.0,
+        "attention.scale": 0.125, "attention.sliding_window": 4096, "attention.value_length": 64,
+        "expert_count": 0, "logit_scale": 1.0, "rope.scaling.original_context_length": 2048,
+    }  # fmt: skip
+    found = changed(tmp_path, metadata={f"llama.{key}": value for key, value in metadata.items()})
+    assert found[0] == gguf_files.CONFIG
+
+
+def test_more_values_than_any_vocabulary_has_are_not_read(tmp_path, intact, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(intact)
+    monkeypatch.setattr("smollm2.pretrained.gguf.VALUES_LIMIT", 500)
+    with pytest.raises(LoadError, match="its header claims more than 500 values"):
+        open_gguf(tmp_path / "model.gguf")
+
+
+def test_tensors_lie_one_after_the_other_and_fill_the_file(tmp_path, intact):
+    name = b"output_norm.weight"
+    at = intact.index(name) + len(name) + 4 + 8 + 4  # after the number of dimensions, the one, and the type
+    path = tmp_path / "model.gguf"
+    path.write_bytes(intact[:at] + bytes(8) + intact[at + 8 :])
+    with pytest.raises(LoadError, match=r"corrupt GGUF file \(output_norm.weight begins at byte \d+, not at"):
+        open_gguf(path)
+    path.write_bytes(intact + bytes(100))
+    with pytest.raises(LoadError, match=r"corrupt GGUF file \(its last tensor ends at byte \d+, the file at"):
+        open_gguf(path)
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    weights = gguf_files.random_weights()
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    with pytest.raises(LoadError, match=r"1 tensors hold NaN or inf: model\.layers\.1\.mlp\.up_proj\.weight"):
+        changed(tmp_path, weights=weights)
+
+
 DOWN = "blk.1.ffn_down.weight"
 
 
@@ -102,9 +159,22 @@ DOWN = "blk.1.ffn_down.weight"
         (dict(drop=["blk.1.ffn_up.weight"]), "tensors missing: blk.1.ffn_up.weight; the file is incomplete"),
         (dict(drop=["token_embd.weight"]), "tensor token_embd.weight missing"),
         (dict(extra={"blk.0.attn_q.bias": np.zeros(256, np.float32)}), "does not have: blk.0.attn_q.bias"),
+        (dict(extra={"rope_freqs.weight": np.ones(32, np.float32)}), "does not have: rope_freqs.weight"),
+        (
+            dict(drop=[DOWN], extra={DOWN: np.zeros((512, 256), np.float32)}),
+            r"down_proj.weight: expected shape \[256, 512\], got \[512, 256\]",
+        ),
         (dict(drop=[DOWN], extra={DOWN: np.zeros((256, 512), np.int32)}), "of type I32, .* use a file in"),
     ],
-    ids=["another architecture", "tensor missing", "embedding missing", "unexpected tensor", "integers"],
+    ids=[
+        "another architecture",
+        "tensor missing",
+        "embedding missing",
+        "unexpected tensor",
+        "rope scaling",
+        "shape",
+        "integers",
+    ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, changes, message):
     with pytest.raises(LoadError, match=message):

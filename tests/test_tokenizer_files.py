@@ -113,6 +113,7 @@ def test_limits_of_a_trainer_are_not_inherited(trained, folder):
         ("tokenizer.json", None, r"expected a tokenizer \(tokenizer\.json\), found none"),
         ("tokenizer.json", '{"version": "1.0", "model"', r"tokenizer\.json: not a readable tokenizer"),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a readable tokenizer"),
+        ("tokenizer.json", '{"version": "' + "x" * 9999, r"tokenizer\.json: not a readable tokenizer"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json: not a readable JSON file"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', r"eos_token '</s>' is not in the vocabulary"),
     ],
@@ -189,6 +190,7 @@ def test_user_defined_tokens_are_found_in_text_but_are_not_special(trained, writ
         ({"tokenizer.ggml.model": "llama"}, "of kind gpt2/smollm or gpt2/gpt-2, got llama/smollm"),
         ({"tokenizer.ggml.pre": "qwen2"}, "got gpt2/qwen2"),
         ({"tokenizer.ggml.merges": ["zz qq"]}, "the merges of the tokenizer do not fit its tokens"),
+        ({"tokenizer.ggml.merges": None}, r"\d+ tokens of the tokenizer have no merge that makes them"),
         ({"tokenizer.ggml.tokens": ["a"] * 350}, "349 tokens of the tokenizer occur twice"),
         ({"tokenizer.ggml.tokens": None}, "metadata tokenizer.ggml.tokens missing"),
     ],
@@ -200,3 +202,33 @@ def test_a_gguf_file_without_a_usable_tokenizer_still_has_weights(trained, write
     assert load_model(path, "torch").config.vocab_size == 300
     with pytest.raises(LoadError, match=message):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kept", [0.5, -1])
+def test_merges_cut_short_are_noticed(trained, write_gguf, kept):
+    metadata = tokenizer_metadata(trained)
+    merges = metadata["tokenizer.ggml.merges"]
+    metadata["tokenizer.ggml.merges"] = merges[: int(kept * len(merges)) if kept > 0 else kept]
+    with pytest.raises(LoadError, match="have no merge that makes them.*convert the model again"):
+        load_tokenizer(write_gguf(metadata))
+
+
+def test_tokens_that_no_text_holds_in_one_piece_need_no_merge(trained, write_gguf):
+    metadata = tokenizer_metadata(trained)
+    metadata["tokenizer.ggml.tokens"] += ["<unused0>"]
+    metadata["tokenizer.ggml.token_type"] += [1]
+    assert len(load_tokenizer(write_gguf(metadata))) == 351
+
+
+@pytest.mark.parametrize("place", ["vocabulary", "added token"])
+def test_an_id_beyond_the_size_of_the_file_is_refused(folder, place):
+    """Tables have an entry for every id: this one would take gigabytes."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    if place == "vocabulary":
+        data["model"]["vocab"]["a token"] = 2**31
+    else:
+        data["added_tokens"].append({**data["added_tokens"][0], "id": 2**31, "content": "<|far|>"})
+        data["model"]["vocab"]["<|far|>"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(LoadError, match=r"tokenizer\.json: expected token ids below 1048576, got 2147483648"):
+        load_tokenizer(folder)

@@ -116,7 +116,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise LoadError(f"{index}: expected names of files beside it, got {shard!r:.80}: no such file")
         if not os.path.isfile(index.parent / shard):  # False for a name too long for a file, too
             problem = f"no such file, but {INDEX} names it"
-            raise LoadError(f"{index.parent / shard}: {problem}; the download is incomplete")
+            raise LoadError(f"{index.parent / shard[:255]}: {problem}; the download is incomplete")
     return weight_map
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
-from smollm2.pretrained.files import abbreviate
+from smollm2.pretrained.files import abbreviate, check_numbers
 
 # GGUF's name of a tensor outside the layers, and of one inside (after "blk.N."), to Hugging Face's.
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -37,6 +37,21 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Metadata after "llama." that change the mathematics in ways which are not implemented, and the values that
+# change nothing: in llama.cpp a factor of zero stands for none.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1), "rope.scaling.attn_factor": (1,),
+    "rope.scaling.alpha": (0,), "rope.scaling.yarn_ext_factor": (0, -1),
+    "rope.scaling.yarn_attn_factor": (1,), "rope.scaling.yarn_log_multiplier": (0,),
+    "rope.scaling.yarn_beta_fast": (), "rope.scaling.yarn_beta_slow": (), "rope.dimension_sections": (),
+    "attention.causal": (True,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (1,), "attention.shared_kv_layers": (0,), "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,), "logit_scale": (0, 1), "embedding_scale": (0, 1),
+    "residual_scale": (0, 1), "use_parallel_residual": (False,), "expert_count": (0,),
+    "expert_used_count": (0,), "nextn_predict_layers": (0,), "swiglu_clamp_exp": (),
+}  # fmt: skip
+# Numbers, strings and entries of arrays in the header; the largest vocabularies take 1.5 million.
+VALUES_LIMIT = 2**21
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,8 @@ def open_gguf(path: str | Path) -> GGUFFile:
     """Opens a GGUF file, memory-mapped. Raises LoadError if it is missing, damaged or of another kind."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise LoadError(f"{path}: not readable (it is a folder, a pipe or a device)")
         with path.open("rb") as stream:
             magic = stream.read(4)
     except FileNotFoundError:
@@ -75,9 +92,14 @@ def open_gguf(path: str | Path) -> GGUFFile:
         raise LoadError(f"{path}: reading GGUF needs the package gguf; {hint}") from None
 
     class CheckedReader(GGUFReader):
-        """GGUFReader itself cuts a read at the end of the file, and a corrupt count then runs on for ever."""
+        """GGUFReader itself believes every count and offset, and cuts a read at the end of the file."""
+
+        _reads = 0
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> Any:
+            self._reads += 1
+            if self._reads > VALUES_LIMIT:
+                raise ValueError(f"its header claims more than {VALUES_LIMIT} values")
             values = super()._get(offset, dtype, count, *args, **kwargs)
             if len(values) < count:
                 end = len(self.data)
@@ -86,9 +108,24 @@ def open_gguf(path: str | Path) -> GGUFFile:
 
     try:
         reader = CheckedReader(path)
+        _check_offsets(reader)
     except Exception as error:  # corrupt bytes surface as whatever numpy or gguf trip over first
         raise LoadError(f"{path}: truncated or corrupt GGUF file ({error}); download it again") from error
     return GGUFFile(path, reader)
+
+
+def _check_offsets(reader: Any) -> None:
+    """Raises ValueError unless each tensor begins where the one before it ends, up to the alignment, which
+    llama.cpp requires too, and the file ends with the last.
+    """
+    end, begin, alignment = 0, int(reader.data_offset), int(reader.alignment)
+    for tensor in reader.tensors:
+        if tensor.data_offset != begin:
+            raise ValueError(f"{tensor.name} begins at byte {tensor.data_offset}, not at {begin}")
+        end = begin + int(tensor.n_bytes)
+        begin = -(-end // alignment) * alignment
+    if len(reader.data) > begin:
+        raise ValueError(f"its last tensor ends at byte {end}, the file at {len(reader.data)}")
 
 
 class GGUFFile:
@@ -107,7 +144,8 @@ class GGUFFile:
     def config(self) -> SmolLM2Config:
         """The configuration that the metadata describe; the rows of the embedding are the vocabulary."""
         scaling = self._metadata("llama.rope.scaling.type", str, default="none")
-        if scaling != "none":
+        linear_by_one = scaling == "linear" and self._metadata("llama.rope.scaling.factor", float, None) == 1
+        if scaling != "none" and not linear_by_one:
             hint = "SmolLM2 uses plain rotary embeddings"
             raise LoadError(f"{self.path}: rope scaling {scaling!r} is not supported; {hint}")
         hidden_size = self._metadata("llama.embedding_length", int)
@@ -138,23 +176,52 @@ class GGUFFile:
         if rotated != head_dim:
             expected = f"expected rotary embeddings over the whole head ({head_dim})"
             raise LoadError(f"{self.path}: {expected}, got {rotated} dimensions")
+        self._check_neutral(config)
         return config
+
+    def _check_neutral(self, config: SmolLM2Config) -> None:
+        """Raises LoadError for metadata that ask for something else than this architecture."""
+        window = self._metadata("llama.attention.sliding_window", int, default=0)
+        unlimited = (window,) if window >= config.max_position_embeddings else (0,)
+        scale = self._metadata("llama.attention.scale", float, default=0.0)
+        same_scale = abs(scale - config.head_dim**-0.5) < 1e-6 * config.head_dim**-0.5
+        neutral = {
+            **_NEUTRAL,
+            "attention.sliding_window": unlimited,
+            "attention.scale": (0, scale) if same_scale else (0,),
+            "attention.value_length": (config.head_dim,),
+        }
+        for key, values in {
+            **{f"llama.{key}": v for key, v in neutral.items()},
+            "split.count": (0, 1),
+        }.items():
+            value = self._metadata(key, object, default=None)
+            if value is not None and value not in values:
+                expected = " or ".join(map(repr, values)) or "absent"
+                raise LoadError(
+                    f"{self.path}: metadata {key} must be {expected} for SmolLM2, got {value!r:.60}"
+                )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every weight, dequantised, under Hugging Face's names.
 
         fp32, which holds each quantised value exactly; bf16 where all matrices are BF16 and that loses
         nothing of the norms (GGUF keeps vectors in F32 whatever the matrices are).
-        Raises LoadError for missing, unexpected and unsupported tensors and for an output matrix that is not
-        the embedding.
+        Raises LoadError for missing, unexpected and unsupported tensors, wrong shapes, NaN and inf, and for
+        an output matrix that is not the embedding.
         """
         names = self._names()
+        gguf_names = {hf_name: name for name, hf_name in names.items()}
         missing = [name for name in names if name not in self._tensors]
         if missing:
             raise LoadError(f"{self.path}: tensors missing: {abbreviate(missing)}; the file is incomplete")
         unexpected = [name for name in self._tensors if name not in names and name != "output.weight"]
         if unexpected:
             raise LoadError(f"{self.path}: tensors that SmolLM2 does not have: {abbreviate(unexpected)}")
+        for name, shape in self.config.parameter_shapes().items():
+            found = tuple(self._tensors[gguf_names[name]].shape.tolist()[::-1])
+            if found != shape:
+                raise LoadError(f"{self.path}: {name}: expected shape {list(shape)}, got {list(found)}")
         tensors = {hf_name: self._dequantise(name) for name, hf_name in names.items()}
         embedding = tensors["model.embed_tokens.weight"]
         if "output.weight" in self._tensors and not torch.equal(self._dequantise("output.weight"), embedding):
@@ -164,13 +231,14 @@ class GGUFFile:
         for layer in range(self.config.num_hidden_layers):
             for projection, heads in heads_of.items():
                 name = f"model.layers.{layer}.self_attn.{projection}_proj.weight"
-                tensors[name] = self._rotate_half_rows(name, tensors[name], heads)
+                tensors[name] = self._rotate_half_rows(tensors[name], heads)
+        check_numbers(tensors, self.path)
         return self._narrowed(tensors)
 
     def tokenizer(self) -> GGUFTokenizer:
         """The parts of the tokenizer, as stored. Raises LoadError if any is missing or does not fit."""
         prefix = "tokenizer.ggml."
-        tokens = self._metadata(prefix + "tokens", list)
+        tokens = self._list(prefix + "tokens", str)
         names = dict(bos_token="bos", eos_token="eos", unk_token="unknown", pad_token="padding")
         keys = {role: f"{prefix}{name}_token_id" for role, name in names.items()}
         ids = {role: self._metadata(key, int, default=None) for role, key in keys.items()}
@@ -178,14 +246,14 @@ class GGUFFile:
         for role, token_id in ids.items():
             if token_id is not None and not 0 <= token_id < count:
                 raise LoadError(f"{self.path}: {role} must be an id below {count}, got {token_id}")
-        types = self._metadata(prefix + "token_type", list, default=[1] * count)
+        types = self._list(prefix + "token_type", int, default=[1] * count)
         if len(types) != count:
             raise LoadError(f"{self.path}: expected a type for each of {count} tokens, got {len(types)}")
         return GGUFTokenizer(
             model=self._metadata(prefix + "model", str),
             pre=self._metadata(prefix + "pre", str, default="default"),
             tokens=tokens,
-            merges=self._metadata(prefix + "merges", list, default=[]),
+            merges=self._list(prefix + "merges", str, default=[]),
             token_types=types,
             special_ids={role: token_id for role, token_id in ids.items() if token_id is not None},
             chat_template=self._metadata("tokenizer.chat_template", str, default=None),
@@ -205,9 +273,17 @@ class GGUFFile:
         except UnicodeDecodeError as error:
             problem = f"metadata {key} is not UTF-8 ({error})"
             raise LoadError(f"{self.path}: {problem}; the file is corrupt") from None
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not object):
             raise LoadError(f"{self.path}: metadata {key} must be of type {kind.__name__}, got {value!r:.80}")
         return value
+
+    def _list(self, key: str, kind: type, default: Any = _required) -> list[Any]:
+        """The entries of a list in the metadata, checked for their type."""
+        values: list[Any] = self._metadata(key, list, default)
+        for value in values:
+            if not isinstance(value, kind):
+                raise LoadError(f"{self.path}: {key} must hold {kind.__name__} values, got {value!r:.80}")
+        return values
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:
@@ -216,6 +292,11 @@ class GGUFFile:
 
     def _names(self) -> dict[str, str]:
         """GGUF's name of every tensor that this configuration needs -> Hugging Face's."""
+        if self.config.num_hidden_layers > len(self._tensors):
+            claim = f"llama.block_count is {self.config.num_hidden_layers}"
+            raise LoadError(
+                f"{self.path}: {claim}, but the file has no more than {len(self._tensors)} tensors"
+            )
         layers = range(self.config.num_hidden_layers)
         inner = {f"blk.{n}.{a}": f"model.layers.{n}.{b}" for n in layers for a, b in _LAYER_NAMES.items()}
         return {f"{a}.weight": f"{b}.weight" for a, b in (_OUTER_NAMES | inner).items()}
@@ -236,14 +317,11 @@ class GGUFFile:
         # F32 comes back as a view of the read-only map: copy that, and only that.
         return torch.from_numpy(np.require(values, dtype=np.float32, requirements=["C", "W"]))
 
-    def _rotate_half_rows(self, name: str, weight: Tensor, heads: int) -> Tensor:
+    def _rotate_half_rows(self, weight: Tensor, heads: int) -> Tensor:
         """Rows of each head from interleaved pairs back to halves: the inverse of llama.cpp's `permute`."""
-        expected = (heads * self.config.head_dim, self.config.hidden_size)
-        if tuple(weight.shape) != expected:
-            raise LoadError(f"{self.path}: {name}: expected shape {list(expected)}, got {list(weight.shape)}")
         # [heads, pair, first or second of the pair, hidden]
         pairs = weight.view(heads, self.config.head_dim // 2, 2, -1)
-        return pairs.transpose(1, 2).reshape(expected)
+        return pairs.transpose(1, 2).reshape(weight.shape)
 
     def _narrowed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         matrix_types = {tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}

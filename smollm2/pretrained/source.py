@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,9 +35,9 @@ def resolve(
     if source == PACKAGE:
         return convert_gguf(packaged_gguf())
     path = Path(source).expanduser()
-    if path.is_dir() and str(source):  # an empty name would be the current folder
+    if os.path.isdir(path) and str(source):  # an empty name would be the current folder
         return path
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
         if path.suffix.lower() == ".gguf":
             return convert_gguf(path)
         raise LoadError(

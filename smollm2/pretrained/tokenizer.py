@@ -241,7 +241,15 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _smollm_pre_tokenizer() if parts.pre == "smollm" else _byte_level()
     backend.decoder = decoders.ByteLevel()
-    control, user_defined = 3, 4
+    normal, control, user_defined = 1, 3, 4
+    made = {left + right for left, right in merges}
+    longer = [t for t, kind in zip(parts.tokens, parts.token_types, strict=True) if kind == normal and t[1:]]
+    lost = [token for token in longer if token not in made and _is_one_word(token, backend.pre_tokenizer)]
+    if lost:
+        problem = f"{len(lost)} tokens of the tokenizer have no merge that makes them, such as {lost[0]!r}"
+        raise LoadError(
+            f"{file.path}: {problem}; the merges are cut short or missing: convert the model again"
+        )
     added = [
         AddedToken(token, special=token_type == control, normalized=False)
         for token, token_type in zip(parts.tokens, parts.token_types, strict=True)
@@ -250,6 +258,17 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     backend.add_tokens(added)
     special_tokens = {role: parts.tokens[token_id] for role, token_id in parts.special_ids.items()}
     return Tokenizer(backend, special_tokens, parts.chat_template)
+
+
+def _is_one_word(token: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> bool:
+    """Whether a text can hold this token in one piece; tokens such as <unused7> are cut before any merge."""
+    if not all(character in _BYTE_OF for character in token):
+        return False
+    try:
+        text = bytes(_BYTE_OF[character] for character in token).decode()
+    except UnicodeDecodeError:  # a part of a character, which is never cut
+        return True
+    return [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)] == [token]
 
 
 def _byte_level() -> pre_tokenizers.ByteLevel:
@@ -268,7 +287,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library has no error class of its own
-        raise LoadError(f"{path}: not a readable tokenizer ({error}); download it again") from None
+        raise LoadError(f"{path}: not a readable tokenizer ({str(error):.200}); download it again") from None
     configs = [read_json(folder / name) for name in CONFIG_FILES if (folder / name).is_file()]
     special_tokens: dict[str, str] = {}
     for role in ROLES:
@@ -276,9 +295,15 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             if token is not None:
                 special_tokens.setdefault(role, str(token["content"] if isinstance(token, dict) else token))
     try:
-        return Tokenizer(backend, special_tokens, _chat_template(folder, configs))
+        tokenizer = Tokenizer(backend, special_tokens, _chat_template(folder, configs))
     except LoadError as error:
         raise LoadError(f"{folder}: {error}") from None
+    limit = max(
+        2**20, path.stat().st_size
+    )  # tables have an entry for each id, and an id takes a byte at least
+    if len(tokenizer) > limit:
+        raise LoadError(f"{path}: expected token ids below {limit}, got {len(tokenizer) - 1}")
+    return tokenizer
 
 
 def _chat_template(folder: Path, configs: list[dict[str, Any]]) -> str | None:
