@@ -127,6 +127,12 @@ def check_documents(model: SmolLM2ForCausalLM) -> Finding:
     return _at_most(float((packed - alone).abs().max()), LOGITS_LIMIT)
 
 
+def check_finite_weights(model: SmolLM2ForCausalLM) -> Finding:
+    """No weight is NaN or inf, or larger than fp16 can hold: no sound weights come near that."""
+    largest = torch.stack([parameter.detach().abs().max() for parameter in model.parameters()]).max()
+    return _at_most(float(largest), torch.finfo(torch.float16).max)
+
+
 def check_tied_head(model: SmolLM2ForCausalLM) -> Finding:
     """The head is the embedding, not a copy of it: the same parameter and the same memory."""
     return _tied_finding(model, "two tensors")
@@ -242,6 +248,7 @@ MODEL_CHECKS: dict[str, Check] = {
     "causality": check_causality,
     "rotary shift": check_rotary_shift,
     "documents": check_documents,
+    "finite weights": check_finite_weights,
     "tied head": check_tied_head,
     "parameter count": check_parameter_count,
     "cached = uncached": check_cache,

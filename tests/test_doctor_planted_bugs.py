@@ -158,6 +158,14 @@ def test_nan_is_a_failure_and_not_a_pass():
     assert {"causality", "documents", "cached = uncached", "gradients"} <= failures(model)
 
 
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e6])
+def test_a_weight_that_no_training_gives_is_caught(value):
+    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), TORCH)
+    assert doctor.check_finite_weights(model).passed
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+    assert not doctor.check_finite_weights(model).passed
+
+
 def test_a_check_that_raises_is_a_failed_row_and_the_rest_still_runs(monkeypatch):
     def broken(packed: Tensor) -> Tensor:
         raise RuntimeError("no kernel image\nis available")
