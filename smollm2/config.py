@@ -61,7 +61,8 @@ class SmolLM2Config:
         ids = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
         for name, value in [*ids, *(("eos_token_id", token_id) for token_id in several)]:
             # some files have -1 for an id that the model does not use
-            if value is not None and not (type(value) is int and -1 <= value < 2**31):
+            is_id = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31
+            if value is not None and not is_id:
                 raise UsageError(f"config: {name} must be a token id, got {value!r:.40}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
@@ -173,7 +174,7 @@ class SmolLM2Config:
 def _check_sizes(sizes: dict[str, Any]) -> None:
     """Raises UsageError unless every size is a positive integer within its limit."""
     for name, value in sizes.items():
-        if type(value) is not int or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UsageError(f"config: {name} must be a positive integer, got {value!r:.40}")
         if value > SIZE_LIMITS[name]:
             raise UsageError(f"config: {name} must be at most {SIZE_LIMITS[name]}, got {value!r:.40}")

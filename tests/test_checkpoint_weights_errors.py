@@ -130,6 +130,12 @@ def test_a_broken_index_of_shards(folder, index, message):
         load_model(folder, "torch")
 
 
+def test_a_header_larger_than_any_model_needs_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr("smollm2.pretrained.files.HEADER_LIMIT", 1000)
+    with pytest.raises(LoadError, match="corrupt .expected a header of at most 1000 bytes, got "):
+        load_model(folder, "torch")
+
+
 def test_shards_that_contradict_each_other_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     other = load_file(folder / "a.safetensors")[UP] + 1

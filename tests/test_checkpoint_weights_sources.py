@@ -53,6 +53,7 @@ PATHS = (
     "absent.gguf",
     "a/B.GGUF",
     "x.safetensors",
+    "/" + "x" * 5000,  # longer than a file's name can be
     "",
 )
 

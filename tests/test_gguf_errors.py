@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
 
+import gguf  # noqa: E402
 import gguf_files  # noqa: E402
 
 from smollm2.errors import LoadError  # noqa: E402
@@ -123,11 +125,30 @@ def test_metadata_that_change_nothing_are_accepted(tmp_path):
     assert found[0] == gguf_files.CONFIG
 
 
-def test_more_values_than_any_vocabulary_has_are_not_read(tmp_path, intact, monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "what"), [("FIELDS_LIMIT", "fields"), ("ENTRIES_LIMIT", "entries of arrays")]
+)
+def test_more_than_any_model_has_is_not_read(tmp_path, intact, monkeypatch, limit, what):
     (tmp_path / "model.gguf").write_bytes(intact)
-    monkeypatch.setattr("smollm2.pretrained.gguf.VALUES_LIMIT", 500)
-    with pytest.raises(LoadError, match="its header claims more than 500 values"):
+    monkeypatch.setattr(f"smollm2.pretrained.gguf.{limit}", 100)
+    with pytest.raises(LoadError, match=f"its header claims more than 100 {what}"):
         open_gguf(tmp_path / "model.gguf")
+
+
+def test_arrays_in_arrays_are_refused(tmp_path):
+    nested = struct.pack("<IQ", 9, 1) * 5000  # type 9 is an array
+    header = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", 9)
+    (tmp_path / "model.gguf").write_bytes(header + nested)
+    with pytest.raises(LoadError, match=r"corrupt GGUF file \(an array of arrays\)"):
+        open_gguf(tmp_path / "model.gguf")
+
+
+def test_arrays_are_read_as_the_package_reads_them(tmp_path):
+    metadata = {"some.words": ["", "é", "x" * 300], "some.numbers": [1, -2], "some.floats": [0.5, 1e9]}
+    gguf_files.write_gguf(tmp_path / "model.gguf", metadata=metadata)
+    ours, theirs = open_gguf(tmp_path / "model.gguf")._reader, gguf.GGUFReader(tmp_path / "model.gguf")
+    for name, value in metadata.items():
+        assert ours.get_field(name).contents() == theirs.get_field(name).contents() == value
 
 
 def test_tensors_lie_one_after_the_other_and_fill_the_file(tmp_path, intact):

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEADER_LIMIT = 2**22  # bytes of a safetensors header; the names of 40 thousand tensors
 TOKEN_IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # in generation_config.json too
 STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -145,6 +146,10 @@ def read_tensors(folder: Path, device: torch.device) -> dict[str, Tensor]:
 def read_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     """The tensors of a file, mapped on the CPU, else copied. Raises LoadError if the file is not sound."""
     try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+        if HEADER_LIMIT < size < path.stat().st_size:
+            raise ValueError(f"expected a header of at most {HEADER_LIMIT} bytes, got {size}")
         with safe_open(path, "pt"):  # checks the header
             pass
         return map_safetensors(path) if device.type == "cpu" else load_file(path, device=str(device))
