@@ -19,7 +19,7 @@ def check_owners(path: Path, root: Path) -> None:
     """
     if not hasattr(os, "getuid"):
         return
-    trusted = {os.getuid(), 0, os.stat(__file__).st_uid}
+    trusted = _trusted()
     between = [parent for parent in path.parents if parent.is_relative_to(root)]
     for place in [*reversed(between), path]:
         found = place.stat()
@@ -30,3 +30,8 @@ def check_owners(path: Path, root: Path) -> None:
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not is_sticky:
             hint = f"code in it is not run: chmod go-w {place}, if you know what is in it"
             raise LoadError(f"{place}: others may write to it; {hint}")
+
+
+def _trusted() -> set[int]:
+    """The user ids of those whose code runs here anyway."""
+    return {os.getuid(), 0, os.stat(__file__).st_uid}
