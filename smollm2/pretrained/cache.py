@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -43,14 +43,14 @@ def cache_folder() -> Path:
     try:
         return Path(named).expanduser() if named else Path(base or Path.home() / ".cache") / "smollm2"
     except RuntimeError:  # no HOME, and a user whom the system does not know
-        raise LoadError("this user has no home folder") from None
+        raise LoadError("this user has no home folder: let SMOLLM2_CACHE name one for the cache") from None
 
 
 def cached(
     sources: Sequence[Path],
     name: str,
     prepare: Callable[[], Callable[[Path], None]],
-    used: Iterable[str] = ("*",),
+    used: Sequence[str] = ("*",),
 ) -> Path | None:
     """The folder of the cache that holds what `name` makes of the source files, made now if it is not there.
 
@@ -90,7 +90,7 @@ def cached(
     return target
 
 
-def _put(entry: Path, target: Path, used: Iterable[str]) -> None:
+def _put(entry: Path, target: Path, used: Sequence[str]) -> None:
     """Gives a new entry its manifest and its place, unless another process was faster."""
     fingerprints = {path.name: _fingerprint(path) for path in sorted(entry.iterdir())}
     write_files(entry, {MANIFEST: json_writer({"entry": entry.name, **fingerprints})})
@@ -107,7 +107,7 @@ def _put(entry: Path, target: Path, used: Iterable[str]) -> None:
                 raise
 
 
-def _is_whole(entry: Path, used: Iterable[str]) -> bool:
+def _is_whole(entry: Path, used: Sequence[str]) -> bool:
     """Whether an entry has the files that were written into it and no others, the used ones unchanged."""
     try:
         recorded = read_json(entry / MANIFEST)

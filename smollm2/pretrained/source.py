@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from smollm2.errors import LoadError
@@ -32,13 +32,13 @@ def resolve(
     checked for damage. Raises LoadError when there is no such thing.
     """
     if source == PACKAGE:
-        return convert_gguf(packaged_gguf(), allow_patterns)
+        return convert_gguf(packaged_gguf(), tuple(allow_patterns))
     path = Path(source).expanduser()
     if path.is_dir() and str(source):  # an empty name would be the current folder
         return path
     if path.is_file():
         if path.suffix.lower() == ".gguf":
-            return convert_gguf(path, allow_patterns)
+            return convert_gguf(path, tuple(allow_patterns))
         raise LoadError(
             f"{path}: expected a folder, a .gguf file, a hub id or {PACKAGE!r}; "
             "to load a safetensors file, name its folder"
@@ -59,7 +59,7 @@ def packaged_gguf() -> Path:
     raise LoadError(f"the package {PACKAGE} is not installed; install it with: {INSTALL_PACKAGE}")
 
 
-def convert_gguf(path: Path, used: Iterable[str] = HUB_FILES) -> Path:
+def convert_gguf(path: Path, used: Sequence[str] = HUB_FILES) -> Path:
     """The safetensors folder of a GGUF file in the cache, made if need be; `path` where that cannot be.
 
     used: patterns of the files that will be read.
