@@ -12,7 +12,14 @@ from generation_cases import random_ids as ids
 
 from smollm2 import generate
 from smollm2.compile import main
-from smollm2.engine.compiled import CompiledEngine, build_package, find_package, package_path, step_weights
+from smollm2.engine.compiled import (
+    CompiledEngine,
+    _sound_inductor_cache,
+    build_package,
+    find_package,
+    package_path,
+    step_weights,
+)
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import Weights, linear
 from smollm2.engine.exported_step import DecodeStep
@@ -312,6 +319,18 @@ def test_without_a_home_folder_there_is_no_package_and_no_complaint(model, monke
 
 def unknown_user() -> Path:
     raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(("mode", "is_used"), [(0o755, True), (0o777, False)])
+def test_inductors_own_cache_is_used_unless_others_may_write_to_it(mode, is_used, tmp_path, monkeypatch):
+    usual, folder = tmp_path / "usual", tmp_path / "folder"
+    usual.mkdir()
+    folder.mkdir()
+    usual.chmod(mode)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(usual))
+    with _sound_inductor_cache(folder):
+        used = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert used == usual if is_used else used.parent == folder
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ if it has the sha256 that lies beside it, in the form of sha256sum: a damaged on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -184,10 +185,23 @@ def build_package(engine: Engine) -> Path:
     return path
 
 
-def _compile(engine: Engine, path: Path, folder: Path) -> None:
-    """Compiles in `folder` and moves the package, with its digest, to `path` when both are on the disk."""
+def _sound_inductor_cache(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Inductor's own cache, or one in `folder` where others may have written to that: it lies in /tmp under a
+    name that anybody can take first, and holds code.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.utils import fresh_cache
 
+    try:
+        usual = Path(cache_dir())
+        check_owners(usual, usual)
+    except (OSError, LoadError):
+        return fresh_cache(dir=str(folder))
+    return contextlib.nullcontext()
+
+
+def _compile(engine: Engine, path: Path, folder: Path) -> None:
+    """Compiles in `folder` and moves the package, with its digest, to `path` when both are on the disk."""
     config, dtype = engine.model.config, engine.model.lm_head.weight.dtype
     weights = step_weights(engine)
     print(f"compiling the decode step into {path} (about a minute, once)", file=sys.stderr, flush=True)
@@ -203,8 +217,7 @@ def _compile(engine: Engine, path: Path, folder: Path) -> None:
             (torch.tensor([0]), torch.tensor([_EXAMPLE_TOKENS]), weights, keys, values),
             dynamic_shapes=(None, None, tree_map(lambda _: None, weights), grows, grows),
         )
-        # Inductor's own cache would lie in /tmp under a name that anybody can take first.
-        with fresh_cache(dir=str(folder)):
+        with _sound_inductor_cache(folder):
             made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2")
     content, whole = Path(made).read_bytes(), folder / "whole"
     digest = _digest_line(path, content)
