@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import signal
+import stat
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,8 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.engine.quantized import quantize_rows, quantized_layers
-from smollm2.pretrained.cache import cached
-from smollm2.pretrained.files import map_safetensors, weight_files, write_safetensors
+from smollm2.pretrained import cache as cache_module
+from smollm2.pretrained.cache import cached, unfinished
+from smollm2.pretrained.files import (
+    json_writer,
+    map_safetensors,
+    weight_files,
+    write_files,
+    write_safetensors,
+)
 from smollm2.pretrained.load import load_model, origin, save_model
 from smollm2.pretrained.source import resolve
 
@@ -170,21 +181,188 @@ def test_what_was_made_of_a_file_before_it_changed_is_removed(gguf_file, tmp_pat
     assert len(set(before) & set(after)) == 2, "those of the other file stay"
 
 
-def test_what_a_killed_process_left_is_removed_after_an_hour(tmp_path, cache):
-    old, young = cache / ".making-old", cache / ".making-young"
-    for left in (old, young):
-        left.mkdir(parents=True)
-    os.utime(old, (time.time() - 4000,) * 2)
+def make(folder: Path, text: str = "x") -> Path | None:
+    """An entry `thing` of the cache, made of the file folder/source."""
+    source = folder / "source"
+    if not source.exists():
+        source.write_text(text)
+
+    def write(entry: Path) -> None:
+        write_files(entry, {"a.json": json_writer({"a": 1}), "b.json": json_writer({"b": 2})})
+
+    return cached([source], "thing", lambda: write)
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start_and_what_a_living_one_makes_is_not(
+    tmp_path, cache
+):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        with suppress(BaseException), unfinished(cache):
+            os.write(write, b"made")
+            signal.pause()
+        os._exit(1)  # not back into pytest
+    os.read(read, 4)
+    (left,) = cache.iterdir()
+    entry = make(tmp_path)
+    assert left.exists(), "its maker lives"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (cache / ".making-by-an-earlier-version").mkdir()
+    with unfinished(cache) as living:
+        assert make(tmp_path) == entry, "a start that finds all that it needs"
+        assert sorted(cache.iterdir()) == sorted([living, entry])
+    assert entries(cache) == [entry.name]
+
+
+def test_a_folder_that_the_cache_makes_is_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "a" / "b"))
+    before = os.umask(0)
+    try:
+        make(tmp_path)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b")] == [0o700, 0o700]
+
+
+def refuse_to_work() -> Callable[[Path], None]:
+    raise AssertionError("made again")
+
+
+@pytest.mark.parametrize(
+    ("used", "is_made_anew"),
+    [(("*",), True), (("a.json",), False), (("b.*",), True), (("manifest*",), False)],
+)
+def test_the_files_that_are_used_are_compared_by_their_content(used, is_made_anew, tmp_path, cache):
+    path = make(tmp_path) / "b.json"
+    status, text = path.stat(), path.read_text()
+    path.write_text(text.replace("2", "3"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if is_made_anew:
+        with pytest.raises(AssertionError, match="made again"):
+            cached([tmp_path / "source"], "thing", refuse_to_work, used)
+        assert (make(tmp_path) / "b.json").read_text() == text
+    else:
+        assert cached([tmp_path / "source"], "thing", refuse_to_work, used) == path.parent
+
+
+def unlisted(entry: Path) -> None:
+    (entry / "added.json").write_text("{}")
+
+
+def without_a_line(entry: Path) -> None:
+    recorded = json.loads((entry / "manifest.json").read_text())
+    del recorded["b.json"]
+    (entry / "manifest.json").write_text(json.dumps(recorded))
+
+
+def exchanged(entry: Path) -> None:
+    (entry / "a.json").rename(entry / "c")
+    (entry / "b.json").rename(entry / "a.json")
+    (entry / "c").rename(entry / "b.json")
+
+
+def of_another_source(entry: Path) -> None:
+    """Whole, and under a name that is not its own."""
+    (entry.parent.parent / "other").mkdir()
+    other = make(entry.parent.parent / "other", "y")
+    shutil.rmtree(entry)
+    other.rename(entry)
+
+
+def as_a_file(entry: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_text("no folder")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        unlisted,
+        without_a_line,
+        exchanged,
+        of_another_source,
+        as_a_file,
+        *(
+            lambda entry, text=text: (entry / "manifest.json").write_bytes(text)
+            for text in (b"", b"{}", b"[]", b"null", b"\xff", b"[" * 10_000)
+        ),
+    ],
+)
+def test_an_entry_that_differs_from_its_manifest_is_made_anew(damage, tmp_path, cache, caplog):
+    entry = make(tmp_path)
+    expected = {path.name: path.read_text() for path in entry.iterdir()}
+    damage(entry)
+    assert make(tmp_path) == entry and f"{entry} is damaged: made anew" in caplog.text
+    assert {path.name: path.read_text() for path in entry.iterdir()} == expected
+    caplog.clear()
+    assert cached([tmp_path / "source"], "thing", refuse_to_work) == entry and not caplog.text
+
+
+def test_processes_that_find_the_same_damage_use_what_the_first_made(tmp_path, cache, caplog):
+    """The second one is at work while the first finishes: the entry that it finds is whole, and stays."""
+    entry = make(tmp_path)
+    (entry / "a.json").unlink()
+
+    def prepare() -> Callable[[Path], None]:
+        assert make(tmp_path) == entry
+        return lambda folder: folder.mkdir()
+
+    assert cached([tmp_path / "source"], "thing", prepare) == entry
+    assert (entry / "a.json").exists() and caplog.text.count("made anew") == 1
+
+
+def no_space(entry: Path) -> None:
+    write_files(entry, {"a.json": lambda path: os.write(os.open("/dev/full", os.O_WRONLY), b"x")})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_said_once_and_leaves_nothing(tmp_path, cache, caplog):
     (tmp_path / "source").write_text("x")
-    assert cached([tmp_path / "source"], "thing", lambda: lambda folder: folder.mkdir()) is not None
-    assert young.exists() and not old.exists()
+    for _ in range(2):
+        assert cached([tmp_path / "source"], "thing", lambda: no_space) is None
+    assert caplog.text.count("the cache cannot be written (No space left on device)") == 1
+    assert not cache.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_is_none(tmp_path, monkeypatch, caplog):
+def test_a_user_without_a_home_folder_does_the_work_at_every_start(tmp_path, monkeypatch, caplog):
+    for name in ("SMOLLM2_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown_user)
+    cache_module._warn_once.cache_clear()
+    assert [make(tmp_path), make(tmp_path)] == [None, None]
+    assert caplog.text.count("cannot be written (this user has no home folder") == 1
+
+
+def unknown_user() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_any_work(tmp_path, monkeypatch, caplog):
     (tmp_path / "source").write_text("x")
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "source"))
-    assert cached([tmp_path / "source"], "thing", lambda: lambda folder: folder.mkdir()) is None
+    assert cached([tmp_path / "source"], "thing", refuse_to_work) is None
     assert "cannot be written" in caplog.text and "SMOLLM2_CACHE" in caplog.text
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_flipped_bits_are_found_and_healed(name, dtype, gguf_file, cache, caplog):
+    """Damage that leaves size and time alone; in the conversion to bf16 too."""
+    expected = load_model(gguf_file, "torch", dtype=dtype)
+    for path in cache.glob(f"*/{name}"):
+        status, content = path.stat(), bytearray(path.read_bytes())
+        for index in (len(content) // 3, -3):
+            content[index] ^= 0x40
+        path.unlink()
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    loaded = load_model(gguf_file, "torch", dtype=dtype)
+    assert "is damaged: made anew" in caplog.text
+    assert loaded.config == expected.config
+    assert all(map(torch.equal, loaded.parameters(), expected.parameters()))
 
 
 @needs_gguf

@@ -1,6 +1,9 @@
 """The compiled decode step: in fp32 the tokens of the eager one; a package is found by what it depends on."""
 
+import hashlib
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +12,23 @@ from generation_cases import random_ids as ids
 
 from smollm2 import generate
 from smollm2.compile import main
-from smollm2.engine.compiled import CompiledEngine, build_package, find_package, package_path, step_weights
+from smollm2.engine.compiled import (
+    CompiledEngine,
+    _sound_inductor_cache,
+    build_package,
+    find_package,
+    package_path,
+    step_weights,
+)
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import Weights, linear
 from smollm2.engine.exported_step import DecodeStep
 from smollm2.engine.quantized import QuantizedEngine, dequantize
 from smollm2.engine.select import select_engine
-from smollm2.errors import UsageError
+from smollm2.errors import LoadError, UsageError
 from smollm2.generation.batch import generate_many
+from smollm2.pretrained import trust
+from smollm2.pretrained.cache import cache_folder
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +148,205 @@ def test_the_command_compiles_once(model, compiled, cache, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     assert main(["--model", str(tmp_path), "--dtype", "fp32"]) == 0
     assert "is there already; --fresh makes it anew" in capsys.readouterr().err
+
+
+@pytest.fixture
+def planted(model, tmp_path, monkeypatch):
+    """A file that has the name and the digest of the package of this model's step; and no eye on its code."""
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "link" / "cache"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    path = package_path(Engine(model))
+    path.parent.mkdir(parents=True)
+    write_package(path, b"code")
+    for folder in (path.parent, cache_folder()):
+        folder.chmod(0o755)  # as an earlier version made them
+    loaded = []
+    monkeypatch.setattr(
+        torch._C._aoti, "AOTIModelPackageLoader", lambda file, *_: loaded.append(content(file))
+    )
+    return path, loaded
+
+
+def content(file: str) -> bytes:
+    return Path(file).read_bytes()
+
+
+def write_package(path: Path, code: bytes) -> None:
+    path.write_bytes(code)
+    path.chmod(0o644)
+    path.with_suffix(".sha256").write_text(f"{hashlib.sha256(code).hexdigest()}  {path.name}\n")
+
+
+def test_a_whole_package_of_ones_own_is_loaded(model, planted):
+    path, loaded = planted
+    assert isinstance(select_engine(model), CompiledEngine) and loaded == [b"code"]
+    path.parent.rename(path.parent.with_name("elsewhere"))
+    path.parent.symlink_to(path.parent.with_name("elsewhere"))
+    assert find_package(Engine(model)) == path
+
+
+def without_a_digest(path: Path) -> None:
+    path.with_suffix(".sha256").unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(b"cod")
+
+
+def flipped(path: Path) -> None:
+    path.write_bytes(b"kode")
+
+
+def of_another_name(path: Path) -> None:
+    line = path.with_suffix(".sha256").read_text()
+    path.with_suffix(".sha256").write_text(line.replace("threads", "thread"))
+
+
+def digest_of_bytes(path: Path) -> None:
+    path.with_suffix(".sha256").write_bytes(b"\xff" * 64)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def to_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [without_a_digest, empty, truncated, flipped, of_another_name, digest_of_bytes, a_folder, to_nowhere],
+)
+def test_a_damaged_package_is_not_loaded_and_the_step_runs_without_it(model, planted, damage, caplog):
+    path, loaded = planted
+    damage(path)
+    assert type(select_engine(model)) is Engine and loaded == []
+    assert len(caplog.records) == 1 and f"{path}: not a whole package" in caplog.text
+    assert "--compile makes it anew" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["cache", "compiled", "package"])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_what_others_may_write_to_is_not_run(model, planted, place, mode, caplog):
+    path, loaded = planted
+    target = {"package": path, "compiled": path.parent, "cache": path.parent.parent}[place]
+    target.chmod(target.stat().st_mode | mode)
+    assert type(select_engine(model)) is Engine and loaded == []
+    assert len(caplog.records) == 1 and f"chmod go-w {target}" in caplog.text
+    if place != "package":
+        with pytest.raises(LoadError, match="others may write to it"):
+            build_package(Engine(model))
+
+
+def test_a_folder_like_tmp_is_sound_if_what_lies_in_it_is(model, planted):
+    path, loaded = planted
+    path.parent.parent.chmod(0o1777)
+    assert find_package(Engine(model)) == path
+    path.chmod(0o646)
+    assert find_package(Engine(model)) is None
+
+
+def test_what_belongs_to_others_is_not_run(model, planted, monkeypatch, caplog):
+    path, loaded = planted
+    monkeypatch.setattr(trust, "_trusted", lambda: {os.getuid() + 1})
+    assert type(select_engine(model)) is Engine and loaded == []
+    assert f"{path.parent.parent}: belongs to another user (uid {os.getuid()})" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cache", "compiled", "package"])
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_each_place_is_asked_whose_it_is(model, planted, name, caplog):
+    path, loaded = planted
+    target = {"package": path, "compiled": path.parent, "cache": path.parent.parent}[name]
+    os.chown(target, 12345, -1)
+    assert type(select_engine(model)) is Engine and loaded == []
+    assert f"{target}: belongs to another user (uid 12345)" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_a_link_of_somebody_else_is_not_followed(model, planted, caplog):
+    path, loaded = planted
+    path.parent.rename(path.parent.with_name("elsewhere"))
+    path.parent.symlink_to(path.parent.with_name("elsewhere"))
+    os.chown(path.parent, 12345, -1, follow_symlinks=False)
+    assert find_package(Engine(model)) is None and "belongs to another user" in caplog.text
+
+
+def test_a_system_without_user_ids_is_not_asked(model, planted, monkeypatch):
+    path, _ = planted
+    path.chmod(0o666)
+    monkeypatch.delattr(os, "getuid")
+    assert find_package(Engine(model)) == path
+
+
+def test_a_package_that_cannot_be_loaded_is_said_where_it_was_asked_for(model, planted, monkeypatch, caplog):
+    path, _ = planted
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Failed to load\nthe stack of C++ calls")
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", refuse)
+    assert type(select_engine(model)) is Engine
+    assert len(caplog.records) == 1 and "cannot be loaded (Failed to load)" in caplog.text
+    with pytest.raises(LoadError, match=r"cannot be loaded \(Failed to load\)"):
+        select_engine(model, compiled=True)
+
+
+def test_what_a_killed_compilation_left_is_removed(model, planted):
+    path, _ = planted
+    for name in (".making-abc", "tmpabc"):
+        (path.parent / name).mkdir()
+    assert find_package(Engine(model)) == path
+    assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".sha256")])
+
+
+def test_without_a_home_folder_there_is_no_package_and_no_complaint(model, monkeypatch, caplog):
+    for name in ("SMOLLM2_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown_user)
+    assert type(select_engine(model)) is Engine and not caplog.text
+    with pytest.raises(LoadError, match="no home folder"):
+        select_engine(model, compiled=True)
+
+
+def unknown_user() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(("mode", "is_used"), [(0o755, True), (0o777, False)])
+def test_inductors_own_cache_is_used_unless_others_may_write_to_it(mode, is_used, tmp_path, monkeypatch):
+    usual, folder = tmp_path / "usual", tmp_path / "folder"
+    usual.mkdir()
+    folder.mkdir()
+    usual.chmod(mode)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(usual))
+    with _sound_inductor_cache(folder):
+        used = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert used == usual if is_used else used.parent == folder
+
+
+@pytest.mark.slow
+def test_a_damaged_package_is_compiled_anew_where_that_is_asked_for(
+    model, compiled, cache, caplog, monkeypatch
+):
+    path = package_path(Engine(model))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+
+    def compile_again(_program: object, package_path: str) -> str:
+        Path(package_path).write_bytes(whole)
+        return package_path
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_again)
+    assert isinstance(select_engine(model, compiled=True), CompiledEngine)
+    assert caplog.text.count("not a whole package") == 1
+    assert path.read_bytes() == whole
+    assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".sha256")])

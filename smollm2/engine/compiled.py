@@ -5,11 +5,16 @@
 A package holds code and no weights, so that every model of these sizes uses it. Its name carries what it
 depends on: sizes, dtypes, torch's version, the processor's instructions, the number of threads, and the
 source of the step.
+
+A package is a shared library that runs as the user. It is loaded only if nobody else can have written it, and
+if it has the sha256 that lies beside it, in the form of sha256sum: a damaged one ends the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -30,22 +35,38 @@ from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import plain_weights
 from smollm2.engine.exported_step import DecodeStep
 from smollm2.engine.quantized import Int4Weight, QuantizedEngine
-from smollm2.errors import UsageError
-from smollm2.pretrained.cache import cache_folder
+from smollm2.errors import LoadError, UsageError
+from smollm2.pretrained.cache import cache_folder, sweep, unfinished
+from smollm2.pretrained.files import write_files
+from smollm2.pretrained.trust import check_owners
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLE_TOKENS = 20  # in the cache of the example that is traced; any number from 2 will do
 
 
 class CompiledEngine(Engine):
-    """Single rows through the compiled decode step; prompts and batches go to the engine below."""
+    """Single rows through the compiled decode step; prompts and batches go to the engine below.
+
+    Raises LoadError for a package that `read_package` refuses, or that cannot be loaded here.
+    """
 
     def __init__(self, below: Engine, package: Path, why: str = "") -> None:
         super().__init__(below.model, why)
         self.below = below
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
         began = time.perf_counter()
-        # What torch._inductor.aoti_load_package wraps, without the second that importing Inductor takes.
-        self.package = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+        content = read_package(package)
+        try:
+            # A copy that is private: what was verified is what is loaded.
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / package.name
+                copy.write_bytes(content)
+                # torch._inductor.aoti_load_package wraps this, but to import Inductor takes a second.
+                self.package = torch._C._aoti.AOTIModelPackageLoader(str(copy), "model", False, 1, -1)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise LoadError(f"{package}: cannot be loaded ({reason}); --compile makes it anew") from error
         self.why = f"{why}, loaded in {time.perf_counter() - began:.2f} s"
         self.weights = tree_leaves(step_weights(below))
 
@@ -105,15 +126,47 @@ def _processor() -> str:
 
 
 def find_package(engine: Engine) -> Path | None:
-    """The package for this engine, if it has been made."""
-    path = package_path(engine)
-    return path if path.exists() else None
+    """The package for this engine, if it has been made and may be used; if it may not, a warning says why."""
+    try:
+        path = package_path(engine)
+    except LoadError:  # no home folder
+        return None
+    sweep(path.parent, "tmp*")
+    if not os.path.lexists(path):
+        return None
+    try:
+        read_package(path)
+    except LoadError as error:
+        logger.warning("%s; until then the step is not compiled", error)
+        return None
+    return path
+
+
+def read_package(path: Path) -> bytes:
+    """The content of a package. Raises LoadError where others may have written it, or it is damaged."""
+    try:
+        check_owners(path, cache_folder())
+        content = path.read_bytes()
+        if _digest_file(path).read_text(encoding="utf-8") != _digest_line(path, content):
+            raise ValueError("it has another sha256 than was written beside it")
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: not a whole package ({error}); --compile makes it anew") from None
+    return content
+
+
+def _digest_file(package: Path) -> Path:
+    return package.with_suffix(".sha256")
+
+
+def _digest_line(package: Path, content: bytes) -> str:
+    return f"{hashlib.sha256(content).hexdigest()}  {package.name}\n"
 
 
 def build_package(engine: Engine) -> Path:
     """Compiles the step of an eager or int8 engine, says so on stderr, and returns the package's path.
 
-    Raises UsageError when there is no C++ compiler. The package appears under its name when it is complete.
+    The package appears under its name when it is complete. Raises UsageError when there is no C++ compiler,
+    and LoadError where the cache cannot be written, or others may write to it.
     """
     path = package_path(engine)
     compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
@@ -122,6 +175,33 @@ def build_package(engine: Engine) -> Path:
             f"compile: needs a C++ compiler, {compiler!r} was not found; "
             "install one, or name it in the variable CXX"
         )
+    try:
+        with unfinished(path.parent) as folder:
+            check_owners(path.parent, cache_folder())
+            _compile(engine, path, folder)
+    except OSError as error:
+        hint = "SMOLLM2_CACHE names another folder"
+        raise LoadError(f"{path}: cannot be written ({error.strerror or error}); {hint}") from error
+    return path
+
+
+def _sound_inductor_cache(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Inductor's own cache, or one in `folder` where others may have written to that: it lies in /tmp under a
+    name that anybody can take first, and holds code.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.utils import fresh_cache
+
+    try:
+        usual = Path(cache_dir())
+        check_owners(usual, usual)
+    except (OSError, LoadError):
+        return fresh_cache(dir=str(folder))
+    return contextlib.nullcontext()
+
+
+def _compile(engine: Engine, path: Path, folder: Path) -> None:
+    """Compiles in `folder` and moves the package, with its digest, to `path` when both are on the disk."""
     config, dtype = engine.model.config, engine.model.lm_head.weight.dtype
     weights = step_weights(engine)
     print(f"compiling the decode step into {path} (about a minute, once)", file=sys.stderr, flush=True)
@@ -137,10 +217,18 @@ def build_package(engine: Engine) -> Path:
             (torch.tensor([0]), torch.tensor([_EXAMPLE_TOKENS]), weights, keys, values),
             dynamic_shapes=(None, None, tree_map(lambda _: None, weights), grows, grows),
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with _sound_inductor_cache(folder):
             made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2")
-            Path(made).replace(path)
-    took, megabytes = time.perf_counter() - began, path.stat().st_size / 1e6
+    content, whole = Path(made).read_bytes(), folder / "whole"
+    digest = _digest_line(path, content)
+    write_files(
+        whole,
+        {
+            _digest_file(path).name: lambda file: file.write_text(digest, encoding="utf-8"),
+            path.name: lambda file: file.write_bytes(content),
+        },
+    )
+    for file in (_digest_file(path), path):  # a package without its digest would be called damaged
+        (whole / file.name).replace(file)
+    took, megabytes = time.perf_counter() - began, len(content) / 1e6
     print(f"compiled in {took:.0f} s, {megabytes:.1f} MB", file=sys.stderr, flush=True)
-    return path

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 from kernels import TORCH
 from smollm2.engine.captured import CapturedEngine
 from smollm2.engine.compiled import CompiledEngine, build_package, find_package
 from smollm2.engine.eager import Engine
 from smollm2.engine.quantized import KINDS, QuantizedEngine
-from smollm2.errors import UsageError
+from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
+
+logger = logging.getLogger(__name__)
 
 QUANTIZE = ("none", *KINDS)
 COMPILED_QUANTIZE = ("none", "int8")  # what the compiled step takes
@@ -31,7 +35,7 @@ def select_engine(
     quantize: "none", or "int8" or "int4" weights for the decode steps (CPU only). compiled: "auto" uses a
     package that `python -m smollm2.compile` made for these sizes, this machine and this torch, if there is
     one; True makes it now if there is none (a minute); False never uses one. Raises UsageError for what the
-    device cannot do.
+    device cannot do, and LoadError for a compiled step that was asked for and cannot be made or loaded.
     """
     if quantize not in QUANTIZE:
         raise UsageError(f"quantize: expected one of {', '.join(QUANTIZE)}, got {quantize!r}")
@@ -52,9 +56,15 @@ def select_engine(
         package = find_package(engine)
         if package is None and compiled is True:
             package = build_package(engine)
-        if package is not None:
-            return CompiledEngine(engine, package, f"package {package.name}")
         reason = "no compiled step for it yet: --compile makes one, and decodes faster"
+        if package is not None:
+            try:
+                return CompiledEngine(engine, package, f"package {package.name}")
+            except LoadError as error:
+                if compiled is True:
+                    raise
+                reason = str(error)
+                logger.warning("%s; until then the step is not compiled", error)
     if device == "cpu":
         engine.why = f"{engine.why}, {reason}" if engine.why else reason
     return engine

