@@ -70,7 +70,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record.pop("sha256") == _digest(record):
-            return record  # type: ignore[no-any-return]
+            return record
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
