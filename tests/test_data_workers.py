@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,15 @@ def test_a_worker_that_fails_at_its_start_is_reported(tokenizer):
     with pytest.raises(LoadError, match="ended unexpectedly .exit code 1"):
         pool.submit(["text"]).result(threading.Event())
     pool.close()
+
+
+def test_a_reader_that_runs_out_of_memory_is_reported():
+    def large() -> Iterator[int]:
+        raise MemoryError("1 TiB")
+        yield 1
+
+    with pytest.raises(LoadError, match="data: memory ran out .1 TiB."):
+        next(Prefetch(large(), threading.Event(), 1))
 
 
 def test_a_reader_that_ends_without_a_word_is_noticed(monkeypatch):

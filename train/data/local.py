@@ -141,7 +141,7 @@ class LocalSource(SingleSource):
             elif first_block == 0 and kind(file) == ".py":
                 yield [self._whole(one) for one in part.files]
             elif first_block == 0:
-                with file.open("rb") as stream:
+                with file.open("rb", buffering=1 << 20) as stream:
                     begin = part.number * BYTE_BLOCK
                     yield self._documents(file, _Lines(stream, begin).until(begin + BYTE_BLOCK))
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:

@@ -60,6 +60,8 @@ class Prefetch(Iterator[Item]):
                 continue
             if error is not None:
                 self._closed.set()
+                if isinstance(error, MemoryError):
+                    raise LoadError(f"data: memory ran out ({error}); continue with resume=auto") from error
                 raise error
             return item  # type: ignore[return-value]
         raise StopIteration
