@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import io
 import itertools
+import json
 import resource
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from train.data import token_cache
 from train.data.batches import held_out_rows, training_batches
 from train.data.packing import Batch
 from train.data.source import Block
+from train.data.source_record import find_source_record, source_folder, write_source_record
 from train.data.token_cache import TokenCache, open_cache
 from train.data.tokenise import TokenBlock
 
@@ -116,6 +118,124 @@ def test_a_damaged_block_is_named_and_tokenised_again(tmp_path, tokenizer, expec
     assert capsys.readouterr().out == ""
 
 
+def change_manifest(folder: Path, line: int, old: str, new: str) -> None:
+    manifest = folder / "shard-00001.jsonl"
+    lines = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert old in lines[line]
+    lines[line] = lines[line].replace(old, new, 1)
+    manifest.write_text("".join(lines), encoding="utf-8")
+
+
+def exchange_shards(folder: Path) -> None:
+    for suffix in (".jsonl", ".tokens", ".docs"):
+        one, other = (folder / f"shard-0000{number}{suffix}" for number in (0, 1))
+        content = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+
+
+def as_an_earlier_version(folder: Path) -> None:
+    for manifest in folder.glob("*.jsonl"):
+        records = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        for record in records:
+            del record["seal"]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        manifest.write_text(lines, encoding="utf-8")
+
+
+def append(folder: Path, suffix: str, content: bytes) -> None:
+    with (folder / f"shard-00001{suffix}").open("ab") as stream:
+        stream.write(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: change_manifest(folder, 0, '"block": 0', '"block": 1'), "jsonl: line 1 is damaged"),
+        (lambda folder: change_manifest(folder, 1, '"block": 1', '"block": 0'), "jsonl: line 2 is damaged"),
+        (lambda folder: change_manifest(folder, 2, '"blocks": 2', '"blocks": 1'), "jsonl: line 3 is damaged"),
+        (
+            lambda folder: change_manifest(folder, 1, '"tokens": [', '"tokens": [-'),
+            "jsonl: line 2 is damaged",
+        ),
+        (lambda folder: change_manifest(folder, 1, '"docs": [60, 5]', '"docs": [0, 5]'), "line 2 is damaged"),
+        (lambda folder: change_manifest(folder, 0, '"docs": [0, 5]', '"docs": [0, 4]'), "line 1 is damaged"),
+        (lambda folder: change_manifest(folder, 0, '"seal"', '"version": 3, "seal"'), "line 1 is damaged"),
+        (
+            lambda folder: append(folder, ".jsonl", b'{"block": 1, "tokens": "x"}\n'),
+            "jsonl: line 4 is damaged",
+        ),
+        (lambda folder: append(folder, ".jsonl", b"[" * 100_000 + b"\n"), "jsonl: line 4 is damaged"),
+        (lambda folder: append(folder, ".tokens", b"garbage"), ""),
+        (lambda folder: append(folder, ".docs", b"garbage"), ""),
+        (
+            lambda folder: append(
+                folder, ".jsonl", (folder / "shard-00001.jsonl").read_bytes().splitlines(keepends=True)[0]
+            ),
+            "",
+        ),
+        (exchange_shards, "shard-00000.jsonl: line 1 is damaged or of another cache"),
+        (as_an_earlier_version, "was written by an earlier version; its blocks are tokenised again"),
+    ],
+)
+def test_a_block_is_only_read_at_its_place(tmp_path, tokenizer, expected, damage, said, capsys):
+    """The batches stay the same, the damage is said once, and the cache is sound again afterwards."""
+    cache = opened(tmp_path, tokenizer)
+    assert matches(some_source(), tokenizer, cache, expected)
+    damage(cache.folder)
+    assert matches(some_source(), tokenizer, opened(tmp_path, tokenizer), expected)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (0 if not said else 2 if damage is exchange_shards else 1)
+    assert said in "".join(lines)
+    assert matches(NoSource(some_source().shards), tokenizer, opened(tmp_path, tokenizer), expected)
+    assert capsys.readouterr().out == ""
+
+
+def test_shards_of_another_source_or_tokenizer_are_not_read(tmp_path, tokenizer, expected):
+    theirs = some_source(documents=7)
+    theirs.cache_key = ("list", "2")
+    other = train_tokenizer(["other words"], tokenizer.vocab_size)
+    config = RunConfig(data="local", paths=["-"], token_cache=str(tmp_path))
+    for source, tokens in ((theirs, tokenizer), (some_source(), other)):
+        foreign = open_cache(config, source, tokens)
+        assert foreign is not None
+        batches = training_batches(source, tokens, **SHAPE, cache=foreign)
+        list(itertools.islice(batches, STEPS))
+        batches.close()
+        mine = opened(tmp_path, tokenizer)
+        for file in mine.folder.iterdir():
+            file.unlink()
+        for file in foreign.folder.iterdir():
+            (mine.folder / file.name).write_bytes(file.read_bytes())
+        assert matches(some_source(), tokenizer, mine, expected)
+
+
+def test_verification_counts_what_follows_a_damaged_line(tmp_path):
+    cache = TokenCache(tmp_path, "uint16")
+    for block in range(3):
+        cache.put(1, block, some_block())
+    cache.close()
+    change_manifest(tmp_path, 1, '"block": 1', '"block": 7')
+    found = [(block, tokens is not None) for _, block, tokens in TokenCache(tmp_path, "uint16").verify()]
+    assert found == [(0, True), (1, False)]
+
+
+@pytest.mark.parametrize(
+    "changed", [('"num_shards": 6', '"num_shards": 5'), ("c0ffee", "c0ffed"), ("{", "[")]
+)
+def test_a_source_record_is_only_read_as_it_was_written(tmp_path, changed, capsys):
+    record = {"identity": "hub name", "revision": "c0ffee", "wanted": [None], "num_shards": 6}
+    folder = source_folder(tmp_path, "hub name", "c0ffee")
+    folder.mkdir(parents=True)
+    write_source_record(folder / "source.json", record)
+    found = find_source_record(tmp_path, "hub name", None)
+    assert found is not None and found[1].items() >= record.items()
+    path = folder / "source.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(*changed, 1), encoding="utf-8")
+    assert find_source_record(tmp_path, "hub name", None) is None
+    assert "source.json is damaged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("cut", [1, 30, 60])
 def test_what_a_killed_process_left_half_written_is_cut_off(tmp_path, cut):
     cache = TokenCache(tmp_path, "uint16")
@@ -140,6 +260,7 @@ def test_what_a_killed_process_left_half_written_is_cut_off(tmp_path, cut):
 def test_a_process_killed_while_it_writes_leaves_only_whole_blocks(tmp_path, project_root):
     program = f"""
 import itertools, numpy as np
+from train.data.source_record import find_source_record, source_folder, write_source_record
 from train.data.token_cache import TokenCache
 from train.data.tokenise import TokenBlock
 cache = TokenCache(__import__("pathlib").Path({str(tmp_path)!r}), "uint16")

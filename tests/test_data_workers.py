@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_sources import ListSource, same, some_source
@@ -19,6 +21,7 @@ from smollm2.errors import LoadError
 from smollm2.pretrained.tokenizer import train_tokenizer
 from train.data import worker_pool
 from train.data.batches import held_out_rows, training_batches
+from train.data.prefetch import Prefetch
 from train.data.worker_pool import WorkerPool
 
 SHAPE = dict(rows=2, length=16, seed=3, validation_fraction=0.1)
@@ -105,6 +108,104 @@ def test_the_kill_reaches_the_training_loop_with_its_signal(tokenizer, monkeypat
     with pytest.raises(LoadError, match="killed by SIGKILL, as when memory runs out"):
         for _ in range(2000):
             next(batches)
+
+
+class Pickled(str):
+    """A document whose worker calls something as it reads it."""
+
+    call: tuple[object, tuple[object, ...]]
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ((os._exit, (3,)), "exit code 3"),
+        ((os._exit, (0,)), "exit code 0"),
+        ((signal.raise_signal, (signal.SIGKILL,)), "killed by SIGKILL"),
+        ((os.closerange, (3, 200)), "exit code 0"),
+        ((bytes, (1 << 60,)), "MemoryError"),
+        ((exec, ("raise SystemError('none of ours')",)), "none of ours"),
+    ],
+)
+def test_whatever_ends_a_worker_ends_the_wait_for_it(tokenizer, call, reason):
+    pool, document = WorkerPool(tokenizer, 1), Pickled("text")
+    document.call = call
+    parts = pool.submit(["before", document]), pool.submit(["after"])
+    with pytest.raises(LoadError, match=rf"ended unexpectedly \(.*{reason}.*\); continue with resume=auto"):
+        for part in parts:
+            part.result(threading.Event())
+    pool.close()
+    assert gone([process.pid or 0 for process in pool.processes])
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_an_answer_is_noticed(tokenizer, monkeypatch):
+    """Its answer does not fit into the pipe, so that it is still writing while nobody reads."""
+    pool, begun, reading = WorkerPool(tokenizer, 1), threading.Event(), threading.Event()
+    pool.submit(["warm"]).result(threading.Event())
+    connection = pool._workers[0]._connection
+    receive = connection.recv
+
+    class Slow:
+        send = connection.send
+
+        def recv(self) -> object:
+            while not connection.poll(0.1):  # until the first bytes are there
+                pass
+            begun.set()
+            assert reading.wait(DEADLINE)
+            return receive()
+
+    monkeypatch.setattr(pool._workers[0], "_connection", Slow())
+    part = pool.submit(["document 5 . " * 100_000])
+    assert begun.wait(DEADLINE)
+    os.kill(pool.processes[0].pid or 0, signal.SIGKILL)
+    reading.set()
+    with pytest.raises(LoadError, match="killed by SIGKILL"):
+        part.result(threading.Event())
+    pool.close()
+
+
+@pytest.mark.parametrize("where", [worker_pool._WorkerProcess, threading.Thread])
+def test_a_worker_that_cannot_start_is_reported(tokenizer, monkeypatch, where):
+    def refused(_: object) -> None:
+        raise (
+            OSError(12, "Cannot allocate memory")
+            if where is not threading.Thread
+            else RuntimeError("can't start new thread")
+        )
+
+    pool = WorkerPool(tokenizer, 1)
+    monkeypatch.setattr(where, "start", refused)
+    with pytest.raises(LoadError, match="Cannot allocate memory|can't start new thread"):
+        pool.submit(["text"]).result(threading.Event())
+    with pytest.raises(LoadError, match="Cannot allocate memory|can't start new thread"):
+        next(training_batches(some_source(), tokenizer, **SHAPE, workers=1))
+
+
+def test_a_worker_that_fails_at_its_start_is_reported(tokenizer):
+    pool = WorkerPool(tokenizer, 1)
+    pool._start = ("no tokenizer", *pool._start[1:])
+    with pytest.raises(LoadError, match="ended unexpectedly .exit code 1"):
+        pool.submit(["text"]).result(threading.Event())
+    pool.close()
+
+
+def test_a_reader_that_runs_out_of_memory_is_reported():
+    def large() -> Iterator[int]:
+        raise MemoryError("1 TiB")
+        yield 1
+
+    with pytest.raises(LoadError, match="data: memory ran out .1 TiB."):
+        next(Prefetch(large(), threading.Event(), 1))
+
+
+def test_a_reader_that_ends_without_a_word_is_noticed(monkeypatch):
+    monkeypatch.setattr(Prefetch, "_work", lambda self: None)
+    with pytest.raises(LoadError, match="the thread that reads ahead ended unexpectedly"):
+        next(Prefetch(iter(()), threading.Event(), 1))
 
 
 PROGRAM = """

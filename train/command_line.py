@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,10 +122,17 @@ def _from_text(text: str, hint: Any) -> Any:
             return text  # refused by its type
     if typing.get_origin(hint) is list:
         inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-        return [part.strip().strip("'\"") for part in inner.split(",")] if inner else []
+        if hint == list[str] and os.path.exists(text):  # a file whose name has commas or brackets
+            return [text]
+        parts = re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', inner)  # at commas outside of double quotes
+        return [_unquoted(part.strip()) for part in parts] if inner else []
     if text.lower() in ("null", "none") and type(None) in typing.get_args(hint):
         return None
     return text
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _type_name(hint: Any) -> str:

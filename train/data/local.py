@@ -1,26 +1,41 @@
-"""Files on disk as a corpus: .parquet, .jsonl, .txt and .py."""
+"""Files on disk as a corpus: .parquet, .jsonl, .txt and .py.
+
+Sizes in a file are claims: no document of more than DOCUMENT_LIMIT bytes is kept in memory, no block of more
+than BLOCK_LIMIT, and nothing is unpacked to more than RATIO times its size. What lies beyond counts as
+unusable, and is named once.
+"""
 
 from __future__ import annotations
 
-import glob
+import bz2
+import codecs
+import gzip
 import hashlib
+import io
+import itertools
 import json
+import lzma
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from smollm2.errors import LoadError, UsageError
+from train.data.files import compression, find_files, kind
 from train.data.source import Block, SingleSource
 
 LAYOUT = "blocks 2"  # a change of the constants below makes other blocks
 BYTE_BLOCK = 4 << 20  # of .jsonl and .txt files, and of groups of .py files
 ROW_BLOCK = 1024  # of .parquet files
 TEXT_DOCUMENT = 2048  # bytes; a .txt file is cut at the paragraph ends that follow so many
-SUFFIXES = (".parquet", ".jsonl", ".txt", ".py")
+DOCUMENT_LIMIT = 128 << 20  # bytes of a document, or of the line that holds it
+BLOCK_LIMIT = 512 << 20  # bytes; 1024 rows of more than 512 KiB on average are several blocks
+ROWS_AT_ONCE = 8  # of a .parquet file, in memory beside the block
+RATIO = 1000  # times their size, beyond DOCUMENT_LIMIT, to which files are unpacked: no text shrinks as much
 END_OF_TEXT_LINE = b"<|endoftext|>"  # separates documents in some published .txt corpora
 
 
@@ -35,7 +50,8 @@ class _Part:
 
 class LocalSource(SingleSource):
     """Files on disk. A shard is one row group of a .parquet file, the lines of a .jsonl or .txt file that
-    begin in one 4 MiB stretch, or a run of .py files, in the order of their paths, of about 4 MiB together.
+    begin in one 4 MiB stretch, or a run of .py files, in the order of their paths, of about 4 MiB together. A
+    compressed .jsonl or .txt file is one shard, and its stretches are the blocks.
 
     .parquet: the text column, in blocks of 1024 rows. .jsonl: the text key of each object, or each string.
     .txt: runs of whole paragraphs of at least 2 KiB, so that one large file still has many documents. .py:
@@ -52,12 +68,14 @@ class LocalSource(SingleSource):
         readable file, or nothing is left.
         """
         self.text_column = text_column
-        self.files = _expand(paths, key)
-        left_out = _expand(without, "validation_paths") if without else []
+        self.files = find_files(paths, key)
+        left_out = find_files(without, "validation_paths", quiet=True) if without else []
         self._left_out = [(file, file.stat()) for file in left_out]
         if without:
             files = {file.resolve() for file in left_out}
-            folders = {folder for name in without if (folder := Path(name).expanduser().absolute()).is_dir()}
+            folders = {
+                folder for name in without if (folder := Path(os.path.expanduser(name)).absolute()).is_dir()
+            }
             kept = [file for file in self.files if file.resolve() not in files]
             self.files = [file for file in kept if folders.isdisjoint(file.absolute().parents)]
             if not self.files:
@@ -65,10 +83,10 @@ class LocalSource(SingleSource):
                     f"validation_paths: expected to leave some of {', '.join(paths)} for training, left none"
                 )
         self._states = [(file, file.stat()) for file in self.files]
-        self._shards = [part for file in self.files if file.suffix != ".py" for part in self._parts(file)]
-        sizes = [(file, state.st_size) for file, state in self._states if file.suffix == ".py"]
+        self._noted: set[str] = set()
+        self._shards = [part for file in self.files if kind(file) != ".py" for part in self._parts(file)]
+        sizes = [(file, state.st_size) for file, state in self._states if kind(file) == ".py"]
         self._shards += _groups(sizes)
-        self._noted: set[Path] = set()
 
     @property
     def num_shards(self) -> int:
@@ -84,13 +102,15 @@ class LocalSource(SingleSource):
 
         def size_of(part: _Part) -> float:
             file = part.files[0]
-            return part.size if file.suffix == ".py" else size[file] * part.size / rows[file]
+            return part.size if kind(file) == ".py" else size[file] * part.size / rows[file]
 
         return [size_of(part) for part in self._shards]
 
     def span(self, shard: int, block: int) -> tuple[float, float]:
         part = self._shards[shard]
-        if part.files[0].suffix != ".parquet":
+        if compression(part.files[0]):
+            return 0.0, 0.0  # how many blocks there are is not known: only whole shards count
+        if kind(part.files[0]) != ".parquet":
             return 0.0, 1.0
         return min(1.0, block * ROW_BLOCK / part.size), min(1.0, (block + 1) * ROW_BLOCK / part.size)
 
@@ -112,44 +132,132 @@ class LocalSource(SingleSource):
 
     def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
         part = self._shards[shard]
+        file = part.files[0]
         try:
-            if part.files[0].suffix == ".parquet":
-                yield from _row_blocks(part, self.text_column, first_block)
+            if kind(file) == ".parquet":
+                yield from self._row_blocks(part, first_block)
+            elif compression(file):
+                yield from self._unpacked_blocks(file, first_block)
+            elif first_block == 0 and kind(file) == ".py":
+                yield [self._whole(one) for one in part.files]
             elif first_block == 0:
-                yield list(self._documents(part))
+                with file.open("rb", buffering=1 << 20) as stream:
+                    begin = part.number * BYTE_BLOCK
+                    yield self._documents(file, _Lines(stream, begin).until(begin + BYTE_BLOCK))
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise LoadError(f"{file}: cannot be unpacked ({error}); copy or download it again") from error
         except OSError as error:
             remedy = "restore the file and continue with resume=auto"
-            raise LoadError(f"{part.files[0]}: cannot be read ({error}); {remedy}") from error
+            raise LoadError(f"{file}: cannot be read ({error}); {remedy}") from error
 
-    def _documents(self, part: _Part) -> Iterator[Any]:
-        file = part.files[0]
-        if file.suffix == ".jsonl":
-            yield from (self._json_text(file, line) for line in _lines(file, part.number) if line.strip())
-        elif file.suffix == ".txt":
-            yield from _paragraph_runs(_lines(file, part.number))
-        else:
-            yield from (one.read_bytes() for one in part.files)
+    def _documents(self, file: Path, lines: Iterator[bytes | None]) -> Block:
+        if kind(file) == ".txt":
+            return list(_paragraph_runs(self._limited(file, line) for line in lines))
+        return [self._json_text(file, line) for line in lines if line is None or line.strip()]
+
+    def _whole(self, file: Path) -> bytes | None:
+        if file.stat().st_size > DOCUMENT_LIMIT:
+            return self._limited(file, None)
+        return file.read_bytes().removeprefix(codecs.BOM_UTF8)
+
+    def _limited(self, file: Path, document: bytes | None) -> bytes | None:
+        """The document, or None, with a note, if it is too large."""
+        if document is None:
+            self._note(file, f"documents of more than {DOCUMENT_LIMIT:,} bytes are passed over")
+        return document
+
+    def _note(self, file: Path, what: str) -> None:
+        if (line := f"{file}: {what}") not in self._noted:
+            self._noted.add(line)
+            print(line, flush=True)
+
+    def _unpacked_blocks(self, file: Path, first_block: int) -> Iterator[Block]:
+        limit = RATIO * file.stat().st_size + DOCUMENT_LIMIT
+        with _unpack(file) as stream:
+            lines = _Lines(stream)
+            for block in itertools.count():
+                begin = lines.position
+                if begin > limit:
+                    self._note(file, f"unpacks to over {RATIO:,} times its size; the rest is passed over")
+                    return
+                stretch = lines.until((begin // BYTE_BLOCK + 1) * BYTE_BLOCK)
+                found = self._documents(file, stretch) if block >= first_block else [*stretch]
+                if lines.position == begin:
+                    return
+                if block >= first_block:
+                    yield found
+
+    def _row_blocks(self, part: _Part, first_block: int) -> Iterator[Block]:
+        """Blocks of ROW_BLOCK rows of one row group, or of fewer where they would exceed BLOCK_LIMIT."""
+        import pyarrow
+        import pyarrow.compute
+
+        file, size, block = part.files[0], 0, 0
+        rows: Block = []
+        options = {"row_groups": [part.number], "columns": [self.text_column]}
+        try:
+            with _open_parquet(file) as parquet:
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, **options):
+                    column = batch.column(0)
+                    sizes = _sizes(column)
+                    if max(sizes) > DOCUMENT_LIMIT:
+                        self._limited(file, None)
+                        keep = pyarrow.array([one <= DOCUMENT_LIMIT for one in sizes])
+                        column = pyarrow.compute.if_else(keep, column, pyarrow.scalar(None, column.type))
+                        sizes = [one if one <= DOCUMENT_LIMIT else 0 for one in sizes]
+                    # blocks that are not asked for are counted, not converted
+                    wanted = block + len(sizes) >= first_block
+                    values = column_values(column) if wanted else [None] * len(sizes)
+                    for value, bytes_of_value in zip(values, sizes, strict=True):
+                        if len(rows) == ROW_BLOCK or (rows and size + bytes_of_value > BLOCK_LIMIT):
+                            if block >= first_block:
+                                yield rows
+                            rows, size, block = [], 0, block + 1
+                        rows.append(value)
+                        size += bytes_of_value
+        except (OSError, pyarrow.ArrowException) as error:
+            what = f"row group {part.number} is damaged ({' '.join(str(error).split())})"
+            raise LoadError(f"{file}: {what}; copy or download the file again") from error
+        if rows and block >= first_block:
+            yield rows
 
     def _parts(self, file: Path) -> list[_Part]:
-        if file.suffix != ".parquet":
+        if compression(file):
+            return [_Part((file,), 0, file.stat().st_size)]
+        if kind(file) != ".parquet":
             begins = range(0, size := file.stat().st_size, BYTE_BLOCK)
             return [_Part((file,), n, min(BYTE_BLOCK, size - begin)) for n, begin in enumerate(begins)]
         parquet = _open_parquet(file)
         if self.text_column not in (columns := parquet.schema_arrow.names):
             got = ", ".join(columns)
             raise LoadError(f"{file}: expected a column {self.text_column!r}, got {got}; set text_column")
-        rows = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-        return [_Part((file,), number, size) for number, size in enumerate(rows) if size]
+        parts = []
+        for number in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(number)
+            if self._is_bomb(group):
+                claim = f"row group {number} claims to unpack to more than {RATIO:,} times its size"
+                self._note(file, f"{claim}; its {group.num_rows:,} rows are passed over")
+            elif group.num_rows > 0:
+                parts.append(_Part((file,), number, group.num_rows))
+        return parts
 
-    def _json_text(self, file: Path, line: bytes) -> Any:
-        """The text of one line; None, which counts as unusable, when it is not JSON or lacks the key."""
+    def _is_bomb(self, group: Any) -> bool:
+        columns = map(group.column, range(group.num_columns))
+        column = next((one for one in columns if one.path_in_schema == self.text_column), None)
+        if column is None or column.total_uncompressed_size <= DOCUMENT_LIMIT:
+            return False
+        return bool(column.total_uncompressed_size > RATIO * column.total_compressed_size)
+
+    def _json_text(self, file: Path, line: bytes | None) -> Any:
+        """The text of a line; None (unusable) where it is too long, not JSON or lacks the key."""
+        if line is None:
+            return self._limited(file, None)
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            if not line.endswith(b"\n") and file not in self._noted:
-                self._noted.add(file)
+            if not line.endswith(b"\n"):
                 cut = "the last line is cut off (no line end, not JSON), and passed over"
-                print(f"{file}: {cut}; is the file complete?", flush=True)
+                self._note(file, f"{cut}; is the file complete?")
             return None
         return value.get(self.text_column) if isinstance(value, dict) else value
 
@@ -157,33 +265,6 @@ class LocalSource(SingleSource):
     def _digest(lines: Iterable[str]) -> str:
         content = "\n".join((LAYOUT, *lines)).encode(errors="surrogateescape")
         return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _expand(paths: Sequence[str], key: str = "paths") -> list[Path]:
-    """The files behind paths, sorted, each once. key: where they were given."""
-    found: set[Path] = set()
-    for name in paths:
-        path = Path(name).expanduser()
-        matches = [] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-        files = _walk(path) if path.is_dir() else [match for match in matches if match.is_file()]
-        known = ", ".join(SUFFIXES)
-        if not files:
-            raise UsageError(f"{key}: {name}: expected a file, folder or glob with {known}, found none")
-        for file in files:
-            if file.suffix not in SUFFIXES:
-                got = file.suffix or "no suffix"
-                raise UsageError(f"{key}: {file}: expected one of {known}, got {got}")
-        found.update(files)
-    return sorted(found)
-
-
-def _walk(folder: Path) -> list[Path]:
-    """The files below a folder that can be read, without those of hidden folders and of __pycache__."""
-    files = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-        files += [Path(root, name) for name in names if name.endswith(SUFFIXES)]
-    return [file for file in files if file.is_file()]
 
 
 def _groups(files: list[tuple[Path, int]]) -> list[_Part]:
@@ -215,27 +296,15 @@ def _open_parquet(file: Path) -> Any:
         ) from None
 
 
-def _row_blocks(part: _Part, column: str, first_block: int) -> Iterator[Block]:
-    """Blocks of ROW_BLOCK rows of one row group."""
-    import pyarrow
+def _sizes(column: Any) -> list[int]:
+    """Bytes of each value of an arrow column; 0 for what is not text."""
+    import pyarrow.compute
+    import pyarrow.types as types
 
-    file, waiting, skip = part.files[0], [], first_block * ROW_BLOCK
-    try:
-        with _open_parquet(file) as parquet:
-            for batch in parquet.iter_batches(ROW_BLOCK, row_groups=[part.number], columns=[column]):
-                if skip >= batch.num_rows:
-                    skip -= batch.num_rows
-                    continue
-                waiting += column_values(batch.column(0).slice(skip))
-                skip = 0
-                while len(waiting) >= ROW_BLOCK:
-                    yield waiting[:ROW_BLOCK]
-                    waiting = waiting[ROW_BLOCK:]
-    except (OSError, pyarrow.ArrowException) as error:
-        what = f"row group {part.number} is damaged ({' '.join(str(error).split())})"
-        raise LoadError(f"{file}: {what}; copy or download the file again") from error
-    if waiting:
-        yield waiting
+    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    if not any(is_kind(column.type) for is_kind in kinds):
+        return [0] * len(column)
+    return [size or 0 for size in pyarrow.compute.binary_length(column).to_pylist()]
 
 
 def column_values(column: Any) -> Block:
@@ -249,22 +318,57 @@ def column_values(column: Any) -> Block:
         return list(column.cast(pyarrow.large_binary() if large else pyarrow.binary()).to_pylist())
 
 
-def _lines(file: Path, part: int) -> Iterator[bytes]:
-    """The lines whose first byte lies in the part-th stretch of BYTE_BLOCK bytes."""
-    begin, end = part * BYTE_BLOCK, (part + 1) * BYTE_BLOCK
-    with file.open("rb") as stream:
+def _unpack(file: Path) -> Any:
+    """A compressed file as a stream of its content."""
+    if compression(file) != ".zst":
+        opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[compression(file)]
+        return opener(file)
+    try:
+        import pyarrow
+    except ModuleNotFoundError:
+        install = "install it with: pip install 'smollm2-kernels[train]'"
+        raise LoadError(f"{file}: reading .zst needs pyarrow; {install}") from None
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+
+
+class _Lines:
+    """The lines of a stream, from the first that begins at or after a place.
+
+    position: bytes before the next line.
+    """
+
+    def __init__(self, stream: BinaryIO, begin: int = 0) -> None:
+        """begin: of a stretch of BYTE_BLOCK bytes. Where no line begins in it, position is behind it."""
+        self._stream, self.position = stream, begin
         if begin > 0:
             stream.seek(begin - 1)
-            stream.readline()  # the rest of a line that began earlier
-        while stream.tell() < end and (line := stream.readline()):
-            yield line
+            self.position -= 1
+            self._read(BYTE_BLOCK + 1)
+
+    def until(self, end: int) -> Iterator[bytes | None]:
+        """The lines that begin before `end`; None for one of more than DOCUMENT_LIMIT bytes."""
+        while (begin := self.position) < end and (line := self._read(DOCUMENT_LIMIT + 1)):
+            if len(line) <= DOCUMENT_LIMIT:
+                yield line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
+                continue
+            yield None
+            while line and not line.endswith(b"\n"):
+                line = self._read(BYTE_BLOCK)
+
+    def _read(self, limit: int) -> bytes:
+        line = self._stream.readline(limit)
+        self.position += len(line)
+        return line
 
 
-def _paragraph_runs(lines: Iterator[bytes]) -> Iterator[bytes]:
+def _paragraph_runs(lines: Iterator[bytes | None]) -> Iterator[bytes | None]:
     """Documents of lines: each ends at a blank line after TEXT_DOCUMENT bytes, or at an end-of-text line."""
     run: list[bytes] = []
     size = 0
     for line in lines:
+        if line is None:
+            yield None
+            continue
         ends = line.strip() == END_OF_TEXT_LINE
         if not ends:
             run.append(line)

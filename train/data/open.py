@@ -4,6 +4,7 @@ hub, or a mixture of these.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def _open_single(config: RunConfig, revision: Revision) -> Single:
         return EmbeddedSource()
     root = cache_root(config)
     if config.data == "local":
-        folders = [Path(path).expanduser().resolve() for path in config.paths]
+        folders = [Path(os.path.expanduser(path)).resolve() for path in config.paths]
         if root is not None and any(root.resolve().is_relative_to(folder) for folder in folders):
             raise UsageError(
                 "token_cache: expected a folder outside of paths, where its files would be taken for "

@@ -8,7 +8,10 @@ import time
 from collections.abc import Generator, Iterator
 from typing import TypeVar
 
+from smollm2.errors import LoadError
+
 Item = TypeVar("Item")
+ENDED = "data: the thread that reads ahead ended unexpectedly"
 
 
 class Prefetch(Iterator[Item]):
@@ -32,7 +35,10 @@ class Prefetch(Iterator[Item]):
         self._queue: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True) if ahead else None
         if self._thread is not None:
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise LoadError(f"data: {error}; use workers=0, or allow more memory") from None
 
     @property
     def ready(self) -> bool:
@@ -47,11 +53,15 @@ class Prefetch(Iterator[Item]):
             try:
                 item, error = self._queue.get(timeout=0.1)
             except queue.Empty:
+                if not self._thread.is_alive() and self._queue.empty():  # as where memory ran out
+                    raise LoadError(f"{ENDED}; continue with resume=auto") from None
                 if self.deadline is not None and time.monotonic() - begin > self.deadline:
                     raise TimeoutError(f"nothing came for {self.deadline:.0f} s") from None
                 continue
             if error is not None:
                 self._closed.set()
+                if isinstance(error, MemoryError):
+                    raise LoadError(f"data: memory ran out ({error}); continue with resume=auto") from error
                 raise error
             return item  # type: ignore[return-value]
         raise StopIteration

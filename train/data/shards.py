@@ -5,8 +5,10 @@
     shard-00012.jsonl     the manifest: a line for each block, with the places of its tokens and documents and
                           their sha256; a line with the number of blocks, once the shard was read to its end
 
-Files only grow. A block counts once its line is written, and a later line for the same block wins. What a
-killed process left half written is cut off by the next one that writes the shard (under flock).
+Files only grow. A block counts once its line is written, and a later line for the same block wins. Each line
+has a seal, a sha256 of itself, of the number of the shard and of what is cached, so that a changed digit or
+the file of another shard is found. What a killed process left half written, and what follows a damaged line,
+is cut off by the next process that writes the shard (under flock).
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import numpy as np
 
 from train.data.tokenise import TokenBlock
 
-BLOCK_KEYS = {"block", "tokens", "docs", "sha256"}  # of a block's line in the manifest
 DOCUMENT = np.dtype([("digest", "<u8"), ("length", "<u4")])
 
 
@@ -38,14 +39,19 @@ class Entry:
 
 
 class Shard:
-    """Reads the three files of a shard, which may grow meanwhile."""
+    """Reads the three files of a shard, which may grow meanwhile.
 
-    def __init__(self, stem: Path, dtype: np.dtype) -> None:
-        self.stem, self.dtype = stem, dtype
+    damage: what is wrong with the manifest, in words; None if nothing is. What follows there is not read.
+    """
+
+    def __init__(self, stem: Path, dtype: np.dtype, identity: str) -> None:
+        """identity: what is cached; a manifest of anything else counts as damaged."""
+        self.stem, self.dtype, self._seal = stem, dtype, Seal(identity, stem)
         self.damaged: set[Entry] = set()
+        self.damage: str | None = None
         self._blocks: int | None = None
         self._entries: dict[int, Entry] = {}
-        self._read_to = 0
+        self._read_to = self._lines = 0
         self._maps: dict[str, np.ndarray] = {}
 
     def path(self, suffix: str) -> Path:
@@ -93,31 +99,51 @@ class Shard:
                 if os.fstat(stream.fileno()).st_size <= self._read_to:
                     return
                 stream.seek(self._read_to)
+                self.damage = None
                 for line in stream:
-                    record = _parse(line)
+                    record = self._seal.opened(line)
                     if record is None:
+                        self.damage = self._damage(line)
                         return
                     self._read_to += len(line)
+                    self._lines += 1
                     if "block" in record:
                         place = *record["tokens"], *record["docs"], record["sha256"]
                         self._entries[record["block"]] = Entry(*place)
                     else:
                         self._blocks = record["blocks"]
-        except FileNotFoundError:
+        except OSError:  # not there, or nothing that can be read
             return
 
+    def _damage(self, line: bytes) -> str | None:
+        """What is wrong with a line that cannot be read; None for one that is still being written."""
+        if not line.endswith(b"\n"):
+            return None
+        if b'"sha256"' in line and b'"seal"' not in line:
+            return f"{self.stem.parent} was written by an earlier version; its blocks are tokenised again"
+        what = f"line {self._lines + 1} is damaged or of another cache"
+        return f"{self.path('.jsonl')}: {what}; the blocks from there on are tokenised again"
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A manifest line; None for one that was not written to its end."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if isinstance(record, dict) and (BLOCK_KEYS <= record.keys() or "blocks" in record):
-        return record
-    return None
+
+class Seal:
+    """Writes the lines of a shard's manifest, and recognises them."""
+
+    def __init__(self, identity: str, stem: Path) -> None:
+        self._key = f"{identity}\n{stem.name}\n".encode(errors="backslashreplace")
+
+    def line(self, record: dict[str, Any]) -> bytes:
+        return json.dumps({**record, "seal": self._of(record)}).encode() + b"\n"
+
+    def opened(self, line: bytes) -> dict[str, Any] | None:
+        """What the line says; None unless it is one of this shard's, whole and as it was written."""
+        try:
+            record = json.loads(line)
+            return record if line == self.line({k: v for k, v in record.items() if k != "seal"}) else None
+        except (ValueError, AttributeError, RecursionError):
+            return None
+
+    def _of(self, record: dict[str, Any]) -> str:
+        return hashlib.sha256(self._key + json.dumps(record).encode()).hexdigest()
 
 
 def _checksum(tokens: np.ndarray, docs: np.ndarray) -> str:
@@ -133,9 +159,9 @@ class Locked(OSError):
 class ShardWriter:
     """Appends to a shard that no other process writes meanwhile."""
 
-    def __init__(self, stem: Path, dtype: np.dtype) -> None:
+    def __init__(self, stem: Path, dtype: np.dtype, identity: str) -> None:
         """Raises Locked, or OSError when the files cannot be written."""
-        self.stem = stem
+        self.stem, self._seal = stem, Seal(identity, stem)
         paths = [stem.with_name(stem.name + suffix) for suffix in (".jsonl", ".tokens", ".docs")]
         self._files = [path.open("ab", buffering=0) for path in paths]
         try:
@@ -153,7 +179,7 @@ class ShardWriter:
         self.line({"block": block, **where, "sha256": _checksum(tokens, docs)})
 
     def line(self, record: dict[str, Any]) -> None:
-        self._write(0, memoryview(json.dumps(record).encode() + b"\n"))
+        self._write(0, self._seal.line(record))
 
     def close(self) -> None:
         for file in reversed(self._files):  # the manifest, which holds the lock, last
@@ -182,12 +208,14 @@ class ShardWriter:
             raise Locked from None
 
     def _cut_torn_tail(self, dtype: np.dtype) -> None:
-        """Cuts off what a killed process did not finish: half a line, and data that no line names."""
+        """Cuts off what a killed process did not finish, half a line and data that no line names; and what
+        follows a damaged line.
+        """
         whole = 0
         ends = [0, 0]
         with open(self._files[0].name, "rb") as stream:
             for line in stream:
-                record = _parse(line)
+                record = self._seal.opened(line)
                 if record is None:
                     break
                 whole += len(line)

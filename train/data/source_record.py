@@ -42,8 +42,13 @@ def write_source_record(path: Path, record: dict[str, Any]) -> None:
     wanted = [*known, *(name for name in record.get("wanted", []) if name not in known)]
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     content = {**record, "wanted": wanted, "opened": time.time()}
+    content["sha256"] = _digest(content)
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def find_source_record(root: Path, identity: str, wanted: str | None) -> tuple[Path, dict[str, Any]] | None:
@@ -61,8 +66,14 @@ def find_source_record(root: Path, identity: str, wanted: str | None) -> tuple[P
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """None for a record that is not what was written; one that is there is named."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if record.pop("sha256") == _digest(record):
+            return record
+    except FileNotFoundError:
         return None
-    return record if isinstance(record, dict) else None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        pass
+    print(f"token cache: {path} is damaged or of an earlier version; passed over", flush=True)
+    return None

@@ -5,7 +5,8 @@ without tokenising.
     ROOT/<source>/<revision or content>/<tokenizer>/    its shards (train/data/shards.py)
 
 A process may be killed at any moment. One process writes a shard at a time; whoever finds it locked tokenises
-without storing. Every block is verified when it is read, and a damaged one is tokenised again.
+without storing. Every block is verified when it is read, with its place and with what it is cached for, and a
+damaged one is tokenised again.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def open_cache(
             raise UsageError(f"{reason}; name another folder, or token_cache=none") from None
         print(f"{reason}; continuing without", flush=True)
         return None
-    return TokenCache(folder, token_dtype(tokenizer), leader=leader)
+    identity = "\n".join((*source.cache_key, tokenizer.fingerprint(), folder.name))
+    return TokenCache(folder, token_dtype(tokenizer), identity, leader=leader)
 
 
 class Caches(Protocol):
@@ -102,8 +104,11 @@ class TokenCache:
     processes.
     """
 
-    def __init__(self, folder: Path, dtype: str, *, leader: bool = True) -> None:
+    def __init__(self, folder: Path, dtype: str, identity: str = "", *, leader: bool = True) -> None:
+        """identity: of the source, its version and the tokenizer. What was stored for another is not read."""
         self.folder, self.dtype, self.leader = folder, np.dtype(dtype).newbyteorder("<"), leader
+        self._identity = identity
+        self._said: set[str] = set()
         self._lock = threading.RLock()
         self._shards: dict[int, Shard] = {}
         self._writer: ShardWriter | None = None
@@ -183,15 +188,19 @@ class TokenCache:
 
     def shards(self) -> list[int]:
         """The shards of which something is stored."""
-        return sorted(int(path.stem.removeprefix("shard-")) for path in self.folder.glob("shard-*.jsonl"))
+        numbers = [path.stem.removeprefix("shard-") for path in self.folder.glob("shard-*.jsonl")]
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def verify(self) -> Iterator[tuple[int, int, TokenBlock | None]]:
         """Every stored block as (shard, block, its documents), read from the disk and verified; None for a
-        damaged one.
+        damaged one, and for what follows a damaged line.
         """
         for shard in self.shards():
-            for block in self._shard(shard).stored():
-                yield shard, block, self._read(shard, block)
+            stored = self._shard(shard).stored()
+            for block in stored:
+                yield shard, block, self._read(shard, block, heal=False)
+            if self._shard(shard).damage:
+                yield shard, len(stored), None
             with self._lock:
                 self._shards.pop(shard, None)
 
@@ -211,10 +220,15 @@ class TokenCache:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
-    def _read(self, shard: int, block: int) -> TokenBlock | None:
+    def _read(self, shard: int, block: int, heal: bool = True) -> TokenBlock | None:
         with self._lock:
             one = self._shard(shard)
             entry = one.entry(block)
+            if one.damage is not None and one.damage not in self._said:
+                self._said.add(one.damage)
+                _say(one.damage)
+                if heal:
+                    self._writer_of(shard)  # cuts the manifest off before the damage
             found = None if entry is None else one.read(entry)
             if entry is not None and found is None:
                 one.damaged.add(entry)
@@ -225,7 +239,7 @@ class TokenCache:
         if shard not in self._shards:
             while len(self._shards) >= 4:  # files and maps held open; runs read one or two shards at a time
                 self._shards.pop(next(iter(self._shards)))
-            self._shards[shard] = Shard(self.folder / f"shard-{shard:05d}", self.dtype)
+            self._shards[shard] = Shard(self.folder / f"shard-{shard:05d}", self.dtype, self._identity)
         return self._shards[shard]
 
     def _writer_of(self, shard: int) -> ShardWriter | None:
@@ -239,7 +253,7 @@ class TokenCache:
         self.release()
 
         def begin() -> None:
-            self._writer = ShardWriter(stem, self.dtype)
+            self._writer = ShardWriter(stem, self.dtype, self._identity)
 
         try:
             self._store(shard, begin)

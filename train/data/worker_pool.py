@@ -1,9 +1,11 @@
 """Processes that tokenise. They start when the first block needs them, and end with the training process.
 
-They are spawned, not forked, since a process with threads and a GPU must not fork; `concurrent.futures` hands
-out the work. Three things it does not do are done here: a worker does not import the program's main module,
-and with it torch; it ignores a Ctrl-C, which is meant for the training loop; and it ends when the training
-process is killed.
+They are spawned, not forked, since a process with threads and a GPU must not fork. Each is served by a thread
+of a `ThreadPoolExecutor` over a pipe of its own, which ends with the process: whatever ends a worker, the
+thread that waits for it is woken, and no future stays open. (With a queue that processes share, a worker that
+is killed while it writes, or a helper thread that cannot start, leaves futures that nobody will finish.) A
+worker does not import the program's main module, and with it torch; it ignores a Ctrl-C, which is meant for
+the training loop; and it ends when the training process is killed.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import os
 import signal
 import sys
 import threading
-import time
 import types
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.context import SpawnContext, SpawnProcess
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +31,10 @@ if TYPE_CHECKING:
     from smollm2.pretrained.tokenizer import Tokenizer
 
 CHUNK_CHARACTERS, CHUNK_DOCUMENTS = 1 << 18, 1 << 12  # of a block, for one worker: a few tenths of a second
-SHUTDOWN_TIMEOUT = 2.0  # seconds that workers have to finish their chunk when the pool is closed
+START_TIMEOUT = 300.0  # seconds in which a worker must have imported what it needs
+SHUTDOWN_TIMEOUT = 2.0  # seconds in which a killed worker is gone
 _QUIET = {signal.SIGINT, signal.SIGTERM}
 _starting = threading.Lock()
-_encoder: Encoder | None = None  # of this worker process
 
 
 class _WorkerProcess(SpawnProcess):
@@ -62,18 +64,24 @@ class _WorkerProcess(SpawnProcess):
         self.kill()
 
 
-class _Context(SpawnContext):
-    Process = _WorkerProcess
-
-
-def _start_worker(tokenizer_json: str, end: int, dtype: str) -> None:
+def _work(connection: Connection, tokenizer_json: str, end: int, dtype: str) -> None:
+    """What a worker does: it says that it is ready, then answers chunks until the pipe is closed."""
     for number in _QUIET:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     os.environ["RAYON_NUM_THREADS"] = "1"
-    global _encoder
-    _encoder = Encoder(tokenizer_json, end, dtype)
+    encoder = Encoder(tokenizer_json, end, dtype)
+    answer: TokenBlock | str | None = None
+    with suppress(EOFError, OSError):
+        while True:
+            connection.send(answer)
+            try:
+                answer = encoder(*connection.recv())
+            except (EOFError, OSError):
+                raise
+            except BaseException as error:  # noqa: BLE001 - the tokenizer's panics are none of Exception
+                answer = f"{type(error).__name__}: {error}"
 
 
 def _leave_with_parent() -> None:
@@ -83,9 +91,31 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _tokenise(documents: list[Any], select: Select | None) -> TokenBlock:
-    assert _encoder is not None  # the initializer ran
-    return _encoder(documents, select)
+class _Worker:
+    """A worker process, for the thread that serves it."""
+
+    def __init__(self, start: tuple[Any, ...]) -> None:
+        """Raises OSError where it cannot be started."""
+        self._connection, theirs = multiprocessing.Pipe()
+        self.process = _WorkerProcess(target=_work, args=(theirs, *start), daemon=True)
+        try:
+            self.process.start()
+        finally:
+            theirs.close()  # so that the pipe ends with the process
+
+    def ready(self) -> None:
+        """Waits until it has started. Raises EOFError or TimeoutError."""
+        if not self._connection.poll(START_TIMEOUT):
+            self.process.kill()
+            raise TimeoutError(f"it did not start in {START_TIMEOUT:.0f} s")
+        self._connection.recv()
+
+    def ask(self, documents: list[Any], select: Select | None) -> TokenBlock:
+        self._connection.send((documents, select))
+        answer = self._connection.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
 
 
 class Pending:
@@ -100,7 +130,7 @@ class Pending:
         return sum(not part.done() for part in self._parts)
 
     def result(self, stop: threading.Event) -> TokenBlock:
-        """Waits for the block. Raises LoadError when a worker died, and Stopped when `stop` is set first."""
+        """Waits for the block. Raises LoadError if a worker failed, and Stopped if `stop` is set first."""
         return join([self._pool.wait(part, stop) for part in self._parts], self._pool.dtype)
 
 
@@ -122,7 +152,9 @@ class WorkerPool:
         self.workers, self.dtype, self._select = workers, token_dtype(tokenizer), select
         self._start = (tokenizer.to_json(), end, self.dtype)
         self._encoder: Encoder | None = None
-        self._executor: ProcessPoolExecutor | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._threads = threading.local()  # of each its worker
+        self._workers: list[_Worker] = []
 
     def encode(self, documents: Sequence[Any]) -> TokenBlock:
         """Tokenises here and now."""
@@ -138,52 +170,57 @@ class WorkerPool:
             done.set_result(self.encode(documents))
             return Pending(self, [done])
         if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                self.workers, mp_context=_Context(), initializer=_start_worker, initargs=self._start
-            )  # fmt: skip
+            self._executor = ThreadPoolExecutor(self.workers, "tokenise")
         try:
-            parts = [self._executor.submit(_tokenise, part, self._select) for part in _chunks(documents)]
-            return Pending(self, parts)
-        except (BrokenProcessPool, OSError) as error:
-            raise self._dead(error) from None
+            return Pending(self, [self._executor.submit(self._ask, part) for part in _chunks(documents)])
+        except RuntimeError as error:  # no thread can be started
+            raise _failed(str(error)) from None
+
+    def _ask(self, documents: list[Any]) -> TokenBlock:
+        """In a thread: hands a chunk to its worker, and waits. Raises LoadError when the worker fails."""
+        worker: _Worker | None = getattr(self._threads, "worker", None)
+        try:
+            if worker is None:
+                worker = self._threads.worker = _Worker(self._start)
+                self._workers.append(worker)
+                worker.ready()
+            return worker.ask(documents, self._select)
+        except BaseException as error:  # noqa: BLE001 - whatever it was, there will be no answer
+            raise _failed(_reason(error, worker)) from error
 
     def wait(self, part: Future[TokenBlock], stop: threading.Event) -> TokenBlock:
         while not stop.is_set():
             try:
                 return part.result(timeout=0.1)
-            except BrokenProcessPool as error:
-                raise self._dead(error) from None
             except NotYet:
                 continue
+            except CancelledError:
+                break
         raise Stopped
 
     @property
     def processes(self) -> list[_WorkerProcess]:
         """Those that run, or died."""
-        return list((getattr(self._executor, "_processes", None) or {}).values())
+        return [worker.process for worker in self._workers]
 
     def close(self) -> None:
-        """Ends the workers: after the chunk that each is at, or by force after two seconds."""
+        """Ends the workers by force: what they are at is not wanted any more."""
         if self._executor is None:
             return
-        processes = self.processes
         self._executor.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
             process.join(SHUTDOWN_TIMEOUT)
-            if process.is_alive():
-                process.terminate()
         self._executor = None
 
-    def _dead(self, error: Exception) -> Exception:
-        from smollm2.errors import LoadError
 
-        end = time.monotonic() + SHUTDOWN_TIMEOUT  # the executor kills the others: then all have an exit code
-        while time.monotonic() < end and any(process.exitcode is None for process in self.processes):
-            time.sleep(0.01)
-        codes = [process.exitcode for process in self.processes if process.exitcode]
-        what = f"data: a worker process that tokenises ended unexpectedly ({_reason(codes) or error})"
-        fewer = "with fewer of them (workers=1, or workers=0 for none) if memory ran out"
-        return LoadError(f"{what}; continue with resume=auto, {fewer}")
+def _failed(reason: str) -> Exception:
+    from smollm2.errors import LoadError
+
+    what = f"data: a worker process that tokenises ended unexpectedly ({reason})"
+    fewer = "with fewer of them (workers=1, or workers=0 for none) if memory ran out"
+    return LoadError(f"{what}; continue with resume=auto, {fewer}")
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -191,15 +228,16 @@ def token_dtype(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
-def _reason(codes: list[int]) -> str:
-    """How the first of them ended; those that the executor killed because of it are passed over."""
-    if not codes:
-        return ""
-    code = next((code for code in codes if code != -signal.SIGKILL), codes[0])
-    if code > 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name
-    return f"killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
+def _reason(error: BaseException, worker: _Worker | None) -> str:
+    """How the worker ended; the error where it did not end, or never began."""
+    if worker is not None and isinstance(error, (EOFError, OSError)):
+        worker.process.join(SHUTDOWN_TIMEOUT)
+        if (code := worker.process.exitcode) is not None:
+            if code >= 0:
+                return f"exit code {code}"
+            name = signal.Signals(-code).name
+            return f"killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
+    return str(error) or type(error).__name__
 
 
 def _chunks(documents: Sequence[Any]) -> Iterator[list[Any]]:
