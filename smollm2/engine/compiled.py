@@ -47,15 +47,24 @@ class CompiledEngine(Engine):
         # What torch._inductor.aoti_load_package wraps, without the second that importing Inductor takes.
         self.package = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
         self.why = f"{why}, loaded in {time.perf_counter() - began:.2f} s"
-        self.weights = tree_leaves(step_weights(below))
+        self.compiled_for = self._kind()
+        self.weights: list[Any] = []
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        return self.below.prefill(input_ids, lengths, cache)
+    def _kind(self) -> tuple[object, ...]:
+        return self.model.config, self.model.device, self.model.dtype
 
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def renew(self) -> None:
+        super().renew()
+        self.below.renew()
+        self.below.renewed = True
+        fits = self.plain and self._kind() == self.compiled_for
+        self.weights = tree_leaves(step_weights(self.below)) if fits else []
+
+    def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         length = int(cache.lengths[0])
-        if tokens.shape != (1, 1) or length < 2:  # the exporter takes sizes of 0 and 1 for constants
+        # The exporter takes sizes of 0 and 1 for constants. Without weights the package is for another dtype,
+        # or would not call what was added to the layers.
+        if tokens.shape != (1, 1) or length < 2 or not self.weights:
             return self.below.decode(tokens, cache)
         cache.advance(1)
         keys, values = cache.keys[:, 0], cache.values[:, 0]  # [layers, S, K, D]
@@ -74,13 +83,15 @@ def step_weights(engine: Engine) -> tuple[Any, ...]:
     embedding, norm = model.model.embed_tokens.weight.detach(), model.model.norm.weight.detach()
     tuples = weights.changed(lambda matrix: matrix if isinstance(matrix, Tensor) else tuple(matrix))
     layers = [tuple(layer) for layer in tuples.layers]
-    return *model.model.rotary(embedding.device), embedding, norm, tuples.head, layers
+    # the package is compiled for tables of this length
+    cos, sin = model.model.rotary(embedding.device, model.config.max_position_embeddings)
+    return cos, sin, embedding, norm, tuples.head, layers
 
 
 def package_path(engine: Engine) -> Path:
     """Where the package of this engine's step lies, or would lie."""
     model, config, threads = engine.model, engine.model.config, torch.get_num_threads()
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     what = dtype if engine.name == "eager" else f"{engine.name}-{dtype}"
     # Neither the numbers of special tokens nor training's settings change the code.
     sizes = [
@@ -122,7 +133,7 @@ def build_package(engine: Engine) -> Path:
             f"compile: needs a C++ compiler, {compiler!r} was not found; "
             "install one, or name it in the variable CXX"
         )
-    config, dtype = engine.model.config, engine.model.lm_head.weight.dtype
+    config, dtype = engine.model.config, engine.model.dtype
     weights = step_weights(engine)
     print(f"compiling the decode step into {path} (about a minute, once)", file=sys.stderr, flush=True)
     began = time.perf_counter()

@@ -95,7 +95,7 @@ def load_model(
     dtype = dtype or functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
     # a folder of the user's is converted in memory alone
     kept = path.is_dir() and path != Path(source).expanduser()
-    if kept and device.type == "cpu" and any(tensor.dtype != dtype for tensor in tensors.values()):
+    if kept and device.type == "cpu":
         tensors = _converted_once(path, tensors, dtype)
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     # strict but for the head; the model's own method would pack too early
@@ -104,10 +104,9 @@ def load_model(
         if isinstance(module, FusedProjections):
             module.packed = _joined([projection.weight for projection in module.projections()])
     model.tie_weights()
-    model.pack()
-    # tensors of inference mode do not count their changes
-    if path.is_dir() and not torch.is_inference_mode_enabled():
-        _origins[model] = path, model.versions()
+    model.lay_out()
+    if path.is_dir():
+        _origins[model] = path, kept
     return model.eval()
 
 
@@ -151,15 +150,39 @@ def _joined(weights: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided(shape, (first.shape[1], 1))
 
 
-# Where the weights of a model came from, and their versions then.
-_origins: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[Path, list[tuple[int, int]]]]
+# Where the weights of a model came from, and whether the cache keeps them in other dtypes.
+_origins: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[Path, bool]]
 _origins = weakref.WeakKeyDictionary()
 
 
 def origin(model: SmolLM2ForCausalLM) -> Path | None:
-    """The folder whose weights the model has, for as long as none of them is changed; else None."""
-    path, versions = _origins.get(model, (None, []))
-    return path if path is not None and versions == model.versions() else None
+    """The folder from which the model was loaded, if its files have the model's weights in the model's dtype,
+    value by value; else None. So neither a model that was changed by any means has one, nor one whose folder
+    was.
+    """
+    path, kept = _origins.get(model, (None, False))
+    if path is None:
+        return None
+    try:
+        tensors = read_tensors(path, torch.device("cpu"))
+        if kept:
+            tensors = _converted_once(path, tensors, model.dtype)
+        for name, weight in stored_tensors(model).items():
+            if not _same(tensors[name].to(weight.dtype), weight.detach().cpu()):
+                return None
+    except (LoadError, KeyError):
+        return None
+    return path
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one dtype have the same shape and bits."""
+    pair = [tensor.contiguous().flatten() for tensor in (first, second)]
+    # eight bytes at a time are compared four times as fast as two
+    wide = all(not one.nbytes % 8 and not one.storage_offset() * one.itemsize % 8 for one in pair)
+    return first.shape == second.shape and torch.equal(
+        *(one.view(torch.int64 if wide else torch.uint8) for one in pair)
+    )
 
 
 def save_model(model: SmolLM2ForCausalLM, folder: str | Path) -> None:
@@ -189,7 +212,9 @@ def write_weights(folder: str | Path, config: SmolLM2Config, tensors: dict[str, 
 
 
 def _converted_once(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a folder in that dtype, from the cache."""
+    """The tensors of a folder in that dtype: as they are, or from the cache."""
+    if all(tensor.dtype == dtype for tensor in tensors.values()):
+        return tensors
     name = str(dtype).removeprefix("torch.")
 
     def prepare() -> Callable[[Path], None]:
