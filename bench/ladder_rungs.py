@@ -16,8 +16,8 @@ from bench.step import all_logits, training_model
 from kernels import TORCH, Backend, reference, with_ops
 from kernels.eager.linear import mlp
 from smollm2.config import SmolLM2Config
-from smollm2.layers import Cache, SmolLM2Attention, SmolLM2MLP
-from smollm2.model import SmolLM2ForCausalLM
+from smollm2.layers import Cache
+from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
 
 # What changes at each, and the operations that come from the best backend from there on.
 RUNGS: dict[str, tuple[str, ...]] = {

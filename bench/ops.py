@@ -17,7 +17,7 @@ from bench import weight_ops, work
 from bench.case import Case, Compile, Shapes, compile_with, from_liger, from_quack, library, normal
 from bench.peers import status
 from kernels import TORCH, Backend, LayerWeights
-from smollm2.layers import rotary_tables
+from smollm2.model import rotary_tables
 
 EPS = 1e-5
 # at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused

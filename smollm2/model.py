@@ -28,6 +28,7 @@ from smollm2.layers import (
     SmolLM2Model,
     autocast_dtype,
 )
+from smollm2.layers import rotary_tables as rotary_tables  # for those who import it from here
 from smollm2.projections import FusedProjections, apply, is_plain
 from smollm2.working_copies import WorkingCopies
 
@@ -110,9 +111,9 @@ class SmolLM2ForCausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.initialise()
-        self.lay_out()
         self.engine: object = None  # kept here by smollm2.engine.select.default_engine between generations
         self.working_copies: WorkingCopies | None = None
+        self.lay_out()
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs and copies of this model's weights are of no use to a copy of the model.
@@ -265,8 +266,13 @@ class SmolLM2ForCausalLM(nn.Module):
                 module.pack()
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode; packs the weights, so that no step has to concatenate them."""
+        """Training mode; packs the weights, so that no step has to concatenate them. Working copies are made
+        anew in either direction, since a write through `.data` does not show.
+        """
         super().train(mode)
+        if self.working_copies is not None:
+            self.working_copies.invalidate()
+            self.working_copies.refresh()
         if mode:
             self._check_dropout()
             self.lay_out()

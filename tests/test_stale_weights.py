@@ -24,6 +24,7 @@ from smollm2.engine.quantized import QuantizedEngine, quantize_all, quantized_la
 from smollm2.generation.batch import generate_many
 from smollm2.generation.speculative import DraftModel, speculative_steps
 from smollm2.pretrained.load import load_model, origin, save_model
+from smollm2.working_copies import WorkingCopies
 from train.config import RunConfig
 from train.evaluation import sample
 
@@ -65,8 +66,8 @@ def by_order(model: SmolLM2ForCausalLM) -> None:
 def by_address(model: SmolLM2ForCausalLM) -> None:
     """As a kernel writes that torch knows nothing of."""
     for parameter in model.parameters():
-        memory = parameter.detach().view(torch.int16).numpy()
-        memory[...] = torch.randn(parameter.shape).bfloat16().view(torch.int16).numpy()
+        memory = parameter.detach().view(torch.uint8).numpy()
+        memory[...] = torch.randn(parameter.shape).to(parameter.dtype).view(torch.uint8).numpy()
 
 
 def by_loading(assign: bool) -> Callable[[SmolLM2ForCausalLM], None]:
@@ -193,6 +194,30 @@ def test_samples_of_a_training_run_are_those_of_its_weights():
     fused(torch.optim.AdamW)(model)
     after = sample(model, tokenizer, config)
     assert after == sample(copy.deepcopy(model), tokenizer, config) != before
+
+
+@pytest.mark.parametrize("write", ["data", "address", "vector", "fused AdamW", "load, assigned"])
+def test_an_evaluation_reads_no_working_copy_of_before(write):
+    """Weights swapped for an average and back, as training loops do around an evaluation."""
+    model = tiny_model().train()
+    model.compute_dtype = torch.bfloat16
+    model.use_working_copies(WorkingCopies(model, torch.bfloat16))
+
+    def losses() -> list[float]:
+        twin = copy.deepcopy(model)
+        assert twin.working_copies is None and model.working_copies is not None
+        return [one(IDS, labels=IDS).loss.item() for one in (model, twin)]
+
+    model.working_copies.refresh()
+    (before, _), kept = losses(), [parameter.detach().clone() for parameter in model.parameters()]
+    WRITES[write](model)
+    model.eval()
+    ours, expected = losses()
+    assert ours == expected != before
+    for parameter, value in zip(model.parameters(), kept, strict=True):
+        parameter.data.copy_(value)
+    model.train()
+    assert losses() == [before, before]
 
 
 def test_weights_are_looked_at_once_a_batch_and_not_at_every_token(monkeypatch):

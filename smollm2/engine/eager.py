@@ -12,13 +12,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager_step import Weights, decode_step, packed_weights, supports
 from smollm2.layers import Cache, autocast_dtype, new_positions
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.projections import apply
+from smollm2.projections import apply, is_plain
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -41,7 +42,8 @@ def prefill(model: SmolLM2ForCausalLM, input_ids: Tensor, lengths: Tensor, cache
     with outside_autocast(input_ids.device):
         hidden = model.model(input_ids, cache=layers)
         last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
-        return apply(model.lm_head, last)
+        head = model.lm_head
+        return F.linear(last, head.weight) if is_plain(head) else apply(head, last)
 
 
 class Engine:
