@@ -79,7 +79,9 @@ def load_model(
 
     device: default cpu. dtype: of the parameters; by default as stored, and the widest where a file mixes
     several. Ids of special tokens in generation_config.json take precedence over config.json, as in
-    transformers. Raises LoadError naming the file, and the tensor with the shape expected and found.
+    transformers. Parameters that a subclass (`model_class`) adds are read where the file has them, else they
+    stay as its constructor makes them, and a warning names them. Raises LoadError naming the file, and the
+    tensor with the shape expected and found.
     """
     device, dtype = torch.device(device or "cpu"), parse_dtype(dtype)
     backend = select_backend(backend, device)  # for the device of use: the model is built on meta
@@ -91,7 +93,8 @@ def load_model(
         config, tensors = _read_config(path), read_tensors(path, device)
     with torch.device("meta"), _NamesAndShapes():
         model = model_class(config, backend=backend)
-    _check_tensors(tensors, model, path)
+        plain = model if model_class is SmolLM2ForCausalLM else SmolLM2ForCausalLM(config, backend=backend)
+    _check_tensors(tensors, model, plain, path)
     dtype = dtype or functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
     # a folder of the user's is converted in memory alone
     kept = path.is_dir() and path != Path(source).expanduser()
@@ -100,6 +103,14 @@ def load_model(
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     # strict but for the head; the model's own method would pack too early
     nn.Module.load_state_dict(model, tensors, strict=False, assign=True)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    added = [name for name, tensor in named if tensor.is_meta and name != HEAD]
+    if added:  # by a subclass, whose constructor says how they begin
+        message = "%s: not in the file, and so left as %s makes them: %s"
+        logger.warning(message, path, model_class.__name__, abbreviate(added))
+        with torch.device(device):
+            model = model_class(config, backend=backend).to(dtype)
+        nn.Module.load_state_dict(model, tensors, strict=False, assign=True)
     for module in model.modules():
         if isinstance(module, FusedProjections):
             module.packed = _joined([projection.weight for projection in module.projections()])
@@ -238,13 +249,15 @@ def _read_config(folder: Path) -> SmolLM2Config:
     return config.replace(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
 
 
-def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, where: Path) -> None:
-    """Compares names, shapes and dtypes with those of the model; removes what is known to be redundant."""
+def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, plain: nn.Module, where: Path) -> None:
+    """Compares names, shapes and dtypes with those of the model; removes what is known to be redundant. Only
+    what the plain model has must be there.
+    """
     expected: Mapping[str, torch.Size]
     expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != HEAD}
     for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
         del tensors[name]  # a buffer that old versions of transformers stored
-    missing = sorted(set(expected) - set(tensors))
+    missing = sorted(plain.state_dict().keys() - {HEAD} - tensors.keys())
     if missing:
         raise LoadError(f"{where}: {len(missing)} tensors missing: {abbreviate(missing)}")
     unexpected = sorted(set(tensors) - set(expected) - {HEAD})
@@ -252,6 +265,8 @@ def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, where: Path) ->
         shown = abbreviate(unexpected)
         raise LoadError(f"{where}: {len(unexpected)} tensors that this model does not have: {shown}")
     for name, shape in expected.items():
+        if name not in tensors:
+            continue
         found, dtype = tensors[name].shape, tensors[name].dtype
         if found != shape:
             raise LoadError(f"{where}: {name}: expected shape {list(shape)}, got {list(found)}")
