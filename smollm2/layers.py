@@ -54,10 +54,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if active else None
 
 
-def new_positions(cache: Cache, tokens: int) -> Tensor:
-    """The positions [B, T] of the tokens of a decode step."""
-    assert cache.lengths is not None
-    return cache.lengths[:, None] - tokens + torch.arange(tokens, device=cache.lengths.device)
+def new_positions(lengths: Tensor, tokens: int) -> Tensor:
+    """lengths [B], which count the tokens of a decode step -> their positions [B, T]."""
+    return lengths[:, None] - tokens + torch.arange(tokens, device=lengths.device)
 
 
 class RMSNorm(nn.Module):
@@ -112,7 +111,8 @@ class SmolLM2Attention(FusedProjections):
             cache.values[:, -x.shape[1] :] = v
             mixed = self.backend.attention(q, cache.keys, cache.values, doc_start)
         else:
-            row, position = torch.arange(len(x), device=x.device)[:, None], new_positions(cache, x.shape[1])
+            row = torch.arange(len(x), device=x.device)[:, None]
+            position = new_positions(cache.lengths, x.shape[1])
             cache.keys[row, position], cache.values[row, position] = k, v
             mixed = self.backend.decode_attention(q, cache.keys, cache.values, cache.lengths)
         return self.apply_one(self.o_proj, mixed.flatten(2))
@@ -233,7 +233,7 @@ class SmolLM2Model(nn.Module):
         positions = max(length, cache[0].keys.shape[1] if cache else 1)
         cos, sin = self.rotary(input_ids.device, positions)
         if cache and cache[0].lengths is not None:
-            position = new_positions(cache[0], length)
+            position = new_positions(cache[0].lengths, length)
             cos, sin = cos[position], sin[position]
         elif doc_start is not None:
             position = torch.arange(length, device=input_ids.device) - doc_start

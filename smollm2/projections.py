@@ -27,8 +27,8 @@ def is_plain(layer: nn.Module, kinds: Collection[type[nn.Module]] = (nn.Linear,)
     return (
         type(layer) in kinds
         and not (hooks or layer._backward_pre_hooks or "forward" in layer.__dict__ or _has_any_global_hook())
-        and getattr(layer, "bias", None) is None
-        and getattr(layer, "max_norm", None) is None  # an embedding with it rescales its rows
+        and layer._parameters.get("bias") is None
+        and layer.__dict__.get("max_norm") is None  # an embedding with it rescales its rows
     )
 
 

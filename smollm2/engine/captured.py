@@ -189,9 +189,8 @@ class DecodeLoop:
         if step.sampler.needs_noise:
             noise = self.noise.gather(1, self.cache.lengths[:, None]).squeeze(1)
         chosen = step.sampler(logits, noise, self.seen)[:, None].masked_fill(self.finished[:, None], step.pad)
-        self.output.index_copy_(
-            0, self.slot, chosen.T
-        )  # a row marked as not finite included: see read_tokens
+        self.output.index_copy_(0, self.slot, chosen.T)
+        # `output` keeps the mark of a row that is not finite, for read_tokens; the embedding has no such row
         torch.clamp(chosen, min=0, out=self.tokens)
         if step.sampler.needs_seen:
             self.seen.scatter_(1, self.tokens, True)

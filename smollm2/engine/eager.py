@@ -90,10 +90,10 @@ class Engine:
         if self.plain and supports(model, cache):
             return decode_step(model, self._weights(tokens.numel()), tokens, cache).float()
         cache.advance(length)
-        layers = [Cache(*cache.layer(index), cache.lengths) for index in range(len(model.model.layers))]
         if not self.plain:
+            layers = [Cache(*cache.layer(index), cache.lengths) for index in range(len(model.model.layers))]
             return apply(model.lm_head, model.model(tokens, cache=layers)).float()
-        position = new_positions(layers[0], length)
+        position = new_positions(cache.lengths, length)
         cos, sin = (table[position] for table in model.model.rotary(tokens.device, cache.capacity))
         return self._composed(model.model.embed_tokens(tokens), cos, sin, cache)
 
