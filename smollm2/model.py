@@ -84,6 +84,8 @@ class SmolLM2ForCausalLM(nn.Module):
     backward pass.
 
     Adapters, hooks and other layers in the place of the model's own are called, in training and generation.
+    Generation calls the layers and the head, not this class's forward: a hook on the whole sees training
+    alone.
 
     Initialised from torch's global generator as nanotron does for SmolLM2: normal with std initializer_range,
     and initializer_range / sqrt(2 * layers) for the projections that write to the residual stream (o_proj and

@@ -13,11 +13,13 @@ from torch.nn.utils import parametrizations, parametrize
 
 from smollm2 import SmolLM2ForCausalLM, generate
 from smollm2.engine.captured import DecodeLoops
+from smollm2.engine.compiled import step_weights
 from smollm2.engine.eager import Engine
 from smollm2.engine.quantized import QuantizedEngine
 from smollm2.engine.select import default_engine, select_engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
+from smollm2.perplexity import perplexity as score
 from smollm2.projections import is_plain
 
 
@@ -173,10 +175,21 @@ def test_engines_that_read_weights_refuse_or_call():
             call()
     with pytest.raises(UsageError, match="compile: the compiled step is for the model's own layers"):
         select_engine(model, compiled=True)
+    with pytest.raises(UsageError, match="compile: expected the model's own layers"):
+        step_weights(Engine(model))
     for engine in (compiled, select_engine(model, compiled="auto"), default_engine(model)):
         assert torch.equal(generate(model, ids, max_new_tokens=9, eos_token_id=[], engine=engine), expected)
     row = dict(generate_many(model, ids.tolist(), max_new_tokens=9))[0]
     assert row == expected[0, 6:].tolist()
+
+
+@pytest.mark.parametrize(("name", "change"), [CHANGES[0], CHANGES[7], CHANGES[8]])
+def test_a_text_is_scored_by_what_the_model_answers(name, change):
+    model, ids = changed_model(name, change, "torch"), torch.arange(30, device=DEVICE)
+    logits = model(ids[None]).logits[0, :-1].float()
+    expected = nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    assert score(model, ids, 30, 15).nats == pytest.approx(expected, rel=1e-5)
+    assert score(model, ids, 30, 15, engine=Engine(model)).nats == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_decode_loop_calls_them_where_nothing_is_captured():

@@ -21,6 +21,7 @@ from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import digest
 from smollm2.engine.exported_step import DecodeStep
 from smollm2.engine.quantized import QuantizedEngine, quantize_all, quantized_layers
+from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
 from smollm2.generation.speculative import DraftModel, speculative_steps
 from smollm2.pretrained.load import load_model, origin, save_model
@@ -159,6 +160,14 @@ def test_an_engine_follows_its_model_to_another_dtype(kind):
     if kind == "compiled":  # its package is for the dtype before: the engine below takes over
         expected = decode_logits(Engine(copy.deepcopy(model)))
     assert torch.equal(decode_logits(engine), expected)
+
+
+def test_a_quantised_engine_does_not_follow_its_model_off_the_cpu():
+    model = bf16_model()
+    engine = QuantizedEngine(model, "int8")
+    model.to("meta")
+    with pytest.raises(UsageError, match="quantize=int8 runs on the CPU only, the model is on meta"):
+        engine.decode(IDS.to("meta"), engine.allocate(2, 9))
 
 
 def many(model: SmolLM2ForCausalLM, engine: Engine) -> object:

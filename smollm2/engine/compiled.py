@@ -75,8 +75,12 @@ class CompiledEngine(Engine):
 
 
 def step_weights(engine: Engine) -> tuple[Any, ...]:
-    """The `tensors` of a DecodeStep for an eager or int8 engine. Raises UsageError for int4."""
+    """The `tensors` of a DecodeStep for an eager or int8 engine. Raises UsageError for int4, and for a model
+    with other layers than its own.
+    """
     model = engine.model
+    if not model.is_plain():
+        raise UsageError("compile: expected the model's own layers, and some were replaced or hooked")
     weights = engine.few if isinstance(engine, QuantizedEngine) else plain_weights(model)
     if any(isinstance(matrix, Int4Weight) for matrix in weights.matrices()):
         raise UsageError("compile: the compiled step takes plain or int8 weights, got int4")
@@ -91,7 +95,7 @@ def step_weights(engine: Engine) -> tuple[Any, ...]:
 def package_path(engine: Engine) -> Path:
     """Where the package of this engine's step lies, or would lie."""
     model, config, threads = engine.model, engine.model.config, torch.get_num_threads()
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     what = dtype if engine.name == "eager" else f"{engine.name}-{dtype}"
     # Neither the numbers of special tokens nor training's settings change the code.
     sizes = [
@@ -133,7 +137,7 @@ def build_package(engine: Engine) -> Path:
             f"compile: needs a C++ compiler, {compiler!r} was not found; "
             "install one, or name it in the variable CXX"
         )
-    config, dtype = engine.model.config, engine.model.dtype
+    config, dtype = engine.model.config, engine.model.lm_head.weight.dtype
     weights = step_weights(engine)
     print(f"compiling the decode step into {path} (about a minute, once)", file=sys.stderr, flush=True)
     began = time.perf_counter()

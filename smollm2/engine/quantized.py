@@ -188,7 +188,8 @@ class QuantizedEngine(Engine):
 
     def renew(self) -> None:
         super().renew()
-        if not self.plain or digest(self.model) != self._digest:
+        readable = self.plain and self.model.device.type == "cpu"  # else quantising says what is wrong
+        if not readable or digest(self.model) != self._digest:
             self._quantise()
 
     def _quantise(self) -> None:
