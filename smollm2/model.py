@@ -163,7 +163,7 @@ class SmolLM2ForCausalLM(nn.Module):
         self,
         input_ids: Tensor | Sequence[Sequence[int]],
         labels: Tensor | Sequence[Sequence[int]] | None = None,
-        doc_start: Tensor | None = None,
+        doc_start: Tensor | Sequence[Sequence[int]] | None = None,
         *,
         reduction: str = "mean",
         scale: Tensor | None = None,
@@ -173,11 +173,12 @@ class SmolLM2ForCausalLM(nn.Module):
         labels [B, T]: the input ids themselves (the targets are shifted here), -100 is ignored. doc_start
         [B, T] int32: where in the row the document of each token begins; attention and targets do not cross
         documents, positions restart. reduction: "mean" over valid targets or "sum". scale: fp32 scalar on the
-        device, a factor of the loss. Nested lists will do for the first two. Raises UsageError for ids out of
+        device, a factor of the loss. The first three may be nested lists. Raises UsageError for ids out of
         range, other shapes, and attention dropout in training where the backend has none.
         """
         input_ids = token_ids("input_ids", input_ids, self)
         labels = None if labels is None else token_ids("labels", labels, self)
+        doc_start = None if doc_start is None else token_ids("doc_start", doc_start, self)
         self._check_input(input_ids, labels, doc_start)
         if self.training:
             self._check_dropout()

@@ -36,6 +36,9 @@ def test_ids_of_any_integer_kind_are_those_of_a_tensor(ids):
     assert torch.equal(generate(model, ids, **options), generate(model, tensor, **options))
     assert torch.equal(model(ids).logits, model(tensor).logits)
     assert torch.equal(model(ids, labels=ids).loss, model(tensor, labels=tensor).loss)
+    starts = [[0, 0, 2], [0, 1, 1]]
+    expected = model(tensor, doc_start=torch.tensor(starts, dtype=torch.int32)).logits
+    assert torch.equal(model(ids, doc_start=starts).logits, expected)
     first = next(speculative_steps(model, ids[:1], draft=PromptLookup(), max_new_tokens=4))
     assert first == generate(model, tensor[:1], **options)[0, 3:4].tolist()
     masked = generate(model, ids, [[1, 1, 0], [1, 1, 1]], **options)
@@ -66,6 +69,15 @@ def test_other_ids_are_refused_in_one_line(ids, message):
         with pytest.raises(UsageError, match=message) as refusal:
             call()
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_made_in_inference_mode_generates(dtype):
+    with torch.inference_mode():
+        model = tiny_model().to(dtype)
+        ours = generate(model, ROWS, max_new_tokens=3)
+    assert torch.equal(ours, generate(tiny_model().to(dtype), ROWS, max_new_tokens=3))
+    assert torch.equal(ours, generate(model, ROWS, max_new_tokens=3))
 
 
 @pytest.mark.parametrize("ids", [[], [[]], [[], []], torch.zeros(1, 0, dtype=torch.int64)])
