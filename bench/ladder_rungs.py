@@ -16,6 +16,7 @@ from bench.step import all_logits, training_model
 from kernels import TORCH, Backend, reference, with_ops
 from kernels.eager.linear import mlp
 from smollm2.config import SmolLM2Config
+from smollm2.layers import Cache
 from smollm2.model import SmolLM2Attention, SmolLM2ForCausalLM, SmolLM2MLP
 
 # What changes at each, and the operations that come from the best backend from there on.
@@ -92,7 +93,7 @@ class SeparateAttention(SmolLM2Attention):
         cos: Tensor,
         sin: Tensor,
         doc_start: Tensor | None = None,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         assert cache is None, "the ladder trains"
         q, k, v = (

@@ -440,7 +440,7 @@ def attention(
     sees no key. Raises ValueError naming what was expected; dropout is not supported. Same semantics as
     `kernels.reference.attention`.
     """
-    checks.attention("attention", q, k, v, doc_start)
+    checks.attention("attention", q, k, v, doc_start, scale)
     checks.kernel_dtype("attention", q)
     (q.shape[3] in HEAD_DIMS) or checks.refuse("attention", f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
     wanted = "dropout_p = 0 (for dropout use backend 'triton,attention=torch')"

@@ -7,6 +7,7 @@ device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -110,8 +111,13 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> None:
     rope(qkv[:, :, : -2 * key_heads], qkv[:, :, -2 * key_heads : -key_heads], cos, sin)
 
 
-def attention(op: str, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None) -> None:
-    """q [B, T, H, D], k and v [B, S, K, D] with H a multiple of K and S >= T, doc_start [B, T] integer."""
+def attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, scale: float | None = None
+) -> None:
+    """q [B, T, H, D], k and v [B, S, K, D] with H a multiple of K and S >= T, doc_start [B, T] integer, a
+    finite scale.
+    """
+    (scale is None or math.isfinite(scale)) or refuse(op, "a finite scale", scale)
     q.dim() == 4 or refuse(op, "q of shape [B, T, H, D]", shape(q))
     batch, length, heads, head_dim = q.shape
     (k.dim() == 4 and k.shape[0] == batch and k.shape[3] == head_dim) or refuse(

@@ -238,9 +238,16 @@ def launch_config(op: str, dtype: torch.dtype, device: torch.device, size: int) 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The name of a device's target, "sm_90" or "gfx942", or "interpreter" when Triton runs in numpy."""
+    """The name of a device's target, "sm_90" or "gfx942", or "interpreter" when Triton runs in numpy. Raises
+    ValueError for a device that runs no Triton kernels.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return INTERPRETER
+    if device.type in ("cpu", "mps"):
+        raise ValueError(
+            f"Triton kernels: expected tensors on a CUDA, ROCm or XPU device, got {device.type}; set "
+            "TRITON_INTERPRET=1 before Python starts, or use backend 'torch', which computes the same"
+        )
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
         return name if name in AMD else AMD[0]

@@ -90,10 +90,10 @@ def attention(
 
     q [B, T, H, D], k and v [B, S, K, D] with S >= T -> [B, T, H, D]. Query head h reads key head h // G.
     doc_start [B, T]: the first key that each query sees; None means 0. The result of a query that sees no key
-    is zero. scale: default 1 / sqrt(D). Source: Vaswani et al. 2017 (arXiv 1706.03762), Ainslie et al. 2023
-    (arXiv 2305.13245).
+    is zero. scale: finite, default 1 / sqrt(D). Source: Vaswani et al. 2017 (arXiv 1706.03762), Ainslie et
+    al. 2023 (arXiv 2305.13245).
     """
-    checks.attention("attention", q, k, v, doc_start)
+    checks.attention("attention", q, k, v, doc_start, scale)
     length, keys = q.shape[1], k.shape[1]
     key = torch.arange(keys, device=q.device)
     seen = key <= torch.arange(keys - length, keys, device=q.device)[:, None]  # [T, S]

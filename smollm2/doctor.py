@@ -23,7 +23,8 @@ from kernels import Backend, check_name_clash
 from smollm2.cli import Parser, resolve_backend, resolve_device, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.engine.eager import Engine
-from smollm2.model import SmolLM2ForCausalLM, rotary_tables
+from smollm2.layers import ROTARY_POSITIONS, rotary_tables
+from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.load import load_model, load_tokenizer
 
 # transformers' own counts of the released models, the tied head counted once.
@@ -97,7 +98,8 @@ def check_causality(model: SmolLM2ForCausalLM) -> Finding:
 def check_rotary_shift(model: SmolLM2ForCausalLM) -> Finding:
     """The product of a rotated query and key depends only on their distance: shift both, and it stays."""
     config, device = model.config, _device(model)
-    cos, sin = rotary_tables(config, device)
+    positions = min(config.max_position_embeddings, ROTARY_POSITIONS)
+    cos, sin = rotary_tables(config, device, positions)
     generator = torch.Generator().manual_seed(0)
     pair = (torch.randn(1, 1, 1, config.head_dim, generator=generator).to(device) for _ in range(2))
     query, key = (vector.expand(1, 16, 1, -1) for vector in pair)
@@ -110,7 +112,7 @@ def check_rotary_shift(model: SmolLM2ForCausalLM) -> Finding:
         return q[0, :, 0] @ k[0, :, 0].T
 
     near = products(0)
-    far = products(config.max_position_embeddings - 16)
+    far = products(positions - 16)
     scale = query[0, 0].norm() * key[0, 0].norm()
     if not near.std() > 0.01 * scale:  # without rotation every pair has the same product
         return Finding("distance has no effect", "changes products", False)

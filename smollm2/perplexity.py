@@ -33,6 +33,7 @@ from smollm2.engine.select import select_engine
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.load import load_model, load_tokenizer
+from smollm2.projections import apply, is_plain
 
 WINDOW = 1024
 DECODE_TOKENS = 16  # what one decode step of an engine takes
@@ -114,7 +115,7 @@ def perplexity(
         raise UsageError(f"stride: expected a number from 1 to {window}, the window, got {stride}")
     model.config.check_ids("text", *(int(bound) for bound in ids.aminmax()))
 
-    ids = ids.to(model.lm_head.weight.device)
+    ids = ids.to(model.device)
     spans = list(windows(len(ids), window, stride))
     scored = 0
     total = torch.zeros((), dtype=torch.float64)
@@ -136,6 +137,8 @@ def perplexity(
 def _losses(model: SmolLM2ForCausalLM, ids: Tensor, first: int) -> Tensor:
     """-ln p of the tokens ids[first:] given those before them: [N - first] fp32."""
     hidden = model.model(ids[None], dtype=model.compute_dtype)[0, first - 1 : -1]
+    if not is_plain(model.lm_head):
+        return F.cross_entropy(apply(model.lm_head, hidden).float(), ids[first:], reduction="none")
     return model.backend.linear_cross_entropy(hidden, model.lm_head.weight, ids[first:], reduction="none")
 
 

@@ -6,12 +6,41 @@ training step nor a decode step has to concatenate them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from kernels.eager.linear import linear
 from smollm2.working_copies import WorkingCopies
+
+
+def is_plain(layer: nn.Module, kinds: Collection[type[nn.Module]] = (nn.Linear,)) -> bool:
+    """Whether a layer computes what its weight alone says, so that reading the weight may replace the call.
+
+    Not so with a type that is none of `kinds` itself (an adapter, a parametrization), a hook, a bias, or a
+    forward that was assigned to the layer.
+    """
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return (
+        type(layer) in kinds
+        and not (hooks or layer._backward_pre_hooks or "forward" in layer.__dict__ or _has_any_global_hook())
+        and layer._parameters.get("bias") is None
+        and layer.__dict__.get("max_norm") is None  # an embedding with it rescales its rows
+    )
+
+
+def apply(layer: nn.Module, x: Tensor, copy: Tensor | None = None) -> Tensor:
+    """x [..., K] -> [..., N] in the dtype of x: the product with a plain layer's weight, cast or as `copy`;
+    any other layer is called, in the dtype of its own parameters.
+    """
+    if is_plain(layer):
+        return linear(x, layer.weight, copy)  # type: ignore[arg-type]
+    dtypes = (parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
+    result: Tensor = layer(x.to(next(dtypes, x.dtype)))
+    return result.to(x.dtype)
 
 
 class _Packed(torch.autograd.Function):
@@ -61,6 +90,17 @@ class FusedProjections(nn.Module):
             return torch.cat(weights)
         return _Packed.apply(packed, *weights) if torch.is_grad_enabled() else packed
 
+    def project(self, x: Tensor) -> Tensor:
+        """x [..., hidden] -> the outputs of the projections side by side [..., sum of rows]."""
+        projections = self.projections()
+        if all(map(is_plain, projections)):
+            return linear(x, self.fused_weight(), self.copy_of(x.dtype, *projections))
+        return torch.cat([self.apply_one(projection, x) for projection in projections], -1)
+
+    def apply_one(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """`apply` with the working copy, if one is current."""
+        return apply(layer, x, self.copy_of(x.dtype, layer) if is_plain(layer) else None)
+
     def copy_of(self, dtype: torch.dtype, *projections: nn.Linear) -> Tensor | None:
         """The working copy of those weights in that dtype, as one matrix; None unless one is current."""
         if self.copies is None or self.copies.dtype != dtype or torch.compiler.is_compiling():
@@ -74,6 +114,8 @@ class FusedProjections(nn.Module):
         for projection in self.projections():
             weight = projection.weight
             if weight.data_ptr() != address or (weight.dtype, weight.device) != (packed.dtype, packed.device):
+                return False
+            if not weight.is_contiguous():  # `p.data = p.data.t()` keeps the address
                 return False
             address += weight.nbytes
         return True

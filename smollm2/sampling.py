@@ -18,6 +18,8 @@ _INCREMENT = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 # 1 in the fixed-point weights that `Sampler` adds up: 2^30 of them fit int64; the noise is coarser than 2^-32
 _ONE = 1 << 32
+NOT_FINITE = -1  # in the place of a token: the row's logits are NaN or infinite
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -140,25 +142,33 @@ class Sampler:
         return self.params.repetition_penalty != 1.0
 
     def __call__(self, logits: Tensor, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
-        """logits [B, V] -> tokens [B] int64. noise [B]: fp32 in [0, 1), unless greedy; seen: see `sample`."""
+        """logits [B, V] -> tokens [B] int64, NOT_FINITE in a row whose highest logit is NaN or infinite.
+
+        noise [B]: fp32 in [0, 1), unless greedy; seen: see `sample`.
+        """
         params, logits = self.params, logits.float()
         if self._suppressed is not None:
             logits = logits.index_fill(1, self._suppressed, -math.inf)
         if self.needs_seen and seen is not None:
-            penalty = params.repetition_penalty
+            penalty = min(max(params.repetition_penalty, _SMALLEST), _LARGEST)
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(seen, penalised, logits)
+            # what is finite stays so, NaN and infinities stay what they are
+            logits = torch.where(seen & logits.isfinite(), penalised.clamp(-_LARGEST, _LARGEST), logits)
         if not self.needs_noise:
-            return logits.argmax(-1)
+            best = logits.argmax(-1)
+            return best.where(logits.gather(1, best[:, None]).squeeze(1).abs() < math.inf, NOT_FINITE)
         assert noise is not None, "a temperature above 0 needs noise"
 
         # Sorted from the most likely down, whose weight is 1; every filter then keeps a prefix.
         scores, tokens = logits.topk(params.top_k or logits.shape[1], dim=-1)
-        weights = ((scores - scores[:, :1]) / params.temperature).exp()
+        # below the smallest fp32 number a temperature would be 0, and 0 / 0 no weight
+        weights = ((scores - scores[:, :1]) / max(params.temperature, _SMALLEST)).exp()
         fixed = (weights * _ONE).long()
         if params.top_p < 1.0:
             reached = fixed.cumsum(-1)
-            fixed = fixed.masked_fill((reached - fixed).float() >= params.top_p * reached[:, -1:].float(), 0)
+            # at least 1, the smallest weight: the first token stays with the smallest top_p too
+            enough = (params.top_p * reached[:, -1:].float()).clamp(min=1.0)
+            fixed = fixed.masked_fill((reached - fixed).float() >= enough, 0)
         if params.min_p > 0.0:
             fixed = fixed.masked_fill(weights < params.min_p, 0)
         cumulative = fixed.cumsum(-1).float()
@@ -166,7 +176,18 @@ class Sampler:
         # There is one, because noise is at most 1 - 2^-24, and that share of an fp32 number is below it even
         # when rounded. It has a weight, because a token without one repeats the sum before it.
         rank = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-        return tokens.gather(1, rank).squeeze(1)
+        # the weights of a row that is not finite mean nothing
+        chosen = tokens.gather(1, rank.clamp(max=scores.shape[1] - 1)).squeeze(1)
+        return chosen.where(scores[:, 0].abs() < math.inf, NOT_FINITE)
+
+
+def read_tokens(tokens: Tensor) -> Tensor:
+    """Tokens of a Sampler, on the host. Raises UsageError where logits were not finite."""
+    tokens = tokens.cpu()
+    if (tokens == NOT_FINITE).any():
+        hint = "the weights are damaged or training diverged, or the dtype is too narrow for the model"
+        raise UsageError(f"logits: expected finite numbers, got NaN or infinity; {hint}")
+    return tokens
 
 
 def sample(
@@ -176,7 +197,8 @@ def sample(
     positions: Sequence[int] | Tensor,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """logits [B, V] -> next tokens [B] int64.
+    """logits [B, V] -> next tokens [B] int64. Raises UsageError for logits that are not finite; on a GPU the
+    caller's `read_tokens` does, so that nothing waits here.
 
     seeds and positions [B]: the seed of each row, and the index in its own text of the token that is drawn;
     lists, or int64 tensors, with which nothing comes from the host. seen [B, V] bool: tokens that already
@@ -191,4 +213,5 @@ def sample(
         else:  # Python hashes a few integers sooner than torch starts thirty small operations
             pairs = zip(seeds, positions, strict=True)
             noise = torch.tensor([uniform(*pair) for pair in pairs], device=logits.device)
-    return sampler(logits, noise, seen)
+    tokens = sampler(logits, noise, seen)
+    return read_tokens(tokens) if tokens.device.type == "cpu" else tokens

@@ -8,7 +8,8 @@ hook that torch calls after the step of any optimizer, whose fused ones do not c
 
 What escapes: writes through an alias that `p.data` made (`p.data.copy_(x)`, `p.data.mul_(2)`), kernels that
 write to a bare address, and a replayed CUDA graph, during which no Python runs. Call `invalidate()` after
-these. (A graph that holds a step of FusedAdamW writes the copies itself.)
+these, or the model's `train()` or `eval()`, which make all copies anew. (A graph that holds a step of
+FusedAdamW writes the copies itself.)
 """
 
 from __future__ import annotations

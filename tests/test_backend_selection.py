@@ -1,6 +1,8 @@
 """The switch: names, replacements, messages."""
 
 import dataclasses
+import runpy
+import sys
 
 import pytest
 
@@ -26,6 +28,15 @@ def test_triton_not_installed_is_said(monkeypatch):
     monkeypatch.setattr("kernels.backend.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed"):
         select_backend("triton", "cuda")
+
+
+def test_the_certificate_without_triton_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "kernels.certify.__main__", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("kernels.certify", run_name="__main__")
+    expected = "kernels.certify needs triton, which is not installed: pip install triton\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, expected)
 
 
 @pytest.mark.parametrize(

@@ -233,3 +233,44 @@ def test_loading_allocates_no_copy_of_the_weights(folder):
     maps = [line.split()[0] for line in lines if line.endswith(str(folder / "model.safetensors"))]
     ranges = [tuple(int(bound, 16) for bound in pair.split("-")) for pair in maps]
     assert any(start <= address < end for start, end in ranges)
+
+
+class WithValue(SmolLM2ForCausalLM):
+    """A model with a second head and a buffer, as reinforcement learning has them."""
+
+    def __init__(self, config, backend="torch", **options):
+        super().__init__(config, backend, **options)
+        self.value = torch.nn.Linear(config.hidden_size, 1)
+        torch.nn.init.constant_(self.value.bias, 0.25)
+        self.register_buffer("scale", torch.full((3,), 2.0), persistent=False)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_a_subclass_adds_begins_as_its_constructor_says(model, folder, tmp_path, caplog, dtype):
+    loaded = WithValue.from_pretrained(folder, "torch", dtype=dtype)
+    (line,) = caplog.messages
+    assert (
+        line.endswith("left as WithValue makes them: value.weight, value.bias, scale") and str(folder) in line
+    )
+    assert (
+        type(loaded) is WithValue and loaded.value.bias.item() == 0.25 and loaded.scale.tolist() == [2, 2, 2]
+    )
+    assert loaded.value.weight.dtype == loaded.dtype == parse_dtype(dtype)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.arange(8)[None]
+    assert torch.equal(loaded(ids).logits, load_model(folder, "torch", dtype=dtype)(ids).logits)
+    with torch.no_grad():
+        loaded.value.weight.fill_(7.0)
+    loaded.save_pretrained(tmp_path / "again")
+    again = WithValue.from_pretrained(tmp_path / "again", "torch")
+    assert_same_weights(loaded, again)
+    assert "value" not in caplog.messages[-1].partition("makes them: ")[2]
+    assert again.scale.tolist() == [2, 2, 2]
+
+
+def test_a_file_without_the_models_own_weights_is_refused_for_a_subclass_too(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(LoadError, match="1 tensors missing: model.norm.weight"):
+        WithValue.from_pretrained(folder, "torch")

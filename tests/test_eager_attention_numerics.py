@@ -86,7 +86,7 @@ def test_more_keys_than_queries(length, keys):
     check(tensors(2, length, keys, 6, 2, 32))
 
 
-@pytest.mark.parametrize("scale", [0.05, 1.0])
+@pytest.mark.parametrize("scale", [0.05, 1.0, -0.2, 0.0])
 def test_a_scale_of_ones_own(scale):
     check(tensors(1, 100, 100, 3, 1, 32), scale=scale)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from kernel_cases import DEVICE, EPS, PLACE, TORCH, TRITON, angles, draw
 
+from kernels import launch_config
+
 OTHER_DEVICE = torch.device("meta")
 UNCHANGED = {}
 half, long = torch.Tensor.half, torch.Tensor.long
@@ -111,6 +113,8 @@ SHARED = {
         (partial(attend, k=(2, 7, 1, 64)), "keys of shape [2, S, K, 32], got [2, 7, 1, 64]"),
         (partial(attend, v=(2, 8, 1, 32)), "values of shape [2, 7, 1, 32] as the keys, got [2, 8, 1, 32]"),
         (partial(attend, k=(2, 7, 2, 32)), "key heads that divide the 3 query heads, got 2"),
+        (partial(attend, scale=float("nan")), "a finite scale, got nan"),
+        (partial(attend, scale=-float("inf")), "a finite scale, got -inf"),
         (partial(attend, k=(2, 7, 0, 32)), "key heads that divide the 3 query heads, got 0"),
         (partial(attend, k=(2, 6, 1, 32)), "at least as many keys as the 7 queries, got 6"),
         (partial(attend, change={2: half}), "v of dtype torch.float32 as q, got torch.float16"),
@@ -241,6 +245,18 @@ def test_every_backend_refuses_in_the_same_words(call, message):
 @cases(KERNELS_ONLY)
 def test_the_kernels_refuse_what_they_do_not_do(call, message):
     assert refused(call, TRITON) == message
+
+
+@pytest.mark.parametrize("call", [norm, add, rotate, rotate_packed, attend, decode, gated, loss])
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the device runs the kernels")
+def test_a_kernel_on_a_cpu_names_the_interpreter_and_the_torch_backend(call, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    caches = launch_config.launch_config, launch_config.architecture
+    for cache in caches:
+        cache.cache_clear()
+    said = "expected tensors on a CUDA, ROCm or XPU device, got cpu; set TRITON_INTERPRET=1 .*backend 'torch'"
+    with pytest.raises(ValueError, match=said):
+        call(TRITON)
 
 
 @pytest.mark.parametrize("call", [norm, add, rotate, rotate_packed, attend, decode, gated, loss])

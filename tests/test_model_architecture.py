@@ -1,13 +1,14 @@
 """The model against transformers' Llama, and the properties that a decoder must have."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from generation_cases import random_ids as ids
 
-from kernels import TORCH, with_ops
+from kernels import TORCH
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
 from smollm2.errors import UsageError
 from smollm2.model import shift_labels
@@ -169,11 +170,24 @@ def test_attention_dropout_acts_in_training_only():
     assert torch.equal(model(tokens).logits, model(tokens).logits)
 
 
-def test_attention_dropout_with_other_attention_is_refused():
-    other = with_ops(TORCH, attention=TORCH)
-    changed = type(other)(**{**vars(other), "attention": lambda *args, **kwargs: None, "name": "other"})
-    with pytest.raises(UsageError, match="other,attention=torch"):
-        SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", attention_dropout=0.1), backend=changed)
+def test_attention_without_dropout_is_refused_in_training_and_infers():
+    """The config of a run that trained with dropout goes with its weights to the backend that generates."""
+    other = dataclasses.replace(TORCH, attention=lambda *args, **kwargs: TORCH.attention(*args), name="other")
+    model, tokens = SmolLM2ForCausalLM(tiny().config.replace(attention_dropout=0.1), backend=other), ids(1, 9)
+    generated = generate(model, tokens, max_new_tokens=2, eos_token_id=[])
+    with pytest.raises(UsageError, match="attention_dropout = 0.1 in training .*'other,attention=torch'"):
+        model(tokens, labels=tokens)
+    model.eval()
+    assert model(tokens, labels=tokens).loss.isfinite()
+    assert torch.equal(generate(model, tokens, max_new_tokens=2, eos_token_id=[]), generated)
+    with pytest.raises(UsageError, match=r"for inference, model.eval\(\)"):
+        model.train()
+
+
+def test_a_generation_never_drops_out():
+    model = tiny(attention_dropout=0.9).train()
+    first, second = (generate(model, ids(1, 30), max_new_tokens=8, eos_token_id=[]) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(

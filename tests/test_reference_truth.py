@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import reference
+from kernels import TORCH, reference
 
 LENGTHS = [1, 7, 63, 64, 65, 127, 200, 257]
 
@@ -32,7 +32,11 @@ def naive_attention(q, k, v, doc_start=None, scale=None):
                 continue
             for h in range(heads):
                 window = slice(first, last + 1)
-                scores = k[b, window, h // group] @ q[b, t, h] * (scale or 1 / math.sqrt(head_dim))
+                scores = (
+                    k[b, window, h // group]
+                    @ q[b, t, h]
+                    * (1 / math.sqrt(head_dim) if scale is None else scale)
+                )
                 out[b, t, h] = torch.softmax(scores, 0) @ v[b, window, h // group]
     return out
 
@@ -80,10 +84,16 @@ def test_attention_is_the_naive_one(length):
     torch.testing.assert_close(reference.attention(q, k, v), naive_attention(q, k, v))
 
 
-def test_attention_with_documents_and_longer_keys():
-    q, k, v = draw(2, 7, 6, 8), draw(2, 12, 2, 8), draw(2, 12, 2, 8)
+@pytest.mark.parametrize("scale", [None, 0.7, 0.0, -0.0, -0.3])
+@pytest.mark.parametrize("attention", [reference.attention, TORCH.attention], ids=["reference", "torch"])
+def test_attention_with_documents_longer_keys_and_any_scale(attention, scale):
+    q, k, v = draw(2, 7, 6, 8, grad=True), draw(2, 12, 2, 8, grad=True), draw(2, 12, 2, 8, grad=True)
     doc_start = torch.tensor([[0, 0, 0, 8, 8, 8, 8], [5, 5, 7, 7, 9, 9, 9]])
-    torch.testing.assert_close(reference.attention(q, k, v, doc_start), naive_attention(q, k, v, doc_start))
+    out, naive = attention(q, k, v, doc_start, scale=scale), naive_attention(q, k, v, doc_start, scale)
+    torch.testing.assert_close(out, naive)
+    upstream = draw(2, 7, 6, 8)
+    for ours, truth in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in (out, naive)), strict=True):
+        torch.testing.assert_close(ours, truth)
 
 
 def test_attention_that_sees_nothing_gives_zeros_and_finite_gradients():

@@ -33,8 +33,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import triton
-from triton import knobs
+try:
+    import triton
+    from triton import knobs
+except ModuleNotFoundError as error:
+    if __name__ != "__main__" or error.name != "triton":
+        raise
+    print("kernels.certify needs triton, which is not installed: pip install triton", file=sys.stderr)
+    sys.exit(2)
 
 from kernels.certify.cases import DECODE, EMBEDDING, LAST_NORM, LAYER, LAYERS, LOSS, OPTIMIZER, record
 from kernels.certify.fill import SOURCES, present_gpu, report

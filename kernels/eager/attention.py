@@ -67,7 +67,7 @@ def attention(
     """
     if dropout_p > 0.0 or not _trains_in_bf16(q, k, v):
         return library_attention(q, k, v, doc_start, dropout_p=dropout_p, scale=scale)
-    checks.attention("attention", q, k, v, doc_start)
+    checks.attention("attention", q, k, v, doc_start, scale)
     out: Tensor = _BlockedAttention.apply(q, k, v, doc_start, q.shape[-1] ** -0.5 if scale is None else scale)
     return out
 
@@ -77,7 +77,9 @@ def library_attention(
     scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """`attention` by torch's own kernels, for any device and dtype."""
-    checks.attention("attention", q, k, v, doc_start)
+    checks.attention("attention", q, k, v, doc_start, scale)
+    if scale is not None and scale <= 0:  # torch takes the root of the scale
+        q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
     length, keys = q.shape[1], k.shape[1]
     queries, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if not (q.is_cuda or torch.is_grad_enabled()):

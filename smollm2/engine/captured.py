@@ -34,7 +34,7 @@ from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.sampling import Sampler, SamplingParams, as_words, uniforms
+from smollm2.sampling import Sampler, SamplingParams, as_words, read_tokens, uniforms
 
 SMALLEST_CAPACITY = 64
 CHUNK = 16  # tokens between two read-backs of a captured loop
@@ -60,6 +60,7 @@ class _Step:
     ends: Tensor  # [number of end tokens]
     pad: int
     graph: torch.cuda.CUDAGraph | None = None
+    tables: object = None  # of the rotation, which the graph reads even when the model has longer ones
 
 
 def capacity_for(tokens: int, limit: int) -> int:
@@ -84,13 +85,12 @@ class DecodeLoop:
         elsewhere 1). Raises UsageError if the cache does not fit.
         """
         model = engine.model
-        head = model.lm_head.weight
         if chunk is not None and chunk < 1:
             raise UsageError(f"chunk: expected a number of steps >= 1, got {chunk}")
-        self.engine, self.device = engine, head.device
+        self.engine, self.device = engine, model.device
         self.captures = self.device.type == "cuda"
         self.chunk = chunk or (CHUNK if self.captures else 1)
-        self.cache = KVCache.allocate(model.config, batch, capacity, self.device, head.dtype)
+        self.cache = KVCache.allocate(model.config, batch, capacity, self.device, model.dtype)
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)  # the next to be fed
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         # `seen` is written with a penalty only
@@ -104,7 +104,7 @@ class DecodeLoop:
         self._pinned = [torch.zeros(shape, dtype=torch.int64, pin_memory=True) for _ in range(buffers)]
         self._steps: dict[Choice, _Step] = {}  # the one used last at the end
         self._step: _Step | None = None
-        self._weights: tuple[int, ...] = ()
+        self._weights: tuple[object, ...] = ()
         self._pool: Any = None  # the memory that the graphs compute in, of which one runs at a time
         self._costs: list[str] = []
 
@@ -188,13 +188,14 @@ class DecodeLoop:
         noise = None
         if step.sampler.needs_noise:
             noise = self.noise.gather(1, self.cache.lengths[:, None]).squeeze(1)
-        chosen = step.sampler(logits, noise, self.seen)[:, None]
+        chosen = step.sampler(logits, noise, self.seen)[:, None].masked_fill(self.finished[:, None], step.pad)
+        self.output.index_copy_(0, self.slot, chosen.T)
+        # `output` keeps the mark of a row that is not finite, for read_tokens; the embedding has no such row
+        torch.clamp(chosen, min=0, out=self.tokens)
         if step.sampler.needs_seen:
-            self.seen.scatter_(1, chosen, True)
+            self.seen.scatter_(1, self.tokens, True)
         # Not torch.isin: with ten end tokens or more it sorts, and waits for the result.
-        self.tokens.copy_(chosen.masked_fill(self.finished[:, None], step.pad))
         self.finished.logical_or_((self.tokens == step.ends).any(1))
-        self.output.index_copy_(0, self.slot, self.tokens.T)
         self.slot.add_(1)
 
     def _prepare(self, choice: Choice) -> _Step:
@@ -209,15 +210,23 @@ class DecodeLoop:
             step = _Step(Sampler(choice.params, self.device), ends, choice.pad_token_id)
             if self.captures:
                 self._capture(step)
+                step.tables = self.engine.model.model.rotary(self.device, self.cache.capacity)
         self._steps[choice] = step
         if len(self._steps) > KEPT_GRAPHS:
             del self._steps[next(iter(self._steps))]
         return step
 
-    def _addresses(self) -> tuple[int, ...]:
+    def _addresses(self) -> tuple[object, ...]:
         model = self.engine.model
-        layers = [weight for layer in model.pack() for weight in layer]
-        return tuple(weight.data_ptr() for weight in (model.lm_head.weight, model.model.norm.weight, *layers))
+        if not model.is_plain():
+            if self.captures:
+                raise UsageError(
+                    "decode loop: a graph would not call the adapters and hooks of this model again; "
+                    "merge or remove them, or generate with engine=Engine(model)"
+                )
+            return ()
+        tensors = [*model.parameters(), *(weight for layer in model.pack() for weight in layer)]
+        return tuple((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors)
 
     def _warm_up(self, step: _Step) -> None:
         """Steps over an empty cache; what they leave in the buffers, `start` clears."""
@@ -260,8 +269,8 @@ class DecodeLoops:
     def borrow(self, batch: int, tokens: int) -> Iterator[DecodeLoop]:
         """A loop for that many rows of up to `tokens` tokens. Raises UsageError for too many."""
         model = self.engine.model
-        capacity, head = capacity_for(tokens, model.config.max_position_embeddings), model.lm_head.weight
-        kind = head.device, head.dtype
+        capacity = capacity_for(tokens, model.config.max_position_embeddings)
+        kind = model.device, model.dtype
         self.idle = [loop for loop in self.idle if (loop.device, loop.cache.keys.dtype) == kind]
         same_batch = (loop for loop in self.idle if loop.batch == batch)
         loop = next((loop for loop in same_batch if tokens <= loop.cache.capacity <= capacity), None)
@@ -331,7 +340,7 @@ def captured_steps(
         loop.start(input_ids[:, :longest], lengths, seeds, Choice(params, tuple(eos_token_ids), pad_token_id))
         finished = torch.zeros(batch, dtype=torch.bool)
         for chunk in _chunks(loop, max_new_tokens):
-            for tokens in chunk:
+            for tokens in read_tokens(chunk):
                 yield tokens
                 finished |= torch.isin(tokens, ends)
                 if finished.all():

@@ -68,15 +68,24 @@ class CompiledEngine(Engine):
             reason = str(error).strip().partition("\n")[0]
             raise LoadError(f"{package}: cannot be loaded ({reason}); --compile makes it anew") from error
         self.why = f"{why}, loaded in {time.perf_counter() - began:.2f} s"
-        self.weights = tree_leaves(step_weights(below))
+        self.compiled_for = self._kind()
+        self.weights: list[Any] = []
 
-    def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        return self.below.prefill(input_ids, lengths, cache)
+    def _kind(self) -> tuple[object, ...]:
+        return self.model.config, self.model.device, self.model.dtype
 
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def renew(self) -> None:
+        super().renew()
+        self.below.renew()
+        self.below.renewed = True
+        fits = self.plain and self._kind() == self.compiled_for
+        self.weights = tree_leaves(step_weights(self.below)) if fits else []
+
+    def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         length = int(cache.lengths[0])
-        if tokens.shape != (1, 1) or length < 2:  # the exporter takes sizes of 0 and 1 for constants
+        # The exporter takes sizes of 0 and 1 for constants. Without weights the package is for another dtype,
+        # or would not call what was added to the layers.
+        if tokens.shape != (1, 1) or length < 2 or not self.weights:
             return self.below.decode(tokens, cache)
         cache.advance(1)
         keys, values = cache.keys[:, 0], cache.values[:, 0]  # [layers, S, K, D]
@@ -87,15 +96,21 @@ class CompiledEngine(Engine):
 
 
 def step_weights(engine: Engine) -> tuple[Any, ...]:
-    """The `tensors` of a DecodeStep for an eager or int8 engine. Raises UsageError for int4."""
+    """The `tensors` of a DecodeStep for an eager or int8 engine. Raises UsageError for int4, and for a model
+    with other layers than its own.
+    """
     model = engine.model
+    if not model.is_plain():
+        raise UsageError("compile: expected the model's own layers, and some were replaced or hooked")
     weights = engine.few if isinstance(engine, QuantizedEngine) else plain_weights(model)
     if any(isinstance(matrix, Int4Weight) for matrix in weights.matrices()):
         raise UsageError("compile: the compiled step takes plain or int8 weights, got int4")
     embedding, norm = model.model.embed_tokens.weight.detach(), model.model.norm.weight.detach()
     tuples = weights.changed(lambda matrix: matrix if isinstance(matrix, Tensor) else tuple(matrix))
     layers = [tuple(layer) for layer in tuples.layers]
-    return *model.model.rotary(embedding.device), embedding, norm, tuples.head, layers
+    # the package is compiled for tables of this length
+    cos, sin = model.model.rotary(embedding.device, model.config.max_position_embeddings)
+    return cos, sin, embedding, norm, tuples.head, layers
 
 
 def package_path(engine: Engine) -> Path:

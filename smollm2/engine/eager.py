@@ -9,13 +9,23 @@ Letters: B rows, T tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager_step import Weights, decode_step, packed_weights, supports
+from smollm2.layers import Cache, autocast_dtype, new_positions
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.projections import apply, is_plain
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Generation has the dtype of the parameters and of the cache: an enclosing torch.autocast is left."""
+    active = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
 
 
 @torch.inference_mode()
@@ -28,44 +38,64 @@ def prefill(model: SmolLM2ForCausalLM, input_ids: Tensor, lengths: Tensor, cache
     """
     cache.advance(input_ids.shape[1])
     cache.lengths.copy_(lengths)
-    layers = [cache.layer(index) for index in range(len(model.model.layers))]
-    hidden = model.model(input_ids, cache=layers)
-    last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
-    return F.linear(last, model.lm_head.weight)
+    layers = [Cache(*cache.layer(index)) for index in range(len(model.model.layers))]
+    with outside_autocast(input_ids.device):
+        hidden = model.model(input_ids, cache=layers)
+        last = hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1]
+        head = model.lm_head
+        return F.linear(last, head.weight) if is_plain(head) else apply(head, last)
 
 
 class Engine:
     """Runs a model's prompts and decode steps.
 
     Every engine fills the same cache and returns the same shapes, so that a generation may change engines.
+    What it derives from the weights (copies in another order, in 8 bits) is compared with them at the first
+    step after a prompt: a model may be trained or loaded into between two texts, by any means. A model with
+    adapters, hooks or other layers is run by calling these.
     """
 
     name = "eager"
 
     def __init__(self, model: SmolLM2ForCausalLM, why: str = "") -> None:
         self.model, self.why = model, why
-        self._packed: Weights | None = None  # asked for anew at every prompt: training may have changed them
+        self.renewed = False  # since the last prompt
+        self.plain = True
+        self._packed: Weights | None = None
 
     def allocate(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of `capacity` tokens. Raises UsageError if it does not fit."""
-        weight = self.model.lm_head.weight
-        return KVCache.allocate(self.model.config, batch, capacity, weight.device, weight.dtype)
+        model = self.model
+        return KVCache.allocate(model.config, batch, capacity, model.device, model.dtype)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """`prefill`: [B, T], [B] -> logits [B, V]"""
-        self._packed = None
+        self.renewed = False
         return prefill(self.model, input_ids, lengths, cache)
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Appends a few tokens to every row: [B, T] -> logits [B, T, V] in fp32. The cache grows by T."""
+        if not (self.renewed and cache.longest):
+            self.renew()
+            self.renewed = True
+        with torch.inference_mode(), outside_autocast(tokens.device):
+            return self._decode(tokens, cache)
+
+    def renew(self) -> None:
+        """Looks at the layers and the weights of the model, which may have changed since the last text."""
+        self.plain, self._packed = self.model.is_plain(), None
+
+    def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         model, length = self.model, tokens.shape[1]
-        if supports(model, cache):
+        if self.plain and supports(model, cache):
             return decode_step(model, self._weights(tokens.numel()), tokens, cache).float()
-        with torch.inference_mode():
-            cache.advance(length)
-            position = cache.lengths[:, None] - length + torch.arange(length, device=tokens.device)
-            cos, sin = (table[position] for table in model.model.rotary(tokens.device))
-            return self._composed(model.model.embed_tokens(tokens), cos, sin, cache)
+        cache.advance(length)
+        if not self.plain:
+            layers = [Cache(*cache.layer(index), cache.lengths) for index in range(len(model.model.layers))]
+            return apply(model.lm_head, model.model(tokens, cache=layers)).float()
+        position = new_positions(cache.lengths, length)
+        cos, sin = (table[position] for table in model.model.rotary(tokens.device, cache.capacity))
+        return self._composed(model.model.embed_tokens(tokens), cos, sin, cache)
 
     def _weights(self, rows: int) -> Weights:
         """The matrices of the step on a CPU for so many tokens."""

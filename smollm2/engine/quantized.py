@@ -34,7 +34,7 @@ from kernels import LayerWeights, reference
 from smollm2.engine import eager_step
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
-from smollm2.engine.eager_step import MATRICES, Weights
+from smollm2.engine.eager_step import MATRICES, Weights, digest
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cached
@@ -176,7 +176,7 @@ def batch_weights(few: Weights) -> Weights:
 
 
 class QuantizedEngine(Engine):
-    """Decode steps with int8 or int4 weights.
+    """Decode steps with int8 or int4 weights, quantised anew when the model's have changed.
 
     Prompts use the model's own: many tokens are bound by arithmetic, of which fewer bits save none.
     """
@@ -184,7 +184,17 @@ class QuantizedEngine(Engine):
     def __init__(self, model: SmolLM2ForCausalLM, kind: str, why: str = "") -> None:
         super().__init__(model, why)
         self.name = kind
-        self.layers, self.head = quantized_layers(model, kind)
+        self._quantise()
+
+    def renew(self) -> None:
+        super().renew()
+        readable = self.plain and self.model.device.type == "cpu"  # else quantising says what is wrong
+        if not readable or digest(self.model) != self._digest:
+            self._quantise()
+
+    def _quantise(self) -> None:
+        self.layers, self.head = quantized_layers(self.model, self.name)
+        self._digest = digest(self.model)
         self.few = Weights(self.layers, self.head, linear)
         self.many: Weights | None = None  # for batches; made at the first one
 
@@ -210,17 +220,21 @@ def quantized_layers(
     kind: "int8" or "int4". Scales have the dtype of the model, which should be bfloat16: that is what the
     kernels are fast in. Quantised once per source and then memory-mapped from the cache; a model that was not
     loaded, or was changed since, is quantised in memory. Raises UsageError for an unknown kind, a device
-    other than the CPU, and widths that int4 cannot take.
+    other than the CPU, layers that are not the model's own, and widths that int4 cannot take.
     """
     if kind not in KINDS:
         raise UsageError(f"quantize: expected one of none, {', '.join(KINDS)}, got {kind!r}")
-    head = model.lm_head.weight.detach()
-    if head.device.type != "cpu":
+    if model.device.type != "cpu":
         raise UsageError(
-            f"quantize={kind} runs on the CPU only, the model is on {head.device}; "
+            f"quantize={kind} runs on the CPU only, the model is on {model.device}; "
             "use quantize=none there, or device=cpu"
         )
-    layers = model.pack()
+    if not model.is_plain():
+        raise UsageError(
+            f"quantize={kind} reads the weights of the model's own layers, and some were replaced or hooked; "
+            "merge or remove what was added, or use quantize=none"
+        )
+    layers, head = model.pack(), model.lm_head.weight.detach()
 
     def prepare() -> Callable[[Path], None]:
         return weights_writer(quantize_all(layers, head, kind))

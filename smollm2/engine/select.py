@@ -20,7 +20,8 @@ COMPILED_QUANTIZE = ("none", "int8")  # what the compiled step takes
 
 def default_engine(model: SmolLM2ForCausalLM) -> Engine:
     """What `generate` uses unless it is told: captured graphs, kept with the model, on CUDA; else eager."""
-    if model.lm_head.weight.device.type != "cuda":
+    # a graph would not call hooks again
+    if model.device.type != "cuda" or not model.is_plain():
         return Engine(model)
     if not isinstance(model.engine, Engine):
         model.engine = CapturedEngine(model)
@@ -39,13 +40,15 @@ def select_engine(
     """
     if quantize not in QUANTIZE:
         raise UsageError(f"quantize: expected one of {', '.join(QUANTIZE)}, got {quantize!r}")
-    device = model.lm_head.weight.device.type
+    device = model.device.type
     engine = default_engine(model) if quantize == "none" else QuantizedEngine(model, quantize, "as asked")
     obstacle = ""
     if device != "cpu":
         obstacle = f"the compiled step is for the CPU, the device is {device}"
     elif model.backend.decode_layer is not TORCH.decode_layer:
         obstacle = f"the compiled step replaces backend torch, got {model.backend.name}"
+    elif not model.is_plain():
+        obstacle = "the compiled step is for the model's own layers, some were replaced or hooked"
     elif quantize not in COMPILED_QUANTIZE:
         obstacle = f"the compiled step takes plain or int8 weights, got {quantize}"
     if compiled is True and obstacle:

@@ -30,7 +30,7 @@ from smollm2.engine.cache import USABLE_PERCENT, KVCache, cache_bytes, free_memo
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.sampling import SamplingParams, sample
+from smollm2.sampling import SamplingParams, read_tokens, sample
 
 PREFILL_TOKENS = 4096  # of prompts prefilled together, padding included: more costs memory and is not faster
 
@@ -76,8 +76,8 @@ def generate_many(
     rows = [_Row(*parts) for parts in zip(range(count), map(list, prompts), budgets, seeds, strict=True)]
     rows.sort(key=lambda row: -len(row.prompt))
     capacity = max(row.capacity for row in rows)
-    head = model.lm_head.weight
-    fitting, line = fit_slots(config, min(slots, count), capacity, head.dtype, free_memory(head.device))
+    free = free_memory(model.device)
+    fitting, line = fit_slots(config, min(slots, count), capacity, model.dtype, free)
     if report is not None:
         report(line)
     elif fitting < min(slots, count):
@@ -170,7 +170,7 @@ class _Slots:
         capacity: int,
     ) -> None:
         self.engine, self.params, self.ends, self.stop = engine, params, ends, stop
-        self.device = model.lm_head.weight.device
+        self.device = model.device
         self.rows: list[_Row | None] = [None] * slots
         self.cache = engine.allocate(slots, capacity)
         self.seen: Tensor | None = None
@@ -180,6 +180,7 @@ class _Slots:
     @torch.inference_mode()
     def run(self, queue: deque[_Row]) -> Iterator[tuple[int, list[int]]]:
         """Takes the queue from the left until it is empty and every row has ended."""
+        self.engine.renewed = False
         while True:
             while queue and None in self.rows:
                 yield from self._admit(queue)
@@ -199,7 +200,9 @@ class _Slots:
             input_ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
         small = self.engine.allocate(size, longest)
         lengths = torch.tensor([len(row.prompt) for row in group], device=self.device)
+        renewed = self.engine.renewed  # the weights are looked at once a batch, not at every prompt
         logits = self.engine.prefill(input_ids.to(self.device), lengths, small)
+        self.engine.renewed = renewed
         for number, (slot, row) in enumerate(zip(free, group, strict=True)):
             self.rows[slot] = row
             _copy(small, number, self.cache, slot, len(row.prompt))
@@ -222,10 +225,11 @@ class _Slots:
         """
         seen = None if self.seen is None else self.seen[slots]
         chosen = sample(logits, self.params, [row.seed for row in rows], [row.length for row in rows], seen)
+        tokens = read_tokens(chosen).tolist()
         if self.seen is not None:
             self.seen[slots, chosen] = True
         ended = []
-        for row, slot, token in zip(rows, slots, chosen.tolist(), strict=True):
+        for row, slot, token in zip(rows, slots, tokens, strict=True):
             row.tokens.append(token)
             stopped = self.stop is not None and self.stop(row.index, row.tokens)
             if stopped or token in self.ends or len(row.tokens) == row.budget:

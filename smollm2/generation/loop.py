@@ -22,15 +22,15 @@ from smollm2.engine.select import default_engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
 from smollm2.generation.speculative import Draft, Stats, speculative_steps
-from smollm2.model import SmolLM2ForCausalLM
+from smollm2.model import SmolLM2ForCausalLM, token_ids
 from smollm2.pretrained.tokenizer import Tokenizer
-from smollm2.sampling import SamplingParams, sample
+from smollm2.sampling import SamplingParams, read_tokens, sample
 
 
 def generate_steps(
     model: SmolLM2ForCausalLM,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
     *,
     max_new_tokens: int = 64,
     params: SamplingParams | None = None,
@@ -49,11 +49,11 @@ def generate_steps(
     if batch == 0 or max_new_tokens == 0:
         return
 
-    device = model.lm_head.weight.device
+    device = model.device
     positions = lengths.tolist()  # of the token drawn next, in each row's own text
     longest = max(positions)
     engine = engine or default_engine(model)
-    if isinstance(engine, CapturedEngine):
+    if isinstance(engine, CapturedEngine) and model.is_plain():
         yield from captured_steps(
             engine.loops, prompt, lengths, max_new_tokens=max_new_tokens, params=params, seeds=seeds,
             eos_token_ids=eos_token_ids, pad_token_id=pad_token_id,
@@ -70,7 +70,7 @@ def generate_steps(
     finished = torch.zeros(batch, dtype=torch.bool)
     for step in range(max_new_tokens):
         chosen = sample(logits, params, seeds, [position + step for position in positions], seen)
-        tokens = torch.where(finished, pad_token_id, chosen.cpu())
+        tokens = torch.where(finished, pad_token_id, read_tokens(chosen))
         yield tokens
         if eos_token_ids:
             finished |= torch.isin(tokens, torch.tensor(list(eos_token_ids)))
@@ -85,8 +85,8 @@ def generate_steps(
 
 def generate(
     model: SmolLM2ForCausalLM,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -102,8 +102,9 @@ def generate(
 ) -> Tensor:
     """Continues token sequences.
 
-    input_ids [B, T] int64; attention_mask [B, T] with 0 for padding, on either side (rows are compacted, so
-    padding never changes a result) -> [B, T + new] int64 on the device of input_ids, where new <=
+    input_ids [B, T] integers, or lists of one length; attention_mask [B, T] with 0 for padding, on either
+    side (rows are compacted, so padding never changes a result) -> [B, T + new] on the device of input_ids
+    (of lists: the CPU), where new <=
     max_new_tokens: generation stops when every row has produced an end token, and finished rows are filled
     with pad_token_id (default: the model's pad, else its end token).
 
@@ -111,7 +112,8 @@ def generate(
     seed per row. eos_token_id: one id or several, default the model's; an empty list never stops.
     suppress_tokens are never chosen. engine: what runs the steps, see `select_engine`; by default the model
     as it is, on CUDA as captured graphs that are kept for the next call. See SamplingParams for the filters.
-    Raises UsageError for arguments out of range, or more than max_position_embeddings tokens in all.
+    The dtype is that of the parameters; torch.autocast changes nothing. Raises UsageError for arguments out
+    of range, more than max_position_embeddings tokens in all, and logits that are not finite.
     """
     if eos_token_id is None:
         ends: tuple[int, ...] = model.config.eos_token_ids
@@ -120,8 +122,8 @@ def generate(
     if pad_token_id is None:
         pad_token_id = model.config.pad_token_id if model.config.pad_token_id is not None else (*ends, 0)[0]
     params = SamplingParams(tuple(suppress_tokens), repetition_penalty, temperature, top_k, top_p, min_p)
-    engine = engine or default_engine(model)
-    if input_ids.dim() != 2 or input_ids.shape[0] < 2 or isinstance(engine, CapturedEngine):
+    input_ids, engine = token_ids("input_ids", input_ids), engine or default_engine(model)
+    if input_ids.shape[0] < 2 or isinstance(engine, CapturedEngine):
         steps = generate_steps(
             model, input_ids, attention_mask, max_new_tokens=max_new_tokens, params=params, seed=seed,
             eos_token_ids=ends, pad_token_id=pad_token_id, engine=engine,
@@ -146,8 +148,8 @@ def generate(
 
 def _checked(
     model: SmolLM2ForCausalLM,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
+    input_ids: Tensor | Sequence[Sequence[int]],
+    attention_mask: Tensor | Sequence[Sequence[int]] | None,
     max_new_tokens: int,
     params: SamplingParams,
     seed: int | Sequence[int],
@@ -156,9 +158,9 @@ def _checked(
 
     Raises UsageError for whatever `generate` cannot continue.
     """
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
-        found = f"{input_ids.dtype} {list(input_ids.shape)}"
-        raise UsageError(f"input_ids: expected integer ids of shape [B, T], got {found}")
+    input_ids = token_ids("input_ids", input_ids)
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        attention_mask = token_ids("attention_mask", attention_mask).to(input_ids.device)
     if max_new_tokens < 0:
         raise UsageError(f"max_new_tokens: expected a number >= 0, got {max_new_tokens}")
     batch, limit = len(input_ids), model.config.max_position_embeddings

@@ -43,8 +43,8 @@ from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import check_prompts
-from smollm2.model import SmolLM2ForCausalLM
-from smollm2.sampling import SamplingParams, sample
+from smollm2.model import SmolLM2ForCausalLM, token_ids
+from smollm2.sampling import SamplingParams, read_tokens, sample
 
 MAX_ROWS = 16  # tokens read in one step: as many as the Triton decode layer takes
 SURE_NGRAM = 8  # tokens that must have occurred before for a guess that has to pay for five steps
@@ -216,7 +216,7 @@ Draft = PromptLookup | DraftModel
 
 def speculative_steps(
     model: SmolLM2ForCausalLM,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Sequence[int]],
     *,
     draft: Draft,
     max_new_tokens: int = 64,
@@ -236,6 +236,8 @@ def speculative_steps(
     tokens than the positions of the model or of the draft, and a draft of another vocabulary.
     """
     config, params = model.config, params or SamplingParams()
+    if not isinstance(input_ids, Tensor):
+        input_ids = token_ids("input_ids", input_ids)
     if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.is_floating_point():
         raise UsageError(
             "speculative decoding: expected integer ids of one prompt, shape [1, T], got "
@@ -266,7 +268,7 @@ def _steps(
     stats: Stats,
 ) -> Iterator[list[int]]:
     """`speculative_steps` after its checks. Between steps the cache holds the text without its last token."""
-    device, capacity = engine.model.lm_head.weight.device, len(text) + left
+    device, capacity = engine.model.device, len(text) + left
     proposer = draft.start(capacity, params, seed)
     proposer.extend(text)
     cache = engine.allocate(1, capacity)
@@ -309,7 +311,7 @@ def _choose(
         for row, guess in enumerate(guesses, start=1):
             seen[row:, guess] = True
     positions = range(len(text), len(text) + rows)
-    tokens: list[int] = sample(logits, params, [seed] * rows, positions, seen).tolist()
+    tokens: list[int] = read_tokens(sample(logits, params, [seed] * rows, positions, seen)).tolist()
     return tokens
 
 

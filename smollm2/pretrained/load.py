@@ -82,7 +82,9 @@ def load_model(
 
     device: default cpu. dtype: of the parameters; by default as stored, and the widest where a file mixes
     several. Ids of special tokens in generation_config.json take precedence over config.json, as in
-    transformers. Raises LoadError naming the file, and the tensor with the shape expected and found.
+    transformers. Parameters that a subclass (`model_class`) adds are read where the file has them, else they
+    stay as its constructor makes them, and a warning names them. Raises LoadError naming the file, and the
+    tensor with the shape expected and found.
     """
     device, dtype = torch.device(device or "cpu"), parse_dtype(dtype)
     backend = select_backend(backend, device)  # for the device of use: the model is built on meta
@@ -97,22 +99,30 @@ def load_model(
         check_numbers(tensors, path)
     with torch.device("meta"), _NamesAndShapes():
         model = model_class(config, backend=backend)
+    _check_own(tensors, model, path)
     dtype = dtype or functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
     # a folder of the user's is converted in memory alone
     kept = path.is_dir() and path != Path(source).expanduser()
-    if kept and device.type == "cpu" and any(tensor.dtype != dtype for tensor in tensors.values()):
+    if kept and device.type == "cpu":
         tensors = _converted_once(path, tensors, dtype)
     tensors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     # strict but for the head; the model's own method would pack too early
     nn.Module.load_state_dict(model, tensors, strict=False, assign=True)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    added = [name for name, tensor in named if tensor.is_meta and name != HEAD]
+    if added:  # by a subclass, whose constructor says how they begin
+        message = "%s: not in the file, and so left as %s makes them: %s"
+        logger.warning(message, path, model_class.__name__, abbreviate(added))
+        with torch.device(device):
+            model = model_class(config, backend=backend).to(dtype)
+        nn.Module.load_state_dict(model, tensors, strict=False, assign=True)
     for module in model.modules():
         if isinstance(module, FusedProjections):
             module.packed = _joined([projection.weight for projection in module.projections()])
     model.tie_weights()
-    model.pack()
-    # tensors of inference mode do not count their changes
-    if path.is_dir() and not torch.is_inference_mode_enabled():
-        _origins[model] = path, model.versions()
+    model.lay_out()
+    if path.is_dir():
+        _origins[model] = path, kept
     return model.eval()
 
 
@@ -156,15 +166,39 @@ def _joined(weights: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided(shape, (first.shape[1], 1))
 
 
-# Where the weights of a model came from, and their versions then.
-_origins: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[Path, list[tuple[int, int]]]]
+# Where the weights of a model came from, and whether the cache keeps them in other dtypes.
+_origins: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[Path, bool]]
 _origins = weakref.WeakKeyDictionary()
 
 
 def origin(model: SmolLM2ForCausalLM) -> Path | None:
-    """The folder whose weights the model has, for as long as none of them is changed; else None."""
-    path, versions = _origins.get(model, (None, []))
-    return path if path is not None and versions == model.versions() else None
+    """The folder from which the model was loaded, if its files have the model's weights in the model's dtype,
+    value by value; else None. So neither a model that was changed by any means has one, nor one whose folder
+    was.
+    """
+    path, kept = _origins.get(model, (None, False))
+    if path is None:
+        return None
+    try:
+        tensors = _checked(read_tensors(path, torch.device("cpu")), model.config, path)
+        if kept:
+            tensors = _converted_once(path, tensors, model.dtype)
+        for name, weight in stored_tensors(model).items():
+            if not _same(tensors[name].to(weight.dtype), weight.detach().cpu()):
+                return None
+    except (LoadError, KeyError):
+        return None
+    return path
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one dtype have the same shape and bits."""
+    pair = [tensor.contiguous().flatten() for tensor in (first, second)]
+    # eight bytes at a time are compared four times as fast as two
+    wide = all(not one.nbytes % 8 and not one.storage_offset() * one.itemsize % 8 for one in pair)
+    return first.shape == second.shape and torch.equal(
+        *(one.view(torch.int64 if wide else torch.uint8) for one in pair)
+    )
 
 
 def save_model(model: SmolLM2ForCausalLM, folder: str | Path) -> None:
@@ -194,7 +228,9 @@ def write_weights(folder: str | Path, config: SmolLM2Config, tensors: dict[str, 
 
 
 def _converted_once(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a folder in that dtype, from the cache."""
+    """The tensors of a folder in that dtype: as they are, or from the cache."""
+    if all(tensor.dtype == dtype for tensor in tensors.values()):
+        return tensors
     name = str(dtype).removeprefix("torch.")
 
     def prepare() -> Callable[[Path], None]:
@@ -223,7 +259,7 @@ def _read_config(folder: Path) -> SmolLM2Config:
 
 def _checked(tensors: dict[str, Tensor], config: SmolLM2Config, where: Path) -> dict[str, Tensor]:
     """The tensors of a file under the names of the model, the head tied. Raises LoadError unless they are all
-    that the configuration claims, and nothing more.
+    that the configuration claims.
     """
     if config.num_hidden_layers > len(tensors):
         claim = f"num_hidden_layers is {config.num_hidden_layers}"
@@ -245,10 +281,6 @@ def _checked(tensors: dict[str, Tensor], config: SmolLM2Config, where: Path) -> 
     missing = sorted(set(expected) - set(named))
     if missing:
         raise LoadError(f"{where}: {len(missing)} tensors missing: {abbreviate(missing)}")
-    unexpected = sorted(set(named) - set(expected) - {HEAD})
-    if unexpected:
-        shown = abbreviate(unexpected)
-        raise LoadError(f"{where}: {len(unexpected)} tensors that this model does not have: {shown}")
     for name, shape in expected.items():
         found, dtype = named[name].shape, named[name].dtype
         if found != shape:
@@ -259,3 +291,18 @@ def _checked(tensors: dict[str, Tensor], config: SmolLM2Config, where: Path) -> 
     if HEAD in named and not torch.equal(named.pop(HEAD).to(embedding.dtype), embedding):
         raise LoadError(f"{where}: {HEAD} differs from {EMBEDDING}; SmolLM2's head is tied to its embedding")
     return named
+
+
+def _check_own(tensors: dict[str, Tensor], model: nn.Module, where: Path) -> None:
+    """Raises LoadError for tensors that the model does not have, and for one of another shape than what a
+    subclass has added.
+    """
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    unexpected = sorted(tensors.keys() - own.keys())
+    if unexpected:
+        shown = abbreviate(unexpected)
+        raise LoadError(f"{where}: {len(unexpected)} tensors that this model does not have: {shown}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name]:
+            found = list(tensor.shape)
+            raise LoadError(f"{where}: {name}: expected shape {list(own[name])}, got {found}")
