@@ -114,7 +114,8 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
     # Special tokens that do not end the text are never sampled: no chat marker in the middle of an answer.
-    banned = sorted(tokenizer.special_ids - set(model.config.eos_token_ids))
+    ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
+    banned = sorted(tokenizer.special_ids.difference(ends))
     params = SamplingParams(
         tuple(token for token in banned if token < model.config.vocab_size),
         args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p,

@@ -127,14 +127,15 @@ def run_file(
             print(f"{output_path}: {answered}; going on with {len(todo)}", file=sys.stderr)
         # Vocabularies are padded for speed. Ids beyond the tokenizer's stand for nothing: never drawn.
         padding = tuple(range(tokenizer.vocab_size, model.config.vocab_size))
-        texts = _Texts(tokenizer, model.config.eos_token_ids, stop)
+        ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
+        texts = _Texts(tokenizer, ends, stop)
         answers = generate_many(
             model,
             [token_ids[prompt.index] for prompt in todo],
             max_new_tokens=[budgets[prompt.index] for prompt in todo],
             params=dataclasses.replace(params, suppress_tokens=params.suppress_tokens + padding),
             seed=[seed + prompt.index if prompt.seed is None else prompt.seed for prompt in todo],
-            eos_token_ids=model.config.eos_token_ids, slots=slots, engine=engine, stop=texts.ended,
+            eos_token_ids=ends, slots=slots, engine=engine, stop=texts.ended,
             report=lambda line: print(line, file=sys.stderr),
         )  # fmt: skip
         written, counts = 0, dict(total=len(prompts), initial=len(finished), unit="row")

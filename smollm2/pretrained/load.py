@@ -79,7 +79,8 @@ def load_model(
 
     device: default cpu. dtype: of the parameters; by default as stored, and the widest where a file mixes
     several. Ids of special tokens in generation_config.json take precedence over config.json, as in
-    transformers. Raises LoadError naming the file, and the tensor with the shape expected and found.
+    transformers; the ids that end a text are those of both. Raises LoadError naming the file, and the tensor
+    with the shape expected and found.
     """
     device, dtype = torch.device(device or "cpu"), parse_dtype(dtype)
     backend = select_backend(backend, device)  # for the device of use: the model is built on meta
@@ -202,7 +203,9 @@ def _converted_once(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype
 
 
 def _read_config(folder: Path) -> SmolLM2Config:
-    """config.json, with the special ids of generation_config.json where it names them."""
+    """config.json, with the special ids of generation_config.json where it names them. Either file's eos ends
+    a text.
+    """
     if not (folder / "config.json").is_file():
         expected = f"expected a model folder with config.json and {WEIGHTS}"
         raise LoadError(f"{folder}: {expected}, found no config.json")
@@ -210,7 +213,10 @@ def _read_config(folder: Path) -> SmolLM2Config:
     path = folder / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
     found = {name: given[name] for name in TOKEN_IDS if given.get(name) is not None}
-    return config.replace(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+    found = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+    ids = config.replace(**found)
+    ends = tuple(dict.fromkeys(ids.eos_token_ids + config.eos_token_ids))
+    return ids.replace(eos_token_id=ends) if len(ends) > len(ids.eos_token_ids) else ids
 
 
 def _check_tensors(tensors: dict[str, Tensor], model: nn.Module, where: Path) -> None:
