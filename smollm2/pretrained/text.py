@@ -31,7 +31,7 @@ def decode_text(content: bytes, name: str) -> str:
     try:
         text, wrong, what = content.decode("utf-8"), content.find(b"\0"), "a NUL byte, as in a binary file"
     except UnicodeDecodeError as error:
-        text, wrong, what = "", error.start, f"the byte 0x{content[error.start]:02X} ({error.reason})"
+        text, wrong, what = "", error.start, f"the byte 0x{content[error.start]:02X} ({error})"
     if wrong >= 0:
         line = content.count(b"\n", 0, wrong) + 1
         raise LoadError(f"{name}, line {line}: expected text in UTF-8, got {what}")

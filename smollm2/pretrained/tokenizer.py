@@ -34,6 +34,7 @@ CONFIG_FILES = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_FILES = "tokenizer.json", *CONFIG_FILES, TEMPLATE_FILE
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+LONGEST_WORD = 1000  # bytes, while a tokenizer is trained
 MORE_ROLES = ("sep_token", "cls_token", "mask_token")  # which a chat template may use as well
 ENDS = ("eos_token", "eot_token", "eom_token")  # of a text, a turn, a message that calls a tool
 
@@ -258,6 +259,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most vocab_size tokens, cut and merged as SmolLM2's. It depends on the texts
     alone.
 
+    Learning takes the square of a word's length: words are cut after LONGEST_WORD bytes, for learning alone.
     Its first ids are <|endoftext|> (0, which begins, ends and separates texts), <|im_start|> and <|im_end|>;
     then all 256 bytes.
     """
@@ -266,7 +268,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         expected = f"expected at least {smallest} (3 special tokens and 256 bytes)"
         raise UsageError(f"vocab_size: {expected}, got {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = _smollm_pre_tokenizer(), decoders.ByteLevel()
+    pieces = pre_tokenizers.FixedLength(length=LONGEST_WORD)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_smollm_pre_tokenizer(), pieces])
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, IM_START, IM_END],
@@ -274,6 +278,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = _smollm_pre_tokenizer()
     return Tokenizer(backend, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT})
 
 
