@@ -13,6 +13,7 @@ before it.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections import defaultdict
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.record import write_json
-from bench.step_record import host_times, recording
 from smollm2.cli import Parser, run_command
 from smollm2.errors import LoadError
 
@@ -177,6 +177,7 @@ def record() -> dict[str, Work]:
     import torch
 
     from bench.step import TrainingStep
+    from bench.step_record import recording
     from bench.train_step import build
     from smollm2.config import SmolLM2Config
 
@@ -214,6 +215,12 @@ def main(argv: Sequence[str]) -> int:
     add("--json", type=Path, metavar="FILE", help="write the launches, bytes and FLOPs of each line there")
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        raise LoadError(
+            "the launches of a step are recorded with triton; install it with: pip install triton"
+        )
+    from bench.step_record import host_times
+
     takes = spent(read(options.trace)) if options.trace else None
     now = record()
     then = {line: Work(*entry) for line, entry in json.loads(RECORDED.read_text(encoding="utf-8")).items()}

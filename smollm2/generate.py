@@ -13,7 +13,7 @@ from smollm2.engine.captured import CapturedEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
-from smollm2.generation.batch_file import run_file
+from smollm2.generation.batch_file import check_stop, run_file
 from smollm2.generation.loop import stream_text
 from smollm2.generation.speculative import MAX_ROWS, Draft, DraftModel, PromptLookup, Stats
 from smollm2.pretrained.load import load_model, load_tokenizer
@@ -89,6 +89,7 @@ def _check(args: argparse.Namespace) -> None:
         if not sys.stdin.isatty():
             hint = "give the question as an argument"
             raise UsageError(f"--chat without a prompt needs a terminal to converse on; {hint}")
+    check_stop(args.stop)
     if args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens: expected a number >= 1, got {args.max_new_tokens}")
     if not 0 <= args.speculate < MAX_ROWS:
@@ -114,7 +115,8 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
     # Special tokens that do not end the text are never sampled: no chat marker in the middle of an answer.
-    banned = sorted(tokenizer.special_ids - set(model.config.eos_token_ids))
+    ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
+    banned = sorted(tokenizer.special_ids.difference(ends))
     params = SamplingParams(
         tuple(token for token in banned if token < model.config.vocab_size),
         args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p,
@@ -127,6 +129,20 @@ def main(argv: Sequence[str]) -> int:
             made_with={"quantize": args.quantize},
         )  # fmt: skip
         return 0
+    try:
+        return _talk(engine, tokenizer, params, args, draft)
+    except BrokenPipeError:  # a reader that has seen enough (`| head`) is no error
+        return 0
+
+
+def _talk(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    args: argparse.Namespace,
+    draft: Draft | None,
+) -> int:
+    """Prints the answer to the prompt of the command line, or converses."""
     if not args.prompt:
         return _converse(engine, tokenizer, params, args, draft)
     prompt = " ".join(args.prompt)
@@ -134,10 +150,10 @@ def main(argv: Sequence[str]) -> int:
         prompt_ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]))
     else:
         prompt_ids = tokenizer.encode(prompt, special=False)
-    _answer(engine, tokenizer, prompt_ids, params, args, draft, echo="" if args.chat else prompt)
+    answer = _answer(engine, tokenizer, prompt_ids, params, args, draft, echo="" if args.chat else prompt)
     if args.verbose and isinstance(engine, CapturedEngine):
         print(engine.loops.describe(), file=sys.stderr)
-    return 0
+    return 0 if answer else 1
 
 
 def _draft(engine: Engine, args: argparse.Namespace) -> Draft | None:
@@ -177,6 +193,8 @@ def _answer(
         print(f"{(len(pieces) - 1) / (last - first):.1f} tok/s", file=sys.stderr)
         if draft is not None:
             print(stats, file=sys.stderr)
+    if not text:
+        print("no answer: the model ended the text at once, or at a text of --stop", file=sys.stderr)
     return text
 
 

@@ -33,6 +33,7 @@ from smollm2.engine.select import select_engine
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.load import load_model, load_tokenizer
+from smollm2.pretrained.text import decode_text
 from smollm2.projections import apply, is_plain
 
 WINDOW = 1024
@@ -304,10 +305,7 @@ def _read(name: str) -> str:
     except OSError as error:
         hint = "to score the words themselves, use --text"
         raise LoadError(f"{name}: cannot be read ({error.strerror}); {hint}") from None
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise LoadError(f"{name}: expected text in UTF-8 ({error})") from None
+    return decode_text(content, name)
 
 
 if __name__ == "__main__":

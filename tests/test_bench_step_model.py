@@ -4,6 +4,7 @@ predicted from it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from collections import Counter
 import pytest
 
 from bench import step_model
-from bench.step_model import GROUPS, LAYERS, Work
+from bench.step_model import GROUPS, LAYERS, RESULTS, Work, main
+from smollm2.cli import run_command
 from smollm2.errors import LoadError
 
 
@@ -85,3 +87,16 @@ def test_another_file_is_refused(tmp_path):
     (tmp_path / "step.json").write_text("{}", encoding="utf-8")
     with pytest.raises(LoadError, match="step.json: not a trace of bench.train_step --traces"):
         step_model.read(tmp_path / "step.json")
+
+
+def test_without_triton_the_command_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run_command(main, []) == 1
+    assert capsys.readouterr().err == (
+        "error: the launches of a step are recorded with triton; install it with: pip install triton\n"
+    )
+
+
+def test_the_module_is_imported_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import bench.step_model"
+    subprocess.run([sys.executable, "-c", code], cwd=RESULTS.parents[2], check=True, timeout=600)

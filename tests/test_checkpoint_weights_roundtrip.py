@@ -217,11 +217,11 @@ def test_names_of_dtypes():
         parse_dtype("int8")
 
 
-def test_special_ids_of_the_generation_config_take_precedence(folder):
+def test_special_ids_of_the_generation_config_take_precedence_and_both_end_a_text(folder):
     content = '{"eos_token_id": [5, 6], "pad_token_id": null, "temperature": 0.6}'
     (folder / "generation_config.json").write_text(content)
     config = load_model(folder, "torch").config
-    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (5, 6), 2)
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (5, 6, 2, 0), 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux has /proc/self/maps")

@@ -146,7 +146,7 @@ def test_a_mistake_is_one_line_and_its_code(checkpoint, capsys, argv, code, word
 def test_a_file_that_is_no_utf8_is_named(checkpoint, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     code, _, error = run(capsys, checkpoint, str(tmp_path / "latin.txt"))
-    assert code == 1 and "latin.txt: expected text in UTF-8" in error and error.count("\n") == 1
+    assert code == 1 and "latin.txt, line 1: expected text in UTF-8" in error and error.count("\n") == 1
 
 
 def module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import pydoc_data.topics
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +109,25 @@ def test_training_is_reproducible_and_honours_the_size():
     assert 259 < train_tokenizer(["ab ab"], 5000).vocab_size < 300, (
         "a small corpus gives fewer than asked for"
     )
+
+
+def test_words_without_end_cost_training_what_other_text_costs():
+    """Uncut, a word of 100,000 letters took half a minute."""
+    letters = random.Random(0).choices("ab", k=100_000)
+    tokenizer = train_tokenizer(["a" * 100_000, "".join(letters), *CORPUS], 400)
+    text = "".join(letters[:3000])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    data = json.loads(tokenizer.to_json())
+    kinds = [part["type"] for part in data["pre_tokenizer"]["pretokenizers"]]
+    assert kinds == ["Digits", "ByteLevel"], "encoding cuts no words"
+
+
+def test_words_of_usual_length_are_learned_whole(monkeypatch):
+    """The embedded corpus gives the tokenizer that it gave before words were cut."""
+    texts = [text for text in pydoc_data.topics.topics.values()]
+    found = train_tokenizer(texts, 1000)
+    monkeypatch.setattr("smollm2.pretrained.tokenizer.LONGEST_WORD", 10**9)
+    assert found.fingerprint() == train_tokenizer(texts, 1000).fingerprint()
 
 
 CHATML = """{% for message in messages %}

@@ -45,12 +45,9 @@ def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -
     Sampling noise is a function of (seed, position) and no generator is touched: the loss curve is the same
     without samples.
     """
-    ends = model.config.eos_token_ids
-    banned = [
-        token
-        for token in sorted(tokenizer.special_ids)
-        if token not in ends and token < model.config.vocab_size
-    ]
+    vocab_size = model.config.vocab_size
+    ends = tokenizer.end_ids(vocab_size, *model.config.eos_token_ids)
+    banned = [token for token in sorted(tokenizer.special_ids.difference(ends)) if token < vocab_size]
     model.eval()
     texts = []
     for index, prompt in enumerate(config.sample_prompts):
@@ -61,6 +58,7 @@ def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -
             max_new_tokens=min(config.sample_tokens, model.config.max_position_embeddings - len(ids)),
             temperature=config.sample_temperature,
             seed=config.seed + index,
+            eos_token_id=ends,
             suppress_tokens=banned,
             engine=Engine(model),  # not captured: a graph would keep memory that training needs
         )

@@ -14,7 +14,6 @@ what the lines depend on. A command that would add lines made in another way is 
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import hashlib
 import json
@@ -35,6 +34,7 @@ from smollm2.errors import LoadError, UsageError
 from smollm2.generation.batch import check_prompts, generate_many
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.files import json_writer, read_json, write_files
+from smollm2.pretrained.text import decode_text
 from smollm2.pretrained.tokenizer import Tokenizer
 from smollm2.sampling import SamplingParams
 
@@ -95,8 +95,7 @@ def run_file(
     prompts_path, output_path, params = Path(prompts_path), Path(output_path), params or SamplingParams()
     check_paths(prompts_path, output_path)
     params.validate(model.config.vocab_size)
-    if "" in stop:
-        raise UsageError("stop: expected texts that are not empty, got ''")
+    check_stop(stop)
     content = _read(prompts_path)
     prompts = parse_prompts(prompts_path, content)
     token_ids = _encode(tokenizer, prompts_path, prompts, chat)
@@ -127,14 +126,15 @@ def run_file(
             print(f"{output_path}: {answered}; going on with {len(todo)}", file=sys.stderr)
         # Vocabularies are padded for speed. Ids beyond the tokenizer's stand for nothing: never drawn.
         padding = tuple(range(tokenizer.vocab_size, model.config.vocab_size))
-        texts = _Texts(tokenizer, model.config.eos_token_ids, stop)
+        ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
+        texts = _Texts(tokenizer, ends, stop)
         answers = generate_many(
             model,
             [token_ids[prompt.index] for prompt in todo],
             max_new_tokens=[budgets[prompt.index] for prompt in todo],
             params=dataclasses.replace(params, suppress_tokens=params.suppress_tokens + padding),
             seed=[seed + prompt.index if prompt.seed is None else prompt.seed for prompt in todo],
-            eos_token_ids=model.config.eos_token_ids, slots=slots, engine=engine, stop=texts.ended,
+            eos_token_ids=ends, slots=slots, engine=engine, stop=texts.ended,
             report=lambda line: print(line, file=sys.stderr),
         )  # fmt: skip
         written, counts = 0, dict(total=len(prompts), initial=len(finished), unit="row")
@@ -166,17 +166,16 @@ def parse_prompts(path: Path, content: bytes) -> list[Prompt]:
     .jsonl, .ndjson and .json hold JSON lines, .txt and .text plain ones. Under any other name the first
     character decides: { is JSON.
     """
-    content, suffix = content.removeprefix(codecs.BOM_UTF8), path.suffix.lower()
-    lines = content.split(b"\n")  # not splitlines(): prompts may contain U+2028 and the like
-    is_json = suffix in JSON_LINES or (suffix not in PLAIN_TEXT and content.lstrip().startswith(b"{"))
+    text, suffix = decode_text(content, str(path)), path.suffix.lower()
+    is_json = suffix in JSON_LINES or (suffix not in PLAIN_TEXT and text.lstrip().startswith("{"))
     prompts: list[Prompt] = []
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): prompts may contain U+2028
+        if not line.strip():
             continue
         try:
-            text, index = raw.removesuffix(b"\r").decode("utf-8"), len(prompts)
-            prompts.append(_from_json(text, index, number) if is_json else Prompt(index, number, index, text))
-        except ValueError as error:  # JSON's and UTF-8's errors are ValueErrors as well
+            line, index = line.removesuffix("\r"), len(prompts)
+            prompts.append(_from_json(line, index, number) if is_json else Prompt(index, number, index, line))
+        except ValueError as error:
             raise LoadError(f"{path}, line {number}: {error}") from None
     if not prompts:
         raise LoadError(f"{path}: expected at least one prompt, found none")
@@ -187,7 +186,7 @@ def _from_json(text: str, index: int, line: int) -> Prompt:
     """A prompt from one JSON line. Raises ValueError with what is wrong with it."""
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         example = '{"prompt": "Once upon a time"}'
         raise ValueError(f"expected JSON such as {example}, got {text[:40]!r} ({error})") from None
     if not isinstance(record, dict):
@@ -269,15 +268,25 @@ def _digest(model: SmolLM2ForCausalLM) -> str:
     return digest.hexdigest()
 
 
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises UsageError for a text before which nothing can stop."""
+    for text in stop:
+        if not text or text.encode(errors="ignore").decode() != text:  # half of a surrogate pair
+            raise UsageError(f"stop: expected texts that are not empty and fit UTF-8, got {text!r}")
+
+
 def check_paths(prompts: Path, output: Path) -> None:
     """Raises LoadError or UsageError for paths with which run_file cannot work."""
-    if not prompts.is_file():
+    if not prompts.exists() or prompts.is_dir():
         raise LoadError(f"{prompts}: no such file; --prompts takes a .jsonl or .txt file")
     if not output.parent.is_dir():
         hint = "make it, or choose another --output"
         raise LoadError(f"{output}: the folder {output.parent} does not exist; {hint}")
     if output.is_dir():
         raise LoadError(f"{output}: is a folder; --output takes a file, such as {output / 'answers.jsonl'}")
+    if output.exists() and not output.is_file():
+        hint = "it is read again to continue it; choose a file, such as answers.jsonl"
+        raise LoadError(f"{output}: is not a regular file; {hint}")
     if output.exists() and output.samefile(prompts):
         raise UsageError(f"{output}: the output would overwrite the prompts; choose another --output")
 

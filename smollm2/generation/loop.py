@@ -205,8 +205,8 @@ def stream_text(
     draft: Draft | None = None,
     stats: Stats | None = None,
 ) -> Iterator[str]:
-    """Yields the continuation of one prompt as text, piece by piece, up to a stop token or string (not
-    included).
+    """Yields the continuation of one prompt as text, piece by piece, up to a stop token (the model's and the
+    tokenizer's, see `Tokenizer.end_ids`) or string, not included.
 
     A character whose bytes are spread over several tokens is yielded when it is complete. Text that may be
     the beginning of a stop string is held back until that is decided. One item comes per generated token, an
@@ -214,7 +214,7 @@ def stream_text(
     fewer steps, which stats count.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ends = model.config.eos_token_ids
+    ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
     held = ""
     input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
     tokens: Iterator[int]

@@ -66,7 +66,7 @@ class GGUFTokenizer:
     tokens: list[str]
     merges: list[str]  # "left right", most frequent first
     token_types: list[int]
-    special_ids: dict[str, int]  # of "bos_token", "eos_token", "unk_token", "pad_token", where named
+    special_ids: dict[str, int]  # of "bos_token", "eos_token", "unk_token", "pad_token", ..., where named
     chat_template: str | None
 
 
@@ -179,8 +179,13 @@ class GGUFFile:
         head_dim = self._metadata("llama.attention.key_length", int, default=hidden_size // max(heads, 1))
         ids = {
             f"{role}_token_id": self._metadata(f"tokenizer.ggml.{name}_token_id", int, default=None)
-            for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+            for role, name in (("bos", "bos"), ("pad", "padding"))
         }
+        # what llama.cpp stops at: the end of the text, of the turn, of a message that calls a tool
+        keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+        found = (self._metadata(key, int, default=None) for key in keys)
+        ends = tuple(dict.fromkeys(end for end in found if end is not None))
+        ids["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
         try:
             config = SmolLM2Config(
                 vocab_size=int(self._tensor("token_embd.weight").shape[-1]),
@@ -266,6 +271,7 @@ class GGUFFile:
         prefix = "tokenizer.ggml."
         tokens = self._list(prefix + "tokens", str)
         names = dict(bos_token="bos", eos_token="eos", unk_token="unknown", pad_token="padding")
+        names |= dict(eot_token="eot", eom_token="eom")
         keys = {role: f"{prefix}{name}_token_id" for role, name in names.items()}
         ids = {role: self._metadata(key, int, default=None) for role, key in keys.items()}
         count = len(tokens)

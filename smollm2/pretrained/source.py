@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -9,9 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from smollm2.config import PRESETS
 from smollm2.errors import LoadError
 from smollm2.pretrained.cache import cache_folder, cached
-from smollm2.pretrained.files import model_files, write_files
+from smollm2.pretrained.files import WEIGHTS, model_files, read_json, write_files
 from smollm2.pretrained.gguf import open_gguf
 from smollm2.pretrained.tokenizer import tokenizer_from_gguf
 
@@ -45,10 +47,50 @@ def resolve(
             "to load a safetensors file, name its folder"
         )
     name = str(source)
+    if re.fullmatch(r"[\d.]+[BM]", name, re.IGNORECASE):
+        sizes = ", ".join(size for size in PRESETS if size != "tiny")
+        known = f"SmolLM2 has {sizes}, on the hub as HuggingFaceTB/SmolLM2-135M, ...-135M-Instruct and so on"
+        raise LoadError(f"{name!r}: a size, expected a model; {known}")
     is_file_name = name.lower().endswith((".gguf", ".safetensors", ".json"))
     if isinstance(source, Path) or is_file_name or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise LoadError(f"{name!r}: no such file or folder")
     return _download(name, revision, list(allow_patterns))
+
+
+def model_folder(source: str | Path) -> str | Path:
+    """`source`, or, where that is the folder of a run of train.run, its newest checkpoint with a sound model.
+
+    Raises LoadError for a run that has none.
+    """
+    folder = Path(source).expanduser() / "checkpoints"
+    if not str(source) or not folder.is_dir() or (folder.parent / "config.json").is_file():
+        return source
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    found.sort(key=lambda path: int(path.name[5:]), reverse=True)
+    if (folder / "latest").is_file():
+        latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        found.sort(key=lambda path: path.name != latest)  # stable: the others stay in order
+    for path in found:
+        try:
+            _check_manifest(path)
+            return path
+        except LoadError as error:
+            logger.warning("skipped a damaged checkpoint: %s", error)
+    raise LoadError(f"{folder}: expected a sound checkpoint, found none among {len(found)}")
+
+
+def _check_manifest(checkpoint: Path) -> None:
+    """Compares the files of a checkpoint that a model is made of with its manifest. Raises LoadError."""
+    path = checkpoint / "manifest.json"
+    try:
+        for name, expected in read_json(path)["files"].items():
+            if name.endswith((".json", WEIGHTS)):
+                with (checkpoint / name).open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                if digest != expected["sha256"]:
+                    raise LoadError(f"{checkpoint / name}: its sha256 is not that of the manifest")
+    except (OSError, AttributeError, KeyError, TypeError) as error:
+        raise LoadError(f"{checkpoint}: not a readable checkpoint ({error})") from None
 
 
 def packaged_gguf() -> Path:

