@@ -1,16 +1,17 @@
 """What every command line shares: flags, exit codes, errors of one line, no traceback unless asked.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted (Ctrl-C).
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted (Ctrl-C), 141 the reader of stdout went away.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, NoReturn, TextIO, cast
 
 import torch
 
@@ -19,6 +20,7 @@ from smollm2.engine.select import QUANTIZE
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.load import load_model, parse_dtype
+from smollm2.streams import StandardStream, open_missing
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FLAGS: dict[str, dict[str, Any]] = {
@@ -102,22 +104,33 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     """Runs `main(argv)` and turns exceptions into one line on stderr and an exit code.
 
     UsageError becomes 2, any other exception 1, Ctrl-C 130. With `--debug` among the arguments the traceback
-    is shown as well. A reader that went away (`| head`) is not an error.
+    is shown as well. Text that stdout does not take (a full disk, `>&-`) is an error. A reader of stdout that
+    went away (`| head`) ends the command without a word, with the shell's code for that, 141. A stderr that
+    fails changes nothing.
     """
+    if argv is None and callable(signal.getsignal(signal.SIGINT)):
+        # The imports are over, during which Ctrl-C ends the process at once (smollm2/__init__.py).
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return main(argv)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Python flushes stdout at exit: point it somewhere that accepts the flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:  # noqa: BLE001 - the last line of defence of a command
-        if "--debug" in argv:
-            traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        prefix = "" if isinstance(error, (UsageError, LoadError)) else f"{type(error).__name__}: "
-        print(f"error: {prefix}{message}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    open_missing()
+    stdout, stderr = StandardStream(sys.stdout, needed=True), StandardStream(sys.stderr, needed=False)
+    with redirect_stdout(cast(TextIO, stdout)), redirect_stderr(cast(TextIO, stderr)):
+        try:
+            try:
+                return main(argv)
+            finally:
+                stdout.flush()
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+        except Exception as error:  # noqa: BLE001 - the last line of defence of a command
+            if error is stdout.failure and isinstance(error, BrokenPipeError):
+                return 128 + signal.SIGPIPE
+            if "--debug" in argv:
+                traceback.print_exc()
+            message = " ".join(str(error).split()) or type(error).__name__
+            prefix = "" if isinstance(error, (UsageError, LoadError)) else f"{type(error).__name__}: "
+            if error is stdout.failure:
+                prefix, message = "standard output: cannot be written: ", str(stdout.failure.strerror)
+            print(f"error: {prefix}{message}", file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1

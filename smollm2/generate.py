@@ -127,6 +127,20 @@ def main(argv: Sequence[str]) -> int:
             made_with={"quantize": args.quantize},
         )  # fmt: skip
         return 0
+    try:
+        return _talk(engine, tokenizer, params, args, draft)
+    except BrokenPipeError:  # a reader that has seen enough (`| head`) is no error
+        return 0
+
+
+def _talk(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    args: argparse.Namespace,
+    draft: Draft | None,
+) -> int:
+    """Prints the answer to the prompt of the command line, or converses."""
     if not args.prompt:
         return _converse(engine, tokenizer, params, args, draft)
     prompt = " ".join(args.prompt)

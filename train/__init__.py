@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 
 # Idle OpenMP threads sleep. By default they spin, and one more busy program on the machine then slows a small
@@ -9,6 +10,9 @@ import sys
 # torch is imported: hence here, before anything imports it. (Generation, whose steps are shorter, decides by
 # the load: smollm2/__init__.py.)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during imports: see smollm2/__init__.py
 
 
 def keep_freed_memory() -> None:
