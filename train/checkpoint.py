@@ -21,6 +21,7 @@ only then named by `latest`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import platform
@@ -74,6 +75,8 @@ class Progress:
     tokens: int = 0
     skipped_steps: int = 0
     ranks: int = 1  # processes that trained
+    files: dict[str, Any] = field(default_factory=dict)  # of metrics.jsonl and samples.txt: Journal.mark()
+    unreported: bool = False  # the evaluation and samples of this step, if due, are still to do
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries; of a resumed run: before
 
     def record(self) -> dict[str, Any]:
@@ -179,6 +182,9 @@ def write_snapshot(
         (temporary / MANIFEST).write_text(manifest(files), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             flush(path)
+        for name in snapshot.record["files"]:  # what it counts on; a resume names what is not there
+            with contextlib.suppress(OSError):
+                flush(run / name)
         if folder.exists():  # a damaged one, or the same step of a run that went back
             folder.rename(folder.with_name(f".tmp-replaced-{folder.name}"))
         temporary.rename(folder)

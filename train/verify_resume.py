@@ -33,7 +33,7 @@ from train import checkpoint, run, step
 from train.checkpoint import LATEST, RECORD, STATE, checkpoints, newest_checkpoint, read_moments
 from train.command_line import CONFIGS, parse
 from train.data.batches import Batch
-from train.metrics import read_metrics
+from train.metrics import SAMPLES_FILE, read_metrics
 
 DEADLINE = 600.0  # seconds until the first checkpoint is there, on a machine however slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,8 +191,9 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _metrics(folder: Path, name: str) -> dict[int, Any]:
-    return {line["step"]: line[name] for line in read_metrics(folder) if name in line}
+def _metrics(folder: Path, name: str) -> list[tuple[int, Any]]:
+    """(step, value) in the order of the lines: one that is there twice shows."""
+    return [(line["step"], line[name]) for line in read_metrics(folder) if name in line]
 
 
 def _stream(path: Path) -> dict[str, set[str]]:
@@ -213,6 +214,8 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
     for name in sorted(names - {"step", "resumed", *TIMED}):
         one, other = (_metrics(trial.run, name) for trial in (straight, killed))
         rows.append((name, one == other and len(one) > 0, f"{len(one)} values"))
+    texts = [(trial.run / SAMPLES_FILE).read_bytes() for trial in (straight, killed)]
+    rows.append((SAMPLES_FILE, texts[0] == texts[1], f"{len(texts[0]):,} bytes"))
     ends = [newest_checkpoint(trial.run, print) for trial in (straight, killed)]
     if ends[0] is None or ends[1] is None:
         raise LoadError("a run left no checkpoint")
@@ -228,6 +231,7 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
         rows.append((name, _same(one, other), values if tensors else f"{len(one)} entries"))
     records = [json.loads((end / RECORD).read_text(encoding="utf-8")) for end in ends if end is not None]
     for record in records:
+        del record["files"]  # the metrics tell the time
         for key in ("output_dir", "resume"):
             record["config"].pop(key)
     rows.append(("record of the run", records[0] == records[1], f"step {records[0]['step']}"))
