@@ -60,9 +60,11 @@ def optional_output(shown: bool) -> Iterator[None]:
     lost, which `lost_output` tells. shown: False drops stdout altogether.
     """
     out = sys.stdout if shown and sys.stdout is not None else io.StringIO()
-    streams = [StandardStream(stream, needed=False) for stream in (out, sys.stderr or io.StringIO())]
-    out, err = (cast(TextIO, stream) for stream in streams)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    optional = StandardStream(out, needed=False)
+    err: Any = sys.stderr  # that of a command is optional already
+    if not isinstance(err, StandardStream):
+        err = StandardStream(err or io.StringIO(), needed=False)
+    with contextlib.redirect_stdout(cast(TextIO, optional)), contextlib.redirect_stderr(err):
         yield
 
 

@@ -146,29 +146,38 @@ class Trial:
             raise LoadError(f"{what}: {self._tail()}")
         return newest.name
 
+    def batches(self) -> int:
+        """How many batches rank 0 has read in all its runs."""
+        path = self.folder / "stream-0.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
     def _tail(self) -> str:
         log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
         return " | ".join(log.strip().splitlines()[-3:])
 
 
-def _kill_at_random(trial: Trial, kills: int, seed: int, straight_seconds: float) -> list[float]:
-    """Starts the run over and over and kills it after a random time; returns those times. Then lets it come
-    to its end.
+def _kill_at_random(trial: Trial, kills: int, seed: int, steps: int, straight_seconds: float) -> list[float]:
+    """Starts the run over and over and kills it after a random number of steps, up to twice those between
+    checkpoints, and a moment more; after none, somewhere in its start. Returns the seconds from each start to
+    its kill. Then lets it come to its end.
     """
     generator = random.Random(seed)
     delays: list[float] = []
     while len(delays) < kills:
-        process = trial.start()
-        # From the imports to some way into the training; now and then long enough for a few checkpoints.
-        delay = generator.uniform(0.02, 1.0) * min(straight_seconds, 12.0)
+        count = generator.randrange(2 * steps)
+        moment = generator.random() * (0.1 if count else min(straight_seconds, 12.0))
+        target = trial.batches() + count
+        process, began = trial.start(), time.monotonic()
+        while process.poll() is None and trial.batches() < target and time.monotonic() - began < DEADLINE:
+            time.sleep(0.005)
         try:
-            if process.wait(delay) == 0:
+            if process.wait(moment) == 0:
                 break  # it got to its end first
             raise LoadError(f"a run ended by itself with exit code {process.returncode}: {trial._tail()}")
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            delays.append(delay)
+            delays.append(time.monotonic() - began)
             if sys.stdout.isatty() or len(delays) % 5 == 0:
                 newest = [path.name for path in checkpoints(trial.run)] or ["none"]
                 print(f"killed {len(delays)} of {kills} times, newest checkpoint {newest[-1]}", flush=True)
@@ -290,7 +299,9 @@ def main(argv: Sequence[str]) -> int:
         began = time.monotonic()
         straight.finish()
         if options.kills:
-            delays = _kill_at_random(killed, options.kills, options.seed, time.monotonic() - began)
+            delays = _kill_at_random(
+                killed, options.kills, options.seed, options.steps, time.monotonic() - began
+            )
             if not delays:
                 raise LoadError("--kills: the run came to its end before it was killed once; raise --more")
             when = f"{min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})"
