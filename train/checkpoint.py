@@ -8,7 +8,8 @@ bit-exact resume.
         shards/                 in its place, of a sharded run: a file from each rank, by
                                 torch.distributed.checkpoint, which any number of ranks reads
         training_state.pt       RNG states of every rank, digests of the documents seen, the guard's averages
-        run.json                step, tokens, data position, configuration, backend, versions of libraries
+        run.json                step, tokens, data position, configuration, backend, versions of libraries,
+                                size and sha256 of metrics.jsonl and samples.txt at that step
         manifest.json           schema version; size and sha256 of every file above, and of itself
     RUN/checkpoints/latest      the name of the newest folder
 

@@ -3,8 +3,9 @@ killed is the run that was not.
 
 One run trains N + M steps without a pause. Another is killed with SIGKILL three times: in the middle of a
 step, in the middle of writing a checkpoint, in the middle of the last step; each time it is started again
-with resume=auto. Then losses, gradient norms, learning rates, weights, optimizer state, random generators,
-counters and the batches themselves are compared, all of them exactly.
+with resume=auto. With --kills K it is killed K times at random moments instead. Then losses, gradient norms,
+learning rates, samples, weights, optimizer state, random generators, counters and the batches themselves are
+compared, all of them exactly; a line of metrics that is there twice counts as different.
 """
 
 from __future__ import annotations
