@@ -158,12 +158,18 @@ def test_a_tracker_that_fails_is_told_once_and_training_goes_on(tmp_path, monkey
     "keys",
     [dict(tensorboard=True), dict(tracker="tensorboard"), dict(tensorboard=True, tracker="tensorboard")],
 )
-def test_tensorboard_by_either_key_once(tmp_path, monkeypatch, keys):
+def test_tensorboard_by_either_key_once(tmp_path, monkeypatch, capsys, keys):
     written: list[tuple[str, str, float, int]] = []
+    kept: list[int] = []  # how much was written when the writer was asked to keep it
+    purged: list[int | None] = []
 
     class Writer:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, purge_step: int | None = None) -> None:
             self.folder = folder
+            purged.append(purge_step)
+
+        def flush(self) -> None:
+            kept.append(len(written))
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written.append((self.folder, name, value, step))
@@ -181,6 +187,11 @@ def test_tensorboard_by_either_key_once(tmp_path, monkeypatch, keys):
         for name, value in values.items()
     ]
     assert written == expected and len(written) > 10
+    assert kept == [len(written)] and purged == [None]
+    config.steps, config.resume = 3, "auto"
+    train(config)
+    assert purged == [None, 3], "what a killed run has logged after its checkpoint is hidden"
+    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])

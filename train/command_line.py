@@ -64,7 +64,7 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
     """RunConfig's defaults, then the file's values, then those of the command line."""
     try:
         from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
+        from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
     except ModuleNotFoundError:
         install = "install it with: pip install 'smollm2-kernels[train]'"
         raise LoadError(f"the command line of train.run needs omegaconf; {install}") from None
@@ -81,7 +81,7 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
 
     if file is not None:
         try:
-            content = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+            content = OmegaConf.to_container(OmegaConf.load(file))
         except FileNotFoundError:
             known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
             raise UsageError(f"{file}: no such file; expected a YAML file or one of {known}") from None
@@ -95,10 +95,22 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
     _check_keys(given, "command line")
     for key, text in given.items():
         set_value("command line", key, _from_text(text, hints[key]))
+    # What ${...} stands for is looked up last, and not shown: it may be a secret.
+    written = typing.cast(dict[str, Any], OmegaConf.to_container(merged))
     try:
-        return typing.cast(RunConfig, OmegaConf.to_object(merged))
+        config = typing.cast(RunConfig, OmegaConf.to_object(merged))
+    except InterpolationValidationError as error:
+        key = str(error.full_key)
+        wanted = _type_name(hints[key]) if key in hints else "a value of the key's type"
+        got = f"what {written.get(key, '${...}')} stands for"
+        raise UsageError(f"configuration: {key or 'interpolation'}: expected {wanted}, got {got}") from None
     except OmegaConfBaseException as error:
         raise UsageError(f"configuration: {str(error).splitlines()[0]}") from None
+    values = dataclasses.asdict(config)
+    config.interpolated = {  # type: ignore[misc]
+        key: value for key, value in written.items() if value != values[key] and "${" in str(value)
+    }
+    return config
 
 
 def _check_keys(names: typing.Iterable[str], where: str) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from smollm2.config import PRESETS, SmolLM2Config
 from smollm2.errors import UsageError
@@ -201,6 +203,9 @@ class RunConfig:
         "to this machine alone",
     )
 
+    # Keys whose value refers to something else, as they were written (train/command_line.py).
+    interpolated: ClassVar[Mapping[str, Any]] = {}
+
     def __post_init__(self) -> None:
         # YAML and programs have booleans for true and false.
         given = str(self.cuda_graph).lower()
@@ -212,6 +217,16 @@ class RunConfig:
         """The part of the source's documents that is not trained on."""
         return 0.0 if self.validation_paths else self.validation_fraction
 
+    def as_written(self) -> dict[str, Any]:
+        """Every key and its value, as the user wrote it: `${oc.env:NAME}` is not replaced by what it stands
+        for, which may be a secret. To print, to save, and to compare.
+        """
+        return {**dataclasses.asdict(self), **self.interpolated}
+
+    def as_yaml(self) -> str:
+        """as_written(), as a file that train.run reads."""
+        return "".join(f"{name}: {json.dumps(value)}\n" for name, value in self.as_written().items())
+
     def validate(self) -> None:
         """Raises UsageError naming the first key that cannot be used, what came and what is allowed."""
         self.__post_init__()  # for what was assigned since
@@ -222,7 +237,9 @@ class RunConfig:
             for name in keys:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
-                    raise UsageError(f"{name}: expected {allowed}, got {value!r}")
+                    raise UsageError(
+                        f"{name}: expected {allowed}, got {self.interpolated.get(name, value)!r}"
+                    )
         for wrong, message in self._conflicts():
             if wrong:
                 raise UsageError(message)
@@ -378,13 +395,14 @@ def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
     before: the saved configuration. Raises UsageError when a key that must not change did: the saved
     optimizer state and data position belong to the old model, data and tokenizer.
     """
-    lines, refused, default = [], [], RunConfig()
+    lines, refused, default, written = [], [], RunConfig(), after.as_written()
     for entry in dataclasses.fields(RunConfig):
         if entry.name in ("resume", "output_dir"):
             continue
         # A key that the program of the checkpoint did not have yet stood at its default.
-        old, new = before.get(entry.name, getattr(default, entry.name)), getattr(after, entry.name)
-        if old != new and format_value(old) != new:  # cuda_graph was a boolean once
+        old, new = before.get(entry.name, getattr(default, entry.name)), written[entry.name]
+        # cuda_graph was a boolean once, and interpolations were saved with what they stood for.
+        if old not in (new, getattr(after, entry.name)) and format_value(old) != new:
             lines.append(f"{entry.name}: {format_value(old)} -> {format_value(new)}")
             # their states are interchangeable
             same = entry.name == "optimizer" and {old, new} <= {"adamw", "adamw,torch"}

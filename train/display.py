@@ -5,10 +5,14 @@ The record is metrics.jsonl.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO, cast
+
+from smollm2.streams import StandardStream
 
 # The bar is narrow, so that the figures after it fit on a usual terminal; tqdm cuts off what does not fit.
 BAR = "{n_fmt}/{total_fmt} |{bar:10}| ETA {remaining}{postfix}"
@@ -48,6 +52,27 @@ def duration(seconds: float) -> str:
 def _has_terminal() -> bool:
     """Whether stderr can show a bar. The pseudo-terminals of some containers have no columns for it."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
+@contextlib.contextmanager
+def optional_output(shown: bool) -> Iterator[None]:
+    """Inside, no stream that is closed, full or lacks a character ends the work: what cannot be printed is
+    lost, which `lost_output` tells. shown: False drops stdout altogether.
+    """
+    out = sys.stdout if shown and sys.stdout is not None else io.StringIO()
+    optional = StandardStream(out, needed=False)
+    err: Any = sys.stderr  # that of a command is optional already
+    if not isinstance(err, StandardStream):
+        err = StandardStream(err or io.StringIO(), needed=False)
+    with contextlib.redirect_stdout(cast(TextIO, optional)), contextlib.redirect_stderr(err):
+        yield
+
+
+def lost_output() -> dict[str, str]:
+    """Why stdout and stderr cannot be written any more, as lost_stdout and lost_stderr; empty if they can."""
+    streams = (("lost_stdout", sys.stdout), ("lost_stderr", sys.stderr))
+    failures = ((name, getattr(stream, "failure", None)) for name, stream in streams)
+    return {name: str(error) for name, error in failures if error is not None}
 
 
 class Display:

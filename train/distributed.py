@@ -117,7 +117,19 @@ def join_world(device: str) -> World:
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        threading.Thread(target=_stop_when_orphaned, args=(os.getppid(),), daemon=True).start()
     return World(place, rank, size, local_rank, dist.new_group(backend="gloo"))
+
+
+def _stop_when_orphaned(launcher: int) -> None:
+    """Sends SIGTERM to this process when torchrun is gone, which was killed without a chance to do so: the
+    run saves and ends, instead of training on where nobody sees it.
+
+    A rank that then waits for one that is gone is ended by the broken connection, or by the next rank's end.
+    """
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave_world() -> None:
@@ -144,7 +156,8 @@ def settle_buckets(world: World, forward: nn.Module, rows: int, length: int) -> 
 
 
 class StopRequest:
-    """Inside this context the first SIGTERM or SIGINT is noted, and the second ends the process at once.
+    """Inside this context the first SIGTERM, SIGINT or SIGHUP is noted, and the second ends the process at
+    once. A SIGHUP never does: a terminal that closes sends several. Under nohup there is none.
 
     All ranks stop after the same step, whichever of them got the signal, and when.
     """
@@ -160,8 +173,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+            hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # not on Windows
+            for number in {signal.SIGTERM, signal.SIGINT, hangup}:
+                if number != hangup or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -172,6 +187,8 @@ class StopRequest:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self._noted:
+            if number == getattr(signal, "SIGHUP", None):
+                return
             if self._world.size == 1 or time.monotonic() - self._since > ECHO:
                 os._exit(128 + number)
             return
@@ -180,7 +197,10 @@ class StopRequest:
             text = (
                 f"\n{signal.Signals(number).name}: finishing the step, then saving; once more leaves at once"
             )
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(
+                OSError, RuntimeError
+            ):  # no terminal, or it came while this was printing
+                print(text, file=sys.stderr, flush=True)
 
     def agree(self) -> int:
         """Called by every rank once a step -> the number of the signal on which to stop now, or 0.

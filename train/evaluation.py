@@ -5,6 +5,9 @@ Neither draws a random number.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,14 +30,13 @@ def evaluate(
     """
     ids, doc_start = held_out[0], held_out[1] if config.document_masking else None
     total = torch.zeros((), dtype=torch.float64)
-    model.eval()
-    for first in range(world.rank * config.batch_size, len(ids), world.size * config.batch_size):
-        rows = slice(first, first + config.batch_size)
-        piece = ids[rows].to(world.device)
-        starts = None if doc_start is None else doc_start[rows].to(world.device)
-        loss = model(piece, labels=piece, doc_start=starts, reduction="sum").loss
-        total += loss.cpu().double()  # some devices have no float64
-    model.train()
+    with _evaluating(model):
+        for first in range(world.rank * config.batch_size, len(ids), world.size * config.batch_size):
+            rows = slice(first, first + config.batch_size)
+            piece = ids[rows].to(world.device)
+            starts = None if doc_start is None else doc_start[rows].to(world.device)
+            loss = model(piece, labels=piece, doc_start=starts, reduction="sum").loss
+            total += loss.cpu().double()  # some devices have no float64
     targets = int((shift_labels(ids, doc_start) != IGNORE_INDEX).sum())
     return sum(world.gather(float(total))) / max(1, targets)
 
@@ -48,20 +50,29 @@ def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -
     vocab_size = model.config.vocab_size
     ends = tokenizer.end_ids(vocab_size, *model.config.eos_token_ids)
     banned = [token for token in sorted(tokenizer.special_ids.difference(ends)) if token < vocab_size]
-    model.eval()
     texts = []
-    for index, prompt in enumerate(config.sample_prompts):
-        ids = tokenizer.encode(prompt, special=False) or [tokenizer.eot_token_id or 0]
-        out = generate(
-            model,
-            torch.tensor([ids], device=model.lm_head.weight.device),
-            max_new_tokens=min(config.sample_tokens, model.config.max_position_embeddings - len(ids)),
-            temperature=config.sample_temperature,
-            seed=config.seed + index,
-            eos_token_id=ends,
-            suppress_tokens=banned,
-            engine=Engine(model),  # not captured: a graph would keep memory that training needs
-        )
-        texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=True))
-    model.train()
+    with _evaluating(model):
+        for index, prompt in enumerate(config.sample_prompts):
+            ids = tokenizer.encode(prompt, special=False) or [tokenizer.eot_token_id or 0]
+            out = generate(
+                model,
+                torch.tensor([ids], device=model.lm_head.weight.device),
+                max_new_tokens=min(config.sample_tokens, model.config.max_position_embeddings - len(ids)),
+                temperature=config.sample_temperature,
+                seed=config.seed + index,
+                eos_token_id=ends,
+                suppress_tokens=banned,
+                engine=Engine(model),  # not captured: a graph would keep memory that training needs
+            )
+            texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=True))
     return texts
+
+
+@contextlib.contextmanager
+def _evaluating(model: SmolLM2ForCausalLM) -> Iterator[None]:
+    """Evaluation mode inside, training mode afterwards, whatever happens."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()

@@ -25,7 +25,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,10 @@ from smollm2.pretrained.tokenizer import Tokenizer
 from train.checkpoint import Progress
 from train.config import RunConfig
 from train.display import Display
+from train.journal import Journal
 from train.tracking import Guarded, open_trackers
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.txt"
 
 # Dense bf16 TFLOP/s that the vendors state, by a part of the device's name; the first match counts.
 PEAK_TFLOPS = (
@@ -184,15 +185,10 @@ class Throughput:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, and to what `trackers` keep.
-
-    A full disk does not end a training run: lines that could not be written stay in the stream's buffer and
-    go out with a later one.
-    """
+    """Appends to metrics.jsonl, and to what `trackers` keep."""
 
     def __init__(self, run: Path, trackers: Sequence[Guarded] = ()) -> None:
-        self.error: OSError | None = None  # why the last line could not be written
-        self._stream = (run / METRICS_FILE).open("a", encoding="utf-8")
+        self.file = Journal(run / METRICS_FILE)
         self._trackers = trackers
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -201,18 +197,17 @@ class MetricsLog:
         for name, value in values.items():
             if value is not None:
                 line[name] = str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        try:
-            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
-            self._stream.flush()
-            self.error = None
-        except OSError as error:
-            self.error = error
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
         for tracker in self._trackers:
             tracker.log(step, values)
 
+    def flush(self) -> None:
+        """Asks the trackers to keep what they were given so far."""
+        for tracker in self._trackers:
+            tracker.flush()
+
     def close(self) -> None:
-        with suppress(OSError):  # reported when it was written
-            self._stream.close()
+        self.file.close()
         for tracker in self._trackers:
             tracker.close()
 
@@ -254,7 +249,8 @@ class Reporter:
         self._folder, self._config, self._progress, self._device = folder, config, progress, device
         self.throughput = Throughput(device)
         self._display = Display(config.steps, progress.step)
-        self._log = MetricsLog(folder, open_trackers(folder, config, self._display.line))
+        trackers = open_trackers(folder, config, self._display.line, progress.step)
+        self._log, self._samples = MetricsLog(folder, trackers), Journal(folder / SAMPLES_FILE)
         self._waited, self._steps = 0.0, 0  # seconds and steps since the last line
         # step and time of the first line: the pace counts from there
         self._first: tuple[int, float] | None = None
@@ -309,9 +305,13 @@ class Reporter:
 
     def _write(self, values: dict[str, Any]) -> None:
         self._log.write(self._progress.step, values)
-        if self._log.error is not None and not self._disk_warned:
+        self._doubt_disk(METRICS_FILE, self._log.file.error)
+
+    def _doubt_disk(self, name: str, error: OSError | None) -> None:
+        """Says, once, that a file cannot be written."""
+        if error is not None and not self._disk_warned:
             self._disk_warned = True
-            warning = f"warning: {METRICS_FILE} cannot be written ({self._log.error})"
+            warning = f"warning: {name} cannot be written ({error})"
             self._display.line(f"{warning}; training goes on; free some space")
 
     def _doubt(self) -> None:
@@ -338,10 +338,14 @@ class Reporter:
     def samples(self, texts: list[str]) -> None:
         """Generated texts: to samples.txt and the terminal."""
         shown = "\n".join(f"step {self._progress.step} sample: {text}" for text in texts)
-        # where the disk is full, the terminal still has them
-        with suppress(OSError), (self._folder / "samples.txt").open("a", encoding="utf-8") as stream:
-            stream.write(shown + "\n\n")
+        self._samples.write(shown + "\n\n")
         self._display.line(shown)
+        self._doubt_disk(SAMPLES_FILE, self._samples.error)
+
+    def files(self) -> dict[str, Any]:
+        """What metrics.jsonl and samples.txt hold by now: what a checkpoint of this step counts on."""
+        self._log.flush()
+        return {METRICS_FILE: self._log.file.mark(), SAMPLES_FILE: self._samples.mark()}
 
     def note(self, **values: Any) -> None:
         """An event at the present step, a line of its own in metrics.jsonl: note(resumed=True)."""
@@ -354,3 +358,4 @@ class Reporter:
     def close(self) -> None:
         self._display.close()
         self._log.close()
+        self._samples.close()

@@ -8,7 +8,6 @@ per second. A dotted line marks where a run was resumed.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from smollm2.cli import run_command
+from smollm2.cli import Parser, run_command
 from smollm2.errors import LoadError, UsageError
 from train.metrics import METRICS_FILE, read_metrics
 
@@ -273,7 +272,7 @@ def _smoothed(values: list[float]) -> list[float]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m train.plot",
         description="Draws training_metrics.png from the metrics of one run, or of several over each other.",
     )

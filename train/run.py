@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
-import json
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +23,15 @@ import torch
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError
-from train import estimate, keep_freed_memory, metrics, plot, sharding
+from train import display, estimate, keep_freed_memory, metrics, plot, sharding
 from train.build import Run, build
 from train.checkpoint import Saver, take_snapshot
 from train.command_line import HELP, parse
 from train.config import RunConfig
 from train.data.batches import training_batches
-from train.data.packing import Batch
 from train.distributed import StopRequest, World, join_world, leave_world
 from train.evaluation import evaluate, sample
+from train.folder import check_folder, claimed, open_folder, run_folder
 from train.optim import describe_optimizer, learning_rate, set_learning_rate
 from train.rng import rng_states
 from train.step import CapturedStep, TrainStep, memory_advice
@@ -43,7 +40,8 @@ from train.step import CapturedStep, TrainStep, memory_advice
 def print_plan(run: Run, origin: str) -> None:
     """The facts of a run, before it starts."""
     config, model, rows = run.config, run.model, len(run.held_out[0])
-    origin_of_weights = "from scratch" if config.from_scratch else f"continued from {config.model}"
+    model_as_written = config.as_written()["model"]
+    origin_of_weights = "from scratch" if config.from_scratch else f"continued from {model_as_written}"
     if run.progress.step:
         origin_of_weights = f"resumed at step {run.progress.step:,}"
     compiled = ", compiled" if config.compile else ""
@@ -70,18 +68,6 @@ def print_plan(run: Run, origin: str) -> None:
     }
     for name, fact in facts.items():
         print(f"{name:10}{fact}", flush=True)
-
-
-def _as_yaml(config: RunConfig) -> str:
-    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in asdict(config).items())
-
-
-def open_folder(run: Run) -> None:
-    """Creates the folder with what does not change, and drops metrics of steps that will be done again."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(_as_yaml(run.config), encoding="utf-8")
-    run.tokenizer.save(run.folder / "tokenizer")
-    metrics.forget_after(run.folder, run.progress.step)
 
 
 # ---- loop --------------------------------------------------------------------------------------------------
@@ -113,14 +99,23 @@ def loop(run: Run) -> int:
     if progress.step:
         reporter.note(resumed=True)
     first, stopped = progress.step + 1, 0
+    noted: dict[str, str] = {}  # of the streams that fail
     with StopRequest(world) as stop, closing(reporter), closing(batches):
+        if progress.unreported:  # the run was stopped before them
+            _report(run, reporter, saver)
+            if progress.step >= config.steps:
+                _save(run, saver, reporter, final=True)
         while progress.step < config.steps and not stopped:
-            batch, waited = _next(batches, run, saver)
+            with _saved_if_it_fails(run, saver, reporter):
+                began = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - began
             lr = learning_rate(progress.step, config)
             set_learning_rate(run.optimizer, lr)
             with memory_advice(config):
                 loss, gradient_norm = train_step(batch)
             progress.step += 1
+            progress.unreported = True
             progress.tokens += batch.tokens
             progress.data.consume(batch)
             reporter.advance(batch.tokens, waited)
@@ -135,27 +130,21 @@ def loop(run: Run) -> int:
                 progress.skipped_steps, longest = int(run.guard.skipped), run.guard.longest()
                 reporter.log(float(loss), float(gradient_norm), lr)
                 if longest >= config.max_skipped_steps:
-                    _save(run, saver, final=True)
+                    _save(run, saver, reporter, final=True)
                     row = f"{longest} steps in a row had a loss or gradients that are not finite (or spikes)"
                     remedy = "those steps were left out; continue with resume=auto and a lower lr"
                     raise FloatingPointError(f"{row}, up to step {progress.step}; {remedy}")
-            if not stopped and len(run.held_out[0]) and _due(config.eval_every, progress.step, last):
-                with reporter.excluded():
-                    # A sharded forward pass needs all ranks, so that each of them evaluates every row.
-                    found = evaluate(run.model, run.held_out, config, alone if sharded else world)
-                size = metrics.bytes_per_token(run.held_out[0], run.tokenizer)
-                reporter.evaluation(found, run.entropy, size)
-            if not stopped and (world.main or sharded) and _due(config.sample_every, progress.step):
-                with reporter.excluded():
-                    model = sharding.whole_model(run.model, world) if sharded else run.model
-                    texts = sample(model, run.tokenizer, config) if model is not None else []
-                reporter.samples(texts)
+            if not stopped:
+                _report(run, reporter, saver)
             if _due(config.checkpoint_every, progress.step, last):
                 with reporter.excluded():
-                    _save(run, saver, final=last)
+                    _save(run, saver, reporter, final=last)
             if failure := saver.failure():
                 reporter.line(f"warning: {failure}; training goes on")
                 reporter.note(failed_save=str(failure))
+            if (lost := display.lost_output()) != noted:
+                noted = lost
+                reporter.note(**lost)
     if world.main:
         if stopped:
             where = f"stopped at step {progress.step}, saved in {_checkpoint(run)}"
@@ -183,22 +172,47 @@ def _checkpoint(run: Run) -> Path:
     return run.folder / "checkpoints" / f"step-{run.progress.step:06d}"
 
 
-def _next(batches: Iterator[Batch], run: Run, saver: Saver) -> tuple[Batch, float]:
-    """The next batch, and the seconds that the loop waited for it. If the data end, the run is saved."""
-    began = time.perf_counter()
+@contextlib.contextmanager
+def _saved_if_it_fails(run: Run, saver: Saver, reporter: metrics.Reporter | Silent) -> Iterator[None]:
+    """Between steps: an error inside, such as data that end, leaves a checkpoint of the present step."""
     try:
-        return next(batches), time.perf_counter() - began
-    except LoadError:
+        yield
+    except Exception:
         # Only a run of one process can save here: other ranks are waiting in a collective operation.
-        if run.world.size == 1 and run.progress.step and not _checkpoint(run).is_dir():
-            _save(run, saver, final=True)
+        if run.world.size == 1 and run.progress.step:
+            _save(run, saver, reporter, final=True)
         raise
 
 
-def _save(run: Run, saver: Saver, *, final: bool) -> None:
+def _report(run: Run, reporter: metrics.Reporter | Silent, saver: Saver) -> None:
+    """The evaluation and the samples that are due after the present step."""
+    config, world, step, sharded = run.config, run.world, run.progress.step, run.config.sharded
+    if len(run.held_out[0]) and _due(config.eval_every, step, step >= config.steps):
+        with reporter.excluded(), _saved_if_it_fails(run, saver, reporter):
+            # A sharded forward pass needs all ranks, so that each of them evaluates every row.
+            found = evaluate(run.model, run.held_out, config, World(world.device) if sharded else world)
+        size = metrics.bytes_per_token(run.held_out[0], run.tokenizer)
+        reporter.evaluation(found, run.entropy, size)
+    if (world.main or sharded) and _due(config.sample_every, step):
+        with reporter.excluded():
+            model = sharding.whole_model(run.model, world) if sharded else run.model
+            try:
+                texts = sample(model, run.tokenizer, config) if model is not None else []
+            except Exception as error:  # noqa: BLE001 - of a run that diverges, which the guard ends
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                reporter.line(f"warning: no samples at step {step} ({reason}); training goes on")
+                reporter.note(failed_samples=reason)
+            else:
+                reporter.samples(texts)
+    run.progress.unreported = False
+
+
+def _save(run: Run, saver: Saver, reporter: metrics.Reporter | Silent, *, final: bool) -> None:
     """Saves the present step while training goes on. final: waits for it; raises SaveError if it fails."""
     run.progress.skipped_steps = int(run.guard.skipped)
     main, sharded = run.world.main, run.config.sharded
+    if main:
+        run.progress.files = reporter.files()
     state = {"rng": run.world.gather(rng_states()), "guard": run.guard.state()}
     if main or sharded:  # sharded: every rank saves its part
         what = run.model, run.tokenizer, run.optimizer, run.progress, state
@@ -219,7 +233,7 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
         print(f"{reached}: {abs(distance):.3f} {side} the unigram entropy {run.entropy:.3f}")
     try:
         print(f"picture: {plot.draw(run.folder)}")
-    except LoadError as error:
+    except (LoadError, OSError) as error:
         print(f"no picture: {error}")
     prompt = (run.config.sample_prompts or ["The"])[0]
     command = ["python", "-m", "smollm2.generate", "--model", str(_checkpoint(run)), prompt]
@@ -228,7 +242,7 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
 
 def _print_estimate(config: RunConfig, shape: SmolLM2Config, world: World) -> None:
     lines = estimate.lines(estimate.estimate(config, shape, world.device, world.size))
-    print("\n".join([*lines, "", "resolved configuration:", _as_yaml(config)]), end="", flush=True)
+    print("\n".join([*lines, "", "resolved configuration:", config.as_yaml()]), end="", flush=True)
 
 
 def train(config: RunConfig, origin: str = "given by a program", *, dry_run: bool = False) -> int:
@@ -239,7 +253,11 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
     """
     config.validate()
     world = join_world(config.device)
-    with contextlib.redirect_stdout(sys.stdout if world.main else io.StringIO()):  # rank 0 speaks for all
+    with display.optional_output(world.main), contextlib.ExitStack() as stack:  # rank 0 speaks for all
+        if not dry_run:
+            folder = run_folder(config)
+            world.from_main(lambda: check_folder(folder, config.resume))
+            world.from_main(lambda: stack.enter_context(claimed(folder)))
         try:
             run = build(config, world)
         except LoadError:
@@ -256,13 +274,13 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
                     print(line)
                 _print_estimate(config, run.model.config, world)
                 return 0
-            if run.progress.step >= config.steps:
+            if run.progress.step >= config.steps and not run.progress.unreported:
                 done = f"{run.progress.step} of {config.steps} steps are done"
                 print(f"nothing to do: {done}; raise steps to go on")
                 return 0
             world.barrier()  # all have looked at the folder before it changes
             if world.main:
-                open_folder(run)
+                open_folder(run.folder, config, run.tokenizer, run.progress)
             return loop(run)
         finally:
             run.cache.close()

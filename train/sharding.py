@@ -16,10 +16,12 @@ takes a second.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import pickle
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
@@ -188,6 +190,51 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGr
         raise OSError(f"rank {first[0]}: {first[1][0]}") from None
 
 
+def read_metadata(folder: Path) -> Any:
+    """The torch.distributed.checkpoint Metadata of a folder of shards.
+
+    torch keeps it as a pickle, which could call any function. Here it makes the objects that torch writes and
+    no others, and names files of the folder only. Raises LoadError.
+    """
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    known = (
+        metadata.Metadata, metadata.TensorStorageMetadata, metadata.TensorProperties,
+        metadata.ChunkStorageMetadata, metadata.MetadataIndex, metadata.StorageMeta,
+        metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.Size, torch.serialization._get_layout,
+    )  # fmt: skip
+    allowed = {(one.__module__, one.__qualname__): one for one in known}
+    # the folder that was written, which nobody reads; Python 3.13 has moved the class
+    allowed |= {(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+                return dtype
+            if (module, name) not in allowed:
+                raise pickle.UnpicklingError(f"it names {module}.{name}, which torch does not write there")
+            return allowed[module, name]
+
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as stream:
+            found = Unpickler(stream).load()
+        size = 0
+        for stored in found.state_dict_metadata.values():
+            if type(stored) is not metadata.TensorStorageMetadata:  # all others are pickles too
+                raise ValueError(f"expected tensors alone, got {type(stored).__name__}")
+            size += math.prod(stored.size) * stored.properties.dtype.itemsize
+        files = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
+        for part in found.storage_data.values():
+            if part.relative_path not in files or getattr(part, "transform_descriptors", None):
+                raise ValueError(f"expected plain files of its folder, got {part.relative_path!r:.80}")
+        if size > sum(files.values()):
+            raise ValueError(f"its tensors need {size:,} bytes, the files have {sum(files.values()):,}")
+    except Exception as error:  # a damaged pickle raises anything
+        raise LoadError(f"{path}: not what a sharded save writes ({error}); it was not loaded") from None
+    return found
+
+
 def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`parameter name/entry` -> tensor, written by any number of ranks: whole, or cut like the sharded
     parameter of that name in `like`. A rank reads only its own parts. Raises LoadError.
@@ -196,9 +243,10 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.tensor import DTensor
 
-    reader = dcp.FileSystemReader(folder)
+    reader, metadata = dcp.FileSystemReader(folder), read_metadata(folder)
+    reader.read_metadata = lambda *_, **__: metadata  # type: ignore[method-assign]
     tensors: dict[str, Tensor] = {}
-    for key, stored in cast(dict[str, Any], reader.read_metadata().state_dict_metadata).items():
+    for key, stored in metadata.state_dict_metadata.items():
         parameter = like.get(key.rpartition("/")[0])
         if isinstance(parameter, DTensor) and parameter.shape == stored.size:
             tensors[key] = torch.zeros_like(parameter, dtype=stored.properties.dtype, requires_grad=False)

@@ -11,11 +11,11 @@ import importlib
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from smollm2.errors import UsageError
+from smollm2.pretrained.files import write_files
 from train.config import RunConfig
 
 NAME_FILE = "tracker.txt"
@@ -27,18 +27,24 @@ class Tracker(Protocol):
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard."""
+    """Event files in RUN/tensorboard. step: from which the run continues; TensorBoard hides later ones."""
 
-    def __init__(self, run: Path) -> None:
-        self._writer = summary_writer()(str(run / "tensorboard"))
+    def __init__(self, run: Path, step: int) -> None:
+        again = dict(purge_step=step + 1) if step else {}
+        self._writer = summary_writer()(str(run / "tensorboard"), **again)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -53,14 +59,17 @@ class Trackio:
         hidden = {name: os.environ.pop(name) for name in names}
         try:
             self._library.init(
-                project=config.tracker_project, name=run_name(run), config=asdict(config), resume="allow",
-                embed=False,
+                project=config.tracker_project, name=run_name(run), config=config.as_written(),
+                resume="allow", embed=False,
             )  # fmt: skip
         finally:
             os.environ.update(hidden)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._library.log(dict(scalars), step=step)
+
+    def flush(self) -> None:
+        """Its own thread sends what there is."""
 
     def close(self) -> None:
         self._library.finish()
@@ -78,7 +87,7 @@ class WandB:
         disabled = os.environ.get("WANDB_MODE") == "disabled"
         name = run_name(run)
         self._run = wandb.init(
-            project=config.tracker_project, id=name, name=run.resolve().name, config=asdict(config),
+            project=config.tracker_project, id=name, name=run.resolve().name, config=config.as_written(),
             dir=str(run), resume="allow",
             mode=None if config.tracker_online else "disabled" if disabled else "offline",
             settings=wandb.Settings(console="off"),
@@ -87,6 +96,9 @@ class WandB:
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log({"step": step, **scalars})
+
+    def flush(self) -> None:
+        """Its own process keeps what it was given, also when this one is killed."""
 
     def close(self) -> None:
         self._run.finish()
@@ -106,6 +118,10 @@ class Guarded:
         numbers = {name: value for name, value in values.items() if type(value) in (int, float)}
         if tracker is not None and numbers:
             self._attempt(lambda: tracker.log(step, numbers))
+
+    def flush(self) -> None:
+        if self._tracker is not None:
+            self._attempt(self._tracker.flush)
 
     def close(self) -> None:
         tracker, self._tracker = self._tracker, None
@@ -138,10 +154,12 @@ def check(config: RunConfig) -> None:
             _library(name)
 
 
-def open_trackers(run: Path, config: RunConfig, warn: Callable[[str], None]) -> list[Guarded]:
-    """The trackers of the run in that folder. warn: gets a line of text where one fails."""
+def open_trackers(run: Path, config: RunConfig, warn: Callable[[str], None], step: int = 0) -> list[Guarded]:
+    """The trackers of the run in that folder. warn: gets a line of text where one fails. step: from which the
+    run continues.
+    """
     begin: dict[str, Callable[[], Tracker]] = {
-        "tensorboard": lambda: TensorBoard(run),
+        "tensorboard": lambda: TensorBoard(run, step),
         "trackio": lambda: Trackio(run, config),
         "wandb": lambda: WandB(run, config),
     }
@@ -152,7 +170,8 @@ def run_name(run: Path) -> str:
     """What the run is called in trackio and W&B: the same when it is resumed, another in every folder."""
     file = run / NAME_FILE
     if not file.is_file():
-        file.write_text(f"{run.resolve().name}-{secrets.token_hex(4)}\n", encoding="utf-8")
+        name = f"{run.resolve().name}-{secrets.token_hex(4)}\n"
+        write_files(run, {NAME_FILE: lambda path: path.write_text(name, encoding="utf-8")})
     return file.read_text(encoding="utf-8").strip()
 
 

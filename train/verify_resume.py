@@ -3,8 +3,9 @@ killed is the run that was not.
 
 One run trains N + M steps without a pause. Another is killed with SIGKILL three times: in the middle of a
 step, in the middle of writing a checkpoint, in the middle of the last step; each time it is started again
-with resume=auto. Then losses, gradient norms, learning rates, weights, optimizer state, random generators,
-counters and the batches themselves are compared, all of them exactly.
+with resume=auto. With --kills K it is killed K times at random moments instead. Then losses, gradient norms,
+learning rates, samples, weights, optimizer state, random generators, counters and the batches themselves are
+compared, all of them exactly; a line of metrics that is there twice counts as different.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from train import checkpoint, run, step
 from train.checkpoint import LATEST, RECORD, STATE, checkpoints, newest_checkpoint, read_moments
 from train.command_line import CONFIGS, parse
 from train.data.batches import Batch
-from train.metrics import read_metrics
+from train.metrics import SAMPLES_FILE, read_metrics
 
 DEADLINE = 600.0  # seconds until the first checkpoint is there, on a machine however slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,29 +147,38 @@ class Trial:
             raise LoadError(f"{what}: {self._tail()}")
         return newest.name
 
+    def batches(self) -> int:
+        """How many batches rank 0 has read in all its runs."""
+        path = self.folder / "stream-0.jsonl"
+        return path.read_bytes().count(b"\n") if path.is_file() else 0
+
     def _tail(self) -> str:
         log = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
         return " | ".join(log.strip().splitlines()[-3:])
 
 
-def _kill_at_random(trial: Trial, kills: int, seed: int, straight_seconds: float) -> list[float]:
-    """Starts the run over and over and kills it after a random time; returns those times. Then lets it come
-    to its end.
+def _kill_at_random(trial: Trial, kills: int, seed: int, steps: int, straight_seconds: float) -> list[float]:
+    """Starts the run over and over and kills it after a random number of steps, up to twice those between
+    checkpoints, and a moment more; after none, somewhere in its start. Returns the seconds from each start to
+    its kill. Then lets it come to its end.
     """
     generator = random.Random(seed)
     delays: list[float] = []
     while len(delays) < kills:
-        process = trial.start()
-        # From the imports to some way into the training; now and then long enough for a few checkpoints.
-        delay = generator.uniform(0.02, 1.0) * min(straight_seconds, 12.0)
+        count = generator.randrange(2 * steps)
+        moment = generator.random() * (0.1 if count else min(straight_seconds, 12.0))
+        target = trial.batches() + count
+        process, began = trial.start(), time.monotonic()
+        while process.poll() is None and trial.batches() < target and time.monotonic() - began < DEADLINE:
+            time.sleep(0.005)
         try:
-            if process.wait(delay) == 0:
+            if process.wait(moment) == 0:
                 break  # it got to its end first
             raise LoadError(f"a run ended by itself with exit code {process.returncode}: {trial._tail()}")
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            delays.append(delay)
+            delays.append(time.monotonic() - began)
             if sys.stdout.isatty() or len(delays) % 5 == 0:
                 newest = [path.name for path in checkpoints(trial.run)] or ["none"]
                 print(f"killed {len(delays)} of {kills} times, newest checkpoint {newest[-1]}", flush=True)
@@ -191,8 +201,9 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _metrics(folder: Path, name: str) -> dict[int, Any]:
-    return {line["step"]: line[name] for line in read_metrics(folder) if name in line}
+def _metrics(folder: Path, name: str) -> list[tuple[int, Any]]:
+    """(step, value) in the order of the lines: one that is there twice shows."""
+    return [(line["step"], line[name]) for line in read_metrics(folder) if name in line]
 
 
 def _stream(path: Path) -> dict[str, set[str]]:
@@ -213,6 +224,8 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
     for name in sorted(names - {"step", "resumed", *TIMED}):
         one, other = (_metrics(trial.run, name) for trial in (straight, killed))
         rows.append((name, one == other and len(one) > 0, f"{len(one)} values"))
+    texts = [(trial.run / SAMPLES_FILE).read_bytes() for trial in (straight, killed)]
+    rows.append((SAMPLES_FILE, texts[0] == texts[1], f"{len(texts[0]):,} bytes"))
     ends = [newest_checkpoint(trial.run, print) for trial in (straight, killed)]
     if ends[0] is None or ends[1] is None:
         raise LoadError("a run left no checkpoint")
@@ -228,6 +241,7 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
         rows.append((name, _same(one, other), values if tensors else f"{len(one)} entries"))
     records = [json.loads((end / RECORD).read_text(encoding="utf-8")) for end in ends if end is not None]
     for record in records:
+        del record["files"]  # the metrics tell the time
         for key in ("output_dir", "resume"):
             record["config"].pop(key)
     rows.append(("record of the run", records[0] == records[1], f"step {records[0]['step']}"))
@@ -286,7 +300,9 @@ def main(argv: Sequence[str]) -> int:
         began = time.monotonic()
         straight.finish()
         if options.kills:
-            delays = _kill_at_random(killed, options.kills, options.seed, time.monotonic() - began)
+            delays = _kill_at_random(
+                killed, options.kills, options.seed, options.steps, time.monotonic() - began
+            )
             if not delays:
                 raise LoadError("--kills: the run came to its end before it was killed once; raise --more")
             when = f"{min(delays):.1f} to {max(delays):.1f} s after the start (seed {options.seed})"

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from smollm2.engine.eager import Engine
 from smollm2.errors import LoadError, UsageError
+from smollm2.file_lock import lock
 from smollm2.generation.batch import check_prompts, generate_many
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.files import json_writer, read_json, write_files
@@ -314,16 +315,10 @@ def _open_output(path: Path) -> Iterator[int]:
 
 def _lock(descriptor: int, path: Path) -> None:
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except BlockingIOError:
         hint = "wait for that, or choose another --output"
         raise UsageError(f"{path}: another command is writing to it; {hint}") from None
-    except OSError:  # a network file system without locks
-        return
 
 
 def _resume(output: int, path: Path, options: Mapping[str, Any], prompts: int) -> set[int]:

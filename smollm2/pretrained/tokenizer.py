@@ -361,9 +361,8 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer(backend, special_tokens, templates.pop("default", None), templates)
     except LoadError as error:
         raise LoadError(f"{folder}: {error}") from None
-    limit = max(
-        2**20, path.stat().st_size
-    )  # tables have an entry for each id, and an id takes a byte at least
+    # tables have an entry for each id, and an id takes a byte at least
+    limit = max(2**20, path.stat().st_size)
     if len(tokenizer) > limit:
         raise LoadError(f"{path}: expected token ids below {limit}, got {len(tokenizer) - 1}")
     return tokenizer

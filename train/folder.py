@@ -1,0 +1,107 @@
+"""The folder of a run: one process at a time trains into it, and what it holds besides checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from smollm2.errors import LoadError, UsageError
+from smollm2.file_lock import lock
+from smollm2.pretrained.files import write_files
+from smollm2.pretrained.tokenizer import Tokenizer
+from train.checkpoint import Progress
+from train.config import RunConfig
+from train.journal import BEGINNING, cut_back
+from train.metrics import METRICS_FILE, SAMPLES_FILE, forget_after
+
+CONFIG, LOCK = "config.yaml", ".lock"
+
+
+def run_folder(config: RunConfig) -> Path:
+    """output_dir, with ~ for the user's own folder. Raises UsageError where that has none."""
+    try:
+        return Path(config.output_dir).expanduser()
+    except RuntimeError:
+        wanted = "a folder, or HOME in the environment for ~"
+        raise UsageError(f"output_dir: expected {wanted}, got {config.output_dir!r}") from None
+
+
+def check_folder(folder: Path, resume: str) -> None:
+    """Raises UsageError for a folder with something in it, unless the run that made it is to go on."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir: {folder} is a file; name a folder")
+    if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):
+        return
+    where = f"output_dir: {folder} is not empty"
+    if resume == "none":
+        remedy = "continue that run with resume=auto, or start another with output_dir=..."
+        raise UsageError(f"{where}; {remedy}")
+    if not (folder / CONFIG).is_file():
+        raise UsageError(f"{where} and not the folder of a run; name another with output_dir=...")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes the folder of a run if need be, and keeps other processes from training into it. One in which
+    nothing was written is removed again.
+
+    Raises UsageError when another process trains there, and LoadError when nothing can be written there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    try:
+        try:
+            locked = lock(descriptor)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            remedy = "wait for that run or stop it, or name another folder with output_dir=..."
+            raise UsageError(f"output_dir: {folder} is in use by {holder}; {remedy}") from None
+        if not locked:
+            print(f"warning: {folder}: this file system has no locks; start no second run there", flush=True)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            os.fsync(descriptor)  # a full disk may show no earlier
+        except OSError as error:
+            raise _unusable(folder, error) from None
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if made and os.listdir(folder) == [LOCK]:
+                path.unlink()
+                for parent in made:
+                    parent.rmdir()
+        os.close(descriptor)  # releases the lock, as the end of the process does
+
+
+def _unusable(folder: Path, error: OSError) -> LoadError:
+    return LoadError(
+        f"output_dir: {folder} cannot be written ({error.strerror}); free some space, or name another folder "
+        "with output_dir=..."
+    )
+
+
+def open_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> None:
+    """Writes what does not change, and takes back what was logged after the checkpoint that the run continues
+    from. Raises LoadError.
+    """
+    write_files(folder, {CONFIG: lambda path: path.write_text(config.as_yaml(), encoding="utf-8")})
+    tokenizer.save(folder / "tokenizer")
+    marks = progress.files if progress.step else {METRICS_FILE: BEGINNING, SAMPLES_FILE: BEGINNING}
+    damaged = {name: found for name, mark in marks.items() if (found := cut_back(folder / name, mark))}
+    for name, damage in damaged.items():
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, folder / f"{name}.damaged")
+            damage += f"; a copy is kept as {name}.damaged"
+        print(f"warning: {damage}", flush=True)
+    if METRICS_FILE in damaged or METRICS_FILE not in marks:  # so that its lines have to tell
+        forget_after(folder, progress.step)
