@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 
-def lock(descriptor: int) -> bool:
-    """Locks an open file against other processes until it is closed; False where the system cannot do that.
+def lock(descriptor: int, wait: bool = False) -> bool:
+    """Locks an open file or folder against other processes until it is closed; False where there are no locks.
 
-    Raises BlockingIOError when another process has locked it. The file must be open for writing: network file
-    systems ask for that.
+    Raises BlockingIOError when another process has locked it, unless it is to wait. A file must be open for
+    writing: network file systems ask for that.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError:  # a network file system without locks

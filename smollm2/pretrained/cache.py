@@ -9,7 +9,6 @@ is also asked whose it is (smollm2/pretrained/trust.py).
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import glob
 import hashlib
@@ -24,6 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from smollm2.errors import LoadError
+from smollm2.file_lock import lock
 from smollm2.pretrained.files import WEIGHTS, json_writer, read_json, write_files
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,7 @@ def unfinished(folder: Path) -> Iterator[Path]:
             temporary = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder, ignore_cleanup_errors=True)
             path = Path(stack.enter_context(temporary))
             file = stack.enter_context((path / LOCK).open("w"))
-            with contextlib.suppress(OSError):  # a file system without locks: nothing is ever swept there
-                _lock(file.fileno())
+            lock(file.fileno())
         yield path
 
 
@@ -173,8 +172,8 @@ def sweep(folder: Path, *patterns: str) -> None:
     with contextlib.suppress(OSError), _one_process_at_a_time(folder):
         for path in left:
             with contextlib.suppress(OSError), (path / LOCK).open("a") as file:
-                _lock(file.fileno())
-                shutil.rmtree(path, ignore_errors=True)
+                if lock(file.fileno()):  # without locks nobody knows who lives, and all of it stays
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -182,22 +181,10 @@ def _one_process_at_a_time(folder: Path) -> Iterator[None]:
     """Waits until no other process is in this part of the program for the same folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            _lock(descriptor, wait=True)
+        lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, wait: bool = False) -> None:
-    """Locks an open file or folder until it is closed, also by the end of the process. Raises OSError where
-    another process has it (unless it is to wait), and where there are no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        raise OSError(errno.ENOLCK, "no file locks") from None
-    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _cannot_write(root: Path | None, error: OSError | LoadError) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from smollm2.file_lock import lock
 from train.data.tokenise import TokenBlock
 
 DOCUMENT = np.dtype([("digest", "<u8"), ("length", "<u4")])
@@ -199,11 +200,8 @@ class ShardWriter:
 
     def _lock(self) -> None:
         try:
-            import fcntl
-        except ModuleNotFoundError:
-            raise OSError(0, "this system has no flock") from None
-        try:
-            fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(self._files[0]):
+                raise OSError(0, "no file locks here")
         except BlockingIOError:
             raise Locked from None
 
