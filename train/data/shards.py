@@ -200,7 +200,7 @@ class ShardWriter:
 
     def _lock(self) -> None:
         try:
-            if not lock(self._files[0]):
+            if not lock(self._files[0].fileno()):
                 raise OSError(0, "no file locks here")
         except BlockingIOError:
             raise Locked from None
