@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def lock(descriptor: int, wait: bool = False) -> bool:
-    """Locks an open file or folder against other processes until it is closed; False where there are no locks.
+    """Locks an open file or folder against other processes until it is closed; False if there are no locks.
 
     Raises BlockingIOError when another process has locked it, unless it is to wait. A file must be open for
     writing: network file systems ask for that.
