@@ -135,6 +135,16 @@ def test_the_python_of_the_readme_runs():
         assert done.returncode == 0, done.stderr
 
 
+def test_every_promise_on_the_page_names_tests_that_exist():
+    page = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in page.splitlines() if line.startswith("|") and "---" not in line]
+    named = [name for row in rows for name in re.findall("`([^`]+)`", row) if not name.startswith("python ")]
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    tests = [test for text in files.values() for test in re.findall(r"def (test_\w+)", text)]
+    missing = [name for name in named if name not in files and not any(name in test for test in tests)]
+    assert len(named) >= 30 and not missing
+
+
 def test_poisoned_buffers_are_nan_and_integers_are_left_alone(poison_empty):
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
