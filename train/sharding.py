@@ -243,10 +243,10 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.tensor import DTensor
 
-    reader, metadata = dcp.FileSystemReader(folder), read_metadata(folder)
-    reader.read_metadata = lambda *_, **__: metadata  # type: ignore[method-assign]
+    reader, content = dcp.FileSystemReader(folder), read_metadata(folder)
+    reader.read_metadata = lambda *_, **__: content  # type: ignore[method-assign]
     tensors: dict[str, Tensor] = {}
-    for key, stored in metadata.state_dict_metadata.items():
+    for key, stored in content.state_dict_metadata.items():
         parameter = like.get(key.rpartition("/")[0])
         if isinstance(parameter, DTensor) and parameter.shape == stored.size:
             tensors[key] = torch.zeros_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
