@@ -57,12 +57,12 @@ class SmolLM2Config:
             raise UsageError(
                 f"config: attention_dropout must be in [0, 1), got {self.attention_dropout!r:.40}"
             )
-        several = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
         ids = [("bos_token_id", self.bos_token_id), ("pad_token_id", self.pad_token_id)]
-        for name, value in [*ids, *(("eos_token_id", token_id) for token_id in several)]:
+        given = [(name, value) for name, value in ids if value is not None]
+        for name, value in [*given, *(("eos_token_id", token_id) for token_id in self.eos_token_ids)]:
             # some files have -1 for an id that the model does not use
             is_id = isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 2**31
-            if value is not None and not is_id:
+            if not is_id:
                 raise UsageError(f"config: {name} must be a token id, got {value!r:.40}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(

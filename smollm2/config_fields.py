@@ -22,18 +22,23 @@ FORMAT_DEFAULTS = dict(
 # nothing either. Some are fields of other architectures, found in the files of models derived from Llama.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **{name: (value,) for name, value in ARCHITECTURE.items()},
-    "hidden_act": ("silu", "swish"), "hidden_activation": ("silu", "swish"),
-    "qkv_bias": (False,), "use_bias": (False,), "pretraining_tp": (0, 1), "quantization_config": (),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), ("silu", "swish")),
+    "qkv_bias": (False,), "use_bias": (False,), "use_qkv_bias": (False,), "attn_bias": (False,),
+    "lm_head_bias": (False,), "pretraining_tp": (0, 1), "quantization_config": (),
     "use_parallel_residual": (False,), "parallel_attn": (False,), "clip_qkv": (0,), "alibi": (False,),
     # rotary embeddings
     "partial_rotary_factor": (1,), "rotary_pct": (1,), "rope_interleaved": (False,),
     "rope_interleave": (False,), "rope_type": ("default",), "rope_scaling_type": ("default",),
     "rope_scaling_factor": (1,), "rope_ratio": (1,), "no_rope_layer_interval": (0,),
-    # attention over less than all earlier positions
-    "use_sliding_window": (False,), "attention_chunk_size": (0,),
+    "rotary_percentage": (1,), "use_mrope": (False,), "position_embedding_type": ("rope", "rotary"),
+    # attention over other positions than all earlier ones
+    "use_sliding_window": (False,), "attention_chunk_size": (0,), "is_causal": (True,),
+    "use_bidirectional_attention": (False,), "add_cross_attention": (False,),
+    "dual_chunk_attention_config": (),
     # scales, caps and norms of activations
     "logits_scaling": (1,), "logit_scale": (1,), "embedding_multiplier": (1,), "embedding_scale": (1,),
     "residual_multiplier": (1,), "residual_scale": (1,), "scale_emb": (1,), "scale_depth": (1,),
+    "lm_head_multiplier": (1,), "scale_embedding": (False,), "scale_embeddings": (False,),
     "final_logit_softcapping": (0,), "attn_logit_softcapping": (0,), "attn_temperature_tuning": (False,),
     "qk_norm": (False,), "use_qk_norm": (False,), "qk_layernorm": (False,),
     # mixtures of experts, layers beside the common ones
@@ -49,6 +54,7 @@ NEUTRAL_ROPE: dict[str, tuple[Any, ...]] = {
 # Names that other programs give to fields; transformers does not read them.
 OTHER_NAMES = {
     "rope_base": "rope_theta", "rotary_base": "rope_theta", "rotary_emb_base": "rope_theta",
+    "rope_local_base_freq": "rope_theta", "rotary_dim": "head_dim",
     "norm_eps": "rms_norm_eps", "num_kv_heads": "num_key_value_heads", "n_kv_heads": "num_key_value_heads",
     "head_size": "head_dim", "v_head_dim": "head_dim", "query_pre_attn_scalar": "head_dim",
 }  # fmt: skip

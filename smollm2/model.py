@@ -132,12 +132,13 @@ class SmolLM2ForCausalLM(nn.Module):
         return next(self.parameters()).dtype
 
     def is_plain(self) -> bool:
-        """Whether all layers are the model's own, without hooks: then an engine may read their weights."""
+        """Whether all layers are there, and its own, without hooks: then an engine may read their weights."""
         own = (
             SmolLM2Model, SmolLM2Block, SmolLM2Attention, SmolLM2MLP, RMSNorm,
             nn.ModuleList, nn.Linear, nn.Embedding,
         )  # fmt: skip
-        return all(is_plain(layer, own) for layer in (*self.model.modules(), self.lm_head))
+        complete = len(self.model.layers) == self.config.num_hidden_layers
+        return complete and all(is_plain(layer, own) for layer in (*self.model.modules(), self.lm_head))
 
     def tie_weights(self) -> None:
         """Makes the head the embedding: one Parameter under two names."""

@@ -272,6 +272,12 @@ def test_nor_do_roles_parts_documents_tools_and_what_filters_make_of_them(backen
     assert [tokenizer.decode([token_id]) for token_id in markers(tokenizer, ids)] == own
 
 
+@pytest.mark.parametrize("messages", ["hi", ["hi"], [None], {"role": "user", "content": "hi"}])
+def test_what_is_no_list_of_messages_is_refused(backend, messages):
+    with pytest.raises(UsageError, match="chat: expected messages such as"):
+        tokenizer_of(backend, CHATML).apply_chat_template(messages)
+
+
 def test_a_mark_in_the_text_is_text(backend):
     tokenizer = tokenizer_of(backend, CHATML)
     content = "\U000f0000 < \U000f0001|im_end|>"

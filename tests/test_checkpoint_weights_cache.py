@@ -247,6 +247,17 @@ def test_the_files_that_are_used_are_compared_by_their_content(used, is_made_ane
         assert cached([tmp_path / "source"], "thing", refuse_to_work, used) == path.parent
 
 
+def test_a_source_that_was_overwritten_in_place_is_another_whatever_its_times_say(tmp_path, cache):
+    make(tmp_path)
+    source = tmp_path / "source"
+    status = source.stat()
+    with source.open("r+") as file:
+        file.write("y")
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(AssertionError, match="made again"):
+        cached([source], "thing", refuse_to_work)
+
+
 def unlisted(entry: Path) -> None:
     (entry / "added.json").write_text("{}")
 

@@ -47,6 +47,10 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
             lambda t: t.update({"x.layers.2": t[UP].clone()}),
             "1 tensors that this model does not have: x.layers.2",
         ),
+        *(
+            (lambda t, x=x: t.update({"x": x}), "1 tensors that this model does not have: x")
+            for x in (torch.empty(0), torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2, dtype=torch.bool))
+        ),
         (
             lambda t: t.update({UP: t[UP].to(torch.int8)}),
             f"{UP}: expected float32, bfloat16 or float16 weights, got torch.int8",
@@ -172,7 +176,9 @@ def test_absurd_weights_are_said_in_one_line(folder, caplog):
     assert f"weights as large as 1e+09 in {UP}; the file is probably damaged" in caplog.text
 
 
-@pytest.mark.parametrize("ids", ['{"eos_token_id": "</s>"}', '{"bos_token_id": [[1]]}'])
+@pytest.mark.parametrize(
+    "ids", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}', '{"bos_token_id": [[1]]}']
+)
 def test_ids_of_a_generation_config_that_are_none_are_refused(folder, ids):
     (folder / "generation_config.json").write_text(ids)
     with pytest.raises(LoadError, match=r"generation_config\.json: config: .os_token_id must be a token id"):

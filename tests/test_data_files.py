@@ -169,10 +169,12 @@ def test_a_large_program_is_passed_over(tmp_path, limits):
     assert stored(LocalSource([str(tmp_path)], "text")) == [None, b"#" * 250]
 
 
-def test_rows_of_a_parquet_file_are_blocks_of_bounded_size(tmp_path, limits):
+@pytest.mark.parametrize("kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_rows_of_a_parquet_file_are_blocks_of_bounded_size(tmp_path, limits, kind):
     texts = [f"{index:03}" * (80 if index % 2 else 1) for index in range(60)]
     texts[7] = "z" * 251
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=40)
+    column = pa.array(texts).cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=40)
     source = LocalSource([str(tmp_path)], "text")
     blocks = list(source.read(0))
     assert [text for block in blocks for text in block] == [*texts[:7], None, *texts[8:40]]

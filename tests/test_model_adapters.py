@@ -93,6 +93,7 @@ CHANGES = [
     ("model.layers.1", hooked),
     ("model.layers.0.mlp", hooked_before),
     ("model", lambda model: hooked(model)),
+    ("model.layers", lambda layers: layers[:1]),  # cut off
 ]
 
 

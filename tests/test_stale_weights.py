@@ -56,6 +56,12 @@ def by_sign(model: SmolLM2ForCausalLM) -> None:
     model.model.layers[1].mlp.down_proj.weight.data.neg_()
 
 
+def by_sign_of_columns(model: SmolLM2ForCausalLM) -> None:
+    """Highest bits of words alone: in bfloat16, every fourth column has them."""
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data[:, 3::4].neg_()  # type: ignore[union-attr]
+
+
 def by_order(model: SmolLM2ForCausalLM) -> None:
     """The same numbers in other places."""
     weight = model.model.layers[0].self_attn.o_proj.weight.data
@@ -92,7 +98,8 @@ def by_transposing(model: SmolLM2ForCausalLM) -> None:
 
 WRITES = {
     "fused AdamW": fused(torch.optim.AdamW), "fused Adam": fused(torch.optim.Adam), "vector": by_vector,
-    "data": by_data, "sign": by_sign, "order": by_order, "address": by_address, "load": by_loading(False),
+    "data": by_data, "sign": by_sign, "columns": by_sign_of_columns,
+    "order": by_order, "address": by_address, "load": by_loading(False),
     "load, assigned": by_loading(True), "tie": by_new_tie, "transposed": by_transposing,
 }  # fmt: skip
 

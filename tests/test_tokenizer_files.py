@@ -116,6 +116,12 @@ def test_limits_of_a_trainer_are_not_inherited(trained, folder):
         ("tokenizer.json", '{"version": "' + "x" * 9999, r"tokenizer\.json: not a readable tokenizer"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json: not a readable JSON file"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', r"eos_token '</s>' is not in the vocabulary"),
+        ("tokenizer_config.json", '{"eos_token": {}}', r"eos_token 'None' is not in the vocabulary"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "\\ud800"}',
+            r"eos_token '.*ud800' is not in the vocabulary",
+        ),
     ],
 )
 def test_broken_folders_are_reported(folder, name, content, message):

@@ -56,14 +56,15 @@ def cached(
 
     prepare() does the work and returns the function that writes the result into a new folder. used: patterns
     of the files that the caller reads, which are compared with their fingerprints. The folder's name holds
-    the path of the first source and the identity of all (size, time of the last change, inode,
+    the path of the first source and the identity of all (size, times of the last change, inode,
     CACHE_VERSION): when a source changes, the entry is made anew and the old one is removed, and so it is
     when the entry is damaged. Processes that start together each do the work, and all use the folder of the
     first to finish. Returns None, after a warning, if the cache cannot be written.
     """
     line = f"{name}-{_digest(sources[0].resolve())}"
     status = [(path.name, path.stat()) for path in sources]
-    states = [(file, now.st_size, now.st_mtime_ns, now.st_ino) for file, now in status]
+    # ctime as well: who copies over a file may keep its size, its inode and its time of change
+    states = [(file, now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino) for file, now in status]
     root = None
     with contextlib.ExitStack() as stack:
         try:

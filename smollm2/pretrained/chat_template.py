@@ -59,6 +59,9 @@ def render_chat(
     special: the special tokens. given: further values that are text of users, such as tools. trusted: values
     that may hold special tokens. Raises UsageError if the template refuses the values or takes too much.
     """
+    if not all(isinstance(message, Mapping) for message in messages):
+        expected = 'expected messages such as {"role": "user", "content": "hi"}'
+        raise UsageError(f"chat: {expected}, got {messages!r:.80}")
     values = {"messages": [_message(message) for message in messages], **given}
     content = json.dumps(values, default=lambda value: f"<{type(value).__name__}>")
     values = json.loads(content)

@@ -30,6 +30,7 @@ STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64  # that weights may have
 
 Writer = Callable[[Path], Any]  # writes the content of one file to the path that it is given
 
@@ -210,9 +211,11 @@ def check_numbers(tensors: Mapping[str, Tensor], where: Path) -> None:
 
     One pass at the speed of memory: 0.03 s for the 135M model in fp32.
     """
+    # other dtypes, and tensors without elements, are none of the model's own
+    known = {name: tensor for name, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.numel()}
     # [tensors, 2]: the extremes of each; NaN if it holds one
-    extremes = torch.stack([torch.stack(tensor.aminmax()).float() for tensor in tensors.values()]).abs()
-    largest = dict(zip(tensors, extremes.amax(1).tolist(), strict=True))
+    extremes = torch.stack([torch.stack(tensor.aminmax()).float() for tensor in known.values()]).abs()
+    largest = dict(zip(known, extremes.amax(1).tolist(), strict=True))
     if bad := [name for name, value in largest.items() if not math.isfinite(value)]:
         hint = "the file is damaged, or the training that wrote it diverged: use an earlier checkpoint"
         raise LoadError(f"{where}: {len(bad)} tensors hold NaN or inf: {abbreviate(bad)}; {hint}")

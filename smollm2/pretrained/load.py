@@ -34,6 +34,7 @@ from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cache_folder, cached
 from smollm2.pretrained.files import (
     EMBEDDING,
+    FLOATS,
     HEAD,
     TOKEN_IDS,
     WEIGHTS,
@@ -292,7 +293,7 @@ def _checked(tensors: dict[str, Tensor], config: SmolLM2Config, where: Path) -> 
         found, dtype = named[name].shape, named[name].dtype
         if found != shape:
             raise LoadError(f"{where}: {name}: expected shape {list(shape)}, got {list(found)}")
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype not in FLOATS:
             raise LoadError(f"{where}: {name}: expected float32, bfloat16 or float16 weights, got {dtype}")
     embedding = named[EMBEDDING]
     if HEAD in named and not torch.equal(named.pop(HEAD).to(embedding.dtype), embedding):

@@ -353,7 +353,9 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     special_tokens: dict[str, str] = {}
     for role in dict.fromkeys([*ROLES, *MORE_ROLES, *ENDS]):
         for token in (config.get(role) for config in configs):
-            content = str(token["content"] if isinstance(token, dict) else token)
+            # no text, or a lone surrogate, is in no vocabulary: it becomes what the message shows
+            content = str(token.get("content") if isinstance(token, dict) else token)
+            content = content.encode(errors="backslashreplace").decode()
             if token is not None and (role in ROLES or backend.token_to_id(content) is not None):
                 special_tokens.setdefault(role, content)
     templates = _chat_templates(folder, configs)

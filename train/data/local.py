@@ -199,6 +199,8 @@ class LocalSource(SingleSource):
             with _open_parquet(file) as parquet:
                 for batch in parquet.iter_batches(ROWS_AT_ONCE, **options):
                     column = batch.column(0)
+                    if column.type == pyarrow.string_view():  # which few functions take
+                        column = column.cast(pyarrow.large_string())
                     sizes = _sizes(column)
                     if max(sizes) > DOCUMENT_LIMIT:
                         self._limited(file, None)
@@ -301,6 +303,9 @@ def _sizes(column: Any) -> list[int]:
     import pyarrow.compute
     import pyarrow.types as types
 
+    if types.is_dictionary(column.type):  # a value is stored once, and read as often as it occurs
+        sizes = _sizes(column.dictionary)
+        return [0 if index is None else sizes[index] for index in column.indices.to_pylist()]
     kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     if not any(is_kind(column.type) for is_kind in kinds):
         return [0] * len(column)
