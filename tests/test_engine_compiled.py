@@ -333,6 +333,22 @@ def test_inductors_own_cache_is_used_unless_others_may_write_to_it(mode, is_used
     assert used == usual if is_used else used.parent == folder
 
 
+def test_a_package_is_found_after_a_umask_that_lets_the_group_write(model, tmp_path, monkeypatch):
+    def compile_nothing(_, package_path):
+        Path(package_path).write_bytes(b"code")
+        return package_path
+
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_nothing)
+    before = os.umask(0o002)
+    try:
+        made = build_package(Engine(model))
+    finally:
+        os.umask(before)
+    assert find_package(Engine(model)) == made
+
+
 @pytest.mark.slow
 def test_a_damaged_package_is_compiled_anew_where_that_is_asked_for(
     model, compiled, cache, caplog, monkeypatch

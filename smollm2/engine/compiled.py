@@ -244,6 +244,7 @@ def _compile(engine: Engine, path: Path, folder: Path) -> None:
         },
     )
     for file in (_digest_file(path), path):  # a package without its digest would be called damaged
+        (whole / file.name).chmod(0o600)  # whatever the umask lets others do
         (whole / file.name).replace(file)
     took, megabytes = time.perf_counter() - began, len(content) / 1e6
     print(f"compiled in {took:.0f} s, {megabytes:.1f} MB", file=sys.stderr, flush=True)
