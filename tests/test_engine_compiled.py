@@ -211,6 +211,15 @@ def digest_of_bytes(path: Path) -> None:
     path.with_suffix(".sha256").write_bytes(b"\xff" * 64)
 
 
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_pipe_as_digest(path: Path) -> None:
+    a_pipe(path.with_suffix(".sha256"))
+
+
 def a_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -223,7 +232,18 @@ def to_nowhere(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [without_a_digest, empty, truncated, flipped, of_another_name, digest_of_bytes, a_folder, to_nowhere],
+    [
+        without_a_digest,
+        empty,
+        truncated,
+        flipped,
+        of_another_name,
+        digest_of_bytes,
+        a_pipe,
+        a_pipe_as_digest,
+        a_folder,
+        to_nowhere,
+    ],
 )
 def test_a_damaged_package_is_not_loaded_and_the_step_runs_without_it(model, planted, damage, caplog):
     path, loaded = planted

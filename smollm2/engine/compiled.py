@@ -161,6 +161,8 @@ def read_package(path: Path) -> bytes:
     """The content of a package. Raises LoadError where others may have written it, or it is damaged."""
     try:
         check_owners(path, cache_folder())
+        if not (path.is_file() and _digest_file(path).is_file()):  # a pipe would be waited for
+            raise ValueError("it and its sha256 are not two files")
         content = path.read_bytes()
         if _digest_file(path).read_text(encoding="utf-8") != _digest_line(path, content):
             raise ValueError("it has another sha256 than was written beside it")
