@@ -10,5 +10,6 @@ import sys
 # torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+_own = any(part.removeprefix("-m").startswith(f"{__name__}.") for part in sys.orig_argv)
+if _own and sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during imports: see smollm2/__init__.py

@@ -9,7 +9,9 @@ import types
 
 # `python -m smollm2.generate` takes seconds to import torch. Ctrl-C meanwhile ends it without a traceback;
 # then run_command (smollm2/cli.py) takes over. Python leaves -m in sys.argv[0] until the module is found.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# Programs of others that import this package keep Python's own way.
+_own = any(part.removeprefix("-m").startswith(f"{__name__}.") for part in sys.orig_argv)
+if _own and sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # torch reads once, when it is imported, whether idle OpenMP threads spin or sleep: hence before the imports

@@ -114,11 +114,10 @@ def main(argv: Sequence[str]) -> int:
             f"{backend.name} ({backend.why}), engine {engine}; all loaded in {seconds:.1f} s",
             file=sys.stderr,
         )
-    # Special tokens that do not end the text are never sampled: no chat marker in the middle of an answer.
-    ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
-    banned = sorted(tokenizer.special_ids.difference(ends))
+    vocab_size = model.config.vocab_size
+    ends = tokenizer.end_ids(vocab_size, *model.config.eos_token_ids)
     params = SamplingParams(
-        tuple(token for token in banned if token < model.config.vocab_size),
+        tokenizer.banned_ids(vocab_size, ends),
         args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p,
     )  # fmt: skip
 

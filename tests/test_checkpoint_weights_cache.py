@@ -346,6 +346,13 @@ def test_a_user_without_a_home_folder_does_the_work_at_every_start(tmp_path, mon
     assert caplog.text.count("cannot be written (this user has no home folder") == 1
 
 
+def test_a_user_without_a_home_folder_loads_a_model(folder, monkeypatch):
+    for name in ("SMOLLM2_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown_user)
+    assert load_model(folder, "torch").num_parameters() > 0
+
+
 def unknown_user() -> Path:
     raise RuntimeError("Could not determine home directory.")
 

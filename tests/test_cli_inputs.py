@@ -14,7 +14,7 @@ import pytest
 import torch
 from generation_cases import tiny_model, tiny_tokenizer, write_checkpoint
 
-from smollm2 import load_tokenizer
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, load_tokenizer
 from smollm2.cli import run_command
 from smollm2.errors import LoadError
 from smollm2.generate import main as generate_main
@@ -178,3 +178,12 @@ def test_other_folders_stand_for_themselves(checkpoint, tmp_path):
     (tmp_path / "model" / "checkpoints").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
     assert model_folder(tmp_path / "model") == tmp_path / "model", "a model that has a folder of that name"
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_sampled(tmp_path, capsys):
+    write_checkpoint(tmp_path)
+    config = SmolLM2Config.preset("tiny", vocab_size=4096)
+    torch.manual_seed(0)
+    SmolLM2ForCausalLM(config, "torch").save_pretrained(tmp_path)  # most of its ids have no text
+    code, out, _ = run(capsys, generate_main, tmp_path, "--max-new-tokens", 8, "hi")
+    assert code == 0 and len(out) > len("hi\n")

@@ -211,6 +211,15 @@ def digest_of_bytes(path: Path) -> None:
     path.with_suffix(".sha256").write_bytes(b"\xff" * 64)
 
 
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_pipe_as_digest(path: Path) -> None:
+    a_pipe(path.with_suffix(".sha256"))
+
+
 def a_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -223,7 +232,18 @@ def to_nowhere(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [without_a_digest, empty, truncated, flipped, of_another_name, digest_of_bytes, a_folder, to_nowhere],
+    [
+        without_a_digest,
+        empty,
+        truncated,
+        flipped,
+        of_another_name,
+        digest_of_bytes,
+        a_pipe,
+        a_pipe_as_digest,
+        a_folder,
+        to_nowhere,
+    ],
 )
 def test_a_damaged_package_is_not_loaded_and_the_step_runs_without_it(model, planted, damage, caplog):
     path, loaded = planted
@@ -331,6 +351,22 @@ def test_inductors_own_cache_is_used_unless_others_may_write_to_it(mode, is_used
     with _sound_inductor_cache(folder):
         used = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert used == usual if is_used else used.parent == folder
+
+
+def test_a_package_is_found_after_a_umask_that_lets_the_group_write(model, tmp_path, monkeypatch):
+    def compile_nothing(_, package_path):
+        Path(package_path).write_bytes(b"code")
+        return package_path
+
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_nothing)
+    before = os.umask(0o002)
+    try:
+        made = build_package(Engine(model))
+    finally:
+        os.umask(before)
+    assert find_package(Engine(model)) == made
 
 
 @pytest.mark.slow

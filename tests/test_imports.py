@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -387,3 +388,22 @@ def test_how_idle_threads_wait_follows_the_load(statement, load, expected):
         print(os.environ.get("OMP_WAIT_POLICY"))
     """)
     assert done.stdout.strip() == expected, done.stderr
+
+
+@pytest.mark.parametrize("package", ["smollm2", "train", "bench"])
+def test_a_program_of_others_keeps_its_ctrl_c(tmp_path, package):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text(f"import {package}")
+    work = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n"
+    (tmp_path / "theirs" / "work.py").write_text(f"import signal\n{work}    print('kept')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    found = subprocess.run(
+        [sys.executable, "-m", "theirs.work"], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        env={**os.environ, "PYTHONPATH": path}, preexec_fn=python_handles_ctrl_c,
+    )  # fmt: skip
+    assert found.stdout == "kept\n", found.stderr
+
+
+def python_handles_ctrl_c() -> None:
+    """The child of a background shell would ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

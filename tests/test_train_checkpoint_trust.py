@@ -4,9 +4,11 @@ outside of it is read.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from train_cases import checkpoint_folder, run_config
 
@@ -110,6 +113,26 @@ def test_a_forged_record_or_state_is_one_error_and_runs_nothing(checkpoint, spoi
     assert not Path("trap").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.norm.weight/exp_avg", [1]),
+        ("model.norm.weight/exp_avg_sq", []),
+        ("model.norm.weight/step", [3]),
+        ("another/exp_avg", [3]),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(checkpoint, name, shape):
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    save_file({**moments, name: torch.zeros(shape)}, checkpoint / "optimizer.safetensors")
+    seal(checkpoint)
+    config = run_config(checkpoint.parents[2], resume="auto")
+    (checkpoint.parents[1] / "config.yaml").touch()
+    config.paths = json.loads((checkpoint / "run.json").read_text())["config"]["paths"]
+    with pytest.raises(LoadError, match=f"optimizer state '{name}': .*, got {re.escape(str(shape))}"):
+        train(config)
+
+
 TENSORS = {"a/exp_avg": torch.arange(6.0).view(2, 3), "a/step": torch.tensor(7.0)}
 
 
@@ -158,8 +181,16 @@ def set_all(metadata: Any, **values: Any) -> None:
             ),
             "its tensors need 4,398,046,511,108 bytes",
         ),
+        (
+            lambda metadata: metadata.state_dict_metadata.update(
+                x=dataclasses.replace(
+                    metadata.state_dict_metadata["a/exp_avg"], size=torch.Size([-(1 << 40)])
+                )
+            ),
+            "expected sizes, got",
+        ),
     ],
-    ids="call function torch bytes other outside absolute transform huge".split(),
+    ids="call function torch bytes other outside absolute transform huge negative".split(),
 )
 def test_forged_metadata_of_shards_is_refused_and_runs_nothing(shards, spoil, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +21,14 @@ from train_cases import arguments, checkpoint_folder, curve, run_config, torchru
 
 from smollm2.cli import run_command
 from smollm2.errors import LoadError, UsageError
+from smollm2.pretrained.load import load_tokenizer
 from train import build, folder, plot, run
-from train.checkpoint import newest_checkpoint, verify
+from train.checkpoint import Progress, newest_checkpoint, verify
 from train.command_line import parse
 from train.config import RunConfig, compare_for_resume
 from train.distributed import StopRequest
-from train.folder import claimed
-from train.journal import Journal, cut_back
+from train.folder import claimed, open_folder
+from train.journal import BEGINNING, Journal, cut_back
 from train.metrics import read_metrics
 from train.run import main, train
 
@@ -203,6 +206,37 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
         train(run_config(tmp_path, "file/run"))
 
 
+def test_a_run_that_was_killed_at_its_first_file_can_be_started_again(tmp_path):
+    config = run_config(tmp_path, steps=1)
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".config.yaml.7.tmp"):
+        (tmp_path / "run" / name).touch()
+    assert train(config) == 0
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt", ".lock"])
+def test_no_link_in_the_folder_is_written_through(unbroken, tmp_path, name):
+    shutil.copytree(unbroken.output_dir, tmp_path / "run")
+    (tmp_path / "mine").write_text("mine\n")
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    config = RunConfig(
+        **{**vars(unbroken), "output_dir": str(tmp_path / "run"), "resume": "auto", "steps": 7}
+    )
+    with pytest.raises(LoadError, match=re.escape(name) + "|cannot be written"):
+        train(config)
+    assert (tmp_path / "mine").read_text() == "mine\n"
+
+
+def test_a_record_cuts_back_no_file_but_the_runs_own(unbroken, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine\n")
+    marks = {"../mine": BEGINNING, str(tmp_path / "mine"): BEGINNING}
+    progress = Progress(None, {}, "", "", step=1, files=marks)
+    open_folder(tmp_path / "run", unbroken, load_tokenizer(Path(unbroken.output_dir) / "tokenizer"), progress)
+    assert (tmp_path / "mine").read_text() == "mine\n"
+
+
 def test_without_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(folder, "lock", lambda _: False)
     train(run_config(tmp_path, steps=1))
@@ -244,6 +278,14 @@ def test_a_stream_that_fails_ends_no_run(tmp_path, monkeypatch, name, code):
     assert verify(checkpoint_folder(config, 6)) > 0
     notes = [line for line in read_metrics(Path(config.output_dir)) if f"lost_{name}" in line]
     assert len(notes) == 1 and os.strerror(code) in notes[0][f"lost_{name}"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_dry_run_whose_text_is_lost_fails(tmp_path, monkeypatch, capsys):
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert run_command(main, [*arguments(run_config(tmp_path)), "--dry-run"]) == 1
+    assert "standard output: cannot be written" in capsys.readouterr().err
 
 
 def test_a_terminal_without_a_character_shows_another(tmp_path, monkeypatch):
@@ -315,6 +357,28 @@ def test_what_an_interpolation_stands_for_is_used_and_never_shown(tmp_path, monk
     assert run_command(main, [str(tmp_path / "run" / "config.yaml"), "steps=2", "resume=auto"]) == 0
     again, _ = parse([str(file), *keys])
     assert compare_for_resume({**again.as_written(), "paths": config.paths}, again) == []
+
+
+def test_numbers_and_choices_behind_an_interpolation_are_compared_at_a_resume(tmp_path, monkeypatch):
+    keys = ["sequence_length: ${oc.env:LENGTH}", "optimizer: ${oc.env:OPTIMIZER}", "lr: ${oc.env:RATE}"]
+    (tmp_path / "run.yaml").write_text("\n".join(keys), encoding="utf-8")
+
+    def configuration(length: str, optimizer: str, rate: str) -> RunConfig:
+        for name, value in (("LENGTH", length), ("OPTIMIZER", optimizer), ("RATE", rate)):
+            monkeypatch.setenv(name, value)
+        return parse([str(tmp_path / "run.yaml")])[0]
+
+    saved = configuration("64", "adamw", "0.1").as_saved()
+    assert compare_for_resume(saved, configuration("64", "adamw", "0.2")) == ["lr: 0.1 -> 0.2"]
+    for changed in (("32", "adamw", "0.1"), ("64", "muon", "0.1")):
+        with pytest.raises(UsageError, match="the checkpoint was made with"):
+            compare_for_resume(saved, configuration(*changed))
+
+
+def test_every_text_survives_the_configuration_file(tmp_path):
+    texts = ["\U0001f30a naïve", "a\x7f\x85\u2028\ufeff\x00z", '\\ " \t \\ud83c', "%: # null"]
+    (tmp_path / "config.yaml").write_text(RunConfig(sample_prompts=texts).as_yaml(), encoding="utf-8")
+    assert parse([str(tmp_path / "config.yaml")])[0].sample_prompts == texts
 
 
 @pytest.mark.parametrize("key", ["steps", "tensorboard", "optimizer", "lr", "paths"])

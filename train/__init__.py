@@ -11,7 +11,8 @@ import sys
 # the load: smollm2/__init__.py.)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+_own = any(part.removeprefix("-m").startswith(f"{__name__}.") for part in sys.orig_argv)
+if _own and sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during imports: see smollm2/__init__.py
 
 

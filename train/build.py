@@ -160,7 +160,7 @@ def build(config: RunConfig, world: World) -> Run:
             set_rng_states(state["rng"][world.rank])
     else:
         progress = Progress(DataState.of(source), {}, "", tokenizer.fingerprint())
-    progress.config, progress.backend, progress.ranks = config.as_written(), model.backend.name, world.size
+    progress.config, progress.backend, progress.ranks = config.as_saved(), model.backend.name, world.size
     return Run(
         config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
         entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None, stream=stream, why=why,

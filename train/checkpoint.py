@@ -391,13 +391,21 @@ def load_weights(source: str | Path, backend: Any, device: torch.device) -> Smol
 
 
 def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts back the optimizer's state. Learning rate, decay and betas stay those of the configuration."""
+    """Puts back the optimizer's state. Learning rate, decay and betas stay those of the configuration.
+
+    Raises LoadError for state that does not fit the parameters: torch's fused kernels would write past its
+    end.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = _names(model, optimizer)
     index = {name: number for number, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in read_moments(folder, dict(zip(names, parameters, strict=True))).items():
         name, _, entry = key.rpartition("/")
+        wanted = [] if entry == "step" else list(parameters[index[name]].shape) if name in index else None
+        if list(value.shape) != wanted:
+            expected = "no such parameter" if wanted is None else f"expected shape {wanted}"
+            raise LoadError(f"{folder}: optimizer state {key!r:.200}: {expected}, got {list(value.shape)}")
         state.setdefault(index[name], {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

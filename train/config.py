@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from smollm2.config import PRESETS, SmolLM2Config
 from smollm2.errors import UsageError
-from train.keys import DATA_SOURCES, RULES, SHAPE_KEYS, SOURCE_KEYS, check_type, format_value
+from train.keys import CHOICES, DATA_SOURCES, RULES, SHAPE_KEYS, SOURCE_KEYS, check_type, format_value
 
 
 def _key(default: Any, meaning: str, *, fixed: bool = False) -> Any:
@@ -223,9 +223,23 @@ class RunConfig:
         """
         return {**dataclasses.asdict(self), **self.interpolated}
 
+    def as_saved(self) -> dict[str, Any]:
+        """as_written() for a checkpoint: numbers and choices, which are no secrets, are what they stand for,
+        so that a run that continues sees whether they changed.
+        """
+        texts = {
+            name: value
+            for name, value in self.interpolated.items()
+            if isinstance(getattr(self, name), (str, list)) and name not in CHOICES
+        }
+        return {**dataclasses.asdict(self), **texts}
+
     def as_yaml(self) -> str:
         """as_written(), as a file that train.run reads."""
-        return "".join(f"{name}: {json.dumps(value)}\n" for name, value in self.as_written().items())
+        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in self.as_written().items()}
+        lines = "".join(f"{name}: {text}\n" for name, text in texts.items())
+        # YAML refuses most of these as they are, and reads others as the end of a line.
+        return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in lines)
 
     def validate(self) -> None:
         """Raises UsageError naming the first key that cannot be used, what came and what is allowed."""
@@ -395,12 +409,12 @@ def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
     before: the saved configuration. Raises UsageError when a key that must not change did: the saved
     optimizer state and data position belong to the old model, data and tokenizer.
     """
-    lines, refused, default, written = [], [], RunConfig(), after.as_written()
+    lines, refused, default, saved = [], [], RunConfig(), after.as_saved()
     for entry in dataclasses.fields(RunConfig):
         if entry.name in ("resume", "output_dir"):
             continue
         # A key that the program of the checkpoint did not have yet stood at its default.
-        old, new = before.get(entry.name, getattr(default, entry.name)), written[entry.name]
+        old, new = before.get(entry.name, getattr(default, entry.name)), saved[entry.name]
         # cuda_graph was a boolean once, and interpolations were saved with what they stood for.
         if old not in (new, getattr(after, entry.name)) and format_value(old) != new:
             lines.append(f"{entry.name}: {format_value(old)} -> {format_value(new)}")

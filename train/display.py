@@ -55,12 +55,13 @@ def _has_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def optional_output(shown: bool) -> Iterator[None]:
+def optional_output(shown: bool, *, needed: bool = False) -> Iterator[None]:
     """Inside, no stream that is closed, full or lacks a character ends the work: what cannot be printed is
-    lost, which `lost_output` tells. shown: False drops stdout altogether.
+    lost, which `lost_output` tells. shown: False drops stdout altogether. needed: stdout is what the command
+    was asked for, so that its error is raised.
     """
     out = sys.stdout if shown and sys.stdout is not None else io.StringIO()
-    optional = StandardStream(out, needed=False)
+    optional = StandardStream(out, needed=needed)
     err: Any = sys.stderr  # that of a command is optional already
     if not isinstance(err, StandardStream):
         err = StandardStream(err or io.StringIO(), needed=False)

@@ -49,7 +49,7 @@ def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -
     """
     vocab_size = model.config.vocab_size
     ends = tokenizer.end_ids(vocab_size, *model.config.eos_token_ids)
-    banned = [token for token in sorted(tokenizer.special_ids.difference(ends)) if token < vocab_size]
+    banned = tokenizer.banned_ids(vocab_size, ends)
     texts = []
     with _evaluating(model):
         for index, prompt in enumerate(config.sample_prompts):

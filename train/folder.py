@@ -19,6 +19,7 @@ from train.journal import BEGINNING, cut_back
 from train.metrics import METRICS_FILE, SAMPLES_FILE, forget_after
 
 CONFIG, LOCK = "config.yaml", ".lock"
+JOURNALS = METRICS_FILE, SAMPLES_FILE
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -34,7 +35,8 @@ def check_folder(folder: Path, resume: str) -> None:
     """Raises UsageError for a folder with something in it, unless the run that made it is to go on."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir: {folder} is a file; name a folder")
-    if not folder.is_dir() or all(path.name == LOCK for path in folder.iterdir()):
+    begun = (LOCK, f".{CONFIG}.")  # all that there is of a run that was killed at its first file
+    if not folder.is_dir() or all(path.name.startswith(begun) for path in folder.iterdir()):
         return
     where = f"output_dir: {folder} is not empty"
     if resume == "none":
@@ -55,7 +57,7 @@ def claimed(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise _unusable(folder, error) from None
     try:
@@ -94,9 +96,15 @@ def open_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, progress:
     """Writes what does not change, and takes back what was logged after the checkpoint that the run continues
     from. Raises LoadError.
     """
+    for name in JOURNALS:  # appended to, and so never somebody's link to another file
+        path = folder / name
+        if os.path.islink(path) or (path.exists() and not path.is_file()):
+            raise LoadError(f"{path}: expected a file of the run's own; move it elsewhere")
     write_files(folder, {CONFIG: lambda path: path.write_text(config.as_yaml(), encoding="utf-8")})
     tokenizer.save(folder / "tokenizer")
-    marks = progress.files if progress.step else {METRICS_FILE: BEGINNING, SAMPLES_FILE: BEGINNING}
+    marks = dict.fromkeys(JOURNALS, BEGINNING)
+    if progress.step:
+        marks = {name: mark for name, mark in progress.files.items() if name in JOURNALS}
     damaged = {name: found for name, mark in marks.items() if (found := cut_back(folder / name, mark))}
     for name, damage in damaged.items():
         if (folder / name).is_file():

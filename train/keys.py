@@ -12,15 +12,19 @@ from typing import Any
 from smollm2.errors import UsageError
 
 DATA_SOURCES = ("embedded", "local", "hub", "mixture")
-OPTIMIZERS = ("adamw", "adamw,torch", "muon")
-TRACKERS = ("none", "tensorboard", "trackio", "wandb")
-SCHEDULES = ("constant", "wsd", "cosine")
-DECAY_SHAPES = ("linear", "1-sqrt")
-DECAYED = ("matrices", "all")
-DTYPES = ("fp32", "bf16")
-SHARDING = ("none", "full", "hybrid")
-CUDA_GRAPH = ("auto", "true", "false")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+# Keys whose value is one of a few.
+CHOICES = {
+    "data": DATA_SOURCES,
+    "optimizer": ("adamw", "adamw,torch", "muon"),
+    "tracker": ("none", "tensorboard", "trackio", "wandb"),
+    "schedule": ("constant", "wsd", "cosine"),
+    "decay_shape": ("linear", "1-sqrt"),
+    "weight_decay_on": ("matrices", "all"),
+    "dtype": ("fp32", "bf16"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "sharding": ("none", "full", "hybrid"),
+    "cuda_graph": ("auto", "true", "false"),
+}
 # Keys that a source of a mixture may have of its own, besides name and weight.
 SOURCE_KEYS = tuple("data paths dataset dataset_config dataset_split dataset_revision text_column".split())
 # Keys that replace single fields of a preset; only for a model that starts from scratch.
@@ -47,16 +51,7 @@ _AT_LEAST_0 = (
 )
 # keys, what is expected of their values, and whether a value is that
 RULES: list[tuple[Sequence[str], str, Callable[[Any], bool]]] = [
-    (["data"], *_choice(DATA_SOURCES)),
-    (["optimizer"], *_choice(OPTIMIZERS)),
-    (["tracker"], *_choice(TRACKERS)),
-    (["schedule"], *_choice(SCHEDULES)),
-    (["decay_shape"], *_choice(DECAY_SHAPES)),
-    (["weight_decay_on"], *_choice(DECAYED)),
-    (["dtype"], *_choice(DTYPES)),
-    (["device"], *_choice(DEVICES)),
-    (["sharding"], *_choice(SHARDING)),
-    (["cuda_graph"], *_choice(CUDA_GRAPH)),
+    *(([name], *_choice(options)) for name, options in CHOICES.items()),
     (_TEXTS.split(), "some text", lambda value: value.strip() != ""),
     ([*SHAPE_KEYS, *_ABOVE_0.split()], "a number above 0", lambda value: value > 0),
     (_AT_LEAST_0.split(), "a number of at least 0", lambda value: value >= 0),

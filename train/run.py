@@ -253,7 +253,8 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
     """
     config.validate()
     world = join_world(config.device)
-    with display.optional_output(world.main), contextlib.ExitStack() as stack:  # rank 0 speaks for all
+    # rank 0 speaks for all; what a dry run prints is all that it does
+    with display.optional_output(world.main, needed=dry_run), contextlib.ExitStack() as stack:
         if not dry_run:
             folder = run_folder(config)
             world.from_main(lambda: check_folder(folder, config.resume))

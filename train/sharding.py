@@ -223,6 +223,8 @@ def read_metadata(folder: Path) -> Any:
         for stored in found.state_dict_metadata.values():
             if type(stored) is not metadata.TensorStorageMetadata:  # all others are pickles too
                 raise ValueError(f"expected tensors alone, got {type(stored).__name__}")
+            if min(stored.size, default=0) < 0:
+                raise ValueError(f"expected sizes, got {list(stored.size)}")
             size += math.prod(stored.size) * stored.properties.dtype.itemsize
         files = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
         for part in found.storage_data.values():

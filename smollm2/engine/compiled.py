@@ -161,6 +161,8 @@ def read_package(path: Path) -> bytes:
     """The content of a package. Raises LoadError where others may have written it, or it is damaged."""
     try:
         check_owners(path, cache_folder())
+        if not (path.is_file() and _digest_file(path).is_file()):  # a pipe would be waited for
+            raise ValueError("it and its sha256 are not two files")
         content = path.read_bytes()
         if _digest_file(path).read_text(encoding="utf-8") != _digest_line(path, content):
             raise ValueError("it has another sha256 than was written beside it")
@@ -244,6 +246,7 @@ def _compile(engine: Engine, path: Path, folder: Path) -> None:
         },
     )
     for file in (_digest_file(path), path):  # a package without its digest would be called damaged
+        (whole / file.name).chmod(0o600)  # whatever the umask lets others do
         (whole / file.name).replace(file)
     took, megabytes = time.perf_counter() - began, len(content) / 1e6
     print(f"compiled in {took:.0f} s, {megabytes:.1f} MB", file=sys.stderr, flush=True)

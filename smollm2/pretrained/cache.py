@@ -46,6 +46,14 @@ def cache_folder() -> Path:
         raise LoadError("this user has no home folder: let SMOLLM2_CACHE name one for the cache") from None
 
 
+def is_cached(path: Path) -> bool:
+    """Whether a path lies in the cache."""
+    try:
+        return cache_folder() in path.parents
+    except LoadError:  # no home folder, and so no cache
+        return False
+
+
 def cached(
     sources: Sequence[Path],
     name: str,

@@ -31,7 +31,7 @@ from kernels import Backend, select_backend
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.pretrained.cache import cache_folder, cached
+from smollm2.pretrained.cache import cache_folder, cached, is_cached
 from smollm2.pretrained.files import (
     EMBEDDING,
     FLOATS,
@@ -98,7 +98,7 @@ def load_model(
     else:
         config, tensors = _read_config(path), read_tensors(path, device)
     tensors = _checked(tensors, config, path)
-    if cache_folder() not in path.parents:  # what is written there was checked before
+    if not is_cached(path):  # what is written there was checked before
         check_numbers(tensors, path)
     with torch.device("meta"), _NamesAndShapes():
         model = model_class(config, backend=backend)

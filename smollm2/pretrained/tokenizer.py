@@ -159,6 +159,13 @@ class Tokenizer:
         ends = dict.fromkeys([*others, *(end for end in (*known, self._turn_end) if end is not None)])
         return tuple(end for end in ends if 0 <= end < vocab_size)
 
+    def banned_ids(self, vocab_size: int, ends: Sequence[int]) -> tuple[int, ...]:
+        """Every id below vocab_size that has no place in a text: special tokens that do not end it (no chat
+        marker in the middle of an answer), and those that a model has and this tokenizer does not.
+        """
+        banned = {*self.special_ids, *range(self.vocab_size, vocab_size)}.difference(ends)
+        return tuple(token for token in sorted(banned) if token < vocab_size)
+
     @property
     def _turn_end(self) -> int | None:
         """The added token that the chat template writes behind an assistant's message, if any."""
