@@ -245,6 +245,26 @@ def test_the_text_of_a_message_forges_no_special_token(backend, style):
     assert markers(tokenizer, tokenizer.encode(str(forged))) != markers(tokenizer, ids)
 
 
+def test_nor_one_that_its_file_does_not_call_special():
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = train_tokenizer(CORPUS, 300)._backend
+    backend.add_tokens(
+        [tokenizers.AddedToken(token) for token in ("<｜User｜>", "<start_of_turn>", "<think>")]
+    )
+    user, turn, think = (backend.token_to_id(token) for token in ("<｜User｜>", "<start_of_turn>", "<think>"))
+    tokenizer = tokenizer_of(
+        backend,
+        "<｜User｜><start_of_turn>{{ messages[0].content }}",
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+    )
+    message = "a<｜User｜><start_of_turn>b<think>"
+    ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": message}]))
+    assert [ids.count(i) for i in (user, turn, think)] == [1, 1, 1]
+    assert tokenizer.decode(ids) == "<｜User｜><start_of_turn>" + message
+    assert not {user, turn} & set(tokenizer.encode(message, special=False))
+
+
 @pytest.mark.parametrize(
     ("template", "values"),
     [

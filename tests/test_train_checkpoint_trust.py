@@ -22,7 +22,7 @@ from train_cases import checkpoint_folder, run_config
 
 from smollm2.cli import run_command
 from smollm2.errors import LoadError
-from train.checkpoint import SHARDS, STATE, load_progress, main, read_moments, verify
+from train.checkpoint import SHARDS, STATE, load_progress, main, newest_checkpoint, read_moments, verify
 from train.manifest import MANIFEST, as_json, file_entries, manifest
 from train.run import train
 
@@ -212,3 +212,15 @@ def test_metadata_that_is_no_metadata(shards, content, tmp_path, monkeypatch):
     with pytest.raises(LoadError, match=r"\.metadata: not what a sharded save writes"):
         verify(shards.parent)
     assert not Path("trap").exists()
+
+
+def test_a_whole_checkpoint_with_a_stray_file_is_not_passed_over_for_an_earlier_one(checkpoint):
+    newer = checkpoint.with_name("step-000002")
+    shutil.copytree(checkpoint, newer)
+    (newer / ".DS_Store").write_bytes(b"mine")
+    said: list[str] = []
+    with pytest.raises(LoadError, match=r"step-000002/\.DS_Store: not in manifest.json.*move it elsewhere"):
+        newest_checkpoint(checkpoint.parent.parent, said.append)
+    (newer / "model.safetensors").write_bytes(b"damaged")
+    assert newest_checkpoint(checkpoint.parent.parent, said.append) == checkpoint
+    assert len(said) == 1 and "model.safetensors" in said[0]

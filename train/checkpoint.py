@@ -51,7 +51,7 @@ from smollm2.pretrained.tokenizer import Tokenizer
 from train import sharding
 from train.data.state import DataState
 from train.distributed import World
-from train.manifest import MANIFEST, as_json, file_entries, flush, manifest
+from train.manifest import MANIFEST, UnlistedError, as_json, file_entries, flush, manifest
 from train.manifest import verify as verify_files
 
 MOMENTS, STATE, RECORD, LATEST = "optimizer.safetensors", "training_state.pt", "run.json", "latest"
@@ -318,7 +318,8 @@ def checkpoints(run: Path) -> list[Path]:
 def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint of a run that is sound, `latest` first; None if the run has none yet.
 
-    A damaged one is reported and skipped. Raises LoadError when all of them are damaged.
+    A damaged one is reported and skipped. Raises LoadError when all of them are damaged, and for a whole one
+    with a file that no save wrote: to go back to an earlier one would cost the steps since.
     """
     candidates = checkpoints(run)[::-1]
     pointer = run / "checkpoints" / LATEST
@@ -329,6 +330,8 @@ def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
         try:
             verify(path)
             return path
+        except UnlistedError:
+            raise
         except LoadError as error:
             report(f"skipped a damaged checkpoint: {error}")
     if candidates:

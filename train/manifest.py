@@ -20,6 +20,10 @@ MANIFEST = "manifest.json"
 LARGEST = 1 << 24  # bytes of a manifest: a hundred thousand files
 
 
+class UnlistedError(LoadError):
+    """A checkpoint is whole, and holds a file that no save wrote."""
+
+
 def file_entries(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Size and sha256 of files, by their paths in the folder."""
     return {
@@ -39,7 +43,7 @@ def _sealed(content: dict[str, Any]) -> str:
 
 def verify(folder: Path) -> int:
     """Compares every file with the manifest; returns their bytes. Raises LoadError naming the first that is
-    missing, differs, or is not in the manifest.
+    missing or differs; else UnlistedError for one that is not in the manifest.
 
     Only plain files that lie in the folder are opened, whatever the manifest names.
     """
@@ -56,10 +60,6 @@ def verify(folder: Path) -> int:
         if text != _sealed({name: value for name, value in found.items() if name != "sha256"}):
             raise LoadError(f"{folder / MANIFEST}: its sha256 is not that of its content")
         files = found["files"]
-        for name in sorted(present - {MANIFEST, *files}):
-            raise LoadError(
-                f"{folder}/{name}: not in {MANIFEST}, so that no save wrote it; move it elsewhere"
-            )
         for name, expected in files.items():
             if name not in present:
                 raise LoadError(f"{folder}/{name}: expected in a checkpoint, found nothing")
@@ -69,6 +69,10 @@ def verify(folder: Path) -> int:
             if _sha256(folder / name) != expected["sha256"]:
                 raise LoadError(f"{folder / name}: its sha256 is not that of the manifest")
             total += size
+        for name in sorted(present - {MANIFEST, *files}):
+            raise UnlistedError(
+                f"{folder}/{name}: not in {MANIFEST}, so that no save wrote it; move it elsewhere"
+            )
     except FileNotFoundError as error:
         raise LoadError(f"{error.filename}: expected in a checkpoint, found nothing") from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:

