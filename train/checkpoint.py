@@ -396,8 +396,7 @@ def load_weights(source: str | Path, backend: Any, device: torch.device) -> Smol
 def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts back the optimizer's state. Learning rate, decay and betas stay those of the configuration.
 
-    Raises LoadError for state that does not fit the parameters: torch's fused kernels would write past its
-    end.
+    Raises LoadError for state that does not fit the parameters: fused kernels would write past its end.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = _names(model, optimizer)
@@ -414,9 +413,7 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def read_moments(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter name/entry` -> tensor: whole, or cut as the parameter of that name
-    is.
-    """
+    """The optimizer's state as `parameter name/entry` -> tensor, whole or cut as the parameter of that name."""
     like = parameters or {}
     if (folder / SHARDS).is_dir():
         return sharding.read_shards(folder / SHARDS, like)
@@ -427,8 +424,7 @@ def read_moments(folder: Path, parameters: Mapping[str, Tensor] | None = None) -
 
 
 def main(argv: Sequence[str]) -> int:
-    described = "Checks checkpoints against their manifests."
-    parser = Parser(prog="python -m train.checkpoint", description=described)
+    parser = Parser("python -m train.checkpoint", description="Checks checkpoints against their manifests.")
     compares = "compare every file with the size and sha256 in the manifest"
     parser.add_argument("command", choices=["verify"], help=compares)
     which = "a checkpoint, or the folder of a run: all its checkpoints"
