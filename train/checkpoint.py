@@ -413,7 +413,7 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def read_moments(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter name/entry` -> tensor, whole or cut as the parameter of that name."""
+    """The optimizer's state as `parameter name/entry` -> tensor, whole or cut as that parameter is."""
     like = parameters or {}
     if (folder / SHARDS).is_dir():
         return sharding.read_shards(folder / SHARDS, like)
