@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from train.config import RunConfig
-from train.keys import SCHEDULES
+from train.keys import CHOICES
 from train.optim import (
     SPIKE_WARMUP,
     StepGuard,
@@ -54,7 +54,7 @@ def test_cosine_is_half_way_down_in_the_middle():
 
 
 @given(
-    schedule=st.sampled_from(SCHEDULES),
+    schedule=st.sampled_from(CHOICES["schedule"]),
     steps=st.integers(1, 60),
     warmup_steps=st.integers(0, 80),
     decay_fraction=st.floats(0.01, 1.0),
