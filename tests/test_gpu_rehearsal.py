@@ -37,8 +37,8 @@ OF_DECODING = {
 KERNELS = OF_TRAINING | OF_DECODING | {"_mlp_fwd_kernel", "_mlp_bwd_kernel"}
 # What a stand-in cannot have: numbers, a torch that was built with CUDA, libraries that are not installed.
 EXCUSED = re.compile(
-    r"wrong: |logits: expected finite numbers|Torch not compiled with CUDA|is not installed|needs a GPU|needs Triton kernels"
-    r"|No viable backend for scaled_dot_product_attention"
+    r"wrong: |logits: expected finite numbers|Torch not compiled with CUDA|is not installed|needs a GPU"
+    r"|needs Triton kernels|No viable backend for scaled_dot_product_attention"
     r"|Could not run 'aten::_flash_attention_forward'|FlexAttention does not support backward on CPU"
 )
 # [names of the parts, folder]: every part in one process, each on a GPU of its own.
