@@ -33,6 +33,16 @@ def tiny_model(
     return SmolLM2ForCausalLM(config, select_backend(backend, device)).to(device).eval()
 
 
+def let_it_say(model: SmolLM2ForCausalLM, token_id: int) -> None:
+    """Weights by which that token follows whatever came before."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight[:] = 1e-3
+        model.model.embed_tokens.weight[token_id] = 1.0
+
+
 def tiny_tokenizer() -> Tokenizer:
     """300 tokens."""
     return train_tokenizer(["the quick brown fox jumps over the lazy dog"], vocab_size=300)

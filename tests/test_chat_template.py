@@ -10,8 +10,7 @@ import json
 import threading
 
 import pytest
-import torch
-from generation_cases import tiny_model
+from generation_cases import let_it_say, tiny_model
 from gguf_files import write_gguf
 
 from smollm2.errors import LoadError, UsageError
@@ -385,12 +384,7 @@ def test_a_turn_ends_where_eos_is_another_token(tmp_path, monkeypatch):
     tokenizer = train_tokenizer(CORPUS, 300)
     tokenizer.chat_template = CHATML
     model = tiny_model(vocab_size=300, eos_token_id=0)
-    with torch.no_grad():  # every answer is <|im_end|> and nothing else
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.model.norm.weight.fill_(1)
-        model.model.embed_tokens.weight[:] = 1e-3
-        model.model.embed_tokens.weight[2] = 1.0
+    let_it_say(model, 2)  # <|im_end|>
     assert list(stream_text(model, tokenizer, [5], max_new_tokens=9, params=SamplingParams())) == [""]
     (tmp_path / "p.txt").write_text("a\n")
     run_file(model, tokenizer, tmp_path / "p.txt", tmp_path / "o.jsonl", max_new_tokens=9, chat=True)

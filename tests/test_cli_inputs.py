@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_cases import tiny_model, tiny_tokenizer, write_checkpoint
+from generation_cases import let_it_say, tiny_model, tiny_tokenizer, write_checkpoint
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, load_tokenizer
 from smollm2.cli import run_command
@@ -109,12 +109,7 @@ def test_bytes_on_the_command_line_that_are_no_text_are_refused(checkpoint, caps
 
 def test_an_answer_of_nothing_is_no_success(tmp_path, capsys):
     model, tokenizer = tiny_model(vocab_size=300), tiny_tokenizer()
-    with torch.no_grad():  # every answer is <|endoftext|> and nothing else
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.model.norm.weight.fill_(1)
-        model.model.embed_tokens.weight[:] = 1e-3
-        model.model.embed_tokens.weight[0] = 1.0
+    let_it_say(model, 0)  # <|endoftext|>
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     code, out, error = run(capsys, generate_main, tmp_path, "the fox")

@@ -140,6 +140,6 @@ def _render(template: str, marks: str, variants: Sequence[Mapping[str, Any]]) ->
     if answer.endswith("\n"):
         answers: list[dict[str, str]] = json.loads(answer)
         return answers
-    slow = process.returncode == -signal.SIGXCPU
+    slow = hasattr(signal, "SIGXCPU") and process.returncode == -signal.SIGXCPU  # not on Windows
     reason = "takes too much time" if slow else f"its renderer ended with code {process.returncode}"
     raise UsageError(f"chat template: {reason}; it is damaged, or made to do harm")
