@@ -76,9 +76,10 @@ _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
         "decode_attention", "forward",
         ((16, 32, 4, 2), (16, 128, 4, 2), (16, 64, 4, 3), (16, 64, 2, 2), (16, 128, 8, 2)),
     ),
-    "decode_norm_matmul": ("decode_layer", "forward", ((1, 1, 1), (1, 4, 1), (1, 4, 2), (1, 8, 4))),
-    "decode_o": ("decode_layer", "forward", ((4, 2, 4), (4, 4, 4), (8, 4, 8), (4, 8, 8))),
-    "decode_down": ("decode_layer", "forward", ((1, 2, 4), (1, 1, 2), (1, 1, 4), (1, 4, 4))),
+    "decode_qkv": ("decode_layer", "forward", ((8, 1, 8), (16, 1, 2), (8, 2, 4))),
+    "decode_gate_up": ("decode_layer", "forward", ((8, 1, 4), (16, 2, 2), (8, 2, 8), (8, 4, 4))),
+    "decode_o": ("decode_layer", "forward", ((8, 1, 4), (8, 2, 8))),
+    "decode_down": ("decode_layer", "forward", ((16, 1, 4), (4, 1, 16), (8, 2, 8))),
     "decode_head": ("decode_head", "forward", ((1, 2, 1), (1, 8, 1), (1, 8, 2), (1, 16, 4))),
 }  # fmt: skip
 CANDIDATES = {

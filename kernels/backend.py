@@ -62,13 +62,15 @@ def load_triton() -> Backend:
 
     def layer(
         x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor,
-        cos: Tensor, sin: Tensor, *, eps: float, ops: Backend,
+        cos: Tensor, sin: Tensor, *, eps: float, ops: Backend, dependent: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Five kernels if they support the layer (at most 16 rows) and `ops` replaces none of their
+        """Fused kernels if they support the layer (at most 16 rows) and `ops` replaces none of their
         operations, else the composition.
         """
         if decode_layer.supports(x, weights) and not ops.replaced & LAYER_OPS:
-            return decode_layer.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps)
+            return decode_layer.decode_layer(
+                x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps, dependent=dependent
+            )
         return reference.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps, ops=ops)
 
     def head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:

@@ -26,13 +26,25 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.launch_config import launch_config
+from kernels.decode_product import requested, wait
+from kernels.launch_config import dependence, launch_config
 from kernels.tracing import traceable
 
 HEAD_DIMS = (32, 64, 128)
 MAX_QUERIES = 16
 KEYS_PER_SPLIT = 128  # changes the rounding of the result, so it is not a tuning parameter
 LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _prefetch(rows, HEAD_DIM: tl.constexpr):
+    """Requests these rows of HEAD_DIM elements [N] for the L2 cache, in lines of 128 bytes."""
+    LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    for start in tl.static_range(0, HEAD_DIM, LINE):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [(rows + start).to(tl.int64)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "splits"])  # a growing cache must not compile again
@@ -42,6 +54,7 @@ def _decode_attention_split_kernel(
     v_batch_stride, v_time_stride, v_head_stride, queries, keys, splits,
     SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A program owns SPLIT keys of one key head of one row, for all queries that read them. Grid:
     (splits, B * K).
@@ -57,12 +70,17 @@ def _decode_attention_split_kernel(
     inside = time < queries
     lane = tl.arange(0, HEAD_DIM)
     q_rows = q_ptr + batch * q_batch_stride + time.to(tl.int64) * q_time_stride + head * q_head_stride
-    q = tl.load(q_rows[:, None] + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
     length = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), keys)
     last_key = length - queries + time  # [BLOCK_M]
-
     k_head = k_ptr + batch * k_batch_stride + key_head * k_head_stride
     v_head = v_ptr + batch * v_batch_stride + key_head * v_head_stride
+    if DEPENDENT:  # most keys and values are older than the launch before, but the newest are not
+        if split * SPLIT < length:
+            key = tl.minimum(split * SPLIT + tl.arange(0, SPLIT), length - 1).to(tl.int64)
+            _prefetch(k_head + key * k_time_stride, HEAD_DIM)
+            _prefetch(v_head + key * v_time_stride, HEAD_DIM)
+    wait(DEPENDENT)
+    q = tl.load(q_rows[:, None] + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -95,39 +113,110 @@ def _decode_attention_split_kernel(
         tl.store(part_sum_ptr + part, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _decode_attention_combine_kernel(
-    part_ptr, part_max_ptr, part_sum_ptr, out_ptr, splits, HEAD_DIM: tl.constexpr
+@triton.jit
+def _add_splits(
+    acc, m, total, part_ptr, part_max_ptr, part_sum_ptr, first, lane, there, start, splits,
+    HEAD_DIM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one head of one query and adds its splits in ascending order. Grid: B * T * H."""
-    first = tl.program_id(0).to(tl.int64) * splits
+    """`combined` for the splits start .. start + 7, which are requested together."""
+    maxima, sums, values = tl.tuple([]), tl.tuple([]), tl.tuple([])
+    new_m = m
+    for step in tl.static_range(8):
+        part, inside = first + start + step, there & (start + step < splits)
+        maxima = maxima + (tl.load(part_max_ptr + part, mask=inside, other=float("-inf")),)
+        sums = sums + (tl.load(part_sum_ptr + part, mask=inside, other=0.0),)
+        mask = inside & (lane < HEAD_DIM)
+        values = values + (tl.load(part_ptr + part * HEAD_DIM + lane, mask=mask, other=0.0),)
+        new_m = tl.maximum(new_m, maxima[step])
+    requested(DEPENDENT)
+    pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
+    shrink = tl.exp2(m - pivot)
+    acc, total = acc * shrink, total * shrink
+    for step in tl.static_range(8):  # fma, because two kernels must not differ in what is contracted
+        weight = tl.exp2(maxima[step] - pivot)
+        acc, total = tl.fma(values[step], weight, acc), tl.fma(sums[step], weight, total)
+    return acc, new_m, total
+
+
+@triton.jit
+def combined(
+    part_ptr, part_max_ptr, part_sum_ptr, row, there, splits, filled, HEAD_DIM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """The attention output of rows [..., 1] of [B, T, H], as far as they are there -> [..., HEAD_DIM] in
+    fp32.
+
+    Adds the splits in ascending order, eight at a time: the first eight at once, whether or not they are
+    filled (the others hold zeros and -inf), and then those up to `filled`. So nothing waits for a row's
+    length.
+    """
     lane = tl.arange(0, HEAD_DIM)
-    acc = tl.zeros([HEAD_DIM], tl.float32)
-    m = float("-inf")
-    total = 0.0
-    for split in range(0, splits):
-        part_max = tl.load(part_max_ptr + first + split)
-        part = tl.load(part_ptr + (first + split) * HEAD_DIM + lane)  # [HEAD_DIM]
-        new_m = tl.maximum(m, part_max)
-        pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
-        shrink, weight = tl.exp2(m - pivot), tl.exp2(part_max - pivot)
-        acc = acc * shrink + part * weight
-        total = total * shrink + tl.load(part_sum_ptr + first + split) * weight
-        m = new_m
-    out = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + lane, out.to(out_ptr.dtype.element_ty))
+    first = row.to(tl.int64) * splits
+    m = tl.where(there, float("-inf"), float("-inf"))
+    total = tl.where(there, 0.0, 0.0)
+    acc = total + 0.0 * lane.to(tl.float32)
+    acc, m, total = _add_splits(
+        acc,
+        m,
+        total,
+        part_ptr,
+        part_max_ptr,
+        part_sum_ptr,
+        first,
+        lane,
+        there,
+        0,
+        splits,
+        HEAD_DIM,
+        DEPENDENT,
+    )
+    for start in range(8, filled, 8):
+        acc, m, total = _add_splits(
+            acc,
+            m,
+            total,
+            part_ptr,
+            part_max_ptr,
+            part_sum_ptr,
+            first,
+            lane,
+            there,
+            start,
+            splits,
+            HEAD_DIM,
+            False,
+        )
+    return acc / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
+def _decode_attention_combine_kernel(
+    part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, out_ptr, queries, keys, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """A program owns one head of one query. Grid: B * T * H."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    length = tl.load(lengths_ptr + tl.program_id(0) // (queries * HEADS)).to(tl.int32)
+    splits = tl.cdiv(keys, SPLIT)
+    filled = tl.minimum(tl.cdiv(length, SPLIT), splits)
+    wait(DEPENDENT)
+    out = combined(part_ptr, part_max_ptr, part_sum_ptr, row, row >= 0, splits, filled, HEAD_DIM, DEPENDENT)
+    target = out_ptr + row.to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    tl.store(target, out.to(out_ptr.dtype.element_ty))
 
 
 def split_attention(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, out: Tensor | None = None, *,
+    dependent: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The first launch: q [B, T, H, D], caches [B, S, K, D], lengths [B], none of them empty -> the parts of
     all splits in fp32.
 
     The parts are sums of values weighted by exp2(score - maximum) [B * T * H, splits, D], the maxima and the
     sums of weights [B * T * H, splits]; a split without a visible key has zeros and -inf. If there is only
     one split and `out` [B, T, H, D] is given, the result is written there and the parts are empty.
-    decode_layer.py launches the same kernel, so the layer and the operation alone agree bit for bit.
+    dependent: the launch just before writes q and the newest keys and values, and nothing else that is read
+    here. decode_layer.py launches the same kernels, so the layer and the operation alone agree bit for bit.
     """
     batch, queries, heads, head_dim = q.shape
     keys, key_heads = key_cache.shape[1:3]
@@ -144,8 +233,21 @@ def split_attention(
         SCALE=LOG2_E / math.sqrt(head_dim), KEY_HEADS=key_heads, GROUP=heads // key_heads, HEAD_DIM=head_dim,
         BLOCK_M=max(16, triton.next_power_of_2(queries * heads // key_heads)), BLOCK_N=config.block_n,
         SPLIT=KEYS_PER_SPLIT, ONE_SPLIT=one_split, num_warps=config.num_warps, num_stages=config.num_stages,
+        **dependence(q.device, dependent),
     )  # fmt: skip
     return part, part_max, part_sum
+
+
+def combine(
+    parts: tuple[Tensor, Tensor, Tensor], lengths: Tensor, out: Tensor, queries: int, keys: int, *,
+    dependent: bool = False,
+) -> None:  # fmt: skip
+    """The second launch: the parts of all splits -> out [..., H, D] of B * queries rows."""
+    heads, head_dim = out.shape[-2:]
+    _decode_attention_combine_kernel[(parts[1].shape[0],)](
+        *parts, lengths, out, queries, keys, HEADS=heads, HEAD_DIM=head_dim, SPLIT=KEYS_PER_SPLIT,
+        num_warps=1, **dependence(out.device, dependent),
+    )  # fmt: skip
 
 
 @traceable(lambda q, key_cache, value_cache, lengths: q.new_empty(q.shape))
@@ -155,9 +257,8 @@ def _decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths
     if out.numel() == 0:
         return out
     parts = split_attention(q, key_cache, value_cache, lengths, out)
-    heads, splits = parts[1].shape
-    if heads:
-        _decode_attention_combine_kernel[(heads,)](*parts, out, splits, HEAD_DIM=q.shape[3], num_warps=1)
+    if parts[0].numel():
+        combine(parts, lengths, out, q.shape[1], key_cache.shape[1])
     return out
 
 

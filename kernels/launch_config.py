@@ -30,6 +30,8 @@ AMD = ("gfx942", "gfx1100")
 WARPGROUP = ("sm_90", "sm_100")  # wgmma and tcgen05: four warps multiply together, out of shared memory
 # TMA: whole tiles of a matrix are copied through a tensor descriptor.
 DESCRIPTORS = ("sm_90", "sm_100", "sm_120")
+# Programmatic dependent launch: a kernel prepares itself while the one before it ends.
+DEPENDENT_LAUNCH = ("sm_90", "sm_100", "sm_120")
 # Where backend "triton" computes SwiGLU inside its products (kernels/mlp.py) and not between the library's.
 # None has been measured.
 FUSED_MLP: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ class Row(NamedTuple):
 
 # The interpreter takes milliseconds a program of any size. The decode layer has many small programs, so
 # the interpreter gets larger ones. (tests/test_kernel_decode_layer.py runs the GPUs' lines too.)
+INTERPRETED_GROUPS = Row(1 << 14, LaunchConfig(2, 4, num_warps=4), architectures=(INTERPRETER,))
 INTERPRETED_COLUMNS = Row(1 << 14, LaunchConfig(1, 16, num_warps=1), architectures=(INTERPRETER,))
 
 # The first line that fits is used.
@@ -162,35 +165,30 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # block_n: keys of a tile, whose rows are the queries of a group, padded to 16; the size is the head dim
     "decode_attention": (Row(128, LaunchConfig(16, 64, num_warps=4, num_stages=2)),),
-    # The fused decode layer. block_n: columns of a program, which holds their whole weight rows in registers;
-    # the size is the length of a row. With the norm, a program has two such tiles (a head's halves, or gate
-    # and up):
-    "decode_norm_matmul": (
-        INTERPRETED_COLUMNS,
-        Row(1024, LaunchConfig(1, 2, num_warps=1)),
-        Row(2048, LaunchConfig(1, 2, num_warps=4)),
-        Row(4096, LaunchConfig(1, 2, num_warps=8)),
-        Row(1 << 14, LaunchConfig(1, 1, num_warps=16)),
+    # The products of a decode step. block_n: weight rows of a program, in groups of eight (four pairs in the
+    # norm products); block_m: tiles of 32 elements a warp that it requests ahead; the size is the length of a
+    # row.
+    "decode_qkv": (
+        INTERPRETED_GROUPS,
+        Row(1024, LaunchConfig(8, 1, num_warps=4)),
+        Row(4096, LaunchConfig(8, 1, num_warps=8)),
+        Row(1 << 14, LaunchConfig(8, 1, num_warps=16)),
     ),
-    # One tile, and the splits of all heads, which each program adds itself; block_m: splits loaded at a time.
-    # Four warps spill on sm_100 and sm_120, eight with rows of 2048 on sm_120 at Triton 3.6, and four columns
-    # of 2048 on all but sm_100.
+    "decode_gate_up": (
+        INTERPRETED_GROUPS,
+        Row(1024, LaunchConfig(8, 2, num_warps=4)),
+        Row(4096, LaunchConfig(8, 2, num_warps=8)),
+        Row(1 << 14, LaunchConfig(4, 2, num_warps=16)),
+    ),
     "decode_o": (
-        Row(1 << 14, LaunchConfig(4, 16, num_warps=1), architectures=(INTERPRETER,)),
-        Row(1024, LaunchConfig(4, 4, num_warps=8)),
-        Row(2048, LaunchConfig(4, 2, num_warps=16), architectures=("sm_120",)),
-        Row(2048, LaunchConfig(4, 2, num_warps=8)),
-        Row(4096, LaunchConfig(4, 2, num_warps=16)),
-        Row(1 << 14, LaunchConfig(1, 1, num_warps=16)),
+        INTERPRETED_GROUPS,
+        Row(4096, LaunchConfig(8, 1, num_warps=8)),
+        Row(1 << 14, LaunchConfig(8, 1, num_warps=16)),
     ),
-    # Few columns and long rows: at two columns a program, 576 columns are 288 programs. A warp has 1,024
-    # elements of each: 512 spill 8 bytes on sm_90 and sm_100 at Triton 3.6, and are no faster on an H100.
     "decode_down": (
-        INTERPRETED_COLUMNS,
-        Row(2048, LaunchConfig(1, 2, num_warps=2)),
-        Row(4096, LaunchConfig(1, 2, num_warps=4)),
-        Row(8192, LaunchConfig(1, 2, num_warps=8)),
-        Row(1 << 14, LaunchConfig(1, 2, num_warps=16)),
+        INTERPRETED_GROUPS,
+        Row(4096, LaunchConfig(8, 1, num_warps=8)),
+        Row(1 << 14, LaunchConfig(8, 1, num_warps=16)),
     ),
     "decode_head": (
         INTERPRETED_COLUMNS,
@@ -255,6 +253,26 @@ def architecture(device: torch.device) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{max((target for target in NVIDIA if target <= 10 * major + minor), default=NVIDIA[0])}"
     return f"sm_{NVIDIA[0]}"  # XPU, and any other device: the most modest target
+
+
+def dependence(device: torch.device, dependent: bool = True) -> dict[str, bool]:
+    """The constant and the option of a launch that may begin before the one before it has ended
+    (kernels/decode_product.py), where the device has that.
+    """
+    dependent = dependent and architecture(device) in DEPENDENT_LAUNCH
+    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
+
+
+def decode_launch(
+    op: str, dtype: torch.dtype, device: torch.device, size: int, dependent: bool = True
+) -> dict[str, int | bool]:
+    """The constants and options of a product of a decode step with rows of that size."""
+    config = launch_config(op, dtype, device, size)
+    tiles = -(-size // (32 * config.num_warps))
+    return {
+        "GROUPS": config.block_n, "WARPS": config.num_warps, "AHEAD": min(config.block_m, tiles),
+        "num_warps": config.num_warps, **dependence(device, dependent),
+    }  # fmt: skip
 
 
 def has_descriptors(device: torch.device) -> bool:

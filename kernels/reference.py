@@ -202,14 +202,17 @@ def linear_cross_entropy(
 
 def decode_layer(
     x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor,
-    sin: Tensor, *, eps: float, ops: Backend, linear: Callable[[Tensor, Any], Tensor] = F.linear,
+    sin: Tensor, *, eps: float, ops: Backend, dependent: bool = False,
+    linear: Callable[[Tensor, Any], Tensor] = F.linear,
 ) -> Tensor:  # fmt: skip
     """One whole block for a few new tokens: norm, qkv, rope, cache write, attention, projection, norm, SwiGLU
     MLP.
 
     x [B, T, E] -> [B, T, E]. Writes the new keys and values into the caches [B, S, K, D] at positions
     lengths[b] - T .. lengths[b] - 1, to which cos and sin [B, T, D/2] belong. `ops` are the operations that
-    are composed. `linear` multiplies by the matrices, which may have another form than a Tensor.
+    are composed. dependent: whether the work queued just before leaves the weights alone, as every part of a
+    decode step does; it changes no result. `linear` multiplies by the matrices, which may have another form
+    than a Tensor.
     """
     batch, length, _ = x.shape
     key_heads, head_dim = key_cache.shape[2:]

@@ -105,7 +105,7 @@ class DecodeLayer(Protocol):
 
     def __call__(
         self, x: Tensor, weights: LayerWeights[Tensor], key_cache: Tensor, value_cache: Tensor,
-        lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, ops: Backend,
+        lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, ops: Backend, dependent: bool = False,
     ) -> Tensor: ...  # fmt: skip
 
 

@@ -63,6 +63,7 @@ def configured_for(target: str) -> Iterator[None]:
     """In this context the launch table is read for another target."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_config, "architecture", lambda device: target)
+        patch.setattr(launch_config, "DEPENDENT_LAUNCH", ())  # the interpreter has nothing to wait for
         launch_config.launch_config.cache_clear()
         yield
     launch_config.launch_config.cache_clear()

@@ -154,7 +154,9 @@ def decode(
     with torch.no_grad():
         x, weights = tensor(batch, new, size.hidden, dtype=dtype), _layer_weights(size, dtype, head_dim)
         cos, sin = tables(batch, new, head_dim // 2)
-        ops.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=EPS, ops=ops)
+        ops.decode_layer(
+            x, weights, key_cache, value_cache, lengths, cos, sin, eps=EPS, ops=ops, dependent=True
+        )
 
 
 def head(run: Recorder, ops: Backend, model: str) -> None:
@@ -218,6 +220,8 @@ CASES = (
     Case(DECODE, decode, {}, every_dtype=True),
     Case("decode 1x1, 100 keys", decode, {"keys": 100}),
     Case("decode 16x1, 1024 keys", decode, {"batch": 16, "keys": 1024}),
+    Case("decode 2x1, 1000 keys", decode, {"batch": 2}),
+    Case("decode 4x1, 1000 keys", decode, {"batch": 4}),
     Case("decode 2x4, 1000 keys", decode, {"batch": 2, "new": 4}),
     Case("decode 1x16, 1000 keys", decode, {"new": 16}),
     Case("decode 1x1, 360M", decode, {"model": "360M"}),

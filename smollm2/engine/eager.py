@@ -106,7 +106,9 @@ class Engine:
         """The step by the backend's operations: embeddings [B, T, hidden] -> logits [B, T, V] in fp32."""
         model, ops, eps = self.model, self.model.backend, self.model.config.rms_norm_eps
         for index, weights in enumerate(model.pack()):
-            x = ops.decode_layer(x, weights, *cache.layer(index), cache.lengths, cos, sin, eps=eps, ops=ops)
+            x = ops.decode_layer(
+                x, weights, *cache.layer(index), cache.lengths, cos, sin, eps=eps, ops=ops, dependent=True
+            )
         return ops.decode_head(x, model.model.norm.weight, model.lm_head.weight, eps)
 
     def __str__(self) -> str:

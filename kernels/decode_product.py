@@ -1,0 +1,163 @@
+"""Up to 16 rows times a weight matrix, on matrix units: what the kernels of a decode step share.
+
+    acc[r, n] = sum_k x[r, k] w[n, k]            x [R, K], w [N, K], acc fp32
+
+A decode step waits for memory, so a product is laid out for its loads. A program owns a few rows of w
+(columns of the result). Its warps divide K among them, in turns of 32 elements: in tile t, warp s holds the
+elements (t * WARPS + s) * 32 .. + 31 of every row. Rows come in groups of 8. Four lanes hold a row's 32
+elements, 8 in a row each, so that every load is one of 16 bytes:
+
+    a tile [GROUPS, WARPS, 8, 32]       group, warp, row of the group, element
+
+A matrix instruction (m16n8k16) wants other elements in a lane, but a sum over k does not mind the order of k
+if x and w agree on it. `_operand` calls the elements 8q .. 8q + 7 of lane q those that the instruction
+expects there. So a tile is multiplied out of the registers that it was loaded into: no exchange between
+lanes, no shared memory. Only the partial sums of the warps meet there, once.
+
+The 16 rows of x are always multiplied, and rows past R are zeros that are not loaded. So one compiled kernel
+serves every R, and a row's bits do not depend on the other rows: batch invariance.
+
+Dependent launches (sm_90 and newer): a kernel may start before the one before it has ended. It requests its
+weights, which no kernel writes, and then calls `wait`. From there on all kernels before it are complete, and
+the next one may start. It follows that while a kernel runs before its `wait`, only the kernel just before it
+is incomplete: what an earlier one wrote may be read already.
+
+Check: pytest tests -k "decode_product or dependent"
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait(DEPENDENT: tl.constexpr):
+    """Waits for the kernels before this one, and lets the next one start. Must not stand inside a loop:
+    Triton 3.7 moves the pipelined loads of a loop above it.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def requested(DEPENDENT: tl.constexpr):
+    """Stands behind loads that should be under way together. ptxas would move them down between the products
+    to save registers, and each would wait for a round trip of its own. It moves no load across this
+    instruction, which has no other effect the second time.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def members(GROUPS: tl.constexpr):
+    """The numbers 0 .. 8 GROUPS - 1 of the rows of a tile, [GROUPS, 1, 8, 1]."""
+    group = tl.arange(0, GROUPS)[:, None, None, None]
+    return group * 8 + tl.arange(0, 8)[None, None, :, None]
+
+
+@triton.jit
+def tile(rows, there, t, WIDTH: tl.constexpr, WARPS: tl.constexpr):
+    """Tile t of rows of WIDTH elements: rows, there [GROUPS, 1, 8, 1] point to their beginnings and say which
+    exist -> [GROUPS, WARPS, 8, 32], zero where there is nothing. A number t, or one for each row.
+    """
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    k = (t * WARPS + warp) * 32 + tl.arange(0, 32)[None, None, None, :]
+    return tl.load(rows + k, mask=there & (k < WIDTH), other=0.0)
+
+
+@triton.jit
+def tiles(rows, there, WIDTH: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr):
+    """The first COUNT tiles of these rows, requested together."""
+    found = tl.tuple([])
+    for t in tl.static_range(COUNT):
+        found = found + (tile(rows, there, t, WIDTH, WARPS),)
+    return found
+
+
+@triton.jit
+def _operand(x, GROUPS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr):
+    """[TILES * GROUPS, WARPS, 8, 32] -> [WARPS, 8 GROUPS, 32 TILES], in the order of k in which a lane's own
+    elements are those that the matrix instruction wants from it.
+    """
+    x = tl.reshape(x, [TILES, GROUPS, WARPS, 8, 4, 2, 2, 2])  # k: lane, instruction, half, pair
+    x = tl.permute(x, [2, 1, 3, 0, 5, 6, 4, 7])
+    return tl.reshape(x, [WARPS, 8 * GROUPS, 32 * TILES])
+
+
+@triton.jit
+def add_product(acc, x, w, GROUPS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr = 1):
+    """acc [WARPS, 16, 8 GROUPS] plus the product of x [TILES * 2, WARPS, 8, 32] and w [TILES * GROUPS, WARPS,
+    8, 32], tile by tile; each warp adds its own part of k.
+    """
+    x, w = _operand(x, 2, WARPS, TILES), _operand(w, GROUPS, WARPS, TILES)
+    return tl.dot(x, tl.permute(w, [0, 2, 1]), acc, input_precision="ieee")
+
+
+@triton.jit
+def add_squares(acc, x, WARPS: tl.constexpr):
+    """acc [WARPS, 16, 16], whose diagonal grows by the sums of squares of tile x [2, WARPS, 8, 32]: as a
+    matrix product they take a tenth of the instructions.
+    """
+    x = _operand(x, 2, WARPS, 1)
+    return tl.dot(x, tl.permute(x, [0, 2, 1]), acc, input_precision="ieee")
+
+
+@triton.jit
+def product(
+    x_ptr, x_stride, rows, w, there, WIDTH: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+    AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """x [rows, WIDTH] times the matrix rows that w, there [GROUPS, 1, 8, 1] point to -> [16, 8 GROUPS] in
+    fp32. `wait`s for x, with AHEAD tiles of the weights already requested.
+    """
+    TILES: tl.constexpr = (WIDTH + 32 * WARPS - 1) // (32 * WARPS)
+    ws = tiles(w, there, WIDTH, WARPS, AHEAD)
+    row = members(2)
+    x, inside = x_ptr + row.to(tl.int64) * x_stride, row < rows
+    wait(DEPENDENT)
+    xs = tiles(x, inside, WIDTH, WARPS, AHEAD)
+    requested(DEPENDENT)
+    acc = tl.zeros([WARPS, 16, 8 * GROUPS], tl.float32)
+    for t in tl.static_range(TILES):
+        if t + AHEAD < TILES:
+            ws = ws + (tile(w, there, t + AHEAD, WIDTH, WARPS),)
+            xs = xs + (tile(x, inside, t + AHEAD, WIDTH, WARPS),)
+        acc = add_product(acc, xs[t], ws[t], GROUPS, WARPS)
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def norm_product(
+    x_ptr, x_stride, rows, scale_ptr, w, there, EPS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """`product` of the normalised rows, without rounding them: x (w * scale)^T * rstd, rstd = 1 /
+    sqrt(mean(x^2) + EPS), with w * scale rounded to the weights' dtype.
+    """
+    TILES: tl.constexpr = (WIDTH + 32 * WARPS - 1) // (32 * WARPS)
+    ws = tiles(w, there, WIDTH, WARPS, AHEAD)
+    # one row, read by the eight lanes that need it
+    scale, all_of_it = scale_ptr + 0 * members(1), members(1) < 8
+    scales = tiles(scale, all_of_it, WIDTH, WARPS, AHEAD)
+    row = members(2)
+    x, inside = x_ptr + row.to(tl.int64) * x_stride, row < rows
+    wait(DEPENDENT)
+    xs = tiles(x, inside, WIDTH, WARPS, AHEAD)
+    requested(DEPENDENT)
+    acc = tl.zeros([WARPS, 16, 8 * GROUPS], tl.float32)
+    squares = tl.zeros([WARPS, 16, 16], tl.float32)
+    for t in tl.static_range(TILES):
+        if t + AHEAD < TILES:
+            ws = ws + (tile(w, there, t + AHEAD, WIDTH, WARPS),)
+            scales = scales + (tile(scale, all_of_it, t + AHEAD, WIDTH, WARPS),)
+            xs = xs + (tile(x, inside, t + AHEAD, WIDTH, WARPS),)
+        scaled = (ws[t].to(tl.float32) * scales[t].to(tl.float32)).to(ws[t].dtype)
+        acc = add_product(acc, xs[t], scaled, GROUPS, WARPS)
+        squares = add_squares(squares, xs[t], WARPS)
+    index = tl.arange(0, 16)
+    own = index[:, None] == index[None, :]
+    total = tl.sum(tl.where(own, tl.sum(squares, 0), 0.0), 1)
+    return tl.sum(acc, 0) * tl.rsqrt(total / WIDTH + EPS)[:, None]
