@@ -74,6 +74,14 @@ def test_a_row_is_the_prompt_alone_in_any_slot_and_with_any_chunk(
     assert len(captures) == 1, "whatever comes and goes, a loop is captured once"
 
 
+def test_without_an_engine_it_is_the_default_one(model, captures, expected, monkeypatch):
+    engine = captured_engine(model)
+    monkeypatch.setattr(batch, "default_engine", lambda model: engine)  # as on a GPU
+    options = dict(max_new_tokens=NEW, seed=SEED, eos_token_ids=ENDS, slots=3)
+    assert dict(generate_many(model, prompts_of(), **options)) == dict(enumerate(expected[GREEDY]))
+    assert len(engine.loops.idle) == 1
+
+
 def test_on_a_device_without_graphs_too(model, expected):
     engine = CapturedEngine(model)
     assert many(engine, params=SAMPLED, slots=3) == expected[SAMPLED]
@@ -86,7 +94,7 @@ def test_the_triton_backend_gives_the_same_tokens(monkeypatch):
     if device == "cpu":
         pretend_to_capture(monkeypatch)
     model, plain = (tiny_model(name, device, num_hidden_layers=1) for name in ("triton", "torch"))
-    options = dict(max_new_tokens=[2, 4, 3], params=SAMPLED, slots=2)
+    options = dict(max_new_tokens=[1, 3, 2], params=SAMPLED, slots=2)
     prompts = prompts_of((7, 2, 19))
     assert many(captured_engine(model, 2), prompts, **options) == many(Engine(plain), prompts, **options)
 
