@@ -34,7 +34,7 @@ from smollm2.config import SmolLM2Config
 from smollm2.engine.captured import SMALLEST_CAPACITY
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
-from smollm2.generation.batch import PREFILL_TOKENS
+from smollm2.generation.slots import PREFILL_TOKENS
 from smollm2.model import SmolLM2ForCausalLM
 
 CUDA = torch.device("cuda")

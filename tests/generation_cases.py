@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from kernels import select_backend
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.engine.captured import DecodeLoops, captured_steps
+from smollm2.engine.captured import CapturedEngine, DecodeLoop, DecodeLoops, captured_steps
 from smollm2.engine.eager import Engine
 from smollm2.generation.loop import generate_steps
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
@@ -96,3 +98,35 @@ def looped(
 ) -> list[list[int]]:
     """The tokens of `captured_steps`, step by step."""
     return [tokens.tolist() for tokens in captured_steps(loops, ids, mask.sum(1), seeds=seeds, **options)]
+
+
+def pretend_to_capture(monkeypatch: pytest.MonkeyPatch) -> list[DecodeLoop]:
+    """The host's part of a captured loop without a GPU: what is replayed is the step itself, and tokens are
+    read when the next have been computed. Returns the loops that captured a step, once per capture.
+    """
+    plain, captures = DecodeLoop.__init__, list[DecodeLoop]()
+
+    def initialise(self: DecodeLoop, *args: Any) -> None:
+        plain(self, *args)
+        self.captures = True
+
+    def capture(self: DecodeLoop, step: Any) -> None:
+        captures.append(self)
+        self._warm_up(step)
+        step.graph = SimpleNamespace(replay=lambda: self._advance(step))
+
+    def event() -> SimpleNamespace:
+        return SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+
+    monkeypatch.setattr(DecodeLoop, "__init__", initialise)
+    monkeypatch.setattr(DecodeLoop, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    return captures
+
+
+def captured_engine(model: SmolLM2ForCausalLM, chunk: int = 16) -> CapturedEngine:
+    """What `default_engine` gives on a GPU, after `pretend_to_capture` anywhere."""
+    engine = CapturedEngine(model)
+    engine.loops.chunk = chunk
+    return engine

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generation_cases import GREEDY, alone, tiny_model
+from generation_cases import GREEDY, alone, captured_engine, pretend_to_capture, tiny_model
 
 from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine.eager import Engine
 from smollm2.engine.select import select_engine
-from smollm2.generation.batch import PREFILL_TOKENS, generate_many
+from smollm2.generation.batch import generate_many
+from smollm2.generation.slots import PREFILL_TOKENS
 from smollm2.sampling import SamplingParams
 
 LENGTHS = (1, 200, 17, 3, 64, 65, 1, 120, 33, 8, 199)  # of the prompts, out of order
@@ -60,6 +61,14 @@ def model():
     return tiny_model()
 
 
+@pytest.fixture(params=["eager", "captured"])
+def engine(request, model, monkeypatch):
+    if request.param == "eager":
+        return Engine(model)
+    pretend_to_capture(monkeypatch)
+    return captured_engine(model)
+
+
 @pytest.fixture(scope="module")
 def expected(model):
     prompts = list(enumerate(prompts_of(), SEED))
@@ -85,22 +94,22 @@ def test_a_row_is_the_prompt_alone_with_any_number_of_slots(model, expected, par
     assert max(rows for rows, _ in engine.decoded) <= at_work
 
 
-def test_the_order_of_the_prompts_decides_seeds_and_nothing_else(model):
+def test_the_order_of_the_prompts_decides_seeds_and_nothing_else(model, engine):
     prompts, seeds = prompts_of(), [7 * index for index in range(len(LENGTHS))]
-    options = dict(params=SAMPLED, eos_token_ids=ENDS, slots=3)
+    options = dict(params=SAMPLED, eos_token_ids=ENDS, slots=3, engine=engine)
     turned = many(model, prompts[::-1], **options, seed=seeds[::-1])
     assert turned[::-1] == many(model, prompts, **options, seed=seeds)
 
 
-def test_every_row_may_have_a_budget_of_its_own(model):
+def test_every_row_may_have_a_budget_of_its_own(model, engine):
     budgets = [1, 5, 24, 2, 1, 9, 24, 3, 1, 1, 12]
-    found = many(model, prompts_of(), max_new_tokens=budgets, params=SAMPLED, slots=3)
+    found = many(model, prompts_of(), max_new_tokens=budgets, params=SAMPLED, slots=3, engine=engine)
     assert [len(tokens) for tokens in found] == budgets
     rows = enumerate(zip(prompts_of(), budgets, strict=True), SEED)
     assert found == [alone(model, prompt, SAMPLED, seed, (), budget) for seed, (prompt, budget) in rows]
 
 
-def test_a_callback_ends_a_row_and_sees_every_token_once(model, expected):
+def test_a_callback_ends_a_row_and_sees_every_token_once(model, engine, expected):
     seen: dict[int, list[int]] = {}
 
     def stop(index: int, tokens: list[int]) -> bool:
@@ -108,7 +117,8 @@ def test_a_callback_ends_a_row_and_sees_every_token_once(model, expected):
         assert seen[index] == tokens
         return index % 2 == 0 and len(tokens) == 4
 
-    found = many(model, prompts_of(), params=GREEDY, eos_token_ids=ENDS, slots=3, stop=stop)
+    options = dict(params=GREEDY, eos_token_ids=ENDS, slots=3, engine=engine)
+    found = many(model, prompts_of(), **options, stop=stop)
     assert found == [tokens[: None if index % 2 else 4] for index, tokens in enumerate(expected[GREEDY])]
     assert seen == dict(enumerate(found))
 
@@ -139,14 +149,15 @@ def test_prompts_of_like_length_are_prefilled_together_up_to_a_limit(model):
     assert [len(group) for group in engine.prefilled] == [10, 13]
 
 
-def test_an_empty_list_and_a_prompt_that_fills_the_context(model):
-    assert list(generate_many(model, [], max_new_tokens=4)) == []
-    [prompt] = prompts_of((510,))
-    assert many(model, [prompt], max_new_tokens=2) == [alone(model, prompt, new=2)]
+def test_an_empty_list_and_a_prompt_that_fills_the_context(model, engine):
+    assert list(generate_many(model, [], max_new_tokens=4, engine=engine)) == []
+    prompts = prompts_of((510, 3, 502))
+    found = many(model, prompts, max_new_tokens=[2, 9, 10], slots=3, engine=engine)
+    assert found == [alone(model, ids, new=new) for ids, new in zip(prompts, (2, 9, 10), strict=True)]
 
 
-def test_an_abandoned_iterator_leaves_gradients_on(model):
-    results = generate_many(model, prompts_of((5, 6)), max_new_tokens=3, slots=1)
+def test_an_abandoned_iterator_leaves_gradients_on(model, engine):
+    results = generate_many(model, prompts_of((5, 6)), max_new_tokens=3, slots=1, engine=engine)
     next(results)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     results.close()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from generation_cases import alone, tiny_model, tiny_tokenizer
+from generation_cases import alone, captured_engine, pretend_to_capture, tiny_model, tiny_tokenizer
 
 from smollm2.errors import LoadError, UsageError
 from smollm2.generation.batch_file import parse_prompts, run_file
@@ -65,6 +65,15 @@ def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(model, tok
     error, count = capsys.readouterr().err, sum(len(record["tokens"]) for record in found)
     assert "cache: 2 x " in error
     assert f"3 rows, {count} tokens in" in error and error.rstrip().endswith("tok/s")
+
+
+def test_a_captured_loop_writes_the_same_lines(model, tokenizer, tmp_path, monkeypatch):
+    pretend_to_capture(monkeypatch)
+    prompts = write(tmp_path / "p.txt", "the quick", "brown", "fox jumps", "over the lazy dog", "dog")
+    options = dict(slots=2, stop=["th", "q"], max_new_tokens=30)
+    expected = answers(model, tokenizer, prompts, **options)
+    assert {record["finish_reason"] for record in expected} == {"stop", "length"}
+    assert answers(model, tokenizer, prompts, engine=captured_engine(model), **options) == expected
 
 
 def test_plain_text_is_one_prompt_a_line_and_equals_json_lines(model, tokenizer, tmp_path):

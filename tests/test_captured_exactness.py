@@ -4,14 +4,20 @@ for many prompts.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
-from generation_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
+from generation_cases import (
+    EVERYTHING,
+    GREEDY,
+    SAMPLED,
+    eager,
+    looped,
+    pretend_to_capture,
+    prompts,
+    tiny_model,
+)
 
-from smollm2.engine.captured import DecodeLoop, DecodeLoops, captured_steps
+from smollm2.engine.captured import DecodeLoops, captured_steps
 from smollm2.engine.eager import Engine
 from smollm2.sampling import SamplingParams
 
@@ -62,39 +68,17 @@ def test_rows_end_where_the_eager_loop_ends_them(model, params, chunk):
     assert looped(DecodeLoops(Engine(model), chunk), ids, mask, SEEDS, **options) == expected
 
 
-@pytest.fixture
-def as_if_captured(monkeypatch):
-    """The host's part of a captured loop without a GPU: what is replayed is the step itself, and a chunk is
-    read when the next has run.
-    """
-    plain = DecodeLoop.__init__
-
-    def initialise(self: DecodeLoop, *args: Any) -> None:
-        plain(self, *args)
-        self.captures, self._pinned = True, [torch.zeros_like(self.output) for _ in range(2)]
-
-    def capture(self: DecodeLoop, step: Any) -> None:
-        self._warm_up(step)
-        step.graph = SimpleNamespace(replay=lambda: self._advance(step))
-
-    monkeypatch.setattr(DecodeLoop, "__init__", initialise)
-    monkeypatch.setattr(DecodeLoop, "_capture", capture)
-    monkeypatch.setattr(
-        torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
-    )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-
-
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 @pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
-def test_reading_a_chunk_behind_gives_the_same_tokens(model, as_if_captured, params, chunk):
+def test_reading_a_chunk_behind_gives_the_same_tokens(model, monkeypatch, params, chunk):
+    captures = pretend_to_capture(monkeypatch)
     loops = DecodeLoops(Engine(model), chunk)
     for seed in (1, 2):
         ids, mask = prompts(LENGTHS, seed)
         options, free, expected = with_ends(model, ids, mask, dict(params=params), 23 if seed == 1 else 25)
         assert looped(loops, ids, mask, SEEDS, params=params, max_new_tokens=len(free)) == free
         assert looped(loops, ids, mask, SEEDS, **options) == expected
-    assert len(loops.idle) == 1
+    assert len(loops.idle) == 1 and set(captures) == set(loops.idle)
 
 
 def test_the_pad_may_be_the_end_token_and_the_first_token_may_end_a_row(model):

@@ -9,8 +9,9 @@ import torch
 from generation_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
 
 from smollm2 import SmolLM2ForCausalLM
-from smollm2.engine.captured import Choice, DecodeLoop, DecodeLoops
+from smollm2.engine.captured import CapturedEngine, Choice, DecodeLoop, DecodeLoops
 from smollm2.engine.eager import Engine
+from smollm2.generation.batch import generate_many
 from smollm2.sampling import SamplingParams
 
 pytestmark = [
@@ -71,6 +72,41 @@ def test_nothing_waits_for_the_device_in_a_chunk(model, params):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not torch.equal(first(), second())
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, EVERYTHING], ids=["greedy", "sampled", "everything"])
+def test_many_prompts_through_one_graph_are_each_the_prompt_alone(model, params):
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(30, 512, (n,), generator=generator).tolist() for n in (9, 1, 30, 17, 5, 44, 3)]
+    options = dict(params=params, max_new_tokens=40, eos_token_ids=range(30), slots=3)
+    expected = dict(generate_many(model, ids, engine=Engine(model), **options))
+    assert len({len(tokens) for tokens in expected.values()}) > 2
+    engine = CapturedEngine(model)
+    for _ in range(2):
+        assert dict(generate_many(model, ids, engine=engine, **options)) == expected
+    (loop,) = engine.loops.idle
+    (step,) = loop._steps.values()
+    assert step.graph is not None and len(loop._costs) == 1
+
+
+@pytest.mark.parametrize("params", [GREEDY, EVERYTHING], ids=["greedy", "everything"])
+def test_nothing_waits_for_the_device_while_a_row_is_refilled(model, params):
+    loop, ids = DecodeLoop(Engine(model), 3, 256, 16), prompts((9, 30))[0]
+    loop.open(Choice(params, (1, 2)))
+    pieces = []
+    for go in ("default", "error"):  # the first time compiles and allocates
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(go)
+        try:
+            pieces += [loop.refill([2, 0], ids, torch.tensor([9, 30]), [1, 2])]
+            loop.park([1])
+            loop.run(8)
+            pieces += [loop.read_back(8)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    first, steps, again, repeated = (piece() for piece in pieces)
+    assert torch.equal(first, again) and steps.shape == repeated.shape == (8, 3)
+    assert torch.equal(steps[:, [0, 2]], repeated[:, [0, 2]])
 
 
 def test_a_token_is_one_launch(model):

@@ -158,6 +158,25 @@ def test_a_step_needs_nothing_from_the_host_and_no_values(params, ends):
     assert step.found == []
 
 
+def test_a_refill_sends_its_arguments_and_needs_no_values(monkeypatch):
+    model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), backend="torch").to("meta")
+    loop = DecodeLoop(Engine(model), 3, 64, chunk=4)
+    loop.open(Choice(EVERYTHING, (2, 3)))
+    monkeypatch.setattr(
+        loop, "_to_host", lambda tokens, buffer: tokens
+    )  # a copy, for which there are no values
+    ids, lengths = torch.zeros(2, 5, dtype=torch.int64), torch.tensor([5, 2])
+    loop.refill([2, 0], ids, lengths, [1, 1 << 70])  # the first prefill makes the rotary tables
+    with _HostTensors() as refill:
+        assert loop.refill([2, 0], ids, lengths, [1, 1 << 70]).shape == (1, 2)
+    sent = [name for name in refill.found if name.startswith(("aten.to.", "aten._to_copy."))]
+    assert len(sent) == 4, "rows, tokens, lengths and seeds"
+    made_there = {"aten.lift_fresh.default", "aten.detach_.default", "aten.zeros.default"}
+    assert set(refill.found) - set(sent) <= made_there
+    loop.park([1])
+    loop.run(4)
+
+
 def test_the_proof_sees_what_comes_from_the_host_and_refuses_values():
     values = torch.zeros(3, dtype=torch.int64, device="meta")
     for act in (lambda x: x + torch.tensor(1), lambda x: x.index_fill(0, torch.tensor([1]).to("meta"), 0)):

@@ -13,6 +13,9 @@ two, and loops are kept for later prompts (`DecodeLoops`), so that each is captu
 captured: a prefill is few launches for much work. A device without graphs runs the same step operation by
 operation.
 
+The rows of a loop may also hold texts that come and go (`open`, `refill`, `park`): between two runs a new
+prompt is prefilled beside the loop and copied into a row, and the same graph goes on.
+
 A capacity beyond the text costs nothing in the Triton kernels, which end at a row's length. torch's attention
 reads the whole capacity and masks, at most twice the keys needed.
 
@@ -34,7 +37,7 @@ from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.sampling import Sampler, SamplingParams, as_words, read_tokens, uniforms
+from smollm2.sampling import Sampler, SamplingParams, as_words, read_tokens, sample, uniforms
 
 SMALLEST_CAPACITY = 64
 CHUNK = 16  # tokens between two read-backs of a captured loop
@@ -76,7 +79,8 @@ def capacity_for(tokens: int, limit: int) -> int:
 class DecodeLoop:
     """The buffers of a batch and the steps recorded over them, for one generation at a time.
 
-    `start` comes first, then `run` and `read_back` in turn, all on one CUDA stream.
+    `start` comes first, then `run` and `read_back` in turn, all on one CUDA stream. Or `open` comes first,
+    and `refill` and `park` between the runs.
     """
 
     def __init__(self, engine: Engine, batch: int, capacity: int, chunk: int | None = None) -> None:
@@ -100,8 +104,7 @@ class DecodeLoop:
         self.output = torch.zeros(self.chunk, batch, dtype=torch.int64, device=self.device)
         self.slot = torch.zeros(1, dtype=torch.int64, device=self.device)  # the next row of `output`
         # Two, because one chunk is read on the host while the next is written.
-        shape, buffers = self.output.shape, 2 if self.captures else 0
-        self._pinned = [torch.zeros(shape, dtype=torch.int64, pin_memory=True) for _ in range(buffers)]
+        self._pinned = [self._pinned_like(self.output) for _ in range(2)]
         self._steps: dict[Choice, _Step] = {}  # the one used last at the end
         self._step: _Step | None = None
         self._weights: tuple[object, ...] = ()
@@ -134,20 +137,69 @@ class DecodeLoop:
         self.finished.zero_()
         self.slot.zero_()
         if step.sampler.needs_noise:
-            positions = torch.arange(self.cache.capacity, device=self.device)
-            self.noise.copy_(uniforms(as_words(seeds, self.device)[:, None], positions))
+            self.noise.copy_(self._noise_of(as_words(seeds, self.device)))
         if step.sampler.needs_seen:
-            inside = torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]
-            # What follows a row's tokens stands for its first one, which is seen anyway.
-            self.seen.zero_().scatter_(1, torch.where(inside, input_ids, input_ids[:, :1]), True)
+            self.seen.copy_(self._seen_in(input_ids, lengths))
         logits = self.engine.prefill(input_ids, lengths, self.cache)
         self.cache.fixed = True
         self._choose(step, logits)
         self._step = step
 
     @torch.inference_mode()
+    def open(self, choice: Choice) -> None:
+        """Begins a generation whose texts come and go. Every row is to be parked or refilled before a run.
+
+        Nothing of the generation before remains. The first use of a `choice` captures.
+        """
+        self._step = self._prepare(choice)
+        self.cache.clear()
+        self.cache.longest, self.cache.fixed = self.cache.capacity, True
+
+    @torch.inference_mode()
+    def refill(
+        self, slots: Sequence[int], input_ids: Tensor, lengths: Tensor, seeds: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        """Puts new texts into P rows and chooses the first token of each; the other rows do not notice.
+
+        slots [P]: the rows; input_ids [P, T], row p holding lengths[p] tokens and then anything; lengths [P];
+        seeds [P]; all on the host. On CUDA nothing waits for the device. The first tokens are read as those
+        of `read_back`: [1, P]. Raises UsageError if the cache of the prefill does not fit.
+        """
+        assert self._step is not None, "open comes first"
+        step, seeds_sent = self._step, self._send(as_words(seeds, torch.device("cpu")))
+        rows, input_ids, lengths = self._send(torch.tensor(slots)), self._send(input_ids), self._send(lengths)
+        small = self.engine.allocate(*input_ids.shape)
+        logits = self.engine.prefill(input_ids, lengths, small)
+        for whole, new in ((self.cache.keys, small.keys), (self.cache.values, small.values)):
+            whole.index_fill_(1, rows, 0)  # for the reason of KVCache.clear
+            whole[:, :, : new.shape[2]].index_copy_(1, rows, new)
+        self.cache.lengths.index_copy_(0, rows, lengths)
+        seen = self._seen_in(input_ids, lengths) if step.sampler.needs_seen else None
+        chosen = sample(logits, step.sampler.params, seeds_sent, lengths, seen)
+        tokens = chosen[:, None].clamp(min=0)
+        self.tokens.index_copy_(0, rows, tokens)
+        self.finished.index_copy_(0, rows, (tokens == step.ends).any(1))
+        if step.sampler.needs_noise:
+            self.noise.index_copy_(0, rows, self._noise_of(seeds_sent))
+        if seen is not None:
+            self.seen.index_copy_(0, rows, seen.scatter_(1, tokens, True))
+        return self._to_host(chosen[None], self._pinned_like(chosen[None]))
+
+    @torch.inference_mode()
+    def park(self, slots: Sequence[int]) -> None:
+        """Leaves rows without a text: they put out the pad, and begin the next run with no key, so that
+        attention reads next to nothing. To be repeated before every run, which counts on in every row.
+        """
+        rows = self._send(torch.tensor(slots))
+        self.cache.lengths.index_fill_(0, rows, 0)
+        self.finished.index_fill_(0, rows, True)
+
+    @torch.inference_mode()
     def run(self, steps: int) -> None:
-        """Computes the next `steps` <= chunk tokens of every row. On CUDA it does not wait for them."""
+        """Computes the next `steps` <= chunk tokens of every row. On CUDA it does not wait for them.
+
+        No row may reach the capacity: the last position is that of a token which is chosen and not fed.
+        """
         assert self._step is not None and steps <= self.chunk, "start comes first; a chunk is the most"
         self.slot.zero_()
         for _ in range(steps):
@@ -162,11 +214,14 @@ class DecodeLoop:
 
         The function that is returned waits, and returns a copy of them, [steps, B].
         """
-        if not self.captures:
-            return self.output[:steps].cpu().clone
         self._pinned.reverse()
-        buffer = self._pinned[0][:steps]
-        buffer.copy_(self.output[:steps], non_blocking=True)
+        return self._to_host(self.output[:steps], self._pinned[0][:steps])
+
+    def _to_host(self, tokens: Tensor, buffer: Tensor) -> Callable[[], Tensor]:
+        """Sends tokens into a buffer on the host; what is returned waits for them, and returns a copy."""
+        buffer.copy_(tokens, non_blocking=self.captures)
+        if not self.captures:
+            return buffer.clone
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self.device))
 
@@ -175,6 +230,26 @@ class DecodeLoop:
             return buffer.clone()
 
         return wait
+
+    def _pinned_like(self, tokens: Tensor) -> Tensor:
+        """A buffer on the host, which the device writes by itself."""
+        return torch.zeros(tokens.shape, dtype=tokens.dtype, pin_memory=self.device.type == "cuda")
+
+    def _send(self, values: Tensor) -> Tensor:
+        """Values of the host on the device. Unless it is pinned, a copy waits for all that is under way."""
+        pinned = values.pin_memory() if self.device.type == "cuda" else values
+        return pinned.to(self.device, non_blocking=True)
+
+    def _noise_of(self, seeds: Tensor) -> Tensor:
+        """Words of seeds [P] -> the noise of every position [P, capacity]."""
+        return uniforms(seeds[:, None], torch.arange(self.cache.capacity, device=self.device))
+
+    def _seen_in(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Which tokens occur in prompts [P, T] of lengths [P]: [P, V] bool."""
+        inside = torch.arange(input_ids.shape[1], device=self.device) < lengths[:, None]
+        # What follows a row's tokens stands for its first one, which is seen anyway.
+        ids = torch.where(inside, input_ids, input_ids[:, :1])
+        return self.seen.new_zeros(len(ids), self.seen.shape[1]).scatter_(1, ids, True)
 
     def _advance(self, step: _Step) -> None:
         """The step that is captured."""
@@ -266,10 +341,12 @@ class DecodeLoops:
     idle: list[DecodeLoop] = field(default_factory=list)  # the one used last at the end
 
     @contextmanager
-    def borrow(self, batch: int, tokens: int) -> Iterator[DecodeLoop]:
-        """A loop for that many rows of up to `tokens` tokens. Raises UsageError for too many."""
+    def borrow(self, batch: int, tokens: int, capacity: int | None = None) -> Iterator[DecodeLoop]:
+        """A loop for that many rows of up to `tokens` tokens. capacity: that of a new one, and the largest of
+        one that is kept; by default a power of two. Raises UsageError for too many tokens.
+        """
         model = self.engine.model
-        capacity = capacity_for(tokens, model.config.max_position_embeddings)
+        capacity = capacity or capacity_for(tokens, model.config.max_position_embeddings)
         kind = model.device, model.dtype
         self.idle = [loop for loop in self.idle if (loop.device, loop.cache.keys.dtype) == kind]
         same_batch = (loop for loop in self.idle if loop.batch == batch)

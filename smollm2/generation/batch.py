@@ -3,36 +3,34 @@
     for index, tokens in generate_many(model, prompts, max_new_tokens=64, slots=8):
         ...
 
-A slot is a row of one key/value cache. A row that has ended leaves the work at once, and the next prompt
-takes its slot: it is prefilled in a small cache of its own and copied over. When no prompt is left, the rows
-that still run move together and the batch becomes smaller, so that ended rows cost nothing. Prompts go in
-from the longest to the shortest: neighbours are then prefilled together with little padding, the short ones
-fill the gaps at the end, and a lack of memory shows in the first step.
+A slot is a row of one key/value cache. A row that has ended leaves the work, and the next prompt takes its
+slot: it is prefilled in a small cache of its own and copied over. Prompts go in from the longest to the
+shortest: neighbours are then prefilled together with little padding, the short ones fill the gaps at the end,
+and a lack of memory shows in the first step.
 
 Noise is keyed by (seed of the row, position), and nothing else in a row depends on its neighbours: in fp32 a
-row gives the same tokens alone, in any batch, in any slot and with any number of slots.
+row gives the same tokens alone, in any batch, in any slot, with any number of slots, captured or not.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from smollm2.config import SmolLM2Config
-from smollm2.engine.cache import USABLE_PERCENT, KVCache, cache_bytes, free_memory, megabytes
+from smollm2.engine.cache import USABLE_PERCENT, cache_bytes, free_memory, megabytes
+from smollm2.engine.captured import CapturedEngine, Choice, capacity_for
 from smollm2.engine.eager import Engine
+from smollm2.engine.select import default_engine
 from smollm2.errors import UsageError
+from smollm2.generation.slots import PREFILL_TOKENS, End, LoopSlots, Row, Slots
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.sampling import SamplingParams, read_tokens, sample
-
-PREFILL_TOKENS = 4096  # of prompts prefilled together, padding included: more costs memory and is not faster
+from smollm2.sampling import SamplingParams
 
 
 def generate_many(
@@ -51,13 +49,14 @@ def generate_many(
     """Continues every prompt and yields (its index, its new tokens) as rows end, in no particular order.
 
     max_new_tokens: one number, or one per prompt. seed: prompt i draws with seed + i; or a list with one per
-    prompt. eos_token_ids end a row and are among its tokens. slots: rows at work at once. engine: None runs
-    the model eagerly. stop(index, new tokens so far) is asked after every token and ends the row by returning
-    True. report takes lines such as the size of the cache.
+    prompt. eos_token_ids end a row and are among its tokens. slots: rows at work at once. engine: what runs
+    the steps, by default as in `generate`. stop(index, new tokens so far) is asked after every token and ends
+    the row by returning True. report takes lines such as the size of the cache.
 
-    The cache is sized by the longest prompt with its new tokens. If so many slots do not fit the free memory,
-    there are fewer, which is reported, or warned of without a `report`. Raises UsageError, before any work,
-    naming the prompt that is empty, too long or has ids out of range, and when not even one slot fits.
+    The cache is sized by the longest prompt with its new tokens; that of a captured loop has the next power
+    of two where it fits. If so many slots do not fit the free memory, there are fewer, which is reported, or
+    warned of without a `report`. Raises UsageError, before any work, naming the prompt that is empty, too
+    long or has ids out of range, and when not even one slot fits.
     """
     config, params, count = model.config, params or SamplingParams(), len(prompts)
     budgets = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -73,17 +72,30 @@ def generate_many(
     if not count:
         return iter(())
 
-    rows = [_Row(*parts) for parts in zip(range(count), map(list, prompts), budgets, seeds, strict=True)]
+    rows = [Row(*parts) for parts in zip(range(count), map(list, prompts), budgets, seeds, strict=True)]
     rows.sort(key=lambda row: -len(row.prompt))
     capacity = max(row.capacity for row in rows)
-    free = free_memory(model.device)
-    fitting, line = fit_slots(config, min(slots, count), capacity, model.dtype, free)
+    engine, slots, free = engine or default_engine(model), min(slots, count), free_memory(model.device)
+    longest, loops = capacity, None
+    if isinstance(engine, CapturedEngine) and model.is_plain():
+        loops = engine.loops
+        rounded = capacity_for(longest, config.max_position_embeddings)
+        needed = _needed(config, rounded, model.dtype, slots)
+        if needed > _usable(free):
+            loops.idle.clear()
+            free = free_memory(model.device)
+        if needed <= _usable(free):
+            capacity = rounded
+    fitting, line = fit_slots(config, slots, capacity, model.dtype, free)
     if report is not None:
         report(line)
-    elif fitting < min(slots, count):
+    elif fitting < slots:
         warnings.warn(line, stacklevel=2)
-    ends, engine = frozenset(eos_token_ids), engine or Engine(model)
-    return _Slots(model, engine, params, ends, stop, fitting, capacity).run(deque(rows))
+    end = End(frozenset(eos_token_ids), stop)
+    if loops is not None:
+        choice = Choice(params, tuple(eos_token_ids))
+        return LoopSlots(loops, choice, end, fitting).run(deque(rows), longest, capacity)
+    return Slots(model, engine, params, end, fitting, capacity).run(deque(rows))
 
 
 def check_prompts(
@@ -116,13 +128,8 @@ def fit_slots(
 
     The caches in which prompts are prefilled count too. Raises UsageError when not even one row fits.
     """
-
-    def needed(rows: int) -> int:
-        prefilled = max(capacity, min(rows * capacity, PREFILL_TOKENS))
-        return cache_bytes(config, rows, capacity, dtype) + cache_bytes(config, 1, prefilled, dtype)
-
+    needed, usable = functools.partial(_needed, config, capacity, dtype), _usable(free)
     size = f"{slots} x {capacity:,} tokens, {megabytes(needed(slots))}"
-    usable = math.inf if free is None else free * USABLE_PERCENT // 100
     if needed(slots) <= usable:
         return slots, f"cache: {size}"
     share = f"{megabytes(int(usable))} can be had ({USABLE_PERCENT} % of what is free)"
@@ -135,131 +142,12 @@ def fit_slots(
     )
 
 
-@dataclass
-class _Row:
-    """A prompt and what has been drawn for it."""
-
-    index: int
-    prompt: list[int]
-    budget: int
-    seed: int
-    tokens: list[int] = field(default_factory=list)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that it needs room for."""
-        return len(self.prompt) + self.budget
-
-    @property
-    def length(self) -> int:
-        """Tokens of it so far: the position of the one drawn next."""
-        return len(self.prompt) + len(self.tokens)
+def _needed(config: SmolLM2Config, capacity: int, dtype: torch.dtype, rows: int) -> int:
+    """Bytes of the cache of so many rows, and of one in which prompts are prefilled."""
+    prefilled = max(capacity, min(rows * capacity, PREFILL_TOKENS))
+    return cache_bytes(config, rows, capacity, dtype) + cache_bytes(config, 1, prefilled, dtype)
 
 
-class _Slots:
-    """The cache, and the row in each of its slots (None: free). The first len(rows) slots are at work."""
-
-    def __init__(
-        self,
-        model: SmolLM2ForCausalLM,
-        engine: Engine,
-        params: SamplingParams,
-        ends: frozenset[int],
-        stop: Callable[[int, list[int]], bool] | None,
-        slots: int,
-        capacity: int,
-    ) -> None:
-        self.engine, self.params, self.ends, self.stop = engine, params, ends, stop
-        self.device = model.device
-        self.rows: list[_Row | None] = [None] * slots
-        self.cache = engine.allocate(slots, capacity)
-        self.seen: Tensor | None = None
-        if params.repetition_penalty != 1.0:
-            self.seen = torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=self.device)
-
-    @torch.inference_mode()
-    def run(self, queue: deque[_Row]) -> Iterator[tuple[int, list[int]]]:
-        """Takes the queue from the left until it is empty and every row has ended."""
-        self.engine.renewed = False
-        while True:
-            while queue and None in self.rows:
-                yield from self._admit(queue)
-            self._close_ranks()
-            if not self.rows:
-                return
-            yield from self._step()
-
-    def _admit(self, queue: deque[_Row]) -> list[tuple[int, list[int]]]:
-        """Prefills the next prompts into free slots and draws their first tokens; returns rows that ended."""
-        free = [slot for slot, row in enumerate(self.rows) if row is None]
-        longest = len(queue[0].prompt)  # of all that are left
-        size = max(1, min(len(free), len(queue), PREFILL_TOKENS // longest))
-        group, free = [queue.popleft() for _ in range(size)], free[:size]
-        input_ids = torch.zeros(size, longest, dtype=torch.int64)
-        for number, row in enumerate(group):
-            input_ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
-        small = self.engine.allocate(size, longest)
-        lengths = torch.tensor([len(row.prompt) for row in group], device=self.device)
-        renewed = self.engine.renewed  # the weights are looked at once a batch, not at every prompt
-        logits = self.engine.prefill(input_ids.to(self.device), lengths, small)
-        self.engine.renewed = renewed
-        for number, (slot, row) in enumerate(zip(free, group, strict=True)):
-            self.rows[slot] = row
-            _copy(small, number, self.cache, slot, len(row.prompt))
-            if self.seen is not None:
-                self.seen[slot] = False
-                self.seen[slot, torch.tensor(row.prompt, device=self.device)] = True
-        return self._draw(logits, group, free)
-
-    def _step(self) -> list[tuple[int, list[int]]]:
-        """Feeds every row its last token and draws the next; returns the rows that it ended."""
-        rows = [row for row in self.rows if row is not None]
-        self.cache.longest = max(row.length for row in rows) - 1  # rows came and went
-        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
-        return self._draw(self.engine.decode(last, self.cache)[:, -1], rows, list(range(len(rows))))
-
-    def _draw(self, logits: Tensor, rows: list[_Row], slots: list[int]) -> list[tuple[int, list[int]]]:
-        """Draws the next token of rows [B], which are in those slots, from logits [B, V].
-
-        Frees the slots of the rows that it ended, and returns these.
-        """
-        seen = None if self.seen is None else self.seen[slots]
-        chosen = sample(logits, self.params, [row.seed for row in rows], [row.length for row in rows], seen)
-        tokens = read_tokens(chosen).tolist()
-        if self.seen is not None:
-            self.seen[slots, chosen] = True
-        ended = []
-        for row, slot, token in zip(rows, slots, tokens, strict=True):
-            row.tokens.append(token)
-            stopped = self.stop is not None and self.stop(row.index, row.tokens)
-            if stopped or token in self.ends or len(row.tokens) == row.budget:
-                self.rows[slot] = None
-                ended.append((row.index, row.tokens))
-        return ended
-
-    def _close_ranks(self) -> None:
-        """Moves rows from the end into free slots until none is free, and cuts the cache to them."""
-        before = len(self.rows)
-        while None in self.rows:
-            row = self.rows.pop()
-            if row is not None:
-                hole, slot = self.rows.index(None), len(self.rows)
-                self.rows[hole] = row
-                _copy(self.cache, slot, self.cache, hole, row.length - 1)
-                if self.seen is not None:
-                    self.seen[hole] = self.seen[slot]
-        if len(self.rows) < before:
-            self.cache = keep(self.cache, len(self.rows))
-
-
-def _copy(source: KVCache, row: int, target: KVCache, slot: int, length: int) -> None:
-    """Copies the first `length` tokens of a row of one cache into a slot of another, or of the same one."""
-    target.keys[:, slot, :length] = source.keys[:, row, :length]
-    target.values[:, slot, :length] = source.values[:, row, :length]
-    target.lengths[slot] = length
-
-
-def keep(cache: KVCache, rows: int) -> KVCache:
-    """The first rows of a cache, as views of it: what is written to one is written to both."""
-    keys, values, lengths = cache.keys[:, :rows], cache.values[:, :rows], cache.lengths[:rows]
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)
+def _usable(free: int | None) -> float:
+    """Bytes of the free ones that caches may take."""
+    return math.inf if free is None else free * USABLE_PERCENT // 100
