@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench.record import ROOT, Part, parser, python
 from kernels import TORCH, Backend, LayerWeights, select_backend
+from kernels.types import TokenState
 from smollm2.cli import run_command
 from smollm2.working_copies import WorkingCopies
 
@@ -72,6 +73,18 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         cos = angles[lengths[:, None] - 2 + torch.arange(2)].to(device)
         caches = key_cache, value_cache, lengths.to(device)
         return backend.decode_layer(x, LayerWeights(*weights), *caches, cos, cos, eps=EPS, ops=backend)
+
+    def decode_inputs(embedding: Tensor) -> None:
+        """The first position, one in between, and the last of the tables."""
+        lengths = torch.tensor([0, 33, TOKENS - 1]).to(device)
+        backend.decode_inputs(torch.arange(3)[:, None].to(device), embedding, lengths, table, table)
+
+    def next_token(scores: Tensor) -> None:
+        """The last slot of three rows, one of which is not finite."""
+        sizes = ((3, 1), torch.int64), ((3,), torch.bool), ((2, 3), torch.int64), ((3,), torch.int64)
+        state = TokenState(*(torch.ones(size, dtype=dtype, device=device) for size, dtype in sizes))
+        scores[1, 5] = torch.nan
+        backend.next_token(scores, None, state, targets, 0)
 
     def mlp(*inputs: Tensor) -> Tensor:
         """The form with SwiGLU in its products, wherever the other is the default, which is products and
@@ -121,6 +134,10 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         "decode_layer": forward(decode_layer, (3, 2, width), (3, *cache), (3, *cache), *layer),
         "decode_head": forward(lambda x, norm, w: backend.decode_head(x, norm, w, EPS),
             (3, WIDTH), (WIDTH,), (101, WIDTH)),
+        "decode_best": forward(lambda x, norm, w: backend.decode_best(x, norm, w, EPS),
+            (3, WIDTH), (WIDTH,), (101, WIDTH)),
+        "decode_inputs": forward(decode_inputs, (101, width)),
+        "next_token": forward(next_token, (3, 101)),
         "swiglu": both(backend.swiglu, (TOKENS, 2 * WIDTH)),
         "mlp": both(mlp, (TOKENS, width), gate_up, (width, ffn)),
         # which want rows of whole 16 bytes

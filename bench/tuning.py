@@ -30,8 +30,8 @@ from kernels.launch_config import LaunchConfig, launch_config
 from smollm2.cli import run_command
 
 MODULES = (
-    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding", "launch_config",
-    "linear_cross_entropy", "rms_norm", "rope", "swiglu",
+    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "decode_step", "embedding",
+    "launch_config", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 SWIGLU = ((1, 512, 1), (2, 512, 2), (1, 512, 2), (2, 512, 4), (8, 512, 8))
 # the interpreter takes a quarter of a minute for some of the others

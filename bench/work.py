@@ -190,6 +190,24 @@ def decode_head(rows: int, hidden: int, vocabulary: int, size: int) -> Cost:
     return Cost(Work(moved, 2 * rows * vocabulary * hidden))
 
 
+def decode_inputs(rows: int, hidden: int, half: int, size: int) -> Cost:
+    """R rows of the embedding and of both tables [P, D/2], read and written: 2 R h e + 8 R D; of each row the
+    token, and the length twice. No backward pass.
+    """
+    return Cost(Work(rows * (2 * hidden * size + 16 * half + 24)))
+
+
+def decode_best(rows: int, hidden: int, vocabulary: int, size: int) -> Cost:
+    """As decode_head, but 12 bytes a row of results, one candidate, in the place of its logits."""
+    whole = decode_head(rows, hidden, vocabulary, size).forward
+    return Cost(Work(whole.bytes - 4 * rows * (vocabulary - 3), whole.flops))
+
+
+def next_token(rows: int, candidates: int, size: int) -> Cost:
+    """R C e of scores are read. No backward pass."""
+    return Cost(Work(rows * candidates * size))
+
+
 def layer(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str, Cost]:
     """The operations of one block, in order."""
     tokens, hidden, width = batch * length, config.hidden_size, config.intermediate_size

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
@@ -39,8 +40,11 @@ TORCH = Backend(
     tied_embedding=reference.tied_embedding,
     mlp=linear.mlp,
     linear_cross_entropy=loss.linear_cross_entropy,
+    decode_inputs=reference.decode_inputs,
     decode_layer=reference.decode_layer,
     decode_head=reference.decode_head,
+    decode_best=reference.decode_best,
+    next_token=reference.next_token,
 )
 
 
@@ -52,6 +56,7 @@ def load_triton() -> Backend:
         decode_attention,
         decode_head,
         decode_layer,
+        decode_step,
         embedding,
         linear_cross_entropy,
         mlp,
@@ -73,10 +78,21 @@ def load_triton() -> Backend:
             )
         return reference.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps, ops=ops)
 
+    def product(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
+        """The logits of many rows, in their dtype: the library's product reads the head once for all."""
+        return F.linear(rms_norm.rms_norm(x, norm_weight, eps), head_weight)
+
     def head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
         if decode_head.supports(x):
             return decode_head.decode_head(x, norm_weight, head_weight, eps)
-        return reference.decode_head(x, norm_weight, head_weight, eps)
+        return product(x, norm_weight, head_weight, eps).float()
+
+    def best(
+        x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, suppressed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if decode_head.supports(x):
+            return decode_head.decode_best(x, norm_weight, head_weight, eps, suppressed)
+        return reference.decode_best(x, norm_weight, head_weight, eps, suppressed, head=product)
 
     def gated(
         x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None
@@ -100,8 +116,11 @@ def load_triton() -> Backend:
         mlp=gated,
         tied_embedding=embedding.tied_embedding,
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
+        decode_inputs=decode_step.decode_inputs,
         decode_layer=layer,
         decode_head=head,
+        decode_best=best,
+        next_token=decode_step.next_token,
     )
 
 
@@ -110,13 +129,15 @@ def with_ops(backend: Backend, **replacements: Backend) -> Backend:
 
     A replacement takes effect in decode_layer too: the composition runs if the fused layer contains the
     operation (LAYER_OPS). A replacement of swiglu takes effect in mlp too, which then composes it, unless mlp
-    itself is replaced.
+    itself is replaced; so does one of decode_head in decode_best.
     """
     name = ",".join([backend.name, *(f"{op}={other.name}" for op, other in replacements.items())])
     changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}
     replaced = backend.replaced | replacements.keys()
     if "swiglu" in replacements and "mlp" not in replaced:
         changes["mlp"] = functools.partial(linear.mlp, swiglu=changes["swiglu"])
+    if "decode_head" in replacements and "decode_best" not in replaced:
+        changes["decode_best"] = functools.partial(reference.decode_best, head=changes["decode_head"])
     return dataclasses.replace(backend, name=name, replaced=replaced, **changes)
 
 

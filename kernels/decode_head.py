@@ -1,6 +1,7 @@
-"""The end of a decode step: final norm and head in one launch, logits in fp32.
+"""The end of a decode step: final norm and head in one launch; the logits in fp32, or the best of every few.
 
     logits = x (w * scale)^T * rstd,   rstd = 1 / sqrt(mean(x^2) + eps)
+    best   = for each tile of columns: its highest logit, and the first column that has it
 
 x [N, E], norm weight scale [E], head w [V, E], logits [N, V]; N rows (1 to 16), E hidden width, V vocabulary.
 No backward pass.
@@ -10,6 +11,10 @@ The kernel reads the head once, whatever N is: V E elements, 56.6 MB of the 135M
 A program owns four columns and keeps their weights in registers while it loops over the rows: 12,288 programs
 of one warp, 4.6 kB each. About sixteen run on a multiprocessor at a time, so 70 kB are in flight, where 20
 suffice. Each program computes the norm again, from a row that L1 holds. At 16 rows an H100 took 78 us.
+
+Greedy decoding needs no logits. The same kernel then writes 8 bytes a tile and row, half of the logits'
+bytes, and the launch that ends the step (decode_step.py) reads only the fp32 half of them. Suppressed tokens
+count as -inf, NaN as +inf: a row's maximum tells whether the row is finite.
 
 Rounding: only that of the result to fp32. The composition rounds the normalised row, and the logits to the
 model's dtype: bfloat16 logits near 20 are 1/8 apart, so several may share the maximum. Batch invariance as in
@@ -33,49 +38,105 @@ from kernels.tracing import traceable
 MAX_ROWS = 16
 
 
+@triton.jit
+def _logits(x, w, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """x [BLOCK_K] not normalised, w [COLUMNS, BLOCK_K] scaled by the norm's weight, both fp32 and zero past
+    their end -> [COLUMNS].
+    """
+    return tl.sum(w * x[None, :], axis=1) * tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + EPS)
+
+
 @triton.jit(do_not_specialize=["rows", "vocabulary"])
 def _norm_head_kernel(
-    x_ptr, scale_ptr, w_ptr, logits_ptr, rows, vocabulary, x_stride, w_stride,
+    x_ptr, scale_ptr, w_ptr, suppressed_ptr, out_ptr, id_ptr, rows, vocabulary, x_stride, w_stride,
     EPS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BEST: tl.constexpr, SUPPRESS: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the logits [N, V] for all rows. Grid: ceil(V / COLUMNS)."""
+    """A program owns COLUMNS columns of the logits for all rows. Grid: ceil(V / COLUMNS).
+
+    out is [N, V]; with BEST it and id are [N, programs], the highest of these columns and its index. Only
+    then suppressed [V] has a meaning.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, BLOCK_K)
     inside = k < WIDTH
+    allowed = column < vocabulary
     scale = tl.load(scale_ptr + k, mask=inside, other=0.0)
-    mask = (column < vocabulary)[:, None] & inside[None, :]  # [COLUMNS, BLOCK_K]
+    mask = allowed[:, None] & inside[None, :]  # [COLUMNS, BLOCK_K]
     w = tl.load(w_ptr + column.to(tl.int64)[:, None] * w_stride + k[None, :], mask=mask, other=0.0)
+    if SUPPRESS:
+        allowed &= tl.load(suppressed_ptr + column, mask=allowed, other=1) == 0
     x = tl.load(x_ptr + k, mask=inside, other=0.0)
     w = w.to(tl.float32) * scale.to(tl.float32)[None, :]
     for row in range(0, rows):
         ahead = tl.load(
             x_ptr + tl.cast(tl.minimum(row + 1, rows - 1), tl.int64) * x_stride + k, mask=inside, other=0.0
         )
-        wide = x.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + EPS)
-        logits = tl.sum(w * wide[None, :], axis=1) * rstd  # [COLUMNS]
-        tl.store(logits_ptr + tl.cast(row, tl.int64) * vocabulary + column, logits, mask=column < vocabulary)
+        logits = _logits(x.to(tl.float32), w, WIDTH, EPS)  # [COLUMNS]
+        if BEST:
+            score = tl.where(allowed, tl.where(logits == logits, logits, float("inf")), float("-inf"))
+            highest = tl.max(score, axis=0)
+            first = tl.min(tl.where(score == highest, column, vocabulary), axis=0)
+            target = tl.cast(row, tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            tl.store(out_ptr + target, highest)
+            tl.store(id_ptr + target, first)
+        else:
+            tl.store(out_ptr + tl.cast(row, tl.int64) * vocabulary + column, logits, mask=allowed)
         x = ahead
+
+
+def _launch(
+    x: Tensor, scale: Tensor, weight: Tensor, eps: float, out: Tensor, ids: Tensor | None = None,
+    suppressed: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills the logits [N, V], or with ids the best [N, P] of each program; nothing where that is empty."""
+    width, vocabulary = x.shape[1], weight.shape[0]
+    if out.numel():
+        config = launch_config("decode_head", x.dtype, x.device, width)
+        _norm_head_kernel[(triton.cdiv(vocabulary, config.block_n),)](
+            x, scale, weight, x if suppressed is None else suppressed, out, out if ids is None else ids,
+            x.shape[0], vocabulary, x.stride(0), weight.stride(0), EPS=eps, WIDTH=width,
+            COLUMNS=config.block_n, BLOCK_K=triton.next_power_of_2(width), BEST=ids is not None,
+            SUPPRESS=suppressed is not None, num_warps=config.num_warps,
+        )  # fmt: skip
 
 
 @traceable(lambda x, scale, weight, eps: x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32))
 def _decode_head(x: Tensor, scale: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [N, E], scale [E], weight [V, E], each with a column stride of 1 -> [N, V] in fp32."""
-    rows, width = x.shape
-    vocabulary = weight.shape[0]
-    logits = torch.empty((rows, vocabulary), dtype=torch.float32, device=x.device)
-    if logits.numel():
-        config = launch_config("decode_head", x.dtype, x.device, width)
-        _norm_head_kernel[(triton.cdiv(vocabulary, config.block_n),)](
-            x, scale, weight, logits, rows, vocabulary, x.stride(0), weight.stride(0), EPS=eps, WIDTH=width,
-            COLUMNS=config.block_n, BLOCK_K=triton.next_power_of_2(width), num_warps=config.num_warps,
-        )  # fmt: skip
+    logits = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
+    _launch(x, scale, weight, eps, logits)
     return logits
+
+
+def _empty_best(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    # int: torch.compile has a symbol there
+    columns = launch_config("decode_head", x.dtype, x.device, int(x.shape[1])).block_n
+    size = (x.shape[0], triton.cdiv(weight.shape[0], columns))
+    return x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int32)
+
+
+@traceable(lambda x, scale, weight, eps, suppressed: _empty_best(x, weight))
+def _decode_best(
+    x: Tensor, scale: Tensor, weight: Tensor, eps: float, suppressed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `_decode_head` -> scores in fp32 and ids, [N, P]."""
+    scores, ids = _empty_best(x, weight)
+    _launch(x, scale, weight, eps, scores, ids, suppressed)
+    return scores, ids
 
 
 def supports(x: Tensor) -> bool:
     """Whether x [..., E] has few enough rows for the kernel."""
     return x.numel() <= MAX_ROWS * x.shape[-1]
+
+
+def _check(op: str, x: Tensor, head_weight: Tensor) -> None:
+    """What only the kernel demands."""
+    checks.kernel_dtype(op, x)
+    stride = head_weight.stride(1)
+    supports(x) or checks.refuse(op, f"at most {MAX_ROWS} rows", x.numel() // max(1, x.shape[-1]))
+    (stride == 1) or checks.refuse(op, "head_weight with a last stride of 1", stride)
 
 
 def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
@@ -86,11 +147,24 @@ def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float)
     last stride of 1, all of one dtype; E up to 16384 -> [..., V] in float32, contiguous. A row's logits do
     not depend on the other rows. No gradient. Raises ValueError naming what was expected.
     """
-    op = "decode_head"
     checks.decode_head(x, norm_weight, head_weight)
-    checks.kernel_dtype(op, x)
-    stride = head_weight.stride(1)
-    supports(x) or checks.refuse(op, f"at most {MAX_ROWS} rows", x.numel() // max(1, x.shape[-1]))
-    (stride == 1) or checks.refuse(op, "head_weight with a last stride of 1", stride)
+    _check("decode_head", x, head_weight)
     logits = _decode_head(dense_rows(x), norm_weight.contiguous(), head_weight, eps)
     return logits.view(*x.shape[:-1], head_weight.shape[0])
+
+
+def decode_best(
+    x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, suppressed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of the logits that `decode_head` computes, bit for bit, the highest of every few columns.
+
+    x [R, E] of at most 16 rows, norm_weight [E], head_weight [V, E] as in `decode_head`; suppressed [V] bool:
+    tokens that count as -inf -> (scores [R, P] in float32, ids [R, P] int32, ascending). A score is +inf
+    where a logit is NaN. The host reads no value. Raises ValueError naming what was expected. Same semantics
+    as `kernels.reference.decode_best`, whose candidates are all logits.
+    """
+    checks.decode_best(x, norm_weight, head_weight, suppressed)
+    _check("decode_best", x, head_weight)
+    if suppressed is not None:
+        suppressed = suppressed.contiguous()
+    return _decode_best(dense_rows(x), norm_weight.contiguous(), head_weight, eps, suppressed)

@@ -190,6 +190,15 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(4096, LaunchConfig(8, 1, num_warps=8)),
         Row(1 << 14, LaunchConfig(8, 1, num_warps=16)),
     ),
+    # A program requests a whole row of the embedding at once; with more warps the 64 lanes of gfx942 would
+    # have less than 16 bytes each.
+    "decode_inputs": (
+        Row(1024, LaunchConfig(1, 0, num_warps=2)),
+        Row(4096, LaunchConfig(1, 0, num_warps=4)),
+        Row(1 << 14, LaunchConfig(1, 0, num_warps=16)),
+    ),
+    # block_n: scores at a time, all of which are requested before one is needed
+    "next_token": (Row(1 << 20, LaunchConfig(1, 8192, num_warps=16)),),
     "decode_head": (
         INTERPRETED_COLUMNS,
         Row(1024, LaunchConfig(1, 4, num_warps=1)),

@@ -118,7 +118,8 @@ def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(monke
 
 
 @pytest.mark.parametrize(
-    "op", "rms_norm add_rms_norm rope_qkv decode_attention swiglu decode_layer decode_head".split()
+    "op",
+    "rms_norm add_rms_norm rope_qkv decode_attention swiglu decode_inputs decode_layer decode_head".split(),
 )
 def test_a_replaced_operation_is_called(op):
     model, calls = model_of(), []

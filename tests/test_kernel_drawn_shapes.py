@@ -4,7 +4,20 @@ import os
 
 import pytest
 import torch
-from kernel_cases import DEVICE, EPS, HEAD_LAYOUTS, ROW_LAYOUTS, agree, angles, draw
+from kernel_cases import (
+    DEVICE,
+    EPS,
+    HEAD_LAYOUTS,
+    ROW_LAYOUTS,
+    TORCH,
+    TRITON,
+    agree,
+    angles,
+    assert_same,
+    draw,
+)  # fmt: skip
+
+from kernels.types import TokenState
 
 pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis, which is not installed")
 from hypothesis import given, settings  # noqa: E402
@@ -113,6 +126,28 @@ def test_decode_attention(data, seed):
         drawn.tensor(batch, capacity, key_heads, 32),
     )
     agree("decode_attention", tensors, torch.tensor(lengths, device=DEVICE))
+
+
+@SETTINGS
+@given(data=st.data(), seed=SEEDS)
+def test_ends_of_a_decode_step(data, seed):
+    """Exact, so the same as the reference's."""
+    drawn = Drawn(data, seed, ROW_LAYOUTS)
+    batch, new, width, vocabulary, positions, half = drawn.upto(5, 4, 130, 300, 40, 20)
+    tokens = torch.randint(0, vocabulary, (batch, new)).to(DEVICE)
+    lengths = torch.randint(0, positions, (batch,)).to(DEVICE)
+    given_inputs = drawn.tensor(vocabulary, width), *angles(positions + new, half)
+    pairs = []
+    for ops in (TRITON, TORCH):
+        after = lengths.clone()
+        state = TokenState(tokens[:, :1].clone(), lengths > 20, torch.zeros_like(tokens).t(), lengths % new)
+        state = state._replace(output=state.output.contiguous())
+        found = ops.decode_inputs(tokens, given_inputs[0], after, *given_inputs[1:])
+        pairs.append((*found, after, *state))
+        torch.manual_seed(seed)
+        scores = drawn.layouts["dense"](draw(batch, vocabulary, dtype=torch.float16).round(decimals=1))
+        ops.next_token(scores, None, state, tokens[0], vocabulary)
+    assert_same(*pairs)
 
 
 @SETTINGS

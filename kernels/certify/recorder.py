@@ -27,7 +27,7 @@ from kernels.certify.targets import Target
 
 KERNEL_MODULES = (
     "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "decode_product",
-    "embedding", "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
+    "decode_step", "embedding", "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 
 # The options that a launcher may set; the others follow from the target and the version of Triton.
