@@ -117,7 +117,7 @@ def _rope_cache(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     """
     heads, key_heads, head_dim = shapes.heads
     batch, keys = 2 * shapes.batch, shapes.length
-    cos, sin = (table[keys - 1].expand(batch, 1, -1) for table in rotary_tables(shapes.config, shapes.device))
+    cos, sin = (table[-1].expand(batch, 1, -1) for table in rotary_tables(shapes.config, shapes.device))
 
     def inputs(seed: int) -> list[Tensor]:
         sizes = [(batch, 1, heads + 2 * key_heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2]
