@@ -66,13 +66,8 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         return call
 
     def decode_layer(x: Tensor, key_cache: Tensor, value_cache: Tensor, *weights: Tensor) -> Tensor:
-        """Two new tokens for each of three rows: the first of its row, some in between, and those that fill
-        the cache to its end.
-        """
-        lengths = torch.tensor([2, 33, TOKENS])
-        cos = angles[lengths[:, None] - 2 + torch.arange(2)].to(device)
-        caches = key_cache, value_cache, lengths.to(device)
-        return backend.decode_layer(x, LayerWeights(*weights), *caches, cos, cos, eps=EPS, ops=backend)
+        caches = key_cache, value_cache, ends
+        return backend.decode_layer(x, LayerWeights(*weights), *caches, pair, pair, eps=EPS, ops=backend)
 
     def decode_inputs(embedding: Tensor) -> None:
         """The first position, one in between, and the last of the tables."""
@@ -110,6 +105,10 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
 
     angles = torch.randn(TOKENS, HEAD_DIM // 2)
     table = angles.to(device)
+    # Two new tokens for each of three rows: the first of its row, some in between, and those that fill the
+    # cache to its end.
+    ends = torch.tensor([2, 33, TOKENS]).to(device)
+    pair = table[ends[:, None] - 2 + torch.arange(2, device=device)]
     starts = (torch.arange(TOKENS, dtype=torch.int32)[None] // 20 * 20).to(device)
     full = torch.full((2,), TOKENS).to(device)
     targets = torch.arange(TOKENS).to(device)
@@ -127,6 +126,8 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
             (1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
         "rope": both(lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table),
             (1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)),
+        "rope_cache": forward(lambda qkv, k, v: backend.rope_cache(qkv, pair, pair, k, v, ends),
+            (3, 2, HEADS + 2 * KEY_HEADS, HEAD_DIM), (3, *cache), (3, *cache)),
         "attention": both(backend.attention, *heads),
         "attention with documents": both(lambda q, k, v: backend.attention(q, k, v, starts), *heads),
         "decode_attention": forward(lambda q, k, v: backend.decode_attention(q, k, v, full),

@@ -111,6 +111,36 @@ def _rope_qkv(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     )
 
 
+def _rope_cache(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """One new token for each of 2 B rows, the last of T keys, written into caches of its own.
+
+    Every call writes the same, so one call may follow the other. What was written is an output too.
+    """
+    heads, key_heads, head_dim = shapes.heads
+    batch, keys = 2 * shapes.batch, shapes.length
+    cos, sin = (table[-1].expand(batch, 1, -1) for table in rotary_tables(shapes.config, shapes.device))
+
+    def inputs(seed: int) -> list[Tensor]:
+        sizes = [(batch, 1, heads + 2 * key_heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2]
+        tensors = [tensor.detach() for tensor in normal(shapes, seed, *sizes)]
+        return [*tensors, torch.full((batch,), keys, device=shapes.device)]
+
+    def with_written(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        def call(qkv: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+            q = function(qkv, cos, sin, key_cache, value_cache, lengths)
+            return q, key_cache[:, -1], value_cache[:, -1]
+
+        return call
+
+    return Case(
+        "rope_cache",
+        work.rope_cache(batch, heads, key_heads, head_dim, shapes.dtype.itemsize),
+        inputs,
+        forms("rope_cache", backend, compiled, with_written),
+        tokens=batch,
+    )
+
+
 def _rope(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     """Queries and keys in tensors of their own. Liger's kernel, which would turn these in place, stands
     beside rope_qkv.
@@ -435,4 +465,5 @@ MAKERS: dict[str, Callable[[Shapes, Backend, Compile], Case]] = {
     "tied_embedding": weight_ops.tied_embedding, "rms_norm": _rms_norm, "rope_qkv": _rope_qkv,
     "decode_attention": _decode_attention, "decode_layer": _decode_layer, "decode_head": _decode_head,
     "decode_inputs": _decode_inputs, "decode_best": _decode_best, "next_token": _next_token, "rope": _rope,
+    "rope_cache": _rope_cache,
 }  # fmt: skip

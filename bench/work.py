@@ -82,6 +82,13 @@ def rope(tokens: int, length: int, heads: int, key_heads: int, head_dim: int, si
     return Cost(*[Work(2 * tokens * (heads + key_heads) * head_dim * size + 4 * length * head_dim)] * 2)
 
 
+def rope_cache(rows: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
+    """One new token a row: 2 R (H + 2K) D e (the projection read; queries, new keys and values written) and 4
+    R D of tables. No backward pass.
+    """
+    return Cost(Work(2 * rows * (heads + 2 * key_heads) * head_dim * size + 4 * rows * head_dim))
+
+
 def attention(batch: int, length: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
     """Causal, half of the square: 2 B H T^2 D operations forward, 5 B H T^2 D backward.
 

@@ -25,7 +25,10 @@ from kernels.types import OPS, Backend, LayerWeights
 
 # The operations of reference.decode_layer that the fused decode layer does in kernels of its own. If one of
 # them was replaced, the composition runs: the fused layer would never call the replacement.
-LAYER_OPS = frozenset({"rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu"})
+LAYER_OPS = frozenset({"rms_norm", "add_rms_norm", "rope_qkv", "rope_cache", "decode_attention", "swiglu"})
+
+# One object for the same parts, so that backends with the same operations are equal.
+_composed = functools.cache(functools.partial)
 
 
 TORCH = Backend(
@@ -34,6 +37,7 @@ TORCH = Backend(
     add_rms_norm=pointwise.add_rms_norm,
     rope=reference.rope,
     rope_qkv=pointwise.rope_qkv,
+    rope_cache=pointwise.rope_cache,
     attention=eager_attention.attention,
     decode_attention=eager_attention.decode_attention,
     swiglu=pointwise.swiglu,
@@ -110,6 +114,7 @@ def load_triton() -> Backend:
         add_rms_norm=rms_norm.add_rms_norm,
         rope=rope.rope,
         rope_qkv=rope.rope_qkv,
+        rope_cache=rope.rope_cache,
         attention=attention.attention,
         decode_attention=decode_attention.decode_attention,
         swiglu=swiglu.swiglu,
@@ -128,16 +133,18 @@ def with_ops(backend: Backend, **replacements: Backend) -> Backend:
     """A copy in which single operations come from another backend: with_ops(TRITON, attention=TORCH).
 
     A replacement takes effect in decode_layer too: the composition runs if the fused layer contains the
-    operation (LAYER_OPS). A replacement of swiglu takes effect in mlp too, which then composes it, unless mlp
-    itself is replaced; so does one of decode_head in decode_best.
+    operation (LAYER_OPS). A replacement of swiglu takes effect in mlp too, one of rope_qkv in rope_cache and
+    one of decode_head in decode_best, which then compose it, unless they are replaced themselves.
     """
     name = ",".join([backend.name, *(f"{op}={other.name}" for op, other in replacements.items())])
     changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}
     replaced = backend.replaced | replacements.keys()
     if "swiglu" in replacements and "mlp" not in replaced:
-        changes["mlp"] = functools.partial(linear.mlp, swiglu=changes["swiglu"])
+        changes["mlp"] = _composed(linear.mlp, swiglu=changes["swiglu"])
+    if "rope_qkv" in replacements and "rope_cache" not in replaced:
+        changes["rope_cache"] = _composed(pointwise.rope_cache, rope_qkv=changes["rope_qkv"])
     if "decode_head" in replacements and "decode_best" not in replaced:
-        changes["decode_best"] = functools.partial(reference.decode_best, head=changes["decode_head"])
+        changes["decode_best"] = _composed(reference.decode_best, head=changes["decode_head"])
     return dataclasses.replace(backend, name=name, replaced=replaced, **changes)
 
 

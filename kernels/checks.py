@@ -166,6 +166,30 @@ def decode_inputs(tokens: Tensor, embedding: Tensor, lengths: Tensor, cos: Tenso
     _tables(op, cos, sin, tokens.shape[0], positions, half, tokens, "tokens")
 
 
+def _caches(op: str, key_cache: Tensor, value_cache: Tensor, batch: int, length: int) -> None:
+    """Both caches of one shape [B, S, K, D], with room for the T new tokens."""
+    fits = key_cache.dim() == 4 and key_cache.shape[0] == batch
+    (fits and key_cache.shape[1] >= length and key_cache.shape[2] > 0) or refuse(
+        op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache)
+    )
+    value_cache.shape == key_cache.shape or refuse(
+        op, f"value cache of shape {shape(key_cache)} as the key cache", shape(value_cache)
+    )
+
+
+def rope_cache(qkv: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
+    """Caches [B, S, K, D] and lengths [B] integer for qkv [B, T, H + 2K, D], of which rope_qkv checks the
+    rest.
+    """
+    op = "rope_cache"
+    qkv.dim() == 4 or refuse(op, "qkv of shape [B, T, H + 2K, D]", shape(qkv))
+    batch, length, _, head_dim = qkv.shape
+    _caches(op, key_cache, value_cache, batch, length)
+    key_cache.shape[3] == head_dim or refuse(op, f"caches of head dim {head_dim}", key_cache.shape[3])
+    _indices(op, "lengths", lengths, [batch], qkv, "qkv")
+    same_kind(op, [("qkv", qkv), ("key cache", key_cache), ("value cache", value_cache)])
+
+
 def decode_layer(
     x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor,
     sin: Tensor,
@@ -176,13 +200,7 @@ def decode_layer(
     op = "decode_layer"
     x.dim() == 3 or refuse(op, "x of shape [B, T, hidden]", shape(x))
     batch, length, width = x.shape
-    fits = key_cache.dim() == 4 and key_cache.shape[0] == batch
-    (fits and key_cache.shape[1] >= length and key_cache.shape[2] > 0) or refuse(
-        op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache)
-    )
-    value_cache.shape == key_cache.shape or refuse(
-        op, f"value cache of shape {shape(key_cache)} as the key cache", shape(value_cache)
-    )
+    _caches(op, key_cache, value_cache, batch, length)
     key_heads, head_dim = key_cache.shape[2:]
     # Two weights tell the number of query heads and the width of the MLP; all others must agree with them.
     heads, ffn = weights.o.shape[-1] // max(1, head_dim), weights.down.shape[-1]

@@ -227,6 +227,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "rope": (
         Row(64, LaunchConfig(16, 0, num_warps=1), architectures=("gfx942",)),
         Row(64, LaunchConfig(8, 0, num_warps=1)),
+        Row(1 << 10, LaunchConfig(16, 0, num_warps=2), architectures=("gfx942",)),
         Row(1 << 10, LaunchConfig(8, 0, num_warps=2)),
     ),
 }

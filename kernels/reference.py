@@ -63,6 +63,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     Computed in fp32 from fp32 tables, rounded once. Source: Su et al. 2021 (arXiv 2104.09864).
     """
     checks.rope(q, k, cos, sin)
+    return _rotate(q, k, cos, sin)
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
 
     def rotate(x: Tensor) -> Tensor:
@@ -80,7 +84,27 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Ten
     """
     checks.rope_qkv(qkv, cos, sin, key_heads)
     q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
-    return *rope(q, k, cos, sin), v
+    return *_rotate(q, k, cos, sin), v
+
+
+def rope_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
+) -> Tensor:
+    """`rope_qkv` of a decode step, which writes the new keys and values into the caches.
+
+    qkv [B, T, H + 2K, D]; cos and sin as in `rope`; caches [B, S, K, D] with S >= T; lengths [B], the new
+    tokens included -> q [B, T, H, D]. Token t of row b goes to position lengths[b] - T + t of its row, and
+    nowhere if that lies outside.
+    """
+    checks.rope_cache(qkv, key_cache, value_cache, lengths)
+    q, k, v = rope_qkv(qkv, cos, sin, key_cache.shape[2])
+    row = torch.arange(len(lengths), device=qkv.device)[:, None]
+    position = lengths[:, None] + torch.arange(-qkv.shape[1], 0, device=qkv.device)  # [B, T]
+    slot = position % key_cache.shape[1]  # another one for each token of a row
+    inside = (slot == position)[..., None, None]
+    for cache, new in ((key_cache, k), (value_cache, v)):
+        cache[row, slot] = torch.where(inside, new, cache[row, slot])
+    return q
 
 
 def attention(
@@ -231,14 +255,9 @@ def decode_layer(
     than a Tensor.
     """
     batch, length, _ = x.shape
-    key_heads, head_dim = key_cache.shape[2:]
     normed = ops.rms_norm(x, weights.input_norm, eps)
-    qkv = linear(normed, weights.qkv).view(batch, length, -1, head_dim)
-    q, k, v = ops.rope_qkv(qkv, cos, sin, key_heads)
-    row = torch.arange(batch, device=x.device)[:, None]
-    position = lengths[:, None] - length + torch.arange(length, device=x.device)
-    key_cache[row, position] = k
-    value_cache[row, position] = v
+    qkv = linear(normed, weights.qkv).view(batch, length, -1, key_cache.shape[3])
+    q = ops.rope_cache(qkv, cos, sin, key_cache, value_cache, lengths)
     mixed = ops.decode_attention(q, key_cache, value_cache, lengths)
     normed, residual = ops.add_rms_norm(linear(mixed.flatten(2), weights.o), x, weights.post_norm, eps)
     return residual + linear(ops.swiglu(linear(normed, weights.gate_up)), weights.down)

@@ -63,6 +63,16 @@ class RopeQKV(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+class RopeCache(Protocol):
+    """(qkv [B, T, H + 2K, D], cos and sin as in Rope, caches [B, S, K, D], lengths [B]) -> q [B, T, H, D].
+    Writes caches.
+    """
+
+    def __call__(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
+    ) -> Tensor: ...
+
+
 class Attention(Protocol):
     """(q [B, T, H, D], k and v [B, S, K, D], doc_start [B, T]) -> [B, T, H, D]."""
 
@@ -162,6 +172,7 @@ class Backend:
     add_rms_norm: AddRMSNorm
     rope: Rope
     rope_qkv: RopeQKV
+    rope_cache: RopeCache
     attention: Attention
     decode_attention: DecodeAttention
     swiglu: SwiGLU

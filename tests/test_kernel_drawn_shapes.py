@@ -97,6 +97,23 @@ def test_rope(data, seed):
 
 @SETTINGS
 @given(data=st.data(), seed=SEEDS)
+def test_rope_cache(data, seed):
+    drawn = Drawn(data, seed, {name: CACHE_LAYOUTS[name] for name in CACHE_LAYOUTS if "expanded" not in name})
+    batch, new, heads, key_heads, more = drawn.upto(11, 5, 4, 3, 40)
+    capacity, head_dim = new + more, drawn.one_of(2, 8, 64)
+    lengths = [data.draw(st.integers(new, capacity)) for _ in range(batch)]
+    cache = batch, capacity, key_heads, head_dim
+    tensors = (
+        drawn.tensor(batch, new, heads + 2 * key_heads, head_dim),
+        *angles(*([batch] * drawn.one_of(False, True)), new, head_dim // 2),
+        drawn.tensor(*cache),
+        drawn.tensor(*cache),
+    )
+    agree("rope_cache", tensors, torch.tensor(lengths, device=DEVICE))
+
+
+@SETTINGS
+@given(data=st.data(), seed=SEEDS)
 def test_attention(data, seed):
     drawn = Drawn(data, seed, HEAD_LAYOUTS)
     batch, key_heads, group, queries, more = drawn.upto(2, 2, 3, 70, 40)

@@ -99,6 +99,15 @@ def rope_views(run: Recorder, ops: Backend) -> None:
     run.backward(*ops.rope(q, k, *tables(512, HEAD_DIM // 2)))
 
 
+def rope_into_caches(run: Recorder, ops: Backend, model: str, head_dim: int = HEAD_DIM) -> None:
+    """One new token for each of 32 rows, with one table for all of them."""
+    size, dtype = MODELS[model], run.dtype
+    qkv = tensor(32, 1, size.heads + 2 * size.key_heads, head_dim, dtype=dtype, grad=False)
+    keys, values = (tensor(32, 1024, size.key_heads, head_dim, dtype=dtype, grad=False) for _ in range(2))
+    lengths = tensor(32, dtype=torch.int64, grad=False)
+    ops.rope_cache(qkv, *tables(1, head_dim // 2), keys, values, lengths)
+
+
 def swiglu_separate(run: Recorder, ops: Backend) -> None:
     run.backward(ops.swiglu(tensor(32, 512, 1536, dtype=run.dtype), tensor(32, 512, 1536, dtype=run.dtype)))
 
@@ -250,6 +259,8 @@ CASES = (
     # more rows than the fused layer supports: the composition
     Case("decode 32x1, 1000 keys", decode, {"batch": 32}, every_dtype=True),
     Case("decode 32x1, 100 keys", decode, {"batch": 32, "keys": 100}),
+    Case("rope into caches, 1.7B", rope_into_caches, {"model": "1.7B"}),
+    Case("rope into caches, head dim 128", rope_into_caches, {"model": "135M", "head_dim": 128}),
     Case("head 135M", head, {"model": "135M"}, every_dtype=True),
     Case("head 360M", head, {"model": "360M"}),
     Case("head 1.7B", head, {"model": "1.7B"}),

@@ -9,10 +9,10 @@ from kernels.certify.targets import TARGETS
 
 # Kernels that only move data: each must read and write 16 bytes at a time.
 MEMORY_BOUND = {
-    "_rms_norm_fwd_kernel", "_rms_norm_bwd_dx_kernel", "_rope_kernel", "_swiglu_fwd_kernel",
-    "_swiglu_bwd_kernel", "_softmax_gradient_kernel", "_adamw_kernel", "_norm_qkv_rope_kernel",
-    "_norm_gate_up_kernel", "_down_kernel", "_norm_head_kernel", "_decode_inputs_kernel",
-    "_next_token_kernel",
+    "_rms_norm_fwd_kernel", "_rms_norm_bwd_dx_kernel", "_rope_kernel", "_rope_cache_kernel",
+    "_swiglu_fwd_kernel", "_swiglu_bwd_kernel", "_softmax_gradient_kernel", "_adamw_kernel",
+    "_norm_qkv_rope_kernel", "_norm_gate_up_kernel", "_project_kernel", "_norm_head_kernel",
+    "_decode_inputs_kernel", "_next_token_kernel",
 }  # fmt: skip
 # The ops and kernels of a decode step that read weights or scores but write only single rows, or numbers.
 READS_ONLY = {"decode_layer", "decode_head", "_next_token_kernel"}
