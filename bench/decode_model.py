@@ -253,21 +253,23 @@ def table(then: Step, now: Step) -> str:
     rows = [f"| {' | '.join(['', *columns])} |", "|---|" + "---:|" * len(columns)]
 
     def figure(step: Step, name: str | None, column: str) -> str:
-        parts = [(one, launches) for one, launches in step.items() if name in (None, _label(one))]
         figure, form = COLUMNS.get(column) or OF_A_LAUNCH[column]
-        value = sum(figure(one) * launches for one, launches in parts)
-        if column in OF_A_LAUNCH:
-            value /= max(1, sum(launches for _, launches in parts))
-        return format(value, form) if parts and not (name is None and column in OF_A_LAUNCH) else ""
+        parts = [(one, launches) for one, launches in step.items() if name in (None, _label(one))]
+        many = sum(launches for _, launches in parts) if column in OF_A_LAUNCH else 1
+        return format(sum(figure(one) * launches for one, launches in parts) / max(1, many), form)
 
     def row(title: str, name: str | None, mark: str = "") -> str:
         cells = [title]
-        for column in columns:
-            both = (
-                [figure(step, name, column) for step in (then, now)] if then else [figure(now, name, column)]
+        for column in columns if name else COLUMNS:
+            cells.append(
+                " > ".join(dict.fromkeys(figure(step, name, column) for step in (then, now) if step))
             )
-            cells.append(both[0] if len(set(both)) == 1 else " > ".join(cell or "0" for cell in both))
-        return "| " + " | ".join(f"{mark}{cell}{mark}" if cell else "" for cell in cells) + " |"
+        return (
+            "| "
+            + " | ".join(f"{mark}{cell}{mark}" for cell in cells)
+            + " |"
+            + " |" * (len(columns) + 1 - len(cells))
+        )
 
     return "\n".join([*rows, *(row(name, name) for name in names), row("a step", None, "**")])
 

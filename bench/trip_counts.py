@@ -25,7 +25,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITCallable
+from triton.runtime.jit import JITCallable, mangle_type
 
 Jitted: TypeAlias = JITCallable | InterpretedFunction  # the latter where TRITON_INTERPRET is set
 
@@ -47,8 +47,11 @@ class Run:
 class Value:
     """A whole number, or None where it is not known; a pointer, if it leads to an argument."""
 
-    def __init__(self, number: int | None = None, argument: str | None = None) -> None:
+    def __init__(self, number: int | None = None, argument: str | None = None, dtype: Any = None) -> None:
+        """dtype: of a pointer."""
         self.number, self.argument = number, argument
+        if dtype is not None:
+            self.dtype = dtype
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -86,8 +89,9 @@ def _known(function: Callable[..., Any]) -> Callable[..., Value]:
 
     def call(*values: Any, **_: Any) -> Value:
         numbers = [_number(value) for value in values]
-        leads = (value.argument for value in values if isinstance(value, Value) and value.argument)
-        return Value(None if None in numbers else int(function(*numbers)), next(leads, None))
+        pointer = next((value for value in values if isinstance(value, Value) and value.argument), UNKNOWN)
+        known = None if None in numbers else int(function(*numbers))
+        return Value(known, pointer.argument, pointer.dtype)
 
     return call
 
@@ -97,6 +101,12 @@ for _name in BINARY:
     setattr(Value, f"__{_name}__", _known(_function))
     setattr(Value, f"__r{_name}__", _known(lambda x, y, function=_function: function(y, x)))
 setattr(Value, "__neg__", _known(operator.neg))  # noqa: B010 -- as the others
+
+
+def _range(*bounds: Any) -> range:
+    """Once, if a bound is unknown."""
+    numbers = [number for bound in bounds if (number := _number(bound)) is not None]
+    return range(*numbers) if len(numbers) == len(bounds) else range(1)
 
 
 class _Language:
@@ -113,7 +123,7 @@ class _Language:
         self.program_id = lambda axis: Value(self.place[axis])
         self.cast = lambda value, *_, **__: value
         self.cdiv, self.minimum, self.maximum = _known(lambda x, y: -(-x // y)), _known(min), _known(max)
-        self.static_range = lambda *bounds: range(*(_number(bound) or 0 for bound in bounds))
+        self.static_range = _range
         self._length, self._whole = length, whole
 
     def __getattr__(self, name: str) -> Any:
@@ -134,8 +144,7 @@ class _Language:
         file, line = frame.f_code.co_filename, frame.f_lineno
         node = next(one for one in _loops(file) if one.lineno <= line <= one.body[0].lineno)
         source = (file, node.lineno), (file, node.end_lineno or line)
-        numbers = [number for bound in bounds if (number := _number(bound)) is not None]
-        steps = range(*numbers) if len(numbers) == len(bounds) else range(1)
+        steps = _range(*bounds)
         return self._steps(source, steps[::loop_unroll_factor], len(steps) // loop_unroll_factor)
 
     def _steps(self, source: Source, steps: Sequence[int], many: int) -> Iterator[Value]:
@@ -184,7 +193,7 @@ def run(kernel: Jitted, arguments: Mapping[str, Any], grid: Sequence[int], lengt
     for name in inspect.signature(kernel.fn).parameters.keys() & arguments.keys():
         value = arguments[name]
         if isinstance(value, Tensor):
-            values[name] = Value(argument=name)
+            values[name] = Value(argument=name, dtype=tl.str_to_ty(mangle_type(value), None))
             if not (value.is_floating_point() or value.dtype == torch.bool):
                 whole.add(name)
         else:

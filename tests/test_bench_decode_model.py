@@ -41,6 +41,12 @@ def _sums_kernel(x_ptr, lengths_ptr, y_ptr, z_ptr, rows, BLOCK: tl.constexpr):
         first = _row_sum(x_ptr, row, length, BLOCK)
 
 
+@triton.jit
+def _lines_kernel(x_ptr, COUNT: tl.constexpr):
+    for start in range(0, COUNT, 1024 // x_ptr.dtype.element_ty.primitive_bitwidth):
+        tl.store(x_ptr + start, 0.0)
+
+
 def sums(rows, length, grid=(4,)):
     numbers = torch.zeros(8)
     arguments = dict(
@@ -58,6 +64,12 @@ def test_a_loop_runs_as_often_as_its_sizes_say(rows, length, inner):
     first, last = sorted({line for line, _ in found})
     outer = {(last, None): rows - 1} | ({(first, last): inner} if rows > 1 else {})
     assert found == {(first, None): min(-(-length // 16), 256)} | outer
+
+
+@pytest.mark.parametrize(("dtype", "times"), [(torch.bfloat16, 8), (torch.float32, 16)])
+def test_a_loop_may_depend_on_the_size_of_an_element(dtype, times):
+    found = trip_counts.run(_lines_kernel, dict(x_ptr=torch.zeros(1, dtype=dtype), COUNT=512), (1,), 1)
+    assert list(found.trips.values()) == [times]
 
 
 def test_the_first_and_the_last_programs_say_what_is_read_and_written():
