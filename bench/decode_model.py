@@ -166,11 +166,11 @@ def _compiled(recorded: RecordedLaunch, known: dict[str, _Compiled]) -> _Compile
 
 
 def _moved(storages: Mapping[int, int], most: int) -> dict[int, int]:
-    """Bytes by storage, together at most what the instructions move: of a large one only a part is meant."""
+    """Bytes by storage, together at most what the instructions move: of the largest only a part is meant."""
     found = dict(storages)
-    if (excess := sum(found.values()) - most) > 0:
-        largest = max(found, key=lambda one: found[one])
-        found[largest] = max(0, found[largest] - excess)
+    for largest in sorted(found, key=lambda one: -found[one]):
+        excess = max(0, sum(found.values()) - most)
+        found[largest] -= min(found[largest], excess)
     return found
 
 

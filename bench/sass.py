@@ -2,7 +2,8 @@
 
 The machine code (SASS) comes from nvdisasm, which is part of Triton's wheel. It is walked from the first
 instruction to the last. A loop is walked as often as its source says (bench/trip_counts.py); all other
-branches count as not taken, so that of two alternatives both are counted.
+branches count as not taken, so that of two alternatives both are counted. What TMA and wgmma do in the
+background is not timed.
 
 One warp's time: an instruction is issued once its operands are there, and not before the one in front of it
 has had its turn. Latencies in cycles: Luo et al. 2024, "Benchmarking and dissecting the Nvidia Hopper GPU
@@ -98,29 +99,20 @@ def _decode(one: Instruction) -> None:
     wide = next((WIDTH[part] for part in parts if part in WIDTH), 4)
     if one.opcode in ("LDG", "STG", "LDGSTS"):
         one.bytes = 32 * wide
-    matrix = one.opcode.endswith("MMA") and "HFMA2" not in one.opcode
-    if one.opcode in STORES:
-        reads = operands
-    else:
+    matrix = one.opcode.endswith("MMA")
+    results = 0
+    if operands and one.opcode not in STORES:  # the first; then the carries of a sum, a comparison's second
+        most = 2 if re.match("U?P", operands[0]) else 3
         results = 1
-        while (
-            results < len(operands)
-            and re.fullmatch(r"!?U?P(\d|T)", operands[results])
-            and operands[results][0] != "!"
-        ):
-            results += 1  # a carry or the second result of a comparison
-            if results == 2 and not re.fullmatch(r"U?P(\d|T)", operands[0]):
-                break
-        many = (
-            4
-            if matrix or parts[-1] == "4"
-            else max(wide // 4, 2 if "WIDE" in parts or one.opcode == "CS2R" else 1)
-        )
-        one.writes = [name for operand in operands[:results] for name in _registers(operand, many)]
-        reads = operands[results:]
-    for place, operand in enumerate(reads):
-        many = (4, 2, 4)[place] if matrix and place < 3 else wide // 4 if one.opcode in ("STG", "STS") else 1
-        one.reads += _registers(operand, max(many, 1))
+        while results < min(most, len(operands)) and re.fullmatch(r"U?P(\d|T)", operands[results]):
+            results += 1
+    many = (
+        4 if matrix or "4" in parts else 2 if "WIDE" in parts or one.opcode == "CS2R" else max(1, wide // 4)
+    )
+    one.writes = [name for operand in operands[:results] for name in _registers(operand, many)]
+    for place, operand in enumerate(operands[results:]):
+        stored = max(1, wide // 4) if one.opcode in ("STG", "STS") else 1
+        one.reads += _registers(operand, (4, 2, 4)[place] if matrix and place < 3 else stored)
     one.reads += [guard.lstrip("!")] if guard else []
 
 

@@ -151,6 +151,36 @@ def test_a_file_of_launches_is_read_again_and_another_one_refused(tmp_path):
         decode_model.read(tmp_path / "other.json")
 
 
+@pytest.mark.parametrize(
+    ("most", "moved"),
+    [
+        (200, {1: 100, 2: 50, 3: 10}),
+        (90, {1: 30, 2: 50, 3: 10}),
+        (15, {1: 0, 2: 5, 3: 10}),
+        (0, {1: 0, 2: 0, 3: 0}),
+    ],
+)
+def test_no_more_bytes_are_moved_than_instructions_move(most, moved):
+    assert decode_model._moved({1: 100, 2: 50, 3: 10}, most) == moved
+
+
+@pytest.mark.parametrize(
+    ("text", "reads", "writes"),
+    [
+        ("IADD3 R8, P1, P2, R7, R12, R9", {"R7", "R12", "R9"}, {"R8", "P1", "P2"}),
+        ("ISETP.GE.AND P0, PT, R2, UR4, PT", {"R2", "UR4"}, {"P0"}),
+        ("@!P3 FSEL R1, R2, -INF , !P4", {"R2", "P3", "P4"}, {"R1"}),
+        ("LDG.E.64 R4, desc[UR6][R2.64+0x80]", {"UR6", "R2", "R3"}, {"R4", "R5"}),
+        ("STG.E.64 desc[UR6][R2.64], R4", {"UR6", "UR7", "R2", "R3", "R4", "R5"}, set()),
+        ("IMAD.WIDE R6, R1, 0x2, R4.reuse", {"R1", "R4"}, {"R6", "R7"}),
+        ("ACQBULK", set(), set()),
+    ],
+)  # fmt: skip
+def test_registers_of_an_instruction(text, reads, writes):
+    (one,) = code_of(text)
+    assert (set(one.reads), set(one.writes)) == (reads, writes)
+
+
 @pytest.fixture(scope="module")
 def predicted(project_root, tmp_path_factory):
     """What the command prints of a small step, and its launches. In a process of its own: it needs the
