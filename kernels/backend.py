@@ -82,20 +82,25 @@ def load_triton() -> Backend:
             )
         return reference.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps, ops=ops)
 
-    def product(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
+    def product(
+        x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, *, dependent: bool = False
+    ) -> Tensor:
         """The logits of many rows, in their dtype: the library's product reads the head once for all."""
         return F.linear(rms_norm.rms_norm(x, norm_weight, eps), head_weight)
 
-    def head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
+    def head(
+        x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, *, dependent: bool = False
+    ) -> Tensor:
         if decode_head.supports(x):
-            return decode_head.decode_head(x, norm_weight, head_weight, eps)
+            return decode_head.decode_head(x, norm_weight, head_weight, eps, dependent=dependent)
         return product(x, norm_weight, head_weight, eps).float()
 
     def best(
-        x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, suppressed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, suppressed: Tensor | None = None, *,
+        dependent: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if decode_head.supports(x):
-            return decode_head.decode_best(x, norm_weight, head_weight, eps, suppressed)
+            return decode_head.decode_best(x, norm_weight, head_weight, eps, suppressed, dependent=dependent)
         return reference.decode_best(x, norm_weight, head_weight, eps, suppressed, head=product)
 
     def gated(

@@ -11,8 +11,8 @@ their ids. No backward pass.
 
 A step is a chain of launches, each of which waits for the one before it, so at batch 1 these operations cost
 launches and not bytes. As torch's own they are 17 small kernels, some 40 us. One launch each, they take what
-a launch takes: a row of the embedding and two of the tables are 1.4 kB, the 12,288 scores of the 135M model
-49 kB. A row of 49,152 logits in 16 bits, as more than 16 rows have them, is 98 kB, 25 MB at batch 256.
+a launch takes: a row of the embedding and two of the tables are 1.4 kB, the 1,536 scores of the 135M model
+6 kB. A row of 49,152 logits in 16 bits, as more than 16 rows have them, is 98 kB, 25 MB at batch 256.
 
 Both kernels write what they have read: the length, the slot, the mark of a finished row. A row belongs to one
 program, so that no program reads what another one writes. Within a program the threads of all warps load
@@ -31,7 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.launch_config import launch_config
+from kernels.decode_product import wait
+from kernels.launch_config import dependence, launch_config
 from kernels.layout import dense_lanes
 from kernels.tracing import traceable
 from kernels.types import NOT_FINITE, TokenState
@@ -41,12 +42,13 @@ from kernels.types import NOT_FINITE, TokenState
 def _decode_inputs_kernel(
     token_ptr, w_ptr, length_ptr, cos_ptr, sin_ptr, x_ptr, row_cos_ptr, row_sin_ptr, queries, vocabulary,
     positions, w_stride, WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A program owns a row: its length and the T rows of x and of both tables. Grid: B.
 
     All but the embedding is contiguous. What a token or a position outside its table leads to is NaN.
     """
+    wait(DEPENDENT)
     batch = tl.program_id(0).to(tl.int64)
     column, lane = tl.arange(0, BLOCK), tl.arange(0, BLOCK_HALF)
     length = tl.load(length_ptr + batch).to(tl.int64)
@@ -88,12 +90,13 @@ def _first_best(score_ptr, candidates, BLOCK: tl.constexpr):
 def _next_token_kernel(
     score_ptr, id_ptr, end_ptr, token_ptr, finished_ptr, output_ptr, slot_ptr, rows, slots, ends, candidates,
     pad, score_stride, id_stride, MARK: tl.constexpr, SCORES: tl.constexpr, IDS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_ENDS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_ENDS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A program owns a row, of the candidates and of every buffer. Grid: B.
 
     output is [slots, B]; a row whose slot lies outside writes nothing there.
     """
+    wait(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_ENDS)
     end = tl.load(end_ptr + lane, mask=lane < ends, other=-1)  # [BLOCK_ENDS]
@@ -142,6 +145,7 @@ def _decode_inputs(
             tokens, embedding, lengths, cos, sin, x, row_cos, row_sin, queries, vocabulary, positions,
             embedding.stride(0), WIDTH=width, HALF=half, BLOCK=triton.next_power_of_2(width),
             BLOCK_HALF=triton.next_power_of_2(half), num_warps=config.num_warps,
+            **dependence(embedding.device),
         )  # fmt: skip
     return x, row_cos, row_sin
 
@@ -181,7 +185,7 @@ def _next_token(
             MARK=NOT_FINITE, SCORES=scores is not None, IDS=ids is not None,
             BLOCK=min(config.block_n, triton.next_power_of_2(given.shape[1])),
             BLOCK_ENDS=max(16, triton.next_power_of_2(ends.numel())),
-            num_warps=1 if scores is None else config.num_warps,
+            num_warps=1 if scores is None else config.num_warps, **dependence(given.device),
         )  # fmt: skip
 
 

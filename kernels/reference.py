@@ -263,9 +263,11 @@ def decode_layer(
     return residual + linear(ops.swiglu(linear(normed, weights.gate_up)), weights.down)
 
 
-def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
+def decode_head(
+    x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, *, dependent: bool = False
+) -> Tensor:
     """Final norm and output head of a decode step: x [..., E], norm_weight [E], head_weight [V, E] -> logits
-    [..., V] in fp32.
+    [..., V] in fp32. dependent: as in `decode_layer`.
     """
     checks.decode_head(x, norm_weight, head_weight)
     return F.linear(rms_norm(x, norm_weight, eps), head_weight).float()
@@ -273,7 +275,7 @@ def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float)
 
 def decode_best(
     x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, suppressed: Tensor | None = None, *,
-    head: DecodeHead = decode_head,
+    dependent: bool = False, head: DecodeHead = decode_head,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`decode_head` for greedy decoding: the candidates among which each row's most likely token is.
 
@@ -282,7 +284,7 @@ def decode_best(
     these formulas all logits are candidates. head: what they come from.
     """
     checks.decode_best(x, norm_weight, head_weight, suppressed)
-    logits = head(x, norm_weight, head_weight, eps)
+    logits = head(x, norm_weight, head_weight, eps, dependent=dependent)
     return logits if suppressed is None else logits.masked_fill(suppressed, -math.inf), None
 
 

@@ -133,7 +133,9 @@ class DecodeLayer(Protocol):
 class DecodeHead(Protocol):
     """(x [..., E], norm_weight [E], head_weight [V, E]) -> fp32 logits [..., V]."""
 
-    def __call__(self, x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, *, dependent: bool = False
+    ) -> Tensor: ...  # fmt: skip
 
 
 class DecodeBest(Protocol):
@@ -141,7 +143,7 @@ class DecodeBest(Protocol):
 
     def __call__(
         self, x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float,
-        suppressed: Tensor | None = None,
+        suppressed: Tensor | None = None, *, dependent: bool = False,
     ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
 
 

@@ -134,13 +134,13 @@ class Engine:
         """The head: [B, T, hidden] -> logits [B, T, V] in fp32."""
         model = self.model
         norm, eps = model.model.norm.weight, model.config.rms_norm_eps
-        return model.backend.decode_head(x, norm, model.lm_head.weight, eps)
+        return model.backend.decode_head(x, norm, model.lm_head.weight, eps, dependent=True)
 
     def _best(self, x: Tensor, suppressed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The head for greedy decoding: [B, hidden] -> candidates [B, P]."""
         model = self.model
         norm, eps = model.model.norm.weight, model.config.rms_norm_eps
-        return model.backend.decode_best(x, norm, model.lm_head.weight, eps, suppressed)
+        return model.backend.decode_best(x, norm, model.lm_head.weight, eps, suppressed, dependent=True)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.why})" if self.why else self.name
