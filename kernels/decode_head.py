@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.decode_product import members, norm_product
+from kernels.decode_product import members, norm_multiply, scale_tiles, tiles, wait
 from kernels.launch_config import decode_launch, launch_config
 from kernels.layout import dense_rows
 from kernels.tracing import traceable
@@ -58,10 +58,13 @@ def _norm_head_kernel(
     if SUPPRESS:
         allowed &= tl.load(suppressed_ptr + column, mask=allowed, other=1) == 0
     of_w = tl.program_id(0) * COLUMNS + members(GROUPS)
-    logits = norm_product(
-        x_ptr, x_stride, rows, scale_ptr, w_ptr + of_w.to(tl.int64) * w_stride, of_w < vocabulary, EPS, WIDTH,
-        GROUPS, WARPS, AHEAD, DEPENDENT
-    )  # fmt: skip
+    w, exists = w_ptr + of_w.to(tl.int64) * w_stride, of_w < vocabulary
+    ws = tiles(w, exists, WIDTH, WARPS, AHEAD)
+    scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
+    wait(DEPENDENT)
+    logits = norm_multiply(
+        x_ptr, x_stride, rows, ws, w, exists, scales, scale_ptr, EPS, WIDTH, GROUPS, WARPS, AHEAD, DEPENDENT
+    )
     row = tl.arange(0, 16).to(tl.int64)
     if BEST:
         score = tl.where(allowed[None, :], tl.where(logits == logits, logits, float("inf")), float("-inf"))
