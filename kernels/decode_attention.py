@@ -226,7 +226,8 @@ def split_attention(
     part = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
     part_max = torch.empty(parts, dtype=torch.float32, device=q.device)
     part_sum = torch.empty(parts, dtype=torch.float32, device=q.device)
-    config = launch_config("decode_attention", q.dtype, q.device, head_dim)
+    op = "decode_layer_attention" if dependent else "decode_attention"
+    config = launch_config(op, q.dtype, q.device, head_dim)
     _decode_attention_split_kernel[(splits, batch * key_heads)](
         q, key_cache, value_cache, lengths, q if out is None else out, part, part_max, part_sum,
         *q.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3], queries, keys, splits,

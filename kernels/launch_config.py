@@ -165,8 +165,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(128, LaunchConfig(16, 32, num_warps=8, num_stages=1)),
     ),
     # block_n: keys of a tile, whose rows are the queries of a group, padded to 16; the size is the head dim
-    # Three stages request all 128 keys of a split at once. Elsewhere they leave room for fewer programs.
-    "decode_attention": (
+    "decode_attention": (Row(128, LaunchConfig(16, 64, num_warps=4, num_stages=2)),),
+    # The same in a decode layer, whose few rows wait for latency: three stages request all keys of a split at
+    # once. Where there is less shared memory they would leave room for fewer programs.
+    "decode_layer_attention": (
         Row(64, LaunchConfig(16, 64, num_warps=4, num_stages=3), (2,), WARPGROUP),
         Row(128, LaunchConfig(16, 64, num_warps=4, num_stages=2)),
     ),
