@@ -21,7 +21,7 @@ The 135M model in 16 bits (E 576, F 1536, 9 + 3 + 3 heads of 64), by launch:
     1 qkv          1.11 MB   4 pairs                 120 x 4               9.2 kB
     2 split        -         128 keys of a head      3 B ceil(S/128) x 4   32.8 kB of keys and values
     3 o            0.66 MB   8                       72 x 8                9.2 kB, and 2.3 kB a row and split
-    4 gate and up  3.54 MB   8 and 8                 192 x 4               18.4 kB
+    4 gate and up  3.54 MB   16 and 16               96 x 4                36.9 kB
     5 down         1.77 MB   8                       72 x 8                24.6 kB
 
 A layer reads 7.08 MB, 2.36 us at 3.0 TB/s; 30 layers 212 MB, 71 us. Keys and values add 768 bytes a key and

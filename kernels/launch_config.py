@@ -185,7 +185,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "decode_gate_up": (
         INTERPRETED_GROUPS,
         AMD_GROUPS,
-        Row(1024, LaunchConfig(8, 2, num_warps=4)),
+        Row(1024, LaunchConfig(5, 4, num_warps=4)),
         Row(4096, LaunchConfig(8, 2, num_warps=8)),
         Row(1 << 14, LaunchConfig(4, 2, num_warps=16)),
     ),
