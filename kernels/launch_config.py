@@ -214,7 +214,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         INTERPRETED_GROUPS,
         AMD_GROUPS,
         Row(1024, LaunchConfig(8, 4, num_warps=4)),
-        Row(4096, LaunchConfig(8, 4, num_warps=8)),
+        Row(4096, LaunchConfig(4, 4, num_warps=8)),
         Row(1 << 14, LaunchConfig(4, 2, num_warps=16)),
     ),
     # block_n: columns of the vocabulary at a time. 16 warps, because all rows between their two passes must
