@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench.record import ROOT, Part, parser, python
 from kernels import TORCH, Backend, LayerWeights, select_backend
+from kernels.types import TokenState
 from smollm2.cli import run_command
 from smollm2.working_copies import WorkingCopies
 
@@ -65,13 +66,20 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         return call
 
     def decode_layer(x: Tensor, key_cache: Tensor, value_cache: Tensor, *weights: Tensor) -> Tensor:
-        """Two new tokens for each of three rows: the first of its row, some in between, and those that fill
-        the cache to its end.
-        """
-        lengths = torch.tensor([2, 33, TOKENS])
-        cos = angles[lengths[:, None] - 2 + torch.arange(2)].to(device)
-        caches = key_cache, value_cache, lengths.to(device)
-        return backend.decode_layer(x, LayerWeights(*weights), *caches, cos, cos, eps=EPS, ops=backend)
+        caches = key_cache, value_cache, ends
+        return backend.decode_layer(x, LayerWeights(*weights), *caches, pair, pair, eps=EPS, ops=backend)
+
+    def decode_inputs(embedding: Tensor) -> None:
+        """The first position, one in between, and the last of the tables."""
+        lengths = torch.tensor([0, 33, TOKENS - 1]).to(device)
+        backend.decode_inputs(torch.arange(3)[:, None].to(device), embedding, lengths, table, table)
+
+    def next_token(scores: Tensor) -> None:
+        """The last slot of three rows, one of which is not finite."""
+        sizes = ((3, 1), torch.int64), ((3,), torch.bool), ((2, 3), torch.int64), ((3,), torch.int64)
+        state = TokenState(*(torch.ones(size, dtype=dtype, device=device) for size, dtype in sizes))
+        scores[1, 5] = torch.nan
+        backend.next_token(scores, None, state, targets, 0)
 
     def mlp(*inputs: Tensor) -> Tensor:
         """The form with SwiGLU in its products, wherever the other is the default, which is products and
@@ -97,6 +105,10 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
 
     angles = torch.randn(TOKENS, HEAD_DIM // 2)
     table = angles.to(device)
+    # Two new tokens for each of three rows: the first of its row, some in between, and those that fill the
+    # cache to its end.
+    ends = torch.tensor([2, 33, TOKENS]).to(device)
+    pair = table[ends[:, None] - 2 + torch.arange(2, device=device)]
     starts = (torch.arange(TOKENS, dtype=torch.int32)[None] // 20 * 20).to(device)
     full = torch.full((2,), TOKENS).to(device)
     targets = torch.arange(TOKENS).to(device)
@@ -114,6 +126,8 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
             (1, TOKENS, HEADS + 2 * KEY_HEADS, HEAD_DIM)),
         "rope": both(lambda x: backend.rope(x[..., :HEADS, :], x[..., HEADS:, :], table, table),
             (1, TOKENS, HEADS + KEY_HEADS, HEAD_DIM)),
+        "rope_cache": forward(lambda qkv, k, v: backend.rope_cache(qkv, pair, pair, k, v, ends),
+            (3, 2, HEADS + 2 * KEY_HEADS, HEAD_DIM), (3, *cache), (3, *cache)),
         "attention": both(backend.attention, *heads),
         "attention with documents": both(lambda q, k, v: backend.attention(q, k, v, starts), *heads),
         "decode_attention": forward(lambda q, k, v: backend.decode_attention(q, k, v, full),
@@ -121,6 +135,10 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         "decode_layer": forward(decode_layer, (3, 2, width), (3, *cache), (3, *cache), *layer),
         "decode_head": forward(lambda x, norm, w: backend.decode_head(x, norm, w, EPS),
             (3, WIDTH), (WIDTH,), (101, WIDTH)),
+        "decode_best": forward(lambda x, norm, w: backend.decode_best(x, norm, w, EPS),
+            (3, WIDTH), (WIDTH,), (101, WIDTH)),
+        "decode_inputs": forward(decode_inputs, (101, width)),
+        "next_token": forward(next_token, (3, 101)),
         "swiglu": both(backend.swiglu, (TOKENS, 2 * WIDTH)),
         "mlp": both(mlp, (TOKENS, width), gate_up, (width, ffn)),
         # which want rows of whole 16 bytes

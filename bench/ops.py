@@ -17,6 +17,7 @@ from bench import weight_ops, work
 from bench.case import Case, Compile, Shapes, compile_with, from_liger, from_quack, library, normal
 from bench.peers import status
 from kernels import TORCH, Backend, LayerWeights
+from kernels.types import TokenState
 from smollm2.model import rotary_tables
 
 EPS = 1e-5
@@ -107,6 +108,36 @@ def _rope_qkv(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         work.rope_qkv(shapes.tokens, shapes.length, heads, key_heads, head_dim, shapes.dtype.itemsize),
         lambda seed: normal(shapes, seed, (shapes.batch, shapes.length, heads + 2 * key_heads, head_dim)),
         {**forms("rope_qkv", backend, compiled, with_tables), "liger": liger},
+    )
+
+
+def _rope_cache(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """One new token for each of 2 B rows, the last of T keys, written into caches of its own.
+
+    Every call writes the same, so one call may follow the other. What was written is an output too.
+    """
+    heads, key_heads, head_dim = shapes.heads
+    batch, keys = 2 * shapes.batch, shapes.length
+    cos, sin = (table[-1].expand(batch, 1, -1) for table in rotary_tables(shapes.config, shapes.device))
+
+    def inputs(seed: int) -> list[Tensor]:
+        sizes = [(batch, 1, heads + 2 * key_heads, head_dim), *[(batch, keys, key_heads, head_dim)] * 2]
+        tensors = [tensor.detach() for tensor in normal(shapes, seed, *sizes)]
+        return [*tensors, torch.full((batch,), keys, device=shapes.device)]
+
+    def with_written(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        def call(qkv: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+            q = function(qkv, cos, sin, key_cache, value_cache, lengths)
+            return q, key_cache[:, -1], value_cache[:, -1]
+
+        return call
+
+    return Case(
+        "rope_cache",
+        work.rope_cache(batch, heads, key_heads, head_dim, shapes.dtype.itemsize),
+        inputs,
+        forms("rope_cache", backend, compiled, with_written),
+        tokens=batch,
     )
 
 
@@ -338,6 +369,83 @@ def _decode_head(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     )
 
 
+def _decode_best(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """As _decode_head, for greedy decoding. Candidates differ between implementations: what is compared is
+    the highest score of each row.
+    """
+    config, rows = shapes.config, min(shapes.batch, DECODE_ROWS)
+    head = _decode_head(shapes, backend, compiled)
+
+    def highest(function: Callable[..., Any]) -> Callable[..., Tensor]:
+        return lambda *tensors: function(*tensors, EPS)[0].amax(-1)
+
+    return Case(
+        "decode_best",
+        work.decode_best(rows, config.hidden_size, config.vocab_size, shapes.dtype.itemsize),
+        lambda seed: [tensor.squeeze(1) if tensor.dim() == 3 else tensor for tensor in head.inputs(seed)],
+        forms("decode_best", backend, compiled, highest),
+        tokens=rows,
+    )
+
+
+def _decode_inputs(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """What min(B, 16) rows of different lengths begin a step with. The lengths, which a call advances, are
+    copied first: a small kernel more in every variant.
+    """
+    config, rows = shapes.config, min(shapes.batch, DECODE_ROWS)
+    tables = rotary_tables(config, shapes.device)
+
+    def inputs(seed: int) -> list[Tensor]:
+        (embedding,) = normal(shapes, seed, (config.vocab_size, config.hidden_size))
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(config.vocab_size, (rows, 1), generator=generator)
+        lengths = torch.randint(len(tables[0]), (rows,), generator=generator)
+        return [tokens.to(shapes.device), embedding.detach(), lengths.to(shapes.device)]
+
+    def with_tables(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda tokens, embedding, lengths: function(tokens, embedding, lengths.clone(), *tables)
+
+    return Case(
+        "decode_inputs",
+        work.decode_inputs(rows, config.hidden_size, config.head_dim // 2, shapes.dtype.itemsize),
+        inputs,
+        forms("decode_inputs", backend, compiled, with_tables),
+        tokens=rows,
+    )
+
+
+def _next_token(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """The end of a step from whole logits, as more than 16 rows have them: 2 B rows. The slots, which a call
+    advances, are copied first.
+    """
+    rows, vocabulary = 2 * shapes.batch, shapes.config.vocab_size
+    ends = torch.zeros(1, dtype=torch.int64, device=shapes.device)
+
+    def inputs(seed: int) -> list[Tensor]:
+        (scores,) = normal(shapes, seed, (rows, vocabulary))
+        tokens, output, slot = (
+            torch.zeros(size, dtype=torch.int64, device=shapes.device)
+            for size in ((rows, 1), (1, rows), rows)
+        )
+        return [scores.detach(), tokens, slot.bool(), output, slot]
+
+    def with_state(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(scores: Tensor, *buffers: Tensor) -> tuple[Tensor, Tensor]:
+            state = TokenState(*buffers)
+            function(scores, None, state._replace(slot=state.slot.clone()), ends, 0)
+            return state.tokens, state.output
+
+        return call
+
+    return Case(
+        "next_token",
+        work.next_token(rows, vocabulary, shapes.dtype.itemsize),
+        inputs,
+        forms("next_token", backend, compiled, with_state),
+        tokens=rows,
+    )
+
+
 def _swiglu(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     width = shapes.config.intermediate_size
     return Case(
@@ -356,5 +464,6 @@ MAKERS: dict[str, Callable[[Shapes, Backend, Compile], Case]] = {
     "linear_cross_entropy": weight_ops.linear_cross_entropy, "mlp": weight_ops.mlp,
     "tied_embedding": weight_ops.tied_embedding, "rms_norm": _rms_norm, "rope_qkv": _rope_qkv,
     "decode_attention": _decode_attention, "decode_layer": _decode_layer, "decode_head": _decode_head,
-    "rope": _rope,
+    "decode_inputs": _decode_inputs, "decode_best": _decode_best, "next_token": _next_token, "rope": _rope,
+    "rope_cache": _rope_cache,
 }  # fmt: skip

@@ -1,5 +1,5 @@
 """`python -m bench.step_model [TRACE]`: one optimizer step of this code, launch by launch: what a GPU should
-take for it, and what it took.
+take for it, and what it took. With --decode a step of generation, predicted by bench/decode_model.py.
 
 The step is that of the 135M model at 32 x 512 in bf16 on an H100, which has been measured once, at an earlier
 commit. What this code would launch is recorded without a GPU (bench/step_record.py). A line of the step that
@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -188,7 +189,7 @@ def record() -> dict[str, Work]:
         step(ids)  # the first one makes the optimizer's state
         launches.clear()
         step(ids)
-        return work(launches)
+        return work(launch[:3] for launch in launches)
 
 
 def read(path: Path) -> list[tuple[str, float]]:
@@ -212,13 +213,32 @@ def main(argv: Sequence[str]) -> int:
     )
     add, trace = parser.add_argument, "trace-triton.json of bench.train_step --traces DIR"
     add("trace", type=Path, nargs="?", metavar="TRACE", help=trace)
-    add("--json", type=Path, metavar="FILE", help="write the launches, bytes and FLOPs of each line there")
+    add("--json", type=Path, metavar="FILE", help="write what each kind of launch does there")
+    add("--decode", action="store_true", help="a captured decode step of the 135M model in bf16 instead")
+    what = "with --decode: rows of a step (default 1 16 256)"
+    add("--batch", type=int, nargs="+", default=[1, 16, 256], metavar="N", help=what)
+    what = "with --decode: keys that it sees (default 1024)"
+    add("--keys", type=int, nargs="+", default=[1024], metavar="N", help=what)
     add("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         raise LoadError(
             "the launches of a step are recorded with triton; install it with: pip install triton"
         )
+    if options.decode:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            parser.error(
+                "--decode needs the compiler, but TRITON_INTERPRET=1 replaces it: unset that variable"
+            )
+        if options.trace:
+            parser.error(f"--decode: expected no TRACE, which is one of a training step, got {options.trace}")
+        for name in ("batch", "keys"):
+            if (least := min(getattr(options, name))) < 1:
+                parser.error(f"--{name}: expected at least 1, got {least}")
+        from bench.decode_model import report
+
+        print(report(options.batch, options.keys, options.json))
+        return 0
     from bench.step_record import host_times
 
     takes = spent(read(options.trace)) if options.trace else None

@@ -36,13 +36,14 @@ PROCESSORS = 132  # multiprocessors of an H100
 
 
 class Launch(NamedTuple):
-    """What a kernel is called, the bytes that it reads and writes, and the floating-point operations of its
-    products.
+    """What a kernel is called, the bytes that it reads and writes, the floating-point operations of its
+    products, and the bytes of each storage that it was given.
     """
 
     name: str
     bytes: float
     flops: float
+    storages: dict[int, int]
 
 
 def _attention(times: float) -> Callable[[dict[str, Any]], float]:
@@ -83,9 +84,9 @@ BYTES: dict[str, Callable[[dict[str, Any]], int]] = {
 MOVES = {"_softmax_gradient_kernel": 2}
 
 
-def _bytes(values: list[Any]) -> float:
-    """Of the tensors among them: what is given twice counts once, and views of one storage at most as much as
-    that.
+def by_storage(values: list[Any]) -> dict[int, int]:
+    """The bytes of the tensors among them, by storage: what is given twice counts once, and views of one
+    storage at most as much as that.
     """
     tensors = [x for x in values if isinstance(x, Tensor)]
     views = {(x.untyped_storage()._cdata, x.storage_offset(), x.numel()): x for x in tensors}
@@ -93,17 +94,28 @@ def _bytes(values: list[Any]) -> float:
     for (storage, _, _), x in views.items():
         viewed[storage] += x.nbytes
         stored[storage] = x.untyped_storage().nbytes()
-    return float(sum(min(viewed[storage], stored[storage]) for storage in viewed))
+    return {storage: min(viewed[storage], stored[storage]) for storage in viewed}
+
+
+def _bytes(values: list[Any]) -> float:
+    """`by_storage`, all together."""
+    return float(sum(by_storage(values).values()))
 
 
 def _read_too(name: str, args: Any, kwargs: dict[str, Any]) -> list[Any]:
     """What an operation of torch reads before it writes it: it moves twice."""
     if name == "addmm":
         return [args[0]] if kwargs.get("beta", 1) else []
+    if name in ROWS_WRITTEN:
+        return list(args[-1:])
     if name == "_fused_adamw_":
         return [args[0], args[2:4]]  # parameters and averages; the gradients are read alone
     written_only = not name.endswith("_") or name in ("copy_", "fill_", "zero_", "_foreach_copy_")
     return [] if written_only else list(args[:1])
+
+
+# Operations of torch that read rows of a table, and that write some.
+LOOKUPS, ROWS_WRITTEN = ("embedding", "index", "gather"), ("index_put_", "index_copy_")
 
 
 class _Operations(TorchDispatchMode):
@@ -117,33 +129,37 @@ class _Operations(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # a learning rate that is looked at once
         # what returns nothing would only write
-        result = func(*args, **(kwargs or {})) if func._schema.returns else None
+        result: Any = func(*args, **(kwargs or {})) if func._schema.returns else None
         if name := kernel_of(func):
-            product = {"mm": args[:2], "addmm": args[1:3]}.get(name)
-            flops = 2.0 * product[0].shape[0] * product[0].shape[1] * product[1].shape[1] if product else 0.0
-            # of the table only as many rows as come out
-            given = result if name == "embedding" else (args, kwargs, result)
-            moved = _bytes(tree_leaves(given)) + _bytes(tree_leaves(_read_too(name, args, kwargs or {})))
-            self._found.append(Launch(name, moved, flops))
+            factor = {"mm": 0, "linear": 0, "addmm": 1}.get(name)  # which argument is the first factor
+            flops = 0.0 if factor is None else 2.0 * result.numel() * args[factor].shape[-1]
+            # of the table only as many rows as come out, or go in
+            given = tree_leaves(
+                result if name in LOOKUPS else args[1:] if name in ROWS_WRITTEN else (args, kwargs, result)
+            )
+            moved = _bytes(given) + _bytes(tree_leaves(_read_too(name, args, kwargs or {})))
+            self._found.append(Launch(name, moved, flops, by_storage(given)))
         return result
 
 
 @contextmanager
-def recording(arch: str = "sm_90") -> Iterator[list[Launch]]:
-    """While this is open, everything that would be launched on such a GPU is added to the list, and nothing
-    computes.
+def recording(device: StandIn | None = None) -> Iterator[list[Launch]]:
+    """While this is open, everything that would be launched on such a GPU (default: an H100) is added to the
+    list, and nothing computes.
     """
+    device = device or StandIn(target_for("sm_90"))
     found: list[Launch] = []
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         name = kernel.fn.__name__
         times = MOVES.get(name, 1)
-        moved = BYTES[name](arguments) if name in BYTES else times * _bytes(list(arguments.values()))
-        found.append(Launch(name, moved, FLOPS.get(name, lambda _: 0.0)(arguments)))
+        storages = by_storage(list(arguments.values()))
+        moved = BYTES[name](arguments) if name in BYTES else times * sum(storages.values())
+        found.append(Launch(name, moved, FLOPS.get(name, lambda _: 0.0)(arguments), storages))
 
     with ExitStack() as stack:
-        stack.enter_context(standing_in_for_cuda(StandIn(target_for(arch)), "meta"))
+        stack.enter_context(standing_in_for_cuda(device, "meta"))
         prefix = f"{kernels.__name__}."
         for module in [value for name, value in sys.modules.items() if name.startswith(prefix)]:
             for name, many in (("multiprocessors", PROCESSORS), ("programs", 8 * PROCESSORS)):

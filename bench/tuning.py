@@ -30,8 +30,8 @@ from kernels.launch_config import LaunchConfig, launch_config
 from smollm2.cli import run_command
 
 MODULES = (
-    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "embedding", "launch_config",
-    "linear_cross_entropy", "rms_norm", "rope", "swiglu",
+    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "decode_step", "embedding",
+    "launch_config", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 SWIGLU = ((1, 512, 1), (2, 512, 2), (1, 512, 2), (2, 512, 4), (8, 512, 8))
 # the interpreter takes a quarter of a minute for some of the others
@@ -80,7 +80,7 @@ _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
     "decode_gate_up": ("decode_layer", "forward", ((8, 1, 4), (16, 2, 2), (8, 2, 8), (8, 4, 4))),
     "decode_o": ("decode_layer", "forward", ((8, 1, 4), (8, 2, 8))),
     "decode_down": ("decode_layer", "forward", ((16, 1, 4), (4, 1, 16), (8, 2, 8))),
-    "decode_head": ("decode_head", "forward", ((1, 2, 1), (1, 8, 1), (1, 8, 2), (1, 16, 4))),
+    "decode_head": ("decode_head", "forward", ((8, 2, 4), (8, 4, 8), (16, 4, 2), (8, 8, 8))),
 }  # fmt: skip
 CANDIDATES = {
     op: (case, phase, tuple(LaunchConfig(*line) for line in lines))

@@ -82,6 +82,13 @@ def rope(tokens: int, length: int, heads: int, key_heads: int, head_dim: int, si
     return Cost(*[Work(2 * tokens * (heads + key_heads) * head_dim * size + 4 * length * head_dim)] * 2)
 
 
+def rope_cache(rows: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
+    """One new token a row: 2 R (H + 2K) D e (the projection read; queries, new keys and values written) and 4
+    R D of tables. No backward pass.
+    """
+    return Cost(Work(2 * rows * (heads + 2 * key_heads) * head_dim * size + 4 * rows * head_dim))
+
+
 def attention(batch: int, length: int, heads: int, key_heads: int, head_dim: int, size: int) -> Cost:
     """Causal, half of the square: 2 B H T^2 D operations forward, 5 B H T^2 D backward.
 
@@ -188,6 +195,24 @@ def decode_head(rows: int, hidden: int, vocabulary: int, size: int) -> Cost:
     """
     moved = size * hidden * (vocabulary + 1 + rows) + 4 * rows * vocabulary
     return Cost(Work(moved, 2 * rows * vocabulary * hidden))
+
+
+def decode_inputs(rows: int, hidden: int, half: int, size: int) -> Cost:
+    """R rows of the embedding and of both tables [P, D/2], read and written: 2 R h e + 8 R D; of each row the
+    token, and the length twice. No backward pass.
+    """
+    return Cost(Work(rows * (2 * hidden * size + 16 * half + 24)))
+
+
+def decode_best(rows: int, hidden: int, vocabulary: int, size: int) -> Cost:
+    """As decode_head, but 12 bytes a row of results, one candidate, in the place of its logits."""
+    whole = decode_head(rows, hidden, vocabulary, size).forward
+    return Cost(Work(whole.bytes - 4 * rows * (vocabulary - 3), whole.flops))
+
+
+def next_token(rows: int, candidates: int, size: int) -> Cost:
+    """R C e of scores are read. No backward pass."""
+    return Cost(Work(rows * candidates * size))
 
 
 def layer(config: SmolLM2Config, batch: int, length: int, size: int) -> dict[str, Cost]:

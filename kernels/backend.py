@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
@@ -24,7 +25,10 @@ from kernels.types import OPS, Backend, LayerWeights
 
 # The operations of reference.decode_layer that the fused decode layer does in kernels of its own. If one of
 # them was replaced, the composition runs: the fused layer would never call the replacement.
-LAYER_OPS = frozenset({"rms_norm", "add_rms_norm", "rope_qkv", "decode_attention", "swiglu"})
+LAYER_OPS = frozenset({"rms_norm", "add_rms_norm", "rope_qkv", "rope_cache", "decode_attention", "swiglu"})
+
+# One object for the same parts, so that backends with the same operations are equal.
+_composed = functools.cache(functools.partial)
 
 
 TORCH = Backend(
@@ -33,14 +37,18 @@ TORCH = Backend(
     add_rms_norm=pointwise.add_rms_norm,
     rope=reference.rope,
     rope_qkv=pointwise.rope_qkv,
+    rope_cache=pointwise.rope_cache,
     attention=eager_attention.attention,
     decode_attention=eager_attention.decode_attention,
     swiglu=pointwise.swiglu,
     tied_embedding=reference.tied_embedding,
     mlp=linear.mlp,
     linear_cross_entropy=loss.linear_cross_entropy,
+    decode_inputs=reference.decode_inputs,
     decode_layer=reference.decode_layer,
     decode_head=reference.decode_head,
+    decode_best=reference.decode_best,
+    next_token=reference.next_token,
 )
 
 
@@ -52,6 +60,7 @@ def load_triton() -> Backend:
         decode_attention,
         decode_head,
         decode_layer,
+        decode_step,
         embedding,
         linear_cross_entropy,
         mlp,
@@ -73,10 +82,26 @@ def load_triton() -> Backend:
             )
         return reference.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin, eps=eps, ops=ops)
 
-    def head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
+    def product(
+        x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, *, dependent: bool = False
+    ) -> Tensor:
+        """The logits of many rows, in their dtype: the library's product reads the head once for all."""
+        return F.linear(rms_norm.rms_norm(x, norm_weight, eps), head_weight)
+
+    def head(
+        x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, *, dependent: bool = False
+    ) -> Tensor:
         if decode_head.supports(x):
-            return decode_head.decode_head(x, norm_weight, head_weight, eps)
-        return reference.decode_head(x, norm_weight, head_weight, eps)
+            return decode_head.decode_head(x, norm_weight, head_weight, eps, dependent=dependent)
+        return product(x, norm_weight, head_weight, eps).float()
+
+    def best(
+        x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, suppressed: Tensor | None = None, *,
+        dependent: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if decode_head.supports(x):
+            return decode_head.decode_best(x, norm_weight, head_weight, eps, suppressed, dependent=dependent)
+        return reference.decode_best(x, norm_weight, head_weight, eps, suppressed, head=product)
 
     def gated(
         x: Tensor, gate_up: Tensor, down: Tensor, *, copies: tuple[Tensor | None, Tensor | None] | None = None
@@ -94,14 +119,18 @@ def load_triton() -> Backend:
         add_rms_norm=rms_norm.add_rms_norm,
         rope=rope.rope,
         rope_qkv=rope.rope_qkv,
+        rope_cache=rope.rope_cache,
         attention=attention.attention,
         decode_attention=decode_attention.decode_attention,
         swiglu=swiglu.swiglu,
         mlp=gated,
         tied_embedding=embedding.tied_embedding,
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
+        decode_inputs=decode_step.decode_inputs,
         decode_layer=layer,
         decode_head=head,
+        decode_best=best,
+        next_token=decode_step.next_token,
     )
 
 
@@ -109,14 +138,18 @@ def with_ops(backend: Backend, **replacements: Backend) -> Backend:
     """A copy in which single operations come from another backend: with_ops(TRITON, attention=TORCH).
 
     A replacement takes effect in decode_layer too: the composition runs if the fused layer contains the
-    operation (LAYER_OPS). A replacement of swiglu takes effect in mlp too, which then composes it, unless mlp
-    itself is replaced.
+    operation (LAYER_OPS). A replacement of swiglu takes effect in mlp too, one of rope_qkv in rope_cache and
+    one of decode_head in decode_best, which then compose it, unless they are replaced themselves.
     """
     name = ",".join([backend.name, *(f"{op}={other.name}" for op, other in replacements.items())])
     changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}
     replaced = backend.replaced | replacements.keys()
     if "swiglu" in replacements and "mlp" not in replaced:
-        changes["mlp"] = functools.partial(linear.mlp, swiglu=changes["swiglu"])
+        changes["mlp"] = _composed(linear.mlp, swiglu=changes["swiglu"])
+    if "rope_qkv" in replacements and "rope_cache" not in replaced:
+        changes["rope_cache"] = _composed(pointwise.rope_cache, rope_qkv=changes["rope_qkv"])
+    if "decode_head" in replacements and "decode_best" not in replaced:
+        changes["decode_best"] = _composed(reference.decode_best, head=changes["decode_head"])
     return dataclasses.replace(backend, name=name, replaced=replaced, **changes)
 
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from kernels.types import LayerWeights
+from kernels.types import LayerWeights, TokenState
 
 
 def refuse(op: str, expected: str, got: object) -> NoReturn:
@@ -47,6 +47,15 @@ def _indices(op: str, name: str, tensor: Tensor, wanted: list[int], like: Tensor
     """An integer tensor of the wanted shape, on the device of `like`."""
     shape(tensor) == wanted or refuse(op, f"{name} of shape {wanted}", shape(tensor))
     not tensor.is_floating_point() or refuse(op, f"{name} of an integer dtype", tensor.dtype)
+    tensor.device == like.device or refuse(op, f"{name} on {like.device} as {like_name}", tensor.device)
+
+
+def _typed(
+    op: str, name: str, tensor: Tensor, wanted: list[int], dtype: torch.dtype, like: Tensor, like_name: str
+) -> None:
+    """A tensor of the wanted shape and dtype, on the device of `like`."""
+    shape(tensor) == wanted or refuse(op, f"{name} of shape {wanted}", shape(tensor))
+    tensor.dtype == dtype or refuse(op, f"{name} of dtype {dtype}", tensor.dtype)
     tensor.device == like.device or refuse(op, f"{name} on {like.device} as {like_name}", tensor.device)
 
 
@@ -139,6 +148,48 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
     _indices("decode_attention", "lengths", lengths, [q.shape[0]], q, "q")
 
 
+def decode_inputs(tokens: Tensor, embedding: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """tokens [B, T] int64 or int32, embedding [V, E], lengths [B] integer, cos and sin [P, D/2] in fp32 (or
+    fp64).
+    """
+    op = "decode_inputs"
+    tokens.dim() == 2 or refuse(op, "tokens of shape [B, T]", shape(tokens))
+    tokens.dtype in (torch.int64, torch.int32) or refuse(op, "tokens of dtype int64 or int32", tokens.dtype)
+    embedding.dim() == 2 or refuse(op, "embedding of shape [V, E]", shape(embedding))
+    same_kind(op, [("embedding", embedding)])
+    embedding.device == tokens.device or refuse(
+        op, f"embedding on {tokens.device} as tokens", embedding.device
+    )
+    _indices(op, "lengths", lengths, [tokens.shape[0]], tokens, "tokens")
+    cos.dim() == 2 or refuse(op, "cos of shape [P, D/2]", shape(cos))
+    positions, half = cos.shape
+    _tables(op, cos, sin, tokens.shape[0], positions, half, tokens, "tokens")
+
+
+def _caches(op: str, key_cache: Tensor, value_cache: Tensor, batch: int, length: int) -> None:
+    """Both caches of one shape [B, S, K, D], with room for the T new tokens."""
+    fits = key_cache.dim() == 4 and key_cache.shape[0] == batch
+    (fits and key_cache.shape[1] >= length and key_cache.shape[2] > 0) or refuse(
+        op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache)
+    )
+    value_cache.shape == key_cache.shape or refuse(
+        op, f"value cache of shape {shape(key_cache)} as the key cache", shape(value_cache)
+    )
+
+
+def rope_cache(qkv: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
+    """Caches [B, S, K, D] and lengths [B] integer for qkv [B, T, H + 2K, D], of which rope_qkv checks the
+    rest.
+    """
+    op = "rope_cache"
+    qkv.dim() == 4 or refuse(op, "qkv of shape [B, T, H + 2K, D]", shape(qkv))
+    batch, length, _, head_dim = qkv.shape
+    _caches(op, key_cache, value_cache, batch, length)
+    key_cache.shape[3] == head_dim or refuse(op, f"caches of head dim {head_dim}", key_cache.shape[3])
+    _indices(op, "lengths", lengths, [batch], qkv, "qkv")
+    same_kind(op, [("qkv", qkv), ("key cache", key_cache), ("value cache", value_cache)])
+
+
 def decode_layer(
     x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor,
     sin: Tensor,
@@ -149,13 +200,7 @@ def decode_layer(
     op = "decode_layer"
     x.dim() == 3 or refuse(op, "x of shape [B, T, hidden]", shape(x))
     batch, length, width = x.shape
-    fits = key_cache.dim() == 4 and key_cache.shape[0] == batch
-    (fits and key_cache.shape[1] >= length and key_cache.shape[2] > 0) or refuse(
-        op, f"key cache of shape [{batch}, S, K, D] with S >= {length} and K > 0", shape(key_cache)
-    )
-    value_cache.shape == key_cache.shape or refuse(
-        op, f"value cache of shape {shape(key_cache)} as the key cache", shape(value_cache)
-    )
+    _caches(op, key_cache, value_cache, batch, length)
     key_heads, head_dim = key_cache.shape[2:]
     # Two weights tell the number of query heads and the width of the MLP; all others must agree with them.
     heads, ffn = weights.o.shape[-1] // max(1, head_dim), weights.down.shape[-1]
@@ -172,9 +217,8 @@ def decode_layer(
     _tables(op, cos, sin, batch, length, head_dim // 2, x, "x")
 
 
-def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor) -> None:
+def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, op: str = "decode_head") -> None:
     """x [..., E], norm_weight [E], head_weight [V, E]."""
-    op = "decode_head"
     x.dim() >= 1 or refuse(op, "x of shape [..., E]", shape(x))
     width = x.shape[-1]
     shape(norm_weight) == [width] or refuse(op, f"norm_weight of shape [{width}]", shape(norm_weight))
@@ -182,6 +226,48 @@ def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor) -> None:
         op, f"head_weight of shape [V, {width}]", shape(head_weight)
     )
     same_kind(op, [("x", x), ("norm_weight", norm_weight), ("head_weight", head_weight)])
+
+
+def decode_best(x: Tensor, norm_weight: Tensor, head_weight: Tensor, suppressed: Tensor | None) -> None:
+    """x [R, E], norm_weight [E], head_weight [V, E], suppressed [V] bool."""
+    op = "decode_best"
+    x.dim() == 2 or refuse(op, "x of shape [R, E]", shape(x))
+    decode_head(x, norm_weight, head_weight, op)
+    if suppressed is not None:
+        _typed(op, "suppressed", suppressed, [head_weight.shape[0]], torch.bool, x, "x")
+
+
+def next_token(scores: Tensor | None, ids: Tensor | None, state: TokenState, ends: Tensor) -> None:
+    """scores [B, P] of a floating dtype with P > 0, ids [B, P] int64 or int32, at least one of the two, and
+    ids alone [B, 1]; the buffers of `state`; ends [N] int64.
+    """
+    op = "next_token"
+    tokens = state.tokens
+    tokens.dim() == 2 or refuse(op, "state.tokens of shape [B, 1]", shape(tokens))
+    batch = tokens.shape[0]
+    state.output.dim() == 2 or refuse(op, f"state.output of shape [C, {batch}]", shape(state.output))
+    wanted = (
+        ("tokens", [batch, 1], torch.int64), ("finished", [batch], torch.bool),
+        ("output", [len(state.output), batch], torch.int64), ("slot", [batch], torch.int64),
+    )  # fmt: skip
+    for name, size, dtype in wanted:
+        _typed(op, f"state.{name}", getattr(state, name), size, dtype, tokens, "state.tokens")
+    ends.dim() == 1 or refuse(op, "ends of shape [N]", shape(ends))
+    _typed(op, "ends", ends, shape(ends), torch.int64, tokens, "state.tokens")
+    columns = 1 if scores is None else scores.shape[-1]
+    if scores is not None:
+        (scores.dim() == 2 and len(scores) == batch and scores.shape[1] > 0) or refuse(
+            op, f"scores of shape [{batch}, P] with P > 0", shape(scores)
+        )
+        same_kind(op, [("scores", scores)])
+        scores.device == tokens.device or refuse(
+            op, f"scores on {tokens.device} as state.tokens", scores.device
+        )
+    ids is not None or scores is not None or refuse(op, "scores, ids or both", "neither")
+    if ids is not None:
+        shape(ids) == [batch, columns] or refuse(op, f"ids of shape [{batch}, {columns}]", shape(ids))
+        ids.dtype in (torch.int64, torch.int32) or refuse(op, "ids of dtype int64 or int32", ids.dtype)
+        ids.device == tokens.device or refuse(op, f"ids on {tokens.device} as state.tokens", ids.device)
 
 
 def swiglu(gate: Tensor, up: Tensor | None) -> None:

@@ -60,7 +60,16 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.decode_attention import HEAD_DIMS, KEYS_PER_SPLIT, combine, combined, split_attention
-from kernels.decode_product import add_product, members, norm_product, product, tile, wait
+from kernels.decode_product import (
+    add_product,
+    members,
+    multiply,
+    norm_multiply,
+    scale_tiles,
+    tile,
+    tiles,
+    wait,
+)
 from kernels.launch_config import TABLE, decode_launch
 from kernels.types import LayerWeights
 
@@ -90,23 +99,26 @@ def _norm_qkv_rope_kernel(
     head = tl.program_id(1)
     member = members(GROUPS)
     column = head * (2 * HALF) + tl.program_id(0) * PAIRS + member // 2 + member % 2 * HALF
-    heads: tl.constexpr = HEADS + 2 * KEY_HEADS
-    y = norm_product(
-        x_ptr, WIDTH, rows, scale_ptr, w_ptr + column.to(tl.int64) * WIDTH, column < heads * 2 * HALF, EPS,
-        WIDTH, GROUPS, WARPS, AHEAD, DEPENDENT
-    )  # fmt: skip
-    a, b = tl.split(tl.reshape(y.to(q_ptr.dtype.element_ty), [16, PAIRS, 2]))  # [16, PAIRS]
-
+    w, exists = w_ptr + column.to(tl.int64) * WIDTH, column < (HEADS + 2 * KEY_HEADS) * 2 * HALF
+    ws = tiles(w, exists, WIDTH, WARPS, AHEAD)
+    scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
     row = tl.arange(0, 16)
     lane = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :]
     batch, time = row // queries, row % queries
-    position = tl.load(lengths_ptr + batch, mask=row < rows, other=0).to(tl.int64) - queries + time
     inside = (row < rows)[:, None] & (lane < HALF)
+    table = (batch.to(tl.int64) * table_batch_stride + time * HALF)[:, None] + lane
+    rotated = inside & (head < HEADS + KEY_HEADS)  # queries and keys are rotated, values are not
+    wait(DEPENDENT)
+    length = tl.load(lengths_ptr + batch, mask=row < rows, other=0)
+    cos = tl.load(cos_ptr + table, mask=rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + table, mask=rotated, other=0.0).to(tl.float32)
+    y = norm_multiply(
+        x_ptr, WIDTH, rows, ws, w, exists, scales, scale_ptr, EPS, WIDTH, GROUPS, WARPS, AHEAD, DEPENDENT
+    )
+    a, b = tl.split(tl.reshape(y.to(q_ptr.dtype.element_ty), [16, PAIRS, 2]))  # [16, PAIRS]
+    position = length.to(tl.int64) - queries + time
     there = inside & ((position >= 0) & (position < keys))[:, None]
-    if head < HEADS + KEY_HEADS:  # queries and keys are rotated, values are not
-        table = (batch.to(tl.int64) * table_batch_stride + time * HALF)[:, None] + lane
-        cos = tl.load(cos_ptr + table, mask=inside, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + table, mask=inside, other=0.0).to(tl.float32)
+    if head < HEADS + KEY_HEADS:
         wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
         a = (wide_a * cos - wide_b * sin).to(a.dtype)
         b = (wide_b * cos + wide_a * sin).to(b.dtype)
@@ -129,16 +141,17 @@ def _norm_qkv_rope_kernel(
 
 
 @triton.jit
-def _add_residual(y, x_ptr, sum_ptr, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rounds y [16, COLUMNS], this program's columns of a projection, and stores its sum with the residual
-    stream.
-    """
-    dtype: tl.constexpr = sum_ptr.dtype.element_ty
+def _own(rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's columns of the residual stream: offsets [16, COLUMNS], and which of them exist."""
     row = tl.arange(0, 16)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = (row < rows) & (column < WIDTH)
-    x = tl.load(x_ptr + row * WIDTH + column, mask=there, other=0.0)
-    tl.store(sum_ptr + row * WIDTH + column, (y.to(dtype).to(tl.float32) + x.to(tl.float32)).to(dtype), there)
+    return row * WIDTH + column, (row < rows) & (column < WIDTH)
+
+
+@triton.jit
+def _sum(y, x):
+    """The residual sum: a projection y, rounded, and the stream x."""
+    return (y.to(x.dtype).to(tl.float32) + x.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["rows", "queries", "keys"])
@@ -158,6 +171,7 @@ def _combine_o_kernel(
     column = tl.program_id(0) * 8 * GROUPS + number % (8 * GROUPS)
     rows_of_w, t = w_ptr + column.to(tl.int64) * INPUTS, number // (8 * GROUPS)
     w = tile(rows_of_w, column < WIDTH, t, INPUTS, WARPS)  # all of it
+    own, there = _own(rows, WIDTH, 8 * GROUPS)
     row = tl.arange(0, ROWS)[:, None, None]
     head = tl.arange(0, BLOCK_H)[None, :, None]
     # the lengths were written before the launch just before this one, which alone may still run
@@ -165,6 +179,7 @@ def _combine_o_kernel(
     splits = tl.cdiv(keys, SPLIT)
     filled = tl.minimum(tl.cdiv(tl.max(lengths), SPLIT), splits)
     wait(DEPENDENT)
+    residual = tl.load(x_ptr + own, mask=there, other=0.0)
     mixed = combined(
         part_ptr, part_max_ptr, part_sum_ptr, row * HEADS + head, (row < rows) & (head < HEADS), splits,
         filled, HEAD_DIM, DEPENDENT
@@ -174,7 +189,7 @@ def _combine_o_kernel(
     mixed = tl.broadcast_to(mixed[:, None, :, None], [TILES, 2, WARPS, 8 // ROWS, ROWS, 32])
     x = tl.reshape(mixed, [TILES * 2, WARPS, 8, 32])
     acc = add_product(tl.zeros([WARPS, 16, 8 * GROUPS], tl.float32), x, w, GROUPS, WARPS, TILES)
-    _add_residual(tl.sum(acc, 0), x_ptr, sum_ptr, rows, WIDTH, 8 * GROUPS)
+    tl.store(sum_ptr + own, _sum(tl.sum(acc, 0), residual), mask=there)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -186,11 +201,13 @@ def _project_kernel(
     Grid: ceil(WIDTH / (8 GROUPS)).
     """
     column = tl.program_id(0) * 8 * GROUPS + members(GROUPS)
-    y = product(
-        h_ptr, INPUTS, rows, w_ptr + column.to(tl.int64) * INPUTS, column < WIDTH, INPUTS, GROUPS, WARPS,
-        AHEAD, DEPENDENT
-    )  # fmt: skip
-    _add_residual(y, x_ptr, sum_ptr, rows, WIDTH, 8 * GROUPS)
+    w = w_ptr + column.to(tl.int64) * INPUTS
+    ws = tiles(w, column < WIDTH, INPUTS, WARPS, AHEAD)
+    own, there = _own(rows, WIDTH, 8 * GROUPS)
+    wait(DEPENDENT)
+    residual = tl.load(x_ptr + own, mask=there, other=0.0)
+    y = multiply(h_ptr, INPUTS, rows, ws, w, column < WIDTH, INPUTS, GROUPS, WARPS, AHEAD, DEPENDENT)
+    tl.store(sum_ptr + own, _sum(y, residual), mask=there)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -206,8 +223,24 @@ def _norm_gate_up_kernel(
     member = members(GROUPS)
     column = tl.program_id(0) * COLUMNS + member // 2
     w = w_ptr + (member % 2 * FFN + column).to(tl.int64) * WIDTH
-    y = norm_product(
-        x_ptr, WIDTH, rows, scale_ptr, w, column < FFN, EPS, WIDTH, GROUPS, WARPS, AHEAD, DEPENDENT
+    ws = tiles(w, column < FFN, WIDTH, WARPS, AHEAD)
+    scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
+    wait(DEPENDENT)
+    y = norm_multiply(
+        x_ptr,
+        WIDTH,
+        rows,
+        ws,
+        w,
+        column < FFN,
+        scales,
+        scale_ptr,
+        EPS,
+        WIDTH,
+        GROUPS,
+        WARPS,
+        AHEAD,
+        DEPENDENT,
     )
     gate, up = tl.split(tl.reshape(y.to(dtype), [16, COLUMNS, 2]))  # [16, COLUMNS]
     gate, up = gate.to(tl.float32), up.to(tl.float32)

@@ -106,18 +106,16 @@ def add_squares(acc, x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def product(
-    x_ptr, x_stride, rows, w, there, WIDTH: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+def multiply(
+    x_ptr, x_stride, rows, ws, w, there, WIDTH: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
     AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, WIDTH] times the matrix rows that w, there [GROUPS, 1, 8, 1] point to -> [16, 8 GROUPS] in
-    fp32. `wait`s for x, with AHEAD tiles of the weights already requested.
+    """x [rows, WIDTH] times the matrix rows that w, there [GROUPS, 1, 8, 1] point to, of which the first
+    AHEAD tiles ws are requested already -> [16, 8 GROUPS] in fp32. Comes after `wait`.
     """
     TILES: tl.constexpr = (WIDTH + 32 * WARPS - 1) // (32 * WARPS)
-    ws = tiles(w, there, WIDTH, WARPS, AHEAD)
     row = members(2)
     x, inside = x_ptr + row.to(tl.int64) * x_stride, row < rows
-    wait(DEPENDENT)
     xs = tiles(x, inside, WIDTH, WARPS, AHEAD)
     requested(DEPENDENT)
     acc = tl.zeros([WARPS, 16, 8 * GROUPS], tl.float32)
@@ -130,21 +128,22 @@ def product(
 
 
 @triton.jit
-def norm_product(
-    x_ptr, x_stride, rows, scale_ptr, w, there, EPS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
-    WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+def scale_tiles(scale_ptr, WIDTH: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr):
+    """The first COUNT tiles of a norm's weight [WIDTH]: one row, read by the eight rows that need it."""
+    return tiles(scale_ptr + 0 * members(1), members(1) < 8, WIDTH, WARPS, COUNT)
+
+
+@triton.jit
+def norm_multiply(
+    x_ptr, x_stride, rows, ws, w, there, scales, scale_ptr, EPS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """`product` of the normalised rows, without rounding them: x (w * scale)^T * rstd, rstd = 1 /
-    sqrt(mean(x^2) + EPS), with w * scale rounded to the weights' dtype.
+    """`multiply` of the normalised rows, without rounding them: x (w * scale)^T * rstd, rstd =
+    1 / sqrt(mean(x^2) + EPS), with w * scale rounded to the weights' dtype.
     """
     TILES: tl.constexpr = (WIDTH + 32 * WARPS - 1) // (32 * WARPS)
-    ws = tiles(w, there, WIDTH, WARPS, AHEAD)
-    # one row, read by the eight lanes that need it
-    scale, all_of_it = scale_ptr + 0 * members(1), members(1) < 8
-    scales = tiles(scale, all_of_it, WIDTH, WARPS, AHEAD)
     row = members(2)
     x, inside = x_ptr + row.to(tl.int64) * x_stride, row < rows
-    wait(DEPENDENT)
     xs = tiles(x, inside, WIDTH, WARPS, AHEAD)
     requested(DEPENDENT)
     acc = tl.zeros([WARPS, 16, 8 * GROUPS], tl.float32)
@@ -152,7 +151,7 @@ def norm_product(
     for t in tl.static_range(TILES):
         if t + AHEAD < TILES:
             ws = ws + (tile(w, there, t + AHEAD, WIDTH, WARPS),)
-            scales = scales + (tile(scale, all_of_it, t + AHEAD, WIDTH, WARPS),)
+            scales = scales + (tile(scale_ptr + 0 * members(1), members(1) < 8, t + AHEAD, WIDTH, WARPS),)
             xs = xs + (tile(x, inside, t + AHEAD, WIDTH, WARPS),)
         scaled = (ws[t].to(tl.float32) * scales[t].to(tl.float32)).to(ws[t].dtype)
         acc = add_product(acc, xs[t], scaled, GROUPS, WARPS)

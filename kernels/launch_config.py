@@ -58,8 +58,9 @@ class Row(NamedTuple):
 
 # The interpreter takes milliseconds a program of any size. The decode layer has many small programs, so
 # the interpreter gets larger ones. (tests/test_kernel_decode_layer.py runs the GPUs' lines too.)
+# AMD's matrix instructions take 16 columns.
+AMD_GROUPS = Row(1 << 14, LaunchConfig(2, 2, num_warps=8), architectures=AMD)
 INTERPRETED_GROUPS = Row(1 << 14, LaunchConfig(2, 4, num_warps=4), architectures=(INTERPRETER,))
-INTERPRETED_COLUMNS = Row(1 << 14, LaunchConfig(1, 16, num_warps=1), architectures=(INTERPRETER,))
 
 # The first line that fits is used.
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -164,38 +165,55 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(128, LaunchConfig(16, 32, num_warps=8, num_stages=1)),
     ),
     # block_n: keys of a tile, whose rows are the queries of a group, padded to 16; the size is the head dim
-    "decode_attention": (Row(128, LaunchConfig(16, 64, num_warps=4, num_stages=2)),),
+    # Three stages request all 128 keys of a split at once. Elsewhere they leave room for fewer programs.
+    "decode_attention": (
+        Row(64, LaunchConfig(16, 64, num_warps=4, num_stages=3), (2,), WARPGROUP),
+        Row(128, LaunchConfig(16, 64, num_warps=4, num_stages=2)),
+    ),
     # The products of a decode step. block_n: weight rows of a program, in groups of eight (four pairs in the
     # norm products); block_m: tiles of 32 elements a warp that it requests ahead; the size is the length of a
     # row.
     "decode_qkv": (
         INTERPRETED_GROUPS,
+        AMD_GROUPS,
         Row(1024, LaunchConfig(8, 1, num_warps=4)),
         Row(4096, LaunchConfig(8, 1, num_warps=8)),
         Row(1 << 14, LaunchConfig(8, 1, num_warps=16)),
     ),
     "decode_gate_up": (
         INTERPRETED_GROUPS,
+        AMD_GROUPS,
         Row(1024, LaunchConfig(8, 2, num_warps=4)),
         Row(4096, LaunchConfig(8, 2, num_warps=8)),
         Row(1 << 14, LaunchConfig(4, 2, num_warps=16)),
     ),
     "decode_o": (
         INTERPRETED_GROUPS,
+        AMD_GROUPS,
         Row(4096, LaunchConfig(8, 1, num_warps=8)),
         Row(1 << 14, LaunchConfig(8, 1, num_warps=16)),
     ),
     "decode_down": (
         INTERPRETED_GROUPS,
+        AMD_GROUPS,
         Row(4096, LaunchConfig(8, 1, num_warps=8)),
         Row(1 << 14, LaunchConfig(8, 1, num_warps=16)),
     ),
+    # A program requests a whole row of the embedding at once; with more warps the 64 lanes of gfx942 would
+    # have less than 16 bytes each.
+    "decode_inputs": (
+        Row(1024, LaunchConfig(1, 0, num_warps=2)),
+        Row(4096, LaunchConfig(1, 0, num_warps=4)),
+        Row(1 << 14, LaunchConfig(1, 0, num_warps=16)),
+    ),
+    # block_n: scores at a time, all of which are requested before one is needed
+    "next_token": (Row(1 << 20, LaunchConfig(1, 8192, num_warps=16)),),
     "decode_head": (
-        INTERPRETED_COLUMNS,
-        Row(1024, LaunchConfig(1, 4, num_warps=1)),
-        Row(2048, LaunchConfig(1, 4, num_warps=4)),
-        Row(4096, LaunchConfig(1, 4, num_warps=8)),
-        Row(1 << 14, LaunchConfig(1, 2, num_warps=16)),
+        INTERPRETED_GROUPS,
+        AMD_GROUPS,
+        Row(1024, LaunchConfig(8, 4, num_warps=4)),
+        Row(4096, LaunchConfig(8, 4, num_warps=8)),
+        Row(1 << 14, LaunchConfig(4, 2, num_warps=16)),
     ),
     # block_n: columns of the vocabulary at a time. 16 warps, because all rows between their two passes must
     # fit in L2. More than one stage would prefetch the next columns; not measured.
@@ -218,6 +236,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "rope": (
         Row(64, LaunchConfig(16, 0, num_warps=1), architectures=("gfx942",)),
         Row(64, LaunchConfig(8, 0, num_warps=1)),
+        Row(1 << 10, LaunchConfig(16, 0, num_warps=2), architectures=("gfx942",)),
         Row(1 << 10, LaunchConfig(8, 0, num_warps=2)),
     ),
 }

@@ -9,6 +9,7 @@ and of logits. backend=torch runs kernels/eager/.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import checks
-from kernels.types import Backend, LayerWeights
+from kernels.types import NOT_FINITE, Backend, DecodeHead, LayerWeights, TokenState
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -62,6 +63,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     Computed in fp32 from fp32 tables, rounded once. Source: Su et al. 2021 (arXiv 2104.09864).
     """
     checks.rope(q, k, cos, sin)
+    return _rotate(q, k, cos, sin)
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
 
     def rotate(x: Tensor) -> Tensor:
@@ -79,7 +84,27 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Ten
     """
     checks.rope_qkv(qkv, cos, sin, key_heads)
     q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
-    return *rope(q, k, cos, sin), v
+    return *_rotate(q, k, cos, sin), v
+
+
+def rope_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
+) -> Tensor:
+    """`rope_qkv` of a decode step, which writes the new keys and values into the caches.
+
+    qkv [B, T, H + 2K, D]; cos and sin as in `rope`; caches [B, S, K, D] with S >= T; lengths [B], the new
+    tokens included -> q [B, T, H, D]. Token t of row b goes to position lengths[b] - T + t of its row, and
+    nowhere if that lies outside.
+    """
+    checks.rope_cache(qkv, key_cache, value_cache, lengths)
+    q, k, v = rope_qkv(qkv, cos, sin, key_cache.shape[2])
+    row = torch.arange(len(lengths), device=qkv.device)[:, None]
+    position = lengths[:, None] + torch.arange(-qkv.shape[1], 0, device=qkv.device)  # [B, T]
+    slot = position % key_cache.shape[1]  # another one for each token of a row
+    inside = (slot == position)[..., None, None]
+    for cache, new in ((key_cache, k), (value_cache, v)):
+        cache[row, slot] = torch.where(inside, new, cache[row, slot])
+    return q
 
 
 def attention(
@@ -200,6 +225,21 @@ def linear_cross_entropy(
     return losses if scale is None else losses * scale
 
 
+def decode_inputs(
+    tokens: Tensor, embedding: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a decode step begins with: the rows of the embedding, and the angles of the new positions.
+
+    tokens [B, T] int64 or int32, embedding [V, E], lengths [B], cos and sin [P, D/2] -> (x [B, T, E], cos
+    and sin [B, T, D/2] at positions lengths[b] + t). Then adds T to lengths. A token or a position outside
+    its table is an error.
+    """
+    checks.decode_inputs(tokens, embedding, lengths, cos, sin)
+    position = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    lengths += tokens.shape[1]
+    return F.embedding(tokens, embedding), cos[position], sin[position]
+
+
 def decode_layer(
     x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor,
     sin: Tensor, *, eps: float, ops: Backend, dependent: bool = False,
@@ -215,22 +255,60 @@ def decode_layer(
     than a Tensor.
     """
     batch, length, _ = x.shape
-    key_heads, head_dim = key_cache.shape[2:]
     normed = ops.rms_norm(x, weights.input_norm, eps)
-    qkv = linear(normed, weights.qkv).view(batch, length, -1, head_dim)
-    q, k, v = ops.rope_qkv(qkv, cos, sin, key_heads)
-    row = torch.arange(batch, device=x.device)[:, None]
-    position = lengths[:, None] - length + torch.arange(length, device=x.device)
-    key_cache[row, position] = k
-    value_cache[row, position] = v
+    qkv = linear(normed, weights.qkv).view(batch, length, -1, key_cache.shape[3])
+    q = ops.rope_cache(qkv, cos, sin, key_cache, value_cache, lengths)
     mixed = ops.decode_attention(q, key_cache, value_cache, lengths)
     normed, residual = ops.add_rms_norm(linear(mixed.flatten(2), weights.o), x, weights.post_norm, eps)
     return residual + linear(ops.swiglu(linear(normed, weights.gate_up)), weights.down)
 
 
-def decode_head(x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor:
+def decode_head(
+    x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, *, dependent: bool = False
+) -> Tensor:
     """Final norm and output head of a decode step: x [..., E], norm_weight [E], head_weight [V, E] -> logits
-    [..., V] in fp32.
+    [..., V] in fp32. dependent: as in `decode_layer`.
     """
     checks.decode_head(x, norm_weight, head_weight)
     return F.linear(rms_norm(x, norm_weight, eps), head_weight).float()
+
+
+def decode_best(
+    x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, suppressed: Tensor | None = None, *,
+    dependent: bool = False, head: DecodeHead = decode_head,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`decode_head` for greedy decoding: the candidates among which each row's most likely token is.
+
+    x [R, E], norm_weight [E], head_weight [V, E]; suppressed [V] bool: tokens that are no candidates ->
+    (scores [R, P], ids [R, P], ascending). Without ids, column i is token i. A tie is won by the first. In
+    these formulas all logits are candidates. head: what they come from.
+    """
+    checks.decode_best(x, norm_weight, head_weight, suppressed)
+    logits = head(x, norm_weight, head_weight, eps, dependent=dependent)
+    return logits if suppressed is None else logits.masked_fill(suppressed, -math.inf), None
+
+
+def next_token(scores: Tensor | None, ids: Tensor | None, state: TokenState, ends: Tensor, pad: int) -> None:
+    """Ends a decode step: takes the candidate of highest score in each row, and writes it where the next step
+    and the host look for it.
+
+    scores [B, P] and ids [B, P] as `decode_best` gives them, or only ids [B, 1]: tokens that were chosen
+    already. ends [N] int64. A row whose highest score is NaN or infinite gets NOT_FINITE, a finished row
+    `pad`. That goes into state.output at the row's slot, which moves on by one; and into state.tokens, but 0
+    instead of NOT_FINITE, because the embedding has no such row. A row whose token is among `ends` is
+    finished from then on.
+    """
+    checks.next_token(scores, ids, state, ends)
+    if scores is None:
+        assert ids is not None
+        chosen = ids
+    else:
+        best = scores.argmax(-1, keepdim=True)  # NaN counts as the highest
+        chosen = best if ids is None else ids.gather(1, best)
+        chosen = chosen.where(scores.gather(1, best).abs() < math.inf, NOT_FINITE)
+    chosen = chosen.long().masked_fill(state.finished[:, None], pad)
+    state.output.scatter_(0, state.slot[None], chosen.T)
+    torch.clamp(chosen, min=0, out=state.tokens)
+    # not torch.isin: with ten end tokens or more it sorts, and waits for the result
+    state.finished.logical_or_((state.tokens == ends).any(1))
+    state.slot.add_(1)

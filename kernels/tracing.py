@@ -9,19 +9,21 @@ from typing import Any
 import torch
 
 
-def traceable(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def traceable(
+    fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a launcher: a plain call in eager mode, the operation `smollm2::<name>` while torch.compile
     traces.
 
     fake: same arguments -> empty outputs of the right shape, dtype and strides; it replaces the launcher
-    during tracing. Always calling the registered operation would be simpler, but costs 12 us more a call (15
-    against 27 us for an operation of three small tensors on a CPU), and a step makes some 500 calls. A raw
-    launch inside an autograd.Function is no alternative: without a GPU, Dynamo refuses it. The operation is
-    kept as `.op` for opcheck.
+    during tracing. mutates: the arguments that the launcher writes into. Always calling the registered
+    operation would be simpler, but costs 12 us more a call (15 against 27 us for an operation of three small
+    tensors on a CPU), and a step makes some 500 calls. A raw launch inside an autograd.Function is no
+    alternative: without a GPU, Dynamo refuses it. The operation is kept as `.op` for opcheck.
     """
 
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
-        op = torch.library.custom_op(f"smollm2::{launch.__name__.strip('_')}", launch, mutates_args=())
+        op = torch.library.custom_op(f"smollm2::{launch.__name__.strip('_')}", launch, mutates_args=mutates)
         op.register_fake(fake)
 
         @functools.wraps(launch)

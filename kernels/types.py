@@ -1,4 +1,5 @@
-"""What every backend provides: the operations of a SmolLM2 block and their signatures; and a block's weights.
+"""What every backend provides: the operations of a SmolLM2 block and of a decode step, and their signatures;
+the weights of a block, and the state of a generation.
 
 Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width,
 F ffn width, N tokens, V vocabulary. kernels/reference.py says what each operation computes.
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 Matrix = TypeVar("Matrix")  # a Tensor, or another form of a matrix that the caller can multiply by
+NOT_FINITE = -1  # in the place of a token: the row's scores are NaN or infinite
 
 
 class LayerWeights(NamedTuple, Generic[Matrix]):
@@ -24,6 +26,15 @@ class LayerWeights(NamedTuple, Generic[Matrix]):
     post_norm: Tensor  # [E]
     gate_up: Matrix  # [2F, E]
     down: Matrix  # [E, F]
+
+
+class TokenState(NamedTuple):
+    """What a generation knows of its B rows between two decode steps, in buffers that stay where they are."""
+
+    tokens: Tensor  # [B, 1] int64: the next to be fed
+    finished: Tensor  # [B] bool
+    output: Tensor  # [C, B] int64: the tokens put out, NOT_FINITE among them
+    slot: Tensor  # [B] int64: where in `output` the row's next token goes
 
 
 class RMSNorm(Protocol):
@@ -50,6 +61,16 @@ class RopeQKV(Protocol):
     def __call__(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class RopeCache(Protocol):
+    """(qkv [B, T, H + 2K, D], cos and sin as in Rope, caches [B, S, K, D], lengths [B]) -> q [B, T, H, D].
+    Writes caches.
+    """
+
+    def __call__(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
+    ) -> Tensor: ...
 
 
 class Attention(Protocol):
@@ -112,7 +133,36 @@ class DecodeLayer(Protocol):
 class DecodeHead(Protocol):
     """(x [..., E], norm_weight [E], head_weight [V, E]) -> fp32 logits [..., V]."""
 
-    def __call__(self, x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float, *, dependent: bool = False
+    ) -> Tensor: ...  # fmt: skip
+
+
+class DecodeBest(Protocol):
+    """(x [R, E], norm_weight [E], head_weight [V, E], suppressed [V]) -> (scores [R, P], ids [R, P])."""
+
+    def __call__(
+        self, x: Tensor, norm_weight: Tensor, head_weight: Tensor, eps: float,
+        suppressed: Tensor | None = None, *, dependent: bool = False,
+    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+
+
+class DecodeInputs(Protocol):
+    """(tokens [B, T], embedding [V, E], lengths [B], tables [P, D/2]) -> (x [B, T, E], cos and sin
+    [B, T, D/2]). Advances lengths.
+    """
+
+    def __call__(
+        self, tokens: Tensor, embedding: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class NextToken(Protocol):
+    """(scores [B, P], ids [B, P], ends [N]) -> nothing. Writes state."""
+
+    def __call__(
+        self, scores: Tensor | None, ids: Tensor | None, state: TokenState, ends: Tensor, pad: int
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -124,14 +174,18 @@ class Backend:
     add_rms_norm: AddRMSNorm
     rope: Rope
     rope_qkv: RopeQKV
+    rope_cache: RopeCache
     attention: Attention
     decode_attention: DecodeAttention
     swiglu: SwiGLU
     tied_embedding: TiedEmbedding
     mlp: MLP
     linear_cross_entropy: LinearCrossEntropy
+    decode_inputs: DecodeInputs
     decode_layer: DecodeLayer
     decode_head: DecodeHead
+    decode_best: DecodeBest
+    next_token: NextToken
     why: str = "asked for"  # the reason for the choice, printed when a run starts
     replaced: frozenset[str] = frozenset()  # the operations that with_ops took from another backend
 

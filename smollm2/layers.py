@@ -102,19 +102,18 @@ class SmolLM2Attention(FusedProjections):
     ) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]. A cache receives the keys and values of the T tokens."""
         heads = self.project(x).unflatten(-1, (-1, self.head_dim))
+        if cache is not None and cache.lengths is not None:
+            q = self.backend.rope_cache(heads, cos, sin, cache.keys, cache.values, cache.lengths)
+            mixed = self.backend.decode_attention(q, cache.keys, cache.values, cache.lengths)
+            return self.apply_one(self.o_proj, mixed.flatten(2))
         q, k, v = self.backend.rope_qkv(heads, cos, sin, self.key_heads)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             mixed = self.backend.attention(q, k, v, doc_start, dropout_p=dropout)
-        elif cache.lengths is None:
+        else:
             cache.keys[:, -x.shape[1] :] = k
             cache.values[:, -x.shape[1] :] = v
             mixed = self.backend.attention(q, cache.keys, cache.values, doc_start)
-        else:
-            row = torch.arange(len(x), device=x.device)[:, None]
-            position = new_positions(cache.lengths, x.shape[1])
-            cache.keys[row, position], cache.values[row, position] = k, v
-            mixed = self.backend.decode_attention(q, cache.keys, cache.values, cache.lengths)
         return self.apply_one(self.o_proj, mixed.flatten(2))
 
     def projections(self) -> tuple[nn.Linear, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.types import NOT_FINITE
 from smollm2.errors import UsageError
 
 _MASK = (1 << 64) - 1
@@ -18,7 +19,6 @@ _INCREMENT = 0x9E3779B97F4A7C15
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 # 1 in the fixed-point weights that `Sampler` adds up: 2^30 of them fit int64; the noise is coarser than 2^-32
 _ONE = 1 << 32
-NOT_FINITE = -1  # in the place of a token: the row's logits are NaN or infinite
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 

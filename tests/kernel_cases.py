@@ -161,6 +161,7 @@ NAMES = {
     "add_rms_norm": (("y", "sum"), ("dx", "dresidual", "dw")),
     "rope": (("q", "k"), ("dq", "dk")),
     "rope_qkv": (("q", "k", "v"), ("dqkv",)),
+    "rope_cache": (("q", "keys", "values"), ()),
     "attention": (("out",), ("dq", "dk", "dv")),
     "decode_attention": (("out",), ()),
     "swiglu": (("y",), ("dgate", "dup")),
@@ -168,6 +169,8 @@ NAMES = {
     "tied_embedding": (("x", "head"), ("dweight",)),
     "linear_cross_entropy": (("loss",), ("dhidden", "dweight")),
 }
+# What an operation writes: the index of a tensor in a Call, whose copy is an output after those returned.
+WRITTEN = {"rope_cache": (3, 4)}
 
 
 @dataclass
@@ -195,10 +198,12 @@ class Call:
 
     def forward(self, backend: Any) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """(leaves, outputs) on that backend."""
-        differentiable = self.op != "decode_attention"  # the cache has no gradient
+        differentiable = self.op not in ("decode_attention", "rope_cache")  # the cache has no gradient
         tensors = [x.detach().requires_grad_(differentiable and x.is_floating_point()) for x in self.tensors]
         out = getattr(backend, self.op)(*tensors, *self.rest, **self.options)
-        return [x for x in tensors if x.is_floating_point()], out if isinstance(out, tuple) else (out,)
+        written = [tensors[index].clone() for index in WRITTEN.get(self.op, ())]
+        outputs = (*(out if isinstance(out, tuple) else (out,)), *written)
+        return [x for x in tensors if x.is_floating_point()], outputs
 
     def run(self, backend: Any, upstream: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(outputs, gradients of `tensors`) for those upstream gradients."""
@@ -253,6 +258,11 @@ def small_calls(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "add_rms_norm": Call("add_rms_norm", (d(7, 96), gap(d(7, 96)), d(96)), (EPS,)),
         "rope": Call("rope", (inner(d(2, 19, 3, 32)), d(2, 19, 1, 32)), tables),
         "rope_qkv": Call("rope_qkv", (inner(d(2, 19, 5, 32)),), (*tables, 1)),
+        "rope_cache": Call(
+            "rope_cache",
+            (inner(d(2, 3, 5, 32)), *angles(2, 3, 16), keys, d(2, 140, 1, 32)),
+            (lengths,),
+        ),
         "attention": Call("attention", qkv.split((3, 1, 1), dim=2), (doc_start,)),
         "decode_attention": Call("decode_attention", (d(2, 2, 3, 32), keys, d(2, 140, 1, 32)), (lengths,)),
         "swiglu": Call("swiglu", (gap(d(5, 513)), inner(d(5, 513)))),
@@ -271,6 +281,6 @@ def small_calls(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
 
 
 CALLS = [
-    "rms_norm", "add_rms_norm", "rope", "rope_qkv", "attention", "decode_attention", "swiglu",
+    "rms_norm", "add_rms_norm", "rope", "rope_qkv", "rope_cache", "attention", "decode_attention", "swiglu",
     "swiglu packed", "linear_cross_entropy", "tied_embedding", "mlp",
 ]  # fmt: skip

@@ -19,6 +19,9 @@ from generation_cases import (
 
 from smollm2.engine.captured import DecodeLoops, captured_steps
 from smollm2.engine.eager import Engine
+from smollm2.engine.quantized import QuantizedEngine
+from smollm2.errors import UsageError
+from smollm2.generation.loop import generate_steps
 from smollm2.sampling import SamplingParams
 
 LENGTHS = (9, 1, 30, 17)
@@ -154,8 +157,49 @@ def test_the_triton_backend_gives_the_same_tokens():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, plain = (tiny_model(name, device, num_hidden_layers=1) for name in ("triton", "torch"))
     (ids, mask), loops = prompts((5, 2)), DecodeLoops(Engine(model), 2)
-    for params, new in ((GREEDY, 4), (SAMPLED, 3)):
+    odd = SamplingParams(suppress_tokens=tuple(range(0, 512, 2)))
+    for params, new in ((GREEDY, 4), (SAMPLED, 3), (odd, 2)):
         options = dict(params=params, max_new_tokens=new)
         found = looped(loops, ids, mask, [0, 1], **options)
         assert found == eager(model, ids, mask, [0, 1], **options)
         assert found == eager(plain, ids, mask, [0, 1], **options)
+
+
+def test_more_rows_than_the_fused_kernels_take():
+    """Whole logits in the model's dtype; some rows end, some tokens are suppressed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=1, num_key_value_heads=1)
+    model = tiny_model("triton", device, num_hidden_layers=1, vocab_size=128, **sizes)
+    (ids, mask), params = prompts([2] * 17), SamplingParams(suppress_tokens=(1, 2))
+    options = dict(params=params, max_new_tokens=3, eos_token_ids=range(64), pad_token_id=1)
+    found = looped(DecodeLoops(Engine(model), 2), ids % 128, mask, [0] * 17, **options)
+    assert found == eager(model, ids % 128, mask, [0] * 17, **options)
+    assert 0 < found[1].count(1) < 17
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_engine_in_a_loop_gives_its_own_tokens(kind):
+    model = tiny_model()
+    engine, (ids, mask) = QuantizedEngine(model, kind), prompts((5, 9))
+    for params in (GREEDY, SamplingParams(suppress_tokens=tuple(range(0, 512, 2)))):
+        options = dict(params=params, max_new_tokens=12)
+        steps = generate_steps(model, ids, mask, seed=[0, 1], engine=engine, **options)
+        expected = [tokens.tolist() for tokens in steps]
+        assert looped(DecodeLoops(engine), ids, mask, [0, 1], **options) == expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_logits_that_are_not_finite_end_the_text_with_an_error(params, backend):
+    """From the second token on, which the loop chooses."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model(backend, device, num_hidden_layers=1)
+    ids, mask = prompts((5, 2))
+    steps = captured_steps(
+        DecodeLoops(Engine(model), 1), ids, mask.sum(1), params=params, seeds=[0, 1], max_new_tokens=9
+    )
+    next(steps)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(UsageError, match="logits: expected finite numbers, got NaN or infinity"):
+        list(steps)

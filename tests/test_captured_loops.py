@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from generation_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
+from kernel_cases import INTERPRETED
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.launches import count
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.engine.captured import (
     KEPT_GRAPHS,
@@ -175,6 +177,30 @@ def test_a_refill_sends_its_arguments_and_needs_no_values(monkeypatch):
     assert set(refill.found) - set(sent) <= made_there
     loop.park([1])
     loop.run(4)
+
+
+@pytest.mark.skipif(
+    not INTERPRETED, reason="the launches are counted where Triton's interpreter would run them"
+)
+@pytest.mark.parametrize(
+    "batch, suppressed, around", [(1, (), 3), (16, (3, 5), 3), (17, (), 4), (17, (3, 5), 5)]
+)
+def test_a_greedy_step_is_its_layers_and_three_launches(batch, suppressed, around, monkeypatch):
+    """What it begins with, norm and head, what it ends with. Above 16 rows norm and head are two launches,
+    and to suppress tokens is one.
+    """
+    monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda *_, **__: None)
+
+    def launches(layers):
+        config = SmolLM2Config.preset("tiny", num_hidden_layers=layers)
+        loop = DecodeLoop(Engine(SmolLM2ForCausalLM(config, "triton").to("meta")), batch, 64, chunk=4)
+        ids = torch.ones(batch, 2, dtype=torch.int64, device="meta")
+        loop.start(ids, ids.sum(1), [0] * batch, Choice(SamplingParams(suppressed), (2,)))
+        loop.run(1)  # the first step makes the rotary tables
+        return sum(count(lambda: loop.run(1), loop.device).values()) - 1  # but for the slots, set to 0
+
+    one, two = launches(1), launches(2)
+    assert one - (two - one) == around
 
 
 def test_the_proof_sees_what_comes_from_the_host_and_refuses_values():

@@ -51,6 +51,7 @@ def test_clean_row_passes():
         ({"matrix": {}, "target": "gfx1100", "shared": 1024}, "no v_wmma"),
         ({"kernel": "_swiglu_fwd_kernel", "wide_loads": 0}, "0 loads"),
         ({"kernel": "_swiglu_fwd_kernel", "wide_stores": 0}, "0 stores"),
+        ({"kernel": "_next_token_kernel", "wide_loads": 0, "constants": {"SCORES": True}}, "0 loads"),
         (
             {"kernel": "_softmax_gradient_kernel", "wide_stores": 0, "constants": {"GRADIENT": True}},
             "0 stores",

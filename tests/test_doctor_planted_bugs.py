@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import TORCH, Backend, reference
 from kernels.eager.linear import mlp
+from kernels.eager.pointwise import rope_cache
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, doctor
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def failures(model: SmolLM2ForCausalLM) -> set[str]:
 
 
 def planted(**operations: Callable[..., Any]) -> Backend:
-    """The reference with operations replaced; rotation and SwiGLU in both forms that the switch has."""
+    """The reference with operations replaced; rotation and SwiGLU in all forms that the switch has."""
     if swiglu := operations.get("swiglu"):
         operations["mlp"] = partial(mlp, swiglu=swiglu)
     if rope := operations.get("rope"):
@@ -38,7 +39,7 @@ def planted(**operations: Callable[..., Any]) -> Backend:
             q, k, v = qkv.split((qkv.shape[2] - 2 * key_heads, key_heads, key_heads), dim=2)
             return *rope(q, k, cos, sin), v
 
-        operations["rope_qkv"] = rope_qkv
+        operations |= {"rope_qkv": rope_qkv, "rope_cache": partial(rope_cache, rope_qkv=rope_qkv)}
     return dataclasses.replace(TORCH, name="planted", **operations)
 
 

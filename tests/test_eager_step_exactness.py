@@ -14,7 +14,7 @@ from generation_cases import tiny_model
 from numerics import check
 from torch import Tensor
 
-from kernels import TORCH, reference
+from kernels import TORCH, reference, with_ops
 from smollm2 import SmolLM2ForCausalLM, generate
 from smollm2.engine import eager_step
 from smollm2.engine.cache import KVCache
@@ -118,7 +118,9 @@ def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(monke
 
 
 @pytest.mark.parametrize(
-    "op", "rms_norm add_rms_norm rope_qkv decode_attention swiglu decode_layer decode_head".split()
+    "op",
+    "rms_norm add_rms_norm rope_qkv rope_cache decode_attention swiglu decode_inputs decode_layer "
+    "decode_head".split(),
 )
 def test_a_replaced_operation_is_called(op):
     model, calls = model_of(), []
@@ -128,7 +130,7 @@ def test_a_replaced_operation_is_called(op):
         return getattr(reference, op)(*args, **options)
 
     expected = run(model, [5], [1])[0]
-    model.backend = dataclasses.replace(TORCH, **{op: counted})
+    model.backend = with_ops(TORCH, **{op: dataclasses.replace(TORCH, **{op: counted})})
     torch.testing.assert_close(run(model, [5], [1])[0], expected, rtol=1e-4, atol=1e-4)
     assert calls
 

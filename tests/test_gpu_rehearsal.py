@@ -31,8 +31,9 @@ OF_TRAINING = {
     "_swiglu_bwd_kernel", "_swiglu_fwd_kernel",
 }  # fmt: skip
 OF_DECODING = {
-    "_combine_o_kernel", "_decode_attention_combine_kernel", "_decode_attention_split_kernel", "_down_kernel",
-    "_norm_gate_up_kernel", "_norm_head_kernel", "_norm_qkv_rope_kernel",
+    "_combine_o_kernel", "_decode_attention_combine_kernel", "_decode_attention_split_kernel",
+    "_decode_inputs_kernel", "_next_token_kernel", "_norm_gate_up_kernel",
+    "_norm_head_kernel", "_norm_qkv_rope_kernel", "_project_kernel", "_rope_cache_kernel",
 }  # fmt: skip
 KERNELS = OF_TRAINING | OF_DECODING | {"_mlp_fwd_kernel", "_mlp_bwd_kernel"}
 # What a stand-in cannot have: numbers, a torch that was built with CUDA, libraries that are not installed.

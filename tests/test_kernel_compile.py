@@ -111,14 +111,16 @@ def recorded_arguments(monkeypatch, name):
 def test_all_launchers_are_known():
     assert sorted(LAUNCHERS) == [
         "_attention_backward", "_attention_forward", "_decode_attention", "_linear_cross_entropy",
-        "_rms_norm_backward", "_rms_norm_forward", "_rope_gather_gradient", "_rope_rotate",
+        "_rms_norm_backward", "_rms_norm_forward", "_rope_cache", "_rope_gather_gradient", "_rope_rotate",
         "_swiglu_backward", "_swiglu_forward",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_opcheck(name, monkeypatch):
-    """The schema is true (no writes, no aliases), and the fake has the real shapes, dtypes and strides."""
+    """The schema is true (writes, if it names what, and no aliases), and the fake has the real shapes, dtypes
+    and strides.
+    """
     calls = recorded_arguments(monkeypatch, name)
     assert calls
     for args in calls:

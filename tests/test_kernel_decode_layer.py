@@ -27,6 +27,7 @@ from kernel_cases import (
     swapped,
 )  # fmt: skip
 
+from bench.launches import count, triton_part
 from kernels import LayerWeights, decode_layer, with_ops
 from kernels.backend import LAYER_OPS
 
@@ -342,11 +343,21 @@ def test_the_layer_itself_replaced():
     assert_same(run(arguments, with_ops(TORCH, decode_layer=TRITON)), run(arguments))
 
 
+@pytest.mark.parametrize("dtype", WITHOUT_FP16)
 @pytest.mark.parametrize("batch, new", [(17, 1), (3, 6), (2, 16)])
-def test_more_rows_are_composed(batch, new, monkeypatch):
+def test_more_rows_are_composed(batch, new, dtype, monkeypatch):
     """By the kernels of the single operations, within the contract too."""
     monkeypatch.setattr(decode_layer, "decode_layer", None)  # the fused layer must not be called
-    agree(layer([new + row for row in range(batch)], new))
+    agree(layer([new + row for row in range(batch)], new, dtype=dtype))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's library may take two kernels for a product")
+def test_launches_of_a_composed_layer():
+    """Four products and seven kernels between them: the positions in the caches take none."""
+    arguments = layer([3] * 32, capacity=140)
+    found = count(lambda: run(arguments, **{name: arguments[name] for name in CACHES}), DEVICE)
+    del found["fill_"]  # of poison_empty
+    assert (sum(found.values()), triton_part(found), found["_rope_cache_kernel"]) == (11, 6, 1), found
 
 
 # Bad input

@@ -101,7 +101,7 @@ from kernels.certify.targets import TARGETS
 
 target = TARGETS["sm_90"]
 labels = "decode 1x1, 1000 keys", "decode 16x1, 1024 keys"
-cases.CASES = [case for case in cases.CASES if case.label in labels]
+cases.CASES = [case for case in cases.CASES if case.label in labels or case.label.startswith("step")]
 launches = {launch.key: launch for launch in cases.record(target) if launch.dtype == "bfloat16"}
 for launch in launches.values():
     if launch.constants.get("DEPENDENT"):
@@ -171,3 +171,35 @@ def test_the_wait_stands_in_no_loop(compiled):
         before, after = ptx.split(WAIT)
         labels = set(re.findall(r"^(\$\w+):", before, re.M))
         assert not labels & set(re.findall(r"bra(?:\.uni)?\s+(\$\w+)", after)), kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="launches overlap on a GPU only")
+@pytest.mark.parametrize("rows", [1, 4, 5, 16])
+def test_overlapping_launches_give_the_bits_of_separate_ones(rows, monkeypatch):
+    """Many layers behind each other in one graph, again and again: whatever was read too early would show."""
+    arguments = layer([100 + 30 * row for row in range(rows)], capacity=600, dtype=torch.bfloat16)
+    names = "key_cache", "value_cache"
+
+    def captured():
+        static = {**arguments, **{name: arguments[name].clone() for name in names}}
+
+        def step():
+            x = static["x"]
+            for _ in range(30):
+                x = TRITON.decode_layer(**{**static, "x": x}, eps=EPS, ops=TRITON, dependent=True)
+            return x
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        return graph, [out, *(static[name] for name in names)]
+
+    overlapping, ours = captured()
+    monkeypatch.setattr(launch_config, "DEPENDENT_LAUNCH", ())
+    separate, expected = captured()
+    separate.replay()
+    for _ in range(300):
+        overlapping.replay()
+        assert_same(ours, expected)

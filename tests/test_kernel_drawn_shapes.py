@@ -4,7 +4,20 @@ import os
 
 import pytest
 import torch
-from kernel_cases import DEVICE, EPS, HEAD_LAYOUTS, ROW_LAYOUTS, agree, angles, draw
+from kernel_cases import (
+    DEVICE,
+    EPS,
+    HEAD_LAYOUTS,
+    ROW_LAYOUTS,
+    TORCH,
+    TRITON,
+    agree,
+    angles,
+    assert_same,
+    draw,
+)  # fmt: skip
+
+from kernels.types import TokenState
 
 pytest.importorskip("hypothesis", reason="the shapes are drawn by hypothesis, which is not installed")
 from hypothesis import given, settings  # noqa: E402
@@ -84,6 +97,23 @@ def test_rope(data, seed):
 
 @SETTINGS
 @given(data=st.data(), seed=SEEDS)
+def test_rope_cache(data, seed):
+    drawn = Drawn(data, seed, {name: CACHE_LAYOUTS[name] for name in CACHE_LAYOUTS if "expanded" not in name})
+    batch, new, heads, key_heads, more = drawn.upto(11, 5, 4, 3, 40)
+    capacity, head_dim = new + more, drawn.one_of(2, 8, 64)
+    lengths = [data.draw(st.integers(new, capacity)) for _ in range(batch)]
+    cache = batch, capacity, key_heads, head_dim
+    tensors = (
+        drawn.tensor(batch, new, heads + 2 * key_heads, head_dim),
+        *angles(*([batch] * drawn.one_of(False, True)), new, head_dim // 2),
+        drawn.tensor(*cache),
+        drawn.tensor(*cache),
+    )
+    agree("rope_cache", tensors, torch.tensor(lengths, device=DEVICE))
+
+
+@SETTINGS
+@given(data=st.data(), seed=SEEDS)
 def test_attention(data, seed):
     drawn = Drawn(data, seed, HEAD_LAYOUTS)
     batch, key_heads, group, queries, more = drawn.upto(2, 2, 3, 70, 40)
@@ -113,6 +143,28 @@ def test_decode_attention(data, seed):
         drawn.tensor(batch, capacity, key_heads, 32),
     )
     agree("decode_attention", tensors, torch.tensor(lengths, device=DEVICE))
+
+
+@SETTINGS
+@given(data=st.data(), seed=SEEDS)
+def test_ends_of_a_decode_step(data, seed):
+    """Exact, so the same as the reference's."""
+    drawn = Drawn(data, seed, ROW_LAYOUTS)
+    batch, new, width, vocabulary, positions, half = drawn.upto(5, 4, 130, 300, 40, 20)
+    tokens = torch.randint(0, vocabulary, (batch, new)).to(DEVICE)
+    lengths = torch.randint(0, positions, (batch,)).to(DEVICE)
+    given_inputs = drawn.tensor(vocabulary, width), *angles(positions + new, half)
+    pairs = []
+    for ops in (TRITON, TORCH):
+        after = lengths.clone()
+        state = TokenState(tokens[:, :1].clone(), lengths > 20, torch.zeros_like(tokens).t(), lengths % new)
+        state = state._replace(output=state.output.contiguous())
+        found = ops.decode_inputs(tokens, given_inputs[0], after, *given_inputs[1:])
+        pairs.append((*found, after, *state))
+        torch.manual_seed(seed)
+        scores = drawn.layouts["dense"](draw(batch, vocabulary, dtype=torch.float16).round(decimals=1))
+        ops.next_token(scores, None, state, tokens[0], vocabulary)
+    assert_same(*pairs)
 
 
 @SETTINGS

@@ -100,6 +100,21 @@ def test_four_generated_tokens(temperature):
     assert ours.shape == (2, 13)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_tokens_of_more_rows_than_the_fused_layer_takes(hooked):
+    """By the composition, or where a layer has a hook by the layers themselves: both call rope_cache."""
+    prompts = torch.randint(0, 64, (17, 3)).to(DEVICE)
+    mask = torch.ones_like(prompts)
+    mask[::2, :2] = 0
+    tokens = []
+    for backend in (TRITON, TORCH):
+        model = build(backend, initializer_range=0.3, **SMALL).eval()
+        if hooked:
+            model.model.layers[0].self_attn.register_forward_hook(lambda *_: None)
+        tokens.append(generate(model, prompts, attention_mask=mask, max_new_tokens=3, eos_token_id=[]))
+    assert torch.equal(*tokens)
+
+
 def test_gradient_checkpointing_changes_nothing():
     inputs = batch(length=9, vocabulary=64)
     plain, thrifty = build(TRITON, **SMALL), build(TRITON, **SMALL)
@@ -115,8 +130,9 @@ def test_every_single_replacement(op):
     """
     backend = select_backend(f"triton,{op}=torch", DEVICE)
     assert backend.name == f"triton,{op}=torch"
-    # mlp composes the swiglu of its backend
-    others = [name for name in OPS if name != op and (op, name) != ("swiglu", "mlp")]
+    # of the operations of their backend
+    composed = {"swiglu": "mlp", "rope_qkv": "rope_cache", "decode_head": "decode_best"}
+    others = [name for name in OPS if name not in (op, composed.get(op))]
     assert getattr(backend, op) is getattr(TORCH, op) and all(
         getattr(backend, name) is getattr(TRITON, name) for name in others
     )

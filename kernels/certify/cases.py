@@ -19,7 +19,7 @@ from kernels.certify.recorder import RecordedLaunch, Recorder, recording, tensor
 from kernels.certify.targets import Target
 from kernels.decode_head import decode_head
 from kernels.mlp import mlp
-from kernels.types import Backend, LayerWeights
+from kernels.types import Backend, LayerWeights, TokenState
 
 EPS = 1e-5
 HEAD_DIM = 64
@@ -99,6 +99,15 @@ def rope_views(run: Recorder, ops: Backend) -> None:
     run.backward(*ops.rope(q, k, *tables(512, HEAD_DIM // 2)))
 
 
+def rope_into_caches(run: Recorder, ops: Backend, model: str, head_dim: int = HEAD_DIM) -> None:
+    """One new token for each of 32 rows, with one table for all of them."""
+    size, dtype = MODELS[model], run.dtype
+    qkv = tensor(32, 1, size.heads + 2 * size.key_heads, head_dim, dtype=dtype, grad=False)
+    keys, values = (tensor(32, 1024, size.key_heads, head_dim, dtype=dtype, grad=False) for _ in range(2))
+    lengths = tensor(32, dtype=torch.int64, grad=False)
+    ops.rope_cache(qkv, *tables(1, head_dim // 2), keys, values, lengths)
+
+
 def swiglu_separate(run: Recorder, ops: Backend) -> None:
     run.backward(ops.swiglu(tensor(32, 512, 1536, dtype=run.dtype), tensor(32, 512, 1536, dtype=run.dtype)))
 
@@ -167,6 +176,25 @@ def head(run: Recorder, ops: Backend, model: str) -> None:
     decode_head(x, scale, weight, EPS)
 
 
+def ends(run: Recorder, ops: Backend, model: str, batch: int = 1) -> None:
+    """What lies between the layers of a decode step: greedy, greedy with suppressed tokens, sampled."""
+    width = MODELS[model].hidden
+
+    def integers(*shape: int) -> Tensor:
+        return tensor(*shape, dtype=torch.int64, grad=False)
+
+    flags = (tensor(size, dtype=torch.bool, grad=False) for size in (batch, VOCABULARY))
+    (finished, suppressed), stop = flags, integers(1)
+    state = TokenState(integers(batch, 1), finished, integers(16, batch), integers(batch))
+    shapes = (batch, width), (width,), (VOCABULARY, width)
+    x, scale, weight = (tensor(*shape, dtype=run.dtype, grad=False) for shape in shapes)
+    with torch.no_grad():
+        ops.decode_inputs(state.tokens, weight, integers(batch), *tables(2048, HEAD_DIM // 2))
+        for mask in (None, suppressed):
+            ops.next_token(*ops.decode_best(x, scale, weight, EPS, mask), state, stop, 0)
+        ops.next_token(None, integers(batch, 1), state, stop, 0)
+
+
 def optimizer(run: Recorder, ops: Backend) -> None:
     """The clip norm and AdamW with copies in the run's dtype (fp32: none), over a layer of the 135M model and
     its embedding.
@@ -231,9 +259,16 @@ CASES = (
     # more rows than the fused layer supports: the composition
     Case("decode 32x1, 1000 keys", decode, {"batch": 32}, every_dtype=True),
     Case("decode 32x1, 100 keys", decode, {"batch": 32, "keys": 100}),
+    Case("rope into caches, 1.7B", rope_into_caches, {"model": "1.7B"}),
+    Case("rope into caches, head dim 128", rope_into_caches, {"model": "135M", "head_dim": 128}),
     Case("head 135M", head, {"model": "135M"}, every_dtype=True),
     Case("head 360M", head, {"model": "360M"}),
     Case("head 1.7B", head, {"model": "1.7B"}),
+    Case("ends of a step 135M", ends, {"model": "135M"}, every_dtype=True),
+    Case("ends of a step 360M", ends, {"model": "360M"}),
+    Case("ends of a step 1.7B", ends, {"model": "1.7B"}),
+    # whole logits
+    Case("ends of a step, 32 rows", ends, {"model": "135M", "batch": 32}, every_dtype=True),
     Case(OPTIMIZER, optimizer, {}, every_dtype=True),
 )
 

@@ -9,12 +9,13 @@ from kernels.certify.targets import TARGETS
 
 # Kernels that only move data: each must read and write 16 bytes at a time.
 MEMORY_BOUND = {
-    "_rms_norm_fwd_kernel", "_rms_norm_bwd_dx_kernel", "_rope_kernel", "_swiglu_fwd_kernel",
-    "_swiglu_bwd_kernel", "_softmax_gradient_kernel", "_adamw_kernel", "_norm_qkv_rope_kernel",
-    "_norm_gate_up_kernel", "_down_kernel", "_norm_head_kernel",
+    "_rms_norm_fwd_kernel", "_rms_norm_bwd_dx_kernel", "_rope_kernel", "_rope_cache_kernel",
+    "_swiglu_fwd_kernel", "_swiglu_bwd_kernel", "_softmax_gradient_kernel", "_adamw_kernel",
+    "_norm_qkv_rope_kernel", "_norm_gate_up_kernel", "_project_kernel", "_norm_head_kernel",
+    "_decode_inputs_kernel", "_next_token_kernel",
 }  # fmt: skip
-# The ops of a decode step, which read weights but write only single rows.
-READS_ONLY = {"decode_layer", "decode_head"}
+# The ops and kernels of a decode step that read weights or scores but write only single rows, or numbers.
+READS_ONLY = {"decode_layer", "decode_head", "_next_token_kernel"}
 # Kernels that must use their target's own matrix instruction. Decoding is not among them: its tiles have 16
 # rows.
 MATRIX_BOUND = {
@@ -47,14 +48,19 @@ def faults(rows: Iterable[Row]) -> list[str]:
             if kernel in MATRIX_BOUND and not figures["matrix"].get(target.matrix):
                 found.append(f"{name}: no {target.matrix} instruction, only {figures['matrix'] or 'none'}")
             loads, stores = figures["wide_loads"], figures["wide_stores"]
-            wide = loads and (stores or not _stores_rows(row))
+            wide = (loads or not _reads_rows(row)) and (stores or not _stores_rows(row))
             if kernel in MEMORY_BOUND and dtype == "bfloat16" and not wide:
                 found.append(f"{name}: {loads} loads and {stores} stores of 16 bytes")
     return found
+
+
+def _reads_rows(row: Row) -> bool:
+    """Whether the kernel reads more than single numbers. The end of a sampled decode step does not."""
+    return bool(row["constants"].get("SCORES", True))
 
 
 def _stores_rows(row: Row) -> bool:
     """Whether the kernel writes tensors as large as those it reads. A decode step and the loss without its
     gradient do not.
     """
-    return row["op"] not in READS_ONLY and bool(row["constants"].get("GRADIENT", True))
+    return not READS_ONLY & {row["op"], row["kernel"]} and bool(row["constants"].get("GRADIENT", True))

@@ -27,14 +27,15 @@ from kernels.certify.targets import Target
 
 KERNEL_MODULES = (
     "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "decode_product",
-    "embedding", "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
+    "decode_step", "embedding", "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 
 # The options that a launcher may set; the others follow from the target and the version of Triton.
 OPTIONS = (
     "num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu",
-    "matrix_instr_nonkdim", "kpack", "launch_pdl",
+    "matrix_instr_nonkdim", "kpack",
 )  # fmt: skip
+DEPENDENT = "launch_pdl"  # of the few launches that set it
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ class Recorder(StandIn):
                 },
                 attributes={path[0]: value for path, value in compile["configs"][0].items() if value},
                 options={
-                    name: data["options"][name] for name in OPTIONS if data["options"].get(name) is not None
+                    name: value
+                    for name, value in data["options"].items()
+                    if name in OPTIONS and value is not None or name == DEPENDENT and value
                 },
             )
         )

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import checks, reference
+from kernels.types import RopeQKV
 
 
 def _differentiated(*tensors: Tensor) -> bool:
@@ -128,6 +129,23 @@ def rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, key_heads: int) -> tuple[Ten
         return reference.rope_qkv(qkv, cos, sin, key_heads)
     checks.rope_qkv(qkv, cos, sin, key_heads)
     return _RopePacked.apply(qkv, cos, sin, key_heads)
+
+
+def rope_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, *,
+    rope_qkv: RopeQKV = rope_qkv,
+) -> Tensor:  # fmt: skip
+    """`kernels.reference.rope_cache`: qkv [B, T, H + 2K, D], caches [B, S, K, D], lengths [B] -> q.
+
+    The positions must lie in the caches: torch's indexing raises IndexError beyond their end, and counts
+    negative ones from there. rope_qkv: the operation that is composed.
+    """
+    checks.rope_cache(qkv, key_cache, value_cache, lengths)
+    q, k, v = rope_qkv(qkv, cos, sin, key_cache.shape[2])
+    row = torch.arange(len(lengths), device=qkv.device)[:, None]
+    position = lengths[:, None] + torch.arange(-qkv.shape[1], 0, device=qkv.device)  # [B, T]
+    key_cache[row, position], value_cache[row, position] = k, v
+    return q
 
 
 class _SwiGLUPacked(torch.autograd.Function):

@@ -55,12 +55,16 @@ class KVCache:
 
     def advance(self, tokens: int) -> None:
         """Counts that many more tokens in every row. Raises ValueError beyond the capacity, unless fixed."""
+        self.reserve(tokens)
+        self.lengths += tokens
+
+    def reserve(self, tokens: int) -> None:
+        """The host's part of `advance`, where the device advances `lengths` itself."""
         if not self.fixed:
             if self.longest + tokens > self.capacity:
                 room = f"expected at most {self.capacity} tokens"
                 raise ValueError(f"cache: {room}, got {self.longest} + {tokens}")
             self.longest += tokens
-        self.lengths += tokens
 
     def clear(self) -> None:
         """Back to a new cache in the same memory. Zeros, because the text before may have left infinities."""

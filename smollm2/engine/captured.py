@@ -2,6 +2,8 @@
 
     embed -> layers -> norm -> lm_head -> sample -> ended? -> output      one CUDA graph, read back in chunks
 
+Greedy decoding takes three launches besides the layers' (kernels/decode_step.py, decode_head.py).
+
 The kernels of a small model's step take less time than their launches from Python, and a host that waits for
 every token adds to that. So everything that a step reads or writes lies in buffers that stay where they are
 (`DecodeLoop`): the token, the cache and how far it is filled, the noise of every position, which rows have
@@ -33,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.types import TokenState
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
@@ -62,6 +65,8 @@ class _Step:
     sampler: Sampler
     ends: Tensor  # [number of end tokens]
     pad: int
+    greedy: bool  # the head finds the most likely token itself, and its logits need not exist
+    suppressed: Tensor | None  # [V] bool, where greedy and where there are any
     graph: torch.cuda.CUDAGraph | None = None
     tables: object = None  # of the rotation, which the graph reads even when the model has longer ones
 
@@ -102,7 +107,8 @@ class DecodeLoop:
         # By position, made once per text: hashing in the step would take thirty launches, a look-up one.
         self.noise = torch.zeros(batch, capacity, device=self.device)
         self.output = torch.zeros(self.chunk, batch, dtype=torch.int64, device=self.device)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=self.device)  # the next row of `output`
+        # the next row of `output`, counted by each row of the batch for itself
+        self.slot = torch.zeros(batch, dtype=torch.int64, device=self.device)
         # Two, because one chunk is read on the host while the next is written.
         self._pinned = [self._pinned_like(self.output) for _ in range(2)]
         self._steps: dict[Choice, _Step] = {}  # the one used last at the end
@@ -253,25 +259,29 @@ class DecodeLoop:
 
     def _advance(self, step: _Step) -> None:
         """The step that is captured."""
-        self._choose(step, self.engine.decode(self.tokens, self.cache)[:, -1])
+        if step.greedy:
+            self._put_out(step, *self.engine.decode_best(self.tokens, self.cache, step.suppressed))
+        else:
+            self._choose(step, self.engine.decode(self.tokens, self.cache)[:, -1])
 
     def _choose(self, step: _Step, logits: Tensor) -> None:
-        """logits [B, V] -> the next token, into `tokens` and `output`.
+        """logits [B, V] -> the next token, put out.
 
         Its index in its text is `cache.lengths`, the number of tokens fed so far.
         """
         noise = None
         if step.sampler.needs_noise:
             noise = self.noise.gather(1, self.cache.lengths[:, None]).squeeze(1)
-        chosen = step.sampler(logits, noise, self.seen)[:, None].masked_fill(self.finished[:, None], step.pad)
-        self.output.index_copy_(0, self.slot, chosen.T)
-        # `output` keeps the mark of a row that is not finite, for read_tokens; the embedding has no such row
-        torch.clamp(chosen, min=0, out=self.tokens)
+        self._put_out(step, None, step.sampler(logits, noise, self.seen)[:, None])
         if step.sampler.needs_seen:
             self.seen.scatter_(1, self.tokens, True)
-        # Not torch.isin: with ten end tokens or more it sorts, and waits for the result.
-        self.finished.logical_or_((self.tokens == step.ends).any(1))
-        self.slot.add_(1)
+
+    def _put_out(self, step: _Step, scores: Tensor | None, ids: Tensor | None) -> None:
+        """The best of the candidates [B, P] into `tokens` and `output`, and which rows have ended. `output`
+        keeps the mark of a row that is not finite, for read_tokens.
+        """
+        state = TokenState(self.tokens, self.finished, self.output, self.slot)
+        self.engine.model.backend.next_token(scores, ids, state, step.ends, step.pad)
 
     def _prepare(self, choice: Choice) -> _Step:
         """The step of that choice, captured now unless it was used before. Overwrites the buffers."""
@@ -281,8 +291,7 @@ class DecodeLoop:
             self._pool, self._weights = None, weights
         step = self._steps.pop(choice, None)
         if step is None:
-            ends = torch.tensor(choice.eos_token_ids, dtype=torch.int64, device=self.device)
-            step = _Step(Sampler(choice.params, self.device), ends, choice.pad_token_id)
+            step = self._new_step(choice)
             if self.captures:
                 self._capture(step)
                 step.tables = self.engine.model.model.rotary(self.device, self.cache.capacity)
@@ -290,6 +299,17 @@ class DecodeLoop:
         if len(self._steps) > KEPT_GRAPHS:
             del self._steps[next(iter(self._steps))]
         return step
+
+    def _new_step(self, choice: Choice) -> _Step:
+        model, params, sampler = self.engine.model, choice.params, Sampler(choice.params, self.device)
+        ends = torch.tensor(choice.eos_token_ids, dtype=torch.int64, device=self.device)
+        greedy = not (sampler.needs_noise or sampler.needs_seen) and model.is_plain()
+        suppressed = None
+        if greedy and params.suppress_tokens:
+            mask = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+            mask[list(params.suppress_tokens)] = True
+            suppressed = mask.to(self.device)
+        return _Step(sampler, ends, choice.pad_token_id, greedy, suppressed)
 
     def _addresses(self) -> tuple[object, ...]:
         model = self.engine.model

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager_step import Weights, decode_step, packed_weights, supports
-from smollm2.layers import Cache, autocast_dtype, new_positions
+from smollm2.layers import Cache, autocast_dtype
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.projections import apply, is_plain
 
@@ -75,41 +75,72 @@ class Engine:
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Appends a few tokens to every row: [B, T] -> logits [B, T, V] in fp32. The cache grows by T."""
+        self._look(cache)
+        with torch.inference_mode(), outside_autocast(tokens.device):
+            return self._decode(tokens, cache)
+
+    def decode_best(
+        self, tokens: Tensor, cache: KVCache, suppressed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `decode`, for greedy choice of the next token of plain models: [B, 1] -> candidates [B, P], as
+        the backend's decode_best gives them. suppressed [V] bool: tokens that are not chosen.
+        """
+        self._look(cache)
+        with torch.inference_mode(), outside_autocast(tokens.device):
+            return self._best(self._hidden(tokens, cache)[:, -1], suppressed)
+
+    def _look(self, cache: KVCache) -> None:
+        """Renews what is derived from the model at the first step after a prompt."""
         if not (self.renewed and cache.longest):
             self.renew()
             self.renewed = True
-        with torch.inference_mode(), outside_autocast(tokens.device):
-            return self._decode(tokens, cache)
 
     def renew(self) -> None:
         """Looks at the layers and the weights of the model, which may have changed since the last text."""
         self.plain, self._packed = self.model.is_plain(), None
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        model, length = self.model, tokens.shape[1]
+        model = self.model
         if self.plain and supports(model, cache):
             return decode_step(model, self._weights(tokens.numel()), tokens, cache).float()
-        cache.advance(length)
-        if not self.plain:
-            layers = [Cache(*cache.layer(index), cache.lengths) for index in range(len(model.model.layers))]
-            return apply(model.lm_head, model.model(tokens, cache=layers)).float()
-        position = new_positions(cache.lengths, length)
-        cos, sin = (table[position] for table in model.model.rotary(tokens.device, cache.capacity))
-        return self._composed(model.model.embed_tokens(tokens), cos, sin, cache)
+        if self.plain:
+            return self._logits(self._hidden(tokens, cache))
+        cache.advance(tokens.shape[1])
+        layers = [Cache(*cache.layer(index), cache.lengths) for index in range(len(model.model.layers))]
+        return apply(model.lm_head, model.model(tokens, cache=layers)).float()
 
     def _weights(self, rows: int) -> Weights:
         """The matrices of the step on a CPU for so many tokens."""
         self._packed = self._packed or packed_weights(self.model)
         return self._packed
 
-    def _composed(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
-        """The step by the backend's operations: embeddings [B, T, hidden] -> logits [B, T, V] in fp32."""
-        model, ops, eps = self.model, self.model.backend, self.model.config.rms_norm_eps
-        for index, weights in enumerate(model.pack()):
+    def _hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """The step by the backend's operations, up to its head: tokens [B, T] -> [B, T, hidden]."""
+        model = self.model
+        cache.reserve(tokens.shape[1])
+        tables = model.model.rotary(tokens.device, cache.capacity)
+        inputs = model.backend.decode_inputs(tokens, model.model.embed_tokens.weight, cache.lengths, *tables)
+        return self._blocks(*inputs, cache)
+
+    def _blocks(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
+        ops, eps = self.model.backend, self.model.config.rms_norm_eps
+        for index, weights in enumerate(self.model.pack()):
             x = ops.decode_layer(
                 x, weights, *cache.layer(index), cache.lengths, cos, sin, eps=eps, ops=ops, dependent=True
             )
-        return ops.decode_head(x, model.model.norm.weight, model.lm_head.weight, eps)
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The head: [B, T, hidden] -> logits [B, T, V] in fp32."""
+        model = self.model
+        norm, eps = model.model.norm.weight, model.config.rms_norm_eps
+        return model.backend.decode_head(x, norm, model.lm_head.weight, eps, dependent=True)
+
+    def _best(self, x: Tensor, suppressed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The head for greedy decoding: [B, hidden] -> candidates [B, P]."""
+        model = self.model
+        norm, eps = model.model.norm.weight, model.config.rms_norm_eps
+        return model.backend.decode_best(x, norm, model.lm_head.weight, eps, suppressed, dependent=True)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.why})" if self.why else self.name

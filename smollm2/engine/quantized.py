@@ -204,12 +204,20 @@ class QuantizedEngine(Engine):
         self.many = self.many or batch_weights(self.few)
         return self.many
 
-    def _composed(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
+    def _blocks(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
         backend, eps = self.model.backend, self.model.config.rms_norm_eps
         layer = partial(reference.decode_layer, eps=eps, ops=backend, linear=linear)
         for index, weights in enumerate(self.layers):
             x = layer(x, weights, *cache.layer(index), cache.lengths, cos, sin)
-        return linear(backend.rms_norm(x, self.model.model.norm.weight, eps), self.head).float()
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        norm, eps = self.model.model.norm.weight, self.model.config.rms_norm_eps
+        return linear(self.model.backend.rms_norm(x, norm, eps), self.head).float()
+
+    def _best(self, x: Tensor, suppressed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        logits = self._logits(x)
+        return logits if suppressed is None else logits.masked_fill(suppressed, -torch.inf), None
 
 
 def quantized_layers(
