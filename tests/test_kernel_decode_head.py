@@ -77,10 +77,12 @@ def test_size_of_the_stream(scale):
 
 
 def test_logits_are_not_rounded_to_the_model():
-    """In 16 bits the logits are closer to the truth than any 16-bit logits could be."""
-    tensors = inputs(4, width=576, vocabulary=200, dtype=torch.float16)
-    truth = composed(*(tensor.double() for tensor in tensors))
-    ours = decode_head(*tensors, EPS)
+    """In 16 bits the logits are closer to the truth of the scaled weights, which are rounded once, than any
+    16-bit logits could be.
+    """
+    x, scale, weight = inputs(4, width=576, vocabulary=200, dtype=torch.float16)
+    truth = composed(x.double(), torch.ones_like(scale).double(), (weight * scale).double())
+    ours = decode_head(x, scale, weight, EPS)
     assert (ours - truth).abs().max() < 0.1 * (truth.half() - truth).abs().max()
 
 
@@ -142,7 +144,7 @@ def same_best(*tensors, suppressed=None):
     logits = logits.where(~logits.isnan(), torch.inf)
     if suppressed is not None:
         logits = logits.masked_fill(suppressed, -torch.inf)
-    columns = launch_config("decode_head", tensors[0].dtype, DEVICE, tensors[0].shape[1]).block_n
+    columns = 8 * launch_config("decode_head", tensors[0].dtype, DEVICE, tensors[0].shape[1]).block_n
     padded = F.pad(logits, (0, -logits.shape[1] % columns), value=-torch.inf).unflatten(1, (-1, columns))
     expected = padded.max(-1)
     first = expected.indices + torch.arange(0, padded.shape[1] * columns, columns, device=DEVICE)
@@ -229,9 +231,9 @@ def test_the_token_is_that_of_the_composition(rows, dtype):
 def test_a_replaced_head_is_called_for_the_best_too():
     calls = []
 
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(args)
-        return reference.decode_head(*args)
+        return reference.decode_head(*args, **options)
 
     marked = dataclasses.replace(TORCH, name="marked", decode_head=counted)
     with_ops(TRITON, decode_head=marked).decode_best(*inputs(2), EPS)
@@ -278,5 +280,5 @@ def test_bad_input_of_the_best_is_refused(change, message, ops):
 
 
 def test_torch_compile_sees_one_operation():
-    torch.library.opcheck(_decode_head.op, (*inputs(3), EPS))
-    torch.library.opcheck(_decode_best.op, (*inputs(3), EPS, mask_of(101)))
+    torch.library.opcheck(_decode_head.op, (*inputs(3), EPS, False))
+    torch.library.opcheck(_decode_best.op, (*inputs(3), EPS, mask_of(101), False))
