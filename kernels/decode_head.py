@@ -63,7 +63,21 @@ def _norm_head_kernel(
     scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
     wait(DEPENDENT)
     logits = norm_multiply(
-        x_ptr, x_stride, rows, ws, w, exists, scales, scale_ptr, EPS, WIDTH, GROUPS, WARPS, AHEAD, DEPENDENT
+        x_ptr,
+        x_stride,
+        rows,
+        ws,
+        w,
+        exists,
+        scales,
+        scale_ptr,
+        EPS,
+        WIDTH,
+        GROUPS,
+        WARPS,
+        AHEAD,
+        DEPENDENT,
+        EXACT=True,
     )
     row = tl.arange(0, 16).to(tl.int64)
     if BEST:

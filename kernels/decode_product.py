@@ -137,9 +137,10 @@ def scale_tiles(scale_ptr, WIDTH: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.c
 def norm_multiply(
     x_ptr, x_stride, rows, ws, w, there, scales, scale_ptr, EPS: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+    EXACT: tl.constexpr = False,
 ):  # fmt: skip
     """`multiply` of the normalised rows, without rounding them: x (w * scale)^T * rstd, rstd =
-    1 / sqrt(mean(x^2) + EPS), with w * scale rounded to the weights' dtype.
+    1 / sqrt(mean(x^2) + EPS). w * scale is rounded to the weights' dtype, unless EXACT.
     """
     TILES: tl.constexpr = (WIDTH + 32 * WARPS - 1) // (32 * WARPS)
     row = members(2)
@@ -153,8 +154,11 @@ def norm_multiply(
             ws = ws + (tile(w, there, t + AHEAD, WIDTH, WARPS),)
             scales = scales + (tile(scale_ptr + 0 * members(1), members(1) < 8, t + AHEAD, WIDTH, WARPS),)
             xs = xs + (tile(x, inside, t + AHEAD, WIDTH, WARPS),)
-        scaled = (ws[t].to(tl.float32) * scales[t].to(tl.float32)).to(ws[t].dtype)
+        wide = ws[t].to(tl.float32) * scales[t].to(tl.float32)
+        scaled = wide.to(ws[t].dtype)
         acc = add_product(acc, xs[t], scaled, GROUPS, WARPS)
+        if EXACT and ws[t].dtype != tl.float32:  # what rounding took away has as many bits again
+            acc = add_product(acc, xs[t], (wide - scaled.to(tl.float32)).to(ws[t].dtype), GROUPS, WARPS)
         squares = add_squares(squares, xs[t], WARPS)
     index = tl.arange(0, 16)
     own = index[:, None] == index[None, :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ from kernels.certify import __main__ as certify  # noqa: E402
 RECORD = """
 import dataclasses, json, torch
 from collections import Counter
-from kernels import launch_config
+from triton.compiler import ASTSource, compile
+from kernels import decode_step, launch_config
 from kernels.backend import load_triton
 from kernels.certify import cases, targets
 from kernels.certify.recorder import recording, tensor
@@ -45,6 +47,12 @@ def step(run):
         ids = torch.zeros(32, 512, dtype=torch.int64)
     run.backward(model(ids, labels=ids).loss)
 
+def ptx(launch):
+    attributes = {(int(index),): value for index, value in launch["attributes"].items()}
+    kernel = getattr(decode_step, launch["kernel"])
+    source = ASTSource(kernel, launch["signature"], launch["constants"], attributes)
+    return compile(source, targets.TARGETS["sm_90"].gpu, launch["options"]).asm["ptx"]
+
 shapes = ((1, 1, 100), (1, 1, 1000), (2, 1, 1000), (15, 1, 1000), (16, 1, 2000), (1, 16, 1000), (5, 3, 1000))
 counted = Counter((launch["phase"], launch["op"]) for launch in record(step))
 composed = launch_counts(cases.record(targets.TARGETS["sm_90"]))["step"]
@@ -52,6 +60,11 @@ found = {
     "swiglu": record(swiglu),
     "slices": record(swiglu_of_slices),
     "step": [{p: {op: n for (q, op), n in counted.items() if p == q} for p in composed}, composed],
+    "ends": [
+        [launch["kernel"], ptx(launch)]
+        for launch in record(lambda run: cases.ends(run, ops, "135M"))
+        if launch["op"] == "decode_step"
+    ],
     "decode": [record(lambda run: cases.decode(run, ops, *shape)) for shape in shapes],
 }
 row = launch_config.Row(1 << 20, launch_config.LaunchConfig(2, 256, 8), architectures=("gfx1100",))
@@ -132,6 +145,22 @@ def test_a_decode_layer_is_five_launches_whatever_its_rows(recorded):
             launch for launch in first if launch[0] == "decode_layer"
         ]
         assert len(other) == 5
+
+
+def test_what_a_program_writes_over_it_has_read_before_a_barrier(recorded):
+    """All threads of a program read its row's length, or its mark and slot, and one of them writes these. No
+    interpreter shows this race.
+    """
+    assert len(recorded["ends"]) == 4  # of a greedy step, twice the end; of a sampled one, the end
+    for kernel, text in recorded["ends"]:
+        accesses = re.findall(r"\b(ld\.global|st\.global|bar\.sync)(?:.*?\[ *(%rd\d+)[ +\]])?", text)
+        reads = {address for kind, address in accesses if kind == "ld.global"}
+        last = max(index for index, (kind, _) in enumerate(accesses) if kind == "bar.sync")
+        before, after = accesses[:last], accesses[last:]
+        assert not reads & {address for kind, address in before if kind == "st.global"}, kernel
+        written = [address for kind, address in after if kind == "st.global"]
+        assert len(written) == {"_decode_inputs_kernel": 1, "_next_token_kernel": 2}[kernel]
+        assert reads >= set(written), kernel
 
 
 def test_interpreter_is_refused(monkeypatch, capsys):

@@ -173,7 +173,7 @@ def head(run: Recorder, ops: Backend, model: str) -> None:
     width = MODELS[model].hidden
     shapes = (1, 1, width), (width,), (VOCABULARY, width)
     x, scale, weight = (tensor(*shape, dtype=run.dtype, grad=False) for shape in shapes)
-    decode_head(x, scale, weight, EPS)
+    decode_head(x, scale, weight, EPS, dependent=True)
 
 
 def ends(run: Recorder, ops: Backend, model: str, batch: int = 1) -> None:
@@ -191,7 +191,7 @@ def ends(run: Recorder, ops: Backend, model: str, batch: int = 1) -> None:
     with torch.no_grad():
         ops.decode_inputs(state.tokens, weight, integers(batch), *tables(2048, HEAD_DIM // 2))
         for mask in (None, suppressed):
-            ops.next_token(*ops.decode_best(x, scale, weight, EPS, mask), state, stop, 0)
+            ops.next_token(*ops.decode_best(x, scale, weight, EPS, mask, dependent=True), state, stop, 0)
         ops.next_token(None, integers(batch, 1), state, stop, 0)
 
 
