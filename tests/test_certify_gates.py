@@ -55,7 +55,6 @@ def test_clean_row_passes():
         ({**OF_O, "matrix": {"wgmma": 16}}, "no mma.sync instruction, only {'wgmma': 16}"),
         ({**OF_O, "matrix": {}, "kernel": "_project_kernel"}, "no mma.sync instruction, only none"),
         ({"kernel": "_norm_head_kernel", "matrix": {}, "target": "sm_80", "dtype": "float16"}, "no mma.sync"),
-        ({"kernel": "_decode_attention_split_kernel", "matrix": {}, "target": "sm_100"}, "no mma.sync"),
         ({**OF_O, "target": "gfx942", "shared": 1024}, "no v_mfma"),
         ({**OF_O, "wide_loads": 0, "wide_stores": 0}, "0 loads"),
         ({"kernel": "_swiglu_fwd_kernel", "wide_loads": 0}, "0 loads"),
