@@ -34,6 +34,9 @@ def row(version: str = "3.7.1", **changes: Any) -> dict[str, Any]:
     return {**passing, "figures": {version: {**FIGURES, **changed}}, **others}
 
 
+OF_O = {"kernel": "_combine_o_kernel", "op": "decode_layer", "matrix": {"mma.sync": 8}}
+
+
 def test_clean_row_passes():
     assert certify.faults([row()]) == []
 
@@ -49,6 +52,11 @@ def test_clean_row_passes():
         ({"matrix": {"mma.sync": 128}}, "no wgmma"),
         ({"target": "sm_100"}, "no tcgen05"),
         ({"matrix": {}, "target": "gfx1100", "shared": 1024}, "no v_wmma"),
+        ({**OF_O, "matrix": {"wgmma": 16}}, "no mma.sync instruction, only {'wgmma': 16}"),
+        ({**OF_O, "matrix": {}, "kernel": "_project_kernel"}, "no mma.sync instruction, only none"),
+        ({"kernel": "_norm_head_kernel", "matrix": {}, "target": "sm_80", "dtype": "float16"}, "no mma.sync"),
+        ({**OF_O, "target": "gfx942", "shared": 1024}, "no v_mfma"),
+        ({**OF_O, "wide_loads": 0, "wide_stores": 0}, "0 loads"),
         ({"kernel": "_swiglu_fwd_kernel", "wide_loads": 0}, "0 loads"),
         ({"kernel": "_swiglu_fwd_kernel", "wide_stores": 0}, "0 stores"),
         ({"kernel": "_next_token_kernel", "wide_loads": 0, "constants": {"SCORES": True}}, "0 loads"),
@@ -76,6 +84,9 @@ def test_a_fault_in_one_version_is_a_fault():
         {"spill_bytes": 8, "dtype": "float32"},  # ieee fp32: reported only
         {"spill_bytes": 8, "target": "gfx942", "matrix": {"v_mfma": 4}, "shared": 1024},
         {"kernel": "_decode_attention_split_kernel", "matrix": {"mma.sync": 4}},
+        {**OF_O, "wide_stores": 0},
+        {**OF_O, "matrix": {}, "dtype": "float32"},
+        {**OF_O, "matrix": {"v_mfma": 4}, "target": "gfx942", "shared": 1024},
         {"kernel": "_softmax_gradient_kernel", "wide_stores": 0, "constants": {"GRADIENT": False}},
     ],
 )

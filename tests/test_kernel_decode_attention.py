@@ -51,9 +51,10 @@ def test_head_dims(head_dim):
     agree("decode_attention", inputs(2, 2, 131, head_dim=head_dim), filled(131, 128))
 
 
-def test_rows_that_see_nothing():
-    """Fewer keys than new queries: the first of them see none and give zeros."""
-    (out,), _ = agree("decode_attention", inputs(3, 4, 140), filled(0, 1, 3))
+@pytest.mark.parametrize("capacity", [40, 140])
+def test_rows_that_see_nothing(capacity):
+    """Fewer keys than new queries: the first of them see none and give zeros, in one split and in two."""
+    (out,), _ = agree("decode_attention", inputs(3, 4, capacity), filled(0, 1, 3))
     assert (out[0] == 0).all() and (out[1, :3] == 0).all() and (out[2, :1] == 0).all()
 
 

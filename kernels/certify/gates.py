@@ -11,16 +11,21 @@ from kernels.certify.targets import TARGETS
 MEMORY_BOUND = {
     "_rms_norm_fwd_kernel", "_rms_norm_bwd_dx_kernel", "_rope_kernel", "_rope_cache_kernel",
     "_swiglu_fwd_kernel", "_swiglu_bwd_kernel", "_softmax_gradient_kernel", "_adamw_kernel",
-    "_norm_qkv_rope_kernel", "_norm_gate_up_kernel", "_project_kernel", "_norm_head_kernel",
-    "_decode_inputs_kernel", "_next_token_kernel",
+    "_norm_qkv_rope_kernel", "_norm_gate_up_kernel", "_combine_o_kernel", "_project_kernel",
+    "_norm_head_kernel", "_decode_inputs_kernel", "_next_token_kernel",
 }  # fmt: skip
 # The ops and kernels of a decode step that read weights or scores but write only single rows, or numbers.
 READS_ONLY = {"decode_layer", "decode_head", "_next_token_kernel"}
-# Kernels that must use their target's own matrix instruction. Decoding is not among them: its tiles have 16
-# rows.
+# Kernels that must use their target's own matrix instruction.
 MATRIX_BOUND = {
     "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel", "_mlp_fwd_kernel",
     "_mlp_bwd_kernel",
+}  # fmt: skip
+# The products of a decode step have 16 rows. On every NVIDIA target that takes mma.sync: wgmma and tcgen05
+# want 64 and more.
+SIXTEEN_ROWS = {
+    "_norm_qkv_rope_kernel", "_combine_o_kernel", "_project_kernel", "_norm_gate_up_kernel",
+    "_norm_head_kernel",
 }  # fmt: skip
 
 # One line of certificate.json: a launch, without its repetitions, and its Figures by version of Triton.
@@ -45,8 +50,9 @@ def faults(rows: Iterable[Row]) -> list[str]:
                 found.append(f"{name}: spills {figures['spill_bytes']} bytes")
             if figures.get("serialized"):
                 found.append(f"{name}: ptxas serialized its matrix instructions")
-            if kernel in MATRIX_BOUND and not figures["matrix"].get(target.matrix):
-                found.append(f"{name}: no {target.matrix} instruction, only {figures['matrix'] or 'none'}")
+            wanted = "mma.sync" if kernel in SIXTEEN_ROWS and target.nvidia else target.matrix
+            if kernel in MATRIX_BOUND | SIXTEEN_ROWS and not figures["matrix"].get(wanted):
+                found.append(f"{name}: no {wanted} instruction, only {figures['matrix'] or 'none'}")
             loads, stores = figures["wide_loads"], figures["wide_stores"]
             wide = (loads or not _reads_rows(row)) and (stores or not _stores_rows(row))
             if kernel in MEMORY_BOUND and dtype == "bfloat16" and not wide:
