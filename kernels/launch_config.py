@@ -213,9 +213,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "decode_head": (
         INTERPRETED_GROUPS,
         AMD_GROUPS,
-        Row(1024, LaunchConfig(8, 4, num_warps=4)),
-        Row(4096, LaunchConfig(4, 4, num_warps=8)),
-        Row(1 << 14, LaunchConfig(4, 2, num_warps=16)),
+        Row(640, LaunchConfig(5, 2, num_warps=4)),
+        Row(4096, LaunchConfig(3, 2, num_warps=4)),
+        Row(1 << 14, LaunchConfig(2, 2, num_warps=8)),
     ),
     # block_n: columns of the vocabulary at a time. 16 warps, because all rows between their two passes must
     # fit in L2. More than one stage would prefetch the next columns; not measured.
