@@ -81,7 +81,7 @@ _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
     "decode_gate_up": ("decode_layer", "forward", ((5, 1, 4), (9, 2, 2), (5, 2, 4), (5, 2, 8))),
     "decode_o": ("decode_layer", "forward", ((8, 1, 4), (8, 2, 8))),
     "decode_down": ("decode_layer", "forward", ((16, 1, 4), (4, 1, 16), (8, 2, 8))),
-    "decode_head": ("decode_head", "forward", ((5, 4, 4), (3, 2, 4), (2, 4, 8), (9, 2, 2))),
+    "decode_head": ("decode_head", "forward", ((5, 2, 4), (2, 4, 4), (2, 4, 8), (9, 2, 2))),
 }  # fmt: skip
 CANDIDATES = {
     op: (case, phase, tuple(LaunchConfig(*line) for line in lines))

@@ -8,11 +8,11 @@ No backward pass.
 
 The kernel reads the head once, whatever N is: V E elements, 56.6 MB of the 135M model in 16 bits, 19 us at
 3.0 TB/s, the largest single read of a decode step (an 8-bit head would save 12 us of the step's floor of 98).
-A program owns 16 columns, 18 kB, and multiplies all rows at once (decode_product.py): 3,072 programs of four
+A program owns 32 columns, 37 kB, and multiplies all rows at once (decode_product.py): 1,536 programs of four
 warps. Each computes the norm again. The version before, which multiplied the rows one after the other, took
 an H100 78 us at 16 rows; this one has not been measured.
 
-Greedy decoding needs no logits. The same kernel then writes 8 bytes a program and row, an eighth of the
+Greedy decoding needs no logits. The same kernel then writes 8 bytes a program and row, a sixteenth of the
 logits' bytes, and the launch that ends the step (decode_step.py) reads only the fp32 half of them. Suppressed
 tokens count as -inf, NaN as +inf: a row's maximum tells whether the row is finite.
 

@@ -1,4 +1,4 @@
-"""One whole block for 1 to 16 new tokens in five or six launches, each weight read once.
+"""One whole block for 1 to 16 new tokens in six launches (five for one), each weight read once.
 
     1  norm, qkv, rope, cache    a = x (w * scale)^T * rstd,  rstd = 1 / sqrt(mean(x^2) + eps);  q, k rotated;
                                  k, v into the cache
@@ -30,14 +30,16 @@ beyond its bytes (first-byte latency, dependent loads, sums across warps) is lar
 bench.step_model --decode` predicts it. An H100 took 580 us a token at one row and 2,584 us at sixteen with
 the version before this one, which multiplied the rows one after the other; this one has not been measured.
 
-Every program of launch 3 adds all splits itself, up to 4 rows. With more rows that would be more bytes from
-L2 than a launch of its own costs: all programs together would read 21 MB at 16 rows and 1,024 keys.
+With one row, every program of launch 3 adds all splits itself. With more, that would be more instructions and
+bytes from L2 than a launch of its own costs: at 16 rows and 1,024 keys all programs together would read 21
+MB. By the model of bench.step_model two rows take 393 us a token with that launch and 416 without, four 393
+and 480.
 
 Batch invariance: the products of every R are the same compiled kernel (the row count is an ordinary argument,
-never specialised) over the same 16 rows, and both ways to add the splits take the same steps in the same
-order. So a row's bits do not depend on the other rows, on their number, or on the cache's capacity. (The tile
-of launch 2 grows with T: tokens decoded together may differ in the last bit from the same tokens decoded one
-by one.)
+never specialised) over the same 16 rows, and both forms of launch 3 take the same steps in the same order
+(the compiler goes through the k of one long dot as through a chain of dots). So a row's bits do not depend on
+the other rows, on their number, or on the cache's capacity. (The tile of launch 2 grows with T: tokens
+decoded together may differ in the last bit from the same tokens decoded one by one.)
 
 Rounded as in the composition: qkv before rope, then queries, keys and values; the attention output; the
 projections o, gate, up and down; both residual sums; h once, as in swiglu.py. Unlike the composition, the
@@ -74,9 +76,8 @@ from kernels.launch_config import TABLE, decode_launch
 from kernels.types import LayerWeights
 
 MAX_ROWS = 16
-MERGED_ROWS = 4
-# Up to so many elements of all rows' attention outputs (four rows of the 135M model, padded to 16 heads),
-# each program of launch 3 adds the splits itself. With more, they no longer fit its registers.
+# With more elements of a row's attention output, the splits no longer fit the registers of a program of
+# launch 3.
 MERGED_ELEMENTS = 4096
 MAX_WIDTH = TABLE["decode_down"][-1].size
 
@@ -154,15 +155,15 @@ def _sum(y, x):
     return (y.to(x.dtype).to(tl.float32) + x.to(tl.float32)).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["rows", "queries", "keys"])
+@triton.jit(do_not_specialize=["keys"])
 def _combine_o_kernel(
-    part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, w_ptr, x_ptr, sum_ptr, rows, queries, keys,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_H: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, w_ptr, x_ptr, sum_ptr, keys, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns 8 GROUPS columns of the residual stream, for all rows, of which there are at most ROWS
-    (1, 2 or 4). It adds the splits of all heads itself. Grid: ceil(WIDTH / (8 GROUPS)).
+    """`_decode_attention_combine_kernel` and `_project_kernel` of a single row, bit for bit: a program owns 8
+    GROUPS columns of the residual stream, and adds the splits of all heads itself. Grid:
+    ceil(WIDTH / (8 GROUPS)).
     """
     dtype: tl.constexpr = sum_ptr.dtype.element_ty
     INPUTS: tl.constexpr = HEADS * HEAD_DIM
@@ -171,23 +172,19 @@ def _combine_o_kernel(
     column = tl.program_id(0) * 8 * GROUPS + number % (8 * GROUPS)
     rows_of_w, t = w_ptr + column.to(tl.int64) * INPUTS, number // (8 * GROUPS)
     w = tile(rows_of_w, column < WIDTH, t, INPUTS, WARPS)  # all of it
-    own, there = _own(rows, WIDTH, 8 * GROUPS)
-    row = tl.arange(0, ROWS)[:, None, None]
-    head = tl.arange(0, BLOCK_H)[None, :, None]
-    # the lengths were written before the launch just before this one, which alone may still run
-    lengths = tl.load(lengths_ptr + row // queries, mask=row < rows, other=0).to(tl.int32)
+    own, there = _own(1, WIDTH, 8 * GROUPS)
+    head = tl.arange(0, BLOCK_H)[:, None]
     splits = tl.cdiv(keys, SPLIT)
-    filled = tl.minimum(tl.cdiv(tl.max(lengths), SPLIT), splits)
+    # the length was written before the launch just before this one, which alone may still run
+    filled = tl.minimum(tl.cdiv(tl.load(lengths_ptr).to(tl.int32), SPLIT), splits)
     wait(DEPENDENT)
     residual = tl.load(x_ptr + own, mask=there, other=0.0)
     mixed = combined(
-        part_ptr, part_max_ptr, part_sum_ptr, row * HEADS + head, (row < rows) & (head < HEADS), splits,
-        filled, HEAD_DIM, DEPENDENT
-    )  # fmt: skip
-    # [ROWS, BLOCK_H, HEAD_DIM] -> tiles: the rows again and again, of which only the first are stored
-    mixed = tl.permute(tl.reshape(mixed.to(dtype), [ROWS, TILES, WARPS, 32]), [1, 2, 0, 3])
-    mixed = tl.broadcast_to(mixed[:, None, :, None], [TILES, 2, WARPS, 8 // ROWS, ROWS, 32])
-    x = tl.reshape(mixed, [TILES * 2, WARPS, 8, 32])
+        part_ptr, part_max_ptr, part_sum_ptr, head, head < HEADS, splits, filled, HEAD_DIM, DEPENDENT
+    )
+    # [BLOCK_H, HEAD_DIM] -> tiles in which every row is this one, of which the first is stored
+    mixed = tl.reshape(mixed.to(dtype), [TILES, WARPS, 32])[:, None, :, None]
+    x = tl.reshape(tl.broadcast_to(mixed, [TILES, 2, WARPS, 8, 32]), [TILES * 2, WARPS, 8, 32])
     acc = add_product(tl.zeros([WARPS, 16, 8 * GROUPS], tl.float32), x, w, GROUPS, WARPS, TILES)
     tl.store(sum_ptr + own, _sum(tl.sum(acc, 0), residual), mask=there)
 
@@ -279,13 +276,12 @@ def _decode_layer(
     total = empty(rows, width)
     options = config("decode_o", heads * head_dim)
     grid = (triton.cdiv(width, 8 * options["GROUPS"]),)
-    padded_rows = triton.next_power_of_2(rows)
-    padded_heads = max(triton.next_power_of_2(heads), 32 * options["WARPS"] // head_dim)
-    if rows <= MERGED_ROWS and padded_rows * padded_heads * head_dim <= MERGED_ELEMENTS:
+    block_h = max(triton.next_power_of_2(heads), 32 * options["WARPS"] // head_dim)
+    if rows == 1 and block_h * head_dim <= MERGED_ELEMENTS:
         del options["AHEAD"]  # all tiles
         _combine_o_kernel[grid](
-            *parts, lengths, o, x, total, rows, queries, keys, WIDTH=width, HEADS=heads, HEAD_DIM=head_dim,
-            SPLIT=KEYS_PER_SPLIT, ROWS=padded_rows, BLOCK_H=padded_heads, **options,
+            *parts, lengths, o, x, total, keys, WIDTH=width, HEADS=heads, HEAD_DIM=head_dim,
+            SPLIT=KEYS_PER_SPLIT, BLOCK_H=block_h, **options,
         )  # fmt: skip
     else:
         mixed = empty(rows, heads, head_dim)
@@ -322,7 +318,7 @@ def decode_layer(
     x: Tensor, weights: LayerWeights, key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor,
     sin: Tensor, *, eps: float, dependent: bool = False,
 ) -> Tensor:  # fmt: skip
-    """One whole block for at most 16 rows in five launches (six above four rows): norm, qkv, rope, cache
+    """One whole block for at most 16 rows in six launches (five for a single row): norm, qkv, rope, cache
     write, attention, projection, norm, SwiGLU MLP.
 
     x [B, T, E] with 1 <= T and B * T <= 16 (float32, float16, bfloat16), contiguous weights of one dtype,

@@ -213,7 +213,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "decode_head": (
         INTERPRETED_GROUPS,
         AMD_GROUPS,
-        Row(640, LaunchConfig(5, 2, num_warps=4)),
+        Row(640, LaunchConfig(3, 4, num_warps=4)),
         Row(4096, LaunchConfig(3, 2, num_warps=4)),
         Row(1 << 14, LaunchConfig(2, 2, num_warps=8)),
     ),

@@ -248,8 +248,6 @@ CASES = (
     Case(DECODE, decode, {}, every_dtype=True),
     Case("decode 1x1, 100 keys", decode, {"keys": 100}),
     Case("decode 16x1, 1024 keys", decode, {"batch": 16, "keys": 1024}),
-    Case("decode 2x1, 1000 keys", decode, {"batch": 2}),
-    Case("decode 4x1, 1000 keys", decode, {"batch": 4}),
     Case("decode 2x4, 1000 keys", decode, {"batch": 2, "new": 4}),
     Case("decode 1x16, 1000 keys", decode, {"new": 16}),
     Case("decode 1x1, 360M", decode, {"model": "360M"}),
