@@ -185,7 +185,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "decode_gate_up": (
         INTERPRETED_GROUPS,
         AMD_GROUPS,
-        Row(1024, LaunchConfig(5, 4, num_warps=4)),
+        Row(640, LaunchConfig(5, 4, num_warps=4)),
         Row(4096, LaunchConfig(8, 2, num_warps=8)),
         Row(1 << 14, LaunchConfig(4, 2, num_warps=16)),
     ),
@@ -199,7 +199,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         INTERPRETED_GROUPS,
         AMD_GROUPS,
         Row(4096, LaunchConfig(8, 1, num_warps=8)),
-        Row(1 << 14, LaunchConfig(8, 1, num_warps=16)),
+        Row(1 << 14, LaunchConfig(4, 1, num_warps=16)),
     ),
     # A program requests a whole row of the embedding at once; with more warps the 64 lanes of gfx942 would
     # have less than 16 bytes each.
@@ -214,7 +214,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         INTERPRETED_GROUPS,
         AMD_GROUPS,
         Row(640, LaunchConfig(3, 4, num_warps=4)),
-        Row(4096, LaunchConfig(3, 2, num_warps=4)),
+        Row(1024, LaunchConfig(3, 2, num_warps=4)),
         Row(1 << 14, LaunchConfig(2, 2, num_warps=8)),
     ),
     # block_n: columns of the vocabulary at a time. 16 warps, because all rows between their two passes must

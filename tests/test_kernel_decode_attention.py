@@ -40,6 +40,12 @@ def test_lengths(length, dtype):
     agree("decode_attention", inputs(2, 1, 300, head_dim=64, dtype=dtype), filled(length, 300))
 
 
+def test_scores_far_below_zero():
+    """Their weights against a score of zero are nothing: a split that is not there must not count as one."""
+    q, keys, values = inputs(2, 1, 150)
+    agree("decode_attention", (q.abs() + 8, -keys.abs() - 8, values), filled(150, 3))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [2, 3, 7, 16])
 def test_several_new_queries(queries, dtype):
