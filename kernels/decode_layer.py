@@ -32,8 +32,7 @@ the version before this one, which multiplied the rows one after the other; this
 
 With one row, every program of launch 3 adds all splits itself. With more, that would be more instructions and
 bytes from L2 than a launch of its own costs: at 16 rows and 1,024 keys all programs together would read 21
-MB. By the model of bench.step_model two rows take 393 us a token with that launch and 416 without, four 393
-and 480.
+MB. By the model of bench.step_model four rows take 385 us a token with that launch, and 480 without.
 
 Batch invariance: the products of every R are the same compiled kernel (the row count is an ordinary argument,
 never specialised) over the same 16 rows, and both forms of launch 3 take the same steps in the same order
