@@ -70,13 +70,14 @@ def _decode_attention_split_kernel(
     inside = time < queries
     lane = tl.arange(0, HEAD_DIM)
     q_rows = q_ptr + batch * q_batch_stride + time.to(tl.int64) * q_time_stride + head * q_head_stride
-    length = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), keys)
-    last_key = length - queries + time  # [BLOCK_M]
+    length = tl.load(lengths_ptr + batch).to(tl.int32)
+    end = tl.minimum(length, keys)
+    last_key = tl.minimum(length - queries + time, end - 1)  # [BLOCK_M]
     k_head = k_ptr + batch * k_batch_stride + key_head * k_head_stride
     v_head = v_ptr + batch * v_batch_stride + key_head * v_head_stride
     if DEPENDENT:  # most keys and values are older than the launch before, but the newest are not
-        if split * SPLIT < length:
-            key = tl.minimum(split * SPLIT + tl.arange(0, SPLIT), length - 1).to(tl.int64)
+        if split * SPLIT < end:
+            key = tl.minimum(split * SPLIT + tl.arange(0, SPLIT), end - 1).to(tl.int64)
             _prefetch(k_head + key * k_time_stride, HEAD_DIM)
             _prefetch(v_head + key * v_time_stride, HEAD_DIM)
     wait(DEPENDENT)
@@ -84,10 +85,10 @@ def _decode_attention_split_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, length), BLOCK_N):
+    for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         row = key.to(tl.int64)
-        filled = key < length
+        filled = key < end
         # [HEAD_DIM, BLOCK_N]
         k = tl.load(k_head + row[None, :] * k_time_stride + lane[:, None], mask=filled[None, :], other=0.0)
         # [BLOCK_N, HEAD_DIM]
@@ -156,36 +157,14 @@ def combined(
     total = tl.where(there, 0.0, 0.0)
     acc = total + 0.0 * lane.to(tl.float32)
     acc, m, total = _add_splits(
-        acc,
-        m,
-        total,
-        part_ptr,
-        part_max_ptr,
-        part_sum_ptr,
-        first,
-        lane,
-        there,
-        0,
-        splits,
-        HEAD_DIM,
-        DEPENDENT,
-    )
+        acc, m, total, part_ptr, part_max_ptr, part_sum_ptr, first, lane, there, 0, splits, HEAD_DIM,
+        DEPENDENT
+    )  # fmt: skip
     for start in range(8, filled, 8):
         acc, m, total = _add_splits(
-            acc,
-            m,
-            total,
-            part_ptr,
-            part_max_ptr,
-            part_sum_ptr,
-            first,
-            lane,
-            there,
-            start,
-            splits,
-            HEAD_DIM,
-            False,
-        )
+            acc, m, total, part_ptr, part_max_ptr, part_sum_ptr, first, lane, there, start, splits, HEAD_DIM,
+            False
+        )  # fmt: skip
     return acc / tl.where(total == 0.0, 1.0, total)
 
 

@@ -63,22 +63,9 @@ def _norm_head_kernel(
     scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
     wait(DEPENDENT)
     logits = norm_multiply(
-        x_ptr,
-        x_stride,
-        rows,
-        ws,
-        w,
-        exists,
-        scales,
-        scale_ptr,
-        EPS,
-        WIDTH,
-        GROUPS,
-        WARPS,
-        AHEAD,
-        DEPENDENT,
-        EXACT=True,
-    )
+        x_ptr, x_stride, rows, ws, w, exists, scales, scale_ptr, EPS, WIDTH, GROUPS, WARPS, AHEAD, DEPENDENT,
+        EXACT=True
+    )  # fmt: skip
     row = tl.arange(0, 16).to(tl.int64)
     if BEST:
         score = tl.where(allowed[None, :], tl.where(logits == logits, logits, float("inf")), float("-inf"))

@@ -223,21 +223,9 @@ def _norm_gate_up_kernel(
     scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
     wait(DEPENDENT)
     y = norm_multiply(
-        x_ptr,
-        WIDTH,
-        rows,
-        ws,
-        w,
-        column < FFN,
-        scales,
-        scale_ptr,
-        EPS,
-        WIDTH,
-        GROUPS,
-        WARPS,
-        AHEAD,
-        DEPENDENT,
-    )
+        x_ptr, WIDTH, rows, ws, w, column < FFN, scales, scale_ptr, EPS, WIDTH, GROUPS, WARPS, AHEAD,
+        DEPENDENT
+    )  # fmt: skip
     gate, up = tl.split(tl.reshape(y.to(dtype), [16, COLUMNS, 2]))  # [16, COLUMNS]
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     row = tl.arange(0, 16)[:, None]

@@ -64,6 +64,11 @@ def test_rows_that_see_nothing(capacity):
     assert (out[0] == 0).all() and (out[1, :3] == 0).all() and (out[2, :1] == 0).all()
 
 
+def test_lengths_beyond_the_cache():
+    """What would lie there is not seen, and the queries see as much of the cache as their positions say."""
+    agree("decode_attention", inputs(3, 4, 40), filled(41, 43, 50))
+
+
 # The caches are not copied: their columns must lie side by side.
 LAYOUTS = {
     name: layout
