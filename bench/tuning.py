@@ -77,6 +77,8 @@ _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
         ((16, 32, 4, 2), (16, 128, 4, 2), (16, 64, 4, 3), (16, 64, 2, 2), (16, 128, 8, 2)),
     ),
     "decode_layer_attention": ("decode_layer", "forward", ((16, 64, 4, 2), (16, 128, 4, 2), (16, 64, 8, 3))),
+    "decode_inputs": ("decode_inputs", "forward", ((1, 0, 1), (1, 0, 4))),
+    "next_token": ("next_token", "forward", ((1, 2048, 8), (1, 4096, 16), (1, 8192, 32))),
     "decode_qkv": ("decode_layer", "forward", ((8, 1, 8), (16, 1, 2), (8, 2, 4))),
     "decode_gate_up": ("decode_layer", "forward", ((5, 1, 4), (9, 2, 2), (5, 2, 4), (5, 2, 8))),
     "decode_o": ("decode_layer", "forward", ((8, 1, 4), (8, 2, 8))),
