@@ -46,7 +46,8 @@ def same_kind(op: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
 def _indices(op: str, name: str, tensor: Tensor, wanted: list[int], like: Tensor, like_name: str) -> None:
     """An integer tensor of the wanted shape, on the device of `like`."""
     shape(tensor) == wanted or refuse(op, f"{name} of shape {wanted}", shape(tensor))
-    not tensor.is_floating_point() or refuse(op, f"{name} of an integer dtype", tensor.dtype)
+    integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    integer or refuse(op, f"{name} of an integer dtype", tensor.dtype)
     tensor.device == like.device or refuse(op, f"{name} on {like.device} as {like_name}", tensor.device)
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.decode_product import requested, wait
+from kernels.decode_product import early_length, requested, wait
 from kernels.launch_config import dependence, launch_config
 from kernels.tracing import traceable
 
@@ -70,7 +70,7 @@ def _decode_attention_split_kernel(
     inside = time < queries
     lane = tl.arange(0, HEAD_DIM)
     q_rows = q_ptr + batch * q_batch_stride + time.to(tl.int64) * q_time_stride + head * q_head_stride
-    length = tl.load(lengths_ptr + batch).to(tl.int32)
+    length = early_length(lengths_ptr + batch).to(tl.int32)
     end = tl.minimum(length, keys)
     last_key = tl.minimum(length - queries + time, end - 1)  # [BLOCK_M]
     k_head = k_ptr + batch * k_batch_stride + key_head * k_head_stride
@@ -175,7 +175,7 @@ def _decode_attention_combine_kernel(
 ):  # fmt: skip
     """A program owns one head of one query. Grid: B * T * H."""
     row = tl.program_id(0) + tl.arange(0, 1)
-    length = tl.load(lengths_ptr + tl.program_id(0) // (queries * HEADS)).to(tl.int32)
+    length = early_length(lengths_ptr + tl.program_id(0) // (queries * HEADS)).to(tl.int32)
     splits = tl.cdiv(keys, SPLIT)
     filled = tl.minimum(tl.cdiv(length, SPLIT), splits)
     wait(DEPENDENT)

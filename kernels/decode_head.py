@@ -55,13 +55,13 @@ def _norm_head_kernel(
     COLUMNS: tl.constexpr = 8 * GROUPS
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     allowed = column < vocabulary
-    if SUPPRESS:
-        allowed &= tl.load(suppressed_ptr + column, mask=allowed, other=1) == 0
     of_w = tl.program_id(0) * COLUMNS + members(GROUPS)
     w, exists = w_ptr + of_w.to(tl.int64) * w_stride, of_w < vocabulary
     ws = tiles(w, exists, WIDTH, WARPS, AHEAD)
     scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
     wait(DEPENDENT)
+    if SUPPRESS:
+        allowed &= tl.load(suppressed_ptr + column, mask=allowed, other=1) == 0
     logits = norm_multiply(
         x_ptr, x_stride, rows, ws, w, exists, scales, scale_ptr, EPS, WIDTH, GROUPS, WARPS, AHEAD, DEPENDENT,
         EXACT=True
@@ -121,7 +121,7 @@ def _decode_best(
 
 def supports(x: Tensor) -> bool:
     """Whether x [..., E] has few enough rows for the kernel."""
-    return x.numel() <= MAX_ROWS * x.shape[-1]
+    return x.dim() > 0 and x.numel() <= MAX_ROWS * x.shape[-1]
 
 
 def _check(op: str, x: Tensor, head_weight: Tensor) -> None:
@@ -145,6 +145,7 @@ def decode_head(
     """
     checks.decode_head(x, norm_weight, head_weight)
     _check("decode_head", x, head_weight)
+    dependent = dependent and norm_weight.is_contiguous()  # else the launch just before makes it so
     logits = _decode_head(dense_rows(x), norm_weight.contiguous(), head_weight, eps, dependent)
     return logits.view(*x.shape[:-1], head_weight.shape[0])
 
@@ -164,4 +165,5 @@ def decode_best(
     _check("decode_best", x, head_weight)
     if suppressed is not None:
         suppressed = suppressed.contiguous()
+    dependent = dependent and norm_weight.is_contiguous()
     return _decode_best(dense_rows(x), norm_weight.contiguous(), head_weight, eps, suppressed, dependent)

@@ -63,6 +63,7 @@ from kernels import checks
 from kernels.decode_attention import HEAD_DIMS, KEYS_PER_SPLIT, combine, combined, split_attention
 from kernels.decode_product import (
     add_product,
+    early_length,
     members,
     multiply,
     norm_multiply,
@@ -70,7 +71,7 @@ from kernels.decode_product import (
     tile,
     tiles,
     wait,
-)
+)  # fmt: skip
 from kernels.launch_config import TABLE, decode_launch
 from kernels.types import LayerWeights
 
@@ -174,8 +175,7 @@ def _combine_o_kernel(
     own, there = _own(1, WIDTH, 8 * GROUPS)
     head = tl.arange(0, BLOCK_H)[:, None]
     splits = tl.cdiv(keys, SPLIT)
-    # the length was written before the launch just before this one, which alone may still run
-    filled = tl.minimum(tl.cdiv(tl.load(lengths_ptr).to(tl.int32), SPLIT), splits)
+    filled = tl.minimum(tl.cdiv(early_length(lengths_ptr).to(tl.int32), SPLIT), splits)
     wait(DEPENDENT)
     residual = tl.load(x_ptr + own, mask=there, other=0.0)
     mixed = combined(
@@ -315,6 +315,8 @@ def decode_layer(
     reads no value: what is launched depends on shapes only, so a CUDA graph can hold it. A row's result does
     not depend on the other rows or on S. Raises ValueError naming what was expected. Same semantics as
     `kernels.reference.decode_layer`, which composes given operations; backend.py chooses between the two.
+    dependent: the launch just before writes none of the weights, so the first launch here may read them
+    before that one has ended.
     """
     op = "decode_layer"
     checks.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin)

@@ -42,6 +42,14 @@ def wait(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def early_length(pointer):
+    """A row's length, which an earlier launch than the one just before wrote, before `wait`. From L2: only
+    `wait` is certain to clear a multiprocessor's own cache.
+    """
+    return tl.load(pointer, cache_modifier=".cg")
+
+
+@triton.jit
 def requested(DEPENDENT: tl.constexpr):
     """Stands behind loads that should be under way together. ptxas would move them down between the products
     to save registers, and each would wait for a round trip of its own. It moves no load across this

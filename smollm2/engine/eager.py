@@ -10,11 +10,13 @@ Letters: B rows, T tokens of a row, V vocabulary.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import LayerWeights
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager_step import Weights, decode_step, packed_weights, supports
 from smollm2.layers import Cache, autocast_dtype
@@ -117,14 +119,21 @@ class Engine:
     def _hidden(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The step by the backend's operations, up to its head: tokens [B, T] -> [B, T, hidden]."""
         model = self.model
+        # First: a copy of weights just before the kernel that reads them early would not be seen by it.
+        layers = self._packed_layers()
         cache.reserve(tokens.shape[1])
         tables = model.model.rotary(tokens.device, cache.capacity)
         inputs = model.backend.decode_inputs(tokens, model.model.embed_tokens.weight, cache.lengths, *tables)
-        return self._blocks(*inputs, cache)
+        return self._blocks(layers, *inputs, cache)
 
-    def _blocks(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
+    def _packed_layers(self) -> list[LayerWeights[Any]]:
+        return self.model.pack()
+
+    def _blocks(
+        self, layers: list[LayerWeights[Any]], x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache
+    ) -> Tensor:
         ops, eps = self.model.backend, self.model.config.rms_norm_eps
-        for index, weights in enumerate(self.model.pack()):
+        for index, weights in enumerate(layers):
             x = ops.decode_layer(
                 x, weights, *cache.layer(index), cache.lengths, cos, sin, eps=eps, ops=ops, dependent=True
             )

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -204,10 +204,15 @@ class QuantizedEngine(Engine):
         self.many = self.many or batch_weights(self.few)
         return self.many
 
-    def _blocks(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache) -> Tensor:
+    def _packed_layers(self) -> list[LayerWeights[QuantizedWeight]]:
+        return self.layers
+
+    def _blocks(
+        self, layers: list[LayerWeights[Any]], x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache
+    ) -> Tensor:
         backend, eps = self.model.backend, self.model.config.rms_norm_eps
         layer = partial(reference.decode_layer, eps=eps, ops=backend, linear=linear)
-        for index, weights in enumerate(self.layers):
+        for index, weights in enumerate(layers):
             x = layer(x, weights, *cache.layer(index), cache.lengths, cos, sin)
         return x
 
