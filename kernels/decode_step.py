@@ -3,7 +3,7 @@ becomes.
 
     inputs  position = lengths + t;  x = W[token], cos and sin of the position;  lengths += T
     next    token = the first candidate of the highest score, NOT_FINITE if that is NaN or infinite;
-            chosen = finished ? pad : token;  output[slot] = chosen;  tokens = max(chosen, 0);
+            output[slot] = finished ? pad : token;  tokens = finished ? 0 : max(token, 0);
             finished |= tokens in ends;  slot += 1
 
 B rows of T tokens, embedding W [V, E], tables [P, D/2]; scores [B, C] of C candidates, 16 or 32 bits, and
@@ -111,7 +111,7 @@ def _next_token_kernel(
     else:
         token = tl.load(id_ptr + row * id_stride).to(tl.int64)
     chosen = tl.where(finished != 0, pad, token)
-    fed = tl.maximum(chosen, 0)
+    fed = tl.where(finished != 0, 0, tl.maximum(token, 0))
     ended = tl.max((end == fed).to(tl.int32), axis=0)
     tl.store(output_ptr + slot * rows + row, chosen, mask=(slot >= 0) & (slot < slots))
     tl.store(token_ptr + row, fed)

@@ -295,7 +295,7 @@ def next_token(scores: Tensor | None, ids: Tensor | None, state: TokenState, end
     scores [B, P] and ids [B, P] as `decode_best` gives them, or only ids [B, 1]: tokens that were chosen
     already. ends [N] int64. A row whose highest score is NaN or infinite gets NOT_FINITE, a finished row
     `pad`. That goes into state.output at the row's slot, which moves on by one; and into state.tokens, but 0
-    instead of NOT_FINITE, because the embedding has no such row. A row whose token is among `ends` is
+    instead of either, because the embedding may have no such row. A row whose token is among `ends` is
     finished from then on.
     """
     checks.next_token(scores, ids, state, ends)
@@ -306,9 +306,9 @@ def next_token(scores: Tensor | None, ids: Tensor | None, state: TokenState, end
         best = scores.argmax(-1, keepdim=True)  # NaN counts as the highest
         chosen = best if ids is None else ids.gather(1, best)
         chosen = chosen.where(scores.gather(1, best).abs() < math.inf, NOT_FINITE)
-    chosen = chosen.long().masked_fill(state.finished[:, None], pad)
-    state.output.scatter_(0, state.slot[None], chosen.T)
-    torch.clamp(chosen, min=0, out=state.tokens)
+    chosen, finished = chosen.long(), state.finished[:, None]
+    state.output.scatter_(0, state.slot[None], chosen.masked_fill(finished, pad).T)
+    torch.clamp(chosen.masked_fill(finished, 0), min=0, out=state.tokens)
     # not torch.isin: with ten end tokens or more it sorts, and waits for the result
     state.finished.logical_or_((state.tokens == ends).any(1))
     state.slot.add_(1)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 Matrix = TypeVar("Matrix")  # a Tensor, or another form of a matrix that the caller can multiply by
-NOT_FINITE = -1  # in the place of a token: the row's scores are NaN or infinite
+# In the place of a token: the row's scores are NaN or infinite. Not -1, which some files give for the pad.
+NOT_FINITE = -(1 << 31)
 
 
 class LayerWeights(NamedTuple, Generic[Matrix]):

@@ -212,6 +212,7 @@ def sample(
             noise = uniforms(as_words(seeds, logits.device), as_words(positions, logits.device))
         else:  # Python hashes a few integers sooner than torch starts thirty small operations
             pairs = zip(seeds, positions, strict=True)
-            noise = torch.tensor([uniform(*pair) for pair in pairs], device=logits.device)
+            drawn = [uniform(*pair) for pair in pairs]
+            noise = torch.tensor(drawn, dtype=torch.float32, device=logits.device)
     tokens = sampler(logits, noise, seen)
     return read_tokens(tokens) if tokens.device.type == "cpu" else tokens

@@ -95,6 +95,29 @@ def test_the_pad_may_be_the_end_token_and_the_first_token_may_end_a_row(model):
     assert looped(DecodeLoops(Engine(model), 4), ids, mask, [0, 1], **options) == [first]
 
 
+@pytest.mark.parametrize("pad", [-1, 512], ids=["a mark of some files", "beyond the vocabulary"])
+def test_the_pad_need_not_be_a_token(model, pad):
+    ids, mask = prompts(LENGTHS)
+    options, *_ = with_ends(model, ids, mask, dict(params=GREEDY), 40)
+    options["pad_token_id"] = pad
+    expected = eager(model, ids, mask, SEEDS, **options)
+    assert pad in expected[-1]
+    assert looped(DecodeLoops(Engine(model), 4), ids, mask, SEEDS, **options) == expected
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_no_draw(model, kind):
+    ids, mask = prompts(LENGTHS)
+    options = dict(params=SAMPLED, max_new_tokens=9)
+    expected = eager(model, ids, mask, SEEDS, **options)
+    torch.set_default_dtype(kind)
+    try:
+        found = looped(DecodeLoops(Engine(model), 4), ids, mask, SEEDS, **options)
+        assert found == eager(model, ids, mask, SEEDS, **options) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("new_tokens", [0, 1, 2, 4, 5, 16, 17])
 def test_any_number_of_new_tokens(model, new_tokens):
     ids, mask = prompts((5, 8))

@@ -162,8 +162,9 @@ def test_the_highest_score_wins(candidates, numbered, dtype):
     state = same_state(scores, ids, state_of(5, finished=[3]), integers(1, 4))
     best = scores.argmax(1)
     best = best * 3 + 1 if numbered else best
-    best[3] = PAD
-    assert_same([state.tokens[:, 0], state.output[2]], [best, best])
+    fed, best[3] = best.clone(), PAD
+    fed[3] = 0
+    assert_same([state.tokens[:, 0], state.output[2]], [fed, best])
     assert (state.output[[0, 1, 3]] == 999).all() and (state.slot == 3).all()
 
 
@@ -181,7 +182,7 @@ def test_a_row_is_finished_by_an_end_token_and_stays_so(ends):
     ids = integers(4, 5, 1, 88, 0, 5)[:, None]
     state = same_state(None, ids, state_of(6, finished=[5]), integers(*ends).long())
     assert state.finished.tolist() == [token in ends for token in (4, 5, 1, 88, 0)] + [True]
-    assert state.tokens[:, 0].tolist() == [4, 5, 1, 88, 0, PAD]
+    assert state.tokens[:, 0].tolist() == [4, 5, 1, 88, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,7 +195,7 @@ def test_a_row_that_is_not_finite_is_marked_in_the_output_only(value, finite, dt
     state = same_state(scores, None, state_of(4, finished=[3]), integers(0))
     best = scores[[0, 1]].argmax(1).tolist()
     assert state.output[2].tolist() == [best[0], best[1] if finite else NOT_FINITE, NOT_FINITE, PAD]
-    assert state.tokens[:, 0].tolist() == [best[0], best[1] if finite else 0, 0, PAD]
+    assert state.tokens[:, 0].tolist() == [best[0], best[1] if finite else 0, 0, 0]
     assert state.finished.tolist() == [False, not finite, True, True]  # 0, which is fed instead, is an end
 
 

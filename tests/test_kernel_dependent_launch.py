@@ -26,7 +26,8 @@ EARLY = {"w_ptr", "scale_ptr"}
 # The lengths are written before a layer. Its first launch may follow the one that does, the others do not.
 LATER = "lengths_ptr"
 PRODUCTS = {
-    "_norm_qkv_rope_kernel", "_combine_o_kernel", "_norm_gate_up_kernel", "_project_kernel", "_norm_head_kernel",
+    "_norm_qkv_rope_kernel", "_combine_o_kernel", "_norm_gate_up_kernel", "_project_kernel",
+    "_norm_head_kernel",
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ class DecodeLoop:
         # `seen` is written with a penalty only
         self.seen = torch.zeros(batch, model.config.vocab_size, dtype=torch.bool, device=self.device)
         # By position, made once per text: hashing in the step would take thirty launches, a look-up one.
-        self.noise = torch.zeros(batch, capacity, device=self.device)
+        self.noise = torch.zeros(batch, capacity, dtype=torch.float32, device=self.device)
         self.output = torch.zeros(self.chunk, batch, dtype=torch.int64, device=self.device)
         # the next row of `output`, counted by each row of the batch for itself
         self.slot = torch.zeros(batch, dtype=torch.int64, device=self.device)

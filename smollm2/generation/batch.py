@@ -9,7 +9,8 @@ shortest: neighbours are then prefilled together with little padding, the short 
 and a lack of memory shows in the first step.
 
 Noise is keyed by (seed of the row, position), and nothing else in a row depends on its neighbours: in fp32 a
-row gives the same tokens alone, in any batch, in any slot, with any number of slots, captured or not.
+row gives the same tokens alone, in any batch, in any slot, with any number of slots, captured or not, as long
+as no two tokens score the same but for rounding (a library's product may round by the size of the batch).
 """
 
 from __future__ import annotations
