@@ -22,9 +22,11 @@ from torch import Tensor
 
 from bench import work
 from bench.peers import status
+from kernels import TORCH, Backend
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
 
+EPS = 1e-5
 # Largest ||ours - truth|| / ||truth|| over outputs and gradients.
 ERROR_BOUND = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
@@ -211,3 +213,15 @@ def checked(
     if (distance or 0.0) > ERROR_BOUND[dtype]:
         raise UsageError(f"wrong: relative error {distance:.1e}")
     return variant, results, distance
+
+
+def forms(
+    op: str, backend: Backend, compiled: Compile, given: Callable[[Any], Any] = lambda call: call
+) -> dict[str, Callable[..., Any]]:
+    """The three forms that every operation has. given: adds the arguments that are no tensors of a case."""
+    ours, reference = given(getattr(backend, op)), given(getattr(TORCH, op))
+    return {"triton": ours, "reference": reference, "compile": compiled(reference)}
+
+
+def with_eps(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *tensors: function(*tensors, EPS)

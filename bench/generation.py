@@ -49,8 +49,9 @@ from bench.timing import eager, synchronize
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.engine.cache import cache_bytes
-from smollm2.engine.captured import CHUNK, CapturedEngine
+from smollm2.engine.captured import CHUNK
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine
 from smollm2.engine.select import default_engine
 from smollm2.generation.batch import generate_many
 from smollm2.model import SmolLM2ForCausalLM

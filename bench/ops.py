@@ -13,17 +13,23 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from bench import weight_ops, work
-from bench.case import Case, Compile, Shapes, compile_with, from_liger, from_quack, library, normal
+from bench import decode_ops, weight_ops, work
+from bench.case import (
+    EPS,
+    Case,
+    Compile,
+    Shapes,
+    compile_with,
+    forms,
+    from_liger,
+    from_quack,
+    library,
+    normal,
+    with_eps,
+)
 from bench.peers import status
-from kernels import TORCH, Backend, LayerWeights
-from kernels.types import TokenState
+from kernels import Backend
 from smollm2.model import rotary_tables
-
-EPS = 1e-5
-# at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused
-# kernels
-DECODE_ROWS = 16
 
 
 def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:
@@ -38,14 +44,6 @@ PEER_OF = {
 }  # fmt: skip
 
 
-def forms(
-    op: str, backend: Backend, compiled: Compile, given: Callable[[Any], Any] = lambda call: call
-) -> dict[str, Callable[..., Any]]:
-    """The three forms that every operation has. given: adds the arguments that are no tensors of a case."""
-    ours, reference = given(getattr(backend, op)), given(getattr(TORCH, op))
-    return {"triton": ours, "reference": reference, "compile": compiled(reference)}
-
-
 def _rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     hidden = shapes.config.hidden_size
     return Case(
@@ -53,7 +51,7 @@ def _rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         work.rms_norm(shapes.tokens, hidden, shapes.dtype.itemsize),
         lambda seed: normal(shapes, seed, (shapes.batch, shapes.length, hidden), (hidden,)),
         {
-            **forms("rms_norm", backend, compiled, _with_eps),
+            **forms("rms_norm", backend, compiled, with_eps),
             "F.rms_norm": lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
             "liger": lambda x, weight: from_liger(shapes, "liger_rms_norm")(x, weight, EPS, in_place=False),
             "quack": lambda x, weight: from_quack(shapes, "quack", "rmsnorm")(x, weight, eps=EPS),
@@ -74,7 +72,7 @@ def _add_rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
         work.add_rms_norm(shapes.tokens, hidden, shapes.dtype.itemsize),
         lambda seed: normal(shapes, seed, stream, stream, (hidden,)),
         {
-            **forms("add_rms_norm", backend, compiled, _with_eps),
+            **forms("add_rms_norm", backend, compiled, with_eps),
             "F.rms_norm": aten,
             "liger": lambda *given: from_liger(shapes, "liger_fused_add_rms_norm")(
                 *given, EPS, in_place=False
@@ -84,10 +82,6 @@ def _add_rms_norm(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
             ),
         },
     )
-
-
-def _with_eps(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *tensors: function(*tensors, EPS)
 
 
 def _rope_qkv(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
@@ -300,152 +294,6 @@ def _decode_attention(shapes: Shapes, backend: Backend, compiled: Compile) -> Ca
     )
 
 
-def _decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """A whole block for one new token of min(B, 16) rows: the last of 2 T keys, which it writes into caches
-    of its own.
-
-    Every call writes the same, so one call may follow the other. What was written is an output like any
-    other, and compared.
-    """
-    config, (heads, key_heads, head_dim) = shapes.config, shapes.heads
-    rows, keys = min(shapes.batch, DECODE_ROWS), 2 * shapes.length
-    hidden, width = config.hidden_size, config.intermediate_size
-    # the loss is measured for rows that no table has the angles of
-    last = min(keys, config.max_position_embeddings) - 1
-    position = torch.full((rows, 1), last, device=shapes.device)
-    cos, sin = (table[position] for table in rotary_tables(config, shapes.device))
-    qkv_size, o_size = ((heads + 2 * key_heads) * head_dim, hidden), (hidden, heads * head_dim)
-    matrices = [qkv_size, o_size, (2 * width, hidden), (hidden, width)]
-
-    def inputs(seed: int) -> list[Tensor]:
-        sizes = [(rows, 1, hidden), (hidden,), (hidden,), *matrices, *[(rows, keys, key_heads, head_dim)] * 2]
-        drawn = (tensor.detach() for tensor in normal(shapes, seed, *sizes))
-        x, norm, post_norm, *weights, key_cache, value_cache = drawn
-        qkv, o, gate_up, down = (weight * weight.shape[1] ** -0.5 for weight in weights)
-        lengths = torch.full((rows,), keys, device=shapes.device)
-        return [x, *LayerWeights(norm, qkv, o, post_norm, gate_up, down), key_cache, value_cache, lengths]
-
-    def of(ops: Backend) -> Callable[..., Tensor]:
-        def layer(x: Tensor, *rest: Tensor) -> Tensor:
-            key_cache, value_cache, lengths = rest[6:]
-            return ops.decode_layer(
-                x, LayerWeights(*rest[:6]), key_cache, value_cache, lengths, cos, sin, eps=EPS, ops=ops
-            )
-
-        return layer
-
-    def with_written(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *inputs: (function(*inputs), *(cache[:, -1] for cache in inputs[7:9]))
-
-    return Case(
-        "decode_layer",
-        work.decode_layer(config, rows, keys, shapes.dtype.itemsize),
-        inputs,
-        {
-            "triton": with_written(of(backend)),
-            "reference": with_written(of(TORCH)),
-            "compile": with_written(compiled(of(TORCH))),
-        },
-        tokens=rows,
-    )
-
-
-def _decode_head(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """The final norm and the logits of one new token of min(B, 16) rows."""
-    config, rows = shapes.config, min(shapes.batch, DECODE_ROWS)
-    hidden, vocabulary = config.hidden_size, config.vocab_size
-
-    def inputs(seed: int) -> list[Tensor]:
-        sizes = ((rows, 1, hidden), (hidden,), (vocabulary, hidden))
-        x, norm, head = (tensor.detach() for tensor in normal(shapes, seed, *sizes))
-        return [x, norm, head * hidden**-0.5]
-
-    return Case(
-        "decode_head",
-        work.decode_head(rows, hidden, vocabulary, shapes.dtype.itemsize),
-        inputs,
-        forms("decode_head", backend, compiled, _with_eps),
-        tokens=rows,
-    )
-
-
-def _decode_best(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """As _decode_head, for greedy decoding. Candidates differ between implementations: what is compared is
-    the highest score of each row.
-    """
-    config, rows = shapes.config, min(shapes.batch, DECODE_ROWS)
-    head = _decode_head(shapes, backend, compiled)
-
-    def highest(function: Callable[..., Any]) -> Callable[..., Tensor]:
-        return lambda *tensors: function(*tensors, EPS)[0].amax(-1)
-
-    return Case(
-        "decode_best",
-        work.decode_best(rows, config.hidden_size, config.vocab_size, shapes.dtype.itemsize),
-        lambda seed: [tensor.squeeze(1) if tensor.dim() == 3 else tensor for tensor in head.inputs(seed)],
-        forms("decode_best", backend, compiled, highest),
-        tokens=rows,
-    )
-
-
-def _decode_inputs(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """What min(B, 16) rows of different lengths begin a step with. The lengths, which a call advances, are
-    copied first: a small kernel more in every variant.
-    """
-    config, rows = shapes.config, min(shapes.batch, DECODE_ROWS)
-    tables = rotary_tables(config, shapes.device)
-
-    def inputs(seed: int) -> list[Tensor]:
-        (embedding,) = normal(shapes, seed, (config.vocab_size, config.hidden_size))
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(config.vocab_size, (rows, 1), generator=generator)
-        lengths = torch.randint(len(tables[0]), (rows,), generator=generator)
-        return [tokens.to(shapes.device), embedding.detach(), lengths.to(shapes.device)]
-
-    def with_tables(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda tokens, embedding, lengths: function(tokens, embedding, lengths.clone(), *tables)
-
-    return Case(
-        "decode_inputs",
-        work.decode_inputs(rows, config.hidden_size, config.head_dim // 2, shapes.dtype.itemsize),
-        inputs,
-        forms("decode_inputs", backend, compiled, with_tables),
-        tokens=rows,
-    )
-
-
-def _next_token(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
-    """The end of a step from whole logits, as more than 16 rows have them: 2 B rows. The slots, which a call
-    advances, are copied first.
-    """
-    rows, vocabulary = 2 * shapes.batch, shapes.config.vocab_size
-    ends = torch.zeros(1, dtype=torch.int64, device=shapes.device)
-
-    def inputs(seed: int) -> list[Tensor]:
-        (scores,) = normal(shapes, seed, (rows, vocabulary))
-        tokens, output, slot = (
-            torch.zeros(size, dtype=torch.int64, device=shapes.device)
-            for size in ((rows, 1), (1, rows), rows)
-        )
-        return [scores.detach(), tokens, slot.bool(), output, slot]
-
-    def with_state(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(scores: Tensor, *buffers: Tensor) -> tuple[Tensor, Tensor]:
-            state = TokenState(*buffers)
-            function(scores, None, state._replace(slot=state.slot.clone()), ends, 0)
-            return state.tokens, state.output
-
-        return call
-
-    return Case(
-        "next_token",
-        work.next_token(rows, vocabulary, shapes.dtype.itemsize),
-        inputs,
-        forms("next_token", backend, compiled, with_state),
-        tokens=rows,
-    )
-
-
 def _swiglu(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     width = shapes.config.intermediate_size
     return Case(
@@ -463,7 +311,8 @@ MAKERS: dict[str, Callable[[Shapes, Backend, Compile], Case]] = {
     "add_rms_norm": _add_rms_norm, "swiglu": _swiglu, "attention": _attention,
     "linear_cross_entropy": weight_ops.linear_cross_entropy, "mlp": weight_ops.mlp,
     "tied_embedding": weight_ops.tied_embedding, "rms_norm": _rms_norm, "rope_qkv": _rope_qkv,
-    "decode_attention": _decode_attention, "decode_layer": _decode_layer, "decode_head": _decode_head,
-    "decode_inputs": _decode_inputs, "decode_best": _decode_best, "next_token": _next_token, "rope": _rope,
+    "decode_attention": _decode_attention, "decode_layer": decode_ops.decode_layer,
+    "decode_head": decode_ops.decode_head, "decode_inputs": decode_ops.decode_inputs,
+    "decode_best": decode_ops.decode_best, "next_token": decode_ops.next_token, "rope": _rope,
     "rope_cache": _rope_cache,
 }  # fmt: skip

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import ops, timing, work
-from bench.case import Case, Shapes, Variant, normal
+from bench.case import EPS, Case, Shapes, Variant, normal
 from bench.record import Part, one_line
 from bench.step import TrainingStep
 from kernels import Backend
@@ -64,7 +64,7 @@ def step_cases(shapes: Shapes, backend: Backend, model: SmolLM2ForCausalLM) -> d
     return found
 
 
-def token_cases(shapes: Shapes, keys: int, backend: Backend, eps: float = ops.EPS) -> dict[str, Case]:
+def token_cases(shapes: Shapes, keys: int, backend: Backend, eps: float = EPS) -> dict[str, Case]:
     """Name of `work.token_items` -> its operation, for shapes of length 1."""
     config, batch = shapes.config, shapes.batch
     hidden, width, (heads, key_heads, head_dim) = config.hidden_size, config.intermediate_size, shapes.heads

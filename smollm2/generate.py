@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smollm2.cli import Parser, load, run_command
-from smollm2.engine.captured import CapturedEngine
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch_file import check_stop, run_file

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kernels import select_backend
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate
-from smollm2.engine.captured import CapturedEngine, DecodeLoop, DecodeLoops, captured_steps
+from smollm2.engine.captured import DecodeLoop
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine, DecodeLoops, captured_steps
 from smollm2.generation.loop import generate_steps
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
 from smollm2.sampling import SamplingParams

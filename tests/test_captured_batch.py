@@ -18,8 +18,9 @@ from generation_cases import (
 
 from smollm2.engine import cache
 from smollm2.engine.cache import cache_bytes
-from smollm2.engine.captured import CapturedEngine, Choice, DecodeLoop
+from smollm2.engine.captured import Choice, DecodeLoop
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine
 from smollm2.errors import UsageError
 from smollm2.generation import batch
 from smollm2.generation.batch import generate_many

@@ -17,8 +17,8 @@ from generation_cases import (
     tiny_model,
 )
 
-from smollm2.engine.captured import DecodeLoops, captured_steps
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import DecodeLoops, captured_steps
 from smollm2.engine.quantized import QuantizedEngine
 from smollm2.errors import UsageError
 from smollm2.generation.loop import generate_steps

@@ -9,8 +9,9 @@ import torch
 from generation_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
 
 from smollm2 import SmolLM2ForCausalLM
-from smollm2.engine.captured import CapturedEngine, Choice, DecodeLoop, DecodeLoops
+from smollm2.engine.captured import Choice, DecodeLoop
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine, DecodeLoops
 from smollm2.generation.batch import generate_many
 from smollm2.sampling import SamplingParams
 

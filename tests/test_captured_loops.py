@@ -14,16 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.launches import count
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.engine.captured import (
-    KEPT_GRAPHS,
-    KEPT_LOOPS,
-    Choice,
-    DecodeLoop,
-    DecodeLoops,
-    capacity_for,
-    captured_steps,
-)
+from smollm2.engine.captured import KEPT_GRAPHS, Choice, DecodeLoop, capacity_for
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import KEPT_LOOPS, DecodeLoops, captured_steps
 from smollm2.errors import UsageError
 from smollm2.sampling import SamplingParams
 

@@ -13,8 +13,8 @@ from generation_cases import GREEDY, looped, prompts, tiny_model
 from smollm2 import SmolLM2Config, generate
 from smollm2.engine import cache
 from smollm2.engine.cache import KVCache, cache_bytes, free_memory, require_memory
-from smollm2.engine.captured import DecodeLoops
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import DecodeLoops
 from smollm2.errors import UsageError
 
 CPU = torch.device("cpu")

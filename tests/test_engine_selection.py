@@ -9,8 +9,8 @@ from generation_cases import tiny_model
 
 from kernels import TORCH, select_backend
 from smollm2 import generate
-from smollm2.engine.captured import CapturedEngine
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine
 from smollm2.engine.quantized import QuantizedEngine
 from smollm2.engine.select import default_engine, select_engine
 from smollm2.errors import UsageError

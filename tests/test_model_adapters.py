@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from smollm2 import SmolLM2ForCausalLM, generate
-from smollm2.engine.captured import DecodeLoops
 from smollm2.engine.compiled import step_weights
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import DecodeLoops
 from smollm2.engine.quantized import QuantizedEngine
 from smollm2.engine.select import default_engine, select_engine
 from smollm2.errors import UsageError

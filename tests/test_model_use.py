@@ -12,9 +12,9 @@ import torch
 from generation_cases import GREEDY, looped, prompts, random_ids, tiny_model
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate, layers
-from smollm2.engine.captured import DecodeLoops
 from smollm2.engine.compiled import step_weights
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import DecodeLoops
 from smollm2.errors import UsageError
 from smollm2.generation.speculative import PromptLookup, speculative_steps
 from smollm2.layers import rotary_tables

@@ -12,8 +12,8 @@ from generation_cases import GREEDY, looped, tiny_model
 from torch import Tensor
 
 from smollm2 import SmolLM2ForCausalLM, generate
-from smollm2.engine.captured import DecodeLoops
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import DecodeLoops
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
 from smollm2.generation.speculative import PromptLookup, speculative_steps

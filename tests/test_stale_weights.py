@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_structure, tree_unflatten
 
 from smollm2 import SmolLM2ForCausalLM, generate
 from smollm2.engine import eager_step
-from smollm2.engine.captured import DecodeLoops
 from smollm2.engine.compiled import CompiledEngine, step_weights
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import digest
 from smollm2.engine.exported_step import DecodeStep
+from smollm2.engine.loops import DecodeLoops
 from smollm2.engine.quantized import QuantizedEngine, quantize_all, quantized_layers
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from kernels import TORCH
-from smollm2.engine.captured import CapturedEngine
 from smollm2.engine.compiled import CompiledEngine, build_package, find_package
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine
 from smollm2.engine.quantized import KINDS, QuantizedEngine
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM

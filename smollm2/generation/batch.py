@@ -25,8 +25,9 @@ import torch
 
 from smollm2.config import SmolLM2Config
 from smollm2.engine.cache import USABLE_PERCENT, cache_bytes, free_memory, megabytes
-from smollm2.engine.captured import CapturedEngine, Choice, capacity_for
+from smollm2.engine.captured import Choice, capacity_for
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine
 from smollm2.engine.select import default_engine
 from smollm2.errors import UsageError
 from smollm2.generation.slots import PREFILL_TOKENS, End, LoopSlots, Row, Slots

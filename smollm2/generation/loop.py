@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from smollm2.engine.captured import CapturedEngine, captured_steps
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine, captured_steps
 from smollm2.engine.select import default_engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from smollm2.engine.cache import KVCache
-from smollm2.engine.captured import Choice, DecodeLoop, DecodeLoops
+from smollm2.engine.captured import Choice, DecodeLoop
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import DecodeLoops
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.sampling import SamplingParams, read_tokens, sample
 
