@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
         config.generate_plan = (
             Plan(tiny=tiny)
             if full or tiny or torch.cuda.is_available()
-            else Plan(prompts=(32,), new_tokens=16, rounds=3, compiles=False)
+            else Plan(prompts=(32,), new_tokens=16, rounds=3)
         )
     plan: Plan = config.generate_plan
     phases = ("prefill", "decode")

@@ -33,7 +33,7 @@ from bench.record import Part, one_line, parser, speed_of_data
 from bench.timing import in_turns, seconds
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
-from smollm2.engine.compiled import find_package
+from smollm2.engine.compiled import find_library
 from smollm2.engine.eager import Engine, prefill
 from smollm2.engine.select import select_engine
 from smollm2.errors import LoadError, UsageError
@@ -134,9 +134,8 @@ class Contests:
         return Contest(self._decoding(engine), self._decoding(Engine(self._bf16)))
 
     def _compiled(self) -> Contest:
-        if find_package(Engine(self._bf16)) is None:
-            how = "python -m smollm2.compile --dtype bf16 makes one"
-            raise UsageError(f"no compiled step for these sizes; {how}")
+        if find_library() is None:
+            raise UsageError("no compiled step; python -m smollm2.compile makes it")
         return Contest(self._decoding(select_engine(self._bf16)), self._decoding(Engine(self._bf16)))
 
     def _cached(self) -> Contest:

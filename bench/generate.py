@@ -9,8 +9,7 @@ that others use too only their ratios mean something.
 
     eager ...      operation by operation, fp32 or bf16; int8, int4: bf16 with those weights in the decode
                    steps
-    compiled ...   the decode step as `python -m smollm2.compile` makes it (made now if it is not there; batch
-                   1 on a CPU)
+    compiled ...   the decode step of a CPU compiled from C++ (made now if it is not there), up to 16 rows
     captured ...   the decode loop on the device (a CUDA graph); "torch": on backend torch, a fair opponent of
                    the kernels
     torch.compile  the same loop, with what torch.compile makes of the step on backend torch

@@ -34,7 +34,6 @@ from bench.timing import in_turns, synchronize  # noqa: E402
 from bench.variant import Turns, Variant  # noqa: E402
 from smollm2.cli import parse_dtype  # noqa: E402
 from smollm2.config import SmolLM2Config  # noqa: E402
-from smollm2.engine.compiled import find_package  # noqa: E402
 from smollm2.engine.eager import Engine  # noqa: E402
 from smollm2.engine.select import select_engine  # noqa: E402
 from smollm2.errors import UsageError  # noqa: E402
@@ -84,7 +83,6 @@ class Plan:
     rounds: int = 5
     seconds: float = 330.0
     tiny: bool = False
-    compiles: bool = True  # else a step that has not been compiled before is left out
 
     def __post_init__(self) -> None:
         if self.tiny:
@@ -246,10 +244,6 @@ class Plan:
         model = self._load(rest[0] if rest else "auto", dtype)
         if kind == "captured":
             return engine_variant(Engine(model), captured=True)
-        engine = select_engine(model, quantize=quantize, compiled=False)
-        if kind == "compiled" and not self.compiles and find_package(engine) is None:
-            how = "add --full, or python -m smollm2.compile"
-            raise UsageError(f"not compiled yet, which takes a minute; {how}")
         return engine_variant(select_engine(model, quantize=quantize, compiled=kind == "compiled"))
 
 

@@ -38,7 +38,7 @@ from bench.roof import DTYPES, bandwidths, matmul_rate
 from bench.step import CapturedStep, TrainingStep, training_model
 from kernels import Backend, select_backend
 from smollm2.cli import resolve_dtype, run_command
-from smollm2.engine.compiled import find_package
+from smollm2.engine.compiled import find_library
 from smollm2.engine.eager import Engine
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
@@ -91,17 +91,15 @@ def whole_token(
     captured: bool = False,
     compiled: bool = False,
 ) -> float:
-    """Seconds of a decode step over `keys` keys: operation by operation, as a CUDA graph, or by the package
-    of smollm2.compile.
-
-    Raises UsageError when there is no such package.
+    """Seconds of a decode step over `keys` keys: operation by operation, as a CUDA graph, or by the compiled
+    step. Raises UsageError when there is none.
     """
     with torch.inference_mode(False), torch.device(shapes.device):
         model = SmolLM2ForCausalLM(shapes.config, backend).to(shapes.dtype).eval()
     engine = Engine(model)
     if compiled:
-        if find_package(engine) is None:
-            raise UsageError("there is no compiled step for these sizes; python -m smollm2.compile makes one")
+        if find_library() is None:
+            raise UsageError("there is no compiled step; python -m smollm2.compile makes it")
         engine = select_engine(model)
     cache = engine.allocate(shapes.batch, keys)
     tokens = torch.zeros(shapes.batch, 1, dtype=torch.int64, device=shapes.device)

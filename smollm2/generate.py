@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     add("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     parser.add("--device", "--dtype", "--backend", "--quantize")
-    words = "compile the decode step for this machine once (about a minute); later runs use it"
+    words = "compile the decode step for this machine once (ten seconds); later runs use it"
     add("--compile", action="store_true", help=words)
     words = "guess N tokens ahead (1 to 15) from the text so far: the same text sooner"
     add("--speculate", type=int, default=0, metavar="N", help=words)

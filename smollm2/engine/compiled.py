@@ -1,164 +1,237 @@
-"""The compiled decode step: its package for this machine, found or built, and the engine that runs it.
+"""The compiled decode step: its library for this processor, found or built, and the engine that runs it.
 
-    exported_step.py  -> torch.export -> AOTInductor -> ~/.cache/smollm2/compiled/<sizes>-<dtype>-<hash>.pt2
+    decode_step.cpp  -> C++ compiler -> decode_step-<instructions>-<hash>.so, in the installation or the cache
 
-A package holds code and no weights, so that every model of these sizes uses it. Its name carries what it
-depends on: sizes, dtypes, torch's version, the processor's instructions, the number of threads, and the
-source of the step.
+An installation makes the library where it finds a C++ compiler; elsewhere `python -m smollm2.compile` does,
+into the cache. One library serves every model, dtype and number of threads: sizes and addresses are arguments,
+and weights stay where they are (memory-mapped).
 
-A package is a shared library that runs as the user. It is loaded only if nobody else can have written it, and
-if it has the sha256 that lies beside it, in the form of sha256sum: a damaged one ends the process.
+A library runs as the user. One from the cache is loaded only if nobody else can have written it, and if it has
+the sha256 that lies beside it, in the form of sha256sum: a damaged one ends the process.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+import functools
 import hashlib
 import logging
 import os
-import platform
-import shutil
+import subprocess
 import sys
 import tempfile
 import time
-import warnings
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from smollm2.engine import exported_step
+from kernels import LayerWeights
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
-from smollm2.engine.eager_step import plain_weights
-from smollm2.engine.exported_step import DecodeStep
-from smollm2.engine.quantized import Int4Weight, QuantizedEngine
+from smollm2.engine.eager_step import Weights, only_torch, plain_weights
+from smollm2.engine.library import compile_library, compiler, library_name
+from smollm2.engine.quantized import Int8Weight, QuantizedEngine
 from smollm2.errors import LoadError, UsageError
-from smollm2.pretrained.cache import cache_folder, sweep, unfinished
+from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.cache import NoHome, cache_folder, sweep, unfinished
 from smollm2.pretrained.files import write_files
 from smollm2.pretrained.trust import check_owners
 
 logger = logging.getLogger(__name__)
 
-_EXAMPLE_TOKENS = 20  # in the cache of the example that is traced; any number from 2 will do
+MAX_ROWS = 16  # tokens of a step, as in decode_step.cpp
+# Kind of decode_step.cpp: of matrices, and of the embedding and the cache
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+class _Matrix(Structure):
+    _fields_ = [("values", c_void_p), ("scales", c_void_p)]
+
+
+class _Layer(Structure):
+    _fields_ = [
+        ("input_norm", c_void_p), ("qkv", _Matrix), ("o", _Matrix), ("post_norm", c_void_p),
+        ("gate_up", _Matrix), ("down", _Matrix),
+    ]  # fmt: skip
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("layers", "hidden", "intermediate", "heads", "key_heads", "head_dim")),
+        ("vocab", c_int64), ("matrices", c_int64), ("dtype", c_int64), ("eps", c_double), ("cos", c_void_p),
+        ("sin", c_void_p), ("embedding", c_void_p), ("norm", c_void_p), ("head", _Matrix),
+        ("layer", POINTER(_Layer)),
+    ]  # fmt: skip
+
+
+class _Step(Structure):
+    _fields_ = [
+        ("batch", c_int64), ("length", c_int64), ("capacity", c_int64), ("tokens", c_void_p),
+        ("lengths", c_void_p), ("keys", c_void_p), ("values", c_void_p), ("layer_stride", c_int64),
+        ("row_stride", c_int64), ("logits", c_void_p), ("threads", c_int64),
+    ]  # fmt: skip
+
+
+class _Bound:
+    """A model as decode_step.cpp takes it, and the tensors that it points to."""
+
+    def __init__(self, model: SmolLM2ForCausalLM, weights: Weights) -> None:
+        config, self.kept = model.config, list[Any]()
+        cos, sin = model.model.rotary(model.device, config.max_position_embeddings)
+        embedding, head = model.model.embed_tokens.weight.detach(), weights.head
+        layers = [self._layer(layer) for layer in weights.layers]
+        self.model = _Model(
+            config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.vocab_size,
+            KINDS[head.values.dtype if isinstance(head, Int8Weight) else head.dtype], KINDS[embedding.dtype],
+            config.rms_norm_eps, self._floats(cos), self._floats(sin), self._address(embedding),
+            self._floats(model.model.norm.weight), self._matrix(head), (_Layer * len(layers))(*layers),
+        )  # fmt: skip
+
+    def _address(self, tensor: Tensor) -> int:
+        self.kept.append(tensor := tensor.detach().contiguous())
+        return tensor.data_ptr()
+
+    def _floats(self, tensor: Tensor) -> int:
+        return self._address(tensor.float())
+
+    def _matrix(self, matrix: Tensor | Int8Weight) -> _Matrix:
+        if isinstance(matrix, Tensor):
+            return _Matrix(self._address(matrix), None)
+        return _Matrix(self._address(matrix.values), self._floats(matrix.scales))
+
+    def _layer(self, layer: LayerWeights[Any]) -> _Layer:
+        return _Layer(
+            self._floats(layer.input_norm), self._matrix(layer.qkv), self._matrix(layer.o),
+            self._floats(layer.post_norm), self._matrix(layer.gate_up), self._matrix(layer.down),
+        )  # fmt: skip
 
 
 class CompiledEngine(Engine):
-    """Single rows through the compiled decode step; prompts and batches go to the engine below.
+    """Steps of up to MAX_ROWS tokens, of one row or several, through the compiled step; prompts and larger
+    batches go to the engine below.
 
-    Raises LoadError for a package that `read_package` refuses, or that cannot be loaded here.
+    Raises LoadError for a library that `find_library` would refuse, or that cannot be loaded here.
     """
 
-    def __init__(self, below: Engine, package: Path, why: str = "") -> None:
+    def __init__(self, below: Engine, library: Path, why: str = "") -> None:
         super().__init__(below.model, why)
         self.below = below
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
-        began = time.perf_counter()
-        content = read_package(package)
-        try:
-            # A copy that is private: what was verified is what is loaded.
-            with tempfile.TemporaryDirectory() as folder:
-                copy = Path(folder) / package.name
-                copy.write_bytes(content)
-                # torch._inductor.aoti_load_package wraps this, but to import Inductor takes a second.
-                self.package = torch._C._aoti.AOTIModelPackageLoader(str(copy), "model", False, 1, -1)
-        except (OSError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise LoadError(f"{package}: cannot be loaded ({reason}); --compile makes it anew") from error
-        self.why = f"{why}, loaded in {time.perf_counter() - began:.2f} s"
-        self.compiled_for = self._kind()
-        self.weights: list[Any] = []
-
-    def _kind(self) -> tuple[object, ...]:
-        return self.model.config, self.model.device, self.model.dtype
+        self._step = load_library(library)
+        self._bound: _Bound | None = None
 
     def renew(self) -> None:
         super().renew()
         self.below.renew()
         self.below.renewed = True
-        fits = self.plain and self._kind() == self.compiled_for
-        self.weights = tree_leaves(step_weights(self.below)) if fits else []
+        self._bound = None
+        if self.plain and not obstacle(self.model, self.below):
+            weights = self.below.few if isinstance(self.below, QuantizedEngine) else plain_weights(self.model)
+            self._bound = _Bound(self.model, weights)
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        length = int(cache.lengths[0])
-        # The exporter takes sizes of 0 and 1 for constants. Without weights the package is for another dtype,
-        # or would not call what was added to the layers.
-        if tokens.shape != (1, 1) or length < 2 or not self.weights:
+        batch, length = tokens.shape
+        if self._bound is None or not 0 < batch * length <= MAX_ROWS or not _is_plain(cache, self.model):
             return self.below.decode(tokens, cache)
-        cache.advance(1)
-        keys, values = cache.keys[:, 0], cache.values[:, 0]  # [layers, S, K, D]
-        old = [*keys[:, :length].unbind(), *values[:, :length].unbind()]
-        logits, new = self.package.boxed_run([tokens[0], cache.lengths - 1, *self.weights, *old])
-        keys[:, length], values[:, length] = new.unbind(1)
-        return logits.view(1, 1, -1)
+        cache.advance(length)
+        tokens, lengths, keys, values = tokens.contiguous(), cache.lengths, cache.keys, cache.values
+        logits = torch.empty(batch, length, self.model.config.vocab_size)
+        step = _Step(
+            batch, length, cache.capacity, tokens.data_ptr(), lengths.data_ptr(), keys.data_ptr(),
+            values.data_ptr(), keys.stride(0), keys.stride(1), logits.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if self._step(ctypes.byref(self._bound.model), ctypes.byref(step)):
+            raise IndexError("decode: a token outside the vocabulary or a length outside the cache")
+        return logits
 
 
-def step_weights(engine: Engine) -> tuple[Any, ...]:
-    """The `tensors` of a DecodeStep for an eager or int8 engine. Raises UsageError for int4, and for a model
-    with other layers than its own.
-    """
-    model = engine.model
+def _is_plain(cache: KVCache, model: SmolLM2ForCausalLM) -> bool:
+    """Whether the step can address this cache."""
+    dim, heads = model.config.head_dim, model.config.num_key_value_heads
+    return (
+        not cache.fixed
+        and cache.lengths.is_contiguous()
+        and cache.keys.stride() == cache.values.stride()
+        and cache.keys.stride()[2:] == (heads * dim, dim, 1)
+        and cache.keys.dtype == cache.values.dtype == model.dtype
+        and cache.keys.device.type == "cpu"
+    )
+
+
+def obstacle(model: SmolLM2ForCausalLM, below: Engine | None = None) -> str:
+    """Why the compiled step cannot run a model, with the weights of the engine below; empty if it can."""
+    if model.device.type != "cpu":
+        return f"the compiled step is for the CPU, the device is {model.device.type}"
+    if not only_torch(model.backend):
+        return f"the compiled step replaces backend torch, got {model.backend.name}"
     if not model.is_plain():
-        raise UsageError("compile: expected the model's own layers, and some were replaced or hooked")
-    weights = engine.few if isinstance(engine, QuantizedEngine) else plain_weights(model)
-    if any(isinstance(matrix, Int4Weight) for matrix in weights.matrices()):
-        raise UsageError("compile: the compiled step takes plain or int8 weights, got int4")
-    embedding, norm = model.model.embed_tokens.weight.detach(), model.model.norm.weight.detach()
-    tuples = weights.changed(lambda matrix: matrix if isinstance(matrix, Tensor) else tuple(matrix))
-    layers = [tuple(layer) for layer in tuples.layers]
-    # the package is compiled for tables of this length
-    cos, sin = model.model.rotary(embedding.device, model.config.max_position_embeddings)
-    return cos, sin, embedding, norm, tuples.head, layers
+        return "the compiled step is for the model's own layers, some were replaced or hooked"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) > 1 or not dtypes <= KINDS.keys():
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"the compiled step takes weights in fp32, bf16 or fp16, got {names}"
+    if isinstance(below, QuantizedEngine) and below.name != "int8":
+        return f"the compiled step takes plain or int8 weights, got {below.name}"
+    return ""
 
 
-def package_path(engine: Engine) -> Path:
-    """Where the package of this engine's step lies, or would lie."""
-    model, config, threads = engine.model, engine.model.config, torch.get_num_threads()
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    what = dtype if engine.name == "eager" else f"{engine.name}-{dtype}"
-    # Neither the numbers of special tokens nor training's settings change the code.
-    sizes = [
-        config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
-        config.num_key_value_heads, config.head_dim, config.vocab_size, config.max_position_embeddings,
-        config.rms_norm_eps,
-    ]  # fmt: skip
-    machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), _processor(), threads]
-    source = Path(exported_step.__file__).read_bytes()
-    digest = hashlib.sha256(repr((sizes, dtype, what, machine)).encode() + source).hexdigest()[:12]
-    name = f"{config.hidden_size}x{config.num_hidden_layers}-{what}-{threads}threads-{digest}.pt2"
-    return cache_folder() / "compiled" / name
+def capability() -> str:
+    """The instruction set that torch uses here: AVX512, AVX2, or DEFAULT for all others."""
+    known = str(torch.backends.cpu.get_cpu_capability())
+    return known if known in ("AVX512", "AVX2") else "DEFAULT"
 
 
-def _processor() -> str:
-    """What the processor can do: the compiler uses all of its instructions."""
+def _installed() -> Path:
+    return Path(__file__).with_name(library_name(capability()))
+
+
+def _in_cache() -> Path:
+    """Raises LoadError where there is no home folder."""
+    return cache_folder() / "compiled" / library_name(capability())
+
+
+def find_library() -> Path | None:
+    """The library for this processor, if there is one: in the cache, or in the installation. If that in the
+    cache may not be used, a warning says why.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def find_package(engine: Engine) -> Path | None:
-    """The package for this engine, if it has been made and may be used; if it may not, a warning says why."""
-    try:
-        path = package_path(engine)
-    except LoadError:  # no home folder
-        return None
-    sweep(path.parent, "tmp*")
-    if not os.path.lexists(path):
-        return None
-    try:
-        read_package(path)
+        path = _in_cache()
+        sweep(path.parent, "tmp*")
+        if os.path.lexists(path):
+            _read(path)
+            return path
+    except NoHome:
+        pass
     except LoadError as error:
-        logger.warning("%s; until then the step is not compiled", error)
-        return None
-    return path
+        logger.warning("%s; until then it is not used", error)
+    return _installed() if _installed().is_file() else None
 
 
-def read_package(path: Path) -> bytes:
-    """The content of a package. Raises LoadError where others may have written it, or it is damaged."""
+def load_library(path: Path) -> Any:
+    """The function of a library. Raises LoadError for one that may not be used, and that cannot be loaded."""
+    content = path.read_bytes() if path == _installed() else _read(path)
+    try:
+        return _loaded(content)
+    except (OSError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LoadError(f"{path}: cannot be loaded ({reason}); --compile makes it anew") from error
+
+
+@functools.cache
+def _loaded(content: bytes) -> Any:
+    # A copy that is private: what was verified is what is loaded.
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "decode_step.so"
+        copy.write_bytes(content)
+        return ctypes.CDLL(str(copy)).smollm2_decode_step
+
+
+def _read(path: Path) -> bytes:
+    """The content of a library. Raises LoadError where others may have written it, or it is damaged."""
     try:
         check_owners(path, cache_folder())
         if not (path.is_file() and _digest_file(path).is_file()):  # a pipe would be waited for
@@ -167,76 +240,48 @@ def read_package(path: Path) -> bytes:
         if _digest_file(path).read_text(encoding="utf-8") != _digest_line(path, content):
             raise ValueError("it has another sha256 than was written beside it")
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: not a whole package ({error}); --compile makes it anew") from None
+        raise LoadError(f"{path}: not a whole library ({error}); --compile makes it anew") from None
     return content
 
 
-def _digest_file(package: Path) -> Path:
-    return package.with_suffix(".sha256")
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
 
 
-def _digest_line(package: Path, content: bytes) -> str:
-    return f"{hashlib.sha256(content).hexdigest()}  {package.name}\n"
+def _digest_line(library: Path, content: bytes) -> str:
+    return f"{hashlib.sha256(content).hexdigest()}  {library.name}\n"
 
 
-def build_package(engine: Engine) -> Path:
-    """Compiles the step of an eager or int8 engine, says so on stderr, and returns the package's path.
+def build_library() -> Path:
+    """Compiles the step for this processor into the cache, says so on stderr, and returns its path.
 
-    The package appears under its name when it is complete. Raises UsageError when there is no C++ compiler,
-    and LoadError where the cache cannot be written, or others may write to it.
+    Raises UsageError without a C++ compiler and for what it complains of, and LoadError where the cache
+    cannot be written or others may write to it.
     """
-    path = package_path(engine)
-    compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
-    if shutil.which(compiler) is None:
-        raise UsageError(
-            f"compile: needs a C++ compiler, {compiler!r} was not found; "
-            "install one, or name it in the variable CXX"
-        )
+    path = _in_cache()
+    began = time.perf_counter()
     try:
+        compiler()
         with unfinished(path.parent) as folder:
             check_owners(path.parent, cache_folder())
-            _compile(engine, path, folder)
+            print(f"compiling the decode step into {path} (ten seconds, once)", file=sys.stderr, flush=True)
+            _build(path, folder)
+    except FileNotFoundError as error:
+        hint = "install one, or name it in the variable CXX"
+        raise UsageError(f"compile: {error}; {hint}") from None
+    except subprocess.CalledProcessError as error:
+        raise UsageError(f"compile: {error.cmd[0]}: {_first_error(error.stderr)}") from None
     except OSError as error:
         hint = "SMOLLM2_CACHE names another folder"
         raise LoadError(f"{path}: cannot be written ({error.strerror or error}); {hint}") from error
+    print(f"compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return path
 
 
-def _sound_inductor_cache(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Inductor's own cache, or one in `folder` where others may have written to that: it lies in /tmp under a
-    name that anybody can take first, and holds code.
-    """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-    from torch._inductor.utils import fresh_cache
-
-    try:
-        usual = Path(cache_dir())
-        check_owners(usual, usual)
-    except (OSError, LoadError):
-        return fresh_cache(dir=str(folder))
-    return contextlib.nullcontext()
-
-
-def _compile(engine: Engine, path: Path, folder: Path) -> None:
-    """Compiles in `folder` and moves the package, with its digest, to `path` when both are on the disk."""
-    config, dtype = engine.model.config, engine.model.lm_head.weight.dtype
-    weights = step_weights(engine)
-    print(f"compiling the decode step into {path} (about a minute, once)", file=sys.stderr, flush=True)
-    began = time.perf_counter()
-    shape, layers = (_EXAMPLE_TOKENS, config.num_key_value_heads, config.head_dim), config.num_hidden_layers
-    keys, values = ([torch.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in range(2))
-    tokens = torch.export.Dim("tokens", min=2, max=config.max_position_embeddings)
-    grows = [{0: tokens}] * layers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about its own code
-        program = torch.export.export(
-            DecodeStep(config, dtype),
-            (torch.tensor([0]), torch.tensor([_EXAMPLE_TOKENS]), weights, keys, values),
-            dynamic_shapes=(None, None, tree_map(lambda _: None, weights), grows, grows),
-        )
-        with _sound_inductor_cache(folder):
-            made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/step.pt2")
-    content, whole = Path(made).read_bytes(), folder / "whole"
+def _build(path: Path, folder: Path) -> None:
+    """Compiles in `folder` and moves the library, with its digest, to `path` when both are on the disk."""
+    compile_library(capability(), folder / "made")
+    content, whole = (folder / "made").read_bytes(), folder / "whole"
     digest = _digest_line(path, content)
     write_files(
         whole,
@@ -245,8 +290,11 @@ def _compile(engine: Engine, path: Path, folder: Path) -> None:
             path.name: lambda file: file.write_bytes(content),
         },
     )
-    for file in (_digest_file(path), path):  # a package without its digest would be called damaged
+    for file in (_digest_file(path), path):  # a library without its digest would be called damaged
         (whole / file.name).chmod(0o600)  # whatever the umask lets others do
         (whole / file.name).replace(file)
-    took, megabytes = time.perf_counter() - began, len(content) / 1e6
-    print(f"compiled in {took:.0f} s, {megabytes:.1f} MB", file=sys.stderr, flush=True)
+
+
+def _first_error(said: str) -> str:
+    lines = said.strip().splitlines() or [""]
+    return next((line for line in lines if "error" in line), lines[0])

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import TORCH, LayerWeights
+from kernels import TORCH, Backend, LayerWeights
 from kernels.eager.linear import onednn_is_faster
 from smollm2.engine.cache import KVCache, free_memory
 from smollm2.model import SmolLM2ForCausalLM
@@ -79,13 +79,17 @@ def supports(model: SmolLM2ForCausalLM, cache: KVCache) -> bool:
 
     Not over a fixed cache, which belongs to a captured loop: its lengths the host must not read.
     """
-    backend = model.backend
     return (
         cache.keys.device.type == "cpu"
         and not cache.fixed
         and not torch.compiler.is_compiling()
-        and all(getattr(backend, op) is getattr(TORCH, op) for op in REPLACES)
+        and only_torch(model.backend)
     )
+
+
+def only_torch(backend: Backend) -> bool:
+    """Whether the operations that a step replaces are torch's own."""
+    return all(getattr(backend, op) is getattr(TORCH, op) for op in REPLACES)
 
 
 def plain_weights(model: SmolLM2ForCausalLM) -> Weights:

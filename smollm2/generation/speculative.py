@@ -198,10 +198,8 @@ class _Drafting:
         """Logits [1, V] after these tokens, which enter the cache."""
         input_ids = torch.tensor([tokens], device=self.cache.lengths.device)
         if self.cached:
-            # One token, or two when all guesses came true: two compiled steps, of one token each, are faster
-            # than one eager step.
-            for few in input_ids.split(1 if isinstance(self.engine, CompiledEngine) else MAX_ROWS, dim=1):
-                logits = self.engine.decode(few, self.cache)[:, -1]
+            # One token, or two when all guesses came true.
+            logits = self.engine.decode(input_ids, self.cache)[:, -1]
         else:
             lengths = torch.tensor([len(tokens)], device=input_ids.device)
             logits = self.engine.prefill(input_ids, lengths, self.cache)

@@ -34,23 +34,27 @@ UNFINISHED, LOCK = ".making-", "lock"  # a folder that is being filled; the file
 _PIECE, _READ = 1 << 24, 1 << 20  # bytes: of a file for each thread, and at a time
 
 
+class NoHome(LoadError):
+    """There is no folder for a cache."""
+
+
 def cache_folder() -> Path:
     """$SMOLLM2_CACHE, else $XDG_CACHE_HOME/smollm2, else ~/.cache/smollm2.
 
-    Raises LoadError if that needs a home folder and there is none.
+    Raises NoHome if that needs a home folder and there is none.
     """
     named, base = os.environ.get("SMOLLM2_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(named).expanduser() if named else Path(base or Path.home() / ".cache") / "smollm2"
     except RuntimeError:  # no HOME, and a user whom the system does not know
-        raise LoadError("this user has no home folder: let SMOLLM2_CACHE name one for the cache") from None
+        raise NoHome("this user has no home folder: let SMOLLM2_CACHE name one for the cache") from None
 
 
 def is_cached(path: Path) -> bool:
     """Whether a path lies in the cache."""
     try:
         return cache_folder() in path.parents
-    except LoadError:  # no home folder, and so no cache
+    except NoHome:
         return False
 
 

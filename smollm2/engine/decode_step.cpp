@@ -1,0 +1,532 @@
+// One decode step of up to 16 rows on a CPU: tokens in, logits out, the new keys and values written to the cache.
+//
+// At batch 1 a token is one pass over all weights, and only the memory's speed counts. So weights are read once,
+// in order and where they lie, in the form in which they are stored (float, bf16, half, or int8 with a scale per
+// row), and everything between them and the cache is float. With more rows each weight that is read is used
+// for every row. The order of every sum is the same for all numbers of rows and threads: the same row gives the
+// same bits alone and in any company.
+//
+// A step is a sequence of phases: of each layer qkv, attention, o, gate and up, down; then the head.
+// A phase is cut into pieces that the threads take one by one, and whoever finishes the last piece does what is
+// too small to share (norm, rotation) and opens the next phase. A thread that the system has put aside holds
+// nobody up, unless it holds a piece. No thread waits spinning for longer than it takes to be woken.
+//
+// Called through ctypes by compiled.py, which declares the same structures. No headers of torch, so that the
+// library depends on neither its version nor Python's.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// vectors
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, REGISTERS = 16;
+#else
+constexpr int WIDTH = 4, REGISTERS = 32;  // NEON
+#endif
+constexpr int MAX_ROWS = 16;
+constexpr int BLOCK = 24;   // weight rows whose products are finished together
+constexpr int SPLIT = 144;  // keys of a piece of attention
+constexpr int AHEAD = 8192; // bytes that weights are asked for in advance: no prefetcher follows eight rows at once
+
+typedef float Floats __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t Shorts __attribute__((vector_size(WIDTH * 2)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
+typedef _Float16 half;
+typedef half Halves __attribute__((vector_size(WIDTH * 2)));
+struct bf16 { uint16_t bits; };
+
+template <class Vector> inline Vector read(const void* from) {
+    Vector vector;
+    memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+inline void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
+inline Floats load(const float* from) { return read<Floats>(from); }
+// As intrinsics, because GCC turns the portable forms into many instructions.
+#if defined(__AVX512F__)
+inline Floats load(const bf16* from) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(from)), 16);
+}
+inline Floats load(const int8_t* from) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(from))); }
+inline Floats load(const half* from) { return _mm512_cvtph_ps(read<__m256i>(from)); }
+#elif defined(__AVX2__)
+inline Floats load(const bf16* from) {
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(from)), 16);
+}
+inline Floats load(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+inline Floats load(const half* from) { return _mm256_cvtph_ps(read<__m128i>(from)); }
+#else
+inline Floats load(const bf16* from) { return (Floats)(__builtin_convertvector(read<Shorts>(from), Words) << 16); }
+inline Floats load(const int8_t* from) {
+    return __builtin_convertvector(__builtin_convertvector(read<Bytes>(from), Ints), Floats);
+}
+inline Floats load(const half* from) { return __builtin_convertvector(read<Halves>(from), Floats); }
+#endif
+inline float single(float x) { return x; }
+inline float single(int8_t x) { return x; }
+inline float single(bf16 x) { uint32_t word = uint32_t(x.bits) << 16; float y; memcpy(&y, &word, 4); return y; }
+inline void round_to(float& to, float x) { to = x; }
+inline void round_to(bf16& to, float x) {  // to nearest, ties to even
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    to.bits = x != x ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+inline float single(half x) { return float(x); }
+inline void round_to(half& to, float x) { to = half(x); }
+
+inline float sum(Floats x) {
+    float lanes[WIDTH];
+    store(lanes, x);
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+// e^x to two units in the last place, by Cody and Waite's reduction and a polynomial; 0 and inf become 1e-38 and 1e38
+inline Floats exponential(Floats x) {
+    const Floats low = Floats{} - 87.0f, high = Floats{} + 88.0f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    Floats n = x * 1.44269504f + 12582912.0f;  // rounds: 1.5 * 2^23
+    const Ints exponent = (Ints)n << 23;
+    n -= 12582912.0f;
+    const Floats r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    Floats p = r * 1.98756912e-4f + 1.39819995e-3f;
+    p = p * r + 8.33345205e-3f;
+    p = p * r + 4.16657962e-2f;
+    p = p * r + 1.66666657e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    return (Floats)((Ints)p + exponent);
+}
+
+// products
+
+// out[m][r] = row r of the matrix times row m of x, for R rows at once and M rows of x
+template <class T, int R, int M>
+[[gnu::noinline]] void tile(const T* matrix, int64_t stride, const float* x, int64_t width, float* out) {
+    Floats sums[R][M];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) sums[r][m] = Floats{};
+    int64_t k = 0;
+    for (; k + WIDTH <= width; k += WIDTH) {
+        constexpr int BYTES = R * WIDTH * int(sizeof(T)), EVERY = std::max(1, 64 / BYTES);
+        if (k / WIDTH % EVERY == 0)
+            for (int at = 0; at < BYTES; at += 64)
+                __builtin_prefetch((const char*)(matrix + R * k) + AHEAD + at);
+        Floats columns[M];
+        for (int m = 0; m < M; ++m) columns[m] = load(x + m * width + k);
+        for (int r = 0; r < R; ++r) {
+            const Floats weights = load(matrix + r * stride + k);
+            for (int m = 0; m < M; ++m) sums[r][m] += weights * columns[m];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) {
+            float total = sum(sums[r][m]);
+            for (int64_t rest = k; rest < width; ++rest) total += single(matrix[r * stride + rest]) * x[m * width + rest];
+            out[m * BLOCK + r] = total;
+        }
+}
+
+template <class T, int M>
+void tiles(const T* matrix, int64_t stride, int count, const float* x, int64_t width, float* out) {
+    // as many as the registers hold; each divides BLOCK
+    constexpr int R = M == 1 ? 8 : REGISTERS == 32 ? (M == 2 ? 8 : 6) : (M == 2 ? 4 : 3);
+    int r = 0;
+    for (; r + R <= count; r += R) tile<T, R, M>(matrix + r * stride, stride, x, width, out + r);
+    for (; r < count; ++r) tile<T, 1, M>(matrix + r * stride, stride, x, width, out + r);
+}
+
+// out [rows, BLOCK]: `count` rows of a matrix times `rows` rows of x
+template <class T>
+void block(const T* matrix, int64_t stride, int count, const float* x, int64_t width, int rows, float* out) {
+    int m = 0;
+    for (; m + 4 <= rows; m += 4) tiles<T, 4>(matrix, stride, count, x + m * width, width, out + m * BLOCK);
+    if (m + 2 <= rows) tiles<T, 2>(matrix, stride, count, x + m * width, width, out + m * BLOCK), m += 2;
+    if (m < rows) tiles<T, 1>(matrix, stride, count, x + m * width, width, out + m * BLOCK);
+}
+
+}  // namespace
+
+// what compiled.py fills in
+
+extern "C" {
+
+enum Kind : int64_t { FP32, BF16, FP16, INT8 };
+
+struct Matrix { const void* values; const float* scales; };  // scales: of every row, for INT8
+struct Layer { const float* input_norm; Matrix qkv, o; const float* post_norm; Matrix gate_up, down; };
+struct Model {
+    int64_t layers, hidden, intermediate, heads, key_heads, head_dim, vocab;
+    int64_t matrices, dtype;  // Kinds: of the matrices, and of embedding and cache
+    double eps;
+    const float *cos, *sin;  // [positions, head_dim / 2]
+    const void* embedding;
+    const float* norm;
+    Matrix head;
+    const Layer* layer;
+};
+struct Step {
+    int64_t batch, length, capacity;      // tokens [batch, length]
+    const int64_t *tokens, *lengths;      // lengths [batch], with the new tokens
+    void *keys, *values;                  // [layers, batch, capacity, key heads, head dim]
+    int64_t layer_stride, row_stride;     // of the cache, in elements
+    float* logits;                        // [batch, length, vocab]
+    int64_t threads;
+};
+}
+
+namespace {
+
+enum Phase { QKV, ATTENTION, OUT, GATE_UP, DOWN, HEAD };
+
+// Tells a spinning core that it waits.
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+class Decoder {
+  public:
+    int run(const Model& model, const Step& step) {
+        std::lock_guard<std::mutex> guard(one_at_a_time);
+        this->model = &model, this->step = &step;
+        rows = int(step.batch * step.length);
+        const int64_t group_rows = rows, heads = model.heads + 2 * model.key_heads;
+        if (rows < 1 || rows > MAX_ROWS) return 1;
+        longest = 0;
+        for (int row = 0; row < rows; ++row) {
+            const int64_t token = step.tokens[row], at = position(row);
+            if (token < 0 || token >= model.vocab || at < 0 || at >= step.capacity) return 1;
+            longest = std::max(longest, at + 1);
+        }
+        splits = int((longest + SPLIT - 1) / SPLIT);
+        x.resize(group_rows * model.hidden), normed.resize(group_rows * model.hidden);
+        projected.resize(group_rows * heads * model.head_dim);
+        queries.resize(group_rows * model.heads * model.head_dim);
+        mixed.resize(group_rows * model.heads * model.head_dim);
+        gated.resize(group_rows * model.intermediate);
+        parts.resize(group_rows * model.heads * splits * (model.head_dim + 2));
+        while (int64_t(started) + 1 < step.threads)
+            std::thread([this, index = ++started] { serve(index); }).detach();
+        threads = int(step.threads);
+
+        by_dtype([&](auto kind) {
+            using T = decltype(kind);
+            for (int row = 0; row < rows; ++row)
+                for (int64_t k = 0; k < model.hidden; ++k)
+                    x[row * model.hidden + k] = single(((const T*)model.embedding)[step.tokens[row] * model.hidden + k]);
+        });
+        layer = 0;
+        norm(model.layer[0].input_norm);
+        open(QKV);
+        work(true);
+        return 0;
+    }
+
+  private:
+    // the threads
+
+    void serve(int index) {
+        for (;;) {
+            if (index < threads) work(false);
+            else wait(generation.load(std::memory_order_acquire), false);
+        }
+    }
+
+    // Takes pieces until the step is over (the caller), or for ever.
+    void work(bool until_over) {
+        for (;;) {
+            const uint64_t ticket = claim.fetch_add(1, std::memory_order_acq_rel);
+            const uint32_t piece = ticket & 0xfffff, count = (ticket >> 20) & 0xfffff;
+            if (piece < count) {
+                compute(piece, count);
+                if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) finish();
+                continue;
+            }
+            if (until_over && count == 0) return;
+            wait(uint32_t(ticket >> 40), until_over);
+            if (!until_over) return;
+        }
+    }
+
+    void wait(uint32_t seen, bool) {
+        using clock = std::chrono::steady_clock;
+        const auto end = clock::now() + std::chrono::microseconds(SPIN);
+        do {
+            for (int turn = 0; turn < 32; ++turn) {
+                if ((generation.load(std::memory_order_acquire) & 0xffffff) != seen) return;
+                pause();
+            }
+        } while (clock::now() < end);
+        const uint32_t now = generation.load(std::memory_order_acquire);
+        if ((now & 0xffffff) == seen) generation.wait(now, std::memory_order_acquire);
+    }
+
+    void publish(uint64_t pieces) {
+        const uint32_t next = generation.load(std::memory_order_relaxed) + 1;
+        done.store(0, std::memory_order_relaxed);
+        claim.store(uint64_t(next & 0xffffff) << 40 | pieces << 20, std::memory_order_release);
+        generation.store(next, std::memory_order_release);
+        generation.notify_all();
+    }
+
+    // the phases
+
+    void open(Phase next) {
+        phase = next;
+        const Model& m = *model;
+        int64_t blocks = 0;
+        switch (phase) {
+            case QKV: blocks = (m.heads + 2 * m.key_heads) * m.head_dim; break;
+            case ATTENTION: return publish(uint64_t(rows) * m.key_heads * splits);
+            case OUT: case DOWN: blocks = m.hidden; break;
+            case GATE_UP: blocks = m.intermediate; break;
+            case HEAD: blocks = m.vocab; break;
+        }
+        blocks = (blocks + BLOCK - 1) / BLOCK;
+        publish(std::min<int64_t>(blocks, phase == HEAD ? 32 * threads : 8 * threads));
+    }
+
+    void compute(int64_t piece, int64_t count) {
+        if (phase == ATTENTION) return by_dtype([&](auto kind) { attend<decltype(kind)>(piece); });
+        switch (model->matrices) {
+            case FP32: return multiply<float>(piece, count);
+            case BF16: return multiply<bf16>(piece, count);
+            case INT8: return multiply<int8_t>(piece, count);
+            case FP16: return multiply<half>(piece, count);
+        }
+    }
+
+    void finish() {
+        const Model& m = *model;
+        switch (phase) {
+            case QKV: by_dtype([&](auto kind) { rotate<decltype(kind)>(); }); return open(ATTENTION);
+            case ATTENTION: combine(); return open(OUT);
+            case OUT: norm(m.layer[layer].post_norm); return open(GATE_UP);
+            case GATE_UP: return open(DOWN);
+            case DOWN:
+                ++layer;
+                norm(layer < m.layers ? m.layer[layer].input_norm : m.norm);
+                return open(layer < m.layers ? QKV : HEAD);
+            case HEAD: return publish(0);
+        }
+    }
+
+    template <class F> void by_dtype(F f) {
+        if (model->dtype == FP32) f(float());
+        if (model->dtype == BF16) f(bf16());
+        if (model->dtype == FP16) f(half());
+    }
+
+    int64_t position(int row) const {
+        return step->lengths[row / step->length] - step->length + row % step->length;
+    }
+
+    // A share of the rows of the matrix of this phase times what goes into it.
+    template <class T> void multiply(int64_t piece, int64_t count) {
+        const Model& m = *model;
+        const Layer& l = m.layer[std::min(layer, m.layers - 1)];
+        const Matrix& matrix = phase == QKV ? l.qkv : phase == OUT ? l.o : phase == GATE_UP ? l.gate_up
+                             : phase == DOWN ? l.down : m.head;
+        const float* in = phase == OUT ? mixed.data() : phase == DOWN ? gated.data() : normed.data();
+        const int64_t width = phase == OUT ? m.heads * m.head_dim : phase == DOWN ? m.intermediate : m.hidden;
+        const int64_t height = phase == QKV ? (m.heads + 2 * m.key_heads) * m.head_dim
+                             : phase == GATE_UP ? m.intermediate : phase == HEAD ? m.vocab : m.hidden;
+        const int64_t blocks = (height + BLOCK - 1) / BLOCK;
+        const int64_t first = blocks * piece / count * BLOCK, last = std::min(height, blocks * (piece + 1) / count * BLOCK);
+        const T* values = (const T*)matrix.values;
+        float out[MAX_ROWS * BLOCK], up[MAX_ROWS * BLOCK];
+        for (int64_t n = first; n < last; n += BLOCK) {
+            const int size = int(std::min<int64_t>(BLOCK, last - n));
+            const auto take = [&](int64_t row, float* to) {
+                block(values + row * width, width, size, in, width, rows, to);
+                if (!matrix.scales) return;
+                for (int at = 0; at < rows; ++at)
+                    for (int r = 0; r < size; ++r) to[at * BLOCK + r] *= matrix.scales[row + r];
+            };
+            take(n, out);
+            if (phase == GATE_UP) {
+                take(n + height, up);
+                for (int r = 0; r < rows * BLOCK; r += WIDTH) {
+                    const Floats gate = load(out + r);
+                    store(out + r, gate / (exponential(-gate) + 1.0f) * load(up + r));
+                }
+            }
+            float* to = phase == QKV ? projected.data() : phase == GATE_UP ? gated.data()
+                      : phase == HEAD ? step->logits : x.data();
+            for (int at = 0; at < rows; ++at)
+                for (int r = 0; r < size; ++r) {
+                    float& y = to[at * height + n + r];
+                    y = phase == OUT || phase == DOWN ? y + out[at * BLOCK + r] : out[at * BLOCK + r];
+                }
+        }
+    }
+
+    void norm(const float* weight) {
+        const int64_t width = model->hidden;
+        for (int row = 0; row < rows; ++row) {
+            const float* in = x.data() + row * width;
+            float* out = normed.data() + row * width;
+            Floats squares = {};
+            int64_t k = 0;
+            for (; k + WIDTH <= width; k += WIDTH) squares += load(in + k) * load(in + k);
+            float total = sum(squares);
+            for (; k < width; ++k) total += in[k] * in[k];
+            const float factor = 1.0f / std::sqrt(total / float(width) + float(model->eps));
+            for (k = 0; k < width; ++k) out[k] = in[k] * factor * weight[k];
+        }
+    }
+
+    // Turns queries and keys to their positions, and writes keys and values to the cache.
+    template <class T> void rotate() {
+        const Model& m = *model;
+        const int64_t dim = m.head_dim, half = dim / 2, heads = m.heads + 2 * m.key_heads;
+        const float scale = 1.0f / std::sqrt(float(dim));
+        for (int row = 0; row < rows; ++row) {
+            const float *cos = m.cos + position(row) * half, *sin = m.sin + position(row) * half;
+            const int64_t at = layer * step->layer_stride + row / step->length * step->row_stride
+                             + position(row) * m.key_heads * dim;
+            for (int64_t head = 0; head < heads; ++head) {
+                float* in = projected.data() + (row * heads + head) * dim;
+                if (head < m.heads + m.key_heads)
+                    for (int64_t k = 0; k < half; ++k) {
+                        const float first = in[k], second = in[k + half];
+                        in[k] = first * cos[k] - second * sin[k];
+                        in[k + half] = second * cos[k] + first * sin[k];
+                    }
+                if (head < m.heads)
+                    for (int64_t k = 0; k < dim; ++k) queries[(row * m.heads + head) * dim + k] = in[k] * scale;
+                else {
+                    const bool key = head < m.heads + m.key_heads;
+                    T* to = (T*)(key ? step->keys : step->values) + at
+                          + (head - m.heads - (key ? 0 : m.key_heads)) * dim;
+                    for (int64_t k = 0; k < dim; ++k) round_to(to[k], in[k]);
+                }
+            }
+        }
+    }
+
+    // SPLIT keys of one row and key head: maximum, sum and mixture of the values, of every query head of the group.
+    template <class T> void attend(int64_t piece) {
+        const Model& m = *model;
+        const int64_t dim = m.head_dim, group = m.heads / m.key_heads, stride = m.key_heads * dim;
+        const int64_t split = piece % splits, key_head = piece / splits % m.key_heads;
+        const int row = int(piece / splits / m.key_heads);
+        const int64_t first = split * SPLIT, count = std::min<int64_t>(SPLIT, position(row) + 1 - first);
+        if (count <= 0) return;
+        const int64_t at = layer * step->layer_stride + row / step->length * step->row_stride + first * stride + key_head * dim;
+        const T *keys = (const T*)step->keys + at, *values = (const T*)step->values + at;
+        float scores[MAX_ROWS][SPLIT], out[MAX_ROWS * BLOCK];
+        for (int64_t begin = 0; begin < group; begin += MAX_ROWS) {
+            const int size = int(std::min<int64_t>(MAX_ROWS, group - begin));
+            const int64_t head = key_head * group + begin;
+            for (int64_t j = 0; j < count; j += BLOCK) {
+                block(keys + j * stride, stride, int(std::min<int64_t>(BLOCK, count - j)),
+                      queries.data() + (row * m.heads + head) * dim, dim, size, out);
+                for (int g = 0; g < size; ++g) memcpy(scores[g] + j, out + g * BLOCK, BLOCK * 4);
+            }
+            for (int g = 0; g < size; ++g) {
+                float* part = parts.data() + ((row * m.heads + head + g) * splits + split) * (dim + 2);
+                float most = -std::numeric_limits<float>::infinity();
+                for (int64_t j = 0; j < count; ++j) most = std::max(most, scores[g][j]);
+                for (int64_t j = count; j % WIDTH; ++j) scores[g][j] = -std::numeric_limits<float>::infinity();
+                float total = 0;
+                for (int64_t j = 0; j < count; j += WIDTH) store(scores[g] + j, exponential(load(scores[g] + j) - most));
+                for (int64_t j = 0; j < count; ++j) total += scores[g][j];
+                part[0] = most, part[1] = total;
+                mix(values, stride, scores[g], count, part + 2);
+            }
+        }
+    }
+
+    // out [dim] = sum over keys of weight * value
+    template <class T> void mix(const T* values, int64_t stride, const float* weights, int64_t count, float* out) {
+        constexpr int MANY = 64 / WIDTH;
+        int64_t d = 0;
+        for (; d + 64 <= model->head_dim; d += 64) {
+            Floats sums[MANY] = {};
+            for (int64_t j = 0; j < count; ++j)
+                for (int v = 0; v < MANY; ++v) sums[v] += weights[j] * load(values + j * stride + d + v * WIDTH);
+            for (int v = 0; v < MANY; ++v) store(out + d + v * WIDTH, sums[v]);
+        }
+        for (; d < model->head_dim; ++d) {
+            float total = 0;
+            for (int64_t j = 0; j < count; ++j) total += weights[j] * single(values[j * stride + d]);
+            out[d] = total;
+        }
+    }
+
+    // Puts the pieces of attention together.
+    void combine() {
+        const int64_t dim = model->head_dim;
+        for (int row = 0; row < rows; ++row) {
+            const int filled = int(position(row) / SPLIT + 1);
+            for (int64_t head = 0; head < model->heads; ++head) {
+                const float* part = parts.data() + (row * model->heads + head) * splits * (dim + 2);
+                float* out = mixed.data() + (row * model->heads + head) * dim;
+                float most = part[0], total = 0;
+                for (int split = 1; split < filled; ++split) most = std::max(most, part[split * (dim + 2)]);
+                std::fill(out, out + dim, 0.0f);
+                for (int split = 0; split < filled; ++split) {
+                    const float* from = part + split * (dim + 2);
+                    const float factor = std::exp(from[0] - most);
+                    total += factor * from[1];
+                    for (int64_t k = 0; k < dim; ++k) out[k] += factor * from[2 + k];
+                }
+                for (int64_t k = 0; k < dim; ++k) out[k] /= total;
+            }
+        }
+    }
+
+    static constexpr int SPIN = 50;  // microseconds
+
+    std::mutex one_at_a_time;
+    alignas(64) std::atomic<uint64_t> claim{0};  // generation << 40 | pieces << 20 | the next piece
+    alignas(64) std::atomic<uint32_t> done{0};
+    alignas(64) std::atomic<uint32_t> generation{0};
+    int threads = 1, started = 0;
+
+    const Model* model = nullptr;
+    const Step* step = nullptr;
+    Phase phase = QKV;
+    int rows = 0, splits = 0;
+    int64_t layer = 0, longest = 0;
+    std::vector<float> x, normed, projected, queries, mixed, gated, parts;
+};
+
+}  // namespace
+
+extern "C" int smollm2_decode_step(const Model* model, const Step* step) {
+    static Decoder* decoder = new Decoder;
+    try {
+        return decoder->run(*model, *step);
+    } catch (...) {
+        return 2;
+    }
+}
