@@ -125,7 +125,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if gradients is None:
             _, *gradients = ctx.what.compute(hidden, weight, targets, weight_copy)
         factor = dloss if scale is None else dloss * scale
-        dhidden, dweight = (None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+        # A pass over [V, D] that changes nothing is left out where looking costs no wait.
+        if factor.device.type != "cpu" or float(factor) != 1.0:
+            gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+        dhidden, dweight = gradients
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
