@@ -1,5 +1,6 @@
 """The PyTorch backend against the formulas that it stands in for, and what its backward passes may not do."""
 
+import numerics
 import pytest
 import torch
 
@@ -96,6 +97,21 @@ def test_the_loss_gives_its_gradients_away_and_forms_them_again(dtype):
         gradient.zero_()  # theirs who asked for it, to do with as they like
     second = torch.autograd.grad(total, (hidden, weight), torch.tensor(2.0))
     assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_logits_far_apart(dtype, upstream):
+    """Logits up to some hundreds, whose exponentials are no fp32 numbers, and targets that are ignored."""
+    hidden, weight = 30 * draw(70, 16, dtype=dtype), draw(97, 16, dtype=dtype).float()
+    targets = torch.randint(0, 97, (70,)).masked_fill_(torch.arange(70) % 9 == 0, -100)
+    found = []
+    for ops, cast in ((TORCH, None), (reference, None), (reference, torch.float64)):
+        leaves = [x.detach().to(cast or x.dtype).requires_grad_() for x in (hidden, weight)]
+        total = ops.linear_cross_entropy(*leaves, targets, z_loss=1e-3, label_smoothing=0.1)
+        found.append([total.detach(), *torch.autograd.grad(total, leaves, torch.full_like(total, upstream))])
+    for name, *three in zip(("loss", "dhidden", "dweight"), *found, strict=True):
+        numerics.check("linear_cross_entropy, torch", name, *three)
 
 
 def test_a_gradient_of_a_gradient_is_refused_and_not_wrong():

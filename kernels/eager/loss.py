@@ -33,21 +33,23 @@ class _Loss:
     chunk_tokens: int | None
 
     def rows(self, logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        """Losses [rows] of logits [rows, V]. If a gradient is needed, the logits are overwritten with
-        d (sum of losses * scale) / d logits.
+        """Losses [rows] of logits [rows, V], which are overwritten: with d (sum of losses * scale) / d logits
+        if a gradient is needed. One exponential per logit serves the sum and the probability.
         """
         wide = logits.to(wider(logits.dtype))
         valid = targets != self.ignore_index
         safe = torch.where(valid, targets, 0).long()[:, None]
-        lse = wide.logsumexp(-1)
-        picked = wide.gather(1, safe).squeeze(1)
-        loss = lse - (1.0 - self.label_smoothing) * picked + self.z_loss * lse.square()
+        picked = (1.0 - self.label_smoothing) * wide.gather(1, safe).squeeze(1)
         if self.label_smoothing:
-            loss = loss - self.label_smoothing * wide.mean(-1)
+            picked = picked + self.label_smoothing * wide.mean(-1)
+        highest = wide.amax(-1, keepdim=True)
+        total = (p := wide.sub_(highest).exp_()).sum(-1, keepdim=True)
+        lse = total.log().add_(highest).squeeze(1)
+        loss = lse - picked + self.z_loss * lse.square()
         if self.needs_hidden or self.needs_weight:
             # d loss / d logits = p (1 + 2 z lse) - (1 - eps) onehot - eps / V
             factor = torch.where(valid, scale, 0.0)[:, None]
-            p = wide.sub_(lse[:, None]).exp_().mul_((1.0 + 2.0 * self.z_loss * lse)[:, None] * factor)
+            p.mul_((1.0 + 2.0 * self.z_loss * lse)[:, None] * factor / total)
             if self.label_smoothing:
                 p.sub_(factor * (self.label_smoothing / logits.shape[1]))
             p.scatter_add_(1, safe, factor * (self.label_smoothing - 1.0))
@@ -123,7 +125,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if gradients is None:
             _, *gradients = ctx.what.compute(hidden, weight, targets, weight_copy)
         factor = dloss if scale is None else dloss * scale
-        dhidden, dweight = (None if gradient is None else gradient.mul_(factor) for gradient in gradients)
+        # A pass over [V, D] that changes nothing is left out where looking costs no wait.
+        if factor.device.type != "cpu" or float(factor) != 1.0:
+            gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+        dhidden, dweight = gradients
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 

@@ -37,8 +37,9 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
         total = x if residual is None else x + residual
         wide = total.to(wider(total.dtype))
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        y = (wide * rstd).to(total.dtype) * weight
+        squares = wide.square()
+        rstd = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
+        y = torch.mul(wide, rstd, out=squares).to(total.dtype).mul_(weight)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         return y if residual is None else (y, total)
@@ -54,11 +55,14 @@ class _RMSNorm(torch.autograd.Function):
         dy, scale = dy.to(wide), weight.to(wide)
         normed = total.to(wide) * rstd
         # As in the formula, the weight multiplies rounded values; the statistics are of the unrounded ones.
-        product, dweight = dy * normed.to(total.dtype), None
+        rounded = normed.to(total.dtype)
+        product, dweight = dy * rounded, None
         if ctx.needs_input_grad[2]:
             dweight = product.reshape(-1, product.shape[-1]).sum(0).to(weight.dtype)
-        mean = torch.mul(dy, normed, out=product).matmul(scale).unsqueeze_(-1).div_(scale.shape[0])
-        dx = torch.mul(dy, scale, out=product).sub_(normed.mul_(mean)).mul_(rstd).to(total.dtype)
+        if rounded is not normed:
+            torch.mul(dy, normed, out=product)
+        mean = product.matmul(scale).unsqueeze_(-1).div_(-scale.shape[0])
+        dx = torch.mul(dy, scale, out=product).addcmul_(normed, mean).mul_(rstd).to(total.dtype)
         if dtotal is not None:
             dx.add_(dtotal)
         return dx, dx if two else None, dweight, None
@@ -84,13 +88,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Writes x [B, T, heads, D], rotated, to out of the same shape; cos and sin [(B,) T, 1, D/2]."""
     wide = torch.promote_types(wider(x.dtype), cos.dtype)
-    first, second = x.to(wide).chunk(2, dim=-1)
+    halves, cos, sin = x.to(wide).unflatten(-1, (2, -1)), cos.unsqueeze(-2), sin.unsqueeze(-2)
     rotated = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
-    one, two = rotated.chunk(2, dim=-1)
-    product = second * sin
-    torch.mul(first, cos, out=one).sub_(product)
-    torch.mul(first, sin, out=product)
-    torch.mul(second, cos, out=two).add_(product)
+    # Both halves in one call: rows of D numbers, not of D/2, are what a thread works through.
+    one, two = torch.mul(halves, cos, out=rotated.unflatten(-1, (2, -1))).unbind(-2)
+    first, second = (halves * sin).unbind(-2)
+    one.sub_(second)
+    two.add_(first)
     if rotated is not out:
         out.copy_(rotated)
 
@@ -166,8 +170,10 @@ class _SwiGLUPacked(torch.autograd.Function):
         gate, up = packed.chunk(2, dim=-1)
         grads = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
         dgate, dup = grads.chunk(2, dim=-1)
-        torch.mul(dy, F.silu(gate), out=dup)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        # No temporaries: their first touch costs more than these passes.
+        torch.ops.aten.silu.out(gate, out=dup).mul_(dy)
+        torch.mul(dy, up, out=dgate)
+        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
         return grads
 
 
