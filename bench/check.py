@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +30,9 @@ from torch import Tensor
 
 from bench import step_peers
 from bench.generate_modes import EngineTurns, all_tokens
-from bench.record import Part, one_line, parser, speed_of_data
+from bench.record import ROOT, Part, one_line, parser, python, read_json, speed_of_data
 from bench.timing import in_turns, seconds
+from kernels import waiting
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.engine.compiled import find_package
@@ -89,6 +91,7 @@ class Contests:
             "cached over uncached generation": self._cached,
             "batch of 8 over 8 singles": self._batch,
             "token cache over text": self._data,
+            "decode as threads wait over spinning": self._waiting,
         }
 
     @cached_property
@@ -172,14 +175,28 @@ class Contests:
             figures = speed_of_data(Path(folder), *size)["tokens_per_second"]
         return float(figures["cache, workers=0"] / figures["text, workers=0"])
 
+    def _waiting(self) -> float:
+        """int8 decode steps of new processes, right after this one worked: in one idle threads wait as
+        kernels/waiting.py chooses, in the other they spin for milliseconds, as libgomp would have them.
+        """
+        unset = {name: value for name, value in os.environ.items() if name not in waiting.VARIABLES}
+        spinning = unset | {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
+        size = "--tiny" if self.sizes == TINY else "--quick"
+        times = []
+        with tempfile.TemporaryDirectory() as folder:
+            path, row = Path(folder) / "found.json", "int8 over bf16 decode"
+            command = python("bench.check", size, "--only", row, "--json", path)
+            for environment in (unset, spinning):
+                subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+                times.append(read_json(path)["check"]["rows"][row]["ours_ms"])
+        return float(times[1] / times[0])
+
 
 def busy() -> str:
     """A line about other work on this machine, empty where there is little: beside it a ratio can be
     anything.
     """
-    load, processors = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
-    note = f"NOTE: load {load:.1f} on {processors} processors: beside other work ratios are unreliable"
-    return note if load > 0.5 * processors else ""
+    return "NOTE: other programs run now: beside them ratios are unreliable" if waiting.others_run() else ""
 
 
 def measure(contest: Contest, rounds: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels import waiting
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "smollm2", "train", "bench")
 OPTIONAL = ("transformers", "datasets", "triton", "omegaconf", "gguf", "matplotlib")
@@ -138,7 +140,8 @@ KERNEL = {
     "kernels.tracing",
 }
 KERNELS = {
-    "__init__": {"torch", "kernels.types", "kernels.backend", "kernels.reference"},
+    "__init__": {"torch", "kernels.types", "kernels.backend", "kernels.reference", "kernels.waiting"},
+    "waiting": set(),
     "types": {"torch"},
     "tracing": {"torch"},
     "launch_config": {"torch", "triton"},
@@ -377,18 +380,53 @@ def test_the_file_tree_is_the_repository():
     assert [name for name, comment in tree.items() if not comment] == [], "every file has its comment"
 
 
-@pytest.mark.parametrize("statement, load, expected", [
-    ("import smollm2", 0.1, "None"), ("import smollm2", 0.9, "PASSIVE"), ("import train", 0.1, "PASSIVE"),
+@pytest.mark.parametrize("running, theirs, expected", [
+    ("1", {}, waiting.SPIN),
+    ("3", {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    ("1", {"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+    ("3", {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ("3", {"KMP_BLOCKTIME": "0"}, {"KMP_BLOCKTIME": "0"}),
+    ("many", {}, waiting.SPIN),
 ])  # fmt: skip
-def test_how_idle_threads_wait_follows_the_load(statement, load, expected):
+def test_idle_threads_sleep_where_others_run_now_whatever_ran_before(
+    tmp_path, monkeypatch, running, theirs, expected
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()), raising=False)
+    for minutes in ("0.00", "9.00"):
+        load = tmp_path / minutes
+        load.write_text(f"{minutes} {minutes} {minutes} {running}/321 4242\n", encoding="ascii")
+        environment = dict(theirs)
+        waiting.choose_waiting(environment, load)
+        assert environment == expected
+
+
+def test_one_look_in_a_few_is_not_another_program_and_processors_of_others_are_theirs(tmp_path, monkeypatch):
+    load, now = tmp_path / "loadavg", iter([*"2112", *"1" * 5, *"2" * 9])
+    load.write_text("")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"0 0 0 {next(now)}/9 9")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()), raising=False)
+    assert not waiting.others_run(load)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() - 1))
+    assert not waiting.others_run(load), "one more may run on the processor that is not ours"
+
+
+@pytest.mark.parametrize("package", ["kernels", "smollm2", "train", "bench"])
+def test_how_threads_wait_is_chosen_before_torch_is_imported(package):
     done = run_python(f"""
-        import os
-        os.environ.pop("OMP_WAIT_POLICY", None)
-        os.getloadavg = lambda: ({load} * os.cpu_count(),) * 3
-        {statement}
-        print(os.environ.get("OMP_WAIT_POLICY"))
+        import os, sys
+        for name in {waiting.VARIABLES!r}:
+            os.environ.pop(name, None)
+
+        class Torch:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch":
+                    print(*sorted(os.environ.keys() & set({waiting.VARIABLES!r})))
+                    raise SystemExit
+
+        sys.meta_path.insert(0, Torch())
+        import {package}
     """)
-    assert done.stdout.strip() == expected, done.stderr
+    assert done.stdout.strip() in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT KMP_BLOCKTIME"), done.stderr
 
 
 @pytest.mark.parametrize("package", ["smollm2", "train", "bench"])
