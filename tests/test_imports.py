@@ -400,14 +400,17 @@ def test_idle_threads_sleep_where_others_run_now_whatever_ran_before(
         assert environment == expected
 
 
-def test_one_look_in_a_few_is_not_another_program_and_processors_of_others_are_theirs(tmp_path, monkeypatch):
-    load, now = tmp_path / "loadavg", iter([*"2112", *"1" * 5, *"2" * 9])
-    load.write_text("")
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"0 0 0 {next(now)}/9 9")
+def test_a_command_of_a_moment_is_not_another_program_and_processors_of_others_are_theirs(
+    tmp_path, monkeypatch
+):
+    looks = iter([*"2" * 20, *"1" * 5, *"1112" * 8, *"2" * 5])
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"0 0 0 {next(looks)}/9 9")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()), raising=False)
-    assert not waiting.others_run(load)
+    assert not waiting.others_run(), "it ended"
+    assert waiting.others_run(), "no pause is long enough"
+    assert next(looks) == "1" and next(looks) == "2"  # of the thirty that were looked at
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() - 1))
-    assert not waiting.others_run(load), "one more may run on the processor that is not ours"
+    assert not waiting.others_run(), "one more may run on the processor that is not ours"
 
 
 @pytest.mark.parametrize("package", ["kernels", "smollm2", "train", "bench"])
