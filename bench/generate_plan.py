@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import os
 import statistics
 import tempfile
 import time
@@ -21,23 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WAIT_POLICY = os.environ.get("OMP_WAIT_POLICY", "default")  # as it was before smollm2 is imported
-
-from bench import launches, work  # noqa: E402
-from bench.generate_modes import TorchCompiledEngine, engine_variant  # noqa: E402
-from bench.peak_memory import peak_memory  # noqa: E402
-from bench.peers import choice  # noqa: E402
-from bench.peers.status import require  # noqa: E402
-from bench.record import TINY_NOTE, digits, one_line, provenance  # noqa: E402
-from bench.roof import matmul_rate, read_bandwidth  # noqa: E402
-from bench.timing import in_turns, synchronize  # noqa: E402
-from bench.variant import Turns, Variant  # noqa: E402
-from smollm2.cli import parse_dtype  # noqa: E402
-from smollm2.config import SmolLM2Config  # noqa: E402
-from smollm2.engine.eager import Engine  # noqa: E402
-from smollm2.engine.select import select_engine  # noqa: E402
-from smollm2.errors import UsageError  # noqa: E402
-from smollm2.model import SmolLM2ForCausalLM  # noqa: E402
+from bench import launches, work
+from bench.generate_modes import TorchCompiledEngine, engine_variant
+from bench.peak_memory import peak_memory
+from bench.peers import choice
+from bench.peers.status import require
+from bench.record import TINY_NOTE, digits, one_line, provenance, wait_policy
+from bench.roof import matmul_rate, read_bandwidth
+from bench.timing import in_turns, synchronize
+from bench.variant import Turns, Variant
+from smollm2.cli import parse_dtype
+from smollm2.config import SmolLM2Config
+from smollm2.engine.eager import Engine
+from smollm2.engine.select import select_engine
+from smollm2.errors import UsageError
+from smollm2.model import SmolLM2ForCausalLM
 
 Case = tuple[int, int]  # rows, tokens of a prompt
 REFERENCE = "eager fp32"  # its tokens are what the others are compared with
@@ -47,12 +44,13 @@ MODES = {
 }
 FURTHER_MODES = ("eager int4", "compiled fp32", "captured fp32", "torch.compile fp32")
 LIBRARIES = (
-    "transformers fp32", "transformers bf16", "litgpt fp32", "litgpt bf16", "llama.cpp F16", "llama.cpp Q8_0",
+    "transformers fp32", "transformers bf16", "torchao int8", "litgpt fp32", "litgpt bf16", "llama.cpp F16",
+    "llama.cpp Q8_0",
 )  # fmt: skip
 ELSEWHERE = ("llama.cpp", "litgpt")  # their memory is not torch's, or not of this process
 FURTHER_LIBRARIES = (  # the compiled ones take half a minute or more for each shape
     "transformers+static fp32", "transformers+static bf16", "transformers+compile fp32",
-    "transformers+compile bf16",
+    "transformers+compile bf16", "torchao+compile int8",
 )  # fmt: skip
 
 
@@ -147,7 +145,7 @@ class Plan:
             else 100 * todo.floor(self._bandwidth, self._rate(name)) / seconds
         )
         found = {
-            **self._provenance, "threads": torch.get_num_threads(), "wait_policy": WAIT_POLICY,
+            **self._provenance, "threads": torch.get_num_threads(), "wait_policy": wait_policy(),
             "model": self.model, "phase": phase, "variant": name, "dtype": self.variants[name].dtype,
             "batch": batch, "prompt_tokens": prompt, "new_tokens": self.new_tokens,
             "tokens_per_second": round(batch * (1 if decodes else prompt) / seconds, 1),

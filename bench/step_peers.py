@@ -21,7 +21,6 @@ all alike; figures are medians, and only their ratios mean something on a machin
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from bench import work
 from bench.peers import choice, status
 from bench.peers.transformers import autocast_forward, transformers_llama
-from bench.record import TINY_NOTE, Part, one_line, parser
+from bench.record import TINY_NOTE, Part, one_line, parser, wait_policy
 from bench.step import COMPARED_STEPS, TrainingStep, loss_distances, training_model
 from bench.timing import in_turns, seconds
 from smollm2.cli import run_command
@@ -225,11 +224,11 @@ def main(argv: Sequence[str]) -> int:
     part = Part("step_peers", options, cpu=True, note=TINY_NOTE)
     config = part.model("135M")
     ids = part.ids(config, *((1, 16) if part.tiny else (2, 512)))
-    policy, threads = os.environ.get("OMP_WAIT_POLICY", "default"), torch.get_num_threads()
-    part.save(batch=ids.shape[0], length=ids.shape[1], threads=threads, wait_policy=policy)
+    threads = torch.get_num_threads()
+    part.save(batch=ids.shape[0], length=ids.shape[1], threads=threads, wait_policy=wait_policy())
     known = part.origin["versions"].items()
     versions = ", ".join(f"{name} {of}" for name, of in known if name in ("python", "torch", "transformers"))
-    size = f"{ids.shape[0]} x {ids.shape[1]} tokens, {threads} threads, OMP_WAIT_POLICY {policy}"
+    size = f"{ids.shape[0]} x {ids.shape[1]} tokens, {threads} threads, {wait_policy()}"
     print(f"{size}, {versions}, {part.origin['device']}", flush=True)
     results: dict[str, Any] = {}
     far = False

@@ -7,10 +7,15 @@ below keeps transformers from mistaking this package for that one.
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
-from kernels.backend import TORCH, select_backend, with_ops
-from kernels.types import Backend, LayerWeights
+from kernels.waiting import choose_waiting
+
+choose_waiting(os.environ)  # before torch is imported
+
+from kernels.backend import TORCH, select_backend, with_ops  # noqa: E402
+from kernels.types import Backend, LayerWeights  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["TORCH", "Backend", "LayerWeights", "check_name_clash", "select_backend", "with_ops"]

@@ -14,14 +14,7 @@ _own = any(part.removeprefix("-m").startswith(f"{__name__}.") for part in sys.or
 if _own and sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-# torch reads once, when it is imported, whether idle OpenMP threads spin or sleep: hence before the imports
-# below. On an idle machine spinning, torch's default, makes a compiled decode step a fifth faster. Beside one
-# more busy program it makes it four times slower. So threads sleep where the load says that processors are
-# wanted. OMP_WAIT_POLICY in the environment decides otherwise.
-if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import kernels  # noqa: E402
+import kernels  # noqa: E402 - before anything imports torch: it says how idle threads wait
 
 if not hasattr(kernels, "select_backend"):
     raise ImportError(

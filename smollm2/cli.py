@@ -19,7 +19,7 @@ from kernels import Backend, select_backend
 from smollm2.engine.select import QUANTIZE
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.pretrained.load import load_model, parse_dtype
+from smollm2.pretrained.load import load_model, parse_dtype, short_dtype
 from smollm2.pretrained.source import model_folder
 from smollm2.streams import StandardStream, open_missing
 
@@ -36,7 +36,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--dtype": dict(
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="auto is bf16 where the device has it, else fp32",
+        help="auto is bf16 where the device has it, else fp32; bfloat16 and other names of torch do too",
     ),
     "--backend": dict(
         default="auto", help="auto, torch, triton, or with single operations replaced: triton,attention=torch"
@@ -57,6 +57,12 @@ class Parser(argparse.ArgumentParser):
         """Adds flags of FLAGS."""
         for flag in flags:
             self.add_argument(flag, **FLAGS[flag])
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """argparse's own; a --dtype of a few names takes torch's names of them too."""
+        if "--dtype" in names and "choices" in options:
+            options["type"] = short_dtype
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
@@ -95,7 +101,7 @@ def resolve_backend(name: str | Backend, device: torch.device) -> Backend:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "fp32", "bf16", "fp16", or "auto": bf16 where the device has instructions for it, else fp32."""
+    """What parse_dtype knows, or "auto": bf16 where the device has instructions for it, else fp32."""
     is_fast = device.type == "cuda" or (device.type == "cpu" and _processor_has_bf16())
     return parse_dtype(name) or (torch.bfloat16 if is_fast else torch.float32)
 

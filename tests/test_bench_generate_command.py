@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from importlib.util import find_spec
 
 import gguf_files
 import pytest
@@ -19,7 +20,8 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 MODES = ("eager fp32", "eager bf16", "eager int8", "captured fp32")
-PEERS = ("transformers fp32", "transformers bf16")
+PEERS = ("transformers fp32", "transformers bf16", "torchao int8")
+HERE = PEERS if find_spec("torchao") else PEERS[:2]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_every_case_has_a_prefill_and_a_decode_figure_of_every_variant(measured)
         for batch in (1, 2)
         for prompt in (4, 9)
     }
-    assert found == {(group, name) for group in groups for name in (*MODES, *PEERS)}
+    assert found == {(group, name) for group in groups for name in (*MODES, *HERE)}
     assert TINY_NOTE in stdout
     assert all(f"batch {batch}, prompt {prompt}" in stdout for batch in (1, 2) for prompt in (4, 9))
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from generation_cases import write_checkpoint
 
-from smollm2.cli import run_command
+from smollm2.cli import Parser, run_command
 from smollm2.errors import LoadError, UsageError
 from smollm2.generate import main as generate_main
+from smollm2.pretrained.load import DTYPES, parse_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,6 +65,29 @@ def test_a_good_command_writes_text_to_stdout_and_speed_to_stderr(checkpoint, ca
     assert ("accepted" in error) == ("--speculate" in flags or "--draft" in flags)
     if "--quantize" not in flags:
         assert out == run(capsys, *options, "the the the the")[1]
+
+
+@pytest.mark.parametrize("add", [
+    lambda parser: parser.add("--dtype"),
+    lambda parser: parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16")),
+    lambda parser: parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), action="append"),
+])  # fmt: skip
+def test_every_dtype_has_torch_s_name_too(add):
+    parser = Parser()
+    add(parser)
+    for name, short in {
+        "float32": "fp32",
+        "torch.bfloat16": "bf16",
+        "float16": "fp16",
+        "bf16": "bf16",
+    }.items():
+        found = parser.parse_args(["--dtype", name]).dtype
+        assert found in (short, [short])
+        assert parse_dtype(name) == DTYPES[short]
+    with pytest.raises(
+        UsageError, match=r"--dtype: invalid choice: 'float64' \(choose from .*fp32.*; see --help"
+    ):
+        parser.parse_args(["--dtype", "float64"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels import waiting
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "smollm2", "train", "bench")
 OPTIONAL = ("transformers", "datasets", "triton", "omegaconf", "gguf", "matplotlib")
@@ -138,7 +140,8 @@ KERNEL = {
     "kernels.tracing",
 }
 KERNELS = {
-    "__init__": {"torch", "kernels.types", "kernels.backend", "kernels.reference"},
+    "__init__": {"torch", "kernels.types", "kernels.backend", "kernels.reference", "kernels.waiting"},
+    "waiting": set(),
     "types": {"torch"},
     "tracing": {"torch"},
     "launch_config": {"torch", "triton"},
@@ -377,18 +380,33 @@ def test_the_file_tree_is_the_repository():
     assert [name for name, comment in tree.items() if not comment] == [], "every file has its comment"
 
 
-@pytest.mark.parametrize("statement, load, expected", [
-    ("import smollm2", 0.1, "None"), ("import smollm2", 0.9, "PASSIVE"), ("import train", 0.1, "PASSIVE"),
+@pytest.mark.parametrize("theirs", [
+    {}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}, {"KMP_BLOCKTIME": "0"},
 ])  # fmt: skip
-def test_how_idle_threads_wait_follows_the_load(statement, load, expected):
+def test_idle_threads_spin_briefly_whatever_ran_before_unless_the_user_says_otherwise(theirs, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0))
+    environment = dict(theirs)
+    waiting.choose_waiting(environment)
+    assert environment == (theirs or waiting.SPIN)
+
+
+@pytest.mark.parametrize("package", ["kernels", "smollm2", "train", "bench"])
+def test_how_threads_wait_is_chosen_before_torch_is_imported(package):
     done = run_python(f"""
-        import os
-        os.environ.pop("OMP_WAIT_POLICY", None)
-        os.getloadavg = lambda: ({load} * os.cpu_count(),) * 3
-        {statement}
-        print(os.environ.get("OMP_WAIT_POLICY"))
+        import os, sys
+        for name in {waiting.VARIABLES!r}:
+            os.environ.pop(name, None)
+
+        class Torch:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch":
+                    print(*sorted(os.environ.keys() & set({waiting.VARIABLES!r})))
+                    raise SystemExit
+
+        sys.meta_path.insert(0, Torch())
+        import {package}
     """)
-    assert done.stdout.strip() == expected, done.stderr
+    assert done.stdout.strip() == "GOMP_SPINCOUNT KMP_BLOCKTIME", done.stderr
 
 
 @pytest.mark.parametrize("package", ["smollm2", "train", "bench"])

@@ -53,6 +53,7 @@ def test_without_a_file_the_run_is_quickstart_unless_a_model_is_named():
         ("document_masking=false", "document_masking", False),
         ("lr=1e-3", "lr", 1e-3),
         ("hidden_size=null", "hidden_size", None),
+        ("dtype=bfloat16", "dtype", "bf16"),
     ],
 )
 def test_values_are_read_as_the_type_of_their_key(argument, key, value):

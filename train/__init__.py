@@ -5,15 +5,11 @@ import os
 import signal
 import sys
 
-# Idle OpenMP threads sleep. By default they spin, and one more busy program on the machine then slows a small
-# model tenfold (measured: 235 against 2,400 tokens/s of training on two cores). OpenMP reads this once, when
-# torch is imported: hence here, before anything imports it. (Generation, whose steps are shorter, decides by
-# the load: smollm2/__init__.py.)
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 _own = any(part.removeprefix("-m").startswith(f"{__name__}.") for part in sys.orig_argv)
 if _own and sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during imports: see smollm2/__init__.py
+
+import smollm2  # noqa: E402, F401 - before anything imports torch: it says how idle threads wait
 
 
 def keep_freed_memory() -> None:

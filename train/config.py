@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from smollm2.config import PRESETS, SmolLM2Config
 from smollm2.errors import UsageError
+from smollm2.pretrained.load import short_dtype
 from train.keys import CHOICES, DATA_SOURCES, RULES, SHAPE_KEYS, SOURCE_KEYS, check_type, format_value
 
 
@@ -207,6 +208,7 @@ class RunConfig:
     interpolated: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
+        self.dtype = short_dtype(str(self.dtype))
         # YAML and programs have booleans for true and false.
         given = str(self.cuda_graph).lower()
         names = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}

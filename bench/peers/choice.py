@@ -6,6 +6,7 @@
                         all scores in memory
     liger               transformers with Liger-Kernel's rotary embedding, norm, SwiGLU and fused loss. Triton
                         kernels: needs a GPU
+    torchao             transformers' Llama in bf16, its matrix products with weights in 8 bits: generation
     litgpt              its GPT in a process of its own, under the same autocast
     ...+compile         under torch.compile
 
@@ -38,10 +39,10 @@ VARIANTS = (  # of a step
 # The library behind a variant, by the first word of its name up to a "+".
 LIBRARY = {
     "transformers": "transformers", "liger": "liger-kernel", "litgpt": "litgpt",
-    "llama.cpp": "llama-cpp-python", "torch.compile": "torch.compile",
+    "llama.cpp": "llama-cpp-python", "torch.compile": "torch.compile", "torchao": "torchao",
 }  # fmt: skip
 OF_STEPS = ("transformers", "liger-kernel", "litgpt", "torch.compile")
-OF_GENERATION = ("transformers", "litgpt", "llama-cpp-python", "torch.compile")
+OF_GENERATION = ("transformers", "torchao", "litgpt", "llama-cpp-python", "torch.compile")
 
 
 def peer_step(
@@ -94,7 +95,7 @@ def step_status(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 
 
 def library_variant(name: str, weights: SmolLM2ForCausalLM, folder: Path, device: torch.device) -> Variant:
-    """The variant of that name, of transformers, litgpt or llama.cpp. folder: the weights, saved.
+    """The variant of that name, of transformers, torchao, litgpt or llama.cpp. folder: the weights, saved.
 
     Raises UsageError, with the version and the reason, for one that cannot be had here.
     """
@@ -104,9 +105,10 @@ def library_variant(name: str, weights: SmolLM2ForCausalLM, folder: Path, device
         if device.type != "cpu":
             raise UsageError(f"llama-cpp-python {known}: measured on the CPU; add --device cpu")
         return llama_cpp_variant(gguf_file(weights, what), weights.config, what, torch.get_num_threads())
-    dtype = parse_dtype(what)
+    kind, _, extra = kind.partition("+")
+    dtype = torch.bfloat16 if kind == "torchao" else parse_dtype(what)
     assert dtype is not None
     if kind == "litgpt":
         return litgpt_variant(weights, dtype, device)
-    extra = kind.partition("+")[2]
-    return transformers_variant(folder, dtype, device, compiled=extra == "compile", static=extra == "static")
+    how = {"compiled": extra == "compile", "static": extra == "static", "int8": kind == "torchao"}
+    return transformers_variant(folder, dtype, device, **how)

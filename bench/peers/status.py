@@ -19,7 +19,7 @@ from smollm2.errors import UsageError
 EXTRA = "pip install -e '.[peers]'"
 # Distribution -> how to get it. Those of torch itself are there with torch.
 INSTALL = {
-    **dict.fromkeys(("transformers", "liger-kernel", "llama-cpp-python", "gguf"), EXTRA),
+    **dict.fromkeys(("transformers", "torchao", "liger-kernel", "llama-cpp-python", "gguf"), EXTRA),
     "litgpt": "python -m bench.litgpt_peer setup",
     "flash-attn": "pip install flash-attn --no-build-isolation",
     "quack-kernels": "pip install quack-kernels",

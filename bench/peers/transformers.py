@@ -86,26 +86,39 @@ def autocast_forward(called: Callable[..., Any], device: torch.device, autocast:
 
 
 def transformers_variant(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, compiled: bool, static: bool = False
-) -> Variant:
+    folder: Path, dtype: torch.dtype, device: torch.device, *,
+    compiled: bool, static: bool = False, int8: bool = False,
+) -> Variant:  # fmt: skip
     """LlamaForCausalLM with the weights in `folder`. static: with StaticCache, which a compiled step has
-    anyway. Raises NotInstalled.
+    anyway. int8: torchao's weights in 8 bits, the head's too. Raises NotInstalled.
     """
     require("transformers")
+    if int8:
+        require("torchao")
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     llama: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     llama = llama.to(device).eval()
+    if int8:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(llama, Int8WeightOnlyConfig())
     step = torch.compile(llama.forward, dynamic=False) if compiled else llama
-    # the head is the embedding
-    weights = {parameter.data_ptr(): parameter.nbytes for parameter in llama.parameters()}
-    config = SmolLM2Config.from_file(folder / "config.json")
+    weights = {id(weight): weight for name, weight in llama.named_parameters() if "embed_tokens" not in name}
+    weights[id(llama.lm_head.weight)] = llama.lm_head.weight  # the embedding, or its copy in 8 bits
+    size, config = sum(map(_nbytes, weights.values())), SmolLM2Config.from_file(folder / "config.json")
     return Variant(
-        str(dtype).removeprefix("torch."), sum(weights.values()), cache_bytes(config, 1, 1, dtype),
+        "int8" if int8 else str(dtype).removeprefix("torch."), size, cache_bytes(config, 1, 1, dtype),
         partial(TransformersTurns, llama, step, static or compiled),
     )  # fmt: skip
+
+
+def _nbytes(weight: Any) -> int:
+    """Bytes of a weight, quantised or not."""
+    parts = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
+    return sum(_nbytes(getattr(weight, part)) for part in parts) or int(weight.nbytes)
 
 
 class TransformersTurns:

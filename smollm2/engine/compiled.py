@@ -3,11 +3,11 @@
     decode_step.cpp  -> C++ compiler -> decode_step-<instructions>-<hash>.so, in the installation or the cache
 
 An installation makes the library where it finds a C++ compiler; elsewhere `python -m smollm2.compile` does,
-into the cache. One library serves every model, dtype and number of threads: sizes and addresses are arguments,
-and weights stay where they are (memory-mapped).
+into the cache. One library serves every model, dtype and number of threads: sizes and addresses are
+arguments, and weights stay where they are (memory-mapped).
 
-A library runs as the user. One from the cache is loaded only if nobody else can have written it, and if it has
-the sha256 that lies beside it, in the form of sha256sum: a damaged one ends the process.
+A library runs as the user. One from the cache is loaded only if nobody else can have written it, and if it
+has the sha256 that lies beside it, in the form of sha256sum: a damaged one ends the process.
 """
 
 from __future__ import annotations

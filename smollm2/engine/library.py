@@ -15,7 +15,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("decode_step.cpp")
 COMPILERS = ("g++", "clang++", "c++")
-# Instruction sets, named as torch names them, and what the compiler is told; others get the compiler's choice.
+# Instruction sets, named as torch names them, and what the compiler is told; for others it is told nothing.
 FLAGS = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
 COMMON = ["-std=c++20", "-O3", "-shared", "-fPIC", "-pthread"]
 

@@ -130,14 +130,19 @@ def load_model(
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch dtype from "fp32", "bf16", "fp16" or their long names; None for None and "auto" (as stored)."""
+    """A torch dtype from "fp32", "bf16", "fp16" or torch's names; None for None and "auto" (as stored)."""
     if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
         return None if isinstance(dtype, str) else dtype
-    for short, known in DTYPES.items():
-        if dtype in (short, str(known).removeprefix("torch.")):
-            return known
+    if (short := short_dtype(dtype)) in DTYPES:
+        return DTYPES[short]
     names = ", ".join(f"{short}, {str(known).removeprefix('torch.')}" for short, known in DTYPES.items())
     raise UsageError(f"dtype: expected one of auto, {names}, got {dtype!r}")
+
+
+def short_dtype(name: str) -> str:
+    """torch's name of a dtype as this project's: "bfloat16" and "torch.bfloat16" are "bf16". Others stay."""
+    long = f"torch.{name.removeprefix('torch.')}"
+    return next((short for short, known in DTYPES.items() if str(known) == long), name)
 
 
 class _NamesAndShapes(TorchFunctionMode):
