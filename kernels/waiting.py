@@ -1,11 +1,10 @@
 """How idle threads wait for work: said before torch is imported, because OpenMP reads it once, then.
 
 A thread that spins is back at work at once, but takes its processor from whoever else wants it. One that
-sleeps gives it away and is slow to wake. Left alone, libgomp spins for many milliseconds, which beside one more
-busy program makes a training step a quarter slower, and an operation of a decode step three times. Here
-threads spin for about as long as they take to wake, and then sleep: so neither costs more than twice the
-better one, whoever runs beside, now or later. (The load average would be no guide. It counts for minutes what
-this program itself did before.)
+sleeps gives it away and is slow to wake. Left alone, libgomp spins for many milliseconds, which beside one
+more busy program makes a training step a quarter slower. Here threads spin for about as long as they take to
+wake, and then sleep: that is never far from the better of the two, whoever runs beside, now or later. (The
+load average would be no guide. It counts for minutes what this program itself did before.)
 """
 
 from __future__ import annotations
