@@ -10,7 +10,7 @@ WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 # The stamp's name carries a checksum of what is to be installed: set-up runs again exactly when that changes.
-STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt smollm2/engine/decode_step.cpp | cksum | cut -d ' ' -f 1)
 
 .PHONY: train test lint doctor setup clean
 

@@ -4,14 +4,22 @@
 has smollm2.kernels, smollm2.train and smollm2.bench, and every mention of their modules is rewritten on the
 way, as vendored packages are. A checkout, also one installed with `pip install -e`, keeps its folders and
 names.
+
+Where there is a C++ compiler, the decode step of a CPU is compiled into the package. Without one, or if it
+fails, the installation is the same but for that.
 """
 
 import ast
+import importlib.util
 import re
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HOME, MOVED = "smollm2", ("kernels", "train", "bench")
@@ -46,6 +54,31 @@ def rewritten(source: str, names: list[str]) -> str:
     return renamed("".join(lines), names)
 
 
+def compile_step(folder: Path) -> None:
+    """Compiles smollm2/engine/decode_step.cpp into `folder`, for all instruction sets of this kind of machine."""
+    spec = importlib.util.spec_from_file_location("library", Path(HOME, "engine", "library.py"))
+    library = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(library)
+    wanted = {folder / library.library_name(name): name for name in library.capabilities()}
+    for path in set(folder.glob("decode_step-*.library")) - wanted.keys():
+        path.unlink()  # of an earlier source
+
+    def make(path: Path) -> None:
+        unfinished, ready = path.with_suffix(".tmp"), Path(HOME, "engine", path.name)
+        if ready.exists():  # by an editable install
+            shutil.copy(ready, unfinished)
+        else:
+            library.compile_library(wanted[path], unfinished)
+        unfinished.replace(path)
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(make, [path for path in wanted if not path.exists()]))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or error
+        print(f"warning: the decode step of a CPU is not compiled: {said}", file=sys.stderr)
+
+
 class BuildWheel(build_py):
     """Builds as ever, then moves and rewrites; an editable install reads the checkout itself."""
 
@@ -54,6 +87,7 @@ class BuildWheel(build_py):
             shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left would go in
         super().run()
         if self.editable_mode:
+            compile_step(Path(HOME, "engine"))
             return
         root = Path(self.build_lib)
         names = modules(root)
@@ -63,6 +97,21 @@ class BuildWheel(build_py):
         for suffix, change in ((".py", rewritten), (".md", renamed)):
             for file in (root / HOME).rglob(f"*{suffix}"):
                 file.write_text(change(file.read_text(encoding="utf-8"), names), encoding="utf-8")
+        compile_step(root / HOME / "engine")
 
 
-setup(cmdclass={"build_py": BuildWheel})
+class Binary(Distribution):
+    """A package for one kind of machine."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+class TagWheel(bdist_wheel):
+    """Its wheel serves every Python, of which the library knows nothing."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(distclass=Binary, cmdclass={"build_py": BuildWheel, "bdist_wheel": TagWheel})

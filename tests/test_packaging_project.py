@@ -77,8 +77,9 @@ sys.exit(os.environ.get("STUB_FAILS", "") in sys.argv[1:])
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_sets_up_once_then_runs_and_again_when_the_requirements_change(tmp_path):
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "smollm2" / "engine").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "smollm2/engine/decode_step.cpp"):
+        shutil.copy(ROOT / name, tmp_path / name)
     log, python = tmp_path / "log", tmp_path / "python"
     python.write_text(STUB.format(python=sys.executable, log=str(log)), encoding="utf-8")
     python.chmod(0o755)

@@ -1,6 +1,6 @@
 """The compiled decode step: its library for this processor, found or built, and the engine that runs it.
 
-    decode_step.cpp  -> C++ compiler -> decode_step-<instructions>-<hash>.so, in the installation or the cache
+    decode_step.cpp  -> C++ compiler -> decode_step-<instructions>-<hash>.library, in the installation or the cache
 
 An installation makes the library where it finds a C++ compiler; elsewhere `python -m smollm2.compile` does,
 into the cache. One library serves every model, dtype and number of threads: sizes and addresses are

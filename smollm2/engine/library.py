@@ -24,7 +24,7 @@ def library_name(capability: str) -> str:
     """The file that holds the present source, compiled for an instruction set."""
     flags = " ".join([*COMMON, *FLAGS.get(capability, [])])
     digest = hashlib.sha256(SOURCE.read_bytes() + flags.encode()).hexdigest()[:12]
-    return f"decode_step-{capability.lower()}-{digest}.so"
+    return f"decode_step-{capability.lower()}-{digest}.library"  # not .so, which Python takes for a module
 
 
 def capabilities() -> list[str]:
