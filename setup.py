@@ -55,7 +55,7 @@ def rewritten(source: str, names: list[str]) -> str:
 
 
 def compile_step(folder: Path) -> None:
-    """Compiles smollm2/engine/decode_step.cpp into `folder`, for all instruction sets of this kind of machine."""
+    """Compiles smollm2/engine/decode_step.cpp into `folder`, for every instruction set of FLAGS that fits."""
     spec = importlib.util.spec_from_file_location("library", Path(HOME, "engine", "library.py"))
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)

@@ -35,8 +35,8 @@ from bench.timing import in_turns, seconds
 from kernels import waiting
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
-from smollm2.engine.compiled import find_library
 from smollm2.engine.eager import Engine, prefill
+from smollm2.engine.native import find_library
 from smollm2.engine.select import select_engine
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM

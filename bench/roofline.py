@@ -38,8 +38,8 @@ from bench.roof import DTYPES, bandwidths, matmul_rate
 from bench.step import CapturedStep, TrainingStep, training_model
 from kernels import Backend, select_backend
 from smollm2.cli import resolve_dtype, run_command
-from smollm2.engine.compiled import find_library
 from smollm2.engine.eager import Engine
+from smollm2.engine.native import find_library
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from smollm2.cli import Parser, run_command
-from smollm2.engine.compiled import build_library, find_library
+from smollm2.engine.native import build_library, find_library
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,26 +1,10 @@
-"""The compiled decode step: its library for this processor, found or built, and the engine that runs it.
-
-    decode_step.cpp  -> C++ compiler -> decode_step-<instructions>-<hash>.library, in the installation or the cache
-
-An installation makes the library where it finds a C++ compiler; elsewhere `python -m smollm2.compile` does,
-into the cache. One library serves every model, dtype and number of threads: sizes and addresses are
-arguments, and weights stay where they are (memory-mapped).
-
-A library runs as the user. One from the cache is loaded only if nobody else can have written it, and if it
-has the sha256 that lies beside it, in the form of sha256sum: a damaged one ends the process.
+"""The compiled decode step: the engine that runs decode_step.cpp on a model's weights, where these lie
+(memory-mapped). smollm2/engine/native.py finds or builds the library.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -32,15 +16,9 @@ from kernels import LayerWeights
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import Weights, only_torch, plain_weights
-from smollm2.engine.library import compile_library, compiler, library_name
+from smollm2.engine.native import load_library
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine
-from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
-from smollm2.pretrained.cache import NoHome, cache_folder, sweep, unfinished
-from smollm2.pretrained.files import write_files
-from smollm2.pretrained.trust import check_owners
-
-logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16  # tokens of a step, as in decode_step.cpp
 # Kind of decode_step.cpp: of matrices, and of the embedding and the cache
@@ -121,7 +99,7 @@ class CompiledEngine(Engine):
         super().__init__(below.model, why)
         self.below = below
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
-        self._step = load_library(library)
+        self._step = load_library(library).smollm2_decode_step
         self._bound: _Bound | None = None
 
     def renew(self) -> None:
@@ -177,124 +155,3 @@ def obstacle(model: SmolLM2ForCausalLM, below: Engine | None = None) -> str:
     if isinstance(below, QuantizedEngine) and below.name != "int8":
         return f"the compiled step takes plain or int8 weights, got {below.name}"
     return ""
-
-
-def capability() -> str:
-    """The instruction set that torch uses here: AVX512, AVX2, or DEFAULT for all others."""
-    known = str(torch.backends.cpu.get_cpu_capability())
-    return known if known in ("AVX512", "AVX2") else "DEFAULT"
-
-
-def _installed() -> Path:
-    return Path(__file__).with_name(library_name(capability()))
-
-
-def _in_cache() -> Path:
-    """Raises LoadError where there is no home folder."""
-    return cache_folder() / "compiled" / library_name(capability())
-
-
-def find_library() -> Path | None:
-    """The library for this processor, if there is one: in the cache, or in the installation. If that in the
-    cache may not be used, a warning says why.
-    """
-    try:
-        path = _in_cache()
-        sweep(path.parent, "tmp*")
-        if os.path.lexists(path):
-            _read(path)
-            return path
-    except NoHome:
-        pass
-    except LoadError as error:
-        logger.warning("%s; until then it is not used", error)
-    return _installed() if _installed().is_file() else None
-
-
-def load_library(path: Path) -> Any:
-    """The function of a library. Raises LoadError for one that may not be used, and that cannot be loaded."""
-    content = path.read_bytes() if path == _installed() else _read(path)
-    try:
-        return _loaded(content)
-    except (OSError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise LoadError(f"{path}: cannot be loaded ({reason}); --compile makes it anew") from error
-
-
-@functools.cache
-def _loaded(content: bytes) -> Any:
-    # A copy that is private: what was verified is what is loaded.
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "decode_step.so"
-        copy.write_bytes(content)
-        return ctypes.CDLL(str(copy)).smollm2_decode_step
-
-
-def _read(path: Path) -> bytes:
-    """The content of a library. Raises LoadError where others may have written it, or it is damaged."""
-    try:
-        check_owners(path, cache_folder())
-        if not (path.is_file() and _digest_file(path).is_file()):  # a pipe would be waited for
-            raise ValueError("it and its sha256 are not two files")
-        content = path.read_bytes()
-        if _digest_file(path).read_text(encoding="utf-8") != _digest_line(path, content):
-            raise ValueError("it has another sha256 than was written beside it")
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: not a whole library ({error}); --compile makes it anew") from None
-    return content
-
-
-def _digest_file(library: Path) -> Path:
-    return library.with_suffix(".sha256")
-
-
-def _digest_line(library: Path, content: bytes) -> str:
-    return f"{hashlib.sha256(content).hexdigest()}  {library.name}\n"
-
-
-def build_library() -> Path:
-    """Compiles the step for this processor into the cache, says so on stderr, and returns its path.
-
-    Raises UsageError without a C++ compiler and for what it complains of, and LoadError where the cache
-    cannot be written or others may write to it.
-    """
-    path = _in_cache()
-    began = time.perf_counter()
-    try:
-        compiler()
-        with unfinished(path.parent) as folder:
-            check_owners(path.parent, cache_folder())
-            print(f"compiling the decode step into {path} (ten seconds, once)", file=sys.stderr, flush=True)
-            _build(path, folder)
-    except FileNotFoundError as error:
-        hint = "install one, or name it in the variable CXX"
-        raise UsageError(f"compile: {error}; {hint}") from None
-    except subprocess.CalledProcessError as error:
-        raise UsageError(f"compile: {error.cmd[0]}: {_first_error(error.stderr)}") from None
-    except OSError as error:
-        hint = "SMOLLM2_CACHE names another folder"
-        raise LoadError(f"{path}: cannot be written ({error.strerror or error}); {hint}") from error
-    print(f"compiled in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    return path
-
-
-def _build(path: Path, folder: Path) -> None:
-    """Compiles in `folder` and moves the library, with its digest, to `path` when both are on the disk."""
-    compile_library(capability(), folder / "made")
-    content, whole = (folder / "made").read_bytes(), folder / "whole"
-    digest = _digest_line(path, content)
-    write_files(
-        whole,
-        {
-            _digest_file(path).name: lambda file: file.write_text(digest, encoding="utf-8"),
-            path.name: lambda file: file.write_bytes(content),
-        },
-    )
-    for file in (_digest_file(path), path):  # a library without its digest would be called damaged
-        (whole / file.name).chmod(0o600)  # whatever the umask lets others do
-        (whole / file.name).replace(file)
-
-
-def _first_error(said: str) -> str:
-    lines = said.strip().splitlines() or [""]
-    return next((line for line in lines if "error" in line), lines[0])

@@ -23,10 +23,13 @@ where memory is short.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import weakref
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +39,7 @@ from torch import Tensor
 from kernels import TORCH, Backend, LayerWeights
 from kernels.eager.linear import onednn_is_faster
 from smollm2.engine.cache import KVCache, free_memory
+from smollm2.engine.native import find_library, load_library
 from smollm2.model import SmolLM2ForCausalLM
 
 # The operations of the backend that the step replaces: it may do so only while they are torch's own.
@@ -105,27 +109,44 @@ def _factors() -> Tensor:
         return torch.randint(-(2**62), 2**62, (DIGEST_WORDS,), generator=generator) * 2 + 1
 
 
-@torch.inference_mode()
 def digest(model: SmolLM2ForCausalLM) -> bytes:
     """16 bytes that tell the parameters' values, dtypes and names, on the CPU.
 
     torch's own counters do not do: fused optimizers, writes through `.data` and raw kernels leave them as
-    they are. One pass at the speed of a core's memory: words times odd factors are added up, and their sums
-    are hashed. It notices accidents; it is no protection from someone who looks for a collision.
+    they are. One pass over the memory, at its speed where decode_step.cpp is compiled. It notices accidents;
+    it is no protection from someone who looks for a collision.
     """
+    named = list(model.named_parameters())
+    library = find_library()
+    of_values = _sums_of_torch if library is None else partial(_sums, load_library(library).smollm2_digest)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        sums = list(pool.map(of_values, (parameter for _, parameter in named)))
     found = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        found.update(f"{name} {parameter.dtype} {list(parameter.shape)};".encode())
-        values = parameter.data.contiguous().flatten().view(torch.uint8)
-        if values.storage_offset() % 8:
-            values = values.clone()
-        whole = len(values) // (8 * DIGEST_WORDS) * (8 * DIGEST_WORDS)
-        for words in values[:whole].view(torch.int64).view(-1, DIGEST_WORDS).split(DIGEST_ROWS):
-            found.update(torch.mv(words, _factors()).numpy().tobytes())
-            # A sum loses its carry: two signs in highest bits cancel, so the upper halves are added again.
-            found.update(torch.mv(words >> 32, _factors()).numpy().tobytes())
-        found.update(values[whole:].numpy().tobytes())
+    for (name, parameter), values in zip(named, sums, strict=True):
+        found.update(f"{name} {parameter.dtype} {list(parameter.shape)};".encode() + values)
     return found.digest()
+
+
+@torch.inference_mode()
+def _sums(function: Any, parameter: Tensor) -> bytes:
+    values = parameter.data.contiguous()
+    sums = (ctypes.c_uint32 * 32)()
+    function(ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(values.nbytes), sums)
+    return bytes(sums)
+
+
+@torch.inference_mode()
+def _sums_of_torch(parameter: Tensor) -> bytes:
+    """Words times odd factors are added up. Takes longer than the memory: torch has no fast integers."""
+    values = parameter.data.contiguous().flatten().view(torch.uint8)
+    if values.storage_offset() % 8:
+        values = values.clone()
+    whole = len(values) // (8 * DIGEST_WORDS) * (8 * DIGEST_WORDS)
+    found = []
+    for words in values[:whole].view(torch.int64).view(-1, DIGEST_WORDS).split(DIGEST_ROWS):
+        # A sum loses its carry: two signs in highest bits cancel, so the upper halves are added again.
+        found += [torch.mv(words, _factors()), torch.mv(words >> 32, _factors())]
+    return b"".join(part.numpy().tobytes() for part in [*found, values[whole:]])
 
 
 _packed: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[bytes, Weights]]

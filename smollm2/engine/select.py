@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from smollm2.engine.compiled import CompiledEngine, build_library, find_library, obstacle
+from smollm2.engine.compiled import CompiledEngine, obstacle
 from smollm2.engine.eager import Engine
 from smollm2.engine.loops import CapturedEngine
+from smollm2.engine.native import build_library, find_library
 from smollm2.engine.quantized import KINDS, QuantizedEngine
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
