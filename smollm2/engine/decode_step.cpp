@@ -43,7 +43,7 @@ constexpr int WIDTH = 4, REGISTERS = 32;  // NEON
 constexpr int MAX_ROWS = 16;
 constexpr int BLOCK = 24;   // weight rows whose products are finished together
 constexpr int SPLIT = 144;  // keys of a piece of attention
-constexpr int AHEAD = 8192; // bytes that weights are asked for in advance: no prefetcher follows eight rows at once
+constexpr int AHEAD = 8192; // bytes that weights are asked for in advance: no prefetcher follows many rows at once
 
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
@@ -153,7 +153,7 @@ template <class T, int R, int M>
 template <class T, int M>
 void tiles(const T* matrix, int64_t stride, int count, const float* x, int64_t width, float* out) {
     // as many as the registers hold; each divides BLOCK
-    constexpr int R = M == 1 ? 8 : REGISTERS == 32 ? (M == 2 ? 8 : 6) : (M == 2 ? 4 : 3);
+    constexpr int R = M == 1 ? 4 : REGISTERS == 32 ? (M == 2 ? 8 : 6) : (M == 2 ? 4 : 3);
     int r = 0;
     for (; r + R <= count; r += R) tile<T, R, M>(matrix + r * stride, stride, x, width, out + r);
     for (; r < count; ++r) tile<T, 1, M>(matrix + r * stride, stride, x, width, out + r);
