@@ -113,13 +113,15 @@ class CompiledEngine(Engine):
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         batch, length = tokens.shape
-        if self._bound is None or not 0 < batch * length <= MAX_ROWS or not _is_plain(cache, self.model):
+        if self._bound is None or not 0 < batch * length <= MAX_ROWS or not _is_plain(cache, batch, self.model):
             return self.below.decode(tokens, cache)
         cache.advance(length)
-        tokens, lengths, keys, values = tokens.contiguous(), cache.lengths, cache.keys, cache.values
-        logits = torch.empty(batch, length, self.model.config.vocab_size)
+        tokens, lengths, keys, values = tokens.long().contiguous(), cache.lengths, cache.keys, cache.values
+        config = self.model.config
+        logits = torch.empty(batch, length, config.vocab_size)
+        reach = min(cache.capacity, config.max_position_embeddings)  # no table of angles goes beyond
         step = _Step(
-            batch, length, cache.capacity, tokens.data_ptr(), lengths.data_ptr(), keys.data_ptr(),
+            batch, length, reach, tokens.data_ptr(), lengths.data_ptr(), keys.data_ptr(),
             values.data_ptr(), keys.stride(0), keys.stride(1), logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if self._step(ctypes.byref(self._bound.model), ctypes.byref(step)):
@@ -127,11 +129,14 @@ class CompiledEngine(Engine):
         return logits
 
 
-def _is_plain(cache: KVCache, model: SmolLM2ForCausalLM) -> bool:
-    """Whether the step can address this cache."""
+def _is_plain(cache: KVCache, batch: int, model: SmolLM2ForCausalLM) -> bool:
+    """Whether the step can address this cache, and it has so many rows."""
     dim, heads = model.config.head_dim, model.config.num_key_value_heads
     return (
         not cache.fixed
+        and cache.keys.shape[:2] == (model.config.num_hidden_layers, batch)
+        and cache.keys.shape == cache.values.shape
+        and cache.lengths.shape == (batch,)
         and cache.lengths.is_contiguous()
         and cache.keys.stride() == cache.values.stride()
         and cache.keys.stride()[2:] == (heads * dim, dim, 1)
