@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_cases import alone, tiny_model
+from generation_cases import tiny_model
 from generation_cases import random_ids as ids
 from numerics import check
 from torch import Tensor
@@ -316,7 +316,9 @@ def test_a_model_that_changes_into_another_kind_goes_below():
     assert not goes_below(engine, tokens, filled(model, [0]))
     model.double()
     assert goes_below(engine, tokens, filled(model, [0]))
-    with pytest.raises(UsageError, match="compile: the compiled step takes weights in fp32, bf16 or fp16, got"):
+    with pytest.raises(
+        UsageError, match="compile: the compiled step takes weights in fp32, bf16 or fp16, got"
+    ):
         select_engine(model, compiled=True)
     model.float().model.norm.bfloat16()
     with pytest.raises(UsageError, match="got bfloat16, float32"):
@@ -364,7 +366,6 @@ def child(work: Callable[[], bytes], pipe: Connection) -> None:
     pipe.send(work())
 
 
-@pytest.mark.skipif(not hasattr(multiprocessing, "get_context") or not hasattr(torch, "get_num_threads"), reason="")
 def in_a_fork(work: Callable[[], bytes], seconds: float = 60) -> bytes:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -460,7 +461,11 @@ def test_a_batch_on_it_is_its_rows(model, rows):
     together = dict(generate_many(model, prompts, max_new_tokens=budgets, slots=rows, engine=engine))
     for row in range(rows):
         expected = generate(
-            model, ids(rows, 12)[row : row + 1], max_new_tokens=budgets[row], eos_token_id=[], engine=Engine(model)
+            model,
+            ids(rows, 12)[row : row + 1],
+            max_new_tokens=budgets[row],
+            eos_token_id=[],
+            engine=Engine(model),
         )
         assert together[row] == expected[0, 12:].tolist()
 

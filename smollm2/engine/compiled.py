@@ -113,7 +113,11 @@ class CompiledEngine(Engine):
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         batch, length = tokens.shape
-        if self._bound is None or not 0 < batch * length <= MAX_ROWS or not _is_plain(cache, batch, self.model):
+        if (
+            self._bound is None
+            or not 0 < batch * length <= MAX_ROWS
+            or not _is_plain(cache, batch, self.model)
+        ):
             return self.below.decode(tokens, cache)
         cache.advance(length)
         tokens, lengths, keys, values = tokens.long().contiguous(), cache.lengths, cache.keys, cache.values
