@@ -58,16 +58,22 @@ class _Bound:
 
     def __init__(self, model: SmolLM2ForCausalLM, weights: Weights) -> None:
         config, self.kept = model.config, list[Any]()
-        cos, sin = model.model.rotary(model.device, config.max_position_embeddings)
+        self.tables: tuple[Tensor, ...] = ()
         embedding, head = model.model.embed_tokens.weight.detach(), weights.head
         layers = [self._layer(layer) for layer in weights.layers]
         self.model = _Model(
             config.num_hidden_layers, config.hidden_size, config.intermediate_size,
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.vocab_size,
             KINDS[head.values.dtype if isinstance(head, Int8Weight) else head.dtype], KINDS[embedding.dtype],
-            config.rms_norm_eps, self._floats(cos), self._floats(sin), self._address(embedding),
+            config.rms_norm_eps, None, None, self._address(embedding),
             self._floats(model.model.norm.weight), self._matrix(head), (_Layer * len(layers))(*layers),
         )  # fmt: skip
+
+    def turn_by(self, tables: tuple[Tensor, Tensor]) -> None:
+        """Takes the cosines and sines of the positions that a step reaches."""
+        if tables is not self.tables:
+            self.tables = tables
+            self.model.cos, self.model.sin = map(self._floats, tables)
 
     def _address(self, tensor: Tensor) -> int:
         self.kept.append(tensor := tensor.detach().contiguous())
@@ -123,7 +129,8 @@ class CompiledEngine(Engine):
         tokens, lengths, keys, values = tokens.long().contiguous(), cache.lengths, cache.keys, cache.values
         config = self.model.config
         logits = torch.empty(batch, length, config.vocab_size)
-        reach = min(cache.capacity, config.max_position_embeddings)  # no table of angles goes beyond
+        reach = min(cache.capacity, config.max_position_embeddings)
+        self._bound.turn_by(self.model.model.rotary(tokens.device, reach))
         step = _Step(
             batch, length, reach, tokens.data_ptr(), lengths.data_ptr(), keys.data_ptr(),
             values.data_ptr(), keys.stride(0), keys.stride(1), logits.data_ptr(), torch.get_num_threads(),
