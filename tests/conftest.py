@@ -73,14 +73,14 @@ def _seed_global_generator() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def step_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled decode step: that of the installation, or one made now (ten seconds)."""
-    from smollm2.engine import compiled, library
+    from smollm2.engine import library, native
 
-    installed = compiled._installed()
+    installed = native._installed()
     if installed.is_file():
         return installed
     path = tmp_path_factory.mktemp("step") / installed.name
     try:
-        library.compile_library(compiled.capability(), path)
+        library.compile_library(native.capability(), path)
     except FileNotFoundError as error:
         pytest.skip(f"the decode step is not compiled here: {error}")
     return path
@@ -89,9 +89,9 @@ def step_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def installed_step(step_library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The installation has the compiled decode step, whatever it has here, and whatever the cache is."""
-    from smollm2.engine import compiled
+    from smollm2.engine import native
 
-    monkeypatch.setattr(compiled, "_installed", lambda: step_library)
+    monkeypatch.setattr(native, "_installed", lambda: step_library)
     return step_library
 
 

@@ -9,7 +9,7 @@ from generation_cases import tiny_model
 
 from kernels import TORCH, select_backend
 from smollm2 import generate
-from smollm2.engine import compiled
+from smollm2.engine import native
 from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.loops import CapturedEngine
@@ -34,7 +34,7 @@ def test_the_compiled_step_is_the_default_where_it_is_installed(model, installed
 
 
 def test_elsewhere_eager_is_and_says_what_would_be_faster(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(compiled, "_installed", lambda: tmp_path / "not installed")
+    monkeypatch.setattr(native, "_installed", lambda: tmp_path / "not installed")
     engine = select_engine(model)
     assert type(engine) is Engine and "--compile makes one" in str(engine)
     assert type(default_engine(model)) is Engine

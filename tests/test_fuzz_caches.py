@@ -19,7 +19,7 @@ from test_engine_compiled import write_library
 from test_tokenizer_files import tokenizer_metadata
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.engine import compiled
+from smollm2.engine import native
 from smollm2.engine.eager import Engine
 from smollm2.engine.quantized import quantized_layers
 from smollm2.engine.select import select_engine
@@ -123,9 +123,9 @@ def test_damage_to_what_was_converted_and_quantised_is_healed(source, caplog):
 
 def test_damaged_libraries_are_never_loaded(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))
-    monkeypatch.setattr(compiled, "_installed", lambda: tmp_path / "not installed")
+    monkeypatch.setattr(native, "_installed", lambda: tmp_path / "not installed")
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), "torch")
-    path = compiled._in_cache()
+    path = native._in_cache()
     path.parent.mkdir()
     for seed in range(60):
         random = Random(seed)

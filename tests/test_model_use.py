@@ -11,7 +11,7 @@ import pytest
 import torch
 from generation_cases import GREEDY, looped, prompts, random_ids, tiny_model
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate, layers
+from smollm2 import SmolLM2Config, generate, layers
 from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.loops import DecodeLoops

@@ -13,7 +13,7 @@ from generation_cases import GREEDY, looped, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from smollm2 import SmolLM2ForCausalLM, generate
-from smollm2.engine import compiled, eager_step
+from smollm2.engine import eager_step, native
 from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import digest
@@ -105,8 +105,8 @@ WRITES = {
 ENGINES: dict[str, Callable[[SmolLM2ForCausalLM], Engine]] = {
     "eager": Engine, "int8": lambda model: QuantizedEngine(model, "int8"),
     "int4": lambda model: QuantizedEngine(model, "int4"),
-    "compiled": lambda model: CompiledEngine(Engine(model), compiled._installed()),
-    "compiled int8": lambda model: CompiledEngine(QuantizedEngine(model, "int8"), compiled._installed()),
+    "compiled": lambda model: CompiledEngine(Engine(model), native._installed()),
+    "compiled int8": lambda model: CompiledEngine(QuantizedEngine(model, "int8"), native._installed()),
 }  # fmt: skip
 
 
@@ -227,16 +227,17 @@ def test_weights_are_looked_at_once_a_batch_and_not_at_every_token(monkeypatch):
     monkeypatch.setattr(eager_step, "onednn", lambda dtype: True)
     monkeypatch.setattr(eager_step, "pack", lambda matrix: matrix)
     model = bf16_model()
+    engine = Engine(model)
     for _ in range(2):
         calls.clear()
         prompts = [[1 + index] * 5 for index in range(7)]
-        assert len(dict(generate_many(model, prompts, max_new_tokens=9, slots=2))) == 7
+        assert len(dict(generate_many(model, prompts, max_new_tokens=9, slots=2, engine=engine))) == 7
         assert len(calls) == 1
     calls.clear()
-    generate(model, IDS[:1], max_new_tokens=9, eos_token_id=[])
+    generate(model, IDS[:1], max_new_tokens=9, eos_token_id=[], engine=engine)
     assert len(calls) == 1
     calls.clear()
-    generate(model, IDS[:1], max_new_tokens=1, eos_token_id=[])
+    generate(model, IDS[:1], max_new_tokens=1, eos_token_id=[], engine=engine)
     assert not calls, "no step, no look"
 
 
