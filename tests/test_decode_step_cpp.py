@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,16 @@ ROWS: list[tuple[list[int], int]] = [
     ([0], 1), ([0], 16), ([7], 5), ([496], 16), ([3, 0, 140], 5), ([143, 144, 145, 288, 287], 1),
     ([142, 286, 500], 3), ([*range(0, 496, 31)], 1), ([9, 9], 8),
 ]  # fmt: skip
+
+
+def model_of(**changes: Any) -> SmolLM2ForCausalLM:
+    """With norms that are not all ones."""
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1, 0.3)
+    return model
 
 
 def compiled_engine(model: SmolLM2ForCausalLM, below: Engine | None = None) -> CompiledEngine:
@@ -110,7 +121,7 @@ def threads(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_fp32_it_is_the_eager_step(shape):
-    model = tiny_model(**SHAPES[shape])
+    model = model_of(**SHAPES[shape])
     for lengths, count in ROWS:
         (ours, cache), (expected, wanted) = (
             decode(engine, lengths, count) for engine in (compiled_engine(model), Engine(model))
@@ -124,7 +135,7 @@ def test_in_fp32_it_is_the_eager_step(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_errs_no_more_than_the_eager_step(shape, dtype):
-    model = tiny_model(**SHAPES[shape]).to(dtype)
+    model = model_of(**SHAPES[shape]).to(dtype)
     wide = copy.deepcopy(model).double()
     for lengths, count in (([3, 0, 140], 5), ([143, 144, 145, 288, 500], 1)):
         cache = filled(model, lengths)
@@ -141,7 +152,7 @@ def wide(weight: Int8Weight) -> Tensor:
 
 @pytest.mark.parametrize("shape", ["odd", "dim 128"])
 def test_with_int8_it_is_the_step_with_the_dequantised_weights(shape):
-    model = tiny_model(**SHAPES[shape])
+    model = model_of(**SHAPES[shape])
     for dtype in (torch.float32, torch.bfloat16):
         model = model.to(dtype)
         below = QuantizedEngine(model, "int8")
@@ -178,7 +189,7 @@ ENGINES: dict[str, Callable[[SmolLM2ForCausalLM], CompiledEngine]] = {
 @pytest.mark.parametrize("shape", ["odd", "dim 80", "a group of 20"])
 def test_a_row_has_the_same_bits_in_any_company(shape, kind):
     """Alone, in batches of every size, with other rows of other lengths, with any number of threads."""
-    engine = ENGINES[kind](tiny_model(**SHAPES[shape]))
+    engine = ENGINES[kind](model_of(**SHAPES[shape]))
     lengths = [0, 3, 143, 144, 145, 288, 20, 9, 500, 1, 2, 60, 300, 7, 8, 90]
     cache, tokens = filled(engine.model, lengths), tokens_of(engine.model, len(lengths), 1)
     single = [engine.decode(tokens[row : row + 1], row_of(cache, row))[0] for row in range(len(lengths))]
@@ -193,7 +204,7 @@ def test_a_row_has_the_same_bits_in_any_company(shape, kind):
 @pytest.mark.parametrize("length", [0, 139])
 def test_tokens_read_at_once_have_the_bits_of_tokens_one_by_one(length, kind):
     """What the cache holds, too, and across the end of a piece of attention."""
-    engine = ENGINES[kind](tiny_model(**ODD))
+    engine = ENGINES[kind](model_of(**ODD))
     tokens = tokens_of(engine.model, 2, 8)
     at_once, one_by_one = (filled(engine.model, [length, length + 2]) for _ in range(2))
     logits = engine.decode(tokens, at_once)
@@ -204,7 +215,7 @@ def test_tokens_read_at_once_have_the_bits_of_tokens_one_by_one(length, kind):
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_numbers_do_not_depend_on_threads_or_chance(kind):
-    engine = ENGINES[kind](tiny_model(**ODD))
+    engine = ENGINES[kind](model_of(**ODD))
     lengths = [3, 290, 0]
     tokens = tokens_of(engine.model, 3, 5)
     found = []
@@ -224,7 +235,7 @@ def guarded(model: SmolLM2ForCausalLM, batch: int, capacity: int) -> tuple[KVCac
 
 
 def test_it_writes_the_new_keys_and_nothing_else():
-    model = tiny_model(**ODD)
+    model = model_of(**ODD)
     cache, memory = guarded(model, 3, 20)
     cache.lengths.copy_(torch.tensor([0, 4, 17]))
     cache.longest = 17
@@ -249,7 +260,7 @@ BAD: list[tuple[str, list[int], list[int]]] = [
 
 @pytest.mark.parametrize(("tokens", "lengths"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_what_lies_outside_raises_and_touches_nothing(tokens, lengths):
-    model = tiny_model(**ODD)
+    model = model_of(**ODD)
     cache, memory = guarded(model, 2, 20)
     cache.lengths.copy_(torch.tensor(lengths))
     cache.longest = 4
@@ -260,7 +271,7 @@ def test_what_lies_outside_raises_and_touches_nothing(tokens, lengths):
 
 def test_there_are_no_angles_beyond_the_positions_of_the_model():
     """A cache may be longer than the model's tables."""
-    model = tiny_model(max_position_embeddings=32)
+    model = model_of(max_position_embeddings=32)
     cache = filled(model, [31], 40)
     engine = compiled_engine(model)
     assert engine.decode(torch.tensor([[3]]), cache).isfinite().all()
@@ -279,7 +290,7 @@ def goes_below(engine: CompiledEngine, tokens: Tensor, cache: KVCache) -> bool:
 
 
 def test_what_it_cannot_do_goes_to_the_engine_below():
-    model = tiny_model()
+    model = model_of()
     engine = compiled_engine(model)
     assert not goes_below(engine, tokens_of(model, MAX_ROWS, 1), filled(model, [5] * MAX_ROWS))
     assert goes_below(engine, tokens_of(model, MAX_ROWS + 1, 1), filled(model, [5] * (MAX_ROWS + 1)))
@@ -295,7 +306,7 @@ def test_what_it_cannot_do_goes_to_the_engine_below():
 
 
 def test_tokens_of_another_integer_type_are_the_same_tokens():
-    model = tiny_model()
+    model = model_of()
     engine = compiled_engine(model)
     expected, _ = decode(engine, [5, 9], 3)
     tokens = tokens_of(model, 2, 3)
@@ -304,7 +315,7 @@ def test_tokens_of_another_integer_type_are_the_same_tokens():
 
 
 def test_a_model_that_changes_into_another_kind_goes_below():
-    model = tiny_model()
+    model = model_of()
     engine, tokens = compiled_engine(model), tokens_of(model, 1, 1)
     assert not goes_below(engine, tokens, filled(model, [0]))  # an empty cache: the model is looked at again
     own = model.backend
@@ -326,7 +337,7 @@ def test_a_model_that_changes_into_another_kind_goes_below():
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_that_is_no_number_shows_in_the_logits(name, dtype):
-    model = tiny_model().to(dtype)
+    model = model_of().to(dtype)
     layer = model.model.layers[0]
     part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
     with torch.no_grad():
@@ -336,7 +347,7 @@ def test_a_weight_that_is_no_number_shows_in_the_logits(name, dtype):
 
 def test_nan_with_any_bits_stays_nan():
     """The exponential works on the bits of its argument."""
-    model = tiny_model()
+    model = model_of()
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.weight.view(torch.int32)[:] = 0x7FFFFFFF
         model.model.layers[1].self_attn.q_proj.weight.view(torch.int32)[:] = -1
@@ -387,7 +398,7 @@ forks = pytest.mark.skipif(
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_decodes_the_same():
     """Threads stay in the parent; the child has none, and does not wait for them."""
-    engine = compiled_engine(tiny_model(**ODD))
+    engine = compiled_engine(model_of(**ODD))
     with threads(4):
         expected = decode_many(engine, 30)
         assert in_a_fork(lambda: decode_many(engine, 30)) == expected
@@ -397,7 +408,7 @@ def test_a_forked_process_decodes_the_same():
 @forks
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_more_threads_than_cores_beside_a_busy_one_come_to_an_end():
-    engine = compiled_engine(tiny_model(**ODD))
+    engine = compiled_engine(model_of(**ODD))
     with threads(1):
         expected = decode_many(engine, 400)
 
@@ -419,7 +430,7 @@ def test_more_threads_than_cores_beside_a_busy_one_come_to_an_end():
 
 
 def test_two_python_threads_with_two_engines_do_not_disturb_each_other():
-    models = [tiny_model(**ODD), tiny_model(seed=1).bfloat16()]
+    models = [model_of(**ODD), model_of(seed=1).bfloat16()]
     engines = [compiled_engine(model) for model in models]
     expected, found = [decode_many(engine, 60) for engine in engines], dict[int, bytes]()
 
@@ -436,7 +447,7 @@ def test_two_python_threads_with_two_engines_do_not_disturb_each_other():
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model()
+    return model_of()
 
 
 @pytest.mark.parametrize(
