@@ -146,6 +146,19 @@ def test_it_errs_no_more_than_the_eager_step(shape, dtype):
         check("decode step", "compiled", ours, base, truth, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_and_values_are_rounded_to_the_nearest(dtype):
+    """In the first layer, where all before them is exact."""
+    model = model_of(**ODD).to(dtype)
+    found, exact = (
+        decode(compiled_engine(each), [6, 3], 4)[1] for each in (model, copy.deepcopy(model).float())
+    )
+    for row, length in enumerate((6, 3)):
+        new = slice(length, length + 4)
+        assert torch.equal(found.keys[0, row, new], exact.keys[0, row, new].to(dtype))
+        assert torch.equal(found.values[0, row, new], exact.values[0, row, new].to(dtype))
+
+
 def wide(weight: Int8Weight) -> Tensor:
     return weight.values.double() * weight.scales.double()[:, None]
 
