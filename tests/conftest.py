@@ -1,5 +1,5 @@
 """What every test shares: an offline hub, Triton's interpreter (right in bf16) where there is no GPU,
-NaN-filled buffers, seeded noise.
+NaN-filled buffers, seeded noise, the library of the compiled decode step.
 
 The environment is set at import, before any test module imports `kernels`: Triton decides at decoration time
 whether a kernel is compiled or interpreted.
@@ -68,6 +68,31 @@ def _seed_global_generator() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         yield
+
+
+@pytest.fixture(scope="session")
+def step_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled decode step: that of the installation, or one made now (ten seconds)."""
+    from smollm2.engine import library, native
+
+    installed = native._installed()
+    if installed.is_file():
+        return installed
+    path = tmp_path_factory.mktemp("step") / installed.name
+    try:
+        library.compile_library(native.capability(), path)
+    except FileNotFoundError as error:
+        pytest.skip(f"the decode step is not compiled here: {error}")
+    return path
+
+
+@pytest.fixture
+def installed_step(step_library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The installation has the compiled decode step, whatever it has here, and whatever the cache is."""
+    from smollm2.engine import native
+
+    monkeypatch.setattr(native, "_installed", lambda: step_library)
+    return step_library
 
 
 @pytest.fixture

@@ -1,34 +1,35 @@
-"""The compiled decode step: in fp32 the tokens of the eager one; a package is found by what it depends on."""
+"""The library of the compiled decode step: whose code runs, where it is found, and how it is made.
 
+What the step computes is told by test_decode_step_cpp.py. Here nothing compiles it: a compiler is given a
+source of one line.
+"""
+
+import ctypes
 import hashlib
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
-from generation_cases import alone, tiny_model
-from generation_cases import random_ids as ids
+from generation_cases import tiny_model
 
-from smollm2 import generate
 from smollm2.compile import main
-from smollm2.engine.compiled import (
-    CompiledEngine,
-    _sound_inductor_cache,
-    build_package,
-    find_package,
-    package_path,
-    step_weights,
-)
+from smollm2.engine import compiled, library, native
+from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
-from smollm2.engine.eager_step import Weights, linear
-from smollm2.engine.exported_step import DecodeStep
-from smollm2.engine.quantized import QuantizedEngine, dequantize
-from smollm2.engine.select import select_engine
+from smollm2.engine.eager_step import digest
+from smollm2.engine.library import library_name
+from smollm2.engine.native import build_library, find_library
+from smollm2.engine.quantized import QuantizedEngine
+from smollm2.engine.select import default_engine, select_engine
 from smollm2.errors import LoadError, UsageError
-from smollm2.generation.batch import generate_many
 from smollm2.pretrained import trust
 from smollm2.pretrained.cache import cache_folder
+
+TINY = """extern "C" int smollm2_decode_step(const void*, const void*) { return 7; }
+extern "C" void smollm2_digest(const char*, long, unsigned*) {}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,154 +37,172 @@ def model():
     return tiny_model()
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache folder of its own for the whole module: one compilation serves all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("SMOLLM2_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def compiled(model, cache):
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    return select_engine(model, compiled=True)
-
-
-def eager_step(engine, prompt, token):
-    """One more token: (logits [V], its keys and values [layers, 2, K, D], what DecodeStep takes)."""
-    length = prompt.shape[1]
-    cache = engine.allocate(1, length + 1)
-    engine.prefill(prompt, torch.tensor([length]), cache)
-    old = [[layer[0, :length].clone() for layer in tensor] for tensor in (cache.keys, cache.values)]
-    logits = engine.decode(torch.tensor([[token]]), cache)[0, 0]
-    new = torch.stack((cache.keys[:, 0, length], cache.values[:, 0, length]), 1)
-    return logits, new, (torch.tensor([token]), torch.tensor([length]), step_weights(engine), *old)
-
-
-@pytest.mark.parametrize("length", [2, 17, 300])
-@torch.inference_mode()
-def test_the_step_is_the_eager_step(model, length):
-    logits, new, arguments = eager_step(Engine(model), ids(1, length), 7)
-    ours, ours_new = DecodeStep(model.config, torch.float32)(*arguments)
-    torch.testing.assert_close(ours, logits, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(ours_new, new, rtol=1e-5, atol=1e-4)
-
-
-@torch.inference_mode()
-def test_the_int8_step_is_the_step_with_the_dequantised_weights(model):
-    engine = QuantizedEngine(model, "int8")
-    *_, arguments = eager_step(engine, ids(1, 9), 7)
-    engine.few = Weights(engine.layers, engine.head, linear).changed(dequantize)
-    step, plain = (
-        DecodeStep(model.config, torch.float32),
-        (*arguments[:2], step_weights(engine), *arguments[3:]),
-    )
-    torch.testing.assert_close(step(*arguments)[0], step(*plain)[0], rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [dict(temperature=0.0), dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2)]
-)
-@pytest.mark.parametrize("length", [1, 2, 40])
-def test_compiled_is_eager(model, compiled, options, length):
-    prompt = ids(1, length)
-    ours, expected = (
-        generate(model, prompt, max_new_tokens=30, seed=3, eos_token_id=[], engine=engine, **options)
-        for engine in (compiled, Engine(model))
-    )
-    assert torch.equal(ours, expected)
-
-
-@pytest.mark.slow
-def test_a_batch_on_the_compiled_engine_is_its_rows(model, compiled):
-    """Batches run eagerly; when one row is left, the compiled step takes over in the middle of its text."""
-    prompts = [row.tolist() for row in ids(3, 12)]
-    together = dict(generate_many(model, prompts, max_new_tokens=[5, 30, 9], slots=3, engine=compiled))
-    for index, (prompt, budget) in enumerate(zip(prompts, (5, 30, 9), strict=True)):
-        assert together[index] == alone(model, prompt, new=budget)
-
-
-@pytest.mark.slow
-def test_a_package_is_used_by_itself_from_then_on(model, compiled, cache):
-    assert isinstance(compiled, CompiledEngine) and "loaded in" in str(compiled)
-    path = package_path(Engine(model))
-    assert find_package(Engine(model)) == path and cache in path.parents
-    assert isinstance(select_engine(model), CompiledEngine)
-    assert type(select_engine(model, compiled=False)) is Engine
-
-
-def test_the_name_of_a_package_holds_what_it_depends_on(model, cache, monkeypatch):
-    here = package_path(Engine(model))
-    assert package_path(QuantizedEngine(model, "int8")) != here
-    assert package_path(Engine(tiny_model(rms_norm_eps=1e-6))) != here
-    assert package_path(Engine(tiny_model(pad_token_id=3))) == here, "the sizes are the same"
-    monkeypatch.setattr(torch, "__version__", "9.9")
-    assert package_path(Engine(model)) != here
-
-
-def test_no_compiler_is_said_before_any_work(model, cache, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    small = tiny_model(hidden_size=32, num_attention_heads=1, num_key_value_heads=1)
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, 'no-such-compiler' was not found"):
-        build_package(Engine(small))
-
-
-def test_int4_is_refused_where_it_is_asked_for(model, capsys):
-    """The step takes no int4: --help does not offer it, and the function says so."""
-    with pytest.raises(UsageError, match="argument --quantize: invalid choice: 'int4'"):
-        main(["--quantize", "int4"])
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "--quantize {none,int8}" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="plain or int8 weights, got int4"):
-        build_package(QuantizedEngine(model, "int4"))
-
-
-@pytest.mark.slow
-def test_the_command_compiles_once(model, compiled, cache, tmp_path, capsys):
-    model.save_pretrained(tmp_path)
-    assert main(["--model", str(tmp_path), "--dtype", "fp32"]) == 0
-    assert "is there already; --fresh makes it anew" in capsys.readouterr().err
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and an installation without the library."""
+    monkeypatch.setattr(native, "_installed", lambda: tmp_path / "installation" / library_name("AVX2"))
+    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
-def planted(model, tmp_path, monkeypatch):
-    """A file that has the name and the digest of the package of this model's step; and no eye on its code."""
+def source(tmp_path, monkeypatch):
+    """A source that is compiled in an instant."""
+    monkeypatch.setattr(library, "SOURCE", tmp_path / "tiny.cpp")
+    library.SOURCE.write_text(TINY)
+    try:
+        library.compiler()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return library.SOURCE
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Instead of a compiler: what it was asked for; every library holds its number."""
+    made = []
+
+    def compile_library(capability, path):
+        made.append(capability)
+        path.write_bytes(b"code %d" % len(made))
+
+    monkeypatch.setattr(native, "compile_library", compile_library)
+    monkeypatch.setattr(native, "_loaded", functions)
+    monkeypatch.setenv("CXX", "sh")
+    return made
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A file that has the name and the digest of the library; and no eye on its code."""
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "link" / "cache"))
     (tmp_path / "home").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "home")
-    path = package_path(Engine(model))
+    path = native._in_cache()
     path.parent.mkdir(parents=True)
-    write_package(path, b"code")
+    write_library(path, b"code")
     for folder in (path.parent, cache_folder()):
         folder.chmod(0o755)  # as an earlier version made them
     loaded = []
-    monkeypatch.setattr(
-        torch._C._aoti, "AOTIModelPackageLoader", lambda file, *_: loaded.append(content(file))
-    )
+    monkeypatch.setattr(native, "_loaded", lambda code: loaded.append(code) or functions(code))
     return path, loaded
 
 
-def content(file: str) -> bytes:
-    return Path(file).read_bytes()
+def functions(code: bytes) -> SimpleNamespace:
+    """A library that was loaded, by which it can be told."""
+    return SimpleNamespace(smollm2_decode_step=code)
 
 
-def write_package(path: Path, code: bytes) -> None:
+def write_library(path: Path, code: bytes) -> None:
     path.write_bytes(code)
     path.chmod(0o644)
     path.with_suffix(".sha256").write_text(f"{hashlib.sha256(code).hexdigest()}  {path.name}\n")
 
 
-def test_a_whole_package_of_ones_own_is_loaded(model, planted):
+def install(code: bytes = b"installed") -> Path:
+    path = native._installed()
+    path.parent.mkdir()
+    path.write_bytes(code)
+    return path
+
+
+def test_a_source_is_compiled_found_and_loaded(model, source, capsys):
+    assert find_library() is None and type(select_engine(model)) is Engine
+    engine = select_engine(model, compiled=True)
+    path = find_library()
+    assert isinstance(engine, CompiledEngine) and str(engine) == f"compiled ({path.name})"
+    assert capsys.readouterr().err.startswith(f"compiling the decode step into {path} (ten seconds, once)\n")
+    assert isinstance(select_engine(model), CompiledEngine)
+    assert isinstance(default_engine(model), CompiledEngine)
+    assert type(select_engine(model, compiled=False)) is Engine
+    assert select_engine(model, quantize="int8").name == "compiled int8"
+    assert type(select_engine(model, quantize="int4")) is QuantizedEngine
+    assert native.load_library(path).smollm2_decode_step(None, None) == 7
+    assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
+
+
+def test_the_library_in_the_cache_comes_before_that_of_the_installation(model, compilations):
+    installed = install()
+    assert find_library() == installed
+    assert select_engine(model, compiled=True)._step == b"installed" and not compilations
+    assert find_library() == installed
+    made = build_library()
+    assert find_library() == made and select_engine(model)._step == b"code 1"
+    made.write_bytes(b"damaged")
+    assert find_library() == installed
+
+
+def test_the_name_of_a_library_holds_what_it_depends_on(source, monkeypatch):
+    names = {library_name(capability) for capability in ("AVX512", "AVX2", "DEFAULT")}
+    source.write_text(TINY.replace("7", "8"))
+    names |= {library_name("AVX2")}
+    monkeypatch.setattr(library, "COMMON", ["-O1"])
+    names |= {library_name("AVX2")}
+    assert len(names) == 5 and all(name.startswith("decode_step-") for name in names)
+
+
+def test_an_unknown_instruction_set_gets_no_flags(monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "SVE256")
+    assert native.capability() == "DEFAULT" and "default" in native._in_cache().name
+
+
+def test_no_compiler_is_said_before_any_work(model, cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -x")
+    message = r"compile: needs a C\+\+ compiler, 'no-such-compiler' was not found; install one, or name it in"
+    with pytest.raises(UsageError, match=message):
+        select_engine(model, compiled=True)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match=r"needs a C\+\+ compiler, 'g\+\+' was not found"):
+        main([])
+    assert not cache.exists()
+    assert type(select_engine(model)) is Engine, "and the eager step serves"
+
+
+def test_what_a_compiler_complains_of_is_said_in_one_line(source, cache):
+    source.write_text("#warning careful\nint f() { return nothing; }\n")
+    with pytest.raises(UsageError, match=r"^compile: \S+: .*tiny.cpp:2:.* error: .*nothing.*$"):
+        build_library()
+    assert not [*cache.iterdir()]
+
+
+@pytest.mark.skipif(shutil.which("false") is None, reason="needs the command false")
+def test_a_compiler_that_fails_without_a_word(source, cache, monkeypatch):
+    monkeypatch.setenv("CXX", "false --option")
+    with pytest.raises(UsageError, match=r"^compile: false: $"):
+        build_library()
+    assert not [*cache.iterdir()]
+
+
+def test_options_in_cxx_reach_the_compiler(source, monkeypatch):
+    source.write_text(TINY.replace("7", "ANSWER"))
+    monkeypatch.setenv("CXX", f"{library.compiler()[0]} -DANSWER=9")
+    assert native.load_library(build_library()).smollm2_decode_step(None, None) == 9
+
+
+def test_the_command_compiles_once_and_anew_where_that_is_asked_for(compilations, capsys):
+    assert main([]) == 0
+    path = find_library()
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"compiling the decode step into {path} (ten seconds, once)", "compiled in 0 s"]
+    assert main([]) == 0 and path.read_bytes() == b"code 1"
+    assert capsys.readouterr().err == f"{path} is there already; --fresh makes it anew\n"
+    assert main(["--fresh"]) == 0 and find_library() == path and path.read_bytes() == b"code 2"
+    assert compilations == [native.capability()] * 2
+
+
+def test_a_cache_that_cannot_be_written_is_named(cache, compilations):
+    cache.write_text("a file")
+    with pytest.raises(LoadError, match="cannot be written .*; SMOLLM2_CACHE names another folder"):
+        build_library()
+
+
+def test_a_whole_library_of_ones_own_is_loaded(model, planted):
     path, loaded = planted
     assert isinstance(select_engine(model), CompiledEngine) and loaded == [b"code"]
     path.parent.rename(path.parent.with_name("elsewhere"))
     path.parent.symlink_to(path.parent.with_name("elsewhere"))
-    assert find_package(Engine(model)) == path
+    assert find_library() == path
 
 
 def without_a_digest(path: Path) -> None:
@@ -204,7 +223,7 @@ def flipped(path: Path) -> None:
 
 def of_another_name(path: Path) -> None:
     line = path.with_suffix(".sha256").read_text()
-    path.with_suffix(".sha256").write_text(line.replace("threads", "thread"))
+    path.with_suffix(".sha256").write_text(line.replace("decode_step", "decode_stop"))
 
 
 def digest_of_bytes(path: Path) -> None:
@@ -230,48 +249,58 @@ def to_nowhere(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        without_a_digest,
-        empty,
-        truncated,
-        flipped,
-        of_another_name,
-        digest_of_bytes,
-        a_pipe,
-        a_pipe_as_digest,
-        a_folder,
-        to_nowhere,
-    ],
-)
-def test_a_damaged_package_is_not_loaded_and_the_step_runs_without_it(model, planted, damage, caplog):
+DAMAGE = [
+    without_a_digest, empty, truncated, flipped, of_another_name, digest_of_bytes, a_pipe, a_pipe_as_digest,
+    a_folder, to_nowhere,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_not_loaded_and_the_step_runs_without_it(model, planted, damage, caplog):
     path, loaded = planted
     damage(path)
     assert type(select_engine(model)) is Engine and loaded == []
-    assert len(caplog.records) == 1 and f"{path}: not a whole package" in caplog.text
-    assert "--compile makes it anew" in caplog.text
+    assert len(caplog.records) == 1 and f"{path}: not a whole library" in caplog.text
+    assert "--compile makes it anew; until then it is not used" in caplog.text
 
 
-@pytest.mark.parametrize("place", ["cache", "compiled", "package"])
-@pytest.mark.parametrize("mode", [0o020, 0o002])
-def test_what_others_may_write_to_is_not_run(model, planted, place, mode, caplog):
+def test_instead_of_a_damaged_library_that_of_the_installation_is_loaded(model, planted, caplog):
     path, loaded = planted
-    target = {"package": path, "compiled": path.parent, "cache": path.parent.parent}[place]
+    flipped(path)
+    install()
+    assert isinstance(default_engine(model), CompiledEngine) and loaded == [b"installed"]
+    assert len(caplog.records) == 1 and f"{path}: not a whole library" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [truncated, without_a_digest])
+def test_a_damaged_library_is_compiled_anew_where_that_is_asked_for(model, compilations, damage, caplog):
+    path = build_library()
+    damage(path)
+    assert select_engine(model, compiled=True)._step == b"code 2"
+    assert caplog.text.count("not a whole library") == 1
+    assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".sha256")])
+
+
+@pytest.mark.parametrize("place", ["cache", "compiled", "library"])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_what_others_may_write_to_is_not_run(model, compilations, planted, place, mode, caplog):
+    path, loaded = planted
+    target = {"library": path, "compiled": path.parent, "cache": path.parent.parent}[place]
     target.chmod(target.stat().st_mode | mode)
     assert type(select_engine(model)) is Engine and loaded == []
     assert len(caplog.records) == 1 and f"chmod go-w {target}" in caplog.text
-    if place != "package":
+    if place != "library":
         with pytest.raises(LoadError, match="others may write to it"):
-            build_package(Engine(model))
+            build_library()
+        assert not compilations
 
 
-def test_a_folder_like_tmp_is_sound_if_what_lies_in_it_is(model, planted):
-    path, loaded = planted
+def test_a_folder_like_tmp_is_sound_if_what_lies_in_it_is(planted):
+    path, _ = planted
     path.parent.parent.chmod(0o1777)
-    assert find_package(Engine(model)) == path
+    assert find_library() == path
     path.chmod(0o646)
-    assert find_package(Engine(model)) is None
+    assert find_library() is None
 
 
 def test_what_belongs_to_others_is_not_run(model, planted, monkeypatch, caplog):
@@ -281,108 +310,106 @@ def test_what_belongs_to_others_is_not_run(model, planted, monkeypatch, caplog):
     assert f"{path.parent.parent}: belongs to another user (uid {os.getuid()})" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["cache", "compiled", "package"])
+@pytest.mark.parametrize("name", ["cache", "compiled", "library"])
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
 def test_each_place_is_asked_whose_it_is(model, planted, name, caplog):
     path, loaded = planted
-    target = {"package": path, "compiled": path.parent, "cache": path.parent.parent}[name]
+    target = {"library": path, "compiled": path.parent, "cache": path.parent.parent}[name]
     os.chown(target, 12345, -1)
     assert type(select_engine(model)) is Engine and loaded == []
     assert f"{target}: belongs to another user (uid 12345)" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
-def test_a_link_of_somebody_else_is_not_followed(model, planted, caplog):
-    path, loaded = planted
+def test_a_link_of_somebody_else_is_not_followed(planted, caplog):
+    path, _ = planted
     path.parent.rename(path.parent.with_name("elsewhere"))
     path.parent.symlink_to(path.parent.with_name("elsewhere"))
     os.chown(path.parent, 12345, -1, follow_symlinks=False)
-    assert find_package(Engine(model)) is None and "belongs to another user" in caplog.text
+    assert find_library() is None and "belongs to another user" in caplog.text
 
 
-def test_a_system_without_user_ids_is_not_asked(model, planted, monkeypatch):
+def test_a_system_without_user_ids_is_not_asked(planted, monkeypatch):
     path, _ = planted
     path.chmod(0o666)
     monkeypatch.delattr(os, "getuid")
-    assert find_package(Engine(model)) == path
+    assert find_library() == path
 
 
-def test_a_package_that_cannot_be_loaded_is_said_where_it_was_asked_for(model, planted, monkeypatch, caplog):
-    path, _ = planted
+def test_between_a_look_and_the_loading_a_library_is_verified_again(model, planted):
+    path, loaded = planted
+    assert find_library() == path
+    flipped(path)
+    with pytest.raises(LoadError, match="not a whole library"):
+        CompiledEngine(Engine(model), path)
+    assert loaded == []
 
-    def refuse(*_: object) -> None:
-        raise RuntimeError("Failed to load\nthe stack of C++ calls")
 
-    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", refuse)
+@pytest.mark.parametrize("place", ["cache", "installation"])
+def test_a_library_that_cannot_be_loaded_is_said_where_it_was_asked_for(model, place, caplog):
+    """One for another system, say. Nor do digests of weights need it."""
+    if place == "cache":
+        path = native._in_cache()
+        path.parent.mkdir(parents=True, mode=0o700)
+        path.parent.parent.chmod(0o700)
+        write_library(path, b"no library")
+    else:
+        path = install(b"no library")
     assert type(select_engine(model)) is Engine
-    assert len(caplog.records) == 1 and "cannot be loaded (Failed to load)" in caplog.text
-    with pytest.raises(LoadError, match=r"cannot be loaded \(Failed to load\)"):
+    assert len(caplog.records) == 1 and f"{path}: cannot be loaded (" in caplog.text
+    with pytest.raises(LoadError, match=r"cannot be loaded \(.*\); --compile makes it anew"):
         select_engine(model, compiled=True)
+    assert digest(model) == digest(model) and type(select_engine(model, quantize="int8")) is QuantizedEngine
 
 
-def test_what_a_killed_compilation_left_is_removed(model, planted):
+def test_what_a_killed_compilation_left_is_removed(planted):
     path, _ = planted
     for name in (".making-abc", "tmpabc"):
         (path.parent / name).mkdir()
-    assert find_package(Engine(model)) == path
+    assert find_library() == path
     assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".sha256")])
 
 
-def test_without_a_home_folder_there_is_no_package_and_no_complaint(model, monkeypatch, caplog):
+def test_without_a_home_folder_only_the_installation_is_asked_and_nothing_is_said(model, monkeypatch, caplog):
     for name in ("SMOLLM2_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", unknown_user)
+    monkeypatch.setattr(native, "_loaded", functions)
     assert type(select_engine(model)) is Engine and not caplog.text
     with pytest.raises(LoadError, match="no home folder"):
         select_engine(model, compiled=True)
+    install()
+    assert select_engine(model)._step == b"installed" and not caplog.text
 
 
 def unknown_user() -> Path:
     raise RuntimeError("Could not determine home directory.")
 
 
-@pytest.mark.parametrize(("mode", "is_used"), [(0o755, True), (0o777, False)])
-def test_inductors_own_cache_is_used_unless_others_may_write_to_it(mode, is_used, tmp_path, monkeypatch):
-    usual, folder = tmp_path / "usual", tmp_path / "folder"
-    usual.mkdir()
-    folder.mkdir()
-    usual.chmod(mode)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(usual))
-    with _sound_inductor_cache(folder):
-        used = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    assert used == usual if is_used else used.parent == folder
-
-
-def test_a_package_is_found_after_a_umask_that_lets_the_group_write(model, tmp_path, monkeypatch):
-    def compile_nothing(_, package_path):
-        Path(package_path).write_bytes(b"code")
-        return package_path
-
-    monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_nothing)
-    before = os.umask(0o002)
+@pytest.mark.parametrize("umask", [0o002, 0o000, 0o077])
+def test_a_library_is_found_whatever_the_umask(compilations, umask):
+    before = os.umask(umask)
     try:
-        made = build_package(Engine(model))
+        made = build_library()
     finally:
         os.umask(before)
-    assert find_package(Engine(model)) == made
+    assert find_library() == made
 
 
-@pytest.mark.slow
-def test_a_damaged_package_is_compiled_anew_where_that_is_asked_for(
-    model, compiled, cache, caplog, monkeypatch
-):
-    path = package_path(Engine(model))
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-
-    def compile_again(_program: object, package_path: str) -> str:
-        Path(package_path).write_bytes(whole)
-        return package_path
-
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_again)
-    assert isinstance(select_engine(model, compiled=True), CompiledEngine)
-    assert caplog.text.count("not a whole package") == 1
-    assert path.read_bytes() == whole
-    assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".sha256")])
+def test_the_structures_are_those_of_the_source():
+    """ctypes and C++ declare them apart."""
+    text = (Path(compiled.__file__).with_name("decode_step.cpp")).read_text(encoding="utf-8")
+    for structure in (compiled._Matrix, compiled._Layer, compiled._Model, compiled._Step):
+        name = structure.__name__.removeprefix("_")
+        body = text.split(f"struct {name} {{")[1].split("};")[0]
+        lines = [line.split("//")[0] for line in body.splitlines()]
+        declared = [
+            word.strip().split(" ")[-1].lstrip("*")
+            for line in " ".join(lines).split(";")
+            for word in line.split(",")
+            if word.strip()
+        ]
+        assert [field[0] for field in structure._fields_] == declared
+    assert ctypes.sizeof(compiled._Matrix) == 16
+    assert f"MAX_ROWS = {compiled.MAX_ROWS};" in text
+    assert "enum Kind : int64_t { FP32, BF16, FP16, INT8 };" in text

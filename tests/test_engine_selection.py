@@ -9,6 +9,8 @@ from generation_cases import tiny_model
 
 from kernels import TORCH, select_backend
 from smollm2 import generate
+from smollm2.engine import native
+from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.loops import CapturedEngine
 from smollm2.engine.quantized import QuantizedEngine
@@ -26,7 +28,13 @@ def prompt():
     return torch.arange(1, 12)[None]
 
 
-def test_eager_is_the_default_and_says_what_would_be_faster(model):
+def test_the_compiled_step_is_the_default_where_it_is_installed(model, installed_step):
+    for engine in (select_engine(model), default_engine(model)):
+        assert isinstance(engine, CompiledEngine) and str(engine) == f"compiled ({installed_step.name})"
+
+
+def test_elsewhere_eager_is_and_says_what_would_be_faster(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_installed", lambda: tmp_path / "not installed")
     engine = select_engine(model)
     assert type(engine) is Engine and "--compile makes one" in str(engine)
     assert type(default_engine(model)) is Engine

@@ -1,5 +1,5 @@
 """Seeded damage to everything in the cache is found and healed: the model equals that of an untouched cache.
-A damaged compiled package is left alone.
+A damaged library of the compiled step is left alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from random import Random
 import pytest
 import torch
 from mutations import mutate, mutate_json
-from test_engine_compiled import write_package
+from test_engine_compiled import write_library
 from test_tokenizer_files import tokenizer_metadata
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
-from smollm2.engine.compiled import package_path
+from smollm2.engine import native
 from smollm2.engine.eager import Engine
 from smollm2.engine.quantized import quantized_layers
 from smollm2.engine.select import select_engine
@@ -121,14 +121,15 @@ def test_damage_to_what_was_converted_and_quantised_is_healed(source, caplog):
         names = sorted(path.relative_to(cache) for path in cache.glob("*/*"))
 
 
-def test_damaged_packages_are_never_loaded(tmp_path, monkeypatch, caplog):
+def test_damaged_libraries_are_never_loaded(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SMOLLM2_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_installed", lambda: tmp_path / "not installed")
     model = SmolLM2ForCausalLM(SmolLM2Config.preset("tiny"), "torch")
-    path = package_path(Engine(model))
+    path = native._in_cache()
     path.parent.mkdir()
     for seed in range(60):
         random = Random(seed)
-        write_package(path, random.randbytes(5000))
+        write_library(path, random.randbytes(5000))
         bytes_changed(path if seed % 2 else path.with_suffix(".sha256"), random)
         caplog.clear()
         assert type(select_engine(model)) is Engine

@@ -11,8 +11,8 @@ import pytest
 import torch
 from generation_cases import GREEDY, looped, prompts, random_ids, tiny_model
 
-from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, generate, layers
-from smollm2.engine.compiled import step_weights
+from smollm2 import SmolLM2Config, generate, layers
+from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.loops import DecodeLoops
 from smollm2.errors import UsageError
@@ -196,7 +196,7 @@ def test_a_longer_table_begins_as_a_shorter_one(head_dim):
             assert torch.equal(table, long[:positions])
 
 
-def test_loops_and_the_compiled_step_have_tables_for_all_they_reach(monkeypatch):
+def test_loops_and_the_compiled_step_have_tables_for_all_they_reach(monkeypatch, installed_step):
     monkeypatch.setattr(layers, "ROTARY_POSITIONS", 8)
     model, whole = tiny_model(), tiny_model()
     whole.model.rotary(CPU, 512)
@@ -204,4 +204,7 @@ def test_loops_and_the_compiled_step_have_tables_for_all_they_reach(monkeypatch)
     options = dict(params=GREEDY, max_new_tokens=90)
     found = [looped(DecodeLoops(Engine(one), 4), ids, mask, [0, 1], **options) for one in (model, whole)]
     assert found[0] == found[1]
-    assert len(step_weights(Engine(SmolLM2ForCausalLM(model.config, "torch")))[0]) == 512
+    engines = CompiledEngine(Engine(tiny_model()), installed_step), Engine(whole)
+    options = dict(max_new_tokens=90, eos_token_id=[])
+    texts = [generate(engine.model, ids, mask, engine=engine, **options) for engine in engines]
+    assert torch.equal(*texts)

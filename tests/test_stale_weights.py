@@ -11,14 +11,12 @@ import pytest
 import torch
 from generation_cases import GREEDY, looped, tiny_model, tiny_tokenizer
 from torch import Tensor
-from torch.utils._pytree import tree_structure, tree_unflatten
 
 from smollm2 import SmolLM2ForCausalLM, generate
-from smollm2.engine import eager_step
-from smollm2.engine.compiled import CompiledEngine, step_weights
+from smollm2.engine import eager_step, native
+from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import digest
-from smollm2.engine.exported_step import DecodeStep
 from smollm2.engine.loops import DecodeLoops
 from smollm2.engine.quantized import QuantizedEngine, quantize_all, quantized_layers
 from smollm2.errors import UsageError
@@ -104,31 +102,20 @@ WRITES = {
 }  # fmt: skip
 
 
-class Package:
-    """A compiled package that runs its step uncompiled."""
-
-    def __init__(self, model: SmolLM2ForCausalLM) -> None:
-        self.step = DecodeStep(model.config, model.dtype)
-        layers = [0] * model.config.num_hidden_layers
-        self.structure = tree_structure((0, 0, step_weights(Engine(model)), layers, layers))
-
-    def boxed_run(self, arguments: list[Tensor]) -> tuple[Tensor, Tensor]:
-        logits, new = self.step(*tree_unflatten(arguments, self.structure))
-        return logits, new
-
-
-def compiled(model: SmolLM2ForCausalLM) -> Engine:
-    engine = CompiledEngine.__new__(CompiledEngine)
-    Engine.__init__(engine, model)
-    engine.below, engine.package = Engine(model), Package(model)
-    engine.compiled_for, engine.weights = engine._kind(), []
-    return engine
-
-
 ENGINES: dict[str, Callable[[SmolLM2ForCausalLM], Engine]] = {
     "eager": Engine, "int8": lambda model: QuantizedEngine(model, "int8"),
-    "int4": lambda model: QuantizedEngine(model, "int4"), "compiled": compiled,
+    "int4": lambda model: QuantizedEngine(model, "int4"),
+    "compiled": lambda model: CompiledEngine(Engine(model), native._installed()),
+    "compiled int8": lambda model: CompiledEngine(QuantizedEngine(model, "int8"), native._installed()),
 }  # fmt: skip
+
+
+@pytest.fixture
+def kind(request: pytest.FixtureRequest) -> str:
+    """The name of an engine that can be made here."""
+    if request.param.startswith("compiled"):
+        request.getfixturevalue("installed_step")
+    return request.param
 
 
 def bf16_model() -> SmolLM2ForCausalLM:
@@ -144,7 +131,7 @@ def decode_logits(engine: Engine) -> Tensor:
     return torch.cat([*rows, engine.decode(IDS[:1, :1], single)])
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", ENGINES, indirect=True)
 @pytest.mark.parametrize("write", WRITES)
 def test_an_engine_decodes_with_the_weights_of_now(kind, write):
     model = bf16_model()
@@ -156,7 +143,7 @@ def test_an_engine_decodes_with_the_weights_of_now(kind, write):
     assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", ENGINES, indirect=True)
 def test_an_engine_follows_its_model_to_another_dtype(kind):
     model = bf16_model()
     engine = ENGINES[kind](model)
@@ -164,8 +151,6 @@ def test_an_engine_follows_its_model_to_another_dtype(kind):
     model.float()
     WRITES["data"](model)
     expected = decode_logits(ENGINES[kind](copy.deepcopy(model)))
-    if kind == "compiled":  # its package is for the dtype before: the engine below takes over
-        expected = decode_logits(Engine(copy.deepcopy(model)))
     assert torch.equal(decode_logits(engine), expected)
 
 
@@ -192,7 +177,7 @@ def drafted(model: SmolLM2ForCausalLM, engine: Engine) -> object:
 
 
 @pytest.mark.parametrize("use", [many, looped_tokens, drafted])
-@pytest.mark.parametrize("kind", ["eager", "int8"])
+@pytest.mark.parametrize("kind", ["eager", "int8", "compiled"], indirect=True)
 def test_every_loop_looks_at_the_weights(use, kind):
     model = bf16_model()
     engine = ENGINES[kind](model)
@@ -242,16 +227,17 @@ def test_weights_are_looked_at_once_a_batch_and_not_at_every_token(monkeypatch):
     monkeypatch.setattr(eager_step, "onednn", lambda dtype: True)
     monkeypatch.setattr(eager_step, "pack", lambda matrix: matrix)
     model = bf16_model()
+    engine = Engine(model)
     for _ in range(2):
         calls.clear()
         prompts = [[1 + index] * 5 for index in range(7)]
-        assert len(dict(generate_many(model, prompts, max_new_tokens=9, slots=2))) == 7
+        assert len(dict(generate_many(model, prompts, max_new_tokens=9, slots=2, engine=engine))) == 7
         assert len(calls) == 1
     calls.clear()
-    generate(model, IDS[:1], max_new_tokens=9, eos_token_id=[])
+    generate(model, IDS[:1], max_new_tokens=9, eos_token_id=[], engine=engine)
     assert len(calls) == 1
     calls.clear()
-    generate(model, IDS[:1], max_new_tokens=1, eos_token_id=[])
+    generate(model, IDS[:1], max_new_tokens=1, eos_token_id=[], engine=engine)
     assert not calls, "no step, no look"
 
 

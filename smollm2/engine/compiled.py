@@ -58,16 +58,22 @@ class _Bound:
 
     def __init__(self, model: SmolLM2ForCausalLM, weights: Weights) -> None:
         config, self.kept = model.config, list[Any]()
-        cos, sin = model.model.rotary(model.device, config.max_position_embeddings)
+        self.tables: tuple[Tensor, ...] = ()
         embedding, head = model.model.embed_tokens.weight.detach(), weights.head
         layers = [self._layer(layer) for layer in weights.layers]
         self.model = _Model(
             config.num_hidden_layers, config.hidden_size, config.intermediate_size,
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.vocab_size,
             KINDS[head.values.dtype if isinstance(head, Int8Weight) else head.dtype], KINDS[embedding.dtype],
-            config.rms_norm_eps, self._floats(cos), self._floats(sin), self._address(embedding),
+            config.rms_norm_eps, None, None, self._address(embedding),
             self._floats(model.model.norm.weight), self._matrix(head), (_Layer * len(layers))(*layers),
         )  # fmt: skip
+
+    def turn_by(self, tables: tuple[Tensor, Tensor]) -> None:
+        """Takes the cosines and sines of the positions that a step reaches."""
+        if tables is not self.tables:
+            self.tables = tables
+            self.model.cos, self.model.sin = map(self._floats, tables)
 
     def _address(self, tensor: Tensor) -> int:
         self.kept.append(tensor := tensor.detach().contiguous())
@@ -113,13 +119,20 @@ class CompiledEngine(Engine):
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         batch, length = tokens.shape
-        if self._bound is None or not 0 < batch * length <= MAX_ROWS or not _is_plain(cache, self.model):
+        if (
+            self._bound is None
+            or not 0 < batch * length <= MAX_ROWS
+            or not _is_plain(cache, batch, self.model)
+        ):
             return self.below.decode(tokens, cache)
         cache.advance(length)
-        tokens, lengths, keys, values = tokens.contiguous(), cache.lengths, cache.keys, cache.values
-        logits = torch.empty(batch, length, self.model.config.vocab_size)
+        tokens, lengths, keys, values = tokens.long().contiguous(), cache.lengths, cache.keys, cache.values
+        config = self.model.config
+        logits = torch.empty(batch, length, config.vocab_size)
+        reach = min(cache.capacity, config.max_position_embeddings)
+        self._bound.turn_by(self.model.model.rotary(tokens.device, reach))
         step = _Step(
-            batch, length, cache.capacity, tokens.data_ptr(), lengths.data_ptr(), keys.data_ptr(),
+            batch, length, reach, tokens.data_ptr(), lengths.data_ptr(), keys.data_ptr(),
             values.data_ptr(), keys.stride(0), keys.stride(1), logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if self._step(ctypes.byref(self._bound.model), ctypes.byref(step)):
@@ -127,11 +140,14 @@ class CompiledEngine(Engine):
         return logits
 
 
-def _is_plain(cache: KVCache, model: SmolLM2ForCausalLM) -> bool:
-    """Whether the step can address this cache."""
+def _is_plain(cache: KVCache, batch: int, model: SmolLM2ForCausalLM) -> bool:
+    """Whether the step can address this cache, and it has so many rows."""
     dim, heads = model.config.head_dim, model.config.num_key_value_heads
     return (
         not cache.fixed
+        and cache.keys.shape[:2] == (model.config.num_hidden_layers, batch)
+        and cache.keys.shape == cache.values.shape
+        and cache.lengths.shape == (batch,)
         and cache.lengths.is_contiguous()
         and cache.keys.stride() == cache.values.stride()
         and cache.keys.stride()[2:] == (heads * dim, dim, 1)

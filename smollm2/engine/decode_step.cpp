@@ -259,12 +259,16 @@ class Decoder {
         }
     }
 
-    // Takes pieces until the step is over (the caller), or for ever.
+    static bool has_piece(uint64_t ticket) { return (ticket & 0xfffff) < ((ticket >> 20) & 0xfffff); }
+
+    // Takes pieces until the step is over (the caller), or for ever. Counts on only while there are pieces: who
+    // spins would else count into the bits above them.
     void work(bool until_over) {
         for (;;) {
-            const uint64_t ticket = claim.fetch_add(1, std::memory_order_acq_rel);
+            uint64_t ticket = claim.load(std::memory_order_acquire);
+            if (has_piece(ticket)) ticket = claim.fetch_add(1, std::memory_order_acq_rel);
             const uint32_t piece = ticket & 0xfffff, count = (ticket >> 20) & 0xfffff;
-            if (piece < count) {
+            if (has_piece(ticket)) {
                 compute(piece, count);
                 if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) finish();
                 continue;
@@ -288,11 +292,13 @@ class Decoder {
         if ((now & 0xffffff) == seen) generation.wait(now, std::memory_order_acquire);
     }
 
+    // The pieces come last: once they can be taken, another thread may finish them, publish what follows, and
+    // even return to the caller, before this one goes on.
     void publish(uint64_t pieces) {
         const uint32_t next = generation.load(std::memory_order_relaxed) + 1;
         done.store(0, std::memory_order_relaxed);
-        claim.store(uint64_t(next & 0xffffff) << 40 | pieces << 20, std::memory_order_release);
         generation.store(next, std::memory_order_release);
+        claim.store(uint64_t(next & 0xffffff) << 40 | pieces << 20, std::memory_order_release);
         generation.notify_all();
     }
 

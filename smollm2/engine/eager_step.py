@@ -29,6 +29,7 @@ import hashlib
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from kernels import TORCH, Backend, LayerWeights
 from kernels.eager.linear import onednn_is_faster
 from smollm2.engine.cache import KVCache, free_memory
 from smollm2.engine.native import find_library, load_library
+from smollm2.errors import LoadError
 from smollm2.model import SmolLM2ForCausalLM
 
 # The operations of the backend that the step replaces: it may do so only while they are torch's own.
@@ -117,8 +119,10 @@ def digest(model: SmolLM2ForCausalLM) -> bytes:
     it is no protection from someone who looks for a collision.
     """
     named = list(model.named_parameters())
-    library = find_library()
-    of_values = _sums_of_torch if library is None else partial(_sums, load_library(library).smollm2_digest)
+    of_values: Callable[[Tensor], bytes] = _sums_of_torch
+    with suppress(LoadError):  # of a library that is there, and is not for this system
+        if library := find_library():
+            of_values = partial(_sums, load_library(library).smollm2_digest)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         sums = list(pool.map(of_values, (parameter for _, parameter in named)))
     found = hashlib.blake2b(digest_size=16)

@@ -21,9 +21,9 @@ def default_engine(model: SmolLM2ForCausalLM) -> Engine:
     """What `generate` uses unless it is told: captured graphs, kept with the model, on CUDA; on a CPU the
     compiled step where the installation has it; else eager.
     """
-    if model.device.type != "cuda":
+    if model.device.type == "cpu":
         return select_engine(model)
-    if not model.is_plain():  # a graph would not call hooks again
+    if model.device.type != "cuda" or not model.is_plain():  # a graph would not call hooks again
         return Engine(model)
     if not isinstance(model.engine, Engine):
         model.engine = CapturedEngine(model)
