@@ -135,7 +135,9 @@ class CompiledEngine(Engine):
             batch, length, reach, tokens.data_ptr(), lengths.data_ptr(), keys.data_ptr(),
             values.data_ptr(), keys.stride(0), keys.stride(1), logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        if self._step(ctypes.byref(self._bound.model), ctypes.byref(step)):
+        if failed := self._step(ctypes.byref(self._bound.model), ctypes.byref(step)):
+            if failed == 2:
+                raise MemoryError("decode: no memory for a step")
             raise IndexError("decode: a token outside the vocabulary or a length outside the cache")
         return logits
 

@@ -22,6 +22,8 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -232,8 +234,11 @@ class Decoder {
         mixed.resize(group_rows * model.heads * model.head_dim);
         gated.resize(group_rows * model.intermediate);
         parts.resize(group_rows * model.heads * splits * (model.head_dim + 2));
-        while (int64_t(started) + 1 < step.threads)
-            std::thread([this, index = ++started] { serve(index); }).detach();
+        try {
+            for (; int64_t(started) + 1 < step.threads; ++started)
+                std::thread([this, index = started + 1] { serve(index); }).detach();
+        } catch (const std::system_error&) {  // there are no more threads: those that there are do all pieces
+        }
         threads = int(step.threads);
 
         by_dtype([&](auto kind) {
@@ -255,7 +260,7 @@ class Decoder {
     void serve(int index) {
         for (;;) {
             if (index < threads) work(false);
-            else wait(generation.load(std::memory_order_acquire), false);
+            else wait(generation.load(std::memory_order_acquire) & 0xffffff);
         }
     }
 
@@ -274,12 +279,12 @@ class Decoder {
                 continue;
             }
             if (until_over && count == 0) return;
-            wait(uint32_t(ticket >> 40), until_over);
+            wait(uint32_t(ticket >> 40));
             if (!until_over) return;
         }
     }
 
-    void wait(uint32_t seen, bool) {
+    void wait(uint32_t seen) {
         using clock = std::chrono::steady_clock;
         const auto end = clock::now() + std::chrono::microseconds(SPIN);
         do {
@@ -528,11 +533,12 @@ class Decoder {
 
 }  // namespace
 
+// 0; or 1 for a token or a length out of range, and 2 without memory, and then nothing is written.
 extern "C" int smollm2_decode_step(const Model* model, const Step* step) {
     static Decoder* decoder = new Decoder;
     try {
         return decoder->run(*model, *step);
-    } catch (...) {
+    } catch (const std::bad_alloc&) {
         return 2;
     }
 }
