@@ -96,7 +96,7 @@ class PromptLookup:
 
     @classmethod
     def suited_to(cls, engine: Engine, tokens: int = MAX_ROWS - 1) -> PromptLookup:
-        """Guesses after short matches; for the compiled step, which is slower for many, after long ones only."""
+        """Guesses after short matches; for the compiled step, slower for many, after long ones only."""
         return cls(tokens, SURE_NGRAM, SURE_NGRAM) if isinstance(engine, CompiledEngine) else cls(tokens)
 
     def check(self, config: SmolLM2Config, capacity: int) -> None:
