@@ -148,7 +148,7 @@ def test_all_ways_to_generate_compute_the_same(finished):
         assert row.get("logits_distance", 0.0) < 1e-5 and row.get("same_tokens", 1.0) == 1.0
     assert rows["triton captured", 16]["launches"] < rows["torch captured", 16]["launches"]
     assert {row["backend"] for row in found["prefill"]} == {"triton", "torch"}
-    assert found["many"][0]["engine"] == "eager" and found["many"][0]["tokens_per_second"] > 0
+    assert found["many"][0]["engine"].startswith("eager") and found["many"][0]["tokens_per_second"] > 0
 
 
 @pytest.mark.slow

@@ -180,7 +180,8 @@ def test_every_figure_of_every_suite_has_all_facts_and_those_that_mean_something
 @pytest.mark.slow
 def test_the_libraries_of_all_suites_stand_together_in_the_json_and_at_the_end(ran):
     found = ran[1]["peers"]
-    libraries = {"transformers", "liger-kernel", "litgpt", "llama-cpp-python", "flash-attn", "quack-kernels"}
+    libraries = {"transformers", "torchao", "liger-kernel", "litgpt", "llama-cpp-python"}
+    libraries |= {"flash-attn", "quack-kernels"}
     assert set(peers.OF_TORCH) | libraries == set(found)
     assert found["transformers"]["used"] and found["torch.compile"]["used"]
     for row in found.values():
