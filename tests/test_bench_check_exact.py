@@ -106,7 +106,7 @@ def loss_memory(backend: Backend, variant: str, tokens: int, vocabulary: int, dt
     return peak_memory(call, CPU)
 
 
-@pytest.mark.parametrize("dtype, expected", [(torch.float32, 25_442_692), (torch.bfloat16, 23_738_756)])
+@pytest.mark.parametrize("dtype, expected", [(torch.float32, 19_160_464), (torch.bfloat16, 17_456_528)])
 def test_the_memory_of_the_loss_is_that_of_a_chunk(dtype, expected):
     """2,048 tokens of 4,096 kinds, whose logits are 34 MB in fp32. What grows with the tokens is the gradient
     of their states.
