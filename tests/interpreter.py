@@ -8,7 +8,7 @@ difference to a normal result: 24 bits are more than two times 8 and 2.
 A sum or scan of bf16 rounds after every step, in order. What would take more to be right is refused:
 conversions of bf16 other than from and to fp32 (Triton makes most of them through fp32), tl.fma and atomics
 on bf16.
-A batched tl.dot of any dtype adds up in an order that does not depend on the length of k.
+A tl.dot adds up alike for every element, on every processor.
 """
 
 from __future__ import annotations
@@ -90,22 +90,16 @@ def _on_values(operation: Callable[..., Any]) -> Callable[..., Any]:
     return on_values
 
 
-def _in_order(create_dot: Callable[..., Any]) -> Callable[..., Any]:
-    """A batched dot takes 16 elements of k at a time, as matrix instructions do. So its bits do not depend on
-    how many dots a product is cut into. numpy adds up a long k in an order that depends on its length.
+def _dot(self: Any, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *options: Any) -> TensorHandle:
+    """Takes 16 elements of k at a time, as matrix instructions do, and adds their exact products before it
+    rounds. numpy's own product of fp32 adds up in an order that depends on the processor, on the length of k
+    and on where in the tile an element stands.
     """
-
-    @functools.wraps(create_dot)
-    def dot(self: Any, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *options: Any) -> TensorHandle:
-        if a.data.ndim < 3:
-            return create_dot(self, a, b, acc, *options)
-        for k in range(0, a.data.shape[-1], 16):
-            left = TensorHandle(np.ascontiguousarray(a.data[..., k : k + 16]), a.dtype)
-            right = TensorHandle(np.ascontiguousarray(b.data[..., k : k + 16, :]), b.dtype)
-            acc = create_dot(self, left, right, acc, *options)
-        return acc
-
-    return dot
+    total = acc.data
+    for k in range(0, a.data.shape[-1], 16):
+        left, right = a.data[..., k : k + 16], b.data[..., k : k + 16, :]
+        total = (total + np.matmul(left, right, dtype=np.float64)).astype(acc.data.dtype)
+    return TensorHandle(total, acc.dtype.scalar)
 
 
 def _refuse(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +188,7 @@ def install() -> None:
 
     interpreter._patch_lang = _once(interpreter._patch_lang)
     interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
-    InterpreterBuilder.create_dot = _in_order(InterpreterBuilder.create_dot)
+    InterpreterBuilder.create_dot = _dot
     for name in dir(InterpreterBuilder):
         if name in REFUSED:
             setattr(InterpreterBuilder, name, _refuse(getattr(InterpreterBuilder, name)))

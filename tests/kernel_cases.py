@@ -209,7 +209,23 @@ class Call:
         """(outputs, gradients of `tensors`) for those upstream gradients."""
         leaves, outputs = self.forward(backend)
         gradients = torch.autograd.grad(outputs, leaves, upstream) if leaves[0].requires_grad else ()
+        if self.options.get("reduction") == "sum":
+            outputs = (self._summed(backend, outputs[0]),)
         return tuple(y.detach() for y in outputs), gradients
+
+    def _summed(self, backend: Any, total: Tensor) -> Tensor:
+        """The losses [N] that make up this total. The last place of a total above 16 is worth more than the
+        contract allows, so each loss is held to it, and the total to the bits of their sum.
+        """
+        scale = self.options.get("scale")
+        losses, scaled = (
+            getattr(backend, self.op)(
+                *self.tensors, *self.rest, **self.options | {"reduction": "none", "scale": x}
+            )
+            for x in (None, scale)
+        )
+        assert_same([total.detach()], [losses.sum() if scale is None else losses.sum() * scale])
+        return scaled
 
     def upstream(self, layout: Layout = dense) -> list[Tensor]:
         """Random gradients of the outputs, in their shapes and dtypes."""
