@@ -18,6 +18,7 @@ from smollm2.engine.eager import Engine
 from smollm2.engine.quantized import QuantizedEngine
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.sampling import highest
 
 
 def engine_variant(engine: Engine, captured: bool = False) -> Variant:
@@ -69,7 +70,7 @@ class EngineTurns:
     def decode(self, tokens: Tensor, steps: int) -> Tensor:
         found = [tokens]
         for _ in range(steps):
-            found.append(self._engine.decode(found[-1], self._cache)[:, -1].argmax(-1, keepdim=True))
+            found.append(highest(self._engine.decode(found[-1], self._cache)[:, -1])[:, None])
         return torch.cat(found[1:], 1)
 
 

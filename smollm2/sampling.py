@@ -119,6 +119,13 @@ def _on_device(tokens: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
+def highest(logits: Tensor) -> Tensor:
+    """The token of the highest logit, or of the first NaN: [B, V] -> [B] int64."""
+    if logits.device.type == "cpu":  # numpy's is eight times as fast, and wakes no threads
+        return torch.from_numpy(logits.detach().numpy().argmax(-1))
+    return logits.argmax(-1)
+
+
 class Sampler:
     """`sample` prepared for one set of parameters on one device.
 
@@ -155,7 +162,7 @@ class Sampler:
             # what is finite stays so, NaN and infinities stay what they are
             logits = torch.where(seen & logits.isfinite(), penalised.clamp(-_LARGEST, _LARGEST), logits)
         if not self.needs_noise:
-            best = logits.argmax(-1)
+            best = highest(logits)
             return best.where(logits.gather(1, best[:, None]).squeeze(1).abs() < math.inf, NOT_FINITE)
         assert noise is not None, "a temperature above 0 needs noise"
 

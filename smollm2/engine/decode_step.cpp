@@ -7,9 +7,11 @@
 // same bits alone and in any company.
 //
 // A step is a sequence of phases: of each layer qkv, attention, o, gate and up, down; then the head.
-// A phase is cut into pieces that the threads take one by one, and whoever finishes the last piece does what is
-// too small to share (norm, rotation) and opens the next phase. A thread that the system has put aside holds
-// nobody up, unless it holds a piece. No thread waits spinning for longer than it takes to be woken.
+// A phase is cut into pieces. Every thread has a run of neighbouring pieces, so that it reads memory in order, and
+// who is done with its own helps the others. Whoever finishes the last piece does what is too small to share (norm,
+// rotation) and opens the next phase; the others meanwhile ask for the weights that they will read then. A thread
+// that the system has put aside holds nobody up, unless it holds a piece. No thread waits spinning for longer than
+// it takes to be woken.
 //
 // Called through ctypes by compiled.py, which declares the same structures. No headers of torch, so that the
 // library depends on neither its version nor Python's.
@@ -234,12 +236,13 @@ class Decoder {
         mixed.resize(group_rows * model.heads * model.head_dim);
         gated.resize(group_rows * model.intermediate);
         parts.resize(group_rows * model.heads * splits * (model.head_dim + 2));
+        const int wanted = int(std::clamp<int64_t>(step.threads, 1, MAX_THREADS));
         try {
-            for (; int64_t(started) + 1 < step.threads; ++started)
+            for (; started + 1 < wanted; ++started)
                 std::thread([this, index = started + 1] { serve(index); }).detach();
         } catch (const std::system_error&) {  // there are no more threads: those that there are do all pieces
         }
-        threads = int(step.threads);
+        threads.store(wanted, std::memory_order_relaxed);
 
         by_dtype([&](auto kind) {
             using T = decltype(kind);
@@ -250,88 +253,140 @@ class Decoder {
         layer = 0;
         norm(model.layer[0].input_norm);
         open(QKV);
-        work(true);
+        work(0);
         return 0;
     }
 
   private:
     // the threads
 
+    struct Stream { const char* from[2]; int64_t size; };
+
     void serve(int index) {
         for (;;) {
-            if (index < threads) work(false);
-            else wait(generation.load(std::memory_order_acquire) & 0xffffff);
+            if (index < threads.load(std::memory_order_relaxed)) work(index);
+            else wait(now(), {});
         }
     }
 
-    static bool has_piece(uint64_t ticket) { return (ticket & 0xfffff) < ((ticket >> 20) & 0xfffff); }
+    // A ticket: generation << 48 | the end of a thread's run of pieces << 24 | its next piece.
+    static int64_t piece_of(uint64_t ticket) { return ticket & 0xffffff; }
+    static int64_t end_of(uint64_t ticket) { return ticket >> 24 & 0xffffff; }
+    static bool has_piece(uint64_t ticket) { return piece_of(ticket) < end_of(ticket); }
+    uint16_t now() const { return uint16_t(generation.load(std::memory_order_acquire)); }
 
-    // Takes pieces until the step is over (the caller), or for ever. Counts on only while there are pieces: who
-    // spins would else count into the bits above them.
-    void work(bool until_over) {
+    // Takes pieces until the step is over (thread 0, the caller's), or until there are none.
+    void work(int index) {
+        Stream next = {};
         for (;;) {
-            uint64_t ticket = claim.load(std::memory_order_acquire);
-            if (has_piece(ticket)) ticket = claim.fetch_add(1, std::memory_order_acq_rel);
-            const uint32_t piece = ticket & 0xfffff, count = (ticket >> 20) & 0xfffff;
-            if (has_piece(ticket)) {
-                compute(piece, count);
-                if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) finish();
-                continue;
+            const uint16_t seen = now();
+            const int others = threads.load(std::memory_order_relaxed);
+            bool found = false, published = true;
+            for (int turn = 0; turn < others && !found; ++turn) {
+                std::atomic<uint64_t>& claim = claims[(index + turn) % others].ticket;
+                uint32_t taken = 0, all = 0;
+                uint64_t ticket = claim.load(std::memory_order_acquire);
+                // counts on only while there are pieces: who spins would else count into the bits above them
+                for (; has_piece(ticket); ticket = claim.load(std::memory_order_acquire)) {
+                    ticket = claim.fetch_add(1, std::memory_order_acq_rel);
+                    if (!has_piece(ticket)) break;
+                    if (!taken++) all = pieces, next = following(index);
+                    compute(piece_of(ticket));
+                }
+                if (index == 0 && turn == 0 && !taken && end_of(ticket) == 0) return;
+                published &= ticket >> 48 == seen;
+                found = taken;
+                if (taken && done.fetch_add(taken, std::memory_order_acq_rel) + taken == all) finish();
             }
-            if (until_over && count == 0) return;
-            wait(uint32_t(ticket >> 40));
-            if (!until_over) return;
+            if (found || !published) continue;
+            wait(seen, next);
+            if (index) return;
+            next = {};
         }
     }
 
-    void wait(uint32_t seen) {
+    // Until another phase is open. The time goes into the weights of this thread's next run.
+    void wait(uint16_t seen, Stream next) {
         using clock = std::chrono::steady_clock;
+        for (int64_t at = 0; at < next.size && now() == seen; at += 1024)
+            for (int64_t line = at; line < at + 1024; line += 64)
+                for (const char* from : next.from)
+                    if (from) __builtin_prefetch(from + line, 0, 2);
         const auto end = clock::now() + std::chrono::microseconds(SPIN);
         do {
             for (int turn = 0; turn < 32; ++turn) {
-                if ((generation.load(std::memory_order_acquire) & 0xffffff) != seen) return;
+                if (now() != seen) return;
                 pause();
             }
         } while (clock::now() < end);
-        const uint32_t now = generation.load(std::memory_order_acquire);
-        if ((now & 0xffffff) == seen) generation.wait(now, std::memory_order_acquire);
+        const uint32_t last = generation.load(std::memory_order_acquire);
+        if (uint16_t(last) == seen) generation.wait(last, std::memory_order_acquire);
     }
 
-    // The pieces come last: once they can be taken, another thread may finish them, publish what follows, and
-    // even return to the caller, before this one goes on.
-    void publish(uint64_t pieces) {
+    // A phase of so many pieces, or with 0 the end of the step. The first run comes last and is never empty:
+    // once it can be taken, other threads may finish the phase, publish what follows, and even return to the
+    // caller, before this one goes on.
+    void publish(int64_t count) {
         const uint32_t next = generation.load(std::memory_order_relaxed) + 1;
+        const int all = threads.load(std::memory_order_relaxed);
+        pieces = uint32_t(count);
         done.store(0, std::memory_order_relaxed);
         generation.store(next, std::memory_order_release);
-        claim.store(uint64_t(next & 0xffffff) << 40 | pieces << 20, std::memory_order_release);
+        for (int index = all; index--;) {
+            const uint64_t run = uint64_t(share(count, index + 1, all)) << 24 | uint64_t(share(count, index, all));
+            claims[index].ticket.store(uint64_t(next) << 48 | run, std::memory_order_release);
+        }
         generation.notify_all();
     }
 
+    // Where the run of a thread begins.
+    static int64_t share(int64_t count, int index, int all) { return (count * index + all - 1) / all; }
+
     // the phases
+
+    struct Product { Matrix matrix; int64_t height, width; const float* in; };
+
+    Product product(Phase phase, int64_t layer) const {
+        const Model& m = *model;
+        const Layer& l = m.layer[std::min(layer, m.layers - 1)];
+        const int64_t mixture = m.heads * m.head_dim;
+        switch (phase) {
+            case QKV: return {l.qkv, mixture + 2 * m.key_heads * m.head_dim, m.hidden, normed.data()};
+            case OUT: return {l.o, m.hidden, mixture, mixed.data()};
+            case GATE_UP: return {l.gate_up, m.intermediate, m.hidden, normed.data()};
+            case DOWN: return {l.down, m.hidden, m.intermediate, gated.data()};
+            default: return {m.head, m.vocab, m.hidden, normed.data()};
+        }
+    }
 
     void open(Phase next) {
         phase = next;
-        const Model& m = *model;
-        int64_t blocks = 0;
-        switch (phase) {
-            case QKV: blocks = (m.heads + 2 * m.key_heads) * m.head_dim; break;
-            case ATTENTION: return publish(uint64_t(rows) * m.key_heads * splits);
-            case OUT: case DOWN: blocks = m.hidden; break;
-            case GATE_UP: blocks = m.intermediate; break;
-            case HEAD: blocks = m.vocab; break;
-        }
-        blocks = (blocks + BLOCK - 1) / BLOCK;
-        publish(std::min<int64_t>(blocks, phase == HEAD ? 32 * threads : 8 * threads));
+        if (phase == ATTENTION) return publish(int64_t(rows) * model->key_heads * splits);
+        publish((product(phase, layer).height + BLOCK - 1) / BLOCK);
     }
 
-    void compute(int64_t piece, int64_t count) {
+    void compute(int64_t piece) {
         if (phase == ATTENTION) return by_dtype([&](auto kind) { attend<decltype(kind)>(piece); });
         switch (model->matrices) {
-            case FP32: return multiply<float>(piece, count);
-            case BF16: return multiply<bf16>(piece, count);
-            case INT8: return multiply<int8_t>(piece, count);
-            case FP16: return multiply<half>(piece, count);
+            case FP32: return multiply<float>(piece);
+            case BF16: return multiply<bf16>(piece);
+            case INT8: return multiply<int8_t>(piece);
+            case FP16: return multiply<half>(piece);
         }
+    }
+
+    // What a thread reads first in the next phase with weights.
+    Stream following(int index) const {
+        constexpr int64_t SIZES[] = {4, 2, 2, 1};  // of the Kinds
+        const bool last = layer + 1 == model->layers;
+        const Phase next = phase <= ATTENTION ? OUT : phase == OUT ? GATE_UP : phase == GATE_UP ? DOWN
+                         : phase == DOWN && last ? HEAD : QKV;
+        const Product p = product(next, phase == HEAD ? 0 : layer + (next == QKV));
+        const int64_t row = p.width * SIZES[model->matrices], all = threads.load(std::memory_order_relaxed);
+        const int64_t blocks = (p.height + BLOCK - 1) / BLOCK, first = share(blocks, index, int(all)) * BLOCK;
+        const char* from = (const char*)p.matrix.values + first * row;
+        const int64_t size = std::min<int64_t>(WARM, (p.height - first) * row);
+        return {{from, next == GATE_UP ? from + p.height * row : nullptr}, size};
     }
 
     void finish() {
@@ -359,44 +414,34 @@ class Decoder {
         return step->lengths[row / step->length] - step->length + row % step->length;
     }
 
-    // A share of the rows of the matrix of this phase times what goes into it.
-    template <class T> void multiply(int64_t piece, int64_t count) {
-        const Model& m = *model;
-        const Layer& l = m.layer[std::min(layer, m.layers - 1)];
-        const Matrix& matrix = phase == QKV ? l.qkv : phase == OUT ? l.o : phase == GATE_UP ? l.gate_up
-                             : phase == DOWN ? l.down : m.head;
-        const float* in = phase == OUT ? mixed.data() : phase == DOWN ? gated.data() : normed.data();
-        const int64_t width = phase == OUT ? m.heads * m.head_dim : phase == DOWN ? m.intermediate : m.hidden;
-        const int64_t height = phase == QKV ? (m.heads + 2 * m.key_heads) * m.head_dim
-                             : phase == GATE_UP ? m.intermediate : phase == HEAD ? m.vocab : m.hidden;
-        const int64_t blocks = (height + BLOCK - 1) / BLOCK;
-        const int64_t first = blocks * piece / count * BLOCK, last = std::min(height, blocks * (piece + 1) / count * BLOCK);
+    // BLOCK rows of the matrix of this phase times what goes into it.
+    template <class T> void multiply(int64_t piece) {
+        const auto [matrix, height, width, in] = product(phase, layer);
+        const int64_t n = piece * BLOCK;
+        const int size = int(std::min<int64_t>(BLOCK, height - n));
         const T* values = (const T*)matrix.values;
         float out[MAX_ROWS * BLOCK], up[MAX_ROWS * BLOCK];
-        for (int64_t n = first; n < last; n += BLOCK) {
-            const int size = int(std::min<int64_t>(BLOCK, last - n));
-            const auto take = [&](int64_t row, float* to) {
-                block(values + row * width, width, size, in, width, rows, to);
-                if (!matrix.scales) return;
-                for (int at = 0; at < rows; ++at)
-                    for (int r = 0; r < size; ++r) to[at * BLOCK + r] *= matrix.scales[row + r];
-            };
-            take(n, out);
-            if (phase == GATE_UP) {
-                take(n + height, up);
-                for (int r = 0; r < rows * BLOCK; r += WIDTH) {
-                    const Floats gate = load(out + r);
-                    store(out + r, gate / (exponential(-gate) + 1.0f) * load(up + r));
-                }
-            }
-            float* to = phase == QKV ? projected.data() : phase == GATE_UP ? gated.data()
-                      : phase == HEAD ? step->logits : x.data();
+        const auto take = [&](int64_t row, float* to) {
+            block(values + row * width, width, size, in, width, rows, to);
+            if (!matrix.scales) return;
             for (int at = 0; at < rows; ++at)
-                for (int r = 0; r < size; ++r) {
-                    float& y = to[at * height + n + r];
-                    y = phase == OUT || phase == DOWN ? y + out[at * BLOCK + r] : out[at * BLOCK + r];
-                }
+                for (int r = 0; r < size; ++r) to[at * BLOCK + r] *= matrix.scales[row + r];
+        };
+        take(n, out);
+        if (phase == GATE_UP) {
+            take(n + height, up);
+            for (int r = 0; r < rows * BLOCK; r += WIDTH) {
+                const Floats gate = load(out + r);
+                store(out + r, gate / (exponential(-gate) + 1.0f) * load(up + r));
+            }
         }
+        float* to = phase == QKV ? projected.data() : phase == GATE_UP ? gated.data()
+                  : phase == HEAD ? step->logits : x.data();
+        for (int at = 0; at < rows; ++at)
+            for (int r = 0; r < size; ++r) {
+                float& y = to[at * height + n + r];
+                y = phase == OUT || phase == DOWN ? y + out[at * BLOCK + r] : out[at * BLOCK + r];
+            }
     }
 
     void norm(const float* weight) {
@@ -515,13 +560,17 @@ class Decoder {
         }
     }
 
-    static constexpr int SPIN = 50;  // microseconds
+    static constexpr int SPIN = 50, MAX_THREADS = 256;  // microseconds; more threads than that do not help
+    static constexpr int64_t WARM = 128 << 10;          // bytes that a waiting thread asks for
 
     std::mutex one_at_a_time;
-    alignas(64) std::atomic<uint64_t> claim{0};  // generation << 40 | pieces << 20 | the next piece
+    struct alignas(64) Claim { std::atomic<uint64_t> ticket{0}; };
+    Claim claims[MAX_THREADS];
     alignas(64) std::atomic<uint32_t> done{0};
     alignas(64) std::atomic<uint32_t> generation{0};
-    int threads = 1, started = 0;
+    alignas(64) std::atomic<int> threads{1};
+    int started = 0;
+    uint32_t pieces = 0;  // of this phase
 
     const Model* model = nullptr;
     const Step* step = nullptr;
