@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import TORCH
+from kernels import TORCH, products
 from kernels.eager import linear as eager_linear
 
 WIDTHS = [(7, 5), (576, 960), (1536, 576), (576, 3072)]  # columns and rows of the weight
@@ -32,6 +32,7 @@ def onednn(monkeypatch):
 
     monkeypatch.setattr(eager_linear, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(eager_linear, "_onednn", recorded)
+    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: False)
     return seen
 
 

@@ -23,7 +23,7 @@ from kernel_cases import (
     swapped,
 )
 
-from kernels import launch_config, mlp, swiglu, with_ops
+from kernels import launch_config, mlp, products, swiglu, with_ops
 from kernels.eager import linear as eager_linear
 
 # Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
@@ -194,6 +194,7 @@ def test_only_the_gradients_that_are_wanted_are_formed(form):
 def test_the_composed_form_is_the_composition(leading, dtype, monkeypatch):
     """Linear layers around swiglu, bit for bit."""
     monkeypatch.setattr(launch_config, "FUSED_MLP", ())
+    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: False)
     x, *weights = drawn(10, 576, 1536, dtype)
     x, dy = x.view(*leading, -1, 576), draw(10, 576, dtype=dtype).view(*leading, -1, 576)
     for backend, linear in ((TORCH, eager_linear.linear), (TRITON, eager_linear.linear), (TRITON, F.linear)):

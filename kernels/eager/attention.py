@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import checks
+from kernels.products import faster_in_fp32
 
 # Queries of a block. With more, less is skipped above the diagonal; with fewer, products are smaller and more
 # numerous, and threads synchronise at each of them.
@@ -65,6 +66,9 @@ def attention(
     """`kernels.reference.attention`: q [B, T, H, D], k and v [B, S, K, D] with S >= T, doc_start [B, T] ->
     [B, T, H, D]. In blocks it has first derivatives only.
     """
+    if faster_in_fp32(q, q.shape[1]):
+        wide = attention(q.float(), k.float(), v.float(), doc_start, dropout_p=dropout_p, scale=scale)
+        return wide.to(q.dtype)
     if dropout_p > 0.0 or not _trains_in_bf16(q, k, v):
         return library_attention(q, k, v, doc_start, dropout_p=dropout_p, scale=scale)
     checks.attention("attention", q, k, v, doc_start, scale)

@@ -9,7 +9,8 @@ cores of an EPYC 9004 (Zen 4), torch 2.13, where the limit is 237:
     oneDNN                                      211          172                     115           96
 
 In a training step, where caches are cold, the difference is larger. At one row MKL's matrix-vector product is
-faster; gradients of weights, g.T @ x, are as fast in MKL. In 16 bits torch uses oneDNN by itself.
+faster; gradients of weights, g.T @ x, are as fast in MKL. In 16 bits torch uses oneDNN by itself, where the
+processor has instructions for them; elsewhere (kernels/products.py) these products are fp32 ones, rounded.
 
 oneDNN is called through the operator that Inductor uses. A 1x1 convolution over channels_last is the public
 way to the same library, but selects another algorithm, which is no faster than MKL below 512 rows.
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.eager import pointwise
-from kernels.products import weight_gradient
+from kernels.products import faster_in_fp32, weight_gradient
 from kernels.types import SwiGLU
 
 ROWS = 2  # rows of the left factor from which oneDNN is faster
@@ -83,21 +84,27 @@ def supports(x: Tensor, weight: Tensor) -> bool:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`torch.mm`: a [M, K] @ b [K, N] -> [M, N], without a gradient. Any device and dtype. oneDNN's product
-    is copied into `out`.
+    """`torch.mm`: a [M, K] @ b [K, N] -> [M, N], without a gradient. Any device and dtype. A product by
+    oneDNN or in fp32 is copied into `out`.
     """
-    if not supports(a, b):
+    if faster_in_fp32(a, a.shape[0]):
+        product = torch.mm(a.float(), b.float())
+    elif supports(a, b):
+        product = _onednn(a, b)
+    else:
         return torch.mm(a, b, out=out)
-    return _onednn(a, b) if out is None else out.copy_(_onednn(a, b))
+    return product.to(a.dtype) if out is None else out.copy_(product)
 
 
-class _OneDNNLinear(torch.autograd.Function):
-    """x @ weight.T and the gradient of x by oneDNN; the weight's gradient by torch, where MKL is as fast."""
+class _Linear(torch.autograd.Function):
+    """x @ weight.T and the gradient of x by `mm`; the weight's gradient by torch, where MKL is as fast as
+    oneDNN.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _onednn(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+        return mm(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -108,18 +115,19 @@ class _OneDNNLinear(torch.autograd.Function):
             # With create_graph=True this product is differentiated, but the operator has no derivative.
             dx = (torch.mm if torch.is_grad_enabled() else mm)(rows, weight).view(x.shape)
         if ctx.needs_input_grad[1]:
-            dweight = rows.t() @ x.flatten(0, -2)
+            dweight = weight_gradient(rows, x.flatten(0, -2), weight.dtype)
         return dx, dweight
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` and its gradients for two tensors of one dtype, on any device. Raises what it raises."""
-    if not supports(x, weight) or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    fits = x.dim() > 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and x.dtype == weight.dtype
+    if not (fits and (supports(x, weight) or faster_in_fp32(x, x.shape[:-1].numel()))):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        result: Tensor = _OneDNNLinear.apply(x, weight)
+        result: Tensor = _Linear.apply(x, weight)
         return result
-    return _onednn(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+    return mm(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
 
 
 class _MasterLinear(torch.autograd.Function):
@@ -129,7 +137,7 @@ class _MasterLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
         ctx.save_for_backward(x, copy)
         ctx.dtype = weight.dtype
-        return F.linear(x, copy)
+        return _linear(x, copy)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,7 +145,7 @@ class _MasterLinear(torch.autograd.Function):
         x, copy = ctx.saved_tensors
         rows, inputs = (each.reshape(-1, each.shape[-1]) for each in (dy, x))
         dweight = weight_gradient(rows, inputs, ctx.dtype) if ctx.needs_input_grad[1] else None
-        dx = torch.mm(rows, copy).view(x.shape) if ctx.needs_input_grad[0] else None
+        dx = mm(rows, copy).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, dweight, None
 
 
@@ -146,11 +154,12 @@ def linear(x: Tensor, weight: Tensor, copy: Tensor | None = None) -> Tensor:
 
     copy: the weight in the dtype of x, if it exists already; it is multiplied, and the gradient goes to the
     weight. A trace of a training step casts the weight instead. Raises what F.linear raises, and RuntimeError
-    for create_graph=True where a copy is used.
+    for create_graph=True where a copy is used or made.
     """
     if not torch.is_grad_enabled():
         return _linear(x, weight.to(x.dtype) if copy is None else copy)
-    if not torch.compiler.is_compiling() and (copy is not None or (x.is_cuda and weight.dtype != x.dtype)):
+    wide_gradient = weight.dtype != x.dtype and (x.is_cuda or faster_in_fp32(x, x.shape[:-1].numel()))
+    if not torch.compiler.is_compiling() and (copy is not None or wide_gradient):
         result: Tensor = _MasterLinear.apply(x, weight, weight.detach().to(x.dtype) if copy is None else copy)
         return result
     return _linear(x, weight.to(x.dtype))

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import checks
 from kernels.eager import linear
 from kernels.eager.pointwise import wider
+from kernels.products import weight_gradient
 
 # Tokens whose logits exist at a time: 1024 x 49152 fp32 logits are 201 MB.
 CHUNK_TOKENS = 1024
@@ -85,18 +86,19 @@ class _Loss:
             if dhidden is not None:
                 linear.mm(logits, head, out=dhidden[start : start + size])
             if self.needs_weight:
-                dweight = _accumulate(dweight, logits.t(), chunk, wider(weight.dtype))
+                dweight = _accumulate(dweight, logits, chunk, wider(weight.dtype))
             del logits  # before those of the next chunk are allocated
         if self.needs_weight and dweight is None:
             dweight = torch.zeros_like(weight, dtype=wider(weight.dtype))
         return losses if self.reduction == "none" else losses.sum() * scale, dhidden, dweight
 
 
-def _accumulate(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """total + a @ b in dtype, written into total; without a total (the first chunk) the product alone."""
-    if total is None:
-        return torch.mm(a, b).to(dtype)
-    return total.addmm_(a, b) if a.dtype == dtype else total.add_(torch.mm(a, b))
+def _accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + dlogits.T @ x in dtype, written into total; without a total (the first chunk) the product."""
+    if total is not None and x.dtype == dtype:
+        return total.addmm_(dlogits.t(), x)
+    product = weight_gradient(dlogits, x, dtype)
+    return product if total is None else total.add_(product)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
