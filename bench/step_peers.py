@@ -37,6 +37,7 @@ from bench.peers.transformers import autocast_forward, transformers_llama
 from bench.record import TINY_NOTE, Part, one_line, parser, wait_policy
 from bench.step import COMPARED_STEPS, TrainingStep, loss_distances, training_model
 from bench.timing import in_turns, seconds
+from kernels.products import faster_in_fp32
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
@@ -183,8 +184,10 @@ def distances(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def matmul_floor(config: SmolLM2Config, dtype: torch.dtype, tokens: int) -> float:
     """Milliseconds that the matrix products of a step take alone: three per weight matrix, each at the rate
-    it reaches by itself.
+    it reaches by itself, in fp32 where that is faster.
     """
+    if faster_in_fp32(torch.empty(0, dtype=dtype), tokens):
+        dtype = torch.float32
     sizes = [(columns, rows, config.num_hidden_layers) for rows, columns in work.projections(config).values()]
     total = 0.0
     for rows, columns, count in [*sizes, (config.vocab_size, config.hidden_size, 1)]:

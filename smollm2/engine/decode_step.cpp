@@ -99,13 +99,17 @@ inline void round_to(bf16& to, float x) {  // to nearest, ties to even
 inline float single(half x) { return float(x); }
 inline void round_to(half& to, float x) { to = half(x); }
 
+// Of all lanes, by halves. In registers: a way through memory would cost more than a product of 64 terms.
 inline float sum(Floats x) {
-    float lanes[WIDTH];
-    store(lanes, x);
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    return lanes[0];
+    typedef float Four __attribute__((vector_size(16)));
+    Four parts[WIDTH / 4];
+    memcpy(parts, &x, sizeof x);
+    for (int half = WIDTH / 8; half; half /= 2)
+        for (int part = 0; part < half; ++part) parts[part] += parts[part + half];
+    const Four four = parts[0];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
+inline Floats larger(Floats x, Floats y) { return x < y ? y : x; }
 
 // e^x to two units in the last place, by Cody and Waite's reduction and a polynomial; 0 and inf become 1e-38 and 1e38
 inline Floats exponential(Floats x) {
@@ -157,7 +161,7 @@ template <class T, int R, int M>
 template <class T, int M>
 void tiles(const T* matrix, int64_t stride, int count, const float* x, int64_t width, float* out) {
     // as many as the registers hold; each divides BLOCK
-    constexpr int R = M == 1 ? 4 : REGISTERS == 32 ? (M == 2 ? 8 : 6) : (M == 2 ? 4 : 3);
+    constexpr int R = M == 1 ? 4 : REGISTERS == 32 ? (M == 4 ? 6 : 8) : (M == 4 ? 3 : 4);
     int r = 0;
     for (; r + R <= count; r += R) tile<T, R, M>(matrix + r * stride, stride, x, width, out + r);
     for (; r < count; ++r) tile<T, 1, M>(matrix + r * stride, stride, x, width, out + r);
@@ -168,8 +172,10 @@ template <class T>
 void block(const T* matrix, int64_t stride, int count, const float* x, int64_t width, int rows, float* out) {
     int m = 0;
     for (; m + 4 <= rows; m += 4) tiles<T, 4>(matrix, stride, count, x + m * width, width, out + m * BLOCK);
-    if (m + 2 <= rows) tiles<T, 2>(matrix, stride, count, x + m * width, width, out + m * BLOCK), m += 2;
-    if (m < rows) tiles<T, 1>(matrix, stride, count, x + m * width, width, out + m * BLOCK);
+    const float* last = x + m * width;
+    if (rows - m == 3) tiles<T, 3>(matrix, stride, count, last, width, out + m * BLOCK);
+    if (rows - m == 2) tiles<T, 2>(matrix, stride, count, last, width, out + m * BLOCK);
+    if (rows - m == 1) tiles<T, 1>(matrix, stride, count, last, width, out + m * BLOCK);
 }
 
 }  // namespace
@@ -503,39 +509,62 @@ class Decoder {
             const int size = int(std::min<int64_t>(MAX_ROWS, group - begin));
             const int64_t head = key_head * group + begin;
             for (int64_t j = 0; j < count; j += BLOCK) {
+                for (int64_t next = j; next < std::min(count, j + BLOCK); ++next)  // no prefetcher follows these strides
+                    for (int64_t line = 0; line < dim; line += 64 / int64_t(sizeof(T))) {
+                        __builtin_prefetch(values + next * stride + line);
+                        __builtin_prefetch(keys + (next + BLOCK) * stride + line);
+                    }
                 block(keys + j * stride, stride, int(std::min<int64_t>(BLOCK, count - j)),
                       queries.data() + (row * m.heads + head) * dim, dim, size, out);
                 for (int g = 0; g < size; ++g) memcpy(scores[g] + j, out + g * BLOCK, BLOCK * 4);
             }
+            float* to = parts.data() + ((row * m.heads + head) * splits + split) * (dim + 2);
+            const int64_t apart = splits * (dim + 2);  // of two heads
             for (int g = 0; g < size; ++g) {
-                float* part = parts.data() + ((row * m.heads + head + g) * splits + split) * (dim + 2);
-                float most = -std::numeric_limits<float>::infinity();
-                for (int64_t j = 0; j < count; ++j) most = std::max(most, scores[g][j]);
-                for (int64_t j = count; j % WIDTH; ++j) scores[g][j] = -std::numeric_limits<float>::infinity();
-                float total = 0;
-                for (int64_t j = 0; j < count; j += WIDTH) store(scores[g] + j, exponential(load(scores[g] + j) - most));
-                for (int64_t j = 0; j < count; ++j) total += scores[g][j];
-                part[0] = most, part[1] = total;
-                mix(values, stride, scores[g], count, part + 2);
+                const Floats none = Floats{} - std::numeric_limits<float>::infinity();
+                float* s = scores[g];
+                std::fill(s + count, s + (count + WIDTH - 1) / WIDTH * WIDTH, none[0]);
+                Floats highest = none, total = {};
+                for (int64_t j = 0; j < count; j += WIDTH) highest = larger(highest, load(s + j));
+                float most = highest[0];
+                for (int lane = 1; lane < WIDTH; ++lane) most = std::max(most, highest[lane]);
+                for (int64_t j = 0; j < count; j += WIDTH) {
+                    const Floats weights = exponential(load(s + j) - most);
+                    store(s + j, weights), total += weights;
+                }
+                to[g * apart] = most, to[g * apart + 1] = sum(total);
             }
+            int g = 0;
+            for (; g + 3 <= size; g += 3) mix<T, 3>(values, stride, scores + g, count, to + g * apart + 2, apart);
+            for (; g < size; ++g) mix<T, 1>(values, stride, scores + g, count, to + g * apart + 2, apart);
         }
     }
 
-    // out [dim] = sum over keys of weight * value
-    template <class T> void mix(const T* values, int64_t stride, const float* weights, int64_t count, float* out) {
-        constexpr int MANY = 64 / WIDTH;
+    // out [heads, dim] = sums over keys of weight * value; each value is read once for all H heads
+    template <class T, int H>
+    void mix(const T* values, int64_t stride, const float (*weights)[SPLIT], int64_t count, float* out, int64_t apart) {
+        const int64_t dim = model->head_dim;
         int64_t d = 0;
-        for (; d + 64 <= model->head_dim; d += 64) {
-            Floats sums[MANY] = {};
-            for (int64_t j = 0; j < count; ++j)
-                for (int v = 0; v < MANY; ++v) sums[v] += weights[j] * load(values + j * stride + d + v * WIDTH);
-            for (int v = 0; v < MANY; ++v) store(out + d + v * WIDTH, sums[v]);
-        }
-        for (; d < model->head_dim; ++d) {
-            float total = 0;
-            for (int64_t j = 0; j < count; ++j) total += weights[j] * single(values[j * stride + d]);
-            out[d] = total;
-        }
+        for (; d + 4 * WIDTH <= dim; d += 4 * WIDTH) mix_columns<T, H, 4>(values + d, stride, weights, count, out + d, apart);
+        for (; d + WIDTH <= dim; d += WIDTH) mix_columns<T, H, 1>(values + d, stride, weights, count, out + d, apart);
+        for (int h = 0; d < dim && h < H; ++h)
+            for (int64_t at = d; at < dim; ++at) {
+                float total = 0;
+                for (int64_t j = 0; j < count; ++j) total += weights[h][j] * single(values[j * stride + at]);
+                out[h * apart + at] = total;
+            }
+    }
+
+    template <class T, int H, int V>
+    void mix_columns(const T* values, int64_t stride, const float (*weights)[SPLIT], int64_t count, float* out, int64_t apart) {
+        Floats sums[H][V] = {};
+        for (int64_t j = 0; j < count; ++j)
+            for (int v = 0; v < V; ++v) {
+                const Floats value = load(values + j * stride + v * WIDTH);
+                for (int h = 0; h < H; ++h) sums[h][v] += weights[h][j] * value;
+            }
+        for (int h = 0; h < H; ++h)
+            for (int v = 0; v < V; ++v) store(out + h * apart + v * WIDTH, sums[h][v]);
     }
 
     // Puts the pieces of attention together.
