@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO, cast
 import torch
 
 from kernels import Backend, select_backend
+from kernels.products import lacks_16_bit_products
 from smollm2.engine.select import QUANTIZE
 from smollm2.errors import LoadError, UsageError
 from smollm2.model import SmolLM2ForCausalLM
@@ -36,7 +37,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--dtype": dict(
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="auto is bf16 where the device has it, else fp32; bfloat16 and other names of torch do too",
+        help="auto is bf16 where that is faster, else fp32; bfloat16 and other names of torch do too",
     ),
     "--backend": dict(
         default="auto", help="auto, torch, triton, or with single operations replaced: triton,attention=torch"
@@ -101,15 +102,18 @@ def resolve_backend(name: str | Backend, device: torch.device) -> Backend:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What parse_dtype knows, or "auto": bf16 where the device has instructions for it, else fp32."""
-    is_fast = device.type == "cuda" or (device.type == "cpu" and _processor_has_bf16())
+    """What parse_dtype knows, or "auto": bf16 where that is faster, else fp32."""
+    is_fast = device.type == "cuda" or (device.type == "cpu" and _bf16_is_faster())
     return parse_dtype(name) or (torch.bfloat16 if is_fast else torch.float32)
 
 
-def _processor_has_bf16() -> bool:
-    """Whether products in bf16 are faster than in fp32, rather than imitated."""
+def _bf16_is_faster() -> bool:
+    """Whether this processor has instructions for products in bf16; or torch has nothing there, not even an
+    imitation: then prompts are computed in fp32, and a step reads its weights in half the time.
+    """
     if torch.backends.cpu.get_cpu_capability().startswith(("AVX", "DEFAULT")):
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(has) or lacks_16_bit_products()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

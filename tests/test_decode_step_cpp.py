@@ -16,11 +16,11 @@ from generation_cases import tiny_model
 from numerics import check
 from torch import Tensor
 
-from kernels import TORCH, reference, with_ops
+from kernels import TORCH, products, reference, with_ops
 from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine import eager_step, native
 from smollm2.engine.cache import KVCache
-from smollm2.engine.compiled import MAX_ROWS, CompiledEngine
+from smollm2.engine.compiled import MAX_ROWS, SHORT_PROMPT, CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import Weights
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine, dequantize
@@ -293,6 +293,40 @@ def goes_below(engine: CompiledEngine, tokens: Tensor, cache: KVCache) -> bool:
     finally:
         del engine.below.decode  # type: ignore[attr-defined]
     return bool(calls)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("length", [1, 16, 37])
+def test_a_short_prompt_is_read_by_steps_where_there_are_no_products_in_16_bits(
+    length, quantize, monkeypatch
+):
+    """With the model's own weights of that moment, and to the bits of its tokens one by one."""
+    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: True)
+    model = model_of(**ODD).to(torch.bfloat16)
+    ids, lengths = tokens_of(model, 1, length), torch.tensor([length])
+    engine = compiled_engine(model, QuantizedEngine(model, quantize) if quantize == "int8" else None)
+    engine.prefill(ids, lengths, engine.allocate(1, 64))
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(1.5)
+    cache, expected_cache = (engine.allocate(1, 64) for _ in range(2))
+    plain = compiled_engine(model)
+    for token in range(length):
+        expected = plain.decode(ids[:, token : token + 1], expected_cache)
+    assert torch.equal(engine.prefill(ids, lengths, cache), expected[:, -1])
+    assert torch.equal(cache.keys, expected_cache.keys) and torch.equal(cache.values, expected_cache.values)
+    assert cache.longest == length and cache.lengths.tolist() == [length]
+    assert engine.decode(ids[:, :1], cache).isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["long", "two rows", "fp32", "newer processor"])
+def test_other_prompts_are_read_at_once(case, monkeypatch):
+    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: case != "newer processor")
+    model = model_of(**ODD).to(torch.float32 if case == "fp32" else torch.bfloat16)
+    ids = tokens_of(model, 1 + (case == "two rows"), SHORT_PROMPT + 1 if case == "long" else 5)
+    engine = compiled_engine(model)
+    engine._run = not_called  # type: ignore[method-assign]
+    logits = engine.prefill(ids, torch.full((len(ids),), ids.shape[1]), engine.allocate(len(ids), 300))
+    assert logits.isfinite().all()
 
 
 def test_what_it_cannot_do_goes_to_the_engine_below():

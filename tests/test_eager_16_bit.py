@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from kernels import TORCH, products, reference
 from kernels.eager import linear as eager_linear
+from smollm2 import cli
 
 DTYPES = [torch.bfloat16, torch.float16]
 both = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
@@ -134,4 +135,17 @@ def test_the_processor_decides(capability, onednn, expected, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-    assert products.lacks_16_bit_products.__wrapped__() is expected
+    monkeypatch.setattr(products, "lacks_16_bit_products", products.lacks_16_bit_products.__wrapped__)
+    assert products.lacks_16_bit_products() is expected
+
+
+@pytest.mark.parametrize("lacks, instructions, expected", [
+    (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32),
+])  # fmt: skip
+def test_a_model_is_loaded_in_bf16_where_that_is_faster(lacks, instructions, expected, monkeypatch):
+    monkeypatch.setattr(cli, "lacks_16_bit_products", lambda: lacks)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: instructions)
+    assert cli.resolve_dtype("auto", torch.device("cpu")) is expected
+    assert cli.resolve_dtype("fp32", torch.device("cpu")) is torch.float32

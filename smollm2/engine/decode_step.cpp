@@ -203,7 +203,7 @@ struct Step {
     const int64_t *tokens, *lengths;      // lengths [batch], with the new tokens
     void *keys, *values;                  // [layers, batch, capacity, key heads, head dim]
     int64_t layer_stride, row_stride;     // of the cache, in elements
-    float* logits;                        // [batch, length, vocab]
+    float* logits;                        // [batch, length, vocab]; null: only the cache is wanted
     int64_t threads;
 };
 }
@@ -404,6 +404,7 @@ class Decoder {
             case GATE_UP: return open(DOWN);
             case DOWN:
                 ++layer;
+                if (layer == m.layers && !step->logits) return publish(0);
                 norm(layer < m.layers ? m.layer[layer].input_norm : m.norm);
                 return open(layer < m.layers ? QKV : HEAD);
             case HEAD: return publish(0);
