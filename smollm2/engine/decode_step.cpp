@@ -342,6 +342,9 @@ class Decoder {
             const uint64_t run = uint64_t(share(count, index + 1, all)) << 24 | uint64_t(share(count, index, all));
             claims[index].ticket.store(uint64_t(next) << 48 | run, std::memory_order_release);
         }
+        // notify_all first looks whether anyone sleeps. That look may overtake the stores above, on x86 too, and a
+        // thread that has just seen the old generation would sleep on.
+        std::atomic_thread_fence(std::memory_order_seq_cst);
         generation.notify_all();
     }
 
