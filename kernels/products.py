@@ -29,12 +29,12 @@ def faster_in_fp32(x: Tensor, rows: int) -> bool:
     trace, nor under autocast, which would convert it back.
     """
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
+        not torch.compiler.is_compiling()  # first: a trace cannot ask for the processor
+        and x.dtype in (torch.bfloat16, torch.float16)
         and x.device.type == "cpu"
         and rows >= WIDE_ROWS
-        and lacks_16_bit_products()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and lacks_16_bit_products()
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels import LayerWeights
 from kernels.products import WIDE_ROWS, faster_in_fp32
 from smollm2.engine.cache import KVCache
-from smollm2.engine.eager import Engine, prefill
+from smollm2.engine.eager import Engine, outside_autocast, prefill
 from smollm2.engine.eager_step import Weights, only_torch, plain_weights
 from smollm2.engine.native import load_library
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine
@@ -121,7 +121,9 @@ class CompiledEngine(Engine):
             self._bound = _Bound(self.model, weights)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        if not (faster_in_fp32(cache.keys, WIDE_ROWS) and _is_short(input_ids, lengths)):
+        with outside_autocast(input_ids.device):
+            by_steps = faster_in_fp32(cache.keys, WIDE_ROWS) and _is_short(input_ids, lengths)
+        if not by_steps:
             return super().prefill(input_ids, lengths, cache)
         self.renew()
         self.renewed = True  # the first step need not look again
