@@ -121,7 +121,7 @@ def _on_device(tokens: tuple[int, ...], device: torch.device) -> Tensor:
 
 def highest(logits: Tensor) -> Tensor:
     """The token of the highest logit, or of the first NaN: [B, V] -> [B] int64."""
-    if logits.device.type == "cpu":  # numpy's is eight times as fast, and wakes no threads
+    if logits.device.type == "cpu":  # numpy's is seven times as fast, and wakes no threads
         return torch.from_numpy(logits.detach().numpy().argmax(-1))
     return logits.argmax(-1)
 

@@ -94,6 +94,12 @@ def test_attention(dtype, packed):
         assert_rounded_once(ours.detach(), exact.detach())
 
 
+def test_attention_of_two_dtypes_is_refused():
+    q, k, v = (draw(1, 16, heads, 32, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match="attention: expected"):
+        TORCH.attention(q, k.float(), v)
+
+
 @both
 def test_the_loss_of_a_training_step(dtype, product_dtypes):
     hidden, weight = draw(50, 64, dtype=dtype).requires_grad_(), draw(101, 64, scale=0.3).requires_grad_()

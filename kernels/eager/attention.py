@@ -66,12 +66,12 @@ def attention(
     """`kernels.reference.attention`: q [B, T, H, D], k and v [B, S, K, D] with S >= T, doc_start [B, T] ->
     [B, T, H, D]. In blocks it has first derivatives only.
     """
+    checks.attention("attention", q, k, v, doc_start, scale)
     if faster_in_fp32(q, q.shape[1]):
         wide = attention(q.float(), k.float(), v.float(), doc_start, dropout_p=dropout_p, scale=scale)
         return wide.to(q.dtype)
     if dropout_p > 0.0 or not _trains_in_bf16(q, k, v):
         return library_attention(q, k, v, doc_start, dropout_p=dropout_p, scale=scale)
-    checks.attention("attention", q, k, v, doc_start, scale)
     out: Tensor = _BlockedAttention.apply(q, k, v, doc_start, q.shape[-1] ** -0.5 if scale is None else scale)
     return out
 

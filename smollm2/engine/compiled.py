@@ -99,7 +99,7 @@ class _Bound:
 class CompiledEngine(Engine):
     """Steps of up to MAX_ROWS tokens, of one row or several, through the compiled step. Larger batches go to
     the engine below, and prompts, but for short ones on processors without 16-bit products: two cores of an
-    EPYC 7003 (Zen 3) read a bf16 prompt of 32 tokens at 470 tokens/s by steps of 16 and at 205 otherwise.
+    EPYC 7003 (Zen 3) read a bf16 prompt of 32 tokens at 391 tokens/s by steps of 16 and at 205 otherwise.
 
     Raises LoadError for a library that `find_library` would refuse, or that cannot be loaded here.
     """
