@@ -238,7 +238,8 @@ class SmolLM2Model(nn.Module):
             position = torch.arange(length, device=input_ids.device) - doc_start
             cos, sin = cos[position], sin[position]
         else:
-            cos, sin = cos[:length], sin[:length]
+            first = cache[0].keys.shape[1] - length if cache else 0
+            cos, sin = cos[first : first + length], sin[first : first + length]
         x, residual = embedded, None
         if x is None:  # looked up first, then rounded: the gradient of the table is then summed in fp32
             x = self.embed_tokens(input_ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,8 @@ class KVCache:
         require_memory(config, batch, capacity, device, dtype)
         shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty: attention multiplies masked positions by zero, and 0 * NaN is NaN.
-        keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        zeros = _untouched_zeros if device.type == "cpu" and batch * capacity else torch.zeros
+        keys, values = (zeros(shape, device=device, dtype=dtype) for _ in range(2))
         return cls(keys, values, torch.zeros(batch, device=device, dtype=torch.int64))
 
     @property
@@ -66,11 +69,22 @@ class KVCache:
                 raise ValueError(f"cache: {room}, got {self.longest} + {tokens}")
             self.longest += tokens
 
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens of every row from `length` on: they are masked, and overwritten next."""
+        self.lengths.fill_(length)
+        self.longest = length
+
     def clear(self) -> None:
         """Back to a new cache in the same memory. Zeros, because the text before may have left infinities."""
         for tensor in (self.keys, self.values, self.lengths):
             tensor.zero_()
         self.longest, self.fixed = 0, False
+
+
+def _untouched_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros in fresh pages, of which the system provides those that are used: a capacity costs nothing."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def cache_bytes(config: SmolLM2Config, batch: int, capacity: int, dtype: torch.dtype) -> int:

@@ -110,34 +110,36 @@ class CompiledEngine(Engine):
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
         self._step = load_library(library).smollm2_decode_step
         self._bound: _Bound | None = None
+        self._for_prompts: _Bound | None = None
 
     def renew(self) -> None:
         super().renew()
         self.below.renew()
         self.below.renewed = True
-        self._bound = None
+        self._bound = self._for_prompts = None
         if self.plain and not obstacle(self.model, self.below):
-            weights = self.below.few if isinstance(self.below, QuantizedEngine) else plain_weights(self.model)
-            self._bound = _Bound(self.model, weights)
+            # as everywhere, a prompt is read with the model's own weights
+            self._bound = self._for_prompts = _Bound(self.model, plain_weights(self.model))
+            if isinstance(self.below, QuantizedEngine):
+                self._bound = _Bound(self.model, self.below.few)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         with outside_autocast(input_ids.device):
             by_steps = faster_in_fp32(cache.keys, WIDE_ROWS) and _is_short(input_ids, lengths)
         if not by_steps:
             return super().prefill(input_ids, lengths, cache)
-        self.renew()
-        self.renewed = True  # the first step need not look again
-        if self._bound is None or not _is_plain(cache, 1, self.model):
+        self.renewed = self.renewed and self.frozen
+        if not self.renewed:
+            self.renew()
+            self.renewed = True  # the first step need not look again
+        if self._for_prompts is None or not _is_plain(cache, 1, self.model):
             return prefill(self.model, input_ids, lengths, cache)
-        # as everywhere, a prompt is read with the model's own weights
-        quantized = isinstance(self.below, QuantizedEngine)
-        bound = _Bound(self.model, plain_weights(self.model)) if quantized else self._bound
         *chunks, last = input_ids.split(MAX_ROWS, dim=1)
         with torch.inference_mode():
             for chunk in chunks:
-                self._run(bound, chunk, cache, None)
+                self._run(self._for_prompts, chunk, cache, None)
             logits = torch.empty(1, last.shape[1], self.model.config.vocab_size)
-            self._run(bound, last, cache, logits)
+            self._run(self._for_prompts, last, cache, logits)
         return logits[:, -1]
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:

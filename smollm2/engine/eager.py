@@ -32,14 +32,16 @@ def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 @torch.inference_mode()
 def prefill(model: SmolLM2ForCausalLM, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-    """Runs the prompts through the model and fills the empty cache.
+    """Runs prompts through the model and fills the cache, behind the tokens that its rows hold already: none,
+    or equally many in every row.
 
     input_ids [B, T], row b holding lengths[b] tokens and then anything -> logits [B, V] after the last token
     of each row. Causality makes what follows a row's tokens harmless; the decode steps overwrite it in the
     cache.
     """
+    held = cache.longest
     cache.advance(input_ids.shape[1])
-    cache.lengths.copy_(lengths)
+    cache.lengths.copy_(lengths + held)
     layers = [Cache(*cache.layer(index)) for index in range(len(model.model.layers))]
     with outside_autocast(input_ids.device):
         hidden = model.model(input_ids, cache=layers)
@@ -54,7 +56,8 @@ class Engine:
     Every engine fills the same cache and returns the same shapes, so that a generation may change engines.
     What it derives from the weights (copies in another order, in 8 bits) is compared with them at the first
     step after a prompt: a model may be trained or loaded into between two texts, by any means. A model with
-    adapters, hooks or other layers is run by calling these.
+    adapters, hooks or other layers is run by calling these. frozen: the caller answers for it that weights
+    and layers stay as they are, so that they are looked at once.
     """
 
     name = "eager"
@@ -62,6 +65,7 @@ class Engine:
     def __init__(self, model: SmolLM2ForCausalLM, why: str = "") -> None:
         self.model, self.why = model, why
         self.renewed = False  # since the last prompt
+        self.frozen = False
         self.plain = True
         self._packed: Weights | None = None
 
@@ -72,7 +76,7 @@ class Engine:
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """`prefill`: [B, T], [B] -> logits [B, V]"""
-        self.renewed = False
+        self.renewed = self.renewed and self.frozen
         return prefill(self.model, input_ids, lengths, cache)
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -93,7 +97,7 @@ class Engine:
 
     def _look(self, cache: KVCache) -> None:
         """Renews what is derived from the model at the first step after a prompt."""
-        if not (self.renewed and cache.longest):
+        if not (self.renewed and (cache.longest or self.frozen)):
             self.renew()
             self.renewed = True
 

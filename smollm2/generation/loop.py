@@ -9,8 +9,6 @@ see smollm2/generation/batch.py.
 
 from __future__ import annotations
 
-import codecs
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,7 +19,9 @@ from smollm2.engine.loops import CapturedEngine, captured_steps
 from smollm2.engine.select import default_engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
+from smollm2.generation.kept import KeptText
 from smollm2.generation.speculative import Draft, Stats, speculative_steps
+from smollm2.generation.text import TextPieces, TextStream
 from smollm2.model import SmolLM2ForCausalLM, token_ids
 from smollm2.pretrained.tokenizer import Tokenizer
 from smollm2.sampling import SamplingParams, read_tokens, sample
@@ -38,10 +38,13 @@ def generate_steps(
     eos_token_ids: Sequence[int] = (),
     pad_token_id: int = 0,
     engine: Engine | None = None,
+    kept: KeptText | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every row [B] until all rows have ended or max_new_tokens are reached.
 
-    Rows that ended yield pad_token_id. Arguments as in `generate`. Raises UsageError before any work is done.
+    Rows that ended yield pad_token_id. Arguments as in `generate`. kept: of one prompt, what the cache holds
+    of it from a generation before; it then holds this text, without its last token, however far it came.
+    Raises UsageError before any work is done.
     """
     config, params = model.config, params or SamplingParams()
     prompt, lengths, seeds = _checked(model, input_ids, attention_mask, max_new_tokens, params, seed)
@@ -65,8 +68,15 @@ def generate_steps(
         counts = torch.zeros(batch, config.vocab_size, dtype=torch.int32, device=prompt.device)
         seen = counts.scatter_add_(1, prompt, valid.int()).bool().to(device)
 
-    cache = engine.allocate(batch, longest + max_new_tokens)
-    logits = engine.prefill(prompt[:, :longest].to(device), lengths.to(device), cache)
+    if kept is None:
+        cache, held = engine.allocate(batch, longest + max_new_tokens), 0
+    elif batch == 1:
+        cache, held = kept.open(text := prompt[0, :longest].tolist(), max_new_tokens)
+    else:
+        raise UsageError(f"kept: expected one prompt, got {batch}; generate without it")
+    logits = engine.prefill(prompt[:, held:longest].to(device), (lengths - held).to(device), cache)
+    if kept is not None:
+        kept.tokens += text[held:]
     finished = torch.zeros(batch, dtype=torch.bool)
     for step in range(max_new_tokens):
         chosen = sample(logits, params, seeds, [position + step for position in positions], seen)
@@ -81,6 +91,8 @@ def generate_steps(
         if seen is not None:
             seen[torch.arange(batch, device=device), chosen] = True
         logits = engine.decode(chosen[:, None], cache)[:, -1]
+        if kept is not None:
+            kept.tokens.append(int(chosen))
 
 
 def generate(
@@ -204,45 +216,25 @@ def stream_text(
     engine: Engine | None = None,
     draft: Draft | None = None,
     stats: Stats | None = None,
-) -> Iterator[str]:
-    """Yields the continuation of one prompt as text, piece by piece, up to a stop token (the model's and the
+    kept: KeptText | None = None,
+) -> TextStream:
+    """The continuation of one prompt as text, piece by piece, up to a stop token (the model's and the
     tokenizer's, see `Tokenizer.end_ids`) or string, not included.
 
-    A character whose bytes are spread over several tokens is yielded when it is complete. Text that may be
-    the beginning of a stop string is held back until that is decided. One item comes per generated token, an
-    empty one if nothing is ready. draft guesses ahead (smollm2/generation/speculative.py): the same text in
-    fewer steps, which stats count.
+    draft guesses ahead (smollm2/generation/speculative.py): the same text in fewer steps, which stats count.
+    kept: as in `generate_steps`.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
-    held = ""
     input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
-    tokens: Iterator[int]
     if draft is None:
         steps = generate_steps(
             model, input_ids, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=ends,
-            engine=engine,
+            engine=engine, kept=kept,
         )  # fmt: skip
-        tokens = (int(step[0]) for step in steps)
+        runs: Iterator[list[int]] = ([int(step[0])] for step in steps)
     else:
         runs = speculative_steps(
             model, input_ids, draft=draft, max_new_tokens=max_new_tokens, params=params, seed=seed,
-            eos_token_ids=ends, engine=engine, stats=stats,
+            eos_token_ids=ends, engine=engine, stats=stats, kept=kept,
         )  # fmt: skip
-        tokens = itertools.chain.from_iterable(runs)
-    for token in tokens:
-        if token in ends:
-            yield held + decoder.decode(b"", final=True)
-            return
-        held += decoder.decode(tokenizer.token_bytes(token))
-        found = [held.index(text) for text in stop if text in held]
-        if found:
-            yield held[: min(found)]
-            return
-        open_ends = (size for text in stop for size in range(1, len(text)) if held.endswith(text[:size]))
-        ready = len(held) - max(open_ends, default=0)
-        yield held[:ready]
-        held = held[ready:]
-    held += decoder.decode(b"", final=True)
-    if held:
-        yield held
+    return TextStream(runs, TextPieces(tokenizer, ends, stop))

@@ -38,11 +38,11 @@ import torch
 from torch import Tensor
 
 from smollm2.config import SmolLM2Config
-from smollm2.engine.cache import KVCache
 from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import check_prompts
+from smollm2.generation.kept import KeptText
 from smollm2.model import SmolLM2ForCausalLM, token_ids
 from smollm2.sampling import SamplingParams, read_tokens, sample
 
@@ -183,7 +183,7 @@ class _Drafting:
         while kept < min(len(self.cached), len(self.text) - 1) and self.cached[kept] == self.text[kept]:
             kept += 1
         del self.cached[kept:]
-        truncate(self.cache, kept)
+        self.cache.truncate(kept)
 
     def propose(self, limit: int) -> list[int]:
         guesses: list[int] = []
@@ -223,12 +223,13 @@ def speculative_steps(
     eos_token_ids: Collection[int] = (),
     engine: Engine | None = None,
     stats: Stats | None = None,
+    kept: KeptText | None = None,
 ) -> Iterator[list[int]]:
     """Continues one prompt and yields its next tokens, one to draft.tokens + 1 at a time.
 
     input_ids [1, T] int64. The tokens are those of `generate` with the same params and seed, up to an end
     token, which is included, or max_new_tokens. engine: None runs the model eagerly; a captured engine runs
-    uncaptured here. stats is counted up before each yield.
+    uncaptured here. stats is counted up before each yield. kept: as in `generate_steps`.
 
     Raises UsageError, before any work, for a batch, an empty prompt, ids or arguments out of range, more
     tokens than the positions of the model or of the draft, and a draft of another vocabulary.
@@ -251,7 +252,7 @@ def speculative_steps(
         return iter(())
     stats = Stats() if stats is None else stats
     engine, ends = engine or Engine(model), frozenset(eos_token_ids)
-    return _steps(engine, prompt, draft, max_new_tokens, params, seed, ends, stats)
+    return _steps(engine, prompt, draft, max_new_tokens, params, seed, ends, stats, kept)
 
 
 @torch.inference_mode()
@@ -264,14 +265,17 @@ def _steps(
     seed: int,
     ends: frozenset[int],
     stats: Stats,
+    kept: KeptText | None,
 ) -> Iterator[list[int]]:
     """`speculative_steps` after its checks. Between steps the cache holds the text without its last token."""
     device, capacity = engine.model.device, len(text) + left
     proposer = draft.start(capacity, params, seed)
     proposer.extend(text)
-    cache = engine.allocate(1, capacity)
-    input_ids, lengths = torch.tensor([text], device=device), torch.tensor([len(text)], device=device)
-    logits = engine.prefill(input_ids, lengths, cache)
+    cache, held = (engine.allocate(1, capacity), 0) if kept is None else kept.open(text, left)
+    input_ids = torch.tensor([text[held:]], device=device)
+    logits = engine.prefill(input_ids, torch.tensor([len(text) - held], device=device), cache)
+    if kept is not None:
+        kept.tokens += text[held:]
     tokens = _choose(logits, params, seed, text)
     while True:
         text += tokens
@@ -288,7 +292,9 @@ def _steps(
         chosen = _choose(logits, params, seed, text, guesses)
         wrong = (index for index, guess in enumerate(guesses) if guess != chosen[index])
         accepted = next(wrong, len(guesses))
-        truncate(cache, len(text) + accepted)
+        cache.truncate(len(text) + accepted)
+        if kept is not None:
+            kept.tokens += [text[-1], *chosen[:accepted]]
         tokens = chosen[: accepted + 1]
         end = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
         tokens = tokens[:end]
@@ -311,12 +317,6 @@ def _choose(
     positions = range(len(text), len(text) + rows)
     tokens: list[int] = read_tokens(sample(logits, params, [seed] * rows, positions, seen)).tolist()
     return tokens
-
-
-def truncate(cache: KVCache, length: int) -> None:
-    """Forgets the tokens of a cache of one row from `length` on: they are masked, and overwritten next."""
-    cache.lengths.fill_(length)
-    cache.longest = length
 
 
 def _check_tokens(tokens: int) -> None:
