@@ -212,6 +212,18 @@ def sample(
     occur in the row (needed for the repetition penalty only). Tokens of exactly equal score at the edge of
     top_k are taken as torch.topk orders them.
     """
+    tokens = draw(logits, params, seeds, positions, seen)
+    return read_tokens(tokens) if tokens.device.type == "cpu" else tokens
+
+
+def draw(
+    logits: Tensor,
+    params: SamplingParams,
+    seeds: Sequence[int] | Tensor,
+    positions: Sequence[int] | Tensor,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """`sample` with NOT_FINITE in rows whose logits are not finite, instead of an error."""
     sampler = Sampler(params, logits.device)
     noise = None
     if sampler.needs_noise:
@@ -221,5 +233,4 @@ def sample(
             pairs = zip(seeds, positions, strict=True)
             drawn = [uniform(*pair) for pair in pairs]
             noise = torch.tensor(drawn, dtype=torch.float32, device=logits.device)
-    tokens = sampler(logits, noise, seen)
-    return read_tokens(tokens) if tokens.device.type == "cpu" else tokens
+    return sampler(logits, noise, seen)

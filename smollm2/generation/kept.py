@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from smollm2.engine.cache import KVCache
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
@@ -46,7 +48,8 @@ class KeptText:
         self.tokens, self._cache = [], None
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
+def common(first: Sequence[int] | np.ndarray, second: Sequence[int] | np.ndarray) -> int:
     """How many tokens two texts begin with together."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
+    length = min(len(first), len(second))
+    differs = np.asarray(first[:length]) != np.asarray(second[:length])
+    return int(differs.argmax()) if differs.any() else length
