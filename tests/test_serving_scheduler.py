@@ -14,6 +14,7 @@ import torch
 from generation_cases import EVERYTHING, GREEDY, SAMPLED, alone, let_it_say, tiny_model, tiny_tokenizer
 
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
 from smollm2.sampling import SamplingParams
@@ -322,6 +323,19 @@ def test_the_compiled_step_serves_too(serve, installed_step):
     assert engine.name == "compiled"
     answers = [Answer([3 + index, 9, 9], 30, SAMPLED, seed=index) for index in range(20)]
     scheduler = serve(engine, slots=20)  # more rows than the step takes
+    scheduler.submit(*[answer.request for answer in answers])
+    for answer in answers:
+        assert (answer.wait().text, answer.finish) == expected(answer)
+
+
+def test_a_captured_step_serves_too(serve, monkeypatch):
+    monkeypatch.setattr("smollm2.serving.scheduler.PART_BESIDE_OTHERS", 16)
+    answers = [
+        Answer(prompt, new, params, seed=index)
+        for index, (new, params) in enumerate([(30, SAMPLED), (9, GREEDY), (1, EVERYTHING)] * 3)
+        for prompt in ([3 + index, 9, 9], list(range(60 + index, 130 + index)))
+    ]
+    scheduler = serve(CapturedEngine(MODEL), slots=3)
     scheduler.submit(*[answer.request for answer in answers])
     for answer in answers:
         assert (answer.wait().text, answer.finish) == expected(answer)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -329,18 +329,69 @@ class DecodeLoop:
             self._advance(step)
 
     def _capture(self, step: _Step) -> None:
-        """Records a step, on a stream of its own as torch asks, after steps that warm up."""
-        began = time.perf_counter()
+        """Records a step after others that warm up."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._warm_up(step)
-        stream.synchronize()
-        warm = time.perf_counter()
-        step.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(step.graph, pool=self._pool, stream=stream):
-            self._advance(step)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        warm_up = f"{WARM_UP_STEPS} steps to warm up took {warm - began:.2f} s"
-        self._costs.append(f"{warm_up}, their capture {time.perf_counter() - warm:.2f} s")
+        step.graph, cost = _record(
+            lambda: self._warm_up(step), lambda: self._advance(step), self.device, self._pool
+        )
+        self._costs.append(cost)
+
+
+class LogitsStep:
+    """A decode step of all rows of a cache up to its logits: where tokens are chosen outside, by parameters
+    that differ from row to row. One CUDA graph, recorded here; elsewhere it runs operation by operation.
+    """
+
+    def __init__(self, engine: Engine, cache: KVCache) -> None:
+        """cache: an empty one, whose tensors the graph keeps to."""
+        self.engine, self.cache = engine, replace(cache, longest=cache.capacity, fixed=True)
+        device, rows = engine.model.device, len(cache.lengths)
+        self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(rows, engine.model.config.vocab_size, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._tables = engine.model.model.rotary(device, cache.capacity)  # which the graph reads
+        if device.type == "cuda":
+            self.graph, _ = _record(self._warm_up, self._advance, device, torch.cuda.graph_pool_handle())
+        cache.clear()
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, others: Sequence[int] = ()) -> Tensor:
+        """The next step of the first rows: tokens [n, 1] -> logits [n, V] in fp32, valid until the next.
+        others: how many tokens the rows behind them hold, which stay as they are; all further ones are free.
+        """
+        rows, lengths = len(tokens), self.cache.lengths
+        behind = [*others, *[0] * (len(lengths) - rows - len(others))]
+        self.tokens[:rows] = tokens
+        lengths[rows:] = torch.tensor(behind, device=lengths.device)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._advance()
+        return self.logits[:rows]
+
+    def _advance(self) -> None:
+        self.logits.copy_(self.engine.decode(self.tokens, self.cache)[:, -1])
+
+    def _warm_up(self) -> None:
+        for _ in range(WARM_UP_STEPS):
+            self.cache.lengths.zero_()
+            self._advance()
+
+
+def _record(
+    warm_up: Callable[[], None], advance: Callable[[], None], device: torch.device, pool: Any
+) -> tuple[torch.cuda.CUDAGraph, str]:
+    """The graph of a step, recorded on a stream of its own as torch asks, and what that took."""
+    began = time.perf_counter()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        warm_up()
+    stream.synchronize()
+    warm = time.perf_counter()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        advance()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    took = f"{WARM_UP_STEPS} steps to warm up took {warm - began:.2f} s"
+    return graph, f"{took}, their capture {time.perf_counter() - warm:.2f} s"

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from kernels.types import NOT_FINITE
 from smollm2.engine.cache import KVCache, free_memory
+from smollm2.engine.captured import LogitsStep
 from smollm2.engine.eager import Engine
+from smollm2.engine.loops import CapturedEngine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import check_prompts, fit_slots
 from smollm2.generation.kept import common
@@ -157,6 +159,7 @@ class Scheduler:
         self.ends = tokenizer.end_ids(config.vocab_size, *config.eos_token_ids)
         self.totals, self.failure = Totals(), ""
         self._cache = engine.allocate(self.slots, self.context)
+        self._captured: LogitsStep | None = None
         self._kept = KeptPrefixes(kept_bytes)
         self._rows: list[_Row] = []  # in slots 0, 1, ...
         self._reading: _Row | None = None  # in the slot behind them
@@ -232,6 +235,8 @@ class Scheduler:
     def _run(self) -> None:
         with torch.inference_mode():
             try:
+                if isinstance(self.engine, CapturedEngine):
+                    self._captured = LogitsStep(self.engine, self._cache)
                 while self._wait():
                     try:
                         self._round()
@@ -313,7 +318,10 @@ class Scheduler:
         """The next token of all rows."""
         rows = list(self._rows)
         last = torch.tensor([[row.text[-1]] for row in rows], device=self.engine.model.device)
-        logits = self.engine.decode(last, self._view(0, rows))[:, -1]
+        if self._captured is None:
+            logits = self.engine.decode(last, self._view(0, rows))[:, -1]
+        else:
+            logits = self._captured(last, [self._reading.held] if self._reading else ())
         self.totals.steps += 1
         for row in rows:
             row.held += 1
