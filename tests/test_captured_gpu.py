@@ -9,7 +9,7 @@ import torch
 from generation_cases import EVERYTHING, GREEDY, SAMPLED, eager, looped, prompts, tiny_model
 
 from smollm2 import SmolLM2ForCausalLM
-from smollm2.engine.captured import Choice, DecodeLoop
+from smollm2.engine.captured import Choice, DecodeLoop, LogitsStep
 from smollm2.engine.eager import Engine
 from smollm2.engine.loops import CapturedEngine, DecodeLoops
 from smollm2.generation.batch import generate_many
@@ -123,3 +123,21 @@ def test_a_token_is_one_launch(model):
     outside = calls.get("cudaLaunchKernel", 0) + calls.get("cuLaunchKernelEx", 0)
     assert outside <= 1, "only the output's position is set"
     assert "2 steps to warm up took" in loop.describe()
+
+
+def test_recorded_logits_are_those_of_the_eager_step(model):
+    """Of the first rows, while one behind them is being read and the last is free."""
+    engine, (ids, mask) = Engine(model), prompts((9, 1, 30, 17))
+    step = LogitsStep(engine, engine.allocate(4, 64))
+    assert step.graph is not None
+    plain = engine.allocate(4, 64)
+    lengths = mask.sum(1).cuda()
+    for cache in (step.cache, plain):
+        cache.longest, cache.fixed = 0, False
+        engine.prefill(ids.cuda(), lengths, cache)
+    step.cache.longest, step.cache.fixed = step.cache.capacity, True
+    for token in range(5, 9):
+        tokens = torch.tensor([[token], [token + 1]], device="cuda")
+        expected = engine.decode(torch.cat([tokens, tokens]), plain)[:2, -1]
+        assert torch.equal(step(tokens, [30]), expected)
+    assert step.cache.lengths.tolist() == [13, 5, 31, 1]
