@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.variant import Turns, Variant
 from smollm2.engine.cache import KVCache, cache_bytes
-from smollm2.engine.compiled import MAX_ROWS, CompiledEngine
+from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.quantized import QuantizedEngine
 from smollm2.errors import UsageError
@@ -50,8 +50,8 @@ class EngineTurns:
 
     def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
         batch, length = prompts.shape
-        if isinstance(engine, CompiledEngine) and batch > MAX_ROWS:
-            raise UsageError(f"the compiled step takes {MAX_ROWS} rows; a larger batch runs as eager does")
+        if isinstance(engine, CompiledEngine) and batch > engine.most:
+            raise UsageError(f"the compiled step takes {engine.most} rows; a larger batch runs as eager does")
         self._engine, self._prompts = engine, prompts
         self._lengths = torch.full((batch,), length, device=prompts.device)
         self._cache = engine.allocate(batch, length + new_tokens)

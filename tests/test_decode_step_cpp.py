@@ -20,7 +20,7 @@ from kernels import TORCH, products, reference, with_ops
 from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine import eager_step, native
 from smollm2.engine.cache import KVCache
-from smollm2.engine.compiled import MAX_ROWS, SHORT_PROMPT, CompiledEngine
+from smollm2.engine.compiled import MAX_TOKENS, MOST_ROWS, SHORT_PROMPT, CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import Weights
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine, dequantize
@@ -196,10 +196,11 @@ ENGINES: dict[str, Callable[[SmolLM2ForCausalLM], CompiledEngine]] = {
 def test_a_row_has_the_same_bits_in_any_company(shape, kind):
     """Alone, in batches of every size, with other rows of other lengths, with any number of threads."""
     engine = ENGINES[kind](model_of(**SHAPES[shape]))
-    lengths = [0, 3, 143, 144, 145, 288, 20, 9, 500, 1, 2, 60, 300, 7, 8, 90]
+    engine.most = MAX_TOKENS
+    lengths = [0, 3, 143, 144, 145, 288, 20, 9, 500, 1, 2, 60, 300, 7, 8, 90, *range(0, 510, 30)]
     cache, tokens = filled(engine.model, lengths), tokens_of(engine.model, len(lengths), 1)
     single = [engine.decode(tokens[row : row + 1], row_of(cache, row))[0] for row in range(len(lengths))]
-    for batch in (2, 3, 4, 5, 7, 8, 11, 16):
+    for batch in (2, 3, 4, 5, 7, 8, 11, 16, 33):
         with threads(1 + batch % 5):
             together = engine.decode(tokens[:batch], filled(engine.model, lengths[:batch]))
         for row in range(batch):
@@ -318,13 +319,30 @@ def test_a_short_prompt_is_read_by_steps_where_there_are_no_products_in_16_bits(
     assert engine.decode(ids[:, :1], cache).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_parts_of_several_rows_are_read_together_to_the_bits_of_each_alone(kind, monkeypatch):
+    """Their tokens share steps, whose ends lie anywhere; the other rows stay as they are."""
+    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: True)
+    engine = ENGINES[kind](model_of(**ODD))
+    lengths, parts = [3, 0, 140, 7, 60, 1], {4: [9, 8, 7], 0: [*range(100, 190)], 1: [5], 2: [*range(40)]}
+    together = filled(engine.model, lengths, 300)
+    logits = engine.extend(list(parts.values()), list(parts), together)
+    expected = filled(engine.model, lengths, 300)
+    for number, (slot, part) in enumerate(parts.items()):
+        alone = Engine.extend(engine, [part], [slot], expected)
+        assert torch.equal(logits[number], alone[0])
+        lengths[slot] += len(part)
+    assert torch.equal(together.keys, expected.keys) and torch.equal(together.values, expected.values)
+    assert together.lengths.tolist() == expected.lengths.tolist() == lengths
+
+
 @pytest.mark.parametrize("case", ["long", "two rows", "fp32", "newer processor"])
 def test_other_prompts_are_read_at_once(case, monkeypatch):
     monkeypatch.setattr(products, "lacks_16_bit_products", lambda: case != "newer processor")
     model = model_of(**ODD).to(torch.float32 if case == "fp32" else torch.bfloat16)
     ids = tokens_of(model, 1 + (case == "two rows"), SHORT_PROMPT + 1 if case == "long" else 5)
     engine = compiled_engine(model)
-    engine._run = not_called  # type: ignore[method-assign]
+    engine._run = not_called  # type: ignore[method-assign, assignment]
     logits = engine.prefill(ids, torch.full((len(ids),), ids.shape[1]), engine.allocate(len(ids), 300))
     assert logits.isfinite().all()
 
@@ -332,9 +350,12 @@ def test_other_prompts_are_read_at_once(case, monkeypatch):
 def test_what_it_cannot_do_goes_to_the_engine_below():
     model = model_of()
     engine = compiled_engine(model)
-    assert not goes_below(engine, tokens_of(model, MAX_ROWS, 1), filled(model, [5] * MAX_ROWS))
-    assert goes_below(engine, tokens_of(model, MAX_ROWS + 1, 1), filled(model, [5] * (MAX_ROWS + 1)))
-    assert goes_below(engine, tokens_of(model, 1, MAX_ROWS + 1), filled(model, [5]))
+    assert engine.most == (MAX_TOKENS if products.lacks_16_bit_products() else MOST_ROWS)
+    for most in (MOST_ROWS, MAX_TOKENS):
+        engine.most = most
+        assert not goes_below(engine, tokens_of(model, most, 1), filled(model, [5] * most, 8))
+        assert goes_below(engine, tokens_of(model, most + 1, 1), filled(model, [5] * (most + 1), 8))
+        assert goes_below(engine, tokens_of(model, 1, most + 1), filled(model, [5]))
     assert goes_below(engine, tokens_of(model, 1, 0), filled(model, [5]))
     assert goes_below(engine, tokens_of(model, 1, 1), dataclasses.replace(filled(model, [5]), fixed=True))
     assert goes_below(engine, tokens_of(model, 2, 1), filled(model, [5])), "a row without a cache"

@@ -411,5 +411,5 @@ def test_the_structures_are_those_of_the_source():
         ]
         assert [field[0] for field in structure._fields_] == declared
     assert ctypes.sizeof(compiled._Matrix) == 16
-    assert f"MAX_ROWS = {compiled.MAX_ROWS};" in text
+    assert f"MAX_TOKENS = {compiled.MAX_TOKENS};" in text
     assert "enum Kind : int64_t { FP32, BF16, FP16, INT8 };" in text

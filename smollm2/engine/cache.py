@@ -56,6 +56,11 @@ class KVCache:
         end = self.capacity if self.fixed else self.longest
         return self.keys[index, :, :end], self.values[index, :, :end]
 
+    def part(self, first: int, stop: int, longest: int) -> KVCache:
+        """Some of its rows, as views: what is written to one is written to both."""
+        rows = slice(first, stop)
+        return KVCache(self.keys[:, rows], self.values[:, rows], self.lengths[rows], longest)
+
     def advance(self, tokens: int) -> None:
         """Counts that many more tokens in every row. Raises ValueError beyond the capacity, unless fixed."""
         self.reserve(tokens)

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,16 @@ import torch
 from torch import Tensor
 
 from kernels import LayerWeights
-from kernels.products import WIDE_ROWS, faster_in_fp32
+from kernels.products import WIDE_ROWS, faster_in_fp32, lacks_16_bit_products
 from smollm2.engine.cache import KVCache
-from smollm2.engine.eager import Engine, outside_autocast, prefill
+from smollm2.engine.eager import Engine, outside_autocast
 from smollm2.engine.eager_step import Weights, only_torch, plain_weights
 from smollm2.engine.native import load_library
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine
 from smollm2.model import SmolLM2ForCausalLM
 
-MAX_ROWS = 16  # tokens of a step, as in decode_step.cpp
+MAX_TOKENS = 64  # of a step, as in decode_step.cpp
+MOST_ROWS = 16  # of a step on processors with 16-bit products, where more are for the engine below
 SHORT_PROMPT = 256  # tokens
 # Kind of decode_step.cpp: of matrices, and of the embedding and the cache
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -49,9 +52,10 @@ class _Model(Structure):
 
 class _Step(Structure):
     _fields_ = [
-        ("batch", c_int64), ("length", c_int64), ("capacity", c_int64), ("tokens", c_void_p),
-        ("lengths", c_void_p), ("keys", c_void_p), ("values", c_void_p), ("layer_stride", c_int64),
-        ("row_stride", c_int64), ("logits", c_void_p), ("threads", c_int64),
+        ("count", c_int64), ("batch", c_int64), ("capacity", c_int64), ("tokens", c_void_p),
+        ("rows", c_void_p), ("positions", c_void_p), ("outputs", c_int64), ("output", c_void_p),
+        ("keys", c_void_p), ("values", c_void_p), ("layer_stride", c_int64), ("row_stride", c_int64),
+        ("logits", c_void_p), ("threads", c_int64),
     ]  # fmt: skip
 
 
@@ -97,9 +101,9 @@ class _Bound:
 
 
 class CompiledEngine(Engine):
-    """Steps of up to MAX_ROWS tokens, of one row or several, through the compiled step. Larger batches go to
-    the engine below, and prompts, but for short ones on processors without 16-bit products: two cores of an
-    EPYC 7003 (Zen 3) read a bf16 prompt of 32 tokens at 391 tokens/s by steps of 16 and at 205 otherwise.
+    """Steps of up to `most` tokens, of one row or several, through the compiled step. Larger batches go to
+    the engine below, and prompts, but on processors without 16-bit products: two cores of an EPYC 7003
+    (Zen 3) read a bf16 prompt of 64 tokens at 466 tokens/s by steps and at 205 otherwise.
 
     Raises LoadError for a library that `find_library` would refuse, or that cannot be loaded here.
     """
@@ -108,6 +112,7 @@ class CompiledEngine(Engine):
         super().__init__(below.model, why)
         self.below = below
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
+        self.most = MAX_TOKENS if lacks_16_bit_products() else MOST_ROWS
         self._step = load_library(library).smollm2_decode_step
         self._bound: _Bound | None = None
         self._for_prompts: _Bound | None = None
@@ -124,47 +129,75 @@ class CompiledEngine(Engine):
                 self._bound = _Bound(self.model, self.below.few)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        with outside_autocast(input_ids.device):
-            by_steps = faster_in_fp32(cache.keys, WIDE_ROWS) and _is_short(input_ids, lengths)
-        if not by_steps:
+        if not (_is_short(input_ids, lengths) and self._reads_by_steps(cache)):
             return super().prefill(input_ids, lengths, cache)
+        logits = self.extend(input_ids.tolist(), [0], cache)
+        cache.longest += input_ids.shape[1]
+        return logits
+
+    def extend(self, parts: Sequence[Sequence[int]], slots: Sequence[int], cache: KVCache) -> Tensor:
+        if not self._reads_by_steps(cache) or self._for_prompts is None:
+            return super().extend(parts, slots, cache)
+        lengths = cache.lengths.tolist()
+        places = [
+            (token, slot, lengths[slot] + index)
+            for part, slot in zip(parts, slots, strict=True)
+            for index, token in enumerate(part)
+        ]
+        ends = list(itertools.accumulate(map(len, parts)))
+        logits = torch.empty(len(parts), self.model.config.vocab_size)
+        done = 0
+        for first in range(0, len(places), MAX_TOKENS):
+            ids, rows, positions = torch.tensor(places[first : first + MAX_TOKENS]).unbind(1)
+            wanted = [end - 1 - first for end in ends if first < end <= first + MAX_TOKENS]
+            outputs, found = torch.tensor(wanted, dtype=torch.int64), logits[done : done + len(wanted)]
+            self._run(self._for_prompts, ids, rows, positions, outputs, cache, found)
+            done += len(wanted)
+        for part, slot in zip(parts, slots, strict=True):
+            cache.lengths[slot] += len(part)
+        return logits
+
+    def _reads_by_steps(self, cache: KVCache) -> bool:
+        """Whether steps can read prompts into this cache, faster than products of all their tokens."""
+        with outside_autocast(cache.keys.device):
+            if not faster_in_fp32(cache.keys, WIDE_ROWS):
+                return False
         self.renewed = self.renewed and self.frozen
         if not self.renewed:
             self.renew()
             self.renewed = True  # the first step need not look again
-        if self._for_prompts is None or not _is_plain(cache, 1, self.model):
-            return prefill(self.model, input_ids, lengths, cache)
-        *chunks, last = input_ids.split(MAX_ROWS, dim=1)
-        with torch.inference_mode():
-            for chunk in chunks:
-                self._run(self._for_prompts, chunk, cache, None)
-            logits = torch.empty(1, last.shape[1], self.model.config.vocab_size)
-            self._run(self._for_prompts, last, cache, logits)
-        return logits[:, -1]
+        return self._for_prompts is not None and _is_plain(cache, len(cache.lengths), self.model)
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         batch, length = tokens.shape
         if (
             self._bound is None
-            or not 0 < batch * length <= MAX_ROWS
+            or not 0 < batch * length <= self.most
             or not _is_plain(cache, batch, self.model)
         ):
             return self.below.decode(tokens, cache)
-        logits = torch.empty(batch, length, self.model.config.vocab_size)
-        self._run(self._bound, tokens, cache, logits)
-        return logits
-
-    def _run(self, bound: _Bound, tokens: Tensor, cache: KVCache, logits: Tensor | None) -> None:
-        """One step: tokens [B, T] into the cache, and its results into logits [B, T, V]."""
-        batch, length = tokens.shape
         cache.advance(length)
-        tokens, lengths, keys, values = tokens.long().contiguous(), cache.lengths, cache.keys, cache.values
+        rows, new = torch.arange(batch).repeat_interleave(length), torch.arange(length)
+        positions = (cache.lengths[:, None] - length + new).flatten()
+        logits = torch.empty(batch * length, self.model.config.vocab_size)
+        self._run(self._bound, tokens.flatten(), rows, positions, torch.arange(len(rows)), cache, logits)
+        return logits.view(batch, length, -1)
+
+    def _run(
+        self, bound: _Bound, tokens: Tensor, rows: Tensor, positions: Tensor, outputs: Tensor,
+        cache: KVCache, logits: Tensor,
+    ) -> None:  # fmt: skip
+        """One step: tokens [N] into those rows and positions of the cache, and the results of those that
+        `outputs` names into logits [len(outputs), V]. All integers are int64.
+        """
         reach = min(cache.capacity, self.model.config.max_position_embeddings)
         bound.turn_by(self.model.model.rotary(tokens.device, reach))
+        integers = [one.long().contiguous() for one in (tokens, rows, positions, outputs)]
+        keys = cache.keys
         step = _Step(
-            batch, length, reach, tokens.data_ptr(), lengths.data_ptr(), keys.data_ptr(),
-            values.data_ptr(), keys.stride(0), keys.stride(1), None if logits is None else logits.data_ptr(),
-            torch.get_num_threads(),
+            len(tokens), keys.shape[1], reach, *(one.data_ptr() for one in integers[:3]), len(outputs),
+            integers[3].data_ptr(), keys.data_ptr(), cache.values.data_ptr(), keys.stride(0), keys.stride(1),
+            logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed := self._step(ctypes.byref(bound.model), ctypes.byref(step)):
             if failed == 2:

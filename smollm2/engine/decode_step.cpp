@@ -1,10 +1,11 @@
-// One decode step of up to 16 rows on a CPU: tokens in, logits out, the new keys and values written to the cache.
+// One step of up to 64 tokens on a CPU: tokens in, logits out, the new keys and values written to the cache. The
+// tokens belong to any rows of the cache: one of each, or several that follow each other.
 //
 // At batch 1 a token is one pass over all weights, and only the memory's speed counts. So weights are read once,
 // in order and where they lie, in the form in which they are stored (float, bf16, half, or int8 with a scale per
-// row), and everything between them and the cache is float. With more rows each weight that is read is used
-// for every row. The order of every sum is the same for all numbers of rows and threads: the same row gives the
-// same bits alone and in any company.
+// row), and everything between them and the cache is float. With more tokens each weight that is read is used
+// for all of them. The order of every sum is the same for all numbers of tokens and threads: the same token gives
+// the same bits alone and in any company.
 //
 // A step is a sequence of phases: of each layer qkv, attention, o, gate and up, down; then the head.
 // A phase is cut into pieces. Every thread has a run of neighbouring pieces, so that it reads memory in order, and
@@ -44,7 +45,8 @@ constexpr int WIDTH = 8, REGISTERS = 16;
 #else
 constexpr int WIDTH = 4, REGISTERS = 32;  // NEON
 #endif
-constexpr int MAX_ROWS = 16;
+constexpr int MAX_TOKENS = 64;
+constexpr int GROUP = 16;   // query heads of a key head that are computed together
 constexpr int BLOCK = 24;   // weight rows whose products are finished together
 constexpr int SPLIT = 144;  // keys of a piece of attention
 constexpr int AHEAD = 8192; // bytes that weights are asked for in advance: no prefetcher follows many rows at once
@@ -199,11 +201,13 @@ struct Model {
     const Layer* layer;
 };
 struct Step {
-    int64_t batch, length, capacity;      // tokens [batch, length]
-    const int64_t *tokens, *lengths;      // lengths [batch], with the new tokens
-    void *keys, *values;                  // [layers, batch, capacity, key heads, head dim]
-    int64_t layer_stride, row_stride;     // of the cache, in elements
-    float* logits;                        // [batch, length, vocab]; null: only the cache is wanted
+    int64_t count, batch, capacity;          // tokens of this step; rows of the cache, and tokens of each
+    const int64_t *tokens, *rows, *positions;  // [count]: a token, and where in the cache it goes
+    int64_t outputs;
+    const int64_t* output;                   // [outputs]: of which tokens the logits are wanted, in order
+    void *keys, *values;                     // [layers, batch, capacity, key heads, head dim]
+    int64_t layer_stride, row_stride;        // of the cache, in elements
+    float* logits;                           // [outputs, vocab]
     int64_t threads;
 };
 }
@@ -226,15 +230,17 @@ class Decoder {
     int run(const Model& model, const Step& step) {
         std::lock_guard<std::mutex> guard(one_at_a_time);
         this->model = &model, this->step = &step;
-        rows = int(step.batch * step.length);
-        const int64_t group_rows = rows, heads = model.heads + 2 * model.key_heads;
-        if (rows < 1 || rows > MAX_ROWS) return 1;
+        if (step.count < 1 || step.count > MAX_TOKENS || step.outputs < 0 || step.outputs > step.count) return 1;
+        const int64_t group_rows = rows = int(step.count), heads = model.heads + 2 * model.key_heads;
         longest = 0;
         for (int row = 0; row < rows; ++row) {
-            const int64_t token = step.tokens[row], at = position(row);
+            const int64_t token = step.tokens[row], at = step.positions[row], in = step.rows[row];
             if (token < 0 || token >= model.vocab || at < 0 || at >= step.capacity) return 1;
+            if (in < 0 || in >= step.batch) return 1;
             longest = std::max(longest, at + 1);
         }
+        for (int64_t at = 0; at < step.outputs; ++at)  // in order: their rows move up in place
+            if (step.output[at] < at || step.output[at] >= step.count) return 1;
         splits = int((longest + SPLIT - 1) / SPLIT);
         x.resize(group_rows * model.hidden), normed.resize(group_rows * model.hidden);
         projected.resize(group_rows * heads * model.head_dim);
@@ -407,9 +413,17 @@ class Decoder {
             case GATE_UP: return open(DOWN);
             case DOWN:
                 ++layer;
-                if (layer == m.layers && !step->logits) return publish(0);
-                norm(layer < m.layers ? m.layer[layer].input_norm : m.norm);
-                return open(layer < m.layers ? QKV : HEAD);
+                if (layer < m.layers) {
+                    norm(m.layer[layer].input_norm);
+                    return open(QKV);
+                }
+                rows = int(step->outputs);
+                if (!rows) return publish(0);
+                for (int64_t at = 0; at < rows; ++at)
+                    if (step->output[at] != at)
+                        memcpy(&x[at * m.hidden], &x[step->output[at] * m.hidden], size_t(m.hidden) * 4);
+                norm(m.norm);
+                return open(HEAD);
             case HEAD: return publish(0);
         }
     }
@@ -420,9 +434,7 @@ class Decoder {
         if (model->dtype == FP16) f(half());
     }
 
-    int64_t position(int row) const {
-        return step->lengths[row / step->length] - step->length + row % step->length;
-    }
+    int64_t position(int row) const { return step->positions[row]; }
 
     // BLOCK rows of the matrix of this phase times what goes into it.
     template <class T> void multiply(int64_t piece) {
@@ -430,7 +442,7 @@ class Decoder {
         const int64_t n = piece * BLOCK;
         const int size = int(std::min<int64_t>(BLOCK, height - n));
         const T* values = (const T*)matrix.values;
-        float out[MAX_ROWS * BLOCK], up[MAX_ROWS * BLOCK];
+        float out[MAX_TOKENS * BLOCK], up[MAX_TOKENS * BLOCK];
         const auto take = [&](int64_t row, float* to) {
             block(values + row * width, width, size, in, width, rows, to);
             if (!matrix.scales) return;
@@ -476,7 +488,7 @@ class Decoder {
         const float scale = 1.0f / std::sqrt(float(dim));
         for (int row = 0; row < rows; ++row) {
             const float *cos = m.cos + position(row) * half, *sin = m.sin + position(row) * half;
-            const int64_t at = layer * step->layer_stride + row / step->length * step->row_stride
+            const int64_t at = layer * step->layer_stride + step->rows[row] * step->row_stride
                              + position(row) * m.key_heads * dim;
             for (int64_t head = 0; head < heads; ++head) {
                 float* in = projected.data() + (row * heads + head) * dim;
@@ -506,11 +518,11 @@ class Decoder {
         const int row = int(piece / splits / m.key_heads);
         const int64_t first = split * SPLIT, count = std::min<int64_t>(SPLIT, position(row) + 1 - first);
         if (count <= 0) return;
-        const int64_t at = layer * step->layer_stride + row / step->length * step->row_stride + first * stride + key_head * dim;
+        const int64_t at = layer * step->layer_stride + step->rows[row] * step->row_stride + first * stride + key_head * dim;
         const T *keys = (const T*)step->keys + at, *values = (const T*)step->values + at;
-        float scores[MAX_ROWS][SPLIT], out[MAX_ROWS * BLOCK];
-        for (int64_t begin = 0; begin < group; begin += MAX_ROWS) {
-            const int size = int(std::min<int64_t>(MAX_ROWS, group - begin));
+        float scores[GROUP][SPLIT], out[GROUP * BLOCK];
+        for (int64_t begin = 0; begin < group; begin += GROUP) {
+            const int size = int(std::min<int64_t>(GROUP, group - begin));
             const int64_t head = key_head * group + begin;
             for (int64_t j = 0; j < count; j += BLOCK) {
                 for (int64_t next = j; next < std::min(count, j + BLOCK); ++next)  // no prefetcher follows these strides

@@ -9,6 +9,7 @@ Letters: B rows, T tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -78,6 +79,17 @@ class Engine:
         """`prefill`: [B, T], [B] -> logits [B, V]"""
         self.renewed = self.renewed and self.frozen
         return prefill(self.model, input_ids, lengths, cache)
+
+    def extend(self, parts: Sequence[Sequence[int]], slots: Sequence[int], cache: KVCache) -> Tensor:
+        """Reads on in some rows of a cache: the tokens of part i, at least one, behind those that row
+        slots[i] holds -> logits [len(parts), V] after the last of each. The caller counts `longest`.
+        """
+        logits = []
+        for part, slot, held in zip(parts, slots, cache.lengths[list(slots)].tolist(), strict=True):
+            ids = torch.tensor([part], device=cache.keys.device)
+            length = torch.tensor([len(part)], device=cache.keys.device)
+            logits.append(self.prefill(ids, length, cache.part(slot, slot + 1, held)))
+        return torch.cat(logits)
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Appends a few tokens to every row: [B, T] -> logits [B, T, V] in fp32. The cache grows by T."""

@@ -20,7 +20,6 @@ budgets of 60 on average. Equal budgets cost no step more.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -175,7 +174,7 @@ class Slots:
                 if self.seen is not None:
                     self.seen[hole] = self.seen[slot]
         if len(self.rows) < before:
-            self.cache = keep(self.cache, len(self.rows))
+            self.cache = self.cache.part(0, len(self.rows), self.cache.longest)
 
 
 def _copy(source: KVCache, row: int, target: KVCache, slot: int, length: int) -> None:
@@ -183,12 +182,6 @@ def _copy(source: KVCache, row: int, target: KVCache, slot: int, length: int) ->
     target.keys[:, slot, :length] = source.keys[:, row, :length]
     target.values[:, slot, :length] = source.values[:, row, :length]
     target.lengths[slot] = length
-
-
-def keep(cache: KVCache, rows: int) -> KVCache:
-    """The first rows of a cache, as views of it: what is written to one is written to both."""
-    keys, values, lengths = cache.keys[:, :rows], cache.values[:, :rows], cache.lengths[:rows]
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)
 
 
 # The rows [B] that a piece of a loop's work computes tokens of, and what waits for the tokens: [steps, B].
