@@ -139,5 +139,5 @@ def test_recorded_logits_are_those_of_the_eager_step(model):
     for token in range(5, 9):
         tokens = torch.tensor([[token], [token + 1]], device="cuda")
         expected = engine.decode(torch.cat([tokens, tokens]), plain)[:2, -1]
-        torch.testing.assert_close(step(tokens, [30]), expected, rtol=1e-4, atol=1e-4)
-    assert step.cache.lengths.tolist() == [13, 5, 31, 1]
+        torch.testing.assert_close(step(tokens, [30, 0]), expected, rtol=1e-4, atol=1e-4)
+    assert step.cache.lengths.tolist() == [13, 5, 30, 0]

@@ -355,18 +355,19 @@ class LogitsStep:
         cache.clear()
 
     @torch.inference_mode()
-    def __call__(self, tokens: Tensor, others: Sequence[int] = ()) -> Tensor:
+    def __call__(self, tokens: Tensor, others: Sequence[int]) -> Tensor:
         """The next step of the first rows: tokens [n, 1] -> logits [n, V] in fp32, valid until the next.
-        others: how many tokens the rows behind them hold, which stay as they are; all further ones are free.
+        others: how many tokens each row behind them holds, 0 for a free one; these stay as they are.
         """
         rows, lengths = len(tokens), self.cache.lengths
-        behind = [*others, *[0] * (len(lengths) - rows - len(others))]
         self.tokens[:rows] = tokens
-        lengths[rows:] = torch.tensor(behind, device=lengths.device)
+        held = torch.tensor(others, dtype=torch.int64, device=lengths.device)
+        lengths[rows:] = held
         if self.graph is not None:
             self.graph.replay()
         else:
             self._advance()
+        lengths[rows:] = held
         return self.logits[:rows]
 
     def _advance(self) -> None:

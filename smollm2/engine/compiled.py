@@ -113,6 +113,8 @@ class CompiledEngine(Engine):
         self.below = below
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
         self.most = MAX_TOKENS if lacks_16_bit_products() else MOST_ROWS
+        if faster_in_fp32(self.model.lm_head.weight, WIDE_ROWS):
+            self.reads_at_once = MAX_TOKENS
         self._step = load_library(library).smollm2_decode_step
         self._bound: _Bound | None = None
         self._for_prompts: _Bound | None = None

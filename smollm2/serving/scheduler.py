@@ -4,11 +4,12 @@
     scheduler.start()
     scheduler.submit(Request(ids, max_tokens=64, params=SamplingParams(), put=print))
 
-One thread does all the work, in rounds: it lets go of rows that were cancelled, reads a part of one prompt
-that waits, and takes a step with all rows that are under way. A long prompt is read in parts, so that nobody
-waits for all of it. Rows lie side by side in the first slots of one cache, and the row that is being read in
-the slot behind them. A prompt that begins like a text in the batch, or like one that was kept when it ended
-(prefixes.py), takes over its keys and values and reads the rest.
+One thread does all the work, in rounds: it lets go of rows that were cancelled, reads some tokens of the
+prompts that wait, and takes a step with all rows that are under way. A long prompt is read in parts, so that
+nobody waits for all of it. Rows lie side by side in the first slots of one cache, and those that are being
+read in slots behind them. A prompt that begins like a text in the batch, or like one that was kept when it
+ended (prefixes.py), takes over its keys and values and reads the rest; while another request is reading what
+both begin with, it waits for that.
 
 Every request draws by its own parameters and seed. In fp32 its tokens do not depend on who else is there, as
 long as no two score the same but for rounding.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels.types import NOT_FINITE
-from smollm2.engine.cache import KVCache, free_memory
+from smollm2.engine.cache import free_memory
 from smollm2.engine.captured import LogitsStep
 from smollm2.engine.eager import Engine
 from smollm2.engine.loops import CapturedEngine
@@ -41,8 +42,8 @@ from smollm2.serving.prefixes import KeptPrefixes, Prefix
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a prompt that are read in one round: while others wait for their next token, and else.
-PART_BESIDE_OTHERS, PART = 128, 512
+PART_BESIDE_OTHERS = 128  # tokens of prompts that are read between two steps, at most
+WORTH_WAITING = 16  # tokens that another request is about to read
 MOST_LOGPROBS = 20
 
 
@@ -111,11 +112,12 @@ class Totals:
 
 @dataclass(eq=False)
 class _Row:
-    """A request at work. held: how many tokens of its text are in the cache."""
+    """A request at work. slot: its row of the cache; held: how many tokens of its text lie there."""
 
     request: Request
     pieces: TextPieces
     text: list[int]
+    slot: int
     held: int = 0
     seen: Tensor | None = None  # [V] bool, with a repetition penalty
     drawn: int = 0
@@ -162,7 +164,7 @@ class Scheduler:
         self._captured: LogitsStep | None = None
         self._kept = KeptPrefixes(kept_bytes)
         self._rows: list[_Row] = []  # in slots 0, 1, ...
-        self._reading: _Row | None = None  # in the slot behind them
+        self._reading: list[_Row] = []  # in any slots behind them, the first to come first
         self._queue: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -170,7 +172,7 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        return len(self._rows) + (self._reading is not None)
+        return len(self._rows) + len(self._reading)
 
     @property
     def queued(self) -> int:
@@ -227,7 +229,7 @@ class Scheduler:
         self._thread.join(grace)
         if self._thread.is_alive():
             with self._changed:
-                at_work = [row.request for row in (*self._rows, self._reading) if row is not None]
+                at_work = [row.request for row in (*self._rows, *self._reading)]
                 for request in (*at_work, *self._queue):
                     request.cancelled = True
             self._thread.join()
@@ -262,76 +264,85 @@ class Scheduler:
             return True
 
     def _round(self) -> None:
-        for row in [row for row in self._rows if row.request.cancelled]:
+        for row in [row for row in (*self._rows, *self._reading) if row.request.cancelled]:
             self._end(row, Piece("", 0, finish="cancelled"))
-        if self._reading is not None and self._reading.request.cancelled:
-            self._end(self._reading, Piece("", 0, finish="cancelled"))
-        while self._reading is None and len(self._rows) < self.slots:
+        while self._queue and self.running < self.slots and self._begin(self._queue[0]):
             with self._changed:
-                if not self._queue:
-                    break
-                request = self._queue.popleft()
-            self._begin(request)
-        if self._reading is not None:
-            self._read(self._reading)
+                self._queue.popleft()
+        if self._reading:
+            self._read()
         if self._rows:
             self._step()
 
-    def _begin(self, request: Request) -> None:
-        """Gives a request the slot behind the rows, with what is known of its text."""
+    def _begin(self, request: Request) -> bool:
+        """Gives a request a free slot, with what is known of its text; False if it should wait."""
         if request.cancelled:
             self.totals.cancelled += 1
             self._put(request, Piece("", 0, finish="cancelled"))
-            return
-        slot, prompt, model = len(self._rows), np.array(request.prompt), self.engine.model
-        row = _Row(request, TextPieces(self.tokenizer, self.ends, request.stop), list(request.prompt))
-        self._reading = row
-        kept, held = self._kept.find(prompt[:-1])  # what follows the last token is wanted
+            return True
+        prompt, model, cache = np.array(request.prompt), self.engine.model, self._cache
+        most = prompt[:-1]  # what follows the last token is wanted
+        kept, held = self._kept.find(most)
         keys, values = (kept.keys, kept.values) if kept is not None else (None, None)
-        for index, other in enumerate(self._rows):
-            if (found := common(prompt[:-1], other.text[: other.held])) > held:
-                held, keys, values = found, self._cache.keys[:, index], self._cache.values[:, index]
+        for row in (*self._rows, *self._reading):
+            if (found := common(most, row.text)) > held:
+                if found > row.held + WORTH_WAITING:
+                    return False
+                if (found := min(found, row.held)) > held:
+                    held, keys, values = found, cache.keys[:, row.slot], cache.values[:, row.slot]
+        taken = {row.slot for row in self._reading}
+        slot = next(slot for slot in range(len(self._rows), self.slots) if slot not in taken)
         if keys is not None and values is not None:
-            self._cache.keys[:, slot, :held] = keys[:, :held]
-            self._cache.values[:, slot, :held] = values[:, :held]
-        self._cache.lengths[slot] = held
-        row.held = request.cached = held
-        self.totals.prompt_tokens += len(prompt)
-        self.totals.cached_tokens += held
+            cache.keys[:, slot, :held] = keys[:, :held]
+            cache.values[:, slot, :held] = values[:, :held]
+        cache.lengths[slot] = held
+        pieces = TextPieces(self.tokenizer, self.ends, request.stop)
+        row = _Row(request, pieces, list(request.prompt), slot, held)
         if request.params.repetition_penalty != 1.0:
             row.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
             row.seen[torch.tensor(prompt, device=model.device)] = True
+        request.cached = held
+        self.totals.prompt_tokens += len(prompt)
+        self.totals.cached_tokens += held
+        self._reading.append(row)
+        return True
 
-    def _read(self, row: _Row) -> None:
-        """Reads the next part of its prompt; with the last one it joins the rows."""
-        slot, device = len(self._rows), self.engine.model.device
-        part = row.text[row.held : row.held + (PART_BESIDE_OTHERS if self._rows else PART)]
-        lengths = torch.tensor([len(part)], device=device)
-        logits = self.engine.prefill(torch.tensor([part], device=device), lengths, self._view(slot, [row]))
-        row.held += len(part)
-        if row.held == len(row.text):
-            self._reading = None
-            self._rows.append(row)
-            self._draw(logits, [row])
+    def _read(self) -> None:
+        """Reads on in the prompts; rows of which nothing is left to read join those under way."""
+        budget = self.engine.reads_at_once
+        if self._rows:
+            budget = min(budget, PART_BESIDE_OTHERS)
+        parts: list[list[int]] = []
+        for row in self._reading:
+            if budget:
+                parts.append(row.text[row.held : row.held + budget])
+                budget -= len(parts[-1])
+        some = self._reading[: len(parts)]
+        logits = self.engine.extend(parts, [row.slot for row in some], self._cache)
+        for row, part in zip(some, parts, strict=True):
+            row.held += len(part)
+        whole = [index for index, row in enumerate(some) if row.held == len(row.text)]
+        for index in whole:
+            self._reading.remove(some[index])
+            self._place(some[index], len(self._rows))
+            self._rows.append(some[index])
+        if whole:
+            self._draw(logits[whole], [some[index] for index in whole])
 
     def _step(self) -> None:
         """The next token of all rows."""
-        rows = list(self._rows)
+        rows, count = list(self._rows), len(self._rows)
         last = torch.tensor([[row.text[-1]] for row in rows], device=self.engine.model.device)
         if self._captured is None:
-            logits = self.engine.decode(last, self._view(0, rows))[:, -1]
+            view = self._cache.part(0, count, max(row.held for row in rows))
+            logits = self.engine.decode(last, view)[:, -1]
         else:
-            logits = self._captured(last, [self._reading.held] if self._reading else ())
+            held = {row.slot: row.held for row in self._reading}
+            logits = self._captured(last, [held.get(slot, 0) for slot in range(count, self.slots)])
         self.totals.steps += 1
         for row in rows:
             row.held += 1
         self._draw(logits, rows)
-
-    def _view(self, slot: int, rows: Sequence[_Row]) -> KVCache:
-        """The cache of rows in neighbouring slots."""
-        slots, cache = slice(slot, slot + len(rows)), self._cache
-        longest = max(row.held for row in rows)
-        return KVCache(cache.keys[:, slots], cache.values[:, slots], cache.lengths[slots], longest)
 
     def _draw(self, logits: Tensor, rows: Sequence[_Row]) -> None:
         """Gives every row its next token, from logits [B, V]."""
@@ -374,35 +385,47 @@ class Scheduler:
 
     def _end(self, row: _Row, piece: Piece) -> None:
         """Keeps the text of a row for others, frees its slot, and puts its last piece."""
-        cache = self._cache
-        slot = len(self._rows) if row is self._reading else self._rows.index(row)
-        keys, values = cache.keys[:, slot, : row.held], cache.values[:, slot, : row.held]
+        keys, values = (
+            whole[:, row.slot, : row.held].clone() for whole in (self._cache.keys, self._cache.values)
+        )
         if piece.finish != "error":
-            self._kept.add(Prefix(np.array(row.text[: row.held]), keys.clone(), values.clone()))
-        if row is self._reading:
-            self._reading = None
+            self._kept.add(Prefix(np.array(row.text[: row.held]), keys, values))
+        if row in self._reading:
+            self._reading.remove(row)
         else:
-            last = len(self._rows) - 1
-            self._move(last, slot, self._rows[last])
-            self._rows[slot] = self._rows[last]
-            self._rows.pop()
-            if self._reading is not None:
-                self._move(last + 1, last, self._reading)
+            last = self._rows.pop()
+            if last is not row:
+                slot = row.slot
+                self._rows[slot] = last
+                self._move(last, slot)
         counted = {"cancelled": "cancelled", "error": "failed"}.get(piece.finish or "", "finished")
         setattr(self.totals, counted, getattr(self.totals, counted) + 1)
         self._put(row.request, piece)
 
-    def _move(self, source: int, target: int, row: _Row) -> None:
-        """Moves a row to another slot."""
-        if source != target:
+    def _place(self, row: _Row, slot: int) -> None:
+        """Moves a row to a slot; one that is being read there changes places with it."""
+        other = next((one for one in self._reading if one.slot == slot), None)
+        if other is None:
+            return self._move(row, slot)
+        wholes = self._cache.keys, self._cache.values
+        saved = [whole[:, slot, : other.held].clone() for whole in wholes]
+        other.slot = row.slot
+        self._move(row, slot)
+        for whole, old in zip(wholes, saved, strict=True):
+            whole[:, other.slot, : other.held] = old
+        self._cache.lengths[other.slot] = other.held
+
+    def _move(self, row: _Row, slot: int) -> None:
+        if row.slot != slot:
             for whole in (self._cache.keys, self._cache.values):
-                whole[:, target, : row.held] = whole[:, source, : row.held]
-            self._cache.lengths[target] = row.held
+                whole[:, slot, : row.held] = whole[:, row.slot, : row.held]
+            self._cache.lengths[slot] = row.held
+            row.slot = slot
 
     def _fail(self, error: str) -> None:
         """Ends everything that is at work."""
-        at_work = [row for row in (self._reading, *self._rows) if row is not None]
-        self._reading, self._rows = None, []
+        at_work = [*self._rows, *self._reading]
+        self._rows, self._reading = [], []
         self.totals.failed += len(at_work)
         for row in at_work:
             self._put(row.request, Piece("", 0, finish="error", error=error))
