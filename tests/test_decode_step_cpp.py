@@ -343,7 +343,7 @@ def test_other_prompts_are_read_at_once(case, monkeypatch):
     ids = tokens_of(model, 1 + (case == "two rows"), SHORT_PROMPT + 1 if case == "long" else 5)
     engine = compiled_engine(model)
     engine._run = not_called  # type: ignore[method-assign, assignment]
-    logits = engine.prefill(ids, torch.full((len(ids),), ids.shape[1]), engine.allocate(len(ids), 300))
+    logits = engine.prefill(ids, torch.full((len(ids),), ids.shape[1]), engine.allocate(len(ids), 600))
     assert logits.isfinite().all()
 
 

@@ -25,7 +25,7 @@ from smollm2.model import SmolLM2ForCausalLM
 
 MAX_TOKENS = 64  # of a step, as in decode_step.cpp
 MOST_ROWS = 16  # of a step on processors with 16-bit products, where more are for the engine below
-SHORT_PROMPT = 256  # tokens
+SHORT_PROMPT = 512  # tokens
 # Kind of decode_step.cpp: of matrices, and of the embedding and the cache
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
