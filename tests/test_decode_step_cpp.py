@@ -339,7 +339,8 @@ def test_parts_of_several_rows_are_read_together_to_the_bits_of_each_alone(kind,
 @pytest.mark.parametrize("case", ["long", "two rows", "fp32", "newer processor"])
 def test_other_prompts_are_read_at_once(case, monkeypatch):
     monkeypatch.setattr(products, "lacks_16_bit_products", lambda: case != "newer processor")
-    model = model_of(**ODD).to(torch.float32 if case == "fp32" else torch.bfloat16)
+    model = model_of(**ODD, max_position_embeddings=SHORT_PROMPT + 1)
+    model.to(torch.float32 if case == "fp32" else torch.bfloat16)
     ids = tokens_of(model, 1 + (case == "two rows"), SHORT_PROMPT + 1 if case == "long" else 5)
     engine = compiled_engine(model)
     engine._run = not_called  # type: ignore[method-assign, assignment]
