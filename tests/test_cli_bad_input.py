@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -26,6 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def checkpoint(tmp_path_factory):
     """Vocabulary 300, 512 positions."""
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(autouse=True)
+def empty_stdin(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
 
 
 @pytest.fixture
@@ -95,7 +101,8 @@ def test_every_dtype_has_torch_s_name_too(add):
     [
         ([], ["prompt", "expected some text", "got none"]),
         ([""], ["prompt", "expected some text"]),
-        (["--chat"], ["--chat", "terminal"]),
+        (["--chat"], ["expected some text", "on stdin", "smollm2 chat"]),
+        (["-"], ["expected some text", "got none"]),
         (["--speculate", "16", "hi"], ["--speculate", "1 to 15", "got 16"]),
         (["--speculate", "2", "--prompts", "a.txt", "--output", "b.jsonl"], ["--speculate", "one prompt at"]),
         (["--prompts", "a.txt"], ["--prompts", "--output", "together"]),
