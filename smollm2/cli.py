@@ -52,7 +52,14 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UsageErrors: one line, without the whole usage text."""
+    """An argument parser whose errors are UsageErrors: one line, without the whole usage text.
+
+    prog: "python -m MODULE"; where the user started the module as `smollm2 NAME`, that is said instead.
+    """
+
+    def __init__(self, prog: str | None = None, epilog: str | None = None, **options: Any) -> None:
+        name = prog and program(prog)
+        super().__init__(prog=name, epilog=epilog and epilog.replace(prog or "", name or ""), **options)
 
     def add(self, *flags: str) -> None:
         """Adds flags of FLAGS."""
@@ -67,6 +74,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
+
+
+def program(command: str) -> str:
+    """`command`, "python -m MODULE" of the module that runs; or "smollm2 NAME", where it was started so
+    (smollm2_command.py).
+    """
+    return getattr(sys.modules.get("smollm2_command"), "called", "") or command
 
 
 def load(args: argparse.Namespace) -> SmolLM2ForCausalLM:

@@ -1,4 +1,4 @@
-"""The wheel: all of it under the one name smollm2, beside a stranger's `kernels`, working from any folder."""
+"""The wheel: all but its command under the one name smollm2, beside a stranger's `kernels`, in any folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "smollm2_command.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for package in ("smollm2", *MOVED, "tests"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -72,7 +72,8 @@ def installed(wheel, stranger):
 
 def test_everything_lies_under_one_name_and_nothing_is_missing(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert {name.split("/")[0] for name in names} == {"smollm2"}
+    assert {name.split("/")[0] for name in names} == {"smollm2", "smollm2_command.py"}
+    names.remove("smollm2_command.py")
     files = [path for package in ("smollm2", *MOVED) for path in (ROOT / package).rglob("*")]
     expected = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".py", ".yaml", ".typed")}
     expected |= {"kernels/certificate.json", "kernels/CERTIFICATE.md", "bench/expected.json"}

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from smollm2.cli import run_command
+from smollm2.cli import program, run_command
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.build import tokenizer_for
@@ -181,7 +181,8 @@ def _open(config: RunConfig) -> tuple[list[tuple[Part, TokenCache]], Tokenizer]:
 
 def main(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
-        print(HELP)
+        command = "python -m train.prepare"
+        print(HELP.replace(command, program(command)))
         return 0
     rest = [argument for argument in argv if argument not in ("--debug", "--verify")]
     tokens = None

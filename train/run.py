@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from smollm2.cli import run_command
+from smollm2.cli import program, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError
 from train import display, estimate, keep_freed_memory, metrics, plot, sharding
@@ -289,7 +289,8 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
 
 def main(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
-        print(HELP)
+        command = "python -m train.run"
+        print(HELP.replace(command, program(command)))
         return 0
     flags = ("--dry-run", "--debug")
     config, origin = parse([argument for argument in argv if argument not in flags])

@@ -1,0 +1,146 @@
+"""The command `smollm2`: `smollm2 chat` is `python -m smollm2.chat`, and so for every command.
+
+It lies beside the package and not in it: importing the package imports torch, which takes a second, and
+`smollm2 --help` needs neither.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+import runpy
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+DISTRIBUTION = "smollm2-kernels"
+ROOT = Path(__file__).resolve().parent
+# In a wheel train and bench lie in the package (setup.py), in a checkout beside it.
+INSIDE = (ROOT / "smollm2" / "train").is_dir()
+# command -> what it does; each is the module of smollm2 with that name, but for the folders train and bench
+GROUPS = {
+    "Talk to a model": {
+        "chat": "a conversation on the terminal, or the answer to what comes on stdin",
+        "generate": "continue a text, answer a question, or a file of them",
+    },
+    "Train one": {
+        "train": "train or fine-tune a model; `smollm2 train NAME`: {names}",
+    },
+    "Check and measure": {
+        "doctor": "prove an installation and a checkpoint correct",
+        "perplexity": "how well a model predicts a text; what 8 or 4 bits cost",
+        "bench": "measurements; `smollm2 bench` lists them",
+        "compile": "compile the decode step of the CPU, once",
+    },
+}
+FOLDERS = ("train", "bench")
+COMMANDS = [name for group in GROUPS.values() for name in group]
+
+called = (
+    ""  # how the user started the command that runs: "smollm2 chat"; its own --help says so (smollm2/cli.py)
+)
+
+
+def main(program: str = "smollm2") -> int:
+    """Runs the command that sys.argv names. Returns the exit code, or raises SystemExit with it."""
+    global called
+    # Ctrl-C during the imports ends a command without a traceback; then run_command takes over.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        return _say(help_text())
+    if name in ("-V", "--version"):
+        return _say(f"smollm2 {_version()}")
+    if name not in COMMANDS:
+        return _refuse(name, COMMANDS, f"{program} --help")
+    module = f"smollm2.{name}"
+    if name in FOLDERS:
+        found = runnable(name)
+        if arguments and arguments[0].replace("-", "_") in found:
+            chosen = arguments.pop(0).replace("-", "_")
+            name, module = f"{name} {chosen}", _module(name, chosen)
+        elif name == "train":  # its arguments are files and key=value: nothing else is a bare word
+            module = _module("train", "run")
+        elif not arguments or arguments[0] in ("-h", "--help"):
+            return _say(bench_text(found))
+        else:
+            return _refuse(arguments[0], list(found), f"{program} bench", "measurement")
+    called = f"{program} {name}"
+    sys.argv[1:] = arguments
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing in ("", "smollm2", "kernels", *FOLDERS):
+            raise
+        extra = name.split()[0] if name.startswith(("train", "serve")) else "test"
+        install = f"install it with: pip install '{DISTRIBUTION}[{extra}]'"
+        print(f"error: {called} needs {missing}; {install}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def help_text() -> str:
+    """Every command, in groups."""
+    lines = ["usage: smollm2 COMMAND [ARGUMENT ...]", ""]
+    others = ", ".join(name for name in runnable("train") if name != "run")
+    for title, commands in GROUPS.items():
+        lines.append(f"{title}:")
+        for name, meaning in commands.items():
+            lines.append(f"  {name:<12}{meaning.format(names=others)}")
+        lines.append("")
+    return "\n".join(
+        [*lines, "smollm2 COMMAND --help says more; smollm2 --version says which version this is."]
+    )
+
+
+def bench_text(found: dict[str, str]) -> str:
+    """Every measurement with the first sentence about it."""
+    width = 2 + max(map(len, found))
+    lines = [
+        f"  {name:<{width}}{textwrap.shorten(text, 94, placeholder=' ...')}" for name, text in found.items()
+    ]
+    return "\n".join(["usage: smollm2 bench NAME [ARGUMENT ...]", "", *lines])
+
+
+def runnable(folder: str) -> dict[str, str]:
+    """The modules of train or bench that are commands -> what each says of itself; none is imported."""
+    found = {}
+    for path in sorted((ROOT / "smollm2" / folder if INSIDE else ROOT / folder).glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if "sys.exit(run_command(main))" in source:
+            text = " ".join((ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0].split())
+            found[path.stem] = re.sub(r"^(The command )?`python -m [^`]*`:? ", "", text)
+    return found
+
+
+def _module(folder: str, name: str) -> str:
+    return f"{'smollm2.' if INSIDE else ''}{folder}.{name}"
+
+
+def _version() -> str:
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "(not installed)"
+
+
+def _say(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except OSError as error:  # a full disk, or a reader that went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes at exit
+        return 128 + signal.SIGPIPE if isinstance(error, BrokenPipeError) else 1
+    return 0
+
+
+def _refuse(name: str, known: Sequence[str], where: str, kind: str = "command") -> int:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    print(f"error: unknown {kind} {name!r}; {hint}`{where}` lists them", file=sys.stderr)
+    return 2
