@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     rows = []
     print(f"{options.model}, {engine}; medians of {options.rounds} rounds, seconds to the first piece")
     for tokens in map(int, options.tokens.split(",")):
-        turns, seconds = history(talk, tokens), {"nothing kept": [], "kept": []}
+        turns = history(talk, tokens)
+        seconds: dict[str, list[float]] = {"nothing kept": [], "kept": []}
         first_piece(talk, turns, QUESTIONS[0])  # what only a first call does
         for _ in range(options.rounds):
             talk.kept.tokens.clear()

@@ -37,7 +37,7 @@ INTERPRETER_NOTE = "interpreter: times mean nothing"
 TINY_NOTE = "tiny sizes: times mean nothing"
 
 
-def command_line(module: str, description: str) -> argparse.ArgumentParser:
+def command_line(module: str, description: str) -> Parser:
     """The command line of a module, with what every one has."""
     result = Parser(prog=f"python -m bench.{module}", description=description)
     result.add_argument("--debug", action="store_true", help="show the traceback of an error")
