@@ -23,7 +23,7 @@ from kernels import waiting
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "smollm2", "train", "bench")
-OPTIONAL = ("transformers", "datasets", "triton", "omegaconf", "gguf", "matplotlib")
+OPTIONAL = ("transformers", "datasets", "triton", "omegaconf", "gguf", "matplotlib", "gradio")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ SMOLLM2 = (
 )  # fmt: skip
 # The public names, the oracle, and what no backend replaces.
 PUBLIC = {"kernels", "kernels.reference", "kernels.eager", "kernels.products", "kernels.types"}
-COMMANDS = {"generate", "chat", "session", "perplexity", "quantize", "doctor", "compile", "__main__"}
+COMMANDS = {"generate", "chat", "session", "perplexity", "quantize", "doctor", "compile", "demo", "__main__"}
 
 
 def room(module: str) -> str:
