@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
             show_error=True,
             footer_links=[],
             theme=gradio.themes.Default(
-                primary_hue="teal", neutral_hue="stone", font="system-ui", font_mono="ui-monospace"
+                primary_hue="teal", neutral_hue="stone", font="system-ui", font_mono="monospace"
             ),
         )
     finally:
