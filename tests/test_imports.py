@@ -171,7 +171,7 @@ SMOLLM2 = (
 )  # fmt: skip
 # The public names, the oracle, and what no backend replaces.
 PUBLIC = {"kernels", "kernels.reference", "kernels.eager", "kernels.products", "kernels.types"}
-COMMANDS = {"generate", "chat", "session", "perplexity", "quantize", "doctor", "compile", "demo", "__main__"}
+COMMANDS = {"generate", "chat", "session", "perplexity", "quantize", "doctor", "compile", "serve", "demo", "__main__"}
 
 
 def room(module: str) -> str:

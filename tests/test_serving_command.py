@@ -1,0 +1,106 @@
+"""`python -m smollm2.serve`: what is wrong is one line before anything is loaded, the end orderly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from generation_cases import tiny_model
+from serving_cases import CHAT, HI, TOKENIZER, httpx2
+
+from smollm2 import serve
+from smollm2.cli import run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "tiny-chat"
+    tiny_model(vocab_size=TOKENIZER.vocab_size, max_position_embeddings=2048).save_pretrained(folder)
+    TOKENIZER.save(folder)
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What `python -m smollm2.serve` says to that, on one line, with the code of wrong usage."""
+    assert run_command(serve.main, list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def load(args):
+        raise AssertionError("nothing is to be loaded")
+
+    monkeypatch.setattr(serve, "load", load)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--port", "70000"], "65535"), (["--port", "-1"], "--port"), (["--slots", "0"], "--slots"),
+    (["--host", "no.such.host.invalid"], "no.such.host.invalid"), (["--host", "192.0.2.1"], "192.0.2.1"),
+    (["--timeout", "0"], "--timeout"), (["--temperature", "-1"], "temperature"), (["--top-p", "0"], "top_p"),
+    (["--api-key", " "], "--api-key"), (["--nonsense"], "--help"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_before_a_model_is_loaded(no_model, capsys, argv, words):
+    assert words in refused(capsys, *argv)
+
+
+def test_a_port_in_use_is_said_before_a_model_is_loaded(no_model, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert port in (line := refused(capsys, "--port", port)) and "in use" in line
+
+
+def test_missing_packages_are_named(no_model, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "smollm2.serving.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "uvicorn" in (line := refused(capsys)) and "smollm2-kernels[serve]" in line
+
+
+def test_a_model_or_context_that_does_not_fit_is_one_line(checkpoint, capsys, monkeypatch):
+    options = "--model", str(checkpoint), "--device", "cpu", "--port", "0"
+    assert "1 to 2048 tokens" in refused(capsys, *options, "--context", "4096")
+    monkeypatch.setattr("smollm2.serving.scheduler.free_memory", lambda device: 1000)
+    assert "one slot of 2,048 tokens" in refused(capsys, *options)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_it_says_where_it_is_and_at_sigterm_finishes_what_runs(checkpoint):
+    command = [sys.executable, "-m", "smollm2.serve", "--model", str(checkpoint), "--port", "0", "--verbose"]
+    options = ["--device", "cpu", "--dtype", "fp32", "--temperature", "1.5"]
+    environment = {**os.environ, "SMOLLM2_API_KEY": "secret"}
+    process = subprocess.Popen(
+        command + options,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    ready = process.stdout.readline()
+    assert ready.startswith("tiny-chat is served at http://127.0.0.1:"), process.communicate()
+    address = ready.split()[4].rstrip(";")
+    body = {"model": "tiny-chat", "messages": HI, "stream": True}
+    key = {"Authorization": "Bearer secret"}
+    assert httpx2.post(address + CHAT, json=body, timeout=60).status_code == 401
+    with httpx2.stream("POST", address + CHAT, json=body, headers=key, timeout=120) as response:
+        lines = (line for line in response.iter_lines() if line)
+        first = [next(lines), next(lines)]
+        process.send_signal(signal.SIGTERM)
+        *parts, done = [*first, *lines]
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and out == ""
+    assert done == "data: [DONE]"
+    assert json.loads(parts[-1].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
+    lines = [line for line in error.splitlines() if "POST" in line]
+    assert [line.split()[-1] for line in lines] == ["401", "200"] and "Traceback" not in error
