@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,11 @@ def test_a_model_or_context_that_does_not_fit_is_one_line(checkpoint, capsys, mo
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-def test_it_says_where_it_is_and_at_sigterm_finishes_what_runs(checkpoint):
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["term", "int twice"]
+)
+def test_it_says_where_it_is_and_ends_as_it_is_told(checkpoint, signals):
+    """SIGTERM: when what runs is finished. Ctrl-C twice: at once."""
     command = [sys.executable, "-m", "smollm2.serve", "--model", str(checkpoint), "--port", "0", "--verbose"]
     options = ["--device", "cpu", "--dtype", "fp32", "--temperature", "1.5"]
     environment = {**os.environ, "SMOLLM2_API_KEY": "secret"}
@@ -93,14 +98,21 @@ def test_it_says_where_it_is_and_at_sigterm_finishes_what_runs(checkpoint):
     body = {"model": "tiny-chat", "messages": HI, "stream": True}
     key = {"Authorization": "Bearer secret"}
     assert httpx2.post(address + CHAT, json=body, timeout=60).status_code == 401
+    got = []
     with httpx2.stream("POST", address + CHAT, json=body, headers=key, timeout=120) as response:
         lines = (line for line in response.iter_lines() if line)
-        first = [next(lines), next(lines)]
-        process.send_signal(signal.SIGTERM)
-        *parts, done = [*first, *lines]
+        got.append(next(lines))
+        for number in signals:
+            process.send_signal(number)
+        with suppress(httpx2.RemoteProtocolError):  # cut off by the second Ctrl-C
+            got += lines
     out, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and out == ""
-    assert done == "data: [DONE]"
-    assert json.loads(parts[-1].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
-    lines = [line for line in error.splitlines() if "POST" in line]
-    assert [line.split()[-1] for line in lines] == ["401", "200"] and "Traceback" not in error
+    assert process.returncode == (0 if len(signals) == 1 else 130)
+    if len(signals) == 1:
+        *_, last, done = got
+        assert done == "data: [DONE]"
+        end = json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"]
+        assert end in ("stop", "length")
+    asked = [line for line in error.splitlines() if "POST" in line]
+    assert out == "" and [line.split()[-1] for line in asked] == ["401", "200"]
+    assert "Traceback" not in error

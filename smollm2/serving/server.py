@@ -6,6 +6,7 @@ import logging
 import socket
 import sys
 import threading
+from asyncio import CancelledError
 from collections.abc import Callable
 
 import uvicorn
@@ -81,4 +82,7 @@ def log_to_stderr(verbose: bool) -> None:
     """Warnings, and the traceback of a fault in the server; with verbose a line for each request too."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("uvicorn.access").setLevel(logging.INFO if verbose else logging.ERROR)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING if verbose else logging.ERROR)
+    faults = logging.getLogger("uvicorn.error")
+    faults.setLevel(logging.WARNING if verbose else logging.ERROR)
+    # At a second Ctrl-C uvicorn cancels what runs, and would report each of these tasks as a fault.
+    faults.addFilter(lambda record: record.exc_info is None or record.exc_info[0] is not CancelledError)
