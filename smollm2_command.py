@@ -27,6 +27,7 @@ GROUPS = {
     "Talk to a model": {
         "chat": "a conversation on the terminal, or the answer to what comes on stdin",
         "generate": "continue a text, answer a question, or a file of them",
+        "serve": "a model behind OpenAI's API, and a page to talk to it",
     },
     "Train one": {
         "train": "train or fine-tune a model; `smollm2 train NAME`: {names}",
