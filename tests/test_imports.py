@@ -171,7 +171,9 @@ SMOLLM2 = (
 )  # fmt: skip
 # The public names, the oracle, and what no backend replaces.
 PUBLIC = {"kernels", "kernels.reference", "kernels.eager", "kernels.products", "kernels.types"}
-COMMANDS = {"generate", "chat", "session", "perplexity", "quantize", "doctor", "compile", "serve", "demo", "__main__"}
+COMMANDS = {
+    "generate", "chat", "session", "serve", "demo", "perplexity", "quantize", "doctor", "compile", "__main__",
+}  # fmt: skip
 
 
 def room(module: str) -> str:
