@@ -164,6 +164,24 @@ def test_cancelled_rows_make_room(serve):
     assert scheduler.totals.cancelled == 3 and scheduler.totals.finished == 3
 
 
+def test_one_that_is_cancelled_while_it_waits_leaves_its_place_at_once(serve, monkeypatch):
+    engine, steps = Engine(MODEL), threading.Semaphore(0)
+    decode = engine.decode
+    monkeypatch.setattr(engine, "decode", lambda *args: (steps.acquire(timeout=60), decode(*args))[1])
+    scheduler = serve(engine, slots=1, waiting=1)
+    busy, waiting, other = Answer([9, 9], 120), Answer([8, 8], 5), Answer([7, 7], 5)
+    scheduler.submit(busy.request)
+    busy.begun.wait(60)
+    scheduler.submit(waiting.request)
+    scheduler.cancel(waiting.request)
+    steps.release()
+    assert waiting.wait().finish == "cancelled" and not busy.ended.is_set()
+    scheduler.submit(other.request)
+    scheduler.cancel(busy.request)
+    steps.release(10)
+    assert (other.wait().text, other.finish) == expected(other)
+
+
 def test_a_reader_that_fails_loses_its_row_alone(serve):
     def fails(piece: Piece) -> None:
         raise ConnectionResetError

@@ -229,8 +229,7 @@ class Scheduler:
         self._thread.join(grace)
         if self._thread.is_alive():
             with self._changed:
-                at_work = [row.request for row in (*self._rows, *self._reading)]
-                for request in (*at_work, *self._queue):
+                for request in (*(row.request for row in (*self._rows, *self._reading)), *self._queue):
                     request.cancelled = True
             self._thread.join()
 
@@ -266,6 +265,12 @@ class Scheduler:
     def _round(self) -> None:
         for row in [row for row in (*self._rows, *self._reading) if row.request.cancelled]:
             self._end(row, Piece("", 0, finish="cancelled"))
+        with self._changed:
+            gone = [request for request in self._queue if request.cancelled]
+            self._queue = deque(request for request in self._queue if not request.cancelled)
+        self.totals.cancelled += len(gone)
+        for request in gone:
+            self._put(request, Piece("", 0, finish="cancelled"))
         while self._queue and self.running < self.slots and self._begin(self._queue[0]):
             with self._changed:
                 self._queue.popleft()
@@ -276,10 +281,6 @@ class Scheduler:
 
     def _begin(self, request: Request) -> bool:
         """Gives a request a free slot, with what is known of its text; False if it should wait."""
-        if request.cancelled:
-            self.totals.cancelled += 1
-            self._put(request, Piece("", 0, finish="cancelled"))
-            return True
         prompt, model, cache = np.array(request.prompt), self.engine.model, self._cache
         most = prompt[:-1]  # what follows the last token is wanted
         kept, held = self._kept.find(most)
