@@ -144,7 +144,9 @@ class Plan:
         if options.tiny:
             self.model = str(folder)
             torch.manual_seed(0)
-            SmolLM2ForCausalLM(SmolLM2Config.preset("tiny")).save_pretrained(folder)
+            config = SmolLM2Config.preset("tiny")
+            options.context = config.max_position_embeddings
+            SmolLM2ForCausalLM(config).save_pretrained(folder)
             tokenizer = train_tokenizer([SYSTEM, *TOPICS], 400)
             tokenizer.chat_template = CHATML
             tokenizer.save(folder)

@@ -112,6 +112,18 @@ def test_both_servers_are_asked_the_same_in_turns_and_every_count_has_its_figure
     assert len({*words}) == len(words) == 3 + 2 * 3 * 2, "no question is asked twice"
 
 
+def test_our_own_server_answers_clients_that_come_together(tmp_path):
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason=f"serving needs {package}")
+    path = tmp_path / "serve.json"
+    flags = ("--tiny", "--clients", 3, "--rounds", 1, "--max-tokens", 4, "--variants", "compiled fp32")
+    stdout = printed(serve.main, *flags, "--json", path)
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["serve"]["rows"]
+    assert "failed" not in row, stdout
+    assert row["answers"] == 6 and row["answers"] < row["tokens"] <= 4 * row["answers"]
+    assert 9 < row["cached_tokens"] < row["prompt_tokens"], "the system prompt was read once"
+
+
 def test_a_server_that_does_not_start_is_a_row_with_its_reason(stand_in, monkeypatch):
     monkeypatch.setattr(serve, "python", lambda *_: [str(stand_in), "--fail"])
     stdout = printed(serve.main, "--tiny", "--clients", 1, "--rounds", 1, "--variants", "compiled bf16")
