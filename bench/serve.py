@@ -258,10 +258,12 @@ def show(clients: int, rows: list[dict[str, Any]]) -> str:
     for name, peer in PEER.items():
         ours, theirs = by_name.get(name), by_name.get(peer)
         if ours and theirs and not {"failed"} & {*ours, *theirs}:
-            rate = ours["tokens_per_second"] / theirs["tokens_per_second"]
+            rate, client = (
+                ours[key] / theirs[key] for key in ("tokens_per_second", "client_tokens_per_second")
+            )
             first = theirs["first_token_ms"] / ours["first_token_ms"]
-            reached = "" if min(rate, first) >= 1 else ": NOT REACHED"
-            ratios = f"{rate:.2f} x the tokens/s, first token {first:.2f} x as soon"
+            reached = "" if min(rate, client, first) >= 1 else ": NOT REACHED"
+            ratios = f"{rate:.2f} x the tokens/s, {client:.2f} x of one client, first {first:.2f} x as soon"
             lines.append(f"  {name} over {peer}: {ratios}, wanted 1.0 x{reached}")
     return "\n".join(lines)
 
