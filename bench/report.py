@@ -348,7 +348,7 @@ def draw_serving(figures: list[Figure]) -> Any:
     chosen = of_kind(figures, "serving")
     counts = sorted({figure.facts["clients"] for figure in chosen})
     styles = decode_styles(variants(chosen), wide=True)
-    picture = canvas(6.2, "Serving over HTTP: by the number of clients", chosen)
+    picture = canvas(6.2, "Serving, by clients", chosen)
     for axes, (key, title) in zip(picture.subplots(2, 2).flat, SERVING.items(), strict=True):
         for name, group in grouped(chosen, lambda figure: figure.variant).items():
             points = sorted((figure.facts["clients"], figure.facts[key]) for figure in group)
