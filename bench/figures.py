@@ -24,11 +24,11 @@ K = TypeVar("K", bound=Hashable)
 class Figure:
     """One measured number.
 
-    kind: prefill, decode, step, rung (value in tokens/s), operation (seconds), attention (TFLOP/s) or loss
-    memory (bytes). case: figures of one case are compared with each other. limit: the value that the machine
-    does not allow to pass; of an operation the seconds that it takes at least. facts: origin (device, dtype,
-    date, commit, versions) and what the kind needs: batch, context, tokens; of an operation panel, op and
-    phase; columns: further numbers to show, heading -> text.
+    kind: prefill, decode, step, rung, serving (value in tokens/s), operation (seconds), attention (TFLOP/s)
+    or loss memory (bytes). case: figures of one case are compared with each other. limit: the value that the
+    machine does not allow to pass; of an operation the seconds that it takes at least. facts: origin (device,
+    dtype, date, commit, versions) and what the kind needs: batch, context, tokens, clients; of an operation
+    panel, op and phase; columns: further numbers to show, heading -> text.
     """
 
     kind: str
@@ -293,16 +293,29 @@ def from_ladder(section: Facts, origin: Facts) -> list[Figure]:
     return figures
 
 
+def from_serve(section: Facts, origin: Facts) -> list[Figure]:
+    """Servers by the number of clients."""
+    figures = []
+    shared = {"note": section.get("note"), "dtype": f"answers of {section.get('max_tokens')} tokens"}
+    for row in section.get("rows", []):
+        if "tokens_per_second" in row:
+            case = f"{row['clients']} client{'s' if row['clients'] > 1 else ''}"
+            facts = {**origin, **shared, **row}
+            figures.append(Figure("serving", case, row["variant"], row["tokens_per_second"], None, facts))
+    return figures
+
+
 READERS: dict[str, Callable[[Any, Facts], list[Figure]]] = {
     "benchmarks": from_suites, "step_peers": from_step_peers, "step": from_train_step,
     "kernels": from_kernels, "roofline": from_roofline, "generation": from_generation, "ladder": from_ladder,
+    "serve": from_serve,
 }  # fmt: skip
 
 
 def markdown(figures: list[Figure]) -> str:
-    """Tables of generation and steps: a row per variant, a column per case."""
+    """Tables of generation, steps and serving: a row per variant, a column per case."""
     parts = []
-    for kind in ("prefill", "decode", "step"):
+    for kind in ("prefill", "decode", "step", "serving"):
         chosen = [figure for figure in figures if figure.kind == kind]
         if not chosen:
             continue

@@ -10,6 +10,7 @@
     attention.*      TFLOP/s of attention by length of a row, beside the alternatives
     ladder.*         from plain eager to everything on, one change a row
     loss_memory.*    what the loss holds at one time, by number of tokens
+    serving.*        servers by the number of clients: tokens/s of all and of one, time to the first token
     decode.*         decode tokens/s against batch and context, with the limit of the memory where all
                      variants have the same
 
@@ -333,12 +334,43 @@ def draw_decode(figures: list[Figure]) -> Any:
     return picture
 
 
+# key of the facts -> title of its panel
+SERVING = {
+    "tokens_per_second": "tokens/s of all clients",
+    "client_tokens_per_second": "tokens/s of one client, behind the first",
+    "first_token_ms": "ms to the first token, median",
+    "first_token_p95_ms": "ms to the first token, 95th percentile",
+}  # fmt: skip
+
+
+def draw_serving(figures: list[Figure]) -> Any:
+    """A panel for each of SERVING, against the number of clients."""
+    chosen = of_kind(figures, "serving")
+    counts = sorted({figure.facts["clients"] for figure in chosen})
+    styles = decode_styles(variants(chosen), wide=True)
+    picture = canvas(6.2, "Serving, by clients", chosen)
+    for axes, (key, title) in zip(picture.subplots(2, 2).flat, SERVING.items(), strict=True):
+        for name, group in grouped(chosen, lambda figure: figure.variant).items():
+            points = sorted((figure.facts["clients"], figure.facts[key]) for figure in group)
+            axes.plot(*zip(*points, strict=True), **styles[name], label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("clients")
+        plain_axes(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=7.5, frameon=False)
+    return picture
+
+
 # name of the files -> (the kinds of figures that it needs, how it is drawn)
 PICTURES: dict[str, tuple[tuple[str, ...], Callable[[list[Figure]], Any]]] = {
     "generation": (("prefill", "decode"), draw_generation), "step": (("step",), draw_step),
     "roofline": (("operation",), draw_roofline), "attention": (("attention",), draw_attention),
     "ladder": (("rung",), draw_ladder), "loss_memory": (("loss memory",), draw_loss_memory),
-    "decode": (("decode",), draw_decode),
+    "decode": (("decode",), draw_decode), "serving": (("serving",), draw_serving),
 }  # fmt: skip
 
 

@@ -169,9 +169,21 @@ TRAIN = {
         },
     },
 }  # fmt: skip
+SERVE = {
+    **ORIGIN,
+    "serve": {
+        "max_tokens": 64,
+        "rows": [
+            {"clients": clients, "variant": variant, "tokens_per_second": rate * clients**0.5,
+                "client_tokens_per_second": rate, "first_token_ms": 9.0, "first_token_p95_ms": 19.0}
+            for clients in (1, 4, 16)
+            for variant, rate in (("compiled bf16", 70.0), ("llama.cpp F16", 60.0), ("compiled int8", 120.0))
+        ] + [{"clients": 4, "variant": "llama.cpp Q8_0", "failed": "not installed"}],
+    },
+}  # fmt: skip
 ALL = {
     "suites.json": SUITES, "step.json": STEP, "ladder.json": LADDER, "roofline.json": ROOFLINE,
-    "kernels.json": KERNELS,
+    "kernels.json": KERNELS, "serve.json": SERVE,
 }  # fmt: skip
 GPU = {"kernels.json": KERNELS, "generation.json": GENERATION, "train.json": TRAIN}
 
@@ -248,7 +260,7 @@ def test_every_caption_has_device_dtype_date_and_commit(tmp_path):
         shown = make(found)._supxlabel.get_text()
         wanted = "A GPU", "2026-11-25", f"commit {'a' * 7}", "torch 2.13.0"
         assert all(words in shown for words in wanted), name
-        assert ("bf16" in shown or "bfloat16" in shown) and kinds
+        assert any(words in shown for words in ("bf16", "bfloat16", "answers of 64 tokens")) and kinds
 
 
 def test_a_caption_of_many_commits_has_several_lines():
@@ -278,6 +290,9 @@ def test_figures_are_those_of_the_files(tmp_path):
     assert (alone.value, alone.limit) == (2e-5, pytest.approx(1e-5))
     joint = found["operation", "a training step, 2 x 512 tokens: loss forward+backward", "torch"]
     assert (joint.value, joint.limit) == (pytest.approx(9e-3), pytest.approx(3e-3))
+    served = found["serving", "4 clients", "compiled bf16"]
+    assert (served.value, served.facts["first_token_p95_ms"]) == (140.0, 19.0)
+    assert ("serving", "4 clients", "llama.cpp Q8_0") not in found
     rung = found["rung", "135M model, 2 x 512 tokens, bfloat16, backend triton", "plain eager"]
     assert (rung.value, rung.facts["launches"], rung.facts["peak_memory_bytes"]) == (100.0, 35, 9e8)
 

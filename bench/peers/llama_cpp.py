@@ -1,10 +1,13 @@
-"""llama.cpp on a GGUF file that is written from our weights: its generation."""
+"""llama.cpp on a GGUF file that is written from our weights: its generation, and its own server."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
+import shutil
+import subprocess
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.peers.status import require
+from bench.peers.status import NotInstalled, require
 from bench.variant import Variant
 from smollm2.config import SmolLM2Config
 from smollm2.engine.cache import cache_bytes
@@ -23,6 +26,7 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cache_folder
 from smollm2.pretrained.load import stored_tensors
+from smollm2.pretrained.tokenizer import Tokenizer
 
 N_BATCH = 512  # tokens that llama.cpp takes in one call
 # Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of
@@ -35,11 +39,16 @@ _LAYER_NAMES = {
 }  # fmt: skip
 
 
-def gguf_file(model: SmolLM2ForCausalLM, kind: str) -> Path:
-    """The model as a GGUF file in the cache folder, written now if it is not there. kind: F16 or Q8_0."""
+def gguf_file(model: SmolLM2ForCausalLM, kind: str, tokenizer: Tokenizer | None = None) -> Path:
+    """The model as a GGUF file in the cache folder, written now if it is not there. kind: F16 or Q8_0.
+
+    tokenizer: what a server needs beside the weights.
+    """
     require("gguf")
     weights = stored_tensors(model)
     digest = hashlib.sha256(repr(model.config).encode())
+    if tokenizer is not None:
+        digest.update(f"{tokenizer.fingerprint()} {tokenizer.chat_template}".encode())
     for name, weight in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(weight.float().cpu().numpy().data)
@@ -47,14 +56,19 @@ def gguf_file(model: SmolLM2ForCausalLM, kind: str) -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-            write_gguf(Path(folder) / path.name, model.config, weights, kind)
+            write_gguf(Path(folder) / path.name, model.config, weights, kind, tokenizer)
             os.replace(Path(folder) / path.name, path)
     return path
 
 
-def write_gguf(path: Path, config: SmolLM2Config, weights: Mapping[str, Tensor], kind: str) -> None:
-    """Writes weights under Hugging Face's names as a GGUF file of the llama architecture, without a
-    tokenizer.
+def write_gguf(
+    path: Path,
+    config: SmolLM2Config,
+    weights: Mapping[str, Tensor],
+    kind: str,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Writes weights under Hugging Face's names as a GGUF file of the llama architecture.
 
     kind: type of the matrices, as `gguf.GGMLQuantizationType` names it; vectors stay F32. The head is the
     embedding, and is not stored.
@@ -68,7 +82,8 @@ def write_gguf(path: Path, config: SmolLM2Config, weights: Mapping[str, Tensor],
         "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
         "key_length": config.head_dim, "value_length": config.head_dim,
         "rope_dimension_count": config.head_dim, "layer_norm_rms_eps": config.rms_norm_eps,
-        "rope_freq_base": config.rope_theta, "vocab_size": config.vocab_size, "tokenizer_model": "no_vocab",
+        "rope_freq_base": config.rope_theta, "vocab_size": config.vocab_size,
+        **({"tokenizer_model": "no_vocab"} if tokenizer is None else vocabulary(config, tokenizer)),
     }.items():  # fmt: skip
         getattr(writer, f"add_{field}")(value)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -88,6 +103,31 @@ def write_gguf(path: Path, config: SmolLM2Config, weights: Mapping[str, Tensor],
     writer.close()
 
 
+def vocabulary(config: SmolLM2Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a GGUF file says of a tokenizer that cuts texts as SmolLM2's, by the names of GGUFWriter's
+    methods.
+    """
+    import gguf
+
+    parts, kinds = json.loads(tokenizer.to_json()), gguf.TokenType
+    tokens = [f"[unused {token_id}]" for token_id in range(config.vocab_size)]
+    types = [kinds.UNUSED] * config.vocab_size
+    known = [(token, token_id, kinds.NORMAL) for token, token_id in parts["model"]["vocab"].items()]
+    for token in parts["added_tokens"]:
+        kind = kinds.CONTROL if token["special"] else kinds.USER_DEFINED
+        known.append((token["content"], token["id"], kind))
+    for token, token_id, kind in known:
+        tokens[token_id], types[token_id] = token, kind
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in parts["model"]["merges"]]
+    found = {
+        "tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens, "token_types": types,
+        "token_merges": [" ".join(pair) for pair in pairs], "add_bos_token": False,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "chat_template": tokenizer.chat_template,
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def gguf_name(name: str) -> str:
     """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
     stem = name.removesuffix(".weight")
@@ -103,6 +143,24 @@ def interleave_rows(weight: Tensor, heads: int) -> Tensor:
     """
     halves = weight.unflatten(0, (heads, 2, -1))  # [heads, first or second of the pair, pair, hidden]
     return halves.transpose(1, 2).reshape(weight.shape)
+
+
+SERVER = "llama-server"
+
+
+def find_server(path: Path | None) -> tuple[str, str]:
+    """(the path of llama.cpp's own server, its version). path: None looks on PATH. Raises UsageError,
+    NotInstalled where there is none.
+    """
+    found = shutil.which(SERVER if path is None else path)
+    if found is None:
+        if path is None:
+            raise NotInstalled(SERVER)
+        raise UsageError(f"--llama-server {path}: expected a program, found none")
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60)
+    lines = (said.stdout + said.stderr).strip().splitlines()
+    line = next((line for line in lines if line.startswith("version")), "version: unknown")
+    return found, line.partition(":")[2].strip()
 
 
 def llama_cpp_variant(path: Path, config: SmolLM2Config, kind: str, threads: int) -> Variant:

@@ -21,6 +21,7 @@ EXTRA = "pip install -e '.[peers]'"
 INSTALL = {
     **dict.fromkeys(("transformers", "torchao", "liger-kernel", "llama-cpp-python", "gguf"), EXTRA),
     "litgpt": "python -m bench.litgpt_peer setup",
+    "llama-server": "build it as bench/serve.py says, and name it with --llama-server",
     "flash-attn": "pip install flash-attn --no-build-isolation",
     "quack-kernels": "pip install quack-kernels",
 }
