@@ -85,6 +85,7 @@ def open_session(args: argparse.Namespace) -> Session:
     model = load(args)
     tokenizer = load_tokenizer(args.model)
     engine = select_engine(model, quantize=args.quantize, compiled=True if args.compile else "auto")
+    engine.frozen = True  # nothing here changes the weights
     draft: Draft | None = None
     if args.draft is not None:
         small = load_model(args.draft, model.backend, model.device, model.lm_head.weight.dtype)
