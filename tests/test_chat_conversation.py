@@ -157,8 +157,8 @@ def test_saving_replaces_no_other_file(tmp_path):
     with pytest.raises(LoadError, match="notes.json"):
         conversation("a").save(path)
     assert path.read_text() == '{"notes": 1}'
-    with pytest.raises(LoadError, match="cannot write"):
-        conversation("a").save(path / "below" / "talk.json")
+    with pytest.raises(LoadError, match="below does not exist; make it"):
+        conversation("a").save(tmp_path / "below" / "talk.json")
 
 
 USER = {"role": "user", "content": "x"}

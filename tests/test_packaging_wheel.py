@@ -77,7 +77,7 @@ def test_everything_lies_under_one_name_and_nothing_is_missing(wheel):
     files = [path for package in ("smollm2", *MOVED) for path in (ROOT / package).rglob("*")]
     expected = {str(path.relative_to(ROOT)) for path in files if path.suffix in (".py", ".yaml", ".typed")}
     expected |= {"kernels/certificate.json", "kernels/CERTIFICATE.md", "bench/expected.json"}
-    expected |= {"smollm2/engine/decode_step.cpp"}
+    expected |= {"smollm2/engine/decode_step.cpp", "smollm2/serving/page.html"}
     if shutil.which("g++"):  # the decode step is compiled, for every processor of this kind
         assert f"-py3-none-{sysconfig.get_platform().replace('-', '_')}" in wheel.stem
         expected |= {f"smollm2/engine/{library_name(name)}" for name in capabilities()}

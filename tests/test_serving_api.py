@@ -263,6 +263,7 @@ def test_a_text_that_is_too_long_whatever_its_tokens_is_not_tokenised(tiny, monk
     monkeypatch.setattr(type(TOKENIZER), "apply_chat_template", None)
     for path, body in (
         (CHAT, {"messages": [{"role": "user", "content": "x" * 90_000}]}),
+        (CHAT, {"messages": [{"role": "user", "content": ""}] * 129}),
         (TEXTS, {"prompt": "x" * 90_000}),
     ):
         assert tiny.post(path, **body).json()["error"]["code"] == "context_length_exceeded"
@@ -272,6 +273,7 @@ def test_models_health_and_metrics(tiny, ask):
     assert [model.id for model in tiny.openai.models.list()] == ["tiny"]
     assert tiny.openai.models.retrieve("tiny").model_extra == {"max_model_len": 128}
     assert tiny.http.get("/health").json() == {"status": "ok"}
+    assert tiny.http.head("/health").status_code == 200
 
     def figures() -> dict[str, int]:
         lines = tiny.http.get("/metrics").text.splitlines()

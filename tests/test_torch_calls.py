@@ -57,9 +57,9 @@ torch.distributed.fsdp.FSDPModule.reshard torch.distributed.fsdp.FSDPModule.set_
 torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor
 torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms""".split()
 # Built in, with neither a signature nor a schema. A CPU reaches them, and raises for a wrong argument.
-BUILT_IN = """torch.Generator torch.as_tensor torch.device torch.finfo torch.from_numpy torch.get_num_threads
-torch.is_autocast_enabled torch.is_grad_enabled torch.is_inference_mode_enabled torch.set_num_threads
-torch.tensor triton.cdiv triton.next_power_of_2 torch._C._storage_Use_Count""".split()
+BUILT_IN = """torch.Generator torch.as_tensor torch.device torch.finfo torch.from_numpy torch.frombuffer
+torch.get_num_threads torch.is_autocast_enabled torch.is_grad_enabled torch.is_inference_mode_enabled
+torch.set_num_threads torch.tensor triton.cdiv triton.next_power_of_2 torch._C._storage_Use_Count""".split()
 # Operators and Triton's language are looked up by whoever runs or compiles them. There is no active driver
 # without a GPU.
 ELSEWHERE = (

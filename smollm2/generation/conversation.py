@@ -114,6 +114,8 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Writes {"messages": [...]}. Raises LoadError, also rather than replace what is no conversation."""
+        if not path.parent.is_dir():
+            raise LoadError(f"{path}: the folder {path.parent} does not exist; make it, or choose another")
         if path.exists():
             read_messages(path)
         write_files(path.parent, {path.name: json_writer({"messages": self.messages})})

@@ -229,6 +229,8 @@ class Service:
         job = Job(asked, self.model, self.tokenizer, loop, arrival, self.timeout)
         try:
             likely = asked.likely()
+            if isinstance(asked, ChatRequest) and len(asked.messages) > self.scheduler.context:
+                raise self.too_long(asked, f"{len(asked.messages):,} messages, each of which takes some")
             if asked.size() > self.most_bytes:
                 raise self.too_long(asked, f"{asked.size():,} bytes of text, which are more")
             params = dataclasses.replace(self.params, **asked.sampling)
@@ -337,13 +339,13 @@ def create_app(
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])  # some who watch a server ask for the head alone
     async def health() -> dict[str, str]:
         if scheduler.failure:
             raise ApiError(503, f"the generation has ended: {scheduler.failure}", code="unavailable")
         return {"status": "ok"}
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def page() -> Response:
         if not PAGE.is_file():
             raise HTTPException(404)
