@@ -244,11 +244,11 @@ def test_the_same_bits_every_time():
 
 
 def test_a_plan_covers_every_chunk_once():
-    work = adamw.plan(SIZES, [0] * len(SIZES), torch.device("cpu"))
+    work = adamw.plan(SIZES, [0] * len(SIZES), DEVICE)
     chunks = [(index, chunk) for index, size in enumerate(SIZES) for chunk in range(-(-size // CHUNK))]
     assert list(zip(work.owner.tolist(), work.chunk.tolist(), strict=True)) == chunks
     # more elements than 32 bits can count
-    assert not adamw.plan([2**33], [0], torch.device("cpu")).chunk.diff().sub(1).any()
+    assert not adamw.plan([2**33], [0], DEVICE).chunk.diff().sub(1).any()
 
 
 def test_the_table_is_sent_only_when_it_changed():
