@@ -118,6 +118,18 @@ def _store(
         tl.store(matrix + m * stride + n, tile, mask=inside)
 
 
+@triton.jit
+def _add_product(total, a, b):
+    """total + a b. In fp32 a product is a chain of fmas for each element, and one chain over the whole of k
+    has several times the error of a sum of short ones. As a plain addition the compiler would chain them.
+    """
+    if a.dtype == tl.float32:
+        total = tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)
+    else:
+        total = tl.dot(a, b, total)
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _mlp_fwd_kernel(
     x, weight, gate, up, act, rows, x_stride, weight_stride, WIDTH: tl.constexpr, FFN: tl.constexpr,
@@ -138,7 +150,7 @@ def _mlp_fwd_kernel(
             a = _load(x, x_stride, row, k, rows, WIDTH, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
             # [2 BLOCK_N, BLOCK_K]
             b = _load_halves(weight, weight_stride, column, k, FFN, WIDTH, BLOCK_N, BLOCK_K, TMA)
-            total = tl.dot(a, b.T, total, input_precision="ieee")
+            total = _add_product(total, a, b.T)
         # [BLOCK_M, BLOCK_N] each
         gate_sum, up_sum = total.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
         rounded_gate, rounded_up = gate_sum.to(dtype), up_sum.to(dtype)
@@ -169,7 +181,7 @@ def _mlp_bwd_kernel(
             a = _load(dy, dy_stride, row, k, rows, WIDTH, BLOCK_M, BLOCK_K, TMA)  # [BLOCK_M, BLOCK_K]
             # [BLOCK_K, BLOCK_N]
             b = _load(weight, weight_stride, k, column, WIDTH, FFN, BLOCK_K, BLOCK_N, TMA)
-            dact = tl.dot(a, b, dact, input_precision="ieee")
+            dact = _add_product(dact, a, b)
         wide = _load(gate, 2 * FFN, row, column, rows, FFN, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
         factor = _load(up, 2 * FFN, row, column, rows, FFN, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
         sigmoid = tl.sigmoid(wide)

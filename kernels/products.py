@@ -45,11 +45,17 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     and not cast afterwards. Elsewhere torch has no product of mixed dtypes: the result is rounded, then cast,
     unless it is computed in fp32.
     """
+    dy, x = _near(dy), _near(x)
     if x.is_cuda and dtype == torch.float32 and x.dtype != torch.float32:
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
     if faster_in_fp32(x, dy.shape[1]):
         dy, x = dy.float(), x.float()
     return torch.mm(dy.t(), x).to(dtype)
+
+
+def _near(x: Tensor) -> Tensor:
+    """x [N, D]; a copy if its rows lie too far apart for the 32-bit offsets of cuBLAS."""
+    return x.contiguous() if x.shape[0] * x.stride(0) >= 1 << 31 else x
 
 
 def add_weight_gradient(total: Tensor, dy: Tensor, x: Tensor, first: bool) -> None:

@@ -40,9 +40,14 @@ from kernels.tracing import traceable
 
 @triton.jit
 def _rotated(a, b, cos, sin):
-    """Both halves of heads, turned by their angles in fp32 and rounded once; all of one shape."""
+    """Both halves of heads, turned by their angles in fp32 and rounded once; all of one shape.
+
+    Which of two products an fma takes in is up to the compiler unless it is written down: two kernels would
+    round differently.
+    """
     first, second = a.to(tl.float32), b.to(tl.float32)
-    return (first * cos - second * sin).to(a.dtype), (second * cos + first * sin).to(b.dtype)
+    turned = tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
+    return turned[0].to(a.dtype), turned[1].to(b.dtype)
 
 
 @triton.jit
