@@ -77,6 +77,13 @@ def test_values_are_read_as_the_type_of_their_key(argument, key, value):
         (["schedule=linear"], "schedule: expected one of constant, wsd, cosine, got 'linear'"),
         (["dtype=fp8"], "dtype: expected one of fp32, bf16, got 'fp8'"),
         (["data=web"], "data: expected one of embedded, local, hub, mixture, got 'web'"),
+        (["format=chats"], "format: expected one of text, chat, got 'chats'"),
+        (["train_on=user"], "train_on: expected one of assistant, all, got 'user'"),
+        (["format=chat"], "data: expected local, hub or mixture for format=chat, got embedded"),
+        (
+            ["format=chat", "data=local", "paths=a.jsonl"],
+            "tokenizer: expected one with a chat template for format=chat, got auto, which learns one",
+        ),
         (["betas=[0.9]"], "betas: expected two numbers"),
         (["data=local"], "paths: expected files, folders or globs"),
         (["paths=a.txt"], "paths: only read with data=local"),

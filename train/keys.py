@@ -15,6 +15,8 @@ DATA_SOURCES = ("embedded", "local", "hub", "mixture")
 # Keys whose value is one of a few.
 CHOICES = {
     "data": DATA_SOURCES,
+    "format": ("text", "chat"),
+    "train_on": ("assistant", "all"),
     "optimizer": ("adamw", "adamw,torch", "muon"),
     "tracker": ("none", "tensorboard", "trackio", "wandb"),
     "schedule": ("constant", "wsd", "cosine"),
