@@ -82,7 +82,7 @@ def test_values_are_read_as_the_type_of_their_key(argument, key, value):
         (["format=chat"], "data: expected local, hub or mixture for format=chat, got embedded"),
         (
             ["format=chat", "data=local", "paths=a.jsonl"],
-            "tokenizer: expected one with a chat template for format=chat, got auto, which learns one",
+            "tokenizer: expected one with a chat template for format=chat, got train, which learns one",
         ),
         (["betas=[0.9]"], "betas: expected two numbers"),
         (["data=local"], "paths: expected files, folders or globs"),
