@@ -227,15 +227,15 @@ def test_held_out_documents_are_never_trained_on_and_come_from_every_source():
     assert len(held_out | trained) == sum(DOCUMENTS.values())
     for batch in taken(40, validation_fraction=fraction):
         assert not is_held_out(batch.digests, fraction).any()
-    ids, starts = held_out_rows(mixture, TOKENIZER, fraction, 10, 8)
+    ids, starts, _ = held_out_rows(mixture, TOKENIZER, fraction, 10, 8)
     parts = [
         held_out_rows(part.source, TOKENIZER, fraction, rows, 8)
         for part, rows in zip(mixture.parts, (6, 3, 1), strict=True)
     ]
     assert (
         len(ids)
-        and torch.equal(ids, torch.cat([one for one, _ in parts]))
-        and torch.equal(starts, torch.cat([one for _, one in parts]))
+        and torch.equal(ids, torch.cat([part.ids for part in parts]))
+        and torch.equal(starts, torch.cat([part.doc_start for part in parts]))
     )
 
 

@@ -137,7 +137,7 @@ def test_held_out_documents_are_never_trained_on_and_their_share_is_as_asked():
 
 def test_held_out_rows_are_whole_rows_of_held_out_documents(tokenizer):
     source = ListSource([[[f"text number {index}" for index in range(300)]]])
-    ids, doc_start = held_out_rows(source, tokenizer, 0.2, rows=5, length=32)
+    ids, doc_start, _ = held_out_rows(source, tokenizer, 0.2, rows=5, length=32)
     assert ids.shape == doc_start.shape == (5, 32)
     text = tokenizer.decode(ids.flatten().tolist())
     expected = "<|endoftext|>".join(document.text for document in read_stored(source, 0.2, held_out=True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kernels import Backend, select_backend
 from smollm2.config import PRESETS
@@ -28,9 +28,9 @@ from train.checkpoint import (
     load_weights,
 )
 from train.config import RunConfig, compare_for_resume
-from train.data.batches import held_out_rows, read_stored
-from train.data.local import LocalSource
-from train.data.open import open_source
+from train.data.batches import held_out_rows, read_stored, split_fraction
+from train.data.open import held_out_files, open_source
+from train.data.packing import Tensors
 from train.data.source import Source
 from train.data.state import DataState
 from train.data.token_cache import MixtureCache, open_caches
@@ -60,8 +60,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     guard: StepGuard
     progress: Progress
-    held_out: tuple[Tensor, Tensor]  # ids and doc_start [R, T]
-    entropy: float | None  # unigram entropy of the held-out tokens, nats
+    held_out: Tensors
+    held_out_fraction: float  # of the source's documents
+    entropy: float | None  # unigram entropy of the held-out tokens that are learned, nats
     stream: torch.cuda.Stream | None  # on which a step is captured as one CUDA graph; None: no capture
     why: str  # the reason for that
 
@@ -127,9 +128,10 @@ def build(config: RunConfig, world: World) -> Run:
             f"{tokenizer.vocab_size}; drop tokenizer= to use the model's own"
         )
     cache = open_caches(config, source, tokenizer, leader=world.local_rank == 0)
-    fraction, kept = (config.validation_fraction if config.eval_every else 0.0), source
+    split = split_fraction(source, config.held_out_fraction)
+    fraction, kept = (split if config.eval_every else 0.0), source
     if config.validation_paths and config.eval_every:
-        fraction, kept = 1.0, LocalSource(config.validation_paths, config.text_column, key="validation_paths")
+        fraction, kept = 1.0, held_out_files(config)
     elif fraction and config.data in ("hub", "mixture"):
         print(f"reading held-out documents from {source.fingerprint}", flush=True)
     rows = config.eval_batches * config.batch_size
@@ -163,7 +165,8 @@ def build(config: RunConfig, world: World) -> Run:
     progress.config, progress.backend, progress.ranks = config.as_saved(), model.backend.name, world.size
     return Run(
         config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
-        entropy=metrics.unigram_entropy(held_out[0]) if held_out[0].numel() else None, stream=stream, why=why,
+        held_out_fraction=split, stream=stream, why=why,
+        entropy=metrics.unigram_entropy(held_out.learned) if held_out.learned.numel() else None,
     )  # fmt: skip
 
 

@@ -381,5 +381,5 @@ def estimated_tokens(source: Single, tokenizer: Tokenizer, cache: TokenCache | N
         return None
     if not block:
         return None
-    tokens = len(WorkerPool(tokenizer, 0).encode(block[:SOME_DOCUMENTS]).tokens)
+    tokens = len(WorkerPool(tokenizer, 0, None, source.train_on).encode(block[:SOME_DOCUMENTS]).tokens)
     return round(tokens * len(block) / len(block[:SOME_DOCUMENTS]) / part)

@@ -9,35 +9,34 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from smollm2.engine.eager import Engine
 from smollm2.generation.loop import generate
 from smollm2.model import IGNORE_INDEX, SmolLM2ForCausalLM, shift_labels
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
+from train.data.packing import Tensors
 from train.distributed import World
 
 
 @torch.no_grad()
-def evaluate(
-    model: SmolLM2ForCausalLM, held_out: tuple[Tensor, Tensor], config: RunConfig, world: World
-) -> float:
-    """The loss in nats per target on the held-out rows (ids and doc_start [R, T]); the ranks share the
-    batches.
+def evaluate(model: SmolLM2ForCausalLM, held_out: Tensors, config: RunConfig, world: World) -> float:
+    """The loss in nats per target on the held-out rows; the ranks share the batches.
 
     Leaves the model in training mode.
     """
-    ids, doc_start = held_out[0], held_out[1] if config.document_masking else None
+    ids, labels = held_out.ids, held_out.targets
+    doc_start = held_out.doc_start if config.document_masking else None
     total = torch.zeros((), dtype=torch.float64)
     with _evaluating(model):
         for first in range(world.rank * config.batch_size, len(ids), world.size * config.batch_size):
             rows = slice(first, first + config.batch_size)
             piece = ids[rows].to(world.device)
             starts = None if doc_start is None else doc_start[rows].to(world.device)
-            loss = model(piece, labels=piece, doc_start=starts, reduction="sum").loss
+            wanted = piece if labels is ids else labels[rows].to(world.device)
+            loss = model(piece, labels=wanted, doc_start=starts, reduction="sum").loss
             total += loss.cpu().double()  # some devices have no float64
-    targets = int((shift_labels(ids, doc_start) != IGNORE_INDEX).sum())
+    targets = int((shift_labels(labels, doc_start) != IGNORE_INDEX).sum())
     return sum(world.gather(float(total))) / max(1, targets)
 
 

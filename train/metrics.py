@@ -9,6 +9,8 @@ metrics.jsonl is the record: one JSON object a line, each with its `step`.
     memory_gb, memory_peak_gb    in 1e9 bytes, see `memory`
     tokens, epochs, documents, unique_examples, invalid_documents, skipped_steps     since the run began
     share/NAME, epochs/NAME, unique_examples/NAME    of each source of a mixture; share: of all tokens
+    padded_share, truncated_conversations    with format=chat: part of all tokens that is padding, and how
+                                 many conversations were longer than a row; since the run began
     eta_seconds                  to the last step at the pace so far, evaluations and checkpoints included
     held_out_loss, held_out_bits_per_byte, unigram_entropy    lines of evaluations
     resumed, ...                 lines of events, `Reporter.note`
@@ -289,6 +291,9 @@ class Reporter:
             "memory_gb": in_use, "memory_peak_gb": peak, "eta_seconds": self._seconds_left(),
             **data.by_source(),
         }  # fmt: skip
+        if self._config.format == "chat":
+            values["padded_share"] = round(data.padding / max(1, progress.tokens), 4)
+            values["truncated_conversations"] = data.truncated
         self._waited, self._steps = 0.0, 0
         self._write(values)
         self._display.metrics(progress.step, values)

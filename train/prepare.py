@@ -20,7 +20,7 @@ from smollm2.pretrained.tokenizer import Tokenizer
 from train.build import tokenizer_for
 from train.command_line import parse
 from train.config import RunConfig
-from train.data.batches import held_out_rows
+from train.data.batches import held_out_rows, split_fraction
 from train.data.blocks import EpochEnd, epoch_order, tokenised
 from train.data.open import open_source
 from train.data.source import Part
@@ -94,18 +94,25 @@ def prepare(config: RunConfig, tokens: int | None = None) -> Totals:
 
     Raises UsageError when config keeps no cache, LoadError when documents cannot be read or stored.
     """
-    parts, tokenizer = _open(config)
+    parts, tokenizer, split = _open(config)
     wanted = tokens if tokens is not None else config.steps * config.tokens_per_step
-    found = [_fill(part, cache, tokenizer, config, math.ceil(wanted * part.weight)) for part, cache in parts]
+    found = [
+        _fill(part, cache, tokenizer, config, split, math.ceil(wanted * part.weight)) for part, cache in parts
+    ]
     return Totals(*map(sum, zip(*map(dataclasses.astuple, found), strict=True)))
 
 
-def _fill(part: Part, cache: TokenCache, tokenizer: Tokenizer, config: RunConfig, wanted: int) -> Totals:
-    """Fills one cache, until it has `wanted` training tokens or an epoch."""
+def _fill(
+    part: Part, cache: TokenCache, tokenizer: Tokenizer, config: RunConfig, split: float, wanted: int
+) -> Totals:
+    """Fills one cache, until it has `wanted` training tokens or an epoch. split: the part of the documents
+    that is held out.
+    """
     source = part.source
-    fraction = config.held_out_fraction if config.eval_every else 0.0
+    fraction = split if config.eval_every else 0.0
     rows = math.ceil(config.eval_batches * config.batch_size * part.weight)
-    stop, pool, totals = threading.Event(), WorkerPool(tokenizer, config.workers), Totals()
+    pool = WorkerPool(tokenizer, config.workers, None, source.train_on)
+    stop, totals = threading.Event(), Totals()
     first = "held-out documents, then " if fraction else ""
     print(f"{source.fingerprint}: {first}{wanted:,} training tokens, into {cache.folder}", flush=True)
     begin = time.monotonic()
@@ -120,7 +127,7 @@ def _fill(part: Part, cache: TokenCache, tokenizer: Tokenizer, config: RunConfig
                 if isinstance(item, EpochEnd) or totals.training_tokens >= wanted:
                     break
                 assert item.tokens is not None  # tokenised() gives none without
-                totals.add(item.tokens, config.held_out_fraction)
+                totals.add(item.tokens, split)
                 totals.lost += not cache.has(item.shard, item.cursor.block)
                 progress.update(totals)
     except KeyboardInterrupt:
@@ -145,14 +152,15 @@ def _fill(part: Part, cache: TokenCache, tokenizer: Tokenizer, config: RunConfig
 def verify(config: RunConfig) -> int:
     """Checks every stored block of the run's sources and tokenizer. Returns how many are damaged."""
     damaged = 0
-    for _, cache in _open(config)[0]:
+    parts, _, split = _open(config)
+    for _, cache in parts:
         totals = Totals()
         with closing(cache):
             for _, _, block in cache.verify():
                 if block is None:
                     damaged += 1
                 else:
-                    totals.add(block, config.held_out_fraction)
+                    totals.add(block, split)
             print_totals(totals, cache)
     remedy = "; the next run, or this command without --verify, makes them anew" if damaged else ""
     print(f"{damaged} damaged blocks{remedy}", flush=True)
@@ -165,8 +173,8 @@ def print_totals(totals: Totals, cache: TokenCache) -> None:
     print(f"{totals.blocks:,} blocks, {documents}, {size}", flush=True)
 
 
-def _open(config: RunConfig) -> tuple[list[tuple[Part, TokenCache]], Tokenizer]:
-    """The sources that have a cache."""
+def _open(config: RunConfig) -> tuple[list[tuple[Part, TokenCache]], Tokenizer, float]:
+    """The sources that have a cache, and the part of their documents that is held out."""
     source = open_source(config)
     tokenizer = tokenizer_for(config, source)
     caches = open_caches(config, source, tokenizer).parts
@@ -176,7 +184,7 @@ def _open(config: RunConfig) -> tuple[list[tuple[Part, TokenCache]], Tokenizer]:
             f"token_cache: expected a folder to fill, got {config.token_cache} with data={config.data}; "
             "name one with token_cache=FOLDER, here and for the run"
         )
-    return found, tokenizer
+    return found, tokenizer, split_fraction(source, config.held_out_fraction)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -51,7 +51,8 @@ def print_plan(run: Run, origin: str) -> None:
     ranks = f", {size} processes{sharded}" if size > 1 else ""
     held_out = "none: no evaluation"
     if rows:
-        tokens = f"{run.held_out[0].numel():,} tokens"
+        tokens = f"{run.held_out.learned.numel():,} tokens"
+        tokens += " that are learned" if config.format == "chat" else ""
         held_out = f"{rows} rows, {tokens}, unigram entropy {run.entropy:.3f} nats"
     rows_per_step = f"{config.grad_accumulation} x {config.batch_size} rows of {config.sequence_length}"
     facts = {
@@ -83,7 +84,7 @@ def loop(run: Run) -> int:
     config, world, progress = run.config, run.world, run.progress
     batches = training_batches(
         run.source, run.tokenizer, rows=config.rows_per_step, length=config.sequence_length, seed=config.seed,
-        validation_fraction=config.held_out_fraction, cursor=progress.data.cursor, workers=config.workers,
+        validation_fraction=run.held_out_fraction, cursor=progress.data.cursor, workers=config.workers,
         cache=run.cache, rank=world.rank, world=world.size, pin=world.device.type == "cuda",
     )  # fmt: skip
     what = run.forward, run.optimizer, run.guard, config, world, run.model.working_copies
@@ -191,7 +192,7 @@ def _report(run: Run, reporter: metrics.Reporter | Silent, saver: Saver) -> None
         with reporter.excluded(), _saved_if_it_fails(run, saver, reporter):
             # A sharded forward pass needs all ranks, so that each of them evaluates every row.
             found = evaluate(run.model, run.held_out, config, World(world.device) if sharded else world)
-        size = metrics.bytes_per_token(run.held_out[0], run.tokenizer)
+        size = metrics.bytes_per_token(run.held_out.learned, run.tokenizer)
         reporter.evaluation(found, run.entropy, size)
     if (world.main or sharded) and _due(config.sample_every, step):
         with reporter.excluded():
@@ -231,6 +232,11 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
         reached = f"held-out loss {held_out_loss:.3f} nats per token after {epochs:.2f} epochs"
         side = "below" if distance > 0 else "above"
         print(f"{reached}: {abs(distance):.3f} {side} the unigram entropy {run.entropy:.3f}")
+    if run.config.format == "chat":
+        data, length = run.progress.data, run.config.sequence_length
+        cut = f"{data.truncated:,} of them longer than sequence_length={length} and cut"
+        padded = f"{data.padding / max(1, run.progress.tokens):.0%} of all tokens were padding"
+        print(f"conversations: {data.documents:,} read, {cut}; {padded}")
     try:
         print(f"picture: {plot.draw(run.folder)}")
     except (LoadError, OSError) as error:

@@ -86,12 +86,15 @@ class TrainStep:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         self._targets.fill_(self._count_targets(batch))
         starts = self._to_device(batch.doc_start) if self._config.document_masking else None
-        return self._compute(self._to_device(batch.input_ids), starts)
+        labels = None if batch.labels is None else self._to_device(batch.labels)
+        return self._compute(self._to_device(batch.input_ids), starts, labels)
 
     def _count_targets(self, batch: Batch) -> int:
         """Valid targets of the step over all ranks: all tokens but the last of each row and, with masking, of
-        each document.
+        each document; of conversations, what is learned of them.
         """
+        if batch.learned is not None:
+            return max(1, batch.learned)
         rows, length = batch.input_ids.shape
         hidden = batch.inner_starts if self._config.document_masking else 0
         return max(1, rows * self._world.size * (length - 1) - hidden)
@@ -99,20 +102,21 @@ class TrainStep:
     def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self._world.device, non_blocking=True)
 
-    def _compute(self, ids: Tensor, doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _compute(self, ids: Tensor, doc_start: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self._world.device)
         scale = self._factor / self._targets
         if self._copies is not None:
             if not isinstance(self._optimizer, FusedAdamW):
                 self._copies.invalidate()  # so that a captured step copies the weights at every replay
             self._copies.refresh()
-        pieces = list(_micro_batches(ids, doc_start, self._config.batch_size))
-        for index, (piece, starts) in enumerate(pieces):
+        pieces = list(_micro_batches(ids, doc_start, labels, self._config.batch_size))
+        for index, (piece, starts, targets) in enumerate(pieces):
             last = index == len(pieces) - 1
             if self._sharded:
                 sharding.sum_over_copies(self._forward, last)
             with self._world.no_sync(self._forward, not last):
-                part = self._forward(piece, labels=piece, doc_start=starts, reduction="sum", scale=scale).loss
+                how = dict(doc_start=starts, reduction="sum", scale=scale)
+                part = self._forward(piece, labels=targets, **how).loss
                 part.backward()
             loss += part.detach()
         loss = self._world.sum(loss) / self._factor
@@ -140,6 +144,7 @@ class CapturedStep(TrainStep):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager = EAGER_STEPS if self._world.size == 1 else EAGER_STEPS_OF_DDP
         self._ids = self._starts = self._loss = self._norm = torch.empty(0)
+        self._labels: Tensor | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self._eager:
@@ -152,6 +157,8 @@ class CapturedStep(TrainStep):
         self._targets.fill_(self._count_targets(batch))
         self._ids.copy_(batch.input_ids, non_blocking=True)
         self._starts.copy_(batch.doc_start, non_blocking=True)
+        if self._labels is not None and batch.labels is not None:
+            self._labels.copy_(batch.labels, non_blocking=True)
         if self._copies is not None and isinstance(self._optimizer, FusedAdamW):
             self._copies.refresh()  # after a write from outside
         self._graph.replay()
@@ -164,20 +171,21 @@ class CapturedStep(TrainStep):
         """Records a step; recording computes nothing, so the weights stay as they are."""
         device = self._world.device
         self._ids, self._starts = batch.input_ids.to(device), batch.doc_start.to(device)
+        self._labels = None if batch.labels is None else batch.labels.to(device)
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that pins the next batches may ask the driver for memory meanwhile, which
         # would end a global capture.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             starts = self._starts if self._config.document_masking else None
-            self._loss, self._norm = self._compute(self._ids, starts)
+            self._loss, self._norm = self._compute(self._ids, starts, self._labels)
 
 
 def _micro_batches(
-    ids: Tensor, doc_start: Tensor | None, rows: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Pieces of `rows` rows."""
+    ids: Tensor, doc_start: Tensor | None, labels: Tensor | None, rows: int
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Pieces of `rows` rows: ids, doc_start, labels."""
     starts = doc_start.split(rows) if doc_start is not None else itertools.repeat(None)
-    return zip(ids.split(rows), starts, strict=False)
+    return zip(ids.split(rows), starts, (ids if labels is None else labels).split(rows), strict=False)
 
 
 @contextlib.contextmanager

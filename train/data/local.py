@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 from smollm2.errors import LoadError, UsageError
 from train.data.files import compression, find_files, kind
+from train.data.rows import as_conversation, is_chat, needed_columns
 from train.data.source import Block, SingleSource
 
 LAYOUT = "blocks 2"  # a change of the constants below makes other blocks
@@ -34,6 +35,7 @@ ROW_BLOCK = 1024  # of .parquet files
 TEXT_DOCUMENT = 2048  # bytes; a .txt file is cut at the paragraph ends that follow so many
 DOCUMENT_LIMIT = 128 << 20  # bytes of a document, or of the line that holds it
 BLOCK_LIMIT = 512 << 20  # bytes; 1024 rows of more than 512 KiB on average are several blocks
+CHAT_SUFFIXES = (".jsonl", ".parquet")  # of files that can hold conversations
 ROWS_AT_ONCE = 8  # of a .parquet file, in memory beside the block
 RATIO = 1000  # times their size, beyond DOCUMENT_LIMIT, to which files are unpacked: no text shrinks as much
 END_OF_TEXT_LINE = b"<|endoftext|>"  # separates documents in some published .txt corpora
@@ -55,20 +57,28 @@ class LocalSource(SingleSource):
 
     .parquet: the text column, in blocks of 1024 rows. .jsonl: the text key of each object, or each string.
     .txt: runs of whole paragraphs of at least 2 KiB, so that one large file still has many documents. .py:
-    each file is a document. Memory: one block.
+    each file is a document. Or conversations (train/data/rows.py): a row of a .parquet or .jsonl file each.
+    Memory: one block.
     """
 
     revision: str | None = None
 
     def __init__(
-        self, paths: list[str], text_column: str, without: Sequence[str] = (), key: str = "paths"
-    ) -> None:
+        self, paths: list[str], text_column: str, without: Sequence[str] = (), key: str = "paths",
+        train_on: str | None = None,
+    ) -> None:  # fmt: skip
         """paths: files, folders (searched recursively) and globs; without: the same, of what is left out,
-        with all that lies in the folders. key: where paths were given. Raises UsageError when they name no
+        with all that lies in the folders. key: where paths were given. train_on: None, or what is learned of
+        conversations, of which only .jsonl and .parquet files hold any. Raises UsageError when they name no
         readable file, or nothing is left.
         """
-        self.text_column = text_column
+        self.text_column, self.train_on = text_column, train_on
         self.files = find_files(paths, key)
+        if train_on is not None:
+            found, self.files = self.files, [file for file in self.files if kind(file) in CHAT_SUFFIXES]
+            if not self.files:
+                wanted = f"expected {' or '.join(CHAT_SUFFIXES)} files for format=chat, got {found[0].name}"
+                raise UsageError(f"{key}: {wanted}")
         left_out = find_files(without, "validation_paths", quiet=True) if without else []
         self._left_out = [(file, file.stat()) for file in left_out]
         if without:
@@ -124,7 +134,8 @@ class LocalSource(SingleSource):
         # Paths and times as well: a run may go on with files that were moved, but tokens of other texts must
         # never be taken for theirs.
         states = (f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in self._states)
-        return f"local {self.files[0].parent.name} {self.text_column}", self._digest(states)
+        what = self.text_column if self.train_on is None else "conversations"
+        return f"local {self.files[0].parent.name} {what}", self._digest(states)
 
     def describe(self) -> dict[str, Any]:
         counts = {"num_shards": self.num_shards, "files": len(self.files)}
@@ -153,7 +164,7 @@ class LocalSource(SingleSource):
     def _documents(self, file: Path, lines: Iterator[bytes | None]) -> Block:
         if kind(file) == ".txt":
             return list(_paragraph_runs(self._limited(file, line) for line in lines))
-        return [self._json_text(file, line) for line in lines if line is None or line.strip()]
+        return [self._json_document(file, line) for line in lines if line is None or line.strip()]
 
     def _whole(self, file: Path) -> bytes | None:
         if file.stat().st_size > DOCUMENT_LIMIT:
@@ -194,11 +205,11 @@ class LocalSource(SingleSource):
 
         file, size, block = part.files[0], 0, 0
         rows: Block = []
-        options = {"row_groups": [part.number], "columns": [self.text_column]}
         try:
             with _open_parquet(file) as parquet:
-                for batch in parquet.iter_batches(ROWS_AT_ONCE, **options):
-                    column = batch.column(0)
+                columns = self._columns(file, parquet)
+                for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[part.number], columns=columns):
+                    column = batch.column(0) if self.train_on is None else _conversations(batch)
                     if column.type == pyarrow.string_view():  # which few functions take
                         column = column.cast(pyarrow.large_string())
                     sizes = _sizes(column)
@@ -230,28 +241,23 @@ class LocalSource(SingleSource):
             begins = range(0, size := file.stat().st_size, BYTE_BLOCK)
             return [_Part((file,), n, min(BYTE_BLOCK, size - begin)) for n, begin in enumerate(begins)]
         parquet = _open_parquet(file)
-        if self.text_column not in (columns := parquet.schema_arrow.names):
-            got = ", ".join(columns)
-            raise LoadError(f"{file}: expected a column {self.text_column!r}, got {got}; set text_column")
+        columns = self._columns(file, parquet)
         parts = []
         for number in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(number)
-            if self._is_bomb(group):
+            if _is_bomb(group, columns):
                 claim = f"row group {number} claims to unpack to more than {RATIO:,} times its size"
                 self._note(file, f"{claim}; its {group.num_rows:,} rows are passed over")
             elif group.num_rows > 0:
                 parts.append(_Part((file,), number, group.num_rows))
         return parts
 
-    def _is_bomb(self, group: Any) -> bool:
-        columns = map(group.column, range(group.num_columns))
-        column = next((one for one in columns if one.path_in_schema == self.text_column), None)
-        if column is None or column.total_uncompressed_size <= DOCUMENT_LIMIT:
-            return False
-        return bool(column.total_uncompressed_size > RATIO * column.total_compressed_size)
+    def _columns(self, file: Path, parquet: Any) -> list[str]:
+        names = parquet.schema_arrow.names
+        return needed_columns(str(file), names, self.text_column, self.train_on is not None)
 
-    def _json_text(self, file: Path, line: bytes | None) -> Any:
-        """The text of a line; None (unusable) where it is too long, not JSON or lacks the key."""
+    def _json_document(self, file: Path, line: bytes | None) -> Any:
+        """The text or conversation of a line; None (unusable) where it is too long, not JSON or has none."""
         if line is None:
             return self._limited(file, None)
         try:
@@ -261,6 +267,10 @@ class LocalSource(SingleSource):
                 cut = "the last line is cut off (no line end, not JSON), and passed over"
                 self._note(file, f"{cut}; is the file complete?")
             return None
+        if self.train_on is not None:
+            return as_conversation(value)
+        if isinstance(value, dict) and self.text_column not in value and is_chat(value):
+            self._note(file, f"conversations, not {self.text_column!r}, are passed over; add format=chat")
         return value.get(self.text_column) if isinstance(value, dict) else value
 
     @staticmethod
@@ -321,6 +331,23 @@ def column_values(column: Any) -> Block:
     except UnicodeDecodeError:
         large = pyarrow.types.is_large_string(column.type)
         return list(column.cast(pyarrow.large_binary() if large else pyarrow.binary()).to_pylist())
+
+
+def _conversations(batch: Any) -> Any:
+    """The conversations of some rows as a column of texts."""
+    import pyarrow
+
+    return pyarrow.array([as_conversation(row) for row in batch.to_pylist()], pyarrow.large_string())
+
+
+def _is_bomb(group: Any, names: list[str]) -> bool:
+    """Whether a column of a row group, or what lies in it, claims more than can be true."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    return any(
+        column.total_uncompressed_size > max(DOCUMENT_LIMIT, RATIO * column.total_compressed_size)
+        for column in columns
+        if column.path_in_schema.partition(".")[0] in names
+    )
 
 
 def _unpack(file: Path) -> Any:

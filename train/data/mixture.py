@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from smollm2.errors import LoadError
-from train.data.packing import Batch, Packer, Rows, tensors
+from train.data.packing import Batch, Packer, Rows, Tensors, tensors
 from train.data.source import Cursor, MixtureCursor, Part, Position, Revision, Source
+from train.data.whole import WholePacker
 
 
 class Schedule(Iterator[int]):
@@ -92,8 +93,8 @@ class MixtureSource:
 
 
 def mix(
-    source: Source, packers: Sequence[Packer], position: Position, rows: int, rank: int = 0, world: int = 1,
-    pin: bool = False,
+    source: Source, packers: Sequence[Packer | WholePacker], position: Position, rows: int, rank: int = 0,
+    world: int = 1, pin: bool = False,
 ) -> Generator[Batch, None, None]:  # fmt: skip
     """Steps of `rows` rows, put together from the rows of the source's parts, which begin at `position`.
 
@@ -121,12 +122,12 @@ def mix(
         own: slice | np.ndarray = slice(rank * rows // world, (rank + 1) * rows // world)
         if len(found) > 1:  # the rows lie source by source: where this rank's of the step are
             own = np.argsort(np.argsort(chosen, kind="stable"))[own]
-        ids, doc_start = tensors(found, own)
+        made = tensors(found, own)
         if pin and torch.cuda.is_available():
-            ids, doc_start = ids.pin_memory(), doc_start.pin_memory()
+            made = Tensors(*(None if part is None else part.pin_memory() for part in made))  # type: ignore[arg-type]
         yield Batch(
-            ids,
-            doc_start,
+            made.ids,
+            made.doc_start,
             inner_starts=sum(one.inner_starts for one in found),
             tokens=sum(one.tokens.size for one in found),
             cursor=source.position(schedule.given, cursors),
@@ -134,4 +135,6 @@ def mix(
             invalid=sum(share.invalid for share in shares),
             epochs=max(share.epochs for share in shares),
             shares=shares,
+            labels=made.labels,
+            learned=None if made.labels is None else sum(one.learned or 0 for one in found),
         )

@@ -42,8 +42,23 @@ def _open_single(config: RunConfig, revision: Revision) -> Single:
                 "token_cache: expected a folder outside of paths, where its files would be taken for "
                 f"documents, got {root}"
             )
-        return LocalSource(config.paths, config.text_column, config.validation_paths)
+        return LocalSource(
+            config.paths, config.text_column, config.validation_paths, train_on=learned(config)
+        )
     commit = revision if isinstance(revision, str) else config.dataset_revision
     return HubSource(
-        config.dataset, config.dataset_config, config.dataset_split, commit, config.text_column, root
+        config.dataset, config.dataset_config, config.dataset_split, commit, config.text_column, root,
+        learned(config),
+    )  # fmt: skip
+
+
+def held_out_files(config: RunConfig) -> LocalSource:
+    """The documents of validation_paths."""
+    return LocalSource(
+        config.validation_paths, config.text_column, key="validation_paths", train_on=learned(config)
     )
+
+
+def learned(config: RunConfig) -> str | None:
+    """train_on where the documents are conversations, else None."""
+    return config.train_on if config.format == "chat" else None

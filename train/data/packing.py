@@ -1,4 +1,5 @@
-"""Runs of documents to rows of tokens, with numpy: no loop of Python goes over tokens.
+"""Runs of documents to rows of tokens, with numpy: no loop of Python goes over tokens. (Conversations:
+train/data/whole.py.)
 
 Rows are cut from one long stream of tokens: nothing is padded and nothing is thrown away. A document may
 continue in the next row, where it counts as a new one that begins at 0. Rows are a function of the stream
@@ -9,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from smollm2.model import IGNORE_INDEX
+from train.data.conversations import NOT_LEARNED
 from train.data.source import START, Cursor, Position
 
 
@@ -34,12 +38,17 @@ class Segment:
     invalid: np.ndarray
     epochs: np.ndarray
 
+    def bounds(self, document: int) -> tuple[int, int]:
+        """Where a document begins and ends in `tokens`."""
+        last = document + 1 == len(self.begins)
+        return int(self.begins[document]), len(self.tokens) if last else int(self.begins[document + 1])
+
     def cursor_after(self, position: int) -> tuple[Cursor, float]:
         """The cursor behind the first `position` > 0 tokens, and the epochs of the document that the last of
         them belongs to.
         """
         document = int(np.searchsorted(self.begins, position - 1, "right")) - 1
-        end = self.begins[document + 1] if document + 1 < len(self.begins) else len(self.tokens)
+        end = self.bounds(document)[1]
         index, used = int(self.index[document]), position - int(self.begins[document])
         place = (index + 1, 0) if position == end else (index, used)
         return Cursor(self.cursor.epoch, self.cursor.shard, self.cursor.block, *place), float(
@@ -56,16 +65,38 @@ class Share:
     digests: np.ndarray  # uint64: of the documents that begin in them
     invalid: int  # documents passed over because they are empty or not text
     epochs: float  # passes over the source, up to here; 0 without rows
+    padding: int = 0  # tokens of the rows that stand for nothing
+    truncated: int = 0  # documents that are longer than a row, of which the rest is lost
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one source. doc_start, inner_starts: as in Batch, of these rows."""
+    """Rows of one source. doc_start, inner_starts, learned: as in Batch, of these rows."""
 
-    tokens: np.ndarray  # [rows, T] uint16 or uint32
+    tokens: np.ndarray  # [rows, T] uint16 or uint32, of conversations with NOT_LEARNED
     doc_start: np.ndarray  # [rows, T] int32
     inner_starts: int
     share: Share
+    learned: int | None = None
+
+
+class Tensors(NamedTuple):
+    """Rows as the model takes them. labels: [R, T] int64, -100 where nothing is learned; None: ids."""
+
+    ids: Tensor  # [R, T] int64
+    # [R, T] int32: index in the row of the first token of the document that a token belongs to
+    doc_start: Tensor
+    labels: Tensor | None
+
+    @property
+    def learned(self) -> Tensor:
+        """The ids that are learned, one after the other."""
+        return self.ids.flatten() if self.labels is None else self.labels[self.labels != IGNORE_INDEX]
+
+    @property
+    def targets(self) -> Tensor:
+        """[R, T]: what the loss is told to predict."""
+        return self.ids if self.labels is None else self.labels
 
 
 @dataclass(frozen=True)
@@ -84,6 +115,9 @@ class Batch:
     invalid: int  # documents passed over because they are empty or not text
     epochs: float  # passes over the source that was repeated most, up to here
     shares: tuple[Share, ...]
+    # of conversations; -100 where nothing is learned, as at the first token of each
+    labels: Tensor | None = None  # [rows / world, T] int64
+    learned: int | None = None  # their tokens that are learned, in all rows of the step
 
 
 class Packer:
@@ -133,8 +167,13 @@ def _rows(parts: Sequence[tuple[Segment, int, int]], rows: int, length: int, cur
     return Rows(np.concatenate(tokens).reshape(shape), doc_start.reshape(shape), len(edges) - rows, share)
 
 
-def tensors(rows: Sequence[Rows], chosen: slice | np.ndarray = slice(None)) -> tuple[Tensor, Tensor]:
-    """Rows as the model takes them, or those chosen: ids [R, T] int64 and doc_start [R, T] int32."""
+def tensors(rows: Sequence[Rows], chosen: slice | np.ndarray = slice(None)) -> Tensors:
+    """Rows as the model takes them, or those chosen."""
     tokens = np.concatenate([one.tokens for one in rows])[chosen]
-    doc_start = np.concatenate([one.doc_start for one in rows])[chosen]
-    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(doc_start)
+    doc_start = torch.from_numpy(np.concatenate([one.doc_start for one in rows])[chosen])
+    ids = tokens.astype(np.int64)
+    if rows[0].learned is None:
+        return Tensors(torch.from_numpy(ids), doc_start, None)
+    ids &= int(NOT_LEARNED) - 1
+    labels = np.where(tokens < NOT_LEARNED, ids, IGNORE_INDEX)
+    return Tensors(torch.from_numpy(ids), doc_start, torch.from_numpy(labels))

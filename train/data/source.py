@@ -77,7 +77,12 @@ class Source(Protocol):
 
 
 class Single(Source, Protocol):
-    """One source. sizes: of each shard in documents or bytes, in which parts of an epoch are measured."""
+    """One source. sizes: of each shard in documents or bytes, in which parts of an epoch are measured.
+
+    train_on: of conversations (train/data/rows.py), what is learned; None where documents are texts.
+    """
+
+    train_on: str | None
 
     @property
     def num_shards(self) -> int: ...
@@ -121,7 +126,9 @@ class Part:
 
 
 class SingleSource:
-    """What makes a source a mixture of one."""
+    """What makes a source a mixture of one, of texts."""
+
+    train_on: str | None = None
 
     @property
     def parts(self: Single) -> Sequence[Part]:
@@ -129,6 +136,13 @@ class SingleSource:
 
     def position(self, rows: Sequence[int], sources: Sequence[Cursor]) -> Position:
         return sources[0]
+
+
+def train_on(source: Source) -> str | None:
+    """What is learned of the source's conversations; None where its documents are texts. All of a mixture
+    are of one kind.
+    """
+    return source.parts[0].source.train_on
 
 
 def start_of(source: Source) -> Position:

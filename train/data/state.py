@@ -91,6 +91,8 @@ class DataState:
     cursor: Position = START
     documents: int = 0  # begun, repetitions in later epochs included
     invalid: int = 0
+    padding: int = 0  # tokens, of rows of conversations
+    truncated: int = 0  # conversations that were longer than a row
     epochs: float = 0.0
     unique: UniqueCounter = field(default_factory=UniqueCounter)
     sources: dict[str, SourceCounts] = field(default_factory=dict)
@@ -115,6 +117,8 @@ class DataState:
             self.epochs = max(counts.epochs for counts in self.sources.values())
         self.documents += len(batch.digests)
         self.invalid += batch.invalid
+        self.padding += sum(share.padding for share in batch.shares)
+        self.truncated += sum(share.truncated for share in batch.shares)
         self.unique.add(batch.digests)
 
     def by_source(self) -> dict[str, float | int]:

@@ -23,6 +23,7 @@ import numpy as np
 from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
+from train.data.conversations import ChatFormat
 from train.data.shards import Locked, Shard, ShardWriter
 from train.data.source import Single, Source
 from train.data.source_record import cache_root, source_folder, write_source_record
@@ -46,7 +47,9 @@ def open_cache(
     if root is None:
         return None
     home = source_folder(root, *source.cache_key)
-    folder = home / f"{tokenizer.fingerprint()[:16]}-end{tokenizer.eot_token_id}-{token_dtype(tokenizer)}"
+    dtype = token_dtype(tokenizer, source.train_on)
+    chat = "" if source.train_on is None else f"-chat-{ChatFormat.of(tokenizer, source.train_on).key}"
+    folder = home / f"{tokenizer.fingerprint()[:16]}-end{tokenizer.eot_token_id}-{dtype}{chat}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if leader:
@@ -58,7 +61,7 @@ def open_cache(
         print(f"{reason}; continuing without", flush=True)
         return None
     identity = "\n".join((*source.cache_key, tokenizer.fingerprint(), folder.name))
-    return TokenCache(folder, token_dtype(tokenizer), identity, leader=leader)
+    return TokenCache(folder, dtype, identity, leader=leader)
 
 
 class Caches(Protocol):

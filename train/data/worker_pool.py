@@ -25,6 +25,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.data.conversations import DTYPE, ChatEncoder, ChatFormat
 from train.data.tokenise import Encoder, Select, TokenBlock, join
 
 if TYPE_CHECKING:
@@ -64,14 +65,18 @@ class _WorkerProcess(SpawnProcess):
         self.kill()
 
 
-def _work(connection: Connection, tokenizer_json: str, end: int, dtype: str) -> None:
+def _encoder(tokenizer_json: str, end: int, dtype: str, chat: ChatFormat | None) -> Encoder | ChatEncoder:
+    return Encoder(tokenizer_json, end, dtype) if chat is None else ChatEncoder(tokenizer_json, chat)
+
+
+def _work(connection: Connection, *tokeniser: Any) -> None:
     """What a worker does: it says that it is ready, then answers chunks until the pipe is closed."""
     for number in _QUIET:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     os.environ["RAYON_NUM_THREADS"] = "1"
-    encoder = Encoder(tokenizer_json, end, dtype)
+    encoder = _encoder(*tokeniser)
     answer: TokenBlock | str | None = None
     with suppress(EOFError, OSError):
         while True:
@@ -141,24 +146,29 @@ class Stopped(Exception):
 class WorkerPool:
     """Tokenises blocks with `workers` processes; with 0, in the calling thread at once."""
 
-    def __init__(self, tokenizer: Tokenizer, workers: int, select: Select | None = None) -> None:
-        """Raises LoadError when the tokenizer has no token to put between documents."""
+    def __init__(
+        self, tokenizer: Tokenizer, workers: int, select: Select | None = None, train_on: str | None = None
+    ) -> None:
+        """train_on: what is learned of conversations; None: documents are texts. Raises LoadError when the
+        tokenizer has no token to put between documents, UsageError when it has no chat template.
+        """
         from smollm2.errors import LoadError  # not at the top: it comes with torch, which no worker needs
 
         end = tokenizer.eot_token_id
         if end is None:
             wanted = "an end-of-text or end-of-sequence token to put between documents"
             raise LoadError(f"tokenizer: expected {wanted}, found none")
-        self.workers, self.dtype, self._select = workers, token_dtype(tokenizer), select
-        self._start = (tokenizer.to_json(), end, self.dtype)
-        self._encoder: Encoder | None = None
+        self.workers, self.dtype, self._select = workers, token_dtype(tokenizer, train_on), select
+        chat = None if train_on is None else ChatFormat.of(tokenizer, train_on)
+        self._start = (tokenizer.to_json(), end, self.dtype, chat)
+        self._encoder: Encoder | ChatEncoder | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._threads = threading.local()  # of each its worker
         self._workers: list[_Worker] = []
 
     def encode(self, documents: Sequence[Any]) -> TokenBlock:
         """Tokenises here and now."""
-        self._encoder = self._encoder or Encoder(*self._start)
+        self._encoder = self._encoder or _encoder(*self._start)
         return self._encoder(documents, self._select)
 
     def submit(self, documents: Sequence[Any]) -> Pending:
@@ -223,8 +233,10 @@ def _failed(reason: str) -> Exception:
     return LoadError(f"{what}; continue with resume=auto, {fewer}")
 
 
-def token_dtype(tokenizer: Tokenizer) -> str:
-    """The smallest of uint16 and uint32 that holds every id."""
+def token_dtype(tokenizer: Tokenizer, train_on: str | None = None) -> str:
+    """The smallest of uint16 and uint32 that holds every id; of conversations, with a bit beside it."""
+    if train_on is not None:
+        return DTYPE
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
