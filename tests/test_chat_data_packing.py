@@ -138,10 +138,12 @@ def test_an_epoch_is_every_conversation_once():
     assert set(np.concatenate([batch.digests for batch in taken(20)]).tolist()) == every
 
 
+@pytest.mark.parametrize("length", [256, 120], ids=["whole", "cut"])
 @pytest.mark.parametrize("place", [0, 3, 8])
-def test_a_resumed_stream_is_the_same_stream(place):
-    whole = taken(14)
-    resumed = taken(4, cursor=whole[place].cursor)
+def test_a_resumed_stream_is_the_same_stream(place, length):
+    whole = taken(14, length=length)
+    assert any(share.truncated for batch in whole for share in batch.shares) == (length == 120)
+    resumed = taken(4, length=length, cursor=whole[place].cursor)
     assert all(map(equal, resumed, whole[place + 1 :]))
 
 
