@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from kernels.eager.linear import linear
+from smollm2.lora import LoraLinear
 from smollm2.working_copies import WorkingCopies
 
 
@@ -33,11 +34,14 @@ def is_plain(layer: nn.Module, kinds: Collection[type[nn.Module]] = (nn.Linear,)
 
 
 def apply(layer: nn.Module, x: Tensor, copy: Tensor | None = None) -> Tensor:
-    """x [..., K] -> [..., N] in the dtype of x: the product with a plain layer's weight, cast or as `copy`;
-    any other layer is called, in the dtype of its own parameters.
+    """x [..., K] -> [..., N] in the dtype of x: the product with a plain layer's weight, cast or as `copy`,
+    which an adapter of ours takes too; any other layer is called, in the dtype of its own parameters.
     """
     if is_plain(layer):
         return linear(x, layer.weight, copy)  # type: ignore[arg-type]
+    if type(layer) is LoraLinear:
+        adapted: Tensor = layer(x, copy)
+        return adapted
     dtypes = (parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
     result: Tensor = layer(x.to(next(dtypes, x.dtype)))
     return result.to(x.dtype)
@@ -99,7 +103,8 @@ class FusedProjections(nn.Module):
 
     def apply_one(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """`apply` with the working copy, if one is current."""
-        return apply(layer, x, self.copy_of(x.dtype, layer) if is_plain(layer) else None)
+        known = is_plain(layer, (nn.Linear, LoraLinear))
+        return apply(layer, x, self.copy_of(x.dtype, layer) if known else None)
 
     def copy_of(self, dtype: torch.dtype, *projections: nn.Linear) -> Tensor | None:
         """The working copy of those weights in that dtype, as one matrix; None unless one is current."""

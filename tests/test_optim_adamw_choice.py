@@ -13,7 +13,8 @@ from torch import nn
 
 from smollm2.errors import UsageError
 from smollm2.working_copies import WorkingCopies
-from train.config import RunConfig, compare_for_resume
+from train.config import RunConfig
+from train.resume import compare_for_resume
 from train.optim import (
     FusedAdamW,
     MuonWithAdamW,

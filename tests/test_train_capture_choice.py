@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from smollm2.errors import UsageError
-from train.config import RunConfig, compare_for_resume
+from train.config import RunConfig
+from train.resume import compare_for_resume
 from train.distributed import World
 from train.step import capture_choice
 

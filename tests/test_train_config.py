@@ -10,7 +10,8 @@ import pytest
 
 from smollm2.errors import UsageError
 from train.command_line import CONFIGS, describe_keys, parse
-from train.config import RunConfig, compare_for_resume
+from train.config import RunConfig
+from train.resume import compare_for_resume
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -25,7 +25,8 @@ from smollm2.pretrained.load import load_tokenizer
 from train import build, folder, plot, run
 from train.checkpoint import Progress, newest_checkpoint, verify
 from train.command_line import parse
-from train.config import RunConfig, compare_for_resume
+from train.config import RunConfig
+from train.resume import compare_for_resume
 from train.distributed import StopRequest
 from train.folder import claimed, open_folder
 from train.journal import BEGINNING, Journal, cut_back

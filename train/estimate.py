@@ -20,6 +20,7 @@ from kernels.eager.loss import CHUNK_TOKENS
 from kernels.products import tokens_per_chunk
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError
+from smollm2.lora import adapter_parameters
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.config import RunConfig
 from train.data.source import Single, Source
@@ -107,8 +108,8 @@ def estimate(config: RunConfig, model: SmolLM2Config, device: torch.device, worl
     rows = -(-config.batch_size * config.grad_accumulation // world)  # of a step, per process
     micro_batch = min(config.batch_size, rows), config.sequence_length
     embedding = model.vocab_size * model.hidden_size
-    flops = flops_per_token(model, config.sequence_length)
-    in_blocks = 1 - 6 * embedding / flops
+    flops = flops_per_token(model, config.sequence_length, config.lora)
+    in_blocks = 1 - (4 if config.lora else 6) * embedding / flops
     rate, rate_source = expected_rate(model, device, config.dtype, micro_batch[0] * micro_batch[1], world)
     return Estimate(
         embedding=embedding,
@@ -161,6 +162,7 @@ def memory_of(
         gathered = 8 * embedding + 2 * size * layer + (size + 4) * layer
         copies = _joined_copies(model, size)
     part = -(-parameters // shards)
+    trained = 4 * adapter_parameters(model, config.lora) if config.lora else part
     # smollm2/working_copies.py
     lasting = device.type == "cuda" and size == 2 and shards == 1 and not config.compile
 
@@ -172,9 +174,9 @@ def memory_of(
         # the head, cast, and for torch a product that is then added in fp32
         logits += size * embedding * (1 if triton else 2)
     return Memory(
-        parameters=part,
-        gradients=part,
-        moments=2 * part - (4 * _block_matrices(model) if config.optimizer == "muon" else 0),
+        parameters=part + (trained if config.lora else 0),
+        gradients=trained,
+        moments=2 * trained - (4 * _block_matrices(model) if config.optimizer == "muon" else 0),
         optimizer=config.optimizer,
         weight_copies=copies if config.gradient_checkpointing and not lasting else layers * copies,
         activations=tokens * layers * per_layer + ends,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from smollm2.errors import UsageError
+from smollm2.lora import TARGETS
 
 DATA_SOURCES = ("embedded", "local", "hub", "mixture")
 # Keys whose value is one of a few.
@@ -44,12 +45,12 @@ _TEXTS = (
     "model tokenizer dataset dataset_split text_column token_cache backend output_dir resume tracker_project"
 )
 _ABOVE_0 = (
-    "steps batch_size grad_accumulation lr muon_lr eps max_skipped_steps log_every eval_batches "
+    "lora_alpha steps batch_size grad_accumulation lr muon_lr eps max_skipped_steps log_every eval_batches "
     "tokenizer_documents sample_tokens"
 )
 _AT_LEAST_0 = (
     "workers warmup_steps weight_decay muon_weight_decay grad_clip min_lr eval_every sample_every "
-    "sample_temperature checkpoint_every keep_checkpoints keep_every spike_zscore seed"
+    "lora_rank sample_temperature checkpoint_every keep_checkpoints keep_every spike_zscore seed"
 )
 # keys, what is expected of their values, and whether a value is that
 RULES: list[tuple[Sequence[str], str, Callable[[Any], bool]]] = [
@@ -63,7 +64,12 @@ RULES: list[tuple[Sequence[str], str, Callable[[Any], bool]]] = [
         "an integer of at least 259 (256 bytes and 3 special tokens)",
         lambda value: value >= 259,
     ),
-    (["attention_dropout", "muon_momentum"], "a number in [0, 1)", lambda value: 0 <= value < 1),
+    (["attention_dropout", "lora_dropout", "muon_momentum"], "a number in [0, 1)", lambda value: 0 <= value < 1),
+    (
+        ["lora_targets"],
+        f"some of {', '.join(TARGETS)}, each once",
+        lambda value: set(value) <= set(TARGETS) and len(set(value)) == len(value),
+    ),
     (["decay_fraction"], "a number in (0, 1]", lambda value: 0 < value <= 1),
     (["validation_fraction"], "a number in [0, 0.5]", lambda value: 0 <= value <= 0.5),
     (

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from smollm2.config import SmolLM2Config
+from smollm2.lora import LoraConfig, adapter_parameters
 from smollm2.pretrained.tokenizer import Tokenizer
 from train.checkpoint import Progress
 from train.config import RunConfig
@@ -52,15 +53,19 @@ PEAK_TFLOPS = (
 )  # fmt: skip
 
 
-def flops_per_token(config: SmolLM2Config, length: int) -> float:
+def flops_per_token(config: SmolLM2Config, length: int, lora: LoraConfig | None = None) -> float:
     """Floating-point operations to train on one token of rows of that length, forward and backward.
 
     6 for each weight that multiplies (the tied matrix once: the embedding is a look-up; norms are left out),
-    and 6 x layers x heads x head_dim x length for attention: causal, so half of the square is counted.
+    and 6 x layers x heads x head_dim x length for attention: causal, so half of the square is counted. With
+    adapters the weights are frozen, which saves the 2 of their gradient, and the adapters' own multiply.
     """
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6 * (config.num_parameters() - norms) + attention
+    weights = config.num_parameters() - norms
+    if lora is not None:
+        return 4 * weights + 6 * adapter_parameters(config, lora) + attention
+    return 6 * weights + attention
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -259,7 +264,7 @@ class Reporter:
         self._recent: deque[float] = deque(maxlen=10)
         self._warned = self._disk_warned = False
         peak = peak_flops(device)
-        self._flops = flops_per_token(model, config.sequence_length)
+        self._flops = flops_per_token(model, config.sequence_length, config.lora)
         self._peak = peak * devices if peak else None
 
     def advance(self, tokens: int, wait_seconds: float = 0.0) -> None:

