@@ -22,7 +22,7 @@ DISTRIBUTION = "smollm2-kernels"
 ROOT = Path(__file__).resolve().parent
 # In a wheel train and bench lie in the package (setup.py), in a checkout beside it.
 INSIDE = (ROOT / "smollm2" / "train").is_dir()
-# command -> what it does; each is the module of smollm2 with that name, but for the folders train and bench
+# command -> what it does; each is the module of smollm2 with that name, but for finetune and the folders
 GROUPS = {
     "Talk to a model": {
         "chat": "a conversation on the terminal, or the answer to what comes on stdin",
@@ -30,7 +30,8 @@ GROUPS = {
         "serve": "a model behind OpenAI's API, and a page to talk to it",
     },
     "Train one": {
-        "train": "train or fine-tune a model; `smollm2 train NAME`: {names}",
+        "train": "train a model, or one further on texts; `smollm2 train NAME`: {names}",
+        "finetune": "teach a released model from conversations",
     },
     "Check and measure": {
         "doctor": "prove an installation and a checkpoint correct",
@@ -59,7 +60,7 @@ def main(program: str = "smollm2") -> int:
         return _say(f"smollm2 {_version()}")
     if name not in COMMANDS:
         return _refuse(name, COMMANDS, f"{program} --help")
-    module = f"smollm2.{name}"
+    module = _module("train", name) if name == "finetune" else f"smollm2.{name}"
     if name in FOLDERS:
         found = runnable(name)
         if arguments and arguments[0].replace("-", "_") in found:
@@ -79,7 +80,8 @@ def main(program: str = "smollm2") -> int:
         missing = (error.name or "").split(".")[0]
         if missing in ("", "smollm2", "kernels", *FOLDERS):
             raise
-        extra = name.split()[0] if name.startswith(("train", "serve")) else "test"
+        extras = {"finetune": "train", "train": "train", "serve": "serve"}
+        extra = extras.get(name.split()[0], "test")
         install = f"install it with: pip install '{DISTRIBUTION}[{extra}]'"
         print(f"error: {called} needs {missing}; {install}", file=sys.stderr)
         return 1
@@ -89,7 +91,7 @@ def main(program: str = "smollm2") -> int:
 def help_text() -> str:
     """Every command, in groups."""
     lines = ["usage: smollm2 COMMAND [ARGUMENT ...]", ""]
-    others = ", ".join(name for name in runnable("train") if name != "run")
+    others = ", ".join(name for name in runnable("train") if name not in ("run", "finetune"))
     for title, commands in GROUPS.items():
         lines.append(f"{title}:")
         for name, meaning in commands.items():

@@ -32,8 +32,8 @@ PREFIX = "base_model.model."  # peft's, before the names of the model
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """rank: columns of B. alpha: the product is scaled by alpha / rank. dropout: of the adapter's input, while
-    training. targets: the projections that have an adapter, in every block.
+    """rank: columns of B. alpha: what is added is scaled by alpha / rank. dropout: of the adapter's input,
+    while training. targets: the projections that have an adapter, in every block.
     """
 
     rank: int
@@ -67,14 +67,14 @@ class LoraConfig:
                     "trainable_token_indices", "layer_replication", "alora_invocation_tokens"):  # fmt: skip
             if found.get(key):
                 raise LoadError(f"{where}: {key} is not implemented here; merge the adapter with peft first")
-        targets, alpha, dropout = found["target_modules"], found.get("lora_alpha", 8), found.get("lora_dropout")
+        targets, alpha, dropout = (found.get(key) for key in ("target_modules", "lora_alpha", "lora_dropout"))
         named = targets if isinstance(targets, list) else TARGETS if targets == "all-linear" else [targets]
         if unknown := sorted(set(map(str, named)) - set(TARGETS)):
             raise LoadError(f"{where}: target_modules: expected some of {', '.join(TARGETS)}, got {unknown}")
         try:
             # peft writes a set in any order
             ordered = tuple(name for name in TARGETS if name in named)
-            return cls(int(found["r"]), float(alpha), float(dropout or 0.0), ordered)
+            return cls(int(found["r"]), float(alpha), float(dropout or 0.0), ordered)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise LoadError(f"{where}: not a LoRA configuration ({error})") from None
 
@@ -86,7 +86,8 @@ class LoraLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.config = config
-        self.weight, self.bias = base.weight, None
+        self.weight = base.weight
+        self.register_parameter("bias", None)
         drawn = torch.empty(config.rank, base.in_features)  # on the CPU: the same numbers for every device
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
         self.lora_A = nn.Parameter(drawn.to(base.weight))
@@ -143,7 +144,9 @@ def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) 
     # peft compiles models too, and names what it wraps
     given = {re.sub(r"\._orig_mod|_orig_mod\.", "", name): tensor for name, tensor in tensors.items()}
     if different := sorted(own.keys() ^ given.keys()):
-        raise LoadError(f"{where}: {different[0]}: expected in the file and in the model, found in one of them")
+        raise LoadError(
+            f"{where}: {different[0]}: expected in the file and in the model, found in one of them"
+        )
     for name, part in own.items():
         if part.shape != given[name].shape:
             shapes = f"expected shape {list(part.shape)}, got {list(given[name].shape)}"

@@ -57,7 +57,8 @@ def test_every_command_that_is_listed_exists(run):
     _, out, _ = run("--help")
     for name in command.COMMANDS:
         assert f"\n  {name} " in out
-        assert (ROOT / "smollm2" / f"{name}.py").is_file() or (ROOT / name / "__init__.py").is_file()
+        files = ROOT / "smollm2" / f"{name}.py", ROOT / "train" / f"{name}.py", ROOT / name / "__init__.py"
+        assert any(path.is_file() for path in files)
     assert {"run", "plot", "verify_resume"} <= command.runnable("train").keys()
     assert {"startup", "generate", "memcheck"} <= command.runnable("bench").keys()
 
@@ -68,6 +69,7 @@ def test_every_command_that_is_listed_exists(run):
         (["generate"], "generate", "python -m smollm2.generate"),
         (["chat"], "chat", "python -m smollm2.chat"),
         (["train"], "train", "python -m train.run"),
+        (["finetune"], "finetune", "python -m train.finetune"),
         (["train", "verify-resume"], "train verify_resume", "python -m train.verify_resume"),
         (["bench", "startup"], "bench startup", "python -m bench.startup"),
     ],

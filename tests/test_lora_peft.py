@@ -145,6 +145,24 @@ def test_dropout_is_of_training_alone():
     assert not torch.equal(model(IDS).logits, model(IDS).logits)
 
 
+def test_kernels_leave_the_frozen_weights_alone():
+    """The Triton backend under weights without a gradient: the gradients of the torch backend."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    first, second = fresh(), fresh("triton")
+    for model in (first, second):
+        torch.manual_seed(5)
+        add_adapters(model, LoraConfig(2, targets=("q_proj", "o_proj", "up_proj")))
+        with torch.no_grad():
+            for layer in adapters(model).values():
+                layer.lora_B.normal_(0.0, 0.1)
+        model(IDS, labels=IDS).loss.backward()
+    for (name, one), two in zip(first.named_parameters(), second.parameters(), strict=True):
+        if "lora_" in name:
+            torch.testing.assert_close(one.grad, two.grad, atol=1e-6, rtol=1e-4)
+        else:
+            assert one.grad is two.grad is None, name
+
+
 def test_activations_in_bf16_over_adapters_in_fp32():
     model = adapted()
     model.compute_dtype = torch.bfloat16

@@ -14,7 +14,6 @@ from torch import nn
 from smollm2.errors import UsageError
 from smollm2.working_copies import WorkingCopies
 from train.config import RunConfig
-from train.resume import compare_for_resume
 from train.optim import (
     FusedAdamW,
     MuonWithAdamW,
@@ -22,6 +21,7 @@ from train.optim import (
     describe_optimizer,
     parameter_groups,
 )
+from train.resume import compare_for_resume
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 

@@ -11,8 +11,8 @@ import torch
 
 from smollm2.errors import UsageError
 from train.config import RunConfig
-from train.resume import compare_for_resume
 from train.distributed import World
+from train.resume import compare_for_resume
 from train.step import capture_choice
 
 GPU = World(torch.device("cuda"))

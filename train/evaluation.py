@@ -41,7 +41,7 @@ def evaluate(model: SmolLM2ForCausalLM, held_out: Tensors, config: RunConfig, wo
 
 
 def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
-    """A continuation of every prompt.
+    """A continuation of every prompt, with format=chat the answer to it.
 
     Sampling noise is a function of (seed, position) and no generator is touched: the loss curve is the same
     without samples.
@@ -52,7 +52,10 @@ def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -
     texts = []
     with _evaluating(model):
         for index, prompt in enumerate(config.sample_prompts):
-            ids = tokenizer.encode(prompt, special=False) or [tokenizer.eot_token_id or 0]
+            if config.format == "chat":
+                ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]))
+            else:
+                ids = tokenizer.encode(prompt, special=False) or [tokenizer.eot_token_id or 0]
             out = generate(
                 model,
                 torch.tensor([ids], device=model.lm_head.weight.device),

@@ -64,7 +64,11 @@ RULES: list[tuple[Sequence[str], str, Callable[[Any], bool]]] = [
         "an integer of at least 259 (256 bytes and 3 special tokens)",
         lambda value: value >= 259,
     ),
-    (["attention_dropout", "lora_dropout", "muon_momentum"], "a number in [0, 1)", lambda value: 0 <= value < 1),
+    (
+        ["attention_dropout", "lora_dropout", "muon_momentum"],
+        "a number in [0, 1)",
+        lambda value: 0 <= value < 1,
+    ),
     (
         ["lora_targets"],
         f"some of {', '.join(TARGETS)}, each once",

@@ -245,7 +245,8 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
     except (LoadError, OSError) as error:
         print(f"no picture: {error}")
     prompt = (run.config.sample_prompts or ["The"])[0]
-    command = ["python", "-m", "smollm2.generate", "--model", str(_checkpoint(run)), prompt]
+    chat = ["--chat"] if run.config.format == "chat" else []
+    command = ["python", "-m", "smollm2.generate", "--model", str(_checkpoint(run)), *chat, prompt]
     print(f"generate: {shlex.join(command)}", flush=True)
 
 
