@@ -32,6 +32,7 @@ GROUPS = {
     "Train one": {
         "train": "train a model, or one further on texts; `smollm2 train NAME`: {names}",
         "finetune": "teach a released model from conversations",
+        "export": "a GGUF file, a folder for transformers, a repository of the hub",
     },
     "Check and measure": {
         "doctor": "prove an installation and a checkpoint correct",

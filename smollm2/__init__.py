@@ -25,12 +25,14 @@ if not hasattr(kernels, "select_backend"):
 from smollm2.config import SmolLM2Config  # noqa: E402
 from smollm2.generation.loop import generate  # noqa: E402
 from smollm2.model import SmolLM2ForCausalLM  # noqa: E402
+from smollm2.pretrained.hub import push_model  # noqa: E402
 from smollm2.pretrained.load import load_model, load_tokenizer, save_model  # noqa: E402
 
 __all__ = ["SmolLM2Config", "SmolLM2ForCausalLM", "generate", "load_tokenizer"]
 
 # The model knows no loader: the loader imports the model.
 SmolLM2ForCausalLM._load, SmolLM2ForCausalLM._save = staticmethod(load_model), staticmethod(save_model)
+SmolLM2ForCausalLM._push = staticmethod(push_model)
 
 
 class _Package(types.ModuleType):

@@ -92,9 +92,10 @@ class SmolLM2ForCausalLM(nn.Module):
     down_proj).
     """
 
-    # Functions of smollm2/pretrained/load.py, which imports this file: smollm2/__init__.py puts them here.
+    # Functions of smollm2/pretrained, which imports this file: smollm2/__init__.py puts them here.
     _load: ClassVar[Callable[..., Any]]
     _save: ClassVar[Callable[..., None]]
+    _push: ClassVar[Callable[..., str]]
 
     def __init__(
         self,
@@ -322,6 +323,15 @@ class SmolLM2ForCausalLM(nn.Module):
         model: Self = cls._load(source, backend, device, dtype, revision, cls)
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, model.safetensors and generation_config.json, which transformers loads."""
-        self._save(self, folder)
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Writes config.json, model.safetensors and generation_config.json, which transformers loads.
+
+        tokenizer: what `load_tokenizer` returns; its files, with the chat template, are written beside them.
+        """
+        self._save(self, folder, tokenizer)
+
+    def push_to_hub(self, repository: str, tokenizer: Any = None, *, private: bool = False) -> str:
+        """Uploads what `save_pretrained` writes, and a model card, to a repository of the hub: its address is
+        returned. See smollm2/pretrained/hub.py.
+        """
+        return self._push(self, repository, tokenizer, private=private)

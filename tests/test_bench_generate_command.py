@@ -214,33 +214,11 @@ def test_bytes_of_a_step_are_those_of_the_quantised_weights():
     )
 
 
-def test_names_and_rows_of_a_gguf_file_are_those_of_an_independent_writer():
-    weights = gguf_files.random_weights()
-    for name in weights:
-        assert llama_cpp.gguf_name(name) == gguf_files.gguf_name(name)
-    query = weights["model.layers.0.self_attn.q_proj.weight"]
-    assert torch.equal(llama_cpp.interleave_rows(query, 4), gguf_files.interleave_rows(query, 4))
-
-
-@pytest.mark.parametrize("kind", ("F32", "F16", "Q8_0"))
-def test_a_written_gguf_file_is_read_back(kind, tmp_path):
-    from smollm2.pretrained.gguf import open_gguf
-
-    config, weights = gguf_files.CONFIG, gguf_files.random_weights()
-    llama_cpp.write_gguf(tmp_path / "model.gguf", config, weights, kind)
-    file = open_gguf(tmp_path / "model.gguf")
-    not_stored = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=1.0)
-    assert file.config.replace(**not_stored) == config.replace(**not_stored)
-    worst = {"F32": 0.0, "F16": 2**-11, "Q8_0": 1 / 254 + 2**-11}[kind]  # of the largest value of a block
-    for name, tensor in file.tensors().items():
-        assert (tensor - weights[name]).abs().max() <= worst * weights[name].abs().max()
-
-
 def test_llama_cpp_puts_out_the_tokens_of_this_model(tmp_path):
     pytest.importorskip("llama_cpp", reason="the comparison needs llama-cpp-python")
     torch.manual_seed(0)
     model = SmolLM2ForCausalLM(gguf_files.CONFIG, "torch").eval()
-    llama_cpp.write_gguf(tmp_path / "model.gguf", model.config, llama_cpp.stored_tensors(model), "F32")
+    llama_cpp.save_gguf(model, tmp_path / "model.gguf", "f32")
     prompts = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
     variant = llama_cpp.llama_cpp_variant(tmp_path / "model.gguf", model.config, "F32", 1)
     ours = generate_modes.EngineTurns(generate_plan.Engine(model), prompts, 8)

@@ -4,16 +4,12 @@ import json
 import sys
 from types import SimpleNamespace
 
-import gguf_files
 import pytest
 from in_process import printed
 
 from bench import serve
 from bench.clients import Answer, Load, Server, talk
-from bench.peers import llama_cpp
 from smollm2.errors import LoadError, UsageError
-from smollm2.pretrained.gguf import open_gguf
-from smollm2.pretrained.tokenizer import tokenizer_from_gguf, train_tokenizer
 
 # A server that gives every question its last word, four times. It takes llama-server's flags and ours.
 STAND_IN = """#!{python}
@@ -185,14 +181,3 @@ def test_what_was_not_reached_is_said():
 def test_wrong_usage_is_one_line(flags, message):
     with pytest.raises(UsageError, match=message):
         serve.main(flags)
-
-
-def test_a_gguf_file_with_a_tokenizer_gives_the_same_ids(tmp_path):
-    tokenizer = train_tokenizer([serve.SYSTEM], 280)
-    tokenizer.chat_template = serve.CHATML
-    path, weights = tmp_path / "model.gguf", gguf_files.random_weights()
-    llama_cpp.write_gguf(path, gguf_files.CONFIG, weights, "F32", tokenizer)
-    found = tokenizer_from_gguf(open_gguf(path))
-    text = tokenizer.apply_chat_template(serve.question(3))
-    assert found.chat_template == serve.CHATML and found.special_ids == tokenizer.special_ids
-    assert found.encode(text) == tokenizer.encode(text) and len(tokenizer.encode(text)) > 9

@@ -174,6 +174,7 @@ SMOLLM2 = (
 PUBLIC = {"kernels", "kernels.reference", "kernels.eager", "kernels.products", "kernels.types"}
 COMMANDS = {
     "generate", "chat", "session", "serve", "demo", "perplexity", "quantize", "doctor", "compile", "__main__",
+    "export", "cache",
 }  # fmt: skip
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
-import os
 import shutil
 import subprocess
-import tempfile
 import weakref
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +21,11 @@ from smollm2.engine.cache import cache_bytes
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cache_folder
+from smollm2.pretrained.gguf_writer import save_gguf
 from smollm2.pretrained.load import stored_tensors
 from smollm2.pretrained.tokenizer import Tokenizer
 
 N_BATCH = 512  # tokens that llama.cpp takes in one call
-# Hugging Face's names outside the layers and inside (after "model.layers.N."), to GGUF's: the inverse of
-# smollm2/pretrained/gguf.py.
-_OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 
 
 def gguf_file(model: SmolLM2ForCausalLM, kind: str, tokenizer: Tokenizer | None = None) -> Path:
@@ -54,95 +43,8 @@ def gguf_file(model: SmolLM2ForCausalLM, kind: str, tokenizer: Tokenizer | None 
         digest.update(weight.float().cpu().numpy().data)
     path = cache_folder() / "bench" / f"{digest.hexdigest()[:16]}.{kind}.gguf"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-            write_gguf(Path(folder) / path.name, model.config, weights, kind, tokenizer)
-            os.replace(Path(folder) / path.name, path)
+        save_gguf(model, path, kind.lower(), tokenizer)
     return path
-
-
-def write_gguf(
-    path: Path,
-    config: SmolLM2Config,
-    weights: Mapping[str, Tensor],
-    kind: str,
-    tokenizer: Tokenizer | None = None,
-) -> None:
-    """Writes weights under Hugging Face's names as a GGUF file of the llama architecture.
-
-    kind: type of the matrices, as `gguf.GGMLQuantizationType` names it; vectors stay F32. The head is the
-    embedding, and is not stored.
-    """
-    import gguf
-
-    writer = gguf.GGUFWriter(str(path), "llama")
-    for field, value in {
-        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers,
-        "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
-        "key_length": config.head_dim, "value_length": config.head_dim,
-        "rope_dimension_count": config.head_dim, "layer_norm_rms_eps": config.rms_norm_eps,
-        "rope_freq_base": config.rope_theta, "vocab_size": config.vocab_size,
-        **({"tokenizer_model": "no_vocab"} if tokenizer is None else vocabulary(config, tokenizer)),
-    }.items():  # fmt: skip
-        getattr(writer, f"add_{field}")(value)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    quantisation = gguf.GGMLQuantizationType[kind]
-    for name, weight in weights.items():
-        values = weight.float().cpu()
-        projection = name.removesuffix(".weight").rpartition(".")[2]
-        if projection in heads:
-            values = interleave_rows(values, heads[projection])
-        if values.dim() == 1:
-            writer.add_tensor(gguf_name(name), values.numpy())
-        else:
-            packed = gguf.quants.quantize(values.numpy(), quantisation)
-            writer.add_tensor(gguf_name(name), packed, raw_dtype=quantisation)
-    for part in ("header", "kv_data", "tensors"):
-        getattr(writer, f"write_{part}_to_file")()
-    writer.close()
-
-
-def vocabulary(config: SmolLM2Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a GGUF file says of a tokenizer that cuts texts as SmolLM2's, by the names of GGUFWriter's
-    methods.
-    """
-    import gguf
-
-    parts, kinds = json.loads(tokenizer.to_json()), gguf.TokenType
-    tokens = [f"[unused {token_id}]" for token_id in range(config.vocab_size)]
-    types = [kinds.UNUSED] * config.vocab_size
-    known = [(token, token_id, kinds.NORMAL) for token, token_id in parts["model"]["vocab"].items()]
-    for token in parts["added_tokens"]:
-        kind = kinds.CONTROL if token["special"] else kinds.USER_DEFINED
-        known.append((token["content"], token["id"], kind))
-    for token, token_id, kind in known:
-        tokens[token_id], types[token_id] = token, kind
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in parts["model"]["merges"]]
-    found = {
-        "tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens, "token_types": types,
-        "token_merges": [" ".join(pair) for pair in pairs], "add_bos_token": False,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "chat_template": tokenizer.chat_template,
-    }  # fmt: skip
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def gguf_name(name: str) -> str:
-    """model.layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
-    stem = name.removesuffix(".weight")
-    if stem in _OUTER_NAMES:
-        return f"{_OUTER_NAMES[stem]}.weight"
-    _, _, layer, inner = stem.split(".", 3)
-    return f"blk.{layer}.{_LAYER_NAMES[inner]}.weight"
-
-
-def interleave_rows(weight: Tensor, heads: int) -> Tensor:
-    """Rows i and i + D/2 of each head become rows 2i and 2i + 1, the pairs that llama.cpp rotates. weight
-    [heads D, hidden].
-    """
-    halves = weight.unflatten(0, (heads, 2, -1))  # [heads, first or second of the pair, pair, hidden]
-    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 SERVER = "llama-server"

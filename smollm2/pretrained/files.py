@@ -76,15 +76,20 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def model_files(config: SmolLM2Config, tensors: dict[str, Tensor]) -> dict[str, Writer]:
-    """The files of a model folder for `write_files`: config.json, generation_config.json and the weights."""
+def model_files(
+    config: SmolLM2Config, tensors: dict[str, Tensor], generation: Mapping[str, Any] | None = None
+) -> dict[str, Writer]:
+    """The files of a model folder for `write_files`: config.json, generation_config.json and the weights.
+
+    generation: what else generation_config.json holds, such as a temperature.
+    """
     dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     data = config.to_dict()
     ids = {name: data[name] for name in TOKEN_IDS if data[name] is not None}
     return {
         # transformers 4 calls dtype torch_dtype
         "config.json": json_writer({**data, "dtype": dtype, "torch_dtype": dtype}),
-        "generation_config.json": json_writer(ids),
+        "generation_config.json": json_writer({**(generation or {}), **ids}),
         WEIGHTS: lambda path: write_safetensors(path, tensors),
     }
 

@@ -54,6 +54,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 FIELDS_LIMIT, ENTRIES_LIMIT = 2**17, 2**21
 
 
+def tensor_names(layers: int) -> dict[str, str]:
+    """GGUF's name of every tensor of a model with so many layers -> Hugging Face's. The head is not among
+    them.
+    """
+    inner = {f"blk.{n}.{a}": f"model.layers.{n}.{b}" for n in range(layers) for a, b in _LAYER_NAMES.items()}
+    return {f"{a}.weight": f"{b}.weight" for a, b in (_OUTER_NAMES | inner).items()}
+
+
 @dataclass(frozen=True)
 class GGUFTokenizer:
     """What a GGUF file says about its tokenizer.
@@ -329,9 +337,7 @@ class GGUFFile:
             raise LoadError(
                 f"{self.path}: {claim}, but the file has no more than {len(self._tensors)} tensors"
             )
-        layers = range(self.config.num_hidden_layers)
-        inner = {f"blk.{n}.{a}": f"model.layers.{n}.{b}" for n in layers for a, b in _LAYER_NAMES.items()}
-        return {f"{a}.weight": f"{b}.weight" for a, b in (_OUTER_NAMES | inner).items()}
+        return tensor_names(self.config.num_hidden_layers)
 
     def _dequantise(self, name: str) -> Tensor:
         """One tensor in fp32. GGUF states dimensions fastest first; the result has rows first, as torch."""

