@@ -39,6 +39,7 @@ GROUPS = {
         "perplexity": "how well a model predicts a text; what 8 or 4 bits cost",
         "bench": "measurements; `smollm2 bench` lists them",
         "compile": "compile the decode step of the CPU, once",
+        "cache": "what the cache folder holds, by model; `smollm2 cache clear` removes some of it",
     },
 }
 FOLDERS = ("train", "bench")

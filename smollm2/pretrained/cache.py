@@ -28,7 +28,7 @@ from smollm2.pretrained.files import WEIGHTS, json_writer, read_json, write_file
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"  # of an entry: its name, and the fingerprint of each of its files
+MANIFEST = "manifest.json"  # of an entry: its name, what it was made from, the fingerprint of each file
 CACHE_VERSION = 4  # of the content of all entries
 UNFINISHED, LOCK = ".making-", "lock"  # a folder that is being filled; the file in it that its maker locks
 _PIECE, _READ = 1 << 24, 1 << 20  # bytes: of a file for each thread, and at a time
@@ -92,21 +92,28 @@ def cached(
         write = prepare()
         try:
             write(temporary / target.name)
-            _put(temporary / target.name, target, used)
+            _put(temporary / target.name, target, used, sources[0].resolve())
         except (OSError, LoadError) as error:
             _cannot_write(root, error)
             return None
     for earlier in root.glob(f"{glob.escape(line)}-*"):
         if earlier != target:
-            for derived in [earlier, *root.glob(f"*-{_digest((earlier / WEIGHTS).resolve())}-*")]:
+            for derived in [earlier, *root.glob(f"*-{key_of_copies(earlier)}-*")]:
                 shutil.rmtree(derived, ignore_errors=True)
     return target
 
 
-def _put(entry: Path, target: Path, used: Sequence[str]) -> None:
+def key_of_copies(entry: Path) -> str:
+    """The part of a name by which entries that were made from this one's weights are found."""
+    return _digest((entry / WEIGHTS).resolve())
+
+
+def _put(entry: Path, target: Path, used: Sequence[str], source: Path) -> None:
     """Gives a new entry its manifest and its place, unless another process was faster."""
     fingerprints = {path.name: _fingerprint(path) for path in sorted(entry.iterdir())}
-    write_files(entry, {MANIFEST: json_writer({"entry": entry.name, **fingerprints})})
+    readable = str(source) == str(source).encode(errors="replace").decode()  # else JSON cannot hold it
+    about = {"entry": entry.name, **({"source": str(source)} if readable else {})}
+    write_files(entry, {MANIFEST: json_writer({**about, **fingerprints})})
     with _one_process_at_a_time(target.parent):
         if os.path.lexists(target):
             if _is_whole(target, used):
@@ -124,13 +131,25 @@ def _is_whole(entry: Path, used: Sequence[str]) -> bool:
     """Whether an entry has the files that were written into it and no others, the used ones unchanged."""
     try:
         recorded = read_json(entry / MANIFEST)
+        source = recorded.pop("source", None)  # absent in entries of earlier versions
+        if source is not None and f"-{_digest(Path(source))}-" not in entry.name:
+            return False
         names = {path.name for path in entry.iterdir() if not path.name.startswith(".")} - {MANIFEST}
         read = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in used))
         if recorded.pop("entry", None) != entry.name or recorded.keys() != names:
             return False
         return all(recorded[name] == _fingerprint(entry / name) for name in read)
-    except (OSError, LoadError, RecursionError):
+    except (OSError, LoadError, RecursionError, TypeError):
         return False
+
+
+def looks_whole(entry: Path) -> bool:
+    """Whether an entry's files have the names and sizes that its manifest gives; no content is read."""
+    if not _is_whole(entry, ()):
+        return False
+    sizes = {path.name: path.stat().st_size for path in entry.iterdir()}
+    recorded = read_json(entry / MANIFEST).items()
+    return all(line.startswith(f"{sizes[name]} bytes") for name, line in recorded if name in sizes)
 
 
 def _fingerprint(path: Path) -> str:
