@@ -56,7 +56,12 @@ def build_parser() -> Parser:
         "--license", metavar="ID", help="for the file and the card; that of SmolLM2 for what descends from it"
     )
     add("--language", action="append", default=[], metavar="CODE", help="for the card; may be repeated")
-    add("--scores", type=Path, metavar="FILE", help="lm_eval's results in JSON, for the card")
+    add(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="results of smollm2 evaluate or lm_eval in JSON, for the card",
+    )
     add("--force", action="store_true", help="replace files that are there")
     parser.add("--debug")
     return parser
@@ -132,7 +137,7 @@ def _folder_files(
     scores = read_json(args.scores).get("results") if args.scores else None
     if args.scores and not isinstance(scores, dict):
         raise UsageError(
-            f"--scores: expected lm_eval's results, {{'results': {{task: ...}}}}, in {args.scores}"
+            f"--scores: expected results of lm_eval, {{'results': {{task: ...}}}}, in {args.scores}"
         )
     card = model_card(
         name, model.config, short_dtype(str(model.dtype)), base=base, license=args.license,

@@ -130,7 +130,8 @@ def test_a_folder_with_files_of_another_model_is_refused(source, tmp_path):
 
 def test_the_card_of_a_run_says_what_it_learned_from_and_no_folder_of_this_machine(run_folder, tmp_path):
     scores = tmp_path / "scores.json"
-    found = {"arc": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.012}}
+    found = {"arc": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": 0.012, "sample_len": 9}}
+    found["piqa"] = {"acc": 0.5, "acc_stderr": 0.1, "examples": 4}
     scores.write_text(json.dumps({"results": found}))
     arguments = "--folder", tmp_path / "out", "--scores", scores, "--language", "en", "--name", "me/pirate"
     printed(main, "--model", run_folder, *arguments)
@@ -149,6 +150,7 @@ def test_the_card_of_a_run_says_what_it_learned_from_and_no_folder_of_this_machi
         "| tokens | 12,345 |",
         "lr: 0.001",
         "| arc | acc | 0.2500 ± 0.0120 |",
+        "| piqa | acc | 0.5000 ± 0.1000 |",
         "![Loss, documents, throughput](training_metrics.png)",
     ):
         assert line in card.content.splitlines(), line

@@ -24,6 +24,7 @@ CARD, PICTURE = "README.md", "training_metrics.png"
 # As train.run names them: the record in each checkpoint, and the journal of the run.
 RECORD, METRICS = "run.json", "metrics.jsonl"
 INSTRUCT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+COUNTS = "examples", "sample_len"  # beside the metrics of a task
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Keys of a run that say where it ran and what it left, not what it learned.
 UNTOLD = {
@@ -100,7 +101,7 @@ def model_card(
     chat: bool = False,
 ) -> str:
     """The text of README.md. name: as the hub calls the model. base: the hub id that it descends from.
-    scores: task -> metric -> value, as lm_eval's results have them. chat: whether there is a chat template.
+    scores: task -> metric -> value, as in the results of lm_eval. chat: whether there is a chat template.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -217,11 +218,13 @@ def _public(value: Any) -> Any:
 
 
 def _score_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, float, str]]:
-    """(metric, value, its standard error as text) of one task of lm_eval's results."""
+    """(metric, value, its standard error as text) of one task: "acc" as `smollm2 evaluate` has it, or
+    "acc,none" as lm_eval has it.
+    """
     for key, value in found.items():
-        metric, _, filter_name = key.partition(",")
-        if isinstance(value, int | float) and filter_name and not metric.endswith("_stderr"):
-            error = found.get(f"{metric}_stderr,{filter_name}")
+        metric, comma, rest = key.partition(",")
+        if isinstance(value, int | float) and "_stderr" not in metric and metric not in COUNTS:
+            error = found.get(f"{metric}_stderr{comma}{rest}")
             yield metric, float(value), f" ± {error:.4f}" if isinstance(error, int | float) else ""
 
 
