@@ -56,12 +56,8 @@ def build_parser() -> Parser:
         "--license", metavar="ID", help="for the file and the card; that of SmolLM2 for what descends from it"
     )
     add("--language", action="append", default=[], metavar="CODE", help="for the card; may be repeated")
-    add(
-        "--scores",
-        type=Path,
-        metavar="FILE",
-        help="results of smollm2 evaluate or lm_eval in JSON, for the card",
-    )
+    words = "results of smollm2 evaluate or lm_eval in JSON, for the card"
+    add("--scores", type=Path, metavar="FILE", help=words)
     add("--force", action="store_true", help="replace files that are there")
     parser.add("--debug")
     return parser
