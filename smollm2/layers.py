@@ -234,12 +234,13 @@ class SmolLM2Model(nn.Module):
         if cache and cache[0].lengths is not None:
             position = new_positions(cache[0].lengths, length)
             cos, sin = cos[position], sin[position]
-        elif doc_start is not None:
-            position = torch.arange(length, device=input_ids.device) - doc_start
-            cos, sin = cos[position], sin[position]
         else:
             first = cache[0].keys.shape[1] - length if cache else 0
-            cos, sin = cos[first : first + length], sin[first : first + length]
+            if doc_start is not None:
+                position = torch.arange(first, first + length, device=input_ids.device) - doc_start
+                cos, sin = cos[position], sin[position]
+            else:
+                cos, sin = cos[first : first + length], sin[first : first + length]
         x, residual = embedded, None
         if x is None:  # looked up first, then rounded: the gradient of the table is then summed in fp32
             x = self.embed_tokens(input_ids)
