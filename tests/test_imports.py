@@ -173,8 +173,8 @@ SMOLLM2 = (
 # The public names, the oracle, and what no backend replaces.
 PUBLIC = {"kernels", "kernels.reference", "kernels.eager", "kernels.products", "kernels.types"}
 COMMANDS = {
-    "generate", "chat", "session", "serve", "demo", "perplexity", "quantize", "doctor", "compile", "__main__",
-    "export", "cache",
+    "generate", "chat", "session", "serve", "demo", "evaluate", "harness", "perplexity", "quantize", "doctor",
+    "export", "cache", "compile", "__main__",
 }  # fmt: skip
 
 

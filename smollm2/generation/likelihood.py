@@ -2,9 +2,9 @@
 
     scores = log_likelihoods(model, [(context_ids, continuation_ids), ...])   # (ln p, is it greedy), in order
 
-The answers to a question share its text: it is read once, and each answer then reads on from copies of its keys
-and values. Texts of similar length are read together. Only the positions that predict a token of a continuation
-go through the head, which has a fifth of all weights.
+The answers to a question share its text: it is read once, and each answer then reads on from copies of its
+keys and values. Texts of similar length are read together. Only the positions that predict a token of a
+continuation go through the head, which has a fifth of all weights.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def _score(model: SmolLM2ForCausalLM, batch: Sequence[_Text]) -> dict[int, Likel
         doc_start = torch.where(torch.arange(width) < first, 0, first).to(device)
     caches = _caches(model, len(batch), width) if shared else None
     hidden = model.model(ids.to(device), doc_start, dtype=model.compute_dtype, cache=caches)
-    rows, places, targets = [], [], []
+    rows: list[int] = []
+    places: list[int] = []
+    targets: list[list[int]] = []
     for row, (text, pad) in enumerate(zip(batch, pads, strict=True)):
         for answer in text.answers:
             count = len(answer.tokens) - len(answer.tail)
@@ -201,9 +203,7 @@ def _judge_logits(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return nats, logits.argmax(1) == tokens
 
 
-def _sums(
-    owners: list[int], targets: list[list[int]], nats: Tensor, best: Tensor
-) -> dict[int, Likelihood]:
+def _sums(owners: list[int], targets: list[list[int]], nats: Tensor, best: Tensor) -> dict[int, Likelihood]:
     """What the parts of every continuation come to."""
     sizes = [len(part) for part in targets]
     found: dict[int, Likelihood] = {}
