@@ -14,7 +14,7 @@ from smollm2.cli import Parser, run_command
 from smollm2.errors import LoadError, UsageError
 from smollm2.generation.conversation import Conversation
 from smollm2.pretrained.cache import cache_folder
-from smollm2.session import add_engine, add_sampling, check_flags, open_session, read_stdin
+from smollm2.session import add_engine, add_sampling, check_flags, note_unread_stdin, open_session, read_stdin
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -66,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
     message, converses = " ".join(args.message), not args.message and sys.stdin.isatty()
     if message == "-" or not (args.message or converses):
         message = read_stdin()
+    elif message:
+        note_unread_stdin()
     if not converses and not message.strip():
         raise UsageError("message: expected some text, got none; give it as an argument or on stdin")
     session = open_session(args)
@@ -191,8 +193,10 @@ def open_prompt(**terminal: Any) -> Callable[[], str]:
     """A function that reads a message from the terminal, with editing and history.
 
     It raises KeyboardInterrupt for Ctrl-C on an empty line and EOFError for Ctrl-D. terminal: another input
-    and output for prompt_toolkit.
+    and output for prompt_toolkit. A terminal that moves no cursor (TERM=dumb, as in Emacs) sends whole lines.
     """
+    if os.environ.get("TERM") == "dumb" and not terminal:
+        return read_lines
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
@@ -228,6 +232,22 @@ def open_prompt(**terminal: Any) -> Callable[[], str]:
         "> ", multiline=True, prompt_continuation="  ", key_bindings=keys, history=open_history(), **terminal
     )
     return session.prompt
+
+
+def read_lines() -> str:
+    """A message from stdin, line by line; raises EOFError at its end."""
+    text, prompt = "", "> "
+    while True:
+        print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        text, prompt = text + line.removesuffix("\n"), "  "
+        if text.endswith("\\"):
+            text = text[:-1]
+        elif not (text.lstrip().startswith('"""') and text.count('"""') == 1):
+            return text
+        text += "\n"
 
 
 def open_history() -> Any:

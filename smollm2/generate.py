@@ -15,7 +15,15 @@ from smollm2.errors import UsageError
 from smollm2.generation.batch_file import run_file
 from smollm2.generation.loop import stream_text
 from smollm2.generation.speculative import Stats
-from smollm2.session import Session, add_engine, add_sampling, check_flags, open_session, read_stdin
+from smollm2.session import (
+    Session,
+    add_engine,
+    add_sampling,
+    check_flags,
+    note_unread_stdin,
+    open_session,
+    read_stdin,
+)
 
 
 def build_parser() -> Parser:
@@ -74,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
         args.prompt = [] if sys.stdin.isatty() else ["-"]
     if args.prompt == ["-"]:
         args.prompt = [read_stdin().removesuffix("\n")]
+    elif args.prompt:
+        note_unread_stdin()
     _check(args)
     session = open_session(args)
     if args.prompts is not None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import stat
 import sys
 import time
 from dataclasses import dataclass
@@ -106,6 +109,28 @@ def open_session(args: argparse.Namespace) -> Session:
         args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p,
     )  # fmt: skip
     return Session(engine, tokenizer, params, draft)
+
+
+def note_unread_stdin() -> None:
+    """Says on stderr that text waits on stdin which the command will not read, as it has a prompt already.
+
+    It only looks: a loop of the shell may have more lines for others there.
+    """
+    import fcntl
+    import termios
+
+    with contextlib.suppress(OSError, ValueError):  # no file, or a device that cannot be asked
+        descriptor = sys.stdin.fileno()
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            waiting = status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
+        elif stat.S_ISFIFO(status.st_mode):
+            waiting = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
+        else:
+            return
+        if waiting > 0:
+            hint = "leave the prompt out to use it"
+            print(f"standard input is not read, as there is a prompt; {hint}", file=sys.stderr)
 
 
 def read_stdin() -> str:

@@ -72,6 +72,17 @@ def test_a_line_is_edited_before_it_is_sent(keys, lines):
     assert typed(keys) == lines
 
 
+def test_a_terminal_that_moves_no_cursor_sends_lines(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stdin", io.StringIO('one\ntwo \\\nlines\n"""three\nfour"""\nlast'))
+    read = open_prompt()
+    assert [read() for _ in range(4)] == ["one", "two \nlines", '"""three\nfour"""', "last"]
+    with pytest.raises(EOFError):
+        read()
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "> > " + "  > " + "  > > ")
+
+
 def test_what_was_typed_is_there_next_time_for_its_owner_alone(cache):
     assert typed("the fox\r") == ["the fox"]
     assert list(open_history().load_history_strings()) == ["the fox"]

@@ -82,6 +82,14 @@ def test_a_command_calls_itself_what_the_user_called_it(run, words, name, others
     assert code == 0 and out.startswith(f"usage: python -m smollm2 {name} ")
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_hints_of_training_name_the_command_that_was_started(run):
+    code, _, err = run("train", "qqq=1")
+    assert code == 2 and err.endswith("unknown key 'qqq'; smollm2 train --help lists them\n")
+    code, _, err = run("train", "a.yaml", "b.yaml")
+    assert code == 2 and err.endswith("for example: smollm2 train steps=60\n")
+
+
 @pytest.mark.parametrize("start", ["smollm2.generate", "smollm2 generate"])
 def test_python_m_starts_the_module_and_the_command_by_their_own_names(start):
     words = [sys.executable, "-m", *start.split(), "--help"]

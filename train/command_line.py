@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smollm2.cli import program
 from smollm2.errors import LoadError, UsageError
 from train.config import RunConfig
 from train.keys import format_value
@@ -49,7 +50,7 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, str]:
     files = [argument for argument in arguments if "=" not in argument]
     if len(files) > 1 or any(name.startswith("-") for name in files):
         wrong = next((name for name in files if name.startswith("-")), files[-1])
-        example = "for example: python -m train.run steps=60"
+        example = f"for example: {program('python -m train.run')} steps=60"
         raise UsageError(f"expected one YAML file and key=value pairs, got {wrong!r}; {example}")
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     file = Path(files[0]) if files else None if "model" in given else CONFIGS / "quickstart.yaml"
@@ -119,7 +120,8 @@ def _check_keys(names: typing.Iterable[str], where: str) -> None:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "python -m train.run --help lists them"
+            listed = f"{program('python -m train.run')} --help lists them"
+            hint = f"did you mean {close[0]!r}?" if close else listed
             raise UsageError(f"{where}: unknown key {name!r}; {hint}")
 
 

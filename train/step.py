@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smollm2.cli import program
 from smollm2.errors import UsageError
 from smollm2.working_copies import WorkingCopies
 from train import sharding
@@ -201,6 +202,7 @@ def memory_advice(config: RunConfig) -> Iterator[None]:
         raise UsageError(
             f"out of memory ({reason}); lower batch_size={config.batch_size} and raise grad_accumulation="
             f"{config.grad_accumulation} by the same factor, or set gradient_checkpointing=true or "
-            f"dtype=bf16, or lower sequence_length={config.sequence_length}; python -m train.run ... "
-            "--dry-run estimates the memory; a run that has saved continues with resume=auto"
+            f"dtype=bf16, or lower sequence_length={config.sequence_length}; "
+            f"{program('python -m train.run')} ... --dry-run estimates the memory; "
+            "a run that has saved continues with resume=auto"
         ) from error
