@@ -63,7 +63,8 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.batch_size = _batch_size(batch_size)
-        where = resolve_device(device or "auto")
+        # lm_eval's command says cuda:0 where its user says nothing.
+        where = resolve_device("auto" if device in (None, "cuda:0") else device)
         source, kind = model_folder(pretrained), resolve_dtype(dtype, where)
         self.model: SmolLM2ForCausalLM
         self.model = load_model(source, resolve_backend(backend, where), where, kind).eval()
