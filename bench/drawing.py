@@ -17,7 +17,7 @@ FAMILIES = {
     "flash": "tab:brown", "cudnn": "yellowgreen", "flex": "palevioletred", "compile": "silver",
 }  # fmt: skip
 OURS, PLAIN = "tab:blue", "tab:gray"
-OWN = ("eager", "compiled", "captured", "ours", "triton")  # how the variants of this project begin
+OWN = ("eager", "compiled", "captured", "ours", "patched", "triton")  # how the variants of this project begin
 LABELS = {
     "reference": "torch", "compile": "torch.compile", "math": "torch math", "flash": "torch flash",
     "cudnn": "torch cuDNN", "flex": "FlexAttention",

@@ -9,6 +9,7 @@ all alike; figures are medians, and only their ratios mean something on a machin
     ours                fp32 parameters; in bf16 every activation, the residual stream included, is bf16
     ours+doc_start      the same with document boundaries, as training uses it: no peer computes that
     transformers        fp32 parameters; in bf16 under torch.autocast, the usual recipe
+    patched             the same with our operations for CPUs in it, by smollm2.patch
     transformers bf16   parameters, gradients and optimizer state in bf16: less memory traffic, and worse
                         numerics
     litgpt              its model, in a process that sleeps until it is asked for a step
@@ -44,8 +45,8 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 VARIANTS = (
-    "ours", "transformers", "transformers bf16", "ours+doc_start", "ours+compile", "transformers+compile",
-    "transformers bf16+compile",
+    "ours", "transformers", "patched", "transformers bf16", "ours+doc_start", "ours+compile",
+    "transformers+compile", "transformers bf16+compile",
 )  # fmt: skip
 ELSEWHERE = ("litgpt", "liger", "litgpt+compile")  # peers that do not run in this process, or not on a CPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -137,6 +137,14 @@ def test_greedy_tokens(options):
     assert torch.equal(ours.generate(IDS, **options), plain.generate(IDS, **options))
 
 
+def test_another_scale(pair, seen):
+    for model in pair:
+        for layer in model.model.layers:
+            layer.self_attn.scaling = 0.05
+    same(pair, continued())
+    assert {name for name, _ in seen} == {"attention"}, "the decode kernel has the usual scale only"
+
+
 def test_dropout_in_training_is_torchs(pair, seen):
     plain, ours = pair
     for model in pair:

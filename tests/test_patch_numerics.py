@@ -4,10 +4,11 @@ the truth from this project's formulas in float64.
 
 import functools
 
+import numerics
 import pytest
 import torch
 from kernel_cases import DEVICE
-from patch_cases import RELEASED, TINY, WIDE_HEADS, batch, hold, llama, results
+from patch_cases import RELEASED, TINY, WIDE_HEADS, batch, hold, llama, results, truth_of
 
 from smollm2.patch import apply_kernels
 
@@ -44,6 +45,29 @@ def test_kernels(sizes, dtype, documents):
 def test_every_switch_alone(alone, dtype):
     one = functools.partial(TORCH, **{name: name == alone for name in SWITCHES})
     hold(one, TINY, documents=True, dtype=DTYPES[dtype])
+
+
+def test_norms_in_fp32_inside_a_model_in_bf16():
+    """As peft prepares a quantised model: with two dtypes the layers are transformers' own."""
+
+    def mixed(model):
+        for name, parameter in model.bfloat16().named_parameters():
+            if "norm" in name:
+                parameter.data = parameter.data.float()
+        return model
+
+    plain, patched = mixed(llama()), TORCH(mixed(llama()))
+    ours, expected = (results(model, *batch(), autocast=True) for model in (patched, plain))
+    truth = truth_of(plain, *batch())
+    for name, value in ours.items():
+        numerics.check("patched Llama", name, value, expected[name], truth[name], tested=torch.bfloat16)
+
+
+def test_the_rotary_tables_stay_in_fp32():
+    tables = TORCH(llama().bfloat16()).model.rotary_emb(
+        torch.zeros(1, 5, 64).bfloat16(), torch.arange(5)[None]
+    )
+    assert [(table.dtype, list(table.shape)) for table in tables] == [(torch.float32, [5, 16])] * 2
 
 
 @pytest.mark.parametrize("changes", [

@@ -6,6 +6,8 @@
                         all scores in memory
     liger               transformers with Liger-Kernel's rotary embedding, norm, SwiGLU and fused loss. Triton
                         kernels: needs a GPU
+    patched             transformers with all of our operations in it, by smollm2.patch: the kernels on a GPU
+                        (or interpreted), else those for CPUs
     torchao             transformers' Llama in bf16, its matrix products with weights in 8 bits: generation
     litgpt              its GPT in a process of its own, under the same autocast
     ...+compile         under torch.compile
@@ -25,7 +27,13 @@ from torch import Tensor
 from bench.peers.litgpt import LitgptStep, litgpt_variant, litgpt_version
 from bench.peers.llama_cpp import gguf_file, llama_cpp_variant
 from bench.peers.status import peer_status, require
-from bench.peers.transformers import autocast_forward, transformers_llama, transformers_variant, with_liger
+from bench.peers.transformers import (
+    autocast_forward,
+    patched,
+    transformers_llama,
+    transformers_variant,
+    with_liger,
+)
 from bench.step import TrainingStep
 from bench.variant import Variant
 from smollm2.cli import parse_dtype
@@ -34,11 +42,12 @@ from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 
 VARIANTS = (  # of a step
-    "transformers", "liger", "litgpt", "transformers eager", "transformers+compile", "litgpt+compile",
+    "transformers", "liger", "patched", "litgpt", "transformers eager", "transformers+compile",
+    "patched+compile", "litgpt+compile",
 )  # fmt: skip
 # The library behind a variant, by the first word of its name up to a "+".
 LIBRARY = {
-    "transformers": "transformers", "liger": "liger-kernel", "litgpt": "litgpt",
+    "transformers": "transformers", "patched": "transformers", "liger": "liger-kernel", "litgpt": "litgpt",
     "llama.cpp": "llama-cpp-python", "torch.compile": "torch.compile", "torchao": "torchao",
 }  # fmt: skip
 OF_STEPS = ("transformers", "liger-kernel", "litgpt", "torch.compile")
@@ -65,6 +74,8 @@ def peer_step(
         require("liger-kernel", ids.device)
     attention = "eager" if kind == "transformers eager" else "sdpa"
     called = llama = transformers_llama(config, weights, ids.device, attention)
+    if kind == "patched":
+        called = llama = patched(llama)
     if kind == "liger":
         called = with_liger(llama)
     elif extra:

@@ -1,7 +1,8 @@
-"""transformers' Llama: its training step, with Liger-Kernel's operations too, and its generation."""
+"""transformers' Llama: its step, with Liger-Kernel's operations and with ours too, and its generation."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -63,6 +64,14 @@ def with_liger(llama: Any) -> Callable[..., Any]:
             return llama(*arguments, **options)
 
     return forward
+
+
+def patched(llama: Any) -> Any:
+    """The model with all of our operations in it: the kernels where they run, else those for CPUs."""
+    from smollm2.patch import apply_kernels
+
+    runs = llama.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return apply_kernels(llama, backend="triton" if runs else "torch")
 
 
 @contextmanager
