@@ -3,6 +3,7 @@ save, load; and what is refused.
 """
 
 import copy
+import dataclasses
 import io
 import json
 
@@ -11,6 +12,7 @@ import torch
 from patch_cases import batch, llama, packed, results, transformers
 from torch import nn
 
+from kernels import TORCH
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM, patch
 from smollm2.errors import UsageError
 from smollm2.patch import apply_kernels, remove_kernels
@@ -141,6 +143,18 @@ def test_what_the_loss_is_told(options):
         model(ids, labels=ids, **options).loss.sum().backward()
     for one, other in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, **CLOSE)
+
+
+def test_the_product_of_the_loss_is_in_the_dtype_of_autocast():
+    (ids, labels), dtypes = batch(), []
+    backend = dataclasses.replace(TORCH, linear_cross_entropy=lambda hidden, weight, *others, **options: (
+        dtypes.append((hidden.dtype, weight.dtype, torch.is_autocast_enabled("cpu"))),
+        TORCH.linear_cross_entropy(hidden, weight, *others, **options),
+    )[1])  # fmt: skip
+    model = apply_kernels(llama(), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=labels).loss.backward()
+    assert dtypes == [(torch.bfloat16, torch.float32, False)] and model.lm_head.weight.grad.isfinite().all()
 
 
 def test_a_head_that_is_more_than_its_weight_is_called():
