@@ -14,6 +14,7 @@ is with flash attention.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,10 +120,13 @@ def register() -> None:
     """Makes `attn_implementation="smollm2"` known to transformers. It takes the kernels on a GPU (and in the
     interpreter, if that was asked for), else torch's attention; `apply_kernels` may choose otherwise.
     """
+    import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise UsageError(f"kernels: expected transformers 5.12 or newer, got {transformers.__version__}")
     causal_mask: Any = causal_mask_function
     whole_mask: Any = sdpa_mask
     default = Kernels.of(frozenset({"attention"}), "auto")

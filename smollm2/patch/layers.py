@@ -8,7 +8,8 @@ quantised layers work.
 
 from __future__ import annotations
 
-from functools import cache
+import functools
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ REPLACED = {
 }
 
 
-@cache
+@functools.cache
 def classes() -> dict[str, type[nn.Module]]:
     """Our classes by the names of those that they replace. Needs transformers, so they are made when asked
     for.
@@ -79,18 +80,20 @@ def classes() -> dict[str, type[nn.Module]]:
     class LlamaAttention(llama.LlamaAttention):
         def forward(
             self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None,
-            attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any,
+            attention_mask: Tensor | None = None, past_key_values: Any = None, cache: Any = None,
+            **kwargs: Any,
         ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
             """[B, T, hidden] -> [B, T, hidden] and, where the attention gives them, its weights.
-            position_embeddings: as LlamaRotaryEmbedding above gives them.
+            position_embeddings: as LlamaRotaryEmbedding above gives them. cache: the name of past_key_values
+            from transformers 5.24 on.
             """
             assert position_embeddings is not None
             shape = *hidden_states.shape[:-1], -1, self.head_dim
             q, k, v = (layer(hidden_states).view(shape) for layer in (self.q_proj, self.k_proj, self.v_proj))
             q, k = self._smollm2.on(q).rope(q, k, *position_embeddings)
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, self.layer_idx)
+            if (cache := past_key_values if cache is None else cache) is not None:
+                k, v = cache.update(k, v, self.layer_idx)
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, llama.eager_attention_forward
             )
@@ -108,31 +111,25 @@ def classes() -> dict[str, type[nn.Module]]:
 
     class LlamaForCausalLM(llama.LlamaForCausalLM):
         @can_return_tuple
+        @wraps(llama.LlamaForCausalLM.forward)  # whose signature Trainer and generate read
         def forward(
-            self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-            position_ids: Tensor | None = None, past_key_values: Any = None,
-            inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-            logits_to_keep: int | Tensor = 0, skip_logits: bool | None = None, **kwargs: Any,
+            self, *args: Any, labels: Tensor | None = None, logits_to_keep: int | Tensor = 0,
+            skip_logits: bool | None = None, **kwargs: Any,
         ) -> Any:  # fmt: skip
             """As transformers', except that the logits are None where the loss needs no more of them: in
             training with labels, or with labels and skip_logits=True.
             """
-            inputs = dict(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            )  # fmt: skip
             skip = self.training if skip_logits is None else skip_logits
             fused = getattr(self, "_smollm2", None) is not None and self.loss_function is ForCausalLMLoss
             whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
             if labels is None or not (skip and fused and whole and is_plain(self.lm_head)):
-                options = dict(labels=labels, logits_to_keep=logits_to_keep)
-                return llama.LlamaForCausalLM.forward(self, **inputs, **options, **kwargs)
-            outputs = self.model(**inputs, **kwargs)
-            return CausalLMOutputWithPast(
-                loss=_loss(self, outputs.last_hidden_state, labels, **kwargs),
-                past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            )  # fmt: skip
+                options: dict[str, Any] = {} if labels is None else {"labels": labels}
+                options |= {} if whole else {"logits_to_keep": logits_to_keep}
+                return llama.LlamaForCausalLM.forward(self, *args, **options, **kwargs)
+            outputs = self.model(*args, **kwargs)
+            others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+            loss = _loss(self, outputs.last_hidden_state, labels, **kwargs)
+            return CausalLMOutputWithPast(loss=loss, **others)
 
     made = (
         LlamaRMSNorm, LlamaDecoderLayer, LlamaRotaryEmbedding, LlamaAttention, LlamaMLP, LlamaForCausalLM,
