@@ -167,8 +167,8 @@ KERNELS = {
 # Of smollm2, from the bottom to the top: a room imports those before it.
 SMOLLM2 = (
     "errors", "streams", "file_lock", "json_file", "config_fields", "config", "working_copies", "lora",
-    "projections", "layers", "sampling", "model", "patch", "pretrained", "engine", "generation", "serving", "cli",
-    "commands",
+    "projections", "layers", "sampling", "model", "patch", "pretrained", "engine", "generation", "serving",
+    "cli", "commands",
 )  # fmt: skip
 # The public names, the oracle, and what no backend replaces.
 PUBLIC = {"kernels", "kernels.reference", "kernels.eager", "kernels.products", "kernels.types"}
