@@ -1,6 +1,7 @@
 # `make train` and `make test` work on a fresh machine: each sets up $(VENV) if it has to, then runs.
 #   make train ARGS="steps=60"          any keys of train.run
 #   make test ARGS="-k tokenizer"       any arguments of pytest
+#   make docs ARGS=rms_norm             runs the code of the kernel pages, and writes what it prints
 #   make PYTHON=python3.12 VENV=.venv12 test
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ PY := $(VENV)/bin/python
 # The stamp's name carries a checksum of what is to be installed: set-up runs again exactly when that changes.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt smollm2/engine/decode_step.cpp | cksum | cut -d ' ' -f 1)
 
-.PHONY: train test lint doctor setup clean
+.PHONY: train test lint doctor docs setup clean
 
 train: $(STAMP)
 	$(PY) -m train.run $(ARGS)
@@ -27,6 +28,9 @@ lint: $(STAMP)
 
 doctor: $(STAMP)
 	$(PY) -m smollm2.doctor $(ARGS)
+
+docs: $(STAMP)
+	$(PY) docs/kernels/build.py $(ARGS)
 
 setup: $(STAMP)
 
