@@ -33,29 +33,35 @@ torch.set_num_threads(1)
 
 def text(value: Any) -> str:
     """A value of a kernel, or any array, to three decimals."""
+    value = getattr(value, "value", value)  # of a compile-time constant
+    if isinstance(value, str):
+        return value
     data = value.handle.data if hasattr(value, "handle") else value
     array = np.asarray(data)
     if array.size == 1:
         array = array.reshape(())
-    return np.array2string(array + 0, precision=3, suppress_small=True, max_line_width=96)
+    if array.dtype.kind == "f":
+        array = array.round(3)
+    return np.array2string(array + 0, precision=3, suppress_small=True, max_line_width=96)  # no -0
 
 
 @contextmanager
-def watching(function: str, *names: str, programs: int | Iterable[tuple[int, ...]] = 99) -> Iterator[None]:
+def watching(function: str, *names: str, programs: int = 99) -> Iterator[None]:
     """Prints these local variables of a kernel, or of a function that it calls, whenever they get a value.
 
     The interpreter runs a kernel as Python, one program after the other, so Python's own tracing sees all of
-    it. programs: how many of them, or the places of those that are shown.
+    it. names: "m", or one entry of it, "m[0]". programs: how many of them are shown.
     """
     seen: dict[str, Any] = {}
     shown: list[tuple[int, ...]] = []
 
     def note(frame: FrameType, event: str, _: Any) -> Any:
         for name in names:
-            value = frame.f_locals.get(name)
+            variable, _, entry = name.partition("[")
+            value = frame.f_locals.get(variable)
             if value is not None and value is not seen.get(name):
                 seen[name] = value
-                lines = text(value).splitlines()
+                lines = text(value.handle.data[int(entry[:-1])] if entry else value).splitlines()
                 print(f"  {name:<8} = " + ("\n" + " " * 13).join(lines))
         return note
 
@@ -64,10 +70,7 @@ def watching(function: str, *names: str, programs: int | Iterable[tuple[int, ...
             return None
         place = tuple(interpreter_builder.grid_idx)
         if place not in shown:
-            if isinstance(programs, int):
-                if len(shown) == programs:
-                    return None
-            elif place not in [(*one, 0, 0)[:3] for one in programs]:
+            if len(shown) == programs:
                 return None
             shown.append(place)
             while len(place) > 1 and place[-1] == 0:
@@ -204,6 +207,17 @@ def held_to_the_contract(op: str, ours: torch.Tensor, base: torch.Tensor, truth:
         numerics.check(op, "result", ours, base, truth)
     except AssertionError:
         budget = 2 * (base.double() - truth).abs().max().item() + numerics.ATOL[ours.dtype]
-        print(f"{op}: REFUSED, an error of {error:.3g} over a budget of {budget:.0e}")
+        missing = int((~ours.isfinite()).sum())
+        over = f"an error of {error:.3g} over a budget of {budget:.0e}"
+        print(f"{op}: REFUSED, {f'{missing} values are not finite' if missing else over}")
     else:
         print(f"{op}: passed")
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """In this context torch.empty gives NaN, so that what a kernel does not write shows."""
+    with mock.patch.object(
+        torch, "empty", lambda *shape, **options: torch.full(*shape, torch.nan, **options)
+    ):
+        yield

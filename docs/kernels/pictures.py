@@ -127,33 +127,35 @@ def roofline(page: str, operations: Mapping[str, float]) -> None:
     from lab import table
 
     picture = _picture(7.2, 3.4)
-    axes, rows = picture.subplots(), []
+    axes, rows, farthest = picture.subplots(), [], 3e3
     styles = dict(zip(operations, "osD^v", strict=False))
+    measured = {folder: _measured(folder) for folder, *_ in DEVICES}
     for folder, device, commit, shade in DEVICES:
-        bandwidth, rate, found = _measured(folder)
-        ridge = rate / bandwidth
-        ends = [0.1, ridge, 3000.0]
-        axes.loglog(ends, [min(rate, bandwidth * end) / 1e12 for end in ends], color=shade, linewidth=1.2)
-        axes.plot(
-            [], [], color=shade, label=f"{device}: {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.0f} TFLOP/s"
-        )
+        bandwidth, rate, found = measured[folder]
         for row in found:
             operation = f"{row['op']} {row['phase']}"
             if operation not in operations:
                 continue
             moved = 1e9 * row["gb_per_s"]
             intensity = operations[operation] or 1e12 * row["tflops"] / moved
+            farthest = max(farthest, 3 * intensity)
             share = moved * intensity / min(rate, bandwidth * intensity)
-            axes.plot(
+            axes.loglog(
                 intensity, moved * intensity / 1e12, styles[operation], color=shade, markersize=6,
                 markeredgecolor="white", markeredgewidth=0.6,
             )  # fmt: skip
             rows.append(
                 (
                     operation, device, commit, f"{row['us']:,.1f}", f"{row['gb_per_s']:,.0f}",
-                    f"{intensity:.3g}", f"{share:.0%}",
+                    f"{intensity:,.0f}" if intensity > 99 else f"{intensity:.2g}", f"{share:.0%}",
                 )
             )  # fmt: skip
+    for folder, device, _, shade in DEVICES:
+        bandwidth, rate, _ = measured[folder]
+        ends = [0.1, rate / bandwidth, farthest]
+        roof = f"{device}: {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.0f} TFLOP/s"
+        heights = [min(rate, bandwidth * end) / 1e12 for end in ends]
+        axes.loglog(ends, heights, color=shade, linewidth=1.2, zorder=1, label=roof)
     for operation, style in styles.items():
         axes.plot([], [], style, color="dimgray", label=operation)
     axes.set_xlabel("FLOP for each byte that must be moved")
@@ -162,6 +164,7 @@ def roofline(page: str, operations: Mapping[str, float]) -> None:
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", fontsize=8, frameon=False)
-    _keep(picture, f"{page}-roof.svg", f"Roofline of {' and '.join(operations)} on H100 and H200")
+    alt = f"Roofline of H100 and H200 with {len(rows)} measurements: the table below"
+    _keep(picture, f"{page}-roof.svg", alt)
     print()
     table(("operation", "GPU", "commit", "us", "GB/s", "FLOP/byte", "of the roof"), *sorted(rows))
