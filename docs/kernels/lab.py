@@ -161,13 +161,12 @@ def show_registers(case: str, *kernels: str) -> None:
     }
     targets = list(dict.fromkeys(target for _, target in found))
     table(
-        ("registers of a thread", *targets, "occupancy on sm_90", "limited by"),
+        ("registers of a thread", *targets, "occupancy on sm_90"),
         *(
             (
                 f"`{kernel}`",
                 *(found[kernel, target]["registers"] for target in targets),
-                f"{found[kernel, 'sm_90']['occupancy']:.0%}",
-                found[kernel, "sm_90"]["limited_by"],
+                "{occupancy:.0%}, by {limited_by}".format(**found[kernel, "sm_90"]),
             )
             for kernel in kernels
         ),
@@ -217,7 +216,9 @@ def held_to_the_contract(op: str, ours: torch.Tensor, base: torch.Tensor, truth:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """In this context torch.empty gives NaN, so that what a kernel does not write shows."""
-    with mock.patch.object(
-        torch, "empty", lambda *shape, **options: torch.full(*shape, torch.nan, **options)
-    ):
+
+    def full(shape: tuple[int, ...], **options: Any) -> torch.Tensor:
+        return torch.full(shape, torch.nan, **options)
+
+    with mock.patch.object(torch, "empty", full):
         yield

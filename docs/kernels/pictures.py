@@ -69,7 +69,6 @@ class Box(NamedTuple):
     height: float
     label: str = ""
     program: int | None = None  # its colour; None: nobody's, hatched
-    faint: bool = False
 
 
 def owners(
@@ -91,12 +90,13 @@ def owners(
             axes.add_patch(
                 Rectangle(
                     (box.x, box.y), box.width, box.height, facecolor=shade, edgecolor="#444444",
-                    linewidth=0.7, hatch="////" if free else None, alpha=0.35 if box.faint else 1.0,
+                    linewidth=0.7, hatch="////" if free else None, clip_on=False,
                 )
             )  # fmt: skip
             middle = box.x + box.width / 2, box.y + box.height / 2
             ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0} if free and box.label else None
-            axes.text(*middle, box.label, ha="center", va="center", fontsize=8, bbox=ground)
+            if box.label:
+                axes.text(*middle, box.label, ha="center", va="center", fontsize=8, bbox=ground)
         axes.set_title(title, loc="left", fontsize=9.5)
         axes.set_xlim(0, max(box.x + box.width for box in boxes))
         axes.set_ylim(max(box.y + box.height for box in boxes), 0)
