@@ -127,7 +127,7 @@ def test_the_first_loss_is_the_models_own_on_the_first_batch(configured):
 def test_the_held_out_loss_is_the_mean_over_all_held_out_targets(configured):
     config = configured(eval_every=1, batch_size=3)
     built = build(config, World(torch.device("cpu")))
-    ids, doc_start = built.held_out
+    ids, doc_start = built.held_out[:2]
     assert len(ids) == 6
     with torch.no_grad():
         expected = built.model.eval()(ids, labels=ids, doc_start=doc_start).loss.item()

@@ -105,6 +105,8 @@ def loop(run: Run) -> int:
     first, stopped = progress.step + 1, 0
     noted: dict[str, str] = {}  # of the streams that fail
     with StopRequest(world) as stop, closing(reporter), closing(batches):
+        if not progress.step and not config.from_scratch:
+            _report(run, reporter, saver)  # what the weights bring
         if progress.unreported:  # the run was stopped before them
             _report(run, reporter, saver)
             if progress.step >= config.steps:
@@ -197,7 +199,8 @@ def _report(run: Run, reporter: metrics.Reporter | Silent, saver: Saver) -> None
             found = evaluate(run.model, run.held_out, config, World(world.device) if sharded else world)
         size = metrics.bytes_per_token(run.held_out.learned, run.tokenizer)
         reporter.evaluation(found, run.entropy, size)
-    if (world.main or sharded) and _due(config.sample_every, step):
+    last = config.format == "chat" and config.sample_every > 0 and step >= config.steps
+    if (world.main or sharded) and _due(config.sample_every, step, last):
         with reporter.excluded():
             model = sharding.whole_model(run.model, world) if sharded else run.model
             try:
