@@ -155,8 +155,8 @@ def test_finetune_counts_epochs_trains_and_merges(tmp_path, talks, base, capsys)
         for line in said.splitlines()
         if line.startswith(("chat:", "export:"))
     ]
-    assert [hint[-1] for hint in hints] == [str(out / "merged"), "q8_0"]
-    assert hints[0][hints[0].index("--model") + 1] == str(out / "merged")
+    assert [hint[-1] for hint in hints] == [str(out), "q8_0"]
+    assert hints[1][hints[1].index("--model") + 1] == str(out)
 
 
 def test_finetune_of_all_weights_needs_no_merging(tmp_path, talks, base, capsys):

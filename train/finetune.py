@@ -5,6 +5,7 @@ It is train.run with train/configs/finetune.yaml, for as many epochs as are aske
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -96,7 +97,8 @@ def steps_of(config: RunConfig, epochs: float) -> int:
     """How many steps `epochs` passes over the training documents take. Reads and tokenises them once."""
     config.validate()
     source = open_source(config)
-    weights = None if config.from_scratch else model_source(config.model)
+    with contextlib.redirect_stdout(None):  # the run says where the model comes from
+        weights = None if config.from_scratch else model_source(config.model)
     batches = training_batches(
         source, tokenizer_for(config, source, weights), rows=1, length=config.sequence_length,
         seed=config.seed, validation_fraction=split_fraction(source, config.held_out_fraction),
@@ -123,8 +125,7 @@ def main(argv: Sequence[str]) -> int:
             merged = folder / "merged"
             load_model(folder).save_pretrained(merged)
             load_tokenizer(folder).save(merged)
-            print(f"merged: {merged}, a whole model, which transformers loads too")
-            folder = merged
+            print(f"merged: {merged}, a whole model for transformers")
         for what in ("chat", "export"):
             more = ["--gguf", str(folder / "model.gguf"), "--type", "q8_0"] if what == "export" else []
             print(f"{what}: {shlex.join(['python', '-m', f'smollm2.{what}', '--model', str(folder), *more])}")
