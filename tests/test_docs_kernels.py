@@ -4,7 +4,6 @@ answers of its exercises are asserted on the way.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -17,9 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "kernels"
 PAGES = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "README")
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the pages run kernels, and triton is not installed"
-)
+pytest.importorskip("triton", reason="the pages run kernels, and triton is not installed")
+pytest.importorskip("matplotlib", reason="the pages draw, and matplotlib is not installed")
 
 
 def run(*arguments: str, build: Path = FOLDER / "build.py") -> subprocess.CompletedProcess[str]:

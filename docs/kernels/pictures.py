@@ -26,11 +26,9 @@ def drawn() -> Iterator[tuple[str, str]]:
     """(file, SVG) of what was drawn since the last call; nothing where another matplotlib draws otherwise."""
     found = dict(_drawn)
     _drawn.clear()
+    import matplotlib
+
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
     if f"\nmatplotlib=={matplotlib.__version__}\n" in pins:
         yield from found.items()
 
