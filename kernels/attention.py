@@ -22,8 +22,8 @@ window is doc_start = max(doc_start, t - window + 1) and needs no parameter.
 
 Saved: q, k, v, out (all of which exist anyway) and lse, 4 bytes per query and head. FLOP of the causal half:
 2 B H T S D forward, 5 B H T S D backward (7 as implemented: both backward kernels compute S and dP). 32 x 512
-tokens of the 135M model are 9.7 and 24.2 GFLOP a layer, 12 and 30 us at 800 TFLOP/s, and 50 and 126 MB in 16
-bits, 17 and 42 us at 3.0 TB/s: at this length memory is the floor. Instructions of the innermost loop on
+tokens of the 135M model are 9.7 and 24.2 GFLOP a layer, 12 and 30 us at 800 TFLOP/s, and 50 and 101 MB in 16
+bits, 17 and 34 us at 3.0 TB/s: at this length memory is the floor. Instructions of the innermost loop on
 sm_90, all kinds, for a score without a mask: forward 9.7, dq 7.8, dk/dv 10 (with a mask for documents 14.2,
 12.6 and 15.3); at Triton 3.6 up to 0.2 fewer, 0.4 fewer for dq with a mask.
 

@@ -41,7 +41,7 @@ def evaluate(model: SmolLM2ForCausalLM, held_out: Tensors, config: RunConfig, wo
 
 
 def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
-    """A continuation of every prompt, with format=chat the answer to it.
+    """A continuation of every prompt, or with format=chat its answer below it.
 
     Sampling noise is a function of (seed, position) and no generator is touched: the loss curve is the same
     without samples.
@@ -66,7 +66,8 @@ def sample(model: SmolLM2ForCausalLM, tokenizer: Tokenizer, config: RunConfig) -
                 suppress_tokens=banned,
                 engine=Engine(model),  # not captured: a graph would keep memory that training needs
             )
-            texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=True))
+            shown, new = ("", out[0]) if config.format == "text" else (f"{prompt}\n", out[0, len(ids) :])
+            texts.append(shown + tokenizer.decode(new.tolist(), skip_special_tokens=True))
     return texts
 
 
