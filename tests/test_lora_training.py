@@ -145,7 +145,8 @@ def test_finetune_counts_epochs_trains_and_merges(tmp_path, talks, base, capsys)
     assert two == pytest.approx(2 * one, abs=1) and one > 2
     assert finetune.main([str(talks), *keys, "epochs=1"]) == 0
     said = capsys.readouterr().out
-    assert "in adapters and trained" in said and "held-out loss" in said
+    assert "in adapters and trained" in said and "step 0: held-out loss" in said
+    assert "sample: 1?\n" in said and "<|im_start|>" not in said  # the question, then the answer to it
     merged = load_model(out / "merged", "torch")
     for ours, theirs in zip(merged.parameters(), load_model(out, "torch").parameters(), strict=True):
         assert torch.equal(ours, theirs)
