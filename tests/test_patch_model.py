@@ -265,6 +265,8 @@ def test_without_a_gpu_it_says_so_and_does_nothing(monkeypatch, capsys):
     assert apply_kernels(Llama) is Llama and ours(llama()) == set()
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "no GPU here, so nothing was changed; backend='torch'" in said[0]
+    with pytest.raises(UsageError, match="expected a Llama of transformers, got NoneType"):
+        apply_kernels(None)
 
 
 @pytest.mark.parametrize(("changes", "said"), [

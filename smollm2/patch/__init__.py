@@ -40,6 +40,8 @@ def apply_kernels(
     Raises UsageError for another architecture, for a head dim or an activation that an operation does not
     have, and for layers whose forward was replaced already; then nothing has been changed.
     """
+    if not isinstance(model, nn.Module | type):  # also where there is no GPU
+        raise UsageError(f"apply_kernels: expected a Llama of transformers, got {type(model).__name__}")
     switches = dict(attention=attention, rms_norm=rms_norm, rope=rope, swiglu=swiglu, loss=loss)
     if backend == "auto" and not accelerators() and not interpreted():
         print(
