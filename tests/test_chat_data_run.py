@@ -185,9 +185,7 @@ def test_two_processes_have_the_curve_of_one(tmp_path, project_root):
 def test_files_without_a_conversation_say_what_a_row_is(tmp_path):
     config = chat_config(tmp_path)
     Path(config.paths[0]).write_text('{"text": "no conversation"}\n' * 3, encoding="utf-8")
-    wanted = (
-        r"expected conversations to train on, found none \(3 without an answer .*; a row is \{\"messages\""
-    )
+    wanted = r"expected conversations to train on, found none \(3 unreadable .*; a row is \{\"messages\""
     with pytest.raises(LoadError, match=wanted):
         train(config)
 

@@ -170,6 +170,12 @@ def test_finetune_of_all_weights_needs_no_merging(tmp_path, talks, base, capsys)
     assert f"--model {out}" in capsys.readouterr().out
 
 
+def test_a_dataset_of_the_hub_is_told_from_files():
+    config = finetune.configure(["someone/talks", "steps=20"])
+    assert (config.data, config.dataset, config.paths) == ("hub", "someone/talks", [])
+    assert (config.steps, config.warmup_steps, config.eval_every) == (20, 2, 4)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

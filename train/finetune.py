@@ -69,9 +69,9 @@ def configure(arguments: Sequence[str]) -> RunConfig:
     if torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda"):
         given.setdefault("dtype", "bf16")
     pairs = [f"{key}={value}" for key, value in given.items()]
-    # the paths are not given as a list in text: a name may have commas
-    config = parse([str(CONFIGS / "finetune.yaml"), *pairs, *([] if hub else ["paths=-"])])[0]
-    config.paths = [] if hub else data
+    config = parse([str(CONFIGS / "finetune.yaml"), *pairs, *(["paths=[]"] if hub else [])])[0]
+    if not hub:
+        config.paths = data  # not as a list in text: a name may have commas
     if "steps" not in given:
         if hub:
             raise UsageError(

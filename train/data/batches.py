@@ -193,7 +193,8 @@ def _nothing(source: Single, invalid: int, length: int) -> str:
         found = f"found none ({invalid} empty or not text, the others held out)"
         remedy = "check the files and text_column (format=chat for conversations), or lower"
         return f"expected documents to train on, {found}; {remedy} validation_fraction"
-    found = f"found none ({invalid} without an answer in the first {length} tokens, the others held out)"
+    useless = f"{invalid} unreadable or without an answer in the first {length} tokens"
+    found = f"found none ({useless}, the others held out)"
     return f"expected conversations to train on, {found}; a row is {EXAMPLE}"
 
 
