@@ -123,8 +123,7 @@ def main(argv: Sequence[str]) -> int:
         folder = run_folder(config)
         if config.lora:
             merged = folder / "merged"
-            load_model(folder).save_pretrained(merged)
-            load_tokenizer(folder).save(merged)
+            load_model(folder).save_pretrained(merged, load_tokenizer(folder))
             print(f"merged: {merged}, a whole model for transformers")
         for what in ("chat", "export"):
             more = ["--gguf", str(folder / "model.gguf"), "--type", "q8_0"] if what == "export" else []
