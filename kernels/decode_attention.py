@@ -47,24 +47,22 @@ def _prefetch(rows, HEAD_DIM: tl.constexpr):
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "splits"])  # a growing cache must not compile again
-def _decode_attention_split_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
+@triton.jit
+def attend(
+    split, row, q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
-    v_batch_stride, v_time_stride, v_head_stride, queries, keys, splits,
+    v_batch_stride, v_time_stride, v_head_stride, queries, keys, splits, counter_ptr, arrivals,
     SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns SPLIT keys of one key head of one row, for all queries that read them. Grid:
-    (splits, B * K).
+    """SPLIT keys of one key head of one row, for all queries that read them; row is one of B * K.
 
     Row i of the tile is query i // GROUP, head i % GROUP of the group. Parts are [B, T, H, splits(, D)] in
-    fp32. With ONE_SPLIT the program writes out itself.
+    fp32. With ONE_SPLIT the result itself goes into out.
     """
-    split = tl.program_id(0)
-    batch = (tl.program_id(1) // KEY_HEADS).to(tl.int64)
-    key_head = (tl.program_id(1) % KEY_HEADS).to(tl.int64)
+    batch = (row // KEY_HEADS).to(tl.int64)
+    key_head = (row % KEY_HEADS).to(tl.int64)
     index = tl.arange(0, BLOCK_M)
     time, head = index // GROUP, key_head * GROUP + index % GROUP
     inside = time < queries
@@ -80,19 +78,19 @@ def _decode_attention_split_kernel(
             key = tl.minimum(split * SPLIT + tl.arange(0, SPLIT), end - 1).to(tl.int64)
             _prefetch(k_head + key * k_time_stride, HEAD_DIM)
             _prefetch(v_head + key * v_time_stride, HEAD_DIM)
-    wait(DEPENDENT)
+    wait(DEPENDENT, counter_ptr, arrivals)
     q = tl.load(q_rows[:, None] + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        row = key.to(tl.int64)
+        position = key.to(tl.int64)
         filled = key < end
         # [HEAD_DIM, BLOCK_N]
-        k = tl.load(k_head + row[None, :] * k_time_stride + lane[:, None], mask=filled[None, :], other=0.0)
+        k = tl.load(k_head + position[None, :] * k_time_stride + lane[:, None], mask=filled[None, :], other=0.0)
         # [BLOCK_N, HEAD_DIM]
-        v = tl.load(v_head + row[:, None] * v_time_stride + lane[None, :], mask=filled[:, None], other=0.0)
+        v = tl.load(v_head + position[:, None] * v_time_stride + lane[None, :], mask=filled[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * SCALE  # [BLOCK_M, BLOCK_N]
         scores = tl.where(key[None, :] <= last_key[:, None], scores, float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1))
@@ -112,6 +110,24 @@ def _decode_attention_split_kernel(
         tl.store(part_ptr + part[:, None] * HEAD_DIM + lane[None, :], acc, mask=inside[:, None])
         tl.store(part_max_ptr + part, m, mask=inside)
         tl.store(part_sum_ptr + part, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "splits"])  # a growing cache must not compile again
+def _decode_attention_split_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr,
+    q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
+    v_batch_stride, v_time_stride, v_head_stride, queries, keys, splits,
+    SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """A program does what `attend` says. Grid: (splits, B * K)."""
+    attend(
+        tl.program_id(0), tl.program_id(1), q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, part_ptr, part_max_ptr,
+        part_sum_ptr, q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride,
+        k_head_stride, v_batch_stride, v_time_stride, v_head_stride, queries, keys, splits, None, 0, SCALE,
+        KEY_HEADS, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, SPLIT, ONE_SPLIT, DEPENDENT,
+    )  # fmt: skip
 
 
 @triton.jit

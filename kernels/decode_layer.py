@@ -82,34 +82,34 @@ MERGED_ELEMENTS = 4096
 MAX_WIDTH = TABLE["decode_down"][-1].size
 
 
-@triton.jit(do_not_specialize=["rows", "queries", "keys"])
-def _norm_qkv_rope_kernel(
-    x_ptr, scale_ptr, w_ptr, cos_ptr, sin_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, rows, queries, keys,
+@triton.jit
+def norm_qkv_rope(
+    unit, x_ptr, scale_ptr, w_ptr, cos_ptr, sin_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, rows, queries, keys,
     table_batch_stride, k_batch_stride, k_time_stride, k_head_stride, v_batch_stride, v_time_stride,
-    v_head_stride, EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
-    HALF: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    v_head_stride, counter_ptr, arrivals, EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+    AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns PAIRS pairs of columns (i, i + HALF) of one head, the pairs that rope rotates, for all
-    rows. Grid: (HALF / PAIRS, H + 2K).
+    """A unit is PAIRS pairs of columns (i, i + HALF) of one head, the pairs that rope rotates, for all rows.
+    Units: (H + 2K) HALF / PAIRS.
 
     q [R, H, 2 HALF] is contiguous; tables are [B or 1, T, HALF] with contiguous rows. New keys and values go
     to position lengths[b] - T + t of the caches, and nowhere if that lies outside.
     """
     PAIRS: tl.constexpr = 4 * GROUPS
-    head = tl.program_id(1)
+    head, part = unit // (HALF // PAIRS), unit % (HALF // PAIRS)
     member = members(GROUPS)
-    column = head * (2 * HALF) + tl.program_id(0) * PAIRS + member // 2 + member % 2 * HALF
+    column = head * (2 * HALF) + part * PAIRS + member // 2 + member % 2 * HALF
     w, exists = w_ptr + column.to(tl.int64) * WIDTH, column < (HEADS + 2 * KEY_HEADS) * 2 * HALF
     ws = tiles(w, exists, WIDTH, WARPS, AHEAD)
     scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
     row = tl.arange(0, 16)
-    lane = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :]
+    lane = part * PAIRS + tl.arange(0, PAIRS)[None, :]
     batch, time = row // queries, row % queries
-    inside = (row < rows)[:, None] & (lane < HALF)
+    inside = (row < rows)[:, None] & (lane < HALF) & (head < HEADS + 2 * KEY_HEADS)
     table = (batch.to(tl.int64) * table_batch_stride + time * HALF)[:, None] + lane
     rotated = inside & (head < HEADS + KEY_HEADS)  # queries and keys are rotated, values are not
-    wait(DEPENDENT)
+    wait(DEPENDENT, counter_ptr, arrivals)
     length = tl.load(lengths_ptr + batch, mask=row < rows, other=0)
     cos = tl.load(cos_ptr + table, mask=rotated, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + table, mask=rotated, other=0.0).to(tl.float32)
@@ -141,11 +141,28 @@ def _norm_qkv_rope_kernel(
         tl.store(v_ptr + start[:, None] + lane + HALF, b, mask=there)
 
 
+@triton.jit(do_not_specialize=["rows", "queries", "keys"])
+def _norm_qkv_rope_kernel(
+    x_ptr, scale_ptr, w_ptr, cos_ptr, sin_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, rows, queries, keys,
+    table_batch_stride, k_batch_stride, k_time_stride, k_head_stride, v_batch_stride, v_time_stride,
+    v_head_stride, EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
+    HALF: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """A program is a unit of `norm_qkv_rope`."""
+    norm_qkv_rope(
+        tl.program_id(0), x_ptr, scale_ptr, w_ptr, cos_ptr, sin_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, rows,
+        queries, keys, table_batch_stride, k_batch_stride, k_time_stride, k_head_stride, v_batch_stride,
+        v_time_stride, v_head_stride, None, 0, EPS, WIDTH, HEADS, KEY_HEADS, HALF, GROUPS, WARPS, AHEAD,
+        DEPENDENT,
+    )  # fmt: skip
+
+
 @triton.jit
-def _own(rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's columns of the residual stream: offsets [16, COLUMNS], and which of them exist."""
+def _own(unit, rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """A unit's columns of the residual stream: offsets [16, COLUMNS], and which of them exist."""
     row = tl.arange(0, 16)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = unit * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return row * WIDTH + column, (row < rows) & (column < WIDTH)
 
 
@@ -155,28 +172,27 @@ def _sum(y, x):
     return (y.to(x.dtype).to(tl.float32) + x.to(tl.float32)).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["keys"])
-def _combine_o_kernel(
-    part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, w_ptr, x_ptr, sum_ptr, keys, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr,
-    GROUPS: tl.constexpr, WARPS: tl.constexpr, DEPENDENT: tl.constexpr,
+@triton.jit
+def combine_o(
+    unit, part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, w_ptr, x_ptr, sum_ptr, keys, counter_ptr,
+    arrivals, WIDTH: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """`_decode_attention_combine_kernel` and `_project_kernel` of a single row, bit for bit: a program owns 8
-    GROUPS columns of the residual stream, and adds the splits of all heads itself. Grid:
-    ceil(WIDTH / (8 GROUPS)).
+    """`_decode_attention_combine_kernel` and `project` of a single row, bit for bit: a unit is 8 GROUPS
+    columns of the residual stream, and adds the splits of all heads itself. Units: ceil(WIDTH / (8 GROUPS)).
     """
     dtype: tl.constexpr = sum_ptr.dtype.element_ty
     INPUTS: tl.constexpr = HEADS * HEAD_DIM
     TILES: tl.constexpr = (BLOCK_H * HEAD_DIM + 32 * WARPS - 1) // (32 * WARPS)
     number = members(TILES * GROUPS)
-    column = tl.program_id(0) * 8 * GROUPS + number % (8 * GROUPS)
+    column = unit * 8 * GROUPS + number % (8 * GROUPS)
     rows_of_w, t = w_ptr + column.to(tl.int64) * INPUTS, number // (8 * GROUPS)
     w = tile(rows_of_w, column < WIDTH, t, INPUTS, WARPS)  # all of it
-    own, there = _own(1, WIDTH, 8 * GROUPS)
+    own, there = _own(unit, 1, WIDTH, 8 * GROUPS)
     head = tl.arange(0, BLOCK_H)[:, None]
     splits = tl.cdiv(keys, SPLIT)
     filled = tl.minimum(tl.cdiv(early_length(lengths_ptr).to(tl.int32), SPLIT), splits)
-    wait(DEPENDENT)
+    wait(DEPENDENT, counter_ptr, arrivals)
     residual = tl.load(x_ptr + own, mask=there, other=0.0)
     mixed = combined(
         part_ptr, part_max_ptr, part_sum_ptr, head, head < HEADS, splits, filled, HEAD_DIM, DEPENDENT
@@ -188,40 +204,67 @@ def _combine_o_kernel(
     tl.store(sum_ptr + own, _sum(tl.sum(acc, 0), residual), mask=there)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _project_kernel(
-    h_ptr, w_ptr, x_ptr, sum_ptr, rows, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
-    WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+@triton.jit(do_not_specialize=["keys"])
+def _combine_o_kernel(
+    part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, w_ptr, x_ptr, sum_ptr, keys, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """x + h w^T with h [R, INPUTS]. A program owns 8 GROUPS columns of the residual stream for all rows.
-    Grid: ceil(WIDTH / (8 GROUPS)).
+    """A program is a unit of `combine_o`."""
+    combine_o(
+        tl.program_id(0), part_ptr, part_max_ptr, part_sum_ptr, lengths_ptr, w_ptr, x_ptr, sum_ptr, keys,
+        None, 0, WIDTH, HEADS, HEAD_DIM, SPLIT, BLOCK_H, GROUPS, WARPS, DEPENDENT,
+    )  # fmt: skip
+
+
+@triton.jit
+def project(
+    unit, h_ptr, w_ptr, x_ptr, sum_ptr, rows, counter_ptr, arrivals, INPUTS: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """x + h w^T with h [R, INPUTS]. A unit is 8 GROUPS columns of the residual stream for all rows. Units:
+    ceil(WIDTH / (8 GROUPS)).
     """
-    column = tl.program_id(0) * 8 * GROUPS + members(GROUPS)
+    column = unit * 8 * GROUPS + members(GROUPS)
     w = w_ptr + column.to(tl.int64) * INPUTS
     ws = tiles(w, column < WIDTH, INPUTS, WARPS, AHEAD)
-    own, there = _own(rows, WIDTH, 8 * GROUPS)
-    wait(DEPENDENT)
+    own, there = _own(unit, rows, WIDTH, 8 * GROUPS)
+    wait(DEPENDENT, counter_ptr, arrivals)
     residual = tl.load(x_ptr + own, mask=there, other=0.0)
     y = multiply(h_ptr, INPUTS, rows, ws, w, column < WIDTH, INPUTS, GROUPS, WARPS, AHEAD, DEPENDENT)
     tl.store(sum_ptr + own, _sum(y, residual), mask=there)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm_gate_up_kernel(
-    x_ptr, scale_ptr, w_ptr, act_ptr, rows, EPS: tl.constexpr, WIDTH: tl.constexpr, FFN: tl.constexpr,
-    GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+def _project_kernel(
+    h_ptr, w_ptr, x_ptr, sum_ptr, rows, INPUTS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the activations [R, FFN] for all rows, with the gate and up weights.
-    Grid: ceil(FFN / COLUMNS).
+    """A program is a unit of `project`."""
+    project(
+        tl.program_id(0), h_ptr, w_ptr, x_ptr, sum_ptr, rows, None, 0, INPUTS, WIDTH, GROUPS, WARPS, AHEAD,
+        DEPENDENT,
+    )  # fmt: skip
+
+
+@triton.jit
+def norm_gate_up(
+    unit, x_ptr, scale_ptr, w_ptr, act_ptr, rows, counter_ptr, arrivals, EPS: tl.constexpr,
+    WIDTH: tl.constexpr, FFN: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """A unit is COLUMNS columns of the activations [R, FFN] for all rows, with the gate and up weights.
+    Units: ceil(FFN / COLUMNS).
     """
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = 4 * GROUPS
     member = members(GROUPS)
-    column = tl.program_id(0) * COLUMNS + member // 2
+    column = unit * COLUMNS + member // 2
     w = w_ptr + (member % 2 * FFN + column).to(tl.int64) * WIDTH
     ws = tiles(w, column < FFN, WIDTH, WARPS, AHEAD)
     scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
-    wait(DEPENDENT)
+    wait(DEPENDENT, counter_ptr, arrivals)
     y = norm_multiply(
         x_ptr, WIDTH, rows, ws, w, column < FFN, scales, scale_ptr, EPS, WIDTH, GROUPS, WARPS, AHEAD,
         DEPENDENT
@@ -229,9 +272,21 @@ def _norm_gate_up_kernel(
     gate, up = tl.split(tl.reshape(y.to(dtype), [16, COLUMNS, 2]))  # [16, COLUMNS]
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     row = tl.arange(0, 16)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    column = unit * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     act = (gate * tl.sigmoid(gate) * up).to(dtype)
     tl.store(act_ptr + row * FFN + column, act, mask=(row < rows) & (column < FFN))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_gate_up_kernel(
+    x_ptr, scale_ptr, w_ptr, act_ptr, rows, EPS: tl.constexpr, WIDTH: tl.constexpr, FFN: tl.constexpr,
+    GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """A program is a unit of `norm_gate_up`."""
+    norm_gate_up(
+        tl.program_id(0), x_ptr, scale_ptr, w_ptr, act_ptr, rows, None, 0, EPS, WIDTH, FFN, GROUPS, WARPS,
+        AHEAD, DEPENDENT,
+    )  # fmt: skip
 
 
 def _decode_layer(
@@ -254,7 +309,7 @@ def _decode_layer(
 
     q = empty(batch, queries, heads, head_dim)
     options = config("decode_qkv", width, dependent)
-    _norm_qkv_rope_kernel[(head_dim // 8 // options["GROUPS"], heads + 2 * key_heads)](
+    _norm_qkv_rope_kernel[(head_dim // 8 // options["GROUPS"] * (heads + 2 * key_heads),)](
         x, input_norm, qkv, cos, sin, lengths, q, key_cache, value_cache, rows, queries, keys,
         cos.stride(0) if cos.dim() == 3 else 0, *key_cache.stride()[:3], *value_cache.stride()[:3], EPS=eps,
         WIDTH=width, HEADS=heads, KEY_HEADS=key_heads, HALF=head_dim // 2, **options,

@@ -31,14 +31,31 @@ import triton
 import triton.language as tl
 
 
+GRID = tl.constexpr(2)  # a value of DEPENDENT
+
+
 @triton.jit
-def wait(DEPENDENT: tl.constexpr):
-    """Waits for the kernels before this one, and lets the next one start. Must not stand inside a loop:
-    Triton 3.7 moves the pipelined loads of a loop above it.
+def wait(DEPENDENT: tl.constexpr, counter_ptr=None, arrivals=0):
+    """Waits for the kernels before this one, and lets the next one start. Must not stand inside a loop that
+    is pipelined: Triton 3.7 moves the loads of such a loop above it.
+
+    DEPENDENT is GRID: waits for the phase before this one of the same kernel, until the programs together
+    have arrived so many times.
     """
-    if DEPENDENT:
+    if DEPENDENT == GRID:
+        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
+            pass
+        tl.debug_barrier()
+    elif DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Makes what this program wrote visible to those that `wait` for its arrival -> how many came before."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
 
 @triton.jit
@@ -73,7 +90,10 @@ def tile(rows, there, t, WIDTH: tl.constexpr, WARPS: tl.constexpr):
     """
     warp = tl.arange(0, WARPS)[None, :, None, None]
     k = (t * WARPS + warp) * 32 + tl.arange(0, 32)[None, None, None, :]
-    return tl.load(rows + k, mask=there & (k < WIDTH), other=0.0)
+    # Not how they lie: it is the order in which the dimensions are dealt out, first to lanes and then to
+    # warps. Triton 3.6 would deal out [3, 0, 1, 2], and exchange every tile through shared memory.
+    pointers = tl.max_contiguous(rows + k, [1, 2, 4, 32])
+    return tl.load(pointers, mask=there & (k < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -138,7 +158,15 @@ def multiply(
 @triton.jit
 def scale_tiles(scale_ptr, WIDTH: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr):
     """The first COUNT tiles of a norm's weight [WIDTH]: one row, read by the eight rows that need it."""
-    return tiles(scale_ptr + 0 * members(1), members(1) < 8, WIDTH, WARPS, COUNT)
+    return tiles(_one_row(scale_ptr), members(1) < 8, WIDTH, WARPS, COUNT)
+
+
+@triton.jit
+def _one_row(pointer):
+    """The same row eight times. The grids here have one dimension, so that the factor is 0; a compiler that
+    knew it would deal out such a tile otherwise than those that it is multiplied with.
+    """
+    return pointer + members(1) * (tl.program_id(2) * 16)
 
 
 @triton.jit
@@ -160,7 +188,7 @@ def norm_multiply(
     for t in tl.static_range(TILES):
         if t + AHEAD < TILES:
             ws = ws + (tile(w, there, t + AHEAD, WIDTH, WARPS),)
-            scales = scales + (tile(scale_ptr + 0 * members(1), members(1) < 8, t + AHEAD, WIDTH, WARPS),)
+            scales = scales + (tile(_one_row(scale_ptr), members(1) < 8, t + AHEAD, WIDTH, WARPS),)
             xs = xs + (tile(x, inside, t + AHEAD, WIDTH, WARPS),)
         wide = ws[t].to(tl.float32) * scales[t].to(tl.float32)
         scaled = wide.to(ws[t].dtype)
