@@ -186,6 +186,7 @@ def _groups(columns: int, per_group: int, programs: int) -> int:
 def decode_layers(
     x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor],
     lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, dependent: bool = False, by_phase: bool = False,
+    cooperative: bool = False,
 ) -> Tensor:  # fmt: skip
     """`decode_layer` of all layers, one after the other."""
     batch, queries, width = x.shape
@@ -223,6 +224,8 @@ def decode_layers(
         BLOCK_H=max(triton.next_power_of_2(heads), 32 * WARPS // head_dim), QKV_GROUPS=qkv, O_GROUPS=o,
         GATE_GROUPS=gate, DOWN_GROUPS=down, WARPS=WARPS, ONE_ROW=rows == 1, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
+    if cooperative:
+        constants["launch_cooperative_grid"] = True
     if by_phase:
         for layer in range(len(layers)):
             for phase in range(PHASES):
