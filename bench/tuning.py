@@ -83,7 +83,10 @@ _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
     "decode_gate_up": ("decode_layer", "forward", ((5, 1, 4), (9, 2, 2), (5, 2, 4), (5, 2, 8))),
     "decode_o": ("decode_layer", "forward", ((8, 1, 4), (8, 2, 8))),
     "decode_down": ("decode_layer", "forward", ((16, 1, 4), (4, 1, 16), (8, 2, 8))),
-    "decode_head": ("decode_head", "forward", ((5, 2, 4), (2, 4, 4), (2, 4, 8), (9, 2, 2))),
+    "decode_head": (
+        "decode_head", "forward",
+        ((3, 128, 4, 4), (1, 128, 4, 8), (2, 128, 8, 5), (3, 64, 4, 5), (2, 64, 4, 6), (1, 256, 8, 5)),
+    ),
 }  # fmt: skip
 CANDIDATES = {
     op: (case, phase, tuple(LaunchConfig(*line) for line in lines))

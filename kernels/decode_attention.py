@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.decode_product import early_length, requested, wait
+from kernels.decode_product import early_length, prefetch, requested, wait
 from kernels.launch_config import dependence, launch_config
 from kernels.tracing import traceable
 
@@ -34,17 +34,6 @@ HEAD_DIMS = (32, 64, 128)
 MAX_QUERIES = 16
 KEYS_PER_SPLIT = 128  # changes the rounding of the result, so it is not a tuning parameter
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _prefetch(rows, HEAD_DIM: tl.constexpr):
-    """Requests these rows of HEAD_DIM elements [N] for the L2 cache, in lines of 128 bytes."""
-    LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
-    for start in tl.static_range(0, HEAD_DIM, LINE):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [(rows + start).to(tl.int64)], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -76,8 +65,8 @@ def attend(
     if DEPENDENT:  # most keys and values are older than the launch before, but the newest are not
         if split * SPLIT < end:
             key = tl.minimum(split * SPLIT + tl.arange(0, SPLIT), end - 1).to(tl.int64)
-            _prefetch(k_head + key * k_time_stride, HEAD_DIM)
-            _prefetch(v_head + key * v_time_stride, HEAD_DIM)
+            prefetch(k_head + key * k_time_stride, HEAD_DIM)
+            prefetch(v_head + key * v_time_stride, HEAD_DIM)
     wait(DEPENDENT, counter_ptr, arrivals)
     q = tl.load(q_rows[:, None] + lane[None, :], mask=inside[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)

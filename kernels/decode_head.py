@@ -6,26 +6,35 @@
 x [N, E], norm weight scale [E], head w [V, E], logits [N, V]; N rows (1 to 16), E hidden width, V vocabulary.
 No backward pass.
 
-The kernel reads the head once, whatever N is: V E elements, 56.6 MB of the 135M model in 16 bits, 19 us at
-3.0 TB/s, the largest single read of a decode step (an 8-bit head would save 12 us of the step's floor of 98).
-A program owns 32 columns, 37 kB, and multiplies all rows at once (decode_product.py): 1,536 programs of four
-warps. Each computes the norm again. The version before, which multiplied the rows one after the other, took
-an H100 78 us at 16 rows; this one has not been measured.
+The kernel reads the head once, whatever N is: V E elements, 56.6 MB of the 135M model in 16 bits, 13 us at
+the 4.3 TB/s of an H200, the largest single read of a decode step. The version before took 52.7 us there for
+the logits of 16 rows, where the composition takes 38.4: 2,048 programs computed the norm again, multiplied
+every weight by its scale and waited for memory without overlap. This one has not been measured.
 
-Greedy decoding needs no logits. The same kernel then writes 8 bytes a program and row, a sixteenth of the
-logits' bytes, and the launch that ends the step (decode_step.py) reads only the fp32 half of them. Suppressed
-tokens count as -inf, NaN as +inf: a row's maximum tells whether the row is finite.
+Everything is laid out for that read. Two programs stay on a multiprocessor, and each walks over its tiles
+of columns in blocks of 64 elements of E, tile after tile in one loop: the weights of four blocks are under
+way to shared memory, also while the logits of a tile are written. Nothing is done to a weight but to multiply
+it, from shared memory. The norm and its weight are applied to the rows instead, a block [64, 16] at a time,
+1/8 of a tile of the weights, from the L2 cache: on sm_90 a warp takes 300 instructions for each 16 kB of
+weights. The sums of squares are computed in the first iteration, after the first weights were requested. A
+dependent launch requests a whole tile for L2 before it waits.
 
-Rounding: only that of the result to fp32. The composition rounds the normalised row, and the logits to the
-model's dtype: bfloat16 logits near 20 are 1/8 apart, so several may share the maximum. Batch invariance as in
-decode_layer.py: one compiled kernel for every N.
+In 16 bits the normalised row is a sum of two numbers of the model's dtype, which together hold 16 bits or
+more. They stand beside each other as columns of one product, [128, 64] times [64, 32] for 16 rows.
+
+Greedy decoding needs no logits. The same kernel then writes 8 bytes a tile and row, and the launch that ends
+the step (decode_step.py) reads only the fp32 half of them, 1.5 kB a row. Suppressed tokens count as -inf, NaN
+as +inf: a row's maximum tells whether the row is finite.
+
+Rounding: that of the normalised row to 16 bits or more, and of the result to fp32. The composition rounds the
+normalised row, and the logits to the model's dtype: bfloat16 logits near 20 are 1/8 apart, so several may
+share the maximum. All 16 rows are always multiplied, rows past N as zeros: one compiled kernel serves every
+N, and a row's bits do not depend on the other rows (batch invariance).
 
 Check: pytest tests -k decode_head
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -33,64 +42,101 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.decode_product import members, norm_multiply, scale_tiles, tiles, wait
-from kernels.launch_config import decode_launch, launch_config
+from kernels.decode_product import prefetch, wait
+from kernels.launch_config import dependence, launch_config, multiprocessors
 from kernels.layout import dense_rows
 from kernels.tracing import traceable
 
 MAX_ROWS = 16
+BLOCK_K = 64  # in 16 bits 128 bytes: one swizzled row of shared memory
+
+
+@triton.jit
+def _rstd(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """1 / sqrt(mean(x^2) + EPS) of the rows that x, inside [16] point to -> [16]."""
+    CHUNK: tl.constexpr = min(512, triton.next_power_of_2(WIDTH))
+    lane = tl.arange(0, CHUNK)
+    total = tl.zeros([16], tl.float32)
+    for start in tl.static_range(0, WIDTH, CHUNK):
+        there = inside[:, None] & (start + lane < WIDTH)[None, :]
+        part = tl.load(x[:, None] + start + lane[None, :], mask=there, other=0.0).to(tl.float32)
+        total += tl.sum(part * part, axis=1)
+    return tl.rsqrt(total / WIDTH + EPS)
 
 
 @triton.jit(do_not_specialize=["rows", "vocabulary"])
 def _norm_head_kernel(
     x_ptr, scale_ptr, w_ptr, suppressed_ptr, out_ptr, id_ptr, rows, vocabulary, x_stride, w_stride,
-    EPS: tl.constexpr, WIDTH: tl.constexpr, BEST: tl.constexpr, SUPPRESS: tl.constexpr, GROUPS: tl.constexpr,
-    WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, BEST: tl.constexpr, SUPPRESS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns COLUMNS columns of the logits for all rows. Grid: ceil(V / COLUMNS).
+    """A program owns every grid-th tile: BLOCK_N columns of the logits for all rows. Any grid.
 
-    out is [N, V]; with BEST it and id are [N, programs], the highest of these columns and its index. Only
-    then suppressed [V] has a meaning.
+    out is [N, V]; with BEST it and id are [N, tiles], the highest of these columns and its index. Only then
+    suppressed [V] has a meaning.
     """
-    COLUMNS: tl.constexpr = 8 * GROUPS
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    allowed = column < vocabulary
-    of_w = tl.program_id(0) * COLUMNS + members(GROUPS)
-    w, exists = w_ptr + of_w.to(tl.int64) * w_stride, of_w < vocabulary
-    ws = tiles(w, exists, WIDTH, WARPS, AHEAD)
-    scales = scale_tiles(scale_ptr, WIDTH, WARPS, AHEAD)
+    PARTS: tl.constexpr = 1 if w_ptr.dtype.element_ty == tl.float32 else 2  # of a normalised row
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    tiles = tl.cdiv(vocabulary, BLOCK_N)
+    first_tile, programs = tl.program_id(0), tl.num_programs(0)
+    n, row = tl.arange(0, BLOCK_N), tl.arange(0, 16)
+    if DEPENDENT:
+        early = tl.minimum(first_tile * BLOCK_N + n, vocabulary - 1)
+        prefetch(w_ptr + early.to(tl.int64) * w_stride, min(WIDTH, 1024))
     wait(DEPENDENT)
-    if SUPPRESS:
-        allowed &= tl.load(suppressed_ptr + column, mask=allowed, other=1) == 0
-    logits = norm_multiply(
-        x_ptr, x_stride, rows, ws, w, exists, scales, scale_ptr, EPS, WIDTH, GROUPS, WARPS, AHEAD, DEPENDENT,
-        EXACT=True
-    )  # fmt: skip
-    row = tl.arange(0, 16).to(tl.int64)
-    if BEST:
-        score = tl.where(allowed[None, :], tl.where(logits == logits, logits, float("inf")), float("-inf"))
-        highest = tl.max(score, axis=1)
-        first = tl.min(tl.where(score == highest[:, None], column[None, :], vocabulary), axis=1)
-        target = row * tl.num_programs(0) + tl.program_id(0)
-        tl.store(out_ptr + target, highest, mask=row < rows)
-        tl.store(id_ptr + target, first, mask=row < rows)
-    else:
-        target = row[:, None] * vocabulary + column[None, :]
-        tl.store(out_ptr + target, logits, mask=(row < rows)[:, None] & allowed[None, :])
+    x, inside = x_ptr + row.to(tl.int64) * x_stride, row < rows
+    rstd = tl.zeros([16], tl.float32)
+    acc = tl.zeros([BLOCK_N, 16 * PARTS], tl.float32)
+    for step in range(0, tl.cdiv(tiles - first_tile, programs) * BLOCKS):
+        tile, block = first_tile + step // BLOCKS * programs, step % BLOCKS
+        column, k = tile * BLOCK_N + n, block * BLOCK_K + tl.arange(0, BLOCK_K)
+        exists, there = column < vocabulary, k < WIDTH
+        of_w = w_ptr + column.to(tl.int64)[:, None] * w_stride + k[None, :]
+        w = tl.load(of_w, mask=exists[:, None] & there[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        if step == 0:  # not before the loop, which begins by requesting its first tiles of w
+            rstd = _rstd(x, inside, WIDTH, EPS)
+        scale = tl.load(scale_ptr + k, mask=there, other=0.0).to(tl.float32)
+        part = tl.load(x[None, :] + k[:, None], mask=there[:, None] & inside[None, :], other=0.0)
+        y = part.to(tl.float32) * scale[:, None] * rstd[None, :]  # [BLOCK_K, 16]
+        if PARTS == 1:  # sums of short chains of fmas are more exact than one over the whole width
+            acc = tl.fma(tl.dot(w, y, input_precision="ieee"), 1.0, acc)
+        else:
+            high = y.to(w.dtype)
+            rest = (y - high.to(tl.float32)).to(w.dtype)
+            acc = tl.dot(w, tl.join(high, rest).reshape(BLOCK_K, 32), acc)
+        if block == BLOCKS - 1:
+            logits = tl.sum(acc.reshape(BLOCK_N, 16, PARTS), axis=2)
+            if BEST:
+                allowed = exists
+                if SUPPRESS:
+                    allowed &= tl.load(suppressed_ptr + column, mask=exists, other=1) == 0
+                known = tl.where(logits == logits, logits, float("inf"))
+                score = tl.where(allowed[:, None], known, float("-inf"))
+                highest = tl.max(score, axis=0)
+                first = tl.min(tl.where(score == highest[None, :], column[:, None], vocabulary), axis=0)
+                target = row.to(tl.int64) * tiles + tile
+                tl.store(out_ptr + target, highest, mask=inside)
+                tl.store(id_ptr + target, first, mask=inside)
+            else:
+                target = row.to(tl.int64)[None, :] * vocabulary + column[:, None]
+                tl.store(out_ptr + target, logits, mask=inside[None, :] & exists[:, None])
+            acc = tl.zeros([BLOCK_N, 16 * PARTS], tl.float32)
 
 
 def _launch(
     x: Tensor, scale: Tensor, weight: Tensor, eps: float, out: Tensor, dependent: bool,
     ids: Tensor | None = None, suppressed: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills the logits [N, V], or with ids the best [N, P] of each program; nothing where that is empty."""
+    """Fills the logits [N, V], or with ids the best [N, P] of each tile; nothing where that is empty."""
     width, vocabulary = x.shape[1], weight.shape[0]
     if out.numel():
-        options: dict[str, Any] = decode_launch("decode_head", x.dtype, x.device, width, dependent)
-        _norm_head_kernel[(triton.cdiv(vocabulary, 8 * options["GROUPS"]),)](
+        config = launch_config("decode_head", x.dtype, x.device, width)
+        tiles = triton.cdiv(vocabulary, config.block_n)
+        _norm_head_kernel[(min(tiles, config.block_m * multiprocessors(x.device)),)](
             x, scale, weight, x if suppressed is None else suppressed, out, out if ids is None else ids,
             x.shape[0], vocabulary, x.stride(0), weight.stride(0), EPS=eps, WIDTH=width, BEST=ids is not None,
-            SUPPRESS=suppressed is not None, **options,
+            SUPPRESS=suppressed is not None, BLOCK_N=config.block_n, BLOCK_K=BLOCK_K,
+            num_warps=config.num_warps, num_stages=config.num_stages, **dependence(x.device, dependent),
         )  # fmt: skip
 
 
@@ -104,8 +150,8 @@ def _decode_head(x: Tensor, scale: Tensor, weight: Tensor, eps: float, dependent
 
 def _empty_best(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     # int: torch.compile has a symbol there
-    groups = launch_config("decode_head", x.dtype, x.device, int(x.shape[1])).block_n
-    size = (x.shape[0], triton.cdiv(weight.shape[0], 8 * groups))
+    columns = launch_config("decode_head", x.dtype, x.device, int(x.shape[1])).block_n
+    size = (x.shape[0], triton.cdiv(weight.shape[0], columns))
     return x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int32)
 
 

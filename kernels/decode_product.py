@@ -77,6 +77,17 @@ def requested(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def prefetch(rows, WIDTH: tl.constexpr):
+    """Requests these rows of WIDTH elements [N] for the L2 cache, in lines of 128 bytes."""
+    LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    for start in tl.static_range(0, WIDTH, LINE):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [(rows + start).to(tl.int64)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def members(GROUPS: tl.constexpr):
     """The numbers 0 .. 8 GROUPS - 1 of the rows of a tile, [GROUPS, 1, 8, 1]."""
     group = tl.arange(0, GROUPS)[:, None, None, None]
@@ -173,10 +184,9 @@ def _one_row(pointer):
 def norm_multiply(
     x_ptr, x_stride, rows, ws, w, there, scales, scale_ptr, EPS: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
-    EXACT: tl.constexpr = False,
 ):  # fmt: skip
     """`multiply` of the normalised rows, without rounding them: x (w * scale)^T * rstd, rstd =
-    1 / sqrt(mean(x^2) + EPS). w * scale is rounded to the weights' dtype, unless EXACT.
+    1 / sqrt(mean(x^2) + EPS). w * scale is rounded to the weights' dtype.
     """
     TILES: tl.constexpr = (WIDTH + 32 * WARPS - 1) // (32 * WARPS)
     row = members(2)
@@ -193,8 +203,6 @@ def norm_multiply(
         wide = ws[t].to(tl.float32) * scales[t].to(tl.float32)
         scaled = wide.to(ws[t].dtype)
         acc = add_product(acc, xs[t], scaled, GROUPS, WARPS)
-        if EXACT and ws[t].dtype != tl.float32:  # what rounding took away has as many bits again
-            acc = add_product(acc, xs[t], (wide - scaled.to(tl.float32)).to(ws[t].dtype), GROUPS, WARPS)
         squares = add_squares(squares, xs[t], WARPS)
     index = tl.arange(0, 16)
     own = index[:, None] == index[None, :]

@@ -11,8 +11,8 @@ their ids. No backward pass.
 
 A step is a chain of launches, each of which waits for the one before it, so at batch 1 these operations cost
 launches and not bytes. As torch's own they are twenty small kernels, some 40 us (predicted). One launch each,
-they take what a launch takes: a row of the embedding and two of the tables are 1.4 kB, the 1,536 scores of
-the 135M model 6 kB. More than 16 rows have whole logits, in 16 bits 98 kB a row, 25 MB at batch 256.
+they take what a launch takes: a row of the embedding and two of the tables are 1.4 kB, the 384 scores of the
+135M model 1.5 kB. More than 16 rows have whole logits, in 16 bits 98 kB a row, 25 MB at batch 256.
 
 Both kernels write what they have read: the length, the slot, the mark of a finished row. A row belongs to one
 program, so that no program reads what another one writes. Within a program the threads of all warps load

@@ -210,12 +210,15 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # block_n: scores at a time, all of which are requested before one is needed
     "next_token": (Row(1 << 20, LaunchConfig(1, 8192, num_warps=16)),),
+    # block_m: programs of a multiprocessor; block_n: columns of the vocabulary at a time. On an H200 4.3 TB/s
+    # at a latency of 1.2 us want 40 kB under way on each multiprocessor: there are 128. Not measured.
     "decode_head": (
-        INTERPRETED_GROUPS,
-        AMD_GROUPS,
-        Row(640, LaunchConfig(3, 4, num_warps=4)),
-        Row(1024, LaunchConfig(3, 2, num_warps=4)),
-        Row(1 << 14, LaunchConfig(2, 2, num_warps=8)),
+        Row(1 << 14, LaunchConfig(2, 32, num_warps=4), architectures=(INTERPRETER,)),
+        Row(1 << 14, LaunchConfig(2, 128, num_warps=4, num_stages=5), (2,), WARPGROUP),
+        Row(1 << 14, LaunchConfig(2, 64, num_warps=4, num_stages=4), (2,), ("sm_80", "sm_120")),
+        Row(1 << 14, LaunchConfig(2, 64, num_warps=8, num_stages=2), (2,), ("gfx1100",)),
+        Row(1 << 14, LaunchConfig(2, 64, num_warps=4, num_stages=2), (2,), ("gfx942",)),
+        Row(1 << 14, LaunchConfig(4, 32, num_warps=4, num_stages=2)),
     ),
     # block_n: columns of the vocabulary at a time. 16 warps, because all rows between their two passes must
     # fit in L2. More than one stage would prefetch the next columns; not measured.

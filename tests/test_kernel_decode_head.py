@@ -142,7 +142,7 @@ def same_best(*tensors, suppressed=None):
     logits = logits.where(~logits.isnan(), torch.inf)
     if suppressed is not None:
         logits = logits.masked_fill(suppressed, -torch.inf)
-    columns = 8 * launch_config("decode_head", tensors[0].dtype, DEVICE, tensors[0].shape[1]).block_n
+    columns = launch_config("decode_head", tensors[0].dtype, DEVICE, tensors[0].shape[1]).block_n
     padded = F.pad(logits, (0, -logits.shape[1] % columns), value=-torch.inf).unflatten(1, (-1, columns))
     expected = padded.max(-1)
     first = expected.indices + torch.arange(0, padded.shape[1] * columns, columns, device=DEVICE)
@@ -154,7 +154,7 @@ def same_best(*tensors, suppressed=None):
 def mask_of(vocabulary):
     """Some tokens, all of a tile among them, whatever its size here or on a GPU."""
     return (torch.arange(vocabulary, device=DEVICE) % 3 == 0).index_fill(
-        0, torch.arange(16, 48, device=DEVICE), True
+        0, torch.arange(64, device=DEVICE), True
     )
 
 
@@ -207,7 +207,7 @@ def test_the_best_of_a_row_alone_are_those_in_a_batch(dtype):
 
 def test_the_best_by_the_gpus_configuration():
     with configured_for("sm_90"):
-        same_best(*inputs(3, width=97, vocabulary=51), suppressed=mask_of(51))
+        same_best(*inputs(3, width=97, vocabulary=151), suppressed=mask_of(151))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,13 +19,12 @@ READS_ONLY = {"decode_layer", "decode_head", "_next_token_kernel"}
 # Kernels that must use their target's own matrix instruction.
 MATRIX_BOUND = {
     "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel", "_mlp_fwd_kernel",
-    "_mlp_bwd_kernel",
+    "_mlp_bwd_kernel", "_norm_head_kernel",
 }  # fmt: skip
-# The products of a decode step have 16 rows. On every NVIDIA target that takes mma.sync: wgmma and tcgen05
+# The products of a decode layer have 16 rows. On every NVIDIA target that takes mma.sync: wgmma and tcgen05
 # want 64 and more.
 SIXTEEN_ROWS = {
     "_norm_qkv_rope_kernel", "_combine_o_kernel", "_project_kernel", "_norm_gate_up_kernel",
-    "_norm_head_kernel",
 }  # fmt: skip
 
 # One line of certificate.json: a launch, without its repetitions, and its Figures by version of Triton.
