@@ -35,6 +35,8 @@ MODULES = (
 )  # fmt: skip
 SWIGLU = ((1, 512, 1), (2, 512, 2), (1, 512, 2), (2, 512, 4), (8, 512, 8))
 # the interpreter takes a quarter of a minute for some of the others
+NORM = ((1, 256, 1), (2, 256, 1), (4, 256, 4), (2, 128, 1), (8, 128, 4), (4, 64, 1))
+ROPE = ((8, 1, 1), (4, 5, 1), (16, 5, 2), (16, 1, 2), (32, 5, 4))
 TINY = ("attention_fwd", "swiglu", "rms_norm_bwd", "mlp_fwd")
 SETS = 24  # of inputs at most, so that each is cold when its turn comes again
 # Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Attention's
@@ -68,10 +70,17 @@ _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
     "adamw_norm": ("adamw", "forward", ((0, 8192, 16),)),
     "swiglu": ("swiglu", "forward", SWIGLU),
     "swiglu backward": ("swiglu", "backward", SWIGLU),
-    "rms_norm_fwd": ("add_rms_norm", "forward", ((1, 0, 1), (4, 0, 1), (4, 0, 2), (4, 0, 4), (8, 0, 4))),
-    "rms_norm_bwd": ("add_rms_norm", "backward", ((1, 0, 1), (4, 0, 2), (4, 0, 4), (8, 0, 4))),
-    "rms_norm_dw": ("add_rms_norm", "backward", ((256, 8, 4), (1024, 8, 8), (512, 16, 8), (256, 4, 4))),
-    "rope": ("rope_qkv", "forward", ((4, 0, 1), (16, 0, 1), (16, 0, 2), (32, 0, 4), (8, 0, 2))),
+    "rms_norm_fwd": ("rms_norm", "forward", NORM),
+    "rms_norm_fwd with residual": ("add_rms_norm", "forward", NORM),
+    "rms_norm_bwd": (
+        "add_rms_norm", "backward",
+        ((1, 256, 1, 2, False, 16), (1, 256, 1, 2, False, 12), (1, 256, 1, 3, False, 12),
+         (1, 256, 1, 3, False, 8), (1, 256, 1, 1, False, 16), (4, 256, 4, 1, False, 3)),
+    ),
+    # the last: a dependent launch
+    "rms_norm_dw": ("add_rms_norm", "backward", ((1024, 8, 8), (512, 4, 8), (512, 8, 8, 1, True))),
+    "rope": ("rope_qkv", "forward", ROPE),
+    "rope backward": ("rope_qkv", "backward", ROPE),
     "decode_attention": (
         "decode_attention", "forward",
         ((16, 32, 4, 2), (16, 128, 4, 2), (16, 64, 4, 3), (16, 64, 2, 2), (16, 128, 8, 2)),

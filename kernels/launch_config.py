@@ -44,7 +44,8 @@ class LaunchConfig(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int = 1
-    branch: bool = False  # attention: blocks that need no mask skip it
+    branch: bool = False  # attention: blocks that need no mask skip it; rms_norm_dw: a dependent launch
+    programs: int = 0  # a multiprocessor, that its registers must allow; 0: as many as they do
 
 
 class Row(NamedTuple):
@@ -236,13 +237,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "adamw_squares": (Row(1, LaunchConfig(0, 2048, num_warps=4)),),
     "adamw_norm": (Row(1, LaunchConfig(0, 4096, num_warps=8)),),
-    # block_m: tokens of a program; the size is the head dim. gfx942 has 64 lanes, so 16-byte accesses need
-    # twice as many tokens.
+    # block_m: tokens of a program, block_n: heads at most; the size is the head dim. gfx942 has 64 lanes, so
+    # 16-byte accesses need twice as many tokens.
     "rope": (
-        Row(64, LaunchConfig(16, 0, num_warps=1), architectures=("gfx942",)),
-        Row(64, LaunchConfig(8, 0, num_warps=1)),
-        Row(1 << 10, LaunchConfig(16, 0, num_warps=2), architectures=("gfx942",)),
-        Row(1 << 10, LaunchConfig(8, 0, num_warps=2)),
+        Row(64, LaunchConfig(16, 5, num_warps=1), architectures=("gfx942",)),
+        Row(64, LaunchConfig(8, 5, num_warps=1)),
+        Row(1 << 10, LaunchConfig(16, 5, num_warps=2), architectures=("gfx942",)),
+        Row(1 << 10, LaunchConfig(8, 5, num_warps=2)),
     ),
 }
 
@@ -287,6 +288,15 @@ def dependence(device: torch.device, dependent: bool = True) -> dict[str, bool]:
     return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
 
 
+def resident(device: torch.device, config: LaunchConfig) -> dict[str, int]:
+    """The option of a launch that keeps its registers to as many as let all its programs run at a time: a
+    multiprocessor of NVIDIA's has 65,536.
+    """
+    if not config.programs or not architecture(device).startswith("sm_"):
+        return {}
+    return {"maxnreg": min(255, 65536 // (32 * config.num_warps * config.programs) // 8 * 8)}
+
+
 def decode_launch(
     op: str, dtype: torch.dtype, device: torch.device, size: int, dependent: bool = True
 ) -> dict[str, int | bool]:
@@ -318,6 +328,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def programs(device: torch.device) -> int:
-    """How many programs a kernel that loops over rows needs to keep the device busy: 8 a multiprocessor."""
-    return multiprocessors(device) * (1 if architecture(device) == INTERPRETER else 8)
+def programs(device: torch.device, each: int = 0) -> int:
+    """How many programs a kernel that loops over rows needs to keep the device busy: so many a
+    multiprocessor, or 8.
+    """
+    return multiprocessors(device) * (1 if architecture(device) == INTERPRETER else each or 8)

@@ -10,9 +10,11 @@ read and written (and in the packed backward pass the values' 384 copied). Floor
 3.0 TB/s: 17 us each way.
 
 The kernel reads q and k by their strides, whether they are tensors of their own or slices of a packed
-projection [B, T, (H + 2K) * D]; nothing is transposed or copied first. `rope_qkv` takes the packed projection
-itself. Its backward kernel writes the gradients of q, k and v into one packed buffer in the same launch,
-where autograd would concatenate three tensors.
+projection [B, T, (H + 2K) * D]; nothing is transposed or copied first. A program requests all of its heads
+before it stores one, and owns few of them, so that many programs read at a time.
+
+`rope_qkv` takes the packed projection itself. Its backward kernel writes the gradients of q, k and v into one
+packed buffer in the same launch, where autograd would concatenate three tensors.
 
 `rope_cache` is the form of a decode step, in one launch too: the new keys and values go straight to their
 positions in the caches, which the kernel computes from the lengths of the rows. A step has few tokens, so a
@@ -25,6 +27,7 @@ Check: pytest tests -k rope
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,24 +55,25 @@ def _rotated(a, b, cos, sin):
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, y_ptr, x_row, y_row, x_head_stride, cos, sin, mask,
+    x_ptr, y_ptr, x_row, y_row, x_head_stride, cos, sin, mask, first,
     HEADS: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Rotates (or copies) all heads of one tensor for a tile of tokens. x_row, y_row [TOKENS] are offsets;
-    cos, sin, mask [TOKENS, HALF].
+    """Rotates (or copies) heads first .. first + HEADS - 1 of one tensor for a tile of tokens, all of which
+    are requested before one is stored. x_row, y_row [TOKENS] are offsets; cos, sin, mask [TOKENS, HALF].
     """
     lane = tl.arange(0, HALF)[None, :]
-    for head in tl.range(
-        HEADS, loop_unroll_factor=4
-    ):  # fully unrolled, 96 heads would compile for 10 seconds
-        source = x_row[:, None] + tl.cast(head, tl.int64) * x_head_stride + lane
-        target = y_row[:, None] + head * (2 * HALF) + lane
-        a = tl.load(x_ptr + source, mask=mask, other=0.0)  # [TOKENS, HALF]
-        b = tl.load(x_ptr + source + HALF, mask=mask, other=0.0)
+    halves = tl.tuple([])
+    for step in tl.static_range(HEADS):
+        source = x_ptr + x_row[:, None] + tl.cast(first + step, tl.int64) * x_head_stride + lane
+        a = tl.load(source, mask=mask, other=0.0)  # [TOKENS, HALF]
+        halves = halves + (a, tl.load(source + HALF, mask=mask, other=0.0))
+    for step in tl.static_range(HEADS):
+        target = y_ptr + y_row[:, None] + (first + step) * (2 * HALF) + lane
+        a, b = halves[2 * step], halves[2 * step + 1]
         if ROTATE:
             a, b = _rotated(a, b, cos, sin)
-        tl.store(y_ptr + target, a, mask=mask)
-        tl.store(y_ptr + target + HALF, b, mask=mask)
+        tl.store(target, a, mask=mask)
+        tl.store(target + HALF, b, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "length"])
@@ -78,36 +82,40 @@ def _rope_kernel(
     q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride, v_batch_stride, v_time_stride,
     v_head_stride, table_batch_stride, q_out_stride, k_out_stride, HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr, HALF: tl.constexpr, COPY_V: tl.constexpr, INVERSE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A program owns TOKENS tokens with all their heads, so it reads the tables once. Grid:
-    ceil(tokens / TOKENS).
+    """A program owns GROUP heads, all of q, of k or of v, of TOKENS tokens. Grid: ceil(tokens / TOKENS) times
+    the groups of a token, whose programs stand side by side.
 
     Tables are [B or 1, T, HALF] with contiguous rows. An out stride is that of a token; its heads are
     contiguous. COPY_V copies the value heads too (k and v then share an out stride).
     """
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    GROUPS: tl.constexpr = (HEADS + KEY_HEADS * (2 if COPY_V else 1)) // GROUP
+    first = tl.program_id(0) % GROUPS * GROUP
+    token = (tl.program_id(0) // GROUPS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     batch, time = token // length, token % length
     mask = (token < tokens)[:, None] & (tl.arange(0, HALF) < HALF)[None, :]  # [TOKENS, HALF]
-    table = (batch * table_batch_stride + time * HALF)[:, None] + tl.arange(0, HALF)[None, :]
-    cos = tl.load(cos_ptr + table, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + table, mask=mask, other=0.0).to(tl.float32)
-    if INVERSE:
-        sin = -sin
-    q_row = batch * q_batch_stride + time * q_time_stride
-    k_row = batch * k_batch_stride + time * k_time_stride
-    _rotate_heads(
-        q_ptr, q_out_ptr, q_row, token * q_out_stride, q_head_stride, cos, sin, mask, HEADS, HALF, True
-    )
-    _rotate_heads(
-        k_ptr, k_out_ptr, k_row, token * k_out_stride, k_head_stride, cos, sin, mask, KEY_HEADS, HALF, True
-    )
-    if COPY_V:
-        v_row = batch * v_batch_stride + time * v_time_stride
+    if first < HEADS + KEY_HEADS:
+        table = (batch * table_batch_stride + time * HALF)[:, None] + tl.arange(0, HALF)[None, :]
+        cos = tl.load(cos_ptr + table, mask=mask, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + table, mask=mask, other=0.0).to(tl.float32)
+        if INVERSE:
+            sin = -sin
+        if first < HEADS:
+            row = batch * q_batch_stride + time * q_time_stride
+            out = token * q_out_stride
+            _rotate_heads(q_ptr, q_out_ptr, row, out, q_head_stride, cos, sin, mask, first, GROUP, HALF, True)
+        else:
+            row = batch * k_batch_stride + time * k_time_stride
+            out = token * k_out_stride
+            first -= HEADS
+            _rotate_heads(k_ptr, k_out_ptr, row, out, k_head_stride, cos, sin, mask, first, GROUP, HALF, True)
+    elif COPY_V:
+        row = batch * v_batch_stride + time * v_time_stride
+        first -= HEADS + KEY_HEADS
         _rotate_heads(
-            v_ptr, v_out_ptr, v_row, token * k_out_stride, v_head_stride, cos, sin, mask, KEY_HEADS, HALF,
-            False,
-        )  # fmt: skip
+            v_ptr, v_out_ptr, row, token * k_out_stride, v_head_stride, 0, 0, mask, first, GROUP, HALF, False
+        )
 
 
 @triton.jit
@@ -168,11 +176,15 @@ def _launch(
         return
     config = launch_config("rope", q.dtype, q.device, head_dim)
     values = k if v is None else v
-    _rope_kernel[(triton.cdiv(tokens, config.block_m),)](
+    key_heads = k.shape[2]
+    common = math.gcd(heads, key_heads)
+    group = max(size for size in range(1, config.block_n + 1) if common % size == 0)
+    groups = (heads + key_heads * (1 if v is None else 2)) // group
+    _rope_kernel[(triton.cdiv(tokens, config.block_m) * groups,)](
         q, k, values, cos, sin, *outs, tokens, length, *q.stride()[:3], *k.stride()[:3], *values.stride()[:3],
         cos.stride(0) if cos.dim() == 3 else 0, outs[0].stride(1), outs[1].stride(1), HEADS=heads,
-        KEY_HEADS=k.shape[2], HALF=head_dim // 2, COPY_V=v is not None, INVERSE=inverse,
-        TOKENS=config.block_m, num_warps=config.num_warps,
+        KEY_HEADS=key_heads, HALF=head_dim // 2, COPY_V=v is not None, INVERSE=inverse,
+        TOKENS=config.block_m, GROUP=group, num_warps=config.num_warps,
     )  # fmt: skip
 
 
