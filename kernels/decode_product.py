@@ -30,7 +30,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 GRID = tl.constexpr(2)  # a value of DEPENDENT
 
 
