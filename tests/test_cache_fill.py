@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ needs_compiler = pytest.mark.skipif(
 STEPS = """
 import json, multiprocessing, platform, sys
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from kernels.certify import fill as cache_fill
 from kernels.backend import load_triton
@@ -210,6 +212,16 @@ def test_the_model_that_train_run_takes_by_itself_is_among_those_recorded(projec
     for name, value in MODELS["quickstart"].items():
         assert f"\n{name}: {value}\n" in text
     assert "\nmodel: 135M\n" in text
+
+
+def test_what_a_recording_leaves_out_is_there(project_root):
+    from bench.gpu_launches import LARGE, NoComparisons
+
+    tests = "".join(path.read_text() for path in (project_root / "tests").glob("test_kernel_*.py"))
+    assert all(f"def {name}(" in tests for name in LARGE)
+    items = [SimpleNamespace(name=name) for name in ("test_a", f"{LARGE[1]}[65536]", "test_many")]
+    NoComparisons().pytest_collection_modifyitems(items)
+    assert [item.name for item in items] == ["test_a", "test_many"]
 
 
 @pytest.mark.parametrize(
