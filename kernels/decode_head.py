@@ -68,14 +68,14 @@ def _rstd(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
 def _norm_head_kernel(
     x_ptr, scale_ptr, w_ptr, suppressed_ptr, out_ptr, id_ptr, rows, vocabulary, x_stride, w_stride,
     EPS: tl.constexpr, WIDTH: tl.constexpr, BEST: tl.constexpr, SUPPRESS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_K: tl.constexpr, JOINED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A program owns every grid-th tile: BLOCK_N columns of the logits for all rows. Any grid.
 
     out is [N, V]; with BEST it and id are [N, tiles], the highest of these columns and its index. Only then
     suppressed [V] has a meaning.
     """
-    PARTS: tl.constexpr = 1 if w_ptr.dtype.element_ty == tl.float32 else 2  # of a normalised row
+    PARTS: tl.constexpr = 2 if JOINED else 1  # of a normalised row, side by side
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     tiles = tl.cdiv(vocabulary, BLOCK_N)
     first_tile, programs = tl.program_id(0), tl.num_programs(0)
@@ -98,12 +98,15 @@ def _norm_head_kernel(
         scale = tl.load(scale_ptr + k, mask=there, other=0.0).to(tl.float32)
         part = tl.load(x[None, :] + k[:, None], mask=there[:, None] & inside[None, :], other=0.0)
         y = part.to(tl.float32) * scale[:, None] * rstd[None, :]  # [BLOCK_K, 16]
-        if PARTS == 1:  # sums of short chains of fmas are more exact than one over the whole width
+        if w.dtype == tl.float32:  # sums of short chains of fmas are more exact than one over the whole width
             acc = tl.fma(tl.dot(w, y, input_precision="ieee"), 1.0, acc)
         else:
             high = y.to(w.dtype)
             rest = (y - high.to(tl.float32)).to(w.dtype)
-            acc = tl.dot(w, tl.join(high, rest).reshape(BLOCK_K, 32), acc)
+            if JOINED:
+                acc = tl.dot(w, tl.join(high, rest).reshape(BLOCK_K, 32), acc)
+            else:
+                acc = tl.dot(w, rest, tl.dot(w, high, acc))
         if block == BLOCKS - 1:
             logits = tl.sum(acc.reshape(BLOCK_N, 16, PARTS), axis=2)
             if BEST:
@@ -132,10 +135,13 @@ def _launch(
     if out.numel():
         config = launch_config("decode_head", x.dtype, x.device, width)
         tiles = triton.cdiv(vocabulary, config.block_n)
+        # Triton 3.6 does not compile joined parts for sm_90 where the weights are not loaded 16 bytes at a time.
+        aligned = weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+        joined = weight.dtype != torch.float32 and aligned
         _norm_head_kernel[(min(tiles, config.block_m * multiprocessors(x.device)),)](
             x, scale, weight, x if suppressed is None else suppressed, out, out if ids is None else ids,
             x.shape[0], vocabulary, x.stride(0), weight.stride(0), EPS=eps, WIDTH=width, BEST=ids is not None,
-            SUPPRESS=suppressed is not None, BLOCK_N=config.block_n, BLOCK_K=BLOCK_K,
+            SUPPRESS=suppressed is not None, BLOCK_N=config.block_n, BLOCK_K=BLOCK_K, JOINED=joined,
             num_warps=config.num_warps, num_stages=config.num_stages, **dependence(x.device, dependent),
         )  # fmt: skip
 
