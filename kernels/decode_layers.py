@@ -32,16 +32,19 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import checks
 from kernels.decode_attention import KEYS_PER_SPLIT, LOG2_E, attend, combined
 from kernels.decode_layer import combine_o, norm_gate_up, norm_qkv_rope, project
 from kernels.decode_product import GRID, arrive, wait
-from kernels.launch_config import dependence, multiprocessors
+from kernels.launch_config import dependence, joins_layers, multiprocessors
 from kernels.types import LayerWeights
 
 MAX_ROWS = 16
@@ -168,7 +171,8 @@ class _Table:
     counter: Tensor  # [1] int32
 
 
-@functools.lru_cache(maxsize=16)
+# A capture must find it made: a copy from the host cannot be captured.
+@functools.lru_cache(maxsize=64)
 def _table(addresses: tuple[int, ...], device: torch.device) -> _Table:
     return _Table(
         torch.tensor(addresses, dtype=torch.int64, device=device),
@@ -176,32 +180,75 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> _Table:
     )
 
 
-def _groups(columns: int, per_group: int, programs: int) -> int:
-    """The fewest groups a program, a power of two, with which that many columns make no more units than
-    programs.
+class _Shape(NamedTuple):
+    """The sizes of a layer, and how its work is dealt out."""
+
+    width: int
+    ffn: int
+    heads: int
+    key_heads: int
+    head_dim: int
+
+    def groups(self, programs: int) -> dict[str, int]:
+        """The fewest groups of eight weight rows a program, powers of two, with which no phase has more units
+        than there are programs.
+        """
+        columns = {
+            "QKV_GROUPS": (self.heads + 2 * self.key_heads) * self.head_dim, "O_GROUPS": self.width,
+            "GATE_GROUPS": 2 * self.ffn, "DOWN_GROUPS": self.width,
+        }  # fmt: skip
+        return {
+            name: triton.next_power_of_2(triton.cdiv(triton.cdiv(count, 8), programs))
+            for name, count in columns.items()
+        }
+
+    def held(self, programs: int, itemsize: int) -> int:
+        """Bytes of the largest part of a matrix that a program holds."""
+        groups, inputs = self.groups(programs), self.heads * self.head_dim
+        lengths = dict(QKV_GROUPS=self.width, O_GROUPS=inputs, GATE_GROUPS=self.width, DOWN_GROUPS=self.ffn)
+        step = 32 * WARPS
+        return (
+            max(8 * groups[name] * step * triton.cdiv(size, step) for name, size in lengths.items())
+            * itemsize
+        )
+
+
+def _shape(weights: LayerWeights, key_cache: Tensor) -> _Shape:
+    key_heads, head_dim = key_cache.shape[2:]
+    width, ffn = weights.down.shape
+    return _Shape(width, ffn, weights.o.shape[1] // head_dim, key_heads, head_dim)
+
+
+def supports(
+    x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor]
+) -> bool:
+    """Whether one launch takes these layers, and is the way for this device: 1 to 16 rows, equal layers whose
+    parts fit into registers.
     """
-    return triton.next_power_of_2(triton.cdiv(triton.cdiv(columns, per_group), programs))
+    if not layers or not joins_layers(x.device) or torch.compiler.is_compiling() or x.dim() != 3:
+        return False
+    shape, rows = _shape(layers[0], key_caches[0]), x.shape[0] * x.shape[1]
+    caches = {(cache.shape, cache.stride()) for cache in (*key_caches, *value_caches)}
+    sizes = {tuple(tensor.shape for tensor in weights) for weights in layers}
+    fits = shape.held(multiprocessors(x.device), x.element_size()) <= HELD_BYTES
+    return 1 <= rows <= MAX_ROWS and len(caches) == len(sizes) == 1 and fits
 
 
-def decode_layers(
+def _launch(
     x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor],
-    lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, dependent: bool = False, by_phase: bool = False,
-    cooperative: bool = False,
+    lengths: Tensor, cos: Tensor, sin: Tensor, eps: float, dependent: bool, by_phase: bool,
 ) -> Tensor:  # fmt: skip
-    """`decode_layer` of all layers, one after the other."""
-    batch, queries, width = x.shape
-    keys, key_heads, head_dim = key_caches[0].shape[1:]
-    heads, ffn, rows = layers[0].o.shape[1] // head_dim, layers[0].down.shape[1], batch * queries
-    splits = triton.cdiv(keys, KEYS_PER_SPLIT)
-    addresses = [
+    """As `decode_layers`, of checked arguments. by_phase: a launch for every phase of every layer."""
+    (batch, queries, width), keys = x.shape, key_caches[0].shape[1]
+    shape, rows = _shape(layers[0], key_caches[0]), batch * queries
+    heads, head_dim, splits = shape.heads, shape.head_dim, triton.cdiv(keys, KEYS_PER_SPLIT)
+    addresses = tuple(
         tensor.data_ptr()
         for weights, *caches in zip(layers, key_caches, value_caches, strict=True)
         for tensor in (*weights, *caches)
-    ]
-    table = _table(tuple(addresses), x.device)
-    programs = multiprocessors(x.device) if not by_phase else 132
-    qkv, o = _groups((heads + 2 * key_heads) * head_dim, 8, programs), _groups(width, 8, programs)
-    gate, down = _groups(ffn, 4, programs), _groups(width, 8, programs)
+    )
+    table = _table(addresses, x.device)
+    programs = multiprocessors(x.device)
 
     def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -209,33 +256,65 @@ def decode_layers(
     part = empty(rows * heads, splits, head_dim, dtype=torch.float32)
     part_max, part_sum = (empty(rows * heads, splits, dtype=torch.float32) for _ in range(2))
     out = empty(batch, queries, width)
-    one = (
-        table.addresses, table.counter, x, out, empty(rows, heads, head_dim), part, part_max, part_sum,
-        empty(rows, heads, head_dim), empty(rows, width), empty(rows, ffn), cos, sin, lengths,
+    buffers = (
+        out, empty(rows, heads, head_dim), part, part_max, part_sum, empty(rows, heads, head_dim),
+        empty(rows, width), empty(rows, shape.ffn), cos, sin, lengths,
     )  # fmt: skip
-    other = (
+    sizes = (
         rows, queries, keys, splits, cos.stride(0) if cos.dim() == 3 else 0, *key_caches[0].stride()[:3],
         *value_caches[0].stride()[:3],
     )  # fmt: skip
-    constants = dict(
-        EPS=eps, SCALE=LOG2_E / math.sqrt(head_dim), WIDTH=width, FFN=ffn, HEADS=heads, KEY_HEADS=key_heads,
-        HEAD_DIM=head_dim, SPLIT=KEYS_PER_SPLIT,
-        BLOCK_M=max(16, triton.next_power_of_2(queries * heads // key_heads)),
-        BLOCK_H=max(triton.next_power_of_2(heads), 32 * WARPS // head_dim), QKV_GROUPS=qkv, O_GROUPS=o,
-        GATE_GROUPS=gate, DOWN_GROUPS=down, WARPS=WARPS, ONE_ROW=rows == 1, num_warps=WARPS, num_stages=1,
+    constants: dict[str, Any] = dict(
+        EPS=eps, SCALE=LOG2_E / math.sqrt(head_dim), WIDTH=width, FFN=shape.ffn, HEADS=heads,
+        KEY_HEADS=shape.key_heads, HEAD_DIM=head_dim, SPLIT=KEYS_PER_SPLIT,
+        BLOCK_M=max(16, triton.next_power_of_2(queries * heads // shape.key_heads)),
+        BLOCK_H=max(triton.next_power_of_2(heads), 32 * WARPS // head_dim), WARPS=WARPS, ONE_ROW=rows == 1,
+        num_warps=WARPS, num_stages=1, **shape.groups(programs),
     )  # fmt: skip
-    if cooperative:
-        constants["launch_cooperative_grid"] = True
-    if by_phase:
-        for layer in range(len(layers)):
-            for phase in range(PHASES):
-                if not (rows == 1 and phase == 2):
-                    _decode_layers_kernel[(programs,)](
-                        *one, layer, layer + 1, *other, **constants, PHASE=phase, DEPENDENT=False
-                    )
-            one = (*one[:2], out, *one[3:])  # the next layer reads what this one wrote
-    else:
+    if not by_phase:
         _decode_layers_kernel[(programs,)](
-            *one, 0, len(layers), *other, **constants, PHASE=-1, **dependence(x.device, dependent)
-        )
+            table.addresses, table.counter, x, *buffers, 0, len(layers), *sizes, **constants, PHASE=-1,
+            **dependence(x.device, dependent),
+        )  # fmt: skip
+        return out
+    for layer in range(len(layers)):
+        for phase in range(PHASES):
+            if not (rows == 1 and phase == 2):
+                _decode_layers_kernel[(programs,)](
+                    table.addresses, table.counter, out if layer else x, *buffers, layer, layer + 1, *sizes,
+                    **constants, PHASE=phase, DEPENDENT=False,
+                )  # fmt: skip
     return out
+
+
+def decode_layers(
+    x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor],
+    lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, dependent: bool = False, by_phase: bool = False,
+) -> Tensor:  # fmt: skip
+    """All blocks of a decode step for at most 16 rows in one launch, layer by layer what `decode_layer` does.
+
+    x [B, T, E] with 1 <= T and B * T <= 16 (float32, float16, bfloat16), contiguous weights of one dtype for
+    each layer, all of one shape; caches [B, S, K, D], all of one shape and stride, with a last stride of 1
+    and addresses that are multiples of 16 bytes; lengths [B] integer, the new tokens included; cos and sin
+    [B, T, D/2] or [T, D/2] -> [B, T, E], contiguous. Writes the new keys and values into the caches. The
+    first call for given weights and caches copies their addresses to the device, which a CUDA graph cannot
+    capture; the host reads no value. Two launches over the same caches must not overlap. A row's result does
+    not depend on the other rows. by_phase: launches every phase by itself, with the same bits; it is what the
+    interpreter can run. Raises ValueError naming what was expected. Same semantics as
+    `kernels.reference.decode_layers`; backend.py chooses.
+    """
+    op = "decode_layers"
+    layers or checks.refuse(op, "at least one layer", 0)
+    for weights, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
+        checks.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin)
+    checks.kernel_dtype(op, x)
+    run = partial(_launch, eps=eps, dependent=dependent, by_phase=by_phase)
+    return run(
+        x.contiguous(),
+        layers,
+        key_caches,
+        value_caches,
+        lengths.contiguous(),
+        cos.contiguous(),
+        sin.contiguous(),
+    )

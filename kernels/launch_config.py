@@ -35,6 +35,8 @@ DEPENDENT_LAUNCH = ("sm_90", "sm_100", "sm_120")
 # Where backend "triton" computes SwiGLU inside its products (kernels/mlp.py) and not between the library's.
 # None has been measured.
 FUSED_MLP: tuple[str, ...] = ()
+# GPUs on which all layers of a decode step are one launch (decode_layers.py).
+ONE_LAUNCH: tuple[str, ...] = ()
 
 
 class LaunchConfig(NamedTuple):
@@ -317,6 +319,11 @@ def has_descriptors(device: torch.device) -> bool:
 def fuses_mlp(device: torch.device) -> bool:
     """Whether the fused form of the MLP is used on that device."""
     return architecture(device) in FUSED_MLP
+
+
+def joins_layers(device: torch.device) -> bool:
+    """Whether all layers of a decode step are one launch on that device."""
+    return architecture(device) in ONE_LAUNCH
 
 
 @functools.cache

@@ -10,7 +10,7 @@ and of logits. backend=torch runs kernels/eager/.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -261,6 +261,16 @@ def decode_layer(
     mixed = ops.decode_attention(q, key_cache, value_cache, lengths)
     normed, residual = ops.add_rms_norm(linear(mixed.flatten(2), weights.o), x, weights.post_norm, eps)
     return residual + linear(ops.swiglu(linear(normed, weights.gate_up)), weights.down)
+
+
+def decode_layers(
+    x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor],
+    lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, ops: Backend, dependent: bool = False,
+) -> Tensor:  # fmt: skip
+    """`ops.decode_layer` of all layers, one after the other, each with its weights and its caches."""
+    for weights, *caches in zip(layers, key_caches, value_caches, strict=True):
+        x = ops.decode_layer(x, weights, *caches, lengths, cos, sin, eps=eps, ops=ops, dependent=dependent)
+    return x
 
 
 def decode_head(

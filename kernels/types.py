@@ -7,6 +7,7 @@ F ffn width, N tokens, V vocabulary. kernels/reference.py says what each operati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -131,6 +132,16 @@ class DecodeLayer(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
 
+class DecodeLayers(Protocol):
+    """decode_layer of all layers, one after the other, each with its weights and its caches."""
+
+    def __call__(
+        self, x: Tensor, layers: Sequence[LayerWeights[Tensor]], key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor], lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float,
+        ops: Backend, dependent: bool = False,
+    ) -> Tensor: ...  # fmt: skip
+
+
 class DecodeHead(Protocol):
     """(x [..., E], norm_weight [E], head_weight [V, E]) -> fp32 logits [..., V]."""
 
@@ -184,6 +195,7 @@ class Backend:
     linear_cross_entropy: LinearCrossEntropy
     decode_inputs: DecodeInputs
     decode_layer: DecodeLayer
+    decode_layers: DecodeLayers
     decode_head: DecodeHead
     decode_best: DecodeBest
     next_token: NextToken

@@ -161,6 +161,8 @@ KERNELS = {
     # Its second launch is the split kernel: the same one, not a copy that could drift from it.
     **dict.fromkeys(("decode_attention", "decode_head", "decode_step"), KERNEL | {"kernels.decode_product"}),
     "decode_layer": KERNEL | {"kernels.decode_attention", "kernels.decode_product"},
+    # Its phases are their launches: the same functions.
+    "decode_layers": KERNEL | {"kernels.decode_attention", "kernels.decode_layer", "kernels.decode_product"},
     # A run on a CPU imports it, and with it no triton: it reaches the kernels inside its functions.
     "fused_adamw": {"torch", "kernels.adamw"},
 }

@@ -150,11 +150,10 @@ class Engine:
         self, layers: list[LayerWeights[Any]], x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache
     ) -> Tensor:
         ops, eps = self.model.backend, self.model.config.rms_norm_eps
-        for index, weights in enumerate(layers):
-            x = ops.decode_layer(
-                x, weights, *cache.layer(index), cache.lengths, cos, sin, eps=eps, ops=ops, dependent=True
-            )
-        return x
+        keys, values = zip(*(cache.layer(index) for index in range(len(layers))), strict=True)
+        return ops.decode_layers(
+            x, layers, keys, values, cache.lengths, cos, sin, eps=eps, ops=ops, dependent=True
+        )
 
     def _logits(self, x: Tensor) -> Tensor:
         """The head: [B, T, hidden] -> logits [B, T, V] in fp32."""
