@@ -26,42 +26,83 @@ def decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
     Every call writes the same, so one call may follow the other. What was written is an output like any
     other, and compared.
     """
+
+    def of(ops: Backend) -> Callable[..., Tensor]:
+        def layer(cos: Tensor, sin: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+            return ops.decode_layer(x, LayerWeights(*rest[:6]), *rest[6:], cos, sin, eps=EPS, ops=ops)
+
+        return layer
+
+    return _layers("decode_layer", 1, of, shapes, backend, compiled)
+
+
+def decode_layers(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
+    """Four blocks as in `decode_layer`; "triton joined": in one launch, also where the switch does not take
+    that.
+    """
+
+    def of(ops: Backend | None) -> Callable[..., Tensor]:
+        def layers(cos: Tensor, sin: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+            *rest, lengths = rest
+            parts = [rest[start : start + 8] for start in range(0, len(rest), 8)]
+            weights = [LayerWeights(*part[:6]) for part in parts]
+            caches = [part[6] for part in parts], [part[7] for part in parts], lengths, cos, sin
+            if ops is not None:
+                return ops.decode_layers(x, weights, *caches, eps=EPS, ops=ops)
+            from kernels.decode_layers import decode_layers
+
+            return decode_layers(x, weights, *caches, eps=EPS, by_phase=x.device.type != "cuda")
+
+        return layers
+
+    return _layers("decode_layers", 4, of, shapes, backend, compiled, joined=of(None))
+
+
+def _layers(
+    op: str, count: int, of: Callable[[Backend], Callable[..., Tensor]], shapes: Shapes, backend: Backend,
+    compiled: Compile, joined: Callable[..., Tensor] | None = None,
+) -> Case:  # fmt: skip
+    """The case of so many blocks. of: a backend -> what takes cos, sin, x, of each block its six weights and
+    two caches, and the lengths.
+    """
     config, (heads, key_heads, head_dim) = shapes.config, shapes.heads
     rows, keys = min(shapes.batch, DECODE_ROWS), 2 * shapes.length
     hidden, width = config.hidden_size, config.intermediate_size
     # the loss is measured for rows that no table has the angles of
     last = min(keys, config.max_position_embeddings) - 1
     position = torch.full((rows, 1), last, device=shapes.device)
-    cos, sin = (table[position] for table in rotary_tables(config, shapes.device))
+    tables = [table[position] for table in rotary_tables(config, shapes.device)]
     qkv_size, o_size = ((heads + 2 * key_heads) * head_dim, hidden), (hidden, heads * head_dim)
     matrices = [qkv_size, o_size, (2 * width, hidden), (hidden, width)]
+    sizes = [(hidden,), (hidden,), *matrices, *[(rows, keys, key_heads, head_dim)] * 2]
 
     def inputs(seed: int) -> list[Tensor]:
-        sizes = [(rows, 1, hidden), (hidden,), (hidden,), *matrices, *[(rows, keys, key_heads, head_dim)] * 2]
-        drawn = (tensor.detach() for tensor in normal(shapes, seed, *sizes))
-        x, norm, post_norm, *weights, key_cache, value_cache = drawn
-        qkv, o, gate_up, down = (weight * weight.shape[1] ** -0.5 for weight in weights)
+        drawn = normal(shapes, seed, (rows, 1, hidden), *(sizes * count))
+        x, *rest = (tensor.detach() for tensor in drawn)
         lengths = torch.full((rows,), keys, device=shapes.device)
-        return [x, *LayerWeights(norm, qkv, o, post_norm, gate_up, down), key_cache, value_cache, lengths]
-
-    def of(ops: Backend) -> Callable[..., Tensor]:
-        def layer(x: Tensor, *rest: Tensor) -> Tensor:
-            key_cache, value_cache, lengths = rest[6:]
-            return ops.decode_layer(
-                x, LayerWeights(*rest[:6]), key_cache, value_cache, lengths, cos, sin, eps=EPS, ops=ops
-            )
-
-        return layer
+        blocks: list[Tensor] = []
+        for start in range(0, len(rest), len(sizes)):
+            norm, post_norm, *weights, key_cache, value_cache = rest[start : start + len(sizes)]
+            qkv, o, gate_up, down = (weight * weight.shape[1] ** -0.5 for weight in weights)
+            blocks += [*LayerWeights(norm, qkv, o, post_norm, gate_up, down), key_cache, value_cache]
+        return [x, *blocks, lengths]
 
     def with_written(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *inputs: (function(*inputs), *(cache[:, -1] for cache in inputs[7:9]))
+        def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+            out = function(*tables, *inputs)
+            caches = (cache for block in range(count) for cache in inputs[8 * block + 7 : 8 * block + 9])
+            return (out, *(cache[:, -1] for cache in caches))
 
+        return call
+
+    layer = work.decode_layer(config, rows, keys, shapes.dtype.itemsize)
     return Case(
-        "decode_layer",
-        work.decode_layer(config, rows, keys, shapes.dtype.itemsize),
+        op,
+        layer * count,
         inputs,
         {
             "triton": with_written(of(backend)),
+            **({"triton joined": with_written(joined)} if joined else {}),
             "reference": with_written(of(TORCH)),
             "compile": with_written(compiled(of(TORCH))),
         },

@@ -123,8 +123,8 @@ class TorchCompiledEngine(Engine):
         model, eps = self.model, self.model.config.rms_norm_eps
         x = model.model.embed_tokens(tokens)
         cos, sin = (table[lengths[:, None] - 1] for table in self._tables)
-        for index, weights in enumerate(self._layers):
-            x = model.backend.decode_layer(
-                x, weights, keys[index], values[index], lengths, cos, sin, eps=eps, ops=model.backend
-            )
+        caches = keys.unbind(), values.unbind()
+        x = model.backend.decode_layers(
+            x, self._layers, *caches, lengths, cos, sin, eps=eps, ops=model.backend
+        )
         return model.backend.decode_head(x, model.model.norm.weight, model.lm_head.weight, eps)

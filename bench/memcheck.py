@@ -69,6 +69,17 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         caches = key_cache, value_cache, ends
         return backend.decode_layer(x, LayerWeights(*weights), *caches, pair, pair, eps=EPS, ops=backend)
 
+    def decode_layers(x: Tensor, *rest: Tensor) -> Tensor:
+        """Two layers: layer by layer, and on a GPU in one launch too."""
+        weights, keys, values = (LayerWeights(*rest[:6]), LayerWeights(*rest[6:12])), rest[12:14], rest[14:]
+        caches = keys, values, ends, pair, pair
+        out = backend.decode_layers(x, weights, *caches, eps=EPS, ops=backend)
+        if backend.name == "triton" and device.type == "cuda":
+            from kernels import decode_layers
+
+            decode_layers.decode_layers(x, weights, *caches, eps=EPS)
+        return out
+
     def decode_inputs(embedding: Tensor) -> None:
         """The first position, one in between, and the last of the tables."""
         lengths = torch.tensor([0, 33, TOKENS - 1]).to(device)
@@ -133,6 +144,7 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         "decode_attention": forward(lambda q, k, v: backend.decode_attention(q, k, v, full),
             (2, 3, HEADS, HEAD_DIM), full_cache, full_cache),
         "decode_layer": forward(decode_layer, (3, 2, width), (3, *cache), (3, *cache), *layer),
+        "decode_layers": forward(decode_layers, (3, 2, width), *layer, *layer, *[(3, *cache)] * 4),
         "decode_head": forward(lambda x, norm, w: backend.decode_head(x, norm, w, EPS),
             (3, WIDTH), (WIDTH,), (101, WIDTH)),
         "decode_best": forward(lambda x, norm, w: backend.decode_best(x, norm, w, EPS),

@@ -312,7 +312,7 @@ MAKERS: dict[str, Callable[[Shapes, Backend, Compile], Case]] = {
     "linear_cross_entropy": weight_ops.linear_cross_entropy, "mlp": weight_ops.mlp,
     "tied_embedding": weight_ops.tied_embedding, "rms_norm": _rms_norm, "rope_qkv": _rope_qkv,
     "decode_attention": _decode_attention, "decode_layer": decode_ops.decode_layer,
-    "decode_head": decode_ops.decode_head, "decode_inputs": decode_ops.decode_inputs,
-    "decode_best": decode_ops.decode_best, "next_token": decode_ops.next_token, "rope": _rope,
-    "rope_cache": _rope_cache,
+    "decode_layers": decode_ops.decode_layers, "decode_head": decode_ops.decode_head,
+    "decode_inputs": decode_ops.decode_inputs, "decode_best": decode_ops.decode_best,
+    "next_token": decode_ops.next_token, "rope": _rope, "rope_cache": _rope_cache,
 }  # fmt: skip

@@ -78,7 +78,7 @@ _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
          (1, 256, 1, 3, False, 8), (1, 256, 1, 1, False, 16), (4, 256, 4, 1, False, 3)),
     ),
     # the last: a dependent launch
-    "rms_norm_dw": ("add_rms_norm", "backward", ((1024, 8, 8), (512, 4, 8), (512, 8, 8, 1, True))),
+    "rms_norm_dw": ("add_rms_norm", "backward", ((1024, 8, 8), (512, 4, 8))),
     "rope": ("rope_qkv", "forward", ROPE),
     "rope backward": ("rope_qkv", "backward", ROPE),
     "decode_attention": (

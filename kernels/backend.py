@@ -93,9 +93,7 @@ def load_triton() -> Backend:
         """One launch where that is faster and `ops` replaces nothing in it, else layer by layer."""
         caches = (key_caches, value_caches)
         if not ops.replaced & (LAYER_OPS | {"decode_layer"}) and decode_layers.supports(x, layers, *caches):
-            return decode_layers.decode_layers(
-                x, layers, *caches, lengths, cos, sin, eps=eps, dependent=dependent
-            )
+            return decode_layers.decode_layers(x, layers, *caches, lengths, cos, sin, eps=eps)
         return reference.decode_layers(
             x, layers, *caches, lengths, cos, sin, eps=eps, ops=ops, dependent=dependent
         )
@@ -157,8 +155,9 @@ def with_ops(backend: Backend, **replacements: Backend) -> Backend:
     """A copy in which single operations come from another backend: with_ops(TRITON, attention=TORCH).
 
     A replacement takes effect in decode_layer and decode_layers too: the composition runs if the fused layer
-    contains the operation (LAYER_OPS). A replacement of swiglu takes effect in mlp too, one of rope_qkv in rope_cache and
-    one of decode_head in decode_best, which then compose it, unless they are replaced themselves.
+    contains the operation (LAYER_OPS). A replacement of swiglu takes effect in mlp too, one of rope_qkv in
+    rope_cache and one of decode_head in decode_best, which then compose it, unless they are replaced
+    themselves.
     """
     name = ",".join([backend.name, *(f"{op}={other.name}" for op, other in replacements.items())])
     changes: dict[str, Any] = {op: getattr(other, op) for op, other in replacements.items()}

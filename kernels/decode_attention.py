@@ -7,9 +7,7 @@ q, out [B, T, H, D], caches [B, S, K, D], lengths [B]. A decode step reads the w
 nothing. So every key should be read once, and enough programs must read at the same time. The rows of a tile
 are the T new queries of all G query heads of a key head: one load of a key block serves all of them. The keys
 are cut into splits of a fixed size, whatever the batch and the cache; a split past a row's length adds an
-exact zero. So a row's result is bit-identical alone, in any batch, and in a cache of any capacity. Where rows
-alone fill the device, a program takes all splits of a row, one after the other, to the same bits: there are
-no parts to be written and read, and no second launch.
+exact zero. So a row's result is bit-identical alone, in any batch, and in a cache of any capacity.
 
 Bytes per row and layer: 2 S K D elements, 786 kB in 16 bits at 1,024 keys of the 135M model. Floor of the 30
 layers at 3.0 TB/s: 7.9 us at batch 1, 2.0 ms at batch 256. No backward pass: the cache has no gradient.
@@ -29,24 +27,13 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.decode_product import early_length, prefetch, requested, wait
-from kernels.launch_config import dependence, launch_config, multiprocessors
+from kernels.launch_config import dependence, launch_config
 from kernels.tracing import traceable
 
 HEAD_DIMS = (32, 64, 128)
 MAX_QUERIES = 16
 KEYS_PER_SPLIT = 128  # changes the rounding of the result, so it is not a tuning parameter
-WHOLE_ROWS = 4  # times the multiprocessors: with so many rows and key heads a program owns all keys of one
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _add_split(acc, m, total, value, maximum, weights):
-    """The sums acc and total, relative to exp2(m), and those of one more split, relative to exp2(maximum)."""
-    new_m = tl.maximum(m, maximum)
-    pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
-    shrink, weight = tl.exp2(m - pivot), tl.exp2(maximum - pivot)
-    # fma, because two kernels must not differ in what is contracted
-    return tl.fma(value, weight, acc * shrink), new_m, tl.fma(weights, weight, total * shrink)
 
 
 @triton.jit
@@ -55,13 +42,13 @@ def attend(
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
     v_batch_stride, v_time_stride, v_head_stride, queries, keys, splits, counter_ptr, arrivals,
     SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """SPLIT keys of one key head of one row, for all queries that read them; row is one of B * K.
 
     Row i of the tile is query i // GROUP, head i % GROUP of the group. Parts are [B, T, H, splits(, D)] in
-    fp32. With ALL it takes all splits, adds them in the steps of `combined`, and the result goes into out.
+    fp32. With ONE_SPLIT the result itself goes into out.
     """
     batch = (row // KEY_HEADS).to(tl.int64)
     key_head = (row % KEY_HEADS).to(tl.int64)
@@ -85,8 +72,7 @@ def attend(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    whole, whole_m, whole_total = acc, m, total
-    for start in range(split * SPLIT, end if ALL else tl.minimum((split + 1) * SPLIT, end), BLOCK_N):
+    for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         position = key.to(tl.int64)
         filled = key < end
@@ -105,19 +91,10 @@ def attend(
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         m = new_m
-        if ALL:
-            if ((start + BLOCK_N) % SPLIT == 0) | (start + BLOCK_N >= end):  # the end of a split
-                whole, whole_m, whole_total = _add_split(
-                    whole, whole_m[:, None], whole_total[:, None], acc, m[:, None], total[:, None]
-                )
-                whole_m, whole_total = tl.reshape(whole_m, [BLOCK_M]), tl.reshape(whole_total, [BLOCK_M])
-                acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-                m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_M], tl.float32)
 
     target = (batch * queries + time) * KEY_HEADS * GROUP + head  # [BLOCK_M], row of [B, T, H]
-    if ALL:
-        out = whole / tl.where(whole_total == 0.0, 1.0, whole_total)[:, None]
+    if ONE_SPLIT:
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out_ptr + target[:, None] * HEAD_DIM + lane[None, :], out.to(q.dtype), mask=inside[:, None])
     else:
         part = target * splits + split
@@ -132,15 +109,15 @@ def _decode_attention_split_kernel(
     q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride, k_head_stride,
     v_batch_stride, v_time_stride, v_head_stride, queries, keys, splits,
     SCALE: tl.constexpr, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, ONE_SPLIT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A program does what `attend` says. Grid: (splits, B * K), and with ALL (1, B * K)."""
+    """A program does what `attend` says. Grid: (splits, B * K)."""
     attend(
         tl.program_id(0), tl.program_id(1), q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, part_ptr, part_max_ptr,
         part_sum_ptr, q_batch_stride, q_time_stride, q_head_stride, k_batch_stride, k_time_stride,
         k_head_stride, v_batch_stride, v_time_stride, v_head_stride, queries, keys, splits, None, 0, SCALE,
-        KEY_HEADS, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, SPLIT, ALL, DEPENDENT,
+        KEY_HEADS, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, SPLIT, ONE_SPLIT, DEPENDENT,
     )  # fmt: skip
 
 
@@ -151,16 +128,22 @@ def _add_splits(
 ):  # fmt: skip
     """`combined` for the splits start .. start + 7, which are requested together."""
     maxima, sums, values = tl.tuple([]), tl.tuple([]), tl.tuple([])
+    new_m = m
     for step in tl.static_range(8):
         part, inside = first + start + step, there & (start + step < splits)
         maxima = maxima + (tl.load(part_max_ptr + part, mask=inside, other=float("-inf")),)
         sums = sums + (tl.load(part_sum_ptr + part, mask=inside, other=0.0),)
         mask = inside & (lane < HEAD_DIM)
         values = values + (tl.load(part_ptr + part * HEAD_DIM + lane, mask=mask, other=0.0),)
+        new_m = tl.maximum(new_m, maxima[step])
     requested(DEPENDENT)
-    for step in tl.static_range(8):
-        acc, m, total = _add_split(acc, m, total, values[step], maxima[step], sums[step])
-    return acc, m, total
+    pivot = tl.where(new_m == float("-inf"), 0.0, new_m)
+    shrink = tl.exp2(m - pivot)
+    acc, total = acc * shrink, total * shrink
+    for step in tl.static_range(8):  # fma, because two kernels must not differ in what is contracted
+        weight = tl.exp2(maxima[step] - pivot)
+        acc, total = tl.fma(values[step], weight, acc), tl.fma(sums[step], weight, total)
+    return acc, new_m, total
 
 
 @triton.jit
@@ -217,29 +200,26 @@ def split_attention(
 
     The parts are sums of values weighted by exp2(score - maximum) [B * T * H, splits, D], the maxima and the
     sums of weights [B * T * H, splits]; a split without a visible key has zeros and -inf. If there is only
-    one split, or rows enough, and `out` [B, T, H, D] is given, the result is written there and the parts are
-    empty.
+    one split and `out` [B, T, H, D] is given, the result is written there and the parts are empty.
     dependent: the launch just before writes q and the newest keys and values, and nothing else that is read
     here. decode_layer.py launches the same kernels, so the layer and the operation alone agree bit for bit.
     """
     batch, queries, heads, head_dim = q.shape
     keys, key_heads = key_cache.shape[1:3]
     splits = triton.cdiv(keys, KEYS_PER_SPLIT)
-    # A program for each row and key head, if so many fill the device: no parts, and no second launch.
-    alone = splits == 1 or batch * key_heads >= WHOLE_ROWS * multiprocessors(q.device)
-    alone &= out is not None
-    parts = (0, 0) if alone else (batch * queries * heads, splits)
+    one_split = splits == 1 and out is not None
+    parts = (0, 0) if one_split else (batch * queries * heads, splits)
     part = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
     part_max = torch.empty(parts, dtype=torch.float32, device=q.device)
     part_sum = torch.empty(parts, dtype=torch.float32, device=q.device)
     op = "decode_layer_attention" if dependent else "decode_attention"
     config = launch_config(op, q.dtype, q.device, head_dim)
-    _decode_attention_split_kernel[(1 if alone else splits, batch * key_heads)](
+    _decode_attention_split_kernel[(splits, batch * key_heads)](
         q, key_cache, value_cache, lengths, q if out is None else out, part, part_max, part_sum,
         *q.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3], queries, keys, splits,
         SCALE=LOG2_E / math.sqrt(head_dim), KEY_HEADS=key_heads, GROUP=heads // key_heads, HEAD_DIM=head_dim,
         BLOCK_M=max(16, triton.next_power_of_2(queries * heads // key_heads)), BLOCK_N=config.block_n,
-        SPLIT=KEYS_PER_SPLIT, ALL=alone, num_warps=config.num_warps, num_stages=config.num_stages,
+        SPLIT=KEYS_PER_SPLIT, ONE_SPLIT=one_split, num_warps=config.num_warps, num_stages=config.num_stages,
         **dependence(q.device, dependent),
     )  # fmt: skip
     return part, part_max, part_sum

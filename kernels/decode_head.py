@@ -135,7 +135,7 @@ def _launch(
     if out.numel():
         config = launch_config("decode_head", x.dtype, x.device, width)
         tiles = triton.cdiv(vocabulary, config.block_n)
-        # Triton 3.6 does not compile joined parts for sm_90 where the weights are not loaded 16 bytes at a time.
+        # For sm_90 Triton 3.6 does not compile joined parts where weights are not loaded 16 bytes at a time.
         aligned = weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
         joined = weight.dtype != torch.float32 and aligned
         _norm_head_kernel[(min(tiles, config.block_m * multiprocessors(x.device)),)](

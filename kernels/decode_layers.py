@@ -29,10 +29,10 @@ Check: pytest tests -k decode_layers
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ from kernels import checks
 from kernels.decode_attention import KEYS_PER_SPLIT, LOG2_E, attend, combined
 from kernels.decode_layer import combine_o, norm_gate_up, norm_qkv_rope, project
 from kernels.decode_product import GRID, arrive, wait
-from kernels.launch_config import dependence, joins_layers, multiprocessors
+from kernels.launch_config import INTERPRETER, architecture, joins_layers, multiprocessors
 from kernels.types import LayerWeights
 
 MAX_ROWS = 16
@@ -70,7 +70,6 @@ def _decode_layers_kernel(
     KEY_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr, QKV_GROUPS: tl.constexpr, O_GROUPS: tl.constexpr, GATE_GROUPS: tl.constexpr,
     DOWN_GROUPS: tl.constexpr, WARPS: tl.constexpr, ONE_ROW: tl.constexpr, PHASE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Layers first .. last - 1: x [R, E] -> out [R, E], with the other buffers in between. Grid: at least as
     many programs as a phase other than attention has units. PHASE: the only phase that runs, or -1: all.
@@ -81,8 +80,7 @@ def _decode_layers_kernel(
     O_TILES: tl.constexpr = (HEADS * HEAD_DIM + 32 * WARPS - 1) // (32 * WARPS)
     FFN_TILES: tl.constexpr = (FFN + 32 * WARPS - 1) // (32 * WARPS)
     unit, programs = tl.program_id(0), tl.num_programs(0)
-    met = 0
-    wait(DEPENDENT)
+    met = 0  # arrivals that this program has waited for, or will wait for next
     for layer in range(first, last):
         at = layer * 8
         k_ptr, v_ptr = _at(table_ptr, at + 6, dtype), _at(table_ptr, at + 7, dtype)
@@ -213,6 +211,11 @@ class _Shape(NamedTuple):
         )
 
 
+def _programs(device: torch.device) -> int:
+    """One on each multiprocessor, and one for each row at least."""
+    return MAX_ROWS if architecture(device) == INTERPRETER else multiprocessors(device)
+
+
 def _shape(weights: LayerWeights, key_cache: Tensor) -> _Shape:
     key_heads, head_dim = key_cache.shape[2:]
     width, ffn = weights.down.shape
@@ -222,21 +225,37 @@ def _shape(weights: LayerWeights, key_cache: Tensor) -> _Shape:
 def supports(
     x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor]
 ) -> bool:
-    """Whether one launch takes these layers, and is the way for this device: 1 to 16 rows, equal layers whose
-    parts fit into registers.
-    """
-    if not layers or not joins_layers(x.device) or torch.compiler.is_compiling() or x.dim() != 3:
-        return False
-    shape, rows = _shape(layers[0], key_caches[0]), x.shape[0] * x.shape[1]
-    caches = {(cache.shape, cache.stride()) for cache in (*key_caches, *value_caches)}
+    """Whether one launch takes these layers, and is the way for this device."""
+    return (
+        joins_layers(x.device)
+        and not torch.compiler.is_compiling()
+        and not _obstacle(x, layers, key_caches, value_caches)
+    )
+
+
+def _obstacle(
+    x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor]
+) -> str:
+    """What keeps these layers from one launch, as what was expected instead; empty if nothing does."""
+    if not layers or x.dim() != 3 or not 1 <= x.shape[0] * x.shape[1] <= MAX_ROWS:
+        return f"x [B, T, E] of 1 to {MAX_ROWS} rows, and layers"
+    caches = (*key_caches, *value_caches)
+    kinds = {(cache.shape, cache.stride()) for cache in caches}
     sizes = {tuple(tensor.shape for tensor in weights) for weights in layers}
-    fits = shape.held(multiprocessors(x.device), x.element_size()) <= HELD_BYTES
-    return 1 <= rows <= MAX_ROWS and len(caches) == len(sizes) == 1 and fits
+    if len(kinds) > 1 or len(sizes) > 1:
+        return "equal layers, with caches of one shape and stride"
+    if any(tensor.data_ptr() % 16 for tensor in (*caches, *itertools.chain(*layers))):
+        return "weights and caches at multiples of 16 bytes"
+    shape, programs = _shape(layers[0], key_caches[0]), _programs(x.device)
+    held = shape.held(programs, x.element_size())
+    if held > HELD_BYTES or 8 * shape.groups(programs)["QKV_GROUPS"] > shape.head_dim:
+        return f"layers narrow enough that {programs} programs hold a matrix in {HELD_BYTES} bytes each"
+    return ""
 
 
 def _launch(
     x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor],
-    lengths: Tensor, cos: Tensor, sin: Tensor, eps: float, dependent: bool, by_phase: bool,
+    lengths: Tensor, cos: Tensor, sin: Tensor, eps: float, by_phase: bool,
 ) -> Tensor:  # fmt: skip
     """As `decode_layers`, of checked arguments. by_phase: a launch for every phase of every layer."""
     (batch, queries, width), keys = x.shape, key_caches[0].shape[1]
@@ -248,7 +267,7 @@ def _launch(
         for tensor in (*weights, *caches)
     )
     table = _table(addresses, x.device)
-    programs = multiprocessors(x.device)
+    programs = _programs(x.device)
 
     def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -274,7 +293,7 @@ def _launch(
     if not by_phase:
         _decode_layers_kernel[(programs,)](
             table.addresses, table.counter, x, *buffers, 0, len(layers), *sizes, **constants, PHASE=-1,
-            **dependence(x.device, dependent),
+            launch_cooperative_grid=True,
         )  # fmt: skip
         return out
     for layer in range(len(layers)):
@@ -282,14 +301,14 @@ def _launch(
             if not (rows == 1 and phase == 2):
                 _decode_layers_kernel[(programs,)](
                     table.addresses, table.counter, out if layer else x, *buffers, layer, layer + 1, *sizes,
-                    **constants, PHASE=phase, DEPENDENT=False,
+                    **constants, PHASE=phase,
                 )  # fmt: skip
     return out
 
 
 def decode_layers(
     x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor],
-    lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, dependent: bool = False, by_phase: bool = False,
+    lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, by_phase: bool = False,
 ) -> Tensor:  # fmt: skip
     """All blocks of a decode step for at most 16 rows in one launch, layer by layer what `decode_layer` does.
 
@@ -304,17 +323,12 @@ def decode_layers(
     `kernels.reference.decode_layers`; backend.py chooses.
     """
     op = "decode_layers"
-    layers or checks.refuse(op, "at least one layer", 0)
     for weights, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
         checks.decode_layer(x, weights, key_cache, value_cache, lengths, cos, sin)
     checks.kernel_dtype(op, x)
-    run = partial(_launch, eps=eps, dependent=dependent, by_phase=by_phase)
-    return run(
-        x.contiguous(),
-        layers,
-        key_caches,
-        value_caches,
-        lengths.contiguous(),
-        cos.contiguous(),
-        sin.contiguous(),
-    )
+    obstacle = _obstacle(x, layers, key_caches, value_caches)
+    obstacle and checks.refuse(op, obstacle, f"{len(layers)} layers, x {checks.shape(x)}")
+    return _launch(
+        x.contiguous(), layers, key_caches, value_caches, lengths.contiguous(), cos.contiguous(),
+        sin.contiguous(), eps, by_phase,
+    )  # fmt: skip

@@ -46,7 +46,7 @@ class LaunchConfig(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int = 1
-    branch: bool = False  # attention: blocks that need no mask skip it; rms_norm_dw: a dependent launch
+    branch: bool = False  # attention: blocks that need no mask skip it
     programs: int = 0  # a multiprocessor, that its registers must allow; 0: as many as they do
 
 

@@ -40,8 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.decode_product import wait
-from kernels.launch_config import LaunchConfig, dependence, launch_config, programs, resident
+from kernels.launch_config import LaunchConfig, launch_config, programs, resident
 from kernels.layout import dense_rows
 from kernels.tracing import traceable
 
@@ -99,13 +98,11 @@ def _rms_norm_bwd_dx_kernel(
     dy_ptr, dsum_ptr, sum_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
     rows, rows_per_program, dy_stride, dsum_stride, sum_stride,
     WIDTH: tl.constexpr, HAS_DSUM: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program owns rows_per_program consecutive rows, ROWS at a time, and one row of partial
     [programs, WIDTH].
     """
-    if DEPENDENT:  # the programs that add the shares may take their places, and wait there
-        tl.extra.cuda.gdc_launch_dependents()
     TILES: tl.constexpr = (WIDTH + SPAN - 1) // SPAN
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
@@ -145,11 +142,9 @@ def _rms_norm_bwd_dx_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def _rms_norm_bwd_dw_kernel(
-    partial_ptr, dw_ptr, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
+    partial_ptr, dw_ptr, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """A program owns BLOCK columns of dw and adds all parts in ascending order, PARTS at a time."""
-    wait(DEPENDENT)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([PARTS, BLOCK], tl.float32)
     for start in range(0, parts, PARTS):
@@ -208,8 +203,6 @@ def _rms_norm_backward(
         return dx, torch.zeros_like(weight)
     dw = torch.empty(width, dtype=weight.dtype, device=weight.device)
     config = launch_config("rms_norm_bwd", total.dtype, total.device, width)
-    adding = launch_config("rms_norm_dw", torch.float32, total.device, width)
-    dependent = dependence(total.device, adding.branch)
     # The grid and the buffer of partial sums have one size; a program that owns no row writes zeros.
     at_once = programs(total.device, config.programs)
     rows_per_program = config.block_m * triton.cdiv(rows, config.block_m * at_once)
@@ -219,12 +212,12 @@ def _rms_norm_backward(
         dy, dy if dsum is None else dsum, total, weight, rstd, dx, partial,
         rows, rows_per_program, dy.stride(0), 0 if dsum is None else dsum.stride(0), total.stride(0),
         WIDTH=width, HAS_DSUM=dsum is not None, ROWS=config.block_m, SPAN=_span(config, width),
-        STAGES=config.num_stages, DEPENDENT=dependent["DEPENDENT"], num_warps=config.num_warps,
-        **resident(total.device, config),
+        STAGES=config.num_stages, num_warps=config.num_warps, **resident(total.device, config),
     )  # fmt: skip
-    _rms_norm_bwd_dw_kernel[(triton.cdiv(width, adding.block_n),)](
+    config = launch_config("rms_norm_dw", torch.float32, total.device, width)
+    _rms_norm_bwd_dw_kernel[(triton.cdiv(width, config.block_n),)](
         partial, dw, parts,
-        WIDTH=width, PARTS=adding.block_m, BLOCK=adding.block_n, num_warps=adding.num_warps, **dependent,
+        WIDTH=width, PARTS=config.block_m, BLOCK=config.block_n, num_warps=config.num_warps,
     )  # fmt: skip
     return dx, dw
 

@@ -120,7 +120,7 @@ def test_only_the_eager_cpu_and_the_references_own_operations_are_replaced(monke
 @pytest.mark.parametrize(
     "op",
     "rms_norm add_rms_norm rope_qkv rope_cache decode_attention swiglu decode_inputs decode_layer "
-    "decode_head".split(),
+    "decode_layers decode_head".split(),
 )
 def test_a_replaced_operation_is_called(op):
     model, calls = model_of(), []

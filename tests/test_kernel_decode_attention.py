@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, DTYPES, HEAD_LAYOUTS, LENGTHS, TRITON, agree, assert_same, draw, gap, over
 
-from kernels import decode_attention, reference
+from kernels import reference
 from kernels.eager.attention import library_attention
 
 # Memory that a kernel does not write holds NaN, and not by chance the right value of an earlier run.
@@ -111,18 +111,6 @@ def test_a_row_alone_is_the_row_in_a_batch(dtype):
             assert_same(
                 [TRITON.decode_attention(q[row : row + 1], *alone, filled(length))], [batch[row : row + 1]]
             )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_programs_of_whole_rows_agree_with_programs_of_splits(monkeypatch, dtype):
-    """Bitwise: how many rows there are decides which of the two are launched."""
-    tensors = inputs(4, 2, 420, dtype=dtype)
-    lengths = filled(0, 129, 64, 420)
-    found = []
-    for factor in (1000, 0):
-        monkeypatch.setattr(decode_attention, "WHOLE_ROWS", factor)
-        found.append(TRITON.decode_attention(*tensors, lengths))
-    assert_same(found[:1], found[1:])
 
 
 def test_what_lies_beyond_the_length_is_not_read():

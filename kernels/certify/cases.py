@@ -18,6 +18,8 @@ from kernels.backend import load_triton
 from kernels.certify.recorder import RecordedLaunch, Recorder, recording, tensor
 from kernels.certify.targets import Target
 from kernels.decode_head import decode_head
+from kernels.decode_layers import decode_layers
+from kernels.launch_config import DEPENDENT_LAUNCH
 from kernels.mlp import mlp
 from kernels.types import Backend, LayerWeights, TokenState
 
@@ -168,6 +170,18 @@ def decode(
         )
 
 
+def joined(run: Recorder, ops: Backend, batch: int = 1) -> None:
+    """Two blocks for one new token in one launch, where the compiled kernel has the instructions for that."""
+    if run.target.name not in DEPENDENT_LAUNCH:
+        return
+    size, dtype = MODELS["135M"], run.dtype
+    caches = [tensor(batch, 1024, size.key_heads, HEAD_DIM, dtype=dtype, grad=False)] * 2
+    lengths, x = tensor(batch, dtype=torch.int64, grad=False), tensor(batch, 1, size.hidden, dtype=dtype)
+    weights, (cos, sin) = [_layer_weights(size, dtype)] * 2, tables(batch, 1, HEAD_DIM // 2)
+    with torch.no_grad():
+        decode_layers(x, weights, caches, caches, lengths, cos, sin, eps=EPS)
+
+
 def head(run: Recorder, ops: Backend, model: str) -> None:
     """The final norm and the head of a decode step."""
     width = MODELS[model].hidden
@@ -254,6 +268,8 @@ CASES = (
     Case("decode 1x1, 1.7B", decode, {"model": "1.7B"}),
     Case("decode 1x1, head dim 32", decode, {"head_dim": 32}),
     Case("decode 1x1, head dim 128", decode, {"head_dim": 128}),
+    Case("joined layers 1x1, 1024 keys", joined, {}),
+    Case("joined layers 16x1, 1024 keys", joined, {"batch": 16}),
     # more rows than the fused layer supports: the composition
     Case("decode 32x1, 1000 keys", decode, {"batch": 32}, every_dtype=True),
     Case("decode 32x1, 100 keys", decode, {"batch": 32, "keys": 100}),

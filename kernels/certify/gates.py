@@ -12,10 +12,10 @@ MEMORY_BOUND = {
     "_rms_norm_fwd_kernel", "_rms_norm_bwd_dx_kernel", "_rope_kernel", "_rope_cache_kernel",
     "_swiglu_fwd_kernel", "_swiglu_bwd_kernel", "_softmax_gradient_kernel", "_adamw_kernel",
     "_norm_qkv_rope_kernel", "_norm_gate_up_kernel", "_combine_o_kernel", "_project_kernel",
-    "_norm_head_kernel", "_decode_inputs_kernel", "_next_token_kernel",
+    "_norm_head_kernel", "_decode_inputs_kernel", "_next_token_kernel", "_decode_layers_kernel",
 }  # fmt: skip
 # The ops and kernels of a decode step that read weights or scores but write only single rows, or numbers.
-READS_ONLY = {"decode_layer", "decode_head", "_next_token_kernel"}
+READS_ONLY = {"decode_layer", "decode_layers", "decode_head", "_next_token_kernel"}
 # Kernels that must use their target's own matrix instruction.
 MATRIX_BOUND = {
     "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkv_kernel", "_mlp_fwd_kernel",
@@ -25,6 +25,7 @@ MATRIX_BOUND = {
 # want 64 and more.
 SIXTEEN_ROWS = {
     "_norm_qkv_rope_kernel", "_combine_o_kernel", "_project_kernel", "_norm_gate_up_kernel",
+    "_decode_layers_kernel",
 }  # fmt: skip
 
 # One line of certificate.json: a launch, without its repetitions, and its Figures by version of Triton.

@@ -26,8 +26,8 @@ from kernels import launch_config
 from kernels.certify.targets import Target
 
 KERNEL_MODULES = (
-    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "decode_product",
-    "decode_step", "embedding", "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
+    "adamw", "attention", "decode_attention", "decode_head", "decode_layer", "decode_layers",
+    "decode_product", "decode_step", "embedding", "linear_cross_entropy", "mlp", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 
 # The options that a launcher may set; the others follow from the target and the version of Triton.

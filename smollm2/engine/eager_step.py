@@ -47,7 +47,7 @@ from smollm2.model import SmolLM2ForCausalLM
 # The operations of the backend that the step replaces: it may do so only while they are torch's own.
 REPLACES = (
     "rms_norm", "add_rms_norm", "rope_qkv", "rope_cache", "decode_attention", "swiglu", "decode_inputs",
-    "decode_layer", "decode_head",
+    "decode_layer", "decode_layers", "decode_head",
 )  # fmt: skip
 MATRICES = "qkv", "o", "gate_up", "down"
 DIGEST_WORDS = 1024  # words of 8 bytes that are added up at a time
