@@ -29,7 +29,9 @@ def decode_layer(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
     def of(ops: Backend) -> Callable[..., Tensor]:
         def layer(cos: Tensor, sin: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
-            return ops.decode_layer(x, LayerWeights(*rest[:6]), *rest[6:], cos, sin, eps=EPS, ops=ops)
+            keys, values, lengths = rest[6:]
+            weights = LayerWeights(*rest[:6])
+            return ops.decode_layer(x, weights, keys, values, lengths, cos, sin, eps=EPS, ops=ops)
 
         return layer
 
@@ -43,10 +45,9 @@ def decode_layers(shapes: Shapes, backend: Backend, compiled: Compile) -> Case:
 
     def of(ops: Backend | None) -> Callable[..., Tensor]:
         def layers(cos: Tensor, sin: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
-            *rest, lengths = rest
-            parts = [rest[start : start + 8] for start in range(0, len(rest), 8)]
+            parts = [rest[start : start + 8] for start in range(0, len(rest) - 1, 8)]
             weights = [LayerWeights(*part[:6]) for part in parts]
-            caches = [part[6] for part in parts], [part[7] for part in parts], lengths, cos, sin
+            caches = [part[6] for part in parts], [part[7] for part in parts], rest[-1], cos, sin
             if ops is not None:
                 return ops.decode_layers(x, weights, *caches, eps=EPS, ops=ops)
             from kernels.decode_layers import decode_layers

@@ -268,8 +268,10 @@ def decode_layers(
     lengths: Tensor, cos: Tensor, sin: Tensor, *, eps: float, ops: Backend, dependent: bool = False,
 ) -> Tensor:  # fmt: skip
     """`ops.decode_layer` of all layers, one after the other, each with its weights and its caches."""
-    for weights, *caches in zip(layers, key_caches, value_caches, strict=True):
-        x = ops.decode_layer(x, weights, *caches, lengths, cos, sin, eps=eps, ops=ops, dependent=dependent)
+    for weights, keys, values in zip(layers, key_caches, value_caches, strict=True):
+        x = ops.decode_layer(
+            x, weights, keys, values, lengths, cos, sin, eps=eps, ops=ops, dependent=dependent
+        )
     return x
 
 
