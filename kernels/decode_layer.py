@@ -27,8 +27,10 @@ The 135M model in 16 bits (E 576, F 1536, 9 + 3 + 3 heads of 64), by launch:
 A layer reads 7.08 MB, 2.36 us at 3.0 TB/s; 30 layers 212 MB, 71 us. Keys and values add 768 bytes a key and
 layer (7.9 us a token at 1,024 keys), the head 56.6 MB (19 us): a floor of 98 us a token. What a launch costs
 beyond its bytes (first-byte latency, dependent loads, sums across warps) is larger at batch 1: `python -m
-bench.step_model --decode` predicts it. An H100 took 580 us a token at one row and 2,584 us at sixteen with
-the version before this one, which multiplied the rows one after the other; this one has not been measured.
+bench.step_model --decode` predicts it. An H200 with Triton 3.6 took 616 us a token at one row and 847 us at
+sixteen, where 358 and 464 had been predicted for an H100. Triton 3.6 loaded the tiles in another order of
+lanes than 3.7, and exchanged them through shared memory one by one, each after a wait for memory
+(decode_product.py, `tile`). It has not been measured since that was mended.
 
 With one row, every program of launch 3 adds all splits itself. With more, that would be more instructions and
 bytes from L2 than a launch of its own costs: at 16 rows and 1,024 keys all programs together would read 21
