@@ -54,7 +54,7 @@ BLOCK_K = 64  # in 16 bits 128 bytes: one swizzled row of shared memory
 @triton.jit
 def _rstd(x, inside, WIDTH: tl.constexpr, EPS: tl.constexpr):
     """1 / sqrt(mean(x^2) + EPS) of the rows that x, inside [16] point to -> [16]."""
-    CHUNK: tl.constexpr = min(512, triton.next_power_of_2(WIDTH))
+    CHUNK: tl.constexpr = 512  # a function of Triton's here would make the key depend on its version
     lane = tl.arange(0, CHUNK)
     total = tl.zeros([16], tl.float32)
     for start in tl.static_range(0, WIDTH, CHUNK):
