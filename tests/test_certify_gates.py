@@ -5,12 +5,16 @@ does not pass.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from kernels.certify import __main__ as certify
-from kernels.certify.measure import amd_occupancy, nvidia_occupancy
+from kernels.certify.gates import differences
+from kernels.certify.measure import amd_occupancy, early_barriers, nvidia_occupancy
 from kernels.certify.targets import TARGETS
 
 FIGURES = {
@@ -29,7 +33,8 @@ def row(version: str = "3.7.1", **changes: Any) -> dict[str, Any]:
         "kernel": "_attention_fwd_kernel", "cases": ["planted"], "constants": {}, "not_divisible": [],
         "options": {"num_warps": 8, "num_stages": 2},
     }  # fmt: skip
-    changed = {name: value for name, value in changes.items() if name in FIGURES or name == "error"}
+    own = (*FIGURES, "early_barriers", "error")
+    changed = {name: value for name, value in changes.items() if name in own}
     others = {name: value for name, value in changes.items() if name not in changed}
     return {**passing, "figures": {version: {**FIGURES, **changed}}, **others}
 
@@ -49,6 +54,7 @@ def test_clean_row_passes():
         ({"shared": 227 * 1024 + 1}, "shared memory"),
         ({"shared": 227 * 1024 + 1, "dtype": "float32"}, "shared memory"),
         ({"serialized": 1}, "serialized"),
+        ({**OF_O, "early_barriers": 5}, "5 barriers before it waits"),
         ({"matrix": {"mma.sync": 128}}, "no wgmma"),
         ({"target": "sm_100"}, "no tcgen05"),
         ({"matrix": {}, "target": "gfx1100", "shared": 1024}, "no v_wmma"),
@@ -78,10 +84,67 @@ def test_a_fault_in_one_version_is_a_fault():
     assert fault.endswith("Triton 3.6.0: spills 104 bytes")
 
 
+def two_versions(which: str, newer: int, older: int, **changes: Any) -> dict[str, Any]:
+    figures = {"3.7.1": {**FIGURES, which: newer}, "3.6.0": {**FIGURES, which: older}}
+    return row(figures=figures, **changes)
+
+
+def test_twofold_shared_memory_in_one_version_is_a_fault():
+    (fault,) = certify.faults([two_versions("shared", 4096, 8192)])
+    assert "(planted): shared memory 4096 with Triton 3.7.1, 8192 with Triton 3.6.0" in fault
+    near = two_versions("shared", 4096, 8191), two_versions("shared", 0, 1024)
+    others = two_versions("shared", 4096, 8192, dtype="float32"), {**row(), "figures": {"3.7.1": FIGURES}}
+    assert certify.faults([*near, *others]) == []
+
+
+def test_registers_that_differ_between_versions_are_named_but_no_fault():
+    rows = [two_versions("registers", 114, 150), two_versions("registers", 100, 125)]
+    (difference,) = differences(rows)
+    assert difference.endswith("(planted): registers 114 with Triton 3.7.1, 150 with Triton 3.6.0")
+    assert certify.faults(rows) == []
+    certificate = {"triton": ["3.7.1", "3.6.0"], "launches": {}, "numerics": [], "rows": rows}
+    assert f"- {difference}\n" in certify.page(certificate)
+
+
+EXCHANGE = """
+import json
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+@triton.jit
+def kernel(x_ptr, EARLY: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, 256))
+    if EARLY:
+        x = tl.sum(x)
+    tl.extra.cuda.gdc_wait()
+    tl.store(x_ptr, x if EARLY else tl.sum(x))
+
+for early in (True, False):
+    source = ASTSource(kernel, {"x_ptr": "*fp32", "EARLY": "constexpr"}, {"EARLY": early})
+    options = {"num_warps": 4, "launch_pdl": True}
+    print(json.dumps(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"]))
+"""
+
+
+def test_barriers_before_the_wait_are_counted(tmp_path):
+    """Where the sum of what four warps loaded comes before the wait, and where it comes after."""
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    early, late = (json.loads(line) for line in done.stdout.splitlines())
+    assert early_barriers(early) > 0 == early_barriers(late)
+    assert early_barriers(early.replace("griddepcontrol.wait", "")) == 0
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"spill_bytes": 8, "dtype": "float32"},  # ieee fp32: reported only
+        {"early_barriers": 5, "dtype": "float32"},
         {"spill_bytes": 8, "target": "gfx942", "matrix": {"v_mfma": 4}, "shared": 1024},
         {"kernel": "_decode_attention_split_kernel", "matrix": {"mma.sync": 4}},
         {**OF_O, "wide_stores": 0},

@@ -44,7 +44,7 @@ except ModuleNotFoundError as error:
 
 from kernels.certify.cases import DECODE, EMBEDDING, LAST_NORM, LAYER, LAYERS, LOSS, OPTIMIZER, record
 from kernels.certify.fill import SOURCES, present_gpu, report
-from kernels.certify.gates import Row, faults
+from kernels.certify.gates import Row, faults, name_of
 from kernels.certify.measure import compile_rows
 from kernels.certify.page import page, summary, target_table
 from kernels.certify.recorder import RecordedLaunch
@@ -129,15 +129,11 @@ def check(
 ) -> list[str]:
     """Why the committed files do not belong to this source, one line each."""
     known = {row["key"]: row for row in committed["rows"]}
-
-    def name(row: Row) -> str:
-        return f"{row['target']} {row['kernel']} {row['dtype']} ({row['cases'][0]})"
-
-    found = [f"missing: {name(row)}" for key, (_, row) in rows.items() if key not in known]
-    found += [f"no longer launched: {name(row)}" for key, row in known.items() if key not in rows]
+    found = [f"missing: {name_of(row)}" for key, (_, row) in rows.items() if key not in known]
+    found += [f"no longer launched: {name_of(row)}" for key, row in known.items() if key not in rows]
     for version in VERSIONS:
         found += [
-            f"no figures of Triton {version}: {name(row)}"
+            f"no figures of Triton {version}: {name_of(row)}"
             for row in known.values()
             if version not in row["figures"]
         ]

@@ -27,6 +27,7 @@ SIXTEEN_ROWS = {
     "_norm_qkv_rope_kernel", "_combine_o_kernel", "_project_kernel", "_norm_gate_up_kernel",
     "_decode_layers_kernel",
 }  # fmt: skip
+LITTLE_SHARED = 1024  # bytes: a twofold difference of less is only another way to sum
 
 # One line of certificate.json: a launch, without its repetitions, and its Figures by version of Triton.
 Row = dict[str, Any]
@@ -37,8 +38,11 @@ def faults(rows: Iterable[Row]) -> list[str]:
     found = []
     for row in rows:
         target, kernel, dtype = TARGETS[row["target"]], row["kernel"], row["dtype"]
+        shared = _of_versions(row, "shared")
+        if shared and max(shared.values()) >= 2 * max(LITTLE_SHARED, min(shared.values())):
+            found.append(f"{name_of(row)}: shared memory {_text(shared)}: another layout?")
         for version, figures in row["figures"].items():
-            name = f"{target.name} {kernel} {dtype} ({row['cases'][0]}), Triton {version}"
+            name = f"{name_of(row)}, Triton {version}"
             if "error" in figures:
                 found.append(f"{name}: does not compile: {figures['error']}")
                 continue
@@ -50,6 +54,8 @@ def faults(rows: Iterable[Row]) -> list[str]:
                 found.append(f"{name}: spills {figures['spill_bytes']} bytes")
             if figures.get("serialized"):
                 found.append(f"{name}: ptxas serialized its matrix instructions")
+            if early := figures.get("early_barriers"):
+                found.append(f"{name}: {early} barriers before it waits for the launch before it")
             wanted = "mma.sync" if kernel in SIXTEEN_ROWS and target.nvidia else target.matrix
             if kernel in MATRIX_BOUND | SIXTEEN_ROWS and not figures["matrix"].get(wanted):
                 found.append(f"{name}: no {wanted} instruction, only {figures['matrix'] or 'none'}")
@@ -58,6 +64,34 @@ def faults(rows: Iterable[Row]) -> list[str]:
             if kernel in MEMORY_BOUND and dtype == "bfloat16" and not wide:
                 found.append(f"{name}: {loads} loads and {stores} stores of 16 bytes")
     return found
+
+
+def differences(rows: Iterable[Row]) -> list[str]:
+    """The rows whose registers differ by more than a quarter between versions of Triton, one line each. No
+    faults, but reasons to look at the code: a layout that only one version chose may show in nothing else.
+    """
+    found = []
+    for row in rows:
+        registers = _of_versions(row, "registers")
+        if registers and max(registers.values()) > 1.25 * min(registers.values()):
+            found.append(f"{name_of(row)}: registers {_text(registers)}")
+    return found
+
+
+def name_of(row: Row) -> str:
+    """A row in a message."""
+    return f"{row['target']} {row['kernel']} {row['dtype']} ({row['cases'][0]})"
+
+
+def _text(figures: dict[str, int]) -> str:
+    return ", ".join(f"{number} with Triton {version}" for version, number in figures.items())
+
+
+def _of_versions(row: Row, which: str) -> dict[str, int]:
+    """That figure by version of Triton, for NVIDIA and 16 bits; empty for other rows."""
+    if row["dtype"] == "float32" or not TARGETS[row["target"]].nvidia:
+        return {}
+    return {version: figures[which] for version, figures in row["figures"].items() if which in figures}
 
 
 def _reads_rows(row: Row) -> bool:

@@ -57,6 +57,7 @@ class Figures:
     occupancy: float  # part of a multiprocessor's warps that can be resident
     limited_by: str
     serialized: int = 0  # notes of ptxas that it serialized asynchronous matrix instructions
+    early_barriers: int = 0  # `early_barriers`; left out of a row that has none
 
 
 def _occupancy(target: Target, warps: int, shared: int, limits: dict[str, int]) -> tuple[float, str]:
@@ -95,6 +96,16 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
+def early_barriers(text: str) -> int:
+    """The barriers between the first global load of a dependent launch and its wait for the launch before; 0
+    in other code. Loads in front of that wait should be under way while it lasts. One that is exchanged
+    through shared memory there is waited for first, and so is each that follows in the same way.
+    """
+    early, wait, _ = text.partition("griddepcontrol.wait")
+    first = re.search(r"\bld\.global\b|\bcp\.async\b", early)
+    return _count(r"\bbar(?:rier|\.warp)?(?:\.cta)?\.sync\b", early[first.end() :]) if wait and first else 0
+
+
 def measure(launch: RecordedLaunch) -> dict[str, Any]:
     """Compiles one launch, in a worker process -> its Figures as a dictionary, or {"error": ...}."""
     target = TARGETS[launch.target]
@@ -131,8 +142,12 @@ def measure(launch: RecordedLaunch) -> dict[str, Any]:
         matrix=dict(+kinds), wide_loads=_count(WIDE_LOAD if target.nvidia else AMD_WIDE_LOAD, text),
         wide_stores=_count(WIDE_STORE if target.nvidia else AMD_WIDE_STORE, text), occupancy=occupancy,
         limited_by=limited_by, serialized=_count("instructions are serialized", notes),
+        early_barriers=early_barriers(text),
     )  # fmt: skip
-    return asdict(figures)
+    row = asdict(figures)
+    if not figures.early_barriers:
+        del row["early_barriers"]
+    return row
 
 
 def compile_rows(launches: Sequence[RecordedLaunch], jobs: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kernels.certify.cases import LAYERS
-from kernels.certify.gates import Row, faults
+from kernels.certify.gates import Row, differences, faults
 from kernels.certify.targets import TARGETS
 
 
@@ -57,7 +57,9 @@ def _cells(row: Row, figures: dict[str, Any]) -> list[str]:
     matrix = " ".join(f"{kind} {count}" for kind, count in figures["matrix"].items())
     wide = f"{figures['wide_loads']}/{figures['wide_stores']}"
     occupancy = f"{figures['occupancy']:.0%} ({figures['limited_by']})"
-    return [str(figures["registers"]), spill, str(figures["shared"]), matrix, wide, occupancy]
+    barriers = figures.get("early_barriers")
+    early = f" ({barriers} early barriers)" if barriers else ""
+    return [str(figures["registers"]), spill, f"{figures['shared']}{early}", matrix, wide, occupancy]
 
 
 def target_table(rows: Sequence[Row]) -> list[str]:
@@ -107,6 +109,9 @@ def summary(certificate: dict[str, Any]) -> list[str]:
                 )
                 cells = name, version, len(own), registers, spilling, spill, shared
                 lines.append(_line((*cells, target.shared_limit, len(faults(own)))))
+    if differing := differences(rows):
+        text = "More than a quarter more registers with one version of Triton than with another:"
+        lines += ["", "## Versions", "", text, "", *(f"- {line}" for line in differing)]
     if entries := certificate["numerics"]:
         text = "Worst error as a part of its budget (tests/numerics.py); 1 would fail."
         lines += ["", "## Numerics", "", text, "", _line(("op", "dtype", "worst")), _line(["---"] * 3)]
@@ -123,6 +128,7 @@ def page(certificate: dict[str, Any]) -> str:
         "edit. Each row is a launch that the public functions make at the models' shapes, compiled for a GPU "
         "that need not be there. Registers and spills are a thread's, shared memory is a program's. "
         "16 B ld/st: global loads and stores of 16 bytes in the code. "
+        "Early barriers: what a dependent launch loads before its wait goes through shared memory there. "
         "Occupancy: part of a multiprocessor's warps that can be resident, and what limits it. "
         "What differs: compile-time constants; of arguments, `1` and `any` (not a known multiple of 16). "
         "Where the versions of Triton differ in a figure, theirs stand one after the other.",
