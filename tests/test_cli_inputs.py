@@ -145,6 +145,18 @@ def test_the_folder_of_a_run_stands_for_its_latest_checkpoint(run_folder, capsys
     assert load_tokenizer(str(run_folder)).vocab_size == load_tokenizer(latest).vocab_size
 
 
+def test_its_checkpoints_and_the_pointer_in_there_stand_for_the_run(run_folder, monkeypatch):
+    checkpoints = run_folder / "checkpoints"
+    for name in (checkpoints, checkpoints / "latest"):
+        assert model_folder(name) == checkpoints / "step-000040"
+        assert load_tokenizer(name).vocab_size == load_tokenizer(run_folder).vocab_size
+    monkeypatch.chdir(checkpoints)
+    assert model_folder("latest") == Path("step-000040")
+    assert model_folder("step-000005") == "step-000005"
+    (checkpoints / "step-000005" / "latest").write_text("v2")
+    assert model_folder("step-000005") == "step-000005", "a model that has a file of that name"
+
+
 def test_damaged_checkpoints_of_a_run_are_passed_over(run_folder, caplog):
     checkpoints = run_folder / "checkpoints"
     weights = checkpoints / "step-000040" / "model.safetensors"

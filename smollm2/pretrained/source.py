@@ -60,10 +60,14 @@ def resolve(
 def model_folder(source: str | Path) -> str | Path:
     """`source`, or, where that is the folder of a run of train.run, its newest checkpoint with a sound model.
 
-    Raises LoadError for a run that has none.
+    The run's folder of checkpoints, and the file `latest` in there, stand for the run. Raises LoadError for a
+    run without a sound checkpoint.
     """
-    folder = Path(source).expanduser() / "checkpoints"
-    if not str(source) or not folder.is_dir() or (folder.parent / "config.json").is_file():
+    path = Path(source).expanduser()
+    pointer = path if path.name == "latest" else path / "latest"
+    folder = pointer.parent if os.path.isfile(pointer) else path / "checkpoints"
+    is_model = any((one / "config.json").is_file() for one in (path, folder.parent))
+    if not str(source) or not folder.is_dir() or is_model:
         return source
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
     found.sort(key=lambda path: int(path.name[5:]), reverse=True)
