@@ -283,19 +283,22 @@ def test_what_the_kernels_do_not_serve_is_refused(changes, said):
     apply_kernels(model, backend="triton", **dict.fromkeys(switches, False))
 
 
-def test_other_models_are_refused():
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_other_models_are_refused_also_without_a_gpu(monkeypatch, backend):
+    monkeypatch.setattr(patch, "accelerators", list)
+    monkeypatch.setattr(patch, "interpreted", lambda: False)
     qwen = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1,
     ))  # fmt: skip
     for model in (qwen, nn.Linear(2, 2), SmolLM2ForCausalLM(SmolLM2Config.preset("tiny")), "a model"):
         with pytest.raises(UsageError, match=f"expected a Llama .*, got {type(model).__name__}"):
-            apply_kernels(model, backend="torch")
+            apply_kernels(model, backend=backend)
     for kind in (type(qwen), nn.Linear, transformers.LlamaPreTrainedModel):
         with pytest.raises(UsageError, match=f"expected LlamaForCausalLM, .*, got {kind.__name__}"):
-            apply_kernels(kind, backend="torch")
+            apply_kernels(kind, backend=backend)
     with pytest.raises(UsageError, match="before torch.compile"):
-        apply_kernels(torch.compile(llama()), backend="torch")
+        apply_kernels(torch.compile(llama()), backend=backend)
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         apply_kernels(llama(), backend="fast")
 

@@ -40,8 +40,12 @@ def apply_kernels(
     Raises UsageError for another architecture, for a head dim or an activation that an operation does not
     have, and for layers whose forward was replaced already; then nothing has been changed.
     """
-    if not isinstance(model, nn.Module | type):  # also where there is no GPU
+    if not isinstance(model, nn.Module | type):
         raise UsageError(f"apply_kernels: expected a Llama of transformers, got {type(model).__name__}")
+    if isinstance(model, type):  # what is no Llama is refused where there is no GPU, too
+        _check_class(model)
+    else:
+        _bodies(model)
     switches = dict(attention=attention, rms_norm=rms_norm, rope=rope, swiglu=swiglu, loss=loss)
     if backend == "auto" and not accelerators() and not interpreted():
         print(
@@ -79,11 +83,14 @@ def remove_kernels(model: Patched) -> Patched:
     return model
 
 
-def _apply_to_class(kind: type, kernels: Kernels) -> None:
+def _check_class(kind: type) -> None:
     from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
     if not issubclass(kind, LlamaPreTrainedModel) or "__init__" not in kind.__dict__:
         raise UsageError(f"apply_kernels: expected LlamaForCausalLM, LlamaModel ..., got {kind.__name__}")
+
+
+def _apply_to_class(kind: type, kernels: Kernels) -> None:
     remove_kernels(kind)
     original: Any = kind.__dict__["__init__"]
 
@@ -96,18 +103,25 @@ def _apply_to_class(kind: type, kernels: Kernels) -> None:
     setattr(kind, "__init__", __init__)  # noqa: B010 - mypy refuses an assignment
 
 
-def _apply(model: object, kernels: Kernels) -> None:
-    from transformers.models.llama import modeling_llama
+def _bodies(model: nn.Module) -> list[Any]:
+    """The Llamas in a model. Raises UsageError without one."""
+    from transformers.models.llama.modeling_llama import LlamaModel
 
-    llama: Any = modeling_llama
     if hasattr(model, "_orig_mod"):
         raise UsageError("apply_kernels: expected a model before torch.compile, got a compiled one")
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    bodies = [module for module in modules if isinstance(module, llama.LlamaModel)]
+    bodies = [module for module in model.modules() if isinstance(module, LlamaModel)]
     if not bodies:
         wanted = f"a Llama of transformers or what contains one, got {type(model).__name__}"
         hint = "register() and model.set_attn_implementation('smollm2') give others the attention alone"
         raise UsageError(f"apply_kernels: expected {wanted}; {hint}")
+    return bodies
+
+
+def _apply(model: nn.Module, kernels: Kernels) -> None:
+    from transformers.models.llama import modeling_llama
+
+    llama: Any = modeling_llama
+    modules, bodies = list(model.modules()), _bodies(model)
     for body in bodies:
         refused = list(_obstacles(body.config, kernels))
         if refused:
