@@ -297,8 +297,11 @@ def test_a_key_is_asked_for_and_pages_of_other_origins_are_let_in_when_told():
         assert wrong.value.code == "invalid_api_key"
         for path, status in (("/v1/models", 401), ("/metrics", 401), ("/health", 200)):
             assert server.http.get(path).status_code == status
-        strange = {"Authorization": b"Bearer \xff\xfe"}
-        assert server.http.get("/v1/models", headers=strange).status_code == 401
+        for given, status in (
+            (b"Bearer \xff\xfe", 401), (b"Basic secret", 401), (b"secret", 401), (b"Bearer", 401),
+            (b"bearer secret", 200), (b"BEARER secret", 200),
+        ):  # fmt: skip
+            assert server.http.get("/v1/models", headers={"Authorization": given}).status_code == status
         asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
         allowed = server.http.options(CHAT, headers=asked)
         assert allowed.headers["access-control-allow-origin"] == "https://example.org"

@@ -311,8 +311,9 @@ def create_app(
         )
 
     async def check_key(http: Request) -> None:
-        given = http.headers.get("authorization", "").encode("latin-1")
-        if api_key is not None and not hmac.compare_digest(given, b"Bearer " + api_key.encode()):
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        known = hmac.compare_digest(given.encode("latin-1"), (api_key or "").encode())
+        if api_key is not None and not (known and scheme.lower() == "bearer"):  # in any case: RFC 9110, 11.1
             message = "expected the server's key as Authorization: Bearer KEY, got none or another"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
