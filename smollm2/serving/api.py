@@ -74,6 +74,8 @@ class TextPart(BaseModel):
 
 
 def _as_parts(content: Any) -> Any:
+    if not isinstance(content, str | list):  # OpenAI's clients send null beside tool_calls
+        raise ValueError("expected a text or text parts (there are no tool calls here)")
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -284,7 +286,8 @@ def _problem(error: ValidationError) -> ApiError:
         return ApiError(400, f"{place}: expected this field, got none", param=place, code="missing_parameter")
     if problem["loc"][:1] == ("prompt",):
         place, problem["msg"] = "prompt", "expected a text, texts, token ids or lists of token ids"
-    message = f"{place or 'body'}: {problem['msg']}, got {reprlib.repr(problem['input'])}"
+    got = "null" if problem["input"] is None else reprlib.repr(problem["input"])
+    message = f"{place or 'body'}: {problem['msg'].removeprefix('Value error, ')}, got {got}"
     return ApiError(400, message, param=place or None)
 
 
