@@ -272,6 +272,24 @@ def test_a_text_that_is_too_long_whatever_its_tokens_is_not_tokenised(tiny, monk
         assert tiny.post(path, **body).json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_prompts_are_counted_before_they_are_tokenised_and_refused_at_the_first_that_is_too_long(
+    tiny, monkeypatch
+):
+    read = []
+    encode = type(TOKENIZER).encode_batch
+
+    def recorded(self, texts, special=True):
+        read.extend(texts)
+        return encode(self, texts, special)
+
+    monkeypatch.setattr(type(TOKENIZER), "encode_batch", recorded)
+    error = tiny.post(prompt=["a"] * 35, n=2).json()["error"]
+    assert error["param"] == "n" and "at most 68 answers, got 35 x 2" in error["message"] and read == []
+    long = "the quick fox " * 100
+    error = tiny.post(prompt=["a", long, "b", "c"]).json()["error"]
+    assert error["code"] == "context_length_exceeded" and read == ["a", long]
+
+
 def test_models_health_and_metrics(tiny, ask):
     assert [model.id for model in tiny.openai.models.list()] == ["tiny"]
     assert tiny.openai.models.retrieve("tiny").model_extra == {"max_model_len": 128}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -149,10 +149,16 @@ class ChatRequest(Asked):
         """Bytes of the longest prompt, as far as they were given as text."""
         return sum(len(message.plain()["content"].encode()) for message in self.messages)
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """The token ids of each prompt. Raises UsageError for what the template or the tokenizer refuses."""
+    def count(self) -> int:
+        """How many prompts there are."""
+        return 1
+
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[list[int]]:
+        """The token ids of each prompt, which is tokenised when it is asked for. Raises UsageError for what
+        the template or the tokenizer refuses.
+        """
         text = tokenizer.apply_chat_template([message.plain() for message in self.messages])
-        return [tokenizer.encode(text)]
+        yield tokenizer.encode(text)
 
     def budget(self, room: int) -> int:
         """How many new tokens, if a prompt leaves room for so many."""
@@ -199,19 +205,22 @@ class CompletionRequest(Asked):
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def texts(self) -> list[str]:
-        given: Sequence[Any] = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        return [one for one in given if isinstance(one, str)]
+    def given(self) -> Sequence[str | list[int]]:
+        """Each prompt, as a text or as token ids."""
+        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        return cast(Sequence[str | list[int]], [self.prompt] if one else self.prompt)
 
     def size(self) -> int:
-        return max((len(text.encode()) for text in self.texts()), default=0)
+        return max((len(one.encode()) for one in self.given() if isinstance(one, str)), default=0)
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        if texts := self.texts():
-            return tokenizer.encode_batch(texts, special=False)
-        if not self.prompt:
+    def count(self) -> int:
+        return len(self.given())
+
+    def prompts(self, tokenizer: Tokenizer) -> Iterator[list[int]]:
+        if not self.given():
             raise UsageError("prompt: expected a text, texts or token ids, got an empty list; give it one")
-        return cast(list[list[int]], self.prompt if isinstance(self.prompt[0], list) else [self.prompt])
+        for one in self.given():
+            yield tokenizer.encode(one, special=False) if isinstance(one, str) else one
 
     def budget(self, room: int) -> int:
         return self.max_tokens or min(room, 16)  # OpenAI's default

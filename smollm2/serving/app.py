@@ -236,10 +236,10 @@ class Service:
             params = dataclasses.replace(self.params, **asked.sampling)
             stop = tuple(asked.stop or ())
             seed = random.getrandbits(63) if asked.seed is None else asked.seed
-            prompts, most = asked.prompts(self.tokenizer), self.scheduler.slots + self.scheduler.waiting
-            if len(prompts) * (asked.n or 1) > most:
-                raise UsageError(f"n: expected at most {most} answers, got {len(prompts)} x {asked.n or 1}")
-            for prompt in prompts:
+            most = self.scheduler.slots + self.scheduler.waiting
+            if asked.count() * (asked.n or 1) > most:
+                raise UsageError(f"n: expected at most {most} answers, got {asked.count()} x {asked.n or 1}")
+            for prompt in asked.prompts(self.tokenizer):
                 room = self.scheduler.context - len(prompt)
                 budget = asked.budget(room)
                 if room < max(budget, 1):
