@@ -22,6 +22,13 @@ NUMBERS = (
     ("--slots", "N", 8, 1, "requests that run at the same time"),
     ("--context", "N", 0, 0, "most tokens of a request and its answer; 0: as many as the model takes"),
     ("--queue", "N", 64, 1, "requests that may wait for a slot; further ones are answered with 429"),
+    (
+        "--kept-prefix-mb",
+        "N",
+        512,
+        0,
+        "MiB that keep ended texts for others that begin alike; 0: none are kept",
+    ),
     ("--timeout", "SECONDS", 600, 1, "most time for a request"),
     ("--max-body", "BYTES", 4 << 20, 1, "largest body of a request"),
     ("--grace", "SECONDS", 30, 0, "time that running requests have to finish when the server is told to end"),
@@ -87,8 +94,9 @@ def main(argv: Sequence[str]) -> int:
         banned = tokenizer.banned_ids(vocab_size, ends)
         params = SamplingParams(banned, temperature=args.temperature, top_p=args.top_p)
         scheduler = Scheduler(
-            engine, tokenizer, slots=args.slots, context=args.context or None, waiting=args.queue
-        )
+            engine, tokenizer, slots=args.slots, context=args.context or None, waiting=args.queue,
+            kept_bytes=args.kept_prefix_mb << 20,
+        )  # fmt: skip
         if args.verbose:
             rows = f"{scheduler.slots} slots of {scheduler.context:,} tokens"
             print(

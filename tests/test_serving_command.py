@@ -17,6 +17,7 @@ from serving_cases import CHAT, HI, TOKENIZER, httpx2
 
 from smollm2 import serve
 from smollm2.cli import run_command
+from smollm2.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +48,7 @@ def no_model(monkeypatch):
 
 @pytest.mark.parametrize("argv, words", [
     (["--port", "70000"], "65535"), (["--port", "-1"], "--port"), (["--slots", "0"], "--slots"),
+    (["--kept-prefix-mb", "-1"], "--kept-prefix-mb"),
     (["--host", "no.such.host.invalid"], "no.such.host.invalid"), (["--host", "192.0.2.1"], "192.0.2.1"),
     (["--timeout", "0"], "--timeout"), (["--temperature", "-1"], "temperature"), (["--top-p", "0"], "top_p"),
     (["--api-key", " "], "--api-key"), (["--nonsense"], "--help"),
@@ -72,6 +74,20 @@ def test_a_model_or_context_that_does_not_fit_is_one_line(checkpoint, capsys, mo
     assert "1 to 2048 tokens" in refused(capsys, *options, "--context", "4096")
     monkeypatch.setattr("smollm2.serving.scheduler.free_memory", lambda device: 1000)
     assert "one slot of 2,048 tokens" in refused(capsys, *options)
+
+
+def test_how_much_is_kept_of_texts_that_ended_is_an_option(checkpoint, capsys, monkeypatch):
+    given = []
+
+    def scheduler(*parts, kept_bytes, **options):
+        given.append(kept_bytes)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("smollm2.serving.scheduler.Scheduler", scheduler)
+    options = "--model", str(checkpoint), "--device", "cpu", "--port", "0"
+    for more in ([], ["--kept-prefix-mb", "3"], ["--kept-prefix-mb", "0"]):
+        refused(capsys, *options, *more)
+    assert given == [512 << 20, 3 << 20, 0]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

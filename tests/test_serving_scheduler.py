@@ -374,6 +374,9 @@ def test_kept_prefixes_stay_within_their_memory():
     assert kept.size == 6 * one and kept.find(np.array([8]))[1] == 0, "the one not used for longest went"
     kept.add(prefix(*range(10, 20)))
     assert kept.size == 6 * one, "what cannot fit drives nothing out"
+    nothing = KeptPrefixes(0)
+    nothing.add(prefix(1, 2))
+    assert nothing.size == 0 and nothing.find(np.array([1, 2])) == (None, 0)
 
 
 def test_memory_stays_flat(serve):
