@@ -170,6 +170,13 @@ def test_finetune_of_all_weights_needs_no_merging(tmp_path, talks, base, capsys)
     assert f"--model {out}" in capsys.readouterr().out
 
 
+def test_the_name_of_a_file_may_have_an_equals_sign(talks, base, monkeypatch):
+    monkeypatch.chdir(talks.parent)
+    talks.rename("lr=2.jsonl")
+    config = finetune.configure(["lr=2.jsonl", *KEYS, f"model={base}", "steps=2"])
+    assert config.paths == ["lr=2.jsonl"] and config.lr == 1e-3
+
+
 def test_a_dataset_of_the_hub_is_told_from_files():
     config = finetune.configure(["someone/talks", "steps=20"])
     assert (config.data, config.dataset, config.paths) == ("hub", "someone/talks", [])

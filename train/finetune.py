@@ -6,6 +6,7 @@ It is train.run with train/configs/finetune.yaml, for as many epochs as are aske
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -51,8 +52,9 @@ def configure(arguments: Sequence[str]) -> RunConfig:
     """The configuration of a run. arguments: data, then key=value. Raises UsageError for what cannot be used,
     LoadError for data that cannot be read.
     """
-    data = [argument for argument in arguments if "=" not in argument]
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    # the name of a file may have = in it, too
+    data = [argument for argument in arguments if "=" not in argument or os.path.lexists(argument)]
+    given = dict(argument.split("=", 1) for argument in arguments if argument not in data)
     if unknown := [name for name in data if name.startswith("-")]:
         raise UsageError(f"expected files of conversations and key=value pairs, got {unknown[0]!r}")
     if not data:
