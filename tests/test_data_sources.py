@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -306,6 +307,22 @@ def test_a_cut_off_jsonl_is_reported_once_and_its_other_lines_are_read(tmp_path,
     source = LocalSource([str(tmp_path)], "text")
     assert stored(source) == stored(source) == ["whole", None]
     assert capsys.readouterr().out.count("the last line is cut off") == 1
+
+
+def test_what_is_passed_over_of_conversations_is_said_once_for_each_file(tmp_path, capsys):
+    talk = json.dumps({"messages": [{"role": "assistant", "content": "hi"}]}).encode()
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + b"\r\n".join([talk, talk, b"", b""]))
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join([b"{", talk, b'"\xff"', b'{"text": "a"}', b"[]", b""]))
+    (tmp_path / "c.jsonl").touch()
+    source = LocalSource([str(tmp_path)], "text", train_on="assistant")
+    found = stored(source)
+    assert found == stored(source) and [json.loads(one) for one in found if one] == [json.loads(talk)] * 3
+    assert len(found) == 7
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'c.jsonl'}: is empty",
+        f"{tmp_path / 'b.jsonl'}: lines that are not JSON in UTF-8 are passed over",
+        f"{tmp_path / 'b.jsonl'}: rows without a conversation to learn from are passed over",
+    ]
 
 
 def test_a_damaged_or_vanished_file_is_named_with_what_to_do(tmp_path):

@@ -94,6 +94,9 @@ class LocalSource(SingleSource):
                 )
         self._states = [(file, file.stat()) for file in self.files]
         self._noted: set[str] = set()
+        for file, state in self._states:
+            if state.st_size == 0 and kind(file) != ".py":
+                self._note(file, "is empty")
         self._shards = [part for file in self.files if kind(file) != ".py" for part in self._parts(file)]
         sizes = [(file, state.st_size) for file, state in self._states if kind(file) == ".py"]
         self._shards += _groups(sizes)
@@ -266,9 +269,13 @@ class LocalSource(SingleSource):
             if not line.endswith(b"\n"):
                 cut = "the last line is cut off (no line end, not JSON), and passed over"
                 self._note(file, f"{cut}; is the file complete?")
+            else:
+                self._note(file, "lines that are not JSON in UTF-8 are passed over")
             return None
         if self.train_on is not None:
-            return as_conversation(value)
+            if (conversation := as_conversation(value)) is None:
+                self._note(file, "rows without a conversation to learn from are passed over")
+            return conversation
         if isinstance(value, dict) and self.text_column not in value and is_chat(value):
             self._note(file, f"conversations, not {self.text_column!r}, are passed over; add format=chat")
         return value.get(self.text_column) if isinstance(value, dict) else value
