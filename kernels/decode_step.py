@@ -179,13 +179,15 @@ def _next_token(
     given = tokens if scores is None else scores
     if batch:
         config = launch_config("next_token", torch.float32, given.device, given.shape[1])
+        block = min(config.block_n, triton.next_power_of_2(given.shape[1]))
+        # so that a lane has 16 bytes, of 64 lanes too
+        warps = max(1, min(config.num_warps, block * given.element_size() // 1024))
         _next_token_kernel[(batch,)](
             given, tokens if ids is None else ids, ends, tokens, finished, output, slot, batch, slots,
             ends.numel(), given.shape[1], pad, given.stride(0), 0 if ids is None else ids.stride(0),
             MARK=NOT_FINITE, SCORES=scores is not None, IDS=ids is not None,
-            BLOCK=min(config.block_n, triton.next_power_of_2(given.shape[1])),
-            BLOCK_ENDS=max(16, triton.next_power_of_2(ends.numel())),
-            num_warps=1 if scores is None else config.num_warps, **dependence(given.device),
+            BLOCK=block, BLOCK_ENDS=max(16, triton.next_power_of_2(ends.numel())), num_warps=warps,
+            **dependence(given.device),
         )  # fmt: skip
 
 
