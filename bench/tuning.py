@@ -34,9 +34,9 @@ MODULES = (
     "launch_config", "linear_cross_entropy", "rms_norm", "rope", "swiglu",
 )  # fmt: skip
 SWIGLU = ((1, 512, 1), (2, 512, 2), (1, 512, 2), (2, 512, 4), (8, 512, 8))
-# the interpreter takes a quarter of a minute for some of the others
 NORM = ((1, 256, 1), (2, 256, 1), (4, 256, 4), (2, 128, 1), (8, 128, 4), (4, 64, 1))
 ROPE = ((8, 1, 1), (4, 5, 1), (16, 5, 2), (16, 1, 2), (32, 5, 4))
+# the interpreter takes a quarter of a minute for some of the others
 TINY = ("attention_fwd", "swiglu", "rms_norm_bwd", "mlp_fwd")
 SETS = 24  # of inputs at most, so that each is cold when its turn comes again
 # Operation of the table -> (the case of bench/ops.py that it is timed in, its phase, candidates). Attention's
@@ -77,7 +77,6 @@ _LINES: dict[str, tuple[str, str, tuple[tuple[Any, ...], ...]]] = {
         ((1, 256, 1, 2, False, 16), (1, 256, 1, 2, False, 12), (1, 256, 1, 3, False, 12),
          (1, 256, 1, 3, False, 8), (1, 256, 1, 1, False, 16), (4, 256, 4, 1, False, 3)),
     ),
-    # the last: a dependent launch
     "rms_norm_dw": ("add_rms_norm", "backward", ((1024, 8, 8), (512, 4, 8))),
     "rope": ("rope_qkv", "forward", ROPE),
     "rope backward": ("rope_qkv", "backward", ROPE),

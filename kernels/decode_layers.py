@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.decode_attention import KEYS_PER_SPLIT, LOG2_E, attend, combined
+from kernels.decode_attention import HEAD_DIMS, KEYS_PER_SPLIT, LOG2_E, attend, combined
 from kernels.decode_layer import combine_o, norm_gate_up, norm_qkv_rope, project
 from kernels.decode_product import GRID, arrive, wait
 from kernels.launch_config import INTERPRETER, architecture, joins_layers, multiprocessors
@@ -52,7 +52,6 @@ WARPS = 8
 # Bytes of a matrix that the registers of a program hold beside everything else.
 HELD_BYTES = 64 << 10
 PHASES = 6  # qkv, attention, combine, o, gate and up, down
-ADDRESSES = 8  # of a layer: six weights and two caches
 
 
 @triton.jit
@@ -82,7 +81,7 @@ def _decode_layers_kernel(
     unit, programs = tl.program_id(0), tl.num_programs(0)
     met = 0  # arrivals that this program has waited for, or will wait for next
     for layer in range(first, last):
-        at = layer * 8
+        at = layer * 8  # six weights and two caches
         k_ptr, v_ptr = _at(table_ptr, at + 6, dtype), _at(table_ptr, at + 7, dtype)
         stream = tl.where(layer == first, x_ptr.to(tl.int64), out_ptr.to(tl.int64))
         stream_ptr = tl.multiple_of(stream.to(tl.pointer_type(dtype)), 16)
@@ -165,7 +164,7 @@ def _decode_layers_kernel(
 class _Table:
     """The addresses of all layers' weights and caches, and the barrier's counter, on the device."""
 
-    addresses: Tensor  # [L * ADDRESSES] int64
+    addresses: Tensor  # [8 L] int64
     counter: Tensor  # [1] int32
 
 
@@ -244,10 +243,15 @@ def _obstacle(
     sizes = {tuple(tensor.shape for tensor in weights) for weights in layers}
     if len(kinds) > 1 or len(sizes) > 1:
         return "equal layers, with caches of one shape and stride"
-    if any(tensor.data_ptr() % 16 for tensor in (*caches, *itertools.chain(*layers))):
-        return "weights and caches at multiples of 16 bytes"
+    weights = list(itertools.chain(*layers))
+    if any(tensor.data_ptr() % 16 for tensor in (x, *caches, *weights)):
+        return "x, weights and caches at multiples of 16 bytes"
+    if caches[0].stride(3) != 1 or not all(tensor.is_contiguous() for tensor in weights):
+        return "contiguous weights, and caches with a last stride of 1"
     shape, programs = _shape(layers[0], key_caches[0]), _programs(x.device)
     held = shape.held(programs, x.element_size())
+    if shape.head_dim not in HEAD_DIMS:
+        return f"a head dim in {list(HEAD_DIMS)}"
     if held > HELD_BYTES or 8 * shape.groups(programs)["QKV_GROUPS"] > shape.head_dim:
         return f"layers narrow enough that {programs} programs hold a matrix in {HELD_BYTES} bytes each"
     return ""
@@ -313,14 +317,15 @@ def decode_layers(
     """All blocks of a decode step for at most 16 rows in one launch, layer by layer what `decode_layer` does.
 
     x [B, T, E] with 1 <= T and B * T <= 16 (float32, float16, bfloat16), contiguous weights of one dtype for
-    each layer, all of one shape; caches [B, S, K, D], all of one shape and stride, with a last stride of 1
-    and addresses that are multiples of 16 bytes; lengths [B] integer, the new tokens included; cos and sin
-    [B, T, D/2] or [T, D/2] -> [B, T, E], contiguous. Writes the new keys and values into the caches. The
-    first call for given weights and caches copies their addresses to the device, which a CUDA graph cannot
-    capture; the host reads no value. Two launches over the same caches must not overlap. A row's result does
-    not depend on the other rows. by_phase: launches every phase by itself, with the same bits; it is what the
-    interpreter can run. Raises ValueError naming what was expected. Same semantics as
-    `kernels.reference.decode_layers`; backend.py chooses.
+    each layer, all of one shape, so narrow that no program holds more than 64 kB of a matrix; caches
+    [B, S, K, D] with D 32, 64 or 128, all of one shape and stride, with a last stride of 1; lengths [B]
+    integer, the new tokens included; cos and sin [B, T, D/2] or [T, D/2] -> [B, T, E], contiguous. x, weights
+    and caches begin at multiples of 16 bytes. Writes the new keys and values into the caches. The first call
+    for given weights and caches copies their addresses to the device, which a CUDA graph cannot capture; the
+    host reads no value. Two launches over the same caches must not overlap. A row's result does not depend on
+    the other rows. by_phase: launches every phase by itself, with the same bits; it is what the interpreter
+    can run. Raises ValueError naming what was expected. Same semantics as `kernels.reference.decode_layers`;
+    backend.py chooses.
     """
     op = "decode_layers"
     for weights, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
