@@ -27,7 +27,7 @@ HEADS = [(9, 3), (15, 5), (32, 32)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, key_heads", HEADS)
 def test_models_heads(heads, key_heads, dtype):
-    tables = angles(11, 32)  # 11 tokens do not fill the tile of 16
+    tables = angles(11, 32)  # 11 tokens do not fill two tiles of 8
     agree("rope", (draw(1, 11, heads, 64, dtype=dtype), draw(1, 11, key_heads, 64, dtype=dtype)), *tables)
     agree("rope_qkv", (draw(1, 11, heads + 2 * key_heads, 64, dtype=dtype),), *tables, key_heads)
 
