@@ -162,10 +162,9 @@ def recording(device: StandIn | None = None) -> Iterator[list[Launch]]:
         stack.enter_context(standing_in_for_cuda(device, "meta"))
         prefix = f"{kernels.__name__}."
         for module in [value for name, value in sys.modules.items() if name.startswith(prefix)]:
-            for name, many in (("multiprocessors", 1), ("programs", 8)):
+            for name, many in (("multiprocessors", PROCESSORS), ("programs", 8 * PROCESSORS)):
                 if hasattr(module, name):
-                    count = lambda _, each=0, many=many: PROCESSORS * (each or many)  # noqa: E731
-                    stack.enter_context(mock.patch.object(module, name, count))
+                    stack.enter_context(mock.patch.object(module, name, lambda _, many=many: many))
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(mock.patch.object(kind, "run", run))
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))

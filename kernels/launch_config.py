@@ -47,7 +47,6 @@ class LaunchConfig(NamedTuple):
     num_warps: int
     num_stages: int = 1
     branch: bool = False  # attention: blocks that need no mask skip it
-    programs: int = 0  # a multiprocessor, that its registers must allow; 0: as many as they do
 
 
 class Row(NamedTuple):
@@ -290,15 +289,6 @@ def dependence(device: torch.device, dependent: bool = True) -> dict[str, bool]:
     return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
 
 
-def resident(device: torch.device, config: LaunchConfig) -> dict[str, int]:
-    """The option of a launch that keeps its registers to as many as let all its programs run at a time: a
-    multiprocessor of NVIDIA's has 65,536.
-    """
-    if not config.programs or not architecture(device).startswith("sm_"):
-        return {}
-    return {"maxnreg": min(255, 65536 // (32 * config.num_warps * config.programs) // 8 * 8)}
-
-
 def decode_launch(
     op: str, dtype: torch.dtype, device: torch.device, size: int, dependent: bool = True
 ) -> dict[str, int | bool]:
@@ -335,8 +325,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def programs(device: torch.device, each: int = 0) -> int:
-    """How many programs a kernel that loops over rows needs to keep the device busy: so many a
-    multiprocessor, or 8.
-    """
-    return multiprocessors(device) * (1 if architecture(device) == INTERPRETER else each or 8)
+def programs(device: torch.device) -> int:
+    """How many programs a kernel that loops over rows needs to keep the device busy: 8 a multiprocessor."""
+    return multiprocessors(device) * (1 if architecture(device) == INTERPRETER else 8)

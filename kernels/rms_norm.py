@@ -16,15 +16,14 @@ Bytes per element of a 16-bit tensor: rms_norm 4 forward, 6 backward; add_rms_no
 writes), 8 backward. Floor at 16,384 tokens x 576 and 3.0 TB/s: 13 us and 19 us; with the residual 25 us
 each.
 
-One warp works on a row, so a row's sum needs no shared memory and no barrier. A tile is a whole row padded
-to a power of two, or a part of its columns (block_n of the launch table). The compiler drops loads that are
-masked as a whole, but not the arithmetic on their zeros: at 576 columns of 16 bits tiles of 256 compute 24
-elements a lane, and not 32. 32 lanes of 16 bytes fill such a tile, so a warp has rows of its own.
+One warp works on a row, so a row's sum needs no shared memory and no barrier. The block is the width padded
+to a power of two. The width is a compile-time constant, so the compiler drops loads that are masked as a
+whole: 576 columns of 16 bits are three 16-byte loads a lane and 192 instructions a row (176 with two rows a
+program), against 264 for a 512 + 64 split and 336 for a four-warp program (sm_90, counted in the SASS).
 
 The backward pass is persistent: a program owns a range of rows, keeps its share of dw in registers and
-writes it once. With several stages it requests rows before it has done those in front of them. A second
-kernel adds the shares in a fixed order, so gradients are bit-identical from run to run. It reads them from L2
-and is bound by load latency, so it adds hundreds of shares at a time.
+writes it once. A second kernel adds the shares in a fixed order, so gradients are bit-identical from run to
+run. It reads them from L2 and is bound by load latency, so it adds hundreds of shares at a time.
 
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
 Check: pytest tests -k rms_norm
@@ -40,104 +39,68 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import checks
-from kernels.launch_config import LaunchConfig, launch_config, programs, resident
+from kernels.launch_config import launch_config, programs
 from kernels.layout import dense_rows
 from kernels.tracing import traceable
-
-
-@triton.jit
-def _tiles(x_ptr, row, stride, there, WIDTH: tl.constexpr, SPAN: tl.constexpr):
-    """Rows of WIDTH columns as tiles [ROWS, SPAN], all of them requested. row, there [ROWS, 1]; there: which
-    of them exist.
-    """
-    found = tl.tuple([])
-    for start in tl.static_range(0, WIDTH, SPAN):
-        column = start + tl.arange(0, SPAN)[None, :]
-        mask = there & (column < WIDTH)
-        found = found + (tl.load(x_ptr + row * stride + column, mask=mask, other=0.0),)
-    return found
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, rows, x_stride, residual_stride,
     WIDTH: tl.constexpr, EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr,
-    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS rows. Grid: ceil(rows / ROWS). Outputs are contiguous; inputs have a column stride
     of 1.
     """
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    there = row < rows
-    xs = _tiles(x_ptr, row, x_stride, there, WIDTH, SPAN)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]  # [ROWS, BLOCK]
+    x = tl.load(x_ptr + row[:, None] * x_stride + column, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(x.dtype)
+    out = row[:, None] * WIDTH + column
     if HAS_RESIDUAL:
-        residuals = _tiles(residual_ptr, row, residual_stride, there, WIDTH, SPAN)
-    weights = _tiles(weight_ptr, 0 * row, 0, row >= 0, WIDTH, SPAN)
-    squares = tl.zeros([ROWS, SPAN], tl.float32)
-    wides = tl.tuple([])
-    for tile in tl.static_range((WIDTH + SPAN - 1) // SPAN):
-        x = xs[tile]
-        if HAS_RESIDUAL:
-            x = (x.to(tl.float32) + residuals[tile].to(tl.float32)).to(x.dtype)
-            column = tile * SPAN + tl.arange(0, SPAN)[None, :]
-            tl.store(sum_ptr + row * WIDTH + column, x, mask=there & (column < WIDTH))
-        wide = x.to(tl.float32)
-        wides = wides + (wide,)
-        squares += wide * wide
-    rstd = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / WIDTH + EPS)  # [ROWS, 1]
-    for tile in tl.static_range((WIDTH + SPAN - 1) // SPAN):
-        column = tile * SPAN + tl.arange(0, SPAN)[None, :]
-        y = (wides[tile] * rstd).to(xs[tile].dtype).to(tl.float32)
-        y *= weights[tile].to(xs[tile].dtype).to(tl.float32)
-        tl.store(y_ptr + row * WIDTH + column, y.to(xs[tile].dtype), mask=there & (column < WIDTH))
-    tl.store(rstd_ptr + row, rstd, mask=there)
+        residual = tl.load(residual_ptr + row[:, None] * residual_stride + column, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + out, x, mask=mask)
+    wide = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, axis=1) / WIDTH + EPS)  # [ROWS]
+    y = (wide * rstd[:, None]).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
+    tl.store(y_ptr + out, y.to(x.dtype), mask=mask)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def _rms_norm_bwd_dx_kernel(
     dy_ptr, dsum_ptr, sum_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
     rows, rows_per_program, dy_stride, dsum_stride, sum_stride,
-    WIDTH: tl.constexpr, HAS_DSUM: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_DSUM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns rows_per_program consecutive rows, ROWS at a time, and one row of partial
     [programs, WIDTH].
     """
-    TILES: tl.constexpr = (WIDTH + SPAN - 1) // SPAN
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
-    weights = _tiles(weight_ptr, tl.zeros([1, 1], tl.int32), 0, tl.full([1, 1], True, tl.int1), WIDTH, SPAN)
-    dw = tl.tuple([])
-    for _ in tl.static_range(TILES):
-        dw = dw + (tl.zeros([ROWS, SPAN], tl.float32),)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
-        row = (start + tl.arange(0, ROWS).to(tl.int64))[:, None]
-        there = row < last
-        dys = _tiles(dy_ptr, row, dy_stride, there, WIDTH, SPAN)
-        xs = _tiles(sum_ptr, row, sum_stride, there, WIDTH, SPAN)
-        rstd = tl.load(rstd_ptr + row, mask=there, other=0.0)  # [ROWS, 1]
+    column = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0)
+    weight = weight.to(sum_ptr.dtype.element_ty).to(tl.float32)
+    dw = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (row < last)[:, None] & (column < WIDTH)[None, :]  # [ROWS, BLOCK]
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(sum_ptr + row[:, None] * sum_stride + column, mask=mask, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)[:, None]  # [ROWS, 1]
+        normed = x.to(tl.float32) * rstd
+        grad = dy * weight
+        mean = tl.sum(grad * normed, axis=1)[:, None] / WIDTH  # [ROWS, 1]
+        dx = rstd * (grad - normed * mean)
         if HAS_DSUM:
-            dsums = _tiles(dsum_ptr, row, dsum_stride, there, WIDTH, SPAN)
-        products = tl.zeros([ROWS, SPAN], tl.float32)
-        for tile in tl.static_range(TILES):
-            weight = weights[tile].to(sum_ptr.dtype.element_ty).to(tl.float32)
-            products += (dys[tile].to(tl.float32) * weight) * (xs[tile].to(tl.float32) * rstd)
-        mean = tl.sum(products, axis=1)[:, None] / WIDTH  # [ROWS, 1]
-        shares = tl.tuple([])
-        for tile in tl.static_range(TILES):
-            x, dy = xs[tile], dys[tile].to(tl.float32)
-            normed = x.to(tl.float32) * rstd
-            dx = rstd * (dy * weights[tile].to(x.dtype).to(tl.float32) - normed * mean)
-            if HAS_DSUM:
-                dx += dsums[tile].to(tl.float32)
-            column = tile * SPAN + tl.arange(0, SPAN)[None, :]
-            tl.store(dx_ptr + row * WIDTH + column, dx.to(x.dtype), mask=there & (column < WIDTH))
-            shares = shares + (dw[tile] + dy * normed.to(x.dtype).to(tl.float32),)
-        dw = shares
-    for tile in tl.static_range(TILES):
-        column = tile * SPAN + tl.arange(0, SPAN)
-        target = partial_ptr + tl.program_id(0) * WIDTH + column
-        tl.store(target, tl.sum(dw[tile], axis=0), mask=column < WIDTH)
+            dx += tl.load(dsum_ptr + row[:, None] * dsum_stride + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row[:, None] * WIDTH + column, dx.to(x.dtype), mask=mask)
+        dw += dy * normed.to(x.dtype).to(tl.float32)
+    partial = tl.program_id(0) * WIDTH + column
+    tl.store(partial_ptr + partial, tl.sum(dw, axis=0), mask=column < WIDTH)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -152,11 +115,6 @@ def _rms_norm_bwd_dw_kernel(
         mask = (part < parts)[:, None] & (column < WIDTH)[None, :]  # [PARTS, BLOCK]
         total += tl.load(partial_ptr + part[:, None] * WIDTH + column, mask=mask, other=0.0)
     tl.store(dw_ptr + column, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=column < WIDTH)
-
-
-def _span(config: LaunchConfig, width: int) -> int:
-    """The columns of a tile: block_n, or 0 for a whole row."""
-    return config.block_n or triton.next_power_of_2(width)
 
 
 def _fake_forward(
@@ -180,7 +138,7 @@ def _rms_norm_forward(
         _rms_norm_fwd_kernel[(triton.cdiv(rows, config.block_m),)](
             x, x if residual is None else residual, weight, y, total, rstd, rows, x.stride(0),
             0 if residual is None else residual.stride(0), WIDTH=width, EPS=eps,
-            HAS_RESIDUAL=residual is not None, ROWS=config.block_m, SPAN=_span(config, width),
+            HAS_RESIDUAL=residual is not None, ROWS=config.block_m, BLOCK=triton.next_power_of_2(width),
             num_warps=config.num_warps,
         )  # fmt: skip
     return y, total, rstd
@@ -204,15 +162,14 @@ def _rms_norm_backward(
     dw = torch.empty(width, dtype=weight.dtype, device=weight.device)
     config = launch_config("rms_norm_bwd", total.dtype, total.device, width)
     # The grid and the buffer of partial sums have one size; a program that owns no row writes zeros.
-    at_once = programs(total.device, config.programs)
-    rows_per_program = config.block_m * triton.cdiv(rows, config.block_m * at_once)
+    rows_per_program = config.block_m * triton.cdiv(rows, config.block_m * programs(total.device))
     parts = triton.cdiv(rows, rows_per_program)
     partial = torch.empty((parts, width), dtype=torch.float32, device=total.device)
     _rms_norm_bwd_dx_kernel[(parts,)](
         dy, dy if dsum is None else dsum, total, weight, rstd, dx, partial,
         rows, rows_per_program, dy.stride(0), 0 if dsum is None else dsum.stride(0), total.stride(0),
-        WIDTH=width, HAS_DSUM=dsum is not None, ROWS=config.block_m, SPAN=_span(config, width),
-        STAGES=config.num_stages, num_warps=config.num_warps, **resident(total.device, config),
+        WIDTH=width, HAS_DSUM=dsum is not None, ROWS=config.block_m, BLOCK=triton.next_power_of_2(width),
+        num_warps=config.num_warps,
     )  # fmt: skip
     config = launch_config("rms_norm_dw", torch.float32, total.device, width)
     _rms_norm_bwd_dw_kernel[(triton.cdiv(width, config.block_n),)](

@@ -59,7 +59,7 @@ def test_every_change_is_named(project_root, tmp_path):
     rows[1]["figures"]["3.7.1"]["spill_bytes"] = 8
     del rows[2]["figures"]["3.6.0"]
     edits = [
-        ("rms_norm.py", "dx += dsums", "dx += 1.0 * dsums"),
+        ("rms_norm.py", "dx += tl.load", "dx += 1.0 * tl.load"),
         ("launch_config.py", "LaunchConfig(4, 512, num_warps=4)", "LaunchConfig(4, 512, num_warps=8)"),
         (certify.TABLE_FILE.name, "# Certificate", "# A certificate"),
         (certify.JSON_FILE.name, certify.JSON_FILE.read_text(), certify.dump(certificate)),

@@ -32,7 +32,7 @@ def few_programs(monkeypatch):
     """Three programs in the backward pass, on a GPU too, so that each of them loops over several tiles of
     rows in a small test.
     """
-    monkeypatch.setattr(rms_norm, "programs", lambda device, each: 3)
+    monkeypatch.setattr(rms_norm, "programs", lambda device: 3)
 
 
 def weight_like(x):
@@ -62,7 +62,7 @@ def test_widths_that_are_no_models(width):
 
 
 def test_more_partial_sums_than_are_added_at_a_time(monkeypatch):
-    monkeypatch.setattr(rms_norm, "programs", lambda device, each: 36)
+    monkeypatch.setattr(rms_norm, "programs", lambda device: 36)
     x = draw(71, 40)  # 36 shares of dw, the last of one row; 32 are added at a time
     agree("rms_norm", (x, weight_like(x)), EPS)
 

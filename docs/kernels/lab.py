@@ -17,7 +17,6 @@ from unittest import mock
 import numerics
 import numpy as np
 import torch
-import triton.language as tl
 from interpreter import install
 from planted_faults import plant
 from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
@@ -51,8 +50,7 @@ def watching(function: str, *names: str, programs: int = 99) -> Iterator[None]:
     """Prints these local variables of a kernel, or of a function that it calls, whenever they get a value.
 
     The interpreter runs a kernel as Python, one program after the other, so Python's own tracing sees all of
-    it. names: "m", or one entry of it, "m[0]"; of a tuple always an entry. programs: how many of them are
-    shown.
+    it. names: "m", or one entry of it, "m[0]". programs: how many of them are shown.
     """
     seen: dict[str, Any] = {}
     shown: list[tuple[int, ...]] = []
@@ -63,12 +61,7 @@ def watching(function: str, *names: str, programs: int = 99) -> Iterator[None]:
             value = frame.f_locals.get(variable)
             if value is not None and value is not seen.get(name):
                 seen[name] = value
-                if entry:
-                    entries = value.values if isinstance(value, tl.tuple) else value.handle.data
-                    if len(entries) <= (index := int(entry[:-1])):
-                        continue  # of a tuple that is still growing
-                    value = entries[index]
-                lines = text(value).splitlines()
+                lines = text(value.handle.data[int(entry[:-1])] if entry else value).splitlines()
                 print(f"  {name:<8} = " + ("\n" + " " * 13).join(lines))
         return note
 
