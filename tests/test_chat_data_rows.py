@@ -63,7 +63,7 @@ def test_one_conversation_however_it_is_stored(row):
         {"messages": [{"role": "tool", "content": "a"}, ANSWER]},
         {"messages": [{"role": "user", "content": ["a"]}, ANSWER]},
         {"messages": [{"role": "user"}, ANSWER]},
-        {"messages": [{"role": "user", "content": "a", "time": np.datetime64("now")}, ANSWER]},
+        {"messages": [{"role": "user", "content": "a", "time": np.datetime64("2026-11-28")}, ANSWER]},
         {"prompt": "a"},
         {"prompt": "a", "completion": " \n"},
         {"prompt": "a", "completion": [ANSWER]},
