@@ -121,7 +121,7 @@ class _Language:
         self.modules: dict[int, dict[str, Any]] = {}  # the globals of each, with this language
         self.num_programs = lambda axis: Value(grid[axis])
         self.program_id = lambda axis: Value(self.place[axis])
-        self.cast = lambda value, *_, **__: value
+        self.cast = self.max_contiguous = lambda value, *_, **__: value
         self.cdiv, self.minimum, self.maximum = _known(lambda x, y: -(-x // y)), _known(min), _known(max)
         self.static_range = _range
         self._length, self._whole = length, whole

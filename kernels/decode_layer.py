@@ -30,7 +30,8 @@ beyond its bytes (first-byte latency, dependent loads, sums across warps) is lar
 bench.step_model --decode` predicts it. An H200 with Triton 3.6 took 616 us a token at one row and 847 us at
 sixteen, where 358 and 464 had been predicted for an H100. Triton 3.6 loaded the tiles in another order of
 lanes than 3.7, and exchanged them through shared memory one by one, each after a wait for memory
-(decode_product.py, `tile`). It has not been measured since that was mended.
+(decode_product.py, `tile`); of that code the model gives 504 and 627. It has not been measured since that was
+mended.
 
 With one row, every program of launch 3 adds all splits itself. With more, that would be more instructions and
 bytes from L2 than a launch of its own costs: at 16 rows and 1,024 keys all programs together would read 21
