@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench.record import ROOT, Part, parser, python
 from kernels import TORCH, Backend, LayerWeights, select_backend
+from kernels.launch_config import DEPENDENT_LAUNCH, architecture
 from kernels.types import TokenState
 from smollm2.cli import run_command
 from smollm2.working_copies import WorkingCopies
@@ -74,7 +75,7 @@ def operations(backend: Backend, device: torch.device) -> dict[str, Callable[[],
         weights, keys, values = (LayerWeights(*rest[:6]), LayerWeights(*rest[6:12])), rest[12:14], rest[14:]
         caches = keys, values, ends, pair, pair
         out = backend.decode_layers(x, weights, *caches, eps=EPS, ops=backend)
-        if backend.name == "triton" and device.type == "cuda":
+        if backend.name == "triton" and architecture(device) in DEPENDENT_LAUNCH:
             from kernels import decode_layers
 
             decode_layers.decode_layers(x, weights, *caches, eps=EPS)

@@ -44,7 +44,14 @@ from kernels import checks
 from kernels.decode_attention import HEAD_DIMS, KEYS_PER_SPLIT, LOG2_E, attend, combined
 from kernels.decode_layer import combine_o, norm_gate_up, norm_qkv_rope, project
 from kernels.decode_product import GRID, arrive, wait
-from kernels.launch_config import INTERPRETER, architecture, joins_layers, multiprocessors
+from kernels.launch_config import (
+    DEPENDENT_LAUNCH,
+    INTERPRETER,
+    architecture,
+    dependence,
+    joins_layers,
+    multiprocessors,
+)
 from kernels.types import LayerWeights
 
 MAX_ROWS = 16
@@ -170,11 +177,21 @@ class _Table:
 
 # A capture must find it made: a copy from the host cannot be captured.
 @functools.lru_cache(maxsize=64)
-def _table(addresses: tuple[int, ...], device: torch.device) -> _Table:
+def _table_of(addresses: tuple[int, ...], device: torch.device) -> _Table:
     return _Table(
         torch.tensor(addresses, dtype=torch.int64, device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
     )
+
+
+_captured: list[_Table] = []  # by graphs, which know only where they lie
+
+
+def _table(addresses: tuple[int, ...], device: torch.device) -> _Table:
+    table = _table_of(addresses, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
+    return table
 
 
 class _Shape(NamedTuple):
@@ -211,7 +228,7 @@ class _Shape(NamedTuple):
 
 
 def _programs(device: torch.device) -> int:
-    """One on each multiprocessor, and one for each row at least."""
+    """One on each multiprocessor; in the interpreter as few as have one for each row."""
     return MAX_ROWS if architecture(device) == INTERPRETER else multiprocessors(device)
 
 
@@ -226,8 +243,8 @@ def supports(
 ) -> bool:
     """Whether one launch takes these layers, and is the way for this device."""
     return (
-        joins_layers(x.device)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and joins_layers(x.device)
         and not _obstacle(x, layers, key_caches, value_caches)
     )
 
@@ -236,9 +253,13 @@ def _obstacle(
     x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor]
 ) -> str:
     """What keeps these layers from one launch, as what was expected instead; empty if nothing does."""
-    if not layers or x.dim() != 3 or not 1 <= x.shape[0] * x.shape[1] <= MAX_ROWS:
-        return f"x [B, T, E] of 1 to {MAX_ROWS} rows, and layers"
-    caches = (*key_caches, *value_caches)
+    # `requested` has an instruction of these
+    if architecture(x.device) != INTERPRETER and not dependence(x.device)["DEPENDENT"]:
+        return f"a device that is one of {', '.join(DEPENDENT_LAUNCH)}"
+    programs, caches = _programs(x.device), (*key_caches, *value_caches)
+    rows = x.shape[0] * x.shape[1] if x.dim() == 3 else 0
+    if not layers or not caches or not 1 <= rows <= min(MAX_ROWS, programs):
+        return f"x [B, T, E] of 1 to {min(MAX_ROWS, programs)} rows, and layers"
     kinds = {(cache.shape, cache.stride()) for cache in caches}
     sizes = {tuple(tensor.shape for tensor in weights) for weights in layers}
     if len(kinds) > 1 or len(sizes) > 1:
@@ -248,7 +269,7 @@ def _obstacle(
         return "x, weights and caches at multiples of 16 bytes"
     if caches[0].stride(3) != 1 or not all(tensor.is_contiguous() for tensor in weights):
         return "contiguous weights, and caches with a last stride of 1"
-    shape, programs = _shape(layers[0], key_caches[0]), _programs(x.device)
+    shape = _shape(layers[0], key_caches[0])
     held = shape.held(programs, x.element_size())
     if shape.head_dim not in HEAD_DIMS:
         return f"a head dim in {list(HEAD_DIMS)}"

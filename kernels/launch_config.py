@@ -277,7 +277,8 @@ def architecture(device: torch.device) -> str:
         return name if name in AMD else AMD[0]
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{max((target for target in NVIDIA if target <= 10 * major + minor), default=NVIDIA[0])}"
+        # a list: torch.compile, which looks into this, has no generators
+        return f"sm_{max([NVIDIA[0], *[target for target in NVIDIA if target <= 10 * major + minor]])}"
     return f"sm_{NVIDIA[0]}"  # XPU, and any other device: the most modest target
 
 

@@ -155,6 +155,8 @@ def test_its_checkpoints_and_the_pointer_in_there_stand_for_the_run(run_folder, 
     assert model_folder("step-000005") == "step-000005"
     (checkpoints / "step-000005" / "latest").write_text("v2")
     assert model_folder("step-000005") == "step-000005", "a model that has a file of that name"
+    (run_folder / "latest").write_text("v2")
+    assert model_folder(run_folder / "latest") == run_folder / "latest", "beside the checkpoints"
 
 
 def test_damaged_checkpoints_of_a_run_are_passed_over(run_folder, caplog):

@@ -138,7 +138,10 @@ def test_what_it_cannot_take_is_refused():
             run(decode_layers.decode_layers, {**arguments, **change}, by_phase=True)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other: no barrier")
+@pytest.mark.skipif(
+    INTERPRETED or launch_config.architecture(DEVICE) not in launch_config.DEPENDENT_LAUNCH,
+    reason="a barrier of the grid: the interpreter runs one program after the other; sm_90 or newer",
+)
 @pytest.mark.parametrize("lengths, new", [((900,), 1), ((900, 40, 333, 7, 1000), 1), ((30, 700), 8)])
 @pytest.mark.parametrize("dtype", WITHOUT_FP16)
 def test_one_launch_has_the_bits_of_its_phases(lengths, new, dtype):

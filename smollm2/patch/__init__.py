@@ -83,10 +83,18 @@ def remove_kernels(model: Patched) -> Patched:
     return model
 
 
-def _check_class(kind: type) -> None:
-    from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+def _llama() -> Any:
+    """The module of the architecture. Raises UsageError without transformers."""
+    try:
+        from transformers.models.llama import modeling_llama
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed"
+        raise UsageError(f"apply_kernels: expected a Llama of transformers; {reason}") from None
+    return modeling_llama
 
-    if not issubclass(kind, LlamaPreTrainedModel) or "__init__" not in kind.__dict__:
+
+def _check_class(kind: type) -> None:
+    if not issubclass(kind, _llama().LlamaPreTrainedModel) or "__init__" not in kind.__dict__:
         raise UsageError(f"apply_kernels: expected LlamaForCausalLM, LlamaModel ..., got {kind.__name__}")
 
 
@@ -105,11 +113,9 @@ def _apply_to_class(kind: type, kernels: Kernels) -> None:
 
 def _bodies(model: nn.Module) -> list[Any]:
     """The Llamas in a model. Raises UsageError without one."""
-    from transformers.models.llama.modeling_llama import LlamaModel
-
     if hasattr(model, "_orig_mod"):
         raise UsageError("apply_kernels: expected a model before torch.compile, got a compiled one")
-    bodies = [module for module in model.modules() if isinstance(module, LlamaModel)]
+    bodies = [module for module in model.modules() if isinstance(module, _llama().LlamaModel)]
     if not bodies:
         wanted = f"a Llama of transformers or what contains one, got {type(model).__name__}"
         hint = "register() and model.set_attn_implementation('smollm2') give others the attention alone"
@@ -118,9 +124,7 @@ def _bodies(model: nn.Module) -> list[Any]:
 
 
 def _apply(model: nn.Module, kernels: Kernels) -> None:
-    from transformers.models.llama import modeling_llama
-
-    llama: Any = modeling_llama
+    llama = _llama()
     modules, bodies = list(model.modules()), _bodies(model)
     for body in bodies:
         refused = list(_obstacles(body.config, kernels))

@@ -65,7 +65,8 @@ def model_folder(source: str | Path) -> str | Path:
     """
     path = Path(source).expanduser()
     pointer = path if path.name == "latest" else path / "latest"
-    folder = pointer.parent if os.path.isfile(pointer) else path / "checkpoints"
+    of_run = pointer.parent.absolute().name == "checkpoints" and os.path.isfile(pointer)
+    folder = pointer.parent if of_run else path / "checkpoints"
     is_model = any((one / "config.json").is_file() for one in (path, folder.parent))
     if not str(source) or not folder.is_dir() or is_model:
         return source
