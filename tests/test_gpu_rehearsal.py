@@ -35,7 +35,7 @@ OF_DECODING = {
     "_decode_inputs_kernel", "_next_token_kernel", "_norm_gate_up_kernel",
     "_norm_head_kernel", "_norm_qkv_rope_kernel", "_project_kernel", "_rope_cache_kernel",
 }  # fmt: skip
-KERNELS = OF_TRAINING | OF_DECODING | {"_mlp_fwd_kernel", "_mlp_bwd_kernel"}
+KERNELS = OF_TRAINING | OF_DECODING | {"_mlp_fwd_kernel", "_mlp_bwd_kernel", "_decode_layers_kernel"}
 # What a stand-in cannot have: numbers, a torch that was built with CUDA, libraries that are not installed.
 EXCUSED = re.compile(
     r"wrong: |logits: expected finite numbers|Torch not compiled with CUDA|is not installed|needs a GPU"
