@@ -11,8 +11,8 @@ sm_90 were timed at the shapes of the 135M model, 32 x 512 tokens in bf16, on an
 (`python -m bench.tuning`, figures in bench/results/h100/tuning.json). Attention took the fastest of its
 candidates; its kernels have changed since, and so has the line of dk/dv. The others kept their lines, which
 were within 3 % of the best, except for decode_o and decode_head; decode_down has a new line that was as fast.
-Decoding was timed at 16 rows only. The lines of mlp, embedding and adamw are newer than these timings, and no
-other target was measured.
+Decoding was timed at 16 rows only. The lines of mlp, embedding, adamw, rope and decode_head are newer than
+these timings, and no other target was measured.
 """
 
 from __future__ import annotations
