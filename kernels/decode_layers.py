@@ -43,7 +43,7 @@ from torch import Tensor
 from kernels import checks
 from kernels.decode_attention import HEAD_DIMS, KEYS_PER_SPLIT, LOG2_E, attend, combined
 from kernels.decode_layer import combine_o, norm_gate_up, norm_qkv_rope, project
-from kernels.decode_product import GRID, arrive, wait
+from kernels.decode_product import arrive, wait
 from kernels.launch_config import (
     DEPENDENT_LAUNCH,
     INTERPRETER,
@@ -81,7 +81,7 @@ def _decode_layers_kernel(
     many programs as a phase other than attention has units. PHASE: the only phase that runs, or -1: all.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    MEET: tl.constexpr = GRID if PHASE < 0 else 0
+    MEET: tl.constexpr = PHASE < 0
     IN_TILES: tl.constexpr = (WIDTH + 32 * WARPS - 1) // (32 * WARPS)
     O_TILES: tl.constexpr = (HEADS * HEAD_DIM + 32 * WARPS - 1) // (32 * WARPS)
     FFN_TILES: tl.constexpr = (FFN + 32 * WARPS - 1) // (32 * WARPS)

@@ -30,24 +30,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GRID = tl.constexpr(2)  # a value of DEPENDENT
-
 
 @triton.jit
 def wait(DEPENDENT: tl.constexpr, counter_ptr=None, arrivals=0):
     """Waits for the kernels before this one, and lets the next one start. Must not stand inside a loop that
     is pipelined: Triton 3.7 moves the loads of such a loop above it.
 
-    DEPENDENT is GRID: waits for the phase before this one of the same kernel, until the programs together
-    have arrived so many times.
+    With a counter it waits for the phase before this one of the same kernel instead, until the programs
+    together have arrived so many times.
     """
-    if DEPENDENT == GRID:
-        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
-            pass
-        tl.debug_barrier()
-    elif DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if DEPENDENT:
+        if counter_ptr is None:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        else:
+            while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
+                pass
+            tl.debug_barrier()
 
 
 @triton.jit

@@ -196,6 +196,29 @@ def test_amd_kernels_are_filled_without_their_launchers(steps, tmp_path):
     assert steps("verify", tmp_path, "gfx942") == {"there already": 2}
 
 
+def test_the_order_of_first_use_does_not_change_a_kernels_key(project_root):
+    """Triton notes what a function reads of its module only once it has hashed that function: a tl.constexpr
+    of a module, read by a function that kernels call, is in a kernel's key only if another called it before.
+    """
+    script = """
+import pkgutil, sys
+from importlib import import_module
+import kernels
+from triton.runtime.jit import JITFunction
+modules = [import_module(f"kernels.{part.name}") for part in pkgutil.iter_modules(kernels.__path__)]
+found = {f"{it.module}.{it.__name__}": it for part in modules for it in vars(part).values()
+         if isinstance(it, JITFunction)}
+names = sorted(found, reverse=sys.argv[1] == "last")
+print(sorted((name, found[name].cache_key) for name in names))
+"""
+    first, last = (
+        subprocess.run(**python(project_root, "-c", script, end), capture_output=True)
+        for end in ("first", "last")
+    )
+    assert "_decode_layers_kernel" in first.stdout, first.stderr
+    assert first.stdout == last.stdout
+
+
 def test_looking_leaves_no_trace(project_root, tmp_path):
     """The command, from the record of training and generation to its exit code."""
     command = python(project_root, "-m", "kernels.certify", "--verify", str(tmp_path), "--arch", "sm_86")
