@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import TORCH
+from kernels import TORCH, products
 from kernels.eager import attention as eager_attention
-
-pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="this CPU's library does not multiply bf16: attention is torch's own",
-)
 
 
 def draw(length: int, heads: int = 3, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -24,23 +19,51 @@ def blocked(out: Tensor) -> bool:
     return "BlockedAttention" in type(out.grad_fn).__name__
 
 
-def test_the_torch_backend_takes_it_for_training_in_eager_mode():
+@pytest.fixture
+def capability(monkeypatch):
+    """Says which instructions the processor has, and whether its library multiplies bf16."""
+
+    def set_to(name: str, bf16: bool) -> None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16)
+        products.lacks_16_bit_products.cache_clear()
+
+    yield set_to
+    products.lacks_16_bit_products.cache_clear()
+
+
+def test_training_in_bf16_takes_blocks_where_the_library_multiplies_it(capability):
     q, k, v = draw(20), draw(20, 1), draw(20, 1)
+    capability("AVX512", bf16=True)
     assert blocked(TORCH.attention(q, k, v))
     assert blocked(TORCH.attention(q.detach(), k.detach(), v))
     assert blocked(TORCH.attention(q, k, v, torch.zeros(2, 20, dtype=torch.int32), scale=0.5))
+    capability("AVX512", bf16=False)
+    assert not blocked(TORCH.attention(q, k, v))
 
 
-def test_everything_else_is_torchs():
+def test_training_in_fp32_takes_blocks_with_documents_and_avx2(capability):
+    q, k, v = (draw(20, heads, torch.float32) for heads in (3, 1, 1))
+    doc_start = torch.zeros(2, 20, dtype=torch.int32)
+    capability("AVX512", bf16=True)
+    assert not blocked(TORCH.attention(q, k, v, doc_start))
+    capability("AVX2", bf16=False)
+    assert blocked(TORCH.attention(q, k, v, doc_start))
+    assert not blocked(TORCH.attention(q, k, v))
+
+
+def test_everything_else_is_torchs(capability):
     q, k, v = draw(20), draw(20, 1), draw(20, 1)
-    assert not blocked(TORCH.attention(q, k, v, dropout_p=0.1))
-    for dtype in (torch.float64, torch.float32, torch.float16):
-        assert not blocked(TORCH.attention(q.to(dtype), k.to(dtype), v.to(dtype)))
-    empty = TORCH.attention(q[:0], k[:0], v[:0])
+    doc_start = torch.zeros(2, 20, dtype=torch.int32)
+    capability("AVX2", bf16=True)
+    assert not blocked(TORCH.attention(q, k, v, doc_start, dropout_p=0.1))
+    for dtype in (torch.float64, torch.float16):
+        assert not blocked(TORCH.attention(q.to(dtype), k.to(dtype), v.to(dtype), doc_start))
+    empty = TORCH.attention(q[:0], k[:0], v[:0], doc_start[:0])
     assert empty.shape == (0, 20, 3, 32) and not blocked(empty)
     with torch.no_grad():
-        assert not blocked(TORCH.attention(q, k, v))
-    assert not blocked(TORCH.attention(q.detach(), k.detach(), v.detach()))
+        assert not blocked(TORCH.attention(q, k, v, doc_start))
+    assert not blocked(TORCH.attention(q.detach(), k.detach(), v.detach(), doc_start))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -55,14 +78,16 @@ def test_a_compiled_graph_has_torchs(dynamic):
 def test_only_what_wants_a_gradient_gets_one():
     q, k, v = draw(140), draw(140, 1), draw(140, 1)
     upstream = torch.randn(2, 140, 3, 32).bfloat16()
-    whole = torch.autograd.grad(eager_attention.attention(q, k, v), (q, k, v), upstream)
-    (alone,) = torch.autograd.grad(eager_attention.attention(q.detach(), k, v.detach()), (k,), upstream)
+    whole = torch.autograd.grad(eager_attention.blocked_attention(q, k, v), (q, k, v), upstream)
+    (alone,) = torch.autograd.grad(
+        eager_attention.blocked_attention(q.detach(), k, v.detach()), (k,), upstream
+    )
     assert torch.equal(alone, whole[1])
 
 
 def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refused():
     q, k, v = draw(140), draw(140, 1), draw(140, 1)
-    out = eager_attention.attention(q, k, v)
+    out = eager_attention.blocked_attention(q, k, v)
     first, second = (torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="first derivatives only; leave create_graph=True out"):
@@ -71,17 +96,17 @@ def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refuse
 
 def test_results_are_not_the_buffers_of_the_next_call():
     q, k, v = draw(140), draw(140, 1), draw(140, 1)
-    out = eager_attention.attention(q, k, v)
+    out = eager_attention.blocked_attention(q, k, v)
     kept = [x.clone() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True))]
     found = [out, *torch.autograd.grad(out.sum(), (q, k, v))]
-    eager_attention.attention(*(draw(140, heads) for heads in (3, 1, 1))).sum().backward()
+    eager_attention.blocked_attention(*(draw(140, heads) for heads in (3, 1, 1))).sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_nothing_of_the_size_of_all_scores_exists_or_is_kept(masked, monkeypatch):
     batch, length, heads = 2, 512, 3
-    block = heads * eager_attention.BLOCK_QUERIES * length
+    block = heads * eager_attention.ARITHMETIC[torch.bfloat16].queries * length
     monkeypatch.setattr(eager_attention, "MAX_SCORES", block)  # one row of the batch at a time
     monkeypatch.setattr(eager_attention, "_buffers", eager_attention._Buffers())
     q, k, v = draw(length), draw(length, 1), draw(length, 1)
@@ -103,7 +128,7 @@ def test_nothing_of_the_size_of_all_scores_exists_or_is_kept(masked, monkeypatch
         return tensor
 
     with Watch(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        eager_attention.attention(q, k, v, doc_start).sum().backward()
+        eager_attention.blocked_attention(q, k, v, doc_start).sum().backward()
     assert 2 * block < largest <= 4 * block < 4 * batch * heads * length * length / 4
     own = q.nbytes + k.nbytes + v.nbytes
     assert sum(tensor.nbytes for tensor in kept) == own + q.nbytes + 4 * batch * heads * length + (

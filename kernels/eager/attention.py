@@ -1,35 +1,39 @@
-"""Causal grouped-query attention: torch's own kernel, or, for bf16 training on a CPU, batched matrix products
+"""Causal grouped-query attention: torch's own kernel, or, for training on some CPUs, batched matrix products
 over blocks of queries.
 
     S = scale Q K^T, masked    P = exp(S - lse)    O = P V          lse [B K, T G]: log-sum-exp of a row of S
     dV = P^T dO    dP = dO V^T    dS = P (dP - delta)               delta = sum of dO O over D
     dQ = scale dS K    dK = scale dS^T Q
 
-Letters as in kernels/reference.py, whose `attention` is the specification. In bf16 torch's CPU kernel reaches
-a fifth of the rate of a matrix product. So here the products are the library's, and large: the G query heads
-of a key head are G rows of one matrix per query, a block of n queries is [B K, n G, D] against [B K, W, D],
-and dK and dV of a key head are one product. All five products leave out the keys that no query of the block
-may see: those after it and those of earlier documents.
+Letters as in kernels/reference.py, whose `attention` is the specification. All five products leave out the
+keys that no query of the block may see: those after it and those of earlier documents. They are the
+library's, and large: the G query heads of a key head are G rows of one matrix per query, a block of n queries
+is [B K, n G, D] against [B K, W, D], and dK and dV of a key head are one product.
+
+In bf16 torch's CPU kernel reaches a fifth of the rate of a matrix product. In fp32 it is as fast as blocks,
+but not with documents, because it multiplies what their mask hides: 2 x 512 tokens of three documents each
+take it 15 ms forward and 37 ms backward on two cores of an EPYC 7003 (Zen 3, AVX2), and blocks 11 and 20;
+2,048 tokens take it 117 and 334 ms, and blocks 51 and 99.
 
 Saved: q, k, v, O, lse and doc_start, but no masks or scores. The scores of one block lie in buffers that a
 thread keeps from call to call, because the first touch of fresh memory (a page fault per 4 KiB) costs as much
 as a pass over the scores. The backward pass works on S^T [B K, W, n G], so that two of its three narrow
 products read their matrices row by row.
 
-Rounding: S, dP, P, lse and delta are fp32, in base 2 (exp2 takes a third of the time of exp). P and dS are
-rounded before they are multiplied, as in torch's kernel, and each block's share of dK and dV before it is
-added in fp32. No atomics: the same numbers every time. Only bf16: in fp32 the products are twice as slow, and
-base 2 misses the numerics contract where scores are large. Source: Dao 2023 (arXiv 2307.08691), with the loop
-over queries outermost.
+Rounding: S, dP, P, lse and delta are fp32; beside bf16 in base 2, since exp2 takes a third of the time of
+exp, beside fp32 in base e, since base 2 misses the numerics contract where scores are large. P and dS are
+rounded to q's dtype before they are multiplied, as in torch's kernel, and each block's share of dK and dV
+before it is added in fp32. No atomics: the same numbers every time. Source: Dao 2023 (arXiv 2307.08691), with
+the loop over queries outermost.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,24 +42,50 @@ from torch import Tensor
 from kernels import checks
 from kernels.products import faster_in_fp32
 
-# Queries of a block. With more, less is skipped above the diagonal; with fewer, products are smaller and more
-# numerous, and threads synchronise at each of them.
-BLOCK_QUERIES = 128
 # Scores of a block. To stay below, batch rows are computed separately, and then the block gets fewer queries,
 # down to MIN_QUERIES.
 MAX_SCORES = 1 << 21
 MIN_QUERIES = 32
-LOG2_E = math.log2(math.e)
 # Maximum and sum of a row that sees no key: its scores stay -inf when their log-sum-exp is subtracted.
 LOWEST, TINY = -1e30, torch.finfo(torch.float32).tiny
 
 
-def _trains_in_bf16(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether to use blocks: for eager bf16 training on a CPU whose library has bf16 products."""
+class _Arithmetic(NamedTuple):
+    """How blocks of a dtype compute."""
+
+    # The base of powers and logarithms, with the logarithm of e.
+    unit: float
+    exp_: Callable[[Tensor], Tensor]
+    log_: Callable[[Tensor], Tensor]
+    # Queries of a block. With more, less is skipped above the diagonal; with fewer, products are smaller and
+    # more numerous, and threads synchronise at each of them.
+    queries: int
+    rows: int  # that one product of dK and dV adds up
+
+    def add_product(self, total: Tensor, weights: Tensor, x: Tensor) -> None:
+        """total [b K, W, D] += weights [b K, W, n G] x [b K, n G, D]"""
+        for part, rows in zip(weights.split(self.rows, -1), x.split(self.rows, 1), strict=True):
+            total.add_(torch.bmm(part, rows))
+
+
+# A product adds up one row after the other, and its error grows with their number: 192 rows of fp32 miss the
+# numerics contract. bf16's is lost in the rounding of P and dS.
+ARITHMETIC = {
+    torch.float32: _Arithmetic(1.0, Tensor.exp_, Tensor.log_, 64, 96),
+    torch.bfloat16: _Arithmetic(math.log2(math.e), Tensor.exp2_, Tensor.log2_, 128, 1 << 30),
+}
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None) -> bool:
+    """Whether to use blocks: for eager training on a CPU, in bf16 if its library has bf16 products, in fp32
+    with documents if it is of the kind that was measured.
+    """
     if q.device.type != "cpu" or q.numel() == 0 or torch.compiler.is_compiling():
         return False
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return False
+    if q.dtype == torch.float32:
+        return doc_start is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return q.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -70,8 +100,16 @@ def attention(
     if faster_in_fp32(q, q.shape[1]):
         wide = attention(q.float(), k.float(), v.float(), doc_start, dropout_p=dropout_p, scale=scale)
         return wide.to(q.dtype)
-    if dropout_p > 0.0 or not _trains_in_bf16(q, k, v):
+    if dropout_p > 0.0 or not _in_blocks(q, k, v, doc_start):
         return library_attention(q, k, v, doc_start, dropout_p=dropout_p, scale=scale)
+    return blocked_attention(q, k, v, doc_start, scale=scale)
+
+
+def blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
+    """`attention` in blocks, for a CPU and a dtype of ARITHMETIC."""
+    checks.attention("attention", q, k, v, doc_start, scale)
     out: Tensor = _BlockedAttention.apply(q, k, v, doc_start, q.shape[-1] ** -0.5 if scale is None else scale)
     return out
 
@@ -184,17 +222,19 @@ class _Sizes:
     key_heads: int
     group: int
     head_dim: int
+    block: int  # queries of the largest block
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor) -> _Sizes:
         batch, length, heads, head_dim = q.shape
-        return cls(batch, length, k.shape[1], k.shape[2], heads // k.shape[2], head_dim)
+        group, block = heads // k.shape[2], ARITHMETIC[q.dtype].queries
+        return cls(batch, length, k.shape[1], k.shape[2], group, head_dim, block)
 
     @property
     def queries(self) -> int:
         """Queries of a block."""
         fit = MAX_SCORES // (self.key_heads * self.group * self.keys) // MIN_QUERIES * MIN_QUERIES
-        return min(self.length, BLOCK_QUERIES, max(MIN_QUERIES, fit))
+        return min(self.length, self.block, max(MIN_QUERIES, fit))
 
     def batches(self) -> Iterator[slice]:
         """The batch rows that are computed together."""
@@ -244,6 +284,7 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float) -> Tensor:
         sizes, narrow, wide, get = _Sizes.of(q, k), q.dtype, torch.float32, _buffers.get
+        how = ARITHMETIC[narrow]
         out = torch.empty(q.shape, dtype=narrow)
         lse = torch.empty((q.shape[0], k.shape[2], q.shape[1] * sizes.group, 1), dtype=wide)
         for batch in sizes.batches():
@@ -256,15 +297,15 @@ class _BlockedAttention(torch.autograd.Function):
                 shape = queries.shape[0], rows.stop - rows.start, seen.stop - seen.start
                 s = get("scores", shape)
                 torch.baddbmm(
-                    s, queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale * LOG2_E, out=s
+                    s, queries[:, rows], keys[:, seen].transpose(1, 2), beta=0, alpha=scale * how.unit, out=s
                 )
                 block.mask(s)
                 highest = s.amax(-1, keepdim=True).clamp_(min=LOWEST)
-                total = s.sub_(highest).exp2_().sum(-1, keepdim=True).clamp_(min=TINY)
+                total = how.exp_(s.sub_(highest)).sum(-1, keepdim=True).clamp_(min=TINY)
                 s.mul_(total.reciprocal())  # before the product, whose result is then rounded once
-                p = get("weights", shape, narrow).copy_(s)
+                p = s if narrow == wide else get("weights", shape, narrow).copy_(s)
                 torch.bmm(p, values[:, seen], out=mixed[:, rows])
-                torch.add(highest, total.log2_(), out=sums[:, rows])
+                torch.add(highest, how.log_(total), out=sums[:, rows])
             sizes.unfold(mixed, out[batch])
         ctx.save_for_backward(q, k, v, out, lse, doc_start)
         ctx.scale = scale
@@ -275,7 +316,7 @@ class _BlockedAttention(torch.autograd.Function):
         checks.first_derivative("attention")
         q, k, v, out, lse, doc_start = ctx.saved_tensors
         sizes, narrow, wide, get = _Sizes.of(q, k), q.dtype, torch.float32, _buffers.get
-        scale = ctx.scale
+        how, scale = ARITHMETIC[narrow], ctx.scale
         dq, dk, dv = (torch.empty(x.shape, dtype=narrow) for x in (q, k, v))
         for batch in sizes.batches():
             starts = None if doc_start is None else doc_start[batch]
@@ -298,14 +339,15 @@ class _BlockedAttention(torch.autograd.Function):
                 shape = queries.shape[0], seen.stop - seen.start, rows.stop - rows.start
                 p, ds = get("scores", shape), get("dscores", shape)
                 q_rows, do_rows = (x[:, rows].transpose(1, 2) for x in (wide_queries, wide_upstream))
-                torch.baddbmm(bias[..., rows], wide_keys[:, seen], q_rows, alpha=scale * LOG2_E, out=p)
+                torch.baddbmm(bias[..., rows], wide_keys[:, seen], q_rows, alpha=scale * how.unit, out=p)
                 block.mask(p, transposed=True)
-                p.exp2_()
+                how.exp_(p)
                 torch.baddbmm(delta[..., rows], values[:, seen], do_rows, alpha=scale, out=ds)
                 ds.mul_(p)
-                p, ds = get("weights", shape, narrow).copy_(p), get("dweights", shape, narrow).copy_(ds)
-                dvalues[:, seen].add_(torch.bmm(p, upstream[:, rows]))
-                dkeys[:, seen].add_(torch.bmm(ds, queries[:, rows]))
+                if narrow != wide:
+                    p, ds = get("weights", shape, narrow).copy_(p), get("dweights", shape, narrow).copy_(ds)
+                how.add_product(dvalues[:, seen], p, upstream[:, rows])
+                how.add_product(dkeys[:, seen], ds, queries[:, rows])
                 torch.bmm(ds.transpose(1, 2), keys[:, seen], out=dqueries[:, rows])
             sizes.unfold(dqueries, dq[batch])
             sizes.unfold(dkeys, dk[batch])
