@@ -101,15 +101,32 @@ inline void round_to(bf16& to, float x) {  // to nearest, ties to even
 inline float single(half x) { return float(x); }
 inline void round_to(half& to, float x) { to = half(x); }
 
-// Of all lanes, by halves. In registers: a way through memory would cost more than a product of 64 terms.
+// Of all lanes, by halves; of four vectors at once, in the same order, with half of the instructions. In registers: a
+// way through memory would cost more than a product of 64 terms.
+typedef float Four __attribute__((vector_size(16)));
+inline Four quarter(Floats x) {
+#if defined(__AVX512F__)
+    const auto y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7)
+                 + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const auto y = x;
+#endif
+#if defined(__AVX2__)
+    return __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+#else
+    return y;
+#endif
+}
 inline float sum(Floats x) {
-    typedef float Four __attribute__((vector_size(16)));
-    Four parts[WIDTH / 4];
-    memcpy(parts, &x, sizeof x);
-    for (int half = WIDTH / 8; half; half /= 2)
-        for (int part = 0; part < half; ++part) parts[part] += parts[part + half];
-    const Four four = parts[0];
+    const Four four = quarter(x);
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+inline Four sum(Floats x0, Floats x1, Floats x2, Floats x3) {
+    const auto pairs = [](Four x, Four y) {
+        return __builtin_shufflevector(x, y, 0, 1, 4, 5) + __builtin_shufflevector(x, y, 2, 3, 6, 7);
+    };
+    const Four first = pairs(quarter(x0), quarter(x1)), second = pairs(quarter(x2), quarter(x3));
+    return __builtin_shufflevector(first, second, 0, 2, 4, 6) + __builtin_shufflevector(first, second, 1, 3, 5, 7);
 }
 inline Floats larger(Floats x, Floats y) { return x < y ? y : x; }
 
@@ -152,12 +169,23 @@ template <class T, int R, int M>
             for (int m = 0; m < M; ++m) sums[r][m] += weights * columns[m];
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) {
-            float total = sum(sums[r][m]);
-            for (int64_t rest = k; rest < width; ++rest) total += single(matrix[r * stride + rest]) * x[m * width + rest];
-            out[m * BLOCK + r] = total;
+    if constexpr (M == 4)
+        for (int r = 0; r < R; ++r) {
+            const Four four = sum(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+            for (int m = 0; m < M; ++m) out[m * BLOCK + r] = four[m];
         }
+    else
+        for (int m = 0; m < M; ++m) {
+            int r = 0;
+            for (; r + 4 <= R; r += 4) {
+                const Four four = sum(sums[r][m], sums[r + 1][m], sums[r + 2][m], sums[r + 3][m]);
+                memcpy(out + m * BLOCK + r, &four, sizeof four);
+            }
+            for (; r < R; ++r) out[m * BLOCK + r] = sum(sums[r][m]);
+        }
+    for (; k < width; ++k)
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m) out[m * BLOCK + r] += single(matrix[r * stride + k]) * x[m * width + k];
 }
 
 template <class T, int M>
@@ -242,13 +270,20 @@ class Decoder {
         for (int64_t at = 0; at < step.outputs; ++at)  // in order: their rows move up in place
             if (step.output[at] < at || step.output[at] >= step.count) return 1;
         splits = int((longest + SPLIT - 1) / SPLIT);
+        const int wanted = int(std::clamp<int64_t>(step.threads, 1, MAX_THREADS));
+        // as many tokens of a row share a piece of attention as leave four pieces for each thread
+        const int64_t together = std::max<int64_t>(1, rows * model.key_heads * splits / (4 * wanted));
+        spans.clear();
+        for (int row = 0; row < rows; ++row)
+            if (!row || step.rows[row] != step.rows[row - 1] || row - spans.back() == together) spans.push_back(row);
+        spans.push_back(rows);
+        floats.resize(wanted * 2 * SPLIT * model.head_dim);
         x.resize(group_rows * model.hidden), normed.resize(group_rows * model.hidden);
         projected.resize(group_rows * heads * model.head_dim);
         queries.resize(group_rows * model.heads * model.head_dim);
         mixed.resize(group_rows * model.heads * model.head_dim);
         gated.resize(group_rows * model.intermediate);
         parts.resize(group_rows * model.heads * splits * (model.head_dim + 2));
-        const int wanted = int(std::clamp<int64_t>(step.threads, 1, MAX_THREADS));
         try {
             for (; started + 1 < wanted; ++started)
                 std::thread([this, index = started + 1] { serve(index); }).detach();
@@ -303,7 +338,7 @@ class Decoder {
                     ticket = claim.fetch_add(1, std::memory_order_acq_rel);
                     if (!has_piece(ticket)) break;
                     if (!taken++) all = pieces, next = following(index);
-                    compute(piece_of(ticket));
+                    compute(piece_of(ticket), index);
                 }
                 if (index == 0 && turn == 0 && !taken && end_of(ticket) == 0) return;
                 published &= ticket >> 48 == seen;
@@ -376,12 +411,12 @@ class Decoder {
 
     void open(Phase next) {
         phase = next;
-        if (phase == ATTENTION) return publish(int64_t(rows) * model->key_heads * splits);
+        if (phase == ATTENTION) return publish(int64_t(spans.size() - 1) * model->key_heads * splits);
         publish((product(phase, layer).height + BLOCK - 1) / BLOCK);
     }
 
-    void compute(int64_t piece) {
-        if (phase == ATTENTION) return by_dtype([&](auto kind) { attend<decltype(kind)>(piece); });
+    void compute(int64_t piece, int index) {
+        if (phase == ATTENTION) return by_dtype([&](auto kind) { attend<decltype(kind)>(piece, index); });
         switch (model->matrices) {
             case FP32: return multiply<float>(piece);
             case BF16: return multiply<bf16>(piece);
@@ -510,22 +545,49 @@ class Decoder {
         }
     }
 
-    // SPLIT keys of one row and key head: maximum, sum and mixture of the values, of every query head of the group.
-    template <class T> void attend(int64_t piece) {
+    // SPLIT keys of one row and key head, for the tokens of a span. If they are several, the keys and values become
+    // floats once for all of them, in the memory of thread `index`.
+    template <class T> void attend(int64_t piece, int index) {
         const Model& m = *model;
-        const int64_t dim = m.head_dim, group = m.heads / m.key_heads, stride = m.key_heads * dim;
-        const int64_t split = piece % splits, key_head = piece / splits % m.key_heads;
-        const int row = int(piece / splits / m.key_heads);
-        const int64_t first = split * SPLIT, count = std::min<int64_t>(SPLIT, position(row) + 1 - first);
+        const int64_t dim = m.head_dim, stride = m.key_heads * dim, all = int64_t(spans.size()) - 1;
+        const int64_t span = piece % all, split = piece / all % splits, key_head = piece / all / splits;
+        const int begin = spans[span], end = spans[span + 1];
+        int64_t last = 0;
+        for (int row = begin; row < end; ++row) last = std::max(last, position(row));
+        const int64_t first = split * SPLIT, count = std::min<int64_t>(SPLIT, last + 1 - first);
         if (count <= 0) return;
-        const int64_t at = layer * step->layer_stride + step->rows[row] * step->row_stride + first * stride + key_head * dim;
+        const int64_t at = layer * step->layer_stride + step->rows[begin] * step->row_stride + first * stride + key_head * dim;
         const T *keys = (const T*)step->keys + at, *values = (const T*)step->values + at;
+        if (end - begin == 1) return attend_token(begin, key_head, split, keys, values, stride);
+        float *wide_keys = floats.data() + index * 2 * SPLIT * dim, *wide_values = wide_keys + SPLIT * dim;
+        for (int64_t j = 0; j < count; ++j) {
+            widen(keys + j * stride, wide_keys + j * dim, dim);
+            widen(values + j * stride, wide_values + j * dim, dim);
+        }
+        for (int row = begin; row < end; ++row)
+            attend_token<float>(row, key_head, split, wide_keys, wide_values, dim);
+    }
+
+    template <class T> static void widen(const T* from, float* to, int64_t size) {
+        int64_t k = 0;
+        for (; k + WIDTH <= size; k += WIDTH) store(to + k, load(from + k));
+        for (; k < size; ++k) to[k] = single(from[k]);
+    }
+
+    // The maximum, sum and mixture of the values, of every query head of the group of one token.
+    template <class T>
+    void attend_token(int row, int64_t key_head, int64_t split, const T* keys, const T* values, int64_t stride) {
+        const Model& m = *model;
+        const int64_t dim = m.head_dim, group = m.heads / m.key_heads;
+        const int64_t count = std::min<int64_t>(SPLIT, position(row) + 1 - split * SPLIT);
+        if (count <= 0) return;
         float scores[GROUP][SPLIT], out[GROUP * BLOCK];
         for (int64_t begin = 0; begin < group; begin += GROUP) {
             const int size = int(std::min<int64_t>(GROUP, group - begin));
             const int64_t head = key_head * group + begin;
             for (int64_t j = 0; j < count; j += BLOCK) {
-                for (int64_t next = j; next < std::min(count, j + BLOCK); ++next)  // no prefetcher follows these strides
+                // no prefetcher follows the strides of a cache
+                for (int64_t next = j; stride > dim && next < std::min(count, j + BLOCK); ++next)
                     for (int64_t line = 0; line < dim; line += 64 / int64_t(sizeof(T))) {
                         __builtin_prefetch(values + next * stride + line);
                         __builtin_prefetch(keys + (next + BLOCK) * stride + line);
@@ -622,7 +684,8 @@ class Decoder {
     Phase phase = QKV;
     int rows = 0, splits = 0;
     int64_t layer = 0, longest = 0;
-    std::vector<float> x, normed, projected, queries, mixed, gated, parts;
+    std::vector<int> spans;  // where tokens begin that share pieces of attention, and the end of the last
+    std::vector<float> x, normed, projected, queries, mixed, gated, parts, floats;
 };
 
 }  // namespace
