@@ -208,16 +208,22 @@ def test_a_row_has_the_same_bits_in_any_company(shape, kind):
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-@pytest.mark.parametrize("length", [0, 139])
-def test_tokens_read_at_once_have_the_bits_of_tokens_one_by_one(length, kind):
-    """What the cache holds, too, and across the end of a piece of attention."""
-    engine = ENGINES[kind](model_of(**ODD))
+@pytest.mark.parametrize("shape", ["odd", "dim 128", "a group of 20"])
+@pytest.mark.parametrize("length", [0, 139, 400])
+def test_tokens_read_at_once_have_the_bits_of_tokens_one_by_one(length, shape, kind):
+    """What the cache holds, too, and across the end of a piece of attention. The fewer threads, the more
+    tokens share such a piece.
+    """
+    engine = ENGINES[kind](model_of(**SHAPES[shape]))
     tokens = tokens_of(engine.model, 2, 8)
-    at_once, one_by_one = (filled(engine.model, [length, length + 2]) for _ in range(2))
-    logits = engine.decode(tokens, at_once)
+    one_by_one = filled(engine.model, [length, length + 2])
     single = torch.cat([engine.decode(tokens[:, at : at + 1], one_by_one) for at in range(8)], 1)
-    assert torch.equal(logits, single)
-    assert torch.equal(at_once.keys, one_by_one.keys) and torch.equal(at_once.values, one_by_one.values)
+    for count in (1, 2, 5):
+        at_once = filled(engine.model, [length, length + 2])
+        with threads(count):
+            assert torch.equal(engine.decode(tokens, at_once), single)
+        assert torch.equal(at_once.keys, one_by_one.keys)
+        assert torch.equal(at_once.values, one_by_one.values)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

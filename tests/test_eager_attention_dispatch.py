@@ -16,7 +16,11 @@ def draw(length: int, heads: int = 3, dtype: torch.dtype = torch.bfloat16) -> Te
 
 
 def blocked(out: Tensor) -> bool:
-    return "BlockedAttention" in type(out.grad_fn).__name__
+    """Whether blocks are among the operations that made it."""
+    nodes = [out.grad_fn]
+    for node in nodes:
+        nodes += [before for before, _ in node.next_functions if before is not None] if node else []
+    return any("BlockedAttention" in type(node).__name__ for node in nodes)
 
 
 @pytest.fixture
@@ -50,6 +54,8 @@ def test_training_in_fp32_takes_blocks_with_documents_and_avx2(capability):
     capability("AVX2", bf16=False)
     assert blocked(TORCH.attention(q, k, v, doc_start))
     assert not blocked(TORCH.attention(q, k, v))
+    for dtype in (torch.bfloat16, torch.float16):  # whose products are fp32 ones there
+        assert blocked(TORCH.attention(q.to(dtype), k.to(dtype), v.to(dtype), doc_start))
 
 
 def test_everything_else_is_torchs(capability):

@@ -140,9 +140,11 @@ def test_scores_far_apart_neither_overflow_nor_lose_the_row(dtype):
 
 def test_a_batch_in_parts_and_smaller_blocks(dtype, monkeypatch):
     values = tensors(5, 200, 200, 3, 1, 32)
-    monkeypatch.setattr(eager_attention, "MAX_SCORES", 2 * 3 * 128 * 200)  # two rows at a time, and a rest
+    queries = eager_attention.ARITHMETIC[dtype].queries
+    row = 3 * queries * 200  # scores of a whole block of one row
+    monkeypatch.setattr(eager_attention, "MAX_SCORES", 2 * row)  # two rows at a time, and a rest
     check(dtype, values)
-    monkeypatch.setattr(eager_attention, "MAX_SCORES", 3 * 64 * 200)  # one row, half a block
+    monkeypatch.setattr(eager_attention, "MAX_SCORES", row // 2)  # one row, half a block
     check(dtype, values)
 
 

@@ -148,7 +148,7 @@ inline Floats exponential(Floats x) {
     return (Floats)((Ints)p + exponent);
 }
 
-// products
+// products; what is left of a row beside whole vectors is multiplied by fma, so that it rounds alike in every dtype
 
 // out[m][r] = row r of the matrix times row m of x, for R rows at once and M rows of x
 template <class T, int R, int M>
@@ -185,7 +185,10 @@ template <class T, int R, int M>
         }
     for (; k < width; ++k)
         for (int r = 0; r < R; ++r)
-            for (int m = 0; m < M; ++m) out[m * BLOCK + r] += single(matrix[r * stride + k]) * x[m * width + k];
+            for (int m = 0; m < M; ++m) {
+                float& y = out[m * BLOCK + r];
+                y = std::fma(single(matrix[r * stride + k]), x[m * width + k], y);
+            }
 }
 
 template <class T, int M>
@@ -277,7 +280,8 @@ class Decoder {
         for (int row = 0; row < rows; ++row)
             if (!row || step.rows[row] != step.rows[row - 1] || row - spans.back() == together) spans.push_back(row);
         spans.push_back(rows);
-        floats.resize(wanted * 2 * SPLIT * model.head_dim);
+        // a thread of an earlier step with more of them may still take a piece
+        floats.resize(std::max(wanted, started + 1) * 2 * SPLIT * model.head_dim);
         x.resize(group_rows * model.hidden), normed.resize(group_rows * model.hidden);
         projected.resize(group_rows * heads * model.head_dim);
         queries.resize(group_rows * model.heads * model.head_dim);
@@ -586,7 +590,7 @@ class Decoder {
             const int size = int(std::min<int64_t>(GROUP, group - begin));
             const int64_t head = key_head * group + begin;
             for (int64_t j = 0; j < count; j += BLOCK) {
-                // no prefetcher follows the strides of a cache
+                // no prefetcher follows the strides of a cache with several key heads
                 for (int64_t next = j; stride > dim && next < std::min(count, j + BLOCK); ++next)
                     for (int64_t line = 0; line < dim; line += 64 / int64_t(sizeof(T))) {
                         __builtin_prefetch(values + next * stride + line);
@@ -628,7 +632,7 @@ class Decoder {
         for (int h = 0; d < dim && h < H; ++h)
             for (int64_t at = d; at < dim; ++at) {
                 float total = 0;
-                for (int64_t j = 0; j < count; ++j) total += weights[h][j] * single(values[j * stride + at]);
+                for (int64_t j = 0; j < count; ++j) total = std::fma(weights[h][j], single(values[j * stride + at]), total);
                 out[h * apart + at] = total;
             }
     }
