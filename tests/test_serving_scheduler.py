@@ -105,7 +105,7 @@ def test_each_gets_what_it_gets_alone(serve):
 
 def test_a_long_prompt_is_read_in_parts_while_others_go_on(serve, monkeypatch):
     engine, order = Engine(MODEL), list[int]()
-    engine.reads_at_once = 16
+    engine.reads_at_once = engine.reads_between_steps = 16
     prefill, decode = engine.prefill, engine.decode
     monkeypatch.setattr(
         engine, "prefill", lambda ids, *rest: (order.append(ids.shape[1]), prefill(ids, *rest))[1]
@@ -269,7 +269,7 @@ def test_a_row_without_finite_logits_ends_alone(serve, monkeypatch):
     )
 
     def one_hot(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return torch.eye(logits.shape[1])[77][None] if ids[0, 0] == 4 else logits
+        return torch.where(ids[:, :1] == 4, torch.eye(logits.shape[1])[77], logits)
 
     bad, good = Answer([4], 9), Answer([6], 9)
     scheduler = serve(engine)
@@ -346,17 +346,34 @@ def test_the_compiled_step_serves_too(serve, installed_step):
         assert (answer.wait().text, answer.finish) == expected(answer)
 
 
-def test_a_captured_step_serves_too(serve, monkeypatch):
-    monkeypatch.setattr("smollm2.serving.scheduler.PART_BESIDE_OTHERS", 16)
+def test_a_captured_step_serves_too(serve):
+    engine = CapturedEngine(MODEL)
+    engine.reads_between_steps = 16
     answers = [
         Answer(prompt, new, params, seed=index)
         for index, (new, params) in enumerate([(30, SAMPLED), (9, GREEDY), (1, EVERYTHING)] * 3)
         for prompt in ([3 + index, 9, 9], list(range(60 + index, 130 + index)))
     ]
-    scheduler = serve(CapturedEngine(MODEL), slots=3)
+    scheduler = serve(engine, slots=3)
     scheduler.submit(*[answer.request for answer in answers])
     for answer in answers:
         assert (answer.wait().text, answer.finish) == expected(answer)
+
+
+def test_a_captured_engine_reads_prompts_together(serve, monkeypatch):
+    engine, read = CapturedEngine(MODEL), list[tuple[int, ...]]()
+    prefill = engine.prefill
+    monkeypatch.setattr(
+        engine, "prefill", lambda ids, *rest: (read.append(tuple(ids.shape)), prefill(ids, *rest))[1]
+    )
+    system = list(range(40, 80))
+    answers = [Answer([*system, *[5 + index] * (index + 1)], 6, SAMPLED, seed=index) for index in range(6)]
+    scheduler = serve(engine, slots=6)
+    scheduler.submit(*[answer.request for answer in answers])
+    for answer in answers:
+        assert (answer.wait().text, answer.finish) == expected(answer)
+    assert read == [(1, 41), (5, 14)], "32 of 40 tokens are taken over, and 8 + 6 read in the longest"
+    assert [answer.request.cached for answer in answers] == [0, *[32] * 5]
 
 
 def test_kept_prefixes_stay_within_their_memory():

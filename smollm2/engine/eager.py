@@ -63,6 +63,9 @@ class Engine:
 
     name = "eager"
     reads_at_once = 512  # tokens of prompts, where others wait: more are hardly read faster
+    reads_between_steps = 128  # tokens of prompts between two steps of rows that are under way
+    padding = 0  # tokens that `extend` may read for nothing to have fewer calls of the model
+    prefix_block = 1  # a prompt takes over a multiple of so many tokens that are known already
 
     def __init__(self, model: SmolLM2ForCausalLM, why: str = "") -> None:
         self.model, self.why = model, why
@@ -85,12 +88,31 @@ class Engine:
         """Reads on in some rows of a cache: the tokens of part i, at least one, behind those that row
         slots[i] holds -> logits [len(parts), V] after the last of each. The caller counts `longest`.
         """
-        logits = []
-        for part, slot, held in zip(parts, slots, cache.lengths[list(slots)].tolist(), strict=True):
-            ids = torch.tensor([part], device=cache.keys.device)
-            length = torch.tensor([len(part)], device=cache.keys.device)
-            logits.append(self.prefill(ids, length, cache.part(slot, slot + 1, held)))
-        return torch.cat(logits)
+        held = cache.lengths[list(slots)].tolist()
+        logits: dict[int, Tensor] = {}
+        for group in self._together(parts, slots, held):
+            lengths = [len(parts[index]) for index in group]
+            ids = [[*parts[index], *[0] * (max(lengths) - len(parts[index]))] for index in group]
+            rows = cache.part(slots[group[0]], slots[group[-1]] + 1, held[group[0]])
+            device = cache.keys.device
+            found = self.prefill(torch.tensor(ids, device=device), torch.tensor(lengths, device=device), rows)
+            logits.update(zip(group, found, strict=True))
+        return torch.stack([logits[index] for index in range(len(parts))])
+
+    def _together(
+        self, parts: Sequence[Sequence[int]], slots: Sequence[int], held: Sequence[int]
+    ) -> list[list[int]]:
+        """Indices of parts that one call reads: slots side by side that hold equally much, little padding."""
+        groups: list[list[int]] = []
+        for index in sorted(range(len(parts)), key=slots.__getitem__):
+            group = groups[-1] if groups else []
+            lengths = [len(parts[one]) for one in (*group, index)]
+            beside = group and (slots[index], held[index]) == (slots[group[-1]] + 1, held[group[-1]])
+            if beside and len(lengths) * max(lengths) - sum(lengths) <= self.padding:
+                group.append(index)
+            else:
+                groups.append([index])
+        return groups
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Appends a few tokens to every row: [B, T] -> logits [B, T, V] in fp32. The cache grows by T."""

@@ -74,6 +74,11 @@ class CapturedEngine(Engine):
     """The model as it is, its steps recorded as CUDA graphs: `generate` hands its loop to the device."""
 
     name = "captured"
+    # A prompt's operations are launched one by one, which takes as long for some thousands of tokens.
+    reads_at_once = 4096
+    reads_between_steps = 2048
+    padding = 4096
+    prefix_block = 16  # so that prompts which share a beginning hold equally much, and are read together
 
     def __init__(self, model: SmolLM2ForCausalLM, why: str = "") -> None:
         super().__init__(model, why)

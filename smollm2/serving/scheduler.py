@@ -42,7 +42,6 @@ from smollm2.serving.prefixes import KeptPrefixes, Prefix
 
 logger = logging.getLogger(__name__)
 
-PART_BESIDE_OTHERS = 128  # tokens of prompts that are read between two steps, at most
 WORTH_WAITING = 16  # tokens that another request is about to read
 MOST_LOGPROBS = 20
 
@@ -291,6 +290,7 @@ class Scheduler:
                     return False
                 if (found := min(found, row.held)) > held:
                     held, keys, values = found, cache.keys[:, row.slot], cache.values[:, row.slot]
+        held -= held % self.engine.prefix_block
         taken = {row.slot for row in self._reading}
         slot = next(slot for slot in range(len(self._rows), self.slots) if slot not in taken)
         if keys is not None and values is not None:
@@ -312,7 +312,7 @@ class Scheduler:
         """Reads on in the prompts; rows of which nothing is left to read join those under way."""
         budget = self.engine.reads_at_once
         if self._rows:
-            budget = min(budget, PART_BESIDE_OTHERS)
+            budget = min(budget, self.engine.reads_between_steps)
         parts: list[list[int]] = []
         for row in self._reading:
             if budget:
