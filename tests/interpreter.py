@@ -21,6 +21,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
@@ -41,6 +42,7 @@ ON_BITS = (
     "splat",
     "expand_dims",
 )
+WIDE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def decode(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -149,6 +151,19 @@ def _once(patch_lang: Callable[..., Any]) -> Callable[..., Any]:
     return patch
 
 
+def _check_overflow(lhs: Any, rhs: Any, operation: Callable[..., Any]) -> None:
+    """What compiled code asserts in debug mode. Triton's interpreter computes it by five operations of its
+    language, which takes a third of a kernel's time, and drops the result.
+    """
+    scalar = lhs.type.scalar
+    if scalar.int_bitwidth < 64:
+        exact = WIDE[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        low, high = scalar.get_int_min_value(), scalar.get_int_max_value()
+        assert low <= exact.min() and exact.max() <= high, (
+            f"{scalar} overflow detected for {operation.__name__}"
+        )
+
+
 def _remembered(get_np_dtype: Callable[..., Any]) -> Callable[..., Any]:
     """Triton makes a table of all types whenever it looks up one."""
     known: dict[str, Any] = {}
@@ -162,6 +177,39 @@ def _remembered(get_np_dtype: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
+def _remembered_types(make: Callable[..., None]) -> Callable[..., None]:
+    """Every operation makes a type of its result, and checks its shape; there are few."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if key not in known:
+            make(self, element_ty, shape)
+            known[key] = dict(vars(self))
+        self.__dict__.update(known[key], element_ty=element_ty)
+
+    return init
+
+
+def _remembered_shapes(make: Callable[..., None]) -> Callable[..., None]:
+    """Every operation describes the shape of its result in constants of the language; there are few."""
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in known:
+            make(self, handle, type)
+            known[key] = {"shape": self.shape, "numel": self.numel}
+        self.__dict__.update(known[key], handle=handle, type=type, dtype=type.scalar)
+
+    return init
+
+
+def _unless_alike(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """Two operands of one shape need no broadcast, and no comparison of their shapes: see above."""
+    return lambda lhs, rhs: (lhs, rhs) if lhs.shape is rhs.shape else broadcast(lhs, rhs)
+
+
 def install() -> None:
     """Corrects the interpreter of this process; once.
 
@@ -173,6 +221,7 @@ def install() -> None:
         ReduceOps: ("apply_impl", "generic_reduce"),
         ScanOps: ("cumsum", "cumprod", "generic_scan"),
         interpreter: ("_patch_lang", "_LangPatchScope"),
+        TritonSemantic: ("binary_op_sanitize_overflow_impl", "broadcast_impl_value"),
     }
     missing = [
         f"{owner.__name__}.{name}"
@@ -188,6 +237,11 @@ def install() -> None:
 
     interpreter._patch_lang = _once(interpreter._patch_lang)
     interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype)
+    tl.core.block_type.__init__ = _remembered_types(tl.core.block_type.__init__)
+    tl.core.tensor.__init__ = _remembered_shapes(tl.core.tensor.__init__)
+    semantic = interpreter.interpreter_semantic
+    semantic.broadcast_impl_value = _unless_alike(semantic.broadcast_impl_value)
+    semantic.binary_op_sanitize_overflow_impl = _check_overflow
     InterpreterBuilder.create_dot = _dot
     for name in dir(InterpreterBuilder):
         if name in REFUSED:
