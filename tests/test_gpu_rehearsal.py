@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+from kernels.certify.fill import Specialisation, launched_by  # noqa: E402
 
 pytestmark = pytest.mark.slow
 PARTS = ("train_step", "kernels", "generation", "ladder", "tuning", "roofline", "memcheck")
@@ -131,16 +132,17 @@ def test_a_captured_training_run(project_root, tmp_path):
     assert len((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) >= 6
 
 
-def test_what_is_launched_is_compiled_and_found(project_root, tmp_path):
-    """What the parts of bench.gpu launch at full size; of each kernel, the first in bf16 goes through the
-    compiler.
+def test_what_is_launched_is_compiled_and_found(project_root, tmp_path, monkeypatch):
+    """What training, generation and the parts of bench.gpu launch at full size; of each kernel, the first in
+    bf16 goes through the compiler.
     """
-    found: dict[str, list[str]] = {}
-    run(project_root, "-m", "bench.gpu_launches", "bench", "--out", str(tmp_path / "launches.json"))
-    for item in json.loads((tmp_path / "launches.json").read_text(encoding="utf-8")):
-        assert item[0].startswith("kernels.")
-        if "*bf16" in item[2] or item[0] == "kernels.adamw":  # which reaches its tensors by their addresses
-            found.setdefault(item[1], item)
+    found: dict[str, Specialisation] = {}
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    for item in (*launched_by("model", "sm_90"), *launched_by("bench", "sm_90")):
+        assert item.module.startswith("kernels.")
+        # adamw reaches its tensors by their addresses
+        if "*bf16" in item.data or item.module == "kernels.adamw":
+            found.setdefault(item.kernel, item)
     assert found.keys() == KERNELS
     (tmp_path / "few.json").write_text(json.dumps(list(found.values())), encoding="utf-8")
     script = """

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from kernel_cases import DEVICE, INTERPRETED
+from triton.runtime.errors import InterpreterError
 
 BF16 = torch.bfloat16
 BLOCK = 1024
@@ -236,6 +237,34 @@ def test_sums_round_after_every_step():
     same(reduction("sum", x, BF16), steps[-1])
     same(reduction("scan", x, BF16), torch.stack(steps, 1))
     assert not torch.equal(steps[-1], x.float().sum(1).to(BF16))
+
+
+@triton.jit
+def _integers_kernel(x_ptr, out_ptr, OP: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, 4))
+    if OP == "add":
+        x = x + 3
+    elif OP == "sub":
+        x = 2 - x
+    else:
+        x = x * 2
+    tl.store(out_ptr + tl.arange(0, 4), x)
+
+
+@only_interpreted
+@pytest.mark.parametrize("op, limit", [("add", 2**31 - 4), ("sub", 3 - 2**31), ("mul", 2**30 - 1)])
+def test_an_integer_that_overflows_is_noticed(op, limit):
+    """In one lane of four; what just fits is computed, and 64 bits are not looked at."""
+    x = torch.tensor([0, 1, limit, 2], dtype=torch.int32)
+    step = -1 if op == "sub" else 1
+    expected = {"add": lambda: x + 3, "sub": lambda: 2 - x, "mul": lambda: x * 2}
+    out = torch.empty_like(x)
+    _integers_kernel[(1,)](x, out, op)
+    assert out.tolist() == expected[op]().tolist()
+    x[2] += step
+    with pytest.raises(InterpreterError, match=f"int32 overflow detected for {op}"):
+        _integers_kernel[(1,)](x, out, op)
+    _integers_kernel[(1,)](x.long(), out.long(), op)
 
 
 @pytest.mark.parametrize(

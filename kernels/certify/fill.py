@@ -162,6 +162,12 @@ class ReadOnlyCache(CheckedCache):
         """Raises Found or Missing, so that the caller neither loads nor builds the library."""
         raise Found if super().get_file(filename) is not None else Missing
 
+    def get_group(self, filename: str) -> dict[str, str]:
+        """Raises Missing before anything is compiled."""
+        if not (group := super().get_group(filename)):
+            raise Missing
+        return group
+
     def put(self, data: Any, filename: str, binary: bool = True) -> str:
         """Raises Missing: something was compiled, so it was not there."""
         raise Missing
