@@ -319,10 +319,13 @@ def test_a_short_prompt_is_read_by_steps_where_there_are_no_products_in_16_bits(
     plain = compiled_engine(model)
     for token in range(length):
         expected = plain.decode(ids[:, token : token + 1], expected_cache)
+    looks, renew = list[None](), engine.renew
+    monkeypatch.setattr(engine, "renew", lambda: looks.append(renew()))
     assert torch.equal(engine.prefill(ids, lengths, cache), expected[:, -1])
     assert torch.equal(cache.keys, expected_cache.keys) and torch.equal(cache.values, expected_cache.values)
     assert cache.longest == length and cache.lengths.tolist() == [length]
     assert engine.decode(ids[:, :1], cache).isfinite().all()
+    assert len(looks) == 1, "the weights are looked at once a text"
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])

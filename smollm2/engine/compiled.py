@@ -133,13 +133,18 @@ class CompiledEngine(Engine):
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         if not (_is_short(input_ids, lengths) and self._reads_by_steps(cache)):
             return super().prefill(input_ids, lengths, cache)
-        logits = self.extend(input_ids.tolist(), [0], cache)
+        logits = self._read(input_ids.tolist(), [0], cache)
         cache.longest += input_ids.shape[1]
         return logits
 
     def extend(self, parts: Sequence[Sequence[int]], slots: Sequence[int], cache: KVCache) -> Tensor:
-        if not self._reads_by_steps(cache) or self._for_prompts is None:
+        if not self._reads_by_steps(cache):
             return super().extend(parts, slots, cache)
+        return self._read(parts, slots, cache)
+
+    def _read(self, parts: Sequence[Sequence[int]], slots: Sequence[int], cache: KVCache) -> Tensor:
+        """`extend` by steps, where `_reads_by_steps`."""
+        assert self._for_prompts is not None
         lengths = cache.lengths.tolist()
         places = [
             (token, slot, lengths[slot] + index)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import TORCH, Backend, LayerWeights
 from kernels.eager.linear import onednn_is_faster
@@ -124,11 +125,24 @@ def digest(model: SmolLM2ForCausalLM) -> bytes:
         if library := find_library():
             of_values = partial(_sums, load_library(library).smollm2_digest)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        sums = list(pool.map(of_values, (parameter for _, parameter in named)))
+        shares = pool.map(lambda share: [of_values(parameter) for _, parameter in share], _shares(named))
     found = hashlib.blake2b(digest_size=16)
-    for (name, parameter), values in zip(named, sums, strict=True):
+    for (name, parameter), values in zip(named, itertools.chain(*shares), strict=True):
         found.update(f"{name} {parameter.dtype} {list(parameter.shape)};".encode() + values)
     return found.digest()
+
+
+def _shares(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+    """Neighbours for each thread, of about as many bytes: a task for every parameter would cost as much as it
+    computes.
+    """
+    threads, total = torch.get_num_threads(), sum(parameter.nbytes for _, parameter in named)
+    shares: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(threads)]
+    before = 0
+    for name, parameter in named:
+        shares[min(threads - 1, threads * before // max(1, total))].append((name, parameter))
+        before += parameter.nbytes
+    return shares
 
 
 @torch.inference_mode()
