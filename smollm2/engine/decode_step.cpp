@@ -193,8 +193,8 @@ template <class T, int R, int M>
 
 template <class T, int M>
 void tiles(const T* matrix, int64_t stride, int count, const float* x, int64_t width, float* out) {
-    // As many as the registers hold; each divides BLOCK. One row of x reads as many rows at once as the memory likes,
-    // measured on Zen 3: bf16 four, int8, whose sums wait for each other sooner, six.
+    // As many as the registers hold; each divides BLOCK. For one row of x few are enough: with four of int8 every
+    // product waits for the one before it, and with six of bf16 the memory is no faster (Zen 3).
     constexpr int ONE = REGISTERS == 16 && sizeof(T) == 1 ? 6 : 4;
     constexpr int R = M == 1 ? ONE : REGISTERS == 32 ? (M == 4 ? 6 : 8) : (M == 4 ? 3 : 4);
     int r = 0;
