@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from bench import timing
-from kernels.products import WIDE_ROWS, faster_in_fp32
+from kernels.products import faster_in_fp32
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,9 +41,9 @@ def bandwidths(device: torch.device, tiny: bool) -> dict[str, float]:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, tiny: bool) -> float:
     """Floating-point operations per second of a large square product of random numbers: zeros run faster. In
-    fp32 where the processor has no products in this dtype.
+    fp32 where the processor has no fast products in this dtype.
     """
-    if faster_in_fp32(torch.empty(0, dtype=dtype, device=device), WIDE_ROWS):
+    if faster_in_fp32(torch.empty(0, dtype=dtype, device=device), 2048):
         dtype = torch.float32
     # A product reaches its rate at 2048 on a CPU, where torch imitates fp16 a hundred times slower than it
     # has fp32.

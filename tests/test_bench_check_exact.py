@@ -111,7 +111,7 @@ def test_the_memory_of_the_loss_is_that_of_a_chunk(dtype, expected, monkeypatch)
     """2,048 tokens of 4,096 kinds, whose logits are 34 MB in fp32. What grows with the tokens is the gradient
     of their states.
     """
-    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: False)  # else fp32 copies are added
+    monkeypatch.setattr(products, "rows_in_fp32", lambda dtype: None)  # else fp32 copies are added
     found = loss_memory(TORCH, "reference", 2048, 4096, dtype)
     assert found == expected
     # and a number in fp32

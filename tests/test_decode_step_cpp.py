@@ -16,11 +16,11 @@ from generation_cases import tiny_model
 from numerics import check
 from torch import Tensor
 
-from kernels import TORCH, products, reference, with_ops
+from kernels import TORCH, reference, with_ops
 from smollm2 import SmolLM2ForCausalLM
-from smollm2.engine import eager_step, native
+from smollm2.engine import compiled, eager_step, native
 from smollm2.engine.cache import KVCache
-from smollm2.engine.compiled import MAX_TOKENS, MOST_ROWS, SHORT_PROMPT, CompiledEngine
+from smollm2.engine.compiled import MAX_TOKENS, MOST_ROWS, CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import Weights
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine, dequantize
@@ -37,6 +37,8 @@ def sizes(hidden: int, inner: int, heads: int, key_heads: int, dim: int, vocab: 
     )  # fmt: skip
 
 
+# `rows_in_fp32` of a processor with slow products in 16 bits, and of one with fast ones
+SLOW, FAST = {torch.bfloat16: 8, torch.float16: 8}.get, dict[torch.dtype, int]().get
 ODD = sizes(100, 150, 3, 1, 16, 515)  # nothing is a multiple of a vector or of a block
 SHAPES = {
     "odd": ODD, "dim 64, no groups": sizes(72, 96, 2, 2, 64, 512), "dim 128": sizes(50, 61, 8, 2, 128, 601),
@@ -303,19 +305,17 @@ def goes_below(engine: CompiledEngine, tokens: Tensor, cache: KVCache) -> bool:
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-@pytest.mark.parametrize("length", [1, 16, 37])
-def test_a_short_prompt_is_read_by_steps_where_there_are_no_products_in_16_bits(
-    length, quantize, monkeypatch
-):
+@pytest.mark.parametrize("length", [1, MOST_ROWS, 100])
+def test_a_short_prompt_is_read_by_steps(length, quantize, monkeypatch):
     """With the model's own weights of that moment, and to the bits of its tokens one by one."""
-    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: True)
+    monkeypatch.setattr(compiled, "rows_in_fp32", SLOW if length > MOST_ROWS else FAST)
     model = model_of(**ODD).to(torch.bfloat16)
     ids, lengths = tokens_of(model, 1, length), torch.tensor([length])
     engine = compiled_engine(model, QuantizedEngine(model, quantize) if quantize == "int8" else None)
-    engine.prefill(ids, lengths, engine.allocate(1, 64))
+    engine.prefill(ids, lengths, engine.allocate(1, 128))
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.mul_(1.5)
-    cache, expected_cache = (engine.allocate(1, 64) for _ in range(2))
+    cache, expected_cache = (engine.allocate(1, 128) for _ in range(2))
     plain = compiled_engine(model)
     for token in range(length):
         expected = plain.decode(ids[:, token : token + 1], expected_cache)
@@ -331,7 +331,7 @@ def test_a_short_prompt_is_read_by_steps_where_there_are_no_products_in_16_bits(
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_parts_of_several_rows_are_read_together_to_the_bits_of_each_alone(kind, monkeypatch):
     """Their tokens share steps, whose ends lie anywhere; the other rows stay as they are."""
-    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: True)
+    monkeypatch.setattr(compiled, "rows_in_fp32", SLOW)
     engine = ENGINES[kind](model_of(**ODD))
     lengths, parts = [3, 0, 140, 7, 60, 1], {4: [9, 8, 7], 0: [*range(100, 190)], 1: [5], 2: [*range(40)]}
     together = filled(engine.model, lengths, 300)
@@ -345,24 +345,27 @@ def test_parts_of_several_rows_are_read_together_to_the_bits_of_each_alone(kind,
     assert together.lengths.tolist() == expected.lengths.tolist() == lengths
 
 
-@pytest.mark.parametrize("case", ["long", "two rows", "fp32", "newer processor"])
-def test_other_prompts_are_read_at_once(case, monkeypatch):
-    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: case != "newer processor")
-    model = model_of(**ODD, max_position_embeddings=SHORT_PROMPT + 1)
-    model.to(torch.float32 if case == "fp32" else torch.bfloat16)
-    ids = tokens_of(model, 1 + (case == "two rows"), SHORT_PROMPT + 1 if case == "long" else 5)
+@pytest.mark.parametrize("case, rows, length", [
+    ("long", 1, 129), ("two rows", 2, 5), ("long in fp32", 1, MAX_TOKENS + 1),
+    ("long on a newer processor", 1, MOST_ROWS + 1),
+])  # fmt: skip
+def test_other_prompts_are_read_at_once(case, rows, length, monkeypatch):
+    monkeypatch.setattr(compiled, "rows_in_fp32", FAST if "newer" in case else SLOW)
+    monkeypatch.setattr(compiled, "capability", lambda: "AVX512")
+    model = model_of(**ODD, max_position_embeddings=200)
+    model.to(torch.float32 if "fp32" in case else torch.bfloat16)
+    ids = tokens_of(model, rows, length)
     engine = compiled_engine(model)
     engine._run = not_called  # type: ignore[method-assign, assignment]
-    logits = engine.prefill(ids, torch.full((len(ids),), ids.shape[1]), engine.allocate(len(ids), 600))
+    logits = engine.prefill(ids, torch.full((len(ids),), ids.shape[1]), engine.allocate(len(ids), 200))
     assert logits.isfinite().all()
 
 
-def test_what_it_cannot_do_goes_to_the_engine_below():
+def test_what_it_cannot_do_goes_to_the_engine_below(monkeypatch):
     model = model_of()
-    engine = compiled_engine(model)
-    assert engine.most == (MAX_TOKENS if products.lacks_16_bit_products() else MOST_ROWS)
-    for most in (MOST_ROWS, MAX_TOKENS):
-        engine.most = most
+    for slow, most in ((FAST, MOST_ROWS), (SLOW, MAX_TOKENS)):
+        monkeypatch.setattr(compiled, "rows_in_fp32", slow)
+        engine = compiled_engine(model)
         assert not goes_below(engine, tokens_of(model, most, 1), filled(model, [5] * most, 8))
         assert goes_below(engine, tokens_of(model, most + 1, 1), filled(model, [5] * (most + 1), 8))
         assert goes_below(engine, tokens_of(model, 1, most + 1), filled(model, [5]))

@@ -1,5 +1,5 @@
-"""16-bit products on a processor without instructions for them: computed in fp32 and rounded once, forward
-and backward, and only where that is faster.
+"""16-bit products on a processor where fp32 is faster: computed in fp32 and rounded once, forward and
+backward, and only there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ both = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
 @pytest.fixture(autouse=True)
 def old_processor(monkeypatch):
     """As if this were one."""
-    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: True)
+    monkeypatch.setattr(products, "rows_in_fp32", {torch.bfloat16: 8, torch.float16: 8}.get)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_the_loss_of_a_training_step(dtype, product_dtypes):
 @pytest.mark.parametrize(
     "case, x, rows",
     [
-        ("few rows", draw(7, 16, dtype=torch.bfloat16), products.WIDE_ROWS - 1),
+        ("few rows", draw(7, 16, dtype=torch.bfloat16), 7),
         ("fp32", draw(64, 16), 64),
         ("autocast", draw(64, 16, dtype=torch.bfloat16), 64),
         ("newer processor", draw(64, 16, dtype=torch.bfloat16), 64),
@@ -128,30 +128,48 @@ def test_the_loss_of_a_training_step(dtype, product_dtypes):
 )
 def test_everything_else_stays_in_its_dtype(case, x, rows, monkeypatch):
     if case == "newer processor":
-        monkeypatch.setattr(products, "lacks_16_bit_products", lambda: False)
+        monkeypatch.setattr(products, "rows_in_fp32", lambda dtype: None)
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         assert not products.faster_in_fp32(x, rows)
 
 
-@pytest.mark.parametrize(
-    "capability, onednn, expected",
-    [("AVX2", False, True), ("AVX2", True, False), ("AVX512", False, False), ("DEFAULT", False, False)],
-)
-def test_the_processor_decides(capability, onednn, expected, monkeypatch):
+# What torch says of processors: its instruction set, what oneDNN takes (bf16 also where it imitates it), and
+# instructions for bf16; then rows from which bf16 and fp16 are multiplied in fp32.
+PROCESSORS = {
+    "x86 before AVX2": ("DEFAULT", "", "GenuineIntel", None, None),
+    "ARM": ("DEFAULT", "bf16", "", None, None),
+    "Zen 3": ("AVX2", "", "AuthenticAMD", 8, 8),
+    "Alder Lake": ("AVX2", "", "GenuineIntel", 8, 8),
+    "Arrow Lake": ("AVX2", "bf16 fp16", "GenuineIntel", None, None),
+    "Ice Lake": ("AVX512", "bf16", "GenuineIntel", 8, 8),
+    "Zen 4": ("AVX512", "bf16 avx512_bf16", "AuthenticAMD", None, 8),
+    "Cooper Lake": ("AVX512", "bf16 avx512_bf16", "GenuineIntel", 64, 8),
+    "Sapphire Rapids": ("AVX512", "bf16 fp16 avx512_bf16 amx_tile", "GenuineIntel", None, None),
+    "Sapphire Rapids without AMX": ("AVX512", "bf16 fp16 avx512_bf16", "GenuineIntel", 64, None),
+}
+
+
+@pytest.fixture(params=PROCESSORS)
+def processor(request, monkeypatch):
     monkeypatch.undo()
+    capability, known, vendor, *expected = PROCESSORS[request.param]
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-    monkeypatch.setattr(products, "lacks_16_bit_products", products.lacks_16_bit_products.__wrapped__)
-    assert products.lacks_16_bit_products() is expected
+    monkeypatch.setattr(products, "processor_vendor", lambda: vendor)
+    for dtype in ("bf16", "fp16"):
+        monkeypatch.setattr(
+            torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", lambda dtype=dtype: dtype in known.split()
+        )
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in known)
+    products.rows_in_fp32.cache_clear()
+    yield capability, expected
+    products.rows_in_fp32.cache_clear()
 
 
-@pytest.mark.parametrize("lacks, instructions, expected", [
-    (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32),
-])  # fmt: skip
-def test_a_model_is_loaded_in_bf16_where_that_is_faster(lacks, instructions, expected, monkeypatch):
-    monkeypatch.setattr(cli, "lacks_16_bit_products", lambda: lacks)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: instructions)
-    assert cli.resolve_dtype("auto", torch.device("cpu")) is expected
+def test_the_processor_decides(processor):
+    capability, expected = processor
+    assert [products.rows_in_fp32(dtype) for dtype in DTYPES] == expected
+    assert products.rows_in_fp32(torch.float32) is products.rows_in_fp32(torch.float64) is None
+    loaded = torch.float32 if capability == "DEFAULT" else torch.bfloat16
+    assert cli.resolve_dtype("auto", torch.device("cpu")) is loaded
     assert cli.resolve_dtype("fp32", torch.device("cpu")) is torch.float32

@@ -25,15 +25,16 @@ def blocked(out: Tensor) -> bool:
 
 @pytest.fixture
 def capability(monkeypatch):
-    """Says which instructions the processor has, and whether its library multiplies bf16."""
+    """Says which instructions the processor has, whether its library multiplies bf16, and from how many rows
+    16 bits are multiplied in fp32.
+    """
 
-    def set_to(name: str, bf16: bool) -> None:
+    def set_to(name: str, bf16: bool, rows: int | None = None) -> None:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name)
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16)
-        products.lacks_16_bit_products.cache_clear()
+        monkeypatch.setattr(products, "rows_in_fp32", lambda dtype: None if dtype == torch.float32 else rows)
 
-    yield set_to
-    products.lacks_16_bit_products.cache_clear()
+    return set_to
 
 
 def test_training_in_bf16_takes_blocks_where_the_library_multiplies_it(capability):
@@ -46,16 +47,19 @@ def test_training_in_bf16_takes_blocks_where_the_library_multiplies_it(capabilit
     assert not blocked(TORCH.attention(q, k, v))
 
 
-def test_training_in_fp32_takes_blocks_with_documents_and_avx2(capability):
+@pytest.mark.parametrize("name", ["AVX2", "AVX512"])
+def test_training_in_fp32_takes_blocks_with_documents_on_x86(name, capability):
     q, k, v = (draw(20, heads, torch.float32) for heads in (3, 1, 1))
     doc_start = torch.zeros(2, 20, dtype=torch.int32)
-    capability("AVX512", bf16=True)
+    capability("DEFAULT", bf16=False)
     assert not blocked(TORCH.attention(q, k, v, doc_start))
-    capability("AVX2", bf16=False)
+    capability(name, bf16=name == "AVX512", rows=20)
     assert blocked(TORCH.attention(q, k, v, doc_start))
     assert not blocked(TORCH.attention(q, k, v))
     for dtype in (torch.bfloat16, torch.float16):  # whose products are fp32 ones there
-        assert blocked(TORCH.attention(q.to(dtype), k.to(dtype), v.to(dtype), doc_start))
+        narrow = q.to(dtype), k.to(dtype), v.to(dtype)
+        assert blocked(TORCH.attention(*narrow, doc_start))
+        assert not blocked(TORCH.attention(*narrow))
 
 
 def test_everything_else_is_torchs(capability):

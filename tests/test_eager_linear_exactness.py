@@ -32,7 +32,7 @@ def onednn(monkeypatch):
 
     monkeypatch.setattr(eager_linear, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(eager_linear, "_onednn", recorded)
-    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: False)
+    monkeypatch.setattr(products, "rows_in_fp32", lambda dtype: None)
     return seen
 
 
@@ -145,7 +145,7 @@ def test_the_processor_decides_and_no_clock(monkeypatch, vendor, capability, exp
     monkeypatch.setattr(
         eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__)
     )
-    monkeypatch.setattr(eager_linear, "_vendor", lambda: vendor)
+    monkeypatch.setattr(eager_linear, "processor_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert eager_linear.onednn_is_faster() is expected
@@ -159,7 +159,7 @@ def test_another_torch_without_the_operator_is_served_by_torch(monkeypatch):
     monkeypatch.setattr(
         eager_linear, "onednn_is_faster", functools.cache(eager_linear.onednn_is_faster.__wrapped__)
     )
-    monkeypatch.setattr(eager_linear, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(eager_linear, "processor_vendor", lambda: "AuthenticAMD")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x, weight = draw(4, 16), draw(8, 16)
     assert torch.equal(eager_linear.linear(x, weight), F.linear(x, weight))

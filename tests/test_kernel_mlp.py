@@ -194,7 +194,7 @@ def test_only_the_gradients_that_are_wanted_are_formed(form):
 def test_the_composed_form_is_the_composition(leading, dtype, monkeypatch):
     """Linear layers around swiglu, bit for bit."""
     monkeypatch.setattr(launch_config, "FUSED_MLP", ())
-    monkeypatch.setattr(products, "lacks_16_bit_products", lambda: False)
+    monkeypatch.setattr(products, "rows_in_fp32", lambda dtype: None)
     x, *weights = drawn(10, 576, 1536, dtype)
     x, dy = x.view(*leading, -1, 576), draw(10, 576, dtype=dtype).view(*leading, -1, 576)
     for backend, linear in ((TORCH, eager_linear.linear), (TRITON, eager_linear.linear), (TRITON, F.linear)):

@@ -11,9 +11,10 @@ library's, and large: the G query heads of a key head are G rows of one matrix p
 is [B K, n G, D] against [B K, W, D], and dK and dV of a key head are one product.
 
 In bf16 torch's CPU kernel reaches a fifth of the rate of a matrix product. In fp32 it is as fast as blocks,
-but not with documents, because it multiplies what their mask hides: 2 x 512 tokens of three documents each
-take it 15 ms forward and 37 ms backward on two cores of an EPYC 7003 (Zen 3, AVX2), and blocks 11 and 20;
-2,048 tokens take it 117 and 334 ms, and blocks 51 and 99.
+but not with documents, because it multiplies what their mask hides. Milliseconds forward and backward of
+torch's kernel and of blocks on two cores, three documents in a row: 2 x 512 tokens 15 and 37, 11 and 20 on an
+EPYC 7003 (Zen 3, AVX2), 7.5 and 15, 4.8 and 8.5 on an Intel Xeon (Emerald Rapids, AVX-512); 2,048 tokens 117
+and 334, 51 and 99; 54 and 148, 21 and 44.
 
 Saved: q, k, v, O, lse and doc_start, but no masks or scores. The scores of one block lie in buffers that a
 thread keeps from call to call, because the first touch of fresh memory (a page fault per 4 KiB) costs as much
@@ -78,14 +79,14 @@ ARITHMETIC = {
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None) -> bool:
     """Whether to use blocks: for eager training on a CPU, in bf16 if its library has bf16 products, in fp32
-    with documents if it is of the kind that was measured.
+    with documents if it is of the kinds that were measured.
     """
     if q.device.type != "cpu" or q.numel() == 0 or torch.compiler.is_compiling():
         return False
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return False
     if q.dtype == torch.float32:
-        return doc_start is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        return doc_start is not None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return q.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -22,8 +22,6 @@ exact resume needs. `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN of
 from __future__ import annotations
 
 import functools
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,27 +30,18 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.eager import pointwise
-from kernels.products import faster_in_fp32, weight_gradient
+from kernels.products import faster_in_fp32, processor_vendor, weight_gradient
 from kernels.types import SwiGLU
 
 ROWS = 2  # rows of the left factor from which oneDNN is faster
-
-
-def _vendor() -> str:
-    """The processor's vendor, "AuthenticAMD" or "GenuineIntel"; "" if it cannot be found."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        # on Windows "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD"
-        return platform.processor().rpartition(", ")[2]
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
     """Whether torch has both libraries here, on a processor where oneDNN was measured to be faster."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not both or torch.backends.cpu.get_cpu_capability() != "AVX512" or _vendor() != "AuthenticAMD":
+    is_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (both and is_avx512 and processor_vendor() == "AuthenticAMD"):
         return False
     one = torch.ones(2, 2)
     try:  # the operator is private and may differ in another version of torch

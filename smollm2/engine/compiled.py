@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from kernels import LayerWeights
-from kernels.products import WIDE_ROWS, faster_in_fp32, lacks_16_bit_products
+from kernels.products import rows_in_fp32
 from smollm2.engine.cache import KVCache
-from smollm2.engine.eager import Engine, outside_autocast
+from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import Weights, only_torch, plain_weights
-from smollm2.engine.native import load_library
+from smollm2.engine.native import capability, load_library
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine
 from smollm2.model import SmolLM2ForCausalLM
 
 MAX_TOKENS = 64  # of a step, as in decode_step.cpp
-MOST_ROWS = 16  # of a step on processors with 16-bit products, where more are for the engine below
-SHORT_PROMPT = 512  # tokens
+MOST_ROWS = 16  # of a step on processors with fast 16-bit products, where more are for the engine below
+# Tokens of a 16-bit prompt that steps read faster than products of all of them at once in fp32.
+SHORT_PROMPT = {"AVX512": 128, "AVX2": 512}
 # Kind of decode_step.cpp: of matrices, and of the embedding and the cache
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
@@ -101,9 +102,11 @@ class _Bound:
 
 
 class CompiledEngine(Engine):
-    """Steps of up to `most` tokens, of one row or several, through the compiled step. Larger batches go to
-    the engine below, and prompts, but on processors without 16-bit products: two cores of an EPYC 7003
-    (Zen 3) read a bf16 prompt of 64 tokens at 466 tokens/s by steps and at 205 otherwise.
+    """Steps of up to `most` tokens, of one row or several, through the compiled step, and a prompt of up to
+    `short_prompt` tokens, which it reads to the bits of its tokens one by one. Larger batches and longer
+    prompts go to the engine below. Tokens/s of prompts on two cores, by steps and by products of all tokens
+    in bf16: 16 tokens 551 and 239, 64 tokens 731 and 455 on an Intel Xeon (Emerald Rapids, no matrix unit);
+    64 tokens 466 and 205 on an EPYC 7003 (Zen 3).
 
     Raises LoadError for a library that `find_library` would refuse, or that cannot be loaded here.
     """
@@ -112,9 +115,12 @@ class CompiledEngine(Engine):
         super().__init__(below.model, why)
         self.below = below
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
-        self.most = MAX_TOKENS if lacks_16_bit_products() else MOST_ROWS
-        if faster_in_fp32(self.model.lm_head.weight, WIDE_ROWS):
-            self.reads_at_once = MAX_TOKENS
+        # Products of many tokens take fp32 copies of the weights then.
+        self.converts = rows_in_fp32(self.model.dtype) is not None
+        slow = self.converts or rows_in_fp32(torch.bfloat16) is not None
+        self.short_prompt = self.most = MAX_TOKENS if slow else MOST_ROWS
+        if self.converts:
+            self.short_prompt, self.reads_at_once = SHORT_PROMPT[capability()], MAX_TOKENS
         self._step = load_library(library).smollm2_decode_step
         self._bound: _Bound | None = None
         self._for_prompts: _Bound | None = None
@@ -131,14 +137,16 @@ class CompiledEngine(Engine):
                 self._bound = _Bound(self.model, self.below.few)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        if not (_is_short(input_ids, lengths) and self._reads_by_steps(cache)):
+        rows, length = input_ids.shape
+        is_short = rows == 1 and 0 < int(lengths) == length <= self.short_prompt
+        if not (is_short and self._reads_by_steps(cache)):
             return super().prefill(input_ids, lengths, cache)
         logits = self._read(input_ids.tolist(), [0], cache)
-        cache.longest += input_ids.shape[1]
+        cache.longest += length
         return logits
 
     def extend(self, parts: Sequence[Sequence[int]], slots: Sequence[int], cache: KVCache) -> Tensor:
-        if not self._reads_by_steps(cache):
+        if not (self.converts and self._reads_by_steps(cache)):
             return super().extend(parts, slots, cache)
         return self._read(parts, slots, cache)
 
@@ -165,10 +173,7 @@ class CompiledEngine(Engine):
         return logits
 
     def _reads_by_steps(self, cache: KVCache) -> bool:
-        """Whether steps can read prompts into this cache, faster than products of all their tokens."""
-        with outside_autocast(cache.keys.device):
-            if not faster_in_fp32(cache.keys, WIDE_ROWS):
-                return False
+        """Whether steps can read prompts into this cache, with the weights as they are now."""
         self.renewed = self.renewed and self.frozen
         if not self.renewed:
             self.renew()
@@ -210,11 +215,6 @@ class CompiledEngine(Engine):
             if failed == 2:
                 raise MemoryError("decode: no memory for a step")
             raise IndexError("decode: a token outside the vocabulary or a length outside the cache")
-
-
-def _is_short(input_ids: Tensor, lengths: Tensor) -> bool:
-    """Whether this is one prompt that steps read faster than products of all its tokens."""
-    return input_ids.shape[0] == 1 and 0 < int(lengths) == input_ids.shape[1] <= SHORT_PROMPT
 
 
 def _is_plain(cache: KVCache, batch: int, model: SmolLM2ForCausalLM) -> bool:

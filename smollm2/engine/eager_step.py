@@ -39,7 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import TORCH, Backend, LayerWeights
+from kernels.eager import linear as eager_linear
 from kernels.eager.linear import onednn_is_faster
+from kernels.products import WIDE_ROWS, rows_in_fp32
 from smollm2.engine.cache import KVCache, free_memory
 from smollm2.engine.native import find_library, load_library
 from smollm2.errors import LoadError
@@ -204,7 +206,9 @@ def pack(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has the faster product: fp32 as kernels/eager/linear.py decides, bf16 on AVX-512."""
+    """Whether oneDNN has the faster product: fp32 as kernels/eager/linear.py decides, bf16 where AVX-512 has
+    instructions for it.
+    """
     if dtype == torch.float32:
         return onednn_is_faster()
     return bool(
@@ -213,6 +217,7 @@ def onednn(dtype: torch.dtype) -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and rows_in_fp32(dtype) != WIDE_ROWS
     )
 
 
@@ -221,7 +226,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.is_mkldnn or (weight.dtype == torch.float32 and x.numel() and onednn(torch.float32)):
         product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
         return product
-    return F.linear(x, weight)
+    return eager_linear.linear(x, weight)
 
 
 @torch.inference_mode()
