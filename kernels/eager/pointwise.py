@@ -1,8 +1,9 @@
 """Norm, rotary embedding and SwiGLU in PyTorch, each with its own backward pass.
 
 If a gradient is needed in eager mode, an autograd.Function replaces the formula of kernels/reference.py: it
-gives the same bits, with fewer passes over memory and fewer fresh tensors. torch.compile gets the formula,
-which it fuses itself.
+gives the same bits, with fewer passes over memory and fewer fresh tensors. Norms and SwiGLU without gradients
+are computed like its forward pass: an fp32 prompt of 512 tokens is read at 910 tokens/s and not at 718 (two
+cores of an Intel Xeon, Emerald Rapids). torch.compile gets the formula, which it fuses itself.
 """
 
 from __future__ import annotations
@@ -23,23 +24,31 @@ def _differentiated(*tensors: Tensor) -> bool:
     return eager and any(tensor.requires_grad for tensor in tensors)
 
 
+def _without_gradients() -> bool:
+    """Whether this is eager mode, and nothing is recorded that a later write could spoil."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def wider(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums are formed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the norm of the sum, the sum, and 1 / rms; weight in the dtype of x."""
+    total = x if residual is None else x + residual
+    wide = total.to(wider(total.dtype))
+    squares = wide.square()
+    rstd = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(wide, rstd, out=squares).to(total.dtype).mul_(weight), total, rstd
+
+
 class _RMSNorm(torch.autograd.Function):
-    """The sum with the residual, if there is one, and its norm. Saves the sum and 1 / rms, and computes the
-    normalised values again.
-    """
+    """`_norm`. Saves the sum and 1 / rms, and computes the normalised values again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
-        total = x if residual is None else x + residual
-        wide = total.to(wider(total.dtype))
-        squares = wide.square()
-        rstd = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
-        y = torch.mul(wide, rstd, out=squares).to(total.dtype).mul_(weight)
+        y, total, rstd = _norm(x, residual, weight, eps)
         ctx.save_for_backward(total, weight, rstd)
         ctx.set_materialize_grads(False)
         return y if residual is None else (y, total)
@@ -70,18 +79,22 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`kernels.reference.rms_norm`: x [..., E], weight [E] -> [..., E]."""
-    if not _differentiated(x, weight):
+    if not (_without_gradients() or _differentiated(x, weight)):
         return reference.rms_norm(x, weight, eps)
     checks.rms_norm("rms_norm", x, weight)
+    if _without_gradients():
+        return _norm(x, None, weight.to(x.dtype), eps)[0]
     y: Tensor = _RMSNorm.apply(x, None, weight.to(x.dtype), eps)
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`kernels.reference.add_rms_norm`: x and residual [..., E], weight [E] -> (normed, sum)."""
-    if not _differentiated(x, residual, weight):
+    if not (_without_gradients() or _differentiated(x, residual, weight)):
         return reference.add_rms_norm(x, residual, weight, eps)
     checks.rms_norm("add_rms_norm", x, weight, residual)
+    if _without_gradients():
+        return _norm(x, residual, weight.to(x.dtype), eps)[:2]
     return _RMSNorm.apply(x, residual, weight.to(x.dtype), eps)
 
 
@@ -179,6 +192,10 @@ class _SwiGLUPacked(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """`kernels.reference.swiglu`: gate and up [..., F], or both in one buffer [..., 2F] -> [..., F]."""
+    if _without_gradients():
+        checks.swiglu(gate, up)
+        gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
+        return F.silu(gate).mul_(up)
     if up is not None or not _differentiated(gate):
         return reference.swiglu(gate, up)
     checks.swiglu(gate, up)
