@@ -122,7 +122,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _bf16_is_faster() -> bool:
-    """Whether a step reads its weights in half the time and prompts lose nothing: the processor multiplies
+    """Whether a step reads its weights in half the time and prompts lose little: the processor multiplies
     bf16, or `rows_in_fp32` has its products computed in fp32.
     """
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":  # x86 before AVX2; ARM before SVE, not measured
