@@ -8,12 +8,17 @@ is prefilled for them.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import kernels
 from bench.timing import Sample, synchronize
+from kernels.launch_config import joins_layers
 from smollm2.engine.cache import KVCache
 from smollm2.engine.captured import Choice, DecodeLoop
 from smollm2.engine.eager import Engine
@@ -27,6 +32,17 @@ PROMPT = 8  # tokens that a loop is started with, before its cache is filled
 def tokens_for(batch: int, length: int, vocabulary: int, device: torch.device) -> Tensor:
     """Ids [batch, length], always the same."""
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """All layers of a decode step in one launch, whatever the launch table says."""
+    module: Any = import_module(f"{kernels.__name__}.decode_layers")
+    module.joins_layers = lambda device: True
+    try:
+        yield
+    finally:
+        module.joins_layers = joins_layers
 
 
 class EagerSteps:

@@ -1,9 +1,11 @@
 """`python -m bench.generation`: what a decode step costs at stated contexts, per engine and beside
-transformers; prefill; many prompts.
+transformers; prefill; many prompts; requests to the server's scheduler.
 
     triton captured, torch captured   what `smollm2.generate` runs on CUDA: the step, choice of the token
                                       included, as one graph, replayed;
                                       elsewhere the same step, operation by operation
+    triton joined                     the captured step with all layers in one launch, also where the launch
+                                      table does not say so; on GPUs that can
     triton eager                      the decode step called from Python, then argmax
     transformers                      LlamaForCausalLM with the same weights and its DynamicCache: forward
                                       calls in a loop, argmax
@@ -29,6 +31,7 @@ import contextlib
 import gc
 import hashlib
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,11 +43,12 @@ import torch
 from torch import Tensor
 
 from bench import launches, work
-from bench.decode_steps import EagerSteps, LlamaSteps, LoopSteps, build_llama, clock, tokens_for
+from bench.decode_steps import EagerSteps, LlamaSteps, LoopSteps, build_llama, clock, joined, tokens_for
 from bench.generate_modes import EngineTurns, all_tokens
 from bench.peers.status import require
 from bench.record import Part, one_line, parser
 from bench.roof import read_bandwidth
+from bench.scheduling import seconds_to_answer
 from bench.timing import eager, synchronize
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
@@ -57,14 +61,15 @@ from smollm2.generation.batch import generate_many
 from smollm2.model import SmolLM2ForCausalLM
 
 BACKENDS = ("triton", "torch")
-MAIN, EAGER = ("triton captured", "torch captured", "transformers"), "triton eager"
+MAIN = "triton captured", "torch captured", "transformers"
+EAGER, JOINED = "triton eager", "triton joined"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What is measured. Pairs are rows and tokens a row; `many` is prompts, tokens of each, new tokens of
-    each, slots.
+    each, slots; `served` is the same without prompts, as many as slots.
     """
 
     first: tuple[tuple[int, int], ...] = tuple((batch, 1024) for batch in (1, 8, 64, 256, 16))
@@ -72,12 +77,14 @@ class Sizes:
         (batch, keys) for keys in (8192, 64) for batch in (1, 8, 64, 256)
     )
     called: tuple[tuple[int, int], ...] = others  # those of `others` that are measured from Python too
+    joined: tuple[tuple[int, int], ...] = tuple((batch, 1024) for batch in (1, 8, 16))
     compiled: tuple[tuple[int, int], ...] = tuple((batch, 1024) for batch in (1, 64, 256, 8))
     modes: tuple[str, ...] = ("+compile+graph", "+compile")
     counted: tuple[tuple[int, int], ...] = ((1, 1024), (64, 1024), (256, 1024))
     prefills: tuple[tuple[int, int], ...] = ((1, 512), (32, 512), (8, 2048))
     agreement: tuple[int, int, int] = (8, 32, 64)  # rows, tokens of each, new tokens
     many: tuple[int, int, int, int] = (256, 64, 64, 64)
+    served: tuple[tuple[int, int, int], ...] = tuple((128, 128, slots) for slots in (1, 16, 64))
     chunk: int = CHUNK  # steps of a captured loop between two rewinds
     calls: int = 8  # steps from Python between two rewinds
     repeats: int = 5
@@ -86,9 +93,9 @@ class Sizes:
 
 
 TINY = Sizes(
-    first=((1, 16),), others=((2, 8),), called=(), compiled=((1, 16),), modes=("+compile",),
-    counted=((1, 16),), prefills=((2, 8),), agreement=(2, 4, 2), many=(3, 4, 2, 2), chunk=1, calls=1,
-    repeats=1, seconds=0.0, compiler="eager",
+    first=((1, 16),), others=((2, 8),), called=(), joined=((1, 16),), compiled=((1, 16),),
+    modes=("+compile",), counted=((1, 16),), prefills=((2, 8),), agreement=(2, 4, 2), many=(3, 4, 2, 2),
+    served=((4, 2, 2),), chunk=1, calls=1, repeats=1, seconds=0.0, compiler="eager",
 )  # fmt: skip
 
 
@@ -178,7 +185,7 @@ class Bench:
 
     def decode(self, variant: str, batch: int, keys: int) -> Row:
         """Rate of a variant's steps, and whether they compute what those of the others compute."""
-        with torch.inference_mode():
+        with torch.inference_mode(), joined() if variant == JOINED else contextlib.nullcontext():
             steps, found = self.steps(variant, batch, keys), dict[str, Any]()
             logits = steps.first()
             other, expected = self.logits.setdefault((batch, keys), (variant, logits))
@@ -275,6 +282,21 @@ class Bench:
             "output_hash": digest(torch.tensor(texts)),
         }  # fmt: skip
 
+    def serve(self, length: int, new_tokens: int, slots: int) -> Row:
+        """A request for each slot, all at once, to the server's scheduler, without HTTP; the second time."""
+        model, rounds = self.model("triton"), 2 if self.sizes.repeats > 1 else 1
+        engine = default_engine(model)
+        prompts = tokens_for(rounds * slots, length, self.config.vocab_size, self.part.device).tolist()
+        try:
+            seconds, firsts = seconds_to_answer(engine, prompts, new_tokens, slots)
+        finally:
+            model.engine = None
+        return {
+            "tokens_per_second": round(slots * new_tokens / seconds, 1),
+            "first_ms": round(1e3 * statistics.median(firsts), 1),
+            "last_first_ms": round(1e3 * max(firsts), 1), "engine": str(engine),
+        }  # fmt: skip
+
     def count_launches(self, variant: str, batch: int, keys: int) -> Row:
         """Kernels of one step from Python. A graph replays the same ones, but one that begins each chunk of
         the loop.
@@ -316,6 +338,8 @@ def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str |
                 bench.add("rows", label, partial(bench.decode, variant, batch, keys))
 
     decode(main, sizes.first)
+    if part.device.type == "cuda":  # elsewhere programs do not run at the same time
+        decode([JOINED], sizes.joined)
     decode([EAGER], sizes.first)
     bench.add("fp32_agreement", {}, bench.agreement)
     for batch, length in sizes.prefills:
@@ -326,6 +350,9 @@ def measure(part: Part, config: SmolLM2Config, dtype: torch.dtype, source: str |
     decode([EAGER], sizes.called)
     names = dict(zip(("prompts", "prompt_tokens", "new_tokens", "slots"), sizes.many, strict=True))
     bench.add("many", {"backend": "triton", **names}, bench.many)
+    for length, new_tokens, slots in sizes.served:
+        label = {"prompt_tokens": length, "new_tokens": new_tokens, "slots": slots}
+        bench.add("served", label, partial(bench.serve, length, new_tokens, slots))
     for batch, keys in sizes.counted:
         for variant in main:
             label = {"variant": variant, "batch": batch, "keys": keys}

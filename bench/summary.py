@@ -210,6 +210,14 @@ def generation_lines(found: dict[str, Any]) -> list[str]:
     for row in found.get("many", []):
         rate = row.get("failed") or f"{row['tokens_per_second']:,.0f} tok/s, engine {row['engine']}"
         lines.append(f"  {row['prompts']} prompts through {row['slots']} slots, {row['backend']}: {rate}")
+    lines += listed(
+        "requests at once to the scheduler: tok/s, ms to the first token",
+        [
+            f"{row['slots']}: "
+            + (row.get("failed") or f"{row['tokens_per_second']:,.0f}, {row['first_ms']:,.0f}")
+            for row in found.get("served", [])
+        ],
+    )
     absent = Counter(failed(((row["variant"], row) for row in rows), 60))
     return lines + listed("not timed", [f"{times} {why}" for why, times in absent.items()])
 

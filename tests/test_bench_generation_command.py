@@ -12,8 +12,10 @@ import torch
 
 from bench import decode_steps, generation
 from bench.record import Part
+from bench.scheduling import seconds_to_answer
 from bench.summary import generation_lines
 from smollm2.config import SmolLM2Config
+from smollm2.engine.eager import Engine
 
 TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
 CPU = torch.device("cpu")
@@ -58,6 +60,29 @@ def test_all_ways_to_step_see_the_same_cache(model):
     wrong = decode_steps.EagerSteps(model, 2, 24, 3)
     wrong.cache.keys[:, :, 12].zero_()
     assert ((wrong.first() - expected).abs().max() / expected.abs().max()).item() > 1e-3
+
+
+def test_requests_are_answered_whole_and_the_first_rounds_do_not_count(model):
+    engine, prompts = Engine(model), [[1, 2, 3]] * 4
+    calls, decode = list[int](), engine.decode
+    engine.decode = lambda tokens, cache: calls.append(len(tokens)) or decode(tokens, cache)
+    seconds, firsts = seconds_to_answer(engine, prompts, 5, slots=2)
+    assert len(firsts) == 2 and 0 < min(firsts) <= max(firsts) < seconds
+    assert sum(calls) == 4 * 4, "the first token of an answer is of its prompt"
+
+
+def test_an_answer_that_fails_is_an_error(model):
+    engine = Engine(model)
+    engine.decode = lambda tokens, cache: torch.full((len(tokens), 1, TINY.vocab_size), torch.nan)
+    with pytest.raises(RuntimeError, match="finite"):
+        seconds_to_answer(engine, [[1, 2, 3]], 5, slots=1)
+
+
+def test_layers_are_joined_while_they_are_to_be():
+    decode_layers = pytest.importorskip("kernels.decode_layers", reason="triton is not installed")
+    with decode_steps.joined():
+        assert decode_layers.joins_layers(CPU)
+    assert not decode_layers.joins_layers(CPU)
 
 
 @torch.inference_mode()
