@@ -32,24 +32,31 @@ def processor_vendor() -> str:
 
 
 @functools.cache
+def multiplies_bf16() -> bool:
+    """Whether an x86 processor has instructions for bf16 that oneDNN uses, and does not imitate them."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
 def rows_in_fp32(dtype: torch.dtype) -> int | None:
     """Rows of a product in this dtype from which a CPU computes it faster in fp32; None if it never does.
 
     On x86 torch multiplies in 16 bits by oneDNN, which imitates bf16 where AVX-512 has no instructions for
-    it, four times slower than fp32, and by a loop of its own where oneDNN refuses the dtype, ten times
-    slower: bf16 with AVX2 and nothing newer, fp16 without AVX-512's instructions for that.
+    it, at a fifth of the rate of fp32, and by a loop of its own where oneDNN refuses the dtype, at a tenth:
+    bf16 with AVX2 and nothing newer, fp16 without instructions for that.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if dtype not in (torch.bfloat16, torch.float16) or capability not in ("AVX2", "AVX512"):
         return None
-    onednn, matrix_unit = torch.ops.mkldnn, torch.cpu._is_amx_tile_supported()
     if dtype == torch.float16:
-        return None if onednn._is_mkldnn_fp16_supported() else WIDE_ROWS
-    if capability == "AVX2":
-        return None if onednn._is_mkldnn_bf16_supported() else WIDE_ROWS
-    if not (matrix_unit or torch.cpu._is_avx512_bf16_supported()):
+        return None if torch.ops.mkldnn._is_mkldnn_fp16_supported() else WIDE_ROWS
+    if not multiplies_bf16():
         return WIDE_ROWS
-    return WIDE_ROWS_INTEL if processor_vendor() == "GenuineIntel" and not matrix_unit else None
+    if capability == "AVX2" or torch.cpu._is_amx_tile_supported():
+        return None
+    return WIDE_ROWS_INTEL if processor_vendor() == "GenuineIntel" else None
 
 
 def faster_in_fp32(x: Tensor, rows: int) -> bool:

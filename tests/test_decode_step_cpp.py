@@ -26,6 +26,7 @@ from smollm2.engine.eager_step import Weights
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine, dequantize
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
+from smollm2.generation.batch import generate_many
 
 pytestmark = pytest.mark.usefixtures("installed_step")
 
@@ -315,7 +316,8 @@ def test_a_short_prompt_is_read_by_steps(length, quantize, monkeypatch):
     engine.prefill(ids, lengths, engine.allocate(1, 128))
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight.mul_(1.5)
-    cache, expected_cache = (engine.allocate(1, 128) for _ in range(2))
+    with torch.inference_mode():
+        cache, expected_cache = (engine.allocate(1, 128) for _ in range(2))
     plain = compiled_engine(model)
     for token in range(length):
         expected = plain.decode(ids[:, token : token + 1], expected_cache)
@@ -326,6 +328,26 @@ def test_a_short_prompt_is_read_by_steps(length, quantize, monkeypatch):
     assert cache.longest == length and cache.lengths.tolist() == [length]
     assert engine.decode(ids[:, :1], cache).isfinite().all()
     assert len(looks) == 1, "the weights are looked at once a text"
+
+
+@pytest.mark.parametrize("rows, capacity", [(1, 8), (2, 9)])
+def test_a_short_prompt_needs_a_cache_that_it_fits(rows, capacity):
+    model, errors = model_of(), []
+    for engine in (compiled_engine(model), Engine(model)):
+        with pytest.raises(ValueError) as error:
+            engine.prefill(tokens_of(model, 1, 9), torch.tensor([9]), engine.allocate(rows, capacity))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_many_short_prompts_look_at_the_weights_once(monkeypatch):
+    model = model_of()
+    engine, prompts = compiled_engine(model), [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5]]
+    looks, renew = list[None](), engine.renew
+    monkeypatch.setattr(engine, "renew", lambda: looks.append(renew()))
+    for batches in (1, 2):
+        assert len(list(generate_many(model, prompts, max_new_tokens=3, slots=1, engine=engine))) == 4
+        assert len(looks) == batches and not engine.frozen
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])

@@ -161,9 +161,11 @@ def processor(request, monkeypatch):
         )
     for name in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in known)
-    products.rows_in_fp32.cache_clear()
+    for each in (products.rows_in_fp32, products.multiplies_bf16):
+        each.cache_clear()
     yield capability, expected
-    products.rows_in_fp32.cache_clear()
+    for each in (products.rows_in_fp32, products.multiplies_bf16):
+        each.cache_clear()
 
 
 def test_the_processor_decides(processor):

@@ -62,6 +62,17 @@ def test_training_in_fp32_takes_blocks_with_documents_on_x86(name, capability):
         assert not blocked(TORCH.attention(*narrow))
 
 
+@pytest.mark.parametrize("length", [1, 65, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_query_alone_in_its_block_that_sees_nothing_is_zero(dtype, length):
+    leaves = q, k, v = [draw(length, heads, dtype) for heads in (3, 1, 1)]
+    doc_start = torch.zeros(2, length, dtype=torch.int32)
+    doc_start[:, -1] = length
+    out = eager_attention.blocked_attention(q, k, v, doc_start)
+    gradients = torch.autograd.grad(out[:, -1].float().sum(), leaves)
+    assert not out[:, -1].any() and not any(gradient.any() for gradient in gradients)
+
+
 def test_everything_else_is_torchs(capability):
     q, k, v = draw(20), draw(20, 1), draw(20, 1)
     doc_start = torch.zeros(2, 20, dtype=torch.int32)

@@ -60,6 +60,17 @@ def test_in_inference_mode_it_is_the_formula_bit_for_bit_and_writes_to_no_input(
     assert all(torch.equal(x, old) for x, old in zip(inputs, before, strict=True))
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "swiglu"])
+def test_in_inference_mode_it_can_be_vectorised(name):
+    op, inputs, rest = cases(torch.float32)[name]
+    count = 1 if name == "swiglu" else len(inputs) - 1  # of inputs with rows
+    axes = (*[0] * count, *[None] * (len(inputs) - count))
+    with torch.inference_mode():
+        found = torch.vmap(lambda *leaves: getattr(TORCH, op)(*leaves, *rest), axes)(*inputs)
+        expected = getattr(reference, op)(*inputs, *rest)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", cases(torch.float32))
 def test_forward_is_the_formula_bit_for_bit_and_gradients_are_as_close_to_the_truth(name, dtype):

@@ -258,7 +258,7 @@ class _Sizes:
                 begins = doc_start[:, start:stop]
                 low, high = (int(bound) for bound in begins.aminmax())
                 first = min(max(low, 0), last - 1)
-                if low != high or last - first < n:
+                if high > first or last - first < n:
                     begins = begins.repeat_interleave(self.group, 1)[..., None]
                     own = torch.arange(last - n, last).repeat_interleave(self.group)[:, None]
                     key = torch.arange(first, last)

@@ -25,8 +25,12 @@ def _differentiated(*tensors: Tensor) -> bool:
 
 
 def _in_inference() -> bool:
-    """Whether this is eager mode, and nothing is recorded that writing in place could spoil."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    """Whether this is eager mode, and nothing is recorded or transformed (by torch.func) that writing in
+    place could spoil.
+    """
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:

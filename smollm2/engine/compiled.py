@@ -24,7 +24,7 @@ from smollm2.engine.quantized import Int8Weight, QuantizedEngine
 from smollm2.model import SmolLM2ForCausalLM
 
 MAX_TOKENS = 64  # of a step, as in decode_step.cpp
-MOST_ROWS = 16  # of a step on processors with fast 16-bit products, where more are for the engine below
+MOST_ROWS = 16  # of a step on processors with fast products in bf16, where more are for the engine below
 # Tokens of a 16-bit prompt that steps read faster than products of all of them at once in fp32.
 SHORT_PROMPT = {"AVX512": 128, "AVX2": 512}
 # Kind of decode_step.cpp: of matrices, and of the embedding and the cache
@@ -115,11 +115,10 @@ class CompiledEngine(Engine):
         super().__init__(below.model, why)
         self.below = below
         self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
-        # Products of many tokens take fp32 copies of the weights then.
-        self.converts = rows_in_fp32(self.model.dtype) is not None
-        slow = self.converts or rows_in_fp32(torch.bfloat16) is not None
+        converts = rows_in_fp32(self.model.dtype) is not None  # weights, at every product of many tokens
+        slow = converts or rows_in_fp32(torch.bfloat16) is not None
         self.short_prompt = self.most = MAX_TOKENS if slow else MOST_ROWS
-        if self.converts:
+        if converts:
             self.short_prompt, self.reads_at_once = SHORT_PROMPT[capability()], MAX_TOKENS
         self._step = load_library(library).smollm2_decode_step
         self._bound: _Bound | None = None
@@ -139,17 +138,18 @@ class CompiledEngine(Engine):
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         rows, length = input_ids.shape
         is_short = rows == 1 and 0 < int(lengths) == length <= self.short_prompt
-        if not (is_short and self._reads_by_steps(cache)):
+        if not (is_short and self._reads_by_steps(cache, rows)):
             return super().prefill(input_ids, lengths, cache)
-        logits = self._read(input_ids.tolist(), [0], cache)
-        cache.longest += length
-        return logits
+        cache.reserve(length)
+        return self._read(input_ids.tolist(), [0], cache)
 
     def extend(self, parts: Sequence[Sequence[int]], slots: Sequence[int], cache: KVCache) -> Tensor:
-        if not (self.converts and self._reads_by_steps(cache)):
+        are_short = max(map(len, parts)) <= self.short_prompt
+        if not (are_short and self._reads_by_steps(cache, len(cache.lengths))):
             return super().extend(parts, slots, cache)
         return self._read(parts, slots, cache)
 
+    @torch.inference_mode()
     def _read(self, parts: Sequence[Sequence[int]], slots: Sequence[int], cache: KVCache) -> Tensor:
         """`extend` by steps, where `_reads_by_steps`."""
         assert self._for_prompts is not None
@@ -172,13 +172,15 @@ class CompiledEngine(Engine):
             cache.lengths[slot] += len(part)
         return logits
 
-    def _reads_by_steps(self, cache: KVCache) -> bool:
-        """Whether steps can read prompts into this cache, with the weights as they are now."""
+    def _reads_by_steps(self, cache: KVCache, rows: int) -> bool:
+        """Whether steps can read prompts into this cache of so many rows. They read with the weights as they
+        are now, and the first step need not look again.
+        """
         self.renewed = self.renewed and self.frozen
         if not self.renewed:
             self.renew()
-            self.renewed = True  # the first step need not look again
-        return self._for_prompts is not None and _is_plain(cache, len(cache.lengths), self.model)
+            self.renewed = True
+        return self._for_prompts is not None and _is_plain(cache, rows, self.model)
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         batch, length = tokens.shape

@@ -55,10 +55,10 @@ class Engine:
     """Runs a model's prompts and decode steps.
 
     Every engine fills the same cache and returns the same shapes, so that a generation may change engines.
-    What it derives from the weights (copies in another order, in 8 bits) is compared with them at the first
-    step after a prompt: a model may be trained or loaded into between two texts, by any means. A model with
-    adapters, hooks or other layers is run by calling these. frozen: the caller answers for it that weights
-    and layers stay as they are, so that they are looked at once.
+    What it derives from the weights (copies in another order, in 8 bits) is compared with them once when a
+    text begins, at its prompt or at the first step after it: a model may be trained or loaded into between
+    two texts, by any means. A model with adapters, hooks or other layers is run by calling these. frozen: the
+    caller answers for it that weights and layers stay as they are, so that they are looked at once.
     """
 
     name = "eager"

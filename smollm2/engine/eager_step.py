@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from kernels import TORCH, Backend, LayerWeights
 from kernels.eager import linear as eager_linear
 from kernels.eager.linear import onednn_is_faster
-from kernels.products import WIDE_ROWS, rows_in_fp32
+from kernels.products import multiplies_bf16
 from smollm2.engine.cache import KVCache, free_memory
 from smollm2.engine.native import find_library, load_library
 from smollm2.errors import LoadError
@@ -217,7 +217,7 @@ def onednn(dtype: torch.dtype) -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and rows_in_fp32(dtype) != WIDE_ROWS
+        and multiplies_bf16()
     )
 
 

@@ -127,9 +127,11 @@ class Slots:
         group, input_ids, lengths = next_group(queue, len(free))
         free = free[: len(group)]
         small = self.engine.allocate(*input_ids.shape)
-        renewed = self.engine.renewed  # the weights are looked at once a batch, not at every prompt
-        logits = self.engine.prefill(input_ids.to(self.device), lengths.to(self.device), small)
-        self.engine.renewed = renewed
+        frozen, self.engine.frozen = self.engine.frozen, True  # looked at once a batch, not at every prompt
+        try:
+            logits = self.engine.prefill(input_ids.to(self.device), lengths.to(self.device), small)
+        finally:
+            self.engine.frozen = frozen
         for number, (slot, row) in enumerate(zip(free, group, strict=True)):
             self.rows[slot] = row
             _copy(small, number, self.cache, slot, len(row.prompt))
