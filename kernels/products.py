@@ -81,7 +81,7 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     dy, x = _near(dy), _near(x)
     if x.is_cuda and dtype == torch.float32 and x.dtype != torch.float32:
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
-    if faster_in_fp32(x, dy.shape[1]):
+    if faster_in_fp32(x, x.shape[0]):  # as the product whose gradient it is
         dy, x = dy.float(), x.float()
     return torch.mm(dy.t(), x).to(dtype)
 

@@ -254,7 +254,8 @@ def test_trainer(tmp_path):
     before = model(ids).logits
     assert ours(remove_kernels(model)) == set()
     assert model(ids, labels=ids).logits is not None, "accelerate's wrapper of our forward passes on"
-    torch.testing.assert_close(model(ids).logits, before, rtol=0.05, atol=0.05)
+    after = model(ids).logits  # under autocast as before: single logits differ by more than the whole
+    assert (after - before).norm() < 0.02 * before.norm()
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing(monkeypatch, capsys):
