@@ -59,7 +59,8 @@ torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms""".split()
 # Built in, with neither a signature nor a schema. A CPU reaches them, and raises for a wrong argument.
 BUILT_IN = """torch.Generator torch.as_tensor torch.device torch.finfo torch.from_numpy torch.frombuffer
 torch.get_num_threads torch.is_autocast_enabled torch.is_grad_enabled torch.is_inference_mode_enabled
-torch.set_num_threads torch.tensor triton.cdiv triton.next_power_of_2 torch._C._storage_Use_Count""".split()
+torch.set_num_threads torch.tensor triton.cdiv triton.next_power_of_2 torch._C._storage_Use_Count
+torch._C._are_functorch_transforms_active""".split()
 # Operators and Triton's language are looked up by whoever runs or compiles them. There is no active driver
 # without a GPU.
 ELSEWHERE = (
