@@ -99,7 +99,7 @@ def one_line(failure: BaseException) -> str:
     """An exception as a result among others; a reason that was written to be read is not given its type."""
     if isinstance(failure, UsageError):
         return " ".join(str(failure).split())
-    if isinstance(failure, ModuleNotFoundError):
+    if isinstance(failure, ModuleNotFoundError) and failure.name:
         return f"{failure.name} is not installed"
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:250]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import clocks
 from bench.record import read_json
 
 LINES, WIDTH = 44, 150
@@ -139,6 +140,7 @@ def step_lines(found: dict[str, Any]) -> list[str]:
         line = f"  {name:16}{row['step_ms']:9.2f} ms {row['tokens_per_second']:11,.0f} tok/s  MFU {mfu}"
         line += f"  {row['peak_memory_gb']:.1f} GB" if "peak_memory_gb" in row else ""
         line += f"  {row['launches']['all']} launches" if "launches" in row else ""
+        line += "  {mhz:,.0f} MHz {watts:.0f} W".format(**row["gpu"]) if "mhz" in row.get("gpu", {}) else ""
         if name in distances and name != "torch":
             line += f"  losses within {distances[name]:.0e} of torch's"
         lines.append(line)
@@ -172,7 +174,11 @@ def run_lines(found: dict[str, Any]) -> list[str]:
         line += f", unigram entropy {held[-1]['unigram_entropy']:.2f}"
     line += f", {found['epochs']:.2f} epochs"
     line += f", {found['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in found else ""
-    return [line + (f", MFU {100 * found['mfu']:.1f} %" if "mfu" in found else "")]
+    line += f", MFU {100 * found['mfu']:.1f} %" if "mfu" in found else ""
+    late = found.get("gpu", [])[-60:]  # the first readings are of the time before the first step
+    if late:
+        line += ", {mhz:,.0f} MHz {watts:.0f} W".format(**clocks.summary(late))
+    return [line]
 
 
 def generation_lines(found: dict[str, Any]) -> list[str]:

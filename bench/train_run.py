@@ -23,8 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bench import text
-from bench.record import ROOT, Part, parser, python
+from bench import clocks, text
+from bench.record import ROOT, Part, one_line, parser, python
 from smollm2.cli import run_command
 
 POLL = 1.0  # seconds between two looks at what the run has written
@@ -83,14 +83,20 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def follow(part: Part, process: subprocess.Popen[bytes], folder: Path) -> bool:
-    """Saves what the run writes until it ends or the time is up, and ends it then; returns whether it had to.
-    No run is left behind.
+    """Saves what the run writes, and the GPU's clock and power, until it ends or the time is up, and ends it
+    then; returns whether it had to. No run is left behind.
     """
+    readings: list[tuple[int, float]] = []
     try:
         while process.poll() is None and part.left() > 0:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL)
-            part.save(**collect(folder))
+            part.save(**collect(folder), gpu=readings)
+            if part.device.type == "cuda" and "gpu_failed" not in part.data:
+                try:
+                    readings.append(clocks.reading(part.device))
+                except Exception as failure:  # noqa: BLE001 - the run goes on
+                    part.save(gpu_failed=one_line(failure))
     finally:
         stopped = process.poll() is None
         if stopped:

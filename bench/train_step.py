@@ -5,7 +5,8 @@ A step is forward, backward, clipping to a global norm of 1 and AdamW, with fp32
 activations. Every variant starts from the same weights and sees the same tokens, so the losses of the first
 steps must agree: nobody wins by computing less. The peers are those of bench/peers/choice.py, under autocast;
 one that cannot be measured here is named with its version and the reason.
-Rates are medians over blocks of steps with one wait per block, as in training. MFU counts 6 operations per
+Rates are medians over blocks of steps with one wait per block, as in training, and a GPU's clock and power
+meanwhile stand beside them. MFU counts 6 operations per
 weight and token and causal attention half, against the vendor's dense bf16 peak; a device that the table does
 not have has no MFU.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import statistics
 import sys
 import time
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import launches, timing, work
+from bench import clocks, launches, timing, work
 from bench.peers import choice, status
 from bench.peers.litgpt import LitgptStep
 from bench.record import Part, one_line, parser, write_json
@@ -53,6 +55,8 @@ VARIANTS = (
 )  # fmt: skip
 LOSS_TOLERANCE = 0.02  # nats, between backends, in bf16
 PEER_TOLERANCE = 0.1  # the same for peers, which keep the residual stream in fp32; see bench.step_peers
+BLOCKS = 8
+SECONDS = 4.0  # of all blocks, unless 40 steps take longer: within a second a GPU may not slow down yet
 NAMED = 40  # kernels whose launches and time are listed by name
 
 
@@ -154,7 +158,7 @@ class Bench:
         first = step.first_losses if isinstance(step, CapturedStep) else []
         losses = [float(one) for one in [*first, *(step(ids) for _ in range(COMPARED_STEPS - len(first)))]]
         first_seconds = time.perf_counter() - began
-        blocks, length = (1, 1) if self.part.tiny else (8, 5)
+        blocks, length = (1, 1) if self.part.tiny else (BLOCKS, 1)
         peaks: list[int] = []
 
         def block() -> None:
@@ -166,7 +170,10 @@ class Bench:
                     step(ids)
             queued.append((time.perf_counter() - since) / length)
 
-        with timing.alone(self.lock):
+        with timing.alone(self.lock), clocks.watched(device) as state:
+            if not self.part.tiny:
+                length = max(5, math.ceil(SECONDS / BLOCKS / timing.seconds(block, device)))
+                queued.clear()
             seconds = [timing.seconds(block, device) / length for _ in range(blocks)]
         found: dict[str, Any] = {"losses": losses, "first_steps_seconds": round(first_seconds, 2)}
         found |= rates(seconds, ids.numel())
@@ -175,6 +182,7 @@ class Bench:
         if device.type == "cuda":
             # as long as step_ms: the device waits for the host
             found["host_ms"] = round(statistics.median(queued) * 1e3, 3)
+            found["gpu"] = state
             found["peak_memory_gb"] = round((peaks or [torch.cuda.max_memory_allocated()])[-1] / 1e9, 2)
         return found
 

@@ -2,11 +2,14 @@
 torch where speed is all.
 """
 
+import argparse
 import json
 import signal
 import subprocess
+import sys
 
 import pytest
+import torch
 
 from bench import text, train_run
 from bench.record import Part, read_json
@@ -104,6 +107,20 @@ def test_a_run_that_fails_is_a_failure_with_its_own_words(tmp_path, followed, ca
     output = capfd.readouterr()
     assert "lr: expected a number above 0" in output.err.splitlines()[-1]
     assert read_json(tmp_path / "training.json")["run"]["exit_code"] == 2
+
+
+def test_the_clock_of_the_gpu_is_read_until_the_driver_refuses(tmp_path, monkeypatch):
+    readings = iter([(1980, 690.0), (1700, 695.0)])
+    monkeypatch.setattr(train_run, "POLL", 0.001)
+    monkeypatch.setattr(train_run.clocks, "reading", lambda device: next(readings))
+    options = argparse.Namespace(device="cpu", tiny=True, json=None, seconds=600.0)
+    part = Part("run", options)
+    part.device = torch.device("cuda")
+    monkeypatch.setattr(part, "left", lambda: 0.0 if "gpu_failed" in part.data else 1.0)
+    waiting = [sys.executable, "-c", "import signal; signal.pause()"]
+    assert train_run.follow(part, subprocess.Popen(waiting), tmp_path)
+    assert part.data["gpu"] == [(1980, 690.0), (1700, 695.0)]
+    assert part.data["gpu_failed"].startswith("StopIteration")
 
 
 def test_what_is_read_of_a_run(tmp_path):
