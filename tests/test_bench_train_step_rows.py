@@ -44,6 +44,23 @@ def test_a_profiler_error_costs_the_launches_only(part, monkeypatch):
     assert row["step_ms"] > 0 and len(row["losses"]) == COMPARED_STEPS
 
 
+def test_blocks_last_as_long_as_they_should(part, monkeypatch):
+    part.tiny, clock, lengths = False, iter([0.25, *[1.0] * 8]), list[int]()
+
+    def seconds(block: Any, device: torch.device) -> float:
+        before = len(lengths)
+        block()
+        lengths[before:] = [len(lengths) - before]
+        return next(clock)
+
+    monkeypatch.setattr(train_step.timing, "seconds", seconds)
+    monkeypatch.setattr(TrainingStep, "__call__", lambda *_: lengths.append(0) or torch.zeros(()))
+    monkeypatch.setattr(train_step.Bench, "launches", lambda *_: {})
+    monkeypatch.setattr(train_step, "SECONDS", 14.0)
+    row = rows(part, "torch")["torch"]
+    assert lengths[COMPARED_STEPS:] == [1] + [7] * 8 and row["step_ms"] == pytest.approx(1e3 / 7, abs=1e-3)
+
+
 def test_a_variant_that_fails_is_a_row_with_its_message(part, monkeypatch):
     def broken(*_: object) -> None:
         raise torch.OutOfMemoryError("78 of 79 GB are in use")
