@@ -393,7 +393,7 @@ def draw(figures: list[Figure], folder: Path) -> tuple[list[Path], list[str]]:
 def main(argv: Sequence[str]) -> int:
     parser = command_line("report", "Draws the results of a folder.")
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder of JSON files, as bench/results")
+    add("folder", type=Path, metavar="DIR", help="folder of JSON files, as bench/results/zen3")
     add("--out", type=Path, metavar="DIR", help="folder of the pictures (default: the same)")
     add("--markdown", action="store_true", help="print tables of the figures, and draw nothing")
     options = parser.parse_args(argv)
