@@ -1,4 +1,5 @@
-"""The command `smollm2`: `smollm2 chat` is `python -m smollm2.chat`, and so for every command.
+"""The command `smollm2`: `smollm2 chat` is `python -m smollm2.chat`; train, finetune and bench lie in folders
+of their own.
 
 It lies beside the package and not in it: importing the package imports torch, which takes a second, and
 `smollm2 --help` needs neither.
@@ -25,30 +26,30 @@ INSIDE = (ROOT / "smollm2" / "train").is_dir()
 # command -> what it does; each is the module of smollm2 with that name, but for finetune and the folders
 GROUPS = {
     "Talk to a model": {
-        "chat": "a conversation on the terminal, or the answer to what comes on stdin",
-        "generate": "continue a text, answer a question, or a file of them",
-        "serve": "a model behind OpenAI's API, and a page to talk to it",
+        "chat": "chat in the terminal, or answer one message from stdin",
+        "generate": "continue a text, or a file of prompts",
+        "serve": "serve a model with an OpenAI-compatible API and a web page",
+        "demo": "serve a page by gradio to the public",
     },
     "Train one": {
-        "train": "train a model, or one further on texts; `smollm2 train NAME`: {names}",
-        "finetune": "teach a released model from conversations",
-        "export": "a GGUF file, a folder for transformers, a repository of the hub",
+        "train": "train from scratch, or further on your texts; `smollm2 train NAME`: {names}",
+        "finetune": "fine-tune a released model on conversations",
+        "export": "write a GGUF file or a folder for transformers, or upload to the hub",
     },
     "Check and measure": {
-        "doctor": "prove an installation and a checkpoint correct",
-        "perplexity": "how well a model predicts a text; what 8 or 4 bits cost",
-        "evaluate": "scores on the tasks of lm_eval: arc_easy, piqa and thousands more",
-        "bench": "measurements; `smollm2 bench` lists them",
-        "compile": "compile the decode step of the CPU, once",
-        "cache": "what the cache folder holds, by model; `smollm2 cache clear` removes some of it",
+        "doctor": "check an installation and a checkpoint",
+        "perplexity": "measure how well a model predicts a text, and what 8 or 4 bits cost",
+        "evaluate": "score a model on tasks of lm_eval: arc_easy, piqa, ...",
+        "bench": "run a benchmark; `smollm2 bench` lists them",
+        "compile": "compile the CPU's decode step, once",
+        "cache": "list or clear what is cached",
     },
 }
 FOLDERS = ("train", "bench")
 COMMANDS = [name for group in GROUPS.values() for name in group]
 
-called = (
-    ""  # how the user started the command that runs: "smollm2 chat"; its own --help says so (smollm2/cli.py)
-)
+# How the user started the command that runs, as "smollm2 chat": its own --help says so (smollm2/cli.py).
+called = ""
 
 
 def main(program: str = "smollm2") -> int:
@@ -83,7 +84,7 @@ def main(program: str = "smollm2") -> int:
         missing = (error.name or "").split(".")[0]
         if missing in ("", "smollm2", "kernels", *FOLDERS):
             raise
-        extras = {"finetune": "train", "train": "train", "serve": "serve", "evaluate": "evaluate"}
+        extras = {"finetune": "train", "train": "train"} | {own: own for own in ("serve", "evaluate", "demo")}
         extra = extras.get(name.split()[0], "test")
         install = f"install it with: pip install '{DISTRIBUTION}[{extra}]'"
         print(f"error: {called} needs {missing}; {install}", file=sys.stderr)

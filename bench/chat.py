@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         seconds: dict[str, list[float]] = {"nothing kept": [], "kept": []}
         first_piece(talk, turns, QUESTIONS[0])  # what only a first call does
         for _ in range(options.rounds):
-            talk.kept.tokens.clear()
+            talk.prompt_cache.tokens.clear()
             seconds["nothing kept"].append(first_piece(talk, turns, QUESTIONS[0]))
             whole = talk.read
             seconds["kept"].append(first_piece(talk, turns, QUESTIONS[1]))

@@ -50,8 +50,10 @@ class EngineTurns:
 
     def __init__(self, engine: Engine, prompts: Tensor, new_tokens: int) -> None:
         batch, length = prompts.shape
-        if isinstance(engine, CompiledEngine) and batch > engine.most:
-            raise UsageError(f"the compiled step takes {engine.most} rows; a larger batch runs as eager does")
+        if isinstance(engine, CompiledEngine) and batch > engine.max_tokens:
+            raise UsageError(
+                f"the compiled step takes {engine.max_tokens} rows; a larger batch runs as eager does"
+            )
         self._engine, self._prompts = engine, prompts
         self._lengths = torch.full((batch,), length, device=prompts.device)
         self._cache = engine.allocate(batch, length + new_tokens)

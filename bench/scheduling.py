@@ -33,7 +33,7 @@ def seconds_to_answer(
     """
     tokenizer: Any = _Bytes()
     context = max(map(len, prompts)) + new_tokens
-    scheduler = Scheduler(engine, tokenizer, slots=slots, context=context, kept_bytes=0)
+    scheduler = Scheduler(engine, tokenizer, slots=slots, context=context, prefix_cache_bytes=0)
     scheduler.start()
     try:
         for first in range(0, len(prompts), slots):

@@ -11,9 +11,9 @@ store it for the product dWd: saving it costs no extra bytes, and the composed f
 
 Bytes a token, against products around kernels/swiglu.py: 2F elements fewer are read in the forward pass, F
 fewer read and F fewer written in the backward pass, 4F in all. At 16,384 tokens of the 135M model in 16 bits
-that is 201 MB a layer, 67 us at 3.0 TB/s. Predicted, not measured: 30 layers gain 2.0 ms a step if the
-products are as fast as the library's; every 10 % by which they are slower costs 0.45 ms of it (the library's
-should take 98 us and 53 us a layer). Until a GPU has timed both, `launch_config.FUSED_MLP` names no target.
+that is 201 MB a layer, 67 us at 3.0 TB/s, or 2.0 ms a step of 30 layers if the products were as fast as the
+library's; every 10 % by which they are slower costs 0.45 ms of it. Measured on an H200, a step took 32.9 ms
+with this and 33.1 without: `launch_config.FUSED_MLP` names no target.
 
 Gate and up of a tile are one product with twice as many columns; its accumulator is split in registers.
 Triton flattens the loops over tiles and over k into one, so that the next tile's loads run during an
@@ -294,10 +294,10 @@ def mlp(
     """down @ (silu(gate @ x) * (up @ x)), with gate and up the two halves of gate_up.
 
     x [..., D] (float32, float16 or bfloat16), gate_up [2F, D] and down [D, F] of the same or another floating
-    dtype, any strides -> [..., D] in x's dtype, contiguous. A weight of another dtype (fp32 masters) is cast;
-    its gradient has its own dtype, on CUDA without a rounding to 16 bits. copies: the weights in x's dtype,
-    where they exist already; the product then reads these. Raises ValueError naming what was expected. Same
-    semantics as `kernels.reference.mlp`.
+    dtype, any strides -> [..., D] in x's dtype, contiguous. Weights of another dtype (fp32 master weights)
+    are cast; gradients have the dtype of their weight, on CUDA without a rounding to 16 bits. copies: the
+    weights in x's dtype, if there are any; the product reads these. Raises ValueError naming what was
+    expected. Same semantics as `kernels.reference.mlp`.
     """
     checks.mlp(x, gate_up, down, copies)
     checks.kernel_dtype("mlp", x)

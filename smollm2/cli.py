@@ -37,7 +37,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--dtype": dict(
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="auto is bf16 where that is faster, else fp32; bfloat16 and other names of torch do too",
+        help="auto: bf16 where that is faster, else fp32; torch's names, as bfloat16, are taken too",
     ),
     "--backend": dict(
         default="auto", help="auto, torch, triton, or with single operations replaced: triton,attention=torch"
@@ -45,7 +45,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--quantize": dict(
         choices=QUANTIZE,
         default="none",
-        help="weights of the decode steps, on the CPU: int8 halves what is read per token",
+        help="weight-only quantization of the decode steps, on the CPU; int8 halves the bytes read per token",
     ),
     "--debug": dict(action="store_true", help="show the traceback of an error"),
 }

@@ -16,17 +16,16 @@ from smollm2.engine.native import build_library, find_library
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m smollm2.compile",
-        description="Compiles the decode step of the CPU for this processor, for every model and dtype. "
-        "smollm2.generate uses it from then on.",
+        description="Compiles the CPU's decode step for this processor, for every model and dtype.",
     )
-    parser.add_argument("--fresh", action="store_true", help="compile again even if it is there")
+    parser.add_argument("--fresh", action="store_true", help="compile even if there is one")
     parser.add("--debug")
     args = parser.parse_args(argv)
     library = find_library()
     if library is None or args.fresh:
         build_library()
     else:
-        print(f"{library} is there already; --fresh makes it anew", file=sys.stderr)
+        print(f"{library} already exists; --fresh rebuilds it", file=sys.stderr)
     return 0
 
 

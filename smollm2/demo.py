@@ -102,7 +102,7 @@ def _engine(model: SmolLM2ForCausalLM, quantize: str) -> Engine:
     try:
         return select_engine(model, quantize=quantize, compiled=True)
     except (UsageError, OSError) as error:
-        print(f"slower than need be: {error}", file=sys.stderr)
+        print(f"no compiled step, so slower: {error}", file=sys.stderr)
         return select_engine(model, quantize=quantize)
 
 

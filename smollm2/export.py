@@ -44,12 +44,12 @@ def build_parser() -> Parser:
     add = parser.add_argument
     parser.add("--model")
     add("--gguf", type=Path, metavar="FILE", help="write a GGUF file with tokenizer and chat template")
-    add("--type", choices=TYPES, help="of the matrices in the GGUF file (f16)")
+    add("--type", choices=TYPES, help="type of the matrices in the GGUF file (f16)")
     add("--folder", type=Path, metavar="DIR", help="write weights, tokenizer and a model card into a folder")
-    words = "upload that folder as this repository (user/name), which is made if need be"
+    words = "upload that folder to this repository (user/name), which is created if needed"
     add("--push-to-hub", metavar="REPOSITORY", help=words)
     add("--private", action="store_true", help="only you see the repository")
-    words = "of the weights in the folder; auto keeps that of the source"
+    words = "dtype of the weights in the folder; auto keeps that of the source"
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), help=words)
     add("--name", help="what the model is called in the file or card; by default as FILE, DIR or REPOSITORY")
     add(

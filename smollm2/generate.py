@@ -35,7 +35,7 @@ def build_parser() -> Parser:
         '--chat "What is the capital of France?"',
     )
     add = parser.add_argument
-    words = "text to continue; - or none reads it from stdin; none on a terminal and --chat is smollm2 chat"
+    words = "text to continue; - or none reads stdin; --chat alone on a terminal is smollm2 chat"
     add("prompt", nargs="*", default=[], help=words)
     add_sampling(parser)
     add("--chat", action="store_true", help="wrap the prompt in the model's chat template")
@@ -43,15 +43,10 @@ def build_parser() -> Parser:
     add_engine(parser)
     words = 'prompts: .jsonl with {"prompt"} or {"messages"}, or .txt, one a line'
     add("--prompts", type=Path, metavar="FILE", help=words)
-    words = "where the answers go (.jsonl); the same command again continues it"
+    words = "write the answers there (.jsonl); the same command again resumes it"
     add("--output", type=Path, metavar="FILE", help=words)
-    add(
-        "--slots",
-        type=int,
-        default=8,
-        metavar="N",
-        help="prompts of a file that run at the same time (%(default)s)",
-    )
+    words = "prompts of a file that run at the same time (%(default)s)"
+    add("--slots", type=int, default=8, metavar="N", help=words)
     add("--verbose", action="store_true", help="say on stderr what was loaded and chosen")
     parser.add("--debug")
     return parser
@@ -136,7 +131,7 @@ def _answer(session: Session, prompt_ids: list[int], args: argparse.Namespace, e
         if session.draft is not None:
             print(stats, file=sys.stderr)
     if not text:
-        print("no answer: the model ended the text at once, or at a text of --stop", file=sys.stderr)
+        print("no answer: the model stopped at once, or --stop matched at the start", file=sys.stderr)
     return text
 
 

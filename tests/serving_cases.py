@@ -109,11 +109,11 @@ def until(condition: Callable[[], Any]) -> None:
 
 @contextmanager
 def served(
-    engine: Engine | None = None, *, start: bool = True, slots: int = 4, waiting: int = 64, grace: int = 60,
-    **options: Any,
+    engine: Engine | None = None, *, start: bool = True, slots: int = 4, queue_size: int = 64,
+    grace: int = 60, **options: Any,
 ) -> Iterator[Served]:  # fmt: skip
     """A server on a free port. start: whether its scheduler works; else what it is given waits."""
-    scheduler = Scheduler(engine or Engine(MODEL), TOKENIZER, slots=slots, context=128, waiting=waiting)
+    scheduler = Scheduler(engine or Engine(MODEL), TOKENIZER, slots=slots, context=128, queue_size=queue_size)
     app = create_app(scheduler, TOKENIZER, "tiny", **{"params": PARAMS, **options})
     ready = threading.Event()
     with bind("127.0.0.1", 0) as bound:

@@ -62,7 +62,7 @@ def test_slots_are_lowered_to_what_fits_and_one_that_does_not_is_refused():
     fitting, line = fit_slots(TINY, 8, 300, torch.float32, enough - enough // 16 - 1)
     assert fitting == 7 and "slots lowered to 7" in line
     assert fit_slots(TINY, 8, 300, torch.float32, int(2 * 300 * TOKEN / 0.9) + 1)[0] == 1
-    message = "one slot of 300 tokens needs .* MB, but .* MB can be had .*; shorten the longest prompt"
+    message = "one slot of 300 tokens needs .* MB, but .* MB are available .*; shorten the longest prompt"
     with pytest.raises(UsageError, match=message):
         fit_slots(TINY, 8, 300, torch.float32, 300 * TOKEN)
 

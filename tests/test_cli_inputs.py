@@ -114,7 +114,7 @@ def test_an_answer_of_nothing_is_no_success(tmp_path, capsys):
     tokenizer.save(tmp_path)
     code, out, error = run(capsys, generate_main, tmp_path, "the fox")
     assert (code, out) == (1, "the fox\n")
-    assert error == "no answer: the model ended the text at once, or at a text of --stop\n"
+    assert error == "no answer: the model stopped at once, or --stop matched at the start\n"
 
 
 # ---- the folder of a run -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from kernels import TORCH, reference, with_ops
 from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine import compiled, eager_step, native
 from smollm2.engine.cache import KVCache
-from smollm2.engine.compiled import MAX_TOKENS, MOST_ROWS, CompiledEngine
+from smollm2.engine.compiled import MAX_ROWS, MAX_TOKENS, CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.engine.eager_step import Weights
 from smollm2.engine.quantized import Int8Weight, QuantizedEngine, dequantize
@@ -94,7 +94,7 @@ def decode(engine: Engine, lengths: list[int], count: int) -> tuple[Tensor, KVCa
     cache, tokens = filled(engine.model, lengths), tokens_of(engine.model, len(lengths), count)
     if not isinstance(engine, CompiledEngine):
         return engine.decode(tokens, cache), cache
-    engine.below.decode = not_called  # type: ignore[method-assign]
+    engine.fallback.decode = not_called  # type: ignore[method-assign]
     with threads(max(2, torch.get_num_threads())):
         return engine.decode(tokens, cache), cache
 
@@ -199,7 +199,7 @@ ENGINES: dict[str, Callable[[SmolLM2ForCausalLM], CompiledEngine]] = {
 def test_a_row_has_the_same_bits_in_any_company(shape, kind):
     """Alone, in batches of every size, with other rows of other lengths, with any number of threads."""
     engine = ENGINES[kind](model_of(**SHAPES[shape]))
-    engine.most = MAX_TOKENS
+    engine.max_tokens = MAX_TOKENS
     lengths = [0, 3, 143, 144, 145, 288, 20, 9, 500, 1, 2, 60, 300, 7, 8, 90, *range(0, 510, 30)]
     cache, tokens = filled(engine.model, lengths), tokens_of(engine.model, len(lengths), 1)
     single = [engine.decode(tokens[row : row + 1], row_of(cache, row))[0] for row in range(len(lengths))]
@@ -257,7 +257,7 @@ def test_it_writes_the_new_keys_and_nothing_else():
     cache.longest = 17
     before = [tensor.clone() for tensor in memory]
     engine = compiled_engine(model)
-    engine.below.decode = not_called  # type: ignore[method-assign]
+    engine.fallback.decode = not_called  # type: ignore[method-assign]
     engine.decode(tokens_of(model, 3, 3), cache)
     for tensor, old in zip(memory, before, strict=True):
         for row, length in enumerate((0, 4, 17)):
@@ -297,19 +297,19 @@ def test_there_are_no_angles_beyond_the_positions_of_the_model():
 
 def goes_below(engine: CompiledEngine, tokens: Tensor, cache: KVCache) -> bool:
     calls = []
-    engine.below.decode = lambda *arguments: calls.append(arguments)  # type: ignore
+    engine.fallback.decode = lambda *arguments: calls.append(arguments)  # type: ignore
     try:
         engine.decode(tokens, cache)
     finally:
-        del engine.below.decode  # type: ignore[attr-defined]
+        del engine.fallback.decode  # type: ignore[attr-defined]
     return bool(calls)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-@pytest.mark.parametrize("length", [1, MOST_ROWS, 100])
+@pytest.mark.parametrize("length", [1, MAX_ROWS, 100])
 def test_a_short_prompt_is_read_by_steps(length, quantize, monkeypatch):
     """With the model's own weights of that moment, and to the bits of its tokens one by one."""
-    monkeypatch.setattr(compiled, "rows_in_fp32", SLOW if length > MOST_ROWS else FAST)
+    monkeypatch.setattr(compiled, "rows_in_fp32", SLOW if length > MAX_ROWS else FAST)
     model = model_of(**ODD).to(torch.bfloat16)
     ids, lengths = tokens_of(model, 1, length), torch.tensor([length])
     engine = compiled_engine(model, QuantizedEngine(model, quantize) if quantize == "int8" else None)
@@ -369,7 +369,7 @@ def test_parts_of_several_rows_are_read_together_to_the_bits_of_each_alone(kind,
 
 @pytest.mark.parametrize("case, rows, length", [
     ("long", 1, 129), ("two rows", 2, 5), ("long in fp32", 1, MAX_TOKENS + 1),
-    ("long on a newer processor", 1, MOST_ROWS + 1),
+    ("long on a newer processor", 1, MAX_ROWS + 1),
 ])  # fmt: skip
 def test_other_prompts_are_read_at_once(case, rows, length, monkeypatch):
     monkeypatch.setattr(compiled, "rows_in_fp32", FAST if "newer" in case else SLOW)
@@ -385,7 +385,7 @@ def test_other_prompts_are_read_at_once(case, rows, length, monkeypatch):
 
 def test_what_it_cannot_do_goes_to_the_engine_below(monkeypatch):
     model = model_of()
-    for slow, most in ((FAST, MOST_ROWS), (SLOW, MAX_TOKENS)):
+    for slow, most in ((FAST, MAX_ROWS), (SLOW, MAX_TOKENS)):
         monkeypatch.setattr(compiled, "rows_in_fp32", slow)
         engine = compiled_engine(model)
         assert not goes_below(engine, tokens_of(model, most, 1), filled(model, [5] * most, 8))

@@ -151,7 +151,7 @@ def test_a_batch_on_it_is_its_rows(model, rows):
 def test_guesses_are_read_on_it(model):
     prompt = torch.cat((ids(1, 12), ids(1, 12)), 1)
     engine = compiled_engine(model)
-    engine.below.decode = not_called  # type: ignore[method-assign]
+    engine.fallback.decode = not_called  # type: ignore[method-assign]
     steps = speculative_steps(model, prompt, draft=PromptLookup(7), max_new_tokens=30, engine=engine)
     expected = generate(model, prompt, max_new_tokens=30, eos_token_id=[], engine=Engine(model))
     assert [token for step in steps for token in step] == expected[0, 24:].tolist()

@@ -186,7 +186,7 @@ def test_the_command_compiles_once_and_anew_where_that_is_asked_for(compilations
     said = capsys.readouterr().err.splitlines()
     assert said == [f"compiling the decode step into {path} (ten seconds, once)", "compiled in 0 s"]
     assert main([]) == 0 and path.read_bytes() == b"code 1"
-    assert capsys.readouterr().err == f"{path} is there already; --fresh makes it anew\n"
+    assert capsys.readouterr().err == f"{path} already exists; --fresh rebuilds it\n"
     assert main(["--fresh"]) == 0 and find_library() == path and path.read_bytes() == b"code 2"
     assert compilations == [native.capability()] * 2
 
@@ -260,8 +260,8 @@ def test_a_damaged_library_is_not_loaded_and_the_step_runs_without_it(model, pla
     path, loaded = planted
     damage(path)
     assert type(select_engine(model)) is Engine and loaded == []
-    assert len(caplog.records) == 1 and f"{path}: not a whole library" in caplog.text
-    assert "--compile makes it anew; until then it is not used" in caplog.text
+    assert len(caplog.records) == 1 and f"{path}: damaged or incomplete library" in caplog.text
+    assert "--compile rebuilds it; not used until then" in caplog.text
 
 
 def test_instead_of_a_damaged_library_that_of_the_installation_is_loaded(model, planted, caplog):
@@ -269,7 +269,7 @@ def test_instead_of_a_damaged_library_that_of_the_installation_is_loaded(model, 
     flipped(path)
     install()
     assert isinstance(default_engine(model), CompiledEngine) and loaded == [b"installed"]
-    assert len(caplog.records) == 1 and f"{path}: not a whole library" in caplog.text
+    assert len(caplog.records) == 1 and f"{path}: damaged or incomplete library" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [truncated, without_a_digest])
@@ -277,7 +277,7 @@ def test_a_damaged_library_is_compiled_anew_where_that_is_asked_for(model, compi
     path = build_library()
     damage(path)
     assert select_engine(model, compiled=True)._step == b"code 2"
-    assert caplog.text.count("not a whole library") == 1
+    assert caplog.text.count("damaged or incomplete library") == 1
     assert sorted(path.parent.iterdir()) == sorted([path, path.with_suffix(".sha256")])
 
 
@@ -340,7 +340,7 @@ def test_between_a_look_and_the_loading_a_library_is_verified_again(model, plant
     path, loaded = planted
     assert find_library() == path
     flipped(path)
-    with pytest.raises(LoadError, match="not a whole library"):
+    with pytest.raises(LoadError, match="damaged or incomplete library"):
         CompiledEngine(Engine(model), path)
     assert loaded == []
 
@@ -357,7 +357,7 @@ def test_a_library_that_cannot_be_loaded_is_said_where_it_was_asked_for(model, p
         path = install(b"no library")
     assert type(select_engine(model)) is Engine
     assert len(caplog.records) == 1 and f"{path}: cannot be loaded (" in caplog.text
-    with pytest.raises(LoadError, match=r"cannot be loaded \(.*\); --compile makes it anew"):
+    with pytest.raises(LoadError, match=r"cannot be loaded \(.*\); --compile rebuilds it"):
         select_engine(model, compiled=True)
     assert digest(model) == digest(model) and type(select_engine(model, quantize="int8")) is QuantizedEngine
 

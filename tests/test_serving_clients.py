@@ -76,7 +76,7 @@ def idle(server: Served) -> bool:
 
 
 def test_a_full_queue_is_429_and_clients_that_leave_are_cancelled():
-    with served(start=False, slots=1, waiting=1) as server:
+    with served(start=False, slots=1, queue_size=1) as server:
         clients = [send(server, CHAT, {"messages": HI, "stream": stream}) for stream in (True, False)]
         until(lambda: len(server.requests) == 2)
         refused = server.post(CHAT, messages=HI)
@@ -187,7 +187,7 @@ def test_at_the_end_what_runs_is_finished_or_told(grace):
 def test_a_crowd_gets_what_each_would_get_alone_and_leaves_nothing():
     """32 clients, three requests each: those that read, that leave, that are slow, and that send nonsense."""
     words = "the quick brown fox jumps over the lazy dog".split()
-    with served(slots=4, waiting=200) as server, ThreadPoolExecutor(32) as pool:
+    with served(slots=4, queue_size=200) as server, ThreadPoolExecutor(32) as pool:
         slow_may_read, survivors = threading.Event(), []
         lock = threading.Lock()
 

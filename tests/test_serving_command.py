@@ -48,7 +48,7 @@ def no_model(monkeypatch):
 
 @pytest.mark.parametrize("argv, words", [
     (["--port", "70000"], "65535"), (["--port", "-1"], "--port"), (["--slots", "0"], "--slots"),
-    (["--kept-prefix-mb", "-1"], "--kept-prefix-mb"),
+    (["--prefix-cache-mb", "-1"], "--prefix-cache-mb"),
     (["--host", "no.such.host.invalid"], "no.such.host.invalid"), (["--host", "192.0.2.1"], "192.0.2.1"),
     (["--timeout", "0"], "--timeout"), (["--temperature", "-1"], "temperature"), (["--top-p", "0"], "top_p"),
     (["--api-key", " "], "--api-key"), (["--nonsense"], "--help"),
@@ -79,13 +79,13 @@ def test_a_model_or_context_that_does_not_fit_is_one_line(checkpoint, capsys, mo
 def test_how_much_is_kept_of_texts_that_ended_is_an_option(checkpoint, capsys, monkeypatch):
     given = []
 
-    def scheduler(*parts, kept_bytes, **options):
-        given.append(kept_bytes)
+    def scheduler(*parts, prefix_cache_bytes, **options):
+        given.append(prefix_cache_bytes)
         raise UsageError("enough")
 
     monkeypatch.setattr("smollm2.serving.scheduler.Scheduler", scheduler)
     options = "--model", str(checkpoint), "--device", "cpu", "--port", "0"
-    for more in ([], ["--kept-prefix-mb", "3"], ["--kept-prefix-mb", "0"]):
+    for more in ([], ["--prefix-cache-mb", "3"], ["--prefix-cache-mb", "0"]):
         refused(capsys, *options, *more)
     assert given == [512 << 20, 3 << 20, 0]
 

@@ -18,7 +18,7 @@ from smollm2.engine.loops import CapturedEngine
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
 from smollm2.sampling import SamplingParams
-from smollm2.serving.prefixes import KeptPrefixes, Prefix
+from smollm2.serving.prefix_cache import Prefix, PrefixCache
 from smollm2.serving.scheduler import Busy, Piece, Request, Scheduler
 
 TOKENIZER = tiny_tokenizer()
@@ -168,7 +168,7 @@ def test_one_that_is_cancelled_while_it_waits_leaves_its_place_at_once(serve, mo
     engine, steps = Engine(MODEL), threading.Semaphore(0)
     decode = engine.decode
     monkeypatch.setattr(engine, "decode", lambda *args: (steps.acquire(timeout=60), decode(*args))[1])
-    scheduler = serve(engine, slots=1, waiting=1)
+    scheduler = serve(engine, slots=1, queue_size=1)
     busy, waiting, other = Answer([9, 9], 120), Answer([8, 8], 5), Answer([7, 7], 5)
     scheduler.submit(busy.request)
     busy.begun.wait(60)
@@ -223,7 +223,7 @@ def test_too_many_requests_are_refused_as_a_whole(serve, monkeypatch):
     engine, go = Engine(MODEL), threading.Event()
     prefill = engine.prefill
     monkeypatch.setattr(engine, "prefill", lambda *args: (go.wait(60), prefill(*args))[1])
-    scheduler, answers = serve(engine, slots=2, waiting=3), [Answer([5, index], 3) for index in range(5)]
+    scheduler, answers = serve(engine, slots=2, queue_size=3), [Answer([5, index], 3) for index in range(5)]
     scheduler.submit(*[answer.request for answer in answers])
     more = [Answer([6], 3), Answer([7], 3)]
     for attempt in (more, more[:1]):
@@ -331,7 +331,7 @@ def test_what_cannot_be_continued_is_refused_at_once(serve, options, message):
 
 
 def test_sizes_out_of_range_are_refused():
-    for options in (dict(slots=0), dict(context=0), dict(context=1 << 20), dict(waiting=0)):
+    for options in (dict(slots=0), dict(context=0), dict(context=1 << 20), dict(queue_size=0)):
         with pytest.raises(UsageError, match=f"{next(iter(options))}: expected"):
             Scheduler(Engine(MODEL), TOKENIZER, **options)
 
@@ -382,7 +382,7 @@ def test_kept_prefixes_stay_within_their_memory():
         return Prefix(np.array(tokens), keys, keys.clone())
 
     one = prefix(1).size
-    kept = KeptPrefixes(6 * one)
+    kept = PrefixCache(6 * one)
     for tokens in ((1, 2), (1, 2, 3), (1, 2), (8, 9)):
         kept.add(prefix(*tokens))
     assert kept.size == 5 * one, "a beginning of another text takes no memory"
@@ -391,13 +391,13 @@ def test_kept_prefixes_stay_within_their_memory():
     assert kept.size == 6 * one and kept.find(np.array([8]))[1] == 0, "the one not used for longest went"
     kept.add(prefix(*range(10, 20)))
     assert kept.size == 6 * one, "what cannot fit drives nothing out"
-    nothing = KeptPrefixes(0)
+    nothing = PrefixCache(0)
     nothing.add(prefix(1, 2))
     assert nothing.size == 0 and nothing.find(np.array([1, 2])) == (None, 0)
 
 
 def test_memory_stays_flat(serve):
-    scheduler, finished = serve(slots=4, kept_bytes=200_000), queue.SimpleQueue[Piece]()
+    scheduler, finished = serve(slots=4, prefix_cache_bytes=200_000), queue.SimpleQueue[Piece]()
     sizes = []
     for round_number in range(6):
         for index in range(12):
@@ -406,5 +406,5 @@ def test_memory_stays_flat(serve):
         ended = 0
         while ended < 12:
             ended += finished.get(timeout=60).finish is not None
-        sizes.append(scheduler.kept_bytes)
+        sizes.append(scheduler.prefix_cache_used)
     assert 0 < min(sizes[1:]) and max(sizes) <= 200_000

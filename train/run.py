@@ -1,7 +1,7 @@
 """`python -m train.run [config.yaml] [key=value ...]`: trains a SmolLM2. Parse (train/command_line.py), build
 (train/build.py), loop.
 
-Without a YAML file the run is train/configs/quickstart.yaml: two minutes on two CPU cores, offline. With
+Without a YAML file the run is train/configs/quickstart.yaml: a few minutes on two CPU cores, offline. With
 model=, which does not fit quickstart's small shape, it is the defaults of train/config.py. Several processes:
 `torchrun --nproc-per-node N -m train.run ...` (train/distributed.py).
 """

@@ -64,7 +64,7 @@ def layer(
     """One block as smollm2/model.py composes it; without `train` a prefill, whose keys come from a cache."""
     size, dtype = MODELS[model], run.dtype
     weights = _layer_weights(size, dtype)
-    if train:  # fp32 masters, which the kernel rounds itself
+    if train:  # fp32 master weights, which the kernel rounds itself
         norm = tensor(size.hidden, dtype=torch.float32)
         weights = weights._replace(input_norm=norm, post_norm=norm)
     x, stream = (tensor(batch, length, size.hidden, dtype=dtype) for _ in range(2))
@@ -137,7 +137,7 @@ def attention_chunk(run: Recorder, ops: Backend) -> None:
 
 
 def embedding(run: Recorder, ops: Backend, model: str, copy: bool = False) -> None:
-    """fp32 masters, read themselves or through their copy in the run's dtype."""
+    """fp32 master weights, read themselves or through their copy in the run's dtype."""
     ids, width = tensor(32, 512, dtype=torch.int64, grad=False), MODELS[model].hidden
     weight = tensor(VOCABULARY, width, dtype=torch.float32)
     shadow = tensor(VOCABULARY, width, dtype=run.dtype, grad=False) if copy else None

@@ -129,7 +129,7 @@ def require_memory(
     fits = ", or ".join([f"a batch of {rows}"] * bool(rows) + [f"{tokens} tokens{each}"] * bool(tokens))
     advice = f"what fits: {fits}" if fits else "not even one token fits: free some memory"
     size = f"{batch} x {capacity} tokens in {str(dtype).removeprefix('torch.')} need {megabytes(needed)}"
-    share = f"{megabytes(usable)} can be had on {device} ({USABLE_PERCENT} % of what is free)"
+    share = f"{megabytes(usable)} are available on {device} ({USABLE_PERCENT} % of what is free)"
     raise UsageError(f"cache: {size}, and {share}; {advice}")
 
 

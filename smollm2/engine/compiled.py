@@ -24,11 +24,11 @@ from smollm2.engine.quantized import Int8Weight, QuantizedEngine
 from smollm2.model import SmolLM2ForCausalLM
 
 MAX_TOKENS = 64  # of a step, as in decode_step.cpp
-MOST_ROWS = 16  # of a step on processors with fast products in bf16, where more are for the engine below
+MAX_ROWS = 16  # of a step on processors with fast products in bf16, where more are for the fallback
 # Tokens of a 16-bit prompt that steps read faster than products of all of them at once in fp32.
 SHORT_PROMPT = {"AVX512": 128, "AVX2": 512}
 # Kind of decode_step.cpp: of matrices, and of the embedding and the cache
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class _Matrix(Structure):
@@ -71,12 +71,13 @@ class _Bound:
         self.model = _Model(
             config.num_hidden_layers, config.hidden_size, config.intermediate_size,
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.vocab_size,
-            KINDS[head.values.dtype if isinstance(head, Int8Weight) else head.dtype], KINDS[embedding.dtype],
+            DTYPE_CODES[head.values.dtype if isinstance(head, Int8Weight) else head.dtype],
+            DTYPE_CODES[embedding.dtype],
             config.rms_norm_eps, None, None, self._address(embedding),
             self._floats(model.model.norm.weight), self._matrix(head), (_Layer * len(layers))(*layers),
         )  # fmt: skip
 
-    def turn_by(self, tables: tuple[Tensor, Tensor]) -> None:
+    def set_rotary_tables(self, tables: tuple[Tensor, Tensor]) -> None:
         """Takes the cosines and sines of the positions that a step reaches."""
         if tables is not self.tables:
             self.tables = tables
@@ -104,20 +105,20 @@ class _Bound:
 class CompiledEngine(Engine):
     """Steps of up to `most` tokens, of one row or several, through the compiled step, and a prompt of up to
     `short_prompt` tokens, which it reads to the bits of its tokens one by one. Larger batches and longer
-    prompts go to the engine below. Tokens/s of prompts on two cores, by steps and by products of all tokens
+    prompts go to the fallback. Tokens/s of prompts on two cores, by steps and by products of all tokens
     in bf16: 16 tokens 551 and 239, 64 tokens 731 and 455 on an Intel Xeon (Emerald Rapids, no matrix unit);
     64 tokens 466 and 205 on an EPYC 7003 (Zen 3).
 
     Raises LoadError for a library that `find_library` would refuse, or that cannot be loaded here.
     """
 
-    def __init__(self, below: Engine, library: Path, why: str = "") -> None:
-        super().__init__(below.model, why)
-        self.below = below
-        self.name = f"compiled {below.name}" if isinstance(below, QuantizedEngine) else "compiled"
+    def __init__(self, fallback: Engine, library: Path, why: str = "") -> None:
+        super().__init__(fallback.model, why)
+        self.fallback = fallback
+        self.name = f"compiled {fallback.name}" if isinstance(fallback, QuantizedEngine) else "compiled"
         converts = rows_in_fp32(self.model.dtype) is not None  # weights, at every product of many tokens
         slow = converts or rows_in_fp32(torch.bfloat16) is not None
-        self.short_prompt = self.most = MAX_TOKENS if slow else MOST_ROWS
+        self.short_prompt = self.max_tokens = MAX_TOKENS if slow else MAX_ROWS
         if converts:
             self.short_prompt, self.reads_at_once = SHORT_PROMPT[capability()], MAX_TOKENS
         self._step = load_library(library).smollm2_decode_step
@@ -126,14 +127,14 @@ class CompiledEngine(Engine):
 
     def renew(self) -> None:
         super().renew()
-        self.below.renew()
-        self.below.renewed = True
+        self.fallback.renew()
+        self.fallback.renewed = True
         self._bound = self._for_prompts = None
-        if self.plain and not obstacle(self.model, self.below):
+        if self.plain and not obstacle(self.model, self.fallback):
             # as everywhere, a prompt is read with the model's own weights
             self._bound = self._for_prompts = _Bound(self.model, plain_weights(self.model))
-            if isinstance(self.below, QuantizedEngine):
-                self._bound = _Bound(self.model, self.below.few)
+            if isinstance(self.fallback, QuantizedEngine):
+                self._bound = _Bound(self.model, self.fallback.few)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         rows, length = input_ids.shape
@@ -180,16 +181,16 @@ class CompiledEngine(Engine):
         if not self.renewed:
             self.renew()
             self.renewed = True
-        return self._for_prompts is not None and _is_plain(cache, rows, self.model)
+        return self._for_prompts is not None and _can_address(cache, rows, self.model)
 
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         batch, length = tokens.shape
         if (
             self._bound is None
-            or not 0 < batch * length <= self.most
-            or not _is_plain(cache, batch, self.model)
+            or not 0 < batch * length <= self.max_tokens
+            or not _can_address(cache, batch, self.model)
         ):
-            return self.below.decode(tokens, cache)
+            return self.fallback.decode(tokens, cache)
         cache.advance(length)
         rows, new = torch.arange(batch).repeat_interleave(length), torch.arange(length)
         positions = (cache.lengths[:, None] - length + new).flatten()
@@ -205,7 +206,7 @@ class CompiledEngine(Engine):
         `outputs` names into logits [len(outputs), V]. All integers are int64.
         """
         reach = min(cache.capacity, self.model.config.max_position_embeddings)
-        bound.turn_by(self.model.model.rotary(tokens.device, reach))
+        bound.set_rotary_tables(self.model.model.rotary(tokens.device, reach))
         integers = [one.long().contiguous() for one in (tokens, rows, positions, outputs)]
         keys = cache.keys
         step = _Step(
@@ -219,7 +220,7 @@ class CompiledEngine(Engine):
             raise IndexError("decode: a token outside the vocabulary or a length outside the cache")
 
 
-def _is_plain(cache: KVCache, batch: int, model: SmolLM2ForCausalLM) -> bool:
+def _can_address(cache: KVCache, batch: int, model: SmolLM2ForCausalLM) -> bool:
     """Whether the step can address this cache, and it has so many rows."""
     dim, heads = model.config.head_dim, model.config.num_key_value_heads
     return (
@@ -235,8 +236,8 @@ def _is_plain(cache: KVCache, batch: int, model: SmolLM2ForCausalLM) -> bool:
     )
 
 
-def obstacle(model: SmolLM2ForCausalLM, below: Engine | None = None) -> str:
-    """Why the compiled step cannot run a model, with the weights of the engine below; empty if it can."""
+def obstacle(model: SmolLM2ForCausalLM, fallback: Engine | None = None) -> str:
+    """Why the compiled step cannot run a model, with the weights of `fallback`; empty if it can."""
     if model.device.type != "cpu":
         return f"the compiled step is for the CPU, the device is {model.device.type}"
     if not only_torch(model.backend):
@@ -244,9 +245,9 @@ def obstacle(model: SmolLM2ForCausalLM, below: Engine | None = None) -> str:
     if not model.is_plain():
         return "the compiled step is for the model's own layers, some were replaced or hooked"
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(dtypes) > 1 or not dtypes <= KINDS.keys():
+    if len(dtypes) > 1 or not dtypes <= DTYPE_CODES.keys():
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"the compiled step takes weights in fp32, bf16 or fp16, got {names}"
-    if isinstance(below, QuantizedEngine) and below.name != "int8":
-        return f"the compiled step takes plain or int8 weights, got {below.name}"
+    if isinstance(fallback, QuantizedEngine) and fallback.name != "int8":
+        return f"the compiled step takes plain or int8 weights, got {fallback.name}"
     return ""

@@ -61,7 +61,7 @@ def find_library() -> Path | None:
     except NoHome:
         pass
     except LoadError as error:
-        logger.warning("%s; until then it is not used", error)
+        logger.warning("%s; not used until then", error)
     return _installed() if _installed().is_file() else None
 
 
@@ -72,7 +72,7 @@ def load_library(path: Path) -> ctypes.CDLL:
         return _loaded(content)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise LoadError(f"{path}: cannot be loaded ({reason}); --compile makes it anew") from error
+        raise LoadError(f"{path}: cannot be loaded ({reason}); --compile rebuilds it") from error
 
 
 @functools.cache
@@ -89,12 +89,12 @@ def _read(path: Path) -> bytes:
     try:
         check_owners(path, cache_folder())
         if not (path.is_file() and _digest_file(path).is_file()):  # a pipe would be waited for
-            raise ValueError("it and its sha256 are not two files")
+            raise ValueError("the library or its .sha256 is missing")
         content = path.read_bytes()
         if _digest_file(path).read_text(encoding="utf-8") != _digest_line(path, content):
             raise ValueError("it has another sha256 than was written beside it")
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: not a whole library ({error}); --compile makes it anew") from None
+        raise LoadError(f"{path}: damaged or incomplete library ({error}); --compile rebuilds it") from None
     return content
 
 

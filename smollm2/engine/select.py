@@ -50,12 +50,12 @@ def select_engine(
     why_not = obstacle(model, engine)
     if compiled is True and why_not:
         raise UsageError(f"compile: {why_not}")
-    reason = why_not or "compiled step not wanted"
+    reason = why_not or "compiled step turned off"
     if not (compiled is False or why_not):
         library = find_library()
         if library is None and compiled is True:
             library = build_library()
-        reason = "no compiled step yet: --compile makes one, and decodes faster"
+        reason = "no compiled step yet; --compile builds one, which decodes faster"
         if library is not None:
             try:
                 return CompiledEngine(engine, library, library.name)

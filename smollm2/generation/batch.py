@@ -134,7 +134,7 @@ def fit_slots(
     size = f"{slots} x {capacity:,} tokens, {megabytes(needed(slots))}"
     if needed(slots) <= usable:
         return slots, f"cache: {size}"
-    share = f"{megabytes(int(usable))} can be had ({USABLE_PERCENT} % of what is free)"
+    share = f"{megabytes(int(usable))} are available ({USABLE_PERCENT} % of what is free)"
     for rows in range(slots - 1, 0, -1):
         if needed(rows) <= usable:
             return rows, f"cache: {size}, but {share}: slots lowered to {rows}, {megabytes(needed(rows))}"

@@ -18,8 +18,8 @@ from typing import Any
 
 from smollm2.engine.eager import Engine
 from smollm2.errors import LoadError, UsageError
-from smollm2.generation.kept import KeptText
 from smollm2.generation.loop import TextStream, stream_text
+from smollm2.generation.prompt_cache import PromptCache
 from smollm2.generation.speculative import Draft, DraftModel, Stats
 from smollm2.pretrained.files import json_writer, read_json, write_files
 from smollm2.pretrained.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ class Conversation:
         models = [engine.model, *([draft.engine.model] if isinstance(draft, DraftModel) else [])]
         self.limit = min(model.config.max_position_embeddings for model in models)
         self.messages: list[Message] = []
-        self.kept = KeptText(engine)
+        self.prompt_cache = PromptCache(engine)
         self.set_system(system)
 
     @property
@@ -102,7 +102,7 @@ class Conversation:
     @property
     def read(self) -> int:
         """How many tokens of the latest prompt were read, because they were not kept."""
-        return self.prompt_tokens - self.kept.found
+        return self.prompt_tokens - self.prompt_cache.found
 
     def why_stopped(self) -> str:
         """Which limit ended the latest answer; "" if the model did."""
@@ -136,7 +136,7 @@ class Conversation:
         self.stream = stream_text(
             self.engine.model, self.tokenizer, prompt, max_new_tokens=min(self.max_new_tokens or room, room),
             params=self.params, seed=self.seed, stop=self.stop, engine=self.engine, draft=self.draft,
-            stats=self.stats, kept=self.kept,
+            stats=self.stats, prompt_cache=self.prompt_cache,
         )  # fmt: skip
         self.messages = messages
         return self._pieces(self.stream)

@@ -19,7 +19,7 @@ from smollm2.engine.loops import CapturedEngine, captured_steps
 from smollm2.engine.select import default_engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import generate_many
-from smollm2.generation.kept import KeptText
+from smollm2.generation.prompt_cache import PromptCache
 from smollm2.generation.speculative import Draft, Stats, speculative_steps
 from smollm2.generation.text import TextPieces, TextStream
 from smollm2.model import SmolLM2ForCausalLM, token_ids
@@ -38,12 +38,13 @@ def generate_steps(
     eos_token_ids: Sequence[int] = (),
     pad_token_id: int = 0,
     engine: Engine | None = None,
-    kept: KeptText | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every row [B] until all rows have ended or max_new_tokens are reached.
 
-    Rows that ended yield pad_token_id. Arguments as in `generate`. kept: of one prompt, what the cache holds
-    of it from a generation before; it then holds this text, without its last token, however far it came.
+    Rows that ended yield pad_token_id. Arguments as in `generate`. prompt_cache: for one prompt, of which it
+    may hold a part from a generation before; it then holds this text, without its last token, however far it
+    came.
     Raises UsageError before any work is done.
     """
     config, params = model.config, params or SamplingParams()
@@ -68,15 +69,15 @@ def generate_steps(
         counts = torch.zeros(batch, config.vocab_size, dtype=torch.int32, device=prompt.device)
         seen = counts.scatter_add_(1, prompt, valid.int()).bool().to(device)
 
-    if kept is None:
+    if prompt_cache is None:
         cache, held = engine.allocate(batch, longest + max_new_tokens), 0
     elif batch == 1:
-        cache, held = kept.open(text := prompt[0, :longest].tolist(), max_new_tokens)
+        cache, held = prompt_cache.open(text := prompt[0, :longest].tolist(), max_new_tokens)
     else:
-        raise UsageError(f"kept: expected one prompt, got {batch}; generate without it")
+        raise UsageError(f"prompt_cache: expected one prompt, got {batch}; generate without it")
     logits = engine.prefill(prompt[:, held:longest].to(device), (lengths - held).to(device), cache)
-    if kept is not None:
-        kept.tokens += text[held:]
+    if prompt_cache is not None:
+        prompt_cache.tokens += text[held:]
     finished = torch.zeros(batch, dtype=torch.bool)
     for step in range(max_new_tokens):
         chosen = sample(logits, params, seeds, [position + step for position in positions], seen)
@@ -91,8 +92,8 @@ def generate_steps(
         if seen is not None:
             seen[torch.arange(batch, device=device), chosen] = True
         logits = engine.decode(chosen[:, None], cache)[:, -1]
-        if kept is not None:
-            kept.tokens.append(int(chosen))
+        if prompt_cache is not None:
+            prompt_cache.tokens.append(int(chosen))
 
 
 def generate(
@@ -216,25 +217,25 @@ def stream_text(
     engine: Engine | None = None,
     draft: Draft | None = None,
     stats: Stats | None = None,
-    kept: KeptText | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> TextStream:
     """The continuation of one prompt as text, piece by piece, up to a stop token (the model's and the
     tokenizer's, see `Tokenizer.end_ids`) or string, not included.
 
     draft guesses ahead (smollm2/generation/speculative.py): the same text in fewer steps, which stats count.
-    kept: as in `generate_steps`.
+    prompt_cache: as in `generate_steps`.
     """
     ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
     input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
     if draft is None:
         steps = generate_steps(
             model, input_ids, max_new_tokens=max_new_tokens, params=params, seed=seed, eos_token_ids=ends,
-            engine=engine, kept=kept,
+            engine=engine, prompt_cache=prompt_cache,
         )  # fmt: skip
         runs: Iterator[list[int]] = ([int(step[0])] for step in steps)
     else:
         runs = speculative_steps(
             model, input_ids, draft=draft, max_new_tokens=max_new_tokens, params=params, seed=seed,
-            eos_token_ids=ends, engine=engine, stats=stats, kept=kept,
+            eos_token_ids=ends, engine=engine, stats=stats, prompt_cache=prompt_cache,
         )  # fmt: skip
     return TextStream(runs, TextPieces(tokenizer, ends, stop))

@@ -42,7 +42,7 @@ from smollm2.engine.compiled import CompiledEngine
 from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import check_prompts
-from smollm2.generation.kept import KeptText
+from smollm2.generation.prompt_cache import PromptCache
 from smollm2.model import SmolLM2ForCausalLM, token_ids
 from smollm2.sampling import SamplingParams, read_tokens, sample
 
@@ -223,13 +223,13 @@ def speculative_steps(
     eos_token_ids: Collection[int] = (),
     engine: Engine | None = None,
     stats: Stats | None = None,
-    kept: KeptText | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[list[int]]:
     """Continues one prompt and yields its next tokens, one to draft.tokens + 1 at a time.
 
     input_ids [1, T] int64. The tokens are those of `generate` with the same params and seed, up to an end
     token, which is included, or max_new_tokens. engine: None runs the model eagerly; a captured engine runs
-    uncaptured here. stats is counted up before each yield. kept: as in `generate_steps`.
+    uncaptured here. stats is counted up before each yield. prompt_cache: as in `generate_steps`.
 
     Raises UsageError, before any work, for a batch, an empty prompt, ids or arguments out of range, more
     tokens than the positions of the model or of the draft, and a draft of another vocabulary.
@@ -252,7 +252,7 @@ def speculative_steps(
         return iter(())
     stats = Stats() if stats is None else stats
     engine, ends = engine or Engine(model), frozenset(eos_token_ids)
-    return _steps(engine, prompt, draft, max_new_tokens, params, seed, ends, stats, kept)
+    return _steps(engine, prompt, draft, max_new_tokens, params, seed, ends, stats, prompt_cache)
 
 
 @torch.inference_mode()
@@ -265,17 +265,17 @@ def _steps(
     seed: int,
     ends: frozenset[int],
     stats: Stats,
-    kept: KeptText | None,
+    prompt_cache: PromptCache | None,
 ) -> Iterator[list[int]]:
     """`speculative_steps` after its checks. Between steps the cache holds the text without its last token."""
     device, capacity = engine.model.device, len(text) + left
     proposer = draft.start(capacity, params, seed)
     proposer.extend(text)
-    cache, held = (engine.allocate(1, capacity), 0) if kept is None else kept.open(text, left)
+    cache, held = (engine.allocate(1, capacity), 0) if prompt_cache is None else prompt_cache.open(text, left)
     input_ids = torch.tensor([text[held:]], device=device)
     logits = engine.prefill(input_ids, torch.tensor([len(text) - held], device=device), cache)
-    if kept is not None:
-        kept.tokens += text[held:]
+    if prompt_cache is not None:
+        prompt_cache.tokens += text[held:]
     tokens = _choose(logits, params, seed, text)
     while True:
         text += tokens
@@ -293,8 +293,8 @@ def _steps(
         wrong = (index for index, guess in enumerate(guesses) if guess != chosen[index])
         accepted = next(wrong, len(guesses))
         cache.truncate(len(text) + accepted)
-        if kept is not None:
-            kept.tokens += [text[-1], *chosen[:accepted]]
+        if prompt_cache is not None:
+            prompt_cache.tokens += [text[-1], *chosen[:accepted]]
         tokens = chosen[: accepted + 1]
         end = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
         tokens = tokens[:end]

@@ -236,7 +236,7 @@ class Service:
             params = dataclasses.replace(self.params, **asked.sampling)
             stop = tuple(asked.stop or ())
             seed = random.getrandbits(63) if asked.seed is None else asked.seed
-            most = self.scheduler.slots + self.scheduler.waiting
+            most = self.scheduler.slots + self.scheduler.queue_size
             if asked.count() * (asked.n or 1) > most:
                 raise UsageError(f"n: expected at most {most} answers, got {asked.count()} x {asked.n or 1}")
             for prompt in asked.prompts(self.tokenizer):

@@ -34,11 +34,11 @@ from smollm2.engine.eager import Engine
 from smollm2.engine.loops import CapturedEngine
 from smollm2.errors import UsageError
 from smollm2.generation.batch import check_prompts, fit_slots
-from smollm2.generation.kept import common
+from smollm2.generation.prompt_cache import common
 from smollm2.generation.text import TextPieces
 from smollm2.pretrained.tokenizer import Tokenizer
 from smollm2.sampling import SamplingParams, draw
-from smollm2.serving.prefixes import KeptPrefixes, Prefix
+from smollm2.serving.prefix_cache import Prefix, PrefixCache
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +126,9 @@ class Scheduler:
     """Runs requests on an engine whose model stays as it is.
 
     slots: rows at work at once, fewer where the memory does not hold them. context: the most tokens of a row,
-    prompt and answer, by default those of the model. waiting: requests that may wait for a slot. kept_bytes:
-    memory for the keys and values of texts that have ended. Raises UsageError if not even one slot fits.
+    prompt and answer, by default those of the model. queue_size: requests that may wait for a slot.
+    prefix_cache_bytes: memory for the keys and values of texts that have ended. Raises UsageError if not even
+    one slot fits.
 
     running, queued: requests at work, and those that wait. failure: why the thread ended by itself.
     """
@@ -139,14 +140,14 @@ class Scheduler:
         *,
         slots: int = 8,
         context: int | None = None,
-        waiting: int = 64,
-        kept_bytes: int = 512 << 20,
+        queue_size: int = 64,
+        prefix_cache_bytes: int = 512 << 20,
     ) -> None:
         model = engine.model
         config, limit = model.config, model.config.max_position_embeddings
         self.context = limit if context is None else context
         for name, number, most in (
-            ("slots", slots, None), ("context", self.context, limit), ("waiting", waiting, None),
+            ("slots", slots, None), ("context", self.context, limit), ("queue_size", queue_size, None),
         ):  # fmt: skip
             if number < 1 or (most is not None and number > most):
                 expected = "a number >= 1" if most is None else f"1 to {most} tokens"
@@ -155,13 +156,13 @@ class Scheduler:
         self.slots, line = fit_slots(config, slots, self.context, model.dtype, free)
         if self.slots < slots:
             logger.warning("%s", line)
-        self.engine, self.tokenizer, self.waiting = engine, tokenizer, waiting
+        self.engine, self.tokenizer, self.queue_size = engine, tokenizer, queue_size
         engine.frozen = True
         self.ends = tokenizer.end_ids(config.vocab_size, *config.eos_token_ids)
         self.totals, self.failure = Totals(), ""
         self._cache = engine.allocate(self.slots, self.context)
         self._captured: LogitsStep | None = None
-        self._kept = KeptPrefixes(kept_bytes)
+        self._prefixes = PrefixCache(prefix_cache_bytes)
         self._rows: list[_Row] = []  # in slots 0, 1, ...
         self._reading: list[_Row] = []  # in any slots behind them, the first to come first
         self._queue: deque[Request] = deque()
@@ -178,9 +179,9 @@ class Scheduler:
         return len(self._queue)
 
     @property
-    def kept_bytes(self) -> int:
+    def prefix_cache_used(self) -> int:
         """Memory that texts which have ended take now."""
-        return self._kept.size
+        return self._prefixes.size
 
     def start(self) -> None:
         self._thread.start()
@@ -208,8 +209,8 @@ class Scheduler:
             if self._closed or self.failure:
                 raise RuntimeError(self.failure or "the scheduler is closed")
             free = max(0, self.slots - self.running)
-            if len(self._queue) + len(requests) > self.waiting + free:
-                raise Busy(f"{len(self._queue)} requests wait, of {self.waiting} that may")
+            if len(self._queue) + len(requests) > self.queue_size + free:
+                raise Busy(f"{len(self._queue)} requests wait, of {self.queue_size} that may")
             self._queue.extend(requests)
             self.totals.requests += len(requests)
             self._changed.notify()
@@ -282,7 +283,7 @@ class Scheduler:
         """Gives a request a free slot, with what is known of its text; False if it should wait."""
         prompt, model, cache = np.array(request.prompt), self.engine.model, self._cache
         most = prompt[:-1]  # what follows the last token is wanted
-        kept, held = self._kept.find(most)
+        kept, held = self._prefixes.find(most)
         keys, values = (kept.keys, kept.values) if kept is not None else (None, None)
         for row in (*self._rows, *self._reading):
             if (found := common(most, row.text)) > held:
@@ -390,7 +391,7 @@ class Scheduler:
             whole[:, row.slot, : row.held].clone() for whole in (self._cache.keys, self._cache.values)
         )
         if piece.finish != "error":
-            self._kept.add(Prefix(np.array(row.text[: row.held]), keys, values))
+            self._prefixes.add(Prefix(np.array(row.text[: row.held]), keys, values))
         if row in self._reading:
             self._reading.remove(row)
         else:

@@ -14,8 +14,8 @@ from smollm2 import SmolLM2ForCausalLM
 from smollm2.engine.eager import Engine
 from smollm2.engine.select import select_engine
 from smollm2.errors import UsageError
-from smollm2.generation.kept import KeptText, common
 from smollm2.generation.loop import generate_steps, stream_text
+from smollm2.generation.prompt_cache import PromptCache, common
 from smollm2.generation.speculative import DraftModel, PromptLookup, speculative_steps
 
 MODEL = tiny_model()
@@ -33,9 +33,9 @@ def counting(engine: Engine) -> list[int]:
     return read
 
 
-def steps(engine: Engine, prompt: list[int], kept: KeptText, params=GREEDY, new=8, seed=0) -> list[int]:
+def steps(engine: Engine, prompt: list[int], kept: PromptCache, params=GREEDY, new=8, seed=0) -> list[int]:
     found = generate_steps(
-        engine.model, [prompt], max_new_tokens=new, params=params, seed=seed, engine=engine, kept=kept
+        engine.model, [prompt], max_new_tokens=new, params=params, seed=seed, engine=engine, prompt_cache=kept
     )
     return [int(tokens) for tokens in found]
 
@@ -43,7 +43,7 @@ def steps(engine: Engine, prompt: list[int], kept: KeptText, params=GREEDY, new=
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, EVERYTHING])
 def test_turns_read_what_is_new_and_say_what_a_fresh_text_says(params):
     engine = Engine(MODEL)
-    kept, read, text = KeptText(engine, 200), counting(engine), random_ids(1, 11)[0].tolist()
+    kept, read, text = PromptCache(engine, 200), counting(engine), random_ids(1, 11)[0].tolist()
     for turn in range(4):
         answer = steps(engine, text, kept, params, seed=turn)
         assert answer == alone(MODEL, text, params, seed=turn, new=8), f"turn {turn}"
@@ -54,7 +54,7 @@ def test_turns_read_what_is_new_and_say_what_a_fresh_text_says(params):
 
 def test_a_text_that_differs_is_read_from_there_on():
     engine = Engine(MODEL)
-    kept, read, text = KeptText(engine, 64), counting(engine), random_ids(1, 20)[0].tolist()
+    kept, read, text = PromptCache(engine, 64), counting(engine), random_ids(1, 20)[0].tolist()
     steps(engine, text, kept)
     other = [*text[:7], (text[7] + 1) % 512, *text[8:]]
     for prompt, expected in ((other, 13), (other, 1), (text[:3], 1), (other[::-1], 20)):
@@ -64,8 +64,8 @@ def test_a_text_that_differs_is_read_from_there_on():
 
 def test_a_generation_that_is_left_keeps_what_it_computed():
     engine = Engine(MODEL)
-    kept, read, text = KeptText(engine, 64), counting(engine), random_ids(1, 9)[0].tolist()
-    running = generate_steps(MODEL, [text], max_new_tokens=30, engine=engine, kept=kept)
+    kept, read, text = PromptCache(engine, 64), counting(engine), random_ids(1, 9)[0].tolist()
+    running = generate_steps(MODEL, [text], max_new_tokens=30, engine=engine, prompt_cache=kept)
     answer = [int(next(running)) for _ in range(5)]
     running.close()
     assert kept.tokens == [*text, *answer[:4]]
@@ -75,7 +75,7 @@ def test_a_generation_that_is_left_keeps_what_it_computed():
 @pytest.mark.parametrize("where", ["prefill", "decode"])
 def test_an_interruption_in_the_middle_of_a_step_leaves_a_text_that_goes_on(where, monkeypatch):
     engine, text = Engine(MODEL), random_ids(1, 9)[0].tolist()
-    kept = KeptText(engine, 64)
+    kept = PromptCache(engine, 64)
     steps(engine, text, kept, new=3)
     with monkeypatch.context() as patch:
         whole = getattr(engine, where)
@@ -94,9 +94,11 @@ def test_an_interruption_in_the_middle_of_a_step_leaves_a_text_that_goes_on(wher
 @pytest.mark.parametrize("draft", [PromptLookup(4), DraftModel(Engine(tiny_model(seed=3)), 3)])
 def test_speculation_keeps_what_was_accepted(draft):
     engine = Engine(MODEL)
-    kept, read, text = KeptText(engine, 200), counting(engine), random_ids(1, 11)[0].tolist() * 2
+    kept, read, text = PromptCache(engine, 200), counting(engine), random_ids(1, 11)[0].tolist() * 2
     for turn in range(3):
-        runs = speculative_steps(MODEL, [text], draft=draft, max_new_tokens=8, engine=engine, kept=kept)
+        runs = speculative_steps(
+            MODEL, [text], draft=draft, max_new_tokens=8, engine=engine, prompt_cache=kept
+        )
         answer = [token for run in runs for token in run]
         assert answer == alone(MODEL, text, new=8) and kept.tokens == [*text, *answer][: len(kept.tokens)]
         text += [*answer, 7, turn]
@@ -109,7 +111,7 @@ def test_the_compiled_step_goes_on_too(installed_step):
         engine = select_engine(model)
         assert engine.name == "compiled"
         engine.frozen = True
-        kept, read, text = KeptText(engine, 200), counting(engine), random_ids(1, 40)[0].tolist()
+        kept, read, text = PromptCache(engine, 200), counting(engine), random_ids(1, 40)[0].tolist()
         for _ in range(2):
             answer = steps(engine, text, kept)
             if dtype == torch.float32:
@@ -120,11 +122,11 @@ def test_the_compiled_step_goes_on_too(installed_step):
 
 def test_what_does_not_fit_is_refused_and_clear_forgets():
     engine = Engine(MODEL)
-    kept = KeptText(engine, 16)
+    kept = PromptCache(engine, 16)
     with pytest.raises(UsageError, match="expected at most 16 tokens, prompt and new ones together, got 12"):
         steps(engine, list(range(12)), kept)
     with pytest.raises(UsageError, match="expected one prompt, got 2"):
-        list(generate_steps(MODEL, [[1], [2]], engine=engine, kept=kept))
+        list(generate_steps(MODEL, [[1], [2]], engine=engine, prompt_cache=kept))
     steps(engine, [1, 2], kept)
     kept.clear()
     assert kept.tokens == []
@@ -136,8 +138,8 @@ def test_what_does_not_fit_is_refused_and_clear_forgets():
 def test_a_stream_says_why_it_ended():
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=tokenizer.vocab_size)
-    kept = KeptText(Engine(model), 100)
-    options = dict(params=GREEDY, engine=kept.engine, kept=kept)
+    kept = PromptCache(Engine(model), 100)
+    options = dict(params=GREEDY, engine=kept.engine, prompt_cache=kept)
     stream = stream_text(model, tokenizer, tokenizer.encode("the quick"), max_new_tokens=6, **options)
     first = next(stream)
     assert stream.finish is None and len(stream.tokens) == 1

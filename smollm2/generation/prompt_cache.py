@@ -11,7 +11,7 @@ from smollm2.engine.eager import Engine
 from smollm2.errors import UsageError
 
 
-class KeptText:
+class PromptCache:
     """The keys and values of one text. A next prompt is read from where it differs.
 
     engine: whose cache it is. capacity: the most tokens, prompt and answer, by default all that the model
@@ -35,7 +35,7 @@ class KeptText:
         """
         if len(prompt) + new_tokens > self.capacity:
             expected = f"expected at most {self.capacity} tokens, prompt and new ones together"
-            raise UsageError(f"kept text: {expected}, got {len(prompt)} + {new_tokens}")
+            raise UsageError(f"prompt cache: {expected}, got {len(prompt)} + {new_tokens}")
         if self._cache is None:
             self._cache = self.engine.allocate(1, self.capacity)
         self.found = common(prompt[:-1], self.tokens)

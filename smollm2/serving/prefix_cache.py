@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from smollm2.generation.kept import common
+from smollm2.generation.prompt_cache import common
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Prefix:
         return self.keys.nbytes + self.values.nbytes
 
 
-class KeptPrefixes:
+class PrefixCache:
     """Texts in at most `limit` bytes; the ones not used for longest go first."""
 
     def __init__(self, limit: int) -> None:
