@@ -12,7 +12,7 @@ from bench import work
 from bench.case import EPS, Case, Compile, Shapes, forms, normal, with_eps
 from kernels import TORCH, Backend, LayerWeights
 from kernels.types import TokenState
-from smollm2.model import rotary_tables
+from smollm2.layers import rotary_tables
 
 # at most, of a decode step: for more the switch of kernels/backend.py takes the composition, not the fused
 # kernels

@@ -38,7 +38,7 @@ from kernels import Backend, select_backend
 from smollm2.cli import run_command
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
-from smollm2.model import SmolLM2Block, rotary_tables
+from smollm2.layers import SmolLM2Block, rotary_tables
 
 FULL = (32, 512)  # rows and tokens a row of a training step
 LENGTHS = (512, 2048, 8192)  # tokens a row, for attention

@@ -29,7 +29,7 @@ from bench.case import (
 )
 from bench.peers import status
 from kernels import Backend
-from smollm2.model import rotary_tables
+from smollm2.layers import rotary_tables
 
 
 def cases(shapes: Shapes, backend: Backend, compiler: str) -> list[Case]:

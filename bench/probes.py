@@ -20,7 +20,8 @@ from bench.case import EPS, Case, Shapes, Variant, normal
 from bench.record import Part, one_line
 from bench.step import TrainingStep
 from kernels import Backend
-from smollm2.model import SmolLM2ForCausalLM, rotary_tables
+from smollm2.layers import rotary_tables
+from smollm2.model import SmolLM2ForCausalLM
 
 COLD_BYTES = 64 << 20  # on a CPU, the sets of tensors that are used in turn are this large together
 OURS = "triton"  # how a Case names the variant of the backend that it is given

@@ -28,7 +28,6 @@ from smollm2.layers import (
     SmolLM2Model,
     autocast_dtype,
 )
-from smollm2.layers import rotary_tables as rotary_tables  # for those who import it from here
 from smollm2.projections import FusedProjections, apply, is_plain
 from smollm2.working_copies import WorkingCopies
 

@@ -14,7 +14,7 @@ from kernels import TORCH
 from kernels.types import OPS
 from smollm2.config import SmolLM2Config
 from smollm2.errors import UsageError
-from smollm2.model import rotary_tables
+from smollm2.layers import rotary_tables
 
 TINY = SmolLM2Config.preset("tiny", num_hidden_layers=1)
 CPU = torch.device("cpu")

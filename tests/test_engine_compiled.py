@@ -17,8 +17,8 @@ from generation_cases import tiny_model
 from smollm2.compile import main
 from smollm2.engine import compiled, library, native
 from smollm2.engine.compiled import CompiledEngine
+from smollm2.engine.digest import digest
 from smollm2.engine.eager import Engine
-from smollm2.engine.eager_step import digest
 from smollm2.engine.library import library_name
 from smollm2.engine.native import build_library, find_library
 from smollm2.engine.quantized import QuantizedEngine

@@ -15,8 +15,8 @@ from torch import Tensor
 from smollm2 import SmolLM2ForCausalLM, generate
 from smollm2.engine import eager_step, native
 from smollm2.engine.compiled import CompiledEngine
+from smollm2.engine.digest import digest
 from smollm2.engine.eager import Engine
-from smollm2.engine.eager_step import digest
 from smollm2.engine.loops import DecodeLoops
 from smollm2.engine.quantized import QuantizedEngine, quantize_all, quantized_layers
 from smollm2.errors import UsageError

@@ -181,7 +181,7 @@ def summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         raise UsageError(
-            "tensorboard=true needs the package tensorboard; install it with: pip install tensorboard"
+            "tracker=tensorboard needs the package tensorboard; install it with: pip install tensorboard"
         ) from None
     return SummaryWriter
 

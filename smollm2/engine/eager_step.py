@@ -23,28 +23,21 @@ where memory is short.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import hashlib
-import itertools
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import TORCH, Backend, LayerWeights
 from kernels.eager import linear as eager_linear
 from kernels.eager.linear import onednn_is_faster
 from kernels.products import multiplies_bf16
 from smollm2.engine.cache import KVCache, free_memory
-from smollm2.engine.native import find_library, load_library
-from smollm2.errors import LoadError
+from smollm2.engine.digest import digest
 from smollm2.model import SmolLM2ForCausalLM
 
 # The operations of the backend that the step replaces: it may do so only while they are torch's own.
@@ -53,8 +46,6 @@ REPLACES = (
     "decode_layer", "decode_layers", "decode_head",
 )  # fmt: skip
 MATRICES = "qkv", "o", "gate_up", "down"
-DIGEST_WORDS = 1024  # words of 8 bytes that are added up at a time
-DIGEST_ROWS = 64  # sums made at a time, of words that stay in the processor's cache
 MEMORY_SHARE = 2  # a packed copy may take one part in this many of the free memory
 
 
@@ -104,69 +95,6 @@ def only_torch(backend: Backend) -> bool:
 def plain_weights(model: SmolLM2ForCausalLM) -> Weights:
     """The model's own matrices, where they lie."""
     return Weights(model.pack(), model.lm_head.weight.detach(), linear)
-
-
-@functools.cache
-def _factors() -> Tensor:
-    """Odd, so that every single word that changes shows."""
-    with torch.inference_mode(False):
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(-(2**62), 2**62, (DIGEST_WORDS,), generator=generator) * 2 + 1
-
-
-def digest(model: SmolLM2ForCausalLM) -> bytes:
-    """16 bytes that tell the parameters' values, dtypes and names, on the CPU.
-
-    torch's own counters do not do: fused optimizers, writes through `.data` and raw kernels leave them as
-    they are. One pass over the memory, at its speed where decode_step.cpp is compiled. It notices accidents;
-    it is no protection from someone who looks for a collision.
-    """
-    named = list(model.named_parameters())
-    of_values: Callable[[Tensor], bytes] = _sums_of_torch
-    with suppress(LoadError):  # of a library that is there, and is not for this system
-        if library := find_library():
-            of_values = partial(_sums, load_library(library).smollm2_digest)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        shares = pool.map(lambda share: [of_values(parameter) for _, parameter in share], _shares(named))
-    found = hashlib.blake2b(digest_size=16)
-    for (name, parameter), values in zip(named, itertools.chain(*shares), strict=True):
-        found.update(f"{name} {parameter.dtype} {list(parameter.shape)};".encode() + values)
-    return found.digest()
-
-
-def _shares(named: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    """Neighbours for each thread, of about as many bytes: a task for every parameter would cost as much as it
-    computes.
-    """
-    threads, total = torch.get_num_threads(), sum(parameter.nbytes for _, parameter in named)
-    shares: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(threads)]
-    before = 0
-    for name, parameter in named:
-        shares[min(threads - 1, threads * before // max(1, total))].append((name, parameter))
-        before += parameter.nbytes
-    return shares
-
-
-@torch.inference_mode()
-def _sums(function: Any, parameter: Tensor) -> bytes:
-    values = parameter.data.contiguous()
-    sums = (ctypes.c_uint32 * 32)()
-    function(ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(values.nbytes), sums)
-    return bytes(sums)
-
-
-@torch.inference_mode()
-def _sums_of_torch(parameter: Tensor) -> bytes:
-    """Words times odd factors are added up. Takes longer than the memory: torch has no fast integers."""
-    values = parameter.data.contiguous().flatten().view(torch.uint8)
-    if values.storage_offset() % 8:
-        values = values.clone()
-    whole = len(values) // (8 * DIGEST_WORDS) * (8 * DIGEST_WORDS)
-    found = []
-    for words in values[:whole].view(torch.int64).view(-1, DIGEST_WORDS).split(DIGEST_ROWS):
-        # A sum loses its carry: two signs in highest bits cancel, so the upper halves are added again.
-        found += [torch.mv(words, _factors()), torch.mv(words >> 32, _factors())]
-    return b"".join(part.numpy().tobytes() for part in [*found, values[whole:]])
 
 
 _packed: weakref.WeakKeyDictionary[SmolLM2ForCausalLM, tuple[bytes, Weights]]

@@ -33,8 +33,9 @@ from torch import Tensor
 from kernels import LayerWeights, reference
 from smollm2.engine import eager_step
 from smollm2.engine.cache import KVCache
+from smollm2.engine.digest import digest
 from smollm2.engine.eager import Engine
-from smollm2.engine.eager_step import MATRICES, Weights, digest
+from smollm2.engine.eager_step import MATRICES, Weights
 from smollm2.errors import UsageError
 from smollm2.model import SmolLM2ForCausalLM
 from smollm2.pretrained.cache import cached
@@ -42,12 +43,10 @@ from smollm2.pretrained.files import WEIGHTS, read_safetensors, weight_files, we
 from smollm2.pretrained.load import origin
 
 KINDS = ("int8", "int4")
-INT8_KERNEL_ROWS = (
-    16  # beyond, an ordinary product of unpacked weights is faster (AVX-512: equal at 16 to 24)
-)
-INT8_PACKED_ROWS = (
-    5  # from here on, values in bf16 in oneDNN's order are faster, although twice as many bytes
-)
+# Beyond this many rows an ordinary product of unpacked weights is faster (AVX-512: equal at 16 to 24).
+INT8_KERNEL_ROWS = 16
+# From here on values in bf16 in oneDNN's order are faster, although twice as many bytes.
+INT8_PACKED_ROWS = 5
 INT4_GROUP = 32
 
 
