@@ -88,6 +88,7 @@ def _softmax_gradient_kernel(
     row = logits_ptr + token * logits_stride
     target = tl.load(target_ptr + token)
     valid = target != ignore_index
+    columns = tl.where(valid, vocabulary, 0)  # of a row without a target nothing is read
     # [BLOCK / VECTOR, VECTOR]
     column = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     # Loaded here because the barriers of the reductions below keep this load ahead of the other warps' stores
@@ -100,7 +101,7 @@ def _softmax_gradient_kernel(
     m = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK // VECTOR], tl.float32)
     plain = tl.zeros([BLOCK // VECTOR], tl.float32)
-    for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         inside = start + column < vocabulary
         logit = tl.load(row + start + column, mask=inside, other=float("-inf")).to(tl.float32)
         new_m = tl.maximum(m, tl.max(logit, 1))
@@ -110,7 +111,7 @@ def _softmax_gradient_kernel(
         if SMOOTHING > 0:
             plain += tl.sum(tl.where(inside, logit, 0.0), 1)
     highest = tl.max(m, 0)
-    lse = highest + tl.log(tl.sum(total * tl.exp2((m - highest) * LOG2_E), 0))
+    lse = tl.where(valid, highest + tl.log(tl.sum(total * tl.exp2((m - highest) * LOG2_E), 0)), 0.0)
     loss = lse - (1.0 - SMOOTHING) * picked + Z_LOSS * lse * lse
     if SMOOTHING > 0:
         loss -= SMOOTHING * tl.sum(plain, 0) / vocabulary
@@ -123,7 +124,7 @@ def _softmax_gradient_kernel(
         for block in tl.range(0, blocks, num_stages=STAGES):
             start = (blocks - 1 - block) * BLOCK  # backwards: what was read last is still in the cache
             index = start + column
-            logit = tl.load(row + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+            logit = tl.load(row + index, mask=index < columns, other=float("-inf")).to(tl.float32)
             grad = tl.exp2((logit - lse) * LOG2_E) * weight
             if SMOOTHING > 0:
                 grad -= factor * SMOOTHING / vocabulary
@@ -155,10 +156,11 @@ def _fake(
     hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None,
     ignore_index: int, reduction: str, z_loss: float, label_smoothing: float, needs_hidden: bool,
     needs_weight: bool, chunk_tokens: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     loss = hidden.new_empty(hidden.shape[0] if reduction == "none" else (), dtype=torch.float32)
     dweight = weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32)
-    return loss, hidden.new_empty(hidden.shape if needs_hidden else 0), dweight
+    late = loss.new_empty(() if hidden.dtype == torch.float16 else 0)
+    return loss, hidden.new_empty(hidden.shape if needs_hidden else 0), dweight, late
 
 
 @traceable(_fake)
@@ -166,8 +168,10 @@ def _linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | None, weight_copy: Tensor | None,
     ignore_index: int, reduction: str, z_loss: float, label_smoothing: float, needs_hidden: bool,
     needs_weight: bool, chunk_tokens: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> loss, d loss / d hidden, d loss / d weight in fp32; a gradient that is not needed is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> loss, d loss / d hidden, d loss / d weight in fp32, and what is left to multiply these gradients by,
+    a scalar, or empty if that is nothing. A gradient that is not needed is empty.
+    """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     head = weight.to(hidden.dtype) if weight_copy is None else weight_copy
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
@@ -179,6 +183,9 @@ def _linear_cross_entropy(
     if reduction == "mean":
         # Without a valid target the mean is 0, as the sum is.
         factor = factor / (targets != ignore_index).sum().clamp(min=1).to(torch.float32)
+    early, late = factor, factor.new_empty(0)
+    if hidden.dtype == torch.float16:  # p / tokens would be 0 there, before a loss scale comes from upstream
+        early, late = torch.ones_like(factor), factor.clone()
     config = launch_config("linear_cross_entropy", hidden.dtype, hidden.device, vocabulary)
     chunk = chunk_tokens or CHUNK_TOKENS
     if chunk_tokens is None and hidden.is_cuda:
@@ -188,7 +195,7 @@ def _linear_cross_entropy(
         rows = hidden[start : start + chunk]
         logits = torch.mm(rows, head.t(), out=buffer[: rows.shape[0]])  # [n, V]
         _softmax_gradient_kernel[(rows.shape[0],)](
-            logits, targets[start:], factor, losses[start:], rows.shape[0], vocabulary, logits.stride(0),
+            logits, targets[start:], early, losses[start:], rows.shape[0], vocabulary, logits.stride(0),
             ignore_index, Z_LOSS=z_loss, SMOOTHING=label_smoothing, GRADIENT=needs_hidden or needs_weight,
             BLOCK=config.block_n, VECTOR=16 // logits.element_size(), STAGES=config.num_stages,
             num_warps=config.num_warps,
@@ -197,7 +204,7 @@ def _linear_cross_entropy(
             torch.mm(logits, head, out=dhidden[start : start + chunk])
         if needs_weight:
             add_weight_gradient(dweight, logits, rows, start == 0)
-    return (losses if reduction == "none" else losses.sum()) * factor, dhidden, dweight
+    return (losses if reduction == "none" else losses.sum()) * factor, dhidden, dweight, late
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -219,7 +226,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, *gradients = _linear_cross_entropy(*ctx.saved_tensors, *ctx.what)
-        dhidden, dweight = gradients
+        dhidden, dweight, late = gradients
+        dloss = dloss * late if late.numel() else dloss
         _rescale_kernel[(programs(dhidden.device),)](
             dhidden, dweight, dloss, dhidden.numel(), dweight.numel(), BLOCK=RESCALED, num_warps=4
         )
@@ -242,20 +250,21 @@ class _LinearCrossEntropyTraced(torch.autograd.Function):
         needs_hidden: bool, needs_weight: bool, chunk_tokens: int | None,
     ) -> Tensor:  # fmt: skip
         ctx.needs = needs_hidden, needs_weight
-        loss, dhidden, dweight = _linear_cross_entropy(
+        loss, dhidden, dweight, late = _linear_cross_entropy(
             hidden, weight, targets, scale, weight_copy, ignore_index, reduction, z_loss, label_smoothing,
             needs_hidden, needs_weight, chunk_tokens,
         )  # fmt: skip
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(dhidden, dweight, late)
         ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
+        dhidden, dweight, late = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs
+        dloss = dloss * late if late.numel() else dloss
         return (
-            (dhidden * dloss).to(dhidden.dtype) if needs_hidden else None,
+            (dhidden.float() * dloss).to(dhidden.dtype) if needs_hidden else None,
             (dweight * dloss).to(ctx.weight_dtype) if needs_weight else None,
             None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip

@@ -60,13 +60,18 @@ class _Loss:
 
     def compute(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, weight_copy: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(loss, its gradient with respect to hidden, and to weight)."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(loss, its gradient with respect to hidden, and to weight, and a scalar by which both gradients are
+        still to be multiplied, or None).
+        """
         wide, tokens = wider(hidden.dtype), hidden.shape[0]
         head = weight.to(hidden.dtype) if weight_copy is None else weight_copy
         scale = torch.ones((), dtype=wide, device=hidden.device)
         if self.reduction == "mean":  # without a valid target the mean is 0, as the sum is
             scale = scale / (targets != self.ignore_index).sum().clamp(min=1).to(wide)
+        early, late = scale, None
+        if hidden.dtype == torch.float16:  # p / tokens would be 0, before a loss scale comes from upstream
+            early, late = torch.ones_like(scale), scale
         dhidden = dweight = None
         if self.needs_hidden:
             dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -82,7 +87,7 @@ class _Loss:
             logits = linear.mm(chunk, head.t(), out=buffer if buffer is None else buffer[: chunk.shape[0]])
             for first in range(0, chunk.shape[0], tile):
                 rows = slice(start + first, start + min(first + tile, chunk.shape[0]))
-                losses[rows] = self.rows(logits[first : first + tile], targets[rows], scale)
+                losses[rows] = self.rows(logits[first : first + tile], targets[rows], early)
             if dhidden is not None:
                 linear.mm(logits, head, out=dhidden[start : start + size])
             if self.needs_weight:
@@ -90,7 +95,20 @@ class _Loss:
             del logits  # before those of the next chunk are allocated
         if self.needs_weight and dweight is None:
             dweight = torch.zeros_like(weight, dtype=wider(weight.dtype))
-        return losses if self.reduction == "none" else losses.sum() * scale, dhidden, dweight
+        loss = losses if self.reduction == "none" else losses.sum() * scale
+        return loss, dhidden, dweight, late
+
+
+def _upstream(dloss: Tensor, *factors: Tensor | None) -> Tensor:
+    """The gradient of the loss times what the gradients have not been multiplied by yet."""
+    for factor in factors:
+        dloss = dloss if factor is None else dloss * factor
+    return dloss
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Their product in the dtype of the gradient. A loss scale of 65,536 would be infinite in fp16 itself."""
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
 
 
 def _accumulate(total: Tensor | None, dlogits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,11 +144,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             _, *gradients = ctx.what.compute(hidden, weight, targets, weight_copy)
-        factor = dloss if scale is None else dloss * scale
+        dhidden, dweight, late = gradients
+        factor = _upstream(dloss, scale, late)
         # A pass over [V, D] that changes nothing is left out where looking costs no wait.
         if factor.device.type != "cpu" or float(factor) != 1.0:
-            gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
-        dhidden, dweight = gradients
+            dhidden = None if dhidden is None else _scaled(dhidden, factor)
+            dweight = None if dweight is None else dweight.mul_(factor)
         return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None, None
 
 
@@ -148,19 +167,17 @@ class _LinearCrossEntropyTraced(torch.autograd.Function):
         what = _Loss(
             ignore_index, reduction, z_loss, label_smoothing, needs_hidden, needs_weight, chunk_tokens
         )
-        loss, dhidden, dweight = what.compute(hidden, weight, targets, weight_copy)
-        ctx.save_for_backward(dhidden, dweight, scale)
+        loss, dhidden, dweight, late = what.compute(hidden, weight, targets, weight_copy)
+        ctx.save_for_backward(dhidden, dweight, scale, late)
         ctx.weight_dtype = weight.dtype
         return loss if scale is None else loss * scale
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight, scale = ctx.saved_tensors
-        dloss = dloss if scale is None else dloss * scale
-        if dhidden is not None:
-            dhidden = dhidden * dloss.to(dhidden.dtype)
-        if dweight is not None:
-            dweight = (dweight * dloss).to(ctx.weight_dtype)
+        dhidden, dweight, *factors = ctx.saved_tensors
+        factor = _upstream(dloss, *factors)
+        dhidden = None if dhidden is None else _scaled(dhidden, factor)
+        dweight = None if dweight is None else (dweight * factor).to(ctx.weight_dtype)
         return dhidden, dweight, None, None, None, None, None, None, None, None, None, None
 
 
