@@ -48,6 +48,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch_config import launch_config
+from kernels.tracing import on_their_gpu
 
 GROUP_WORDS = 8
 SCALARS = 8  # a tensor's row of `scalars`: step_size, decay, root, 1 - beta1, 1 - beta2, eps
@@ -298,6 +299,7 @@ class AddressTable:
         return self._table
 
 
+@on_their_gpu
 def gradient_norm(table: Tensor, work: Plan, max_norm: float) -> Tensor:
     """fp32 [2] on the device: the norm of all gradients, and the factor that clips it to max_norm (1 if
     max_norm is 0). Reads the gradients once.
@@ -314,6 +316,7 @@ def gradient_norm(table: Tensor, work: Plan, max_norm: float) -> Tensor:
     return found
 
 
+@on_their_gpu
 def adamw(
     table: Tensor, work: Plan, steps: Tensor, found_inf: Tensor, factor: Tensor,
     copy_dtype: torch.dtype | None = None,

@@ -423,6 +423,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("attention")
         q, k, v, out, lse, doc_start = ctx.saved_tensors
         return (*_attention_backward(do, q, k, v, out, lse, doc_start, ctx.scale), None, None)
 
@@ -437,14 +438,17 @@ def attention(
     q [B, T, H, D], k and v [B, S, K, D] with S >= T, H a multiple of K, D 32, 64 or 128; float32, float16 or
     bfloat16; any strides (a tensor whose last dimension is not contiguous is copied). doc_start [B, T]
     integer, None means 0. scale: default 1 / sqrt(D). -> [B, T, H, D], contiguous; zeros for a query that
-    sees no key. Raises ValueError naming what was expected; dropout is not supported. Same semantics as
-    `kernels.reference.attention`.
+    sees no key. At most 65,535 rows times heads. Raises ValueError naming what was expected; dropout is not
+    supported. Same semantics as `kernels.reference.attention`.
     """
     checks.attention("attention", q, k, v, doc_start, scale)
     checks.kernel_dtype("attention", q)
     (q.shape[3] in HEAD_DIMS) or checks.refuse("attention", f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
     wanted = "dropout_p = 0 (for dropout use backend 'triton,attention=torch')"
     (dropout_p == 0.0) or checks.refuse("attention", wanted, dropout_p)
+    checks.grid("attention", q.shape[0] * q.shape[2])
     starts = None if doc_start is None else dense_lanes(doc_start)
+    if starts is not None and starts.dtype == torch.int64:  # the kernels count in 32 bits
+        starts = starts.clamp(0, k.shape[1]).int()
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     return _Attention.apply(dense_lanes(q), dense_lanes(k), dense_lanes(v), starts, scale)

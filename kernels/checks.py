@@ -284,6 +284,11 @@ def swiglu(gate: Tensor, up: Tensor | None) -> None:
     same_kind("swiglu", [("gate", gate), ("up", up)])
 
 
+def grid(op: str, rows: int) -> None:
+    """Rows times heads, which are the second dimension of a grid: CUDA has 65,535 of them."""
+    rows <= 65535 or refuse(op, "at most 65,535 rows times heads; split the batch", rows)
+
+
 def first_derivative(op: str) -> None:
     """Called in a backward pass that cannot be differentiated: refuses create_graph=True, which would leave
     terms out silently.

@@ -263,6 +263,7 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, lengths:
     checks.kernel_dtype(op, q)
     (q.shape[3] in HEAD_DIMS) or checks.refuse(op, f"a head dim in {list(HEAD_DIMS)}", q.shape[3])
     (q.shape[1] <= MAX_QUERIES) or checks.refuse(op, f"at most {MAX_QUERIES} new queries", q.shape[1])
+    checks.grid(op, q.shape[0] * key_cache.shape[2])
     for name, tensor in (("q", q), ("key cache", key_cache), ("value cache", value_cache)):
         (tensor.stride(3) == 1) or checks.refuse(op, f"{name} with a last stride of 1", tensor.stride(3))
     return _decode_attention(q, key_cache, value_cache, lengths.contiguous())

@@ -76,6 +76,7 @@ from kernels.decode_product import (
     wait,
 )  # fmt: skip
 from kernels.launch_config import TABLE, decode_launch
+from kernels.tracing import traceable
 from kernels.types import LayerWeights
 
 MAX_ROWS = 16
@@ -292,6 +293,7 @@ def _norm_gate_up_kernel(
     )  # fmt: skip
 
 
+@traceable(lambda x, *_: x.new_empty(x.shape), mutates=("key_cache", "value_cache"))
 def _decode_layer(
     x: Tensor, input_norm: Tensor, qkv: Tensor, o: Tensor, post_norm: Tensor, gate_up: Tensor, down: Tensor,
     key_cache: Tensor, value_cache: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor, eps: float,
@@ -344,13 +346,6 @@ def _decode_layer(
     return out
 
 
-# As in kernels/tracing.py, but for a launcher that writes into two of its arguments.
-_OPERATION = torch.library.custom_op(
-    "smollm2::decode_layer", _decode_layer, mutates_args=("key_cache", "value_cache")
-)
-_OPERATION.register_fake(lambda x, *_: x.new_empty(x.shape))
-
-
 def supports(x: Tensor, weights: LayerWeights) -> bool:
     """Whether the kernels can run this layer: at most 16 rows (an empty batch included), and widths that the
     launch table has.
@@ -388,6 +383,5 @@ def decode_layer(
     for name, tensor in weights._asdict().items():
         wanted = f"contiguous weights ({name}.contiguous())"
         tensor.is_contiguous() or checks.refuse(op, wanted, tensor.stride())
-    run = _OPERATION if torch.compiler.is_compiling() else _decode_layer
     lengths, cos, sin = lengths.contiguous(), cos.contiguous(), sin.contiguous()
-    return run(x.contiguous(), *weights, key_cache, value_cache, lengths, cos, sin, eps, dependent)
+    return _decode_layer(x.contiguous(), *weights, key_cache, value_cache, lengths, cos, sin, eps, dependent)

@@ -52,6 +52,7 @@ from kernels.launch_config import (
     joins_layers,
     multiprocessors,
 )
+from kernels.tracing import on_their_gpu
 from kernels.types import LayerWeights
 
 MAX_ROWS = 16
@@ -278,6 +279,7 @@ def _obstacle(
     return ""
 
 
+@on_their_gpu
 def _launch(
     x: Tensor, layers: Sequence[LayerWeights], key_caches: Sequence[Tensor], value_caches: Sequence[Tensor],
     lengths: Tensor, cos: Tensor, sin: Tensor, eps: float, by_phase: bool,

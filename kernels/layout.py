@@ -12,5 +12,5 @@ def dense_lanes(x: Tensor) -> Tensor:
 
 def dense_rows(x: Tensor) -> Tensor:
     """[..., D] -> [rows, D] with columns of stride 1; a copy only where no such view exists."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()

@@ -18,8 +18,8 @@ each.
 
 One warp works on a row, so a row's sum needs no shared memory and no barrier. The block is the width padded
 to a power of two. The width is a compile-time constant, so the compiler drops loads that are masked as a
-whole: 576 columns of 16 bits are three 16-byte loads a lane and 192 instructions a row (176 with two rows a
-program), against 264 for a 512 + 64 split and 336 for a four-warp program (sm_90, counted in the SASS).
+whole: 576 columns of 16 bits are three 16-byte loads a lane. A split in 512 + 64 columns or a program of four
+warps takes up to twice as many instructions (sm_90, counted in the SASS).
 
 The backward pass is persistent: a program owns a range of rows, keeps its share of dw in registers and
 writes it once. A second kernel adds the shares in a fixed order, so gradients are bit-identical from run to
@@ -145,21 +145,21 @@ def _rms_norm_forward(
 
 
 def _fake_backward(
-    dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    return total.new_empty(total.shape), weight.new_empty(weight.shape)
+    return total.new_empty(total.shape), weight.new_empty(weight.shape if needs_weight else 0)
 
 
 @traceable(_fake_backward)
 def _rms_norm_backward(
-    dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """dy, dsum, sum [rows, D] -> dx [rows, D], dw [D]."""
+    """dy, dsum, sum [rows, D] -> dx [rows, D], dw [D], which is empty if it is not needed."""
     rows, width = total.shape
     dx = torch.empty((rows, width), dtype=total.dtype, device=total.device)
+    dw = torch.empty(width if needs_weight else 0, dtype=weight.dtype, device=weight.device)
     if rows == 0 or width == 0:
-        return dx, torch.zeros_like(weight)
-    dw = torch.empty(width, dtype=weight.dtype, device=weight.device)
+        return dx, dw.zero_()
     config = launch_config("rms_norm_bwd", total.dtype, total.device, width)
     # The grid and the buffer of partial sums have one size; a program that owns no row writes zeros.
     rows_per_program = config.block_m * triton.cdiv(rows, config.block_m * programs(total.device))
@@ -171,6 +171,8 @@ def _rms_norm_backward(
         WIDTH=width, HAS_DSUM=dsum is not None, ROWS=config.block_m, BLOCK=triton.next_power_of_2(width),
         num_warps=config.num_warps,
     )  # fmt: skip
+    if not needs_weight:
+        return dx, dw
     config = launch_config("rms_norm_dw", torch.float32, total.device, width)
     _rms_norm_bwd_dw_kernel[(triton.cdiv(width, config.block_n),)](
         partial, dw, parts,
@@ -188,9 +190,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("rms_norm")
         x, weight, rstd = ctx.saved_tensors
-        dx, dw = _rms_norm_backward(dense_rows(dy), None, x, weight, rstd)
-        return dx, dw, None
+        needed = ctx.needs_input_grad[1]
+        dx, dw = _rms_norm_backward(dense_rows(dy), None, x, weight, rstd, needed)
+        return dx, dw if needed else None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -203,13 +207,15 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("add_rms_norm")
         if dy is None:  # only the sum was used
             return dsum, dsum, None, None
         total, weight, rstd = ctx.saved_tensors
         dsum = None if dsum is None else dense_rows(dsum)
-        dx, dw = _rms_norm_backward(dense_rows(dy), dsum, total, weight, rstd)
+        needed = ctx.needs_input_grad[2]
+        dx, dw = _rms_norm_backward(dense_rows(dy), dsum, total, weight, rstd, needed)
         dx = dx.view(dy.shape)  # returned twice: autograd copies it if x and residual both keep it as .grad
-        return dx, dx, dw, None
+        return dx, dx, dw if needed else None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

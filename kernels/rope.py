@@ -247,6 +247,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("rope")
         cos, sin = ctx.saved_tensors
         return *_rope_rotate(dense_lanes(dq), dense_lanes(dk), cos, sin, True), None, None
 
@@ -262,6 +263,7 @@ class _RopeQKV(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_derivative("rope_qkv")
         cos, sin = ctx.saved_tensors
         packed = _rope_gather_gradient(dense_lanes(dq), dense_lanes(dk), dense_lanes(dv), cos, sin)
         return packed, None, None, None
@@ -272,8 +274,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     q [B, T, H, D], k [B, T, K, D] of one dtype (float32, float16, bfloat16), D a power of two, any strides;
     cos and sin [T, D/2] (row t belongs to position t: pass a slice for an offset) or [B, T, D/2] (gathered by
-    position, for packed documents) -> two contiguous tensors. Raises ValueError naming what was expected.
-    Same semantics as `kernels.reference.rope`.
+    position, for packed documents) -> two contiguous tensors. The tables get no gradient. Raises ValueError
+    naming what was expected. Same semantics as `kernels.reference.rope`.
     """
     checks.rope(q, k, cos, sin)
     _check_kernel("rope", q)

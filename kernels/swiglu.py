@@ -112,6 +112,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        checks.first_derivative("swiglu")
         gate, up = ctx.saved_tensors
         dgate, dup = _swiglu_backward(dense_rows(dy), gate, up).chunk(2, dim=1)
         return dgate, dup
@@ -125,6 +126,7 @@ class _SwiGLUPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
+        checks.first_derivative("swiglu")
         (packed,) = ctx.saved_tensors
         return _swiglu_backward(dense_rows(dy), *packed.chunk(2, dim=1))
 

@@ -1,4 +1,4 @@
-"""How torch.compile sees a launcher of kernels: as one opaque operation with a known output shape."""
+"""What surrounds a launcher of kernels: the GPU that its tensors are on, and how torch.compile sees it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def on_their_gpu(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a launcher: its kernels run on the GPU of its first tensor. Triton launches on the current
+    one, where the addresses of another's tensors mean nothing.
+    """
+
+    @functools.wraps(launch)
+    def call(*args: Any, **options: Any) -> Any:
+        device = next(argument.device for argument in args if isinstance(argument, Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args, **options)
+        with torch.cuda.device(device):
+            return launch(*args, **options)
+
+    return call
 
 
 def traceable(
     fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates a launcher: a plain call in eager mode, the operation `smollm2::<name>` while torch.compile
-    traces.
+    traces; on its tensors' GPU in both.
 
     fake: same arguments -> empty outputs of the right shape, dtype and strides; it replaces the launcher
     during tracing. mutates: the arguments that the launcher writes into. Always calling the registered
@@ -22,7 +39,8 @@ def traceable(
     alternative: without a GPU, Dynamo refuses it. The operation is kept as `.op` for opcheck.
     """
 
-    def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        launch = on_their_gpu(launcher)
         op = torch.library.custom_op(f"smollm2::{launch.__name__.strip('_')}", launch, mutates_args=mutates)
         op.register_fake(fake)
 

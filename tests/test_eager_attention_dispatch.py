@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import TORCH, products
@@ -113,6 +117,19 @@ def test_a_second_backward_pass_gives_the_same_and_a_second_derivative_is_refuse
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="first derivatives only; leave create_graph=True out"):
         torch.autograd.grad(out.square().sum(), (q,), create_graph=True)
+
+
+FAKE = partial(FakeTensorMode, allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize("mode", [partial(torch.device, "meta"), FAKE])
+def test_a_mode_that_makes_other_tensors_leaves_no_buffers_behind(mode):
+    q, k, v = draw(140), draw(140, 1), draw(140, 1)
+    expected = eager_attention.blocked_attention(q, k, v)
+    eager_attention._buffers.kept.clear()
+    with contextlib.suppress(Exception), mode():
+        eager_attention.blocked_attention(q, k, v)
+    assert torch.equal(eager_attention.blocked_attention(q, k, v), expected)
 
 
 def test_results_are_not_the_buffers_of_the_next_call():

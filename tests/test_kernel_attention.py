@@ -125,6 +125,23 @@ def test_kinds_and_layouts_of_doc_start(kind):
         assert_same([TRITON.attention(*tensors, layout(doc_start))], [expected])
 
 
+def test_a_start_beyond_32_bits_sees_nothing():
+    doc_start = DOCUMENTS["short ones"].to(torch.int64).repeat(2, 1)
+    doc_start[0, 3:90] = torch.iinfo(torch.int64).max
+    doc_start[1, 5], doc_start[1, 60:] = 1 << 33, -(1 << 40)
+    (out,), _ = agree("attention", qkv(2, 140, 140, 3, 1), doc_start)
+    assert not out[0, 3:90].any() and not out[1, 5].any() and out[1, 60:].any(-1).all()
+
+
+def test_a_grid_has_65535_rows_times_heads():
+    q, k = torch.zeros(21846, 1, 3, 32), torch.zeros(21846, 1, 1, 32)
+    with pytest.raises(ValueError, match="at most 65,535 rows times heads; split the batch, got 65538"):
+        TRITON.attention(q, k, k)
+    lengths, caches = torch.ones(65536, dtype=torch.int32), torch.zeros(65536, 1, 1, 32)
+    with pytest.raises(ValueError, match="decode_attention: expected at most 65,535 rows .*, got 65536"):
+        TRITON.decode_attention(caches, caches, caches, lengths)
+
+
 @pytest.mark.parametrize("scale", [0.02, 0.1, 1.0, -0.1, 0.0])
 def test_scale(scale):
     """At 1, with logits of 35, gradients hold only if both passes round the scores alike: see the header of

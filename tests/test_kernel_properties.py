@@ -68,6 +68,16 @@ def test_a_second_backward_pass_gives_the_same(call):
     assert_same([y.detach() for y in outputs], before)
 
 
+def test_a_second_derivative_is_refused(call):
+    """It would leave out what the backward pass itself contributes, without a word."""
+    leaves, outputs = call.forward(TRITON)
+    if not outputs[0].requires_grad:
+        pytest.skip("no gradient")
+    # mlp is made of an operation of ours and of torch's products
+    with pytest.raises(RuntimeError, match="has first derivatives only; leave create_graph=True out"):
+        torch.autograd.grad(outputs, leaves, call.upstream(), create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CALLS)
 def test_two_runs_are_bit_identical(name, dtype):

@@ -111,6 +111,21 @@ def test_empty_batch():
     assert_same([dw], [torch.zeros_like(weight)])
 
 
+def test_a_width_of_nothing():
+    x = torch.zeros(4, 0, device=DEVICE, requires_grad=True)
+    y = TRITON.rms_norm(x, torch.zeros(0, device=DEVICE), EPS)
+    assert y.shape == (4, 0) and torch.autograd.grad(y.sum(), x)[0].shape == (4, 0)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])
+def test_a_frozen_weight_costs_no_launch(op, monkeypatch):
+    monkeypatch.setattr(rms_norm, "_rms_norm_bwd_dw_kernel", None)  # whoever launches it fails
+    inputs = [draw(5, 96).requires_grad_() for _ in range(1 + (op == "add_rms_norm"))]
+    frozen = getattr(TRITON, op)(*inputs, draw(96), EPS)
+    found = torch.autograd.grad(frozen[0] if isinstance(frozen, tuple) else frozen, inputs, draw(5, 96))
+    assert all(x.isfinite().all() for x in found)
+
+
 def test_the_rounded_sum_is_normalised():
     """Bitwise: s = x + r as the dtype holds it, and its norm is what rms_norm makes of it."""
     x, residual, weight = (

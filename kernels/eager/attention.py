@@ -186,7 +186,9 @@ class _Buffers(threading.local):
         size = math.prod(shape)
         flat = self.kept.get((purpose, dtype))
         if flat is None or flat.numel() < size:
-            flat = self.kept[purpose, dtype] = torch.empty(size, dtype=dtype)
+            flat = torch.empty(size, dtype=dtype, device="cpu")
+            if type(flat) is Tensor:  # and no stand-in of a mode that traces
+                self.kept[purpose, dtype] = flat
         return flat[:size].view(shape)
 
 
@@ -246,8 +248,9 @@ class _Sizes:
     def blocks(self, doc_start: Tensor | None, *, transposed: bool) -> Iterator[_Block]:
         """The blocks of queries, in order, of the batch rows to which doc_start [b, T] belongs."""
         size, before = self.queries, self.keys - self.length  # before: keys ahead of the first query's own
-        layout = torch.empty(1, size * self.group, size)
-        diagonal = layout.copy_(torch.full((size, size), -math.inf).triu_(1).repeat_interleave(self.group, 0))
+        layout = torch.empty(1, size * self.group, size, device="cpu")
+        above = torch.full((size, size), -math.inf, device="cpu").triu_(1)
+        diagonal = layout.copy_(above.repeat_interleave(self.group, 0))
         if transposed:
             diagonal = diagonal.transpose(1, 2).contiguous().transpose(1, 2)
         for start in range(0, self.length, size):
@@ -260,10 +263,10 @@ class _Sizes:
                 first = min(max(low, 0), last - 1)
                 if high > first or last - first < n:
                     begins = begins.repeat_interleave(self.group, 1)[..., None]
-                    own = torch.arange(last - n, last).repeat_interleave(self.group)[:, None]
-                    key = torch.arange(first, last)
+                    own = torch.arange(last - n, last, device="cpu").repeat_interleave(self.group)[:, None]
+                    key = torch.arange(first, last, device="cpu")
                     hidden = (key < begins) | (key > own)  # [b, n G, W]
-                    bias = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+                    bias = torch.zeros(hidden.shape, device="cpu").masked_fill_(hidden, -math.inf)
             yield _Block(slice(start * self.group, stop * self.group), slice(first, last), bias)
 
     def fold(self, x: Tensor, purpose: str, dtype: torch.dtype) -> Tensor:
@@ -286,8 +289,9 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, scale: float) -> Tensor:
         sizes, narrow, wide, get = _Sizes.of(q, k), q.dtype, torch.float32, _buffers.get
         how = ARITHMETIC[narrow]
-        out = torch.empty(q.shape, dtype=narrow)
-        lse = torch.empty((q.shape[0], k.shape[2], q.shape[1] * sizes.group, 1), dtype=wide)
+        out = torch.empty(q.shape, dtype=narrow, device="cpu")
+        heads = q.shape[0], k.shape[2], q.shape[1] * sizes.group, 1
+        lse = torch.empty(heads, dtype=wide, device="cpu")
         for batch in sizes.batches():
             starts = None if doc_start is None else doc_start[batch]
             queries, keys = sizes.fold(q[batch], "queries", wide), sizes.fold(k[batch], "keys", wide)
@@ -318,7 +322,7 @@ class _BlockedAttention(torch.autograd.Function):
         q, k, v, out, lse, doc_start = ctx.saved_tensors
         sizes, narrow, wide, get = _Sizes.of(q, k), q.dtype, torch.float32, _buffers.get
         how, scale = ARITHMETIC[narrow], ctx.scale
-        dq, dk, dv = (torch.empty(x.shape, dtype=narrow) for x in (q, k, v))
+        dq, dk, dv = (torch.empty(x.shape, dtype=narrow, device="cpu") for x in (q, k, v))
         for batch in sizes.batches():
             starts = None if doc_start is None else doc_start[batch]
             queries, keys, upstream = (
