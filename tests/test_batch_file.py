@@ -67,6 +67,24 @@ def test_each_answer_is_the_prompt_alone_with_its_own_seed_and_budget(model, tok
     assert f"3 rows, {count} tokens in" in error and error.rstrip().endswith("tok/s")
 
 
+def test_columns_of_a_data_set_are_named_once_and_ignored_and_null_is_absent(
+    model, tokenizer, tmp_path, capsys
+):
+    rows = [
+        {"prompt": "the quick", "category": 5, "temperature": None, "max_tokens": 3},
+        {"prompt": "brown fox", "category": 6, "so\nurce": "x", "max_new_tokens": None, "seed": None},
+    ]
+    found = answers(model, tokenizer, write(tmp_path / "p.jsonl", *rows), seed=40)
+    plain = [{"prompt": "the quick", "max_new_tokens": 3}, {"prompt": "brown fox"}]
+    error = capsys.readouterr().err
+    assert error.count("ignored") == 1 and error.splitlines()[0].endswith(
+        "p.jsonl: keys that are ignored: 'category', 'so\\nurce'; "
+        "a row may have prompt or messages, and id, seed, max_new_tokens"
+    )
+    assert found == answers(model, tokenizer, write(tmp_path / "plain.jsonl", *plain), seed=40)
+    assert "ignored" not in capsys.readouterr().err
+
+
 def test_a_captured_loop_writes_the_same_lines(model, tokenizer, tmp_path, monkeypatch):
     pretend_to_capture(monkeypatch)
     prompts = write(tmp_path / "p.txt", "the quick", "brown", "fox jumps", "over the lazy dog", "dog")
@@ -135,13 +153,21 @@ def test_a_byte_order_mark_carriage_returns_and_line_separators_are_no_trouble()
         ('{"messages": [{"role": "user"}]}', 'expected "messages" to be a list'),
         ('{"prompt": "a", "seed": "x"}', "expected \"seed\" to be a whole number, got 'x'"),
         ('{"prompt": "a", "max_new_tokens": true}', '"max_new_tokens" to be a whole number, got True'),
+        ('{"prompt": "a", "top_p": 0.5}', '"top_p" cannot be set for a row; --top-p of the command is for '
+         "all rows, and a row may have prompt or messages, and id, seed, max_new_tokens"),
+        ('{"prompt": "a", "temperature": 1.5}', '"temperature" cannot be set for a row; --temperature'),
+        ('{"prompt": "a", "stop": ["x"]}', '"stop" cannot be set for a row; --stop of the command'),
+        ('{"prompt": "a", "n": 2}', '"n" is not supported; leave it out: a row may have prompt'),
+        ('{"prompt": "a", "max_completion_tokens": 2}', '"max_completion_tokens" is not supported'),
+        ('{"prompt": "a", "max_tokens": 1.5}', 'expected "max_tokens" to be a whole number, got 1.5'),
+        ('{"prompt": "a", "max_tokens": 2, "max_new_tokens": 2}', "which mean the same, got both"),
         (r'{"prompt": "\ud800"}', "surrogates not allowed"),
         ('{"prompt": "a", "max_new_tokens": 0}', "expected max_new_tokens >= 1, got 0"),
         ('{"prompt": ""}', "expected at least one token, got none"),
         (json.dumps({"prompt": "a b " * 300}), "expected at most 512 tokens"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_line_is_named_and_nothing_is_written(model, tokenizer, tmp_path, line, message):
     prompts = write(tmp_path / "p.jsonl", {"prompt": "good"}, "", line)
     with pytest.raises((LoadError, UsageError), match=r"p\.jsonl, line 3: .*" + message):

@@ -2,8 +2,9 @@
 answers.jsonl`.
 
 Prompts are JSON lines, {"prompt": text} or {"messages": [{"role": ..., "content": ...}, ...]}, each with
-"id", "seed" and "max_new_tokens" if wanted, or plain text with one prompt a line. The output has one JSON
-line per prompt, in the order in which they end:
+"id", "seed" and "max_new_tokens" (or "max_tokens") if wanted, or plain text with one prompt a line. Other
+keys are refused if they mean an option of generation, else ignored and named. The output has one JSON line
+per prompt, in the order in which they end:
 
     {"id": ..., "index": 0, "prompt": ..., "text": ..., "tokens": [...], "finish_reason": "stop" | "length"}
 
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +43,14 @@ from smollm2.sampling import SamplingParams
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PLAIN_TEXT = (".txt", ".text")
+KEYS = ("prompt", "messages", "id", "seed", "max_new_tokens", "max_tokens")
+TAKEN = "a row may have prompt or messages, and id, seed, max_new_tokens"
+# What would change the answers: options of the command, for all rows; and fields of OpenAI's API.
+FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+NOT_TAKEN = frozenset(
+    "n best_of max_completion_tokens presence_penalty frequency_penalty logit_bias logprobs top_logprobs "
+    "response_format tools tool_choice functions function_call echo suffix".split()
+)
 DIGESTS = dict(
     prompts_sha256="other prompts", model_sha256="another model", tokenizer_sha256="another tokenizer"
 )
@@ -48,7 +58,10 @@ DIGESTS = dict(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of the prompts file: index counts prompts from 0, line from 1; what it does not say is None."""
+    """A line of the prompts file: index counts prompts from 0, line from 1; what it does not say is None.
+
+    ignored: the keys that mean nothing here.
+    """
 
     index: int
     line: int
@@ -56,6 +69,7 @@ class Prompt:
     content: str | list[dict[str, str]]  # text, or the messages of a chat
     seed: int | None = None
     max_new_tokens: int | None = None
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,9 @@ def run_file(
     budgets = [max_new_tokens if budget is None else budget for budget in own]
     where = [f"{prompts_path}, line {prompt.line}" for prompt in prompts]
     check_prompts(model.config, token_ids, budgets, where.__getitem__)
+    if ignored := dict.fromkeys(key for prompt in prompts for key in prompt.ignored):
+        names = textwrap.shorten(", ".join(map(repr, ignored)), 200, placeholder=" ...")
+        print(f"{prompts_path}: keys that are ignored: {names}; {TAKEN}", file=sys.stderr)
     options = {
         "prompts_sha256": hashlib.sha256(content).hexdigest(),
         "model_sha256": _digest(model),
@@ -205,11 +222,22 @@ def _from_json(text: str, index: int, line: int) -> Prompt:
         if not parts or not all(isinstance(part, str) for part in parts):
             form = '{"role": text, "content": text}'
             raise ValueError(f'expected "messages" to be a list of {form}, at least one')
-    numbers = {key: record.get(key) for key in ("seed", "max_new_tokens")}
-    for key, value in numbers.items():
+    told = {key: value for key, value in record.items() if value is not None}  # null asks for nothing
+    for key in told:
+        if key in FLAGS:
+            option = f"--{key.replace('_', '-')} of the command is for all rows"
+            raise ValueError(f'"{key}" cannot be set for a row; {option}, and {TAKEN}')
+        if key in NOT_TAKEN:
+            raise ValueError(f'"{key}" is not supported; leave it out: {TAKEN}')
+    for key in ("seed", "max_new_tokens", "max_tokens"):
+        value = told.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise ValueError(f'expected "{key}" to be a whole number, got {value!r}')
-    return Prompt(index, line, record.get("id", index), content, **numbers)
+    if "max_new_tokens" in told and "max_tokens" in told:
+        raise ValueError('expected either "max_new_tokens" or "max_tokens", which mean the same, got both')
+    most = told.get("max_new_tokens", told.get("max_tokens"))
+    ignored = tuple(key for key in record if key not in (*KEYS, *FLAGS, *NOT_TAKEN))
+    return Prompt(index, line, record.get("id", index), content, told.get("seed"), most, ignored)
 
 
 class _Texts:
