@@ -12,7 +12,7 @@ from smollm2 import chat
 from smollm2.cli import Parser, run_command
 from smollm2.engine.loops import CapturedEngine
 from smollm2.errors import UsageError
-from smollm2.generation.batch_file import run_file
+from smollm2.generation.batch_file import check_paths, run_file
 from smollm2.generation.loop import stream_text
 from smollm2.generation.speculative import Stats
 from smollm2.session import (
@@ -67,6 +67,8 @@ def _check(args: argparse.Namespace) -> None:
     if from_file and (args.speculate or args.draft):
         hint = "leave them out, or give one prompt"
         raise UsageError(f"--speculate and --draft serve one prompt at a time, got --prompts; {hint}")
+    if from_file:
+        check_paths(args.prompts, args.output)
 
 
 def main(argv: Sequence[str]) -> int:

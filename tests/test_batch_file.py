@@ -9,7 +9,7 @@ import pytest
 from generation_cases import alone, captured_engine, pretend_to_capture, tiny_model, tiny_tokenizer
 
 from smollm2.errors import LoadError, UsageError
-from smollm2.generation.batch_file import parse_prompts, run_file
+from smollm2.generation.batch_file import check_paths, parse_prompts, run_file
 from smollm2.sampling import SamplingParams
 
 CHATML = (
@@ -200,3 +200,19 @@ def test_wrong_paths_are_named(model, tokenizer, tmp_path):
     with pytest.raises(UsageError, match="stop: expected texts that are not empty"):
         run_file(model, tokenizer, prompts, tmp_path / "out", stop=[""])
     assert prompts.read_text() == "the\n" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="a system with /dev/fd")
+def test_a_stream_is_no_output_even_where_it_goes_to_a_file(tmp_path, monkeypatch):
+    prompts, chained = write(tmp_path / "p.txt", "the"), tmp_path / "chained"
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    chained.symlink_to("link")
+    with (tmp_path / "goal").open("w") as goal:
+        monkeypatch.chdir(tmp_path)
+        names = "-", "/dev/stdout", f"/dev/fd/{goal.fileno()}", "/proc/self/fd/1", "/dev/null", "/dev/new"
+        for name in (*names, tmp_path / "link", chained, "../../../../../../../dev/stdout"):
+            with pytest.raises(UsageError, match="is no file of its own, and answers are read again"):
+                check_paths(prompts, Path(name))
+    for name in ("-answers", tmp_path / "goal", tmp_path / "dev", "/dev/shm/answers.jsonl"):
+        if Path(name).parent.is_dir():
+            check_paths(prompts, Path(name))

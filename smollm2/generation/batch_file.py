@@ -308,6 +308,9 @@ def check_paths(prompts: Path, output: Path) -> None:
     """Raises LoadError or UsageError for paths with which run_file cannot work."""
     if not prompts.exists() or prompts.is_dir():
         raise LoadError(f"{prompts}: no such file; --prompts takes a .jsonl or .txt file")
+    if str(output) == "-" or _is_of_the_system(output):
+        reason = "is no file of its own, and answers are read again to go on after an interruption"
+        raise UsageError(f"{output}: {reason}; choose a file, such as answers.jsonl")
     if not output.parent.is_dir():
         hint = "make it, or choose another --output"
         raise LoadError(f"{output}: the folder {output.parent} does not exist; {hint}")
@@ -318,6 +321,21 @@ def check_paths(prompts: Path, output: Path) -> None:
         raise LoadError(f"{output}: is not a regular file; {hint}")
     if output.exists() and output.samefile(prompts):
         raise UsageError(f"{output}: the output would overwrite the prompts; choose another --output")
+
+
+def _is_of_the_system(path: Path) -> bool:
+    """Whether a path, or a link on its way, lies in /dev or /proc: a stream, even where that goes to a file.
+    /dev/shm holds files like others.
+    """
+    path = Path(os.path.abspath(path))
+    for _ in range(40):  # as many links as Linux follows
+        folder = path.parent.resolve()
+        if not folder.is_relative_to("/dev/shm") and {"dev", "proc"} & {*folder.parts[1:2]}:
+            return True
+        if not path.is_symlink():
+            break
+        path = folder / path.readlink()
+    return False
 
 
 def _read(path: Path) -> bytes:
