@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
 # What the model card of SmolLM2's instruct models generates with
-# (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, "How to use"); answers run to their own end.
+# (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, "How to use"). In a conversation answers run to their
+# own end. A small model may not find one, and nobody watches over a single answer: that has a limit.
 DEFAULTS = {"temperature": 0.2, "top_p": 0.9, "max_new_tokens": None}
+SINGLE = 1024
 COMMANDS = {  # name -> its argument, and what it does
     "/help": ("", "show this"),
     "/retry": ("", "another answer to the last question, with the next seed"),
@@ -50,7 +52,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     words = "answer this and exit; - reads stdin, and so does no message when stdin is no terminal"
     add("message", nargs="*", default=[], metavar="MESSAGE", help=words)
-    add_sampling(parser, **DEFAULTS)
+    add_sampling(parser, unlimited=f"no limit in a conversation, {SINGLE:,} for one answer", **DEFAULTS)
     add(
         "--system", metavar="TEXT", help="the system prompt, in place of the one in the model's chat template"
     )
@@ -70,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
         note_unread_stdin()
     if not converses and not message.strip():
         raise UsageError("message: expected some text, got none; give it as an argument or on stdin")
+    if not converses and args.max_new_tokens is None:
+        args.max_new_tokens = SINGLE
     session = open_session(args)
     talk = Conversation(
         session.engine, session.tokenizer, session.params, system=args.system,

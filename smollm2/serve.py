@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from smollm2.cli import Parser, load, run_command
 from smollm2.engine.select import select_engine
@@ -21,6 +22,7 @@ NUMBERS = (
     ("--port", "P", 8080, 0, "port to listen on; 0 takes a free one"),
     ("--slots", "N", 8, 1, "requests that run at the same time"),
     ("--context", "N", 0, 0, "longest request in tokens, prompt and answer together; 0: the model's limit"),
+    ("--max-tokens", "N", 1024, 0, "answers of chats that name no limit; 0: to the end of the context"),
     ("--queue", "N", 64, 1, "requests that may wait for a slot; further ones are answered with 429"),
     (
         "--prefix-cache-mb",
@@ -33,6 +35,11 @@ NUMBERS = (
     ("--max-body", "BYTES", 4 << 20, 1, "largest body of a request"),
     ("--grace", "SECONDS", 30, 0, "time for running requests to finish after SIGTERM or Ctrl-C"),
 )
+# flag, metavar, default
+SAMPLING = (
+    ("--temperature", "T", 0.2), ("--top-p", "P", 0.9), ("--top-k", "K", 40), ("--min-p", "P", 0.0),
+    ("--repetition-penalty", "R", 1.0),
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -50,9 +57,9 @@ def build_parser() -> Parser:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (%(default)s)")
     for flag, metavar, number, _, words in NUMBERS:
         add(flag, type=int, default=number, metavar=metavar, help=f"{words} (%(default)s)")
-    words = "where a request sets none; the default is the model card's"
-    add("--temperature", type=float, default=0.2, metavar="T", help=f"{words} (%(default)s)")
-    add("--top-p", type=float, default=0.9, metavar="P", help=f"{words} (%(default)s)")
+    for flag, metavar, usual in SAMPLING:
+        words = "where a request sets none (%(default)s)"
+        add(flag, type=type(usual), default=usual, metavar=metavar, help=words)
     words = f"key that clients must send; better given as {KEY}, which no list of processes shows"
     add("--api-key", default=os.environ.get(KEY), metavar="KEY", help=words)
     words = "let pages of that origin use the server (https://example.org, or *); may be repeated"
@@ -70,7 +77,11 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag}: expected a number >= {least}, got {value}")
     if args.api_key is not None and not args.api_key.strip():
         raise UsageError(f"--api-key or {KEY}: expected a key, got an empty one; leave it out for none")
-    SamplingParams(temperature=args.temperature, top_p=args.top_p).validate(sys.maxsize)
+    SamplingParams(**_sampling(args)).validate(sys.maxsize)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in (flag[2:].replace("-", "_") for flag, _, _ in SAMPLING)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -92,7 +103,8 @@ def main(argv: Sequence[str]) -> int:
         vocab_size = model.config.vocab_size
         ends = tokenizer.end_ids(vocab_size, *model.config.eos_token_ids)
         banned = tokenizer.banned_ids(vocab_size, ends)
-        params = SamplingParams(banned, temperature=args.temperature, top_p=args.top_p)
+        params = SamplingParams(banned, **_sampling(args))
+        params.validate(vocab_size)
         scheduler = Scheduler(
             engine, tokenizer, slots=args.slots, context=args.context or None, queue_size=args.queue,
             prefix_cache_bytes=args.prefix_cache_mb << 20,
@@ -106,8 +118,8 @@ def main(argv: Sequence[str]) -> int:
         if args.api_key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
             print(f"without --api-key, whoever reaches {args.host} can use the model", file=sys.stderr)
         app = create_app(
-            scheduler, tokenizer, name, params=params, api_key=args.api_key, cors=args.cors,
-            timeout=args.timeout, max_body=args.max_body,
+            scheduler, tokenizer, name, params=params, max_tokens=args.max_tokens, api_key=args.api_key,
+            cors=args.cors, timeout=args.timeout, max_body=args.max_body,
         )  # fmt: skip
         server = Server(
             app, scheduler, grace=args.grace, log=args.verbose,

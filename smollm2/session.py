@@ -43,8 +43,10 @@ class Session:
     draft: Draft | None
 
 
-def add_sampling(parser: Parser, **defaults: float | None) -> None:
-    """Adds --model, how tokens are chosen, and where an answer stops. defaults: some in place of NUMBERS'."""
+def add_sampling(parser: Parser, unlimited: str = "no limit", **defaults: float | None) -> None:
+    """Adds --model, how tokens are chosen, and where an answer stops. defaults: some in place of NUMBERS';
+    unlimited: what None means, in words.
+    """
     add = parser.add_argument
     parser.add("--model")
     for flag, metavar, usual, words in NUMBERS:
@@ -54,7 +56,7 @@ def add_sampling(parser: Parser, **defaults: float | None) -> None:
             type=type(usual),
             default=default,
             metavar=metavar,
-            help=f"{words} ({'no limit' if default is None else default})",
+            help=f"{words} ({unlimited if default is None else default})",
         )
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before TEXT; may be repeated")
 

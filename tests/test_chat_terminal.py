@@ -237,6 +237,12 @@ def test_all_of_stdin_is_one_message(monkeypatch, checkpoint, capsys):
         assert capsys.readouterr().err == "the answer was cut at 4 tokens (--max-new-tokens)\n"
 
 
+def test_a_single_answer_has_an_end_whatever_the_model_says(monkeypatch, checkpoint, capsys):
+    monkeypatch.setattr(chat, "SINGLE", 5)
+    assert printed(chat.main, "--model", checkpoint, "--device", "cpu", "--dtype", "fp32", "fox") == "aaaaa\n"
+    assert capsys.readouterr().err == "the answer was cut at 5 tokens (--max-new-tokens)\n"
+
+
 @pytest.mark.parametrize(
     ("content", "code", "words"),
     [

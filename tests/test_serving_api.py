@@ -70,6 +70,18 @@ def test_without_a_limit_a_chat_goes_to_its_end_or_the_context_s_and_without_a_s
         assert ended or answer.usage.total_tokens == 128
 
 
+@pytest.mark.parametrize("usual, chat, text", [(5, 5, 5), (20, 20, 16), (1024, None, 16), (0, None, 16)])
+def test_a_request_that_names_no_limit_gets_the_server_s_as_far_as_the_context_goes(usual, chat, text):
+    with served(max_tokens=usual) as server:
+        for path, body, most in (
+            (CHAT, {"messages": HI}, chat or 128 - len(chat_ids(HI))), (TEXTS, {"prompt": "the"}, text),
+            (CHAT, {"messages": HI, "max_tokens": 7}, 7), (TEXTS, {"prompt": "the", "max_tokens": 30}, 30),
+        ):  # fmt: skip
+            assert server.post(path, **body).status_code == 200
+            assert server.requests[-1].max_tokens == most
+        assert server.post(CHAT, messages=HI * 30).json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_choices_have_seeds_of_their_own_and_messages_may_come_in_parts(ask):
     parts = [{"type": "text", "text": "the quick"}, {"type": "text", "text": "fox"}]
     messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]

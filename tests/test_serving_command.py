@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from generation_cases import tiny_model
@@ -51,6 +52,8 @@ def no_model(monkeypatch):
     (["--prefix-cache-mb", "-1"], "--prefix-cache-mb"),
     (["--host", "no.such.host.invalid"], "no.such.host.invalid"), (["--host", "192.0.2.1"], "192.0.2.1"),
     (["--timeout", "0"], "--timeout"), (["--temperature", "-1"], "temperature"), (["--top-p", "0"], "top_p"),
+    (["--top-k", "-1"], "top_k"), (["--min-p", "2"], "min_p"), (["--max-tokens", "-1"], "--max-tokens"),
+    (["--repetition-penalty", "0"], "repetition_penalty"),
     (["--api-key", " "], "--api-key"), (["--nonsense"], "--help"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_a_model_is_loaded(no_model, capsys, argv, words):
@@ -88,6 +91,40 @@ def test_how_much_is_kept_of_texts_that_ended_is_an_option(checkpoint, capsys, m
     for more in ([], ["--prefix-cache-mb", "3"], ["--prefix-cache-mb", "0"]):
         refused(capsys, *options, *more)
     assert given == [512 << 20, 3 << 20, 0]
+
+
+@pytest.fixture
+def given(checkpoint, capsys, monkeypatch):
+    """Starts the command with these options, and tells what it would make its application of."""
+
+    def start(*options: str, model: str = "") -> tuple[str, dict[str, Any]]:
+        made = []
+
+        def create_app(scheduler, tokenizer, name, **given):
+            made.append((name, given))
+            raise UsageError("enough")
+
+        monkeypatch.setattr("smollm2.serving.app.create_app", create_app)
+        argv = ["--model", model or str(checkpoint), "--device", "cpu", "--port", "0", *options]
+        assert run_command(serve.main, argv) == 2
+        assert capsys.readouterr().err.endswith("error: enough\n")
+        return made[0]
+
+    return start
+
+
+def test_what_a_request_does_not_say_is_an_option(given, checkpoint, capsys):
+    found = given()[1]
+    params = found["params"]
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.2, 0.9, 40, 0)
+    assert params.repetition_penalty == 1 and found["max_tokens"] == 1024
+    options = "--temperature 1.5 --top-p 0.5 --top-k 7 --min-p 0.1 --repetition-penalty 1.2 --max-tokens 0"
+    found = given(*options.split())[1]
+    params = found["params"]
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.5, 0.5, 7, 0.1)
+    assert params.repetition_penalty == 1.2 and found["max_tokens"] == 0
+    options = "--model", str(checkpoint), "--device", "cpu", "--port", "0", "--top-k", "301"
+    assert "1 to 291, the size of the vocabulary, got 301" in refused(capsys, *options)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

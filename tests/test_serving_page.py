@@ -34,7 +34,7 @@ class StandIn(ThreadingHTTPServer):
         self.breaks = False  # the connection ends in the middle of the answer
         self.refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None
         self.key = ""
-        self.finish = "stop"
+        self.finish, self.read = "stop", 30
         self.asked: list[dict[str, Any]] = []
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -92,7 +92,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
             self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": server.finish}]})
             count = len(server.pieces)
-            usage = {"prompt_tokens": 30, "completion_tokens": count, "total_tokens": 30 + count}
+            usage = {"prompt_tokens": server.read, "completion_tokens": count}
+            usage["total_tokens"] = server.read + count
             self.event({"choices": [], "usage": usage})
             self.chunk("data: [DONE]\n\n")
             self.wfile.write(b"0\r\n\r\n")
@@ -359,8 +360,10 @@ def test_refusals_in_words(page: Any, server: StandIn) -> None:
     assert [one["content"] for one in server.asked[-1]["messages"]] == ["Third."]
     assert page.locator(".out").count() == 4
     server.finish = "length"
-    page.get_by_role("button", name="Retry").click()
-    sees(page.locator(".assistant .foot").last, re.compile("stopped: the context is full"))
+    for read, why in ((30, "stopped at the limit of 3 tokens"), (CONTEXT - 3, "the context is full")):
+        server.read = read
+        page.get_by_role("button", name="Retry").click()
+        sees(page.locator(".assistant .foot").last, re.compile(why))
 
 
 def test_a_key_is_asked_for(page: Any, server: StandIn) -> None:

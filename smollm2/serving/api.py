@@ -160,9 +160,9 @@ class ChatRequest(Asked):
         text = tokenizer.apply_chat_template([message.plain() for message in self.messages])
         yield tokenizer.encode(text)
 
-    def budget(self, room: int) -> int:
-        """How many new tokens, if a prompt leaves room for so many."""
-        return self.max_completion_tokens or self.max_tokens or room
+    def budget(self, room: int, usual: int) -> int:
+        """How many new tokens, if a prompt leaves room for so many; usual: where none are named, 0: all."""
+        return self.max_completion_tokens or self.max_tokens or min(room, usual or room)
 
     def likely(self) -> int | None:
         """How many of the most likely tokens are reported with each; None: no logprobs at all."""
@@ -222,8 +222,8 @@ class CompletionRequest(Asked):
         for one in self.given():
             yield tokenizer.encode(one, special=False) if isinstance(one, str) else one
 
-    def budget(self, room: int) -> int:
-        return self.max_tokens or min(room, 16)  # OpenAI's default
+    def budget(self, room: int, usual: int) -> int:
+        return self.max_tokens or min(room, usual or 16, 16)  # OpenAI's default
 
     def likely(self) -> int | None:
         return self.logprobs

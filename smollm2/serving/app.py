@@ -170,7 +170,7 @@ class EventStream(StreamingResponse):
 
 
 class Service:
-    """What the endpoints share. params: how tokens are chosen where a request does not say."""
+    """What the endpoints share, with the options of `create_app`."""
 
     def __init__(
         self,
@@ -178,11 +178,12 @@ class Service:
         tokenizer: Tokenizer,
         model: str,
         params: SamplingParams,
+        max_tokens: int,
         timeout: float,
         max_body: int,
     ) -> None:
         self.scheduler, self.tokenizer, self.model = scheduler, tokenizer, model
-        self.params, self.timeout, self.max_body = params, timeout, max_body
+        self.params, self.max_tokens, self.timeout, self.max_body = params, max_tokens, timeout, max_body
         longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
         self.most_bytes = scheduler.context * longest  # of a text: more are too many tokens, whichever
         self.created = int(time.time())
@@ -241,7 +242,7 @@ class Service:
                 raise UsageError(f"n: expected at most {most} answers, got {asked.count()} x {asked.n or 1}")
             for prompt in asked.prompts(self.tokenizer):
                 room = self.scheduler.context - len(prompt)
-                budget = asked.budget(room)
+                budget = asked.budget(room, self.max_tokens)
                 if room < max(budget, 1):
                     raise self.too_long(asked, f"{len(prompt):,} and {max(budget, 1):,} new ones")
                 for choice in range(asked.n or 1):
@@ -292,6 +293,7 @@ def create_app(
     model: str,
     *,
     params: SamplingParams,
+    max_tokens: int = 1024,
     api_key: str | None = None,
     cors: Sequence[str] = (),
     timeout: float = 600.0,
@@ -299,11 +301,12 @@ def create_app(
 ) -> FastAPI:
     """The application for one model.
 
-    model: its name to clients. params: how tokens are chosen where a request does not say. api_key: what
-    clients must send as a bearer token, None: nothing. cors: origins whose pages may ask. timeout: seconds
-    from a request's arrival to its last piece. max_body: bytes.
+    model: its name to clients. params, max_tokens: how tokens are chosen, and how many of a chat's answer,
+    where a request does not say; 0: to the end of the context. api_key: what clients must send as a bearer
+    token, None: nothing. cors: origins whose pages may ask. timeout: seconds from a request's arrival to its
+    last piece. max_body: bytes.
     """
-    service = Service(scheduler, tokenizer, model, params, timeout, max_body)
+    service = Service(scheduler, tokenizer, model, params, max_tokens, timeout, max_body)
     app = FastAPI(openapi_url=None)  # nor the pages that show it, which load scripts from elsewhere
     if cors:
         app.add_middleware(
