@@ -52,6 +52,8 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     parser.add("--model", "--device", "--dtype", "--backend", "--quantize")
+    words = "the model's name to clients (that of --model, without its folders)"
+    add("--name", metavar="NAME", help=words)
     words = "compile the decode step for this machine once (ten seconds); later runs use it"
     add("--compile", action="store_true", help=words)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one (%(default)s)")
@@ -75,6 +77,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, flag[2:].replace("-", "_"))
         if value < least:
             raise UsageError(f"{flag}: expected a number >= {least}, got {value}")
+    if args.name is not None and not args.name.strip():
+        raise UsageError("--name: expected a name, got an empty one; leave it out for the model's own")
     if args.api_key is not None and not args.api_key.strip():
         raise UsageError(f"--api-key or {KEY}: expected a key, got an empty one; leave it out for none")
     SamplingParams(**_sampling(args)).validate(sys.maxsize)
@@ -95,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
         install = "install it with: pip install 'smollm2-kernels[serve]'"
         raise UsageError(f"serving needs the package {error.name}; {install}") from None
     log_to_stderr(args.verbose)
-    name = Path(args.model).name if Path(args.model).exists() else args.model
+    # of "." too; a link keeps the name that it has
+    name = args.name or (Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model)
     with bind(args.host, args.port) as bound:
         model = load(args)
         tokenizer = load_tokenizer(args.model)

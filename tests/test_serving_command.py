@@ -54,7 +54,7 @@ def no_model(monkeypatch):
     (["--timeout", "0"], "--timeout"), (["--temperature", "-1"], "temperature"), (["--top-p", "0"], "top_p"),
     (["--top-k", "-1"], "top_k"), (["--min-p", "2"], "min_p"), (["--max-tokens", "-1"], "--max-tokens"),
     (["--repetition-penalty", "0"], "repetition_penalty"),
-    (["--api-key", " "], "--api-key"), (["--nonsense"], "--help"),
+    (["--api-key", " "], "--api-key"), (["--name", ""], "--name"), (["--nonsense"], "--help"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_a_model_is_loaded(no_model, capsys, argv, words):
     assert words in refused(capsys, *argv)
@@ -111,6 +111,15 @@ def given(checkpoint, capsys, monkeypatch):
         return made[0]
 
     return start
+
+
+def test_the_model_is_named_after_its_folder_or_as_told(given, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "linked").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint)
+    for model in (str(checkpoint), f"{checkpoint}/", ".", "./", "../tiny-chat"):
+        assert given(model=model)[0] == "tiny-chat"
+    assert given(model=str(tmp_path / "linked"))[0] == "linked"
+    assert given("--name", "mine/chat", model=".")[0] == "mine/chat"
 
 
 def test_what_a_request_does_not_say_is_an_option(given, checkpoint, capsys):
