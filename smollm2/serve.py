@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import signal
 import sys
@@ -66,6 +67,9 @@ def build_parser() -> Parser:
     add("--api-key", default=os.environ.get(KEY), metavar="KEY", help=words)
     words = "let pages of that origin use the server (https://example.org, or *); may be repeated"
     add("--cors", action="append", default=[], metavar="ORIGIN", help=words)
+    words = "a further name of this machine by which clients ask for it; may be repeated. On a loopback "
+    words += "address without a key, others than localhost, 127.0.0.1, [::1] and --host are refused"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=words)
     add("--verbose", action="store_true", help="say on stderr what was loaded, and each request")
     parser.add("--debug")
     return parser
@@ -120,11 +124,14 @@ def main(argv: Sequence[str]) -> int:
                 f"{args.model}: {model.num_parameters():,} parameters, engine {engine}; {rows}",
                 file=sys.stderr,
             )
-        if args.api_key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+        hosts = None
+        if args.api_key is None and ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
+            hosts = ["localhost", "127.0.0.1", "::1", args.host, *args.allow_host]
+        elif args.api_key is None:
             print(f"without --api-key, whoever reaches {args.host} can use the model", file=sys.stderr)
         app = create_app(
             scheduler, tokenizer, name, params=params, max_tokens=args.max_tokens, api_key=args.api_key,
-            cors=args.cors, timeout=args.timeout, max_body=args.max_body,
+            cors=args.cors, hosts=hosts, timeout=args.timeout, max_body=args.max_body,
         )  # fmt: skip
         server = Server(
             app, scheduler, grace=args.grace, log=args.verbose,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -345,3 +346,33 @@ def test_a_key_is_asked_for_and_pages_of_other_origins_are_let_in_when_told():
 def test_without_cors_no_origin_is_let_in(tiny):
     response = tiny.http.get("/health", headers={"Origin": "https://example.org"})
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_names_that_are_not_the_server_s_are_refused():
+    """A page of evil.org whose name resolves to 127.0.0.1 is of this origin for its browser."""
+    names = ["localhost", "127.0.0.1", "::1", "My.Box"]
+    with served(start=False, hosts=names, cors=["*"]) as server:
+        for host in ("localhost", "localhost:8080", "127.0.0.1", "[::1]", "[::1]:99", "MY.BOX.:1", "my.box"):
+            for path in ("/", "/health", "/v1/models"):
+                assert server.http.get(path, headers={"Host": host}).status_code == 200
+        for host in (
+            "evil.org",
+            "evil.org:8080",
+            "localhost.evil.org",
+            "evil.org:localhost",
+            "[::1",
+            "127.0.0.2",
+        ):
+            for path in ("/", "/health", "/v1/models", CHAT, "/nothing"):
+                response = server.http.get(path, headers={"Host": host})
+                error = response.json()["error"]
+                assert response.status_code == 403 and error["code"] == "host_not_allowed"
+                assert host in error["message"] and "--allow-host NAME" in error["message"]
+                assert set(error) == {"message", "type", "param", "code"}
+        assert server.http.post(CHAT, json={"messages": HI}, headers={"Host": "evil.org"}).status_code == 403
+        assert server.requests == []
+        with socket.create_connection(server.http.base_url.netloc.decode().split(":")) as program:
+            program.sendall(b"GET /health HTTP/1.0\r\n\r\n")  # a watcher that sends no name is no browser
+            assert program.recv(100).startswith(b"HTTP/1.1 200")
+    with served(start=False) as server:
+        assert server.http.get("/health", headers={"Host": "evil.org"}).status_code == 200

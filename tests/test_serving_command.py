@@ -122,6 +122,14 @@ def test_the_model_is_named_after_its_folder_or_as_told(given, checkpoint, tmp_p
     assert given("--name", "mine/chat", model=".")[0] == "mine/chat"
 
 
+def test_on_a_loopback_address_without_a_key_other_names_are_refused(given):
+    own = ["localhost", "127.0.0.1", "::1"]
+    assert given()[1]["hosts"] == [*own, "127.0.0.1"]
+    options = "--host", "localhost", "--allow-host", "my.box", "--allow-host", "b"
+    assert given(*options)[1]["hosts"] == [*own, "localhost", "my.box", "b"]
+    assert given("--api-key", "secret")[1]["hosts"] is given("--host", "0.0.0.0")[1]["hosts"] is None
+
+
 def test_what_a_request_does_not_say_is_an_option(given, checkpoint, capsys):
     found = given()[1]
     params = found["params"]

@@ -20,13 +20,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from smollm2.errors import UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
@@ -281,6 +283,36 @@ class Service:
         return "".join(f"# TYPE {name} {kind}\n{name} {value}\n" for name, kind, value in figures)
 
 
+class KnownHosts:
+    """Refuses requests to other names than these.
+
+    Any site can have its name resolve to 127.0.0.1, and its pages are then of this server's origin for a
+    browser (DNS rebinding); the Host header still has that name. Only a program sends none. Starlette's
+    TrustedHostMiddleware knows no IPv6 and answers in another form.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app, self.names = app, {_host_name(name) for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("host") if scope["type"] == "http" else None
+        if given is None or _host_name(given) in self.names:
+            return await self.app(scope, receive, send)
+        how = "start the server with --allow-host NAME, or with an API key, to use it by that name"
+        message = f"Host: expected localhost or another name of this server, got {given!r:.80}; {how}"
+        error = ApiError(403, message, code="host_not_allowed")
+        await JSONResponse(error.body(), error.status)(scope, receive, send)
+
+
+def _host_name(host: str) -> str:
+    """Of a Host header, which may have a port; of an IPv6 address without its brackets too."""
+    try:
+        in_brackets = f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
+        return (urlsplit(f"//{in_brackets}").hostname or "").removesuffix(".")
+    except ValueError:
+        return ""
+
+
 async def _disconnect(http: Request) -> None:
     """Waits until the client is gone."""
     while (await http.receive())["type"] != "http.disconnect":
@@ -296,6 +328,7 @@ def create_app(
     max_tokens: int = 1024,
     api_key: str | None = None,
     cors: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
     timeout: float = 600.0,
     max_body: int = 4 << 20,
 ) -> FastAPI:
@@ -303,8 +336,8 @@ def create_app(
 
     model: its name to clients. params, max_tokens: how tokens are chosen, and how many of a chat's answer,
     where a request does not say; 0: to the end of the context. api_key: what clients must send as a bearer
-    token, None: nothing. cors: origins whose pages may ask. timeout: seconds from a request's arrival to its
-    last piece. max_body: bytes.
+    token, None: nothing. cors: origins whose pages may ask. hosts: names by which the server may be reached,
+    None: any. timeout: seconds from a request's arrival to its last piece. max_body: bytes.
     """
     service = Service(scheduler, tokenizer, model, params, max_tokens, timeout, max_body)
     app = FastAPI(openapi_url=None)  # nor the pages that show it, which load scripts from elsewhere
@@ -312,6 +345,9 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+
+    if hosts is not None:
+        app.add_middleware(KnownHosts, names=hosts)
 
     async def check_key(http: Request) -> None:
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
