@@ -227,7 +227,7 @@ def test_too_many_requests_are_refused_as_a_whole(serve, monkeypatch):
     scheduler.submit(*[answer.request for answer in answers])
     more = [Answer([6], 3), Answer([7], 3)]
     for attempt in (more, more[:1]):
-        with pytest.raises(Busy, match="of 3 that may"):
+        with pytest.raises(Busy, match="the queue is full: 3 may wait beside the 2 that run"):
             scheduler.submit(*[answer.request for answer in attempt])
     go.set()
     for answer in answers:

@@ -210,7 +210,7 @@ class Scheduler:
                 raise RuntimeError(self.failure or "the scheduler is closed")
             free = max(0, self.slots - self.running)
             if len(self._queue) + len(requests) > self.queue_size + free:
-                raise Busy(f"{len(self._queue)} requests wait, of {self.queue_size} that may")
+                raise Busy(f"the queue is full: {self.queue_size} may wait beside the {self.slots} that run")
             self._queue.extend(requests)
             self.totals.requests += len(requests)
             self._changed.notify()
