@@ -81,6 +81,8 @@ def test_a_full_queue_is_429_and_clients_that_leave_are_cancelled():
         until(lambda: len(server.requests) == 2)
         refused = server.post(CHAT, messages=HI)
         assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+        message = refused.json()["error"]["message"]
+        assert message == "the queue is full: 1 may wait beside the 1 that run"
         assert refused.headers["retry-after"] == "1"
         assert not any(request.cancelled for request in server.requests)
         for client in clients:
@@ -161,7 +163,7 @@ def test_a_fault_of_the_server_shows_nothing_of_it(monkeypatch):
 
 
 @pytest.mark.parametrize("grace", [60, 0])
-def test_at_the_end_what_runs_is_finished_or_told(grace):
+def test_at_the_end_what_runs_is_finished_or_told(grace, capsys):
     engine = Gated()
     with served(engine, grace=grace) as server:
         with server.http.stream(
@@ -182,6 +184,15 @@ def test_at_the_end_what_runs_is_finished_or_told(grace):
                 assert last["error"]["code"] == "shutting_down"
         with pytest.raises(httpx2.ConnectError):
             until(lambda: httpx2.get(f"{server.url}/health") is None)
+    line = f"ending: 1 request has {grace} s to finish; Ctrl-C again ends at once\n"
+    assert capsys.readouterr().err.count(line) == 1
+
+
+def test_a_server_that_waits_for_nobody_ends_without_a_word(capsys):
+    with served() as server:
+        server.post(TEXTS, prompt="the", max_tokens=1)
+        until(lambda: server.scheduler.running == 0)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_crowd_gets_what_each_would_get_alone_and_leaves_nothing():

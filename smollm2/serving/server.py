@@ -64,6 +64,9 @@ class Server(uvicorn.Server):
         self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if count := self.scheduler.running + self.scheduler.queued:
+            what = f"{count} requests have" if count > 1 else "1 request has"
+            print(f"ending: {what} {self.grace} s to finish; Ctrl-C again ends at once", file=sys.stderr)
         # The event loop goes on meanwhile: it is what passes on the last pieces.
         threading.Thread(target=self.scheduler.close, args=(self.grace,), daemon=True).start()
         await super().shutdown(sockets)
