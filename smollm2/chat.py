@@ -28,7 +28,7 @@ COMMANDS = {  # name -> its argument, and what it does
     "/help": ("", "show this"),
     "/retry": ("", "another answer to the last question, with the next seed"),
     "/clear": ("", "forget the conversation; the system prompt stays"),
-    "/system": ("[TEXT]", "another system prompt from here on; without TEXT, show the present one"),
+    "/system": ("[TEXT]", 'another system prompt ("" for none, default for the model\'s), or show it'),
     "/save": ("FILE", "write the conversation as JSON"),
     "/load": ("FILE", "go on with a saved one"),
     "/exit": ("", "leave, as Ctrl-D does"),
@@ -53,9 +53,8 @@ def build_parser() -> Parser:
     words = "answer this and exit; - reads stdin, and so does no message when stdin is no terminal"
     add("message", nargs="*", default=[], metavar="MESSAGE", help=words)
     add_sampling(parser, unlimited=f"no limit in a conversation, {SINGLE:,} for one answer", **DEFAULTS)
-    add(
-        "--system", metavar="TEXT", help="the system prompt, in place of the one in the model's chat template"
-    )
+    words = "the system prompt, in place of the one in the model's chat template; an empty one for none"
+    add("--system", metavar="TEXT", help=words)
     add_engine(parser)
     add("--verbose", action="store_true", help="say on stderr what was loaded, and how fast each answer was")
     parser.add("--debug")
@@ -139,8 +138,11 @@ class Chat:
             self.answer(pieces)
         elif name == "/system":
             if argument:
-                self.talk.set_system(argument)
-            self.note(f"system prompt: {self.talk.system or 'that of the chat template'}")
+                self.talk.set_system(None if argument == "default" else "" if argument == '""' else argument)
+            present = self.talk.system
+            self.note(
+                f"system prompt: {'that of the chat template' if present is None else present or 'none'}"
+            )
         elif not argument:
             raise UsageError(f"{name}: expected the name of a file, got none")
         else:

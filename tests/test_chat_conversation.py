@@ -117,6 +117,21 @@ def test_a_system_prompt_counts_for_what_was_said_and_survives_clear():
     assert talk.system is None and talk.messages == []
 
 
+def test_an_empty_system_prompt_is_none_and_not_the_template_s_own():
+    """Of a template that writes one where there is none, as SmolLM2's."""
+    talk, own = conversation("a"), "<|im_start|>system\nYou are SmolLM.<|im_end|>\n"
+    talk.tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}" + own + "{% endif %}" + talk.tokenizer.chat_template
+    )
+    for text, begins in ((None, own), ("", "<|im_start|>system\n<|im_end|>\n"), (None, own)):
+        talk.set_system(text)
+        assert talk.system == text
+        assert said(talk, "the fox") == "aaaaaa"
+        ids = talk.encode(talk.messages)
+        assert talk.tokenizer.decode(ids).startswith(begins + "<|im_start|>user\n")
+    assert conversation("a", system="").messages == [{"role": "system", "content": ""}]
+
+
 def test_a_system_prompt_that_the_template_refuses_changes_nothing():
     talk = conversation("a")
     said(talk, "the fox")

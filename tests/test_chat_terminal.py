@@ -193,6 +193,7 @@ def test_commands(capsys, tmp_path):
         ("/save", "error: /save: expected the name of a file, got none"),
         ("/load /", "error: /: not a readable JSON file"),
         ("/system", "system prompt: that of the chat template"),
+        ('/system ""', "system prompt: none"),
         ("x" * 900, "error: message: expected less than 512 tokens"),
         ("\ud800", "error: tokenizer: expected text that UTF-8 can encode"),
     ],
@@ -200,6 +201,15 @@ def test_commands(capsys, tmp_path):
 def test_what_is_no_question_is_answered_in_words_and_the_conversation_goes_on(capsys, line, words):
     out, error = transcript(capsys, conversation("a"), line, "the fox")
     assert out == "aaaaaa\n" and words in error and "Traceback" not in error
+
+
+def test_the_template_s_own_system_prompt_comes_back(capsys):
+    talk = conversation("a", system="")
+    _, error = transcript(capsys, talk, "/system", "/system be brief", "/system default")
+    assert error.splitlines() == [
+        f"system prompt: {one}" for one in ("none", "be brief", "that of the chat template")
+    ]
+    assert talk.messages == []
 
 
 def test_a_path_is_a_question_and_quotes_are_not_part_of_one(capsys):

@@ -66,13 +66,16 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system prompt; None leaves it to the chat template."""
+        """The system prompt, "" for none at all; None leaves it to the chat template."""
         first = self.messages[:1]
         return first[0]["content"] if first and first[0]["role"] == "system" else None
 
     def set_system(self, text: str | None) -> None:
-        """Another system prompt, for what was said too. Raises UsageError if the template refuses it."""
-        system = [{"role": "system", "content": text}] if text else []
+        """Another system prompt, for what was said too. Raises UsageError if the template refuses it.
+
+        An empty one is passed to the template as such: without any, SmolLM2's writes a prompt of its own.
+        """
+        system = [{"role": "system", "content": text}] if text is not None else []
         self.encode([*system, {"role": "user", "content": "Hello"}])
         self.messages = [*system, *self._turns(self.messages)]
 
