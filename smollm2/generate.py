@@ -12,7 +12,7 @@ from smollm2 import chat
 from smollm2.cli import Parser, run_command
 from smollm2.engine.loops import CapturedEngine
 from smollm2.errors import UsageError
-from smollm2.generation.batch_file import check_paths, run_file
+from smollm2.generation.batch_file import check_paths, question, run_file
 from smollm2.generation.loop import stream_text
 from smollm2.generation.speculative import Stats
 from smollm2.session import (
@@ -20,6 +20,7 @@ from smollm2.session import (
     add_engine,
     add_sampling,
     check_flags,
+    note_greedy,
     note_unread_stdin,
     open_session,
     read_stdin,
@@ -39,6 +40,9 @@ def build_parser() -> Parser:
     add("prompt", nargs="*", default=[], help=words)
     add_sampling(parser)
     add("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    words = "with --chat, the system prompt in place of the template's own; an empty one for none"
+    add("--system", metavar="TEXT", help=words)
+    add("--no-echo", action="store_true", help="print what follows the prompt, without the prompt")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     add_engine(parser)
     words = 'prompts: .jsonl with {"prompt"} or {"messages"}, or .txt, one a line'
@@ -64,6 +68,8 @@ def _check(args: argparse.Namespace) -> None:
         hint = "give it as an argument or on stdin, or converse: smollm2 chat"
         raise UsageError(f"prompt: expected some text to continue, got none; {hint}")
     check_flags(args)
+    if args.system is not None and not args.chat:
+        raise UsageError("--system: a text has no system prompt; add --chat, or leave it out")
     if from_file and (args.speculate or args.draft):
         hint = "leave them out, or give one prompt"
         raise UsageError(f"--speculate and --draft serve one prompt at a time, got --prompts; {hint}")
@@ -75,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     if not args.prompt and args.prompts is None and args.output is None:
         if args.chat and sys.stdin.isatty():
-            return chat.main([word for word in argv if word != "--chat"])
+            return chat.main([word for word in argv if word not in ("--chat", "--no-echo")])
         args.prompt = [] if sys.stdin.isatty() else ["-"]
     if args.prompt == ["-"]:
         args.prompt = [read_stdin().removesuffix("\n")]
@@ -83,11 +89,14 @@ def main(argv: Sequence[str]) -> int:
         note_unread_stdin()
     _check(args)
     session = open_session(args)
+    session.params.validate(session.engine.model.config.vocab_size)
+    note_greedy(args)
     if args.prompts is not None:
         run_file(
             session.engine.model, session.tokenizer, args.prompts, args.output, params=session.params,
             max_new_tokens=args.max_new_tokens, seed=args.seed, stop=args.stop, chat=args.chat,
-            slots=args.slots, engine=session.engine, made_with={"quantize": args.quantize},
+            system=args.system, slots=args.slots, engine=session.engine,
+            made_with={"quantize": args.quantize},
         )  # fmt: skip
         return 0
     try:
@@ -100,12 +109,12 @@ def _continue(session: Session, args: argparse.Namespace) -> int:
     """Prints the answer to the prompt of the command line."""
     tokenizer, engine, prompt = session.tokenizer, session.engine, " ".join(args.prompt)
     if args.chat:
-        prompt_ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": prompt}]))
+        prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(question(prompt, args.system)))
     else:
         prompt_ids = tokenizer.encode(prompt, special=False)
         if tokenizer.chat_template is not None and sys.stderr.isatty():
             print("this model answers questions: add --chat, or converse with smollm2 chat", file=sys.stderr)
-    answer = _answer(session, prompt_ids, args, echo="" if args.chat else prompt)
+    answer = _answer(session, prompt_ids, args, echo="" if args.chat or args.no_echo else prompt)
     if args.verbose and isinstance(engine, CapturedEngine):
         print(engine.loops.describe(), file=sys.stderr)
     return 0 if answer else 1
@@ -116,11 +125,12 @@ def _answer(session: Session, prompt_ids: list[int], args: argparse.Namespace, e
     pieces: list[str] = []
     first = last = 0.0
     stats = Stats()
-    for piece in stream_text(
+    stream = stream_text(
         session.engine.model, session.tokenizer, prompt_ids, max_new_tokens=args.max_new_tokens,
         params=session.params, seed=args.seed, stop=args.stop, engine=session.engine, draft=session.draft,
         stats=stats,
-    ):  # fmt: skip
+    )  # fmt: skip
+    for piece in stream:
         last = time.perf_counter()
         first = first or last
         if not args.no_stream:
@@ -128,6 +138,9 @@ def _answer(session: Session, prompt_ids: list[int], args: argparse.Namespace, e
         pieces.append(piece)
     text = "".join(pieces)
     print(echo + text if args.no_stream else "", flush=True)
+    if stream.finish == "length":
+        what = "answer" if args.chat else "text"
+        print(f"the {what} was cut at {args.max_new_tokens} tokens (--max-new-tokens)", file=sys.stderr)
     if len(pieces) > 1:  # the first token belongs to the prefill
         print(f"{(len(pieces) - 1) / (last - first):.1f} tok/s", file=sys.stderr)
         if session.draft is not None:

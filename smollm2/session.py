@@ -111,6 +111,20 @@ def open_session(args: argparse.Namespace) -> Session:
     return Session(engine, tokenizer, params, draft)
 
 
+def note_greedy(args: argparse.Namespace) -> None:
+    """Says on stderr which flags change nothing, because nothing is drawn."""
+    only_drawing = "--seed", "--top-k", "--top-p", "--min-p"
+    given = [
+        flag
+        for flag, _, usual, _ in NUMBERS
+        if flag in only_drawing and getattr(args, flag[2:].replace("-", "_")) != usual
+    ]
+    if given and args.temperature == 0:
+        names = f"{' and '.join(given)} {'change' if len(given) > 1 else 'changes'} nothing"
+        hint = "which takes the most likely token; to sample, add --temperature 0.8"
+        print(f"{names} at --temperature 0, {hint}", file=sys.stderr)
+
+
 def note_unread_stdin() -> None:
     """Says on stderr that text waits on stdin which the command will not read, as it has a prompt already.
 

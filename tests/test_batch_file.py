@@ -111,6 +111,16 @@ def test_messages_go_through_the_chat_template_and_chat_wraps_plain_prompts(mode
     assert (by_messages["prompt"], by_chat["prompt"]) == (messages, "the fox")
 
 
+def test_a_system_prompt_goes_before_plain_prompts_of_a_chat(model, tmp_path):
+    tokenizer, system = tiny_tokenizer(), {"role": "system", "content": ""}
+    tokenizer.chat_template = CHATML
+    messages = [system, {"role": "user", "content": "the fox"}]
+    [by_messages] = answers(model, tokenizer, write(tmp_path / "m.jsonl", {"messages": messages}))
+    prompts = write(tmp_path / "c.jsonl", {"prompt": "the fox"}, {"messages": messages, "seed": 0})
+    by_system = answers(model, tokenizer, prompts, chat=True, system="")
+    assert [record["tokens"] for record in by_system] == [by_messages["tokens"]] * 2
+
+
 def test_a_stop_text_ends_a_row_before_it_even_across_tokens(model, tokenizer, tmp_path):
     prompts = write(tmp_path / "p.txt", *["the quick", "brown", "fox jumps", "over the lazy dog"])
     free = answers(model, tokenizer, prompts, max_new_tokens=40)

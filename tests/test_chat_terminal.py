@@ -24,6 +24,7 @@ from smollm2 import chat
 from smollm2.chat import Chat, open_history, open_prompt
 from smollm2.cli import run_command
 from smollm2.generate import main as generate_main
+from smollm2.pretrained.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 READY = b"\x1b[?2004h"  # the prompt is there: pasted text is bracketed from now on
@@ -280,6 +281,13 @@ def test_generate_reads_stdin_and_hands_conversations_to_chat(monkeypatch, check
     for words, expected in (([], "the foxaaaa\n"), (["-"], "the foxaaaa\n"), (["--chat"], "aaaa\n")):
         piped(monkeypatch, b"the fox\n")
         assert printed(generate_main, *flags, *words) == expected
+    read = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, *text: read.extend(text) or encode(self, *text))
+    assert printed(generate_main, *flags, "--chat", "--system", "be brief", "the fox") == "aaaa\n"
+    start = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nthe fox<|im_end|>\n"
+    assert start + "<|im_start|>assistant\n" in read
+    assert "the answer was cut at 4 tokens" in capsys.readouterr().err
     given = []
     monkeypatch.setattr(chat, "main", lambda argv: given.append(argv) or 0)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)

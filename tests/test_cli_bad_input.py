@@ -106,6 +106,7 @@ def test_every_dtype_has_torch_s_name_too(add):
         (["--speculate", "16", "hi"], ["--speculate", "1 to 15", "got 16"]),
         (["--speculate", "2", "--prompts", "a.txt", "--output", "b.jsonl"], ["--speculate", "one prompt at"]),
         (["--prompts", __file__, "--output", "-"], ["-: is no file", "choose a file, such as answers.jsonl"]),
+        (["--system", "be brief", "hi"], ["--system", "add --chat"]),
         (["--prompts", "a.txt"], ["--prompts", "--output", "together"]),
         (["--prompts", "a.txt", "--output", "b.jsonl", "hi"], ["got both", "hi"]),
         (["--quantize", "int4", "--compile", "--device", "cpu", "hi"], ["plain or int8", "int4"]),

@@ -85,9 +85,13 @@ def test_prompts_come_through_a_pipe(checkpoint, tmp_path, capsys):
 
 def test_an_output_that_is_no_file_is_refused(checkpoint, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a\n")
-    to = "--prompts", tmp_path / "p.txt", "--output", "/dev/null"
-    code, _, error = run(capsys, generate_main, checkpoint, *to)
-    assert code == 1 and "/dev/null: is not a regular file" in error
+    os.mkfifo(tmp_path / "pipe")
+    for output, code, words in (
+        (tmp_path / "pipe", 1, "pipe: is not a regular file"), ("/dev/null", 2, "/dev/null: is no file of"),
+    ):  # fmt: skip
+        to = "--prompts", tmp_path / "p.txt", "--output", output
+        found, _, error = run(capsys, generate_main, checkpoint, *to)
+        assert found == code and words in error
 
 
 def test_prompts_in_a_folder_are_refused(checkpoint, tmp_path, capsys):
@@ -115,6 +119,31 @@ def test_an_answer_of_nothing_is_no_success(tmp_path, capsys):
     code, out, error = run(capsys, generate_main, tmp_path, "the fox")
     assert (code, out) == (1, "the fox\n")
     assert error == "no answer: the model stopped at once, or --stop matched at the start\n"
+
+
+def test_what_follows_a_prompt_comes_without_it_and_a_cut_is_said(checkpoint, capsys):
+    options = "--max-new-tokens", "7", "the fox"
+    code, whole, error = run(capsys, generate_main, checkpoint, *options)
+    assert code == 0 and whole.startswith("the fox")
+    assert error.startswith("the text was cut at 7 tokens (--max-new-tokens)\n")
+    for more in ([], ["--no-stream"]):
+        code, after, _ = run(capsys, generate_main, checkpoint, "--no-echo", *more, *options)
+        assert (code, "the fox" + after) == (0, whole)
+    code, _, error = run(capsys, generate_main, checkpoint, "--stop", whole[10:12], *options)
+    assert code == 0 and "cut" not in error
+
+
+def test_flags_of_sampling_that_change_nothing_are_named(checkpoint, capsys, tmp_path):
+    both, hint = ["--seed", "7", "--top-p", "0.9"], "to sample, add --temperature 0.8"
+    for flags, words in (
+        (both, "--top-p and --seed change nothing at --temperature 0"), (both[:2], "--seed changes nothing"),
+        ([*both, "--temperature", "0.5"], ""), (["--repetition-penalty", "1.2"], ""), ([], ""),
+    ):  # fmt: skip
+        _, _, error = run(capsys, generate_main, checkpoint, "--max-new-tokens", "2", *flags, "the fox")
+        assert (words in error and hint in error) if words else hint not in error
+    (tmp_path / "p.txt").write_text("the fox")
+    files = "--prompts", tmp_path / "p.txt", "--output", tmp_path / "out.jsonl"
+    assert hint in run(capsys, generate_main, checkpoint, *both, *files)[2]
 
 
 # ---- the folder of a run -----------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def run_file(
     seed: int = 0,
     stop: Sequence[str] = (),
     chat: bool = False,
+    system: str | None = None,
     slots: int = 8,
     engine: Engine | None = None,
     made_with: Mapping[str, str] | None = None,
@@ -100,8 +101,8 @@ def run_file(
     """Continues every prompt of a file; progress, cache size and tokens/s go to stderr.
 
     max_new_tokens and seed are for prompts that do not name their own; prompt i takes seed + i. stop: texts
-    before which an answer ends. chat: a plain prompt is a user's message. made_with: what else the answers
-    depend on ({"quantize": "int8"}); a resume with anything else is refused.
+    before which an answer ends. chat: a plain prompt is a user's message, after the system prompt `system`.
+    made_with: what else the answers depend on ({"quantize": "int8"}); a resume with anything else is refused.
 
     Raises, before any work, LoadError for files that cannot be read or written, and UsageError for prompts
     that cannot be continued (by their line) and for an output that was begun with other prompts or options.
@@ -113,7 +114,7 @@ def run_file(
     check_stop(stop)
     content = _read(prompts_path)
     prompts = parse_prompts(prompts_path, content)
-    token_ids = _encode(tokenizer, prompts_path, prompts, chat)
+    token_ids = _encode(tokenizer, prompts_path, prompts, chat, system)
     own = (prompt.max_new_tokens for prompt in prompts)
     budgets = [max_new_tokens if budget is None else budget for budget in own]
     where = [f"{prompts_path}, line {prompt.line}" for prompt in prompts]
@@ -133,6 +134,7 @@ def run_file(
         "seed": seed,
         "stop": list(stop),
         "chat": chat,
+        "system": system,
     }
 
     began = time.perf_counter()
@@ -272,13 +274,21 @@ class _Texts:
         return text, "stop" if row in self.stopped else "length"
 
 
-def _encode(tokenizer: Tokenizer, path: Path, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:
+def question(text: str, system: str | None = None) -> list[dict[str, str]]:
+    """The messages of a chat that asks this; system: None leaves its prompt to the chat template."""
+    first = [{"role": "system", "content": system}] if system is not None else []
+    return [*first, {"role": "user", "content": text}]
+
+
+def _encode(
+    tokenizer: Tokenizer, path: Path, prompts: Sequence[Prompt], chat: bool, system: str | None
+) -> list[list[int]]:
     """Token ids of every prompt. Only a chat template writes special tokens, a plain prompt forges none."""
     ids: list[list[int]] = []
     for prompt in prompts:
         messages = prompt.content
         if chat and isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
+            messages = question(messages, system)
         try:
             if isinstance(messages, str):
                 ids.append(tokenizer.encode(messages, special=False))
