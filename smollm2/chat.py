@@ -36,7 +36,7 @@ COMMANDS = {  # name -> its argument, and what it does
 # As users of other programs know them: ollama, llama.cpp.
 ALIASES = {"/?": "/help", "/bye": "/exit", "/quit": "/exit", "/regen": "/retry"}
 KEYS = 'Alt-Enter or a \\ at the end of a line goes on to the next, and so does """ until the next """.\n'
-KEYS += "Ctrl-C stops an answer, or clears the line; Ctrl-D leaves."
+KEYS += "Ctrl-C stops an answer, or clears the line; Ctrl-Z suspends the chat, fg resumes it; Ctrl-D leaves."
 HISTORY = "chat_history"
 # A terminal does what control characters say. A text has no use for them but for tabs and ends of lines.
 CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
@@ -235,8 +235,9 @@ def open_prompt(**terminal: Any) -> Callable[[], str]:
     # Where stdout is a file or a pipe the line is edited on stderr, so that only answers go there.
     terminal.setdefault("output", create_output(always_prefer_tty=True))
     session: PromptSession[str] = PromptSession(
-        "> ", multiline=True, prompt_continuation="  ", key_bindings=keys, history=open_history(), **terminal
-    )
+        "> ", multiline=True, prompt_continuation="  ", key_bindings=keys, history=open_history(),
+        enable_suspend=True, **terminal,
+    )  # fmt: skip
     return session.prompt
 
 

@@ -73,6 +73,13 @@ def test_a_line_is_edited_before_it_is_sent(keys, lines):
     assert typed(keys) == lines
 
 
+def test_ctrl_z_suspends_the_chat_and_types_nothing(monkeypatch):
+    application = pytest.importorskip("prompt_toolkit.application").Application
+    suspended = []
+    monkeypatch.setattr(application, "suspend_to_background", lambda self: suspended.append(self))
+    assert typed("the \x1afox\r") == ["the fox"] and len(suspended) == 1
+
+
 def test_a_terminal_that_moves_no_cursor_sends_lines(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys, "stdin", io.StringIO('one\ntwo \\\nlines\n"""three\nfour"""\nlast'))
