@@ -99,10 +99,7 @@ def main(argv: Sequence[str]) -> int:
             made_with={"quantize": args.quantize},
         )  # fmt: skip
         return 0
-    try:
-        return _continue(session, args)
-    except BrokenPipeError:  # a reader that has seen enough (`| head`) is no error
-        return 0
+    return _continue(session, args)
 
 
 def _continue(session: Session, args: argparse.Namespace) -> int:
