@@ -63,6 +63,7 @@ def build_parser() -> Parser:
     words = "a folder with task files of your own; if all tasks are there, lm_eval's are not searched"
     add("--include-path", type=Path, metavar="DIR", help=words)
     add("--output", type=Path, metavar="FILE", help="write the scores to this .json file")
+    add("--force", action="store_true", help="replace the --output that is there")
     parser.add("--device", "--dtype", "--backend", "--quantize")
     parser.add("--debug")
     return parser
@@ -83,6 +84,8 @@ def _check(args: argparse.Namespace) -> list[str]:
         raise UsageError(f"--include-path: expected a folder, got {args.include_path}")
     if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
         raise UsageError(f"--output: expected a file in a folder that exists, got {args.output}")
+    if args.output is not None and args.output.exists() and not args.force:
+        raise UsageError(f"--output: {args.output} exists; name another file, or replace it with --force")
     return names
 
 

@@ -41,6 +41,15 @@ def test_scores_are_printed_and_written(tmp_path, monkeypatch, capsys):
     figures = [f"{scores['acc']:.4f}", f"{scores['acc_stderr']:.4f}", "3"]
     assert lines[1].split() == ["pydoc_choice", "acc", *figures]
     assert len(lines) == 3, "a model of one's own has no card"
+    options = "--tasks", "pydoc_choice", "--include-path", folder, "--limit", "1", "--output", str(output)
+    before = output.read_bytes()
+    code, out, err = run(capsys, "--model", "absent", *options)
+    assert (code, out, output.read_bytes()) == (2, "", before)
+    assert err == f"error: --output: {output} exists; name another file, or replace it with --force\n"
+    code, _, err = run(
+        capsys, "--model", str(model), "--device", "cpu", "--dtype", "fp32", "--force", *options
+    )
+    assert code == 0 and json.loads(output.read_text())["limit"] == 1, err
     code, out, err = run(
         capsys, "--model", str(model), "--tasks", "nope", "--include-path", str(tmp_path / "none")
     )
