@@ -107,8 +107,11 @@ def test_a_stop_that_is_no_text_is_refused(checkpoint, capsys, text):
 
 
 def test_bytes_on_the_command_line_that_are_no_text_are_refused(checkpoint, capsys):
-    code, _, error = run(capsys, generate_main, checkpoint, "\udcff")
-    assert code == 2 and "expected text that UTF-8 can encode" in error
+    for text in ("\udcff", "a\udcffb"):
+        code, _, error = run(capsys, generate_main, checkpoint, text)
+        assert (code, error) == (
+            2, f"error: tokenizer: expected text that UTF-8 can encode, got {text!r}\n"
+        )  # fmt: skip
 
 
 def test_an_answer_of_nothing_is_no_success(tmp_path, capsys):

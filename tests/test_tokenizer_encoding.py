@@ -92,8 +92,13 @@ def test_ids_out_of_range_are_refused(tokenizer):
 
 
 def test_text_that_utf8_cannot_hold_is_refused(tokenizer):
-    with pytest.raises(UsageError, match="expected text that UTF-8 can encode"):
-        tokenizer.encode("half a pair: \ud83d")
+    long = "x" * 500
+    for text, part in (
+        ("half a pair: \ud83d", r"'half a pair: \\ud83d'"), ("\udcff", r"'\\udcff'"),
+        (f"{long}\udcff{long}", r"'x{20}\\udcffx{20}'"), (3, "int"), (None, "NoneType"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=f"^tokenizer: expected text that UTF-8 can encode, got {part}$"):
+            tokenizer.encode(text)
 
 
 def test_training_is_reproducible_and_honours_the_size():

@@ -101,8 +101,9 @@ class Tokenizer:
         backend = self._backend if special else self._without_special
         try:
             return backend.encode_batch(list(texts), add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise UsageError(f"tokenizer: expected text that UTF-8 can encode ({error})") from None
+        except (UnicodeEncodeError, TypeError):  # which of them depends on the place of the character
+            got = next(filter(None, map(_not_utf8, texts)), "something else")
+            raise UsageError(f"tokenizer: expected text that UTF-8 can encode, got {got}") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
@@ -416,3 +417,14 @@ def _byte_characters() -> Iterator[tuple[str, int]]:
 
 
 _BYTE_OF = dict(_byte_characters())
+
+
+def _not_utf8(text: str) -> str:
+    """The part of a text that UTF-8 cannot encode, with what is around it; "" where it can."""
+    try:
+        str.encode(text)
+    except UnicodeEncodeError as error:
+        return repr(text[max(0, error.start - 20) : error.end + 20])
+    except TypeError:
+        return type(text).__name__
+    return ""
