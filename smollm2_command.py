@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 import runpy
+import shlex
 import signal
 import sys
 import textwrap
@@ -47,6 +48,15 @@ GROUPS = {
 }
 FOLDERS = ("train", "bench")
 COMMANDS = [name for group in GROUPS.values() for name in group]
+
+# What each command's extra of pyproject.toml holds. Hints name the packages themselves: no index has this
+# distribution, and whoever registered its name there would be installed in its place.
+EXTRAS = {
+    "serve": ("fastapi", "pydantic>=2.8", "starlette", "uvicorn"),
+    "evaluate": ("lm_eval>=0.4.13",),
+    "demo": ("gradio>=6",),
+    "train": ("omegaconf", "pyyaml", "datasets", "pyarrow", "matplotlib"),
+}
 
 # How the user started the command that runs, as "smollm2 chat": its own --help says so (smollm2/cli.py).
 called = ""
@@ -84,12 +94,18 @@ def main(program: str = "smollm2") -> int:
         missing = (error.name or "").split(".")[0]
         if missing in ("", "smollm2", "kernels", *FOLDERS):
             raise
-        extras = {"finetune": "train", "train": "train"} | {own: own for own in ("serve", "evaluate", "demo")}
-        extra = extras.get(name.split()[0], "test")
-        install = f"install it with: pip install '{DISTRIBUTION}[{extra}]'"
-        print(f"error: {called} needs {missing}; {install}", file=sys.stderr)
+        first = name.split()[0]
+        hint = how_to_install("train" if first == "finetune" else first)
+        print(f"error: {called} needs {missing}; {hint}", file=sys.stderr)
         return 1
     return 0
+
+
+def how_to_install(command: str) -> str:
+    """The hint where a package is missing that a command needs."""
+    if command not in EXTRAS:
+        return "install it with: pip install '.[test]', in a checkout of this project"
+    return f"install it with: pip install {' '.join(map(shlex.quote, EXTRAS[command]))}"
 
 
 def help_text() -> str:

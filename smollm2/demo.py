@@ -54,8 +54,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         import gradio
     except ModuleNotFoundError as error:
-        install = "install it with: pip install 'smollm2-kernels[demo]'"
-        raise UsageError(f"the demo needs the package {error.name}; {install}") from None
+        from smollm2_command import how_to_install  # which a Space has not, and not needs
+
+        hint = how_to_install("demo")
+        raise UsageError(f"the demo needs the package {error.name}; {hint}") from None
     model, tokenizer = load(args), load_tokenizer(args.model)
     context = min(args.context, model.config.max_position_embeddings)
     scheduler = Scheduler(_engine(model, args.quantize), tokenizer, slots=args.slots, context=context)

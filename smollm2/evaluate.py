@@ -100,8 +100,10 @@ def main(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("smollm2"):
             raise
-        install = "install it with: pip install 'smollm2-kernels[evaluate]'"
-        raise UsageError(f"evaluation needs the package {error.name}; {install}") from None
+        from smollm2_command import how_to_install
+
+        hint = how_to_install("evaluate")
+        raise UsageError(f"evaluation needs the package {error.name}; {hint}") from None
     with _quietly():
         manager, found = _find(names, args.include_path)
         tasks = [task for name in found for task in _load(manager, name)]

@@ -100,8 +100,10 @@ def main(argv: Sequence[str]) -> int:
         from smollm2.serving.scheduler import Scheduler
         from smollm2.serving.server import Server, bind, log_to_stderr, run, url
     except ModuleNotFoundError as error:
-        install = "install it with: pip install 'smollm2-kernels[serve]'"
-        raise UsageError(f"serving needs the package {error.name}; {install}") from None
+        from smollm2_command import how_to_install
+
+        hint = how_to_install("serve")
+        raise UsageError(f"serving needs the package {error.name}; {hint}") from None
     log_to_stderr(args.verbose)
     # of "." too; a link keeps the name that it has
     name = args.name or (Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model)

@@ -120,15 +120,32 @@ def test_a_name_that_is_unknown_is_one_line_with_the_nearest(run, words, error):
     assert (code, out) == (2, "") and found.startswith(error) and found.count("\n") == 1
 
 
-@pytest.mark.parametrize(("word", "extra"), [("train", "train"), ("bench", "test")])
-def test_a_package_that_is_missing_is_named_with_what_installs_it(run, monkeypatch, word, extra):
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("train", "omegaconf pyyaml datasets pyarrow matplotlib"),
+        ("finetune", "omegaconf pyyaml datasets pyarrow matplotlib"),
+        ("serve", "fastapi 'pydantic>=2.8' starlette uvicorn"),
+        ("bench", "'.[test]', in a checkout of this project"),
+        ("chat", "'.[test]', in a checkout of this project"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_what_installs_it(run, monkeypatch, word, hint):
     def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'nowhere'", name="nowhere.below")
 
     monkeypatch.setattr("runpy.run_module", missing)
     code, _, error = run(word, *(["startup"] if word == "bench" else []))
     assert code == 1 and error.count("\n") == 1
-    assert error.endswith(f"needs nowhere; install it with: pip install 'smollm2-kernels[{extra}]'\n")
+    assert error.endswith(f"needs nowhere; install it with: pip install {hint}\n")
+
+
+def test_hints_install_what_the_extras_hold_and_never_this_distribution_from_an_index():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name, packages in command.EXTRAS.items():
+        assert list(packages) == project["optional-dependencies"][name]
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "smollm2").rglob("*.py")):
+        assert f"{command.DISTRIBUTION}[" not in path.read_text(encoding="utf-8"), path
 
 
 def test_a_module_of_this_project_that_is_missing_is_a_fault(run, monkeypatch):

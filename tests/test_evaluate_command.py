@@ -89,7 +89,7 @@ def test_without_lm_eval_the_remedy_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, out, err = run(capsys, "--tasks", "piqa")
     assert (code, out) == (2, "")
-    assert "lm_eval" in err and "pip install 'smollm2-kernels[evaluate]'" in err
+    assert "lm_eval" in err and "pip install 'lm_eval>=0.4.13'" in err
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded(no_model, capsys):
 def test_missing_packages_are_named(no_model, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "smollm2.serving.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "uvicorn" in (line := refused(capsys)) and "smollm2-kernels[serve]" in line
+    assert "uvicorn" in (line := refused(capsys)) and "pip install fastapi 'pydantic>=2.8' " in line
 
 
 def test_a_model_or_context_that_does_not_fit_is_one_line(checkpoint, capsys, monkeypatch):
