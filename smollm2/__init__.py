@@ -23,12 +23,24 @@ if not hasattr(kernels, "select_backend"):
     )
 
 from smollm2.config import SmolLM2Config  # noqa: E402
-from smollm2.generation.loop import generate  # noqa: E402
+from smollm2.engine.select import select_engine  # noqa: E402
+from smollm2.generation.batch import generate_many  # noqa: E402
+from smollm2.generation.loop import generate, stream_text  # noqa: E402
 from smollm2.model import SmolLM2ForCausalLM  # noqa: E402
 from smollm2.pretrained.hub import push_model  # noqa: E402
 from smollm2.pretrained.load import load_model, load_tokenizer, save_model  # noqa: E402
+from smollm2.sampling import SamplingParams  # noqa: E402
 
-__all__ = ["SmolLM2Config", "SmolLM2ForCausalLM", "generate", "load_tokenizer"]
+__all__ = [
+    "SamplingParams",
+    "SmolLM2Config",
+    "SmolLM2ForCausalLM",
+    "generate",
+    "generate_many",
+    "load_tokenizer",
+    "select_engine",
+    "stream_text",
+]
 
 # The model knows no loader: the loader imports the model.
 SmolLM2ForCausalLM._load, SmolLM2ForCausalLM._save = staticmethod(load_model), staticmethod(save_model)

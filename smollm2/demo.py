@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         import gradio
     except ModuleNotFoundError as error:
-        from smollm2_command import how_to_install  # which a Space has not, and not needs
+        from smollm2_command import how_to_install  # a Space has no such file, and gradio
 
         hint = how_to_install("demo")
         raise UsageError(f"the demo needs the package {error.name}; {hint}") from None

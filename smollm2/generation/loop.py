@@ -222,8 +222,8 @@ def stream_text(
     """The continuation of one prompt as text, piece by piece, up to a stop token (the model's and the
     tokenizer's, see `Tokenizer.end_ids`) or string, not included.
 
-    draft guesses ahead (smollm2/generation/speculative.py): the same text in fewer steps, which stats count.
-    prompt_cache: as in `generate_steps`.
+    draft guesses ahead (smollm2/generation/speculative.py): fewer steps, which stats count, and in fp32 the
+    same text. prompt_cache: as in `generate_steps`.
     """
     ends = tokenizer.end_ids(model.config.vocab_size, *model.config.eos_token_ids)
     input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
