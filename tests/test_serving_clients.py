@@ -94,7 +94,7 @@ def test_a_full_queue_is_429_and_clients_that_leave_are_cancelled():
 def test_a_client_that_leaves_frees_its_slot(stream):
     engine = Gated()
     with served(engine, slots=1) as server:
-        client = send(server, CHAT, {"messages": HI, "stream": stream})
+        client = send(server, CHAT, {"messages": HI, "stream": stream, "seed": 5})
         until(lambda: server.scheduler.running and server.requests)
         client.close()
         until(lambda: server.requests[0].cancelled)
