@@ -23,7 +23,7 @@ NUMBERS = (
     ("--port", "P", 8080, 0, "port to listen on; 0 takes a free one"),
     ("--slots", "N", 8, 1, "requests that run at the same time"),
     ("--context", "N", 0, 0, "longest request in tokens, prompt and answer together; 0: the model's limit"),
-    ("--max-tokens", "N", 1024, 0, "answers of chats that name no limit; 0: to the end of the context"),
+    ("--max-tokens", "N", 1024, 0, "most tokens of a chat's answer where a request names none; 0: what fits"),
     ("--queue", "N", 64, 1, "requests that may wait for a slot; further ones are answered with 429"),
     (
         "--prefix-cache-mb",

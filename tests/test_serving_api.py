@@ -350,7 +350,7 @@ def test_without_cors_no_origin_is_let_in(tiny):
 
 def test_names_that_are_not_the_server_s_are_refused():
     """A page of evil.org whose name resolves to 127.0.0.1 is of this origin for its browser."""
-    names = ["localhost", "127.0.0.1", "::1", "My.Box"]
+    names = ["localhost", "127.0.0.1", "::1", "My.Box", ""]
     with served(start=False, hosts=names, cors=["*"]) as server:
         for host in ("localhost", "localhost:8080", "127.0.0.1", "[::1]", "[::1]:99", "MY.BOX.:1", "my.box"):
             for path in ("/", "/health", "/v1/models"):

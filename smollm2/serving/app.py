@@ -288,11 +288,11 @@ class KnownHosts:
 
     Any site can have its name resolve to 127.0.0.1, and its pages are then of this server's origin for a
     browser (DNS rebinding); the Host header still has that name. Only a program sends none. Starlette's
-    TrustedHostMiddleware knows no IPv6 and answers in another form.
+    TrustedHostMiddleware answers in another form, and older ones know no IPv6.
     """
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
-        self.app, self.names = app, {_host_name(name) for name in names}
+        self.app, self.names = app, {_host_name(name) for name in names} - {""}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("host") if scope["type"] == "http" else None
@@ -305,7 +305,7 @@ class KnownHosts:
 
 
 def _host_name(host: str) -> str:
-    """Of a Host header, which may have a port; of an IPv6 address without its brackets too."""
+    """Of a Host header, which may have a port, or of an IPv6 address without brackets; "" if malformed."""
     try:
         in_brackets = f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
         return (urlsplit(f"//{in_brackets}").hostname or "").removesuffix(".")
