@@ -190,7 +190,6 @@ def test_the_libraries_of_all_suites_stand_together_in_the_json_and_at_the_end(r
     assert not found["flash-attn"]["used"]
     for line in peers.not_measured(found):
         assert line in ran[0]
-    assert "liger-kernel is not installed" in ran[0] or "liger-kernel" not in str(peers.not_measured(found))
     assert NOT_HERE[:60] in ran[0], "what is skipped says why"
 
 
