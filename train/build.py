@@ -230,7 +230,7 @@ def tokenizer_for(config: RunConfig, source: Source, weights: str | Path | None 
     if not config.trains_tokenizer:
         auto = config.tokenizer == "auto"
         return load_tokenizer((weights or model_source(config.model)) if auto else config.tokenizer)
-    documents = read_stored(source, config.held_out_fraction)
+    documents = read_stored(source, config.held_out_fraction, wanted=config.tokenizer_documents)
     some = itertools.islice(documents, config.tokenizer_documents)
     return train_tokenizer((document.text for document in some), config.vocab_size)
 

@@ -20,10 +20,10 @@ from smollm2.pretrained.tokenizer import Tokenizer
 from train.build import tokenizer_for
 from train.command_line import parse
 from train.config import RunConfig
-from train.data.batches import held_out_rows, split_fraction
+from train.data.batches import held_out_rows, shares, split_fraction
 from train.data.blocks import EpochEnd, epoch_order, tokenised
 from train.data.open import open_source
-from train.data.source import Part
+from train.data.source import Part, Source
 from train.data.token_cache import TokenCache, open_caches
 from train.data.tokenise import TokenBlock, is_held_out
 from train.data.worker_pool import WorkerPool
@@ -94,23 +94,26 @@ def prepare(config: RunConfig, tokens: int | None = None) -> Totals:
 
     Raises UsageError when config keeps no cache, LoadError when documents cannot be read or stored.
     """
-    parts, tokenizer, split = _open(config)
+    source, caches, tokenizer, split = _open(config)
     wanted = tokens if tokens is not None else config.steps * config.tokens_per_step
+    held_out = shares(source, config.eval_batches * config.batch_size)
     found = [
-        _fill(part, cache, tokenizer, config, split, math.ceil(wanted * part.weight)) for part, cache in parts
+        _fill(part, cache, tokenizer, config, split, math.ceil(wanted * part.weight), rows)
+        for part, cache, rows in zip(source.parts, caches, held_out, strict=True)
+        if cache is not None
     ]
     return Totals(*map(sum, zip(*map(dataclasses.astuple, found), strict=True)))
 
 
 def _fill(
-    part: Part, cache: TokenCache, tokenizer: Tokenizer, config: RunConfig, split: float, wanted: int
-) -> Totals:
-    """Fills one cache, until it has `wanted` training tokens or an epoch. split: the part of the documents
-    that is held out.
+    part: Part, cache: TokenCache, tokenizer: Tokenizer, config: RunConfig, split: float, wanted: int,
+    rows: int,
+) -> Totals:  # fmt: skip
+    """Fills one cache with what `rows` rows of an evaluation need, then until it has `wanted` training tokens
+    or an epoch. split: the part of the documents that is held out.
     """
     source = part.source
     fraction = split if config.eval_every else 0.0
-    rows = math.ceil(config.eval_batches * config.batch_size * part.weight)
     pool = WorkerPool(tokenizer, config.workers, None, source.train_on)
     stop, totals = threading.Event(), Totals()
     first = "held-out documents, then " if fraction else ""
@@ -152,8 +155,8 @@ def _fill(
 def verify(config: RunConfig) -> int:
     """Checks every stored block of the run's sources and tokenizer. Returns how many are damaged."""
     damaged = 0
-    parts, _, split = _open(config)
-    for _, cache in parts:
+    _, caches, _, split = _open(config)
+    for cache in filter(None, caches):
         totals = Totals()
         with closing(cache):
             for _, _, block in cache.verify():
@@ -173,18 +176,17 @@ def print_totals(totals: Totals, cache: TokenCache) -> None:
     print(f"{totals.blocks:,} blocks, {documents}, {size}", flush=True)
 
 
-def _open(config: RunConfig) -> tuple[list[tuple[Part, TokenCache]], Tokenizer, float]:
-    """The sources that have a cache, and the part of their documents that is held out."""
+def _open(config: RunConfig) -> tuple[Source, Sequence[TokenCache | None], Tokenizer, float]:
+    """The source, the caches of its parts, at least one, and the part of their documents that is held out."""
     source = open_source(config)
     tokenizer = tokenizer_for(config, source)
     caches = open_caches(config, source, tokenizer).parts
-    found = [(part, own) for part, own in zip(source.parts, caches, strict=True) if own is not None]
-    if not found:
+    if not any(caches):
         raise UsageError(
             f"token_cache: expected a folder to fill, got {config.token_cache} with data={config.data}; "
             "name one with token_cache=FOLDER, here and for the run"
         )
-    return found, tokenizer, split_fraction(source, config.held_out_fraction)
+    return source, caches, tokenizer, split_fraction(source, config.held_out_fraction)
 
 
 def main(argv: Sequence[str]) -> int:

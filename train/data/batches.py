@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -29,15 +30,16 @@ import torch
 
 from smollm2.errors import LoadError, UsageError
 from smollm2.pretrained.tokenizer import Tokenizer
-from train.data.blocks import EpochEnd, epoch_order, epochs_of, shuffled, tokenised
+from train.data.blocks import EpochEnd, StoredBlock, Visit, epoch_order, epochs_of, shuffled, tokenised
 from train.data.local import LocalSource
 from train.data.mixture import Schedule, mix
 from train.data.packing import Batch, Packer, Rows, Segment, Tensors, tensors
 from train.data.prefetch import Prefetch
 from train.data.rows import EXAMPLE
-from train.data.source import Cursor, Position, Single, Source, start_of, train_on
+from train.data.source import Block, Cursor, Position, Single, Source, start_of, train_on
 from train.data.token_cache import Caches, TokenCache
 from train.data.tokenise import TokenBlock, as_text, digest, is_held_out
+from train.data.turns import Turn, turns
 from train.data.whole import WholePacker, learnable
 from train.data.worker_pool import WorkerPool
 
@@ -50,11 +52,18 @@ class Document:
     digest: int
 
 
-def read_stored(source: Source, fraction: float, held_out: bool = False) -> Iterator[Document]:
-    """The usable documents of one side of the split, in stored order, once. Those of a mixture take turns by
-    their weights.
+def read_stored(
+    source: Source, fraction: float, held_out: bool = False, wanted: int | None = None
+) -> Iterator[Document]:
+    """The usable documents of one side of the split, once. Those of a mixture take turns by their weights.
+
+    wanted: how many will be taken, of all shards alike (train/data/turns.py). None: all, in stored order.
     """
-    waiting = {index: _documents(part.source, fraction, held_out) for index, part in enumerate(source.parts)}
+    counts = [None] * len(source.parts) if wanted is None else shares(source, wanted)
+    waiting = {
+        index: _documents(part.source, fraction, held_out, count)
+        for index, (part, count) in enumerate(zip(source.parts, counts, strict=True))
+    }
     schedule = Schedule([part.weight for part in source.parts])
     while waiting:
         if (index := next(schedule)) in waiting:
@@ -64,13 +73,44 @@ def read_stored(source: Source, fraction: float, held_out: bool = False) -> Iter
                 yield document
 
 
-def _documents(source: Single, fraction: float, held_out: bool) -> Iterator[Document]:
-    for shard in range(source.num_shards):
-        for block in source.read(shard):
-            for stored in block:
-                text = as_text(stored)
-                if text is not None and is_held_out(key := digest(text), fraction) == held_out:
-                    yield Document(text, key)
+def _documents(source: Single, fraction: float, held_out: bool, wanted: int | None) -> Iterator[Document]:
+    if wanted is None:
+        visits: Iterable[Turn] = (Turn(shard, sys.maxsize) for shard in range(source.num_shards))
+    else:
+        visits = turns(source.num_shards, wanted)
+    for turn in visits:
+        with closing(source.read(turn.shard, turn.block)) as blocks:
+            yield from _of_turn(blocks, turn, fraction, held_out, mixed=wanted is not None)
+
+
+def _of_turn(
+    blocks: Iterable[Block], turn: Turn, fraction: float, held_out: bool, mixed: bool
+) -> Iterator[Document]:
+    """The share of a shard. mixed: from anywhere in a block, which may hold many files."""
+    for block in blocks:
+        order = _mixed(len(block), turn) if mixed else range(len(block))
+        for index in order[turn.place :]:
+            if turn.given == turn.share:
+                turn.more = True
+                return
+            turn.place += 1
+            text = as_text(block[index])
+            if text is not None and is_held_out(key := digest(text), fraction) == held_out:
+                turn.given += 1
+                yield Document(text, key)
+        turn.block, turn.place = turn.block + 1, 0
+
+
+def _mixed(count: int, turn: Turn) -> list[int]:
+    """The order in which a turn looks at the documents of its block."""
+    return shuffled(count, f"{turn.shard}/{turn.block}")
+
+
+def shares(source: Source, count: int) -> list[int]:
+    """How many of `count` rows or documents each part of a source gives, by their weights."""
+    schedule = Schedule([part.weight for part in source.parts])
+    schedule.take(count)
+    return schedule.given
 
 
 def split_fraction(source: Source, fraction: float) -> float:
@@ -230,15 +270,55 @@ def _segment(
 
 
 def held_out_segments(
-    source: Single, blocks: Iterable[Any], fraction: float, length: int
-) -> Iterator[Segment]:
-    """The held-out documents of each block, in stored order. length: of a row."""
-    for item in blocks:
-        if not isinstance(item, EpochEnd):
-            if source.train_on is not None:
-                item = dataclasses.replace(item, tokens=learnable(item.tokens, length))
-            keep = (item.tokens.lengths > 0) & is_held_out(item.tokens.digests, fraction)
-            yield _segment(source, item, np.arange(len(keep)), keep, 0, 0, 0)[0]
+    source: Single, pool: WorkerPool, cache: TokenCache | None, stop: threading.Event, fraction: float,
+    rows: int, length: int,
+) -> Generator[Segment, None, None]:  # fmt: skip
+    """Held-out documents for `rows` rows of `length` tokens, of all shards alike (train/data/turns.py), and
+    more if more are asked for. A shard's last one is cut where its share ends, a conversation is not.
+    """
+    whole = source.train_on is not None
+    for turn in turns(source.num_shards, rows * length, length):
+        visit = Visit(Cursor(block=turn.block), turn.shard, 0.0)
+        with closing(tokenised(source, [visit], pool, cache, stop)) as blocks:
+            for item in blocks:
+                assert isinstance(item, StoredBlock) and item.tokens is not None  # no epoch ends here
+                tokens = learnable(item.tokens, length) if whole else item.tokens
+                item, block = dataclasses.replace(item, tokens=tokens), item.cursor.block
+                turn.block, turn.place = block, turn.place if block == turn.block else 0
+                keep = (tokens.lengths > 0) & is_held_out(tokens.digests, fraction)
+                order = np.array(_mixed(len(keep), turn), np.int64)
+                segment = _segment(source, item, order, keep, 0, 0, 0)[0]
+                if len((part := _taken(segment, turn, length if whole else 0)).tokens):
+                    yield part
+                if turn.more:
+                    break
+
+
+def _taken(segment: Segment, turn: Turn, row: int) -> Segment:
+    """What a turn takes of the held-out documents of its block, and where the next one goes on. row: tokens
+    of a conversation that count, which is taken whole; 0: of texts.
+    """
+    begin, end = turn.place, len(segment.tokens)
+    first, last = int(np.searchsorted(segment.begins, begin, "right")) - 1, len(segment.begins)
+    left = turn.share - turn.given
+    if row and begin < end:
+        sizes = np.minimum(np.diff(segment.begins[first:], append=end), row)
+        # one at least, so that a turn never gives nothing where there is something
+        last = first + max(turn.given == 0, int(np.searchsorted(np.cumsum(sizes), left, "right")))
+        turn.given += int(sizes[: last - first].sum())
+        end = int(segment.begins[last]) if last < len(segment.begins) else end
+        turn.more = end < len(segment.tokens) or turn.given >= turn.share
+    elif begin < end:
+        end = min(end, begin + left)
+        turn.given += end - begin
+        turn.more = turn.given == turn.share
+        last = int(np.searchsorted(segment.begins, end))
+    turn.place = end
+    part = slice(max(0, first), last)
+    return Segment(
+        segment.cursor, segment.tokens[begin:end], np.maximum(segment.begins[part] - begin, 0),
+        segment.index[part], segment.digests[part], segment.invalid[part], segment.epochs[part],
+    )  # fmt: skip
 
 
 def held_out_rows(
@@ -247,16 +327,14 @@ def held_out_rows(
 ) -> Tensors:  # fmt: skip
     """Up to `rows` rows of held-out documents, [R, length] with R <= rows.
 
-    The same rows at every evaluation. R is 0 when held-out texts do not fill one row; of conversations the
-    last row is padded. With a cache
-    the blocks that they are in are tokenised whole and kept; without one, only the held-out documents are
-    tokenised. Of a mixture: rows of every source, by weight.
+    The same rows at every evaluation, from all shards alike (train/data/turns.py). R is 0 when held-out texts
+    do not fill one row; of conversations the last row is padded. With a cache the blocks that they are in are
+    tokenised whole and kept; without one, only the held-out documents are tokenised. Of a mixture: rows of
+    every source, by weight.
     """
-    schedule = Schedule([part.weight for part in source.parts])
-    schedule.take(rows)
     found = [
         _held_out_rows(part.source, tokenizer, fraction, count, length, own, workers)
-        for part, own, count in zip(source.parts, caches_of(source, cache), schedule.given, strict=True)
+        for part, own, count in zip(source.parts, caches_of(source, cache), shares(source, rows), strict=True)
     ]
     kept = list(itertools.chain.from_iterable(found))
     if not kept:
@@ -277,8 +355,7 @@ def _held_out_rows(
     select = None if cache is not None else (fraction, True)
     pool = WorkerPool(tokenizer, workers, select, source.train_on)
     try:
-        with closing(tokenised(source, epoch_order(source, None), pool, cache, stop)) as blocks:
-            segments = held_out_segments(source, blocks, fraction, length)
+        with closing(held_out_segments(source, pool, cache, stop, fraction, rows, length)) as segments:
             packer = _packer(source, segments, length, tokenizer)
             while len(found) < rows and (row := packer.take(1)) is not None:
                 found.append(row)

@@ -68,22 +68,18 @@ def shuffled(count: int, key: str) -> list[int]:
     return sorted(range(count), key=weights.__getitem__)
 
 
-def epoch_order(source: Single, seed: int | str | None, cursor: Cursor = START) -> Iterator[Visit | EpochEnd]:
-    """The shards from a position on, epoch after epoch, without end. seed=None: once, in stored order."""
+def epoch_order(source: Single, seed: int | str, cursor: Cursor = START) -> Iterator[Visit | EpochEnd]:
+    """The shards from a position on, epoch after epoch, without end."""
     sizes = source.sizes
     total = sum(sizes) or 1.0
     while True:
         whole, done = cursor == Cursor(epoch=cursor.epoch), 0.0
-        count = source.num_shards
-        order = range(count) if seed is None else shuffled(count, f"{seed}/{cursor.epoch}")
-        for position, shard in enumerate(order):
+        for position, shard in enumerate(shuffled(source.num_shards, f"{seed}/{cursor.epoch}")):
             if position >= cursor.shard:
                 block = cursor.block if position == cursor.shard else 0
                 yield Visit(Cursor(cursor.epoch, position, block), shard, done / total)
             done += sizes[shard]
         yield EpochEnd(whole)
-        if seed is None:
-            return
         cursor = Cursor(cursor.epoch + 1)
 
 

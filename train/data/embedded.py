@@ -6,7 +6,7 @@ import ast
 import hashlib
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class EmbeddedSource(SingleSource):
     def describe(self) -> dict[str, Any]:
         return {"identity": "embedded", "fingerprint": self.fingerprint, "num_shards": 1}
 
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
+    def read(self, shard: int, first_block: int = 0) -> Generator[Block, None, None]:
         if first_block == 0:
             yield self.documents
 

@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class HubSource(SingleSource):
             "examples": self._examples,
         }  # fmt: skip
 
-    def read(self, shard: int, first_block: int = 0) -> Iterator[list[Any]]:
+    def read(self, shard: int, first_block: int = 0) -> Generator[list[Any], None, None]:
         if self._rows is None:
             missing = f"shard {shard}, block {first_block} is not in the token cache"
             away = f"the hub cannot be reached ({self._unreachable})"

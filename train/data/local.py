@@ -18,7 +18,7 @@ import lzma
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +144,7 @@ class LocalSource(SingleSource):
         counts = {"num_shards": self.num_shards, "files": len(self.files)}
         return {"identity": self.cache_key[0], "fingerprint": self.fingerprint, **counts}
 
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
+    def read(self, shard: int, first_block: int = 0) -> Generator[Block, None, None]:
         part = self._shards[shard]
         file = part.files[0]
         try:

@@ -8,7 +8,7 @@ leaves out, and counts, what is not text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
@@ -103,7 +103,7 @@ class Single(Source, Protocol):
         """The parts (0 to 1) of the shard before and after a block."""
         ...
 
-    def read(self, shard: int, first_block: int = 0) -> Iterator[Block]:
+    def read(self, shard: int, first_block: int = 0) -> Generator[Block, None, None]:
         """Raises LoadError when documents cannot be read. A shard without the block has no more blocks."""
         ...
 
