@@ -148,7 +148,7 @@ def build(config: RunConfig, world: World) -> Run:
         fraction, kept = 1.0, held_out_files(config)
     elif fraction and config.data in ("hub", "mixture"):
         print(f"reading held-out documents from {source.fingerprint}", flush=True)
-    rows = config.eval_batches * config.batch_size
+    rows = held_out_count(config, progress)
     own = cache if kept is source else None
     held_out = world.from_main(
         lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers)
@@ -161,8 +161,8 @@ def build(config: RunConfig, world: World) -> Run:
     else:
         with on_stream(stream):  # DDP sums on the stream on which it was made
             forward = world.wrap(torch.compile(model) if config.compile else model)  # type: ignore[arg-type]
-            rows = min(config.batch_size, config.rows_per_step // world.size)
-            settle_buckets(world, forward, rows, config.sequence_length)
+            most = min(config.batch_size, config.rows_per_step // world.size)
+            settle_buckets(world, forward, most, config.sequence_length)
     copies = working_copies(model, config, world.device)
     model.use_working_copies(copies)
     optimizer = build_optimizer(model, config, world.device, captured, copies)
@@ -176,13 +176,28 @@ def build(config: RunConfig, world: World) -> Run:
             set_rng_states(state["rng"][world.rank])
     else:
         progress = Progress(DataState.of(source), {}, "", tokenizer.fingerprint())
-    progress.adapts = adapts
+    progress.adapts, progress.data.held_out_rows = adapts, rows
     progress.config, progress.backend, progress.ranks = config.as_saved(), model.backend.name, world.size
     return Run(
         config, world, folder, source, tokenizer, cache, model, forward, optimizer, guard, progress, held_out,
         held_out_fraction=split, stream=stream, why=why,
         entropy=metrics.unigram_entropy(held_out.learned) if held_out.learned.numel() else None,
     )  # fmt: skip
+
+
+def held_out_count(config: RunConfig, before: Progress | None) -> int:
+    """How many held-out rows an evaluation reads. A resumed run keeps their number while eval_batches stays,
+    whatever batch_size became: losses on other rows could not be compared.
+    """
+    count = config.eval_batches * config.batch_size
+    if before is None:
+        return count
+    batches, size = (before.config.get(key, getattr(config, key)) for key in ("eval_batches", "batch_size"))
+    rows = before.data.held_out_rows or batches * size
+    if batches == config.eval_batches:
+        return rows
+    print(f"held-out rows: {rows} -> {count}; held-out losses before and after are not comparable")
+    return count
 
 
 def model_source(name: str) -> str | Path:
