@@ -84,6 +84,16 @@ def test_held_out_files_that_fill_no_row_are_an_error(tmp_path, tree):
         built(tmp_path, tree, validation_paths=[str(tree / "beta" / "short.py")])
 
 
+def test_where_nothing_is_held_out_a_line_says_what_to_change(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("A note of some words.\n" * 2500, encoding="utf-8")
+    keys = {"paths": [str(tmp_path / "notes.txt")], "eval_every": 2, "validation_fraction": 1e-6}
+    config = run_config(tmp_path, **keys)
+    assert not len(train_run.build(config, World(torch.device("cpu"))).held_out.ids)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held out")]
+    assert "validation_fraction=1e-06 takes do not fill a row of 40 tokens" in line
+    assert "raise it, or name files in validation_paths" in line
+
+
 def test_what_cannot_be_is_refused(tmp_path, tree):
     with pytest.raises(UsageError, match=r"validation_paths: .*nowhere: expected a file, folder or glob"):
         built(tmp_path, tree, data="embedded", paths=[], validation_paths=[str(tree / "nowhere")])

@@ -127,6 +127,16 @@ def test_text_files_are_cut_at_paragraphs_and_nothing_is_lost(tmp_path, monkeypa
     )
 
 
+def test_text_without_blank_lines_has_many_documents_too(tmp_path):
+    lines = [f"Line {index} of a log, without an empty one.\n" for index in range(6000)]
+    content = "".join([*lines, "x" * 3 * local.TEXT_LIMIT, "\n", *lines])
+    (tmp_path / "log.txt").write_text(content, encoding="utf-8")
+    documents = stored(LocalSource([str(tmp_path)], "text"))
+    assert b"\n".join(documents).decode() == content.strip()
+    sizes = sorted(map(len, documents))
+    assert len(sizes) > 14 and sizes[-2] < local.TEXT_LIMIT + 100 and sizes[-1] > 3 * local.TEXT_LIMIT
+
+
 def test_an_end_of_text_line_separates_documents(tmp_path):
     (tmp_path / "stories.txt").write_text(
         "One.\n<|endoftext|>\nTwo.\n<|endoftext|>\n<|endoftext|>\nThree.", encoding="utf-8"

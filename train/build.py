@@ -153,6 +153,10 @@ def build(config: RunConfig, world: World) -> Run:
     held_out = world.from_main(
         lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers)
     )
+    if fraction and not config.validation_paths and not len(held_out[0]):
+        row = f"a row of {config.sequence_length} tokens"
+        few = f"the documents that validation_fraction={config.validation_fraction:g} takes do not fill {row}"
+        print(f"held out: {few}; for an evaluation raise it, or name files in validation_paths", flush=True)
     if config.validation_paths and config.eval_every and not len(held_out[0]):
         wanted = f"documents that fill a row of {config.sequence_length} tokens"
         raise UsageError(f"validation_paths: expected {wanted}, got none")

@@ -29,10 +29,12 @@ from train.data.files import compression, find_files, kind
 from train.data.rows import as_conversation, is_chat, needed_columns
 from train.data.source import Block, SingleSource
 
-LAYOUT = "blocks 2"  # a change of the constants below makes other blocks
+# A change of the constants below makes other blocks; those of .txt files have changed once more.
+LAYOUT, TEXT_LAYOUT = "blocks 2", "blocks 3"
 BYTE_BLOCK = 4 << 20  # of .jsonl and .txt files, and of groups of .py files
 ROW_BLOCK = 1024  # of .parquet files
 TEXT_DOCUMENT = 2048  # bytes; a .txt file is cut at the paragraph ends that follow so many
+TEXT_LIMIT = 16 * TEXT_DOCUMENT  # bytes; where no paragraph ends, it is cut at the line end after so many
 DOCUMENT_LIMIT = 128 << 20  # bytes of a document, or of the line that holds it
 BLOCK_LIMIT = 512 << 20  # bytes; 1024 rows of more than 512 KiB on average are several blocks
 CHAT_SUFFIXES = (".jsonl", ".parquet")  # of files that can hold conversations
@@ -56,9 +58,9 @@ class LocalSource(SingleSource):
     compressed .jsonl or .txt file is one shard, and its stretches are the blocks.
 
     .parquet: the text column, in blocks of 1024 rows. .jsonl: the text key of each object, or each string.
-    .txt: runs of whole paragraphs of at least 2 KiB, so that one large file still has many documents. .py:
-    each file is a document. Or conversations (train/data/rows.py): a row of a .parquet or .jsonl file each.
-    Memory: one block.
+    .txt: runs of whole paragraphs of at least 2 KiB, or where there are none of lines, of at least 32 KiB, so
+    that one large file still has many documents. .py: each file is a document. Or conversations
+    (train/data/rows.py): a row of a .parquet or .jsonl file each. Memory: one block.
     """
 
     revision: str | None = None
@@ -280,9 +282,12 @@ class LocalSource(SingleSource):
             self._note(file, f"conversations, not {self.text_column!r}, are passed over; add format=chat")
         return value.get(self.text_column) if isinstance(value, dict) else value
 
-    @staticmethod
-    def _digest(lines: Iterable[str]) -> str:
-        content = "\n".join((LAYOUT, *lines)).encode(errors="surrogateescape")
+    @cached_property
+    def _layout(self) -> str:
+        return TEXT_LAYOUT if any(kind(file) == ".txt" for file in self.files) else LAYOUT
+
+    def _digest(self, lines: Iterable[str]) -> str:
+        content = "\n".join((self._layout, *lines)).encode(errors="surrogateescape")
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -401,7 +406,9 @@ class _Lines:
 
 
 def _paragraph_runs(lines: Iterator[bytes | None]) -> Iterator[bytes | None]:
-    """Documents of lines: each ends at a blank line after TEXT_DOCUMENT bytes, or at an end-of-text line."""
+    """Documents of lines: each ends at a blank line after TEXT_DOCUMENT bytes, at any after TEXT_LIMIT, or at
+    an end-of-text line.
+    """
     run: list[bytes] = []
     size = 0
     for line in lines:
@@ -412,7 +419,7 @@ def _paragraph_runs(lines: Iterator[bytes | None]) -> Iterator[bytes | None]:
         if not ends:
             run.append(line)
             size += len(line)
-        if ends or (size >= TEXT_DOCUMENT and not line.strip()):
+        if ends or size >= TEXT_LIMIT or (size >= TEXT_DOCUMENT and not line.strip()):
             if size:
                 yield b"".join(run).strip()
             run, size = [], 0
