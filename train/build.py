@@ -40,7 +40,7 @@ from train.data.token_cache import MixtureCache, open_caches
 from train.distributed import World, settle_buckets
 from train.folder import check_folder, run_folder
 from train.optim import StepGuard, build_optimizer, working_copies
-from train.resume import changed_versions, compare_for_resume
+from train.resume import changed_versions, compare_data, compare_for_resume
 from train.rng import seed_generators, set_rng_states
 from train.step import capture_choice, on_stream
 
@@ -107,11 +107,10 @@ def build(config: RunConfig, world: World) -> Run:
         raise UsageError(f"attention_dropout: backend {backend.name!r} has none in its attention; {remedy}")
 
     source = open_source(config, progress.data.revision if progress else None)
-    if progress is not None and progress.data.fingerprint != source.fingerprint:
-        raise UsageError(
-            f"resume: expected the data of the checkpoint ({progress.data.fingerprint}), got "
-            f"{source.fingerprint}; restore the files, or start a new run with another output_dir"
-        )
+    apart = held_out_files(config) if config.validation_paths else None
+    validation = apart.fingerprint if apart else ""
+    if progress is not None:
+        compare_data(progress.data, progress.config, config, source, validation)
     whole = None if config.lora else checkpoint  # adapters are put on the model that they adapt
     weights = whole or world.from_main(lambda: None if config.from_scratch else model_source(config.model))
     tokenizer = world.from_main(
@@ -144,8 +143,8 @@ def build(config: RunConfig, world: World) -> Run:
     cache = open_caches(config, source, tokenizer, leader=world.local_rank == 0)
     split = split_fraction(source, config.held_out_fraction)
     fraction, kept = (split if config.eval_every else 0.0), source
-    if config.validation_paths and config.eval_every:
-        fraction, kept = 1.0, held_out_files(config)
+    if apart and config.eval_every:
+        fraction, kept = 1.0, apart
     elif fraction and config.data in ("hub", "mixture"):
         print(f"reading held-out documents from {source.fingerprint}", flush=True)
     rows = held_out_count(config, progress)
@@ -153,11 +152,11 @@ def build(config: RunConfig, world: World) -> Run:
     held_out = world.from_main(
         lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers)
     )
-    if fraction and not config.validation_paths and not len(held_out[0]):
+    if fraction and not apart and not len(held_out[0]):
         row = f"a row of {config.sequence_length} tokens"
         few = f"the documents that validation_fraction={config.validation_fraction:g} takes do not fill {row}"
         print(f"held out: {few}; for an evaluation raise it, or name files in validation_paths", flush=True)
-    if config.validation_paths and config.eval_every and not len(held_out[0]):
+    if fraction and apart and not len(held_out[0]):
         wanted = f"documents that fill a row of {config.sequence_length} tokens"
         raise UsageError(f"validation_paths: expected {wanted}, got none")
     if config.sharded:
@@ -180,6 +179,7 @@ def build(config: RunConfig, world: World) -> Run:
             set_rng_states(state["rng"][world.rank])
     else:
         progress = Progress(DataState.of(source), {}, "", tokenizer.fingerprint())
+        progress.data.validation = validation
     progress.adapts, progress.data.held_out_rows = adapts, rows
     progress.config, progress.backend, progress.ranks = config.as_saved(), model.backend.name, world.size
     return Run(

@@ -73,7 +73,8 @@ class RunConfig:
         "source of documents: embedded (Python's own documentation), local (paths), hub (dataset), mixture "
         "(mixture)",
     )
-    paths: list[str] = _fixed([], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py")
+    # The files must stay the same when a run is resumed, and their place may change (train/resume.py).
+    paths: list[str] = _key([], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py")
     dataset: str = _fixed("HuggingFaceTB/smollm-corpus", "data=hub: dataset id, streamed")
     dataset_config: str = _fixed("cosmopedia-v2", "data=hub: configuration of the dataset; empty for none")
     dataset_split: str = _fixed("train", "data=hub: split of the dataset")
@@ -99,7 +100,7 @@ class RunConfig:
     validation_fraction: float = _fixed(
         0.01, "documents held out for evaluation, chosen by a hash of their text"
     )
-    validation_paths: list[str] = _fixed(
+    validation_paths: list[str] = _key(
         [],
         "files, folders or globs held out whole, instead of validation_fraction: what paths names too is "
         "not trained on (a copy of its text elsewhere is)",

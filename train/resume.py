@@ -7,7 +7,11 @@ from typing import Any
 
 from smollm2.errors import UsageError
 from train.config import RunConfig
+from train.data.source import Source
+from train.data.state import DataState
 from train.keys import format_value
+
+RESTART = "or start a new run with another output_dir"
 
 
 def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
@@ -31,10 +35,36 @@ def compare_for_resume(before: dict[str, Any], after: RunConfig) -> list[str]:
                 refused.append(f"{entry.name}={format_value(old)} (got {format_value(new)})")
     if refused:
         raise UsageError(
-            f"resume: the checkpoint was made with {', '.join(refused)}; repeat these, or start a new run "
-            "with another output_dir"
+            f"resume: the checkpoint was made with {', '.join(refused)}; repeat these, {RESTART}"
         )
     return lines
+
+
+def compare_data(
+    data: DataState, before: dict[str, Any], config: RunConfig, source: Source, validation: str
+) -> None:
+    """Raises UsageError if a resumed run has other documents than its checkpoint. Where they lie may change.
+
+    data, before: of the checkpoint, its configuration included. validation: fingerprint of validation_paths.
+    Fingerprints that an earlier version made are replaced.
+    """
+    old, new = before.get("validation_paths", []), config.as_saved()["validation_paths"]
+    # an older checkpoint does not say what was in them; the fingerprint of local files covers them
+    unknown = bool(old) and not data.validation and config.data != "local" and old != new
+    if bool(old) != bool(new) or unknown:
+        made = f"the checkpoint was made with validation_paths={format_value(old)}"
+        raise UsageError(f"resume: {made} (got {format_value(new)}); repeat it, {RESTART}")
+    if data.fingerprint != source.fingerprint:
+        forbidden = source.older_fingerprints.get(data.fingerprint)
+        found = f"expected the data of the checkpoint ({data.fingerprint}), got {source.fingerprint}"
+        if forbidden is None:
+            raise UsageError(f"resume: {found}; restore the files, {RESTART}")
+        if forbidden:
+            raise UsageError(f"resume: {forbidden}; go on with the version that began the run, {RESTART}")
+    if data.validation and data.validation != validation:
+        found = f"expected those of the checkpoint ({data.validation}), got {validation}"
+        raise UsageError(f"resume: validation_paths: {found}; restore the files, {RESTART}")
+    data.fingerprint, data.validation = source.fingerprint, validation
 
 
 def changed_versions(before: dict[str, str], now: dict[str, str]) -> str:

@@ -18,14 +18,14 @@ import lzma
 import os
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from smollm2.errors import LoadError, UsageError
-from train.data.files import compression, find_files, kind
+from train.data.files import compression, find_files, fingerprints, kind
 from train.data.rows import as_conversation, is_chat, needed_columns
 from train.data.source import Block, SingleSource
 
@@ -129,10 +129,22 @@ class LocalSource(SingleSource):
             return 0.0, 1.0
         return min(1.0, block * ROW_BLOCK / part.size), min(1.0, (block + 1) * ROW_BLOCK / part.size)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        states = (f"{file.name} {state.st_size}" for file, state in self._states + self._left_out)
-        return f"local {len(self.files)} files {self._digest(states)}"
+        try:
+            lines = [*fingerprints(self._states), "left out", *fingerprints(self._left_out)]
+        except OSError as error:
+            raise LoadError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        return self._fingerprint(self._layout, lines)
+
+    @property
+    def older_fingerprints(self) -> Mapping[str, str]:
+        lines = [f"{file.name} {state.st_size}" for file, state in self._states + self._left_out]
+        changed = ".txt files are cut into documents otherwise since this version" if self._has_text else ""
+        return {self._fingerprint(LAYOUT, lines): changed}
+
+    def _fingerprint(self, layout: str, lines: Iterable[str]) -> str:
+        return f"local {len(self.files)} files {_digest(layout, lines)}"
 
     @property
     def cache_key(self) -> tuple[str, str]:
@@ -140,7 +152,7 @@ class LocalSource(SingleSource):
         # never be taken for theirs.
         states = (f"{file.resolve()} {state.st_size} {state.st_mtime_ns}" for file, state in self._states)
         what = self.text_column if self.train_on is None else "conversations"
-        return f"local {self.files[0].parent.name} {what}", self._digest(states)
+        return f"local {self.files[0].parent.name} {what}", _digest(self._layout, states)
 
     def describe(self) -> dict[str, Any]:
         counts = {"num_shards": self.num_shards, "files": len(self.files)}
@@ -283,12 +295,17 @@ class LocalSource(SingleSource):
         return value.get(self.text_column) if isinstance(value, dict) else value
 
     @cached_property
-    def _layout(self) -> str:
-        return TEXT_LAYOUT if any(kind(file) == ".txt" for file in self.files) else LAYOUT
+    def _has_text(self) -> bool:
+        return any(kind(file) == ".txt" for file in self.files)
 
-    def _digest(self, lines: Iterable[str]) -> str:
-        content = "\n".join((self._layout, *lines)).encode(errors="surrogateescape")
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
+    @property
+    def _layout(self) -> str:
+        return TEXT_LAYOUT if self._has_text else LAYOUT
+
+
+def _digest(layout: str, lines: Iterable[str]) -> str:
+    content = "\n".join((layout, *lines)).encode(errors="surrogateescape")
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _groups(files: list[tuple[Path, int]]) -> list[_Part]:

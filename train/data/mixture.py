@@ -13,10 +13,10 @@ counted. A single source is a mixture of one (train/data/source.py).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, product
 from math import lcm
 
 import numpy as np
@@ -86,9 +86,19 @@ class MixtureSource:
 
     @property
     def fingerprint(self) -> str:
-        listed = "; ".join(
-            f"{float(part.weight):.4g} {part.name}: {part.source.fingerprint}" for part in self.parts
-        )
+        return self._fingerprint([part.source.fingerprint for part in self.parts])
+
+    @property
+    def older_fingerprints(self) -> Mapping[str, str]:
+        older = [dict(part.source.older_fingerprints) or {part.source.fingerprint: ""} for part in self.parts]
+        return {
+            self._fingerprint([one for one, _ in chosen]): next(filter(None, (why for _, why in chosen)), "")
+            for chosen in product(*(one.items() for one in older))
+        }
+
+    def _fingerprint(self, fingerprints: Sequence[str]) -> str:
+        pairs = zip(self.parts, fingerprints, strict=True)
+        listed = "; ".join(f"{float(part.weight):.4g} {part.name}: {one}" for part, one in pairs)
         return f"mixture of {len(self.parts)} ({listed})"
 
 

@@ -59,7 +59,9 @@ class Source(Protocol):
     """What a run reads: one source of documents, or a mixture of several.
 
     revision: the pinned version of the documents, where they have one. fingerprint: changes when the
-    documents do. parts: the sources that take turns; of a single source, that one.
+    documents do. older_fingerprints: those that earlier versions gave the same documents, each with what
+    forbids to go on with them; nothing if they may. parts: the sources that take turns; of a single source,
+    that one.
     """
 
     @property
@@ -67,6 +69,9 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def older_fingerprints(self) -> Mapping[str, str]: ...
 
     @property
     def parts(self) -> Sequence[Part]: ...
@@ -129,6 +134,10 @@ class SingleSource:
     """What makes a source a mixture of one, of texts."""
 
     train_on: str | None = None
+
+    @property
+    def older_fingerprints(self) -> Mapping[str, str]:
+        return {}
 
     @property
     def parts(self: Single) -> Sequence[Part]:

@@ -93,6 +93,7 @@ class DataState:
     invalid: int = 0
     padding: int = 0  # tokens, of rows of conversations
     truncated: int = 0  # conversations that were longer than a row
+    validation: str = ""  # fingerprint of validation_paths; none of them, or an older checkpoint: empty
     held_out_rows: int = 0  # asked for in an evaluation; 0: not known, as in older checkpoints
     epochs: float = 0.0
     unique: UniqueCounter = field(default_factory=UniqueCounter)
