@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 from fake_hub import COMMIT, CONFIGURATION, FAULTS, REPOSITORY, FakeHub, fake_hub
 from test_data_sources import write_cosmopedia
@@ -164,6 +165,64 @@ def test_a_reader_that_gives_nothing_is_left_after_the_deadline():
     with pytest.raises(TimeoutError, match="nothing came for 0"):
         next(items)
     over.set()
+
+
+def write_csv(folder: Path, *rows: str) -> None:
+    (folder / "train.csv").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+
+
+def test_a_wrong_column_of_a_csv_is_named_at_once(tmp_path, monkeypatch):
+    write_csv(tmp_path, "id,text", *(f"{number},words {number}" for number in range(9)))
+    monkeypatch.setattr(hub.time, "sleep", pytest.fail)
+    config = RunConfig(data="hub", dataset=str(tmp_path), text_column="foo")
+    with pytest.raises(LoadError, match="expected a column 'foo', got id, text; set text_column"):
+        open_source(config)
+    (block,) = open_source(RunConfig(data="hub", dataset=str(tmp_path))).parts[0].source.read(0)
+    assert block == [f"words {number}" for number in range(9)]
+
+
+def test_conversations_of_a_csv(tmp_path):
+    write_csv(tmp_path, "id,prompt,completion", *(f"{n},a {n},b {n}" for n in range(3)))
+    keys = {"data": "hub", "dataset": str(tmp_path)}
+    (block,) = open_source(RunConfig(format="chat", **keys)).parts[0].source.read(0)
+    assert [json.loads(row) for row in block] == [
+        {"prompt": f"a {n}", "completion": f"b {n}"} for n in range(3)
+    ]
+    with pytest.raises(LoadError, match="expected a column 'text', got id, prompt, completion; add format=c"):
+        open_source(RunConfig(**keys))
+
+
+def test_the_first_row_is_asked_for_again_where_the_network_fails(tmp_path, monkeypatch, capsys):
+    write_csv(tmp_path, "text", "words")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    failures = iter([ConnectionError("reset"), None])
+
+    class Rows(datasets.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            if (error := next(failures, None)) is not None:
+                raise error
+            return super().__iter__()
+
+    def load_dataset(*args: object, **keys: object) -> object:
+        rows = load(*args, **keys)
+        rows.__class__ = Rows
+        return rows
+
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source(RunConfig(data="hub", dataset=str(tmp_path)))
+    assert list(source.parts[0].source.read(0)) == [["words"]]
+    assert "opening it failed (ConnectionError: reset); trying again" in capsys.readouterr().out
+
+
+def test_rows_without_the_column_of_others_are_no_network_fault(tmp_path, monkeypatch):
+    write_csv(tmp_path, "text", "words")
+    (tmp_path / "train2.csv").write_text("body\nother\n", encoding="utf-8")
+    monkeypatch.setattr(hub.time, "sleep", pytest.fail)
+    source = open_source(RunConfig(data="hub", dataset=str(tmp_path))).parts[0].source
+    with pytest.raises(LoadError, match="rows of shard 1, block 0 lack the column .*text"):
+        list(source.read(1))
 
 
 def test_opening_is_tried_again_where_that_may_help_and_only_there(monkeypatch):

@@ -52,7 +52,7 @@ class HubSource(SingleSource):
         self._rows: Any = None
         self._unreachable = ""
         try:
-            self.revision, self._rows = _retried(
+            self.revision, self._rows, self.columns = _retried(
                 lambda: self._open(dataset, configuration, split, revision), OPEN_PAUSES, self.name
             )
         except LoadError:
@@ -72,18 +72,17 @@ class HubSource(SingleSource):
             self._unreachable, self.revision, self.columns = reason, record["revision"], record["columns"]
             self.num_shards, self._examples = int(record["num_shards"]), record["examples"]
             return
-        self.columns = self._rows.column_names
-        wanted = [text_column]
-        if self.columns is not None:
-            what = f"dataset {self.name}", self.columns, text_column, train_on is not None
-            wanted = needed_columns(*what)
-        self._rows = self._rows.select_columns(wanted)
+        what = f"dataset {self.name}", self.columns, text_column, train_on is not None
+        self._rows = self._rows.select_columns(needed_columns(*what))
         self.num_shards = int(self._rows.num_shards)
         splits = self._rows.info.splits or {}
         self._examples = splits[split].num_examples if split in splits else None
 
     @staticmethod
-    def _open(dataset: str, configuration: str, split: str, revision: str | None) -> tuple[str | None, Any]:
+    def _open(
+        dataset: str, configuration: str, split: str, revision: str | None
+    ) -> tuple[str | None, Any, list[str]]:
+        """The commit, the rows and their columns."""
         try:
             import datasets
         except ModuleNotFoundError:
@@ -97,8 +96,8 @@ class HubSource(SingleSource):
             dataset, None if local else configuration or None, split=split, streaming=True, revision=commit,
             token=os.environ.get("HF_TOKEN") or None,
         )  # fmt: skip
-        rows.column_names  # noqa: B018 - reads the schema: what cannot be read shows here
-        return commit, rows
+        # Reads the schema, or where the files have none, as .csv, a row: what cannot be read shows here.
+        return commit, rows, rows.column_names or list(next(iter(rows), {}))
 
     @property
     def sizes(self) -> Sequence[float]:
@@ -150,6 +149,9 @@ class HubSource(SingleSource):
                         first_block += 1
                         failures = 0
                 return
+            except KeyError as error:
+                lacks = f"rows of shard {shard}, block {first_block} lack the column {error}"
+                raise LoadError(f"dataset {self.name}: {lacks}, which others have") from error
             except Exception as error:  # see above
                 what = (
                     f"dataset {self.name}: reading shard {shard}, block {first_block} failed "

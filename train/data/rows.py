@@ -29,7 +29,7 @@ def needed_columns(where: str, columns: Sequence[str], text_column: str, chat: b
     wanted = made if chat else [text_column] if text_column in columns else []
     if wanted:
         return wanted
-    got = ", ".join(columns)
+    got = ", ".join(columns) or "none"
     if chat:
         raise LoadError(f"{where}: expected columns of conversations, got {got}; a row is {EXAMPLE}")
     remedy = "add format=chat, for these are conversations" if made else "set text_column"
