@@ -160,7 +160,7 @@ def test_files_of_the_wrong_kind_are_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(LoadError, match='expected columns of conversations, got text; a row is {"messages"'):
         LocalSource([path], "text", train_on="all")
     (tmp_path / "a.txt").write_text("text", encoding="utf-8")
-    wanted = "paths: expected .jsonl or .parquet files for format=chat, got a.txt"
+    wanted = "paths: expected .jsonl, .parquet, .json or .csv files for format=chat, got a.txt"
     with pytest.raises(UsageError, match=wanted):
         LocalSource([str(tmp_path / "a.txt")], "text", train_on="all")
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk("a", "b")}) + "\n", encoding="utf-8")

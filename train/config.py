@@ -74,7 +74,9 @@ class RunConfig:
         "(mixture)",
     )
     # The files must stay the same when a run is resumed, and their place may change (train/resume.py).
-    paths: list[str] = _key([], "data=local: files, folders or globs of .parquet, .jsonl, .txt and .py")
+    paths: list[str] = _key(
+        [], "data=local: files, folders or globs of .parquet, .jsonl, .json, .csv, .txt, .md and .py"
+    )
     dataset: str = _fixed("HuggingFaceTB/smollm-corpus", "data=hub: dataset id, streamed")
     dataset_config: str = _fixed("cosmopedia-v2", "data=hub: configuration of the dataset; empty for none")
     dataset_split: str = _fixed("train", "data=hub: split of the dataset")

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from smollm2.errors import UsageError
 
-SUFFIXES = (".parquet", ".jsonl", ".txt", ".py")  # in any case
+# In any case. Of a folder the first of these groups is read that it has: a README.md or metadata.json beside
+# texts is none of them.
+GROUPS = ((".parquet", ".jsonl", ".txt", ".py"), (".json", ".csv"), (".md",))
+SUFFIXES = tuple(suffix for group in GROUPS for suffix in group)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # behind .jsonl and .txt
 # What a run writes into its folder; documents would be made of the first two.
 RUN_TEXTS = {"metrics.jsonl", "samples.txt"}
@@ -39,10 +42,11 @@ def compression(file: Path) -> str:
 def find_files(paths: Sequence[str], key: str = "paths", *, quiet: bool = False) -> list[Path]:
     """The files behind files, folders (searched recursively, linked ones too) and globs, sorted, each once.
 
-    A path that exists is taken as it is, whatever its characters mean in a glob. Folders of runs and token
-    caches that are not named themselves are left out, as are hidden folders and __pycache__. Says in a line
-    what else was left out, unless quiet. key: where the paths were given. Raises UsageError when one of them
-    names nothing that can be read.
+    A path that exists is taken as it is, whatever its characters mean in a glob. Of a folder, .json and .csv
+    files are read where it has none of the first of GROUPS, and .md where it has nothing else. Folders of
+    runs and token caches that are not named themselves are left out, as are hidden folders and __pycache__.
+    Says in a line what else was left out, unless quiet. key: where the paths were given. Raises UsageError
+    when one of them names nothing that can be read.
     """
     found: set[Path] = set()
     left_out: LeftOut = {}
@@ -81,13 +85,22 @@ def _named(name: str, key: str, left_out: LeftOut) -> list[Path]:
     if not os.path.lexists(path):
         path = Path(os.path.expanduser(name))
     if path.is_dir():
-        return list(_walk(path, left_out))
+        return _first_group(list(_walk(path, left_out)), left_out)
     files = [path] if os.path.lexists(path) else _matches(path, left_out)
     for file in files:
         if not _is_read(file):
             got = file.suffix or "no suffix"
             raise UsageError(f"{key}: {file}: expected one of {', '.join(SUFFIXES)}, got {got}")
     return [file for file in files if _is_file(file, left_out)]
+
+
+def _first_group(files: list[Path], left_out: LeftOut) -> list[Path]:
+    kinds = {kind(file) for file in files}
+    group = next((group for group in GROUPS if kinds.intersection(group)), ())
+    for file in files:
+        if kind(file) not in group:
+            left_out.setdefault(f"{file.suffix} beside others", []).append(file)
+    return [file for file in files if kind(file) in group]
 
 
 def _matches(pattern: Path, left_out: LeftOut) -> list[Path]:
@@ -161,7 +174,7 @@ def _is_file(file: Path, left_out: LeftOut) -> bool:
 
 def _is_utf16(file: Path, left_out: LeftOut) -> bool:
     """Read as UTF-8, such a text would be garbage, or nothing."""
-    if file.suffix.lower() not in (".jsonl", ".txt") or file.stat().st_size < 2:
+    if file.suffix.lower() not in (".jsonl", ".txt", ".json", ".csv", ".md") or file.stat().st_size < 2:
         return False
     with file.open("rb") as stream:
         if stream.read(2) not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):

@@ -1,4 +1,4 @@
-"""Files on disk as a corpus: .parquet, .jsonl, .txt and .py.
+"""Files on disk as a corpus: .parquet, .jsonl, .json, .csv, .txt, .md and .py.
 
 Sizes in a file are claims: no document of more than DOCUMENT_LIMIT bytes is kept in memory, no block of more
 than BLOCK_LIMIT, and nothing is unpacked to more than RATIO times its size. What lies beyond counts as
@@ -28,16 +28,28 @@ from smollm2.errors import LoadError, UsageError
 from train.data.files import compression, find_files, fingerprints, kind
 from train.data.rows import as_conversation, is_chat, needed_columns
 from train.data.source import Block, SingleSource
+from train.data.tables import (
+    check_json,
+    column_values,
+    conversations,
+    csv_columns,
+    csv_rows,
+    json_rows,
+    open_parquet,
+    text_sizes,
+)
 
 # A change of the constants below makes other blocks; those of .txt files have changed once more.
 LAYOUT, TEXT_LAYOUT = "blocks 2", "blocks 3"
 BYTE_BLOCK = 4 << 20  # of .jsonl and .txt files, and of groups of .py files
-ROW_BLOCK = 1024  # of .parquet files
+ROW_BLOCK = 1024  # of .parquet, .json and .csv files
 TEXT_DOCUMENT = 2048  # bytes; a .txt file is cut at the paragraph ends that follow so many
 TEXT_LIMIT = 16 * TEXT_DOCUMENT  # bytes; where no paragraph ends, it is cut at the line end after so many
 DOCUMENT_LIMIT = 128 << 20  # bytes of a document, or of the line that holds it
 BLOCK_LIMIT = 512 << 20  # bytes; 1024 rows of more than 512 KiB on average are several blocks
-CHAT_SUFFIXES = (".jsonl", ".parquet")  # of files that can hold conversations
+TABLES = (".json", ".csv")  # read from their beginning, in blocks of rows
+TEXTS = (".txt", ".md")
+CHAT_SUFFIXES = (".jsonl", ".parquet", *TABLES)  # of files that can hold conversations
 ROWS_AT_ONCE = 8  # of a .parquet file, in memory beside the block
 RATIO = 1000  # times their size, beyond DOCUMENT_LIMIT, to which files are unpacked: no text shrinks as much
 END_OF_TEXT_LINE = b"<|endoftext|>"  # separates documents in some published .txt corpora
@@ -55,12 +67,13 @@ class _Part:
 class LocalSource(SingleSource):
     """Files on disk. A shard is one row group of a .parquet file, the lines of a .jsonl or .txt file that
     begin in one 4 MiB stretch, or a run of .py files, in the order of their paths, of about 4 MiB together. A
-    compressed .jsonl or .txt file is one shard, and its stretches are the blocks.
+    compressed .jsonl or .txt file is one shard, and its stretches are the blocks. So is a .csv or .json file.
 
-    .parquet: the text column, in blocks of 1024 rows. .jsonl: the text key of each object, or each string.
-    .txt: runs of whole paragraphs of at least 2 KiB, or where there are none of lines, of at least 32 KiB, so
-    that one large file still has many documents. .py: each file is a document. Or conversations
-    (train/data/rows.py): a row of a .parquet or .jsonl file each. Memory: one block.
+    .parquet, .csv: the text column, in blocks of 1024 rows. .jsonl, .json: the text key of each object, or
+    each string; of .json, an array that is read at once. .txt, .md: runs of whole paragraphs of at least 2
+    KiB, or where there are none of lines, of at least 32 KiB, so that one large file still has many
+    documents. .py: each file is a document. Or conversations (train/data/rows.py): a row of a file of
+    CHAT_SUFFIXES each. Memory: one block, or a .json file.
     """
 
     revision: str | None = None
@@ -71,15 +84,16 @@ class LocalSource(SingleSource):
     ) -> None:  # fmt: skip
         """paths: files, folders (searched recursively) and globs; without: the same, of what is left out,
         with all that lies in the folders. key: where paths were given. train_on: None, or what is learned of
-        conversations, of which only .jsonl and .parquet files hold any. Raises UsageError when they name no
-        readable file, or nothing is left.
+        conversations, of which only files of CHAT_SUFFIXES hold any. Raises UsageError when they name no
+        readable file, or nothing is left, LoadError for a file that lacks the columns.
         """
         self.text_column, self.train_on = text_column, train_on
         self.files = find_files(paths, key)
         if train_on is not None:
             found, self.files = self.files, [file for file in self.files if kind(file) in CHAT_SUFFIXES]
             if not self.files:
-                wanted = f"expected {' or '.join(CHAT_SUFFIXES)} files for format=chat, got {found[0].name}"
+                suffixes = f"{', '.join(CHAT_SUFFIXES[:-1])} or {CHAT_SUFFIXES[-1]}"
+                wanted = f"expected {suffixes} files for format=chat, got {found[0].name}"
                 raise UsageError(f"{key}: {wanted}")
         left_out = find_files(without, "validation_paths", quiet=True) if without else []
         self._left_out = [(file, file.stat()) for file in left_out]
@@ -123,7 +137,7 @@ class LocalSource(SingleSource):
 
     def span(self, shard: int, block: int) -> tuple[float, float]:
         part = self._shards[shard]
-        if compression(part.files[0]):
+        if compression(part.files[0]) or kind(part.files[0]) in TABLES:
             return 0.0, 0.0  # how many blocks there are is not known: only whole shards count
         if kind(part.files[0]) != ".parquet":
             return 0.0, 1.0
@@ -164,6 +178,8 @@ class LocalSource(SingleSource):
         try:
             if kind(file) == ".parquet":
                 yield from self._row_blocks(part, first_block)
+            elif kind(file) in TABLES:
+                yield from self._table_blocks(file, first_block)
             elif compression(file):
                 yield from self._unpacked_blocks(file, first_block)
             elif first_block == 0 and kind(file) == ".py":
@@ -179,7 +195,7 @@ class LocalSource(SingleSource):
             raise LoadError(f"{file}: cannot be read ({error}); {remedy}") from error
 
     def _documents(self, file: Path, lines: Iterator[bytes | None]) -> Block:
-        if kind(file) == ".txt":
+        if kind(file) in TEXTS:
             return list(_paragraph_runs(self._limited(file, line) for line in lines))
         return [self._json_document(file, line) for line in lines if line is None or line.strip()]
 
@@ -215,6 +231,27 @@ class LocalSource(SingleSource):
                 if block >= first_block:
                     yield found
 
+    def _table_blocks(self, file: Path, first_block: int) -> Iterator[Block]:
+        """Blocks of ROW_BLOCK rows, or of fewer where they would exceed BLOCK_LIMIT characters."""
+        rows: Iterable[Any] = csv_rows(file, DOCUMENT_LIMIT)
+        if kind(file) == ".json":
+            rows = json_rows(file)
+            if rows and isinstance(rows[0], dict):
+                self._needed(f"{file}: row 1", list(rows[0]))
+        found: Block = []
+        size = block = 0
+        for row in rows:
+            document = self._document(file, row)
+            characters = len(document) if isinstance(document, str) else 0
+            if len(found) == ROW_BLOCK or (found and size + characters > BLOCK_LIMIT):
+                if block >= first_block:
+                    yield found
+                found, size, block = [], 0, block + 1
+            found.append(document)
+            size += characters
+        if found and block >= first_block:
+            yield found
+
     def _row_blocks(self, part: _Part, first_block: int) -> Iterator[Block]:
         """Blocks of ROW_BLOCK rows of one row group, or of fewer where they would exceed BLOCK_LIMIT."""
         import pyarrow
@@ -223,13 +260,13 @@ class LocalSource(SingleSource):
         file, size, block = part.files[0], 0, 0
         rows: Block = []
         try:
-            with _open_parquet(file) as parquet:
-                columns = self._columns(file, parquet)
+            with open_parquet(file) as parquet:
+                columns = self._needed(str(file), parquet.schema_arrow.names)
                 for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[part.number], columns=columns):
-                    column = batch.column(0) if self.train_on is None else _conversations(batch)
+                    column = batch.column(0) if self.train_on is None else conversations(batch)
                     if column.type == pyarrow.string_view():  # which few functions take
                         column = column.cast(pyarrow.large_string())
-                    sizes = _sizes(column)
+                    sizes = text_sizes(column)
                     if max(sizes) > DOCUMENT_LIMIT:
                         self._limited(file, None)
                         keep = pyarrow.array([one <= DOCUMENT_LIMIT for one in sizes])
@@ -252,13 +289,17 @@ class LocalSource(SingleSource):
             yield rows
 
     def _parts(self, file: Path) -> list[_Part]:
-        if compression(file):
+        if kind(file) == ".csv" and file.stat().st_size:
+            self._needed(str(file), csv_columns(file))
+        if kind(file) == ".json":
+            check_json(file, DOCUMENT_LIMIT)
+        if compression(file) or (kind(file) in TABLES and file.stat().st_size):
             return [_Part((file,), 0, file.stat().st_size)]
         if kind(file) != ".parquet":
             begins = range(0, size := file.stat().st_size, BYTE_BLOCK)
             return [_Part((file,), n, min(BYTE_BLOCK, size - begin)) for n, begin in enumerate(begins)]
-        parquet = _open_parquet(file)
-        columns = self._columns(file, parquet)
+        parquet = open_parquet(file)
+        columns = self._needed(str(file), parquet.schema_arrow.names)
         parts = []
         for number in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(number)
@@ -269,9 +310,8 @@ class LocalSource(SingleSource):
                 parts.append(_Part((file,), number, group.num_rows))
         return parts
 
-    def _columns(self, file: Path, parquet: Any) -> list[str]:
-        names = parquet.schema_arrow.names
-        return needed_columns(str(file), names, self.text_column, self.train_on is not None)
+    def _needed(self, where: str, columns: list[str]) -> list[str]:
+        return needed_columns(where, columns, self.text_column, self.train_on is not None)
 
     def _json_document(self, file: Path, line: bytes | None) -> Any:
         """The text or conversation of a line; None (unusable) where it is too long, not JSON or has none."""
@@ -286,6 +326,10 @@ class LocalSource(SingleSource):
             else:
                 self._note(file, "lines that are not JSON in UTF-8 are passed over")
             return None
+        return self._document(file, value)
+
+    def _document(self, file: Path, value: Any) -> Any:
+        """The text or conversation of a row; None where it has none."""
         if self.train_on is not None:
             if (conversation := as_conversation(value)) is None:
                 self._note(file, "rows without a conversation to learn from are passed over")
@@ -320,53 +364,6 @@ def _groups(files: list[tuple[Path, int]]) -> list[_Part]:
             groups.append(_Part(tuple(run), len(groups), size))
             run, size = [], 0
     return [*groups, _Part(tuple(run), len(groups), size)] if run else groups
-
-
-def _open_parquet(file: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        install = "install it with: pip install 'smollm2-kernels[train]'"
-        raise LoadError(f"{file}: reading .parquet needs pyarrow; {install}") from None
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise LoadError(
-            f"{file}: not a readable parquet file ({reason}); copy or download it again"
-        ) from None
-
-
-def _sizes(column: Any) -> list[int]:
-    """Bytes of each value of an arrow column; 0 for what is not text."""
-    import pyarrow.compute
-    import pyarrow.types as types
-
-    if types.is_dictionary(column.type):  # a value is stored once, and read as often as it occurs
-        sizes = _sizes(column.dictionary)
-        return [0 if index is None else sizes[index] for index in column.indices.to_pylist()]
-    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    if not any(is_kind(column.type) for is_kind in kinds):
-        return [0] * len(column)
-    return [size or 0 for size in pyarrow.compute.binary_length(column).to_pylist()]
-
-
-def column_values(column: Any) -> Block:
-    """The values of an arrow column: bytes where one is not UTF-8, so that only that document is lost."""
-    import pyarrow
-
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        large = pyarrow.types.is_large_string(column.type)
-        return list(column.cast(pyarrow.large_binary() if large else pyarrow.binary()).to_pylist())
-
-
-def _conversations(batch: Any) -> Any:
-    """The conversations of some rows as a column of texts."""
-    import pyarrow
-
-    return pyarrow.array([as_conversation(row) for row in batch.to_pylist()], pyarrow.large_string())
 
 
 def _is_bomb(group: Any, names: list[str]) -> bool:

@@ -14,12 +14,18 @@ from typing import Any
 from smollm2.errors import LoadError
 
 # Which columns make a conversation, the first that a dataset has.
-CHAT_COLUMNS = (("messages",), ("prompt", "completion"), ("conversations",))
+CHAT_COLUMNS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("conversations",),
+    ("instruction", "output"),  # Alpaca's, and its optional input
+)
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # which names its fields from and value
 EXAMPLE = (
     '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}, or '
-    '{"prompt": ..., "completion": ...} with two texts or two such lists'
+    '{"prompt": ..., "completion": ...} with two texts or two such lists, or Alpaca\'s {"instruction": ..., '
+    '"input": ..., "output": ...}'
 )
 
 
@@ -28,7 +34,7 @@ def needed_columns(where: str, columns: Sequence[str], text_column: str, chat: b
     made = next((list(some) for some in CHAT_COLUMNS if set(some) <= set(columns)), [])
     wanted = made if chat else [text_column] if text_column in columns else []
     if wanted:
-        return wanted
+        return [*wanted, "input"] if "instruction" in wanted and "input" in columns else wanted
     got = ", ".join(columns) or "none"
     if chat:
         raise LoadError(f"{where}: expected columns of conversations, got {got}; a row is {EXAMPLE}")
@@ -45,12 +51,15 @@ def as_conversation(row: Any) -> str | None:
     """The conversation of a row, as JSON; None if it has none that can be learned from.
 
     It is {"messages": [...]}, with an answer of the assistant, or {"prompt": ..., "completion": ...}: two
-    texts, or two lists of messages of which the second begins with an answer.
+    texts, or two lists of messages of which the second begins with an answer. Alpaca's instruction, input and
+    output are two such lists of a message each; where there is an input it follows a blank line.
     """
     if not isinstance(row, dict):
         return None
     messages = row.get("messages")
     prompt, completion = row.get("prompt"), row.get("completion")
+    if messages is None and prompt is None and row.get("conversations") is None:
+        prompt, completion = _alpaca(row)
     found: dict[str, Any] | None = None
     if messages is None and isinstance(prompt, str) and isinstance(completion, str):
         found = {"prompt": prompt, "completion": completion} if completion.strip() else None
@@ -64,6 +73,16 @@ def as_conversation(row: Any) -> str | None:
         return None if found is None else json.dumps(found, ensure_ascii=False, sort_keys=True)
     except (TypeError, ValueError, RecursionError):  # dates, bytes and the like in a message
         return None
+
+
+def _alpaca(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Prompt and completion of a row with an instruction and an output; (None, None) if it has none."""
+    parts = [row.get("instruction"), row.get("input") or "", row.get("output")]
+    *asked, output = [part for part in parts if isinstance(part, str)] or [""]
+    question = "\n\n".join(text for text in asked if text.strip())
+    if len(asked) < 2 or not question or not output.strip():
+        return None, None
+    return [{"role": "user", "content": question}], [{"role": "assistant", "content": output}]
 
 
 def _messages(values: Any) -> list[dict[str, Any]] | None:
