@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -235,6 +236,20 @@ def test_held_out_conversations_are_padded_not_dropped():
     assert text.count("<|im_end|>") == sum(is_held_out(key, 0.3) for key in keys) > 0
     none = held_out_rows(some_source(), TOKENIZER, 0.0, 100, 300)
     assert none.ids.shape == none.targets.shape == (0, 300)
+
+
+@pytest.mark.parametrize(("rows", "shards"), [(1, 1), (3, 2), (8, 4), (20, 4), (100, 4)])
+def test_every_shard_gives_whole_conversations_and_none_twice(rows, shards):
+    """Shards of unequal size, so that the second must give more than its share."""
+    numbers = itertools.count()
+    sizes = [[1], [12, 9, 12], [2], [3, 1]]
+    source = ChatSource([[[conversation(next(numbers)) for _ in range(n)] for n in one] for one in sizes])
+    held_out = held_out_rows(source, TOKENIZER, 1.0, rows, 256)
+    text = TOKENIZER.decode(held_out.ids.flatten().tolist())
+    found = [int(number) for number in re.findall(r"how many, (\d+)\?", text)]
+    assert len(found) == len(set(found)) and 0 < len(held_out.ids) <= rows
+    assert len(set(np.searchsorted([1, 34, 36], found, "right"))) >= shards
+    assert rows < 100 or len(found) == sum(map(sum, sizes))
 
 
 def test_json_of_a_conversation_is_a_row_again():

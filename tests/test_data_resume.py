@@ -20,6 +20,7 @@ from train.build import Run, build, held_out_count
 from train.checkpoint import Progress
 from train.config import RunConfig
 from train.data import files
+from train.data.embedded import EmbeddedSource
 from train.data.local import LocalSource
 from train.data.mixture import MixtureSource
 from train.data.open import open_source
@@ -33,6 +34,12 @@ from train.run import train
 @pytest.fixture
 def configured(tmp_path):
     return functools.partial(run_config, tmp_path, steps=2, eval_every=2, validation_fraction=0.3)
+
+
+@pytest.fixture(autouse=True)
+def few_embedded_documents(monkeypatch):
+    texts = [f"{number} of {number * number} documents. " * 3 for number in range(40)]
+    monkeypatch.setattr(EmbeddedSource, "documents", texts)
 
 
 def built(config: RunConfig) -> Run:

@@ -276,7 +276,7 @@ def held_out_segments(
     """Held-out documents for `rows` rows of `length` tokens, of all shards alike (train/data/turns.py), and
     more if more are asked for. A shard's last one is cut where its share ends, a conversation is not.
     """
-    whole = source.train_on is not None
+    whole, used = source.train_on is not None, 0
     for turn in turns(source.num_shards, rows * length, length):
         visit = Visit(Cursor(block=turn.block), turn.shard, 0.0)
         with closing(tokenised(source, [visit], pool, cache, stop)) as blocks:
@@ -288,33 +288,40 @@ def held_out_segments(
                 keep = (tokens.lengths > 0) & is_held_out(tokens.digests, fraction)
                 order = np.array(_mixed(len(keep), turn), np.int64)
                 segment = _segment(source, item, order, keep, 0, 0, 0)[0]
-                if len((part := _taken(segment, turn, length if whole else 0)).tokens):
-                    yield part
+                if whole:
+                    end = _whole_share(segment, turn, length, used)
+                else:
+                    end = min(len(segment.tokens), turn.place + turn.share - turn.given)
+                    turn.given += end - turn.place
+                turn.more = end < len(segment.tokens) or turn.given >= turn.share
+                if end > turn.place:
+                    yield _cut(segment, turn.place, end)
+                turn.place = end
                 if turn.more:
                     break
+        used += turn.given
 
 
-def _taken(segment: Segment, turn: Turn, row: int) -> Segment:
-    """What a turn takes of the held-out documents of its block, and where the next one goes on. row: tokens
-    of a conversation that count, which is taken whole; 0: of texts.
+def _whole_share(segment: Segment, turn: Turn, length: int, used: int) -> int:
+    """Where the conversations end that a turn takes of its block, at least one of a shard. They are counted
+    as they fill rows of `length` tokens, with the padding before one that does not fit. used: by the turns
+    before.
     """
-    begin, end = turn.place, len(segment.tokens)
-    first, last = int(np.searchsorted(segment.begins, begin, "right")) - 1, len(segment.begins)
-    left = turn.share - turn.given
-    if row and begin < end:
-        sizes = np.minimum(np.diff(segment.begins[first:], append=end), row)
-        # one at least, so that a turn never gives nothing where there is something
-        last = first + max(turn.given == 0, int(np.searchsorted(np.cumsum(sizes), left, "right")))
-        turn.given += int(sizes[: last - first].sum())
-        end = int(segment.begins[last]) if last < len(segment.begins) else end
-        turn.more = end < len(segment.tokens) or turn.given >= turn.share
-    elif begin < end:
-        end = min(end, begin + left)
-        turn.given += end - begin
-        turn.more = turn.given == turn.share
-        last = int(np.searchsorted(segment.begins, end))
-    turn.place = end
-    part = slice(max(0, first), last)
+    end = turn.place
+    for document in range(int(np.searchsorted(segment.begins, end)), len(segment.begins)):
+        begin, behind = segment.bounds(document)
+        size, space = min(behind - begin, length), -(used + turn.given) % length
+        size += space if size > space else 0
+        if turn.given and turn.given + size > turn.share:
+            break
+        turn.given, end = turn.given + size, behind
+    return end
+
+
+def _cut(segment: Segment, begin: int, end: int) -> Segment:
+    """The documents that lie in some of a segment's tokens; one that is continued counts as new."""
+    first = int(np.searchsorted(segment.begins, begin, "right")) - 1
+    part = slice(first, int(np.searchsorted(segment.begins, end)))
     return Segment(
         segment.cursor, segment.tokens[begin:end], np.maximum(segment.begins[part] - begin, 0),
         segment.index[part], segment.digests[part], segment.invalid[part], segment.epochs[part],
