@@ -158,7 +158,7 @@ def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(configured, num
     assert run_command(main, arguments(config)) == code
     sender.join()
     out, err = capsys.readouterr()
-    assert "finishing the step, then saving" in err and "continue with resume=auto" in out
+    assert "; once more leaves at once" in err and "continue with resume=auto" in out
     newest = newest_checkpoint(Path(config.output_dir), print)
     assert newest is not None
     assert curve(config)[-1][0] == int(newest.name.removeprefix("step-"))

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -155,11 +155,16 @@ def settle_buckets(world: World, forward: nn.Module, rows: int, length: int) -> 
     set_rng_states(states)
 
 
+class Interrupted(BaseException):
+    """A signal came while a run waited for its data. No Exception: what retries a read would catch it."""
+
+
 class StopRequest:
     """Inside this context the first SIGTERM, SIGINT or SIGHUP is noted, and the second ends the process at
     once. A SIGHUP never does: a terminal that closes sends several. Under nohup there is none.
 
-    All ranks stop after the same step, whichever of them got the signal, and when.
+    All ranks stop after the same step, whichever of them got the signal, and when. A process that trains
+    alone also leaves a wait (`waiting`).
     """
 
     def __init__(self, world: World) -> None:
@@ -167,6 +172,7 @@ class StopRequest:
         self._noted = 0
         self._since = 0.0
         self._agreed = 0
+        self._waiting = False
         self._message: Tensor | None = None
         self._sent: dist.Work | None = None
         self._before: dict[int, Any] = {}
@@ -194,13 +200,29 @@ class StopRequest:
             return
         self._noted, self._since = number, time.monotonic()
         if self._world.main:
-            text = (
-                f"\n{signal.Signals(number).name}: finishing the step, then saving; once more leaves at once"
-            )
+            what = "the wait for data ends here" if self._waiting else "finishing the step, then saving"
+            text = f"\n{signal.Signals(number).name}: {what}; once more leaves at once"
             with contextlib.suppress(
                 OSError, RuntimeError
             ):  # no terminal, or it came while this was printing
                 print(text, file=sys.stderr, flush=True)
+        if self._waiting:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what may take minutes and changes nothing that is saved. Of a process that trains alone, the
+        first signal raises Interrupted in it, or one that was noted before at its beginning.
+
+        Several processes wait on: the others are in a collective operation, and would not hear of it.
+        """
+        self._waiting = self._world.size == 1
+        try:
+            if self._waiting and self._noted:
+                raise Interrupted
+            yield
+        finally:
+            self._waiting = False
 
     def agree(self) -> int:
         """Called by every rank once a step -> the number of the signal on which to stop now, or 0.

@@ -29,7 +29,7 @@ from train.checkpoint import take_snapshot
 from train.command_line import HELP, parse
 from train.config import RunConfig
 from train.data.batches import training_batches
-from train.distributed import StopRequest, World, join_world, leave_world
+from train.distributed import Interrupted, StopRequest, World, join_world, leave_world
 from train.evaluation import evaluate, sample
 from train.folder import check_folder, claimed, open_folder, run_folder
 from train.optim import describe_optimizer, learning_rate, set_learning_rate
@@ -112,10 +112,16 @@ def loop(run: Run) -> int:
             if progress.step >= config.steps:
                 _save(run, saver, reporter, final=True)
         while progress.step < config.steps and not stopped:
-            with _saved_if_it_fails(run, saver, reporter):
-                began = time.perf_counter()
-                batch = next(batches)
-                waited = time.perf_counter() - began
+            began = time.perf_counter()
+            try:
+                with _saved_if_it_fails(run, saver, reporter), stop.waiting():
+                    batch = next(batches)
+            except Interrupted:  # what was read ahead is not counted as read
+                stopped = stop.agree()
+                if progress.step:
+                    _save(run, saver, reporter, final=True)
+                break
+            waited = time.perf_counter() - began
             lr = learning_rate(progress.step, config)
             set_learning_rate(run.optimizer, lr)
             with memory_advice(config):
@@ -152,7 +158,9 @@ def loop(run: Run) -> int:
                 noted = lost
                 reporter.note(**lost)
     if world.main:
-        if stopped:
+        if stopped and not progress.step:
+            print("stopped before the first step: there is nothing to save; start it again", flush=True)
+        elif stopped:
             where = f"stopped at step {progress.step}, saved in {_checkpoint(run)}"
             print(f"{where}; continue with resume=auto", flush=True)
         else:
