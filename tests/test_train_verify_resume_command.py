@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from train_cases import TINY, write_corpus
 
+from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.cli import run_command
+from smollm2.pretrained.tokenizer import train_tokenizer
 from train import build, checkpoint, step, verify_resume
+from train.data import mixture
+from train.data.packing import tensors
 from train.verify_resume import main
 
 KEYS = [f"{name}={value}" for name, value in TINY.items() if name != "steps"]
 
 
 def verify(folder: Path, project_root: Path, *arguments: str) -> list[str]:
-    """The lines that the command prints of a run on a small corpus in `folder`; they end with its verdict."""
-    corpus = write_corpus(folder / "numbers.jsonl")
-    command = [sys.executable, "-m", "train.verify_resume", *KEYS, f"paths={corpus}", *arguments]
-    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True)
+    """The lines that the command prints of a run on a small corpus in `folder`, from where it is started;
+    they end with its verdict.
+    """
+    corpus = Path(write_corpus(folder / "numbers.jsonl"))
+    command = [sys.executable, "-m", "train.verify_resume", *KEYS, f"paths={corpus.name}", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(project_root)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "verdict: bit-identical"
@@ -60,6 +70,10 @@ class Killed(BaseException):
     pass
 
 
+def die(*_: object) -> str:
+    raise Killed
+
+
 class HereAndNow:
     """A run in this process, in the place of one of its own. A kill is an exception that nothing catches."""
 
@@ -91,9 +105,6 @@ def test_a_resume_that_loses_something_is_found_out(tmp_path, monkeypatch, capsy
         for entries in optimizer.state.values():
             entries["exp_avg_sq"].zero_()
 
-    def die(*_: object) -> str:
-        raise Killed
-
     if fault:
         monkeypatch.setattr(build, "load_moments", load_moments)
     monkeypatch.setattr(verify_resume, "_die", die)
@@ -105,6 +116,55 @@ def test_a_resume_that_loses_something_is_found_out(tmp_path, monkeypatch, capsy
     rows = {line.strip().split("  ")[0]: line for line in out.splitlines() if line.startswith("  ")}
     assert ("DIFFERENT" in rows["weights"]) == ("DIFFERENT" in rows["loss"]) == fault
     assert "DIFFERENT" not in rows["batches of rank 0"]
+
+
+TALK = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}"
+
+
+@pytest.fixture
+def adapting(tmp_path, monkeypatch):
+    """The keys of a run that trains adapters on conversations, with paths as seen from the present folder."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        [{"role": "user", "content": f"{n} and {n}?"}, {"role": "assistant", "content": f"{2 * n}."}]
+        for n in range(12)
+    ]
+    Path("talks.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    tokenizer = train_tokenizer(["1 and 2 and 3"], 300)
+    tokenizer.chat_template = TALK
+    SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=300), "torch").save_pretrained("base")
+    tokenizer.save("base")
+    own = "model=base tokenizer=auto max_position_embeddings=null lora_rank=2 format=chat sequence_length=64"
+    return [*KEYS, *own.split(), "paths=talks.jsonl", "background_save=false"]
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_adapters_and_what_is_learned_of_conversations_are_compared(adapting, monkeypatch, capsys, fault):
+    """A planted fault: from its second start on the killed run learns what the straight one does not."""
+    starts: list[Any] = []
+
+    class Run(HereAndNow):
+        def __init__(self, command: list[str], **options: Any) -> None:
+            starts.append(options)
+            super().__init__(command)
+
+    def mixed(*given: Any) -> Any:
+        made = tensors(*given)
+        if fault and len(starts) > 2:
+            made = made._replace(labels=made.ids.clone())
+        return made
+
+    monkeypatch.setattr(mixture, "tensors", mixed)
+    monkeypatch.setattr(verify_resume, "_die", die)
+    # in this module alone: a chat template is rendered in a process of its own
+    own = SimpleNamespace(Popen=Run, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(verify_resume, "subprocess", own)
+    assert run_command(main, adapting) == int(fault)
+    rows = {line.strip().split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "tensors" in rows["weights"] and ("DIFFERENT" in rows["batches of rank 0"]) == fault
+    assert all("cwd" not in one for one in starts)  # the user's own
+    assert all(one["env"]["PYTHONPATH"].startswith(str(verify_resume.ROOT)) for one in starts)
+    assert (verify_resume.ROOT / "train" / "run.py").is_file()
 
 
 @pytest.mark.parametrize(

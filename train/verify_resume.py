@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from smollm2.cli import Parser, run_command
 from smollm2.errors import LoadError, UsageError
+from smollm2.lora import ADAPTER_WEIGHTS
 from train import checkpoint, run, step
 from train.checkpoint import LATEST, RECORD, STATE, checkpoints, newest_checkpoint, read_moments
 from train.command_line import CONFIGS, parse
@@ -37,7 +38,7 @@ from train.data.batches import Batch
 from train.metrics import SAMPLES_FILE, read_metrics
 
 DEADLINE = 600.0  # seconds until the first checkpoint is there, on a machine however slow
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(run.__file__).resolve().parents[run.__name__.count(".")]  # where the package is found
 # of metrics.jsonl: they tell the time
 TIMED = ("tokens_per_second", "mfu", "wait_ms", "memory_gb", "memory_peak_gb", "eta_seconds")
 
@@ -56,11 +57,10 @@ def _record_batches(folder: Path) -> None:
     path = folder / f"stream-{os.environ.get('RANK', '0')}.jsonl"
 
     def recorded(self: step.TrainStep, batch: Batch) -> int:
-        content = hashlib.sha256(
-            batch.input_ids.numpy().tobytes() + batch.doc_start.numpy().tobytes()
-        ).hexdigest()
+        parts = (batch.input_ids, batch.doc_start, batch.labels)
+        content = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts if part is not None))
         with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([str(batch.cursor), content]) + "\n")
+            stream.write(json.dumps([str(batch.cursor), content.hexdigest()]) + "\n")
         return original(self, batch)
 
     step.TrainStep._count_targets = recorded  # type: ignore[method-assign]
@@ -122,9 +122,12 @@ class Trial:
         resume = ["resume=auto"] if (self.run / "config.yaml").is_file() else []
         child = ["-m", "train.verify_resume", "--child", trap, str(self.folder)]
         command = [sys.executable, *launcher, *child, *self._keys, *resume]
+        # In the user's folder, so that paths are what they were; a folder there called train is not imported.
+        found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": found, "PYTHONSAFEPATH": "1"}
         with (self.folder / "log.txt").open("ab") as log:
             return subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def finish(self) -> None:
@@ -217,6 +220,12 @@ def _stream(path: Path) -> dict[str, set[str]]:
     return found
 
 
+def _weights(end: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint: the model's, or those of the adapters that were trained."""
+    adapters = end / ADAPTER_WEIGHTS
+    return load_file(adapters if adapters.is_file() else end / "model.safetensors")
+
+
 def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
     """(what, whether it is equal, its size) for everything that a run leaves behind."""
     rows = []
@@ -230,7 +239,7 @@ def compare(straight: Trial, killed: Trial) -> list[tuple[str, bool, str]]:
     if ends[0] is None or ends[1] is None:
         raise LoadError("a run left no checkpoint")
     loaders: dict[str, Callable[[Path], Any]] = {
-        "weights": lambda end: load_file(end / "model.safetensors"),
+        "weights": _weights,
         "optimizer state": read_moments,
         "generators, counters": lambda end: torch.load(end / STATE, weights_only=True),
     }
