@@ -1,12 +1,14 @@
 """Runs that train adapters: `train.run` with lora_rank, and `smollm2 finetune`."""
 
 import json
+import os
 import shlex
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_cases import arguments, checkpoint_folder, curve, run_config
+from train_cases import DEADLINE, arguments, checkpoint_folder, curve, run_config, torchrun
 
 from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.cli import run_command
@@ -14,7 +16,8 @@ from smollm2.errors import UsageError
 from smollm2.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TARGETS, LoraConfig, adapter_parameters
 from smollm2.pretrained.load import load_model, load_tokenizer
 from smollm2.pretrained.tokenizer import train_tokenizer
-from train import checkpoint, finetune
+from train import checkpoint, epochs, finetune
+from train.distributed import World, dist
 from train.estimate import memory_of
 from train.metrics import flops_per_token
 from train.run import main, train
@@ -143,6 +146,7 @@ def test_finetune_counts_epochs_trains_and_merges(tmp_path, talks, base, capsys)
     keys = [*KEYS, f"model={base}", f"output_dir={out}"]
     one, two = (finetune.configure([str(talks), *keys, f"epochs={epochs}"]).steps for epochs in (2, 4))
     assert two == pytest.approx(2 * one, abs=1) and one > 2
+    assert capsys.readouterr().out == 2 * f"counting the tokens of {talks} ...\n"
     assert finetune.main([str(talks), *keys, "epochs=1"]) == 0
     said = capsys.readouterr().out
     assert "in adapters and trained" in said and "step 0: held-out loss" in said
@@ -158,6 +162,34 @@ def test_finetune_counts_epochs_trains_and_merges(tmp_path, talks, base, capsys)
     ]
     assert [hint[-1] for hint in hints] == [str(out), "q8_0"]
     assert hints[1][hints[1].index("--model") + 1] == str(out)
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_counts_merges_and_speaks(tmp_path, talks, base, project_root):
+    out = tmp_path / "run"
+    keys = [*KEYS, f"model={base}", f"output_dir={out}", "epochs=1", "grad_accumulation=2"]
+    done = subprocess.run(
+        [*torchrun(2), "-m", "train.finetune", str(talks), *keys], cwd=project_root, capture_output=True,
+        text=True, timeout=DEADLINE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in ("counting the tokens of ", "merged: ", "chat: ", "export: "):
+        assert done.stdout.count(line) == 1, line
+    assert load_model(out / "merged", "torch").is_plain()
+
+
+def test_the_other_processes_of_finetune_neither_count_nor_merge(tmp_path, talks, base, monkeypatch, capsys):
+    def broadcast(message, **_):
+        message[:] = [7, None]
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(epochs, "open_source", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr(finetune, "join_world", lambda _: World(torch.device("cpu"), rank=1, size=2))
+    monkeypatch.setattr(finetune, "train", lambda config, *_, **__: config.steps - 7)
+    monkeypatch.setattr(finetune, "load_model", lambda *_: pytest.fail("the model was merged"))
+    monkeypatch.setenv("RANK", "1")
+    assert finetune.main([str(talks), *KEYS, f"model={base}", f"output_dir={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_finetune_of_all_weights_needs_no_merging(tmp_path, talks, base, capsys):

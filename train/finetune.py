@@ -5,7 +5,6 @@ It is train.run with train/configs/finetune.yaml, for as many epochs as are aske
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import sys
@@ -17,14 +16,12 @@ import torch
 from smollm2.cli import program, run_command
 from smollm2.errors import UsageError
 from smollm2.pretrained.load import load_model, load_tokenizer
-from train import keep_freed_memory
-from train.build import model_source, tokenizer_for
+from train import display, keep_freed_memory
 from train.command_line import CONFIGS, parse
 from train.config import RunConfig
-from train.data.batches import split_fraction, training_batches
-from train.data.open import open_source
 from train.data.rows import EXAMPLE
-from train.distributed import leave_world
+from train.distributed import join_world, leave_world
+from train.epochs import steps_of
 from train.folder import run_folder
 from train.run import train
 
@@ -79,7 +76,9 @@ def configure(arguments: Sequence[str]) -> RunConfig:
             raise UsageError(
                 "steps: expected a number for a dataset on the hub, which is read as it is learned"
             )
-        config.steps = steps_of(config, epochs)
+        world = join_world(config.device)
+        with display.optional_output(world.main):
+            config.steps = steps_of(config, epochs, world)
     for key, parts, most in (("warmup_steps", 10, 100), ("eval_every", 5, 500), ("sample_every", 2, 500)):
         if key not in given:
             setattr(config, key, max(1, min(most, config.steps // parts)))
@@ -95,23 +94,6 @@ def _number(text: str) -> float:
     raise UsageError(f"epochs: expected a number above 0, got {text!r}")
 
 
-def steps_of(config: RunConfig, epochs: float) -> int:
-    """How many steps `epochs` passes over the training documents take. Reads and tokenises them once."""
-    config.validate()
-    source = open_source(config)
-    with contextlib.redirect_stdout(None):  # the run says where the model comes from
-        weights = None if config.from_scratch else model_source(config.model)
-    batches = training_batches(
-        source, tokenizer_for(config, source, weights), rows=1, length=config.sequence_length,
-        seed=config.seed, validation_fraction=split_fraction(source, config.held_out_fraction),
-    )  # fmt: skip
-    rows, seen = 0, 0.0
-    while seen < 1:
-        rows, seen = rows + 1, next(batches).epochs
-    batches.close()
-    return max(1, round(epochs * rows / seen / config.rows_per_step))
-
-
 def main(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         command = "python -m train.finetune"
@@ -121,7 +103,8 @@ def main(argv: Sequence[str]) -> int:
     keep_freed_memory()
     code = train(config, "train/configs/finetune.yaml", dry_run="--dry-run" in argv)
     leave_world()
-    if code == 0 and "--dry-run" not in argv:
+    speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if code == 0 and speaks and "--dry-run" not in argv:
         folder = run_folder(config)
         if config.lora:
             merged = folder / "merged"
