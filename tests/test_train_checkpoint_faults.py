@@ -236,6 +236,30 @@ def test_milestones_are_kept_beside_the_newest(tmp_path):
     assert names == ["latest", "step-000003", "step-000006", "step-000007"]
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(folder, monkeypatch, capsys, background):
+    config = run_config(
+        folder, steps=4, resume="auto", checkpoint_every=1, keep_checkpoints=1, background_save=background
+    )
+    original = Path.rename
+
+    def rename(self: Path, target: Any) -> Path:
+        if Path(target).name.startswith(".tmp-old-"):
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(self))
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        assert train(config) == 0
+    out, err = capsys.readouterr()
+    assert "checkpoints: what is old cannot be removed ([Errno 1] Operation not permitted" in out
+    assert "Traceback" not in err and verify(checkpoint_folder(config, 4)) > 0
+    config.steps = 5
+    assert train(config) == 0
+    names = sorted(path.name for path in (Path(config.output_dir) / "checkpoints").iterdir())
+    assert names == ["latest", "step-000005"]
+
+
 def test_what_a_killed_save_left_behind_is_removed(folder):
     config = run_config(folder, steps=3, resume="auto")
     leftover = checkpoint_folder(config, 1).with_name(".tmp-step-000002-1")

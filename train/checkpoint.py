@@ -168,9 +168,9 @@ def write_snapshot(
     """Writes RUN/checkpoints/step-N and returns it; then removes all but the newest `keep` checkpoints (0:
     none is removed).
 
-    Steps divisible by keep_every are never removed. Raises SaveError, with the reason and what is left, when
-    the checkpoint cannot be written; nothing half-written stays. writers: the ranks of a sharded run, all of
-    which must call it: rank 0 writes all but the others' shards.
+    Steps divisible by keep_every are never removed; what cannot be removed is warned of. Raises SaveError,
+    with the reason and what is left, when the checkpoint cannot be written; nothing half-written stays.
+    writers: the ranks of a sharded run, all of which must call it: rank 0 writes all but the others' shards.
     """
     folder = run / "checkpoints" / f"step-{snapshot.step:06d}"
     temporary = folder.with_name(f".tmp-{folder.name}-{writers.from_main(os.getpid)}")
@@ -214,7 +214,10 @@ def write_snapshot(
     finally:
         if writers.main:
             shutil.rmtree(temporary, ignore_errors=True)
-    _rotate(run, snapshot.step, keep, keep_every)
+    try:
+        _rotate(run, snapshot.step, keep, keep_every)
+    except OSError as error:  # this checkpoint is whole all the same
+        print(f"warning: {folder.parent}: what is old cannot be removed ({error})", flush=True)
     return folder
 
 

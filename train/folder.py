@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import socket
@@ -16,9 +17,9 @@ from smollm2.pretrained.tokenizer import Tokenizer
 from train.checkpoint import Progress
 from train.config import RunConfig
 from train.journal import BEGINNING, cut_back
-from train.metrics import METRICS_FILE, SAMPLES_FILE, forget_after
+from train.metrics import METRICS_FILE, SAMPLES_FILE, forget_after, read_metrics
 
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG, LOCK, TOKENIZER = "config.yaml", ".lock", "tokenizer"
 JOURNALS = METRICS_FILE, SAMPLES_FILE
 
 
@@ -32,11 +33,12 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def check_folder(folder: Path, resume: str) -> None:
-    """Raises UsageError for a folder with something in it, unless the run that made it is to go on."""
+    """Raises UsageError for a folder with something in it, unless the run that made it is to go on or ended
+    before its first step.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir: {folder} is a file; name a folder")
-    begun = (LOCK, f".{CONFIG}.")  # all that there is of a run that was killed at its first file
-    if not folder.is_dir() or all(path.name.startswith(begun) for path in folder.iterdir()):
+    if not folder.is_dir() or _untrained(folder):
         return
     where = f"output_dir: {folder} is not empty"
     if resume == "none":
@@ -44,6 +46,23 @@ def check_folder(folder: Path, resume: str) -> None:
         raise UsageError(f"{where}; {remedy}")
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{where} and not the folder of a run; name another with output_dir=...")
+
+
+def _untrained(folder: Path) -> bool:
+    """Whether all that lies in a folder is what a run writes before its first step: it is written anew."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith((LOCK, f".{CONFIG}."))}
+    if not names:
+        return True  # as of a run that was killed at its first file
+    if CONFIG not in names or not names <= {CONFIG, TOKENIZER, *JOURNALS}:
+        return False
+    try:
+        keys = {line.partition(":")[0] for line in (folder / CONFIG).read_text("utf-8").splitlines()}
+        text, samples = ((folder / name).read_bytes() if name in names else b"" for name in JOURNALS)
+        found = [line["step"] for line in read_metrics(folder)]
+    except (OSError, ValueError):
+        return False
+    whole = len(found) == len(text.splitlines()) and (bool(found) or not samples)
+    return keys >= {entry.name for entry in dataclasses.fields(RunConfig)} and whole and not any(found)
 
 
 @contextlib.contextmanager
@@ -101,7 +120,7 @@ def open_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, progress:
         if os.path.islink(path) or (path.exists() and not path.is_file()):
             raise LoadError(f"{path}: expected a file of the run's own; move it elsewhere")
     write_files(folder, {CONFIG: lambda path: path.write_text(config.as_yaml(), encoding="utf-8")})
-    tokenizer.save(folder / "tokenizer")
+    tokenizer.save(folder / TOKENIZER)
     marks = dict.fromkeys(JOURNALS, BEGINNING)
     if progress.step:
         marks = {name: mark for name, mark in progress.files.items() if name in JOURNALS}
