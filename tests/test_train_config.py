@@ -75,6 +75,13 @@ def test_values_are_read_as_the_type_of_their_key(argument, key, value):
         (["num_hidden_layers=x"], "num_hidden_layers: expected an integer or null, got 'x'"),
         (["steps=0"], "steps: expected a number above 0, got 0"),
         (["lr=-1"], "lr: expected a number above 0, got -1"),
+        (
+            ["schedule=cosine", "min_lr=1", "lr=1e-3"],
+            r"min_lr: expected at most lr=0.001, got 1(\.0)?$",
+        ),
+        (["schedule=wsd", "min_lr=2e-3", "lr=1e-3"], "min_lr: expected at most lr=0.001, got 0.002"),
+        (["seed=-1"], r"seed: expected an integer of at least 0 and below 2\*\*63, got -1"),
+        (["seed=9223372036854775808"], r"seed: expected an integer of at least 0 and below 2\*\*63, got 92"),
         (["schedule=linear"], "schedule: expected one of constant, wsd, cosine, got 'linear'"),
         (["dtype=fp8"], "dtype: expected one of fp32, bf16, got 'fp8'"),
         (["data=web"], "data: expected one of embedded, local, hub, mixture, got 'web'"),
@@ -120,6 +127,10 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     with pytest.raises(UsageError, match=message) as caught:
         parse([str(path)])
     assert "bad.yaml" in str(caught.value)
+
+
+def test_a_schedule_that_does_not_decay_has_no_min_lr():
+    assert parse(["schedule=constant", "min_lr=1", "lr=1e-3"])[0].min_lr == 1
 
 
 def test_a_program_gets_the_same_checks_without_omegaconf(project_root):

@@ -190,6 +190,17 @@ def test_a_missing_tensorboard_is_reported_before_anything_is_written(configured
     assert not Path(config.output_dir).exists()
 
 
+@pytest.mark.parametrize(("warmup_steps", "warned"), [(2, False), (3, True), (100, True)])
+def test_a_run_that_never_leaves_its_warm_up_says_so(configured, capsys, warmup_steps, warned):
+    train(configured(steps=3, warmup_steps=warmup_steps), dry_run=True)
+    line = f"warning: warmup_steps={warmup_steps} of steps=3: the learning rate never gets beyond its warm-up"
+    assert (line in capsys.readouterr().out) == warned
+
+
+def test_the_largest_seed_trains_and_samples(configured):
+    assert train(configured(steps=1, seed=2**63 - 1, sample_every=1, sample_prompts=["1", "2"])) == 0
+
+
 def test_dry_run_builds_everything_and_writes_nothing(configured, capsys):
     config = configured()
     assert train(config, dry_run=True) == 0

@@ -308,11 +308,13 @@ class RunConfig:
         again = "a captured step cannot recompute activations; drop it, or gradient_checkpointing=true"
         learned = f"expected one with a chat template for format=chat, got {self.tokenizer}, which learns one"
         a_source = f"expected local, hub or mixture for format=chat, got {self.data}"
+        peak = f"expected at most lr={self.lr}"
         no_muon = "torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon"
         # Gathering the parameters is neither compiled nor captured, and Muon needs whole matrices.
         return [
             (self.data == "local" and not self.paths, f"paths: {files}"),
             (graph and muon, f"cuda_graph: {no_muon}"),
+            (self.schedule != "constant" and self.min_lr > self.lr, f"min_lr: {peak}, got {self.min_lr}"),
             (of_muon and not muon, f"{', '.join(of_muon)}: {add_muon}"),
             (size and not sharded, f"shard_size: {hybrid}"),
             (size < 0 or (size and self.sharding != "hybrid"), f"shard_size: {ranks}"),

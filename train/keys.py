@@ -50,7 +50,7 @@ _ABOVE_0 = (
 )
 _AT_LEAST_0 = (
     "workers warmup_steps weight_decay muon_weight_decay grad_clip min_lr eval_every sample_every "
-    "lora_rank sample_temperature checkpoint_every keep_checkpoints keep_every spike_zscore seed"
+    "lora_rank sample_temperature checkpoint_every keep_checkpoints keep_every spike_zscore"
 )
 # keys, what is expected of their values, and whether a value is that
 RULES: list[tuple[Sequence[str], str, Callable[[Any], bool]]] = [
@@ -58,6 +58,7 @@ RULES: list[tuple[Sequence[str], str, Callable[[Any], bool]]] = [
     (_TEXTS.split(), "some text", lambda value: value.strip() != ""),
     ([*SHAPE_KEYS, *_ABOVE_0.split()], "a number above 0", lambda value: value > 0),
     (_AT_LEAST_0.split(), "a number of at least 0", lambda value: value >= 0),
+    (["seed"], "an integer of at least 0 and below 2**63", lambda value: 0 <= value < 1 << 63),
     (["sequence_length"], "an integer of at least 2 (a token and its successor)", lambda value: value >= 2),
     (
         ["vocab_size"],

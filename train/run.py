@@ -72,6 +72,9 @@ def print_plan(run: Run, origin: str) -> None:
     }
     for name, fact in facts.items():
         print(f"{name:10}{fact}", flush=True)
+    if config.warmup_steps >= max(2, config.steps):
+        never = f"the learning rate never gets beyond its warm-up to lr={config.lr}"
+        print(f"warning: warmup_steps={config.warmup_steps} of steps={config.steps}: {never}", flush=True)
 
 
 # ---- loop --------------------------------------------------------------------------------------------------
