@@ -80,6 +80,12 @@ def test_values_are_read_as_the_type_of_their_key(argument, key, value):
             r"min_lr: expected at most lr=0.001, got 1(\.0)?$",
         ),
         (["schedule=wsd", "min_lr=2e-3", "lr=1e-3"], "min_lr: expected at most lr=0.001, got 0.002"),
+        (["epochs=2", "steps=3"], "command line: expected epochs or steps, got both"),
+        (
+            ["epochs=2", "data=hub"],
+            "epochs: expected data with an end .local, embedded., got data=hub; give steps=",
+        ),
+        (["epochs=-1"], "epochs: expected a number of at least 0, got -1"),
         (["seed=-1"], r"seed: expected an integer of at least 0 and below 2\*\*63, got -1"),
         (["seed=9223372036854775808"], r"seed: expected an integer of at least 0 and below 2\*\*63, got 92"),
         (["schedule=linear"], "schedule: expected one of constant, wsd, cosine, got 'linear'"),
@@ -127,6 +133,19 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     with pytest.raises(UsageError, match=message) as caught:
         parse([str(path)])
     assert "bad.yaml" in str(caught.value)
+
+
+def test_epochs_and_steps_replace_each_other(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("epochs: 2\n")
+    assert parse([str(file)])[0].epochs == 2
+    assert parse([str(file), "steps=7"])[0].epochs == 0
+    assert parse(["tiny.yaml", "epochs=3"])[0].epochs == 3
+    file.write_text("epochs: 2\nsteps: 7\n")
+    with pytest.raises(UsageError, match="run.yaml: expected epochs or steps, got both"):
+        parse([str(file)])
+    file.write_text(RunConfig(steps=7).as_yaml())
+    assert parse([str(file)])[0].steps == 7
 
 
 def test_a_schedule_that_does_not_decay_has_no_min_lr():

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from train_cases import DEADLINE
+from train_cases import DEADLINE, curve
 
 from smollm2.cli import run_command
 from smollm2.errors import LoadError, UsageError
@@ -195,6 +195,21 @@ def test_a_run_that_never_leaves_its_warm_up_says_so(configured, capsys, warmup_
     train(configured(steps=3, warmup_steps=warmup_steps), dry_run=True)
     line = f"warning: warmup_steps={warmup_steps} of steps=3: the learning rate never gets beyond its warm-up"
     assert (line in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_epochs_are_counted_as_steps(configured, capsys, workers):
+    once, twice = (configured(epochs=epochs, steps=1, workers=workers) for epochs in (1.0, 2.0))
+    train(once, dry_run=True)
+    twice.output_dir += "-twice"
+    assert train(twice) == 0
+    assert twice.steps == pytest.approx(2 * once.steps, abs=1) and once.steps > 2
+    epochs = [line["epochs"] for line in read_metrics(Path(twice.output_dir)) if "epochs" in line]
+    assert epochs[-1] == pytest.approx(2, abs=1.5 / once.steps)
+    assert capsys.readouterr().out.count("counting the tokens of ") == 2
+    assert f"steps: {twice.steps}\n" in (Path(twice.output_dir) / "config.yaml").read_text()
+    twice.resume, twice.epochs = "auto", 2.5
+    assert train(twice) == 0 and curve(twice)[-1][0] == twice.steps
 
 
 def test_the_largest_seed_trains_and_samples(configured):

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,13 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
         if not isinstance(content, dict):
             raise UsageError(f"{file}: expected keys and values, got {type(content).__name__}")
         _check_keys(map(str, content), str(file))
+        _check_length(content, str(file))
         for key, value in content.items():
             set_value(str(file), str(key), value)
     _check_keys(given, "command line")
+    _check_length(given, "command line")
+    if "steps" in given:  # in place of the file's epochs
+        given = {"epochs": "0", **given}
     for key, text in given.items():
         set_value("command line", key, _from_text(text, hints[key]))
     # What ${...} stands for is looked up last, and not shown: it may be a secret.
@@ -123,6 +127,12 @@ def _check_keys(names: typing.Iterable[str], where: str) -> None:
             listed = f"{program('python -m train.run')} --help lists them"
             hint = f"did you mean {close[0]!r}?" if close else listed
             raise UsageError(f"{where}: unknown key {name!r}; {hint}")
+
+
+def _check_length(values: Mapping[typing.Any, Any], where: str) -> None:
+    """Raises UsageError where one place asks for epochs and for steps. A saved configuration has epochs 0."""
+    if "steps" in values and values.get("epochs", 0) not in (0, "0"):
+        raise UsageError(f"{where}: expected epochs or steps, got both")
 
 
 def _from_text(text: str, hint: Any) -> Any:

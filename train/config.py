@@ -128,6 +128,7 @@ class RunConfig:
 
     # How it is trained
     steps: int = _key(1000, "optimizer steps in all, those before a resume included")
+    epochs: float = _key(0.0, "passes over local or embedded documents, in place of steps; 0: steps")
     batch_size: int = _key(8, "rows in one forward pass")
     grad_accumulation: int = _key(
         1, "forward passes in one step; several processes (torchrun) divide the rows of a step among them"
@@ -308,12 +309,14 @@ class RunConfig:
         again = "a captured step cannot recompute activations; drop it, or gradient_checkpointing=true"
         learned = f"expected one with a chat template for format=chat, got {self.tokenizer}, which learns one"
         a_source = f"expected local, hub or mixture for format=chat, got {self.data}"
+        endless = f"expected data with an end (local, embedded), got data={self.data}; give steps= instead"
         peak = f"expected at most lr={self.lr}"
         no_muon = "torch's Muon cannot be captured in a CUDA graph; drop it, or optimizer=muon"
         # Gathering the parameters is neither compiled nor captured, and Muon needs whole matrices.
         return [
             (self.data == "local" and not self.paths, f"paths: {files}"),
             (graph and muon, f"cuda_graph: {no_muon}"),
+            (self.epochs and self.data in ("hub", "mixture"), f"epochs: {endless}"),
             (self.schedule != "constant" and self.min_lr > self.lr, f"min_lr: {peak}, got {self.min_lr}"),
             (of_muon and not muon, f"{', '.join(of_muon)}: {add_muon}"),
             (size and not sharded, f"shard_size: {hybrid}"),

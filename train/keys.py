@@ -49,7 +49,7 @@ _ABOVE_0 = (
     "tokenizer_documents sample_tokens"
 )
 _AT_LEAST_0 = (
-    "workers warmup_steps weight_decay muon_weight_decay grad_clip min_lr eval_every sample_every "
+    "workers epochs warmup_steps weight_decay muon_weight_decay grad_clip min_lr eval_every sample_every "
     "lora_rank sample_temperature checkpoint_every keep_checkpoints keep_every spike_zscore"
 )
 # keys, what is expected of their values, and whether a value is that

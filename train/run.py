@@ -30,6 +30,7 @@ from train.command_line import HELP, parse
 from train.config import RunConfig
 from train.data.batches import training_batches
 from train.distributed import Interrupted, StopRequest, World, join_world, leave_world
+from train.epochs import steps_of
 from train.evaluation import evaluate, sample
 from train.folder import check_folder, claimed, open_folder, run_folder
 from train.optim import describe_optimizer, learning_rate, set_learning_rate
@@ -271,6 +272,7 @@ def _print_estimate(config: RunConfig, shape: SmolLM2Config, world: World) -> No
 
 def train(config: RunConfig, origin: str = "given by a program", *, dry_run: bool = False) -> int:
     """Builds a run and trains it. Returns the exit code: 0, or 128 + number of the signal that stopped it.
+    Of a configuration with epochs, it sets the steps that they are.
 
     Raises UsageError for what cannot be built, LoadError for what cannot be read or saved, FloatingPointError
     when it diverges.
@@ -284,6 +286,8 @@ def train(config: RunConfig, origin: str = "given by a program", *, dry_run: boo
             world.from_main(lambda: check_folder(folder, config.resume))
             world.from_main(lambda: stack.enter_context(claimed(folder)))
         try:
+            if config.epochs:  # saved as steps, so that a resume need not count again
+                config.steps, config.epochs = steps_of(config, config.epochs, world), 0.0
             run = build(config, world)
         except LoadError:
             if dry_run and config.from_scratch:  # as without a network: what the configuration alone says
