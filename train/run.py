@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import shlex
 import sys
 import time
@@ -25,7 +26,7 @@ from smollm2.config import SmolLM2Config
 from smollm2.errors import LoadError
 from train import display, estimate, keep_freed_memory, metrics, plot, sharding
 from train.build import Run, build
-from train.checkpoint import take_snapshot
+from train.checkpoint import checkpoint_folder, take_snapshot
 from train.command_line import HELP, parse
 from train.config import RunConfig
 from train.data.batches import training_batches
@@ -106,6 +107,7 @@ def loop(run: Run) -> int:
         reporter = metrics.Reporter(*facts, devices=world.size)
     if progress.step:
         reporter.note(resumed=True)
+    progress.best = world.from_main(lambda: _kept_best(run))
     first, stopped = progress.step + 1, 0
     noted: dict[str, str] = {}  # of the streams that fail
     with StopRequest(world) as stop, closing(reporter), closing(batches):
@@ -113,7 +115,7 @@ def loop(run: Run) -> int:
             _report(run, reporter, saver)  # what the weights bring
         if progress.unreported:  # the run was stopped before them
             _report(run, reporter, saver)
-            if progress.step >= config.steps:
+            if progress.step >= config.steps or _is_best(run):
                 _save(run, saver, reporter, final=True)
         while progress.step < config.steps and not stopped:
             began = time.perf_counter()
@@ -152,7 +154,7 @@ def loop(run: Run) -> int:
                     raise FloatingPointError(f"{row}, up to step {progress.step}; {remedy}")
             if not stopped:
                 _report(run, reporter, saver)
-            if _due(config.checkpoint_every, progress.step, last):
+            if _due(config.checkpoint_every, progress.step, last) or _is_best(run):
                 with reporter.excluded():
                     _save(run, saver, reporter, final=last)
             if failure := saver.failure():
@@ -185,9 +187,21 @@ def _due(every: int, step: int, last: bool = False) -> bool:
     return (every > 0 and step % every == 0) or last
 
 
+def _is_best(run: Run) -> bool:
+    """Whether the checkpoint of the present step is the one to keep, as far as it was evaluated."""
+    return run.progress.best.get("step") == run.progress.step
+
+
+def _kept_best(run: Run) -> dict[str, Any]:
+    """What is known of the best checkpoint, if it is kept in this run's folder."""
+    best = run.progress.best
+    kept = best and run.config.keep_best and checkpoint_folder(run.folder, best["step"]).is_dir()
+    return best if kept else {}
+
+
 def _checkpoint(run: Run) -> Path:
     """Where the checkpoint of the present step belongs."""
-    return run.folder / "checkpoints" / f"step-{run.progress.step:06d}"
+    return checkpoint_folder(run.folder, run.progress.step)
 
 
 @contextlib.contextmanager
@@ -211,6 +225,9 @@ def _report(run: Run, reporter: metrics.Reporter | Silent, saver: Saver) -> None
             found = evaluate(run.model, run.held_out, config, World(world.device) if sharded else world)
         size = metrics.bytes_per_token(run.held_out.learned, run.tokenizer)
         reporter.evaluation(found, run.entropy, size)
+        found = world.from_main(lambda: found)  # all ranks save, or none
+        if config.keep_best and step and found < run.progress.best.get("held_out_loss", math.inf):
+            run.progress.best = {"step": step, "held_out_loss": found}
     last = config.format == "chat" and config.sample_every > 0 and step >= config.steps
     if (world.main or sharded) and _due(config.sample_every, step, last):
         with reporter.excluded():
@@ -255,6 +272,9 @@ def print_result(run: Run, held_out_loss: float | None) -> None:
         cut = f"{data.truncated:,} of them longer than sequence_length={length} and cut"
         padded = f"{data.padding / max(1, run.progress.tokens):.0%} of all tokens were padding"
         print(f"conversations: {data.documents:,} read, {cut}; {padded}")
+    if best := _kept_best(run):
+        where = checkpoint_folder(run.folder, best["step"])
+        print(f"best: {where}, held-out loss {best['held_out_loss']:.3f}")
     try:
         print(f"picture: {plot.draw(run.folder)}")
     except (LoadError, OSError) as error:
