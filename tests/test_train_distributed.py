@@ -94,7 +94,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_one_checkpoi
         _, err = process.communicate(timeout=DEADLINE)
     finally:
         process.kill()
-    assert process.returncode != 0
+    assert process.returncode == 1  # torchrun's own
     newest = newest_checkpoint(Path(config.output_dir), print)
     assert newest is not None, err[-3000:]
     assert curve(config)[-1][0] == int(newest.name.removeprefix("step-"))

@@ -143,7 +143,7 @@ def test_wandb_gets_the_figures_offline_and_by_their_step(tmp_path, monkeypatch)
 def test_a_tracker_that_fails_is_told_once_and_training_goes_on(tmp_path, monkeypatch, capsys, broken, kept):
     fake = FakeTrackio(broken)
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    config = run_config(tmp_path, tracker="trackio", steps=2)
+    config = run_config(tmp_path, tracker="trackio", steps=2, warmup_steps=1)
     assert train(config) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == [
@@ -178,7 +178,7 @@ def test_tensorboard_by_either_key_once(tmp_path, monkeypatch, capsys, keys):
             pass
 
     monkeypatch.setattr(tracking, "summary_writer", lambda: Writer)
-    config = run_config(tmp_path, steps=2, **keys)
+    config = run_config(tmp_path, steps=2, warmup_steps=1, **keys)
     train(config)
     folder = Path(config.output_dir)
     expected = [

@@ -135,7 +135,7 @@ def adapting(tmp_path, monkeypatch):
     SmolLM2ForCausalLM(SmolLM2Config.preset("tiny", vocab_size=300), "torch").save_pretrained("base")
     tokenizer.save("base")
     own = "model=base tokenizer=auto max_position_embeddings=null lora_rank=2 format=chat sequence_length=64"
-    return [*KEYS, *own.split(), "paths=talks.jsonl", "background_save=false"]
+    return [*KEYS, *own.split(), "paths=talks.jsonl", "background_save=false", "epochs=2"]
 
 
 @pytest.mark.parametrize("fault", [False, True])

@@ -299,7 +299,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse_arguments(argv)
     total = options.steps + options.more
     file = [] if any("=" not in key for key in options.keys) else [str(CONFIGS / "tiny.yaml")]
-    keys = [*file, *options.keys, f"steps={total}", f"checkpoint_every={options.steps}", "log_every=1"]
+    given = [key for key in options.keys if not key.startswith("epochs=")]
+    keys = [*file, *given, f"steps={total}", f"checkpoint_every={options.steps}", "log_every=1"]
     config, _ = parse(keys)  # wrong keys are refused before anything starts
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as temporary:
         folder = options.keep or Path(temporary)
