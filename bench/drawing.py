@@ -68,9 +68,8 @@ def canvas(height: float, title: str, figures: Sequence[Figure]) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Picture
     except ModuleNotFoundError:
-        raise LoadError(
-            "drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'"
-        ) from None
+        hint = "install it with: pip install matplotlib"
+        raise LoadError(f"drawing needs the package matplotlib; {hint}") from None
     # the same file from the same figures
     rcParams.update({"font.size": 9, "axes.titlesize": 9.5, "svg.hashsalt": "smollm2"})
     picture = Picture(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")

@@ -309,7 +309,7 @@ class Broken(io.StringIO):
 
 @pytest.mark.parametrize("code", [errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF])
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_stream_that_fails_ends_no_run(tmp_path, monkeypatch, name, code):
+def test_a_stream_that_fails_ends_no_run(tmp_path, monkeypatch, capsys, name, code):
     config = run_config(tmp_path)
     stream = Broken(OSError(code, os.strerror(code)), lambda: len(curve(config)) >= 2)
     monkeypatch.setattr(sys, name, stream)
@@ -326,6 +326,8 @@ def test_a_stream_that_fails_ends_no_run(tmp_path, monkeypatch, name, code):
     assert verify(checkpoint_folder(config, 6)) > 0
     notes = [line for line in read_metrics(Path(config.output_dir)) if f"lost_{name}" in line]
     assert len(notes) == 1 and os.strerror(code) in notes[0][f"lost_{name}"]
+    warned = capsys.readouterr().err.count(f"{os.strerror(code)}); training goes on")
+    assert warned == (name == "stdout")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

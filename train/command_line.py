@@ -67,7 +67,7 @@ def _merge(file: Path | None, given: dict[str, str]) -> RunConfig:
         from omegaconf import OmegaConf
         from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
     except ModuleNotFoundError:
-        install = "install it with: pip install 'smollm2-kernels[train]'"
+        install = "install it with: pip install omegaconf pyyaml"
         raise LoadError(f"the command line of train.run needs omegaconf; {install}") from None
 
     hints = typing.get_type_hints(RunConfig)

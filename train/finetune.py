@@ -28,8 +28,8 @@ from train.run import train
 
 HELP = f"""usage: python -m train.finetune DATA [DATA ...] [key=value ...] [--dry-run] [--debug] [--help]
 
-Teaches SmolLM2-135M-Instruct from conversations. DATA: .jsonl or .parquet files, folders, globs, or the id of
-a dataset on the hub. A row is
+Teaches SmolLM2-135M-Instruct from conversations. DATA: .jsonl, .parquet, .json or .csv files, folders, globs,
+or the id of a dataset on the hub. A row is
   {EXAMPLE}
 Learned are the assistant's answers and their ends, in the tokenizer's own chat template. Some conversations
 are held out, and the loss on them is reported.

@@ -85,9 +85,8 @@ def draw_runs(runs: Sequence[Path], path: Path) -> Path:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise LoadError(
-            "drawing needs the package matplotlib; install it with: pip install 'smollm2-kernels[train]'"
-        ) from None
+        hint = "install it with: pip install matplotlib"
+        raise LoadError(f"drawing needs the package matplotlib; {hint}") from None
 
     series = [replace(one, name=name) for one, name in zip(found, _labels(runs), strict=True)]
     colours: Colours = [SINGLE]

@@ -163,6 +163,8 @@ def loop(run: Run) -> int:
             if (lost := display.lost_output()) != noted:
                 noted = lost
                 reporter.note(**lost)
+                if why := lost.get("lost_stdout"):  # stderr may be read all the same
+                    print(f"warning: stdout cannot be written ({why}); training goes on", file=sys.stderr)
     if world.main:
         if stopped and not progress.step:
             print("stopped before the first step: there is nothing to save; start it again", flush=True)

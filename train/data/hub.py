@@ -86,9 +86,8 @@ class HubSource(SingleSource):
         try:
             import datasets
         except ModuleNotFoundError:
-            raise LoadError(
-                "data=hub needs the package datasets; install it with: pip install 'smollm2-kernels[train]'"
-            ) from None
+            hint = "install it with: pip install datasets"
+            raise LoadError(f"data=hub needs the package datasets; {hint}") from None
         _retry_here(datasets.config)
         local = Path(dataset).expanduser().is_dir()
         commit = None if local else _commit(dataset, revision)

@@ -384,7 +384,7 @@ def _unpack(file: Path) -> Any:
     try:
         import pyarrow
     except ModuleNotFoundError:
-        install = "install it with: pip install 'smollm2-kernels[train]'"
+        install = "install it with: pip install pyarrow"
         raise LoadError(f"{file}: reading .zst needs pyarrow; {install}") from None
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 

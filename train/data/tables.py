@@ -83,7 +83,7 @@ def open_parquet(file: Path) -> Any:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
-        install = "install it with: pip install 'smollm2-kernels[train]'"
+        install = "install it with: pip install pyarrow"
         raise LoadError(f"{file}: reading .parquet needs pyarrow; {install}") from None
     try:
         return pyarrow.parquet.ParquetFile(file)
