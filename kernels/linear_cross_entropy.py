@@ -110,8 +110,8 @@ def _softmax_gradient_kernel(
         m = new_m
         if SMOOTHING > 0:
             plain += tl.sum(tl.where(inside, logit, 0.0), 1)
-    highest = tl.max(m, 0)
-    lse = tl.where(valid, highest + tl.log(tl.sum(total * tl.exp2((m - highest) * LOG2_E), 0)), 0.0)
+    highest = tl.where(valid, tl.max(m, 0), 0.0)
+    lse = highest + tl.log(tl.where(valid, tl.sum(total * tl.exp2((m - highest) * LOG2_E), 0), 1.0))
     loss = lse - (1.0 - SMOOTHING) * picked + Z_LOSS * lse * lse
     if SMOOTHING > 0:
         loss -= SMOOTHING * tl.sum(plain, 0) / vocabulary

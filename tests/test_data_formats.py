@@ -179,6 +179,6 @@ def test_a_run_on_a_table_resumes(tmp_path):
 
 def test_finetune_takes_them(tmp_path, monkeypatch):
     path = written(tmp_path / "alpaca.json", json.dumps([ALPACA] * 3))
-    monkeypatch.setattr(finetune, "steps_of", lambda config, epochs: open_source(config).num_shards)
+    monkeypatch.setattr(finetune, "steps_of", lambda config, epochs, world: open_source(config).num_shards)
     config = finetune.configure([str(path)])
     assert config.paths == [str(path)] and config.steps == 1

@@ -36,7 +36,7 @@ def test_the_compiled_step_is_the_default_where_it_is_installed(model, installed
 def test_elsewhere_eager_is_and_says_what_would_be_faster(model, monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_installed", lambda: tmp_path / "not installed")
     engine = select_engine(model)
-    assert type(engine) is Engine and "--compile makes one" in str(engine)
+    assert type(engine) is Engine and "--compile builds one" in str(engine)
     assert type(default_engine(model)) is Engine
 
 
