@@ -196,11 +196,7 @@ class RunConfig:
     )
     log_every: int = _key(10, "steps between lines of metrics")
     eval_every: int = _key(100, "steps between evaluations on held-out documents; 0: never")
-    eval_batches: int = _key(
-        8,
-        "an evaluation reads at most this many batches of batch_size rows; a resumed run keeps the number of "
-        "rows if batch_size alone changes",
-    )
+    eval_batches: int = _key(8, "batches of batch_size rows in an evaluation, at most; a resume keeps the rows")
     sample_every: int = _key(500, "steps between samples; 0: never")
     sample_prompts: list[str] = _key(
         ["The"],
