@@ -1,5 +1,4 @@
-"""Causal grouped-query flash attention with document boundaries, forward and backward, in [B, T, H, D] with
-any strides.
+"""Causal grouped-query flash attention with document boundaries, in [B, T, H, D] with any strides.
 
     forward    S = q k^T * scale,  masked to doc_start[t] <= key <= t + S - T
                m = row maximum, l = sum exp(S - m), out = exp(S - m) v / l   online over key blocks, in base 2
@@ -52,7 +51,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.launch_config import LaunchConfig, launch_config
-from kernels.layout import dense_lanes
+from kernels.layout import dense_lanes, in_32_bits
 from kernels.tracing import traceable
 
 HEAD_DIMS = (32, 64, 128)
@@ -436,10 +435,9 @@ def attention(
     t + S - T.
 
     q [B, T, H, D], k and v [B, S, K, D] with S >= T, H a multiple of K, D 32, 64 or 128; float32, float16 or
-    bfloat16; any strides (a tensor whose last dimension is not contiguous is copied). doc_start [B, T]
-    integer, None means 0. scale: default 1 / sqrt(D). -> [B, T, H, D], contiguous; zeros for a query that
-    sees no key. At most 65,535 rows times heads. Raises ValueError naming what was expected; dropout is not
-    supported. Same semantics as `kernels.reference.attention`.
+    bfloat16; any strides (without a contiguous last dimension it is copied); B * H at most 65,535. doc_start
+    [B, T] integer, None means 0. scale: default 1 / sqrt(D). -> [B, T, H, D], contiguous; zeros for a query
+    that sees no key. Raises ValueError naming what was expected; no dropout. Else as `reference.attention`.
     """
     checks.attention("attention", q, k, v, doc_start, scale)
     checks.kernel_dtype("attention", q)
@@ -447,8 +445,6 @@ def attention(
     wanted = "dropout_p = 0 (for dropout use backend 'triton,attention=torch')"
     (dropout_p == 0.0) or checks.refuse("attention", wanted, dropout_p)
     checks.grid("attention", q.shape[0] * q.shape[2])
-    starts = None if doc_start is None else dense_lanes(doc_start)
-    if starts is not None and starts.dtype == torch.int64:  # the kernels count in 32 bits
-        starts = starts.clamp(0, k.shape[1]).int()
+    starts = None if doc_start is None else dense_lanes(in_32_bits(doc_start, k.shape[1]))
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     return _Attention.apply(dense_lanes(q), dense_lanes(k), dense_lanes(v), starts, scale)

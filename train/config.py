@@ -196,7 +196,7 @@ class RunConfig:
     )
     log_every: int = _key(10, "steps between lines of metrics")
     eval_every: int = _key(100, "steps between evaluations on held-out documents; 0: never")
-    eval_batches: int = _key(8, "batches of batch_size rows in an evaluation, at most; a resume keeps the rows")
+    eval_batches: int = _key(8, "batches of batch_size rows in an evaluation, at most; a resume keeps them")
     sample_every: int = _key(500, "steps between samples; 0: never")
     sample_prompts: list[str] = _key(
         ["The"],
