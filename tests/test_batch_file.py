@@ -116,9 +116,9 @@ def test_a_system_prompt_goes_before_plain_prompts_of_a_chat(model, tmp_path):
     tokenizer.chat_template = CHATML
     messages = [system, {"role": "user", "content": "the fox"}]
     [by_messages] = answers(model, tokenizer, write(tmp_path / "m.jsonl", {"messages": messages}))
-    prompts = write(tmp_path / "c.jsonl", {"prompt": "the fox"}, {"messages": messages, "seed": 0})
-    by_system = answers(model, tokenizer, prompts, chat=True, system="")
-    assert [record["tokens"] for record in by_system] == [by_messages["tokens"]] * 2
+    rows = ({"prompt": "the fox"}, {"messages": messages, "seed": 0}, {"messages": messages[1:], "seed": 0})
+    by_system = answers(model, tokenizer, write(tmp_path / "c.jsonl", *rows), chat=True, system="")
+    assert [record["tokens"] for record in by_system] == [by_messages["tokens"]] * 3
 
 
 def test_a_stop_text_ends_a_row_before_it_even_across_tokens(model, tokenizer, tmp_path):
@@ -166,6 +166,7 @@ def test_a_byte_order_mark_carriage_returns_and_line_separators_are_no_trouble()
         ('{"prompt": "a", "top_p": 0.5}', '"top_p" cannot be set for a row; --top-p of the command is for '
          "all rows, and a row may have prompt or messages, and id, seed, max_new_tokens"),
         ('{"prompt": "a", "temperature": 1.5}', '"temperature" cannot be set for a row; --temperature'),
+        ('{"prompt": "a", "system": "b"}', '"system" cannot be set for a row; --system'),
         ('{"prompt": "a", "stop": ["x"]}', '"stop" cannot be set for a row; --stop of the command'),
         ('{"prompt": "a", "n": 2}', '"n" is not supported; leave it out: a row may have prompt'),
         ('{"prompt": "a", "max_completion_tokens": 2}', '"max_completion_tokens" is not supported'),

@@ -46,7 +46,7 @@ PLAIN_TEXT = (".txt", ".text")
 KEYS = ("prompt", "messages", "id", "seed", "max_new_tokens", "max_tokens")
 TAKEN = "a row may have prompt or messages, and id, seed, max_new_tokens"
 # What would change the answers: options of the command, for all rows; and fields of OpenAI's API.
-FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+FLAGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "system")
 NOT_TAKEN = frozenset(
     "n best_of max_completion_tokens presence_penalty frequency_penalty logit_bias logprobs top_logprobs "
     "response_format tools tool_choice functions function_call echo suffix".split()
@@ -289,6 +289,8 @@ def _encode(
         messages = prompt.content
         if chat and isinstance(messages, str):
             messages = question(messages, system)
+        elif system is not None and not isinstance(messages, str) and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
         try:
             if isinstance(messages, str):
                 ids.append(tokenizer.encode(messages, special=False))
