@@ -128,6 +128,20 @@ def test_what_lies_beside_a_corpus_is_no_part_of_it(tmp_path, capsys):
     assert len(LocalSource(paths, "text").files) == 4
 
 
+def test_a_folder_of_conversations_is_chosen_by_what_can_hold_them(tmp_path):
+    for name in ("LICENSE.txt", "train.py", "README.md"):
+        written(tmp_path / name, "no conversation\n")
+    written(tmp_path / "alpaca_data.json", json.dumps([ALPACA]))
+    found = LocalSource([str(tmp_path)], "text", train_on="assistant").files
+    assert [file.name for file in found] == ["alpaca_data.json"]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = written(tmp_path / "a.csv", as_csv(["text", "n", "text"], ["a", "1", "b"]))
+    with pytest.raises(LoadError, match="a.csv: expected columns with different names, got 'text' twice"):
+        stored(path)
+
+
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from smollm2 import SmolLM2Config, SmolLM2ForCausalLM
 from smollm2.errors import UsageError
 from smollm2.pretrained.load import load_model
 from smollm2.pretrained.tokenizer import train_tokenizer
-from train import finetune, run
+from train import checkpoint, finetune, run
 from train.checkpoint import best_checkpoint, verify
 from train.config import RunConfig
 from train.distributed import StopRequest
@@ -53,7 +54,8 @@ def test_the_best_is_saved_spared_and_named(configured, capsys):
     configured.resume, configured.steps = "auto", 9
     assert train(configured) == 0  # a better one takes its place
     assert kept(configured) == ["latest", "step-000008", "step-000009"]
-    assert record(configured, 9) == {"step": 8, "held_out_loss": 0.5}
+    best = record(configured, 9)
+    assert (best["step"], best["held_out_loss"]) == (8, 0.5)
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -71,7 +73,38 @@ def test_a_signal_changes_nothing_of_it(configured, monkeypatch, step):
     configured.resume = "auto"
     assert train(configured) == 0
     assert kept(configured) == ["latest", "step-000003", "step-000006"]
-    assert record(configured, 6) == {"step": 3, "held_out_loss": 1.0}
+    best = record(configured, 6)
+    assert (best["step"], best["held_out_loss"]) == (3, 1.0)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_one_that_cannot_be_saved_leaves_the_former_one(configured, monkeypatch, capsys, background):
+    original, configured.background_save = checkpoint._begin, background
+
+    def begin(folder: Path, *given: Any) -> Any:
+        if "000003" in str(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(folder, *given)
+
+    monkeypatch.setattr(checkpoint, "_begin", begin)
+    assert train(configured) == 0
+    assert kept(configured) == ["latest", "step-000002", "step-000006"]
+    out = capsys.readouterr().out
+    assert "step-000003: the checkpoint cannot be saved" in out and "held-out loss 2.000" in out
+    assert record(configured, 6)["step"] == 2
+
+
+def test_without_held_out_rows_there_is_no_best(configured):
+    configured.validation_fraction = 1e-9
+    with pytest.raises(UsageError, match="keep_best: expected held-out documents to choose by, got none"):
+        train(configured)
+
+
+def test_a_loss_on_other_rows_is_no_bar(configured):
+    assert train(configured) == 0
+    configured.resume, configured.steps, configured.eval_batches = "auto", 7, 3
+    assert train(configured) == 0
+    assert record(configured, 7)["step"] == 7 and kept(configured) == ["latest", "step-000007"]
 
 
 def test_without_it_or_in_another_folder_the_best_is_forgotten(configured, tmp_path):
@@ -83,7 +116,7 @@ def test_without_it_or_in_another_folder_the_best_is_forgotten(configured, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "evaluate", lambda *_: 9.0)
         assert train(other) == 0
-    assert record(other, 7) == {"step": 7, "held_out_loss": 9.0}
+    assert (record(other, 7)["step"], record(other, 7)["held_out_loss"]) == (7, 9.0)
     configured.resume, configured.keep_best, configured.steps = "auto", False, 7
     assert train(configured) == 0
     assert kept(configured) == ["latest", "step-000007"]

@@ -152,6 +152,9 @@ def build(config: RunConfig, world: World) -> Run:
     held_out = world.from_main(
         lambda: held_out_rows(kept, tokenizer, fraction, rows, config.sequence_length, own, config.workers)
     )
+    if config.keep_best and not len(held_out[0]):
+        hint = "raise validation_fraction, or name files in validation_paths"
+        raise UsageError(f"keep_best: expected held-out documents to choose by, got none; {hint}")
     if fraction and not apart and not len(held_out[0]):
         row = f"a row of {config.sequence_length} tokens"
         few = f"the documents that validation_fraction={config.validation_fraction:g} takes do not fill {row}"

@@ -110,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
         folder = run_folder(config)
         best = best_checkpoint(folder) if config.keep_best else None
         source = best or folder
+        if config.keep_best and best is None:
+            print("best: no checkpoint was kept; the last one is used")
         if config.lora:
             merged, of = folder / "merged", f", of {best.name}, the best" if best else ""
             load_model(source).save_pretrained(merged, load_tokenizer(source))

@@ -58,7 +58,8 @@ def compare_data(
         forbidden = source.older_fingerprints.get(data.fingerprint)
         found = f"expected the data of the checkpoint ({data.fingerprint}), got {source.fingerprint}"
         if forbidden is None:
-            raise UsageError(f"resume: {found}; restore the files, {RESTART}")
+            how = "restore the files, in the order that their paths had"
+            raise UsageError(f"resume: {found}; {how}, {RESTART}")
         if forbidden:
             raise UsageError(f"resume: {forbidden}; go on with the version that began the run, {RESTART}")
     if data.validation and data.validation != validation:

@@ -195,10 +195,14 @@ def _is_best(run: Run) -> bool:
 
 
 def _kept_best(run: Run) -> dict[str, Any]:
-    """What is known of the best checkpoint, if it is kept in this run's folder."""
+    """What is known of the best checkpoint that lies in this run's folder, if it was chosen by the same
+    held-out rows: the former one where the last could not be saved.
+    """
     best = run.progress.best
-    kept = best and run.config.keep_best and checkpoint_folder(run.folder, best["step"]).is_dir()
-    return best if kept else {}
+    while best and not checkpoint_folder(run.folder, best["step"]).is_dir():
+        best = best.get("former", {})
+    same = best and best["rows"] == run.progress.data.held_out_rows
+    return best if same and run.config.keep_best else {}
 
 
 def _checkpoint(run: Run) -> Path:
@@ -227,9 +231,15 @@ def _report(run: Run, reporter: metrics.Reporter | Silent, saver: Saver) -> None
             found = evaluate(run.model, run.held_out, config, World(world.device) if sharded else world)
         size = metrics.bytes_per_token(run.held_out.learned, run.tokenizer)
         reporter.evaluation(found, run.entropy, size)
-        found = world.from_main(lambda: found)  # all ranks save, or none
-        if config.keep_best and step and found < run.progress.best.get("held_out_loss", math.inf):
-            run.progress.best = {"step": step, "held_out_loss": found}
+        if config.keep_best and step:
+            saver.wait()  # for a best one that is being written
+            # all ranks save, or none
+            found, best = world.from_main(lambda: (found, _kept_best(run)))
+            if found < best.get("held_out_loss", math.inf):
+                former = {key: value for key, value in best.items() if key != "former"}
+                rows = run.progress.data.held_out_rows
+                best = {"step": step, "held_out_loss": found, "rows": rows, "former": former}
+            run.progress.best = best
     last = config.format == "chat" and config.sample_every > 0 and step >= config.steps
     if (world.main or sharded) and _due(config.sample_every, step, last):
         with reporter.excluded():
@@ -249,6 +259,9 @@ def _save(run: Run, saver: Saver, reporter: metrics.Reporter | Silent, *, final:
     """Saves the present step while training goes on. final: waits for it; raises SaveError if it fails."""
     run.progress.skipped_steps = int(run.guard.skipped)
     main, sharded = run.world.main, run.config.sharded
+    if run.config.keep_best and not _is_best(run):
+        saver.wait()
+        run.progress.best = run.world.from_main(lambda: _kept_best(run))
     if main:
         run.progress.files = reporter.files()
     state = {"rng": run.world.gather(rng_states()), "guard": run.guard.state()}

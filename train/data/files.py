@@ -39,20 +39,23 @@ def compression(file: Path) -> str:
     return suffix if suffix in COMPRESSED else ""
 
 
-def find_files(paths: Sequence[str], key: str = "paths", *, quiet: bool = False) -> list[Path]:
+def find_files(
+    paths: Sequence[str], key: str = "paths", *, quiet: bool = False, kinds: Sequence[str] = SUFFIXES
+) -> list[Path]:
     """The files behind files, folders (searched recursively, linked ones too) and globs, sorted, each once.
 
     A path that exists is taken as it is, whatever its characters mean in a glob. Of a folder, .json and .csv
     files are read where it has none of the first of GROUPS, and .md where it has nothing else. Folders of
     runs and token caches that are not named themselves are left out, as are hidden folders and __pycache__.
-    Says in a line what else was left out, unless quiet. key: where the paths were given. Raises UsageError
-    when one of them names nothing that can be read.
+    Says in a line what else was left out, unless quiet. key: where the paths were given. kinds: suffixes of
+    what can be used, which alone count in a folder that has some. Raises UsageError when one of the paths
+    names nothing that can be read.
     """
     found: set[Path] = set()
     left_out: LeftOut = {}
     for name in paths:
         passed: LeftOut = {}
-        files = [file for file in _named(name, key, passed) if not _is_utf16(file, passed)]
+        files = [file for file in _named(name, key, passed, kinds) if not _is_utf16(file, passed)]
         if not files:
             wanted = f"expected a file, folder or glob with {', '.join(SUFFIXES)}, found none"
             raise UsageError(f"{key}: {name}: {wanted}{_listed(passed, '; left out: ')}")
@@ -78,14 +81,14 @@ def fingerprints(files: Sequence[tuple[Path, os.stat_result]]) -> Iterator[str]:
         yield f"{file.name} {state.st_size} {edges.hexdigest()}"
 
 
-def _named(name: str, key: str, left_out: LeftOut) -> list[Path]:
+def _named(name: str, key: str, left_out: LeftOut, kinds: Sequence[str]) -> list[Path]:
     if not name.strip():
         raise UsageError(f"{key}: expected the name of a file or folder, or a glob, got {name!r}")
     path = Path(name)
     if not os.path.lexists(path):
         path = Path(os.path.expanduser(name))
     if path.is_dir():
-        return _first_group(list(_walk(path, left_out)), left_out)
+        return _first_group(list(_walk(path, left_out)), left_out, kinds)
     files = [path] if os.path.lexists(path) else _matches(path, left_out)
     for file in files:
         if not _is_read(file):
@@ -94,9 +97,10 @@ def _named(name: str, key: str, left_out: LeftOut) -> list[Path]:
     return [file for file in files if _is_file(file, left_out)]
 
 
-def _first_group(files: list[Path], left_out: LeftOut) -> list[Path]:
-    kinds = {kind(file) for file in files}
-    group = next((group for group in GROUPS if kinds.intersection(group)), ())
+def _first_group(files: list[Path], left_out: LeftOut, kinds: Sequence[str]) -> list[Path]:
+    there = {kind(file) for file in files}
+    there = there.intersection(kinds) or there
+    group = there.intersection(next((group for group in GROUPS if there.intersection(group)), ()))
     for file in files:
         if kind(file) not in group:
             left_out.setdefault(f"{file.suffix} beside others", []).append(file)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from smollm2.errors import LoadError, UsageError
-from train.data.files import compression, find_files, fingerprints, kind
+from train.data.files import SUFFIXES, compression, find_files, fingerprints, kind
 from train.data.rows import as_conversation, is_chat, needed_columns
 from train.data.source import Block, SingleSource
 from train.data.tables import (
@@ -88,7 +88,7 @@ class LocalSource(SingleSource):
         readable file, or nothing is left, LoadError for a file that lacks the columns.
         """
         self.text_column, self.train_on = text_column, train_on
-        self.files = find_files(paths, key)
+        self.files = find_files(paths, key, kinds=SUFFIXES if train_on is None else CHAT_SUFFIXES)
         if train_on is not None:
             found, self.files = self.files, [file for file in self.files if kind(file) in CHAT_SUFFIXES]
             if not self.files:

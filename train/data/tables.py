@@ -14,8 +14,11 @@ from train.data.source import Block
 
 
 def csv_columns(file: Path) -> list[str]:
-    """The fields of the first line. Raises LoadError, OSError."""
-    return next(_csv_records(file), [])
+    """The fields of the first line, all different. Raises LoadError, OSError."""
+    columns = next(_csv_records(file), [])
+    if twice := [name for index, name in enumerate(columns) if name in columns[:index]]:
+        raise LoadError(f"{file}: expected columns with different names, got {twice[0]!r} twice")
+    return columns
 
 
 def csv_rows(file: Path, limit: int) -> Iterator[dict[str, str]]:
@@ -24,8 +27,8 @@ def csv_rows(file: Path, limit: int) -> Iterator[dict[str, str]]:
     limit: characters of a field. Raises LoadError with the file and row that cannot be read, OSError.
     """
     csv.field_size_limit(limit)  # of the whole process, in which nothing else reads .csv
-    records = _csv_records(file)
-    columns = next(records, [])
+    columns, records = csv_columns(file), _csv_records(file)
+    next(records, None)
     for number, fields in enumerate(filter(None, records), 1):
         if len(fields) != len(columns):
             wanted = f"expected {len(columns)} fields ({', '.join(columns)}), got {len(fields)}"
